@@ -1,0 +1,46 @@
+"""What an algorithm is."""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from jaxtyping import Float
+from torch import Tensor
+
+from flowgrpo.core.random import Random
+from flowgrpo.core.transitions import Transition
+from flowgrpo.experience import Experience, Group
+from flowgrpo.judge import Judge
+from flowgrpo.policy import PipelinePolicy
+
+
+class Algorithm(Protocol):
+    """A frozen dataclass that is also its configuration.
+
+    Attributes:
+        group_size: Samples per prompt.
+        transition: The stochastic step.
+    """
+
+    @property
+    def group_size(self) -> int: ...
+
+    @property
+    def transition(self) -> Transition: ...
+
+    def collect(
+        self, policy: PipelinePolicy, groups: Sequence[Group], judge: Judge, random: Random
+    ) -> Experience:
+        """Sample, and hand each candidate to the judge as soon as it is decoded.
+
+        ``random`` is keyed by the iteration; whatever is drawn for a group must depend only on it,
+        the group's index and the sample's, so that ranks and batch sizes change nothing.
+        """
+        ...
+
+    def advantages(self, experience: Experience) -> Float[Tensor, " actions"]:
+        """One advantage per action; exactly zero where there is nothing to learn."""
+        ...
+
+    def check(self, num_steps: int) -> None:
+        """Raise ValueError if the algorithm cannot work on a grid of this many steps."""
+        ...

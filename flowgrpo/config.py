@@ -1,0 +1,304 @@
+"""The configuration of a run: one TOML file, read strictly, checked before any model is loaded."""
+
+import tomllib
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+import tomli_w
+
+from flowgrpo.algorithms import DanceGRPO, FlowGRPO
+from flowgrpo.core.losses import Loss
+from flowgrpo.judge import Failures, Reward
+from flowgrpo.names import suggest
+from flowgrpo.policy import Full, LoRA, Sampling
+from flowgrpo.tables import ConfigError, read, to_table
+
+__all__ = ["Config", "ConfigError", "find", "load", "override", "save"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    """The pipeline that is trained."""
+
+    path: str
+    """Hub id or folder of a diffusers pipeline, or ``shapes`` for the model in the package."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Precision of the denoiser's arithmetic. Trained weights are fp32 whatever it is."""
+    weights: LoRA | Full = field(default_factory=LoRA)
+    """What is trained."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prompts:
+    """What is generated."""
+
+    train: str
+    """File of training prompts: ``.txt`` (one per line), ``.jsonl`` or ``.csv``."""
+    held_out: str
+    """File of prompts that are only evaluated on."""
+    balance: str = ""
+    """Metadata key whose values are drawn equally often, such as GenEval's ``tag``; empty takes the
+    file in a shuffled order, over and over."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Train:
+    """How long, how large, how fast."""
+
+    iterations: int
+    """Rollouts; each is followed by ``updates`` optimizer steps."""
+    groups: int
+    """Prompts per iteration, over all processes. Each is sampled ``algorithm.group_size`` times."""
+    updates: int = 1
+    """Optimizer steps per iteration; ``groups`` is divided among them. From the second on they are
+    off-policy, which is what the clip range acts on."""
+    rollout_batch: int = 64
+    """Samples in one call of the pipeline."""
+    train_batch: int = 64
+    """States in one forward pass with gradients."""
+    lr: float = 1e-4
+    """Peak learning rate of AdamW."""
+    warmup: int = 0
+    """Optimizer steps over which the learning rate rises to its peak."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """How the learning rate falls to a tenth at the end."""
+    weight_decay: float = 1e-4
+    """AdamW's decoupled weight decay."""
+    betas: tuple[float, ...] = (0.9, 0.999)
+    """AdamW's moment decays."""
+    max_grad_norm: float = 1.0
+    """Gradients are scaled down to this norm."""
+    spike_factor: float = 20.0
+    """An update whose gradient norm exceeds the running median this many times is skipped; 0 never
+    skips."""
+    ema_decay: float = 0.0
+    """Decay of the moving average of the weights that is evaluated and exported; 0 for none."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """Measured with the deterministic sampler at fixed seeds, before, during and after training."""
+
+    every: int = 50
+    """Iterations between evaluations; 0 evaluates only before and after."""
+    images: int = 240
+    """Images before and after training, spread evenly over the classes of ``prompts.balance`` and
+    over the held-out prompts of each. Fewer than 200 mislead."""
+    images_during: int = 0
+    """The same for evaluations during training, which may be fewer; 0 as ``images``."""
+    measures: tuple[str, ...] = ()
+    """Import paths of measures that see all images of a prompt, such as a diversity."""
+    num_steps: int | None = None
+    """Denoising steps; unset as in ``sampling``."""
+    guidance_scale: float | None = None
+    """Guidance; unset as in ``sampling``."""
+    grid_prompts: int = 6
+    """Prompts on the before/after grid."""
+    grid_samples: int = 4
+    """Images per prompt and model on the grid."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """Where things go, and what does not change the result."""
+
+    folder: str
+    """The run directory. The same command again goes on where it stopped."""
+    seed: int = 0
+    """Every random draw follows from it."""
+    device: str = "auto"
+    """``auto`` takes a GPU if there is one."""
+    threads: int = 0
+    """CPU threads for torch; 0 takes all cores."""
+    checkpoint_every: int = 25
+    """Iterations between checkpoints; the last iteration always has one."""
+    keep_checkpoints: int = 2
+    """Number of newest checkpoints to keep, besides the best."""
+    trackers: tuple[str, ...] = ("tensorboard",)
+    """accelerate trackers: tensorboard, wandb, trackio, mlflow, comet_ml, aim, clearml, swanlab."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Everything that decides a run."""
+
+    model: Model
+    """The pipeline."""
+    sampling: Sampling = field(default_factory=Sampling)
+    """How the pipeline is called in rollouts."""
+    algorithm: FlowGRPO | DanceGRPO
+    """Who judges which denoising step."""
+    loss: Loss = field(default_factory=Loss)
+    """The policy gradient."""
+    rewards: tuple[Reward, ...]
+    """What is rewarded: the weighted sum is trained on."""
+    failures: Failures = field(default_factory=Failures)
+    """What happens when a reward fails."""
+    prompts: Prompts
+    """What is generated."""
+    train: Train
+    """Batch geometry and optimizer."""
+    evaluation: Evaluation = field(default_factory=Evaluation)
+    """What is measured on held-out prompts."""
+    run: Run
+    """Where things go."""
+
+    def check(self, num_processes: int = 1) -> None:
+        """Find contradictions before any long work.
+
+        Raises:
+            ConfigError: Naming the keys, their values and what is possible.
+        """
+        for key, value, least in self._bounds():
+            if value < least:
+                raise ConfigError(f"{key} must be at least {least}, got {value}")
+        if all(r.weight == 0 for r in self.rewards):
+            raise ConfigError("rewards: every weight is 0, so that there is nothing to train on")
+        train = self.train
+        if train.groups % (train.updates * num_processes):
+            step = train.updates * num_processes
+            nearest = max(step, round(train.groups / step) * step)
+            raise ConfigError(
+                f"train.groups = {train.groups} cannot be divided among train.updates = {train.updates} optimizer "
+                f"steps and {num_processes} processes ({train.updates} x {num_processes} = {step}); "
+                f"the nearest that can is train.groups = {nearest}"
+            )
+        try:
+            self.algorithm.check(self.sampling.num_steps)
+        except ValueError as error:
+            raise ConfigError(f"algorithm: {error}") from error
+        if self.loss.kl == "velocity" and self.loss.kl_coef == 0:
+            raise ConfigError(
+                "loss.kl is set but loss.kl_coef is 0; set a coefficient or remove loss.kl"
+            )
+
+    def _bounds(self) -> Sequence[tuple[str, float, float]]:
+        t, e, tiny = self.train, self.evaluation, 1e-12
+        return [
+            ("sampling.num_steps", self.sampling.num_steps, 2),
+            ("algorithm.group_size", self.algorithm.group_size, 2),
+            ("train.iterations", t.iterations, 1),
+            ("train.groups", t.groups, 1),
+            ("train.updates", t.updates, 1),
+            ("train.rollout_batch", t.rollout_batch, 1),
+            ("train.train_batch", t.train_batch, 1),
+            ("train.lr", t.lr, tiny),
+            ("train.warmup", t.warmup, 0),
+            ("train.max_grad_norm", t.max_grad_norm, tiny),
+            ("loss.clip_range", self.loss.clip_range, tiny),
+            ("loss.kl_coef", self.loss.kl_coef, 0),
+            ("evaluation.every", e.every, 0),
+            ("evaluation.images", e.images, 1),
+            ("run.checkpoint_every", self.run.checkpoint_every, 1),
+            ("run.keep_checkpoints", self.run.keep_checkpoints, 1),
+        ]
+
+    def evaluation_sampling(self) -> Sampling:
+        """How the pipeline is called in evaluations."""
+        changed = {
+            "num_steps": self.evaluation.num_steps,
+            "guidance_scale": self.evaluation.guidance_scale,
+        }
+        return replace(self.sampling, **{k: v for k, v in changed.items() if v is not None})
+
+    def geometry(self, num_processes: int = 1) -> dict[str, str]:
+        """The batch geometry in words, for people to check before a long run."""
+        t, size = self.train, self.algorithm.group_size
+        samples = t.groups * size
+        return {
+            "groups x samples": f"{t.groups} prompts x {size} samples = {samples} per iteration",
+            "processes": f"{num_processes}, {t.groups // num_processes} groups on each",
+            "rollout": f"{-(-samples // num_processes // t.rollout_batch)} calls of {min(t.rollout_batch, samples)} samples on each process",
+            "optimizer steps": f"{t.updates} per iteration, {t.groups // t.updates} groups in each",
+            "in all": f"{t.iterations} iterations, {t.iterations * samples:,} samples, {t.iterations * t.updates:,} optimizer steps",
+            "denoising": f"{self.sampling.num_steps} steps, guidance {self.sampling.guidance_scale if self.sampling.guidance_scale is not None else 'as the pipeline has it'}",
+        }
+
+
+def find(name: str) -> Path:
+    """A file by its path, or by the name of one that comes with flowgrpo.
+
+    ``quickstart`` and ``configs/quickstart.toml`` name the same configuration.
+
+    Raises:
+        FileNotFoundError: With the nearest name.
+    """
+    if Path(name).exists():
+        return Path(name)
+    package = Path(str(resources.files("flowgrpo")))
+    roots = [package.parent, package / "data"]
+    for root in roots:
+        for candidate in (root / name, root / "configs" / f"{name}.toml"):
+            if candidate.is_file():
+                return candidate
+    known = {
+        f"{p.parent.name}/{p.name}"
+        for r in roots
+        for d in ("configs", "prompts")
+        for p in (r / d).glob("*.*")
+    }
+    raise FileNotFoundError(
+        f"no such file: {name}{suggest(name, known | {Path(k).stem for k in known})}"
+    )
+
+
+def load(name: str, settings: Sequence[str] = ()) -> Config:
+    """Read a configuration file and apply ``key=value`` settings to it.
+
+    Raises:
+        ConfigError: On a wrong key, type or value, with the file's name.
+        FileNotFoundError: If there is no such file.
+    """
+    path = find(name)
+    try:
+        table = tomllib.loads(path.read_text())
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{path}: not valid TOML: {error}") from error
+    try:
+        return read(Config, override(table, settings))
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
+
+
+def override(table: dict[str, Any], settings: Sequence[str]) -> dict[str, Any]:
+    """A copy of a table with ``a.b=value`` settings; values are TOML, or else strings.
+
+    A setting of a ``kind`` drops the other keys of its table, which belong to the old kind.
+    """
+    result = _copy(table)
+    for setting in settings:
+        key, equals, text = setting.partition("=")
+        if not equals:
+            raise ConfigError(f"--set needs key=value, got {setting!r}")
+        *parents, last = key.strip().split(".")
+        here: Any = result
+        for part in parents:
+            here = (
+                here[int(part)]
+                if isinstance(here, list) and part.isdigit()
+                else here.setdefault(part, {})
+            )
+            if not isinstance(here, dict | list):
+                raise ConfigError(f"--set {key}: {part} is not a table")
+        try:
+            value = tomllib.loads(f"value = {text}")["value"]
+        except tomllib.TOMLDecodeError:
+            value = text
+        if last == "kind" and here.get("kind") != value:
+            here.clear()
+        here[last] = value
+    return result
+
+
+def _copy(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _copy(v) for k, v in value.items()}
+    return [_copy(v) for v in value] if isinstance(value, list) else value
+
+
+def save(config: Config, path: Path) -> None:
+    """Write a configuration so that :func:`load` gives an equal one."""
+    path.write_text(tomli_w.dumps(to_table(config)))

@@ -1,0 +1,1 @@
+"""Pure mathematics: torch only, no diffusers, no input or output."""

@@ -1,0 +1,68 @@
+"""Random streams keyed by what they are for, never by global state.
+
+A draw depends only on ``(seed, iteration, group, sample, stream)``: the same images come out
+whatever the batch size, the number of ranks or a resume in between.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Random:
+    """A point in the tree of random streams; ``at`` goes one level down.
+
+    Example:
+        ``Random(seed=0).at("train", 12).generator("noise", 3)``
+    """
+
+    seed: int
+    path: tuple[int | str, ...] = ()
+
+    def at(self, *keys: int | str) -> "Random":
+        """The stream below this one for some keys."""
+        return Random(self.seed, (*self.path, *keys))
+
+    def integer(self, *keys: int | str) -> int:
+        """A number in [0, 2**63) that depends only on the seed, the path and the keys."""
+        text = "/".join(f"{type(k).__name__}:{k}" for k in (self.seed, *self.path, *keys))
+        return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest()) >> 1
+
+    def generator(self, *keys: int | str) -> torch.Generator:
+        """A fresh CPU generator for some keys."""
+        return torch.Generator().manual_seed(self.integer(*keys))
+
+
+@dataclass(frozen=True)
+class SampleNoise:
+    """The noise of a batch of samples, one random stream per sample.
+
+    Attributes:
+        streams: The stream of each sample. Two samples with the same stream get the same noise.
+        initial_streams: The streams of the initial latents, where they differ: samples that share
+            one start from the same noise and part at the first stochastic step.
+    """
+
+    streams: Sequence[Random]
+    initial_streams: Sequence[Random] | None = None
+
+    def __len__(self) -> int:
+        return len(self.streams)
+
+    def __getitem__(self, rows: slice) -> "SampleNoise":
+        initial = None if self.initial_streams is None else self.initial_streams[rows]
+        return SampleNoise(self.streams[rows], initial)
+
+    def initial(self) -> list[torch.Generator]:
+        """Generators for the pipeline's own draws (initial latents), one per sample."""
+        return [stream.generator("initial") for stream in self.initial_streams or self.streams]
+
+    def at_step(self, step: int, shape: Sequence[int]) -> Float[Tensor, "batch *latent"]:
+        """The noise that each sample's stochastic step injects; ``shape`` is one sample's."""
+        draws = [torch.randn(*shape, generator=s.generator("step", step)) for s in self.streams]
+        return torch.stack(draws)

@@ -1,0 +1,117 @@
+"""Which steps of the grid are stochastic and trained; all others follow the ODE.
+
+The last step, which ends at ``sigma = 0``, is never stochastic: coefficients-preserving and DDIM
+steps have no noise there, and what other transitions add stays in the image.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+
+@dataclass(frozen=True, kw_only=True)
+class AllSteps:
+    """Every step but the last ``skip_last`` (Flow-GRPO, DanceGRPO)."""
+
+    kind: Literal["all"] = "all"
+    skip_last: int = 1
+    """How many steps at the end stay deterministic, at least 1."""
+
+    def select(self, num_steps: int, iteration: int, generator: torch.Generator) -> list[int]:
+        """The stochastic steps, ascending."""
+        return _checked(list(range(num_steps - max(1, self.skip_last))), num_steps, self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Window:
+    """A fixed window of consecutive steps."""
+
+    kind: Literal["window"] = "window"
+    start: int = 0
+    size: int = 2
+
+    def select(self, num_steps: int, iteration: int, generator: torch.Generator) -> list[int]:
+        """The stochastic steps, ascending."""
+        return _checked(list(range(self.start, self.start + self.size)), num_steps, self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RandomWindow:
+    """A window at a random place in ``[first, last)``, new in every iteration (Flow-GRPO-Fast)."""
+
+    kind: Literal["random_window"] = "random_window"
+    size: int = 2
+    first: int = 0
+    last: int = 5
+    """The window ends before this step."""
+
+    def select(self, num_steps: int, iteration: int, generator: torch.Generator) -> list[int]:
+        """The stochastic steps, ascending."""
+        places = self.last - self.size - self.first + 1
+        if places < 1:
+            raise ValueError(
+                f"steps: no window of {self.size} steps fits into [{self.first}, {self.last})"
+            )
+        start = self.first + int(torch.randint(places, (1,), generator=generator))
+        _checked(list(range(self.first, self.last)), num_steps, self)
+        return list(range(start, start + self.size))
+
+
+@dataclass(frozen=True, kw_only=True)
+class RandomSteps:
+    """A random subset of ``count`` steps of ``[first, last)``, new in every iteration."""
+
+    kind: Literal["random_steps"] = "random_steps"
+    count: int = 3
+    first: int = 0
+    last: int = 6
+    """Only steps before this one are drawn."""
+
+    def select(self, num_steps: int, iteration: int, generator: torch.Generator) -> list[int]:
+        """The stochastic steps, ascending."""
+        pool = _checked(list(range(self.first, self.last)), num_steps, self)
+        if not 1 <= self.count <= len(pool):
+            raise ValueError(
+                f"steps: cannot draw {self.count} of the {len(pool)} steps in [{self.first}, {self.last})"
+            )
+        chosen = torch.randperm(len(pool), generator=generator)[: self.count]
+        return sorted(pool[int(i)] for i in chosen)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SlidingWindow:
+    """A window that moves on by ``stride`` every ``every`` iterations and starts over (MixGRPO)."""
+
+    kind: Literal["sliding_window"] = "sliding_window"
+    size: int = 4
+    stride: int = 1
+    every: int = 25
+    """Iterations between two moves."""
+    skip_last: int = 2
+    """Steps at the end that the window never reaches, at least 1."""
+
+    def select(self, num_steps: int, iteration: int, generator: torch.Generator) -> list[int]:
+        """The stochastic steps, ascending."""
+        last = num_steps - max(1, self.skip_last) - self.size
+        if last < 0:
+            raise ValueError(
+                f"steps: a window of {self.size} does not fit into {num_steps} steps without the last {self.skip_last}"
+            )
+        starts = range(0, last + 1, self.stride)
+        start = starts[(iteration // self.every) % len(starts)]
+        return _checked(list(range(start, start + self.size)), num_steps, self)
+
+
+StepSelection = AllSteps | Window | RandomWindow | RandomSteps | SlidingWindow
+
+
+def _checked(steps: list[int], num_steps: int, selection: object) -> list[int]:
+    if not steps:
+        raise ValueError(f"steps: {selection} selects no step of {num_steps}")
+    if steps[0] < 0 or steps[-1] > num_steps - 2:
+        raise ValueError(
+            f"steps: {selection} asks for steps {steps[0]} to {steps[-1]}, but with num_steps = {num_steps} "
+            f"only steps 0 to {num_steps - 2} can be stochastic (the last one ends at sigma 0)"
+        )
+    return steps

@@ -1,0 +1,243 @@
+"""Inline SVG charts for the report, and numbers as people write them.
+
+Colours come from the page's style sheet, so that the charts follow its light and dark schemes:
+series ``i`` has the class ``s{i}``. All text is escaped here.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+
+NUM_COLORS = 6
+MAX_POINTS = 300
+"""A chart is some 400 pixels wide; more points than that only make the file large."""
+
+Point = tuple[float, float]
+LEFT, RIGHT, TOP, BOTTOM = 44.0, 10.0, 10.0, 22.0
+
+
+@dataclass(frozen=True)
+class Line:
+    """One curve.
+
+    Attributes:
+        name: For the legend and for screen readers.
+        points: ``(x, y)`` in order of x; a y that is not finite leaves a gap.
+        color: Which of the page's series colours.
+        errors: Half-length of each point's error bar; ``None`` for no bars.
+        faint: Whether it is the background of another curve.
+        dots: Whether each point is marked, with its value on hovering.
+    """
+
+    name: str
+    points: Sequence[Point]
+    color: int = 0
+    errors: Sequence[float | None] | None = None
+    faint: bool = False
+    dots: bool = False
+
+
+def number(value: float) -> str:
+    """Three significant digits, a real minus sign, and a dash for what is not a number."""
+    if not math.isfinite(value):
+        return "–"
+    size = abs(value)
+    if value == int(value) and size < 1e15:
+        text = f"{int(size):,}"
+    elif size >= 999.5:
+        text = f"{size:,.0f}"
+    elif size >= 1e-3:
+        text = f"{size:.3g}"
+    else:
+        mantissa, exponent = f"{size:.1e}".split("e")
+        text = f"{mantissa.removesuffix('.0')}e−{-int(exponent)}"
+    return f"−{text}" if value < 0 else text
+
+
+def points(value: float) -> str:
+    """A share as points out of 100, with one decimal."""
+    return f"{100 * value:.1f}".replace("-", "−") if math.isfinite(value) else "–"
+
+
+def duration(seconds: float) -> str:
+    """Seconds in the unit a person would choose."""
+    if not math.isfinite(seconds):
+        return "–"
+    if seconds < 0.9995:
+        return f"{1000 * seconds:.0f} ms"
+    if seconds < 59.95:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest} s"
+    return f"{minutes // 60} h {minutes % 60} min"
+
+
+def smooth(line: Sequence[Point], window: int) -> list[Point]:
+    """The centred moving average over ``window`` points; fewer at both ends."""
+    result = []
+    for i, (x, _) in enumerate(line):
+        reach = min(window // 2, i, len(line) - 1 - i)
+        near = [y for _, y in line[i - reach : i + reach + 1] if math.isfinite(y)]
+        result.append((x, sum(near) / len(near) if near else math.nan))
+    return result
+
+
+def thin(line: Sequence[Point], limit: int = MAX_POINTS) -> list[Point]:
+    """At most ``limit`` points that keep every peak: the least and the greatest of each stretch."""
+    if len(line) <= limit:
+        return list(line)
+    size = -(-2 * len(line) // limit)
+    kept: list[Point] = []
+    for start in range(0, len(line), size):
+        stretch = [p for p in line[start : start + size] if math.isfinite(p[1])]
+        if not stretch:
+            kept.append((line[start][0], math.nan))
+            continue
+        ends = {min(stretch, key=lambda p: p[1]), max(stretch, key=lambda p: p[1])}
+        kept += sorted(ends)
+    return kept
+
+
+def ticks(low: float, high: float, count: int) -> list[float]:
+    """About ``count`` round values in ``[low, high]``."""
+    rough = (high - low) / max(1, count)
+    power = 10.0 ** math.floor(math.log10(rough))
+    step = next(m * power for m in (1, 2, 2.5, 5, 10) if m * power >= rough * 0.999)
+    first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
+    return [i * step for i in range(first, last + 1)]
+
+
+def line_chart(
+    lines: Sequence[Line], width: float = 420, height: float = 210, num_ticks: int = 4
+) -> str:
+    """Curves over a common x axis of whole iterations, as an ``<svg>`` that scales to its place.
+
+    ``errors`` widen the range, so that no bar is cut off. Without a finite value the chart says so.
+    """
+    frame = _Frame.around(lines, width, height)
+    if frame is None:
+        return '<p class="quiet">no finite values</p>'
+    label = escape(", ".join(line.name for line in lines if not line.faint))
+    parts = [f'<svg viewBox="0 0 {width:g} {height:g}" role="img" aria-label="{label}">']
+    for value in ticks(frame.low, frame.high, num_ticks):
+        y = frame.y(value)
+        parts.append(f'<path class="grid" d="M{LEFT:g} {y:.1f}H{width - RIGHT:g}"/>')
+        parts.append(
+            f'<text class="tick" x="{LEFT - 6:g}" y="{y + 3.5:.1f}">{number(_clean(value))}</text>'
+        )
+    whole = [v for v in ticks(frame.first, frame.last, 5) if v == int(v)]
+    for value in whole:
+        at = f'x="{frame.x(value):.1f}" y="{height - 6:g}"'
+        parts.append(f'<text class="tick middle" {at}>{number(value)}</text>')
+    parts += [_curve(line, frame) for line in lines]
+    return "".join([*parts, "</svg>"])
+
+
+@dataclass(frozen=True)
+class _Frame:
+    """The ranges of both axes and where they are drawn."""
+
+    first: float
+    last: float
+    low: float
+    high: float
+    width: float
+    height: float
+
+    @staticmethod
+    def around(lines: Sequence[Line], width: float, height: float) -> "_Frame | None":
+        xs = [x for line in lines for x, _ in line.points]
+        ys = []
+        for line in lines:
+            errors = line.errors or [None] * len(line.points)
+            for (_, y), error in zip(line.points, errors, strict=True):
+                if math.isfinite(y):
+                    ys += [y - (error or 0), y + (error or 0)]
+        if not ys:
+            return None
+        low, high = min(ys), max(ys)
+        # A flat curve would have no range, and one that is flat but for rounding would look wild.
+        spread = max(high - low, 1e-6 * max(abs(low), abs(high)))
+        padding = 0.08 * spread or 1.0
+        return _Frame(
+            min(xs), max(max(xs), min(xs) + 1), low - padding, high + padding, width, height
+        )
+
+    def x(self, value: float) -> float:
+        return LEFT + (value - self.first) / (self.last - self.first) * (self.width - LEFT - RIGHT)
+
+    def y(self, value: float) -> float:
+        share = (value - self.low) / (self.high - self.low)
+        return self.height - BOTTOM - share * (self.height - TOP - BOTTOM)
+
+
+def _clean(value: float) -> float:
+    """A tick without the last bits of floating point."""
+    return float(f"{value:.6g}")
+
+
+def _curve(line: Line, frame: _Frame) -> str:
+    color = f"s{line.color % NUM_COLORS}"
+    path, pen_down, parts = "", False, []
+    for index, (x, y) in enumerate(line.points):
+        if not math.isfinite(y):
+            pen_down = False
+            continue
+        px, py = frame.x(x), frame.y(y)
+        path += f"{'L' if pen_down else 'M'}{px:.1f} {py:.1f}"
+        pen_down = True
+        error = line.errors[index] if line.errors else None
+        if error is not None:
+            ends = f"M{px:.1f} {frame.y(y - error):.1f}V{frame.y(y + error):.1f}"
+            parts.append(f'<path class="whisker {color}" d="{ends}"/>')
+        if line.dots:
+            value = number(y) if error is None else f"{number(y)} ± {number(error)}"
+            hint = f"<title>{escape(line.name)}, iteration {number(x)}: {value}</title>"
+            parts.append(
+                f'<circle class="{color}" cx="{px:.1f}" cy="{py:.1f}" r="3.4">{hint}</circle>'
+            )
+    kind = "line faint" if line.faint else "line"
+    return "".join([f'<path class="{kind} {color}" d="{path}"/>', *parts])
+
+
+def dumbbell(before: float, after: float, low: float, high: float, kind: str) -> str:
+    """A hollow dot for before joined to a full one for after, on a track from ``low`` to ``high``."""
+    if not (math.isfinite(before) and math.isfinite(after)):
+        return ""
+    width, middle, edge = 150.0, 9.0, 7.0
+    scale = (width - 2 * edge) / ((high - low) or 1.0)
+    a, b = (edge + (v - low) * scale for v in (before, after))
+    return (
+        f'<svg class="dumbbell {kind}" viewBox="0 0 {width:g} {2 * middle:g}" aria-hidden="true">'
+        f'<path class="track" d="M{edge:g} {middle:g}H{width - edge:g}"/>'
+        f'<path class="link" d="M{a:.1f} {middle:g}H{b:.1f}"/>'
+        f'<circle class="before" cx="{a:.1f}" cy="{middle:g}" r="4"/>'
+        f'<circle class="after" cx="{b:.1f}" cy="{middle:g}" r="5"/></svg>'
+    )
+
+
+def stacked_bar(parts: Sequence[tuple[str, float]]) -> str:
+    """Shares of a whole as one bar; part ``i`` has series colour ``i``."""
+    total = sum(value for _, value in parts) or 1.0
+    x, pieces = 0.0, []
+    for index, (name, value) in enumerate(parts):
+        width = 1000 * value / total
+        hint = f"<title>{escape(name)}: {100 * value / total:.0f} %</title>"
+        box = f'x="{x:.1f}" width="{max(0.0, width - 2):.1f}" height="20"'
+        pieces.append(f'<rect class="s{index % NUM_COLORS}" {box}>{hint}</rect>')
+        x += width
+    label = escape(", ".join(f"{name} {100 * value / total:.0f} %" for name, value in parts))
+    return (
+        '<svg class="stack" viewBox="0 0 1000 20" preserveAspectRatio="none" role="img" '
+        f'aria-label="{label}">{"".join(pieces)}</svg>'
+    )
+
+
+def legend(entries: Sequence[tuple[str, int]]) -> str:
+    """Names with their series colours."""
+    items = (
+        f'<li><i class="s{color % NUM_COLORS}"></i>{escape(name)}</li>' for name, color in entries
+    )
+    return f'<ul class="legend">{"".join(items)}</ul>'

@@ -1,0 +1,175 @@
+"""The types that flow through the system: prompts, actions, candidates, experience.
+
+An *action* is one stochastic denoising step ``x -> x_next``; a *candidate* is one decoded image or
+video that was scored. An algorithm says which candidates judge which actions.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from flowgrpo.core.transitions import Transition
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What to generate.
+
+    Attributes:
+        text: The caption.
+        negative: What to guide away from; ``None`` leaves it to the pipeline.
+        metadata: Anything a reward needs, such as GenEval's ``tag``, ``include`` and ``exclude``.
+
+    Example:
+        ``Prompt("a photo of two stars", metadata={"tag": "counting", "include": [...]})``
+    """
+
+    text: str
+    negative: str | None = None
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Group:
+    """One prompt of an iteration, sampled several times.
+
+    Attributes:
+        index: Place in the iteration over all ranks. Equal prompts are different groups.
+        prompt: What to generate.
+    """
+
+    index: int
+    prompt: Prompt
+
+
+class RewardModel(Protocol):
+    """Anything that scores media: a class with ``__call__`` or a plain function.
+
+    ``media`` holds images ``(B, C, H, W)`` or videos ``(B, F, C, H, W)`` in [0, 1], fp32; the result
+    holds one finite score per sample, higher is better.
+    """
+
+    def __call__(
+        self, media: Float[Tensor, "batch *frames channels height width"], prompts: Sequence[Prompt]
+    ) -> Float[Tensor, " batch"]: ...
+
+
+@dataclass(frozen=True)
+class Actions:
+    """The stochastic steps of one rollout, ``A`` of them on ``S`` distinct states.
+
+    Attributes:
+        states: States before the steps, fp32. Actions that start in the same state share a row,
+            and one forward pass of the model serves them all.
+        state: Row of ``states`` for each action.
+        x_next: States after the steps, fp32.
+        step: Index of the step in the sampling grid.
+        old_log_prob: Log-probability under the policy that acted: the mean over latent elements.
+        group: Index of the :class:`Group`.
+        sample: Index of the sample in its group.
+    """
+
+    states: Float[Tensor, "states *latent"]
+    state: Int[Tensor, " actions"]
+    x_next: Float[Tensor, "actions *latent"]
+    step: Int[Tensor, " actions"]
+    old_log_prob: Float[Tensor, " actions"]
+    group: Int[Tensor, " actions"]
+    sample: Int[Tensor, " actions"]
+
+    def __len__(self) -> int:
+        return self.step.shape[0]
+
+    def select(self, rows: Int[Tensor, " rows"]) -> "Actions":
+        """The given actions, with only the states that they start in."""
+        used, state = torch.unique(self.state[rows], return_inverse=True)
+        return Actions(
+            states=self.states[used],
+            state=state,
+            x_next=self.x_next[rows],
+            step=self.step[rows],
+            old_log_prob=self.old_log_prob[rows],
+            group=self.group[rows],
+            sample=self.sample[rows],
+        )
+
+    @staticmethod
+    def concatenate(parts: Sequence["Actions"]) -> "Actions":
+        """Join the actions of several batches."""
+        offsets = [0]
+        for part in parts:
+            offsets.append(offsets[-1] + part.states.shape[0])
+        return Actions(
+            states=torch.cat([p.states for p in parts]),
+            state=torch.cat([p.state + o for p, o in zip(parts, offsets, strict=False)]),
+            x_next=torch.cat([p.x_next for p in parts]),
+            step=torch.cat([p.step for p in parts]),
+            old_log_prob=torch.cat([p.old_log_prob for p in parts]),
+            group=torch.cat([p.group for p in parts]),
+            sample=torch.cat([p.sample for p in parts]),
+        )
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """The scored images or videos of one rollout, ``N`` of them.
+
+    Attributes:
+        group: Index of the :class:`Group`.
+        sample: Index of the sample in its group.
+        step: The step after which the candidate was completed; the last one for a whole trajectory.
+        scores: Raw score of each reward model; NaN where it failed.
+        reward: The weighted sum that is trained on; NaN where a trained reward failed.
+    """
+
+    group: Int[Tensor, " candidates"]
+    sample: Int[Tensor, " candidates"]
+    step: Int[Tensor, " candidates"]
+    scores: Mapping[str, Float[Tensor, " candidates"]]
+    reward: Float[Tensor, " candidates"]
+
+    def __len__(self) -> int:
+        return self.reward.shape[0]
+
+    @property
+    def valid(self) -> Bool[Tensor, " candidates"]:
+        """Which candidates have a reward; the others take no part in training."""
+        return self.reward.isfinite()
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a rollout cost per prompt: denoiser evaluations (NFE) and decoded candidates."""
+
+    nfe: float
+    decodes: float
+
+
+@dataclass(frozen=True)
+class Experience:
+    """What one rank collected in one iteration.
+
+    Attributes:
+        groups: The prompts.
+        transition: What the actions are steps of.
+        actions: The steps taken.
+        candidates: What came out, scored.
+        cost: Work per prompt.
+        all_rewards: The rewards of all candidates of all ranks, for statistics over the batch.
+        diversity: Of each group: how far its images are apart (mean standard deviation over the
+            group of 8x8 thumbnails).
+        duplicates: Of each group: samples that equal an earlier one of the group.
+    """
+
+    groups: Sequence[Group]
+    transition: Transition
+    actions: Actions
+    candidates: Candidates
+    cost: Cost
+    all_rewards: Float[Tensor, " all_candidates"]
+    diversity: Float[Tensor, " groups"]
+    duplicates: Float[Tensor, " groups"]

@@ -1,0 +1,415 @@
+"""A diffusers pipeline as a policy.
+
+Nothing here knows a model. The pipeline's own ``__call__`` runs for everything: to sample, to
+replay a step with gradients, to complete a state from the middle of the grid, to decode. Only its
+scheduler is ours, and three of its doors are watched: prompts are encoded once, latents can be put
+in where the pipeline prepares its own, and what enters the denoiser has the denoiser's precision.
+"""
+
+import functools
+import inspect
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline, ModelMixin
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from flowgrpo.core.random import SampleNoise
+from flowgrpo.core.transitions import ODE, Transition
+from flowgrpo.experience import Prompt
+from flowgrpo.policy.prompts_cache import PromptCache
+from flowgrpo.policy.scheduler import Itinerary, Visit, policy_scheduler
+from flowgrpo.policy.weights import Full, Trainable, Weights
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How the pipeline is called."""
+
+    num_steps: int = 10
+    """Denoising steps."""
+    guidance_scale: float | None = None
+    """Classifier-free or distilled guidance; unset leaves it to the pipeline."""
+    height: int | None = None
+    """Pixels; unset leaves it to the pipeline."""
+    width: int | None = None
+    """Pixels; unset leaves it to the pipeline."""
+    num_frames: int | None = None
+    """Frames of a video; unset leaves it to the pipeline."""
+    call: dict[str, Any] = field(default_factory=dict)
+    """Any other argument of the pipeline's call, by its name there."""
+
+    def arguments(self) -> dict[str, Any]:
+        """The call's arguments."""
+        named = {
+            "num_inference_steps": self.num_steps,
+            "guidance_scale": self.guidance_scale,
+            "height": self.height,
+            "width": self.width,
+            "num_frames": self.num_frames,
+        }
+        return {k: v for k, v in named.items() if v is not None} | self.call
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """One batch that was run through the pipeline.
+
+    Attributes:
+        rows: Which of the requested samples these are.
+        x: The last states, in the layout of the denoising loop.
+        media: Decoded images ``(B, C, H, W)`` or videos ``(B, F, C, H, W)`` in [0, 1]; None if
+            only states were asked for.
+        visits: The recorded steps, in order.
+    """
+
+    rows: range
+    x: Float[Tensor, "batch *latent"] | None
+    media: Float[Tensor, "batch *frames channels height width"] | None
+    visits: Sequence[Visit]
+
+
+class PipelinePolicy:
+    """Samples, replays, branches and decodes with a pipeline, and owns what is trained.
+
+    Example:
+        >>> policy = PipelinePolicy.from_pretrained("stabilityai/stable-diffusion-3.5-medium",
+        ...                                         weights=LoRA(rank=32), sampling=Sampling())
+        >>> noise = SampleNoise([Random(0).at(i) for i in range(4)])
+        >>> images = policy.images([Prompt("a red star")] * 4, noise)
+    """
+
+    def __init__(
+        self,
+        pipeline: DiffusionPipeline,
+        *,
+        sampling: Sampling,
+        weights: Weights | None = None,
+        batch_size: int = 64,
+        dtype: str = "float32",
+        device: str | torch.device = "cpu",
+        seed: int = 0,
+        with_reference: bool = False,
+    ):
+        """Turn a loaded pipeline into a policy; its scheduler is replaced.
+
+        Args:
+            pipeline: Any text-to-image or text-to-video pipeline of diffusers.
+            sampling: How it is called unless a call says otherwise.
+            weights: What is trained; None freezes everything.
+            batch_size: Samples in one call of the pipeline.
+            dtype: Precision of the denoiser's arithmetic.
+            device: Where the models live.
+            seed: For the initial weights of adapters.
+            with_reference: Whether the reference model will be asked for.
+
+        Raises:
+            ValueError: If the pipeline cannot be a policy, or a sampling argument is not its own.
+        """
+        self.pipeline, self.sampling, self.batch_size = pipeline, sampling, batch_size
+        self.dtype, self.device = DTYPES[dtype], torch.device(device)
+        self.shipped_scheduler = pipeline.scheduler
+        self._call = inspect.unwrap(type(pipeline).__call__)
+        self._parameters = inspect.signature(self._call).parameters
+        self.scheduler = policy_scheduler(pipeline.scheduler)
+        self.check_sampling(sampling)
+        pipeline.scheduler = self.scheduler
+        pipeline.set_progress_bar_config(disable=True)
+        if getattr(pipeline, "safety_checker", None) is not None:
+            # It would blacken images that the reward then judges.
+            pipeline.safety_checker = None
+        self.models = {k: m for k, m in pipeline.components.items() if isinstance(m, nn.Module)}
+        for model in self.models.values():
+            model.eval().requires_grad_(False).to(self.device)
+        self.denoisers = denoisers(pipeline)
+        for model in self.denoisers.values():
+            if model.dtype != self.dtype:
+                model.to(self.dtype)
+            model.forward = self._guarded(model.forward)
+        self.trainable: Trainable | None = None
+        if weights is not None:
+            self.trainable = Trainable(
+                self.denoisers, weights, seed=seed, with_reference=with_reference
+            )
+        self.num_evaluations = 0
+        self.num_decodes = 0
+        self._entering: Tensor | None = None
+        if hasattr(pipeline, "encode_prompt"):
+            pipeline.encode_prompt = PromptCache(pipeline.encode_prompt)
+        self._prepare = getattr(pipeline, "prepare_latents", None)
+        if self._prepare is not None:
+            pipeline.prepare_latents = self._prepare_or_enter
+
+    @classmethod
+    def from_pretrained(cls, model: str | Path, **options: Any) -> "PipelinePolicy":
+        """Load a hub id or a folder with ``DiffusionPipeline.from_pretrained`` and make it a policy.
+
+        Args:
+            model: Hub id, pipeline folder, or ``"shapes"`` for the embedded model.
+            options: As for the constructor.
+
+        Raises:
+            FileNotFoundError: If a folder is named that is no pipeline.
+        """
+        return cls(load_pipeline(model, DTYPES[options.get("dtype", "float32")]), **options)
+
+    def check_sampling(self, sampling: Sampling) -> None:
+        """Raise ValueError if the pipeline's call does not take one of the arguments."""
+        own = [
+            p for p in self._parameters if p not in ("self", "prompt", "generator", "output_type")
+        ]
+        for name in sampling.arguments():
+            if name not in own:
+                raise ValueError(
+                    f"sampling: {type(self.pipeline).__name__} takes no argument {name!r}; it takes {', '.join(own)}"
+                )
+
+    def num_steps(self, sampling: Sampling | None = None) -> int:
+        """Number of denoising steps of a call."""
+        return (sampling or self.sampling).num_steps
+
+    def run(
+        self,
+        prompts: Sequence[Prompt],
+        noise: SampleNoise,
+        *,
+        nodes: Sequence[int] | None = None,
+        x: Float[Tensor, "batch *latent"] | None = None,
+        stochastic: Collection[int] = (),
+        transition: Transition | None = None,
+        record: Collection[int] = (),
+        decode: bool = True,
+        sampling: Sampling | None = None,
+    ) -> Iterator[Rollout]:
+        """Sample without gradients, one batch at a time, so that scoring can go on meanwhile.
+
+        Args:
+            prompts: One per sample.
+            noise: One random stream per sample, for the initial latents and the stochastic steps.
+            nodes: Grid nodes to visit, ascending from 0 (noise) to ``num_steps`` (data); all by
+                default. A sub-grid makes larger steps.
+            x: States to enter at ``nodes[0]`` with; by default the pipeline's initial latents.
+            stochastic: Steps that follow ``transition``; the others follow the ODE.
+            transition: The stochastic step.
+            record: Steps to record in ``visits``.
+            decode: Whether to decode media.
+            sampling: How to call the pipeline, if not as usual.
+        """
+        for start in range(0, len(prompts), self.batch_size):
+            rows = range(start, min(start + self.batch_size, len(prompts)))
+            itinerary = Itinerary(
+                nodes=nodes,
+                stochastic=stochastic,
+                transition=transition or ODE(),
+                noise=noise[rows.start : rows.stop],
+                record=record,
+            )
+            entering = None if x is None else x[rows.start : rows.stop]
+            with torch.no_grad():
+                output = self._run(
+                    [prompts[i] for i in rows],
+                    itinerary,
+                    entering,
+                    decode,
+                    sampling or self.sampling,
+                )
+            self.num_decodes += len(rows) * decode
+            media = output.float().cpu() if decode else None
+            yield Rollout(rows, None if decode else output, media, itinerary.visits)
+
+    def images(
+        self, prompts: Sequence[Prompt], noise: SampleNoise, sampling: Sampling | None = None
+    ) -> Float[Tensor, "batch *frames channels height width"]:
+        """Media of the deterministic sampler, in [0, 1] on the CPU."""
+        return torch.cat(
+            [r.media for r in self.run(prompts, noise, sampling=sampling) if r.media is not None]
+        )
+
+    def decode(
+        self, prompts: Sequence[Prompt], x: Float[Tensor, "batch *latent"]
+    ) -> Float[Tensor, "batch *frames channels height width"]:
+        """Media of final states ``x``, in [0, 1] on the CPU."""
+        end, noise = self.num_steps(), SampleNoise([])
+        parts = []
+        for start in range(0, len(prompts), self.batch_size):
+            rows = slice(start, start + self.batch_size)
+            with torch.no_grad():
+                parts.append(
+                    self._run(
+                        prompts[rows],
+                        Itinerary(nodes=[end], noise=noise),
+                        x[rows],
+                        True,
+                        self.sampling,
+                    )
+                )
+        self.num_decodes += len(prompts)
+        return torch.cat(parts).float().cpu()
+
+    def replay(
+        self,
+        prompts: Sequence[Prompt],
+        x: Float[Tensor, "batch *latent"],
+        step: int,
+        transition: Transition,
+    ) -> Visit:
+        """Run one recorded step again, with gradients: the distribution that ``x_next`` came from.
+
+        The model sees exactly what it saw in the rollout, so that before an update the
+        log-probability is the recorded one.
+
+        Args:
+            prompts: One per state.
+            x: States before the step.
+            step: Index of the step in the grid.
+            transition: The stochastic step.
+        """
+        itinerary = Itinerary(
+            nodes=[step, step + 1], stochastic={step}, transition=transition, record={step}
+        )
+        self._run(prompts, itinerary, x, False, self.sampling)
+        (visit,) = itinerary.visits
+        return visit
+
+    def stock_pipeline(self) -> DiffusionPipeline:
+        """The pipeline with the scheduler that it was shipped with, for export.
+
+        The policy cannot be used any more after this.
+        """
+        self.pipeline.scheduler = self.shipped_scheduler
+        for name in ("encode_prompt", "prepare_latents"):
+            self.pipeline.__dict__.pop(name, None)
+        return self.pipeline
+
+    def reference(self) -> AbstractContextManager[None]:
+        """Inside, the policy is the model that training began from."""
+        return self.trainable.reference() if self.trainable is not None else nullcontext()
+
+    def _run(
+        self,
+        prompts: Sequence[Prompt],
+        itinerary: Itinerary,
+        entering: Tensor | None,
+        decode: bool,
+        sampling: Sampling,
+    ) -> Tensor:
+        """One call of the pipeline."""
+        arguments: dict[str, Any] = {"prompt": [p.text for p in prompts], **sampling.arguments()}
+        if any(p.negative is not None for p in prompts):
+            arguments["negative_prompt"] = [p.negative or "" for p in prompts]
+        # Where a state is put in, the pipeline's own draw is thrown away; one generator is cheaper.
+        generators = (
+            itinerary.noise.initial() if itinerary.noise and entering is None else torch.Generator()
+        )
+        self.scheduler.itinerary, self._entering = itinerary, entering
+        try:
+            (output, *_) = self._call(
+                self.pipeline,
+                **arguments,
+                generator=generators,
+                output_type="pt" if decode else "latent",
+                return_dict=False,
+            )
+        finally:
+            self.scheduler.itinerary, self._entering = Itinerary(), None
+        nodes = itinerary.nodes if itinerary.nodes is not None else range(sampling.num_steps + 1)
+        self.num_evaluations += len(prompts) * (len(nodes) - 1)
+        return output
+
+    def _prepare_or_enter(self, *args: Any, **kwargs: Any) -> Any:
+        """The pipeline's ``prepare_latents``; with a state to enter, that state in its place."""
+        assert self._prepare is not None
+        prepared = self._prepare(*args, **kwargs)
+        if self._entering is None:
+            return _as_fp32(prepared)
+        state, shape = self._entering.to(self.device), self._entering.shape
+        if isinstance(prepared, Tensor):
+            parts: list[Any] = [prepared]
+        else:
+            parts = list(prepared)
+        for i, part in enumerate(parts):
+            if isinstance(part, Tensor) and part.shape == shape and part.is_floating_point():
+                parts[i] = state
+                return state if isinstance(prepared, Tensor) else tuple(parts)
+        shapes = [tuple(p.shape) for p in parts if isinstance(p, Tensor)]
+        raise ValueError(
+            f"{type(self.pipeline).__name__} cannot be entered: it prepares latents of shape {shapes}, "
+            f"its loop holds {tuple(shape)}"
+        )
+
+    def _guarded(self, forward: Callable[..., Any]) -> Callable[..., Any]:
+        """A denoiser's ``forward`` behind a door: inputs get its precision, autocast ends with it.
+
+        Everything else of the pipeline, the scheduler's arithmetic and the decoder above all, keeps
+        the precision it has.
+        """
+
+        @functools.wraps(forward)
+        def guarded(*args: Any, **kwargs: Any) -> Any:
+            dtype = torch.float32 if self._trains_all else self.dtype
+
+            def cast(value: Any) -> Any:
+                return (
+                    value.to(dtype)
+                    if isinstance(value, Tensor) and value.is_floating_point()
+                    else value
+                )
+
+            enabled = self.dtype != torch.float32
+            with torch.autocast(self.device.type, self.dtype, enabled=enabled):
+                return forward(*map(cast, args), **{k: cast(v) for k, v in kwargs.items()})
+
+        return guarded
+
+    @property
+    def _trains_all(self) -> bool:
+        return self.trainable is not None and isinstance(self.trainable.weights, Full)
+
+
+def load_pipeline(model: str | Path, dtype: torch.dtype = torch.float32) -> DiffusionPipeline:
+    """``DiffusionPipeline.from_pretrained`` for a hub id, a folder or ``"shapes"``.
+
+    Raises:
+        FileNotFoundError: If a folder is named that is no pipeline.
+    """
+    path = Path(__file__).parents[1] / "shapes" / "model" if str(model) == "shapes" else Path(model)
+    if path.is_dir() and not (path / "model_index.json").exists():
+        raise FileNotFoundError(f"{path} is no diffusers pipeline: it has no model_index.json")
+    looks_like_path = str(model).startswith((".", "/", "~")) or str(model).count("/") > 1
+    if looks_like_path and not path.is_dir():
+        raise FileNotFoundError(f"no such folder: {path}")
+    source = str(path) if path.is_dir() else str(model)
+    return DiffusionPipeline.from_pretrained(source, dtype=dtype)
+
+
+def denoisers(pipeline: DiffusionPipeline) -> Mapping[str, ModelMixin]:
+    """The models that the denoising loop calls, by their name in the pipeline.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    found = {
+        name: model
+        for name, model in pipeline.components.items()
+        if isinstance(model, ModelMixin) and name.split("_")[0] in ("transformer", "unet")
+    }
+    if not found:
+        names = ", ".join(pipeline.components)
+        raise ValueError(
+            f"{type(pipeline).__name__} has no transformer or unet; its components: {names}"
+        )
+    return found
+
+
+def _as_fp32(prepared: Any) -> Any:
+    """Latents in fp32: the loop's state must not be rounded to the model's precision."""
+    if isinstance(prepared, Tensor):
+        return prepared.float() if prepared.is_floating_point() else prepared
+    return tuple(_as_fp32(p) if isinstance(p, Tensor) else p for p in prepared)

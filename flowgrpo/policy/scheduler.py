@@ -1,0 +1,249 @@
+"""The scheduler that turns a diffusers pipeline into a policy.
+
+It stands in for the pipeline's own scheduler. Before each call of the pipeline it is given an
+``Itinerary``: which nodes of the sampling grid to visit, where to be stochastic, what to record.
+The pipeline then runs its usual loop over ``timesteps`` and calls ``step``.
+"""
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
+from jaxtyping import Float
+from torch import Tensor
+
+from flowgrpo.core.random import SampleNoise
+from flowgrpo.core.transitions import ODE, Gaussian, Prediction, Step, Transition
+
+REFUSED = ("LCM", "TCD", "Consistency", "DiffusionForcing")
+"""Schedulers of samplers that jump to the data and add noise anew; their steps are no transitions."""
+
+
+@dataclass(frozen=True)
+class Visit:
+    """One step as it happened.
+
+    Attributes:
+        step: Index in the grid of the node that the step left.
+        interval: The step's signal and noise weights.
+        x: The state before, fp32.
+        x_next: The state after, fp32.
+        prediction: What the model said; carries gradients in a replay.
+        gaussian: The distribution of ``x_next``.
+    """
+
+    step: int
+    interval: Step
+    x: Float[Tensor, "batch *latent"]
+    x_next: Float[Tensor, "batch *latent"]
+    prediction: Prediction
+    gaussian: Gaussian
+
+
+@dataclass
+class Itinerary:
+    """What the scheduler does in one call of the pipeline.
+
+    Attributes:
+        nodes: Indices of the grid to visit, ascending; ``n`` nodes make ``n - 1`` steps, and the
+            grid of ``T`` steps has nodes 0 (noise) to T (data). ``None`` visits all.
+        stochastic: The steps that follow ``transition``; the others follow the ODE.
+        transition: The stochastic step.
+        noise: What the stochastic steps inject; without it they return their mean.
+        record: The steps to record.
+        visits: The record.
+    """
+
+    nodes: Sequence[int] | None = None
+    stochastic: Collection[int] = ()
+    transition: Transition = field(default_factory=ODE)
+    noise: SampleNoise | None = None
+    record: Collection[int] = ()
+    visits: list[Visit] = field(default_factory=list)
+
+
+class _Steps:
+    """What both schedulers share: walking an itinerary over a grid."""
+
+    timesteps: Tensor
+    sigmas: Tensor
+    itinerary: Itinerary
+    _grid_timesteps: Tensor
+    _cursor: int
+
+    def _restrict(self) -> None:
+        """Keep only the itinerary's nodes of the grid that was just set."""
+        self._grid_timesteps = self.timesteps
+        self._cursor = 0
+        nodes = self.itinerary.nodes
+        self._nodes = list(range(len(self.timesteps) + 1)) if nodes is None else list(nodes)
+        if self._nodes != sorted(set(self._nodes)) or not 0 <= self._nodes[0] <= self._nodes[
+            -1
+        ] <= len(self.timesteps):
+            raise ValueError(
+                f"nodes {self._nodes} are not an ascending part of 0 to {len(self.timesteps)}"
+            )
+        self.timesteps = self.timesteps[self._nodes[:-1]]
+
+    def step(
+        self,
+        model_output: Tensor,
+        timestep: Tensor,
+        sample: Tensor,
+        return_dict: bool = True,
+    ) -> tuple[Tensor]:
+        """Move one node on; arithmetic and result are fp32 whatever the model's precision."""
+        itinerary, node, next_node = (
+            self.itinerary,
+            self._nodes[self._cursor],
+            self._nodes[self._cursor + 1],
+        )
+        self._cursor += 1
+        interval = self.interval(node, next_node)
+        x = sample.float()
+        prediction = self._predict(model_output.float(), x, node, interval)
+        stochastic = node in itinerary.stochastic
+        gaussian = (itinerary.transition if stochastic else ODE())(x, prediction, interval)
+        x_next = gaussian.mean
+        if stochastic and itinerary.noise is not None:
+            x_next = gaussian.sample(itinerary.noise.at_step(node, x.shape[1:]).to(x.device))
+        if node in itinerary.record:
+            itinerary.visits.append(Visit(node, interval, x, x_next, prediction, gaussian))
+        return (x_next,)
+
+    def interval(self, node: int, next_node: int) -> Step:
+        """The weights of data and noise between two nodes of the current grid."""
+        raise NotImplementedError
+
+    def _predict(self, output: Tensor, x: Tensor, node: int, interval: Step) -> Prediction:
+        raise NotImplementedError
+
+    def set_begin_index(self, begin_index: int = 0) -> None:
+        """Ignored: the itinerary says where to begin."""
+
+    def scale_model_input(self, sample: Tensor, timestep: Tensor | None = None) -> Tensor:
+        """The identity."""
+        return sample
+
+
+class FlowPolicyScheduler(_Steps, FlowMatchEulerDiscreteScheduler):  # type: ignore[misc]
+    """For rectified-flow models."""
+
+    init_noise_sigma = 1.0
+    """Initial latents are standard normal; some pipelines ask."""
+
+    # Pipelines inspect these names to see which arguments a scheduler takes.
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        device: str | torch.device | None = None,
+        sigmas: list[float] | None = None,
+        mu: float | None = None,
+        timesteps: list[float] | None = None,
+    ) -> None:
+        """The grid as diffusers makes it, restricted to the itinerary's nodes."""
+        if mu is not None and not self.config.use_dynamic_shifting:
+            mu = None
+        super().set_timesteps(num_inference_steps, device, sigmas, mu, timesteps)
+        # On the CPU, so that no step waits for the accelerator.
+        self._grid_sigmas = [float(s) for s in self.sigmas.cpu()]
+        if self.config.invert_sigmas:
+            self._grid_sigmas = [1 - s for s in self._grid_sigmas]
+        self._restrict()
+        self.sigmas = self.sigmas[self._nodes]
+
+    def interval(self, node: int, next_node: int) -> Step:
+        sigmas = self._grid_sigmas
+        return Step.flow(sigmas[node], sigmas[next_node], sigma_max=sigmas[1])
+
+    def _predict(self, output: Tensor, x: Tensor, node: int, interval: Step) -> Prediction:
+        # Inverted grids (Mochi) run from 0 to 1, and so their models predict x0 - x1.
+        velocity = -output if self.config.invert_sigmas else output
+        return Prediction.from_velocity(x, velocity, interval.noise)
+
+
+class DiffusionPolicyScheduler(_Steps, DDIMScheduler):  # type: ignore[misc]
+    """For models that predict noise, v or data on a diffusion path."""
+
+    def set_timesteps(
+        self, num_inference_steps: int, device: str | torch.device | None = None
+    ) -> None:
+        """The grid as diffusers makes it, restricted to the itinerary's nodes."""
+        super().set_timesteps(num_inference_steps, device)
+        self._grid = [int(t) for t in self.timesteps.cpu()]
+        self._restrict()
+
+    def interval(self, node: int, next_node: int) -> Step:
+        if next_node == node + 1:
+            # As DDIMScheduler lands, which on some grids differs by one from the next timestep.
+            landing = self._grid[node] - self.config.num_train_timesteps // self.num_inference_steps
+        else:
+            landing = self._grid[next_node] if next_node < len(self._grid) else -1
+        return Step.diffusion(self._alpha_bar(self._grid[node]), self._alpha_bar(landing))
+
+    def _alpha_bar(self, timestep: int) -> float:
+        return float(self.alphas_cumprod[timestep] if timestep >= 0 else self.final_alpha_cumprod)
+
+    def _predict(self, output: Tensor, x: Tensor, node: int, interval: Step) -> Prediction:
+        signal, noise = interval.signal, interval.noise
+        kind = self.config.prediction_type
+        if kind == "epsilon":
+            x0, x1 = (x - noise * output) / signal, output
+        elif kind == "v_prediction":
+            x0, x1 = signal * x - noise * output, signal * output + noise * x
+        else:
+            x0, x1 = output, (x - signal * output) / noise
+        if self.config.clip_sample:
+            x0 = x0.clamp(-self.config.clip_sample_range, self.config.clip_sample_range)
+        return Prediction(x0, x1, output)
+
+
+PolicyScheduler = FlowPolicyScheduler | DiffusionPolicyScheduler
+
+
+def policy_scheduler(shipped: SchedulerMixin) -> PolicyScheduler:
+    """Our scheduler for a pipeline that was shipped with another one.
+
+    Raises:
+        ValueError: If the shipped scheduler belongs to a sampler whose steps are no transitions.
+    """
+    name, config = type(shipped).__name__, dict(shipped.config)
+    if any(word in name for word in REFUSED):
+        raise ValueError(
+            f"a pipeline with {name} cannot be a policy: its sampler jumps to the data and adds noise "
+            "anew, so that its steps have no density to optimise"
+        )
+    scheduler: PolicyScheduler
+    if isinstance(shipped, FlowMatchEulerDiscreteScheduler):
+        scheduler = FlowPolicyScheduler.from_config({**config, "stochastic_sampling": False})
+    elif config.get("prediction_type") == "flow_prediction" or config.get("use_flow_sigmas"):
+        scheduler = FlowPolicyScheduler(
+            num_train_timesteps=config["num_train_timesteps"],
+            shift=config.get("flow_shift") or 1.0,
+            use_dynamic_shifting=bool(config.get("use_dynamic_shifting", False)),
+        )
+    elif hasattr(shipped, "alphas_cumprod"):
+        scheduler = DiffusionPolicyScheduler.from_config(_ddim_config(config))
+        # CogVideoX rescales its own; the numbers are what the model was trained on.
+        scheduler.alphas_cumprod = shipped.alphas_cumprod.clone()
+        if hasattr(shipped, "final_alpha_cumprod"):
+            scheduler.final_alpha_cumprod = torch.as_tensor(shipped.final_alpha_cumprod).clone()
+    else:
+        raise ValueError(
+            f"a pipeline with {name} cannot be a policy: only rectified-flow schedulers and diffusion "
+            "schedulers with alphas_cumprod are known"
+        )
+    scheduler.itinerary = Itinerary()
+    return scheduler
+
+
+def _ddim_config(config: dict[str, Any]) -> dict[str, Any]:
+    """A DDIM configuration on the shipped one's noise schedule.
+
+    DDIM clips the predicted data unless told otherwise; latents must not be clipped, and only a
+    scheduler that was shipped with clipping keeps it.
+    """
+    return {**config, "clip_sample": bool(config.get("clip_sample", False)), "thresholding": False}

@@ -1,0 +1,212 @@
+"""What is trained: LoRA adapters or all weights; the reference model; the moving average."""
+
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from diffusers import DiffusionPipeline, ModelMixin
+from peft import LoraConfig, get_peft_model_state_dict
+from torch import Tensor, nn
+
+ATTENTION_PROJECTIONS = (
+    "to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out",
+)  # fmt: skip
+ADAPTER = "default"
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoRA:
+    """Low-rank adapters on a frozen base (arXiv:2106.09685); the reference is the bare base."""
+
+    kind: Literal["lora"] = "lora"
+    rank: int = 32
+    alpha: int = 64
+    """The adapter's output is scaled by alpha / rank."""
+    targets: tuple[str, ...] = ()
+    """Names, or ends of names, of the layers to adapt; empty adapts the attention projections."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Full:
+    """All weights of the denoiser, in fp32; the reference is a frozen copy."""
+
+    kind: Literal["full"] = "full"
+
+
+Weights = LoRA | Full
+
+
+class Trainable:
+    """The trained weights of one or more denoisers.
+
+    Attributes:
+        parameters: By qualified name, such as ``transformer.proj_out.weight``.
+    """
+
+    def __init__(
+        self,
+        denoisers: Mapping[str, ModelMixin],
+        weights: Weights,
+        *,
+        seed: int,
+        with_reference: bool,
+    ):
+        """Prepare the denoisers in place.
+
+        Args:
+            denoisers: The models to train, by their name in the pipeline.
+            weights: LoRA or full fine-tuning.
+            seed: For the adapters' initial weights.
+            with_reference: Whether :meth:`reference` will be used; full fine-tuning then keeps a copy.
+
+        Raises:
+            ValueError: If LoRA targets name no layer.
+        """
+        self.denoisers, self.weights = denoisers, weights
+        for model in denoisers.values():
+            model.requires_grad_(False)
+            if isinstance(weights, LoRA):
+                _add_adapter(model, weights, seed)
+            else:
+                model.float().requires_grad_(True)
+        self.parameters: dict[str, nn.Parameter] = {
+            f"{name}.{key}": p
+            for name, model in denoisers.items()
+            for key, p in model.named_parameters()
+            if p.requires_grad
+        }
+        copies = with_reference and isinstance(weights, Full)
+        self._reference = [p.detach().clone() for p in self.parameters.values()] if copies else None
+
+    @contextmanager
+    def reference(self) -> Iterator[None]:
+        """Inside, the denoisers are the model that training began from."""
+        if isinstance(self.weights, LoRA):
+            for model in self.denoisers.values():
+                model.disable_adapters()
+            try:
+                yield
+            finally:
+                for model in self.denoisers.values():
+                    model.enable_adapters()
+        else:
+            if self._reference is None:
+                raise RuntimeError(
+                    "the policy was made without a reference; set with_reference=True"
+                )
+            with swapped(list(self.parameters.values()), self._reference):
+                yield
+
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Set the trained weights. Raises ValueError unless names and shapes are exactly ours."""
+        missing = sorted(self.parameters.keys() - tensors.keys())
+        extra = sorted(tensors.keys() - self.parameters.keys())
+        if missing or extra:
+            raise ValueError(
+                f"these weights belong to another model or LoRA setting: missing {missing[:3]}, "
+                f"unexpected {extra[:3]} ({len(missing)} and {len(extra)} in all)"
+            )
+        with torch.no_grad():
+            for name, parameter in self.parameters.items():
+                if parameter.shape != tensors[name].shape:
+                    raise ValueError(
+                        f"weight {name} has shape {tuple(tensors[name].shape)}, expected {tuple(parameter.shape)}"
+                    )
+                parameter.copy_(tensors[name])
+
+
+class EMA:
+    """An exponential moving average of the trained weights, on their device."""
+
+    def __init__(self, parameters: Sequence[nn.Parameter], decay: float):
+        self.parameters, self.decay, self.updates = list(parameters), decay, 0
+        self.average = [p.detach().clone() for p in self.parameters]
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Move towards the weights; the decay rises from 0.1 at the start, as in Flow-GRPO."""
+        self.updates += 1
+        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
+        torch._foreach_lerp_(self.average, [p.detach() for p in self.parameters], 1 - decay)
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """Inside, the model has the averaged weights; nothing is copied."""
+        with swapped(self.parameters, self.average):
+            yield
+
+
+@contextmanager
+def swapped(parameters: Sequence[nn.Parameter], others: Sequence[Tensor]) -> Iterator[None]:
+    """Inside, the parameters hold the other tensors, by exchanging pointers."""
+    own = [p.data for p in parameters]
+    try:
+        for parameter, other in zip(parameters, others, strict=True):
+            parameter.data = other
+        yield
+    finally:
+        for parameter, data in zip(parameters, own, strict=True):
+            parameter.data = data
+
+
+def _add_adapter(model: ModelMixin, lora: LoRA, seed: int) -> None:
+    if not hasattr(model, "add_adapter"):
+        raise ValueError(
+            f"diffusers has no adapters for {type(model).__name__}; set model.weights.kind = 'full'"
+        )
+    layers = [n for n, m in model.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)]
+    wanted = lora.targets or ATTENTION_PROJECTIONS
+    found = [w for w in wanted if any(n == w or n.endswith(f".{w}") for n in layers)]
+    unknown = [w for w in wanted if w not in found]
+    if not found or (lora.targets and unknown):
+        ends = sorted(
+            {
+                ".".join(p for p in n.split(".")[-2:] if not p.isdigit() or n.endswith(p))
+                for n in layers
+            }
+        )
+        raise ValueError(
+            f"LoRA targets {unknown} name no linear layer of {type(model).__name__}; "
+            f"layer names there end in: {', '.join(ends[:40])}"
+        )
+    config = LoraConfig(
+        r=lora.rank, lora_alpha=lora.alpha, target_modules=found, init_lora_weights="gaussian"
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model.add_adapter(config, adapter_name=ADAPTER)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+
+
+def export(pipeline: DiffusionPipeline, trainable: Trainable, folder: Path) -> Path:
+    """Write what was trained in diffusers' own format.
+
+    An adapter becomes a ``pytorch_lora_weights.safetensors`` for ``pipe.load_lora_weights(folder)``;
+    full weights become a pipeline folder for ``from_pretrained(folder)``.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    if isinstance(trainable.weights, Full):
+        pipeline.save_pretrained(folder)
+        return folder
+    save = getattr(type(pipeline), "save_lora_weights", None)
+    accepted = inspect.signature(save).parameters if save is not None else {}
+    arguments: dict[str, Any] = {}
+    for name, model in trainable.denoisers.items():
+        if f"{name}_lora_layers" in accepted:
+            arguments[f"{name}_lora_layers"] = get_peft_model_state_dict(
+                model, adapter_name=ADAPTER
+            )
+            arguments[f"{name}_lora_adapter_metadata"] = model.peft_config[ADAPTER].to_dict()
+        else:
+            # For instance Wan 2.2's second expert: load with
+            # pipe.transformer_2.load_lora_adapter(folder / "transformer_2", prefix=None).
+            model.save_lora_adapter(folder / name, adapter_name=ADAPTER)
+    if arguments and save is not None:
+        save(folder, **{k: v for k, v in arguments.items() if k in accepted})
+    return folder

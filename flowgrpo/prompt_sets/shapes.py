@@ -1,0 +1,28 @@
+"""Prompt files of the embedded world: train and held-out prompts of its six tasks."""
+
+from itertools import zip_longest
+from zlib import crc32
+
+from flowgrpo.shapes.captions import TASKS, Record, split
+
+MAX_TRAIN_PER_TASK = 120
+MAX_HELD_OUT_PER_TASK = 20
+
+
+def train_records() -> list[Record]:
+    """The train prompts, task by task.
+
+    Tasks differ in size: a sampler that should weigh them equally draws by ``tag``.
+    """
+    return [record for task in TASKS for record in _some(split(task, False), MAX_TRAIN_PER_TASK)]
+
+
+def held_out_records() -> list[Record]:
+    """The held-out prompts, the tasks taking turns, so that a prefix is as balanced as can be."""
+    tasks = [_some(split(task, True), MAX_HELD_OUT_PER_TASK) for task in TASKS]
+    return [record for turn in zip_longest(*tasks) for record in turn if record is not None]
+
+
+def _some(records: list[Record], limit: int) -> list[Record]:
+    """At most ``limit`` of the records, chosen and ordered by a hash of the prompt."""
+    return sorted(records, key=lambda record: crc32(record["prompt"].encode()))[:limit]

@@ -1,0 +1,102 @@
+"""Checkpoints: atomic, checked, without pickle.
+
+A checkpoint is a folder of safetensors files and one ``state.json`` that holds their SHA-256. It is
+written under another name and renamed when complete, so that a process killed at any moment leaves
+the last complete one.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+STATE = "state.json"
+Tensors = Mapping[str, Tensor]
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that is damaged; the message says which file, and what can be done."""
+
+
+def save(folder: Path, parts: Mapping[str, Tensors], state: Mapping[str, Any]) -> None:
+    """Write a checkpoint atomically; an existing one of that name is replaced.
+
+    Args:
+        folder: Its final place.
+        parts: Tensors by file name without ending, then by name.
+        state: Anything JSON can hold.
+    """
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    digests = {}
+    for name, tensors in parts.items():
+        file = temporary / f"{name}.safetensors"
+        save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, file)
+        digests[file.name] = _digest(file)
+        _sync(file)
+    (temporary / STATE).write_text(json.dumps({**state, "sha256": digests}, indent=1))
+    _sync(temporary / STATE)
+    if folder.exists():
+        shutil.rmtree(folder)
+    temporary.rename(folder)
+    _sync(folder.parent)
+
+
+def load(folder: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+    """The parts and the state of a checkpoint.
+
+    Raises:
+        CheckpointError: If a file is missing or does not have the bytes that were written.
+    """
+    advice = f"delete {folder} to go on from the checkpoint before it, or restore the file"
+    try:
+        state = json.loads((folder / STATE).read_text())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{folder / STATE} cannot be read ({error}); {advice}") from error
+    parts = {}
+    for name, digest in state.pop("sha256").items():
+        file = folder / name
+        if not file.exists() or _digest(file) != digest:
+            raise CheckpointError(
+                f"{file} is damaged: its SHA-256 is not the one in {STATE}; {advice}"
+            )
+        parts[file.stem] = load_file(file)
+    return parts, state
+
+
+def newest(folder: Path) -> Path | None:
+    """The latest complete checkpoint below a folder."""
+    found = _numbered(folder)
+    return found[-1] if found else None
+
+
+def prune(folder: Path, keep: int) -> None:
+    """Delete all but the ``keep`` newest checkpoints, and what was never completed."""
+    for old in _numbered(folder)[:-keep]:
+        shutil.rmtree(old)
+    for unfinished in folder.glob(".*.tmp"):
+        shutil.rmtree(unfinished)
+
+
+def _numbered(folder: Path) -> list[Path]:
+    return sorted(p for p in folder.glob("[0-9]*") if (p / STATE).exists())
+
+
+def _digest(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,144 @@
+"""Captions of the embedded world in GenEval's six tasks, as prompts with GenEval's metadata.
+
+The metadata of a prompt is GenEval's record: ``tag``, ``include`` (clauses with ``class``,
+``count`` and optionally ``color`` and ``position = [relation, index of the target clause]``) and,
+for counting, ``exclude``.
+"""
+
+import zlib
+from itertools import permutations
+from typing import Any
+
+import numpy as np
+
+from flowgrpo.evaluate.relations import RELATIONS, relations_between
+from flowgrpo.shapes.world import COLORS, COUNTS, SHAPES, SceneObject, place
+
+TASKS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
+Record = dict[str, Any]
+
+WORD_CLASSES: tuple[tuple[str, ...], ...] = (
+    tuple(COLORS),
+    tuple(COUNTS.values()),
+    SHAPES,
+    tuple(s + ("es" if s.endswith("s") else "s") for s in SHAPES),
+)
+"""Words that can stand in for one another when a caption is made partly wrong."""
+
+
+def plural(shape: str) -> str:
+    """English plural of a shape's name."""
+    return shape + ("es" if shape.endswith("s") else "s")
+
+
+def with_article(words: str) -> str:
+    """``words`` behind "a" or "an"."""
+    return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
+
+
+def _clause(shape: str, count: int = 1, **more: Any) -> Record:
+    return {"class": shape, "count": count, **more}
+
+
+def all_records(task: str) -> list[Record]:
+    """Every prompt of one task, in a fixed order."""
+    pairs = list(permutations(SHAPES, 2))
+    rows: list[tuple[list[Record], str]] = []
+    if task == "single_object":
+        rows = [([_clause(s)], with_article(s)) for s in SHAPES]
+    elif task == "two_object":
+        rows = [
+            ([_clause(a), _clause(b)], f"{with_article(a)} and {with_article(b)}") for a, b in pairs
+        ]
+    elif task == "counting":
+        rows = [
+            ([_clause(s, n)], f"{word} {plural(s)}") for s in SHAPES for n, word in COUNTS.items()
+        ]
+    elif task == "colors":
+        rows = [([_clause(s, color=c)], with_article(f"{c} {s}")) for s in SHAPES for c in COLORS]
+    elif task == "position":
+        rows = [
+            ([_clause(b), _clause(a, position=[r, 0])], f"{with_article(a)} {r} {with_article(b)}")
+            for a, b in pairs
+            for r in RELATIONS
+        ]
+    elif task == "color_attr":
+        rows = [
+            (
+                [_clause(a, color=c), _clause(b, color=d)],
+                f"{with_article(f'{c} {a}')} and {with_article(f'{d} {b}')}",
+            )
+            for a, b in pairs
+            for c, d in permutations(COLORS, 2)
+        ]
+    else:
+        raise ValueError(f"unknown task {task!r}; known: {', '.join(TASKS)}")
+    records = []
+    for include, words in rows:
+        record: Record = {"tag": task, "include": include}
+        if task == "counting":
+            record["exclude"] = [_clause(include[0]["class"], include[0]["count"] + 1)]
+        records.append({**record, "prompt": f"a photo of {words}"})
+    return records
+
+
+def combination(record: Record) -> str:
+    """What a prompt asks for, whatever the order of its words: "a and b" equals "b and a".
+
+    Train and held-out prompts are split by this, so that no held-out combination is trained on.
+    """
+    clauses = record["include"]
+    parts = sorted(f"{c.get('color', '')} {c['class']} {c['count']}" for c in clauses)
+    if record["tag"] == "position":
+        relation = clauses[1]["position"][0]
+        a, b = clauses[1]["class"], clauses[0]["class"]
+        if relation in ("right of", "below"):
+            a, b, relation = b, a, {"right of": "left of", "below": "above"}[relation]
+        parts = [a, relation, b]
+    return f"{record['tag']}: {', '.join(parts)}"
+
+
+def split(task: str, held_out: bool, share: float = 0.3) -> list[Record]:
+    """The train or held-out prompts of a task; the combinations of the two are disjoint.
+
+    About ``share`` of the combinations, chosen by a hash of the combination, are held out.
+    """
+    records = all_records(task)
+    names = sorted({combination(r) for r in records}, key=lambda name: zlib.crc32(name.encode()))
+    chosen = set(names[: max(1, round(share * len(names)))])
+    return [r for r in records if (combination(r) in chosen) == held_out]
+
+
+def scene_for(record: Record, rng: np.random.Generator) -> list[SceneObject]:
+    """A random scene that the caption describes truly: nothing more, and what it leaves open random."""
+    shapes = [c["class"] for c in record["include"] for _ in range(c["count"])]
+    fixed = [c.get("color") for c in record["include"] for _ in range(c["count"])]
+    colors = [c or str(rng.choice(list(COLORS))) for c in fixed]
+    relation = next((c["position"][0] for c in record["include"] if "position" in c), None)
+    while True:
+        scene = place(shapes, colors, rng)
+        if relation is None or relation in relations_between(scene[1].box, scene[0].box):
+            return scene
+
+
+def corrupt(caption: str, rate: float, rng: np.random.Generator) -> str:
+    """Replace colours, numbers, relations and shapes by others of their kind, each with ``rate``."""
+    relation = next((r for r in RELATIONS if f" {r} " in caption), None)
+    if relation is not None and rng.random() < rate:
+        others = [r for r in RELATIONS if r != relation]
+        caption = caption.replace(f" {relation} ", f" {rng.choice(others)} ")
+    words = caption.split()
+    for i, word in enumerate(words):
+        family = next((f for f in WORD_CLASSES if word in f), None)
+        if family is not None and rng.random() < rate:
+            words[i] = str(rng.choice([w for w in family if w != word]))
+            if words[i - 1] in ("a", "an"):
+                words[i - 1] = "an" if words[i][0] in "aeiou" else "a"
+    return " ".join(words)
+
+
+def vocabulary() -> list[str]:
+    """Every word that a caption can contain, sorted."""
+    return sorted(
+        {w for task in TASKS for r in all_records(task) for w in r["prompt"].split()} | {"an"}
+    )

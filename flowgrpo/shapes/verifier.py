@@ -1,0 +1,188 @@
+"""Reads an image of the embedded world and judges it by GenEval's rules.
+
+Objects are connected regions that differ from the background. A region counts as an object only
+if its outline matches one of the world's shapes closely and it is of one colour: a rectangle is no
+square, a blob no circle, a smear of two colours no object.
+"""
+
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+from scipy import ndimage
+
+from flowgrpo.evaluate.relations import relations_between
+from flowgrpo.shapes.world import BACKGROUND, COLORS, SHAPES, SceneObject, draw
+
+FOREGROUND_DISTANCE = 0.2
+"""RGB distance (components in [0, 1]) from the background beyond which a pixel is foreground."""
+MIN_AREA = 24
+MIN_MATCH, GOOD_MATCH = 0.6, 0.8
+"""Overlap (intersection over union) with the ideal outline: below the first nothing is
+recognised; from the second on an object is genuine; in between it earns partial credit."""
+MAX_STRETCH = 1.2
+"""Largest ratio between an object's aspect and its shape's own."""
+MIN_PURITY = 0.8
+"""Smallest share of an object's inner pixels that must have its colour."""
+_GRID = 24
+
+
+@dataclass(frozen=True)
+class Detection:
+    """One region of an image.
+
+    Attributes:
+        shape: The best matching shape.
+        color: The most frequent colour among its inner pixels.
+        box: ``(x0, y0, x1, y1)`` in pixels.
+        area: Size in pixels.
+        confidence: In [0, 1]; 1 is a genuine object, less is partial credit for a poor one.
+    """
+
+    shape: str
+    color: str
+    box: tuple[float, float, float, float]
+    area: int
+    confidence: float
+
+    @property
+    def genuine(self) -> bool:
+        """Whether it counts as an object under the strict rule."""
+        return self.confidence >= 1.0
+
+
+@cache
+def _templates() -> tuple[np.ndarray, np.ndarray]:
+    """Ideal masks ``(shapes, grid, grid)`` inside their bounding boxes, and aspects (w / h)."""
+    masks, aspects = [], []
+    background = np.asarray(BACKGROUND)
+    for shape in SHAPES:
+        image = draw([SceneObject(shape, "blue", 32.0, 32.0, 24.0)], size=256)
+        mask = np.abs(image.astype(int) - background).sum(-1) > 60
+        rows, cols = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+        crop = mask[rows[0] : rows[-1] + 1, cols[0] : cols[-1] + 1]
+        masks.append(_to_grid(crop))
+        aspects.append(crop.shape[1] / crop.shape[0])
+    return np.stack(masks), np.asarray(aspects)
+
+
+def _to_grid(mask: np.ndarray) -> np.ndarray:
+    h, w = mask.shape
+    rows = ((np.arange(_GRID) + 0.5) * h / _GRID).astype(int)
+    cols = ((np.arange(_GRID) + 0.5) * w / _GRID).astype(int)
+    return mask[rows[:, None], cols[None, :]]
+
+
+_PALETTE = np.asarray([*COLORS.values(), BACKGROUND], dtype=np.float32) / 255
+_NAMES = (*COLORS, "background")
+
+
+def detect(image: Float[np.ndarray, "h w 3"]) -> list[Detection]:
+    """Find the regions of one image with components in [0, 1], largest first."""
+    distance = ((image[:, :, None, :] - _PALETTE) ** 2).sum(-1)
+    labels, _ = ndimage.label(distance[:, :, -1] > FOREGROUND_DISTANCE**2)
+    found = []
+    for index, window in enumerate(ndimage.find_objects(labels), start=1):
+        region = labels[window] == index
+        if np.count_nonzero(region) >= MIN_AREA:
+            found.append(_detection(region, distance[window], window))
+    return sorted(found, key=lambda d: -d.area)
+
+
+def _detection(region: np.ndarray, distance: np.ndarray, window: tuple[slice, slice]) -> Detection:
+    """Judge one region from its mask and its pixels' squared distances to the palette."""
+    inner = ndimage.binary_erosion(region)
+    nearest = distance[:, :, :-1].argmin(-1)
+    votes = np.bincount(nearest[inner if inner.any() else region], minlength=len(COLORS))
+    color = int(votes.argmax())
+    purity = votes[color] / votes.sum()
+    # Smooth edges: a pixel belongs to the object if it is nearer to its colour than to the ground.
+    mask = region & (distance[:, :, color] < distance[:, :, -1])
+    if not mask.any():
+        mask = region
+    y, x = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+    mask = mask[y[0] : y[-1] + 1, x[0] : x[-1] + 1]
+    top, left = window[0].start + y[0], window[1].start + x[0]
+    masks, aspects = _templates()
+    height, width = mask.shape
+    grid = _to_grid(mask)
+    overlap = (masks & grid).sum((1, 2)) / (masks | grid).sum((1, 2))
+    best = int(overlap.argmax())
+    # A region two pixels off in a small box is already stretched, so allow for one pixel.
+    stretch = max(
+        (width - 1) / (height * aspects[best]),
+        (height - 1) * aspects[best] / width,
+    )
+    quality = (overlap[best] - MIN_MATCH) / (GOOD_MATCH - MIN_MATCH)
+    quality *= min(1.0, MAX_STRETCH / stretch) ** 4 * min(1.0, purity / MIN_PURITY) ** 2
+    genuine = overlap[best] >= GOOD_MATCH and stretch <= MAX_STRETCH and purity >= MIN_PURITY
+    return Detection(
+        shape=SHAPES[best],
+        color=_NAMES[color],
+        box=(float(left), float(top), float(left + width), float(top + height)),
+        area=int(np.count_nonzero(mask)),
+        confidence=1.0 if genuine else float(np.clip(quality, 0.0, 0.99)),
+    )
+
+
+def judge(detections: list[Detection], record: dict[str, Any]) -> tuple[float, float]:
+    """Strict (0 or 1) and graded (in [0, 1]) score of an image for a prompt's record."""
+    return strict(detections, record), graded(detections, record)
+
+
+def strict(detections: list[Detection], record: dict[str, Any]) -> float:
+    """GenEval's rule: every ``include`` clause met, no ``exclude`` clause met (arXiv:2310.11513)."""
+    objects = [d for d in detections if d.genuine]
+    matched: list[list[Detection]] = []
+    for clause in record["include"]:
+        found = [d for d in objects if d.shape == clause["class"]][: clause["count"]]
+        good = len(found) == clause["count"]
+        if good and "color" in clause:
+            good = all(d.color == clause["color"] for d in found)
+        if good and "position" in clause:
+            relation, target = clause["position"]
+            others = matched[target]
+            good = bool(others) and all(
+                relation in relations_between(d.box, o.box) for d in found for o in others
+            )
+        matched.append(found if good else [])
+        if not good:
+            return 0.0
+    for clause in record.get("exclude", ()):
+        if sum(d.shape == clause["class"] for d in objects) >= clause["count"]:
+            return 0.0
+    return 1.0
+
+
+def graded(detections: list[Detection], record: dict[str, Any]) -> float:
+    """Partial credit: the mean over what the clauses ask for, malformed objects counting in part.
+
+    Each clause asks for its objects (for counting: that many, no more) and, where it names them,
+    for their colour and their position. A strictly right image scores 1, up to the extra objects
+    that GenEval tolerates.
+    """
+    exact = bool(record.get("exclude"))
+    credits: list[float] = []
+    best: list[Detection | None] = []
+    for clause in record["include"]:
+        count = clause["count"]
+        found = sorted(
+            (d for d in detections if d.shape == clause["class"] and d.confidence > 0),
+            key=lambda d: -d.confidence,
+        )
+        best.append(found[0] if found else None)
+        present = sum(d.confidence for d in (found if exact else found[:count]))
+        credits.append(max(0.0, 1.0 - abs(count - present) / count))
+        if "color" in clause:
+            right = sum(d.confidence for d in found[:count] if d.color == clause["color"])
+            credits.append(right / count)
+        if "position" in clause:
+            relation, target = clause["position"]
+            one, other = best[-1], best[target]
+            holds = one and other and relation in relations_between(one.box, other.box)
+            credits.append(
+                min(one.confidence, other.confidence) if one and other and holds else 0.0
+            )
+    return sum(credits) / len(credits)

@@ -1,0 +1,114 @@
+"""The embedded world: what exists in it, and how a scene is laid out and drawn.
+
+A scene is a light grey square canvas with one to four upright coloured shapes that do not touch.
+Coordinates are pixels, x to the right and y downwards.
+"""
+
+import math
+from dataclasses import dataclass
+from functools import cache
+
+import numpy as np
+from jaxtyping import UInt8
+from PIL import Image, ImageDraw
+
+IMAGE_SIZE = 64
+BACKGROUND = (236, 236, 234)
+COLORS: dict[str, tuple[int, int, int]] = {
+    "red": (214, 40, 40),
+    "orange": (247, 137, 20),
+    "yellow": (248, 214, 42),
+    "green": (44, 160, 70),
+    "blue": (38, 92, 210),
+    "purple": (128, 56, 176),
+    "pink": (246, 140, 190),
+}
+SHAPES = ("circle", "square", "triangle", "star", "cross")
+COUNTS = {2: "two", 3: "three", 4: "four"}
+MIN_RADIUS, MAX_RADIUS = 8.0, 13.0
+GAP = 3.0
+"""Smallest distance in pixels between the boxes of two shapes, and to the border of the canvas."""
+SUPERSAMPLING = 4
+
+
+@dataclass(frozen=True)
+class SceneObject:
+    """One shape: what it is, its colour, and where its centre and how large its radius is."""
+
+    shape: str
+    color: str
+    x: float
+    y: float
+    radius: float
+
+    @property
+    def box(self) -> tuple[float, float, float, float]:
+        """The bounding box ``(x0, y0, x1, y1)``."""
+        outline = self.outline()
+        xs, ys = zip(*outline, strict=True)
+        return min(xs), min(ys), max(xs), max(ys)
+
+    def outline(self) -> list[tuple[float, float]]:
+        """The corners of the shape; a circle is a fine polygon."""
+        return [
+            (self.x + self.radius * u, self.y + self.radius * v)
+            for u, v in unit_outline(self.shape)
+        ]
+
+
+@cache
+def unit_outline(shape: str) -> tuple[tuple[float, float], ...]:
+    """Corners of a shape of radius 1 around the origin."""
+    if shape == "circle":
+        turn = [2 * math.pi * i / 64 for i in range(64)]
+        return tuple((math.cos(a), math.sin(a)) for a in turn)
+    if shape == "square":
+        h = 0.88
+        return ((-h, -h), (h, -h), (h, h), (-h, h))
+    if shape == "triangle":
+        return ((0.0, -0.95), (1.08, 0.88), (-1.08, 0.88))
+    if shape == "star":
+        points = [(1.2 if i % 2 == 0 else 0.6, math.pi * i / 5 - math.pi / 2) for i in range(10)]
+        return tuple((r * math.cos(a), r * math.sin(a)) for r, a in points)
+    if shape == "cross":
+        o, i = 1.0, 0.36
+        return (
+            (-i, -o), (i, -o), (i, -i), (o, -i), (o, i), (i, i),
+            (i, o), (-i, o), (-i, i), (-o, i), (-o, -i), (-i, -i),
+        )  # fmt: skip
+    raise ValueError(f"unknown shape {shape!r}; known: {', '.join(SHAPES)}")
+
+
+def draw(scene: list[SceneObject], size: int = IMAGE_SIZE) -> UInt8[np.ndarray, "h w 3"]:
+    """Render a scene with smooth edges. Raises ValueError on an unknown shape or colour."""
+    scale = SUPERSAMPLING * size / IMAGE_SIZE
+    canvas = Image.new("RGB", (size * SUPERSAMPLING, size * SUPERSAMPLING), BACKGROUND)
+    pen = ImageDraw.Draw(canvas)
+    for item in scene:
+        if item.color not in COLORS:
+            raise ValueError(f"unknown colour {item.color!r}; known: {', '.join(COLORS)}")
+        pen.polygon([(x * scale, y * scale) for x, y in item.outline()], fill=COLORS[item.color])
+    return np.asarray(canvas.resize((size, size), Image.Resampling.BOX))
+
+
+def place(
+    shapes: list[str], colors: list[str], rng: np.random.Generator, max_tries: int = 200
+) -> list[SceneObject]:
+    """Lay shapes out at random positions and sizes so that none touch. More shapes are smaller."""
+    top = MAX_RADIUS if len(shapes) <= 2 else MAX_RADIUS - 1.5 * (len(shapes) - 2)
+    while True:
+        scene: list[SceneObject] = []
+        for _ in range(max_tries):
+            shape, color = shapes[len(scene)], colors[len(scene)]
+            radius = float(rng.uniform(MIN_RADIUS, top))
+            margin = 1.15 * radius + 1
+            x, y = rng.uniform(margin, IMAGE_SIZE - margin, size=2)
+            item = SceneObject(shape, color, float(x), float(y), radius)
+            if all(_apart(item.box, other.box) for other in scene):
+                scene.append(item)
+            if len(scene) == len(shapes):
+                return scene
+
+
+def _apart(a: tuple[float, float, float, float], b: tuple[float, float, float, float]) -> bool:
+    return a[0] - b[2] >= GAP or b[0] - a[2] >= GAP or a[1] - b[3] >= GAP or b[1] - a[3] >= GAP

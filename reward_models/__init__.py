@@ -1,0 +1,1 @@
+"""Reward models: one file, one reward, usable without flowgrpo's trainer."""

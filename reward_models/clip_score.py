@@ -1,0 +1,71 @@
+"""CLIPScore: how well an image fits its prompt, by the cosine of CLIP embeddings (arXiv:2104.08718)."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import open_clip
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Normalize, Resize
+
+from flowgrpo.experience import Prompt
+
+__all__ = ["CLIPScore"]
+
+
+class CLIPScore:
+    """Cosine of image and text embedding, in [-1, 1]; usually 0.15 to 0.35.
+
+    The default is OpenAI's ViT-L/14 (MIT, 224x224, bicubic resize and centre crop). Prompts are cut
+    after 77 tokens.
+    """
+
+    def __init__(self, model: str = "ViT-L-14", pretrained: str = "openai", device: str = "auto"):
+        """
+        Args:
+            model: Architecture name of open_clip, or ``hf-hub:...`` / ``local-dir:...``.
+            pretrained: Weights of that architecture: a tag of open_clip or a file.
+            device: ``auto`` takes a GPU if there is one.
+
+        Raises:
+            ValueError: If open_clip does not know the model or the weights.
+        """
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        own_weights = ":" in model
+        if not own_weights:
+            known = open_clip.list_pretrained_tags_by_model(model)
+            if model not in open_clip.list_models():
+                raise ValueError(f"open_clip has no model {model!r}; see open_clip.list_models()")
+            if pretrained not in known and not Path(pretrained).is_file():
+                raise ValueError(
+                    f"no weights {pretrained!r} for {model}: neither a file nor one of {', '.join(known)}"
+                )
+        self.device = device
+        self.model, _, preprocess = open_clip.create_model_and_transforms(
+            model, pretrained=None if own_weights else pretrained, device=device
+        )
+        self.model.eval().requires_grad_(False)
+        self.tokenizer = open_clip.get_tokenizer(model)
+        normalise = next(t for t in preprocess.transforms if isinstance(t, Normalize))
+        size = self.model.visual.image_size
+        side = size[0] if isinstance(size, tuple) else size
+        self.preprocess = Compose(
+            [
+                Resize(side, InterpolationMode.BICUBIC, antialias=True),
+                CenterCrop(side),
+                Normalize(normalise.mean, normalise.std),
+            ]
+        )
+
+    @torch.no_grad()
+    def __call__(
+        self, media: Float[Tensor, "batch 3 h w"], prompts: Sequence[Prompt]
+    ) -> Float[Tensor, " batch"]:
+        pixels = self.preprocess(media.to(self.device)).float()
+        tokens = self.tokenizer([p.text for p in prompts]).to(self.device)
+        image = F.normalize(self.model.encode_image(pixels), dim=-1)
+        text = F.normalize(self.model.encode_text(tokens), dim=-1)
+        return (image * text).sum(-1).float().cpu()

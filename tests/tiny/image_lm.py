@@ -1,0 +1,287 @@
+"""Tiny image families that read their prompt with a language model."""
+
+from diffusers import (
+    AutoencoderDC,
+    AutoencoderKLFlux2,
+    AutoencoderKLQwenImage,
+    CogView4Pipeline,
+    CogView4Transformer2DModel,
+    DPMSolverMultistepScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    Flux2KleinPipeline,
+    Flux2Transformer2DModel,
+    Lumina2Pipeline,
+    Lumina2Transformer2DModel,
+    PRXPipeline,
+    PRXTransformer2DModel,
+    QwenImagePipeline,
+    QwenImageTransformer2DModel,
+    SanaPipeline,
+    SanaTransformer2DModel,
+    ZImagePipeline,
+    ZImageTransformer2DModel,
+)
+from torch import nn
+from transformers import (
+    Gemma2Config,
+    Gemma2Model,
+    GlmConfig,
+    GlmModel,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3Model,
+    T5GemmaConfig,
+    T5GemmaModuleConfig,
+)
+from transformers.models.t5gemma.modeling_t5gemma import T5GemmaEncoder
+
+from .image import FLUX_SHIFT, FLUX_SIZES, LARGER, SHORT, SIZE, UNBINNED
+from .parts import (
+    family,
+    gemma_tokenizer,
+    glm_tokenizer,
+    kl_vae,
+    lm_sizes,
+    louder,
+    qwen_tokenizer,
+)
+
+
+def flux2_klein() -> Flux2KleinPipeline:
+    tokenizer = qwen_tokenizer()
+    transformer = Flux2Transformer2DModel(
+        **FLUX_SIZES,
+        timestep_guidance_channels=32,
+        axes_dims_rope=(4, 4, 4, 4),
+        guidance_embeds=False,
+    )
+    louder(transformer.transformer_blocks[0].attn.add_v_proj, 8.0)
+    return Flux2KleinPipeline(
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(**FLUX_SHIFT),
+        vae=AutoencoderKLFlux2(
+            block_out_channels=(8, 16),
+            down_block_types=("DownEncoderBlock2D",) * 2,
+            up_block_types=("UpDecoderBlock2D",) * 2,
+            layers_per_block=1,
+            latent_channels=4,
+            norm_num_groups=4,
+            sample_size=32,
+        ),
+        text_encoder=Qwen3ForCausalLM(Qwen3Config(**lm_sizes(tokenizer))),
+        tokenizer=tokenizer,
+    )
+
+
+def sana() -> SanaPipeline:
+    tokenizer = gemma_tokenizer()
+    return SanaPipeline(
+        transformer=SanaTransformer2DModel(
+            sample_size=8,
+            patch_size=1,
+            in_channels=4,
+            out_channels=4,
+            num_layers=2,
+            num_attention_heads=2,
+            attention_head_dim=8,
+            num_cross_attention_heads=2,
+            cross_attention_head_dim=8,
+            cross_attention_dim=16,
+            caption_channels=16,
+        ),
+        scheduler=DPMSolverMultistepScheduler(
+            prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
+        ),
+        vae=AutoencoderDC(
+            latent_channels=4,
+            attention_head_dim=4,
+            encoder_block_types=("ResBlock", "ResBlock", "EfficientViTBlock"),
+            decoder_block_types=("ResBlock", "ResBlock", "EfficientViTBlock"),
+            encoder_block_out_channels=(8, 8, 8),
+            decoder_block_out_channels=(8, 8, 8),
+            encoder_layers_per_block=(1, 1, 1),
+            decoder_layers_per_block=(1, 1, 1),
+            encoder_qkv_multiscales=((), (), (5,)),
+            decoder_qkv_multiscales=((), (), (5,)),
+            scaling_factor=0.41407,
+        ),
+        text_encoder=Gemma2Model(Gemma2Config(**lm_sizes(tokenizer), query_pre_attn_scalar=8)),
+        tokenizer=tokenizer,
+    )
+
+
+def lumina2() -> Lumina2Pipeline:
+    """Its pipeline takes the VAE to be eight-fold whatever the VAE says."""
+    tokenizer = gemma_tokenizer()
+    return Lumina2Pipeline(
+        transformer=Lumina2Transformer2DModel(
+            sample_size=4,
+            in_channels=16,
+            hidden_size=32,
+            num_layers=2,
+            num_refiner_layers=1,
+            num_attention_heads=2,
+            num_kv_heads=1,
+            multiple_of=16,
+            axes_dim_rope=(8, 4, 4),
+            axes_lens=(300, 32, 32),
+            cap_feat_dim=16,
+        ),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=6.0),
+        vae=kl_vae(16, levels=4, quant=False, scaling_factor=0.3611, shift_factor=0.1159),
+        text_encoder=Gemma2Model(Gemma2Config(**lm_sizes(tokenizer), query_pre_attn_scalar=8)),
+        tokenizer=tokenizer,
+    )
+
+
+def cogview4() -> CogView4Pipeline:
+    tokenizer = glm_tokenizer()
+    transformer = CogView4Transformer2DModel(
+        sample_size=8,
+        patch_size=2,
+        in_channels=16,
+        out_channels=16,
+        num_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        text_embed_dim=16,
+        time_embed_dim=32,
+        condition_dim=8,
+    )
+    louder(transformer.transformer_blocks[0].attn1.to_v, 8.0)
+    return CogView4Pipeline(
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(
+            base_shift=0.25,
+            max_shift=0.75,
+            base_image_seq_len=256,
+            use_dynamic_shifting=True,
+            time_shift_type="linear",
+        ),
+        vae=kl_vae(16, quant=False, scaling_factor=1.0),
+        text_encoder=GlmModel(GlmConfig(**lm_sizes(tokenizer))),
+        tokenizer=tokenizer,
+    )
+
+
+def qwen_image() -> QwenImagePipeline:
+    tokenizer = qwen_tokenizer()
+    rope = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 1e6}
+    text = lm_sizes(tokenizer) | {"rope_parameters": rope}
+    vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2}
+    transformer = QwenImageTransformer2DModel(
+        patch_size=2,
+        in_channels=64,
+        out_channels=16,
+        num_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=16,
+        axes_dims_rope=(8, 4, 4),
+    )
+    louder(transformer.transformer_blocks[0].attn.add_v_proj, 8.0)
+    return QwenImagePipeline(
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(
+            base_shift=0.5,
+            max_shift=0.9,
+            max_image_seq_len=8192,
+            shift_terminal=0.02,
+            use_dynamic_shifting=True,
+        ),
+        vae=AutoencoderKLQwenImage(base_dim=8, dim_mult=[1, 1, 1, 1], num_res_blocks=1),
+        text_encoder=Qwen2_5_VLForConditionalGeneration(
+            Qwen2_5_VLConfig(
+                text_config=text,
+                vision_config=vision | {"out_hidden_size": 16, "fullatt_block_indexes": [0]},
+            )
+        ),
+        tokenizer=tokenizer,
+    )
+
+
+def z_image() -> ZImagePipeline:
+    tokenizer = qwen_tokenizer()
+    transformer = ZImageTransformer2DModel(
+        in_channels=16,
+        dim=32,
+        n_layers=2,
+        n_refiner_layers=1,
+        n_heads=2,
+        n_kv_heads=2,
+        cap_feat_dim=16,
+        axes_dims=[8, 4, 4],
+        axes_lens=[256, 32, 32],
+    )
+    for uninitialised in (transformer.x_pad_token, transformer.cap_pad_token):
+        nn.init.normal_(uninitialised, std=0.02)
+    return ZImagePipeline(
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=6.0),
+        vae=kl_vae(16, quant=False, scaling_factor=0.3611, shift_factor=0.1159),
+        text_encoder=Qwen3Model(Qwen3Config(**lm_sizes(tokenizer))),
+        tokenizer=tokenizer,
+    )
+
+
+def prx() -> PRXPipeline:
+    """Diffusers reads the encoder's sizes from a field that the encoder alone does not save."""
+    tokenizer = gemma_tokenizer()
+    tokenizer.model_max_length = 16
+    sizes = T5GemmaModuleConfig(**lm_sizes(tokenizer), query_pre_attn_scalar=8)
+    config = T5GemmaConfig(encoder=sizes, decoder=sizes, vocab_size=len(tokenizer)).encoder
+    config.encoder = config.to_dict()
+    transformer = PRXTransformer2DModel(
+        patch_size=2,
+        in_channels=16,
+        context_in_dim=16,
+        hidden_size=32,
+        mlp_ratio=2.0,
+        num_heads=2,
+        depth=2,
+        axes_dim=[8, 8],
+    )
+    louder(transformer.txt_in, 8.0)
+    return PRXPipeline(
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=kl_vae(16, quant=False, scaling_factor=0.3611, shift_factor=0.1159),
+        text_encoder=T5GemmaEncoder(config),
+        tokenizer=tokenizer,
+    )
+
+
+IMAGE_LM = (
+    family("sana", sana, UNBINNED | LARGER | {"complex_human_instruction": None}),
+    family(
+        "lumina2",
+        lumina2,
+        LARGER | {"max_sequence_length": 24, "system_prompt": "", "guidance_scale": 4.0},
+        outputs=("transformer.norm_out.linear_2", "vae.decoder.conv_out"),
+    ),
+    family("cogview4", cogview4, SHORT | {"guidance_scale": 5.0}),
+    family(
+        "flux2_klein",
+        flux2_klein,
+        SHORT | {"guidance_scale": 4.0, "text_encoder_out_layers": (1, 2)},
+    ),
+    family(
+        "qwen_image",
+        qwen_image,
+        LARGER | {"max_sequence_length": 32, "true_cfg_scale": 4.0},
+    ),
+    family(
+        "z_image",
+        z_image,
+        SHORT | {"guidance_scale": 4.0},
+        outputs=("transformer.all_final_layer.2-1.linear", "vae.decoder.conv_out"),
+    ),
+    family(
+        "prx",
+        prx,
+        SIZE | {"use_resolution_binning": False, "guidance_scale": 4.0},
+        outputs=("transformer.final_layer.linear", "vae.decoder.conv_out"),
+    ),
+)
