@@ -1,0 +1,49 @@
+"""flowgrpo: reinforcement learning for image and video generators.
+
+>>> import flowgrpo
+>>> config = flowgrpo.load("quickstart", ["run.folder=runs/mine"])
+>>> flowgrpo.train(config)  # doctest: +SKIP
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from flowgrpo.config import Config, load
+    from flowgrpo.core.random import Random, SampleNoise
+    from flowgrpo.experience import Prompt, RewardModel
+    from flowgrpo.judge import Judge, Reward
+    from flowgrpo.policy import EMA, Full, LoRA, PipelinePolicy, Sampling
+    from flowgrpo.trainer import Result, train
+
+_HOMES = {
+    "Config": "flowgrpo.config",
+    "load": "flowgrpo.config",
+    "Random": "flowgrpo.core.random",
+    "SampleNoise": "flowgrpo.core.random",
+    "Prompt": "flowgrpo.experience",
+    "RewardModel": "flowgrpo.experience",
+    "Judge": "flowgrpo.judge",
+    "Reward": "flowgrpo.judge",
+    "EMA": "flowgrpo.policy",
+    "Full": "flowgrpo.policy",
+    "LoRA": "flowgrpo.policy",
+    "PipelinePolicy": "flowgrpo.policy",
+    "Sampling": "flowgrpo.policy",
+    "Result": "flowgrpo.trainer",
+    "train": "flowgrpo.trainer",
+}
+
+__all__ = [
+    "EMA", "Config", "Full", "Judge", "LoRA", "PipelinePolicy", "Prompt", "Random", "Result", "Reward",
+    "RewardModel", "SampleNoise", "Sampling", "load", "train",
+]  # fmt: skip
+
+__version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    # torch and diffusers take seconds to import, and most commands and mistakes need neither.
+    if name not in _HOMES:
+        raise AttributeError(f"module 'flowgrpo' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)

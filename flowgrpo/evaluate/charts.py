@@ -8,13 +8,17 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
+from itertools import pairwise
 
 NUM_COLORS = 6
 MAX_POINTS = 300
 """A chart is some 400 pixels wide; more points than that only make the file large."""
 
-Point = tuple[float, float]
-LEFT, RIGHT, TOP, BOTTOM = 44.0, 10.0, 10.0, 22.0
+Number = int | float
+"""JSON knows no difference, and type checks at run time do."""
+
+Point = tuple[Number, Number]
+LEFT, RIGHT, TOP, BOTTOM = 48.0, 10.0, 10.0, 22.0
 
 
 @dataclass(frozen=True)
@@ -28,17 +32,19 @@ class Line:
         errors: Half-length of each point's error bar; ``None`` for no bars.
         faint: Whether it is the background of another curve.
         dots: Whether each point is marked, with its value on hovering.
+        axis: What x counts.
     """
 
     name: str
     points: Sequence[Point]
     color: int = 0
-    errors: Sequence[float | None] | None = None
+    errors: Sequence[Number | None] | None = None
     faint: bool = False
     dots: bool = False
+    axis: str = "iteration"
 
 
-def number(value: float) -> str:
+def number(value: Number) -> str:
     """Three significant digits, a real minus sign, and a dash for what is not a number."""
     if not math.isfinite(value):
         return "–"
@@ -55,12 +61,12 @@ def number(value: float) -> str:
     return f"−{text}" if value < 0 else text
 
 
-def points(value: float) -> str:
+def points(value: Number) -> str:
     """A share as points out of 100, with one decimal."""
     return f"{100 * value:.1f}".replace("-", "−") if math.isfinite(value) else "–"
 
 
-def duration(seconds: float) -> str:
+def duration(seconds: Number) -> str:
     """Seconds in the unit a person would choose."""
     if not math.isfinite(seconds):
         return "–"
@@ -75,11 +81,10 @@ def duration(seconds: float) -> str:
 
 
 def smooth(line: Sequence[Point], window: int) -> list[Point]:
-    """The centred moving average over ``window`` points; fewer at both ends."""
-    result = []
+    """The centred moving average over ``window`` points; over those there are at both ends."""
+    half, result = window // 2, []
     for i, (x, _) in enumerate(line):
-        reach = min(window // 2, i, len(line) - 1 - i)
-        near = [y for _, y in line[i - reach : i + reach + 1] if math.isfinite(y)]
+        near = [y for _, y in line[max(0, i - half) : i + half + 1] if math.isfinite(y)]
         result.append((x, sum(near) / len(near) if near else math.nan))
     return result
 
@@ -100,17 +105,28 @@ def thin(line: Sequence[Point], limit: int = MAX_POINTS) -> list[Point]:
     return kept
 
 
-def ticks(low: float, high: float, count: int) -> list[float]:
-    """About ``count`` round values in ``[low, high]``."""
-    rough = (high - low) / max(1, count)
-    power = 10.0 ** math.floor(math.log10(rough))
-    step = next(m * power for m in (1, 2, 2.5, 5, 10) if m * power >= rough * 0.999)
-    first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
-    return [i * step for i in range(first, last + 1)]
+def ticks(low: Number, high: Number, least: int) -> list[float]:
+    """At least ``least`` round values in ``[low, high]``, and as few as can be."""
+    power = 10.0 ** math.ceil(math.log10(high - low))
+    while True:
+        for step in (power, power / 2, power / 5):
+            first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
+            if last - first + 1 >= least:
+                return [i * step for i in range(first, last + 1)]
+        power /= 10
+
+
+def tick_labels(values: Sequence[Number]) -> list[str]:
+    """Equally many decimals on an axis, as many as tell its ticks apart."""
+    step = min((b - a for a, b in pairwise(values)), default=1.0)
+    if max(abs(v) for v in values) < 1e-3:
+        return [number(float(f"{v:.6g}")) for v in values]
+    decimals = max(0, -math.floor(math.log10(step) + 1e-9))
+    return [f"{v:,.{decimals}f}".replace("-", "−") for v in values]
 
 
 def line_chart(
-    lines: Sequence[Line], width: float = 420, height: float = 210, num_ticks: int = 4
+    lines: Sequence[Line], width: int = 420, height: int = 210, num_ticks: int = 4
 ) -> str:
     """Curves over a common x axis of whole iterations, as an ``<svg>`` that scales to its place.
 
@@ -121,16 +137,15 @@ def line_chart(
         return '<p class="quiet">no finite values</p>'
     label = escape(", ".join(line.name for line in lines if not line.faint))
     parts = [f'<svg viewBox="0 0 {width:g} {height:g}" role="img" aria-label="{label}">']
-    for value in ticks(frame.low, frame.high, num_ticks):
+    levels = ticks(frame.low, frame.high, num_ticks)
+    for value, text in zip(levels, tick_labels(levels), strict=True):
         y = frame.y(value)
         parts.append(f'<path class="grid" d="M{LEFT:g} {y:.1f}H{width - RIGHT:g}"/>')
-        parts.append(
-            f'<text class="tick" x="{LEFT - 6:g}" y="{y + 3.5:.1f}">{number(_clean(value))}</text>'
-        )
-    whole = [v for v in ticks(frame.first, frame.last, 5) if v == int(v)]
-    for value in whole:
-        at = f'x="{frame.x(value):.1f}" y="{height - 6:g}"'
-        parts.append(f'<text class="tick middle" {at}>{number(value)}</text>')
+        parts.append(f'<text class="tick" x="{LEFT - 6:g}" y="{y + 3.5:.1f}">{text}</text>')
+    for value in ticks(frame.first, frame.last, 4):
+        if value == int(value):
+            at = f'x="{frame.x(value):.1f}" y="{height - 6:g}"'
+            parts.append(f'<text class="tick middle" {at}>{number(value)}</text>')
     parts += [_curve(line, frame) for line in lines]
     return "".join([*parts, "</svg>"])
 
@@ -139,15 +154,15 @@ def line_chart(
 class _Frame:
     """The ranges of both axes and where they are drawn."""
 
-    first: float
-    last: float
-    low: float
-    high: float
-    width: float
-    height: float
+    first: Number
+    last: Number
+    low: Number
+    high: Number
+    width: int
+    height: int
 
     @staticmethod
-    def around(lines: Sequence[Line], width: float, height: float) -> "_Frame | None":
+    def around(lines: Sequence[Line], width: int, height: int) -> "_Frame | None":
         xs = [x for line in lines for x, _ in line.points]
         ys = []
         for line in lines:
@@ -165,17 +180,12 @@ class _Frame:
             min(xs), max(max(xs), min(xs) + 1), low - padding, high + padding, width, height
         )
 
-    def x(self, value: float) -> float:
+    def x(self, value: Number) -> float:
         return LEFT + (value - self.first) / (self.last - self.first) * (self.width - LEFT - RIGHT)
 
-    def y(self, value: float) -> float:
+    def y(self, value: Number) -> float:
         share = (value - self.low) / (self.high - self.low)
         return self.height - BOTTOM - share * (self.height - TOP - BOTTOM)
-
-
-def _clean(value: float) -> float:
-    """A tick without the last bits of floating point."""
-    return float(f"{value:.6g}")
 
 
 def _curve(line: Line, frame: _Frame) -> str:
@@ -194,7 +204,7 @@ def _curve(line: Line, frame: _Frame) -> str:
             parts.append(f'<path class="whisker {color}" d="{ends}"/>')
         if line.dots:
             value = number(y) if error is None else f"{number(y)} ± {number(error)}"
-            hint = f"<title>{escape(line.name)}, iteration {number(x)}: {value}</title>"
+            hint = f"<title>{escape(line.name)}, {line.axis} {number(x)}: {value}</title>"
             parts.append(
                 f'<circle class="{color}" cx="{px:.1f}" cy="{py:.1f}" r="3.4">{hint}</circle>'
             )
@@ -202,8 +212,8 @@ def _curve(line: Line, frame: _Frame) -> str:
     return "".join([f'<path class="{kind} {color}" d="{path}"/>', *parts])
 
 
-def dumbbell(before: float, after: float, low: float, high: float, kind: str) -> str:
-    """A hollow dot for before joined to a full one for after, on a track from ``low`` to ``high``."""
+def dumbbell(before: Number, after: Number, low: Number, high: Number, kind: str) -> str:
+    """A hollow dot for before, joined to a full one for after, between ``low`` and ``high``."""
     if not (math.isfinite(before) and math.isfinite(after)):
         return ""
     width, middle, edge = 150.0, 9.0, 7.0
@@ -218,7 +228,7 @@ def dumbbell(before: float, after: float, low: float, high: float, kind: str) ->
     )
 
 
-def stacked_bar(parts: Sequence[tuple[str, float]]) -> str:
+def stacked_bar(parts: Sequence[tuple[str, Number]]) -> str:
     """Shares of a whole as one bar; part ``i`` has series colour ``i``."""
     total = sum(value for _, value in parts) or 1.0
     x, pieces = 0.0, []

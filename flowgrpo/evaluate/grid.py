@@ -35,7 +35,8 @@ REGULAR = (
 BOLD = ("Inter-SemiBold.ttf", "Roboto-Medium.ttf", "DejaVuSans-Bold.ttf", "Arial Bold.ttf")
 
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
-Media = Float[Tensor, "samples *frames channels height width"]
+Media = Float[Tensor, "_samples *_frames _channels _height _width"]
+"""Not checked by name: :func:`draw_grid` says more helpfully which block differs."""
 
 
 @dataclass(frozen=True)
@@ -238,7 +239,7 @@ class _Row:
         pen = ImageDraw.Draw(canvas)
         for place, frame in enumerate(_frames(frames[None].shape)):
             x = left + place * (width + FRAME_GAP)
-            # The border lies outside: no pixel of the image is hidden, and white images have an edge.
+            # The border gives white images an edge; outside, it hides no pixel of them.
             pen.rectangle((x - 1, top - 1, x + width, top + height), outline=FAINT)
             canvas.paste(_picture(frames[frame], self.layout.frame), (x, top))
         right = left + self.layout.tile_width
@@ -281,7 +282,7 @@ def _badge(good: bool, size: int = 19) -> Image.Image:
         pen.line((x0, y0, x1, y1), fill=PAPER, width=thick)
         for x, y in ((x0, y0), (x1, y1)):
             pen.ellipse((x - thick / 2, y - thick / 2, x + thick / 2, y + thick / 2), fill=PAPER)
-    return badge.resize((size, size), Image.Resampling.LANCZOS)
+    return badge.resize((size, size), Image.Resampling.BOX)
 
 
 @cache

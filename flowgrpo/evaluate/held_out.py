@@ -69,7 +69,7 @@ def evaluate(
         num_ranks: Each process takes every ``num_ranks``-th prompt.
 
     Returns:
-        ``images``, ``scores`` (means), ``reward``, ``by_class``, ``measures``, ``seconds``.
+        ``images``, ``scores`` (means), ``errors`` (their standard errors), ``reward``, ``by_class``, ``measures``, ``seconds``.
     """
     began = time.perf_counter()
     judge.reset()
@@ -103,9 +103,11 @@ def evaluate(
         "images": len(rows),
         "reward": _mean([r["reward"] for r in rows]),
         "scores": _means(rows),
+        "errors": _errors(rows),
         "by_class": {
             c: {
                 **_means([r for r in rows if r["class"] == c]),
+                "errors": _errors([r for r in rows if r["class"] == c]),
                 "images": sum(r["class"] == c for r in rows),
             }
             for c in classes
@@ -127,6 +129,15 @@ def _measure(
 
 def _means(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     return {k: _mean([r["scores"][k] for r in rows]) for k in (rows[0]["scores"] if rows else ())}
+
+
+def _errors(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Standard errors of the means."""
+    result = {}
+    for name in rows[0]["scores"] if rows else ():
+        finite = torch.tensor([r["scores"][name] for r in rows if r["scores"][name] == r["scores"][name]])
+        result[name] = float(finite.std(correction=0) / max(1, len(finite)) ** 0.5) if len(finite) else float("nan")
+    return result
 
 
 def _mean(values: Sequence[float]) -> float:

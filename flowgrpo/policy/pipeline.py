@@ -8,25 +8,25 @@ in where the pipeline prepares its own, and what enters the denoiser has the den
 
 import functools
 import inspect
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline, ModelMixin
+from diffusers import DiffusionPipeline
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from flowgrpo.core.random import SampleNoise
 from flowgrpo.core.transitions import ODE, Transition
 from flowgrpo.experience import Prompt
+from flowgrpo.policy.loading import DTYPES, denoisers, load_pipeline
+from flowgrpo.policy.precision import as_fp32, cast, open_decoder
 from flowgrpo.policy.prompts_cache import PromptCache
 from flowgrpo.policy.scheduler import Itinerary, Visit, policy_scheduler
 from flowgrpo.policy.weights import Full, Trainable, Weights
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,6 +133,7 @@ class PipelinePolicy:
             if model.dtype != self.dtype:
                 model.to(self.dtype)
             model.forward = self._guarded(model.forward)
+        open_decoder(pipeline)
         self.trainable: Trainable | None = None
         if weights is not None:
             self.trainable = Trainable(
@@ -302,8 +303,15 @@ class PipelinePolicy:
     ) -> Tensor:
         """One call of the pipeline."""
         arguments: dict[str, Any] = {"prompt": [p.text for p in prompts], **sampling.arguments()}
-        if any(p.negative is not None for p in prompts):
-            arguments["negative_prompt"] = [p.negative or "" for p in prompts]
+        negatives = [p.negative for p in prompts if p.negative is not None]
+        if negatives:
+            if len(negatives) < len(prompts):
+                # What the pipeline does without one is not what it does with an empty one.
+                raise ValueError(
+                    "prompts with and without a negative prompt cannot share a batch; give all of "
+                    "them one, or none"
+                )
+            arguments["negative_prompt"] = negatives
         # Where a state is put in, the pipeline's own draw is thrown away; one generator is cheaper.
         generators = (
             itinerary.noise.initial() if itinerary.noise and entering is None else torch.Generator()
@@ -317,6 +325,10 @@ class PipelinePolicy:
                 output_type="pt" if decode else "latent",
                 return_dict=False,
             )
+            if self._entering is not None:
+                raise ValueError(
+                    f"{type(self.pipeline).__name__} cannot be entered: its call prepares no latents"
+                )
         finally:
             self.scheduler.itinerary, self._entering = Itinerary(), None
         nodes = itinerary.nodes if itinerary.nodes is not None else range(sampling.num_steps + 1)
@@ -328,8 +340,9 @@ class PipelinePolicy:
         assert self._prepare is not None
         prepared = self._prepare(*args, **kwargs)
         if self._entering is None:
-            return _as_fp32(prepared)
+            return as_fp32(prepared)
         state, shape = self._entering.to(self.device), self._entering.shape
+        self._entering = None
         if isinstance(prepared, Tensor):
             parts: list[Any] = [prepared]
         else:
@@ -355,61 +368,17 @@ class PipelinePolicy:
         def guarded(*args: Any, **kwargs: Any) -> Any:
             dtype = torch.float32 if self._trains_all else self.dtype
 
-            def cast(value: Any) -> Any:
-                return (
-                    value.to(dtype)
-                    if isinstance(value, Tensor) and value.is_floating_point()
-                    else value
-                )
-
             enabled = self.dtype != torch.float32
             with torch.autocast(self.device.type, self.dtype, enabled=enabled):
-                return forward(*map(cast, args), **{k: cast(v) for k, v in kwargs.items()})
+                # Timesteps and guidance, one number per sample, are embedded in fp32: bfloat16 holds
+                # a timestep of 937 only to the nearest 4.
+                return forward(
+                    *(cast(v, dtype, 2) for v in args),
+                    **{k: cast(v, dtype, 2) for k, v in kwargs.items()},
+                )
 
         return guarded
 
     @property
     def _trains_all(self) -> bool:
         return self.trainable is not None and isinstance(self.trainable.weights, Full)
-
-
-def load_pipeline(model: str | Path, dtype: torch.dtype = torch.float32) -> DiffusionPipeline:
-    """``DiffusionPipeline.from_pretrained`` for a hub id, a folder or ``"shapes"``.
-
-    Raises:
-        FileNotFoundError: If a folder is named that is no pipeline.
-    """
-    path = Path(__file__).parents[1] / "shapes" / "model" if str(model) == "shapes" else Path(model)
-    if path.is_dir() and not (path / "model_index.json").exists():
-        raise FileNotFoundError(f"{path} is no diffusers pipeline: it has no model_index.json")
-    looks_like_path = str(model).startswith((".", "/", "~")) or str(model).count("/") > 1
-    if looks_like_path and not path.is_dir():
-        raise FileNotFoundError(f"no such folder: {path}")
-    source = str(path) if path.is_dir() else str(model)
-    return DiffusionPipeline.from_pretrained(source, dtype=dtype)
-
-
-def denoisers(pipeline: DiffusionPipeline) -> Mapping[str, ModelMixin]:
-    """The models that the denoising loop calls, by their name in the pipeline.
-
-    Raises:
-        ValueError: If there is none.
-    """
-    found = {
-        name: model
-        for name, model in pipeline.components.items()
-        if isinstance(model, ModelMixin) and name.split("_")[0] in ("transformer", "unet")
-    }
-    if not found:
-        names = ", ".join(pipeline.components)
-        raise ValueError(
-            f"{type(pipeline).__name__} has no transformer or unet; its components: {names}"
-        )
-    return found
-
-
-def _as_fp32(prepared: Any) -> Any:
-    """Latents in fp32: the loop's state must not be rounded to the model's precision."""
-    if isinstance(prepared, Tensor):
-        return prepared.float() if prepared.is_floating_point() else prepared
-    return tuple(_as_fp32(p) if isinstance(p, Tensor) else p for p in prepared)

@@ -13,6 +13,11 @@ PROMPT_ARGUMENTS = (
 )  # fmt: skip
 
 
+Rows = tuple[tuple[str, ...], ...]
+PLAIN = (str, int, float, bool, type(None), torch.device, torch.dtype)
+"""What ``repr`` tells apart. With any other argument, such as an image, nothing is cached."""
+
+
 class PromptCache:
     """Stands in for ``pipeline.encode_prompt``.
 
@@ -22,11 +27,12 @@ class PromptCache:
     ways reproduces the joint encoding, whole batches are encoded and cached instead.
     """
 
-    def __init__(self, encode: Callable[..., Any], capacity: int = 4096):
+    def __init__(self, encode: Callable[..., Any], capacity: int = 256):
+        """Remember the last ``capacity`` prompts, which for T5-XXL are some megabytes each."""
         self._encode = encode
         self._signature = inspect.signature(encode)
         self._capacity = capacity
-        self._singles: OrderedDict[Any, Any] = OrderedDict()
+        self._kept: OrderedDict[tuple[str, Rows], Any] = OrderedDict()
         self._rules: dict[Any, Callable[[Sequence[Any]], Any] | None] = {}
 
     @torch.no_grad()
@@ -39,54 +45,48 @@ class PromptCache:
             name for name in PROMPT_ARGUMENTS if isinstance(arguments.get(name), list | tuple)
         ]
         rest = {k: v for k, v in arguments.items() if k not in PROMPT_ARGUMENTS}
-        if "prompt" not in batched or any(_has_tensor(v) for v in rest.values()):
+        if "prompt" not in batched or not _is_plain(rest):
             return self._encode(*args, **kwargs)
-        shared = repr([rest, [arguments.get(n) for n in PROMPT_ARGUMENTS if n not in batched]])
-        rows = list(zip(*(arguments[name] for name in batched), strict=True))
+        shared = repr([rest, {n: arguments.get(n) for n in PROMPT_ARGUMENTS if n not in batched}])
+        rows = tuple(zip(*(arguments[name] for name in batched), strict=True))
         if shared not in self._rules:
-            self._rules[shared] = self._learn_rule(bound, batched, rows, shared)
+            self._rules[shared] = self._learn_rule(bound, batched, rows)
         join = self._rules[shared]
         if join is None:
-            return self._cached(("batch", shared, *rows), lambda: self._call(bound, batched, rows))
-        return join([self._single(bound, batched, row, shared) for row in rows])
+            return self._remembered(bound, batched, rows, shared)
+        return join([self._remembered(bound, batched, (row,), shared) for row in rows])
 
-    def _call(
-        self, bound: inspect.BoundArguments, batched: list[str], rows: Sequence[tuple[str, ...]]
-    ) -> Any:
+    def _call(self, bound: inspect.BoundArguments, batched: list[str], rows: Rows) -> Any:
         """``encode_prompt`` with the given prompts and otherwise the bound arguments."""
         for name, column in zip(batched, zip(*rows, strict=True), strict=True):
             bound.arguments[name] = list(column)
         return self._encode(*bound.args, **bound.kwargs)
 
-    def _single(
-        self, bound: inspect.BoundArguments, batched: list[str], row: tuple[str, ...], shared: str
+    def _remembered(
+        self, bound: inspect.BoundArguments, batched: list[str], rows: Rows, shared: str
     ) -> Any:
-        return self._cached((shared, row), lambda: self._call(bound, batched, [row]))
-
-    def _cached(self, key: Any, make: Callable[[], Any]) -> Any:
-        if key in self._singles:
-            self._singles.move_to_end(key)
+        """The encoding of these prompts together, from the cache if it is there."""
+        key, kept = (shared, rows), self._kept
+        if key in kept:
+            kept.move_to_end(key)
         else:
-            self._singles[key] = make()
-            while len(self._singles) > self._capacity:
-                self._singles.popitem(last=False)
-        return self._singles[key]
+            kept[key] = self._call(bound, batched, rows)
+        value = kept[key]
+        while sum(len(held) for _, held in kept) > self._capacity:
+            kept.popitem(last=False)
+        return value
 
     def _learn_rule(
-        self,
-        bound: inspect.BoundArguments,
-        batched: list[str],
-        rows: list[tuple[str, ...]],
-        shared: str,
+        self, bound: inspect.BoundArguments, batched: list[str], rows: Rows
     ) -> Callable[[Sequence[Any]], Any] | None:
         """How to join single encodings, checked on three rows of different length; None if unknown."""
         short, long = (
             ("a",) * len(batched),
             ("a photo of two red things left of a third thing",) * len(batched),
         )
-        probe = [rows[0], short, long]
+        probe = (rows[0], short, long)
         joint = self._call(bound, batched, probe)
-        singles = [self._call(bound, batched, [row]) for row in probe]
+        singles = [self._call(bound, batched, (row,)) for row in probe]
         try:
             rule = _rule(joint, singles)
             return rule if _equal(rule(singles), joint) else None
@@ -123,7 +123,9 @@ def _equal(a: Any, b: Any) -> bool:
     return bool(a == b)
 
 
-def _has_tensor(value: Any) -> bool:
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, dict):
+        return all(_is_plain(v) for v in value.values())
     if isinstance(value, tuple | list):
-        return any(_has_tensor(v) for v in value)
-    return isinstance(value, Tensor)
+        return all(_is_plain(v) for v in value)
+    return isinstance(value, PLAIN)

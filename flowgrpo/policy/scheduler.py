@@ -9,15 +9,18 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
-from diffusers.schedulers.scheduling_utils import SchedulerMixin
+from diffusers.schedulers.scheduling_utils import SchedulerMixin, SchedulerOutput
 from jaxtyping import Float
 from torch import Tensor
 
 from flowgrpo.core.random import SampleNoise
 from flowgrpo.core.transitions import ODE, Gaussian, Prediction, Step, Transition
 
+Grid = list[float] | np.ndarray | Tensor
+"""What pipelines hand to ``set_timesteps``."""
 REFUSED = ("LCM", "TCD", "Consistency", "DiffusionForcing")
 """Schedulers of samplers that jump to the data and add noise anew; their steps are no transitions."""
 
@@ -73,11 +76,12 @@ class _Steps:
     itinerary: Itinerary
     _grid_timesteps: Tensor
     _cursor: int
+    _state: Tensor | None
 
     def _restrict(self) -> None:
         """Keep only the itinerary's nodes of the grid that was just set."""
         self._grid_timesteps = self.timesteps
-        self._cursor = 0
+        self._cursor, self._state = 0, None
         nodes = self.itinerary.nodes
         self._nodes = list(range(len(self.timesteps) + 1)) if nodes is None else list(nodes)
         if self._nodes != sorted(set(self._nodes)) or not 0 <= self._nodes[0] <= self._nodes[
@@ -94,7 +98,7 @@ class _Steps:
         timestep: Tensor,
         sample: Tensor,
         return_dict: bool = True,
-    ) -> tuple[Tensor]:
+    ) -> tuple[Tensor] | SchedulerOutput:
         """Move one node on; arithmetic and result are fp32 whatever the model's precision."""
         itinerary, node, next_node = (
             self.itinerary,
@@ -103,16 +107,24 @@ class _Steps:
         )
         self._cursor += 1
         interval = self.interval(node, next_node)
-        x = sample.float()
+        x = self._unrounded(sample)
         prediction = self._predict(model_output.float(), x, node, interval)
         stochastic = node in itinerary.stochastic
         gaussian = (itinerary.transition if stochastic else ODE())(x, prediction, interval)
         x_next = gaussian.mean
         if stochastic and itinerary.noise is not None:
             x_next = gaussian.sample(itinerary.noise.at_step(node, x.shape[1:]).to(x.device))
+        self._state = x_next
         if node in itinerary.record:
             itinerary.visits.append(Visit(node, interval, x, x_next, prediction, gaussian))
-        return (x_next,)
+        return SchedulerOutput(prev_sample=x_next) if return_dict else (x_next,)
+
+    def _unrounded(self, sample: Tensor) -> Tensor:
+        """The loop's state in fp32, also where the pipeline rounded what it got (CogVideoX)."""
+        state = self._state
+        if sample.dtype == torch.float32 or state is None:
+            return sample.float()
+        return state if torch.equal(state.to(sample.dtype), sample) else sample.float()
 
     def interval(self, node: int, next_node: int) -> Step:
         """The weights of data and noise between two nodes of the current grid."""
@@ -140,9 +152,9 @@ class FlowPolicyScheduler(_Steps, FlowMatchEulerDiscreteScheduler):  # type: ign
         self,
         num_inference_steps: int | None = None,
         device: str | torch.device | None = None,
-        sigmas: list[float] | None = None,
+        sigmas: Grid | None = None,
         mu: float | None = None,
-        timesteps: list[float] | None = None,
+        timesteps: Grid | None = None,
     ) -> None:
         """The grid as diffusers makes it, restricted to the itinerary's nodes."""
         if mu is not None and not self.config.use_dynamic_shifting:

@@ -110,12 +110,13 @@ class Trainable:
                 f"these weights belong to another model or LoRA setting: missing {missing[:3]}, "
                 f"unexpected {extra[:3]} ({len(missing)} and {len(extra)} in all)"
             )
+        for name, parameter in self.parameters.items():
+            if parameter.shape != tensors[name].shape:
+                raise ValueError(
+                    f"weight {name} has shape {tuple(tensors[name].shape)}, expected {tuple(parameter.shape)}"
+                )
         with torch.no_grad():
             for name, parameter in self.parameters.items():
-                if parameter.shape != tensors[name].shape:
-                    raise ValueError(
-                        f"weight {name} has shape {tuple(tensors[name].shape)}, expected {tuple(parameter.shape)}"
-                    )
                 parameter.copy_(tensors[name])
 
 

@@ -1,6 +1,7 @@
 """A run: its processes, its directory, its metrics, its way back after a stop."""
 
 import json
+import os
 import platform
 import signal
 import sys
@@ -109,7 +110,9 @@ class Session:
     def log_evaluation(self, result: Mapping[str, Any]) -> None:
         """Write the result of an evaluation."""
         if self.is_main:
-            _append(self.folder / "evaluations.jsonl", result)
+            # Times are no results: two runs of one configuration write the same lines.
+            record = {k: v for k, v in result.items() if k != "seconds"}
+            _append(self.folder / "evaluations.jsonl", record)
         flat = {f"held_out/{k}": v for k, v in result["scores"].items()} | result["measures"]
         self.accelerator.log(flat, step=result["iteration"])
 
@@ -168,10 +171,9 @@ class Session:
     def close(self) -> None:
         """End the trackers and the process group."""
         signal.signal(signal.SIGINT, signal.default_int_handler)
+        # The main process is still writing the export and the report when the others arrive here.
+        self.accelerator.wait_for_everyone()
         self.accelerator.end_training()
-        if self.accelerator.num_processes > 1:
-            torch.distributed.barrier()
-            torch.distributed.destroy_process_group()
 
     def start_trackers(self) -> None:
         """Open TensorBoard and the like."""
@@ -179,8 +181,6 @@ class Session:
             self.accelerator.init_trackers("tracking")
 
     def _check_world(self) -> None:
-        import os
-
         launched = int(os.environ.get("WORLD_SIZE", "1"))
         if launched != self.accelerator.num_processes:
             raise RuntimeError(

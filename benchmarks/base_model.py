@@ -1,0 +1,57 @@
+"""What a shapes model scores on the held-out prompts, per task and sampling setting.
+
+python benchmarks/base_model.py --model shapes
+
+The plain call of the pipeline, without anything of flowgrpo's, takes 50 steps and guidance 5.
+"""
+
+import argparse
+
+from flowgrpo.commands import quiet
+from flowgrpo.config import find
+from flowgrpo.evaluate.held_out import evaluate, plan
+from flowgrpo.judge import Judge, Reward
+from flowgrpo.policy import PipelinePolicy, Sampling
+from flowgrpo.prompts import PromptSet
+from flowgrpo.shapes.captions import TASKS
+from flowgrpo.shapes.rewards import Diversity
+from runs import percent, table
+
+SETTINGS = [(8, 1.0), (8, 2.0), (28, 1.0), (28, 3.0), (50, 5.0)]
+
+
+def main() -> None:
+    """Measure and print a Markdown table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="shapes")
+    parser.add_argument("--images", type=int, default=480)
+    parser.add_argument("--settings", type=int, default=len(SETTINGS), help="how many of the settings")
+    options = parser.parse_args()
+    quiet()
+    prompts = PromptSet.load(find("prompts/shapes_held_out.jsonl"), "tag")
+    judge = Judge([
+        Reward(name="strict", model="flowgrpo.shapes.rewards:Strict"),
+        Reward(name="graded", model="flowgrpo.shapes.rewards:Graded"),
+    ])
+    rows = []
+    policy = PipelinePolicy.from_pretrained(options.model, sampling=Sampling(), batch_size=240)
+    for steps, guidance in SETTINGS[: options.settings]:
+        sampling = Sampling(num_steps=steps, guidance_scale=guidance)
+        result = evaluate(
+            policy, judge, plan(prompts, options.images), seed=0, sampling=sampling, balance="tag", measures=[Diversity()]
+        )
+        tasks = [f"{100 * result['by_class'][t]['strict']:.0f}" for t in TASKS]
+        rows.append([
+            str(steps),
+            f"{guidance:g}",
+            percent(result["scores"]["strict"], result["images"]),
+            *tasks,
+            f"{result['scores']['graded']:.3f}",
+            f"{result['measures']['diversity/color']:.2f}",
+        ])
+    print(table(["steps", "guidance", "strict, %", *TASKS, "graded", "colour entropy"], rows))
+    judge.close()
+
+
+if __name__ == "__main__":
+    main()

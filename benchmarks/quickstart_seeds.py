@@ -1,0 +1,42 @@
+"""The quick start over several seeds.
+
+python benchmarks/quickstart_seeds.py --seeds 0 1 2 --folder runs/seeds
+"""
+
+import argparse
+from pathlib import Path
+
+from runs import evaluations, percent, run, table
+
+
+def main() -> None:
+    """Run it; finished runs are read, unfinished ones go on."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--folder", type=Path, default=Path("runs/seeds"))
+    parser.add_argument("--set", action="append", default=[])
+    options = parser.parse_args()
+    rows = []
+    for seed in options.seeds:
+        folder = options.folder / str(seed)
+        seconds = run("quickstart", folder, [f"run.seed={seed}", *options.set])
+        first, *_, last = evaluations(folder)
+        parts = [("mean", first["scores"], last["scores"], last["images"])]
+        parts += [(c, first["by_class"][c], v, int(v["images"])) for c, v in last["by_class"].items()]
+        for name, before, after, images in parts:
+            rows.append([
+                str(seed),
+                name,
+                percent(before["strict"], images),
+                percent(after["strict"], images),
+                f"{100 * (after['strict'] - before['strict']):+.1f}",
+                f"{before['graded']:.3f} → {after['graded']:.3f}",
+            ])
+        for name, value in last["measures"].items():
+            rows.append([str(seed), name, f"{first['measures'][name]:.3f}", f"{value:.3f}", "", ""])
+        rows.append([str(seed), "minutes", "", f"{seconds / 60:.1f}", "", ""])
+    print(table(["seed", "", "before", "after", "points", "graded"], rows))
+
+
+if __name__ == "__main__":
+    main()

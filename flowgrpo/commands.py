@@ -1,0 +1,361 @@
+"""What the commands do. Heavy imports are inside, so that ``--help`` answers at once."""
+
+import argparse
+import json
+import os
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from flowgrpo.config import Config
+    from flowgrpo.experience import Prompt
+    from flowgrpo.policy import PipelinePolicy, Sampling
+
+
+def train(options: argparse.Namespace) -> int:
+    """``flowgrpo train``."""
+    from flowgrpo import config as configuration
+
+    quiet()
+    loaded = configuration.load(options.config, options.set)
+    num_processes = int(os.environ.get("WORLD_SIZE", "1"))
+    loaded.check(num_processes)
+    if options.dry_run:
+        return _dry_run(loaded, num_processes)
+    from flowgrpo.trainer import train as run
+
+    return 0 if run(loaded).finished else 130
+
+
+def _dry_run(config: "Config", num_processes: int) -> int:
+    """Everything that can be checked without the model."""
+    from flowgrpo.config import find
+    from flowgrpo.imports import import_path
+    from flowgrpo.judge import available_rewards
+    from flowgrpo.names import suggest
+    from flowgrpo.prompts import PromptSet
+    from flowgrpo.run.console import Console
+
+    rows = list(config.geometry(num_processes).items())
+    for label, file in (("training prompts", config.prompts.train), ("held-out prompts", config.prompts.held_out)):
+        prompts = PromptSet.load(find(file), config.prompts.balance)
+        classes = f" in {len(prompts.classes())} classes" if config.prompts.balance else ""
+        rows.append((label, f"{len(prompts.prompts)}{classes} ({file})"))
+    for reward in config.rewards:
+        # Reward models are not loaded: they may be large, or need weights that are not here.
+        if ":" in reward.model:
+            import_path(reward.model)
+        elif reward.model not in available_rewards():
+            raise ValueError(f"unknown reward {reward.model!r}{suggest(reward.model, available_rewards())}")
+        rows.append((f"reward {reward.label}", f"weight {reward.weight:g} ({reward.model})"))
+    rows.append(("run directory", config.run.folder))
+    console = Console()
+    for name, value in rows:
+        console.say(f"{name:>20}  {value}")
+    console.say("the configuration is valid; nothing was loaded")
+    return 0
+
+
+def sample(options: argparse.Namespace) -> int:
+    """``flowgrpo sample``."""
+    from flowgrpo.core.random import Random, SampleNoise
+    from flowgrpo.run.console import Console
+
+    quiet()
+    if options.samples < 1:
+        raise ValueError(f"--samples must be at least 1, got {options.samples}")
+    prompts = _prompts(options.prompts)
+    policy = _policy(options, steps=28)
+    owners = [(i, s) for i in range(len(prompts)) for s in range(options.samples)]
+    noise = SampleNoise([Random(options.seed).at("sample", i, s) for i, s in owners])
+    out = Path(options.out)
+    out.mkdir(parents=True, exist_ok=True)
+    console, records = Console(), []
+    rollouts = policy.run([prompts[i] for i, _ in owners], noise)
+    for rollout in console.track(rollouts, "sampling", total=-(-len(owners) // options.batch)):
+        assert rollout.media is not None
+        for row, media in zip(rollout.rows, rollout.media, strict=True):
+            i, s = owners[row]
+            name = f"{i:05d}_{s}.png"
+            _save(media, out / name)
+            prompt = prompts[i]
+            records.append({"file": name, "prompt": prompt.text, "metadata": dict(prompt.metadata)})
+    (out / "index.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    console.say(f"{len(records)} images in {out}")
+    return 0
+
+
+def grid(options: argparse.Namespace) -> int:
+    """``flowgrpo grid``."""
+    from dataclasses import replace
+
+    from flowgrpo import config as configuration
+    from flowgrpo.evaluate.pictures import Sheet
+    from flowgrpo.judge import Judge
+    from flowgrpo.prompts import PromptSet
+
+    quiet()
+    config = configuration.load(str(Path(options.run) / "config.toml"))
+    prompts = PromptSet.load(configuration.find(options.prompts or config.prompts.held_out))
+    sampling = config.evaluation_sampling()
+    changes = {"num_steps": options.steps, "guidance_scale": options.guidance}
+    sampling = replace(sampling, **{k: v for k, v in changes.items() if v is not None})
+    policy, iteration = _load_run(Path(options.run), options.weights, base=True)
+    sheet = Sheet.of(prompts, options.rows, options.samples, options.seed)
+    base = sheet.generate(policy, sampling)
+    policy, iteration = _load_run(Path(options.run), options.weights)
+    tuned = sheet.generate(policy, sampling)
+    judge = Judge(config.rewards, config.failures)
+    title = f"{config.model.path}: {Path(options.run).name}"
+    sheet.save(["base", f"after {iteration} iterations"], [base, tuned], judge, sampling, title, Path(options.out))
+    judge.close()
+    print(options.out)
+    return 0
+
+
+def score(options: argparse.Namespace) -> int:
+    """``flowgrpo score``."""
+    import torch
+
+    from flowgrpo.judge import Judge, Reward
+    from flowgrpo.run.console import Console
+
+    quiet()
+    files, prompts = _scored_images(Path(options.images), options.prompts)
+    judge = Judge([Reward(model=r) for r in options.reward])
+    console = Console()
+    records: list[dict[str, Any]] = []
+    starts = range(0, len(files), options.batch)
+    for start in console.track(starts, "scoring", total=len(starts)):
+        rows = slice(start, start + options.batch)
+        media = [_read(f) for f in files[rows]]
+        if len({m.shape for m in media}) == 1:
+            scores = judge.score(torch.stack(media), prompts[rows]).raw
+        else:
+            singles = [judge.score(m[None], [p]).raw for m, p in zip(media, prompts[rows], strict=True)]
+            scores = {k: torch.cat([s[k] for s in singles]) for k in singles[0]}
+        for i, file in enumerate(files[rows]):
+            values = {k: float(v[i]) for k, v in scores.items()}
+            records.append({"file": file.name, "prompt": prompts[start + i].text, **values})
+    labels = [r.label for r in judge.rewards]
+    shown = records[:20]
+    console.table(
+        f"{len(records)} images" + (", the first 20" if len(records) > 20 else ""),
+        ["image", "prompt", *labels],
+        [[r["file"], r["prompt"], *(f"{r[k]:.4f}" for k in labels)] for r in shown],
+    )
+    for label in labels:
+        values = torch.tensor([r[label] for r in records])
+        console.say(f"{label}: mean {values.nanmean():.4f}, failed {int(values.isnan().sum())} of {len(values)}")
+    if options.out:
+        Path(options.out).write_text("".join(json.dumps(r) + "\n" for r in records))
+    judge.close()
+    return 0
+
+
+def doctor(options: argparse.Namespace) -> int:
+    """``flowgrpo doctor``."""
+    from flowgrpo.doctor import Settings, examine
+    from flowgrpo.policy import Full, LoRA
+    from flowgrpo.run.console import Console
+
+    quiet()
+    settings = Settings(
+        sampling=_sampling(options, 4),
+        weights=Full() if options.full else LoRA(rank=4, alpha=4),
+        dtype=options.dtype,
+        device=_device(options.device),
+        clip_range=options.clip_range,
+    )
+    checks = examine(options.model, settings)
+    console = Console()
+    console.table(
+        f"{options.model}, {options.dtype} on {settings.device}",
+        ["check", "measured", ""],
+        [[c.name, c.value, "ok" if c.passed else "FAILED"] for c in checks],
+    )
+    for check in checks:
+        if not check.passed:
+            console.say(f"{check.name}: {check.advice}")
+    if options.json:
+        result = {"model": options.model, "checks": [vars(c) for c in checks]}
+        Path(options.json).write_text(json.dumps(result, indent=1))
+    return 0 if all(c.passed for c in checks) else 1
+
+
+def config(options: argparse.Namespace) -> int:
+    """``flowgrpo config``."""
+    import tomli_w
+
+    from flowgrpo import config as configuration
+    from flowgrpo.tables import explain, to_table
+
+    if options.action == "list":
+        for file in sorted(configuration.find("quickstart").parent.glob("*.toml")):
+            first = file.read_text().splitlines()[0].lstrip("# ")
+            print(f"{file.stem:<24} {first}")
+    elif options.name is None:
+        raise ValueError(f"config {options.action} needs a {'key' if options.action == 'explain' else 'configuration'}")
+    elif options.action == "explain":
+        print(explain(configuration.Config, options.name))
+    else:
+        print(tomli_w.dumps(to_table(configuration.load(options.name, options.set))), end="")
+    return 0
+
+
+def quiet() -> None:
+    """Keep libraries from drawing bars and warning about what is as it should be."""
+    import diffusers
+    import transformers
+
+    diffusers.utils.logging.set_verbosity_error()
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+
+
+def _device(name: str) -> str:
+    import torch
+
+    if name != "auto":
+        return name
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _sampling(options: argparse.Namespace, steps: int) -> "Sampling":
+    from flowgrpo.policy import Sampling
+
+    width = height = None
+    if options.size:
+        try:
+            width, height = (int(n) for n in options.size.lower().split("x"))
+        except ValueError:
+            raise ValueError(f"--size must be WIDTHxHEIGHT such as 512x512, got {options.size!r}") from None
+    call = {}
+    for setting in options.call:
+        name, equals, text = setting.partition("=")
+        if not equals:
+            raise ValueError(f"--call needs NAME=VALUE, got {setting!r}")
+        try:
+            call[name] = tomllib.loads(f"value = {text}")["value"]
+        except tomllib.TOMLDecodeError:
+            call[name] = text
+    return Sampling(
+        num_steps=options.steps or steps,
+        guidance_scale=options.guidance,
+        height=height,
+        width=width,
+        num_frames=options.frames,
+        call=call,
+    )
+
+
+def _policy(options: argparse.Namespace, steps: int) -> "PipelinePolicy":
+    """The policy of a model argument: a pipeline, or a run directory."""
+    from flowgrpo.policy import PipelinePolicy
+    from flowgrpo.run.cpu import prepare_cpu
+
+    prepare_cpu(0)
+    sampling = _sampling(options, steps)
+    if (Path(options.model) / "config.toml").exists():
+        policy, _ = _load_run(Path(options.model), "last")
+        policy.sampling = sampling
+        policy.check_sampling(sampling)
+        policy.batch_size = options.batch
+        return policy
+    return PipelinePolicy.from_pretrained(
+        options.model, sampling=sampling, batch_size=options.batch, dtype=options.dtype, device=_device(options.device)
+    )
+
+
+def _load_run(folder: Path, weights: str, base: bool = False) -> "tuple[PipelinePolicy, int]":
+    """The model of a run with the weights of a checkpoint, or as it was before."""
+    from flowgrpo import config as configuration
+    from flowgrpo.policy import PipelinePolicy
+    from flowgrpo.run import checkpoints
+
+    config = configuration.load(str(folder / "config.toml"))
+    place = folder / "checkpoints" / "best" if weights == "best" else checkpoints.newest(folder / "checkpoints")
+    if place is None or not place.exists():
+        raise FileNotFoundError(f"{folder} has no checkpoint yet")
+    policy = PipelinePolicy.from_pretrained(
+        config.model.path,
+        sampling=config.evaluation_sampling(),
+        weights=config.model.weights,
+        batch_size=config.train.rollout_batch,
+        dtype=config.model.dtype,
+        device=_device(config.run.device),
+        seed=config.run.seed,
+    )
+    parts, state = checkpoints.load(place)
+    if not base:
+        assert policy.trainable is not None
+        policy.trainable.load(parts.get("ema", parts["weights"]))
+    return policy, int(state["iteration"])
+
+
+def _prompts(values: Sequence[str]) -> "list[Prompt]":
+    from flowgrpo.config import find
+    from flowgrpo.experience import Prompt
+    from flowgrpo.prompts import PromptSet
+
+    prompts: list[Prompt] = []
+    for value in values:
+        if value.endswith((".txt", ".jsonl", ".csv")):
+            prompts += PromptSet.load(find(value)).prompts
+        else:
+            prompts.append(Prompt(value))
+    return prompts
+
+
+def _scored_images(folder: Path, prompt_file: str | None) -> "tuple[list[Path], list[Prompt]]":
+    """Images and their prompts."""
+    from flowgrpo.config import find
+    from flowgrpo.experience import Prompt
+    from flowgrpo.prompts import PromptSet
+
+    if not folder.is_dir():
+        raise FileNotFoundError(f"no folder {folder}")
+    files = sorted(f for f in folder.iterdir() if f.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp"))
+    if not files:
+        raise ValueError(f"{folder} has no images (.png, .jpg, .jpeg, .webp)")
+    if prompt_file is not None:
+        prompts = list(PromptSet.load(find(prompt_file)).prompts)
+        if len(prompts) != len(files):
+            raise ValueError(f"{prompt_file} has {len(prompts)} prompts for {len(files)} images in {folder}")
+        return files, prompts
+    index = folder / "index.jsonl"
+    if index.exists():
+        known = {r["file"]: r for r in map(json.loads, index.read_text().splitlines())}
+        unknown = [f.name for f in files if f.name not in known]
+        if unknown:
+            raise ValueError(f"{index} does not know {unknown[0]} ({len(unknown)} images in all); give --prompts")
+        return files, [Prompt(known[f.name]["prompt"], metadata=known[f.name]["metadata"]) for f in files]
+    return files, [Prompt("")] * len(files)
+
+
+def _read(file: Path) -> "Tensor":
+    import torch
+    from PIL import Image, UnidentifiedImageError
+    from torchvision.transforms.functional import pil_to_tensor
+
+    try:
+        with Image.open(file) as image:
+            return pil_to_tensor(image.convert("RGB")).to(torch.float32) / 255
+    except UnidentifiedImageError as error:
+        raise ValueError(f"{file} is no image that can be read") from error
+
+
+def _save(media: "Tensor", path: Path) -> None:
+    """An image as PNG; a video as one PNG per frame."""
+    from torchvision.transforms.functional import to_pil_image
+
+    if media.ndim == 4:
+        for i, frame in enumerate(media):
+            to_pil_image(frame).save(path.with_stem(f"{path.stem}_frame{i:03d}"))
+    else:
+        to_pil_image(media).save(path)

@@ -1,0 +1,102 @@
+"""Data flows one way: imports point up the list, modules and functions stay small."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+ORDER = [
+    "core", "names", "tables", "imports", "experience", "frames", "prompts", "policy", "judge",
+    "algorithms", "config", "learner", "run", "evaluate", "shapes", "prompt_sets", "trainer",
+    "doctor", "commands", "cli", "__main__",
+]  # fmt: skip
+"""A module may import only from earlier ones, or from its own package."""
+HEAVY = {"diffusers", "transformers", "accelerate", "peft"}
+MODULES = sorted(
+    p for d in ("flowgrpo", "reward_models") for p in (ROOT / d).rglob("*.py") if p.stem
+)
+NAMES = [str(p.relative_to(ROOT)) for p in MODULES]
+
+
+def part(module: str) -> str:
+    """The entry of ORDER that ``flowgrpo.<part>...`` belongs to; empty for the package itself."""
+    return module.removeprefix("flowgrpo").strip(".").split(".")[0]
+
+
+def module_name(path: Path) -> str:
+    names = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(names[:-1] if names[-1] == "__init__" else names)
+
+
+def imported(path: Path) -> Iterator[str]:
+    """Every module that a file imports, anywhere in it; ``from flowgrpo import x`` as flowgrpo.x."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            assert node.module
+            if node.module == "flowgrpo":
+                names = [alias.name for alias in node.names]
+                yield from (f"flowgrpo.{n}" for n in names if not n.startswith("__version"))
+            else:
+                yield node.module
+
+
+def test_every_module_has_a_place_in_the_order():
+    assert {part(module_name(p)) for p in MODULES if "flowgrpo" in p.parts[len(ROOT.parts) :]} <= {
+        "",
+        *ORDER,
+    }
+
+
+@pytest.mark.parametrize("path", MODULES, ids=NAMES)
+def test_imports_point_up(path):
+    own = module_name(path)
+    for name in imported(path):
+        if name.split(".")[0] != "flowgrpo":
+            continue
+        if own.startswith("reward_models"):
+            assert name == "flowgrpo.experience", f"{own} imports {name}"
+        elif part(own):
+            assert ORDER.index(part(name)) <= ORDER.index(part(own)), f"{own} imports {name}"
+        else:
+            raise AssertionError(f"{own} imports {name}")
+
+
+@pytest.mark.parametrize("path", [p for p in MODULES if p.parent.name == "core"], ids=lambda p: p.stem)  # fmt: skip
+def test_the_core_is_pure_mathematics(path):
+    roots = {name.split(".")[0] for name in imported(path)}
+    assert not roots & (HEAVY | {"os", "pathlib", "PIL", "json"})
+
+
+@pytest.mark.parametrize("path", MODULES, ids=NAMES)
+def test_modules_and_functions_are_short(path):
+    source = path.read_text()
+    assert len(source.splitlines()) <= 400
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            assert node.end_lineno is not None
+            lines = node.end_lineno - node.lineno + 1
+            assert lines <= 60, f"{node.name}: {lines} lines"
+
+
+def test_the_loop_fits_on_one_screen():
+    tree = ast.parse((ROOT / "flowgrpo" / "trainer.py").read_text())
+    (train,) = [n for n in tree.body if isinstance(n, ast.FunctionDef) and n.name == "train"]
+    assert train.end_lineno is not None
+    assert train.end_lineno - train.lineno + 1 <= 45
+
+
+@pytest.mark.parametrize("path", MODULES, ids=NAMES)
+def test_nothing_draws_from_global_random_state(path):
+    forbidden = {
+        "torch.manual_seed", "torch.seed", "np.random.seed", "random.seed", "random.random",
+        "np.random.rand", "np.random.randn",
+    }  # fmt: skip
+    calls = {
+        ast.unparse(n.func) for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Call)
+    }
+    assert not calls & forbidden

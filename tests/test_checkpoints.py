@@ -1,0 +1,110 @@
+"""Checkpoints: complete or not there, and never silently wrong."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from flowgrpo.run.checkpoints import CheckpointError, load, newest, prune, save
+
+PARTS = {
+    "weights": {"a.weight": torch.arange(6.0).view(2, 3), "b": torch.tensor([1.5]).bfloat16()},
+    "optimizer": {"step": torch.tensor(7), "view": torch.arange(12.0).view(3, 4).T},
+    "empty": {},
+}
+STATE = {"iteration": 12, "best": 0.25, "nested": {"list": [1, 2], "none": None}}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    save(tmp_path / "000012", PARTS, STATE)
+    return tmp_path / "000012"
+
+
+def test_what_is_loaded_is_what_was_saved(folder):
+    parts, state = load(folder)
+    assert state == STATE
+    assert parts.keys() == PARTS.keys()
+    for name, tensors in PARTS.items():
+        assert parts[name].keys() == tensors.keys()
+        for key, value in tensors.items():
+            assert parts[name][key].dtype == value.dtype
+            assert torch.equal(parts[name][key], value)
+
+
+def test_nothing_but_safetensors_and_json_and_no_trace_of_the_writing(folder):
+    assert {p.suffix for p in folder.iterdir()} == {".safetensors", ".json"}
+    assert [p.name for p in folder.parent.iterdir()] == ["000012"]
+
+
+def test_trained_parameters_and_shared_memory_can_be_saved(tmp_path):
+    weight = torch.nn.Parameter(torch.ones(4))
+    save(tmp_path / "1", {"w": {"one": weight, "other": weight.detach()[:2]}}, {})
+    parts, _ = load(tmp_path / "1")
+    assert parts["w"]["one"].tolist() == [1] * 4
+    assert not parts["w"]["one"].requires_grad
+
+
+def test_an_existing_checkpoint_is_replaced(folder):
+    save(folder, {"weights": {"a": torch.zeros(1)}}, {"iteration": 13})
+    parts, state = load(folder)
+    assert state == {"iteration": 13}
+    assert parts.keys() == {"weights"}
+
+
+@pytest.mark.parametrize("where", [0, 20, -1])
+def test_one_flipped_bit_is_found(folder, where):
+    file = folder / "weights.safetensors"
+    data = bytearray(file.read_bytes())
+    data[where] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(CheckpointError, match=r"weights.safetensors is damaged.* delete .*000012"):
+        load(folder)
+
+
+def test_missing_and_cut_files_are_found(folder):
+    file = folder / "optimizer.safetensors"
+    file.write_bytes(file.read_bytes()[:-8])
+    with pytest.raises(CheckpointError, match=r"optimizer.safetensors is damaged"):
+        load(folder)
+    file.unlink()
+    with pytest.raises(CheckpointError, match=r"optimizer.safetensors"):
+        load(folder)
+
+
+@pytest.mark.parametrize("text", ["", '{"iteration": 1', "{}", "[]"])
+def test_a_broken_state_is_found(folder, text):
+    (folder / "state.json").write_text(text)
+    with pytest.raises(CheckpointError, match=r"state.json"):
+        load(folder)
+
+
+def test_a_missing_checkpoint_is_an_error(tmp_path):
+    with pytest.raises(CheckpointError, match=r"state.json cannot be read"):
+        load(tmp_path / "000001")
+
+
+def test_newest_and_prune(tmp_path):
+    assert newest(tmp_path) is None
+    for iteration in (5, 20, 10, 100):
+        save(tmp_path / f"{iteration:06d}", {"w": {"x": torch.tensor(iteration)}}, {})
+    save(tmp_path / "best", {"w": {"x": torch.tensor(0)}}, {})
+    # A process killed while it wrote: under the temporary name, or a folder without its state.
+    (tmp_path / ".000200.tmp").mkdir()
+    (tmp_path / ".000200.tmp" / "state.json").write_text("{}")
+    (tmp_path / "000300").mkdir()
+    assert newest(tmp_path) == tmp_path / "000100"
+    prune(tmp_path, keep=2)
+    kept = {p.name for p in tmp_path.iterdir()}
+    assert kept - {"000300"} == {"000020", "000100", "best"}
+    assert newest(tmp_path) == tmp_path / "000100"
+
+
+def test_a_save_that_fails_leaves_the_last_one(folder):
+    with pytest.raises(TypeError):
+        save(folder, {"weights": {"a": torch.zeros(1)}}, {"not json": object()})
+    assert load(folder)[1] == STATE
+    save(folder, {}, {"iteration": 14})
+    assert load(folder) == ({}, {"iteration": 14})
+    assert "sha256" in json.loads((folder / "state.json").read_text())

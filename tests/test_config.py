@@ -1,0 +1,258 @@
+"""Configuration files: all that come with flowgrpo are sound, and wrong ones are refused clearly."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import pytest
+
+from flowgrpo.config import Config, ConfigError, find, load, override, save
+from flowgrpo.tables import _dataclasses_in, documentation, explain
+
+ROOT = Path(__file__).parents[1]
+CONFIGS = sorted(p.name for p in (ROOT / "configs").glob("*.toml"))
+
+MINIMAL = """
+[model]
+path = "shapes"
+[algorithm]
+kind = "flow_grpo"
+group_size = 4
+[[rewards]]
+model = "jpeg_size"
+[prompts]
+train = "train.txt"
+held_out = "held_out.txt"
+[train]
+iterations = 3
+groups = 6
+[run]
+folder = "runs/x"
+"""
+
+
+@pytest.fixture
+def minimal(tmp_path: Path) -> str:
+    path = tmp_path / "minimal.toml"
+    path.write_text(MINIMAL)
+    return str(path)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_file_loads_checks_and_round_trips(name, tmp_path):
+    config = load(str(ROOT / "configs" / name))
+    config.check()
+    save(config, tmp_path / "config.toml")
+    assert load(str(tmp_path / "config.toml")) == config
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_file_names_prompts_that_exist(name):
+    config = load(str(ROOT / "configs" / name))
+    assert find(config.prompts.train).is_file()
+    assert find(config.prompts.held_out).is_file()
+
+
+def test_a_round_trip_keeps_what_is_not_default(minimal, tmp_path):
+    settings = [
+        "rewards.0.options.quality=80",
+        "sampling.guidance_scale=4.5",
+        "evaluation.num_steps=28",
+        "algorithm.kind=dance_grpo",
+        "algorithm.transition.kind=cps",
+        "algorithm.steps.kind=random_steps",
+        'model.weights={kind = "lora", rank = 4, targets = ["to_q", "to_k"]}',
+        'run.trackers=["wandb", "tensorboard"]',
+    ]
+    config = load(minimal, settings)
+    save(config, tmp_path / "again.toml")
+    again = load(str(tmp_path / "again.toml"))
+    assert again == config
+    assert again.rewards[0].options == {"quality": 80}
+    assert again.evaluation_sampling().num_steps == 28
+    assert again.run.trackers == ("wandb", "tensorboard")
+
+
+# Wrong keys, types and values.
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("train.iteration=3", r"unknown key 'train.iteration'; did you mean 'iterations'\?"),
+        ("algoritm.kind=flow_grpo", r"unknown key 'algoritm'; did you mean 'algorithm'\?"),
+        ("rewards.0.wieght=1", r"unknown key 'rewards\[0\].wieght'; did you mean 'weight'\?"),
+        ("train.lr='fast'", r"train.lr must be a number, got 'fast' \(str\)"),
+        ("train.groups=2.0", r"train.groups must be a whole number, got 2.0 \(float\)"),
+        ("train.groups=true", "train.groups must be a whole number, got True"),
+        ("train.lr=true", "train.lr must be a number, got True"),
+        ("run.folder=3", "run.folder must be a string, got 3"),
+        ("algorithm.shared_noise=1", "algorithm.shared_noise must be true or false, got 1"),
+        ("train.lr=nan", "train.lr must be finite, got nan"),
+        ("loss.clip_range=inf", "loss.clip_range must be finite"),
+        ("train=5", "train must be a table, got 5"),
+        ("rewards=5", "rewards must be a list, got 5"),
+        ("run.trackers=wandb", "run.trackers must be a list, got 'wandb'"),
+        ("rewards.0.options=5", r"rewards\[0\].options must be a table, got 5"),
+        ("loss.kl=velocty", r"loss.kl must be one of 'exact'.*did you mean 'velocity'\?"),
+        ("algorithm.kind=flow_grop", r"algorithm.kind must be one of .*did you mean 'flow_grpo'\?"),
+        ("algorithm.transition={noise_level = 1.0}", "algorithm.transition needs a kind: one of"),
+        ("algorithm.transition=cps", r"transition must be a table with a kind \('flow_sde'"),
+        ("sampling.guidance_scale=high", "sampling.guidance_scale must be a number, got 'high'"),
+    ],
+)
+def test_wrong_keys_types_and_values(minimal, setting, message):
+    with pytest.raises(ConfigError, match=message) as caught:
+        load(minimal, [setting])
+    assert minimal in str(caught.value)
+
+
+def test_a_missing_key_is_named_with_its_meaning(minimal):
+    Path(minimal).write_text(MINIMAL.replace("iterations = 3", ""))
+    with pytest.raises(ConfigError, match=r"'train.iterations' is missing: Rollouts"):
+        load(minimal)
+    Path(minimal).write_text(MINIMAL.replace('[run]\nfolder = "runs/x"', ""))
+    with pytest.raises(ConfigError, match="'run' is missing"):
+        load(minimal)
+
+
+def test_bad_toml_names_the_file_and_the_line(minimal):
+    Path(minimal).write_text("[model]\npath = shapes\n")
+    with pytest.raises(ConfigError, match=r"minimal.toml: not valid TOML: .*line 2"):
+        load(minimal)
+
+
+def test_files_are_found_by_name_from_any_folder_and_nearly_by_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert find("quickstart") == find("configs/quickstart.toml")
+    with pytest.raises(FileNotFoundError, match=r"quikstart; did you mean 'quickstart'\?"):
+        find("quikstart")
+    with pytest.raises(FileNotFoundError, match=r"did you mean 'prompts/shapes_train.jsonl'\?"):
+        find("prompts/shape_train.jsonl")
+
+
+# Contradictions.
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["train.updates=4"], r"train.groups = 6 cannot be .* nearest that can is train.groups = 8"),
+        (["algorithm.group_size=1"], "algorithm.group_size must be at least 2, got 1"),
+        (["rewards.0.weight=0"], "every weight is 0"),
+        (["train.lr=0"], "train.lr must be at least"),
+        (["sampling.num_steps=1"], "sampling.num_steps must be at least 2"),
+        (
+            ['algorithm.steps={kind = "window", start = 3, size = 2}', "sampling.num_steps=5"],
+            "algorithm: steps: .* steps 3 to 4, but with num_steps = 5 only steps 0 to 3",
+        ),
+        (["algorithm.kind=dance_grpo", "algorithm.best_of=3"], "best_of must be even .* got 3"),
+        (
+            ["algorithm.kind=dance_grpo", "algorithm.best_of=8", "algorithm.group_size=4"],
+            "at most group_size = 4, got 8",
+        ),
+        (["algorithm.kind=dance_grpo", "algorithm.timestep_fraction=0.0"], r"in \(0, 1\], got 0.0"),
+        (["loss.kl=velocity"], "loss.kl is set but loss.kl_coef is 0"),
+    ],
+)
+def test_contradictions_are_found_before_a_model_is_loaded(minimal, settings, message):
+    config = load(minimal, settings)
+    with pytest.raises(ConfigError, match=message):
+        config.check()
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        "algorithm.transition={kind = 'ode'}",
+        "algorithm.transition={kind = 'flow_sde', noise_level = 0.0}",
+        "algorithm.steps={kind = 'sliding_window', every = 0}",
+        "algorithm.steps={kind = 'sliding_window', stride = 0}",
+        "algorithm.steps={kind = 'random_window', size = 0}",
+        "algorithm.advantage.clip=0.0",
+        "train.ema_decay=1.0",
+        "train.betas=[0.9]",
+        "failures.retries=-1",
+    ],
+)
+def test_settings_that_cannot_train_are_refused(minimal, setting):
+    config = load(minimal, [setting, "sampling.num_steps=10"])
+    with pytest.raises(ConfigError):
+        config.check()
+
+
+def test_groups_must_divide_among_processes(minimal):
+    config = load(minimal)
+    config.check(num_processes=3)
+    with pytest.raises(ConfigError, match=r"4 processes .* nearest that can is train.groups = 8"):
+        config.check(num_processes=4)
+    assert config.geometry(3)["processes"] == "3, 2 groups on each"
+
+
+# Settings from the command line.
+def test_set_reads_toml_values_and_strings(minimal):
+    config = load(minimal, ["train.lr=1e-3", "run.folder=runs/y=z", "train.groups = 8"])
+    assert config.train.lr == 1e-3
+    assert config.run.folder == "runs/y=z"
+    assert config.train.groups == 8
+
+
+def test_set_reaches_into_lists_and_new_tables(minimal):
+    config = load(minimal, ["rewards.0.weight=0.25", "loss.kl_coef=0.1"])
+    assert config.rewards[0].weight == 0.25
+    assert config.loss.kl_coef == 0.1
+
+
+def test_setting_a_kind_drops_the_keys_of_the_old_one(minimal):
+    config = load(minimal, ["algorithm.kind=dance_grpo"])
+    assert config.algorithm.group_size == 12  # the new kind's own default, not the file's 4
+    again = load(minimal, ["algorithm.kind=flow_grpo"])
+    assert again.algorithm.group_size == 4
+
+
+def test_override_leaves_its_argument_alone():
+    table: dict[str, Any] = {"a": {"b": [{"c": 1}]}}
+    assert override(table, ["a.b.0.c=2"]) == {"a": {"b": [{"c": 2}]}}
+    assert table == {"a": {"b": [{"c": 1}]}}
+
+
+@pytest.mark.parametrize(
+    "setting",
+    ["train.lr", "run.folder.x=1", "rewards.7.weight=1", "rewards.first.weight=1", "rewards.0=x"],
+)
+def test_settings_that_lead_nowhere_are_refused(minimal, setting):
+    with pytest.raises(ConfigError, match="--set"):
+        load(minimal, [setting])
+
+
+# Explanations.
+def test_explain_reaches_nested_keys_and_all_kinds():
+    text = explain(Config, "algorithm.transition.noise_level")
+    assert "default 0.7" in text
+    assert "default 0.3" in text
+    assert "Angle" in text or "angle" in text
+    assert "required" in explain(Config, "train.iterations")
+    assert "allowed: 'exact', 'flow_grpo', 'velocity'" in explain(Config, "loss.kl")
+    assert "weight" in explain(Config, "rewards")
+
+
+def test_explain_an_unknown_key():
+    with pytest.raises(ConfigError, match=r"'train.iteration'; did you mean 'iterations'\?"):
+        explain(Config, "train.iteration")
+    with pytest.raises(ConfigError, match="known below the top: algorithm, "):
+        explain(Config, "x")
+
+
+def config_classes() -> list[type]:
+    found: list[type] = [Config]
+    for cls in found:
+        for hint in get_type_hints(cls).values():
+            found += [c for c in _dataclasses_in(hint) if c not in found]
+    return found
+
+
+@pytest.mark.parametrize("cls", config_classes(), ids=lambda c: c.__name__)
+def test_every_field_is_documented(cls):
+    texts = documentation(cls)
+    undocumented = [
+        f.name for f in dataclasses.fields(cls) if f.name != "kind" and not texts[f.name]
+    ]
+    assert not undocumented
+    assert cls.__doc__
+    assert not cls.__doc__.startswith(f"{cls.__name__}(")

@@ -1,0 +1,182 @@
+"""The doctor passes what is sound, names what is broken, and refuses what cannot be a policy."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline, LCMScheduler
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from flowgrpo import doctor
+from flowgrpo.core.transitions import Gaussian
+from flowgrpo.doctor import Settings, examine
+from flowgrpo.policy import Full, LoRA, PipelinePolicy
+from flowgrpo.policy.scheduler import FlowPolicyScheduler
+from tests.conftest import sampling_of
+from tests.tiny import FAMILIES
+
+Tiny = Callable[[str], Path]
+
+NO_ADAPTERS = ("pixart_sigma", "prx")
+STOCK = "noise 0 gives the stock image"
+CHAIN = "a step begins where the last one ended"
+VARIANCE = "injected noise is as large as log_prob has it"
+SAME_BATCH = "replay equals rollout (same batch)"
+SAME_BATCH_RATIO = "ratio is 1 before an update (same batch)"
+ONE = "replay equals rollout (batch of 1)"
+GRADIENTS = "gradients reach what is trained"
+BRANCH = "a branch from the middle agrees"
+DECODE = "decoding a last state agrees"
+EXPORT = "an export loads back to the same image"
+
+
+def failures(folder: Path, name: str, **changes: Any) -> dict[str, str]:
+    """The failed checks and what was measured."""
+    changes.setdefault("weights", Full() if name in NO_ADAPTERS else LoRA(rank=4, alpha=8))
+    checks = examine(folder, Settings(sampling=sampling_of(name), **changes))
+    assert len(checks) == 11
+    return {c.name: c.value for c in checks if not c.passed}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_family_passes(name: str, tiny: Tiny) -> None:
+    failed = failures(tiny(name), name)
+    if name == "prx":
+        # Diffusers cannot load a PRX pipeline that it loaded and saved.
+        assert "T5GemmaEncoder" in failed.pop(EXPORT)
+    assert failed == {}
+
+
+@pytest.mark.parametrize("name", ["sd15", "sd3", "flux"])
+def test_full_weights_pass(name: str, tiny: Tiny) -> None:
+    assert failures(tiny(name), name, weights=Full()) == {}
+
+
+@pytest.mark.parametrize("name", ["sd15", "sd3", "flux_kontext", "cogvideox"])
+def test_bfloat16_passes(name: str, tiny: Tiny) -> None:
+    assert failures(tiny(name), name, dtype="bfloat16") == {}
+
+
+def test_wrong_noise_is_caught(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Gaussian, "sample", lambda self, noise: self.mean + 1.2 * self.std * noise)
+    assert set(failures(tiny("sd3"), "sd3")) == {VARIANCE}
+
+
+def test_rounding_after_the_log_prob_is_caught(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    step = FlowPolicyScheduler.step
+
+    def rounding(self: FlowPolicyScheduler, *args: Any, **kwargs: Any) -> Any:
+        (x_next,) = step(self, *args, **kwargs)
+        return (x_next.bfloat16().float(),)
+
+    monkeypatch.setattr(FlowPolicyScheduler, "step", rounding)
+    assert CHAIN in failures(tiny("sd3"), "sd3")
+
+
+def test_dropout_in_a_text_encoder_is_caught(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    after_init(monkeypatch, lambda policy: policy.models["text_encoder_3"].train())
+    assert STOCK in failures(tiny("sd3"), "sd3")
+
+
+def test_dropout_in_the_denoiser_is_caught(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    def drop(policy: PipelinePolicy) -> None:
+        policy.denoisers["transformer"].norm_out.register_forward_hook(
+            lambda _module, _inputs, output: torch.dropout(output, 0.1, train=True)
+        )
+
+    after_init(monkeypatch, drop)
+    assert {SAME_BATCH, SAME_BATCH_RATIO, ONE} <= set(failures(tiny("sd3"), "sd3"))
+
+
+def test_a_cut_gradient_is_caught(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    predict = FlowPolicyScheduler._predict
+    monkeypatch.setattr(
+        FlowPolicyScheduler, "_predict", lambda self, output, *a: predict(self, output.detach(), *a)
+    )
+    failed = failures(tiny("sd3"), "sd3")
+    assert set(failed) == {GRADIENTS}
+    assert failed[GRADIENTS].startswith("0/")
+
+
+def test_a_gradient_that_leaks_is_caught(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    after_init(
+        monkeypatch, lambda p: p.denoisers["transformer"].proj_out.weight.requires_grad_(True)
+    )
+    assert failures(tiny("sd3"), "sd3")[GRADIENTS].endswith("1 others")
+
+
+def test_inexact_entering_is_caught(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    enter = PipelinePolicy._prepare_or_enter
+
+    def rounding(self: PipelinePolicy, *args: Any, **kwargs: Any) -> Any:
+        entered = enter(self, *args, **kwargs)
+        return 1.05 * entered if isinstance(entered, Tensor) else entered
+
+    monkeypatch.setattr(PipelinePolicy, "_prepare_or_enter", rounding)
+    assert {SAME_BATCH, BRANCH, DECODE} <= set(failures(tiny("sd3"), "sd3"))
+
+
+def test_another_sampler_is_caught(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    interval = FlowPolicyScheduler.interval
+    monkeypatch.setattr(
+        FlowPolicyScheduler, "interval", lambda self, a, b: interval(self, max(0, a - 1), b)
+    )
+    assert STOCK in failures(tiny("sd3"), "sd3")
+
+
+def test_an_export_of_other_weights_is_caught(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    export = doctor.export
+
+    def halving(pipeline: Any, trainable: Any, folder: Path) -> Path:
+        (file,) = export(pipeline, trainable, folder).glob("*.safetensors")
+        save_file({k: v / 2 for k, v in load_file(file).items()}, file)
+        return folder
+
+    monkeypatch.setattr(doctor, "export", halving)
+    assert set(failures(tiny("sd3"), "sd3")) == {EXPORT}
+
+
+def test_consistency_samplers_are_refused(tiny: Tiny, tmp_path: Path) -> None:
+    pipeline = DiffusionPipeline.from_pretrained(tiny("sd15"))
+    pipeline.scheduler = LCMScheduler.from_config(pipeline.scheduler.config)
+    pipeline.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="LCMScheduler cannot be a policy"):
+        failures(tmp_path, "sd15")
+
+
+def test_a_folder_that_is_no_pipeline_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"no model_index\.json"):
+        failures(tmp_path, "sd15")
+    with pytest.raises(FileNotFoundError, match="no such folder"):
+        failures(tmp_path / "misspelt", "sd15")
+
+
+def test_unknown_sampling_arguments_are_refused(make_policy: Callable[..., PipelinePolicy]) -> None:
+    with pytest.raises(
+        ValueError, match=r"no argument 'eta_'; it takes .*num_inference_steps.*eta"
+    ):
+        make_policy("sd15", sampling=sampling_of("sd15", call={"eta_": 1.0}))
+    with pytest.raises(ValueError, match="FluxPipeline takes no argument 'num_frames'"):
+        make_policy("flux", sampling=sampling_of("flux", num_frames=5))
+
+
+def test_unknown_layers_are_refused(make_policy: Callable[..., PipelinePolicy]) -> None:
+    with pytest.raises(ValueError, match=r"\['to_x'\] name no .*attn2\.to_q"):
+        make_policy("sd15", weights=LoRA(targets=("to_q", "to_x")))
+    with pytest.raises(ValueError, match=r"no adapters for PixArt.*kind = 'full'"):
+        make_policy("pixart_sigma", weights=LoRA())
+
+
+def after_init(monkeypatch: pytest.MonkeyPatch, change: Callable[[PipelinePolicy], Any]) -> None:
+    """Break every trainable policy that is made from now on."""
+    init = PipelinePolicy.__init__
+
+    def broken(self: PipelinePolicy, *args: Any, **kwargs: Any) -> None:
+        init(self, *args, **kwargs)
+        if self.trainable is not None:
+            change(self)
+
+    monkeypatch.setattr(PipelinePolicy, "__init__", broken)

@@ -1,0 +1,175 @@
+"""Comparison grids: what is where, what is marked, what is refused."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from flowgrpo.evaluate.grid import GridRow, draw_grid
+
+RED, BLUE = (1.0, 0.0, 0.0), (0.0, 0.0, 1.0)
+
+
+def images(*colors, size=(64, 64)):
+    """One image per colour, each of one colour."""
+    return torch.tensor(colors)[:, :, None, None].expand(-1, -1, *size).clone()
+
+
+def grid(rows, columns=("base", "tuned"), **options):
+    return draw_grid(rows, columns, title="a title", subtitle="10 steps, seed 0", **options)
+
+
+def box(picture, color):
+    """Left, top, right, bottom of the pixels that have exactly this colour; all must be filled."""
+    target = np.array([round(255 * c) for c in color])
+    found = (np.asarray(picture) == target).all(-1)
+    ys, xs = np.nonzero(found)
+    left, top, right, bottom = xs.min(), ys.min(), xs.max() + 1, ys.max() + 1
+    assert found[top:bottom, left:right].all()
+    return left, top, right, bottom
+
+
+def test_tiles_stand_in_their_blocks_and_rows():
+    green, cyan, pink, olive = (0.0, 1.0, 0.0), (0.0, 1.0, 1.0), (1.0, 0.0, 1.0), (0.5, 0.5, 0.0)
+    rows = [
+        GridRow("first", [images(RED, green), images(BLUE, cyan)]),
+        GridRow("second", [images(pink, pink), images(olive, olive)]),
+    ]
+    picture = grid(rows)
+    red, other, blue = box(picture, RED), box(picture, green), box(picture, BLUE)
+    below = box(picture, cyan)
+    assert red[1] == other[1] == blue[1] == below[1]
+    assert red[2] < other[0] < blue[0] < below[0]
+    within, between = other[0] - red[2], blue[0] - other[2]
+    assert between >= 3 * within
+    pinks = np.nonzero((np.asarray(picture) == [255, 0, 255]).all(-1))
+    assert pinks[0].min() > red[3]
+    assert pinks[1].min() == red[0]
+
+
+@pytest.mark.parametrize(
+    ("size", "scale", "tile"),
+    [
+        ((64, 64), None, (128, 128)),
+        ((16, 16), None, (96, 96)),
+        ((128, 128), None, (128, 128)),
+        ((1024, 512), None, (256, 128)),
+        ((64, 64), 3, (192, 192)),
+        ((300, 300), 1, (300, 300)),
+    ],
+)
+def test_tile_size(size, scale, tile):
+    picture = grid([GridRow("p", [images(RED, size=size), images(BLUE, size=size)])], scale=scale)
+    left, top, right, bottom = box(picture, RED)
+    assert (bottom - top, right - left) == tile
+
+
+def test_enlarged_pixels_stay_sharp():
+    media = torch.zeros(1, 3, 2, 2)
+    media[0, 0, 0, 0] = 1.0
+    picture = grid([GridRow("p", [media])], ["base"], scale=50)
+    left, top, right, bottom = box(picture, RED)
+    assert (right - left, bottom - top) == (50, 50)
+
+
+def test_grid_grows_with_rows_by_equal_steps():
+    row = GridRow("p", [images(RED), images(BLUE)])
+    heights = [grid([row] * n).height for n in (1, 2, 3)]
+    assert heights[2] - heights[1] == heights[1] - heights[0] > 128
+    assert {grid([row] * n).width for n in (1, 2)} == {grid([row]).width}
+
+
+def test_marks_are_drawn_in_the_corner_of_their_image():
+    row = GridRow("p", [images(RED), images(BLUE)], [["✓"], ["✗"]])
+    plain, marked = grid([GridRow("p", row.blocks)]), grid([row])
+    assert plain.size == marked.size
+    changed = (np.asarray(plain) != np.asarray(marked)).any(-1)
+    for color, mark in [(RED, (26, 156, 82)), (BLUE, (217, 58, 58))]:
+        left, top, right, bottom = box(plain, color)
+        middle = ((top + bottom) // 2, (left + right) // 2)
+        corner = np.s_[middle[0] : bottom, middle[1] : right]
+        assert changed[corner].any()
+        assert (np.asarray(marked)[corner] == mark).all(-1).any()
+        assert not (np.asarray(plain)[corner] == mark).all(-1).any()
+        assert not changed[top : middle[0], left:right].any()
+
+
+def test_other_notes_are_written_below_the_image():
+    row = GridRow("p", [images(RED), images(BLUE)], [["0.91"], ["a note as long as " * 20]])
+    plain, noted = grid([GridRow("p", row.blocks)]), grid([row])
+    assert noted.height > plain.height
+    left, top, right, bottom = box(noted, RED)
+    pixels = np.asarray(noted)
+    assert (pixels[top:bottom, left:right] == [255, 0, 0]).all()
+    assert (pixels[bottom + 3 : bottom + 20, left:right] < 200).any()
+    assert (pixels[bottom + 3 : bottom + 20, box(noted, BLUE)[2] + 2 :] == 255).all()
+
+
+@pytest.mark.parametrize("text", ["many words " * 60, "w" * 400, "一只红色的圆圈" * 60])
+def test_long_texts_never_overflow(text):
+    row = GridRow(text, [images(RED), images(BLUE)])
+    picture = draw_grid([row], [text, text], title=text, subtitle=text)
+    pixels = np.asarray(picture)
+    left, top, _, bottom = box(picture, RED)
+    assert (pixels[top:bottom, left - 20 : left - 1] == 255).all()
+    assert (pixels[:, -28:] == 255).all()
+    assert (pixels[-8:] == 255).all()
+    assert picture.width == grid([GridRow("p", row.blocks)]).width
+
+
+@pytest.mark.parametrize(("frames", "shown"), [(1, [0]), (2, [0, 1]), (9, [0, 4, 8])])
+def test_videos_show_first_middle_and_last_frame(frames, shown):
+    video = torch.zeros(1, frames, 3, 32, 32)
+    for frame in range(frames):
+        video[0, frame, 1] = (frame + 10) / 255
+        video[0, frame, 0] = 1.0
+    picture = grid([GridRow("p", [video])], ["base"])
+    boxes = [box(picture, (1.0, (f + 10) / 255, 0.0)) for f in shown]
+    assert [b[0] for b in boxes] == sorted(b[0] for b in boxes)
+    assert {b[1] for b in boxes} == {boxes[0][1]}
+    values = set(np.unique(np.asarray(picture)[boxes[0][1] : boxes[0][3], boxes[0][0] :, 1]))
+    hidden = {f + 10 for f in range(frames)} - {f + 10 for f in shown}
+    assert not hidden & values
+
+
+def test_grey_and_half_precision_images_are_drawn():
+    grey = torch.full((1, 1, 64, 64), 0.2, dtype=torch.float16)
+    assert box(grid([GridRow("p", [grey])], ["base"]), (0.2, 0.2, 0.2))
+
+
+def test_values_just_outside_the_range_are_clamped():
+    media = images((1.0005, -0.0005, 0.0))
+    assert box(grid([GridRow("p", [media])], ["base"]), RED)
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns", "options", "message"),
+    [
+        ([], ["base"], {}, "needs rows"),
+        ([GridRow("p", [])], [], {}, "needs rows"),
+        ([GridRow("p", [images(RED)])], ["base", "tuned"], {}, "1 blocks for 2 columns"),
+        ([GridRow("p", [images(RED), images(RED, BLUE)])], ["a", "b"], {}, "'b': shape"),
+        (
+            [GridRow("p", [images(RED)]), GridRow("q", [images(RED, BLUE)])],
+            ["a"],
+            {},
+            "'q', 'a': shape",
+        ),
+        ([GridRow("p", [images((1.1, 0.0, 0.0))])], ["a"], {}, r"'p', 'a': .*\[0, 1\].* to 1.1"),
+        ([GridRow("p", [images((-0.5, 0.0, 0.0))])], ["a"], {}, "-0.5"),
+        ([GridRow("p", [images((float("nan"), 0.0, 0.0))])], ["a"], {}, "nan"),
+        ([GridRow("p", [torch.zeros(1, 4, 8, 8)])], ["a"], {}, "not images"),
+        ([GridRow("p", [torch.zeros(0, 3, 8, 8)])], ["a"], {}, "not images"),
+        ([GridRow("p", [images(RED)], [["✓", "✗"]])], ["a"], {}, "notes"),
+        ([GridRow("p", [images(RED)])], ["a"], {"scale": 0}, "scale"),
+    ],
+)
+def test_bad_input_raises(rows, columns, options, message):
+    with pytest.raises(ValueError, match=message):
+        grid(rows, columns, **options)
+
+
+def test_result_is_an_rgb_picture():
+    picture = grid([GridRow("p", [images(RED), images(BLUE)])])
+    assert isinstance(picture, Image.Image)
+    assert picture.mode == "RGB"

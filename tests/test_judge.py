@@ -1,0 +1,261 @@
+"""The judge: what rewards may do wrong, and that no score is ever made up."""
+
+import logging
+import math
+import time
+from collections.abc import Iterator, Sequence
+
+import pytest
+import torch
+from torch import Tensor
+
+from flowgrpo.experience import Prompt
+from flowgrpo.imports import import_path
+from flowgrpo.judge import Failures, Judge, Reward, RewardError, load_reward
+
+HERE = "tests.test_judge"
+PROMPTS = [Prompt(f"prompt {i}") for i in range(4)]
+IMAGES = torch.linspace(0, 1, 4).view(4, 1, 1, 1).expand(4, 3, 8, 8).clone()
+calls: list[str] = []
+
+
+@pytest.fixture(autouse=True)
+def _count_anew() -> Iterator[None]:
+    calls.clear()
+    yield
+
+
+# Reward models, as a user would write them.
+def brightness(media: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+    calls.append("brightness")
+    return media.flatten(1).mean(1)
+
+
+def constant(media: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+    return torch.full((len(prompts),), 0.5)
+
+
+def second_is_nan(media: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+    calls.append("second_is_nan")
+    scores = brightness(media, prompts)
+    scores[1] = math.nan
+    return scores
+
+
+def infinite(media: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+    return torch.full((len(prompts),), math.inf)
+
+
+def broken(media: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+    calls.append("broken")
+    raise ConnectionError("no route to the reward server")
+
+
+def column(media: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+    calls.append("column")
+    return torch.zeros(len(prompts), 1)
+
+
+def a_list(media: Tensor, prompts: Sequence[Prompt]) -> list[float]:
+    return [float(i) for i in range(len(prompts))]
+
+
+def nothing(media: Tensor, prompts: Sequence[Prompt]) -> None:
+    return None
+
+
+def slow_when_dark(media: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+    time.sleep(0.05 * (1 - float(media.mean())))
+    calls.append(prompts[0].text)
+    return media.flatten(1).mean(1)
+
+
+class Flaky:
+    """Fails ``times`` times, by an exception or by NaN in every second score."""
+
+    def __init__(self, times: int, how: str = "raise"):
+        self.left, self.how = times, how
+
+    def __call__(self, media: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+        calls.append("flaky")
+        scores = media.flatten(1).mean(1)
+        if self.left > 0:
+            self.left -= 1
+            if self.how == "raise":
+                raise TimeoutError("busy")
+            scores[self.left % 2 :: 2] = math.nan
+        return scores
+
+
+not_a_reward = 3
+
+
+def judge(*names: str | Reward, **failures: object) -> Judge:
+    rewards = [n if isinstance(n, Reward) else Reward(model=f"{HERE}:{n}") for n in names]
+    return Judge(rewards, Failures(wait=0.0, **failures))  # type: ignore[arg-type]
+
+
+def flaky(times: int, how: str = "raise") -> Reward:
+    return Reward(model=f"{HERE}:Flaky", options={"times": times, "how": how})
+
+
+# Finding rewards.
+@pytest.mark.parametrize(
+    ("reward", "message"),
+    [
+        (Reward(model="jpegsize"), r"unknown reward 'jpegsize'; did you mean 'jpeg_size'\?.*known:"),
+        (Reward(model="no_such_package:x"), "there is no module 'no_such_package'"),
+        (Reward(model=f"{HERE}:brightnes"), r"no 'brightnes'; did you mean 'brightness'\?"),
+        (Reward(model="jpeg_size", options={"size": 3}), r"'jpeg_size': .*'size'; it takes \(goal"),
+        (Reward(model=f"{HERE}:Flaky"), "'Flaky': missing a required argument: 'times'"),
+        (Reward(model=f"{HERE}:constant", options={"a": 1}), "is a function and takes no options"),
+        (Reward(model=f"{HERE}:not_a_reward"), "not_a_reward' is 3, "),
+    ],
+)  # fmt: skip
+def test_rewards_that_cannot_be_loaded(reward, message):
+    with pytest.raises(ValueError, match=message):
+        load_reward(reward)
+
+
+def test_import_path_needs_a_colon():
+    with pytest.raises(ValueError, match=r"'os.path' is no import path; write 'package.module:nam"):
+        import_path("os.path")
+    assert import_path("math:pi") == math.pi
+
+
+def test_two_rewards_need_two_names():
+    with pytest.raises(ValueError, match=r"\['brightness', 'brightness'\]"):
+        judge("brightness", "brightness")
+    named = Reward(model=f"{HERE}:brightness", name="light")
+    assert set(judge("brightness", named).score(IMAGES, PROMPTS).raw) == {"brightness", "light"}
+    with pytest.raises(ValueError, match="at least one"):
+        judge()
+
+
+# Scoring.
+def test_the_reward_is_the_weighted_sum_and_weight_0_is_only_measured():
+    found = judge(
+        Reward(model=f"{HERE}:brightness", weight=2.0),
+        Reward(model=f"{HERE}:a_list", weight=-0.5),
+        Reward(model=f"{HERE}:second_is_nan", name="measured", weight=0.0),
+    ).score(IMAGES, PROMPTS)
+    light = IMAGES.flatten(1).mean(1)
+    assert torch.allclose(found.reward, 2 * light - 0.5 * torch.arange(4.0))
+    assert found.raw["a_list"].tolist() == [0, 1, 2, 3]
+    assert found.raw["measured"].isnan().tolist() == [False, True, False, False]
+
+
+def test_scores_come_in_the_order_of_submission():
+    subject = judge("slow_when_dark")
+    futures = [subject.submit(IMAGES[i : i + 1], PROMPTS[i : i + 1]) for i in range(4)]
+    assert [float(f.result().reward) for f in futures] == pytest.approx([0, 1 / 3, 2 / 3, 1])
+    assert calls == [p.text for p in PROMPTS]
+    assert (subject.scored, subject.failures_seen) == (4, 0)
+    assert subject.seconds > 0.05
+    subject.close()
+
+
+@pytest.mark.parametrize(("name", "shape"), [("column", r"\(4, 1\)"), ("nothing", "None")])
+def test_a_wrong_result_stops_at_once(name, shape):
+    with pytest.raises(RewardError, match=f"reward '{name}' returned .*{shape}"):
+        judge(name, then="drop").score(IMAGES, PROMPTS)
+    assert len(calls) <= 1
+
+
+# Failing.
+@pytest.mark.parametrize("how", ["raise", "nan"])
+def test_a_reward_that_recovers_is_retried(how, caplog):
+    subject = judge(flaky(2, how), retries=2)
+    found = subject.score(IMAGES, PROMPTS)
+    assert torch.allclose(found.reward, IMAGES.flatten(1).mean(1))
+    assert calls == ["flaky"] * (3 if how == "raise" else 2)
+    assert subject.failures_seen == 0
+
+
+@pytest.mark.parametrize(("retries", "attempts"), [(0, 1), (3, 4)])
+def test_retries_are_counted_and_logged(retries, attempts, caplog):
+    found = judge("broken", retries=retries).score(IMAGES, PROMPTS)
+    assert calls == ["broken"] * attempts
+    assert found.reward.isnan().all()
+    assert len(caplog.records) == attempts
+    assert "reward 'broken' failed (attempt 1): no route" in caplog.text
+
+
+def test_waiting_doubles():
+    subject = Judge([flaky(2)], Failures(wait=0.04, retries=2))
+    began = time.perf_counter()
+    subject.score(IMAGES, PROMPTS)
+    assert 0.12 <= time.perf_counter() - began < 1
+
+
+def test_a_score_that_stays_nan_drops_its_sample_only():
+    subject = judge("second_is_nan", retries=1)
+    found = subject.score(IMAGES, PROMPTS)
+    assert found.reward.isnan().tolist() == [False, True, False, False]
+    assert calls.count("second_is_nan") == 2
+    assert (subject.failures_seen, subject.scored) == (1, 4)
+
+
+def test_infinity_is_a_failure_too():
+    assert judge("infinite").score(IMAGES, PROMPTS).raw["infinite"].isnan().all()
+
+
+@pytest.mark.parametrize(
+    ("name", "problem"),
+    [("broken", "failed 2 times: no route"), ("second_is_nan", "returned NaN or infinity")],
+)
+def test_then_stop_ends_the_run(name, problem):
+    subject = judge(name, retries=1, then="stop")
+    with pytest.raises(RewardError, match=problem):
+        subject.submit(IMAGES, PROMPTS).result()
+
+
+def test_too_many_failures_stop_the_run_all_the_same():
+    subject = judge("second_is_nan", retries=0, max_rate=0.3)
+    subject.score(IMAGES, PROMPTS)
+    subject.check_rate()
+    strict = judge("second_is_nan", retries=0, max_rate=0.2)
+    strict.score(IMAGES, PROMPTS)
+    with pytest.raises(RewardError, match=r"1 of 4 scores failed, more than failures.max_rate = 0.2"):
+        strict.check_rate()
+    strict.reset()
+    strict.check_rate()
+
+
+# The probe.
+def test_a_sound_reward_passes_the_probe_and_leaves_no_trace():
+    subject = judge("brightness")
+    subject.probe(IMAGES, PROMPTS)
+    assert (subject.scored, subject.failures_seen, subject.seconds) == (0, 0, 0.0)
+
+
+def test_a_constant_reward_is_refused():
+    with pytest.raises(RewardError, match=r"'constant' gave all 4 different probe images .* 0.5"):
+        judge("constant").probe(IMAGES, PROMPTS)
+    with pytest.raises(RewardError, match="constant"):
+        judge("brightness", "constant").probe(IMAGES, PROMPTS)
+
+
+def test_a_constant_reward_that_is_not_trained_is_no_problem():
+    measured = Reward(model=f"{HERE}:constant", weight=0.0)
+    judge("brightness", measured).probe(IMAGES, PROMPTS)
+
+
+@pytest.mark.parametrize("name", ["broken", "infinite"])
+def test_a_reward_without_finite_scores_is_refused(name):
+    with pytest.raises(RewardError, match=f"'{name}' gave no finite score to 4 probe images"):
+        judge(name, retries=0).probe(IMAGES, PROMPTS)
+
+
+def test_a_reward_that_is_constant_where_it_is_finite_is_refused():
+    same = torch.full_like(IMAGES, 0.25)
+    with pytest.raises(RewardError, match="same score"):
+        judge("second_is_nan", retries=0).probe(same, PROMPTS)
+
+
+def test_probe_modes(caplog):
+    with caplog.at_level(logging.WARNING):
+        judge("constant", probe="warn").probe(IMAGES, PROMPTS)
+    assert "nothing to learn from it" in caplog.text
+    judge("broken", probe="off").probe(IMAGES, PROMPTS)
+    assert not calls

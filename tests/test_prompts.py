@@ -1,0 +1,133 @@
+"""Prompt files and the order in which prompts are trained on."""
+
+import json
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from flowgrpo.core.random import Random
+from flowgrpo.experience import Prompt
+from flowgrpo.prompts import PromptError, PromptSet
+
+
+def write(folder: Path, name: str, text: str) -> Path:
+    path = folder / name
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_txt(tmp_path):
+    path = write(tmp_path, "p.txt", "a red circle\n\n  ein blauer Würfel  \n")
+    assert list(PromptSet.load(path).prompts) == [
+        Prompt("a red circle"),
+        Prompt("ein blauer Würfel"),
+    ]
+
+
+def test_jsonl_keeps_what_rewards_need(tmp_path):
+    rows = [
+        {"prompt": "two stars", "tag": "counting", "include": [{"class": "star", "count": 2}]},
+        {"prompt": "a cat", "negative_prompt": "blurry", "metadata": {"tag": "x"}},
+        {"prompt": "a line\u2028break", "tag": "unicode"},
+    ]
+    path = write(
+        tmp_path, "p.jsonl", "\n".join(json.dumps(r, ensure_ascii=False) for r in rows) + "\n\n"
+    )
+    stars, cat, line = PromptSet.load(path).prompts
+    assert stars.metadata == {"tag": "counting", "include": [{"class": "star", "count": 2}]}
+    assert (stars.negative, cat.negative) == (None, "blurry")
+    assert cat.metadata == {"tag": "x"}
+    assert line.text == "a line\u2028break"
+
+
+@pytest.mark.parametrize("start", ["", "\ufeff"])
+def test_csv_also_as_excel_writes_it(tmp_path, start):
+    text = start + 'prompt,tag,negative_prompt\n"a circle, red",colors,\na star,single,blurry\n'
+    one, two = PromptSet.load(write(tmp_path, "p.csv", text)).prompts
+    assert (one.text, one.negative, one.metadata) == ("a circle, red", None, {"tag": "colors"})
+    assert (two.text, two.negative) == ("a star", "blurry")
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("p.txt", "\n  \n", "p.txt: no prompts in it"),
+        ("p.yaml", "prompt: x", r"unknown ending '.yaml'; known: .txt, .jsonl, .csv"),
+        ("p.jsonl", '{"prompt": "x"}\n{"prompt": \n', "p.jsonl, line 2: not valid JSON"),
+        ("p.jsonl", '{"prompt": "x"}\n\n["x"]\n', "p.jsonl, line 3: expected an object"),
+        ("p.jsonl", '{"caption": "x"}\n', "line 1: needs a key 'prompt' .* keys there: caption"),
+        ("p.jsonl", '{"prompt": " "}\n', "line 1: needs a key 'prompt' with some text"),
+        ("p.jsonl", '{"prompt": "x", "metadata": 3}\n', "'metadata' must be an object, got 3"),
+        ("p.csv", "prompt,tag\nx,a\n,b\n", "p.csv, line 3: needs a key 'prompt'"),
+        ("p.csv", "text\nx\n", "p.csv, line 2: needs a key 'prompt' .* keys there: text"),
+    ],
+)
+def test_broken_files_are_refused_with_file_and_line(tmp_path, name, text, message):
+    with pytest.raises(PromptError, match=message):
+        PromptSet.load(write(tmp_path, name, text))
+
+
+def test_a_missing_file_and_a_missing_balance_key(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no prompt file .*none.txt"):
+        PromptSet.load(tmp_path / "none.txt")
+    path = write(tmp_path, "p.jsonl", '{"prompt": "x", "tag": "a"}\n{"prompt": "y"}\n')
+    with pytest.raises(PromptError, match=r"balance = 'tag', but prompt 2 \('y'\) has no such"):
+        PromptSet.load(path, balance="tag")
+
+
+def prompt_set(sizes: dict[str, int], balance: str = "tag") -> PromptSet:
+    prompts = [Prompt(f"{t} {i}", metadata={"tag": t}) for t, n in sizes.items() for i in range(n)]
+    return PromptSet(prompts, balance)
+
+
+def texts(prompts: PromptSet, iterations: range, number: int, seed: int = 0) -> list[str]:
+    groups = [g for i in iterations for g in prompts.groups(i, number, Random(seed))]
+    return [g.prompt.text for g in groups]
+
+
+def test_every_epoch_covers_every_prompt_once_in_a_new_order():
+    prompts = prompt_set({"a": 10}, balance="")
+    order = texts(prompts, range(6), 5)
+    epochs = [order[i : i + 10] for i in (0, 10, 20)]
+    assert all(len(set(e)) == 10 for e in epochs)
+    assert len({tuple(e) for e in epochs}) == 3
+    # Also when an epoch does not end with an iteration.
+    uneven = texts(prompts, range(10), 3)
+    assert sorted(uneven[:10]) == sorted(uneven[10:20]) == sorted(epochs[0])
+
+
+def test_the_order_depends_only_on_seed_and_iteration():
+    prompts = prompt_set({"a": 7, "b": 3})
+    straight = texts(prompts, range(8), 4)
+    assert straight[20:] == texts(prompts, range(5, 8), 4)
+    assert straight == texts(prompts, range(8), 4)
+    assert straight != texts(prompts, range(8), 4, seed=1)
+
+
+def test_balance_is_exact_in_every_iteration_and_covers_each_class():
+    prompts = prompt_set({"many": 50, "few": 3, "one": 1})
+    for iteration in range(4):
+        tags = Counter(g.prompt.metadata["tag"] for g in prompts.groups(iteration, 6, Random(0)))
+        assert tags == {"many": 2, "few": 2, "one": 2}
+    drawn = Counter(texts(prompts, range(25), 6))
+    assert all(drawn[f"many {i}"] == 1 for i in range(50))
+    assert {drawn[f"few {i}"] for i in range(3)} <= {16, 17}
+    odd = Counter(t.split()[0] for t in texts(prompts, range(5), 4))
+    assert max(odd.values()) - min(odd.values()) <= 1
+
+
+def test_groups_are_indexed_and_equal_prompts_are_two_groups():
+    groups = prompt_set({"one": 1}).groups(3, 4, Random(0))
+    assert [g.index for g in groups] == [0, 1, 2, 3]
+    assert len({g.prompt.text for g in groups}) == 1
+
+
+def test_spread_is_even_over_classes_and_prompts():
+    prompts = prompt_set({"a": 4, "b": 2})
+    pairs = prompts.spread(12)
+    assert Counter(p.metadata["tag"] for p, _ in pairs) == {"a": 6, "b": 6}
+    assert [s for p, s in pairs if p.text == "b 0"] == [0, 1, 2]
+    assert Counter(p.text for p, s in pairs if s == 0) == Counter(p.text for p in prompts.prompts)
+    assert len({(p.text, s) for p, s in pairs}) == 12
+    assert prompts.spread(5) == pairs[:5]
