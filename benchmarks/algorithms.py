@@ -45,16 +45,31 @@ def main() -> None:
             length = [f"train.iterations={iterations}", f"run.seed={seed}", "evaluation.every=0"]
             run("quickstart", folder, [*settings, *options.set, *length])
             first, last = evaluations(folder)[0], evaluations(folder)[-1]
-            rows.append([
-                name,
-                str(seed),
-                f"{each:.2f}",
-                str(iterations),
-                percent(first["scores"]["strict"], first["images"]),
-                percent(last["scores"]["strict"], last["images"]),
-                f"{first['measures']['diversity/color']:.2f} → {last['measures']['diversity/color']:.2f}",
-            ])
-    print(table(["algorithm", "seed", "s / iteration", "iterations", "before", "after", "colour entropy"], rows))
+            rows.append(
+                [
+                    name,
+                    str(seed),
+                    f"{each:.2f}",
+                    str(iterations),
+                    percent(first["scores"]["strict"], first["images"]),
+                    percent(last["scores"]["strict"], last["images"]),
+                    f"{first['measures']['diversity/color']:.2f} → {last['measures']['diversity/color']:.2f}",
+                ]
+            )
+    print(
+        table(
+            [
+                "algorithm",
+                "seed",
+                "s / iteration",
+                "iterations",
+                "before",
+                "after",
+                "colour entropy",
+            ],
+            rows,
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -25,30 +25,42 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="shapes")
     parser.add_argument("--images", type=int, default=480)
-    parser.add_argument("--settings", type=int, default=len(SETTINGS), help="how many of the settings")
+    parser.add_argument(
+        "--settings", type=int, default=len(SETTINGS), help="how many of the settings"
+    )
     options = parser.parse_args()
     quiet()
     prompts = PromptSet.load(find("prompts/shapes_held_out.jsonl"), "tag")
-    judge = Judge([
-        Reward(name="strict", model="flowgrpo.shapes.rewards:Strict"),
-        Reward(name="graded", model="flowgrpo.shapes.rewards:Graded"),
-    ])
+    judge = Judge(
+        [
+            Reward(name="strict", model="flowgrpo.shapes.rewards:Strict"),
+            Reward(name="graded", model="flowgrpo.shapes.rewards:Graded"),
+        ]
+    )
     rows = []
     policy = PipelinePolicy.from_pretrained(options.model, sampling=Sampling(), batch_size=240)
     for steps, guidance in SETTINGS[: options.settings]:
         sampling = Sampling(num_steps=steps, guidance_scale=guidance)
         result = evaluate(
-            policy, judge, plan(prompts, options.images), seed=0, sampling=sampling, balance="tag", measures=[Diversity()]
+            policy,
+            judge,
+            plan(prompts, options.images),
+            seed=0,
+            sampling=sampling,
+            balance="tag",
+            measures=[Diversity()],
         )
         tasks = [f"{100 * result['by_class'][t]['strict']:.0f}" for t in TASKS]
-        rows.append([
-            str(steps),
-            f"{guidance:g}",
-            percent(result["scores"]["strict"], result["images"]),
-            *tasks,
-            f"{result['scores']['graded']:.3f}",
-            f"{result['measures']['diversity/color']:.2f}",
-        ])
+        rows.append(
+            [
+                str(steps),
+                f"{guidance:g}",
+                percent(result["scores"]["strict"], result["images"]),
+                *tasks,
+                f"{result['scores']['graded']:.3f}",
+                f"{result['measures']['diversity/color']:.2f}",
+            ]
+        )
     print(table(["steps", "guidance", "strict, %", *TASKS, "graded", "colour entropy"], rows))
     judge.close()
 

@@ -69,11 +69,17 @@ def main() -> None:
             folder = Path(temporary) / f"killed-{finished}"
             while True:
                 process = subprocess.Popen(
-                    command(folder), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=environment, text=True
+                    command(folder),
+                    stdout=subprocess.DEVNULL,
+                    stderr=subprocess.PIPE,
+                    env=environment,
+                    text=True,
                 )
                 try:
                     # Anywhere between the start and the end, whatever the run is doing then.
-                    _, errors = process.communicate(timeout=chance.uniform(0.15, 1.1) * whole if kills < options.kills else None)
+                    _, errors = process.communicate(
+                        timeout=chance.uniform(0.15, 1.1) * whole if kills < options.kills else None
+                    )
                 except subprocess.TimeoutExpired:
                     os.kill(process.pid, signal.SIGKILL)
                     process.communicate()
@@ -90,8 +96,15 @@ def main() -> None:
             finished += 1
             wrong = differences(straight, folder) if process.returncode == 0 else ["(failed)"]
             identical += not wrong
-            print(f"run {finished}: {'identical' if not wrong else 'differs in ' + ', '.join(wrong)}", flush=True)
-    print(json.dumps({"kills": kills, "survived": survived, "runs": finished, "identical_runs": identical}))
+            print(
+                f"run {finished}: {'identical' if not wrong else 'differs in ' + ', '.join(wrong)}",
+                flush=True,
+            )
+    print(
+        json.dumps(
+            {"kills": kills, "survived": survived, "runs": finished, "identical_runs": identical}
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -50,14 +50,20 @@ def main() -> None:
         lines = (Path(folder) / "run" / "timings.jsonl").read_text().splitlines()
     rows = [json.loads(line) for line in lines][2:]
     shapes = captured[-1] if captured else {}
-    phases = {k: statistics.median(r[k] for r in rows) for k in ("rollout", "judge", "train", "total")}
-    policy = PipelinePolicy.from_pretrained("shapes", sampling=config.sampling, weights=config.model.weights)
+    phases = {
+        k: statistics.median(r[k] for r in rows) for k in ("rollout", "judge", "train", "total")
+    }
+    policy = PipelinePolicy.from_pretrained(
+        "shapes", sampling=config.sampling, weights=config.model.weights
+    )
     pure = 0.0
     (denoiser,) = policy.denoisers.values()
     for (batch, gradient), number in sorted(shapes.items()):
         seconds = best(lambda b=batch, g=gradient: _pass(denoiser, b, g))
         pure += seconds * number / options.iterations
-        print(f"  batch {batch:>4} {'forward + backward' if gradient else 'forward'}: {1e3 * seconds:.0f} ms x {number / options.iterations:.1f} per iteration")
+        print(
+            f"  batch {batch:>4} {'forward + backward' if gradient else 'forward'}: {1e3 * seconds:.0f} ms x {number / options.iterations:.1f} per iteration"
+        )
     decode = best(lambda: _decode(policy, config.train.groups * config.algorithm.group_size))
     for name, value in phases.items():
         print(f"{name:>10} {value:.3f} s")

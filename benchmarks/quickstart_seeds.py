@@ -22,16 +22,20 @@ def main() -> None:
         seconds = run("quickstart", folder, [f"run.seed={seed}", *options.set])
         first, *_, last = evaluations(folder)
         parts = [("mean", first["scores"], last["scores"], last["images"])]
-        parts += [(c, first["by_class"][c], v, int(v["images"])) for c, v in last["by_class"].items()]
+        parts += [
+            (c, first["by_class"][c], v, int(v["images"])) for c, v in last["by_class"].items()
+        ]
         for name, before, after, images in parts:
-            rows.append([
-                str(seed),
-                name,
-                percent(before["strict"], images),
-                percent(after["strict"], images),
-                f"{100 * (after['strict'] - before['strict']):+.1f}",
-                f"{before['graded']:.3f} → {after['graded']:.3f}",
-            ])
+            rows.append(
+                [
+                    str(seed),
+                    name,
+                    percent(before["strict"], images),
+                    percent(after["strict"], images),
+                    f"{100 * (after['strict'] - before['strict']):+.1f}",
+                    f"{before['graded']:.3f} → {after['graded']:.3f}",
+                ]
+            )
         for name, value in last["measures"].items():
             rows.append([str(seed), name, f"{first['measures'][name]:.3f}", f"{value:.3f}", "", ""])
         rows.append([str(seed), "minutes", "", f"{seconds / 60:.1f}", "", ""])

@@ -25,7 +25,9 @@ def evaluations(folder: Path) -> list[dict[str, Any]]:
 
 def seconds_per_iteration(folder: Path) -> float:
     """The median time of an iteration, evaluations aside."""
-    rows = [json.loads(line)["total"] for line in (folder / "timings.jsonl").read_text().splitlines()]
+    rows = [
+        json.loads(line)["total"] for line in (folder / "timings.jsonl").read_text().splitlines()
+    ]
     return sorted(rows)[len(rows) // 2]
 
 

@@ -50,7 +50,9 @@ def parser() -> argparse.ArgumentParser:
     )
     subparsers = top.add_subparsers(required=True, metavar="COMMAND")
 
-    def add(name: str, run: Callable[[argparse.Namespace], int], summary: str, example: str) -> argparse.ArgumentParser:
+    def add(
+        name: str, run: Callable[[argparse.Namespace], int], summary: str, example: str
+    ) -> argparse.ArgumentParser:
         sub = subparsers.add_parser(
             name,
             help=summary,
@@ -61,59 +63,153 @@ def parser() -> argparse.ArgumentParser:
         sub.set_defaults(command=run)
         return sub
 
-    train = add("train", commands.train, "fine-tune a model, or go on where a run stopped", "flowgrpo train quickstart --set run.seed=1")
+    train = add(
+        "train",
+        commands.train,
+        "fine-tune a model, or go on where a run stopped",
+        "flowgrpo train quickstart --set run.seed=1",
+    )
     train.add_argument("config", help=CONFIG_HELP)
     train.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help=SET_HELP)
-    train.add_argument("--dry-run", action="store_true", help="check everything that can be checked without the model, print the plan, stop")
+    train.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="check everything that can be checked without the model, print the plan, stop",
+    )
 
-    sample = add("sample", commands.sample, "draw images of prompts, with the deterministic sampler", 'flowgrpo sample shapes "a photo of two stars" --out images')
+    sample = add(
+        "sample",
+        commands.sample,
+        "draw images of prompts, with the deterministic sampler",
+        'flowgrpo sample shapes "a photo of two circles" --out images',
+    )
     _model_arguments(sample)
-    sample.add_argument("prompts", nargs="+", help="prompts, or files of prompts (.txt, .jsonl, .csv)")
-    sample.add_argument("--out", required=True, help="folder for the images, as {prompt number}_{sample number}.png, and index.jsonl")
-    sample.add_argument("--samples", type=int, default=4, help="images per prompt (default: %(default)s)")
+    sample.add_argument(
+        "prompts", nargs="+", help="prompts, or files of prompts (.txt, .jsonl, .csv)"
+    )
+    sample.add_argument(
+        "--out",
+        required=True,
+        help="folder for the images, as {prompt number}_{sample number}.png, and index.jsonl",
+    )
+    sample.add_argument(
+        "--samples", type=int, default=4, help="images per prompt (default: %(default)s)"
+    )
 
-    grid = add("grid", commands.grid, "draw a labelled grid: base beside tuned, same noise", "flowgrpo grid runs/quickstart --out grid.png")
+    grid = add(
+        "grid",
+        commands.grid,
+        "draw a labelled grid: base beside tuned, same noise",
+        "flowgrpo grid runs/quickstart --out grid.png",
+    )
     grid.add_argument("run", help="run directory")
     grid.add_argument("--out", required=True, help="PNG file")
     grid.add_argument("--prompts", help="file of prompts (default: the run's held-out prompts)")
     grid.add_argument("--rows", type=int, default=6, help="prompts (default: %(default)s)")
-    grid.add_argument("--samples", type=int, default=4, help="images per prompt and model (default: %(default)s)")
+    grid.add_argument(
+        "--samples", type=int, default=4, help="images per prompt and model (default: %(default)s)"
+    )
     grid.add_argument("--seed", type=int, default=0, help="for the noise (default: %(default)s)")
-    grid.add_argument("--weights", choices=("best", "last"), default="last", help="which checkpoint (default: %(default)s)")
-    grid.add_argument("--steps", type=int, help="denoising steps (default: as in the run's evaluations)")
-    grid.add_argument("--guidance", type=float, help="guidance scale (default: as in the run's evaluations)")
+    grid.add_argument(
+        "--weights",
+        choices=("best", "last"),
+        default="last",
+        help="which checkpoint (default: %(default)s)",
+    )
+    grid.add_argument(
+        "--steps", type=int, help="denoising steps (default: as in the run's evaluations)"
+    )
+    grid.add_argument(
+        "--guidance", type=float, help="guidance scale (default: as in the run's evaluations)"
+    )
 
-    score = add("score", commands.score, "score images with a reward model", "flowgrpo score images --reward jpeg_size")
-    score.add_argument("images", help="folder of images; with index.jsonl as 'sample' writes it, prompts are known")
-    score.add_argument("--reward", required=True, action="append", help="name in reward_models or import path; can be given again")
-    score.add_argument("--prompts", help="file of prompts, one for each image in the order of file names")
+    score = add(
+        "score",
+        commands.score,
+        "score images with a reward model",
+        "flowgrpo score images --reward jpeg_size",
+    )
+    score.add_argument(
+        "images", help="folder of images; with index.jsonl as 'sample' writes it, prompts are known"
+    )
+    score.add_argument(
+        "--reward",
+        required=True,
+        action="append",
+        help="name in reward_models or import path; can be given again",
+    )
+    score.add_argument(
+        "--prompts", help="file of prompts, one for each image in the order of file names"
+    )
     score.add_argument("--out", help="file for a table (.jsonl)")
-    score.add_argument("--batch", type=int, default=32, help="images scored at a time (default: %(default)s)")
+    score.add_argument(
+        "--batch", type=int, default=32, help="images scored at a time (default: %(default)s)"
+    )
 
-    doctor = add("doctor", commands.doctor, "prove on a model that it can be trained", "flowgrpo doctor stabilityai/stable-diffusion-3.5-medium --dtype bfloat16")
+    doctor = add(
+        "doctor",
+        commands.doctor,
+        "prove on a model that it can be trained",
+        "flowgrpo doctor stabilityai/stable-diffusion-3.5-medium --dtype bfloat16",
+    )
     _model_arguments(doctor)
     doctor.add_argument("--full", action="store_true", help="full fine-tuning instead of LoRA")
-    doctor.add_argument("--clip-range", type=float, default=1e-4, help="compared with the numerical noise of ratios (default: %(default)s)")
+    doctor.add_argument(
+        "--clip-range",
+        type=float,
+        default=1e-4,
+        help="compared with the numerical noise of ratios (default: %(default)s)",
+    )
     doctor.add_argument("--json", help="file for the result")
 
-    config = add("config", commands.config, "explain, list or show configurations", "flowgrpo config explain algorithm.steps")
-    config.add_argument("action", choices=("explain", "list", "show"), help="explain a key; list the configurations that come with flowgrpo; show one with all defaults")
+    config = add(
+        "config",
+        commands.config,
+        "explain, list or show configurations",
+        "flowgrpo config explain algorithm.steps",
+    )
+    config.add_argument(
+        "action",
+        choices=("explain", "list", "show"),
+        help="explain a key; list the configurations that come with flowgrpo; show one with all defaults",
+    )
     config.add_argument("name", nargs="?", help="a key such as train.lr, or a configuration")
     config.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help=SET_HELP)
     return top
 
 
 def _model_arguments(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("model", help="hub id or folder of a diffusers pipeline, a run directory, or 'shapes' for the model in the package")
+    sub.add_argument(
+        "model",
+        help="hub id or folder of a diffusers pipeline, a run directory, or 'shapes' for the model in the package",
+    )
     sub.add_argument("--steps", type=int, help="denoising steps (default: 28; the doctor takes 4)")
     sub.add_argument("--guidance", type=float, help="guidance scale (default: the pipeline's)")
     sub.add_argument("--size", help="WIDTHxHEIGHT in pixels (default: the pipeline's)")
     sub.add_argument("--frames", type=int, help="frames of a video (default: the pipeline's)")
-    sub.add_argument("--call", action="append", default=[], metavar="NAME=VALUE", help="any other argument of the pipeline's call")
-    sub.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="precision of the denoiser (default: %(default)s)")
-    sub.add_argument("--device", default="auto", help="cpu, cuda, ... (default: a GPU if there is one)")
+    sub.add_argument(
+        "--call",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="any other argument of the pipeline's call",
+    )
+    sub.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        default="float32",
+        help="precision of the denoiser (default: %(default)s)",
+    )
+    sub.add_argument(
+        "--device", default="auto", help="cpu, cuda, ... (default: a GPU if there is one)"
+    )
     sub.add_argument("--seed", type=int, default=0, help="for the noise (default: %(default)s)")
-    sub.add_argument("--batch", type=int, default=16, help="images in one call of the pipeline (default: %(default)s)")
+    sub.add_argument(
+        "--batch",
+        type=int,
+        default=16,
+        help="images in one call of the pipeline (default: %(default)s)",
+    )
 
 
 if __name__ == "__main__":

@@ -41,7 +41,10 @@ def _dry_run(config: "Config", num_processes: int) -> int:
     from flowgrpo.run.console import Console
 
     rows = list(config.geometry(num_processes).items())
-    for label, file in (("training prompts", config.prompts.train), ("held-out prompts", config.prompts.held_out)):
+    for label, file in (
+        ("training prompts", config.prompts.train),
+        ("held-out prompts", config.prompts.held_out),
+    ):
         prompts = PromptSet.load(find(file), config.prompts.balance)
         classes = f" in {len(prompts.classes())} classes" if config.prompts.balance else ""
         rows.append((label, f"{len(prompts.prompts)}{classes} ({file})"))
@@ -50,7 +53,9 @@ def _dry_run(config: "Config", num_processes: int) -> int:
         if ":" in reward.model:
             import_path(reward.model)
         elif reward.model not in available_rewards():
-            raise ValueError(f"unknown reward {reward.model!r}{suggest(reward.model, available_rewards())}")
+            raise ValueError(
+                f"unknown reward {reward.model!r}{suggest(reward.model, available_rewards())}"
+            )
         rows.append((f"reward {reward.label}", f"weight {reward.weight:g} ({reward.model})"))
     rows.append(("run directory", config.run.folder))
     console = Console()
@@ -111,7 +116,14 @@ def grid(options: argparse.Namespace) -> int:
     tuned = sheet.generate(policy, sampling)
     judge = Judge(config.rewards, config.failures)
     title = f"{config.model.path}: {Path(options.run).name}"
-    sheet.save(["base", f"after {iteration} iterations"], [base, tuned], judge, sampling, title, Path(options.out))
+    sheet.save(
+        ["base", f"after {iteration} iterations"],
+        [base, tuned],
+        judge,
+        sampling,
+        title,
+        Path(options.out),
+    )
     judge.close()
     print(options.out)
     return 0
@@ -136,7 +148,9 @@ def score(options: argparse.Namespace) -> int:
         if len({m.shape for m in media}) == 1:
             scores = judge.score(torch.stack(media), prompts[rows]).raw
         else:
-            singles = [judge.score(m[None], [p]).raw for m, p in zip(media, prompts[rows], strict=True)]
+            singles = [
+                judge.score(m[None], [p]).raw for m, p in zip(media, prompts[rows], strict=True)
+            ]
             scores = {k: torch.cat([s[k] for s in singles]) for k in singles[0]}
         for i, file in enumerate(files[rows]):
             values = {k: float(v[i]) for k, v in scores.items()}
@@ -149,8 +163,10 @@ def score(options: argparse.Namespace) -> int:
         [[r["file"], r["prompt"], *(f"{r[k]:.4f}" for k in labels)] for r in shown],
     )
     for label in labels:
-        values = torch.tensor([r[label] for r in records])
-        console.say(f"{label}: mean {values.nanmean():.4f}, failed {int(values.isnan().sum())} of {len(values)}")
+        column = torch.tensor([r[label] for r in records])
+        console.say(
+            f"{label}: mean {column.nanmean():.4f}, failed {int(column.isnan().sum())} of {len(column)}"
+        )
     if options.out:
         Path(options.out).write_text("".join(json.dumps(r) + "\n" for r in records))
     judge.close()
@@ -199,7 +215,9 @@ def config(options: argparse.Namespace) -> int:
             first = file.read_text().splitlines()[0].lstrip("# ")
             print(f"{file.stem:<24} {first}")
     elif options.name is None:
-        raise ValueError(f"config {options.action} needs a {'key' if options.action == 'explain' else 'configuration'}")
+        raise ValueError(
+            f"config {options.action} needs a {'key' if options.action == 'explain' else 'configuration'}"
+        )
     elif options.action == "explain":
         print(explain(configuration.Config, options.name))
     else:
@@ -234,7 +252,9 @@ def _sampling(options: argparse.Namespace, steps: int) -> "Sampling":
         try:
             width, height = (int(n) for n in options.size.lower().split("x"))
         except ValueError:
-            raise ValueError(f"--size must be WIDTHxHEIGHT such as 512x512, got {options.size!r}") from None
+            raise ValueError(
+                f"--size must be WIDTHxHEIGHT such as 512x512, got {options.size!r}"
+            ) from None
     call = {}
     for setting in options.call:
         name, equals, text = setting.partition("=")
@@ -268,7 +288,11 @@ def _policy(options: argparse.Namespace, steps: int) -> "PipelinePolicy":
         policy.batch_size = options.batch
         return policy
     return PipelinePolicy.from_pretrained(
-        options.model, sampling=sampling, batch_size=options.batch, dtype=options.dtype, device=_device(options.device)
+        options.model,
+        sampling=sampling,
+        batch_size=options.batch,
+        dtype=options.dtype,
+        device=_device(options.device),
     )
 
 
@@ -279,7 +303,11 @@ def _load_run(folder: Path, weights: str, base: bool = False) -> "tuple[Pipeline
     from flowgrpo.run import checkpoints
 
     config = configuration.load(str(folder / "config.toml"))
-    place = folder / "checkpoints" / "best" if weights == "best" else checkpoints.newest(folder / "checkpoints")
+    place = (
+        folder / "checkpoints" / "best"
+        if weights == "best"
+        else checkpoints.newest(folder / "checkpoints")
+    )
     if place is None or not place.exists():
         raise FileNotFoundError(f"{folder} has no checkpoint yet")
     policy = PipelinePolicy.from_pretrained(
@@ -320,21 +348,29 @@ def _scored_images(folder: Path, prompt_file: str | None) -> "tuple[list[Path], 
 
     if not folder.is_dir():
         raise FileNotFoundError(f"no folder {folder}")
-    files = sorted(f for f in folder.iterdir() if f.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp"))
+    files = sorted(
+        f for f in folder.iterdir() if f.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp")
+    )
     if not files:
         raise ValueError(f"{folder} has no images (.png, .jpg, .jpeg, .webp)")
     if prompt_file is not None:
         prompts = list(PromptSet.load(find(prompt_file)).prompts)
         if len(prompts) != len(files):
-            raise ValueError(f"{prompt_file} has {len(prompts)} prompts for {len(files)} images in {folder}")
+            raise ValueError(
+                f"{prompt_file} has {len(prompts)} prompts for {len(files)} images in {folder}"
+            )
         return files, prompts
     index = folder / "index.jsonl"
     if index.exists():
         known = {r["file"]: r for r in map(json.loads, index.read_text().splitlines())}
         unknown = [f.name for f in files if f.name not in known]
         if unknown:
-            raise ValueError(f"{index} does not know {unknown[0]} ({len(unknown)} images in all); give --prompts")
-        return files, [Prompt(known[f.name]["prompt"], metadata=known[f.name]["metadata"]) for f in files]
+            raise ValueError(
+                f"{index} does not know {unknown[0]} ({len(unknown)} images in all); give --prompts"
+            )
+        return files, [
+            Prompt(known[f.name]["prompt"], metadata=known[f.name]["metadata"]) for f in files
+        ]
     return files, [Prompt("")] * len(files)
 
 

@@ -198,7 +198,7 @@ class Config:
 
     def evaluation_sampling(self) -> Sampling:
         """How the pipeline is called in evaluations."""
-        changed = {
+        changed: dict[str, Any] = {
             "num_steps": self.evaluation.num_steps,
             "guidance_scale": self.evaluation.guidance_scale,
         }
@@ -299,6 +299,11 @@ def _copy(value: Any) -> Any:
     return [_copy(v) for v in value] if isinstance(value, list) else value
 
 
+def dump(config: Config) -> str:
+    """A configuration as TOML; :func:`load` gives an equal one."""
+    return tomli_w.dumps(to_table(config))
+
+
 def save(config: Config, path: Path) -> None:
     """Write a configuration so that :func:`load` gives an equal one."""
-    path.write_text(tomli_w.dumps(to_table(config)))
+    path.write_text(dump(config))

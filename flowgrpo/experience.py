@@ -25,7 +25,7 @@ class Prompt:
         metadata: Anything a reward needs, such as GenEval's ``tag``, ``include`` and ``exclude``.
 
     Example:
-        ``Prompt("a photo of two stars", metadata={"tag": "counting", "include": [...]})``
+        ``Prompt("a photo of two circles", metadata={"tag": "counting", "include": [...]})``
     """
 
     text: str

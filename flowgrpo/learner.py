@@ -155,7 +155,7 @@ class Learner:
 
     def state(self) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
         """Everything that a checkpoint must hold, as tensors and as JSON."""
-        names = dict(zip(self.parameters, self.named, strict=True))
+        names: dict[Any, str] = dict(zip(self.parameters, self.named, strict=True))
         moments = {
             f"{names[p]}/{k}": v for p, state in self.adam.state.items() for k, v in state.items()
         }

@@ -41,7 +41,7 @@ def read(cls: type[T], table: Any, path: str = "") -> T:
             field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
         )
         if required and name not in values:
-            raise ConfigError(f"key {_join(path, name)!r} is missing: {documentation(cls)[name]}")
+            raise ConfigError(f"key {_join(path, name)!r} is missing: {documentation(cls)[name]}")  # type: ignore[arg-type]
     return cls(**values)
 
 
@@ -113,7 +113,7 @@ def to_table(value: Any) -> Any:
 
 
 @cache
-def documentation(cls: type) -> Mapping[str, str]:
+def documentation(cls: Any) -> Mapping[str, str]:
     """The docstring below each field of a dataclass, on one line."""
     (body,) = ast.parse(textwrap.dedent(inspect.getsource(cls))).body
     assert isinstance(body, ast.ClassDef)
@@ -136,7 +136,7 @@ def explain(cls: type, key: str) -> str:
     for depth, part in enumerate(parts):
         owners = [c for c in here if part in get_type_hints(c) and part in documentation(c)]
         if not owners:
-            known = sorted({f.name for c in here for f in dataclasses.fields(c)})  # type: ignore[arg-type]
+            known = sorted({f.name for c in here for f in dataclasses.fields(c)})
             raise ConfigError(
                 f"unknown key {key!r}{suggest(part, known)} (known below {'.'.join(parts[:depth]) or 'the top'}: {', '.join(known)})"
             )
@@ -147,7 +147,7 @@ def explain(cls: type, key: str) -> str:
 
 
 def _explanation(cls: type, name: str, key: str) -> str:
-    field = next(f for f in dataclasses.fields(cls) if f.name == name)  # type: ignore[arg-type]
+    field = next(f for f in dataclasses.fields(cls) if f.name == name)
     hint = get_type_hints(cls)[name]
     default = "required"
     if field.default is not dataclasses.MISSING:
@@ -157,7 +157,7 @@ def _explanation(cls: type, name: str, key: str) -> str:
     inner = _dataclasses_in(hint)
     lines = [f"{key}  ({cls.__name__}; {default})", f"    {documentation(cls)[name]}"]
     for member in inner:
-        kind = next((repr(f.default) for f in dataclasses.fields(member) if f.name == "kind"), "")  # type: ignore[arg-type]
+        kind = next((repr(f.default) for f in dataclasses.fields(member) if f.name == "kind"), "")
         lines.append(
             f"    {'kind = ' + kind if kind else 'keys'}: {(member.__doc__ or '').strip().splitlines()[0]}"
         )

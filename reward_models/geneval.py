@@ -48,16 +48,17 @@ COLOR_TEMPLATES = (
 class GenEval:
     """GenEval by our own scorer: "GenEval (HF detector)", not the official number.
 
-    ``strict`` is the benchmark's rule, 0 or 1. ``soft`` is Flow-GRPO's training reward, the mean credit
-    over what a prompt asks for: at most 1, negative where there are far too many objects. Both rules:
-    :mod:`flowgrpo.evaluate.geneval`. The prompts' metadata are GenEval's records.
+    ``strict`` is the benchmark's rule, 0 or 1. ``soft`` is Flow-GRPO's training reward, the mean
+    credit over what a prompt asks for: at most 1, negative where there are far too many objects.
+    Formulas: :mod:`flowgrpo.evaluate.geneval`. The prompts' metadata are GenEval's records.
 
-    Objects come from ``facebook/mask2former-swin-small-coco-instance`` (code MIT, card "other"; COCO),
-    colours from OpenAI's CLIP ViT-L/14 (MIT), as the benchmark does it: the object on grey, cropped,
-    against three phrases per colour. The official weights are another training of that detector, in
-    mmdet, so scores come out near the published ones but not equal; compare only like with like. About
-    1.5 GB of memory. Images are rounded to 8 bits first, as saved ones are. Flow-GRPO's server also
-    swapped colour channels before detection and re-coded images as JPEG; that is not repeated.
+    Objects come from ``facebook/mask2former-swin-small-coco-instance`` (code MIT; card: "other";
+    trained on COCO), colours from OpenAI's CLIP ViT-L/14 (MIT) as in the benchmark: the object on
+    grey, cropped, against three phrases per colour. The official weights are another training of
+    that detector, in mmdet, so scores come near the published ones but do not equal them; compare
+    like with like. About 1.5 GB of memory. Images are rounded to 8 bits first, as saved ones are.
+    Flow-GRPO's server also swapped colour channels before detection and re-coded images as JPEG;
+    that is not repeated.
 
     An image with NaN scores NaN.
     """
@@ -92,7 +93,8 @@ class GenEval:
         """
         if mode not in ("soft", "strict") or compat not in (None, "flow_grpo"):
             raise ValueError(
-                f"mode must be 'soft' or 'strict' and compat 'flow_grpo' or nothing, got {mode!r}, {compat!r}"
+                "mode must be 'soft' or 'strict' and compat 'flow_grpo' or nothing, "
+                f"got {mode!r}, {compat!r}"
             )
         if compat and mode == "strict":
             raise ValueError("compat concerns mode 'soft' only: the strict rule is the benchmark's")
@@ -253,8 +255,8 @@ def instances(
 ) -> dict[int, list[Detection]]:
     """Detections from the logits for one image.
 
-    The best (query, class) pairs, each with its query's mask. Score: the class probability times the
-    mean probability of the mask's pixels. A query can stand for several classes.
+    The best (query, class) pairs, each with its query's mask. Score: the class probability times
+    the mean probability of the mask's pixels. A query can stand for several classes.
 
     Args:
         classes: Class logits; the last class is "nothing".

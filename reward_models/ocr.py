@@ -22,18 +22,18 @@ Reader = Callable[[UInt8[np.ndarray, "height width 3"]], Sequence[str]]
 class OCR:
     """Flow-GRPO's text reward (arXiv:2505.05470), in [0, 1].
 
-    ``edit``: ``1 - min(d, n) / n`` with ``n`` the length of the wanted text and ``d`` its Levenshtein
-    distance from all that was read, or 0 if the wanted text occurs in that; so further text costs
-    nothing once the wanted one is there. ``exact``: 1 if just the wanted text was read, else 0. Both
-    ignore case and blanks.
+    ``edit``: ``1 - min(d, n) / n`` with ``n`` the length of the wanted text and ``d`` its
+    Levenshtein distance from all that was read, or 0 if the wanted text occurs in that; so further
+    text costs nothing once the wanted one is there. ``exact``: 1 if just the wanted text was read,
+    else 0. Both ignore case and blanks.
 
-    The wanted text is the prompt's ``metadata["text"]``, or else the one part of the prompt in double
-    quotes. An image with NaN scores NaN; an error of the engine is an error here.
+    The wanted text is the prompt's ``metadata["text"]``, or else the one part of the prompt in
+    double quotes. An image with NaN scores NaN; an error of the engine is an error here.
 
     The default engine is rapidocr with the PP-OCRv6 models that come in its wheel (code and models
-    Apache-2.0, no download; 0.07 to 0.1 s per 512x512 image on one core, run on the CPU), asked to
-    read neither upside down nor what it is less than 50 % sure of. Another engine, such as Flow-GRPO's
-    PaddleOCR, gives other scores.
+    Apache-2.0, no download; 0.07 to 0.1 s per 512x512 image on one core of the CPU). It leaves out
+    text that is upside down and text that it is less than 50 % sure of. Another engine, such as
+    Flow-GRPO's PaddleOCR, gives other scores.
     """
 
     def __init__(
@@ -46,8 +46,8 @@ class OCR:
         """
         Args:
             mode: Partial credit by edit distance, or all or nothing.
-            longest_side: Size to which an image is shrunk to find the text (it is read at full size).
-                320 suits 256 to 512 pixels; raise it where a large image holds small print.
+            longest_side: Size to which an image is shrunk to find the text, which is then read at
+                full size. 320 suits 256 to 512 pixels; raise it for small print in large images.
             threads: Threads of the engine; 0 leaves it to onnxruntime.
             reader: Another engine; the two options above do not concern it.
 
@@ -109,7 +109,7 @@ def wanted_text(prompt: Prompt) -> str:
 
 
 def edit_distance(a: str, b: str) -> int:
-    """Levenshtein distance: the fewest insertions, deletions and replacements from ``a`` to ``b``."""
+    """Levenshtein: the fewest insertions, deletions and replacements from ``a`` to ``b``."""
     row = list(range(len(b) + 1))
     for i, x in enumerate(a, start=1):
         above, row = row, [i]

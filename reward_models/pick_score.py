@@ -1,4 +1,4 @@
-"""PickScore: human preference between images of one prompt, learnt by a CLIP model (arXiv:2305.01569)."""
+"""PickScore: which image of a prompt people prefer, learnt by a CLIP model (arXiv:2305.01569)."""
 
 import math
 from collections.abc import Sequence
@@ -21,9 +21,9 @@ class PickScore:
     """``exp(logit_scale) * cos(image, text)``, the raw PickScore: usually 18 to 26.
 
     Papers also give the cosine, a hundredth of it (``weight = 0.01``); Flow-GRPO trained on a 26th.
-    The default is ``yuvalkirstain/PickScore_v1`` (a CLIP ViT-H/14, 3.9 GB in fp32, half in 16 bits;
-    its card names no licence, the code is MIT) with the processor that it was trained with (224x224,
-    bicubic resize and centre crop, MIT). Prompts are cut after 77 tokens.
+    The default is ``yuvalkirstain/PickScore_v1`` (a CLIP ViT-H/14, 3.9 GB in fp32, half of that in
+    16 bits; no licence was found on its card) with the processor that it was trained with, LAION's
+    (224x224, bicubic resize and centre crop). Prompts are cut after 77 tokens.
 
     Images are rounded to 8 bits first, so a saved image scores as the one in training did. An image
     with NaN scores NaN.
@@ -39,8 +39,8 @@ class PickScore:
         """
         Args:
             model: Hub id or folder of a ``CLIPModel``.
-            processor: Hub id or folder of its processor; by default the folder ``model`` if it holds
-                one, and otherwise LAION's.
+            processor: Hub id or folder of its processor; by default the folder ``model`` if that
+                holds one, and otherwise LAION's.
             dtype: Precision of the model.
             device: ``auto`` takes a GPU if there is one.
 
@@ -89,6 +89,7 @@ def _load(model: str, dtype: torch.dtype) -> CLIPModel:
     for what, keys in (("missing", info["missing_keys"]), ("left over", left_over)):
         if keys:
             raise ValueError(
-                f"{model!r} is no PickScore model: {len(keys)} weights are {what}, such as {min(keys)}"
+                f"{model!r} is no PickScore model: {len(keys)} weights are {what}, "
+                f"such as {min(keys)}"
             )
     return loaded

@@ -81,4 +81,4 @@ def transition_of(name: str) -> Transition:
 def noise_of(*samples: int, start: tuple[int, ...] | None = None) -> SampleNoise:
     """Streams by number; ``start`` numbers those of the initial latents."""
     streams = [Random(7).at(i) for i in samples]
-    return SampleNoise(streams, None if start is None else [Random(8).at(i) for i in start])
+    return SampleNoise(streams, None if start is None else [Random(7).at(i) for i in start])

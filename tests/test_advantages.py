@@ -55,12 +55,19 @@ def test_no_std_only_centres():
     assert advantages(GroupAdvantage(std="none"), [1.0, 2.0, 4.5]) == [[-1.5, -0.5, 2.0]]
 
 
-def test_outliers_are_clipped():
-    group = [0.0] * 99 + [1.0]
+def test_group_std_divides_by_the_groups_own():
+    one, two = advantages(GroupAdvantage(epsilon=0.0), [1.0, 2.0, 3.0], [10.0, 30.0, 50.0])
+    assert one == pytest.approx([-math.sqrt(1.5), 0, math.sqrt(1.5)])
+    assert two == pytest.approx(one)
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_outliers_are_clipped(sign):
+    group = [0.0] * 99 + [1.0 * sign]
     (found,) = advantages(GroupAdvantage(clip=5.0), group)
-    assert found[-1] == 5.0  # (1 - .01) / sqrt(.01 * .99) = 9.95 before
+    assert found[-1] == 5.0 * sign  # (1 - .01) / sqrt(.01 * .99) = 9.95 before
     (wide,) = advantages(GroupAdvantage(clip=50.0, epsilon=0.0), group)
-    assert wide[-1] == pytest.approx(9.95, abs=0.01)
+    assert wide[-1] == pytest.approx(9.95 * sign, abs=0.01)
 
 
 @pytest.mark.parametrize("std", ["group", "batch", "none"])

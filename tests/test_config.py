@@ -133,7 +133,10 @@ def test_files_are_found_by_name_from_any_folder_and_nearly_by_name(tmp_path, mo
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (["train.updates=4"], r"train.groups = 6 cannot be .* nearest that can is train.groups = 8"),
+        (
+            ["train.updates=4"],
+            r"train.groups = 6 cannot be .* nearest that can is train.groups = 8",
+        ),
         (["algorithm.group_size=1"], "algorithm.group_size must be at least 2, got 1"),
         (["rewards.0.weight=0"], "every weight is 0"),
         (["train.lr=0"], "train.lr must be at least"),

@@ -1,4 +1,4 @@
-"""PickScore on a tiny checkpoint of the real classes, against the processor's own way with PIL images."""
+"""PickScore on a tiny checkpoint of the real classes, against the processor on PIL images."""
 
 import math
 from collections.abc import Sequence

@@ -65,7 +65,7 @@ def test_jpeg_size_takes_what_a_decoder_overshoots():
     )
 
 
-@pytest.mark.parametrize("options", [{"goal": "big"}, {"quality": 0}, {"quality": 101}])
+@pytest.mark.parametrize("options", [{"quality": 0}, {"quality": 101}])
 def test_jpeg_size_refuses_wrong_options(options):
     with pytest.raises(ValueError, match=r"'large' or 'small' and quality in 1..100"):
         JPEGSize(**options)
@@ -73,7 +73,7 @@ def test_jpeg_size_refuses_wrong_options(options):
 
 # CLIPScore on a tiny open_clip model with random weights, in a file as a user would have it.
 @pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def clip_weights(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     folder = tmp_path_factory.mktemp("clip")
     config = {
         "embed_dim": 16,
@@ -110,46 +110,66 @@ def by_hand(weights: Path, images: list[Image.Image], model_name: str = TINY) ->
         return F.cosine_similarity(image, model.encode_text(tokens))
 
 
-@pytest.mark.parametrize(("height", "width"), [(32, 32), (64, 64), (48, 80), (96, 40)])
-def test_clip_score_is_open_clips(tiny, height, width):
+def checkered(height: int, width: int) -> list[Image.Image]:
+    """Random pictures with the sharpest of edges."""
+    rng = np.random.default_rng(0)
+    cells = (rng.integers(0, 2, (3, height // 4, width // 4, 3)) * 255).astype(np.uint8)
+    return [Image.fromarray(c.repeat(4, 0).repeat(4, 1)) for c in cells]
+
+
+@pytest.mark.parametrize(("height", "width"), [(32, 32), (64, 64), (48, 80), (96, 40), (20, 24)])
+def test_clip_score_is_open_clips(clip_weights, height, width):
     images = pictures(3, height, width)
-    scores = CLIPScore(TINY, str(tiny), device="cpu")(to_media(images), PROMPTS)
-    wanted = by_hand(tiny, images)
-    # Pillow rounds the resized pixels to 8 bits; what matters shows up far above that.
-    assert torch.allclose(scores, wanted, atol=0.005)
+    scores = CLIPScore(TINY, str(clip_weights), device="cpu")(to_media(images), PROMPTS)
+    # Pillow rounds what it resized to 8 bits; this model magnifies that more than a real one.
+    tolerance = 1e-5 if (height, width) == (32, 32) else 0.03
+    assert torch.allclose(scores, by_hand(clip_weights, images), atol=tolerance)
     assert scores.std() > 0.05
 
 
-def test_clip_score_does_not_depend_on_the_batch(tiny):
-    reward, media = CLIPScore(TINY, str(tiny), device="cpu"), to_media(pictures(3, 40, 56))
+@pytest.mark.parametrize(("height", "width"), [(64, 64), (48, 80), (96, 40), (20, 24)])
+def test_clip_score_sees_the_pixels_that_open_clip_sees(clip_weights, height, width):
+    reward = CLIPScore(TINY, str(clip_weights), device="cpu")
+    preprocess = open_clip.create_model_and_transforms(TINY, pretrained=str(clip_weights))[2]
+    # One 8-bit step is 0.015 here. At sharp edges Pillow also cuts what bicubic filters overshoot.
+    for images, tolerance in (
+        (pictures(3, height, width), 0.016),
+        (checkered(height, width), 0.25),
+    ):
+        wanted = torch.stack([preprocess(i) for i in images])
+        assert torch.allclose(reward.preprocess(to_media(images)), wanted, atol=tolerance)
+
+
+def test_clip_score_does_not_depend_on_the_batch(clip_weights):
+    reward, media = CLIPScore(TINY, str(clip_weights), device="cpu"), to_media(pictures(3, 40, 56))
     whole = reward(media, PROMPTS)
     single = [reward(media[i : i + 1], PROMPTS[i : i + 1]) for i in range(3)]
     assert torch.allclose(whole, torch.cat(single), atol=1e-5)
     assert torch.equal(whole, reward(media, PROMPTS))
 
 
-def test_clip_score_reads_the_prompt_and_cuts_long_ones(tiny):
-    reward, media = CLIPScore(TINY, str(tiny), device="cpu"), to_media(pictures(1, 32, 32))
+def test_clip_score_reads_the_prompt_and_cuts_long_ones(clip_weights):
+    reward, media = CLIPScore(TINY, str(clip_weights), device="cpu"), to_media(pictures(1, 32, 32))
     long = Prompt("a red circle " * 100)
     scores = [float(reward(media, [p])) for p in (PROMPTS[0], PROMPTS[1], long)]
     assert len(set(scores)) == 3
 
 
-def test_clip_score_uses_the_activation_of_the_weights(tiny, monkeypatch):
+def test_clip_score_uses_the_activation_of_the_weights(clip_weights, monkeypatch):
     # OpenAI's weights belong to QuickGELU, which the bare architecture name does not say.
-    tag = pretrained._pcfg(quick_gelu=True) | {"file": str(tiny)}
+    tag = pretrained._pcfg(quick_gelu=True) | {"file": str(clip_weights)}
     monkeypatch.setitem(pretrained._PRETRAINED, TINY, {"quick": tag})
     images = pictures(3, 32, 32)
-    wanted = by_hand(tiny, images, f"{TINY}-quickgelu")
-    assert (wanted - by_hand(tiny, images)).abs().max() > 0.01
+    wanted = by_hand(clip_weights, images, f"{TINY}-quickgelu")
+    assert (wanted - by_hand(clip_weights, images)).abs().max() > 0.001
     scores = CLIPScore(TINY, "quick", device="cpu")(to_media(images), PROMPTS)
-    assert torch.allclose(scores, wanted, atol=0.005)
+    assert torch.allclose(scores, wanted, atol=1e-5)
 
 
-def test_clip_score_refuses_unknown_names(tiny):
+def test_clip_score_refuses_unknown_names(clip_weights):
     with pytest.raises(ValueError, match="open_clip has no model 'ViT-L-41'"):
         CLIPScore("ViT-L-41")
     with pytest.raises(ValueError, match=r"no weights 'opneai' for ViT-L-14: .*openai"):
         CLIPScore("ViT-L-14", "opneai")
-    with pytest.raises(ValueError, match="no weights '/no/such/file.pt'"):
+    with pytest.raises(ValueError, match=r"no weights '/no/such/file.pt'"):
         CLIPScore(TINY, "/no/such/file.pt")

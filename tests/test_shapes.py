@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Callable
 from functools import cache
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -78,7 +79,7 @@ def test_the_verifier_finds_what_was_drawn():
 def test_true_scenes_lie_on_the_canvas_and_do_not_touch():
     for _, scene in true_scenes():
         boxes = [o.box for o in scene]
-        assert all(0 <= min(b) and max(b) <= 64 for b in boxes)
+        assert all(min(b) >= 0 and max(b) <= 64 for b in boxes)
         for i, a in enumerate(boxes):
             for b in boxes[:i]:
                 gaps = (a[0] - b[2], b[0] - a[2], a[1] - b[3], b[1] - a[3])
@@ -135,9 +136,7 @@ def test_the_opposite_relation_fails():
     for record, scene in of_task("position"):
         target, placed = record["include"]
         relation = OPPOSITE[placed["position"][0]]
-        assert_fails(
-            {**record, "include": [target, {**placed, "position": [relation, 0]}]}, scene
-        )
+        assert_fails({**record, "include": [target, {**placed, "position": [relation, 0]}]}, scene)
 
 
 def test_an_empty_image_gets_nothing():
@@ -245,10 +244,9 @@ def test_a_shape_of_two_colors_is_no_object():
             assert genuine(image) == []
 
 
-@pytest.mark.parametrize("shape", ["triangle", "star"])
-def test_an_upside_down_shape_is_not_the_shape(shape):
-    image = rendered([SceneObject(shape, "red", 32.0, 32.0, 12.0)])
-    assert genuine(image) == [shape]
+def test_an_upside_down_triangle_is_none():
+    image = rendered([SceneObject("triangle", "red", 32.0, 32.0, 12.0)])
+    assert genuine(image) == ["triangle"]
     assert genuine(image[::-1]) == []
 
 
@@ -303,7 +301,9 @@ def test_corrupting_changes_each_kind_of_word_at_the_rate(rate):
                 if kind is not None:
                     changed[kind].append(old != new)
     for flips in changed.values():
-        assert np.mean(flips) == pytest.approx(rate, abs=4 * (rate * (1 - rate) / len(flips)) ** 0.5)
+        assert np.mean(flips) == pytest.approx(
+            rate, abs=4 * (rate * (1 - rate) / len(flips)) ** 0.5
+        )
 
 
 def test_corrupting_changes_relations_at_the_rate():
@@ -321,7 +321,7 @@ def test_wrong_captions_are_still_english():
         for record in all_records(task):
             after = corrupt(record["prompt"], 0.7, rng).split()
             assert set(after) <= words
-            for article, word in zip(after, after[1:], strict=False):
+            for article, word in pairwise(after):
                 if article in ("a", "an"):
                     assert (article == "an") == (word[0] in "aeiou")
 
@@ -339,14 +339,17 @@ def test_no_held_out_combination_is_trained_on(task):
 def test_a_combination_does_not_depend_on_the_order_of_words():
     by_prompt = {r["prompt"][len("a photo of ") :]: combination(r) for t in TASKS for r in all_records(t)}  # fmt: skip
     same = [
-        ("a circle and a star", "a star and a circle"),
-        ("a circle left of a star", "a star right of a circle"),
-        ("a circle above a star", "a star below a circle"),
-        ("a red circle and a blue star", "a blue star and a red circle"),
+        ("a circle and a triangle", "a triangle and a circle"),
+        ("a circle left of a triangle", "a triangle right of a circle"),
+        ("a circle above a triangle", "a triangle below a circle"),
+        ("a red circle and a blue triangle", "a blue triangle and a red circle"),
     ]
     assert all(by_prompt[a] == by_prompt[b] for a, b in same)
-    assert by_prompt["a circle left of a star"] != by_prompt["a star left of a circle"]
-    assert by_prompt["a red circle and a blue star"] != by_prompt["a blue circle and a red star"]
+    assert by_prompt["a circle left of a triangle"] != by_prompt["a triangle left of a circle"]
+    assert (
+        by_prompt["a red circle and a blue triangle"]
+        != by_prompt["a blue circle and a red triangle"]
+    )
 
 
 # Rewards and measures.

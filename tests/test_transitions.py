@@ -1,6 +1,7 @@
 """One denoising step: the published numbers, and what must hold for every number."""
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -189,10 +190,8 @@ def test_an_sde_keeps_the_marginal_as_the_grid_is_refined(kind, level):
     def error(num_steps: int) -> float:
         sigmas = torch.linspace(start, end, num_steps + 1, dtype=torch.float64).tolist()
         mean, variance = (1 - start) * m, ((1 - start) * s0) ** 2 + start**2
-        for sigma, sigma_next in zip(sigmas, sigmas[1:], strict=False):
-            slope, offset, std = exact(
-                kind(noise_level=level), Step.flow(sigma, sigma_next), m, s0
-            )
+        for sigma, sigma_next in pairwise(sigmas):
+            slope, offset, std = exact(kind(noise_level=level), Step.flow(sigma, sigma_next), m, s0)
             mean, variance = slope * mean + offset, slope**2 * variance + std**2
         wanted = ((1 - end) * s0) ** 2 + end**2
         return abs(variance / wanted - 1) + abs(mean - (1 - end) * m)

@@ -14,9 +14,21 @@ from torch import Tensor
 
 from flowgrpo.evaluate.relations import RELATIONS, relations_between
 from flowgrpo.names import suggest
-from flowgrpo.prompt_sets.geneval import COLORS as COLORS
-from flowgrpo.prompt_sets.geneval import OBJECTS as OBJECTS
 
+_OBJECTS = """
+    person, bicycle, car, motorcycle, airplane, bus, train, truck, boat, traffic light,
+    fire hydrant, stop sign, parking meter, bench, bird, cat, dog, horse, sheep, cow, elephant,
+    bear, zebra, giraffe, backpack, umbrella, handbag, tie, suitcase, frisbee, skis, snowboard,
+    sports ball, kite, baseball bat, baseball glove, skateboard, surfboard, tennis racket,
+    bottle, wine glass, cup, fork, knife, spoon, bowl, banana, apple, sandwich, orange,
+    broccoli, carrot, hot dog, pizza, donut, cake, chair, couch, potted plant, bed,
+    dining table, toilet, tv, laptop, computer mouse, tv remote, computer keyboard, cell phone,
+    microwave, oven, toaster, sink, refrigerator, book, clock, vase, scissors, teddy bear,
+    hair drier, toothbrush
+"""
+OBJECTS = tuple(name.strip() for name in _OBJECTS.split(","))
+"""The object names in COCO's order; a few differ from COCO's, so classes go by index."""
+COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
 Box = tuple[float, float, float, float]
 Mask = Bool[np.ndarray, "height width"]
 
@@ -129,9 +141,9 @@ def select(
     """
     kept: dict[str, list[Detection]] = {}
     for index, found in detections.items():
-        sure = sorted((d for d in found if d[1] > threshold), key=lambda d: -d[1])
+        sure = sorted((d for d in found if d.score > threshold), key=lambda d: -d.score)
         if sure:
-            kept[OBJECTS[index]] = [Detection(*d) for d in sure[:max_objects]]
+            kept[OBJECTS[index]] = sure[:max_objects]
     return kept
 
 
@@ -261,27 +273,28 @@ def _wrong_position(
 
 def _clause(record: Any, place: int, where: str) -> Clause:
     """Check and read one clause, the ``place``-th of its list."""
-
-    def known(value: Any, names: Sequence[str], what: str) -> str:
-        if value not in names:
-            raise ValueError(f"{where}: unknown {what} {value!r}{suggest(str(value), names)}")
-        return str(value)
-
     if not isinstance(record, Mapping):
         raise ValueError(f"{where}: a clause is an object with 'class' and 'count', got {record!r}")
-    name = known(record.get("class"), OBJECTS, "class")
-    count = record.get("count")
+    name = _known(record.get("class"), OBJECTS, f"{where}: unknown class")
+    count, color = record.get("count"), record.get("color")
     if not isinstance(count, int) or count < 1:
         raise ValueError(f"{where}: the count of {name} must be a positive integer, got {count!r}")
-    color = record.get("color")
-    position = record.get("position")
-    if position is not None:
-        match position:
-            case [relation, int(target)] if 0 <= target < place:
-                position = (known(relation, RELATIONS, "relation"), target)
-            case _:
-                raise ValueError(
-                    f"{where}: the position of {name} must be a relation and the index of an "
-                    f"earlier clause, got {position!r}"
-                )
-    return Clause(name, count, known(color, COLORS, "colour") if color else None, position)
+    if color is not None:
+        _known(color, COLORS, f"{where}: unknown colour")
+    match record.get("position"):
+        case None:
+            return Clause(name, count, color)
+        case [relation, int(target)] if 0 <= target < place:
+            relation = _known(relation, RELATIONS, f"{where}: unknown relation")
+            return Clause(name, count, color, (relation, target))
+        case position:
+            raise ValueError(
+                f"{where}: the position of {name} must be a relation and the index of an earlier "
+                f"clause, got {position!r}"
+            )
+
+
+def _known(value: Any, names: Sequence[str], problem: str) -> str:
+    if value not in names:
+        raise ValueError(f"{problem} {value!r}{suggest(str(value), names)}")
+    return str(value)

@@ -135,8 +135,14 @@ def _errors(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     """Standard errors of the means."""
     result = {}
     for name in rows[0]["scores"] if rows else ():
-        finite = torch.tensor([r["scores"][name] for r in rows if r["scores"][name] == r["scores"][name]])
-        result[name] = float(finite.std(correction=0) / max(1, len(finite)) ** 0.5) if len(finite) else float("nan")
+        finite = torch.tensor(
+            [r["scores"][name] for r in rows if r["scores"][name] == r["scores"][name]]
+        )
+        result[name] = (
+            float(finite.std(correction=0) / max(1, len(finite)) ** 0.5)
+            if len(finite)
+            else float("nan")
+        )
     return result
 
 

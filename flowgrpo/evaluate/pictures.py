@@ -91,4 +91,6 @@ def kept(path: Path) -> Tensor | None:
 def keep(path: Path, images: Tensor) -> None:
     """Keep the images of the base model for later grids."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_file({"images": images}, path)
+    temporary = path.with_suffix(".tmp")
+    save_file({"images": images}, temporary)
+    temporary.replace(path)

@@ -83,7 +83,7 @@ class PipelinePolicy:
         >>> policy = PipelinePolicy.from_pretrained("stabilityai/stable-diffusion-3.5-medium",
         ...                                         weights=LoRA(rank=32), sampling=Sampling())
         >>> noise = SampleNoise([Random(0).at(i) for i in range(4)])
-        >>> images = policy.images([Prompt("a red star")] * 4, noise)
+        >>> images = policy.images([Prompt("a red circle")] * 4, noise)
     """
 
     def __init__(

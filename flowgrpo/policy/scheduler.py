@@ -141,7 +141,7 @@ class _Steps:
         return sample
 
 
-class FlowPolicyScheduler(_Steps, FlowMatchEulerDiscreteScheduler):  # type: ignore[misc]
+class FlowPolicyScheduler(_Steps, FlowMatchEulerDiscreteScheduler):
     """For rectified-flow models."""
 
     init_noise_sigma = 1.0
@@ -177,7 +177,7 @@ class FlowPolicyScheduler(_Steps, FlowMatchEulerDiscreteScheduler):  # type: ign
         return Prediction.from_velocity(x, velocity, interval.noise)
 
 
-class DiffusionPolicyScheduler(_Steps, DDIMScheduler):  # type: ignore[misc]
+class DiffusionPolicyScheduler(_Steps, DDIMScheduler):
     """For models that predict noise, v or data on a diffusion path."""
 
     def set_timesteps(

@@ -129,7 +129,7 @@ class EMA:
 
     @torch.no_grad()
     def update(self) -> None:
-        """Move towards the weights; the decay rises from 0.1 at the start, as in Flow-GRPO."""
+        """Move towards the weights; the decay rises as ``(1 + n) / (10 + n)``, as in Flow-GRPO."""
         self.updates += 1
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
         torch._foreach_lerp_(self.average, [p.detach() for p in self.parameters], 1 - decay)

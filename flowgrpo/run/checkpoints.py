@@ -43,10 +43,12 @@ def save(folder: Path, parts: Mapping[str, Tensors], state: Mapping[str, Any]) -
         _sync(file)
     (temporary / STATE).write_text(json.dumps({**state, "sha256": digests}, indent=1))
     _sync(temporary / STATE)
+    old = folder.with_name(f".{folder.name}.old")
     if folder.exists():
-        shutil.rmtree(folder)
+        folder.rename(old)
     temporary.rename(folder)
     _sync(folder.parent)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def load(folder: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
@@ -77,12 +79,23 @@ def newest(folder: Path) -> Path | None:
     return found[-1] if found else None
 
 
-def prune(folder: Path, keep: int) -> None:
-    """Delete all but the ``keep`` newest checkpoints, and what was never completed."""
-    for old in _numbered(folder)[:-keep]:
-        shutil.rmtree(old)
+def tidy(folder: Path) -> None:
+    """Clear up after a process that was killed while it wrote or replaced a checkpoint."""
     for unfinished in folder.glob(".*.tmp"):
         shutil.rmtree(unfinished)
+    for old in folder.glob(".*.old"):
+        replaced = folder / old.name[1 : -len(".old")]
+        if replaced.exists():
+            shutil.rmtree(old)
+        else:
+            old.rename(replaced)
+
+
+def prune(folder: Path, keep: int) -> None:
+    """Delete all but the ``keep`` newest checkpoints, and what was never completed."""
+    tidy(folder)
+    for old in _numbered(folder)[:-keep]:
+        shutil.rmtree(old)
 
 
 def _numbered(folder: Path) -> list[Path]:

@@ -21,11 +21,14 @@ from torch import Tensor
 from flowgrpo import config as configuration
 from flowgrpo.config import Config, ConfigError
 from flowgrpo.experience import Group
+from flowgrpo.judge import RewardError
 from flowgrpo.learner import Learner
 from flowgrpo.run import checkpoints
 from flowgrpo.run.console import Console
 from flowgrpo.run.cpu import prepare_cpu
 from flowgrpo.tables import to_table
+
+LOGS = ("metrics", "timings", "evaluations")
 
 
 class Session:
@@ -93,6 +96,27 @@ class Session:
         yield
         self._phases[name] = self._phases.get(name, 0.0) + time.perf_counter() - began
 
+    @contextmanager
+    def rescue(self, learner: Learner, iteration: int) -> Iterator[None]:
+        """If a reward fails for good inside, save what was learned so far before the run ends."""
+        try:
+            yield
+        except RewardError:
+            if self.accelerator.num_processes == 1:
+                self.save(learner, iteration)
+                self.console.say(f"saved after {iteration} iterations; the same command goes on from there")
+            raise
+
+    def should_stop(self) -> bool:
+        """Whether Ctrl-C reached any process."""
+        flag = torch.tensor([float(self.stopping)])
+        self.stopping = bool(self.gather(flag).any())
+        return self.stopping
+
+    def checkpoint_due(self, iterations: int) -> bool:
+        """Whether a checkpoint is due after this many iterations; after the last one always."""
+        return iterations == self.config.train.iterations or iterations % self.config.run.checkpoint_every == 0
+
     def log(self, iteration: int, metrics: Mapping[str, float], judge_seconds: float) -> None:
         """Write an iteration's metrics and, apart from them, its times."""
         timings = {
@@ -127,25 +151,26 @@ class Session:
 
     def restore(self, learner: Learner) -> None:
         """Go on from the newest checkpoint, if there is one."""
+        if self.is_main:
+            checkpoints.tidy(self.checkpoints)
+        self.accelerator.wait_for_everyone()
         found = checkpoints.newest(self.checkpoints)
-        if found is None:
-            return
-        parts, state = checkpoints.load(found)
-        learner.restore(parts, state["learner"])
-        self.iteration, self.best = state["iteration"], state["best"]
+        lines: Mapping[str, int] = {}
+        if found is not None:
+            parts, state = checkpoints.load(found)
+            learner.restore(parts, state["learner"])
+            self.iteration, self.best, lines = state["iteration"], state["best"], state["lines"]
+            self.console.say(f"going on at iteration {self.iteration} from {found}")
         if self.is_main:
             # What was logged after the checkpoint will be logged again, with the same numbers.
-            for name in ("metrics", "timings", "evaluations"):
-                _truncate(self.folder / f"{name}.jsonl", state["lines"].get(name, 0))
-            self.console.say(f"going on at iteration {self.iteration} from {found}")
+            for name in LOGS:
+                _truncate(self.folder / f"{name}.jsonl", lines.get(name, 0))
 
     def save(self, learner: Learner, iteration: int) -> None:
         """Write a checkpoint after ``iteration`` iterations."""
         if self.is_main:
             parts, state = learner.state()
-            lines = {
-                n: _lines(self.folder / f"{n}.jsonl") for n in ("metrics", "timings", "evaluations")
-            }
+            lines = {n: _lines(self.folder / f"{n}.jsonl") for n in LOGS}
             checkpoints.save(
                 self.checkpoints / f"{iteration:06d}",
                 parts,
@@ -206,7 +231,7 @@ class Session:
             raise ConfigError(
                 f"{self.folder} is not empty and no run directory; choose another --set run.folder=..."
             )
-        configuration.save(self.config, file)
+        write_whole(file, configuration.dump(self.config))
         packages = ("flowgrpo", "torch", "diffusers", "transformers", "accelerate", "peft")
         environment = {name: version(name) for name in packages} | {
             "python": platform.python_version(),
@@ -216,7 +241,7 @@ class Session:
             "threads": torch.get_num_threads(),
             "command": " ".join(sys.argv),
         }
-        (self.folder / "environment.json").write_text(json.dumps(environment, indent=1))
+        write_whole(self.folder / "environment.json", json.dumps(environment, indent=1))
 
     def _interrupt(self, *_: object) -> None:
         if self.stopping:
@@ -242,6 +267,13 @@ def _difference(there: Any, here: Any, path: str = "") -> str:
     return "" if there == here else f"{path} is {there!r} there and {here!r} now"
 
 
+def write_whole(path: Path, text: str) -> None:
+    """Write a file so that it is never seen half written."""
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(text)
+    temporary.replace(path)
+
+
 def _append(path: Path, record: Mapping[str, Any]) -> None:
     with path.open("a") as file:
         file.write(json.dumps(record) + "\n")
@@ -253,7 +285,4 @@ def _lines(path: Path) -> int:
 
 def _truncate(path: Path, lines: int) -> None:
     if path.exists():
-        kept = path.read_text().splitlines(keepends=True)[:lines]
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text("".join(kept))
-        temporary.replace(path)
+        write_whole(path, "".join(path.read_text().splitlines(keepends=True)[:lines]))

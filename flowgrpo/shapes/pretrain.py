@@ -10,12 +10,14 @@ draw well and to listen badly, which leaves reinforcement learning something to 
 import argparse
 import copy
 import json
+import os
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from diffusers import CogView4Pipeline
 from rich.console import Console
@@ -25,10 +27,10 @@ from torch import Tensor, nn
 
 from flowgrpo.run.cpu import prepare_cpu
 from flowgrpo.shapes.captions import TASKS, Record, all_records, corrupt, scene_for
-from flowgrpo.shapes.model import CAPTION_TOKENS, build_pipeline
+from flowgrpo.shapes.architecture import CAPTION_TOKENS, build_pipeline
 from flowgrpo.shapes.world import BACKGROUND, COLORS, IMAGE_SIZE, SHAPES, draw, place
 
-console = Console()
+console = Console(quiet=int(os.environ.get("RANK", "0")) > 0)
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,7 @@ class Recipe:
     denoiser_batch: int = 128
     denoiser_lr: float = 1e-3
     caption_dropout: float = 0.1
-    caption_noise: float = 0.3
+    caption_noise: float = 0.2
     ema_decay: float = 0.999
 
 
@@ -79,6 +81,7 @@ class Stage:
             group["lr"] = self.lr * warm * (0.02 + 0.98 * cosine)
         self.optimizer.zero_grad()
         loss.backward()
+        average_gradients(self.parameters)
         nn.utils.clip_grad_norm_(self.parameters, 1.0)
         self.optimizer.step()
         self.step += 1
@@ -92,6 +95,8 @@ class Stage:
 
     def save(self) -> None:
         """Write the state; a stop in the middle leaves the old state whole."""
+        if not is_main():
+            return
         tensors = {"step": torch.tensor(self.step)}
         for name, module in self.modules.items():
             tensors |= {f"live.{name}.{k}": v for k, v in module.state_dict().items()}
@@ -118,6 +123,21 @@ class Stage:
                 k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)
             }
         return int(tensors["step"])
+
+
+def is_main() -> bool:
+    """Whether this process writes files."""
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
+def average_gradients(parameters: list[nn.Parameter]) -> None:
+    """Over the processes that ``torchrun`` started, if it did."""
+    if dist.is_initialized():
+        flat = torch.cat([p.grad.flatten() for p in parameters if p.grad is not None])
+        dist.all_reduce(flat)
+        parts = flat.div_(dist.get_world_size()).split([p.numel() for p in parameters if p.grad is not None])
+        for parameter, part in zip([p for p in parameters if p.grad is not None], parts, strict=True):
+            parameter.grad = part.view_as(parameter)
 
 
 def to_pixels(images: list[np.ndarray]) -> Tensor:
@@ -179,13 +199,15 @@ def encode_scenes(
     names = rng.choice(TASKS, recipe.scenes, p=[0.08, 0.2, 0.2, 0.12, 0.2, 0.2])
     records = [tasks[str(name)][int(rng.integers(len(tasks[str(name)])))] for name in names]
     file = folder / "latents.safetensors"
-    if not file.exists():
-        latents = []
+    if not file.exists() and is_main():
+        encoded = []
         for start in track(range(0, recipe.scenes, 250), "scenes", console=console):
             images = [draw(scene_for(r, rng)) for r in records[start : start + 250]]
             with torch.no_grad():
-                latents.append(pipeline.vae.encode(to_pixels(images)).latent_dist.mean.contiguous())
-        save_file({"latents": torch.cat(latents)}, file)
+                encoded.append(pipeline.vae.encode(to_pixels(images)).latent_dist.mean.contiguous())
+        save_file({"latents": torch.cat(encoded)}, file)
+    if dist.is_initialized():
+        dist.barrier()
     latents = load_file(file)["latents"]
     scale = round(float(1 / latents.std()), 4)
     pipeline.vae.register_to_config(scaling_factor=scale)
@@ -210,30 +232,33 @@ def train_denoiser(pipeline: CogView4Pipeline, recipe: Recipe, folder: Path) -> 
     stage = Stage(
         "denoiser", modules, folder, recipe.denoiser_lr, recipe.denoiser_steps, recipe.ema_decay
     )
-    size = torch.full((recipe.denoiser_batch, 2), float(IMAGE_SIZE))
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    batch = recipe.denoiser_batch // world
+    size = torch.full((batch, 2), float(IMAGE_SIZE))
     began = time.time()
     for step in track(range(stage.step, recipe.denoiser_steps), "denoiser", console=console):
-        rng = np.random.default_rng((recipe.seed, 3, step))
-        rows = rng.integers(len(records), size=recipe.denoiser_batch)
+        rng = np.random.default_rng((recipe.seed, 3, step, rank))
+        rows = rng.integers(len(records), size=batch)
         captions = [corrupt(records[i]["prompt"], recipe.caption_noise, rng) for i in rows]
         captions = ["" if rng.random() < recipe.caption_dropout else c for c in captions]
         x0 = latents[torch.from_numpy(rows)]
         noise = torch.from_numpy(rng.standard_normal(x0.shape, dtype=np.float32))
-        t = torch.from_numpy(rng.random(recipe.denoiser_batch, dtype=np.float32))
+        t = torch.from_numpy(rng.random(batch, dtype=np.float32))
         mix = t[:, None, None, None]
-        hidden = pipeline.text_encoder(
-            caption_ids(pipeline, captions), output_hidden_states=True
-        ).hidden_states[-2]
-        velocity = pipeline.transformer(
-            hidden_states=(1 - mix) * x0 + mix * noise,
-            encoder_hidden_states=hidden,
-            timestep=1000 * t,
-            original_size=size,
-            target_size=size,
-            crop_coords=torch.zeros_like(size),
-            return_dict=False,
-        )[0]
-        loss = F.mse_loss(velocity, noise - x0)
+        with torch.autocast("cpu", torch.bfloat16):
+            hidden = pipeline.text_encoder(
+                caption_ids(pipeline, captions), output_hidden_states=True
+            ).hidden_states[-2]
+            velocity = pipeline.transformer(
+                hidden_states=(1 - mix) * x0 + mix * noise,
+                encoder_hidden_states=hidden,
+                timestep=1000 * t,
+                original_size=size,
+                target_size=size,
+                crop_coords=torch.zeros_like(size),
+                return_dict=False,
+            )[0]
+        loss = F.mse_loss(velocity.float(), noise - x0)
         stage.update(loss)
         if stage.step % 250 == 0 or stage.step == recipe.denoiser_steps:
             stage.save()
@@ -256,6 +281,10 @@ def main() -> None:
     parser.add_argument(
         "--threads", type=int, default=1, help="CPU threads for torch (default: %(default)s)"
     )
+    parser.add_argument(
+        "--pipeline",
+        help="pipeline to go on from: its autoencoder is kept, its denoiser trained further",
+    )
     for name, value in asdict(Recipe()).items():
         parser.add_argument(
             f"--{name.replace('_', '-')}",
@@ -264,17 +293,23 @@ def main() -> None:
             help="default: %(default)s",
         )
     options = vars(parser.parse_args())
-    out, threads = options.pop("out"), options.pop("threads")
+    out, threads, start = (options.pop(name) for name in ("out", "threads", "pipeline"))
     prepare_cpu(threads)
+    if "WORLD_SIZE" in os.environ:
+        dist.init_process_group("gloo")
     recipe = Recipe(**options)
     state = out / "state"
     state.mkdir(parents=True, exist_ok=True)
     (out / "recipe.json").write_text(json.dumps(asdict(recipe), indent=2) + "\n")
-    pipeline = build_pipeline(recipe.latent_channels, recipe.seed)
-    train_autoencoder(pipeline, recipe, state)
+    if start is None:
+        pipeline = build_pipeline(recipe.latent_channels, recipe.seed)
+        train_autoencoder(pipeline, recipe, state)
+    else:
+        pipeline = CogView4Pipeline.from_pretrained(start)
     train_denoiser(pipeline, recipe, state)
-    pipeline.save_pretrained(out / "pipeline")
-    console.print(f"saved {out / 'pipeline'}")
+    if is_main():
+        pipeline.save_pretrained(out / "pipeline")
+        console.print(f"saved {out / 'pipeline'}")
 
 
 if __name__ == "__main__":

@@ -110,11 +110,8 @@ def _detection(region: np.ndarray, distance: np.ndarray, window: tuple[slice, sl
     grid = _to_grid(mask)
     overlap = (masks & grid).sum((1, 2)) / (masks | grid).sum((1, 2))
     best = int(overlap.argmax())
-    # A region two pixels off in a small box is already stretched, so allow for one pixel.
-    stretch = max(
-        (width - 1) / (height * aspects[best]),
-        (height - 1) * aspects[best] / width,
-    )
+    # In a small box one pixel more or less is already a stretch, so allow for one.
+    stretch = max(1.0, (width - 1) / (height * aspects[best]), (height - 1) * aspects[best] / width)
     quality = (overlap[best] - MIN_MATCH) / (GOOD_MATCH - MIN_MATCH)
     quality *= min(1.0, MAX_STRETCH / stretch) ** 4 * min(1.0, purity / MIN_PURITY) ** 2
     genuine = overlap[best] >= GOOD_MATCH and stretch <= MAX_STRETCH and purity >= MIN_PURITY

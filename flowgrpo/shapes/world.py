@@ -21,9 +21,8 @@ COLORS: dict[str, tuple[int, int, int]] = {
     "green": (44, 160, 70),
     "blue": (38, 92, 210),
     "purple": (128, 56, 176),
-    "pink": (246, 140, 190),
 }
-SHAPES = ("circle", "square", "triangle", "star", "cross")
+SHAPES = ("circle", "square", "triangle")
 COUNTS = {2: "two", 3: "three", 4: "four"}
 MIN_RADIUS, MAX_RADIUS = 8.0, 13.0
 GAP = 3.0
@@ -67,15 +66,6 @@ def unit_outline(shape: str) -> tuple[tuple[float, float], ...]:
         return ((-h, -h), (h, -h), (h, h), (-h, h))
     if shape == "triangle":
         return ((0.0, -0.95), (1.08, 0.88), (-1.08, 0.88))
-    if shape == "star":
-        points = [(1.2 if i % 2 == 0 else 0.6, math.pi * i / 5 - math.pi / 2) for i in range(10)]
-        return tuple((r * math.cos(a), r * math.sin(a)) for r, a in points)
-    if shape == "cross":
-        o, i = 1.0, 0.36
-        return (
-            (-i, -o), (i, -o), (i, -i), (o, -i), (o, i), (i, i),
-            (i, o), (-i, o), (-i, i), (-o, i), (-o, -i), (-i, -i),
-        )  # fmt: skip
     raise ValueError(f"unknown shape {shape!r}; known: {', '.join(SHAPES)}")
 
 

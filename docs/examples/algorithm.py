@@ -1,0 +1,34 @@
+"""An algorithm of your own: a sample is worth as many of its group as it beats."""
+
+from dataclasses import dataclass, field, replace
+
+import flowgrpo
+from flowgrpo.algorithms import trajectories as tr
+from flowgrpo.core.transitions import CPS, Transition
+
+
+@dataclass(frozen=True, kw_only=True)
+class WinRate:
+    kind: str = "win_rate"
+    group_size: int = 4
+    transition: Transition = field(default_factory=CPS)
+
+    def collect(self, policy, groups, judge, random):
+        plan = tr.TrajectoryPlan(self.group_size, self.transition, [0, 1], shared_noise=True)
+        return tr.collect_trajectories(policy, groups, judge, random, plan)
+
+    def advantages(self, experience):
+        c = experience.candidates
+        duels = (c.group[:, None] == c.group) & c.valid[:, None] & c.valid
+        won = (c.reward[:, None] - c.reward).nan_to_num().sign() * duels  # +1, 0 or -1
+        return tr.credit_trajectories(experience.actions, c, won.sum(1) / duels.sum(1).clamp(min=1))
+
+    def check(self, num_steps):
+        if num_steps < 3:  # the last step is never stochastic
+            raise ValueError(f"win_rate needs at least 3 steps, got {num_steps}")
+
+
+if __name__ == "__main__":
+    small = ["train.iterations=1", "train.groups=6", "evaluation.images=6"]
+    config = flowgrpo.load("quickstart", [*small, "run.folder=win_rate"])
+    flowgrpo.train(replace(config, algorithm=WinRate(group_size=4)))

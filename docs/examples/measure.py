@@ -1,0 +1,27 @@
+"""A measure of your own. In a configuration: ``measures = ["measure:pixel_diversity"]``."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from flowgrpo import Judge, PipelinePolicy, Prompt, Reward, Sampling
+from flowgrpo.evaluate import held_out
+from flowgrpo.prompts import PromptSet
+
+
+def pixel_diversity(prompts: Sequence[Prompt], media: Sequence[Tensor]) -> Mapping[str, float]:
+    """How far apart the images of a prompt are; ``media[i]`` are all images of ``prompts[i]``."""
+    spreads = [m.std(0, correction=0).mean() for m in media if len(m) > 1]
+    return {"diversity/pixels": float(torch.stack(spreads).mean()) if spreads else 0.0}
+
+
+if __name__ == "__main__":
+    sampling = Sampling(num_steps=4, guidance_scale=1.0)
+    policy = PipelinePolicy.from_pretrained("shapes", sampling=sampling)
+    judge = Judge([Reward(model="jpeg_size")])
+    prompts = PromptSet([Prompt("a photo of a triangle"), Prompt("a photo of two squares")])
+    images = held_out.plan(prompts, 8)  # four of each prompt
+    measures = [pixel_diversity]
+    print(held_out.evaluate(policy, judge, images, seed=0, sampling=sampling, measures=measures))
+    judge.close()

@@ -1,0 +1,223 @@
+"""The documentation is true: examples run, code blocks equal them, every metric, name and link exists."""
+
+import importlib
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+import pytest
+
+import flowgrpo
+from flowgrpo.config import Config
+from flowgrpo.shapes.architecture import build_pipeline
+from flowgrpo.tables import documentation, explain
+
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+EXAMPLES = sorted((DOCS / "examples").glob("*.py"))
+PAGES = sorted([*DOCS.glob("*.md"), ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"])
+MODEL = ROOT / "flowgrpo" / "shapes" / "model"
+
+WRITTEN = ("metrics.jsonl", "timings.jsonl", "evaluations.jsonl")
+TINY = [
+    "train.iterations=2",
+    "train.groups=6",
+    "train.updates=2",
+    "algorithm.group_size=2",
+    "sampling.num_steps=3",
+    "algorithm.steps={kind='all'}",
+    "loss.kl_coef=0.01",
+    'rewards=[{model="jpeg_size"}]',
+    "evaluation.every=1",
+    "evaluation.images=12",
+    "evaluation.images_during=6",
+    "evaluation.grid_prompts=1",
+    "evaluation.grid_samples=2",
+    "run.trackers=[]",
+    "run.threads=1",
+]
+
+RUN_ALL = """
+import json, runpy, sys, traceback
+
+def run(path):
+    try:
+        runpy.run_path(path, run_name="__main__")
+    except Exception:
+        return traceback.format_exc()
+    return ""
+
+print("\\n" + json.dumps({path: run(path) for path in sys.argv[1:]}))
+"""
+"""Runs files one after the other in one process, which imports torch once."""
+
+
+@pytest.fixture(scope="module")
+def errors(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, str]:
+    """The traceback of each example, or nothing. They run without the type checks of the tests."""
+    if not (MODEL / "model_index.json").exists():
+        pytest.skip("flowgrpo/shapes/model is not there yet")
+    paths = os.pathsep.join([str(ROOT), str(DOCS / "examples")])
+    done = subprocess.run(
+        [sys.executable, "-c", RUN_ALL, *map(str, EXAMPLES)],
+        cwd=tmp_path_factory.mktemp("examples"),
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    found: dict[str, str] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda p: p.stem)
+def test_examples_run(path, errors):
+    assert not errors[str(path)], errors[str(path)]
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda p: p.stem)
+def test_examples_are_short(path):
+    lines = path.read_text().splitlines()
+    if path.stem == "python_api":
+        assert len(lines) <= 60
+    else:
+        assert len([line for line in lines if line.strip()]) <= 30
+
+
+def test_code_blocks_equal_the_examples():
+    blocks = re.findall(r"```python\n(.*?)```", (DOCS / "extending.md").read_text(), re.DOTALL)
+    assert blocks == [(DOCS / "examples" / f"{n}.py").read_text() for n in shown()]
+
+
+def shown() -> list[str]:
+    """The examples in the order in which extending.md links to them."""
+    return re.findall(r"\]\(examples/(\w+)\.py\)", (DOCS / "extending.md").read_text())
+
+
+def test_every_example_is_shown_or_linked():
+    assert {*shown(), "python_api"} == {p.stem for p in EXAMPLES}
+
+
+@pytest.fixture(scope="module")
+def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run with everything that is logged: KL, classes, measures, evaluations."""
+    folder = tmp_path_factory.mktemp("docs")
+    build_pipeline().save_pretrained(folder / "model")
+    places = [f"model.path={folder / 'model'}", f"run.folder={folder / 'run'}"]
+    return flowgrpo.train(flowgrpo.load("quickstart", [*TINY, *places])).folder
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+def test_every_key_that_a_run_writes_is_documented_and_the_reverse(name, tiny_run):
+    lines = [json.loads(line) for line in (tiny_run / name).read_text().splitlines()]
+    written = {key for line in lines for key in flat(line)}
+    patterns = {key: pattern(key) for key in documented(name)}
+    unknown = [k for k in written if not any(p.fullmatch(k) for p in patterns.values())]
+    unwritten = [k for k, p in patterns.items() if not any(p.fullmatch(w) for w in written)]
+    assert not unknown, f"{name}: not explained in docs/metrics.md: {unknown}"
+    assert not unwritten, f"docs/metrics.md explains what {name} does not have: {unwritten}"
+
+
+def documented(name: str) -> list[str]:
+    """The keys in the first column of a file's table in metrics.md."""
+    text = (DOCS / "metrics.md").read_text()
+    (section,) = re.findall(rf"^## {re.escape(name)}\n(.*?)(?=^## |\Z)", text, re.DOTALL | re.MULTILINE)  # fmt: skip
+    return re.findall(r"^\| `([^`]+)` \|", section, re.MULTILINE)
+
+
+def pattern(key: str) -> re.Pattern[str]:
+    """A documented key with ``<placeholders>`` as an expression; a placeholder has no dots."""
+    return re.compile(re.sub(r"<\w+>", "[^.]+", key.replace(".", r"\.")))
+
+
+def flat(line: Mapping[str, Any], path: str = "") -> Iterator[str]:
+    """Dotted keys of nested tables."""
+    for key, value in line.items():
+        if isinstance(value, dict):
+            yield from flat(value, f"{path}{key}.")
+        else:
+            yield f"{path}{key}"
+
+
+def mentions(expression: str) -> list[tuple[str, str]]:
+    """(page, text) of everything in backticks that matches, outside of code blocks."""
+    found = []
+    for page in PAGES:
+        prose = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
+        spans = re.findall(r"`([^`\n]+)`", prose)
+        found += [(page.name, s) for s in spans if re.fullmatch(expression, s)]
+    assert found
+    return found
+
+
+def test_every_name_exists():
+    missing = [m for m in mentions(r"flowgrpo(\.\w+)+") if not exists(m[1])]
+    assert not missing
+
+
+def exists(name: str) -> bool:
+    """Whether a dotted name is a module, or something in one, down to a dataclass's fields."""
+    parts = name.split(".")
+    for depth in range(len(parts), 0, -1):
+        try:
+            here: Any = importlib.import_module(".".join(parts[:depth]))
+        except ModuleNotFoundError:
+            continue
+        for part in parts[depth:]:
+            if part in getattr(here, "__dataclass_fields__", {}):
+                return part == parts[-1]
+            if not hasattr(here, part):
+                return False
+            here = getattr(here, part)
+        return True
+    return False
+
+
+def test_every_path_exists():
+    folders = "flowgrpo|reward_models|configs|prompts|docs|tests|benchmarks"
+    missing = [
+        m for m in mentions(rf"(?:{folders}|\.ci)/[\w./]*") if not (ROOT / m[1]).exists()
+    ]  # fmt: skip
+    assert not missing
+
+
+def test_every_configuration_key_exists():
+    hints = get_type_hints(Config)
+    tables = "|".join(hints)
+    missing = []
+    for page, key in mentions(rf"(?:{tables})(?:\.\w+)+(?<!\.py)"):
+        try:
+            explain(Config, key)
+        except ValueError as error:
+            missing.append((page, key, str(error)))
+    assert not missing
+
+
+def test_every_table_and_kind_is_in_the_configuration_page():
+    text = (DOCS / "configuration.md").read_text()
+    for name in documentation(Config):
+        assert f"`[{name}]`" in text or f"`[[{name}]]`" in text, name
+    for kind in kinds(Config):
+        assert f"`{kind}`" in text, kind
+
+
+def kinds(hint: Any) -> set[str]:
+    """Every ``kind`` that can be chosen below a dataclass."""
+    if not hasattr(hint, "__dataclass_fields__"):
+        return {k for member in get_args(hint) for k in kinds(member)}
+    inside = {k for h in get_type_hints(hint).values() for k in kinds(h)}
+    field = hint.__dataclass_fields__.get("kind")
+    return inside | ({field.default} if field is not None else set())
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_relative_links_resolve(page):
+    prose = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
+    for target in re.findall(r"\]\(([^)\s]+)\)", prose):
+        if not target.startswith(("http://", "https://", "mailto:")):
+            assert (page.parent / target.partition("#")[0]).exists(), f"{page.name}: {target}"

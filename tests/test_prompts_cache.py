@@ -1,0 +1,205 @@
+"""The prompt cache gives what the pipeline's own encoding gives, once per prompt."""
+
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+from torch import Tensor
+
+from flowgrpo.core.random import Random
+from flowgrpo.policy.prompts_cache import PromptCache
+from tests.conftest import sampling_of
+from tests.tiny import FAMILIES
+
+Tiny = Callable[[str], Path]
+
+PROMPTS = ["a cat", "two red dogs riding a bus at night", "a cat", "the moon"]
+
+
+class Counting:
+    """An ``encode_prompt`` that notes which prompts it was asked for."""
+
+    def __init__(self, encode: Callable[..., Any]):
+        self.encode, self.calls = encode, list[list[str]]()
+        self.__signature__ = inspect.signature(encode)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        self.calls.append(list(self.__signature__.bind(*args, **kwargs).arguments["prompt"]))
+        return self.encode(*args, **kwargs)
+
+    def take(self) -> list[list[str]]:
+        """The calls since the last time."""
+        calls, self.calls = self.calls, []
+        return calls
+
+
+@pytest.fixture(scope="module")
+def pipeline(tiny: Tiny) -> DiffusionPipeline:
+    return DiffusionPipeline.from_pretrained(tiny("sd15"))
+
+
+@pytest.fixture
+def encode(pipeline: DiffusionPipeline) -> Counting:
+    """The real encoding of Stable Diffusion: prompt and negative prompt, or None without guidance."""
+
+    def encode_prompt(
+        prompt: Any, negative_prompt: Any = None, guidance: bool = True, image: Any = None
+    ) -> Any:
+        return pipeline.encode_prompt(prompt, "cpu", 1, guidance, negative_prompt=negative_prompt)
+
+    return Counting(encode_prompt)
+
+
+@torch.no_grad()
+def assert_same(a: Any, b: Any) -> None:
+    """Equal trees of close tensors."""
+    if isinstance(a, Tensor):
+        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+    elif isinstance(a, tuple | list):
+        assert type(a) is type(b)
+        assert len(a) == len(b)
+        for x, y in zip(a, b, strict=True):
+            assert_same(x, y)
+    else:
+        assert a == b
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_cached_encodings_are_the_pipelines(name: str, tiny: Tiny) -> None:
+    pipeline = DiffusionPipeline.from_pretrained(tiny(name))
+    pipeline.set_progress_bar_config(disable=True)
+    original = pipeline.encode_prompt
+    counting = Counting(original)
+    cache = PromptCache(counting)
+    texts: list[list[str]] = []
+
+    def checked(*args: Any, **kwargs: Any) -> Any:
+        bound = inspect.signature(original).bind(*args, **kwargs)
+        whole = {k: v for k, v in bound.arguments.items() if "prompt" in k and isinstance(v, list)}
+
+        def call(encode: Callable[..., Any], rows: slice) -> Any:
+            # Z-Image writes into the list that it is given.
+            bound.arguments.update({k: v[rows] for k, v in whole.items()})
+            return encode(*bound.args, **bound.kwargs)
+
+        for rows in (slice(None), slice(None, None, -1), slice(1, 3)):
+            texts.append(whole["prompt"][rows])
+            assert_same(call(cache, rows), call(original, rows))
+            counting.take()
+            assert_same(call(cache, rows), call(original, rows))
+            assert counting.take() == []
+        return call(original, slice(None))
+
+    pipeline.encode_prompt = checked
+    noise = [Random(0).at(i).generator() for i in range(len(PROMPTS))]
+    arguments = sampling_of(name, num_steps=2).arguments()
+    with torch.no_grad():
+        pipeline(prompt=PROMPTS, generator=noise, output_type="latent", **arguments)
+    assert texts[:3] == [PROMPTS, PROMPTS[::-1], PROMPTS[1:3]]
+
+
+def test_each_prompt_is_encoded_once(encode: Counting) -> None:
+    cache = PromptCache(encode)
+    cache(["a cat"])
+    encode.take()
+    cache(PROMPTS)
+    assert encode.take() == [["two red dogs riding a bus at night"], ["the moon"]]
+    cache(PROMPTS[::-1])
+    cache(["the moon", "a dog"])
+    assert encode.take() == [["a dog"]]
+
+
+def test_other_arguments_are_other_encodings(encode: Counting) -> None:
+    cache = PromptCache(encode)
+    guided, unguided = cache(PROMPTS, guidance=True), cache(PROMPTS, guidance=False)
+    assert_same(guided, encode(PROMPTS, guidance=True))
+    assert_same(unguided, encode(PROMPTS, guidance=False))
+    assert guided[1] is not None
+    assert unguided[1] is None
+
+    own = ["ugly", "dark", "bad", "dark ugly image"]
+    for negatives in (own, own[::-1], None):
+        assert_same(cache(PROMPTS, negatives), encode(PROMPTS, negatives))
+        assert_same(cache(PROMPTS, negatives), encode(PROMPTS, negatives))
+    encode.take()
+    cache(PROMPTS[:2], own[:2])
+    cache(PROMPTS[:2], own[::-1][:2])
+    assert encode.take() == []
+    # A new pair of known texts is a new encoding.
+    cache(["the moon"], ["dark"])
+    assert encode.take() == [["the moon"]]
+
+
+def test_what_repr_cannot_tell_apart_is_not_cached(encode: Counting) -> None:
+    class Picture:
+        def __repr__(self) -> str:
+            return "a picture"
+
+    cache = PromptCache(encode)
+    for image in (Picture(), Picture(), torch.zeros(2), [torch.ones(2)]):
+        cache(PROMPTS, image=image)
+    assert encode.take() == [PROMPTS] * 4
+
+
+def test_encodings_that_mix_a_batch_are_cached_whole(encode: Counting) -> None:
+    """As in pipelines that pad to the longest prompt or depend on the batch in other ways."""
+
+    def mixing(prompt: list[str]) -> Tensor:
+        embeddings, _ = encode.encode(prompt)
+        return embeddings - embeddings.mean(0)
+
+    counting = Counting(mixing)
+    cache = PromptCache(counting)
+    for texts in (PROMPTS, PROMPTS[:2], PROMPTS[::-1]):
+        assert_same(cache(texts), mixing(texts))
+        counting.take()
+        assert_same(cache(texts), mixing(texts))
+        assert counting.take() == []
+
+
+def test_encodings_without_a_batch_axis_are_shared(encode: Counting) -> None:
+    def with_ids(prompt: list[str]) -> tuple[Tensor, Tensor, list[str], int]:
+        embeddings, _ = encode.encode(prompt)
+        return embeddings, torch.arange(77).view(77, 1), [p.upper() for p in prompt], 3
+
+    counting = Counting(with_ids)
+    cache = PromptCache(counting)
+    cache(["a cat"])
+    assert_same(cache(PROMPTS), with_ids(PROMPTS))
+    counting.take()
+    assert_same(cache(PROMPTS[::-1]), with_ids(PROMPTS[::-1]))
+    assert counting.take() == []
+
+
+def test_the_least_recently_used_are_forgotten(encode: Counting) -> None:
+    cache = PromptCache(encode, capacity=2)
+    cache(["a"])
+    cache(["b"])
+    cache(["a"])
+    encode.take()
+    cache(["c"])
+    cache(["a"])
+    assert encode.take() == [["c"]]
+    cache(["b"])
+    assert encode.take() == [["b"]]
+    # More at once than it holds.
+    assert_same(cache(["a", "b", "c", "d"]), encode(["a", "b", "c", "d"]))
+    assert sum(len(rows) for _, rows in cache._kept) <= 2
+
+
+def test_whole_batches_count_by_their_prompts(encode: Counting) -> None:
+    def mixing(prompt: list[str]) -> Tensor:
+        embeddings, _ = encode.encode(prompt)
+        return embeddings - embeddings.mean(0)
+
+    cache = PromptCache(mixing, capacity=5)
+    for texts in (PROMPTS, PROMPTS[:2], PROMPTS[1:]):
+        cache(texts)
+    assert [rows for _, rows in cache._kept] == [
+        tuple((t,) for t in PROMPTS[:2]),
+        tuple((t,) for t in PROMPTS[1:]),
+    ]

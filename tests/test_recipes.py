@@ -1,0 +1,68 @@
+"""Every configuration for published weights runs its whole path on a tiny pipeline of its class."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+import flowgrpo
+from flowgrpo.config import find
+from flowgrpo.tables import to_table
+from tests.tiny import FAMILIES, save
+
+RECIPES = {
+    "sd15_dance": "sd15",
+    "sdxl_dance": "sdxl",
+    "sd35_medium_pickscore": "sd3",
+    "sd35_medium_ocr": "sd3",
+    "sd35_medium_geneval": "sd3",
+    "flux_dance": "flux",
+    "flux_fast": "flux",
+    "wan21_t2v": "wan_t2v",
+}
+
+
+def test_every_recipe_is_here():
+    there = {p.stem for p in find("quickstart").parent.glob("*.toml")}
+    assert there == {*RECIPES, "quickstart"}
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_recipe_runs_on_a_tiny_pipeline(recipe, tmp_path):
+    family = FAMILIES[RECIPES[recipe]]
+    folder = save(family.name, tmp_path / "model")
+    sizes = {k: v for k, v in family.call.items() if k in ("height", "width", "num_frames")}
+    call = {k: v for k, v in family.call.items() if k == "max_sequence_length"}
+    published = flowgrpo.load(recipe)
+    settings = [
+        f"model.path='{folder}'",
+        "model.dtype='float32'",
+        # As many steps as the recipe's windows need.
+        f"sampling.num_steps={min(6, published.sampling.num_steps)}",
+        *(f"sampling.{k}={v}" for k, v in sizes.items()),
+        f"sampling.call={json.dumps(call).replace(':', '=')}",
+        "algorithm.group_size=2",
+        # The published rewards need weights; what is exercised here is everything else.
+        "rewards=[{model='tests.test_train:darkness_of_any'}]",
+        "train.iterations=1",
+        f"train.groups={published.train.updates}",
+        "train.lr=1e-3",
+        "evaluation.every=0",
+        "evaluation.images=6",
+        "evaluation.num_steps=2",
+        "evaluation.grid_prompts=1",
+        "evaluation.grid_samples=1",
+        f"run.folder='{tmp_path / 'run'}'",
+        "run.device=cpu",
+        "run.trackers=[]",
+        "failures.probe=off",
+    ]
+    config = flowgrpo.load(recipe, settings)
+    assert to_table(config.algorithm.transition) == to_table(published.algorithm.transition)
+    result = flowgrpo.train(config)
+    assert result.finished
+    (metrics,) = (json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
+    assert metrics["failures"] == 0
+    assert metrics["log_prob/noise"] < published.loss.clip_range
+    assert metrics["grad_norm"] > 0
+    assert list(Path(tmp_path / "run" / "export").iterdir())

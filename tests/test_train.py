@@ -1,0 +1,276 @@
+"""Whole runs on the embedded model: learning, resuming, several processes, mistakes."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import flowgrpo
+from flowgrpo.config import ConfigError
+from flowgrpo.judge import RewardError
+from flowgrpo.run.checkpoints import CheckpointError
+
+SMALL = [
+    "train.iterations=4",
+    "train.groups=6",
+    "algorithm.group_size=4",
+    "train.rollout_batch=24",
+    "train.updates=2",
+    "train.ema_decay=0.9",
+    "loss.kl_coef=0.01",
+    "evaluation.images=12",
+    "evaluation.every=2",
+    "evaluation.grid_prompts=2",
+    "evaluation.grid_samples=2",
+    "run.checkpoint_every=1",
+    "run.threads=1",
+    "run.device=cpu",
+    "run.trackers=[]",
+    "failures.probe=off",
+]
+ROOT = Path(__file__).parents[1]
+
+
+def darkness(media, prompts):
+    """A reward that any model can raise: more ink on the light ground."""
+    return 1 - media.mean((1, 2, 3))
+
+
+def darkness_of_any(media, prompts):
+    """The same for images and videos."""
+    return 1 - media.flatten(1).mean(1)
+
+
+def wrong_shape(media, prompts):
+    return torch.zeros(len(prompts), 1)
+
+
+def never(media, prompts):
+    return torch.full((len(prompts),), float("nan"))
+
+
+def constant(media, prompts):
+    return torch.ones(len(prompts))
+
+
+def small(folder, *more):
+    return flowgrpo.load("quickstart", [*SMALL, f"run.folder={folder}", *more])
+
+
+def reward_settings(name):
+    return [f"rewards=[{{model='tests.test_train:{name}'}}]"]
+
+
+def command(folder, *more, processes=0):
+    settings = [f"--set={s}" for s in (*SMALL, f"run.folder={folder}", *more)]
+    launcher = [sys.executable, "-m"]
+    if processes:
+        launcher += ["torch.distributed.run", "--nproc-per-node", str(processes), "-m"]
+    return [*launcher, "flowgrpo", "train", "quickstart", *settings]
+
+
+def start(folder, *more, processes=0):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        command(folder, *more, processes=processes),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        cwd=ROOT,
+        env=environment,
+    )
+
+
+def finish(process):
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output[-2000:]
+    return output
+
+
+def lines(file):
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+@pytest.fixture(scope="session")
+def straight(tmp_path_factory):
+    """A run that was left alone."""
+    folder = tmp_path_factory.mktemp("runs") / "straight"
+    result = flowgrpo.train(small(folder))
+    assert result.finished
+    return folder
+
+
+def test_reward_rises_beyond_the_noise_floor(tmp_path):
+    length = ["train.iterations=12", "train.groups=6", "algorithm.group_size=8", "evaluation.images=48", "evaluation.every=0"]
+    plain = ["train.updates=1", "loss.kl_coef=0", "train.ema_decay=0", "train.lr=3e-4", *length]
+
+    def gain(folder, *more):
+        result = flowgrpo.train(small(tmp_path / folder, *reward_settings("darkness"), *plain, *more))
+        first, last = result.evaluations[0], result.evaluations[-1]
+        return last["scores"]["darkness"] - first["scores"]["darkness"], first["errors"]["darkness"]
+
+    learned, error = gain("learn")
+    floor, _ = gain("floor", "train.lr=1e-9")
+    # Before and after use the same prompts and noise, so that the floor is far below the error.
+    assert abs(floor) < 0.02 * learned
+    assert learned > 2 * error
+
+
+def test_run_directory_is_complete(straight):
+    names = {p.name for p in straight.iterdir()}
+    assert {
+        "config.toml", "environment.json", "metrics.jsonl", "timings.jsonl", "evaluations.jsonl",
+        "grids", "checkpoints", "export", "report.html",
+    } <= names  # fmt: skip
+    assert [m["iteration"] for m in lines(straight / "metrics.jsonl")] == [0, 1, 2, 3]
+    assert [e["iteration"] for e in lines(straight / "evaluations.jsonl")] == [0, 2, 4]
+    assert (straight / "grids" / "000004.png").stat().st_size > 5000
+    assert (straight / "checkpoints" / "best").exists()
+    first = lines(straight / "metrics.jsonl")[0]
+    # Nothing has been updated when the first optimizer step looks at the ratios.
+    assert first["log_prob/noise"] < 1e-5
+
+
+def test_the_written_configuration_can_be_run_again(straight):
+    again = flowgrpo.load(str(straight / "config.toml"))
+    assert again == small(straight)
+
+
+def test_the_export_draws_what_the_policy_draws(straight):
+    from diffusers import DiffusionPipeline
+
+    exported = DiffusionPipeline.from_pretrained(straight / "export")
+    weights = load_file(straight / "checkpoints" / "000004" / "ema.safetensors")
+    for name, parameter in exported.transformer.named_parameters():
+        assert torch.equal(parameter, weights[f"transformer.{name}"])
+    assert type(exported.scheduler).__name__ == "FlowMatchEulerDiscreteScheduler"
+
+
+def test_a_run_killed_at_random_moments_ends_like_one_that_was_not(straight, tmp_path):
+    folder = tmp_path / "killed"
+    survived = 0
+    for moment in (1, 2):
+        process = start(folder)
+        deadline = time.time() + 240
+        while time.time() < deadline and process.poll() is None:
+            metrics = folder / "metrics.jsonl"
+            if metrics.exists() and len(metrics.read_text().splitlines()) >= moment:
+                break
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        survived += process.returncode == -signal.SIGKILL
+    assert survived == 2
+    finish(start(folder))
+    for name in ("metrics.jsonl", "evaluations.jsonl"):
+        assert (folder / name).read_bytes() == (straight / name).read_bytes()
+    for part in ("weights", "optimizer", "ema"):
+        file = f"checkpoints/000004/{part}.safetensors"
+        assert (folder / file).read_bytes() == (straight / file).read_bytes()
+
+
+def test_two_processes_equal_one(straight, tmp_path):
+    folder = tmp_path / "two"
+    # KL metrics and updates are sums over processes; the groups of both updates are the same.
+    output = start(folder, "train.groups=8", processes=2)
+    finish(output)
+    alone = tmp_path / "one"
+    finish(start(alone, "train.groups=8"))
+    for one, two in zip(lines(alone / "evaluations.jsonl"), lines(folder / "evaluations.jsonl"), strict=True):
+        assert one["scores"] == pytest.approx(two["scores"], abs=1e-4)
+    for one, two in zip(lines(alone / "metrics.jsonl"), lines(folder / "metrics.jsonl"), strict=True):
+        for key in ("reward", "reward_std", "group/zero_variance", "group/diversity", "grad_norm"):
+            assert one[key] == pytest.approx(two[key], rel=2e-3, abs=1e-6), key
+    a, b = (load_file(f / "checkpoints" / "000004" / "weights.safetensors") for f in (alone, folder))
+    assert max(float((a[k] - b[k]).abs().max()) for k in a) < 1e-5
+
+
+def test_ctrl_c_saves_and_says_how_to_go_on(straight, tmp_path):
+    folder = tmp_path / "interrupted"
+    process = start(folder)
+    while process.poll() is None and not (folder / "metrics.jsonl").exists():
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=240)
+    assert process.returncode == 130, output
+    assert "goes on" in output
+    finish(start(folder))
+    assert (folder / "metrics.jsonl").read_bytes() == (straight / "metrics.jsonl").read_bytes()
+
+
+def test_a_directory_of_another_configuration_is_refused(straight):
+    with pytest.raises(ConfigError, match=r"train\.lr is 0\.00015 there and 0\.001 now"):
+        flowgrpo.train(small(straight, "train.lr=1e-3"))
+
+
+def test_a_directory_with_other_things_is_refused(tmp_path):
+    (tmp_path / "thesis.tex").write_text("precious")
+    with pytest.raises(ConfigError, match="not empty and no run directory"):
+        flowgrpo.train(small(tmp_path))
+
+
+def test_a_flipped_byte_is_found(straight, tmp_path):
+    import shutil
+
+    folder = tmp_path / "flipped"
+    shutil.copytree(straight, folder)
+    file = folder / "checkpoints" / "000004" / "weights.safetensors"
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"weights\.safetensors is damaged"):
+        flowgrpo.train(small(folder))
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [("wrong_shape", "returned shape"), ("never", "no finite score"), ("constant", "the same score")],
+)
+def test_unfit_rewards_are_refused_before_training(tmp_path, name, words):
+    with pytest.raises(RewardError, match=words):
+        flowgrpo.train(
+            small(tmp_path / name, *reward_settings(name), "failures.probe=refuse", "failures.wait=0.0")
+        )
+    assert not (tmp_path / name / "metrics.jsonl").exists()
+
+
+def test_mistakes_on_the_command_line_are_one_line(tmp_path):
+    def run(*arguments):
+        done = subprocess.run(
+            [sys.executable, "-m", "flowgrpo", *arguments], capture_output=True, text=True, cwd=ROOT, check=False
+        )
+        return done.returncode, done.stderr.strip()
+
+    for arguments, words in [
+        (["train", "quickstrat"], "did you mean"),
+        (["train", "quickstart", "--set", "train.itertions=5"], "did you mean 'iterations'"),
+        (["train", "quickstart", "--dry-run", "--set", "prompts.train=nowhere.jsonl"], "no such file"),
+        (["train", "quickstart", "--dry-run", "--set", "train.groups=7", "--set", "train.updates=2"], "train.groups = 8"),
+        (["config", "explain", "train.lrr"], "did you mean 'lr'"),
+        (["sample", str(tmp_path), "a prompt", "--out", str(tmp_path / "out")], "no model_index.json"),
+        (["score", str(tmp_path), "--reward", "jpeg_size"], "has no images"),
+    ]:
+        code, error = run(*arguments)
+        assert code == 1, (arguments, error)
+        assert words in error, (arguments, error)
+        assert len(error.splitlines()) == 1, error
+
+
+def test_sample_score_and_grid(straight, tmp_path):
+    from flowgrpo.cli import main
+
+    out = tmp_path / "images"
+    assert main(["sample", str(straight), "a photo of a red circle", "--steps", "4", "--samples", "2", "--out", str(out)]) == 0
+    assert len(list(out.glob("*.png"))) == 2
+    table = tmp_path / "scores.jsonl"
+    assert main(["score", str(out), "--reward", "jpeg_size", "--out", str(table)]) == 0
+    assert all(row["jpeg_size"] < 0 for row in lines(table))
+    assert main(["grid", str(straight), "--rows", "2", "--samples", "2", "--out", str(tmp_path / "grid.png")]) == 0
+    assert (tmp_path / "grid.png").stat().st_size > 5000
