@@ -7,6 +7,8 @@ The plain call of the pipeline, without anything of flowgrpo's, takes 50 steps a
 
 import argparse
 
+from runs import percent, table
+
 from flowgrpo.commands import quiet
 from flowgrpo.config import find
 from flowgrpo.evaluate.held_out import evaluate, plan
@@ -15,7 +17,6 @@ from flowgrpo.policy import PipelinePolicy, Sampling
 from flowgrpo.prompts import PromptSet
 from flowgrpo.shapes.captions import TASKS
 from flowgrpo.shapes.rewards import Diversity
-from runs import percent, table
 
 SETTINGS = [(8, 1.0), (8, 2.0), (28, 1.0), (28, 3.0), (50, 5.0)]
 

@@ -61,7 +61,9 @@ def test_recipe_runs_on_a_tiny_pipeline(recipe, tmp_path):
     assert to_table(config.algorithm.transition) == to_table(published.algorithm.transition)
     result = flowgrpo.train(config)
     assert result.finished
-    (metrics,) = (json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
+    (metrics,) = (
+        json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    )
     assert metrics["failures"] == 0
     assert metrics["log_prob/noise"] < published.loss.clip_range
     assert metrics["grad_norm"] > 0

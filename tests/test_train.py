@@ -108,11 +108,19 @@ def straight(tmp_path_factory):
 
 
 def test_reward_rises_beyond_the_noise_floor(tmp_path):
-    length = ["train.iterations=12", "train.groups=6", "algorithm.group_size=8", "evaluation.images=48", "evaluation.every=0"]
+    length = [
+        "train.iterations=12",
+        "train.groups=6",
+        "algorithm.group_size=8",
+        "evaluation.images=48",
+        "evaluation.every=0",
+    ]
     plain = ["train.updates=1", "loss.kl_coef=0", "train.ema_decay=0", "train.lr=3e-4", *length]
 
     def gain(folder, *more):
-        result = flowgrpo.train(small(tmp_path / folder, *reward_settings("darkness"), *plain, *more))
+        result = flowgrpo.train(
+            small(tmp_path / folder, *reward_settings("darkness"), *plain, *more)
+        )
         first, last = result.evaluations[0], result.evaluations[-1]
         return last["scores"]["darkness"] - first["scores"]["darkness"], first["errors"]["darkness"]
 
@@ -183,12 +191,18 @@ def test_two_processes_equal_one(straight, tmp_path):
     finish(output)
     alone = tmp_path / "one"
     finish(start(alone, "train.groups=8"))
-    for one, two in zip(lines(alone / "evaluations.jsonl"), lines(folder / "evaluations.jsonl"), strict=True):
+    for one, two in zip(
+        lines(alone / "evaluations.jsonl"), lines(folder / "evaluations.jsonl"), strict=True
+    ):
         assert one["scores"] == pytest.approx(two["scores"], abs=1e-4)
-    for one, two in zip(lines(alone / "metrics.jsonl"), lines(folder / "metrics.jsonl"), strict=True):
+    for one, two in zip(
+        lines(alone / "metrics.jsonl"), lines(folder / "metrics.jsonl"), strict=True
+    ):
         for key in ("reward", "reward_std", "group/zero_variance", "group/diversity", "grad_norm"):
             assert one[key] == pytest.approx(two[key], rel=2e-3, abs=1e-6), key
-    a, b = (load_file(f / "checkpoints" / "000004" / "weights.safetensors") for f in (alone, folder))
+    a, b = (
+        load_file(f / "checkpoints" / "000004" / "weights.safetensors") for f in (alone, folder)
+    )
     assert max(float((a[k] - b[k]).abs().max()) for k in a) < 1e-5
 
 
@@ -231,12 +245,21 @@ def test_a_flipped_byte_is_found(straight, tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "words"),
-    [("wrong_shape", "returned shape"), ("never", "no finite score"), ("constant", "the same score")],
+    [
+        ("wrong_shape", "returned shape"),
+        ("never", "no finite score"),
+        ("constant", "the same score"),
+    ],
 )
 def test_unfit_rewards_are_refused_before_training(tmp_path, name, words):
     with pytest.raises(RewardError, match=words):
         flowgrpo.train(
-            small(tmp_path / name, *reward_settings(name), "failures.probe=refuse", "failures.wait=0.0")
+            small(
+                tmp_path / name,
+                *reward_settings(name),
+                "failures.probe=refuse",
+                "failures.wait=0.0",
+            )
         )
     assert not (tmp_path / name / "metrics.jsonl").exists()
 
@@ -244,17 +267,38 @@ def test_unfit_rewards_are_refused_before_training(tmp_path, name, words):
 def test_mistakes_on_the_command_line_are_one_line(tmp_path):
     def run(*arguments):
         done = subprocess.run(
-            [sys.executable, "-m", "flowgrpo", *arguments], capture_output=True, text=True, cwd=ROOT, check=False
+            [sys.executable, "-m", "flowgrpo", *arguments],
+            capture_output=True,
+            text=True,
+            cwd=ROOT,
+            check=False,
         )
         return done.returncode, done.stderr.strip()
 
     for arguments, words in [
         (["train", "quickstrat"], "did you mean"),
         (["train", "quickstart", "--set", "train.itertions=5"], "did you mean 'iterations'"),
-        (["train", "quickstart", "--dry-run", "--set", "prompts.train=nowhere.jsonl"], "no such file"),
-        (["train", "quickstart", "--dry-run", "--set", "train.groups=7", "--set", "train.updates=2"], "train.groups = 8"),
+        (
+            ["train", "quickstart", "--dry-run", "--set", "prompts.train=nowhere.jsonl"],
+            "no such file",
+        ),
+        (
+            [
+                "train",
+                "quickstart",
+                "--dry-run",
+                "--set",
+                "train.groups=7",
+                "--set",
+                "train.updates=2",
+            ],
+            "train.groups = 8",
+        ),
         (["config", "explain", "train.lrr"], "did you mean 'lr'"),
-        (["sample", str(tmp_path), "a prompt", "--out", str(tmp_path / "out")], "no model_index.json"),
+        (
+            ["sample", str(tmp_path), "a prompt", "--out", str(tmp_path / "out")],
+            "no model_index.json",
+        ),
         (["score", str(tmp_path), "--reward", "jpeg_size"], "has no images"),
     ]:
         code, error = run(*arguments)
@@ -267,10 +311,39 @@ def test_sample_score_and_grid(straight, tmp_path):
     from flowgrpo.cli import main
 
     out = tmp_path / "images"
-    assert main(["sample", str(straight), "a photo of a red circle", "--steps", "4", "--samples", "2", "--out", str(out)]) == 0
+    assert (
+        main(
+            [
+                "sample",
+                str(straight),
+                "a photo of a red circle",
+                "--steps",
+                "4",
+                "--samples",
+                "2",
+                "--out",
+                str(out),
+            ]
+        )
+        == 0
+    )
     assert len(list(out.glob("*.png"))) == 2
     table = tmp_path / "scores.jsonl"
     assert main(["score", str(out), "--reward", "jpeg_size", "--out", str(table)]) == 0
     assert all(row["jpeg_size"] < 0 for row in lines(table))
-    assert main(["grid", str(straight), "--rows", "2", "--samples", "2", "--out", str(tmp_path / "grid.png")]) == 0
+    assert (
+        main(
+            [
+                "grid",
+                str(straight),
+                "--rows",
+                "2",
+                "--samples",
+                "2",
+                "--out",
+                str(tmp_path / "grid.png"),
+            ]
+        )
+        == 0
+    )
     assert (tmp_path / "grid.png").stat().st_size > 5000

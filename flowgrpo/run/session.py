@@ -104,7 +104,9 @@ class Session:
         except RewardError:
             if self.accelerator.num_processes == 1:
                 self.save(learner, iteration)
-                self.console.say(f"saved after {iteration} iterations; the same command goes on from there")
+                self.console.say(
+                    f"saved after {iteration} iterations; the same command goes on from there"
+                )
             raise
 
     def should_stop(self) -> bool:
@@ -115,7 +117,10 @@ class Session:
 
     def checkpoint_due(self, iterations: int) -> bool:
         """Whether a checkpoint is due after this many iterations; after the last one always."""
-        return iterations == self.config.train.iterations or iterations % self.config.run.checkpoint_every == 0
+        return (
+            iterations == self.config.train.iterations
+            or iterations % self.config.run.checkpoint_every == 0
+        )
 
     def log(self, iteration: int, metrics: Mapping[str, float], judge_seconds: float) -> None:
         """Write an iteration's metrics and, apart from them, its times."""

@@ -26,8 +26,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from flowgrpo.run.cpu import prepare_cpu
-from flowgrpo.shapes.captions import TASKS, Record, all_records, corrupt, scene_for
 from flowgrpo.shapes.architecture import CAPTION_TOKENS, build_pipeline
+from flowgrpo.shapes.captions import TASKS, Record, all_records, corrupt, scene_for
 from flowgrpo.shapes.world import BACKGROUND, COLORS, IMAGE_SIZE, SHAPES, draw, place
 
 console = Console(quiet=int(os.environ.get("RANK", "0")) > 0)
@@ -135,8 +135,12 @@ def average_gradients(parameters: list[nn.Parameter]) -> None:
     if dist.is_initialized():
         flat = torch.cat([p.grad.flatten() for p in parameters if p.grad is not None])
         dist.all_reduce(flat)
-        parts = flat.div_(dist.get_world_size()).split([p.numel() for p in parameters if p.grad is not None])
-        for parameter, part in zip([p for p in parameters if p.grad is not None], parts, strict=True):
+        parts = flat.div_(dist.get_world_size()).split(
+            [p.numel() for p in parameters if p.grad is not None]
+        )
+        for parameter, part in zip(
+            [p for p in parameters if p.grad is not None], parts, strict=True
+        ):
             parameter.grad = part.view_as(parameter)
 
 
