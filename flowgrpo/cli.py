@@ -40,6 +40,10 @@ EXPECTED = (ValueError, OSError, RuntimeError)
 """What users can mend; the message says how. Anything else is a defect and shows its traceback."""
 
 
+Add = Callable[[str, Callable[[argparse.Namespace], int], str, str], argparse.ArgumentParser]
+"""Adds a command: its name, what runs it, its summary, an example."""
+
+
 def parser() -> argparse.ArgumentParser:
     """The parser of all commands."""
     top = argparse.ArgumentParser(
@@ -63,6 +67,16 @@ def parser() -> argparse.ArgumentParser:
         sub.set_defaults(command=run)
         return sub
 
+    _train(add)
+    _sample(add)
+    _grid(add)
+    _score(add)
+    _doctor(add)
+    _config(add)
+    return top
+
+
+def _train(add: Add) -> None:
     train = add(
         "train",
         commands.train,
@@ -77,6 +91,8 @@ def parser() -> argparse.ArgumentParser:
         help="check everything that can be checked without the model, print the plan, stop",
     )
 
+
+def _sample(add: Add) -> None:
     sample = add(
         "sample",
         commands.sample,
@@ -96,6 +112,8 @@ def parser() -> argparse.ArgumentParser:
         "--samples", type=int, default=4, help="images per prompt (default: %(default)s)"
     )
 
+
+def _grid(add: Add) -> None:
     grid = add(
         "grid",
         commands.grid,
@@ -123,6 +141,8 @@ def parser() -> argparse.ArgumentParser:
         "--guidance", type=float, help="guidance scale (default: as in the run's evaluations)"
     )
 
+
+def _score(add: Add) -> None:
     score = add(
         "score",
         commands.score,
@@ -146,6 +166,8 @@ def parser() -> argparse.ArgumentParser:
         "--batch", type=int, default=32, help="images scored at a time (default: %(default)s)"
     )
 
+
+def _doctor(add: Add) -> None:
     doctor = add(
         "doctor",
         commands.doctor,
@@ -162,6 +184,8 @@ def parser() -> argparse.ArgumentParser:
     )
     doctor.add_argument("--json", help="file for the result")
 
+
+def _config(add: Add) -> None:
     config = add(
         "config",
         commands.config,
@@ -175,7 +199,6 @@ def parser() -> argparse.ArgumentParser:
     )
     config.add_argument("name", nargs="?", help="a key such as train.lr, or a configuration")
     config.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help=SET_HELP)
-    return top
 
 
 def _model_arguments(sub: argparse.ArgumentParser) -> None:

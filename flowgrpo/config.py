@@ -155,6 +155,11 @@ class Config:
         for key, value, least in self._bounds():
             if value < least:
                 raise ConfigError(f"{key} must be at least {least}, got {value}")
+        if self.train.ema_decay >= 1:
+            raise ConfigError(f"train.ema_decay must be below 1, got {self.train.ema_decay}")
+        betas = self.train.betas
+        if len(betas) != 2 or not all(0 <= b < 1 for b in betas):
+            raise ConfigError(f"train.betas must be two numbers in [0, 1), got {list(betas)}")
         if all(r.weight == 0 for r in self.rewards):
             raise ConfigError("rewards: every weight is 0, so that there is nothing to train on")
         train = self.train
@@ -175,7 +180,7 @@ class Config:
                 "loss.kl is set but loss.kl_coef is 0; set a coefficient or remove loss.kl"
             )
 
-    def _bounds(self) -> Sequence[tuple[str, float, float]]:
+    def _bounds(self) -> Sequence[tuple[str, int | float, int | float]]:
         t, e, tiny = self.train, self.evaluation, 1e-12
         return [
             ("sampling.num_steps", self.sampling.num_steps, 2),
@@ -187,6 +192,12 @@ class Config:
             ("train.train_batch", t.train_batch, 1),
             ("train.lr", t.lr, tiny),
             ("train.warmup", t.warmup, 0),
+            ("train.ema_decay", t.ema_decay, 0),
+            ("train.weight_decay", t.weight_decay, 0),
+            ("train.spike_factor", t.spike_factor, 0),
+            ("algorithm.advantage.clip", self.algorithm.advantage.clip, tiny),
+            ("failures.retries", self.failures.retries, 0),
+            ("failures.wait", self.failures.wait, 0),
             ("train.max_grad_norm", t.max_grad_norm, tiny),
             ("loss.clip_range", self.loss.clip_range, tiny),
             ("loss.kl_coef", self.loss.kl_coef, 0),
@@ -276,21 +287,32 @@ def override(table: dict[str, Any], settings: Sequence[str]) -> dict[str, Any]:
         *parents, last = key.strip().split(".")
         here: Any = result
         for part in parents:
-            here = (
-                here[int(part)]
-                if isinstance(here, list) and part.isdigit()
-                else here.setdefault(part, {})
-            )
-            if not isinstance(here, dict | list):
-                raise ConfigError(f"--set {key}: {part} is not a table")
+            here = _inner(here, part, key)
         try:
             value = tomllib.loads(f"value = {text}")["value"]
         except tomllib.TOMLDecodeError:
             value = text
+        if not isinstance(here, dict):
+            raise ConfigError(f"--set {key}: {last!r} is an entry of a list; set one of its keys")
         if last == "kind" and here.get("kind") != value:
             here.clear()
         here[last] = value
     return result
+
+
+def _inner(here: Any, part: str, key: str) -> Any:
+    """The table or list below a part of a dotted key."""
+    if isinstance(here, list):
+        if not part.isdigit() or int(part) >= len(here):
+            raise ConfigError(
+                f"--set {key}: {part!r} is no entry of a list of {len(here)}, counted from 0"
+            )
+        inner = here[int(part)]
+    else:
+        inner = here.setdefault(part, {})
+    if not isinstance(inner, dict | list):
+        raise ConfigError(f"--set {key}: {part} is not a table")
+    return inner
 
 
 def _copy(value: Any) -> Any:

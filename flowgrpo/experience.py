@@ -6,7 +6,7 @@ video that was scored. An algorithm says which candidates judge which actions.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -46,6 +46,7 @@ class Group:
     prompt: Prompt
 
 
+@runtime_checkable
 class RewardModel(Protocol):
     """Anything that scores media: a class with ``__call__`` or a plain function.
 

@@ -1,7 +1,7 @@
 """What an algorithm is."""
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from jaxtyping import Float
 from torch import Tensor
@@ -13,6 +13,7 @@ from flowgrpo.judge import Judge
 from flowgrpo.policy import PipelinePolicy
 
 
+@runtime_checkable
 class Algorithm(Protocol):
     """A frozen dataclass that is also its configuration.
 

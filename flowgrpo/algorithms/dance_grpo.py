@@ -20,7 +20,7 @@ from flowgrpo.algorithms.trajectories import (
 from flowgrpo.core.advantages import GroupAdvantage
 from flowgrpo.core.random import Random
 from flowgrpo.core.steps import AllSteps, StepSelection
-from flowgrpo.core.transitions import DanceSDE, Transition
+from flowgrpo.core.transitions import DanceSDE, Transition, require_noise
 from flowgrpo.experience import Experience, Group
 from flowgrpo.judge import Judge
 from flowgrpo.policy import PipelinePolicy
@@ -68,6 +68,7 @@ class DanceGRPO:
 
     def check(self, num_steps: int) -> None:
         """Raise ValueError if the settings contradict each other or the grid."""
+        require_noise(self.transition)
         self.steps.select(num_steps, 0, Random(0).generator())
         if not 0 < self.timestep_fraction <= 1:
             raise ValueError(

@@ -20,7 +20,7 @@ from flowgrpo.algorithms.trajectories import (
 from flowgrpo.core.advantages import GroupAdvantage
 from flowgrpo.core.random import Random
 from flowgrpo.core.steps import AllSteps, StepSelection
-from flowgrpo.core.transitions import FlowSDE, Transition
+from flowgrpo.core.transitions import FlowSDE, Transition, require_noise
 from flowgrpo.experience import Experience, Group
 from flowgrpo.judge import Judge
 from flowgrpo.policy import PipelinePolicy
@@ -60,4 +60,5 @@ class FlowGRPO:
 
     def check(self, num_steps: int) -> None:
         """Raise ValueError if no step of such a grid can be stochastic."""
+        require_noise(self.transition)
         self.steps.select(num_steps, 0, Random(0).generator())

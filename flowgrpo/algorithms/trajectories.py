@@ -49,19 +49,15 @@ def collect_trajectories(
     judge.reset()
     evaluations, decodes = policy.num_evaluations, policy.num_decodes
     owners = [(g, i) for g in groups for i in range(plan.group_size)]
-    noise = SampleNoise(
-        streams=[random.at("group", g.index, i) for g, i in owners],
-        initial_streams=[random.at("group", g.index) for g, _ in owners]
-        if plan.shared_noise
-        else None,
-    )
+    shared = [random.at("group", g.index) for g, _ in owners] if plan.shared_noise else None
+    noise = SampleNoise([random.at("group", g.index, i) for g, i in owners], shared)
     group = torch.tensor([g.index for g, _ in owners])
     sample = torch.tensor([i for _, i in owners])
     actions: list[Actions] = []
     nodes, x, first = None, None, plan.stochastic[0]
     if plan.shared_noise:
-        x, shared = _first_step(policy, groups, noise, plan, group, sample)
-        actions.append(shared)
+        x, first_actions = _first_step(policy, groups, noise, plan, group, sample)
+        actions.append(first_actions)
         nodes = range(first + 1, policy.num_steps() + 1)
 
     later = [s for s in plan.stochastic if nodes is None or s >= nodes[0]]
@@ -84,26 +80,35 @@ def collect_trajectories(
         actions += [_recorded(visit, group[rows], sample[rows]) for visit in rollout.visits]
 
     small = torch.cat(thumbnails).view(len(groups), plan.group_size, -1)
-    done = [s.result() for s in scores]
-    reward = torch.cat([s.reward for s in done])
+    candidates = _scored([s.result() for s in scores], group, sample, policy.num_steps() - 1)
     return Experience(
         groups=groups,
         transition=plan.transition,
         actions=Actions.concatenate(actions),
-        candidates=Candidates(
-            group=group,
-            sample=sample,
-            step=torch.full_like(group, policy.num_steps() - 1),
-            scores={name: torch.cat([s.raw[name] for s in done]) for name in done[0].raw},
-            reward=reward,
-        ),
+        candidates=candidates,
         cost=Cost(
             nfe=(policy.num_evaluations - evaluations) / len(groups),
             decodes=(policy.num_decodes - decodes) / len(groups),
         ),
-        all_rewards=reward,
+        all_rewards=candidates.reward,
         diversity=small.std(1, correction=0).mean(1),
         duplicates=torch.tensor([float(len(g) - len(g.unique(dim=0))) for g in small]),
+    )
+
+
+def _scored(
+    scores: Sequence[Scores],
+    group: Int[Tensor, " samples"],
+    sample: Int[Tensor, " samples"],
+    last_step: int,
+) -> Candidates:
+    """One candidate per trajectory, from the scores of all batches."""
+    return Candidates(
+        group=group,
+        sample=sample,
+        step=torch.full_like(group, last_step),
+        scores={name: torch.cat([s.raw[name] for s in scores]) for name in scores[0].raw},
+        reward=torch.cat([s.reward for s in scores]),
     )
 
 

@@ -29,7 +29,9 @@ class Window:
 
     kind: Literal["window"] = "window"
     start: int = 0
+    """The first step of the window, counted from 0."""
     size: int = 2
+    """Number of steps in the window."""
 
     def select(self, num_steps: int, iteration: int, generator: torch.Generator) -> list[int]:
         """The stochastic steps, ascending."""
@@ -42,7 +44,9 @@ class RandomWindow:
 
     kind: Literal["random_window"] = "random_window"
     size: int = 2
+    """Number of steps in the window."""
     first: int = 0
+    """The earliest step at which the window can start."""
     last: int = 5
     """The window ends before this step."""
 
@@ -55,7 +59,7 @@ class RandomWindow:
             )
         start = self.first + int(torch.randint(places, (1,), generator=generator))
         _checked(list(range(self.first, self.last)), num_steps, self)
-        return list(range(start, start + self.size))
+        return _checked(list(range(start, start + self.size)), num_steps, self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +68,9 @@ class RandomSteps:
 
     kind: Literal["random_steps"] = "random_steps"
     count: int = 3
+    """Number of steps drawn."""
     first: int = 0
+    """Only steps from this one on are drawn."""
     last: int = 6
     """Only steps before this one are drawn."""
 
@@ -85,7 +91,9 @@ class SlidingWindow:
 
     kind: Literal["sliding_window"] = "sliding_window"
     size: int = 4
+    """Number of steps in the window."""
     stride: int = 1
+    """Steps by which the window moves."""
     every: int = 25
     """Iterations between two moves."""
     skip_last: int = 2
@@ -93,6 +101,8 @@ class SlidingWindow:
 
     def select(self, num_steps: int, iteration: int, generator: torch.Generator) -> list[int]:
         """The stochastic steps, ascending."""
+        if min(self.size, self.stride, self.every) < 1:
+            raise ValueError(f"steps: size, stride and every must be at least 1, got {self}")
         last = num_steps - max(1, self.skip_last) - self.size
         if last < 0:
             raise ValueError(

@@ -248,6 +248,15 @@ class DDIM:
 Transition = FlowSDE | DanceSDE | CPS | DDIM | ODE
 
 
+def require_noise(transition: Transition) -> None:
+    """Raise ValueError if a transition is deterministic: its steps have no density to optimise."""
+    strength = {"ode": 0.0}.get(transition.kind, getattr(transition, "noise_level", None))
+    if (transition.eta if isinstance(transition, DDIM) else strength or 0.0) <= 0:
+        raise ValueError(
+            f"transition {transition} injects no noise, so that there is nothing to learn from"
+        )
+
+
 def gaussian_kl(
     mean: Float[Tensor, "batch *latent"], reference: Float[Tensor, "batch *latent"], std: float
 ) -> Float[Tensor, " batch"]:

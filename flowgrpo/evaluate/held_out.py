@@ -11,7 +11,7 @@ from torch import Tensor
 
 from flowgrpo.core.random import Random, SampleNoise
 from flowgrpo.experience import Prompt
-from flowgrpo.judge import Judge
+from flowgrpo.judge import Judge, Scores
 from flowgrpo.policy import PipelinePolicy, Sampling
 from flowgrpo.prompts import PromptSet
 
@@ -86,34 +86,44 @@ def evaluate(
         for item, image in zip(part, rollout.media, strict=True):
             media.setdefault(item.prompt.text, []).append(image)
     for part, future in pending:
-        scores = future.result()
-        for row, item in enumerate(part):
-            rows.append(
-                {
-                    "index": item.index,
-                    "class": str(item.prompt.metadata.get(balance, "")) if balance else "",
-                    "scores": {k: float(v[row]) for k, v in scores.raw.items()},
-                    "reward": float(scores.reward[row]),
-                }
-            )
+        rows += _rows(part, future.result(), balance)
     measured = [_measure(measures, {i.prompt.text: i.prompt for i in mine}, media)]
     rows, parts = sorted(gather(rows), key=lambda r: r["index"]), gather(measured)
-    classes = sorted({r["class"] for r in rows} - {""})
+    return {
+        **_summary(rows),
+        "measures": {k: _mean([p[k] for p in parts if k in p]) for k in parts[0]},
+        "seconds": round(time.perf_counter() - began, 3),
+    }
+
+
+def _rows(items: Sequence[Item], scores: Scores, balance: str) -> list[dict[str, Any]]:
+    """What is known of each image of a batch, in a form that processes can exchange."""
+    return [
+        {
+            "index": item.index,
+            "class": str(item.prompt.metadata.get(balance, "")) if balance else "",
+            "scores": {k: float(v[row]) for k, v in scores.raw.items()},
+            "reward": float(scores.reward[row]),
+        }
+        for row, item in enumerate(items)
+    ]
+
+
+def _summary(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Means and their errors, over all images and by class."""
+    classes: dict[str, list[Mapping[str, Any]]] = {}
+    for row in rows:
+        classes.setdefault(row["class"], []).append(row)
     return {
         "images": len(rows),
         "reward": _mean([r["reward"] for r in rows]),
         "scores": _means(rows),
         "errors": _errors(rows),
         "by_class": {
-            c: {
-                **_means([r for r in rows if r["class"] == c]),
-                "errors": _errors([r for r in rows if r["class"] == c]),
-                "images": sum(r["class"] == c for r in rows),
-            }
-            for c in classes
+            name: {**_means(part), "errors": _errors(part), "images": len(part)}
+            for name, part in sorted(classes.items())
+            if name
         },
-        "measures": {k: _mean([p[k] for p in parts if k in p]) for k in parts[0]},
-        "seconds": round(time.perf_counter() - began, 3),
     }
 
 

@@ -122,8 +122,8 @@ class PipelinePolicy:
         self.check_sampling(sampling)
         pipeline.scheduler = self.scheduler
         pipeline.set_progress_bar_config(disable=True)
+        # It would blacken images that the reward then judges.
         if getattr(pipeline, "safety_checker", None) is not None:
-            # It would blacken images that the reward then judges.
             pipeline.safety_checker = None
         self.models = {k: m for k, m in pipeline.components.items() if isinstance(m, nn.Module)}
         for model in self.models.values():
@@ -139,8 +139,7 @@ class PipelinePolicy:
             self.trainable = Trainable(
                 self.denoisers, weights, seed=seed, with_reference=with_reference
             )
-        self.num_evaluations = 0
-        self.num_decodes = 0
+        self.num_evaluations = self.num_decodes = 0
         self._entering: Tensor | None = None
         if hasattr(pipeline, "encode_prompt"):
             pipeline.encode_prompt = PromptCache(pipeline.encode_prompt)

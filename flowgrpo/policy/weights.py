@@ -24,6 +24,7 @@ class LoRA:
 
     kind: Literal["lora"] = "lora"
     rank: int = 32
+    """Inner dimension of the adapters."""
     alpha: int = 64
     """The adapter's output is scaled by alpha / rank."""
     targets: tuple[str, ...] = ()

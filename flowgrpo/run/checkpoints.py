@@ -60,10 +60,11 @@ def load(folder: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
     advice = f"delete {folder} to go on from the checkpoint before it, or restore the file"
     try:
         state = json.loads((folder / STATE).read_text())
-    except (OSError, ValueError) as error:
+        digests = state.pop("sha256")
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{folder / STATE} cannot be read ({error}); {advice}") from error
     parts = {}
-    for name, digest in state.pop("sha256").items():
+    for name, digest in digests.items():
         file = folder / name
         if not file.exists() or _digest(file) != digest:
             raise CheckpointError(

@@ -157,8 +157,9 @@ def graded(detections: list[Detection], record: dict[str, Any]) -> float:
     """Partial credit: the mean over what the clauses ask for, malformed objects counting in part.
 
     Each clause asks for its objects (for counting: that many, no more) and, where it names them,
-    for their colour and their position. A strictly right image scores 1, up to the extra objects
-    that GenEval tolerates.
+    for their colour and their position. Regions that nobody asked for cost their share: the strict
+    rule tolerates them outside of counting, and a model soon learns to fill the image with shapes,
+    one of which will be right.
     """
     exact = bool(record.get("exclude"))
     credits: list[float] = []
@@ -182,4 +183,5 @@ def graded(detections: list[Detection], record: dict[str, Any]) -> float:
             credits.append(
                 min(one.confidence, other.confidence) if one and other and holds else 0.0
             )
-    return sum(credits) / len(credits)
+    wanted = sum(clause["count"] for clause in record["include"])
+    return sum(credits) / len(credits) * min(1.0, wanted / max(1, len(detections)))
