@@ -195,7 +195,6 @@ class Config:
             ("train.ema_decay", t.ema_decay, 0),
             ("train.weight_decay", t.weight_decay, 0),
             ("train.spike_factor", t.spike_factor, 0),
-            ("algorithm.advantage.clip", self.algorithm.advantage.clip, tiny),
             ("failures.retries", self.failures.retries, 0),
             ("failures.wait", self.failures.wait, 0),
             ("train.max_grad_norm", t.max_grad_norm, tiny),

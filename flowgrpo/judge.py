@@ -83,6 +83,8 @@ def load_reward(reward: Reward) -> RewardModel:
         # Each file offers one reward, first in its __all__.
         path = f"reward_models.{path}:{importlib.import_module(f'reward_models.{path}').__all__[0]}"
     target = import_path(path)
+    if not callable(target):
+        raise ValueError(f"reward {path!r} is {target!r}, neither a class nor a function")
     if isinstance(target, type):
         try:
             inspect.signature(target).bind(**reward.options)
@@ -179,10 +181,11 @@ class Judge:
                 raise RewardError(
                     f"reward {reward.label!r} gave no finite score to {len(values)} probe images"
                 )
-            if reward.weight != 0 and len(values) > 1 and bool((values == values[0]).all()):
+            finite = values[values.isfinite()]
+            if reward.weight != 0 and len(finite) > 1 and bool((finite == finite[0]).all()):
                 problem = (
-                    f"reward {reward.label!r} gave all {len(values)} different probe images the same score "
-                    f"{float(values[0])}: there is nothing to learn from it. Check its prompts and metadata; set "
+                    f"reward {reward.label!r} gave all {len(finite)} different probe images the same score "
+                    f"{float(finite[0])}: there is nothing to learn from it. Check its prompts and metadata; set "
                     "its weight to 0 to measure it only, or failures.probe = 'warn' if it is merely rare"
                 )
                 if self.failures.probe == "refuse":
@@ -231,7 +234,10 @@ class Judge:
 
 def _checked(label: str, values: Any, number: int) -> Float[Tensor, " batch"]:
     """The scores as a CPU tensor. Raises RewardError on a wrong shape, which no retry mends."""
-    tensor = torch.as_tensor(values, dtype=torch.float32).detach().cpu()
+    try:
+        tensor = torch.as_tensor(values, dtype=torch.float32).detach().cpu()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise RewardError(f"reward {label!r} returned no numbers but {values!r}") from error
     if tensor.shape != (number,):
         raise RewardError(
             f"reward {label!r} returned shape {tuple(tensor.shape)} for {number} samples; expected ({number},)"

@@ -99,13 +99,13 @@ class PromptSet:
 
 
 def _read_txt(path: Path) -> Iterator[Prompt]:
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8-sig").split("\n"):
         if line.strip():
             yield Prompt(line.strip())
 
 
 def _read_jsonl(path: Path) -> Iterator[Prompt]:
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), start=1):
         if not line.strip():
             continue
         try:
@@ -116,7 +116,7 @@ def _read_jsonl(path: Path) -> Iterator[Prompt]:
 
 
 def _read_csv(path: Path) -> Iterator[Prompt]:
-    with path.open(encoding="utf-8", newline="") as file:
+    with path.open(encoding="utf-8-sig", newline="") as file:
         rows: Iterable[dict[str, Any]] = csv.DictReader(file)
         for number, row in enumerate(rows, start=2):
             yield _from_record(row, f"{path}, line {number}")

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
-from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Normalize, Resize
+from torchvision.transforms.functional import to_pil_image
 
 from flowgrpo.experience import Prompt
 
@@ -44,27 +44,28 @@ class CLIPScore:
                     f"no weights {pretrained!r} for {model}: neither a file nor one of {', '.join(known)}"
                 )
         self.device = device
-        self.model, _, preprocess = open_clip.create_model_and_transforms(
-            model, pretrained=None if own_weights else pretrained, device=device
+        # OpenAI's weights were trained with another activation than the architecture's name says.
+        quick = not own_weights and bool(
+            (open_clip.get_pretrained_cfg(model, pretrained) or {}).get("quick_gelu")
+        )
+        self.model, _, self._preprocess = open_clip.create_model_and_transforms(
+            model,
+            pretrained=None if own_weights else pretrained,
+            device=device,
+            force_quick_gelu=quick,
         )
         self.model.eval().requires_grad_(False)
         self.tokenizer = open_clip.get_tokenizer(model)
-        normalise = next(t for t in preprocess.transforms if isinstance(t, Normalize))
-        size = self.model.visual.image_size
-        side = size[0] if isinstance(size, tuple) else size
-        self.preprocess = Compose(
-            [
-                Resize(side, InterpolationMode.BICUBIC, antialias=True),
-                CenterCrop(side),
-                Normalize(normalise.mean, normalise.std),
-            ]
-        )
+
+    def preprocess(self, media: Float[Tensor, "batch 3 h w"]) -> Float[Tensor, "batch 3 side side"]:
+        """What the model sees: open_clip's own transform of the images as 8-bit pictures."""
+        return torch.stack([self._preprocess(to_pil_image(m)) for m in media.clamp(0, 1).cpu()])
 
     @torch.no_grad()
     def __call__(
         self, media: Float[Tensor, "batch 3 h w"], prompts: Sequence[Prompt]
     ) -> Float[Tensor, " batch"]:
-        pixels = self.preprocess(media.to(self.device)).float()
+        pixels = self.preprocess(media).to(self.device)
         tokens = self.tokenizer([p.text for p in prompts]).to(self.device)
         image = F.normalize(self.model.encode_image(pixels), dim=-1)
         text = F.normalize(self.model.encode_text(tokens), dim=-1)

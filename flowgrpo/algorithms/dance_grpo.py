@@ -69,6 +69,7 @@ class DanceGRPO:
     def check(self, num_steps: int) -> None:
         """Raise ValueError if the settings contradict each other or the grid."""
         require_noise(self.transition)
+        self.advantage.check()
         self.steps.select(num_steps, 0, Random(0).generator())
         if not 0 < self.timestep_fraction <= 1:
             raise ValueError(

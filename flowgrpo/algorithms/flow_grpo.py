@@ -61,4 +61,5 @@ class FlowGRPO:
     def check(self, num_steps: int) -> None:
         """Raise ValueError if no step of such a grid can be stochastic."""
         require_noise(self.transition)
+        self.advantage.check()
         self.steps.select(num_steps, 0, Random(0).generator())

@@ -29,6 +29,11 @@ class GroupAdvantage:
     clip: float = 5.0
     """Advantages are cut to [-clip, clip]."""
 
+    def check(self) -> None:
+        """Raise ValueError if every advantage would be zero."""
+        if self.clip <= 0:
+            raise ValueError(f"advantage.clip must be above 0, got {self.clip}")
+
     def __call__(
         self,
         rewards: Float[Tensor, " candidates"],

@@ -19,6 +19,9 @@ from flowgrpo.shapes.world import BACKGROUND, COLORS, SHAPES, SceneObject, draw
 FOREGROUND_DISTANCE = 0.2
 """RGB distance (components in [0, 1]) from the background beyond which a pixel is foreground."""
 MIN_AREA = 24
+"""Pixels of the smallest region that is looked at."""
+MAX_SIDE = 36
+"""Pixels of the longest side that an object can have; the world's largest is 28 wide."""
 MIN_MATCH, GOOD_MATCH = 0.6, 0.8
 """Overlap (intersection over union) with the ideal outline: below the first nothing is
 recognised; from the second on an object is genuine; in between it earns partial credit."""
@@ -114,7 +117,14 @@ def _detection(region: np.ndarray, distance: np.ndarray, window: tuple[slice, sl
     stretch = max(1.0, (width - 1) / (height * aspects[best]), (height - 1) * aspects[best] / width)
     quality = (overlap[best] - MIN_MATCH) / (GOOD_MATCH - MIN_MATCH)
     quality *= min(1.0, MAX_STRETCH / stretch) ** 4 * min(1.0, purity / MIN_PURITY) ** 2
-    genuine = overlap[best] >= GOOD_MATCH and stretch <= MAX_STRETCH and purity >= MIN_PURITY
+    if max(width, height) > MAX_SIDE:
+        quality = 0.0
+    genuine = (
+        quality > 0
+        and overlap[best] >= GOOD_MATCH
+        and stretch <= MAX_STRETCH
+        and purity >= MIN_PURITY
+    )
     return Detection(
         shape=SHAPES[best],
         color=_NAMES[color],
