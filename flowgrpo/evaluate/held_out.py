@@ -15,9 +15,7 @@ from flowgrpo.judge import Judge, Scores
 from flowgrpo.policy import PipelinePolicy, Sampling
 from flowgrpo.prompts import PromptSet
 
-Measure = Callable[
-    [Sequence[Prompt], Sequence[Float[Tensor, "samples *media"]]], Mapping[str, float]
-]
+Measure = Callable[[Sequence[Prompt], Sequence[Float[Tensor, "_ *_"]]], Mapping[str, float]]
 """Something that needs all samples of a prompt at once, such as a diversity: prompts and, for each,
 its media; returns named numbers."""
 

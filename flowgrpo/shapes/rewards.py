@@ -77,7 +77,7 @@ class Diversity:
     """
 
     def __call__(
-        self, prompts: Sequence[Prompt], media: Sequence[Float[Tensor, "samples 3 h w"]]
+        self, prompts: Sequence[Prompt], media: Sequence[Float[Tensor, "_ 3 h w"]]
     ) -> Mapping[str, float]:
         colors: Counter[str] = Counter()
         positions, sizes = [], []
