@@ -25,6 +25,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # Threads that spin while they wait take the time of those that work.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # So that import paths in a configuration find modules beside it, as with python -m flowgrpo.
+    sys.path.insert(0, os.getcwd())
     command: Callable[[argparse.Namespace], int] = options.command
     try:
         return command(options)

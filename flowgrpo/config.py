@@ -236,7 +236,7 @@ def find(name: str) -> Path:
     Raises:
         FileNotFoundError: With the nearest name.
     """
-    if Path(name).exists():
+    if Path(name).is_file():
         return Path(name)
     package = Path(str(resources.files("flowgrpo")))
     roots = [package.parent, package / "data"]

@@ -124,6 +124,9 @@ class Learner:
             self.gradient_norms = [*known, norm][-GRADIENT_NORMS_KEPT:] if norm > 0 else known
             if self.ema is not None:
                 self.ema.update()
+        elif self.accelerator.scaler is not None:
+            # The scaler has unscaled these gradients, and must know that their step is over.
+            self.accelerator.scaler.update()
         self.optimizer.zero_grad()
         self.num_updates += 1
         statistics.stepped(norm, self.learning_rate(self.num_updates - 1), skipped)

@@ -250,8 +250,9 @@ Transition = FlowSDE | DanceSDE | CPS | DDIM | ODE
 
 def require_noise(transition: Transition) -> None:
     """Raise ValueError if a transition is deterministic: its steps have no density to optimise."""
-    strength = {"ode": 0.0}.get(transition.kind, getattr(transition, "noise_level", None))
-    if (transition.eta if isinstance(transition, DDIM) else strength or 0.0) <= 0:
+    # A transition of a stranger may be strong in its own way; only what is known to be zero is refused.
+    strength = getattr(transition, "noise_level", getattr(transition, "eta", 1.0))
+    if isinstance(transition, ODE) or strength <= 0:
         raise ValueError(
             f"transition {transition} injects no noise, so that there is nothing to learn from"
         )
