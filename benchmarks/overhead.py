@@ -42,7 +42,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         settings = [
             f"run.folder={folder}/run", f"train.iterations={options.iterations}", "evaluation.every=0",
-            "evaluation.images=12", "evaluation.grid_prompts=2", "evaluation.grid_samples=1", *options.set,
+            "evaluation.images=12", "evaluation.grid_prompts=2", "evaluation.grid_samples=1", "failures.probe=off", *options.set,
         ]  # fmt: skip
         config = flowgrpo.load("quickstart", settings)
         captured = _capture_shapes()
