@@ -59,6 +59,22 @@ class RewardModel(Protocol):
     ) -> Float[Tensor, " batch"]: ...
 
 
+@runtime_checkable
+class PairwiseJudge(Protocol):
+    """Anything that says which of two media fits a prompt better.
+
+    ``first`` and ``second`` hold media as for :class:`RewardModel`. The result holds, per pair, how
+    surely the first one is better: 1 it is, 0 the second is, 0.5 neither; NaN where no verdict came.
+    """
+
+    def compare(
+        self,
+        first: Float[Tensor, "batch *frames channels height width"],
+        second: Float[Tensor, "batch *frames channels height width"],
+        prompts: Sequence[Prompt],
+    ) -> Float[Tensor, " batch"]: ...
+
+
 @dataclass(frozen=True)
 class Actions:
     """The stochastic steps of one rollout, ``A`` of them on ``S`` distinct states.
