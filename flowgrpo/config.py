@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import tomli_w
 
-from flowgrpo.algorithms import DanceGRPO, FlowGRPO
+from flowgrpo.algorithms import Algorithm, DanceGRPO, FlowGRPO
 from flowgrpo.core.losses import Loss
 from flowgrpo.judge import Failures, Reward
 from flowgrpo.names import suggest
@@ -74,6 +74,10 @@ class Train:
     spike_factor: float = 20.0
     """An update whose gradient norm exceeds the running median this many times is skipped; 0 never
     skips."""
+    monitor_states: int = 16
+    """States per iteration on which the distance to the reference model is measured (the metric
+    ``kl/velocity``), at most ``train_batch``; 0 for none, which saves the copy of the weights that
+    full fine-tuning then keeps."""
     ema_decay: float = 0.0
     """Decay of the moving average of the weights that is evaluated and exported; 0 for none."""
 
@@ -129,8 +133,8 @@ class Config:
     """The pipeline."""
     sampling: Sampling = field(default_factory=Sampling)
     """How the pipeline is called in rollouts."""
-    algorithm: FlowGRPO | DanceGRPO
-    """Who judges which denoising step."""
+    algorithm: FlowGRPO | DanceGRPO | Algorithm
+    """Who judges which denoising step; ``kind`` may be the import path of an algorithm of your own."""
     loss: Loss = field(default_factory=Loss)
     """The policy gradient."""
     rewards: tuple[Reward, ...]
@@ -175,9 +179,9 @@ class Config:
             self.algorithm.check(self.sampling.num_steps)
         except ValueError as error:
             raise ConfigError(f"algorithm: {error}") from error
-        if self.loss.kl == "velocity" and self.loss.kl_coef == 0:
+        if self.loss.kl != "exact" and self.loss.kl_coef == 0:
             raise ConfigError(
-                "loss.kl is set but loss.kl_coef is 0; set a coefficient or remove loss.kl"
+                f"loss.kl = {self.loss.kl!r} is set but loss.kl_coef is 0; set a coefficient or remove loss.kl"
             )
 
     def _bounds(self) -> Sequence[tuple[str, int | float, int | float]]:
@@ -202,6 +206,12 @@ class Config:
             ("loss.kl_coef", self.loss.kl_coef, 0),
             ("evaluation.every", e.every, 0),
             ("evaluation.images", e.images, 1),
+            ("evaluation.images_during", e.images_during, 0),
+            ("evaluation.grid_prompts", e.grid_prompts, 1),
+            ("evaluation.grid_samples", e.grid_samples, 1),
+            ("train.monitor_states", t.monitor_states, 0),
+            ("failures.max_rate", self.failures.max_rate, 0),
+            *self.model.weights.bounds(),
             ("run.checkpoint_every", self.run.checkpoint_every, 1),
             ("run.keep_checkpoints", self.run.keep_checkpoints, 1),
         ]

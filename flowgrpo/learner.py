@@ -1,6 +1,8 @@
 """From experience and advantages to new weights: loss, gradients, optimizer, moving average."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import zip_longest
 from statistics import median
 from typing import Any
 
@@ -15,6 +17,7 @@ from flowgrpo.core.random import Random
 from flowgrpo.core.transitions import Gaussian
 from flowgrpo.experience import Actions, Experience
 from flowgrpo.policy import EMA, PipelinePolicy
+from flowgrpo.policy.scheduler import Visit
 
 GRADIENT_NORMS_KEPT = 50
 MIN_NORMS_FOR_SPIKE = 10
@@ -58,12 +61,17 @@ class Learner:
         for update in range(updates):
             chosen = torch.isin(experience.actions.group, order[update::updates])
             number = self.accelerator.reduce(chosen.sum().to(self.policy.device), "sum").item()
-            trained = chosen if self.config.loss.kl_coef > 0 else chosen & (advantages != 0)
-            for actions, advantage in self._batches(experience.actions, advantages, trained):
-                loss = self._loss(experience, actions, advantage, statistics, first=update == 0)
+            with_kl = self.config.loss.kl_coef > 0
+            trained = chosen if with_kl else chosen & (advantages != 0)
+            batches = list(self._batches(experience.actions, advantages, trained))
+            anchors = self._anchors(experience, [a for a, _ in batches] if with_kl else [])
+            for (actions, advantage), anchor in zip_longest(batches, anchors):
+                loss = self._loss(
+                    experience, actions, advantage, anchor, statistics, first=update == 0
+                )
                 self.accelerator.backward(loss / number)
             self._step(statistics)
-        return statistics.summary(self.accelerator)
+        return statistics.summary(self.accelerator) | self._drift(experience)
 
     def _batches(
         self, actions: Actions, advantages: Tensor, trained: Tensor
@@ -80,33 +88,61 @@ class Learner:
         experience: Experience,
         actions: Actions,
         advantage: Float[Tensor, " actions"],
+        anchor: "_Anchor | None",
         statistics: "_Statistics",
         first: bool,
     ) -> Float[Tensor, ""]:
         """The summed loss of actions that share a step; one forward pass serves a shared state."""
-        settings, policy = self.config.loss, self.policy
+        settings = self.config.loss
+        visit = self._replay(experience, actions)
+        gaussian = _spread(visit.gaussian, actions.state)
+        log_prob = gaussian.log_prob(actions.x_next.to(self.policy.device))
+        old, advantage = actions.old_log_prob.to(log_prob), advantage.to(log_prob)
+        surrogate = clipped_surrogate(log_prob, old, advantage, settings.clip_range)
+        loss = surrogate.sum()
+        kl = torch.zeros_like(surrogate)
+        if anchor is not None:
+            mean, output = (t.to(gaussian.mean.device) for t in (anchor.mean, anchor.output))
+            reference = Gaussian(mean, gaussian.std)
+            gap = visit.prediction.output - output
+            kl = settings.kl_to(visit.gaussian, reference, visit.interval, gap)[
+                actions.state.to(gap.device)
+            ]
+            loss = loss + settings.kl_coef * kl.sum()
+        statistics.add(visit.step, log_prob - old, surrogate, kl, first)
+        return loss
+
+    def _replay(self, experience: Experience, actions: Actions) -> Visit:
+        """One forward pass on the states of actions that share a step."""
         prompts = {g.index: g.prompt for g in experience.groups}
         group_of_state = torch.zeros(len(actions.states), dtype=torch.long)
         group_of_state[actions.state] = actions.group
         owners = [prompts[int(g)] for g in group_of_state]
         step = int(actions.step[0])
-        visit = policy.replay(owners, actions.states, step, experience.transition)
-        gaussian = _spread(visit.gaussian, actions.state)
-        log_prob = gaussian.log_prob(actions.x_next.to(policy.device))
-        old, advantage = actions.old_log_prob.to(log_prob), advantage.to(log_prob)
-        surrogate = clipped_surrogate(log_prob, old, advantage, settings.clip_range)
-        loss = surrogate.sum()
-        kl = torch.zeros_like(surrogate)
-        if settings.kl_coef > 0:
-            with torch.no_grad(), policy.reference():
-                anchor = policy.replay(owners, actions.states, step, experience.transition)
-            gap = visit.prediction.output - anchor.prediction.output
-            kl = settings.kl_to(visit.gaussian, anchor.gaussian, visit.interval, gap)[
-                actions.state.to(gap.device)
-            ]
-            loss = loss + settings.kl_coef * kl.sum()
-        statistics.add(step, log_prob - old, surrogate, kl, first)
-        return loss
+        return self.policy.replay(owners, actions.states, step, experience.transition)
+
+    def _anchors(self, experience: Experience, batches: Sequence[Actions]) -> list["_Anchor"]:
+        """What the reference says about every batch, so that it is brought in once per update."""
+        if not batches:
+            return []
+        with torch.no_grad(), self.policy.reference():
+            visits = (self._replay(experience, actions) for actions in batches)
+            return [_Anchor(v.gaussian.mean.cpu(), v.prediction.output.cpu()) for v in visits]
+
+    def _drift(self, experience: Experience) -> dict[str, float]:
+        """How far the policy is from the reference, on a few of the iteration's states."""
+        t, actions = self.config.train, experience.actions
+        if t.monitor_states == 0:
+            return {}
+        first = actions.state[actions.step == actions.step[0]].unique()
+        chosen = torch.isin(actions.state, first[: min(t.monitor_states, t.train_batch)])
+        few = actions.select(chosen.nonzero().squeeze(1))
+        (anchor,) = self._anchors(experience, [few])
+        with torch.no_grad():
+            gap = self._replay(experience, few).prediction.output.cpu() - anchor.output
+        squares = gap.float().square().flatten(1).mean(1)
+        mean = self.accelerator.gather(squares.mean().reshape(1).to(self.policy.device)).mean()
+        return {"kl/velocity": float(mean)}
 
     def _step(self, statistics: "_Statistics") -> None:
         """Clip the gradient and step, unless the gradient is a spike or not finite."""
@@ -169,6 +205,7 @@ class Learner:
             "num_updates": self.num_updates,
             "gradient_norms": self.gradient_norms,
             "ema_updates": self.ema.updates if self.ema else 0,
+            "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler else None,
         }
         return parts, state
 
@@ -189,6 +226,8 @@ class Learner:
                 }
         self.num_updates = state["num_updates"]
         self.gradient_norms = state["gradient_norms"]
+        if self.accelerator.scaler is not None and state["scaler"]:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
         if self.ema is not None:
             self.ema.updates = state["ema_updates"]
             for average, name in zip(self.ema.average, self.named, strict=True):
@@ -200,6 +239,14 @@ def _spread(gaussian: Gaussian, state: Int[Tensor, " actions"]) -> Gaussian:
     return Gaussian(
         gaussian.mean[state.to(gaussian.mean.device)], gaussian.std, gaussian.normalised
     )
+
+
+@dataclass(frozen=True)
+class _Anchor:
+    """What the reference model says about a batch of states, on the CPU."""
+
+    mean: Float[Tensor, "states *latent"]
+    output: Float[Tensor, "states *latent"]
 
 
 class _Statistics:

@@ -67,7 +67,7 @@ class Observer:
             dtype=config.model.dtype,
             device=session.accelerator.device,
             seed=config.run.seed,
-            with_reference=config.loss.kl_coef > 0,
+            with_reference=config.loss.kl_coef > 0 or config.train.monitor_states > 0,
         )
         return cls(config, session, judge, policy, held_out_prompts)
 

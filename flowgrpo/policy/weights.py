@@ -30,12 +30,20 @@ class LoRA:
     targets: tuple[str, ...] = ()
     """Names, or ends of names, of the layers to adapt; empty adapts the attention projections."""
 
+    def bounds(self) -> Sequence[tuple[str, int, int]]:
+        """Keys, their values and the least that is allowed."""
+        return [("model.weights.rank", self.rank, 1), ("model.weights.alpha", self.alpha, 1)]
+
 
 @dataclass(frozen=True, kw_only=True)
 class Full:
     """All weights of the denoiser, in fp32; the reference is a frozen copy."""
 
     kind: Literal["full"] = "full"
+
+    def bounds(self) -> Sequence[tuple[str, int, int]]:
+        """Nothing to check."""
+        return []
 
 
 Weights = LoRA | Full
@@ -81,7 +89,10 @@ class Trainable:
             if p.requires_grad
         }
         copies = with_reference and isinstance(weights, Full)
-        self._reference = [p.detach().clone() for p in self.parameters.values()] if copies else None
+        # Off the accelerator: it is needed a few times per iteration only.
+        self._reference = (
+            [p.detach().cpu().clone() for p in self.parameters.values()] if copies else None
+        )
 
     @contextmanager
     def reference(self) -> Iterator[None]:
@@ -99,7 +110,9 @@ class Trainable:
                 raise RuntimeError(
                     "the policy was made without a reference; set with_reference=True"
                 )
-            with swapped(list(self.parameters.values()), self._reference):
+            own = list(self.parameters.values())
+            there = [r.to(p.device) for r, p in zip(self._reference, own, strict=True)]
+            with swapped(own, there):
                 yield
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
