@@ -1,6 +1,6 @@
 """From experience and advantages to new weights: loss, gradients, optimizer, moving average."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from statistics import median
@@ -11,12 +11,13 @@ from accelerate import Accelerator
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from flowgrpo.config import Config
+from flowgrpo.config import Config, Train
 from flowgrpo.core.losses import clipped_surrogate
 from flowgrpo.core.random import Random
 from flowgrpo.core.transitions import Gaussian
 from flowgrpo.experience import Actions, Experience
 from flowgrpo.policy import EMA, PipelinePolicy
+from flowgrpo.policy.calls import call_key
 from flowgrpo.policy.scheduler import Visit
 
 GRADIENT_NORMS_KEPT = 50
@@ -37,11 +38,8 @@ class Learner:
         self.named = policy.trainable.parameters
         self.parameters = list(self.named.values())
         t = config.train
-        adam = torch.optim.AdamW(
-            self.parameters, lr=t.lr, betas=(t.betas[0], t.betas[1]), weight_decay=t.weight_decay
-        )
-        self.adam = adam
-        self.optimizer = accelerator.prepare(adam)
+        self.adam = _adamw(self.parameters, t)
+        self.optimizer = accelerator.prepare(self.adam)
         self.ema = EMA(self.parameters, t.ema_decay) if t.ema_decay > 0 else None
         self.num_updates = 0
         self.gradient_norms: list[float] = []
@@ -63,25 +61,33 @@ class Learner:
             number = self.accelerator.reduce(chosen.sum().to(self.policy.device), "sum").item()
             with_kl = self.config.loss.kl_coef > 0
             trained = chosen if with_kl else chosen & (advantages != 0)
-            batches = list(self._batches(experience.actions, advantages, trained))
+            batches = list(self._batches(experience, advantages, trained))
             anchors = self._anchors(experience, [a for a, _ in batches] if with_kl else [])
             for (actions, advantage), anchor in zip_longest(batches, anchors):
                 loss = self._loss(
                     experience, actions, advantage, anchor, statistics, first=update == 0
                 )
-                self.accelerator.backward(loss / number)
+                # A step whose denoiser is not trained (Wan 2.2 has two) has nothing to give.
+                if loss.requires_grad:
+                    self.accelerator.backward(loss / number)
             self._step(statistics)
         return statistics.summary(self.accelerator) | self._drift(experience)
 
     def _batches(
-        self, actions: Actions, advantages: Tensor, trained: Tensor
+        self, experience: Experience, advantages: Tensor, trained: Tensor
     ) -> Iterator[tuple[Actions, Tensor]]:
         """Actions of one step each, on at most ``train_batch`` states: what one forward serves."""
+        actions = experience.actions
+        keys: dict[Hashable, list[int]] = {}
+        for group in experience.groups:
+            keys.setdefault(call_key(group.prompt), []).append(group.index)
         for step in actions.step[trained].unique().tolist():
-            rows = (trained & (actions.step == step)).nonzero().squeeze(1)
-            for states in actions.state[rows].unique().split(self.config.train.train_batch):
-                part = rows[torch.isin(actions.state[rows], states)]
-                yield actions.select(part), advantages[part]
+            for groups in keys.values():
+                alike = torch.isin(actions.group, torch.tensor(groups))
+                rows = (trained & (actions.step == step) & alike).nonzero().squeeze(1)
+                for states in actions.state[rows].unique().split(self.config.train.train_batch):
+                    part = rows[torch.isin(actions.state[rows], states)]
+                    yield actions.select(part), advantages[part]
 
     def _loss(
         self,
@@ -134,7 +140,10 @@ class Learner:
         t, actions = self.config.train, experience.actions
         if t.monitor_states == 0:
             return {}
-        first = actions.state[actions.step == actions.step[0]].unique()
+        key = {g.index: call_key(g.prompt) for g in experience.groups}
+        alike = [i for i, k in key.items() if k == key[int(actions.group[0])]]
+        same = (actions.step == actions.step[0]) & torch.isin(actions.group, torch.tensor(alike))
+        first = actions.state[same].unique()
         chosen = torch.isin(actions.state, first[: min(t.monitor_states, t.train_batch)])
         few = actions.select(chosen.nonzero().squeeze(1))
         (anchor,) = self._anchors(experience, [few])
@@ -196,7 +205,9 @@ class Learner:
         """Everything that a checkpoint must hold, as tensors and as JSON."""
         names: dict[Any, str] = dict(zip(self.parameters, self.named, strict=True))
         moments = {
-            f"{names[p]}/{k}": v for p, state in self.adam.state.items() for k, v in state.items()
+            f"{names[p]}/{k}": torch.as_tensor(v)
+            for p, state in self.adam.state.items()
+            for k, v in state.items()
         }
         parts: dict[str, dict[str, Tensor]] = {"weights": dict(self.named), "optimizer": moments}
         if self.ema is not None:
@@ -220,9 +231,12 @@ class Learner:
                 if k.rsplit("/", 1)[0] == name
             }
             if own:
-                # AdamW keeps its step count on the CPU and its moments beside the weights.
+                # AdamW keeps its step count on the CPU (the 8-bit one as a number) and its moments
+                # beside the weights.
+                is_plain = isinstance(self.adam, torch.optim.AdamW)
                 self.adam.state[parameter] = {
-                    k: v if k == "step" else v.to(parameter.device) for k, v in own.items()
+                    k: (v if is_plain else int(v)) if k == "step" else v.to(parameter.device)
+                    for k, v in own.items()
                 }
         self.num_updates = state["num_updates"]
         self.gradient_norms = state["gradient_norms"]
@@ -232,6 +246,22 @@ class Learner:
             self.ema.updates = state["ema_updates"]
             for average, name in zip(self.ema.average, self.named, strict=True):
                 average.copy_(parts["ema"][name])
+
+
+def _adamw(parameters: list[torch.nn.Parameter], train: Train) -> torch.optim.Optimizer:
+    """AdamW, with moments in fp32 or in 8 bits."""
+    betas = (train.betas[0], train.betas[1])
+    if train.optimizer == "adamw":
+        return torch.optim.AdamW(
+            parameters, lr=train.lr, betas=betas, weight_decay=train.weight_decay
+        )
+    if parameters[0].device.type == "cpu":
+        raise ValueError(
+            "train.optimizer = 'adamw8bit' runs on an accelerator only; use 'adamw' on the CPU"
+        )
+    from bitsandbytes.optim import AdamW8bit
+
+    return AdamW8bit(parameters, lr=train.lr, betas=betas, weight_decay=train.weight_decay)
 
 
 def _spread(gaussian: Gaussian, state: Int[Tensor, " actions"]) -> Gaussian:
