@@ -10,7 +10,7 @@ from typing import Any, Literal
 import tomli_w
 
 from flowgrpo.algorithms import DanceGRPO, FlowGRPO
-from flowgrpo.core.losses import Loss
+from flowgrpo.core.losses import ClippedLoss, Loss
 from flowgrpo.judge import Failures, Reward
 from flowgrpo.names import suggest
 from flowgrpo.policy import Full, LoRA, Sampling
@@ -131,8 +131,8 @@ class Config:
     """How the pipeline is called in rollouts."""
     algorithm: FlowGRPO | DanceGRPO
     """Who judges which denoising step."""
-    loss: Loss = field(default_factory=Loss)
-    """The policy gradient."""
+    loss: Loss = field(default_factory=ClippedLoss)
+    """What an update minimises."""
     rewards: tuple[Reward, ...]
     """What is rewarded: the weighted sum is trained on."""
     failures: Failures = field(default_factory=Failures)
@@ -175,10 +175,10 @@ class Config:
             self.algorithm.check(self.sampling.num_steps)
         except ValueError as error:
             raise ConfigError(f"algorithm: {error}") from error
-        if self.loss.kl == "velocity" and self.loss.kl_coef == 0:
-            raise ConfigError(
-                "loss.kl is set but loss.kl_coef is 0; set a coefficient or remove loss.kl"
-            )
+        try:
+            self.loss.check()
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
 
     def _bounds(self) -> Sequence[tuple[str, int | float, int | float]]:
         t, e, tiny = self.train, self.evaluation, 1e-12
@@ -198,8 +198,6 @@ class Config:
             ("failures.retries", self.failures.retries, 0),
             ("failures.wait", self.failures.wait, 0),
             ("train.max_grad_norm", t.max_grad_norm, tiny),
-            ("loss.clip_range", self.loss.clip_range, tiny),
-            ("loss.kl_coef", self.loss.kl_coef, 0),
             ("evaluation.every", e.every, 0),
             ("evaluation.images", e.images, 1),
             ("run.checkpoint_every", self.run.checkpoint_every, 1),

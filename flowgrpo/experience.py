@@ -88,6 +88,8 @@ class Actions:
         old_log_prob: Log-probability under the policy that acted: the mean over latent elements.
         group: Index of the :class:`Group`.
         sample: Index of the sample in its group.
+        old_mean: Means of the steps under the policy that acted, kept only where
+            ``policy.keeps_means`` says that the loss needs them.
     """
 
     states: Float[Tensor, "states *latent"]
@@ -97,6 +99,7 @@ class Actions:
     old_log_prob: Float[Tensor, " actions"]
     group: Int[Tensor, " actions"]
     sample: Int[Tensor, " actions"]
+    old_mean: Float[Tensor, "actions *latent"] | None = None
 
     def __len__(self) -> int:
         return self.step.shape[0]
@@ -112,6 +115,7 @@ class Actions:
             old_log_prob=self.old_log_prob[rows],
             group=self.group[rows],
             sample=self.sample[rows],
+            old_mean=None if self.old_mean is None else self.old_mean[rows],
         )
 
     @staticmethod
@@ -120,6 +124,9 @@ class Actions:
         offsets = [0]
         for part in parts:
             offsets.append(offsets[-1] + part.states.shape[0])
+        means = [p.old_mean for p in parts if p.old_mean is not None]
+        if means and len(means) < len(parts):
+            raise ValueError("some of these actions keep their old_mean, and some do not")
         return Actions(
             states=torch.cat([p.states for p in parts]),
             state=torch.cat([p.state + o for p, o in zip(parts, offsets, strict=False)]),
@@ -128,6 +135,7 @@ class Actions:
             old_log_prob=torch.cat([p.old_log_prob for p in parts]),
             group=torch.cat([p.group for p in parts]),
             sample=torch.cat([p.sample for p in parts]),
+            old_mean=torch.cat(means) if means else None,
         )
 
 
@@ -180,6 +188,8 @@ class Experience:
         diversity: Of each group: how far its images are apart (mean standard deviation over the
             group of 8x8 thumbnails).
         duplicates: Of each group: samples that equal an earlier one of the group.
+        everyone: The candidates of all ranks; None means that there is only one.
+        weights: Weight of each reward by its name in ``scores``. Empty until the trainer knows.
     """
 
     groups: Sequence[Group]
@@ -190,3 +200,5 @@ class Experience:
     all_rewards: Float[Tensor, " all_candidates"]
     diversity: Float[Tensor, " groups"]
     duplicates: Float[Tensor, " groups"]
+    everyone: Candidates | None = None
+    weights: Mapping[str, float] = field(default_factory=dict)

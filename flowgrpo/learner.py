@@ -1,6 +1,7 @@
 """From experience and advantages to new weights: loss, gradients, optimizer, moving average."""
 
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from statistics import median
 from typing import Any
 
@@ -10,11 +11,13 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from flowgrpo.config import Config
-from flowgrpo.core.losses import clipped_surrogate
+from flowgrpo.core.losses import ClippedLoss, NFTLoss, guard_weight, velocity_kl
 from flowgrpo.core.random import Random
 from flowgrpo.core.transitions import Gaussian
 from flowgrpo.experience import Actions, Experience
 from flowgrpo.policy import EMA, PipelinePolicy
+from flowgrpo.policy.scheduler import Visit
+from flowgrpo.policy.weights import swapped
 
 GRADIENT_NORMS_KEPT = 50
 MIN_NORMS_FOR_SPIKE = 10
@@ -26,6 +29,7 @@ class Learner:
     Attributes:
         num_updates: Optimizer steps taken or skipped so far.
         ema: The moving average of the weights, if there is one.
+        sampler: The weights that sample, where they trail behind the trained ones (DiffusionNFT).
     """
 
     def __init__(self, policy: PipelinePolicy, config: Config, accelerator: Accelerator):
@@ -40,8 +44,17 @@ class Learner:
         self.adam = adam
         self.optimizer = accelerator.prepare(adam)
         self.ema = EMA(self.parameters, t.ema_decay) if t.ema_decay > 0 else None
+        trails = isinstance(config.loss, NFTLoss)
+        self.sampler = [p.detach().clone() for p in self.parameters] if trails else None
+        # In the first update of an iteration the policy that acted is the policy itself.
+        needs_means = isinstance(config.loss, ClippedLoss) and config.loss.needs_old_mean
+        policy.keeps_means = needs_means and t.updates > 1
         self.num_updates = 0
         self.gradient_norms: list[float] = []
+
+    def acting(self) -> AbstractContextManager[None]:
+        """Inside, the policy has the weights that sample."""
+        return nullcontext() if self.sampler is None else swapped(self.parameters, self.sampler)
 
     def update(
         self, experience: Experience, advantages: Float[Tensor, " actions"], random: Random
@@ -52,7 +65,7 @@ class Learner:
         all ranks. Actions without advantage are counted in the mean but not computed, unless a KL
         is wanted: they would not change the gradient.
         """
-        statistics = _Statistics(self.config.loss.clip_range)
+        statistics = _Statistics(isinstance(self.config.loss, ClippedLoss))
         updates = self.config.train.updates
         order = torch.randperm(self.config.train.groups, generator=random.generator("updates"))
         for update in range(updates):
@@ -63,6 +76,7 @@ class Learner:
                 loss = self._loss(experience, actions, advantage, statistics, first=update == 0)
                 self.accelerator.backward(loss / number)
             self._step(statistics)
+        self._follow()
         return statistics.summary(self.accelerator)
 
     def _batches(
@@ -91,22 +105,66 @@ class Learner:
         owners = [prompts[int(g)] for g in group_of_state]
         step = int(actions.step[0])
         visit = policy.replay(owners, actions.states, step, experience.transition)
-        gaussian = _spread(visit.gaussian, actions.state)
-        log_prob = gaussian.log_prob(actions.x_next.to(policy.device))
-        old, advantage = actions.old_log_prob.to(log_prob), advantage.to(log_prob)
-        surrogate = clipped_surrogate(log_prob, old, advantage, settings.clip_range)
+        advantage = advantage.to(policy.device)
+        if isinstance(settings, ClippedLoss):
+            guarded = settings.ratio == "guard"
+            weight = guard_weight(experience.transition, visit.interval) if guarded else 1.0
+            surrogate, change, outside = self._clipped(settings, actions, visit, advantage, weight)
+            statistics.ratios(step, change, outside, first)
+        else:
+            with torch.no_grad(), self.acting():
+                old = policy.replay(owners, actions.states, step, experience.transition)
+            rows = actions.state.to(policy.device)
+            x0, old_x0 = visit.prediction.x0[rows], old.prediction.x0[rows]
+            surrogate = settings.loss(x0, old_x0, actions.x_next.to(policy.device), advantage)
         loss = surrogate.sum()
         kl = torch.zeros_like(surrogate)
         if settings.kl_coef > 0:
             with torch.no_grad(), policy.reference():
                 anchor = policy.replay(owners, actions.states, step, experience.transition)
             gap = visit.prediction.output - anchor.prediction.output
-            kl = settings.kl_to(visit.gaussian, anchor.gaussian, visit.interval, gap)[
-                actions.state.to(gap.device)
-            ]
+            distance = (
+                settings.kl_to(visit.gaussian, anchor.gaussian, visit.interval, gap)
+                if isinstance(settings, ClippedLoss)
+                else velocity_kl(gap)
+            )
+            kl = distance[actions.state.to(gap.device)]
             loss = loss + settings.kl_coef * kl.sum()
-        statistics.add(step, log_prob - old, surrogate, kl, first)
+        statistics.losses.append(surrogate.detach())
+        statistics.kls.append(kl.detach())
         return loss
+
+    def _clipped(
+        self,
+        settings: ClippedLoss,
+        actions: Actions,
+        visit: Visit,
+        advantage: Float[Tensor, " actions"],
+        weight: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Of each action: the clipped loss, the log-ratio, and whether it is out of bounds."""
+        gaussian = _spread(visit.gaussian, actions.state)
+        x_next = actions.x_next.to(gaussian.mean.device)
+        old_mean = actions.old_mean
+        if settings.needs_old_mean and old_mean is None:
+            if self.config.train.updates > 1:
+                raise ValueError(
+                    f"algorithm {type(self.config.algorithm).__name__} keeps no means of its steps, which "
+                    "loss.ratio = 'guard' and loss.clip = 'kl' need with train.updates above 1"
+                )
+            old_mean = gaussian.mean.detach()
+        old_mean = None if old_mean is None else old_mean.to(gaussian.mean.device)
+        change = settings.log_ratio(gaussian, x_next, actions.old_log_prob.to(x_next), old_mean)
+        loss, outside = settings.surrogate(change, advantage.to(change), gaussian, old_mean, weight)
+        return loss, change, outside
+
+    def _follow(self) -> None:
+        """After an iteration, let the weights that sample follow the trained ones."""
+        if self.sampler is not None:
+            assert isinstance(self.config.loss, NFTLoss)
+            kept = self.config.loss.kept(self.num_updates)
+            trained = [p.detach() for p in self.parameters]
+            torch._foreach_lerp_(self.sampler, trained, 1 - kept)
 
     def _step(self, statistics: "_Statistics") -> None:
         """Clip the gradient and step, unless the gradient is a spike or not finite."""
@@ -165,6 +223,8 @@ class Learner:
         parts: dict[str, dict[str, Tensor]] = {"weights": dict(self.named), "optimizer": moments}
         if self.ema is not None:
             parts["ema"] = dict(zip(self.named, self.ema.average, strict=True))
+        if self.sampler is not None:
+            parts["sampler"] = dict(zip(self.named, self.sampler, strict=True))
         state = {
             "num_updates": self.num_updates,
             "gradient_norms": self.gradient_norms,
@@ -193,6 +253,9 @@ class Learner:
             self.ema.updates = state["ema_updates"]
             for average, name in zip(self.ema.average, self.named, strict=True):
                 average.copy_(parts["ema"][name])
+        if self.sampler is not None:
+            for weight, name in zip(self.sampler, self.named, strict=True):
+                weight.copy_(parts["sampler"][name])
 
 
 def _spread(gaussian: Gaussian, state: Int[Tensor, " actions"]) -> Gaussian:
@@ -205,20 +268,20 @@ def _spread(gaussian: Gaussian, state: Int[Tensor, " actions"]) -> Gaussian:
 class _Statistics:
     """Running sums of what happens in the updates of one iteration."""
 
-    def __init__(self, clip_range: float):
-        self.clip_range = clip_range
+    def __init__(self, has_ratios: bool) -> None:
+        self.has_ratios = has_ratios
         self.by_step: dict[int, list[Tensor]] = {}
+        self.outside: dict[int, list[Tensor]] = {}
         self.losses: list[Tensor] = []
         self.kls: list[Tensor] = []
         self.noise: list[Tensor] = []
         self.norms: list[float] = []
         self.lr, self.skipped = 0.0, 0
 
-    def add(self, step: int, change: Tensor, surrogate: Tensor, kl: Tensor, first: bool) -> None:
-        """Note the actions of one forward pass; ``change`` is new minus old log-probability."""
+    def ratios(self, step: int, change: Tensor, outside: Tensor, first: bool) -> None:
+        """Note the log-ratios of one forward pass, and which are out of bounds."""
         self.by_step.setdefault(step, []).append(change.detach())
-        self.losses.append(surrogate.detach())
-        self.kls.append(kl.detach())
+        self.outside.setdefault(step, []).append(outside.float())
         if first:
             # Nothing has been updated yet, so any change is numerical noise.
             self.noise.append(change.detach().abs())
@@ -237,21 +300,21 @@ class _Statistics:
             "grad_norm": sum(self.norms) / len(self.norms),
             "lr": self.lr,
             "skipped_updates": float(self.skipped),
-            "log_prob/noise": self._max(self.noise, accelerator),
         }
+        if not self.has_ratios:
+            return metrics
+        metrics["log_prob/noise"] = self._max(self.noise, accelerator)
         changes = [c for parts in self.by_step.values() for c in parts]
         ratios = [torch.expm1(c) for c in changes]
         metrics["ratio/deviation"] = self._mean([r.abs() for r in ratios], accelerator)
         metrics["ratio/clip_fraction"] = self._mean(
-            [(r.abs() > self.clip_range).float() for r in ratios], accelerator
+            [o for parts in self.outside.values() for o in parts], accelerator
         )
         if accelerator.num_processes == 1:
             for step, parts in sorted(self.by_step.items()):
                 ratio = torch.expm1(torch.cat(parts))
                 metrics[f"step/{step}/ratio_deviation"] = float(ratio.abs().mean())
-                metrics[f"step/{step}/clip_fraction"] = float(
-                    (ratio.abs() > self.clip_range).float().mean()
-                )
+                metrics[f"step/{step}/clip_fraction"] = float(torch.cat(self.outside[step]).mean())
         return metrics
 
     @staticmethod

@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from flowgrpo.algorithms.credit import candidate_advantages
 from flowgrpo.algorithms.trajectories import (
     TrajectoryPlan,
     collect_trajectories,
@@ -19,6 +20,7 @@ from flowgrpo.algorithms.trajectories import (
 )
 from flowgrpo.core.advantages import GroupAdvantage
 from flowgrpo.core.random import Random
+from flowgrpo.core.several import Advantage
 from flowgrpo.core.steps import AllSteps, StepSelection
 from flowgrpo.core.transitions import DanceSDE, Transition, require_noise
 from flowgrpo.experience import Experience, Group
@@ -43,7 +45,7 @@ class DanceGRPO:
     """Whether a group starts from one noise."""
     best_of: int = 0
     """Train only on this many samples of a group, half the best and half the worst; 0 for all."""
-    advantage: GroupAdvantage = field(default_factory=lambda: GroupAdvantage(ddof=1, epsilon=1e-8))
+    advantage: Advantage = field(default_factory=lambda: GroupAdvantage(ddof=1, epsilon=1e-8))
     """From rewards to advantages."""
 
     def collect(
@@ -61,7 +63,7 @@ class DanceGRPO:
     def advantages(self, experience: Experience) -> Float[Tensor, " actions"]:
         """The trajectory's advantage for each of its actions; zero between best and worst."""
         c = experience.candidates
-        advantage = self.advantage(c.reward, c.group, experience.all_rewards)
+        advantage = candidate_advantages(self.advantage, experience)
         if self.best_of:
             advantage = extremes(advantage, c.group, self.best_of)
         return credit_trajectories(experience.actions, c, advantage)

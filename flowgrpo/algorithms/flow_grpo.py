@@ -12,6 +12,7 @@ from typing import Literal
 from jaxtyping import Float
 from torch import Tensor
 
+from flowgrpo.algorithms.credit import candidate_advantages
 from flowgrpo.algorithms.trajectories import (
     TrajectoryPlan,
     collect_trajectories,
@@ -19,6 +20,7 @@ from flowgrpo.algorithms.trajectories import (
 )
 from flowgrpo.core.advantages import GroupAdvantage
 from flowgrpo.core.random import Random
+from flowgrpo.core.several import Advantage
 from flowgrpo.core.steps import AllSteps, StepSelection
 from flowgrpo.core.transitions import FlowSDE, Transition, require_noise
 from flowgrpo.experience import Experience, Group
@@ -39,7 +41,7 @@ class FlowGRPO:
     """Which steps are stochastic and trained."""
     shared_noise: bool = False
     """Whether a group starts from one noise. What its samples share is then computed once."""
-    advantage: GroupAdvantage = field(default_factory=lambda: GroupAdvantage(std="batch"))
+    advantage: Advantage = field(default_factory=lambda: GroupAdvantage(std="batch"))
     """From rewards to advantages."""
 
     def collect(
@@ -55,7 +57,7 @@ class FlowGRPO:
     def advantages(self, experience: Experience) -> Float[Tensor, " actions"]:
         """The trajectory's advantage for each of its actions."""
         c = experience.candidates
-        advantage = self.advantage(c.reward, c.group, experience.all_rewards)
+        advantage = candidate_advantages(self.advantage, experience)
         return credit_trajectories(experience.actions, c, advantage)
 
     def check(self, num_steps: int) -> None:

@@ -77,7 +77,10 @@ def collect_trajectories(
         rows = slice(rollout.rows.start, rollout.rows.stop)
         scores.append(judge.submit(rollout.media, [g.prompt for g, _ in owners[rows]]))
         thumbnails.append(thumbnail(rollout.media))
-        actions += [_recorded(visit, group[rows], sample[rows]) for visit in rollout.visits]
+        actions += [
+            _recorded(visit, group[rows], sample[rows], policy.keeps_means)
+            for visit in rollout.visits
+        ]
 
     small = torch.cat(thumbnails).view(len(groups), plan.group_size, -1)
     candidates = _scored([s.result() for s in scores], group, sample, policy.num_steps() - 1)
@@ -158,11 +161,14 @@ def _first_step(
         old_log_prob=gaussian.log_prob(x_next).cpu(),
         group=group,
         sample=sample,
+        old_mean=gaussian.mean if policy.keeps_means else None,
     )
     return x_next, actions
 
 
-def _recorded(visit: Visit, group: Int[Tensor, " batch"], sample: Int[Tensor, " batch"]) -> Actions:
+def _recorded(
+    visit: Visit, group: Int[Tensor, " batch"], sample: Int[Tensor, " batch"], keeps_means: bool
+) -> Actions:
     return Actions(
         states=visit.x,
         state=torch.arange(len(group)),
@@ -171,6 +177,7 @@ def _recorded(visit: Visit, group: Int[Tensor, " batch"], sample: Int[Tensor, " 
         old_log_prob=visit.gaussian.log_prob(visit.x_next).cpu(),
         group=group,
         sample=sample,
+        old_mean=visit.gaussian.mean if keeps_means else None,
     )
 
 

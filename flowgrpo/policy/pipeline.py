@@ -79,6 +79,9 @@ class Rollout:
 class PipelinePolicy:
     """Samples, replays, branches and decodes with a pipeline, and owns what is trained.
 
+    Attributes:
+        keeps_means: Whether actions should keep the means of their steps; the learner asks for it.
+
     Example:
         >>> policy = PipelinePolicy.from_pretrained("stabilityai/stable-diffusion-3.5-medium",
         ...                                         weights=LoRA(rank=32), sampling=Sampling())
@@ -140,6 +143,7 @@ class PipelinePolicy:
                 self.denoisers, weights, seed=seed, with_reference=with_reference
             )
         self.num_evaluations = self.num_decodes = 0
+        self.keeps_means = False
         self._entering: Tensor | None = None
         if hasattr(pipeline, "encode_prompt"):
             pipeline.encode_prompt = PromptCache(pipeline.encode_prompt)
