@@ -21,7 +21,7 @@ from flowgrpo.core.advantages import GroupAdvantage
 from flowgrpo.core.random import Random
 from flowgrpo.core.steps import AllSteps, StepSelection
 from flowgrpo.core.transitions import FlowSDE, Transition, require_noise
-from flowgrpo.experience import Experience, Group
+from flowgrpo.experience import Cost, Experience, Group
 from flowgrpo.judge import Judge
 from flowgrpo.policy import PipelinePolicy
 
@@ -49,7 +49,7 @@ class FlowGRPO:
         iteration = random.path[-1]
         assert isinstance(iteration, int)
         stochastic = self.steps.select(policy.num_steps(), iteration, random.generator("steps"))
-        plan = TrajectoryPlan(self.group_size, self.transition, stochastic, self.shared_noise)
+        plan = self._plan(stochastic)
         return collect_trajectories(policy, groups, judge, random, plan)
 
     def advantages(self, experience: Experience) -> Float[Tensor, " actions"]:
@@ -63,3 +63,10 @@ class FlowGRPO:
         require_noise(self.transition)
         self.advantage.check()
         self.steps.select(num_steps, 0, Random(0).generator())
+
+    def cost(self, num_steps: int, stochastic: Sequence[int]) -> Cost:
+        """Work per prompt with these stochastic steps; see :meth:`TrajectoryPlan.cost`."""
+        return self._plan(stochastic).cost(num_steps)
+
+    def _plan(self, stochastic: Sequence[int]) -> TrajectoryPlan:
+        return TrajectoryPlan(self.group_size, self.transition, stochastic, self.shared_noise)
