@@ -9,7 +9,15 @@ from typing import Any, Literal
 
 import tomli_w
 
-from flowgrpo.algorithms import DanceGRPO, FlowGRPO
+from flowgrpo.algorithms import (
+    G2RPO,
+    TPGRPO,
+    VGPO,
+    BranchGRPO,
+    DanceGRPO,
+    FlowGRPO,
+    TempFlowGRPO,
+)
 from flowgrpo.core.losses import ClippedLoss, Loss
 from flowgrpo.judge import Failures, Reward
 from flowgrpo.names import suggest
@@ -129,7 +137,7 @@ class Config:
     """The pipeline."""
     sampling: Sampling = field(default_factory=Sampling)
     """How the pipeline is called in rollouts."""
-    algorithm: FlowGRPO | DanceGRPO
+    algorithm: FlowGRPO | DanceGRPO | TempFlowGRPO | G2RPO | TPGRPO | VGPO | BranchGRPO
     """Who judges which denoising step."""
     loss: Loss = field(default_factory=ClippedLoss)
     """What an update minimises."""

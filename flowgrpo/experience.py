@@ -146,7 +146,10 @@ class Candidates:
     Attributes:
         group: Index of the :class:`Group`.
         sample: Index of the sample in its group.
-        step: The step after which the candidate was completed; the last one for a whole trajectory.
+        step: The step after which the candidate was completed; the last one for a whole trajectory,
+            -1 for the initial noise.
+        granularity: Grid intervals that each step of the completion spans; 1 for a whole trajectory,
+            0 for a jump to the data that the model predicts.
         scores: Raw score of each reward model; NaN where it failed.
         reward: The weighted sum that is trained on; NaN where a trained reward failed.
     """
@@ -154,6 +157,7 @@ class Candidates:
     group: Int[Tensor, " candidates"]
     sample: Int[Tensor, " candidates"]
     step: Int[Tensor, " candidates"]
+    granularity: Int[Tensor, " candidates"]
     scores: Mapping[str, Float[Tensor, " candidates"]]
     reward: Float[Tensor, " candidates"]
 
@@ -168,10 +172,17 @@ class Candidates:
 
 @dataclass(frozen=True)
 class Cost:
-    """What a rollout cost per prompt: denoiser evaluations (NFE) and decoded candidates."""
+    """What a rollout costs per prompt.
+
+    Attributes:
+        nfe: Denoiser evaluations, one for each sample and step.
+        decodes: Decoded images or videos.
+        rewards: Calls of each reward model, one for each candidate that was judged.
+    """
 
     nfe: float
     decodes: float
+    rewards: float
 
 
 @dataclass(frozen=True)
@@ -188,8 +199,9 @@ class Experience:
         diversity: Of each group: how far its images are apart (mean standard deviation over the
             group of 8x8 thumbnails).
         duplicates: Of each group: samples that equal an earlier one of the group.
+        step_std: Of each stochastic step: the standard deviation of the noise that it injects.
         everyone: The candidates of all ranks; None means that there is only one.
-        weights: Weight of each reward by its name in ``scores``. Empty until the trainer knows.
+        weights: Weight of each reward by its name in ``scores``.
     """
 
     groups: Sequence[Group]
@@ -200,5 +212,6 @@ class Experience:
     all_rewards: Float[Tensor, " all_candidates"]
     diversity: Float[Tensor, " groups"]
     duplicates: Float[Tensor, " groups"]
+    step_std: Mapping[int, float]
     everyone: Candidates | None = None
     weights: Mapping[str, float] = field(default_factory=dict)

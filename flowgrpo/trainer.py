@@ -42,7 +42,7 @@ def train(config: Config) -> Result:
             judge.check_rate()
 
         # 2. Credit. Groups are whole on one process; only batch statistics need the others' rewards.
-        experience = _shared(session, config, experience)
+        experience = _shared(session, experience)
         advantages = config.algorithm.advantages(experience)
 
         # 3. Update.
@@ -58,18 +58,18 @@ def train(config: Config) -> Result:
     return observer.finish()
 
 
-def _shared(session: Session, config: Config, experience: Experience) -> Experience:
-    """The experience with what advantages need to know of the other processes and the rewards."""
+def _shared(session: Session, experience: Experience) -> Experience:
+    """The experience with what advantages need to know of the other processes."""
     c = experience.candidates
     everyone = Candidates(
         group=session.gather(c.group),
         sample=session.gather(c.sample),
         step=session.gather(c.step),
+        granularity=session.gather(c.granularity),
         scores={name: session.gather(values) for name, values in c.scores.items()},
         reward=session.gather(c.reward),
     )
-    weights = {r.label: r.weight for r in config.rewards}
-    return replace(experience, everyone=everyone, all_rewards=everyone.reward, weights=weights)
+    return replace(experience, everyone=everyone, all_rewards=everyone.reward)
 
 
 def _summary(session: Session, experience: Experience) -> dict[str, float]:

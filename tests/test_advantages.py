@@ -15,7 +15,6 @@ from flowgrpo.core.advantages import (
     VirtualBest,
     beta_parameters,
     has_no_variance,
-    per_step,
     zero_variance_groups,
 )
 from flowgrpo.core.several import GDPO, LogTamed, PerReward, Scored, of_scored
@@ -202,16 +201,6 @@ def test_virtual_best_is_a_member_more():
     assert found == pytest.approx([wanted[0], wanted[1], 0.0, wanted[2]])
     with pytest.raises(ValueError, match=r"best = 1 is to be the largest reward, but one is 1\.2"):
         advantages(VirtualBest(), [0.0, 1.2])
-
-
-# Steps.
-
-
-def test_each_step_of_each_group_has_its_own_statistics():
-    rewards = torch.tensor([0.0, 2.0, 5.0, 9.0, -1.0, 1.0, 3.0, 3.0])
-    groups, steps = torch.tensor([7, 7, 7, 7, 2, 2, 2, 2]), torch.tensor([0, 0, 1, 1, 0, 0, 1, 1])
-    found = per_step(GroupAdvantage(std="none", clip=9.0), rewards, groups, steps, rewards)
-    assert found.tolist() == [-1, 1, -2, 2, -1, 1, 0, 0]
 
 
 # Several rewards.

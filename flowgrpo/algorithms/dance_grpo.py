@@ -12,9 +12,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from flowgrpo.algorithms.credit import candidate_advantages
 from flowgrpo.algorithms.trajectories import (
     TrajectoryPlan,
+    candidate_advantages,
     collect_trajectories,
     credit_trajectories,
 )
@@ -23,7 +23,7 @@ from flowgrpo.core.random import Random
 from flowgrpo.core.several import Advantage
 from flowgrpo.core.steps import AllSteps, StepSelection
 from flowgrpo.core.transitions import DanceSDE, Transition, require_noise
-from flowgrpo.experience import Experience, Group
+from flowgrpo.experience import Cost, Experience, Group
 from flowgrpo.judge import Judge
 from flowgrpo.policy import PipelinePolicy
 
@@ -55,7 +55,7 @@ class DanceGRPO:
         iteration = random.path[-1]
         assert isinstance(iteration, int)
         stochastic = self.steps.select(policy.num_steps(), iteration, random.generator("steps"))
-        plan = TrajectoryPlan(self.group_size, self.transition, stochastic, self.shared_noise)
+        plan = self._plan(stochastic)
         experience = collect_trajectories(policy, groups, judge, random, plan)
         kept = self._kept_steps(experience, stochastic, random)
         return replace(experience, actions=experience.actions.select(kept))
@@ -81,6 +81,13 @@ class DanceGRPO:
             raise ValueError(
                 f"algorithm.best_of must be even and at most group_size = {self.group_size}, got {self.best_of}"
             )
+
+    def cost(self, num_steps: int, stochastic: Sequence[int]) -> Cost:
+        """Work per prompt with these stochastic steps; see :meth:`TrajectoryPlan.cost`."""
+        return self._plan(stochastic).cost(num_steps)
+
+    def _plan(self, stochastic: Sequence[int]) -> TrajectoryPlan:
+        return TrajectoryPlan(self.group_size, self.transition, stochastic, self.shared_noise)
 
     def _kept_steps(
         self, experience: Experience, stochastic: Sequence[int], random: Random

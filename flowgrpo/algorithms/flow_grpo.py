@@ -12,9 +12,9 @@ from typing import Literal
 from jaxtyping import Float
 from torch import Tensor
 
-from flowgrpo.algorithms.credit import candidate_advantages
 from flowgrpo.algorithms.trajectories import (
     TrajectoryPlan,
+    candidate_advantages,
     collect_trajectories,
     credit_trajectories,
 )
@@ -23,7 +23,7 @@ from flowgrpo.core.random import Random
 from flowgrpo.core.several import Advantage
 from flowgrpo.core.steps import AllSteps, StepSelection
 from flowgrpo.core.transitions import FlowSDE, Transition, require_noise
-from flowgrpo.experience import Experience, Group
+from flowgrpo.experience import Cost, Experience, Group
 from flowgrpo.judge import Judge
 from flowgrpo.policy import PipelinePolicy
 
@@ -51,7 +51,7 @@ class FlowGRPO:
         iteration = random.path[-1]
         assert isinstance(iteration, int)
         stochastic = self.steps.select(policy.num_steps(), iteration, random.generator("steps"))
-        plan = TrajectoryPlan(self.group_size, self.transition, stochastic, self.shared_noise)
+        plan = self._plan(stochastic)
         return collect_trajectories(policy, groups, judge, random, plan)
 
     def advantages(self, experience: Experience) -> Float[Tensor, " actions"]:
@@ -65,3 +65,10 @@ class FlowGRPO:
         require_noise(self.transition)
         self.advantage.check()
         self.steps.select(num_steps, 0, Random(0).generator())
+
+    def cost(self, num_steps: int, stochastic: Sequence[int]) -> Cost:
+        """Work per prompt with these stochastic steps; see :meth:`TrajectoryPlan.cost`."""
+        return self._plan(stochastic).cost(num_steps)
+
+    def _plan(self, stochastic: Sequence[int]) -> TrajectoryPlan:
+        return TrajectoryPlan(self.group_size, self.transition, stochastic, self.shared_noise)

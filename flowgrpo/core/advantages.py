@@ -184,26 +184,6 @@ GroupStatistics = GroupAdvantage | BetaAdvantage | VirtualBest
 """Advantages of one reward. Step-level algorithms take these: their rewards are not raw scores."""
 
 
-def per_step(
-    advantage: GroupStatistics,
-    rewards: Float[Tensor, " actions"],
-    groups: Int[Tensor, " actions"],
-    steps: Int[Tensor, " actions"],
-    all_rewards: Float[Tensor, " all_actions"],
-) -> Float[Tensor, " actions"]:
-    """Advantages with statistics of their own for every step of every group.
-
-    Args:
-        advantage: The statistics.
-        rewards: A reward per action, such as an increment; NaN where there is none.
-        groups: The group of each action.
-        steps: The denoising step of each action.
-        all_rewards: The actions' rewards on all ranks, for ``std = "batch"``.
-    """
-    number = int(steps.max()) + 1 if len(steps) else 1
-    return advantage(rewards, groups * number + steps, all_rewards)
-
-
 def members(
     rewards: Float[Tensor, " candidates"], groups: Int[Tensor, " candidates"]
 ) -> Iterator[tuple[Int[Tensor, " rows"], Float[Tensor, " rows"]]]:

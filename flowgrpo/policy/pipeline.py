@@ -20,6 +20,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from flowgrpo.core.random import SampleNoise
+from flowgrpo.core.solvers import Solver
 from flowgrpo.core.transitions import ODE, Transition
 from flowgrpo.experience import Prompt
 from flowgrpo.policy.loading import DTYPES, denoisers, load_pipeline
@@ -191,6 +192,7 @@ class PipelinePolicy:
         record: Collection[int] = (),
         decode: bool = True,
         sampling: Sampling | None = None,
+        solver: Solver = "euler",
     ) -> Iterator[Rollout]:
         """Sample without gradients, one batch at a time, so that scoring can go on meanwhile.
 
@@ -205,6 +207,7 @@ class PipelinePolicy:
             record: Steps to record in ``visits``.
             decode: Whether to decode media.
             sampling: How to call the pipeline, if not as usual.
+            solver: How the deterministic steps after the last stochastic one are taken.
         """
         for start in range(0, len(prompts), self.batch_size):
             rows = range(start, min(start + self.batch_size, len(prompts)))
@@ -214,6 +217,7 @@ class PipelinePolicy:
                 transition=transition or ODE(),
                 noise=noise[rows.start : rows.stop],
                 record=record,
+                solver=solver,
             )
             entering = None if x is None else x[rows.start : rows.stop]
             with torch.no_grad():
