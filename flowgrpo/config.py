@@ -15,10 +15,13 @@ from flowgrpo.algorithms import (
     VGPO,
     BranchGRPO,
     DanceGRPO,
+    DiffusionNFT,
     FlowGRPO,
+    MixGRPO,
+    PrefGRPO,
     TempFlowGRPO,
 )
-from flowgrpo.core.losses import ClippedLoss, Loss
+from flowgrpo.core.losses import ClippedLoss, Loss, NFTLoss
 from flowgrpo.judge import Failures, Reward
 from flowgrpo.names import suggest
 from flowgrpo.policy import Full, LoRA, Sampling
@@ -137,7 +140,10 @@ class Config:
     """The pipeline."""
     sampling: Sampling = field(default_factory=Sampling)
     """How the pipeline is called in rollouts."""
-    algorithm: FlowGRPO | DanceGRPO | TempFlowGRPO | G2RPO | TPGRPO | VGPO | BranchGRPO
+    algorithm: (
+        FlowGRPO | DanceGRPO | MixGRPO | PrefGRPO | DiffusionNFT
+        | TempFlowGRPO | G2RPO | TPGRPO | VGPO | BranchGRPO
+    )  # fmt: skip
     """Who judges which denoising step."""
     loss: Loss = field(default_factory=ClippedLoss)
     """What an update minimises."""
@@ -168,7 +174,8 @@ class Config:
         betas = self.train.betas
         if len(betas) != 2 or not all(0 <= b < 1 for b in betas):
             raise ConfigError(f"train.betas must be two numbers in [0, 1), got {list(betas)}")
-        if all(r.weight == 0 for r in self.rewards):
+        # A preference is something to train on beside the rewards.
+        if all(r.weight == 0 for r in self.rewards) and not isinstance(self.algorithm, PrefGRPO):
             raise ConfigError("rewards: every weight is 0, so that there is nothing to train on")
         train = self.train
         if train.groups % (train.updates * num_processes):
@@ -181,12 +188,19 @@ class Config:
             )
         try:
             self.algorithm.check(self.sampling.num_steps)
+            if isinstance(self.algorithm, PrefGRPO):
+                self.algorithm.check_rewards([r.label for r in self.rewards])
         except ValueError as error:
             raise ConfigError(f"algorithm: {error}") from error
         try:
             self.loss.check()
         except ValueError as error:
             raise ConfigError(str(error)) from error
+        if isinstance(self.algorithm, DiffusionNFT) != isinstance(self.loss, NFTLoss):
+            raise ConfigError(
+                "algorithm.kind = 'diffusion_nft' and loss.kind = 'nft' belong together, but these are "
+                f"{self.algorithm.kind!r} and {self.loss.kind!r}"
+            )
 
     def _bounds(self) -> Sequence[tuple[str, int | float, int | float]]:
         t, e, tiny = self.train, self.evaluation, 1e-12

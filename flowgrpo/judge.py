@@ -10,7 +10,7 @@ import logging
 import math
 import pkgutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from flowgrpo.experience import Prompt, RewardModel
+from flowgrpo.experience import PairwiseJudge, Prompt, RewardModel
 from flowgrpo.imports import import_path
 from flowgrpo.names import suggest
 
@@ -67,8 +67,8 @@ class Failures:
     """Share of failed scores in one iteration above which the run stops all the same."""
 
 
-def load_reward(reward: Reward) -> RewardModel:
-    """Import a reward model and make it.
+def load_reward(reward: Reward) -> RewardModel | PairwiseJudge:
+    """Import a reward model, or a judge of pairs, and make it.
 
     Raises:
         ValueError: If there is no such reward, with the nearest name, or its options are wrong.
@@ -133,7 +133,8 @@ class Judge:
         if not rewards or len(set(labels)) != len(labels):
             raise ValueError(f"rewards: at least one, each with a name of its own; got {labels}")
         self.rewards, self.failures = list(rewards), failures or Failures()
-        self.models = [load_reward(r) for r in rewards]
+        self.models = [_pointwise(r) for r in rewards]
+        self._others: dict[str, RewardModel | PairwiseJudge] = {}
         # One worker: reward models need not be thread-safe, and results do not depend on timing.
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="judge")
         self.reset()
@@ -145,6 +146,16 @@ class Judge:
     def submit(self, media: Tensor, prompts: Sequence[Prompt]) -> "Future[Scores]":
         """Score a batch in the background. Media ``(B, ...)`` in [0, 1]."""
         return self._worker.submit(self.score, media, list(prompts))
+
+    def run(self, work: Callable[[], Tensor]) -> "Future[Tensor]":
+        """Do other work of judging in the background, after what was submitted before."""
+        return self._worker.submit(work)
+
+    def loaded(self, model: Reward) -> RewardModel | PairwiseJudge:
+        """Something that judges beside the rewards, loaded when it is first asked for."""
+        if model.label not in self._others:
+            self._others[model.label] = load_reward(model)
+        return self._others[model.label]
 
     def score(self, media: Tensor, prompts: Sequence[Prompt]) -> Scores:
         """Score a batch now. Failed scores are NaN, and so are rewards that need them.
@@ -230,6 +241,16 @@ class Judge:
                 f"reward {reward.label!r} failed {self.failures.retries + 1} times: {problem}"
             )
         return missing
+
+
+def _pointwise(reward: Reward) -> RewardModel:
+    model = load_reward(reward)
+    if not isinstance(model, RewardModel):
+        raise ValueError(
+            f"reward {reward.label!r} judges pairs, not single samples: it belongs to the algorithm "
+            "'pref_grpo', as algorithm.preference.model"
+        )
+    return model
 
 
 def _checked(label: str, values: Any, number: int) -> Float[Tensor, " batch"]:

@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 ORDER = [
-    "core", "names", "tables", "imports", "experience", "prompts", "policy", "judge", "frames",
+    "core", "names", "tables", "imports", "experience", "prompts", "policy", "judge", "pairwise", "frames",
     "algorithms", "config", "learner", "run", "evaluate", "shapes", "prompt_sets", "observer", "trainer",
     "doctor", "commands", "cli", "__main__",
 ]  # fmt: skip
