@@ -67,7 +67,7 @@ class Failures:
     """Share of failed scores in one iteration above which the run stops all the same."""
 
 
-def load_reward(reward: Reward) -> RewardModel | PairwiseJudge:
+def load_model(reward: Reward) -> RewardModel | PairwiseJudge:
     """Import a reward model, or a judge of pairs, and make it.
 
     Raises:
@@ -98,6 +98,17 @@ def load_reward(reward: Reward) -> RewardModel | PairwiseJudge:
             f"reward {reward.label!r} is a function and takes no options, got {reward.options}"
         )
     return target
+
+
+def load_reward(reward: Reward) -> RewardModel:
+    """As :func:`load_model`, for what scores single samples; ValueError for what judges pairs."""
+    model = load_model(reward)
+    if not isinstance(model, RewardModel):
+        raise ValueError(
+            f"reward {reward.label!r} judges pairs, not single samples: it belongs to the algorithm "
+            "'pref_grpo', as algorithm.preference.model"
+        )
+    return model
 
 
 def available_rewards() -> list[str]:
@@ -133,7 +144,7 @@ class Judge:
         if not rewards or len(set(labels)) != len(labels):
             raise ValueError(f"rewards: at least one, each with a name of its own; got {labels}")
         self.rewards, self.failures = list(rewards), failures or Failures()
-        self.models = [_pointwise(r) for r in rewards]
+        self.models = [load_reward(r) for r in rewards]
         self._others: dict[str, RewardModel | PairwiseJudge] = {}
         # One worker: reward models need not be thread-safe, and results do not depend on timing.
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="judge")
@@ -154,7 +165,7 @@ class Judge:
     def loaded(self, model: Reward) -> RewardModel | PairwiseJudge:
         """Something that judges beside the rewards, loaded when it is first asked for."""
         if model.label not in self._others:
-            self._others[model.label] = load_reward(model)
+            self._others[model.label] = load_model(model)
         return self._others[model.label]
 
     def score(self, media: Tensor, prompts: Sequence[Prompt]) -> Scores:
@@ -241,16 +252,6 @@ class Judge:
                 f"reward {reward.label!r} failed {self.failures.retries + 1} times: {problem}"
             )
         return missing
-
-
-def _pointwise(reward: Reward) -> RewardModel:
-    model = load_reward(reward)
-    if not isinstance(model, RewardModel):
-        raise ValueError(
-            f"reward {reward.label!r} judges pairs, not single samples: it belongs to the algorithm "
-            "'pref_grpo', as algorithm.preference.model"
-        )
-    return model
 
 
 def _checked(label: str, values: Any, number: int) -> Float[Tensor, " batch"]:

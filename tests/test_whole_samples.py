@@ -1,14 +1,18 @@
 """MixGRPO, Pref-GRPO and DiffusionNFT on tiny pipelines, and advantages over several ranks."""
 
+import json
 import math
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+import flowgrpo
 from flowgrpo.algorithms import Algorithm, DiffusionNFT, FlowGRPO, MixGRPO, PrefGRPO
 from flowgrpo.config import Config, ConfigError, Model, Prompts, Run, Train
 from flowgrpo.core.advantages import BetaAdvantage, GroupAdvantage
@@ -112,7 +116,7 @@ def test_flash_takes_fewer_larger_steps_to_the_data(policies, judge):
     )
 
 
-@pytest.mark.parametrize(("flash", "after"), [(0.4, [6, 8]), (0.01, [8]), (1.0, [4, 5, 6, 7, 8])])
+@pytest.mark.parametrize(("flash", "after"), [(0.4, [5, 8]), (0.01, [8]), (1.0, [4, 5, 6, 7, 8])])
 def test_after_the_window_steps_are_about_equal(flash, after):
     plan = replace(MIX, flash=flash)._plan(8, [1, 2])
     assert plan.nodes(8) == [0, 1, 2, 3, *after]
@@ -284,7 +288,7 @@ def test_nft_gradient_is_that_of_every_sample_alone(learn: Learn, judge):
 
 @pytest.mark.parametrize("sign", [1.0, -1.0])
 def test_nft_goes_where_the_reward_is(sign, learn: Learn, judge):
-    learner = learn("sd3", NFT, NFTLoss(trail="none", kl_coef=0.0), lr=3e-3)
+    learner = learn("sd3", NFT, NFTLoss(trail="none", kl_coef=0.0), lr=2e-2)
     reward = Reward(model=f"{HERE}:brightness", weight=sign)
     prompts = [g.prompt for g in GROUPS] * 4
     noise = SampleNoise([Random(9).at(i) for i in range(8)])
@@ -295,7 +299,7 @@ def test_nft_goes_where_the_reward_is(sign, learn: Learn, judge):
             experience = NFT.collect(learner.policy, GROUPS, judge(reward), random)
         learner.update(experience, NFT.advantages(experience), random)
     after = brightness(learner.policy.images(prompts, noise), []).mean()
-    assert sign * float(after - before) > 0.003
+    assert sign * float(after - before) > 0.002
 
 
 @pytest.mark.parametrize(
@@ -376,3 +380,46 @@ def test_mix_windows_are_those_of_the_iteration_alone(policies, judge):
         random = Random(3).at("train", iteration)
         experience = algorithm.collect(policies("sd15"), GROUPS[:1], judge(), random)
         assert experience.actions.step.unique().tolist() == wanted
+
+
+# Whole runs.
+
+RUN = [
+    "train.iterations=2", "train.groups=2", "train.updates=2", "train.lr=1e-3", "sampling.num_steps=4",
+    "prompts.balance=''", f"rewards=[{{model='{HERE}:brightness'}}]", "evaluation.images=2",
+    "evaluation.every=0", "evaluation.measures=[]", "evaluation.grid_prompts=1", "evaluation.grid_samples=2", "run.checkpoint_every=1",
+    "run.threads=1", "run.device=cpu", "run.trackers=[]", "failures.probe=off",
+]  # fmt: skip
+RUNS = {
+    "mix": [
+        "algorithm={kind='mix_grpo', group_size=3, flash=0.5, solver='dpm_2m'}",
+        "algorithm.steps={kind='random_window', size=1, first=0, last=2}", "loss={clip='kl', clip_range=1e-3}",
+    ],
+    "pref": [
+        "algorithm={kind='pref_grpo', group_size=3, advantage={kind='gdpo'}, transition={kind='cps'}}",
+        f"algorithm.preference={{kind='judged', model='{HERE}:Brighter', swap=true}}",
+        "loss={ratio='guard', clip_range=1e-3}",
+    ],
+    "nft": ["algorithm={kind='diffusion_nft', group_size=3}", "loss={kind='nft', trail='half'}"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_run_goes_on_with_the_same_numbers(name: str, tmp_path: Path):
+    """From files alone: what it was configured as, what it did, and what it would have done."""
+    straight, stopped = tmp_path / "straight", tmp_path / "stopped"
+    config = flowgrpo.load("quickstart", [*RUN, *RUNS[name], f"run.folder={straight}"])
+    assert flowgrpo.train(config).finished
+    shutil.copytree(straight, stopped)
+    shutil.rmtree(stopped / "checkpoints" / "000002")
+    again = flowgrpo.load(str(straight / "config.toml"), [f"run.folder={stopped}"])
+    assert again.algorithm == config.algorithm
+    assert again.loss == config.loss
+    assert flowgrpo.train(again).finished
+    for file in ("metrics.jsonl", "evaluations.jsonl"):
+        assert (stopped / file).read_text() == (straight / file).read_text()
+    metrics = [json.loads(line) for line in (straight / "metrics.jsonl").read_text().splitlines()]
+    assert all(m["grad_norm"] > 0 for m in metrics)
+    if name == "pref":
+        assert [m["score/win_rate"] for m in metrics] == pytest.approx([0.5, 0.5])
+    assert (stopped / "checkpoints" / "000002" / "sampler.safetensors").exists() is (name == "nft")

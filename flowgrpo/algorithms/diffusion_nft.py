@@ -79,9 +79,8 @@ class DiffusionNFT:
 
     def cost(self, num_steps: int, stochastic: Sequence[int] = ()) -> Cost:
         """Work per prompt: ``G T`` evaluations and ``G`` decodes."""
-        return Cost(
-            nfe=self.group_size * num_steps, decodes=self.group_size, rewards=self.group_size
-        )
+        size = float(self.group_size)
+        return Cost(nfe=size * num_steps, decodes=size, rewards=size)
 
     def _times(self, num_steps: int, random: Random, group: int, sample: int) -> set[int]:
         """The grid nodes that a sample is trained at."""

@@ -52,7 +52,8 @@ class TrajectoryPlan:
         where ``k`` is the first stochastic step and ``T`` the number of steps that are taken."""
         alone = self.stochastic[0] + 1 if self.shared_noise else 0
         nfe = alone + self.group_size * (len(self.nodes(num_steps)) - 1 - alone)
-        return Cost(nfe=nfe, decodes=self.group_size, rewards=self.group_size)
+        size = float(self.group_size)
+        return Cost(nfe=float(nfe), decodes=size, rewards=size)
 
 
 def collect_trajectories(
