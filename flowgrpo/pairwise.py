@@ -12,7 +12,9 @@ from torch import Tensor
 
 from flowgrpo.core.win_rates import pairs_of, win_rates
 from flowgrpo.experience import PairwiseJudge, Prompt
-from flowgrpo.judge import Judge, Reward, RewardError
+from flowgrpo.imports import import_path
+from flowgrpo.judge import Judge, Reward, RewardError, available_rewards
+from flowgrpo.names import suggest
 
 log = logging.getLogger(__name__)
 
@@ -40,12 +42,19 @@ class Judged:
     prefers nobody."""
 
     def check(self) -> None:
-        """Raise ValueError if the settings make no sense."""
+        """Raise ValueError if the settings make no sense, or name no judge; nothing is loaded."""
         if self.weight <= 0:
             raise ValueError(f"algorithm.preference.weight must be above 0, got {self.weight}")
         if self.opponents < 0:
             raise ValueError(
                 f"algorithm.preference.opponents must be at least 0, got {self.opponents}"
+            )
+        if ":" in self.model:
+            import_path(self.model)
+        elif self.model not in available_rewards():
+            raise ValueError(
+                f"unknown algorithm.preference.model {self.model!r}"
+                f"{suggest(self.model, available_rewards())}"
             )
 
     def comparisons(self, group_size: int) -> int:

@@ -13,14 +13,14 @@ from accelerate import Accelerator
 from torch import Tensor
 
 import flowgrpo
-from flowgrpo.algorithms import Algorithm, DiffusionNFT, FlowGRPO, MixGRPO, PrefGRPO
+from flowgrpo.algorithms import Algorithm, DanceGRPO, DiffusionNFT, FlowGRPO, MixGRPO, PrefGRPO
 from flowgrpo.config import Config, ConfigError, Model, Prompts, Run, Train
 from flowgrpo.core.advantages import BetaAdvantage, GroupAdvantage
 from flowgrpo.core.losses import ClippedLoss, Loss, NFTLoss
 from flowgrpo.core.random import Random, SampleNoise
 from flowgrpo.core.several import GDPO, LogTamed, PerReward
 from flowgrpo.core.steps import SlidingWindow, Window
-from flowgrpo.core.transitions import CPS, DDIM
+from flowgrpo.core.transitions import CPS, DDIM, DanceSDE, FlowSDE
 from flowgrpo.experience import Candidates, Experience, Group, Prompt
 from flowgrpo.judge import Failures, Judge, Reward, RewardError
 from flowgrpo.learner import Learner
@@ -286,20 +286,22 @@ def test_nft_gradient_is_that_of_every_sample_alone(learn: Learn, judge):
         torch.testing.assert_close(got, want, atol=1e-3 * scale, rtol=0)
 
 
-@pytest.mark.parametrize("sign", [1.0, -1.0])
-def test_nft_goes_where_the_reward_is(sign, learn: Learn, judge):
-    learner = learn("sd3", NFT, NFTLoss(trail="none", kl_coef=0.0), lr=2e-2)
-    reward = Reward(model=f"{HERE}:brightness", weight=sign)
+def test_nft_goes_where_the_reward_is(learn: Learn, judge):
     prompts = [g.prompt for g in GROUPS] * 4
     noise = SampleNoise([Random(9).at(i) for i in range(8)])
-    before = brightness(learner.policy.images(prompts, noise), []).mean()
-    for iteration in range(4):
-        random = Random(1).at("train", iteration)
-        with learner.acting():
-            experience = NFT.collect(learner.policy, GROUPS, judge(reward), random)
-        learner.update(experience, NFT.advantages(experience), random)
-    after = brightness(learner.policy.images(prompts, noise), []).mean()
-    assert sign * float(after - before) > 0.002
+    change = {}
+    for sign in (1.0, -1.0):
+        learner = learn("sd3", NFT, NFTLoss(trail="none", kl_coef=0.0), lr=2e-2)
+        reward = Reward(model=f"{HERE}:brightness", weight=sign)
+        before = brightness(learner.policy.images(prompts, noise), []).mean()
+        for iteration in range(4):
+            random = Random(1).at("train", iteration)
+            with learner.acting():
+                experience = NFT.collect(learner.policy, GROUPS, judge(reward), random)
+            learner.update(experience, NFT.advantages(experience), random)
+        change[sign] = float(brightness(learner.policy.images(prompts, noise), []).mean() - before)
+    assert change[1.0] > 0 > change[-1.0]
+    assert change[1.0] - change[-1.0] > 0.002
 
 
 @pytest.mark.parametrize(
@@ -311,6 +313,24 @@ def test_nft_and_its_loss_belong_together(algorithm, loss):
 
 
 # Configurations and ranks.
+
+
+def test_defaults_are_the_published_settings():
+    flow, dance, mix, pref, nft = FlowGRPO(), DanceGRPO(), MixGRPO(), PrefGRPO(), DiffusionNFT()
+    assert [a.group_size for a in (flow, dance, mix, pref, nft)] == [24, 12, 12, 8, 24]
+    assert [a.transition for a in (flow, dance, mix, pref)] == [
+        FlowSDE(noise_level=0.7), DanceSDE(noise_level=0.3), FlowSDE(noise_level=0.7), FlowSDE(noise_level=0.7),
+    ]  # fmt: skip
+    flow_grpo = GroupAdvantage(std="batch", ddof=0, epsilon=1e-4, clip=5.0)
+    assert flow.advantage == nft.advantage == flow_grpo
+    assert dance.advantage == GroupAdvantage(std="group", ddof=1, epsilon=1e-8, clip=5.0)
+    assert mix.advantage == pref.advantage == PerReward(std="group", ddof=1, epsilon=1e-8, clip=5.0)
+    assert [a.shared_noise for a in (flow, dance, mix, pref)] == [False, True, True, True]
+    assert (dance.timestep_fraction, dance.best_of, nft.timestep_fraction) == (0.6, 0, 0.99)
+    assert mix.steps == SlidingWindow(size=4, stride=1, every=25, skip_last=2)
+    assert (ClippedLoss().clip_range, ClippedLoss().kl_coef) == (1e-4, 0.0)
+    loss = NFTLoss()
+    assert (loss.beta, loss.advantage_scale, loss.kl_coef) == (1.0, 5.0, 1e-4)
 
 
 def test_preferences_and_rewards_must_go_together():

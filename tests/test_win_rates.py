@@ -174,6 +174,10 @@ def test_nonsense_is_refused(referee: MakeReferee):
         Judged(model="x", weight=0.0).check()
     with pytest.raises(ValueError, match="opponents must be at least 0"):
         Judged(model="x", opponents=-1).check()
+    with pytest.raises(ValueError, match=r"unknown algorithm\.preference\.model 'pick_scor'; did you"):
+        Judged(model="pick_scor").check()
+    with pytest.raises(ValueError, match="has no 'Brightr'"):
+        Judged(model=f"{HERE}:Brightr").check()
     with pytest.raises(ValueError, match="tie_margin must be at least 0"):
         Compared(tie_margin=-1.0).check()
     with pytest.raises(ValueError, match="must be the name of one of the rewards: a, b"):

@@ -80,15 +80,15 @@ class Rollout:
 class PipelinePolicy:
     """Samples, replays, branches and decodes with a pipeline, and owns what is trained.
 
-    Attributes:
-        keeps_means: Whether actions should keep the means of their steps; the learner asks for it.
-
     Example:
         >>> policy = PipelinePolicy.from_pretrained("stabilityai/stable-diffusion-3.5-medium",
         ...                                         weights=LoRA(rank=32), sampling=Sampling())
         >>> noise = SampleNoise([Random(0).at(i) for i in range(4)])
         >>> images = policy.images([Prompt("a red circle")] * 4, noise)
     """
+
+    keeps_means = False
+    """Whether actions should keep the means of their steps; the learner asks for it."""
 
     def __init__(
         self,
@@ -144,7 +144,6 @@ class PipelinePolicy:
                 self.denoisers, weights, seed=seed, with_reference=with_reference
             )
         self.num_evaluations = self.num_decodes = 0
-        self.keeps_means = False
         self._entering: Tensor | None = None
         if hasattr(pipeline, "encode_prompt"):
             pipeline.encode_prompt = PromptCache(pipeline.encode_prompt)
