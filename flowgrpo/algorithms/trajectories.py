@@ -38,7 +38,7 @@ class TrajectoryPlan:
         where ``k`` is the first stochastic step."""
         alone = self.stochastic[0] + 1 if self.shared_noise else 0
         nfe = alone + self.group_size * (num_steps - alone)
-        return Cost(nfe=nfe, decodes=self.group_size, rewards=self.group_size)
+        return Cost(float(nfe), float(self.group_size), float(self.group_size))
 
 
 def collect_trajectories(
