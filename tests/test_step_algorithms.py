@@ -2,7 +2,8 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from typing import Any
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
 
 import pytest
 import torch
@@ -19,11 +20,12 @@ from flowgrpo.algorithms import (
     FlowGRPO,
     TempFlowGRPO,
 )
+from flowgrpo.algorithms.cost_table import BEGIN, END, SETTINGS, table, with_table
 from flowgrpo.config import Config, Model, Prompts, Run, Train
 from flowgrpo.core.advantages import GroupAdvantage
 from flowgrpo.core.losses import Loss
 from flowgrpo.core.random import Random, SampleNoise
-from flowgrpo.core.steps import AllSteps, Window
+from flowgrpo.core.steps import Window
 from flowgrpo.core.transitions import CPS, DDIM
 from flowgrpo.experience import Candidates, Experience, Group, Prompt
 from flowgrpo.judge import Failures, Judge, Reward
@@ -373,12 +375,13 @@ def shapes() -> PipelinePolicy:
 
 
 MILD = {"group_size": 4, "transition": CPS(noise_level=0.05)}
+"""Noise that by itself leaves the image right from step 2 on."""
 CREDIT: dict[str, Any] = {
-    "tempflow": TempFlowGRPO(**MILD, seeds=1, steps=AllSteps()),
+    "tempflow": TempFlowGRPO(**MILD, seeds=1),
     "g2rpo": G2RPO(**MILD, steps=Window(size=4), granularities=(1, 2)),
-    "tp": TPGRPO(**MILD, shared_noise=True),
-    "vgpo": VGPO(**MILD, shared_noise=True),
-    "branch": BranchGRPO(**MILD, splits=(0, RUINED)),
+    "tp": TPGRPO(**MILD, steps=Window(start=1, size=3), shared_noise=True),
+    "vgpo": VGPO(**MILD, steps=Window(start=RUINED, size=2), shared_noise=True),
+    "branch": BranchGRPO(**MILD, splits=(RUINED,), children=4, steps=Window(start=3, size=1)),
 }
 
 
@@ -414,7 +417,6 @@ def test_a_step_that_ruins_the_image_is_blamed(
     judge = Judge([Reward(model="flowgrpo.shapes.rewards:Graded")], Failures(retries=0))
     experience = algorithm.collect(shapes, [SHAPES], judge, drawn_right)
     judge.close()
-    print(rewards_of(experience.candidates))
     a, advantage = experience.actions, algorithm.advantages(experience)
     at_fault = (a.step == RUINED) & (a.sample == VICTIM)
     others = (a.step == RUINED) & (a.sample != VICTIM)
@@ -425,3 +427,19 @@ def test_a_step_that_ruins_the_image_is_blamed(
         # What the same sample did at other steps is not to blame; VGPO's values run on to the end.
         innocent = (a.step != RUINED) & (a.sample == VICTIM)
         assert advantage[innocent].min() > advantage[at_fault].item()
+
+
+# The table in the documentation.
+
+
+def test_the_cost_table_is_up_to_date() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "algorithms.md").read_text()
+    assert with_table(page) == page, "run: python -m flowgrpo.algorithms.cost_table docs/algorithms.md"  # fmt: skip
+    assert table().count("\n") == len(SETTINGS) + 1
+    assert {type(a) for _, _, a in SETTINGS} == set(get_args(get_type_hints(Config)["algorithm"]))
+
+
+@pytest.mark.parametrize("page", ["", f"{END} {BEGIN}", f"{BEGIN} {BEGIN} {END}"])
+def test_a_page_without_markers_is_refused(page: str) -> None:
+    with pytest.raises(ValueError, match="the page needs one line"):
+        with_table(page)
