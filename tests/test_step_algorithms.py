@@ -1,5 +1,6 @@
 """Collecting with the step-level algorithms: what comes out, what it costs, what it credits."""
 
+import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +11,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+import flowgrpo
 from flowgrpo.algorithms import (
     G2RPO,
     TPGRPO,
@@ -427,6 +429,54 @@ def test_a_step_that_ruins_the_image_is_blamed(
         # What the same sample did at other steps is not to blame; VGPO's values run on to the end.
         innocent = (a.step != RUINED) & (a.sample == VICTIM)
         assert advantage[innocent].min() > advantage[at_fault].item()
+
+
+# Whole runs, from a configuration file.
+
+RUNS = {
+    "tempflow_grpo": ["seeds=2", "transition={kind='cps'}"],
+    "g2rpo": ["granularities=[1, 2]", "steps={kind='random_steps', count=2, last=3}"],
+    "tp_grpo": ["shared_noise=true", "turning_points='plain'"],
+    "vgpo": ["anchor=0.1", "negative='refuse'"],
+    "branch_grpo": ["splits=[0, 1]", "fusion='path_probability'", "width='best_of_siblings'"],
+}
+
+
+@pytest.mark.parametrize("kind", RUNS)
+def test_a_run_of_each_kind(kind: str, tmp_path: Path) -> None:
+    settings = [
+        f"algorithm.kind={kind}",
+        "algorithm.group_size=4",
+        *(f"algorithm.{s}" for s in RUNS[kind]),
+        "sampling.num_steps=4",
+        "train.iterations=2",
+        "train.groups=3",
+        "loss.kl_coef=0.01",
+        "prompts.balance=''",
+        "evaluation.every=0",
+        "evaluation.images=2",
+        "evaluation.images_during=2",
+        "evaluation.grid_prompts=1",
+        "evaluation.grid_samples=1",
+        f"rewards=[{{model='{HERE}:brightness'}}]",
+        "run.trackers=[]",
+        "run.threads=1",
+        "run.device='cpu'",
+        f"run.folder='{tmp_path / 'run'}'",
+    ]
+    config = flowgrpo.load("quickstart", settings)
+    assert flowgrpo.train(config).finished
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert len(lines) == 2
+    for iteration, line in enumerate(map(json.loads, lines)):
+        steps = config.algorithm.steps.select(
+            4, iteration, Random(0).at("train", iteration).generator("steps")
+        )
+        assert line["nfe_per_prompt"] == config.algorithm.cost(4, steps).nfe
+        assert line["grad_norm"] > 0
+        assert line["log_prob/noise"] < config.loss.clip_range
+        assert line["failures"] == 0
+    assert flowgrpo.load(str(tmp_path / "run" / "config.toml")) == config
 
 
 # The table in the documentation.
