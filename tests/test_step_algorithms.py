@@ -465,6 +465,7 @@ def test_a_run_of_each_kind(kind: str, tmp_path: Path) -> None:
         f"run.folder='{tmp_path / 'run'}'",
     ]
     config = flowgrpo.load("quickstart", settings)
+    announced = config.geometry()["per prompt"]
     assert flowgrpo.train(config).finished
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     assert len(lines) == 2
@@ -473,6 +474,8 @@ def test_a_run_of_each_kind(kind: str, tmp_path: Path) -> None:
             4, iteration, Random(0).at("train", iteration).generator("steps")
         )
         assert line["nfe_per_prompt"] == config.algorithm.cost(4, steps).nfe
+        if iteration == 0:
+            assert announced.startswith(f"{line['nfe_per_prompt']:,.0f} denoiser evaluations, ")
         assert line["grad_norm"] > 0
         assert line["log_prob/noise"] < config.loss.clip_range
         assert line["failures"] == 0
