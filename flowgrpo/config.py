@@ -22,6 +22,7 @@ from flowgrpo.algorithms import (
     TempFlowGRPO,
 )
 from flowgrpo.core.losses import ClippedLoss, Loss, NFTLoss
+from flowgrpo.core.random import Random
 from flowgrpo.judge import Failures, Reward
 from flowgrpo.names import suggest
 from flowgrpo.policy import Full, LoRA, Sampling
@@ -236,12 +237,18 @@ class Config:
 
     def geometry(self, num_processes: int = 1) -> dict[str, str]:
         """The batch geometry in words, for people to check before a long run."""
-        t, size = self.train, self.algorithm.group_size
+        t, size, num_steps = self.train, self.algorithm.group_size, self.sampling.num_steps
         samples = t.groups * size
+        steps: list[int] = []
+        if not isinstance(self.algorithm, DiffusionNFT):
+            random = Random(self.run.seed).at("train", 0)
+            steps = self.algorithm.steps.select(num_steps, 0, random.generator("steps"))
+        cost = self.algorithm.cost(num_steps, steps)
         return {
             "groups x samples": f"{t.groups} prompts x {size} samples = {samples} per iteration",
             "processes": f"{num_processes}, {t.groups // num_processes} groups on each",
             "rollout": f"{-(-samples // num_processes // t.rollout_batch)} calls of {min(t.rollout_batch, samples)} samples on each process",
+            "per prompt": f"{cost.nfe:,.0f} denoiser evaluations, {cost.decodes:,.0f} decodes, {cost.rewards:,.0f} calls of each reward in the first iteration",
             "optimizer steps": f"{t.updates} per iteration, {t.groups // t.updates} groups in each",
             "in all": f"{t.iterations} iterations, {t.iterations * samples:,} samples, {t.iterations * t.updates:,} optimizer steps",
             "denoising": f"{self.sampling.num_steps} steps, guidance {self.sampling.guidance_scale if self.sampling.guidance_scale is not None else 'as the pipeline has it'}",

@@ -174,7 +174,9 @@ def test_nonsense_is_refused(referee: MakeReferee):
         Judged(model="x", weight=0.0).check()
     with pytest.raises(ValueError, match="opponents must be at least 0"):
         Judged(model="x", opponents=-1).check()
-    with pytest.raises(ValueError, match=r"unknown algorithm\.preference\.model 'pick_scor'; did you"):
+    with pytest.raises(
+        ValueError, match=r"unknown algorithm\.preference\.model 'pick_scor'; did you"
+    ):
         Judged(model="pick_scor").check()
     with pytest.raises(ValueError, match="has no 'Brightr'"):
         Judged(model=f"{HERE}:Brightr").check()

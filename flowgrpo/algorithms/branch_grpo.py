@@ -122,7 +122,7 @@ class BranchGRPO:
         nfe = sum(
             self.children ** sum(split < step for split in self.splits) for step in range(num_steps)
         )
-        return Cost(nfe=nfe, decodes=self.group_size, rewards=self.group_size)
+        return Cost(float(nfe), float(self.group_size), float(self.group_size))
 
     def _check_pruning(self) -> None:
         if self.width == "extremes" and (

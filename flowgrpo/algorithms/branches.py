@@ -50,7 +50,7 @@ class BranchPlan:
             lengths = [len(n) - 1 for n in subgrids(step + 1, num_steps, self.granularities)]
             nfe += self.group_size * (sum(lengths) - len(lengths) + 1)
             decodes += self.group_size * len(lengths)
-        return Cost(nfe=nfe, decodes=decodes, rewards=decodes)
+        return Cost(float(nfe), float(decodes), float(decodes))
 
 
 def collect_branches(

@@ -77,7 +77,7 @@ class DiffusionNFT:
                 f"algorithm.timestep_fraction must be in (0, 1], got {self.timestep_fraction}"
             )
 
-    def cost(self, num_steps: int, stochastic: Sequence[int] = ()) -> Cost:
+    def cost(self, num_steps: int, stochastic: Sequence[int]) -> Cost:
         """Work per prompt: ``G T`` evaluations and ``G`` decodes."""
         size = float(self.group_size)
         return Cost(nfe=size * num_steps, decodes=size, rewards=size)

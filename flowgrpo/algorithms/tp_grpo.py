@@ -125,7 +125,7 @@ class TPGRPO:
         number = 1 if self.shared_noise else self.group_size
         candidates = plain.decodes + number + self.group_size * len(later)
         nfe = plain.nfe + number * first + self.group_size * sum(later)
-        return Cost(nfe=nfe, decodes=candidates, rewards=candidates)
+        return Cost(nfe, candidates, candidates)
 
     def _plan(self, stochastic: Sequence[int]) -> TrajectoryPlan:
         return TrajectoryPlan(self.group_size, self.transition, stochastic, self.shared_noise)

@@ -52,8 +52,7 @@ class TrajectoryPlan:
         where ``k`` is the first stochastic step and ``T`` the number of steps that are taken."""
         alone = self.stochastic[0] + 1 if self.shared_noise else 0
         nfe = alone + self.group_size * (len(self.nodes(num_steps)) - 1 - alone)
-        size = float(self.group_size)
-        return Cost(nfe=float(nfe), decodes=size, rewards=size)
+        return Cost(float(nfe), float(self.group_size), float(self.group_size))
 
 
 def collect_trajectories(

@@ -111,8 +111,8 @@ class VGPO:
         candidates, ``k`` being the first stochastic step; one more on a grid that ends above zero
         noise, as Stable Diffusion's does."""
         plain = self._plan(stochastic).cost(num_steps)
-        candidates = self.group_size * (num_steps - stochastic[0] - 1)
-        return Cost(nfe=plain.nfe, decodes=candidates, rewards=candidates)
+        candidates = float(self.group_size * (num_steps - stochastic[0] - 1))
+        return Cost(plain.nfe, candidates, candidates)
 
     def _not_negative(
         self, rewards: Float[Tensor, "trajectories steps"], all_rewards: Float[Tensor, " _"]
