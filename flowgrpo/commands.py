@@ -57,6 +57,9 @@ def _dry_run(config: "Config", num_processes: int) -> int:
                 f"unknown reward {reward.model!r}{suggest(reward.model, available_rewards())}"
             )
         rows.append((f"reward {reward.label}", f"weight {reward.weight:g} ({reward.model})"))
+    for measure in config.evaluation.measures:
+        import_path(measure)
+        rows.append(("measure", measure))
     rows.append(("run directory", config.run.folder))
     console = Console()
     for name, value in rows:

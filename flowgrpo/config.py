@@ -4,6 +4,7 @@ import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from importlib import resources
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,6 +14,7 @@ from flowgrpo.algorithms import (
     G2RPO,
     TPGRPO,
     VGPO,
+    Algorithm,
     BranchGRPO,
     DanceGRPO,
     DiffusionNFT,
@@ -25,10 +27,16 @@ from flowgrpo.core.losses import ClippedLoss, Loss, NFTLoss
 from flowgrpo.core.random import Random
 from flowgrpo.judge import Failures, Reward
 from flowgrpo.names import suggest
-from flowgrpo.policy import Full, LoRA, Sampling
+from flowgrpo.policy import Full, LoRA, Memory, Sampling
+from flowgrpo.prompt_files import HUB
 from flowgrpo.tables import ConfigError, read, to_table
 
 __all__ = ["Config", "ConfigError", "find", "load", "override", "save"]
+
+COUNTED = (
+    FlowGRPO, DanceGRPO, MixGRPO, PrefGRPO, TempFlowGRPO, G2RPO, TPGRPO, VGPO, BranchGRPO,
+)  # fmt: skip
+"""Algorithms that choose their steps and know beforehand what they cost."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +56,9 @@ class Prompts:
     """What is generated."""
 
     train: str
-    """File of training prompts: ``.txt`` (one per line), ``.jsonl`` or ``.csv``."""
+    """File of training prompts (``.txt`` with one per line, ``.jsonl``, ``.csv``, ``.parquet``), or a
+    Hugging Face dataset as ``hf:owner/name:split``. Besides ``prompt`` it may give
+    ``negative_prompt``, ``image`` or ``images``, ``height``, ``width`` and ``num_frames``."""
     held_out: str
     """File of prompts that are only evaluated on."""
     balance: str = ""
@@ -71,6 +81,8 @@ class Train:
     """Samples in one call of the pipeline."""
     train_batch: int = 64
     """States in one forward pass with gradients."""
+    optimizer: Literal["adamw", "adamw8bit"] = "adamw"
+    """``adamw8bit`` keeps the moments in 8 bits (bitsandbytes), which saves 6 bytes per trained weight."""
     lr: float = 1e-4
     """Peak learning rate of AdamW."""
     warmup: int = 0
@@ -86,6 +98,10 @@ class Train:
     spike_factor: float = 20.0
     """An update whose gradient norm exceeds the running median this many times is skipped; 0 never
     skips."""
+    monitor_states: int = 16
+    """States per iteration on which the distance to the reference model is measured (the metric
+    ``kl/velocity``), at most ``train_batch``; 0 for none, which saves the copy of the weights that
+    full fine-tuning then keeps."""
     ema_decay: float = 0.0
     """Decay of the moving average of the weights that is evaluated and exported; 0 for none."""
 
@@ -141,11 +157,13 @@ class Config:
     """The pipeline."""
     sampling: Sampling = field(default_factory=Sampling)
     """How the pipeline is called in rollouts."""
+    memory: Memory = field(default_factory=Memory)
+    """What trades memory for time."""
     algorithm: (
         FlowGRPO | DanceGRPO | MixGRPO | PrefGRPO | DiffusionNFT
-        | TempFlowGRPO | G2RPO | TPGRPO | VGPO | BranchGRPO
+        | TempFlowGRPO | G2RPO | TPGRPO | VGPO | BranchGRPO | Algorithm
     )  # fmt: skip
-    """Who judges which denoising step."""
+    """Who judges which denoising step; ``kind`` may be the import path of an algorithm of your own."""
     loss: Loss = field(default_factory=ClippedLoss)
     """What an update minimises."""
     rewards: tuple[Reward, ...]
@@ -193,14 +211,19 @@ class Config:
                 self.algorithm.check_rewards([r.label for r in self.rewards])
         except ValueError as error:
             raise ConfigError(f"algorithm: {error}") from error
+        if self.train.optimizer == "adamw8bit" and find_spec("bitsandbytes") is None:
+            raise ConfigError(
+                "train.optimizer = 'adamw8bit' needs bitsandbytes: pip install 'flowgrpo[quant]'"
+            )
         try:
+            self.memory.check(isinstance(self.model.weights, Full))
             self.loss.check()
         except ValueError as error:
             raise ConfigError(str(error)) from error
         if isinstance(self.algorithm, DiffusionNFT) != isinstance(self.loss, NFTLoss):
             raise ConfigError(
                 "algorithm.kind = 'diffusion_nft' and loss.kind = 'nft' belong together, but these are "
-                f"{self.algorithm.kind!r} and {self.loss.kind!r}"
+                f"{type(self.algorithm).__name__} and {type(self.loss).__name__}"
             )
 
     def _bounds(self) -> Sequence[tuple[str, int | float, int | float]]:
@@ -223,6 +246,12 @@ class Config:
             ("train.max_grad_norm", t.max_grad_norm, tiny),
             ("evaluation.every", e.every, 0),
             ("evaluation.images", e.images, 1),
+            ("evaluation.images_during", e.images_during, 0),
+            ("evaluation.grid_prompts", e.grid_prompts, 1),
+            ("evaluation.grid_samples", e.grid_samples, 1),
+            ("train.monitor_states", t.monitor_states, 0),
+            ("failures.max_rate", self.failures.max_rate, 0),
+            *self.model.weights.bounds(),
             ("run.checkpoint_every", self.run.checkpoint_every, 1),
             ("run.keep_checkpoints", self.run.keep_checkpoints, 1),
         ]
@@ -237,22 +266,30 @@ class Config:
 
     def geometry(self, num_processes: int = 1) -> dict[str, str]:
         """The batch geometry in words, for people to check before a long run."""
-        t, size, num_steps = self.train, self.algorithm.group_size, self.sampling.num_steps
+        t, size = self.train, self.algorithm.group_size
         samples = t.groups * size
-        steps: list[int] = []
-        if not isinstance(self.algorithm, DiffusionNFT):
-            random = Random(self.run.seed).at("train", 0)
-            steps = self.algorithm.steps.select(num_steps, 0, random.generator("steps"))
-        cost = self.algorithm.cost(num_steps, steps)
         return {
             "groups x samples": f"{t.groups} prompts x {size} samples = {samples} per iteration",
             "processes": f"{num_processes}, {t.groups // num_processes} groups on each",
             "rollout": f"{-(-samples // num_processes // t.rollout_batch)} calls of {min(t.rollout_batch, samples)} samples on each process",
-            "per prompt": f"{cost.nfe:,.0f} denoiser evaluations, {cost.decodes:,.0f} decodes, {cost.rewards:,.0f} calls of each reward in the first iteration",
+            "per prompt": self._work(),
             "optimizer steps": f"{t.updates} per iteration, {t.groups // t.updates} groups in each",
             "in all": f"{t.iterations} iterations, {t.iterations * samples:,} samples, {t.iterations * t.updates:,} optimizer steps",
             "denoising": f"{self.sampling.num_steps} steps, guidance {self.sampling.guidance_scale if self.sampling.guidance_scale is not None else 'as the pipeline has it'}",
         }
+
+    def _work(self) -> str:
+        """What the first iteration costs per prompt, in words."""
+        algorithm, num_steps = self.algorithm, self.sampling.num_steps
+        if isinstance(algorithm, DiffusionNFT):
+            cost = algorithm.cost(num_steps, [])
+        elif isinstance(algorithm, COUNTED):
+            random = Random(self.run.seed).at("train", 0)
+            steps = algorithm.steps.select(num_steps, 0, random.generator("steps"))
+            cost = algorithm.cost(num_steps, steps)
+        else:
+            return "unknown before it is done; metrics.jsonl has it"
+        return f"{cost.nfe:,.0f} denoiser evaluations, {cost.decodes:,.0f} decodes, {cost.rewards:,.0f} calls of each reward in the first iteration"
 
 
 def find(name: str) -> Path:
@@ -263,7 +300,7 @@ def find(name: str) -> Path:
     Raises:
         FileNotFoundError: With the nearest name.
     """
-    if Path(name).is_file():
+    if Path(name).is_file() or name.startswith(HUB):
         return Path(name)
     package = Path(str(resources.files("flowgrpo")))
     roots = [package.parent, package / "data"]

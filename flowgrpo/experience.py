@@ -6,13 +6,22 @@ video that was scored. An algorithm says which candidates judge which actions.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
+from PIL import Image
 from torch import Tensor
 
 from flowgrpo.core.transitions import Transition
+
+
+@lru_cache(maxsize=64)
+def _open(path: Path) -> Image.Image:
+    with Image.open(path) as image:
+        return image.convert("RGB")
 
 
 @dataclass(frozen=True)
@@ -23,6 +32,9 @@ class Prompt:
         text: The caption.
         negative: What to guide away from; ``None`` leaves it to the pipeline.
         metadata: Anything a reward needs, such as GenEval's ``tag``, ``include`` and ``exclude``.
+        images: What an editing or image-to-video pipeline starts from: files, or pictures in memory.
+        height: Pixels; ``None`` leaves it to the configuration. Likewise ``width``.
+        num_frames: Frames of a video; ``None`` leaves it to the configuration.
 
     Example:
         ``Prompt("a photo of two circles", metadata={"tag": "counting", "include": [...]})``
@@ -31,6 +43,19 @@ class Prompt:
     text: str
     negative: str | None = None
     metadata: Mapping[str, Any] = field(default_factory=dict)
+    images: Sequence[Path | Image.Image] = ()
+    height: int | None = None
+    width: int | None = None
+    num_frames: int | None = None
+
+    @property
+    def size(self) -> tuple[int | None, int | None, int | None]:
+        """Height, width and number of frames; prompts of one size can share a tensor."""
+        return self.height, self.width, self.num_frames
+
+    def open_images(self) -> list[Image.Image]:
+        """The condition images in memory, as RGB."""
+        return [i.convert("RGB") if isinstance(i, Image.Image) else _open(i) for i in self.images]
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,9 @@
 """From experience and advantages to new weights: loss, gradients, optimizer, moving average."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from itertools import zip_longest
 from statistics import median
 from typing import Any
 
@@ -10,14 +12,16 @@ from accelerate import Accelerator
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from flowgrpo.config import Config
+from flowgrpo.config import Config, Train
 from flowgrpo.core.losses import ClippedLoss, NFTLoss, guard_weight, velocity_kl
 from flowgrpo.core.random import Random
 from flowgrpo.core.transitions import Gaussian
 from flowgrpo.experience import Actions, Experience
 from flowgrpo.policy import EMA, PipelinePolicy
+from flowgrpo.policy.calls import call_key
 from flowgrpo.policy.scheduler import Visit
 from flowgrpo.policy.weights import swapped
+from flowgrpo.statistics import Statistics
 
 GRADIENT_NORMS_KEPT = 50
 MIN_NORMS_FOR_SPIKE = 10
@@ -38,11 +42,8 @@ class Learner:
         self.named = policy.trainable.parameters
         self.parameters = list(self.named.values())
         t = config.train
-        adam = torch.optim.AdamW(
-            self.parameters, lr=t.lr, betas=(t.betas[0], t.betas[1]), weight_decay=t.weight_decay
-        )
-        self.adam = adam
-        self.optimizer = accelerator.prepare(adam)
+        self.adam = _adamw(self.parameters, t)
+        self.optimizer = accelerator.prepare(self.adam)
         self.ema = EMA(self.parameters, t.ema_decay) if t.ema_decay > 0 else None
         trails = isinstance(config.loss, NFTLoss)
         self.sampler = [p.detach().clone() for p in self.parameters] if trails else None
@@ -65,70 +66,78 @@ class Learner:
         all ranks. Actions without advantage are counted in the mean but not computed, unless a KL
         is wanted: they would not change the gradient.
         """
-        statistics = _Statistics(isinstance(self.config.loss, ClippedLoss))
+        statistics = Statistics(isinstance(self.config.loss, ClippedLoss))
         updates = self.config.train.updates
         order = torch.randperm(self.config.train.groups, generator=random.generator("updates"))
         for update in range(updates):
             chosen = torch.isin(experience.actions.group, order[update::updates])
             number = self.accelerator.reduce(chosen.sum().to(self.policy.device), "sum").item()
-            trained = chosen if self.config.loss.kl_coef > 0 else chosen & (advantages != 0)
-            for actions, advantage in self._batches(experience.actions, advantages, trained):
-                loss = self._loss(experience, actions, advantage, statistics, first=update == 0)
-                self.accelerator.backward(loss / number)
+            with_kl = self.config.loss.kl_coef > 0
+            trained = chosen if with_kl else chosen & (advantages != 0)
+            batches = list(self._batches(experience, advantages, trained))
+            anchors = self._anchors(experience, [a for a, _ in batches] if with_kl else [])
+            for (actions, advantage), anchor in zip_longest(batches, anchors):
+                loss = self._loss(
+                    experience, actions, advantage, anchor, statistics, first=update == 0
+                )
+                # A step whose denoiser is not trained (Wan 2.2 has two) has nothing to give.
+                if loss.requires_grad:
+                    self.accelerator.backward(loss / number)
             self._step(statistics)
         self._follow()
-        return statistics.summary(self.accelerator)
+        return statistics.summary(self.accelerator) | self._drift(experience)
 
     def _batches(
-        self, actions: Actions, advantages: Tensor, trained: Tensor
+        self, experience: Experience, advantages: Tensor, trained: Tensor
     ) -> Iterator[tuple[Actions, Tensor]]:
         """Actions of one step each, on at most ``train_batch`` states: what one forward serves."""
+        actions = experience.actions
+        keys: dict[Hashable, list[int]] = {}
+        for group in experience.groups:
+            keys.setdefault(call_key(group.prompt), []).append(group.index)
         for step in actions.step[trained].unique().tolist():
-            rows = (trained & (actions.step == step)).nonzero().squeeze(1)
-            for states in actions.state[rows].unique().split(self.config.train.train_batch):
-                part = rows[torch.isin(actions.state[rows], states)]
-                yield actions.select(part), advantages[part]
+            for groups in keys.values():
+                alike = torch.isin(actions.group, torch.tensor(groups))
+                rows = (trained & (actions.step == step) & alike).nonzero().squeeze(1)
+                for states in actions.state[rows].unique().split(self.config.train.train_batch):
+                    part = rows[torch.isin(actions.state[rows], states)]
+                    yield actions.select(part), advantages[part]
 
     def _loss(
         self,
         experience: Experience,
         actions: Actions,
         advantage: Float[Tensor, " actions"],
-        statistics: "_Statistics",
+        anchor: "_Anchor | None",
+        statistics: "Statistics",
         first: bool,
     ) -> Float[Tensor, ""]:
         """The summed loss of actions that share a step; one forward pass serves a shared state."""
-        settings, policy = self.config.loss, self.policy
-        prompts = {g.index: g.prompt for g in experience.groups}
-        group_of_state = torch.zeros(len(actions.states), dtype=torch.long)
-        group_of_state[actions.state] = actions.group
-        owners = [prompts[int(g)] for g in group_of_state]
-        step = int(actions.step[0])
-        visit = policy.replay(owners, actions.states, step, experience.transition)
-        advantage = advantage.to(policy.device)
+        settings = self.config.loss
+        visit = self._replay(experience, actions)
+        rows, advantage = actions.state.to(self.policy.device), advantage.to(self.policy.device)
         if isinstance(settings, ClippedLoss):
             guarded = settings.ratio == "guard"
             weight = guard_weight(experience.transition, visit.interval) if guarded else 1.0
             surrogate, change, outside = self._clipped(settings, actions, visit, advantage, weight)
-            statistics.ratios(step, change, outside, first)
+            statistics.ratios(visit.step, change, outside, first)
         else:
             with torch.no_grad(), self.acting():
-                old = policy.replay(owners, actions.states, step, experience.transition)
-            rows = actions.state.to(policy.device)
-            x0, old_x0 = visit.prediction.x0[rows], old.prediction.x0[rows]
-            surrogate = settings.loss(x0, old_x0, actions.x_next.to(policy.device), advantage)
+                old_x0 = self._replay(experience, actions).prediction.x0[rows]
+            sample = actions.x_next.to(self.policy.device)
+            surrogate = settings.loss(visit.prediction.x0[rows], old_x0, sample, advantage)
         loss = surrogate.sum()
         kl = torch.zeros_like(surrogate)
-        if settings.kl_coef > 0:
-            with torch.no_grad(), policy.reference():
-                anchor = policy.replay(owners, actions.states, step, experience.transition)
-            gap = visit.prediction.output - anchor.prediction.output
+        if anchor is not None:
+            mean, output = (t.to(self.policy.device) for t in (anchor.mean, anchor.output))
+            gap = visit.prediction.output - output
+            reference = Gaussian(mean, visit.gaussian.std)
             distance = (
-                settings.kl_to(visit.gaussian, anchor.gaussian, visit.interval, gap)
+                settings.kl_to(visit.gaussian, reference, visit.interval, gap)
                 if isinstance(settings, ClippedLoss)
                 else velocity_kl(gap)
             )
-            kl = distance[actions.state.to(gap.device)]
+            kl = distance[rows]
             loss = loss + settings.kl_coef * kl.sum()
         statistics.losses.append(surrogate.detach())
         statistics.kls.append(kl.detach())
@@ -166,7 +175,42 @@ class Learner:
             trained = [p.detach() for p in self.parameters]
             torch._foreach_lerp_(self.sampler, trained, 1 - kept)
 
-    def _step(self, statistics: "_Statistics") -> None:
+    def _replay(self, experience: Experience, actions: Actions) -> Visit:
+        """One forward pass on the states of actions that share a step."""
+        prompts = {g.index: g.prompt for g in experience.groups}
+        group_of_state = torch.zeros(len(actions.states), dtype=torch.long)
+        group_of_state[actions.state] = actions.group
+        owners = [prompts[int(g)] for g in group_of_state]
+        step = int(actions.step[0])
+        return self.policy.replay(owners, actions.states, step, experience.transition)
+
+    def _anchors(self, experience: Experience, batches: Sequence[Actions]) -> list["_Anchor"]:
+        """What the reference says about every batch, so that it is brought in once per update."""
+        if not batches:
+            return []
+        with torch.no_grad(), self.policy.reference():
+            visits = (self._replay(experience, actions) for actions in batches)
+            return [_Anchor(v.gaussian.mean.cpu(), v.prediction.output.cpu()) for v in visits]
+
+    def _drift(self, experience: Experience) -> dict[str, float]:
+        """How far the policy is from the reference, on a few of the iteration's states."""
+        t, actions = self.config.train, experience.actions
+        if t.monitor_states == 0:
+            return {}
+        key = {g.index: call_key(g.prompt) for g in experience.groups}
+        alike = [i for i, k in key.items() if k == key[int(actions.group[0])]]
+        same = (actions.step == actions.step[0]) & torch.isin(actions.group, torch.tensor(alike))
+        first = actions.state[same].unique()
+        chosen = torch.isin(actions.state, first[: min(t.monitor_states, t.train_batch)])
+        few = actions.select(chosen.nonzero().squeeze(1))
+        (anchor,) = self._anchors(experience, [few])
+        with torch.no_grad():
+            gap = self._replay(experience, few).prediction.output.cpu() - anchor.output
+        squares = gap.float().square().flatten(1).mean(1)
+        mean = self.accelerator.gather(squares.mean().reshape(1).to(self.policy.device)).mean()
+        return {"kl/velocity": float(mean)}
+
+    def _step(self, statistics: "Statistics") -> None:
         """Clip the gradient and step, unless the gradient is a spike or not finite."""
         self._average_gradients()
         t = self.config.train
@@ -218,7 +262,9 @@ class Learner:
         """Everything that a checkpoint must hold, as tensors and as JSON."""
         names: dict[Any, str] = dict(zip(self.parameters, self.named, strict=True))
         moments = {
-            f"{names[p]}/{k}": v for p, state in self.adam.state.items() for k, v in state.items()
+            f"{names[p]}/{k}": torch.as_tensor(v)
+            for p, state in self.adam.state.items()
+            for k, v in state.items()
         }
         parts: dict[str, dict[str, Tensor]] = {"weights": dict(self.named), "optimizer": moments}
         if self.ema is not None:
@@ -229,6 +275,7 @@ class Learner:
             "num_updates": self.num_updates,
             "gradient_norms": self.gradient_norms,
             "ema_updates": self.ema.updates if self.ema else 0,
+            "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler else None,
         }
         return parts, state
 
@@ -243,12 +290,17 @@ class Learner:
                 if k.rsplit("/", 1)[0] == name
             }
             if own:
-                # AdamW keeps its step count on the CPU and its moments beside the weights.
+                # AdamW keeps its step count on the CPU (the 8-bit one as a number) and its moments
+                # beside the weights.
+                is_plain = isinstance(self.adam, torch.optim.AdamW)
                 self.adam.state[parameter] = {
-                    k: v if k == "step" else v.to(parameter.device) for k, v in own.items()
+                    k: (v if is_plain else int(v)) if k == "step" else v.to(parameter.device)
+                    for k, v in own.items()
                 }
         self.num_updates = state["num_updates"]
         self.gradient_norms = state["gradient_norms"]
+        if self.accelerator.scaler is not None and state["scaler"]:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
         if self.ema is not None:
             self.ema.updates = state["ema_updates"]
             for average, name in zip(self.ema.average, self.named, strict=True):
@@ -258,6 +310,22 @@ class Learner:
                 weight.copy_(parts["sampler"][name])
 
 
+def _adamw(parameters: list[torch.nn.Parameter], train: Train) -> torch.optim.Optimizer:
+    """AdamW, with moments in fp32 or in 8 bits."""
+    betas = (train.betas[0], train.betas[1])
+    if train.optimizer == "adamw":
+        return torch.optim.AdamW(
+            parameters, lr=train.lr, betas=betas, weight_decay=train.weight_decay
+        )
+    if parameters[0].device.type == "cpu":
+        raise ValueError(
+            "train.optimizer = 'adamw8bit' runs on an accelerator only; use 'adamw' on the CPU"
+        )
+    from bitsandbytes.optim import AdamW8bit
+
+    return AdamW8bit(parameters, lr=train.lr, betas=betas, weight_decay=train.weight_decay)
+
+
 def _spread(gaussian: Gaussian, state: Int[Tensor, " actions"]) -> Gaussian:
     """The distribution of each action from that of the state it starts in."""
     return Gaussian(
@@ -265,76 +333,9 @@ def _spread(gaussian: Gaussian, state: Int[Tensor, " actions"]) -> Gaussian:
     )
 
 
-class _Statistics:
-    """Running sums of what happens in the updates of one iteration."""
+@dataclass(frozen=True)
+class _Anchor:
+    """What the reference model says about a batch of states, on the CPU."""
 
-    def __init__(self, has_ratios: bool) -> None:
-        self.has_ratios = has_ratios
-        self.by_step: dict[int, list[Tensor]] = {}
-        self.outside: dict[int, list[Tensor]] = {}
-        self.losses: list[Tensor] = []
-        self.kls: list[Tensor] = []
-        self.noise: list[Tensor] = []
-        self.norms: list[float] = []
-        self.lr, self.skipped = 0.0, 0
-
-    def ratios(self, step: int, change: Tensor, outside: Tensor, first: bool) -> None:
-        """Note the log-ratios of one forward pass, and which are out of bounds."""
-        self.by_step.setdefault(step, []).append(change.detach())
-        self.outside.setdefault(step, []).append(outside.float())
-        if first:
-            # Nothing has been updated yet, so any change is numerical noise.
-            self.noise.append(change.detach().abs())
-
-    def stepped(self, norm: float, lr: float, skipped: bool) -> None:
-        """Note an optimizer step."""
-        self.norms.append(norm)
-        self.lr = lr
-        self.skipped += skipped
-
-    def summary(self, accelerator: Accelerator) -> dict[str, float]:
-        """The metrics, over all ranks."""
-        metrics = {
-            "loss/policy": self._mean(self.losses, accelerator),
-            "loss/kl": self._mean(self.kls, accelerator),
-            "grad_norm": sum(self.norms) / len(self.norms),
-            "lr": self.lr,
-            "skipped_updates": float(self.skipped),
-        }
-        if not self.has_ratios:
-            return metrics
-        metrics["log_prob/noise"] = self._max(self.noise, accelerator)
-        changes = [c for parts in self.by_step.values() for c in parts]
-        ratios = [torch.expm1(c) for c in changes]
-        metrics["ratio/deviation"] = self._mean([r.abs() for r in ratios], accelerator)
-        metrics["ratio/clip_fraction"] = self._mean(
-            [o for parts in self.outside.values() for o in parts], accelerator
-        )
-        if accelerator.num_processes == 1:
-            for step, parts in sorted(self.by_step.items()):
-                ratio = torch.expm1(torch.cat(parts))
-                metrics[f"step/{step}/ratio_deviation"] = float(ratio.abs().mean())
-                metrics[f"step/{step}/clip_fraction"] = float(torch.cat(self.outside[step]).mean())
-        return metrics
-
-    @staticmethod
-    def _mean(parts: Sequence[Tensor], accelerator: Accelerator) -> float:
-        total = torch.stack(
-            [
-                torch.stack([p.sum() for p in parts]).sum()
-                if parts
-                else torch.zeros((), device=accelerator.device),
-                torch.tensor(float(sum(p.numel() for p in parts)), device=accelerator.device),
-            ]
-        )
-        total = accelerator.reduce(total, "sum")
-        return float(total[0] / total[1].clamp(min=1))
-
-    @staticmethod
-    def _max(parts: Sequence[Tensor], accelerator: Accelerator) -> float:
-        largest = (
-            torch.stack([p.max() for p in parts]).max()
-            if parts
-            else torch.zeros((), device=accelerator.device)
-        )
-        return float(accelerator.gather(largest.reshape(1)).max())
+    mean: Float[Tensor, "states *latent"]
+    output: Float[Tensor, "states *latent"]

@@ -14,6 +14,7 @@ from flowgrpo.imports import import_path
 from flowgrpo.judge import Judge
 from flowgrpo.learner import Learner
 from flowgrpo.policy import Full, PipelinePolicy
+from flowgrpo.policy.probe import check_sizes
 from flowgrpo.policy.weights import export
 from flowgrpo.prompts import PromptSet
 from flowgrpo.run.session import Session
@@ -54,7 +55,7 @@ class Observer:
         self.sheet = Sheet.of(prompts, e.grid_prompts, e.grid_samples, config.run.seed)
 
     @classmethod
-    def prepare(cls, config: Config) -> "Observer":
+    def prepare(cls, config: Config, prompts: PromptSet) -> "Observer":
         """Load what a run needs, the cheap and fallible first."""
         held_out_prompts = PromptSet.load(find(config.prompts.held_out), config.prompts.balance)
         session = Session(config)
@@ -67,8 +68,11 @@ class Observer:
             dtype=config.model.dtype,
             device=session.accelerator.device,
             seed=config.run.seed,
-            with_reference=config.loss.kl_coef > 0,
+            with_reference=config.loss.kl_coef > 0 or config.train.monitor_states > 0,
+            memory=config.memory,
         )
+        check_sizes(policy, prompts.prompts, config.sampling)
+        check_sizes(policy, held_out_prompts.prompts, config.evaluation_sampling())
         return cls(config, session, judge, policy, held_out_prompts)
 
     def start(self, learner: Learner) -> None:

@@ -1,9 +1,8 @@
-"""Prompt sets: reading them from files, and the reproducible order in which they are trained on."""
+"""Prompt sets, and the reproducible order in which they are trained on."""
 
-import csv
-import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +10,9 @@ import torch
 
 from flowgrpo.core.random import Random
 from flowgrpo.experience import Group, Prompt
+from flowgrpo.prompt_files import PromptError, read_prompts
 
-TEXT_KEYS = ("prompt", "negative_prompt")
-
-
-class PromptError(ValueError):
-    """A prompt file that cannot be used; the message names the file, the line and why."""
+__all__ = ["PromptError", "PromptSet"]
 
 
 @dataclass(frozen=True)
@@ -26,61 +22,70 @@ class PromptSet:
     Attributes:
         prompts: At least one.
         balance: Metadata key whose values are drawn equally often; empty for none.
+        fixed_size: Whether the configuration gives a size to all that have none of their own. If
+            not, what is made of a condition image may have the image's size.
     """
 
     prompts: Sequence[Prompt]
     balance: str = ""
+    fixed_size: bool = True
 
     @classmethod
-    def load(cls, path: Path, balance: str = "") -> "PromptSet":
-        """Read ``.txt`` (one prompt per line), ``.jsonl`` (an object per line) or ``.csv``.
-
-        ``prompt`` and ``negative_prompt`` are taken as such, a ``metadata`` object and all other
-        keys become metadata.
+    def load(cls, path: Path, balance: str = "", fixed_size: bool = True) -> "PromptSet":
+        """Read a prompt file or dataset; :mod:`flowgrpo.prompt_files` says which there are.
 
         Raises:
-            PromptError: On a broken line, an empty file, an unknown ending or a missing balance key.
+            PromptError: If it cannot be used, or a prompt lacks the balance key.
         """
-        readers = {".txt": _read_txt, ".jsonl": _read_jsonl, ".csv": _read_csv}
-        if path.suffix not in readers:
-            raise PromptError(
-                f"{path}: unknown ending {path.suffix!r}; known: {', '.join(readers)}"
-            )
-        if not path.is_file():
-            raise FileNotFoundError(f"no prompt file {path}")
-        prompts = list(readers[path.suffix](path))
-        if not prompts:
-            raise PromptError(f"{path}: no prompts in it")
+        prompts = read_prompts(path)
         if balance:
             for number, prompt in enumerate(prompts, start=1):
                 if balance not in prompt.metadata:
                     raise PromptError(
                         f"{path}: prompts.balance = {balance!r}, but prompt {number} ({prompt.text!r}) has no such metadata"
                     )
-        return cls(prompts, balance)
+        return cls(prompts, balance, fixed_size)
 
     def classes(self) -> list[list[Prompt]]:
         """The prompts by the value of the balance key; one class without it."""
+        return self._classes(self.prompts)
+
+    def _classes(self, prompts: Sequence[Prompt]) -> list[list[Prompt]]:
         if not self.balance:
-            return [list(self.prompts)]
+            return [list(prompts)]
         values: dict[Any, list[Prompt]] = {}
-        for prompt in self.prompts:
+        for prompt in prompts:
             values.setdefault(str(prompt.metadata[self.balance]), []).append(prompt)
         return list(values.values())
 
-    def groups(self, iteration: int, number: int, random: Random) -> list[Group]:
-        """The prompts of an iteration, indexed from 0.
+    @cached_property
+    def buckets(self) -> list[list[Prompt]]:
+        """The prompts by the size of what is made of them."""
+        sizes: dict[Hashable, list[Prompt]] = {}
+        for prompt in self.prompts:
+            follows_image = prompt.height is None and not self.fixed_size
+            images = tuple(i.size for i in prompt.open_images()) if follows_image else ()
+            sizes.setdefault((prompt.size, images), []).append(prompt)
+        return list(sizes.values())
 
-        Each class is taken in a shuffled order, over and over, and the classes by turns. The result
-        depends only on the arguments, so that a resumed run goes on with the right prompts.
+    def groups(self, iteration: int, number: int, random: Random) -> list[Group]:
+        """The prompts of an iteration, indexed from 0; all of one size.
+
+        Sizes take turns in proportion to their prompts. Each class is taken in a shuffled order,
+        over and over, and the classes by turns. The result depends only on the arguments, so that a
+        resumed run goes on with the right prompts.
         """
-        classes = self.classes()
+        buckets = self.buckets
+        bucket, before = _turn([len(b) for b in buckets], iteration)
+        classes = self._classes(buckets[bucket])
+        keys = (bucket,) if len(buckets) > 1 else ()
         result = []
         for index in range(number):
-            turn, which = divmod(iteration * number + index, len(classes))
+            turn, which = divmod(before * number + index, len(classes))
             prompts = classes[which]
             epoch, place = divmod(turn, len(prompts))
-            order = torch.randperm(len(prompts), generator=random.generator("order", which, epoch))
+            generator = random.generator("order", *keys, which, epoch)
+            order = torch.randperm(len(prompts), generator=generator)
             result.append(Group(index, prompts[int(order[place])]))
         return result
 
@@ -98,40 +103,13 @@ class PromptSet:
         return pairs
 
 
-def _read_txt(path: Path) -> Iterator[Prompt]:
-    for line in path.read_text(encoding="utf-8-sig").split("\n"):
-        if line.strip():
-            yield Prompt(line.strip())
-
-
-def _read_jsonl(path: Path) -> Iterator[Prompt]:
-    for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise PromptError(f"{path}, line {number}: not valid JSON: {error}") from error
-        yield _from_record(record, f"{path}, line {number}")
-
-
-def _read_csv(path: Path) -> Iterator[Prompt]:
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        rows: Iterable[dict[str, Any]] = csv.DictReader(file)
-        for number, row in enumerate(rows, start=2):
-            yield _from_record(row, f"{path}, line {number}")
-
-
-def _from_record(record: Any, where: str) -> Prompt:
-    if not isinstance(record, dict):
-        raise PromptError(f"{where}: expected an object with a key 'prompt', got {record!r}")
-    text, negative = record.get("prompt"), record.get("negative_prompt")
-    if not isinstance(text, str) or not text.strip():
-        raise PromptError(
-            f"{where}: needs a key 'prompt' with some text; keys there: {', '.join(map(str, record))}"
-        )
-    metadata = record.get("metadata", {})
-    if not isinstance(metadata, dict):
-        raise PromptError(f"{where}: 'metadata' must be an object, got {metadata!r}")
-    rest = {k: v for k, v in record.items() if k not in (*TEXT_KEYS, "metadata")}
-    return Prompt(text, negative or None, {**rest, **metadata})
+def _turn(weights: Sequence[int], iteration: int) -> tuple[int, int]:
+    """Whose turn an iteration is, in proportion to the weights, and how many turns it had before."""
+    if len(weights) == 1:
+        return 0, iteration
+    total, used = sum(weights), [0] * len(weights)
+    for i in range(iteration + 1):
+        # The one that is furthest behind its share.
+        chosen = max(range(len(weights)), key=lambda w: weights[w] * (i + 1) / total - used[w])
+        used[chosen] += 1
+    return chosen, used[chosen] - 1

@@ -1,7 +1,7 @@
 """Strict reading of nested tables into frozen dataclasses, and writing them back.
 
 Every error names the key, the value and what is allowed. A union of dataclasses is chosen by the
-table's ``kind``.
+table's ``kind``, which may also be the import path of a dataclass from outside: ``package.module:Name``.
 """
 
 import ast
@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from functools import cache
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
+from flowgrpo.imports import import_path
 from flowgrpo.names import suggest
 
 T = TypeVar("T")
@@ -82,24 +83,45 @@ _NAMES = {int: "a whole number", float: "a number", str: "a string", bool: "true
 
 
 def _tagged(members: list[Any], value: Any, path: str) -> Any:
-    """The member of a union of dataclasses that the table's ``kind`` names.
+    """The member of a union of dataclasses that the table's ``kind`` names, or a class from outside.
 
     Without a kind it is the member with ``is_default``, where the union has one.
     """
-    by_kind = {get_args(get_type_hints(m)["kind"])[0]: m for m in members}
+    by_kind = {_kind(m): m for m in members if dataclasses.is_dataclass(m)}
     allowed = ", ".join(repr(k) for k in by_kind)
     if not isinstance(value, Mapping):
         raise ConfigError(f"{path} must be a table with a kind ({allowed}), got {value!r}")
-    defaults = [m for m in members if getattr(m, "is_default", False)]
+    defaults = [m for m in by_kind.values() if getattr(m, "is_default", False)]
     if "kind" not in value and defaults:
         return read(defaults[0], value, path)
     if "kind" not in value:
-        raise ConfigError(f"{path} needs a kind: one of {allowed}")
-    if value["kind"] not in by_kind:
+        raise ConfigError(f"{path} needs a kind: one of {allowed}, or an import path")
+    kind = value["kind"]
+    if isinstance(kind, str) and ":" in kind:
+        return _from_outside(kind, value, path)
+    if not isinstance(kind, str) or kind not in by_kind:
         raise ConfigError(
-            f"{path}.kind must be one of {allowed}, got {value['kind']!r}{suggest(str(value['kind']), by_kind)}"
+            f"{path}.kind must be one of {allowed}, or an import path 'package.module:name', "
+            f"got {kind!r}{suggest(str(kind), by_kind)}"
         )
-    return read(by_kind[value["kind"]], value, path)
+    return read(by_kind[kind], value, path)
+
+
+def _kind(cls: Any) -> str:
+    return str(get_args(get_type_hints(cls)["kind"])[0])
+
+
+def _from_outside(kind: str, value: Mapping[str, Any], path: str) -> Any:
+    """A dataclass by its import path; its own ``kind``, if it has one, keeps its default."""
+    try:
+        cls = import_path(kind)
+    except ValueError as error:
+        raise ConfigError(f"{path}.kind: {error}") from error
+    if not (isinstance(cls, type) and dataclasses.is_dataclass(cls)):
+        raise ConfigError(
+            f"{path}.kind: {kind!r} is no dataclass, so that no table can describe it"
+        )
+    return read(cls, {k: v for k, v in value.items() if k != "kind"}, path)
 
 
 def _join(path: str, key: str) -> str:
@@ -108,14 +130,27 @@ def _join(path: str, key: str) -> str:
 
 def to_table(value: Any) -> Any:
     """Back to what TOML can hold: unset optional keys are left out."""
-    if dataclasses.is_dataclass(value):
-        pairs = ((f.name, to_table(getattr(value, f.name))) for f in dataclasses.fields(value))
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        hints = get_type_hints(type(value))
+        pairs = (
+            (f.name, _to_table(hints[f.name], getattr(value, f.name)))
+            for f in dataclasses.fields(value)
+        )
         return {k: v for k, v in pairs if v is not None}
     if isinstance(value, list | tuple):
         return [to_table(v) for v in value]
     if isinstance(value, Mapping):
         return {k: to_table(v) for k, v in value.items() if v is not None}
     return value
+
+
+def _to_table(hint: Any, value: Any) -> Any:
+    """The table of a field's value; a class from outside of the field's union is named by its path."""
+    members = [m for m in get_args(hint) if dataclasses.is_dataclass(m)]
+    if members and dataclasses.is_dataclass(value) and type(value) not in members:
+        cls = type(value)
+        return {**to_table(value), "kind": f"{cls.__module__}:{cls.__qualname__}"}
+    return to_table(value)
 
 
 @cache

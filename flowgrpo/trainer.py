@@ -24,8 +24,9 @@ def train(config: Config) -> Result:
         CheckpointError: If the checkpoint to go on from is damaged.
     """
     config.check(int(os.environ.get("WORLD_SIZE", "1")))
-    prompts = PromptSet.load(find(config.prompts.train), config.prompts.balance)
-    observer = Observer.prepare(config)
+    fixed_size = config.sampling.height is not None
+    prompts = PromptSet.load(find(config.prompts.train), config.prompts.balance, fixed_size)
+    observer = Observer.prepare(config, prompts)
     session, judge, policy = observer.session, observer.judge, observer.policy
     learner = Learner(policy, config, session.accelerator)
     observer.start(learner)

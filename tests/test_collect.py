@@ -424,10 +424,22 @@ def test_kl_pulls_back(kl: str, learn: Callable[..., tuple[Learner, Experience]]
     assert distances[-1] < 0.5 * distances[0]
 
 
+@pytest.mark.parametrize("weights", [LoRA(rank=4, alpha=8), Full()])
+def test_the_distance_to_the_reference_is_watched(
+    weights: Weights, learn: Callable[..., tuple[Learner, Experience]]
+) -> None:
+    learner, experience = learn("sd3", FAST, weights, weight_decay=0.0)
+    nothing = torch.zeros(len(experience.actions))
+    assert learner.update(experience, nothing, RANDOM)["kl/velocity"] == 0
+    metrics = learner.update(experience, FAST.advantages(experience), RANDOM)
+    assert metrics["kl/velocity"] > 0
+    assert metrics["loss/kl"] == 0, "it is watched without being in the loss"
+
+
 def test_nothing_to_learn_changes_nothing(
     learn: Callable[..., tuple[Learner, Experience]],
 ) -> None:
-    learner, experience = learn("sd3", FLOW, weight_decay=0.0)
+    learner, experience = learn("sd3", FLOW, weight_decay=0.0, monitor_states=0)
     before, evaluations = weights_of(learner), learner.policy.num_evaluations
     metrics = learner.update(experience, torch.zeros(len(experience.actions)), RANDOM)
     assert all(torch.equal(a, b) for a, b in zip(weights_of(learner), before, strict=True))

@@ -95,6 +95,9 @@ def test_a_round_trip_keeps_what_is_not_default(minimal, tmp_path):
         ("loss.kl=velocty", r"loss.kl must be one of 'exact'.*did you mean 'velocity'\?"),
         ("algorithm.kind=flow_grop", r"algorithm.kind must be one of .*did you mean 'flow_grpo'\?"),
         ("algorithm.transition={noise_level = 1.0}", "algorithm.transition needs a kind: one of"),
+        ("algorithm.kind=5", "algorithm.kind must be one of .* got 5"),
+        ("algorithm.kind='nowhere:X'", "algorithm.kind: 'nowhere:X': there is no module"),
+        ("algorithm.kind='math:pi'", "algorithm.kind: 'math:pi' is no dataclass"),
         ("algorithm.transition=cps", r"transition must be a table with a kind \('flow_sde'"),
         ("sampling.guidance_scale=high", "sampling.guidance_scale must be a number, got 'high'"),
     ],
@@ -151,7 +154,15 @@ def test_files_are_found_by_name_from_any_folder_and_nearly_by_name(tmp_path, mo
             "at most group_size = 4, got 8",
         ),
         (["algorithm.kind=dance_grpo", "algorithm.timestep_fraction=0.0"], r"in \(0, 1\], got 0.0"),
-        (["loss.kl=velocity"], "loss.kl is set but loss.kl_coef is 0"),
+        (["loss.kl=velocity"], "loss.kl = 'velocity' is set but loss.kl_coef is 0"),
+        (["loss.kl=flow_grpo"], "loss.kl = 'flow_grpo' is set but loss.kl_coef is 0"),
+        (["evaluation.images_during=-1"], "evaluation.images_during must be at least 0, got -1"),
+        (["model.weights={kind='lora', rank=0}"], "model.weights.rank must be at least 1, got 0"),
+        (
+            ["algorithm.transition={kind='cps', noise_level=1.5}"],
+            r"noise_level must be in \(0, 1\] for 'cps', got 1.5",
+        ),
+        (["algorithm.transition={kind='ddim', eta=2.0}"], r"eta must be in \(0, 1\] .* got 2.0"),
     ],
 )
 def test_contradictions_are_found_before_a_model_is_loaded(minimal, settings, message):
@@ -222,6 +233,45 @@ def test_override_leaves_its_argument_alone():
 def test_settings_that_lead_nowhere_are_refused(minimal, setting):
     with pytest.raises(ConfigError, match="--set"):
         load(minimal, [setting])
+
+
+# Classes from outside.
+OUTSIDE = """
+from dataclasses import dataclass, field
+from flowgrpo.core.transitions import CPS, Gaussian, Transition
+
+@dataclass(frozen=True, kw_only=True)
+class Half:
+    noise_level: float = 0.5
+    def __call__(self, x, prediction, step):
+        return Gaussian(x, self.noise_level)
+
+@dataclass(frozen=True, kw_only=True)
+class Mine:
+    kind: str = "mine"
+    group_size: int = 4
+    transition: Transition = field(default_factory=CPS)
+    def collect(self, policy, groups, judge, random): ...
+    def advantages(self, experience): ...
+    def check(self, num_steps): ...
+"""
+
+
+def test_algorithms_and_transitions_from_outside_are_named_by_their_path(
+    minimal, tmp_path, monkeypatch
+):
+    (tmp_path / "outside_flowgrpo.py").write_text(OUTSIDE)
+    monkeypatch.syspath_prepend(tmp_path)
+    transition = "{kind = 'outside_flowgrpo:Half', noise_level = 0.25}"
+    algorithm = f"{{kind = 'outside_flowgrpo:Mine', group_size = 6, transition = {transition}}}"
+    config = load(minimal, [f"algorithm={algorithm}"])
+    assert type(config.algorithm).__name__ == "Mine"
+    assert config.algorithm.group_size == 6
+    assert config.algorithm.transition.noise_level == 0.25
+    save(config, tmp_path / "config.toml")
+    assert load(str(tmp_path / "config.toml")) == config
+    with pytest.raises(ConfigError, match=r"unknown key 'algorithm.grup_size'; did you mean"):
+        load(minimal, ["algorithm={kind = 'outside_flowgrpo:Mine', grup_size = 6}"])
 
 
 # Explanations.

@@ -5,7 +5,9 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
+from flowgrpo.config import find
 from flowgrpo.core.random import Random
 from flowgrpo.experience import Prompt
 from flowgrpo.prompts import PromptError, PromptSet
@@ -60,6 +62,25 @@ def test_csv_also_as_excel_writes_it(tmp_path, start):
         ("p.jsonl", '{"prompt": " "}\n', "line 1: needs a key 'prompt' with some text"),
         ("p.jsonl", '{"prompt": "x", "metadata": 3}\n', "'metadata' must be an object, got 3"),
         ("p.csv", "prompt,tag\nx,a\n,b\n", "p.csv, line 3: needs a key 'prompt'"),
+        (
+            "p.jsonl",
+            '{"prompt": "x", "negative_prompt": 3}\n',
+            "'negative_prompt' must be text, got 3",
+        ),
+        (
+            "p.jsonl",
+            '{"prompt": "x", "height": "tall"}\n',
+            "'height' must be a whole number above 0",
+        ),
+        ("p.csv", "prompt,width\nx,wide\n", "line 2: 'width' must be a whole number, got 'wide'"),
+        ("p.jsonl", '{"prompt": "x", "image": 7}\n', "an image must be the name of a file, got 7"),
+        ("p.jsonl", '{"prompt": "x", "image": "none.png"}\n', "image .*none.png cannot be read"),
+        ("p.jsonl", '{"prompt": "x", "image": "p.jsonl"}\n', "image .*p.jsonl cannot be read"),
+        (
+            "p.jsonl",
+            '{"prompt": "x", "image": "a.png", "images": []}\n',
+            "give 'image' or 'images', not both",
+        ),
         ("p.csv", "text\nx\n", "p.csv, line 2: needs a key 'prompt' .* keys there: text"),
     ],
 )
@@ -74,6 +95,88 @@ def test_a_missing_file_and_a_missing_balance_key(tmp_path):
     path = write(tmp_path, "p.jsonl", '{"prompt": "x", "tag": "a"}\n{"prompt": "y"}\n')
     with pytest.raises(PromptError, match=r"balance = 'tag', but prompt 2 \('y'\) has no such"):
         PromptSet.load(path, balance="tag")
+
+
+RECORDS = [
+    {"prompt": "make it red", "image": "a.png", "height": 32, "width": 16, "tag": "edit"},
+    {"prompt": "join them", "images": ["a.png", "b.png"], "num_frames": 9, "tag": "video"},
+]
+
+
+def check_conditions(prompts: list[Prompt]) -> None:
+    """What was read is what RECORDS say."""
+    edit, video = prompts
+    assert (edit.text, edit.size, edit.metadata) == ("make it red", (32, 16, None), {"tag": "edit"})
+    assert (video.size, video.metadata) == ((None, None, 9), {"tag": "video"})
+    assert [i.getpixel((0, 0)) for i in edit.open_images()] == [(255, 0, 0)]
+    assert [i.getpixel((0, 0)) for i in video.open_images()] == [(255, 0, 0), (0, 0, 255)]
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    Image.new("RGB", (8, 8), "red").save(tmp_path / "a.png")
+    Image.new("RGB", (8, 8), "blue").save(tmp_path / "b.png")
+
+
+def test_conditions_in_jsonl(tmp_path, pictures):
+    path = write(tmp_path, "p.jsonl", "\n".join(map(json.dumps, RECORDS)))
+    check_conditions(list(PromptSet.load(path).prompts))
+
+
+def test_conditions_in_csv(tmp_path, pictures):
+    text = "prompt,image,height,width,num_frames\nmake it red,a.png,32,16,\nno image,,,,9\n"
+    edit, plain = PromptSet.load(write(tmp_path, "p.csv", text)).prompts
+    assert (edit.size, len(edit.images)) == ((32, 16, None), 1)
+    assert (plain.size, len(plain.images), plain.metadata) == ((None, None, 9), 0, {})
+
+
+def test_conditions_in_parquet_by_file_name_and_by_content(tmp_path, pictures):
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    rows = [{k: r.get(k) for r_ in RECORDS for k in r_} for r in RECORDS]
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "p.parquet")
+    check_conditions(list(PromptSet.load(tmp_path / "p.parquet").prompts))
+    content = {"bytes": (tmp_path / "b.png").read_bytes(), "path": None}
+    rows = [{"prompt": "x", "image": content}]
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "q.parquet")
+    (prompt,) = PromptSet.load(tmp_path / "q.parquet").prompts
+    assert prompt.open_images()[0].getpixel((0, 0)) == (0, 0, 255)
+
+
+def test_conditions_in_a_hugging_face_dataset(tmp_path, pictures):
+    datasets = pytest.importorskip("datasets")
+    rows = {"prompt": ["make it red"], "image": [Image.open(tmp_path / "a.png")], "tag": ["edit"]}
+    whole = datasets.DatasetDict({"test": datasets.Dataset.from_dict(rows)})
+    whole.save_to_disk(tmp_path / "set")
+    (prompt,) = PromptSet.load(find(f"hf:{tmp_path / 'set'}:test")).prompts
+    assert (prompt.text, prompt.metadata) == ("make it red", {"tag": "edit"})
+    assert prompt.open_images()[0].getpixel((0, 0)) == (255, 0, 0)
+    with pytest.raises(PromptError, match="no split 'train'; there: test"):
+        PromptSet.load(find(f"hf:{tmp_path / 'set'}"))
+    with pytest.raises(PromptError, match="the dataset cannot be loaded"):
+        PromptSet.load(find(f"hf:{tmp_path / 'nowhere'}"))
+
+
+def test_an_iteration_has_one_size_and_sizes_take_turns_by_their_share():
+    wide = [Prompt(f"wide {i}", width=64) for i in range(6)]
+    tall = [Prompt(f"tall {i}", height=64) for i in range(2)]
+    prompts = PromptSet([*tall, *wide])
+    drawn = [prompts.groups(i, 2, Random(0)) for i in range(16)]
+    assert all(len({g.prompt.size for g in groups}) == 1 for groups in drawn)
+    counts = Counter(groups[0].prompt.text.split()[0] for groups in drawn)
+    assert counts == {"wide": 12, "tall": 4}
+    assert Counter(g.prompt.text for groups in drawn for g in groups) == {
+        **{f"wide {i}": 4 for i in range(6)},
+        **{f"tall {i}": 4 for i in range(2)},
+    }
+
+
+def test_without_a_size_of_their_own_edits_go_by_the_size_of_their_image():
+    small, large = Image.new("RGB", (8, 8)), Image.new("RGB", (16, 8))
+    prompts = [Prompt("a", images=[small]), Prompt("b", images=[large])]
+    assert len(PromptSet(prompts, fixed_size=False).buckets) == 2
+    assert len(PromptSet(prompts, fixed_size=True).buckets) == 1
 
 
 def prompt_set(sizes: dict[str, int], balance: str = "tag") -> PromptSet:

@@ -1,5 +1,6 @@
 """The prompt cache gives what the pipeline's own encoding gives, once per prompt."""
 
+import gc
 import inspect
 from collections.abc import Callable
 from pathlib import Path
@@ -8,10 +9,12 @@ from typing import Any
 import pytest
 import torch
 from diffusers import DiffusionPipeline
+from PIL import Image
 from torch import Tensor
 
 from flowgrpo.core.random import Random
 from flowgrpo.policy.prompts_cache import PromptCache
+from flowgrpo.policy.store import TensorStore, num_bytes
 from tests.conftest import sampling_of
 from tests.tiny import FAMILIES
 
@@ -140,9 +143,20 @@ def test_what_repr_cannot_tell_apart_is_not_cached(encode: Counting) -> None:
             return "a picture"
 
     cache = PromptCache(encode)
-    for image in (Picture(), Picture(), torch.zeros(2), [torch.ones(2)]):
+    for image in (Picture(), Picture(), [Picture()]):
         cache(PROMPTS, image=image)
-    assert encode.take() == [PROMPTS] * 4
+    assert encode.take() == [PROMPTS] * 3
+
+
+def test_encodings_with_images_are_cached_by_their_content(encode: Counting) -> None:
+    cache = PromptCache(encode)
+    red, blue = Image.new("RGB", (2, 2), "red"), Image.new("RGB", (2, 2), "blue")
+    for image in (red, blue, torch.zeros(2), torch.ones(2), [red, blue]):
+        cache(PROMPTS, image=image)
+        cache(PROMPTS, image=image)
+    assert encode.take() == [PROMPTS] * 5
+    cache(PROMPTS, image=red.copy())
+    assert encode.take() == []
 
 
 def test_encodings_that_mix_a_batch_are_cached_whole(encode: Counting) -> None:
@@ -176,7 +190,8 @@ def test_encodings_without_a_batch_axis_are_shared(encode: Counting) -> None:
 
 
 def test_the_least_recently_used_are_forgotten(encode: Counting) -> None:
-    cache = PromptCache(encode, capacity=2)
+    size = num_bytes(encode(["a"]))
+    cache = PromptCache(encode, TensorStore(2 * size, 0))
     cache(["a"])
     cache(["b"])
     cache(["a"])
@@ -188,18 +203,24 @@ def test_the_least_recently_used_are_forgotten(encode: Counting) -> None:
     assert encode.take() == [["b"]]
     # More at once than it holds.
     assert_same(cache(["a", "b", "c", "d"]), encode(["a", "b", "c", "d"]))
-    assert sum(len(rows) for _, rows in cache._kept) <= 2
+    assert len(cache.store) == 2
 
 
-def test_whole_batches_count_by_their_prompts(encode: Counting) -> None:
-    def mixing(prompt: list[str]) -> Tensor:
-        embeddings, _ = encode.encode(prompt)
-        return embeddings - embeddings.mean(0)
-
-    cache = PromptCache(mixing, capacity=5)
-    for texts in (PROMPTS, PROMPTS[:2], PROMPTS[1:]):
-        cache(texts)
-    assert [rows for _, rows in cache._kept] == [
-        tuple((t,) for t in PROMPTS[:2]),
-        tuple((t,) for t in PROMPTS[1:]),
-    ]
+def test_what_memory_cannot_hold_comes_back_from_disk(encode: Counting) -> None:
+    size = num_bytes(encode(["a"]))
+    cache = PromptCache(encode, TensorStore(2 * size, 3 * size))
+    texts = [f"text {i}" for i in range(5)]
+    expected = [encode([t]) for t in texts]
+    for text in texts:
+        cache([text])
+    encode.take()
+    for text, value in zip(texts, expected, strict=True):
+        assert_same(cache([text]), value)
+    assert encode.take() == []
+    cache(["one more"])
+    assert len(cache.store) == 5
+    folder = Path(cache.store._folder.name)
+    assert len(list(folder.iterdir())) == 3
+    del cache
+    gc.collect()
+    assert not folder.exists()

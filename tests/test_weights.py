@@ -87,6 +87,50 @@ def test_full_trains_the_denoiser_alone(make_policy: MakePolicy) -> None:
     assert all(key.startswith("transformer.") for key in changed)
 
 
+def test_only_the_parameters_and_models_that_are_named(make_policy: MakePolicy) -> None:
+    some = Full(parameters=(r".*attn\.to_[qk]\.weight", r"proj_out\..*"))
+    policy = make_policy("sd3", weights=some, dtype="bfloat16")
+    before, named = snapshot(policy), trainable(policy).parameters
+    assert {k.split(".", 1)[1] for k in named} == {
+        *(f"transformer_blocks.{b}.attn.to_{x}.weight" for b in (0, 1) for x in "qk"),
+        "proj_out.weight",
+        "proj_out.bias",
+    }
+    assert {p.dtype for p in named.values()} == {torch.float32}
+    train_once(policy, "sd3")
+    changed = {k for k, v in snapshot(policy).items() if not torch.equal(v, before[k])}
+    assert changed == set(named)
+    second = make_policy("wan22", weights=LoRA(rank=4, models=("transformer_2",)))
+    assert {k.split(".")[0] for k in trainable(second).parameters} == {"transformer_2"}
+
+
+def test_layers_by_regular_expression(make_policy: MakePolicy) -> None:
+    lora = LoRA(rank=4, targets=(r"re:transformer_blocks\.1\.attn\.to_[qk]", "proj_out"))
+    policy = make_policy("sd3", weights=lora)
+    layers = {k.split(".lora_")[0].split(".", 1)[1] for k in trainable(policy).parameters}
+    assert layers == {
+        "transformer_blocks.1.attn.to_q", "transformer_blocks.1.attn.to_k", "proj_out",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        (
+            LoRA(targets=("re:nothing.*",)),
+            r"LoRA targets \['re:nothing\.\*'\] name no linear layer",
+        ),
+        (LoRA(models=("unet",)), "model.weights.models: no denoiser 'unet'; there: transformer"),
+        (Full(parameters=("nothing",)), "'nothing' matches no parameter of SD3Transformer2DModel"),
+    ],
+)
+def test_names_of_nothing_are_refused(
+    weights: Weights, message: str, make_policy: MakePolicy
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        make_policy("sd3", weights=weights)
+
+
 @pytest.mark.parametrize("weights", [LoRA(rank=4, alpha=8), Full()])
 @pytest.mark.parametrize("name", ["sd15", "sd3"])
 def test_reference_is_the_untouched_model(

@@ -184,7 +184,7 @@ def test_nft_actions_are_noised_samples(name, policies, judge):
     policy = policies(name)
     experience = NFT.collect(policy, GROUPS, judge(), RANDOM)
     a = experience.actions
-    assert experience.cost == NFT.cost(T)
+    assert experience.cost == NFT.cost(T, [])
     # int(5 * .99) of 5 times each, not the same for all.
     times = {
         (g, s): a.step[(a.group == g) & (a.sample == s)].tolist()

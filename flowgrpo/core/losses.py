@@ -171,9 +171,9 @@ class ClippedLoss:
             _at_least("clip_high", self.clip_high, 1e-12)
             if self.clip == "kl":
                 raise ValueError("loss.clip_high has no meaning with loss.clip = 'kl'; remove it")
-        if self.kl == "velocity" and self.kl_coef == 0:
+        if self.kl != "exact" and self.kl_coef == 0:
             raise ValueError(
-                "loss.kl is set but loss.kl_coef is 0; set a coefficient or remove loss.kl"
+                f"loss.kl = {self.kl!r} is set but loss.kl_coef is 0; set a coefficient or remove loss.kl"
             )
 
     def log_ratio(

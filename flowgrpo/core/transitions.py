@@ -12,7 +12,7 @@ of 1e-4 on 65,536 elements is 6.6 nats of the true ratio.
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol, runtime_checkable
 
 from jaxtyping import Float
 from torch import Tensor
@@ -245,16 +245,33 @@ class DDIM:
         return Gaussian(step.signal_next * prediction.x0 + kept * prediction.x1, std)
 
 
-Transition = FlowSDE | DanceSDE | CPS | DDIM | ODE
+@runtime_checkable
+class CustomTransition(Protocol):
+    """A transition of your own: a frozen dataclass, named in a configuration by its import path."""
+
+    def __call__(
+        self, x: Float[Tensor, "batch *latent"], prediction: Prediction, step: Step
+    ) -> Gaussian: ...
+
+
+Transition = FlowSDE | DanceSDE | CPS | DDIM | ODE | CustomTransition
 
 
 def require_noise(transition: Transition) -> None:
-    """Raise ValueError if a transition is deterministic: its steps have no density to optimise."""
+    """Raise ValueError if a transition is deterministic: its steps have no density to optimise.
+
+    Likewise if it is asked for more noise than its formula has.
+    """
     # A transition of a stranger may be strong in its own way; only what is known to be zero is refused.
     strength = getattr(transition, "noise_level", getattr(transition, "eta", 1.0))
     if isinstance(transition, ODE) or strength <= 0:
         raise ValueError(
             f"transition {transition} injects no noise, so that there is nothing to learn from"
+        )
+    if isinstance(transition, CPS | DDIM) and strength > 1:
+        name = "noise_level" if isinstance(transition, CPS) else "eta"
+        raise ValueError(
+            f"transition.{name} must be in (0, 1] for {transition.kind!r}, got {strength}"
         )
 
 

@@ -63,9 +63,9 @@ METRICS = {
         "KL to the reference",
         "Grows slowly and levels off; a steep climb is drift.",
     ),
-    "drift": (
-        "Drift",
-        "Distance of the outputs from the base model's. Grows slowly and levels off.",
+    "kl/velocity": (
+        "Distance to the reference",
+        "Squared difference of the outputs. Grows slowly and levels off.",
     ),
     "diversity": (
         "Diversity",

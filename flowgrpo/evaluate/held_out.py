@@ -71,10 +71,11 @@ def evaluate(
     """
     began = time.perf_counter()
     judge.reset()
-    keys = sorted({i.prompt.text for i in items})
-    mine = [i for i in items if keys.index(i.prompt.text) % num_ranks == rank]
+    # Prompts are told apart as objects: one text may go with several condition images.
+    keys = {id(p): n for n, p in enumerate({id(i.prompt): i.prompt for i in items}.values())}
+    mine = [i for i in items if keys[id(i.prompt)] % num_ranks == rank]
     rows: list[dict[str, Any]] = []
-    media: dict[str, list[Tensor]] = {}
+    media: dict[int, list[Tensor]] = {}
     pending = []
     prompts = [i.prompt for i in mine]
     for rollout in policy.run(prompts, noise_for(mine, seed), sampling=sampling):
@@ -82,10 +83,10 @@ def evaluate(
         part = mine[rollout.rows.start : rollout.rows.stop]
         pending.append((part, judge.submit(rollout.media, [i.prompt for i in part])))
         for item, image in zip(part, rollout.media, strict=True):
-            media.setdefault(item.prompt.text, []).append(image)
+            media.setdefault(keys[id(item.prompt)], []).append(image)
     for part, future in pending:
         rows += _rows(part, future.result(), balance)
-    measured = [_measure(measures, {i.prompt.text: i.prompt for i in mine}, media)]
+    measured = [_measure(measures, {keys[id(i.prompt)]: i.prompt for i in mine}, media)]
     rows, parts = sorted(gather(rows), key=lambda r: r["index"]), gather(measured)
     return {
         **_summary(rows),
@@ -127,8 +128,8 @@ def _summary(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 def _measure(
     measures: Sequence[Measure],
-    prompts: Mapping[str, Prompt],
-    media: Mapping[str, Sequence[Tensor]],
+    prompts: Mapping[int, Prompt],
+    media: Mapping[int, Sequence[Tensor]],
 ) -> dict[str, float]:
     names = sorted(media)
     stacked = [torch.stack(list(media[n])) for n in names]

@@ -32,11 +32,12 @@ class Sheet:
 
     @classmethod
     def of(cls, prompts: PromptSet, rows: int, samples: int, seed: int) -> "Sheet":
-        """The first prompts of each class by turns."""
-        chosen: dict[str, Prompt] = {}
-        for prompt, _ in prompts.spread(4 * rows):
+        """The first prompts of each class by turns; of the commonest size, if there are several."""
+        alike = PromptSet(max(prompts.buckets, key=len), prompts.balance)
+        chosen: dict[int, Prompt] = {}
+        for prompt, _ in alike.spread(4 * rows):
             if len(chosen) < rows:
-                chosen.setdefault(prompt.text, prompt)
+                chosen.setdefault(id(prompt), prompt)
         return cls(list(chosen.values()), samples, seed)
 
     def generate(self, policy: PipelinePolicy, sampling: Sampling) -> Float[Tensor, "batch *media"]:

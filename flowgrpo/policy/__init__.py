@@ -1,6 +1,8 @@
 """A diffusers pipeline as a policy: sampling, replay, branching, decoding, trainable weights."""
 
-from flowgrpo.policy.pipeline import PipelinePolicy, Sampling
+from flowgrpo.policy.calls import Sampling
+from flowgrpo.policy.memory import Memory
+from flowgrpo.policy.pipeline import PipelinePolicy
 from flowgrpo.policy.weights import EMA, Full, LoRA
 
-__all__ = ["EMA", "Full", "LoRA", "PipelinePolicy", "Sampling"]
+__all__ = ["EMA", "Full", "LoRA", "Memory", "PipelinePolicy", "Sampling"]

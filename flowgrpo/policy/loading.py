@@ -6,13 +6,17 @@ from pathlib import Path
 import torch
 from diffusers import DiffusionPipeline, ModelMixin
 
+from flowgrpo.policy.memory import Quantization, quantization
+
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def load_pipeline(model: str | Path, dtype: torch.dtype = torch.float32) -> DiffusionPipeline:
+def load_pipeline(
+    model: str | Path, dtype: torch.dtype = torch.float32, quantize: Quantization = "none"
+) -> DiffusionPipeline:
     """``DiffusionPipeline.from_pretrained`` for a hub id, a folder or ``"shapes"``.
 
-    The VAE stays in fp32, because what it decodes is judged.
+    The VAE stays in fp32, because what it decodes is judged. ``quantize`` is for the denoisers.
 
     Raises:
         FileNotFoundError: If a folder is named that is no pipeline.
@@ -24,7 +28,17 @@ def load_pipeline(model: str | Path, dtype: torch.dtype = torch.float32) -> Diff
     if looks_like_path and not path.is_dir():
         raise FileNotFoundError(f"no such folder: {path}")
     source = str(path) if path.is_dir() else str(model)
-    return DiffusionPipeline.from_pretrained(source, dtype={"default": dtype, "vae": torch.float32})
+    config = None
+    if quantize != "none":
+        names = [n for n in DiffusionPipeline.load_config(source) if _is_denoiser(n)]
+        config = quantization(quantize, dtype, names)
+    return DiffusionPipeline.from_pretrained(
+        source, dtype={"default": dtype, "vae": torch.float32}, quantization_config=config
+    )
+
+
+def _is_denoiser(name: str) -> bool:
+    return name.split("_")[0] in ("transformer", "unet")
 
 
 def denoisers(pipeline: DiffusionPipeline) -> Mapping[str, ModelMixin]:
@@ -36,7 +50,7 @@ def denoisers(pipeline: DiffusionPipeline) -> Mapping[str, ModelMixin]:
     found = {
         name: model
         for name, model in pipeline.components.items()
-        if isinstance(model, ModelMixin) and name.split("_")[0] in ("transformer", "unet")
+        if isinstance(model, ModelMixin) and _is_denoiser(name)
     }
     if not found:
         names = ", ".join(pipeline.components)

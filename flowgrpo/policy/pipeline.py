@@ -10,7 +10,7 @@ import functools
 import inspect
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,45 +18,25 @@ import torch
 from diffusers import DiffusionPipeline
 from jaxtyping import Float
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from flowgrpo.core.random import SampleNoise
 from flowgrpo.core.solvers import Solver
 from flowgrpo.core.transitions import ODE, Transition
 from flowgrpo.experience import Prompt
+from flowgrpo.policy.calls import Sampling, batches, own_arguments
 from flowgrpo.policy.loading import DTYPES, denoisers, load_pipeline
+from flowgrpo.policy.memory import (
+    Encoders,
+    Memory,
+    is_quantized,
+    prepare_decoder,
+    prepare_denoisers,
+)
 from flowgrpo.policy.precision import as_fp32, cast, open_decoder
-from flowgrpo.policy.prompts_cache import PromptCache
+from flowgrpo.policy.prompts_cache import ENCODING_METHODS, remember_encodings
 from flowgrpo.policy.scheduler import Itinerary, Visit, policy_scheduler
 from flowgrpo.policy.weights import Full, Trainable, Weights
-
-
-@dataclass(frozen=True, kw_only=True)
-class Sampling:
-    """How the pipeline is called."""
-
-    num_steps: int = 10
-    """Denoising steps."""
-    guidance_scale: float | None = None
-    """Classifier-free or distilled guidance; unset leaves it to the pipeline."""
-    height: int | None = None
-    """Pixels; unset leaves it to the pipeline."""
-    width: int | None = None
-    """Pixels; unset leaves it to the pipeline."""
-    num_frames: int | None = None
-    """Frames of a video; unset leaves it to the pipeline."""
-    call: dict[str, Any] = field(default_factory=dict)
-    """Any other argument of the pipeline's call, by its name there."""
-
-    def arguments(self) -> dict[str, Any]:
-        """The call's arguments."""
-        named = {
-            "num_inference_steps": self.num_steps,
-            "guidance_scale": self.guidance_scale,
-            "height": self.height,
-            "width": self.width,
-            "num_frames": self.num_frames,
-        }
-        return {k: v for k, v in named.items() if v is not None} | self.call
 
 
 @dataclass(frozen=True)
@@ -101,6 +81,7 @@ class PipelinePolicy:
         device: str | torch.device = "cpu",
         seed: int = 0,
         with_reference: bool = False,
+        memory: Memory | None = None,
     ):
         """Turn a loaded pipeline into a policy; its scheduler is replaced.
 
@@ -113,6 +94,7 @@ class PipelinePolicy:
             device: Where the models live.
             seed: For the initial weights of adapters.
             with_reference: Whether the reference model will be asked for.
+            memory: What trades memory for time.
 
         Raises:
             ValueError: If the pipeline cannot be a policy, or a sampling argument is not its own.
@@ -129,15 +111,7 @@ class PipelinePolicy:
         # It would blacken images that the reward then judges.
         if getattr(pipeline, "safety_checker", None) is not None:
             pipeline.safety_checker = None
-        self.models = {k: m for k, m in pipeline.components.items() if isinstance(m, nn.Module)}
-        for model in self.models.values():
-            model.eval().requires_grad_(False).to(self.device)
-        self.denoisers = denoisers(pipeline)
-        for model in self.denoisers.values():
-            if model.dtype != self.dtype:
-                model.to(self.dtype)
-            model.forward = self._guarded(model.forward)
-        open_decoder(pipeline)
+        self._prepare_models(memory or Memory())
         self.trainable: Trainable | None = None
         if weights is not None:
             self.trainable = Trainable(
@@ -145,11 +119,29 @@ class PipelinePolicy:
             )
         self.num_evaluations = self.num_decodes = 0
         self._entering: Tensor | None = None
-        if hasattr(pipeline, "encode_prompt"):
-            pipeline.encode_prompt = PromptCache(pipeline.encode_prompt)
         self._prepare = getattr(pipeline, "prepare_latents", None)
         if self._prepare is not None:
             pipeline.prepare_latents = self._prepare_or_enter
+
+    def _prepare_models(self, memory: Memory) -> None:
+        """Put every model where it belongs, frozen, in its precision, behind its doors."""
+        pipeline = self.pipeline
+        self.models = {k: m for k, m in pipeline.components.items() if isinstance(m, nn.Module)}
+        self.denoisers = denoisers(pipeline)
+        encoders = {k: m for k, m in self.models.items() if isinstance(m, PreTrainedModel)}
+        for name, model in self.models.items():
+            model.eval().requires_grad_(False)
+            if name not in encoders and not is_quantized(model):
+                model.to(self.device)
+        at_hand = Encoders(encoders, self.device, memory.offload_text_encoders)
+        for model in self.denoisers.values():
+            if model.dtype != self.dtype and not is_quantized(model):
+                model.to(self.dtype)
+            model.forward = self._guarded(model.forward)
+        prepare_denoisers(self.denoisers, memory)
+        open_decoder(pipeline)
+        prepare_decoder(pipeline, memory)
+        remember_encodings(pipeline, at_hand, memory, self.device)
 
     @classmethod
     def from_pretrained(cls, model: str | Path, **options: Any) -> "PipelinePolicy":
@@ -162,17 +154,19 @@ class PipelinePolicy:
         Raises:
             FileNotFoundError: If a folder is named that is no pipeline.
         """
-        return cls(load_pipeline(model, DTYPES[options.get("dtype", "float32")]), **options)
+        memory: Memory = options.get("memory") or Memory()
+        dtype = DTYPES[options.get("dtype", "float32")]
+        return cls(load_pipeline(model, dtype, memory.quantize), **options)
 
-    def check_sampling(self, sampling: Sampling) -> None:
+    def check_sampling(self, sampling: Sampling, prompts: Sequence[Prompt] = ()) -> None:
         """Raise ValueError if the pipeline's call does not take one of the arguments."""
         own = [
             p for p in self._parameters if p not in ("self", "prompt", "generator", "output_type")
         ]
-        for name in sampling.arguments():
-            if name not in own:
+        for name in [*sampling.arguments(), *(a for p in prompts for a in own_arguments([p]))]:
+            if name not in (*own, "prompt"):
                 raise ValueError(
-                    f"sampling: {type(self.pipeline).__name__} takes no argument {name!r}; it takes {', '.join(own)}"
+                    f"{'sampling' if name in sampling.arguments() else 'prompts'}: {type(self.pipeline).__name__} takes no argument {name!r}; it takes {', '.join(own)}"
                 )
 
     def num_steps(self, sampling: Sampling | None = None) -> int:
@@ -208,8 +202,7 @@ class PipelinePolicy:
             sampling: How to call the pipeline, if not as usual.
             solver: How the deterministic steps after the last stochastic one are taken.
         """
-        for start in range(0, len(prompts), self.batch_size):
-            rows = range(start, min(start + self.batch_size, len(prompts)))
+        for rows in batches(prompts, self.batch_size):
             itinerary = Itinerary(
                 nodes=nodes,
                 stochastic=stochastic,
@@ -240,23 +233,20 @@ class PipelinePolicy:
         )
 
     def decode(
-        self, prompts: Sequence[Prompt], x: Float[Tensor, "batch *latent"]
+        self,
+        prompts: Sequence[Prompt],
+        x: Float[Tensor, "batch *latent"],
+        sampling: Sampling | None = None,
     ) -> Float[Tensor, "batch *frames channels height width"]:
         """Media of final states ``x``, in [0, 1] on the CPU."""
-        end, noise = self.num_steps(), SampleNoise([])
+        sampling = sampling or self.sampling
+        end, noise = self.num_steps(sampling), SampleNoise([])
         parts = []
-        for start in range(0, len(prompts), self.batch_size):
-            rows = slice(start, start + self.batch_size)
+        for rows in batches(prompts, self.batch_size):
+            itinerary = Itinerary(nodes=[end], noise=noise)
+            part = slice(rows.start, rows.stop)
             with torch.no_grad():
-                parts.append(
-                    self._run(
-                        prompts[rows],
-                        Itinerary(nodes=[end], noise=noise),
-                        x[rows],
-                        True,
-                        self.sampling,
-                    )
-                )
+                parts.append(self._run(prompts[part], itinerary, x[part], True, sampling))
         self.num_decodes += len(prompts)
         return torch.cat(parts).float().cpu()
 
@@ -273,7 +263,7 @@ class PipelinePolicy:
         log-probability is the recorded one.
 
         Args:
-            prompts: One per state.
+            prompts: One per state; all can share a call (:func:`flowgrpo.policy.calls.call_key`).
             x: States before the step.
             step: Index of the step in the grid.
             transition: The stochastic step.
@@ -291,7 +281,7 @@ class PipelinePolicy:
         The policy cannot be used any more after this.
         """
         self.pipeline.scheduler = self.shipped_scheduler
-        for name in ("encode_prompt", "prepare_latents"):
+        for name in (*ENCODING_METHODS, "prepare_latents"):
             self.pipeline.__dict__.pop(name, None)
         return self.pipeline
 
@@ -308,16 +298,9 @@ class PipelinePolicy:
         sampling: Sampling,
     ) -> Tensor:
         """One call of the pipeline."""
-        arguments: dict[str, Any] = {"prompt": [p.text for p in prompts], **sampling.arguments()}
-        negatives = [p.negative for p in prompts if p.negative is not None]
-        if negatives:
-            if len(negatives) < len(prompts):
-                # What the pipeline does without one is not what it does with an empty one.
-                raise ValueError(
-                    "prompts with and without a negative prompt cannot share a batch; give all of "
-                    "them one, or none"
-                )
-            arguments["negative_prompt"] = negatives
+        arguments = sampling.arguments() | own_arguments(prompts)
+        if not arguments.keys() <= self._parameters.keys():
+            self.check_sampling(sampling, prompts[:1])
         # Where a state is put in, the pipeline's own draw is thrown away; one generator is cheaper.
         generators = (
             itinerary.noise.initial() if itinerary.noise and entering is None else torch.Generator()
@@ -387,4 +370,5 @@ class PipelinePolicy:
 
     @property
     def _trains_all(self) -> bool:
-        return self.trainable is not None and isinstance(self.trainable.weights, Full)
+        weights = self.trainable.weights if self.trainable is not None else None
+        return isinstance(weights, Full) and not weights.parameters and not weights.models

@@ -1,21 +1,56 @@
 """Encodes every prompt once: the pipeline's ``encode_prompt``, memoised per prompt and collated."""
 
 import inspect
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from functools import wraps
 from typing import Any
 
 import torch
+from diffusers import DiffusionPipeline, ModelMixin
 from torch import Tensor
+
+from flowgrpo.policy.memory import Encoders, Memory
+from flowgrpo.policy.store import GB, TensorStore, fingerprint, has_media, remembered
 
 PROMPT_ARGUMENTS = (
     "prompt", "prompt_2", "prompt_3", "negative_prompt", "negative_prompt_2", "negative_prompt_3",
 )  # fmt: skip
 
 
+ENCODING_METHODS = ("encode_prompt", "encode_image")
+"""Methods of pipelines that call their encoders."""
 Rows = tuple[tuple[str, ...], ...]
-PLAIN = (str, int, float, bool, type(None), torch.device, torch.dtype)
-"""What ``repr`` tells apart. With any other argument, such as an image, nothing is cached."""
+
+
+def remember_encodings(
+    pipeline: DiffusionPipeline, encoders: Encoders, memory: Memory, device: torch.device
+) -> None:
+    """Let a pipeline encode every prompt and every condition image once."""
+    for name in ENCODING_METHODS:
+        method = getattr(pipeline, name, None)
+        if method is None:
+            continue
+        method = _brought_in(method, encoders)
+        if name == "encode_prompt":
+            store = TensorStore(int(memory.prompt_cache_gb * GB), int(memory.prompt_disk_gb * GB))
+            method = PromptCache(method, store, device)
+        else:
+            method = remembered(method)
+        setattr(pipeline, name, method)
+    vae = getattr(pipeline, "vae", None)
+    if isinstance(vae, ModelMixin) and hasattr(vae, "encode"):
+        vae.encode = remembered(vae.encode)
+
+
+def _brought_in(method: Callable[..., Any], encoders: Encoders) -> Callable[..., Any]:
+    """The method with the encoders at work, and away afterwards."""
+
+    @wraps(method)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        with encoders.at_work():
+            return method(*args, **kwargs)
+
+    return wrapped
 
 
 class PromptCache:
@@ -24,15 +59,25 @@ class PromptCache:
     Each prompt is encoded alone and the results are joined. Outputs differ: some have a batch axis,
     some are shared by the batch (FLUX's text ids), some are lists. How to join is learned by
     comparing single encodings with one joint encoding of different prompts; where none of the known
-    ways reproduces the joint encoding, whole batches are encoded and cached instead.
+    ways reproduces the joint encoding, or images take part, whole batches are encoded and cached.
     """
 
-    def __init__(self, encode: Callable[..., Any], capacity: int = 256):
-        """Remember the last ``capacity`` prompts, which for T5-XXL are some megabytes each."""
+    def __init__(
+        self,
+        encode: Callable[..., Any],
+        store: TensorStore | None = None,
+        device: torch.device | None = None,
+    ):
+        """
+        Args:
+            encode: The pipeline's own method.
+            store: Where encodings are kept; for T5-XXL a prompt takes some megabytes.
+            device: Where they are wanted.
+        """
         self._encode = encode
         self._signature = inspect.signature(encode)
-        self._capacity = capacity
-        self._kept: OrderedDict[tuple[str, Rows], Any] = OrderedDict()
+        self.store = store if store is not None else TensorStore()
+        self._device = device or torch.device("cpu")
         self._rules: dict[Any, Callable[[Sequence[Any]], Any] | None] = {}
 
     @torch.no_grad()
@@ -45,16 +90,22 @@ class PromptCache:
             name for name in PROMPT_ARGUMENTS if isinstance(arguments.get(name), list | tuple)
         ]
         rest = {k: v for k, v in arguments.items() if k not in PROMPT_ARGUMENTS}
-        if "prompt" not in batched or not _is_plain(rest):
+        single = {n: arguments.get(n) for n in PROMPT_ARGUMENTS if n not in batched}
+        shared = fingerprint([rest, single])
+        if "prompt" not in batched or shared is None:
             return self._encode(*args, **kwargs)
-        shared = repr([rest, {n: arguments.get(n) for n in PROMPT_ARGUMENTS if n not in batched}])
         rows = tuple(zip(*(arguments[name] for name in batched), strict=True))
         if shared not in self._rules:
-            self._rules[shared] = self._learn_rule(bound, batched, rows)
+            self._rules[shared] = (
+                None if has_media(rest) else self._learn_rule(bound, batched, rows)
+            )
         join = self._rules[shared]
         if join is None:
             return self._remembered(bound, batched, rows, shared)
-        return join([self._remembered(bound, batched, (row,), shared) for row in rows])
+        encoded = {
+            row: self._remembered(bound, batched, (row,), shared) for row in dict.fromkeys(rows)
+        }
+        return join([encoded[row] for row in rows])
 
     def _call(self, bound: inspect.BoundArguments, batched: list[str], rows: Rows) -> Any:
         """``encode_prompt`` with the given prompts and otherwise the bound arguments."""
@@ -66,15 +117,10 @@ class PromptCache:
         self, bound: inspect.BoundArguments, batched: list[str], rows: Rows, shared: str
     ) -> Any:
         """The encoding of these prompts together, from the cache if it is there."""
-        key, kept = (shared, rows), self._kept
-        if key in kept:
-            kept.move_to_end(key)
-        else:
-            kept[key] = self._call(bound, batched, rows)
-        value = kept[key]
-        while sum(len(held) for _, held in kept) > self._capacity:
-            kept.popitem(last=False)
-        return value
+        key = repr((shared, rows))
+        if key not in self.store:
+            self.store.put(key, self._call(bound, batched, rows))
+        return self.store.get(key, self._device)
 
     def _learn_rule(
         self, bound: inspect.BoundArguments, batched: list[str], rows: Rows
@@ -121,11 +167,3 @@ def _equal(a: Any, b: Any) -> bool:
     if isinstance(a, tuple | list) and isinstance(b, tuple | list):
         return len(a) == len(b) and all(_equal(x, y) for x, y in zip(a, b, strict=True))
     return bool(a == b)
-
-
-def _is_plain(value: Any) -> bool:
-    if isinstance(value, dict):
-        return all(_is_plain(v) for v in value.values())
-    if isinstance(value, tuple | list):
-        return all(_is_plain(v) for v in value)
-    return isinstance(value, PLAIN)

@@ -1,6 +1,7 @@
 """What is trained: LoRA adapters or all weights; the reference model; the moving average."""
 
 import inspect
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ ATTENTION_PROJECTIONS = (
     "to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out",
 )  # fmt: skip
 ADAPTER = "default"
+PATTERN = "re:"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,14 +30,29 @@ class LoRA:
     alpha: int = 64
     """The adapter's output is scaled by alpha / rank."""
     targets: tuple[str, ...] = ()
-    """Names, or ends of names, of the layers to adapt; empty adapts the attention projections."""
+    """Layers to adapt: names, ends of names, or regular expressions behind ``re:`` that match whole
+    names; empty adapts the attention projections."""
+    models: tuple[str, ...] = ()
+    """Denoisers to adapt, by their name in the pipeline, such as one of Wan 2.2's two; empty for all."""
+
+    def bounds(self) -> Sequence[tuple[str, int, int]]:
+        """Keys, their values and the least that is allowed."""
+        return [("model.weights.rank", self.rank, 1), ("model.weights.alpha", self.alpha, 1)]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Full:
-    """All weights of the denoiser, in fp32; the reference is a frozen copy."""
+    """All weights of the denoiser, or some of them, in fp32; the reference is a frozen copy."""
 
     kind: Literal["full"] = "full"
+    parameters: tuple[str, ...] = ()
+    """Regular expressions that match whole names of the parameters to train; empty trains all."""
+    models: tuple[str, ...] = ()
+    """Denoisers to train, by their name in the pipeline; empty for all."""
+
+    def bounds(self) -> Sequence[tuple[str, int, int]]:
+        """Nothing to check."""
+        return []
 
 
 Weights = LoRA | Full
@@ -65,15 +82,23 @@ class Trainable:
             with_reference: Whether :meth:`reference` will be used; full fine-tuning then keeps a copy.
 
         Raises:
-            ValueError: If LoRA targets name no layer.
+            ValueError: If LoRA targets name no layer, patterns no parameter, or models no denoiser.
         """
-        self.denoisers, self.weights = denoisers, weights
+        unknown = [m for m in weights.models if m not in denoisers]
+        if unknown:
+            raise ValueError(
+                f"model.weights.models: no denoiser {unknown[0]!r}; there: {', '.join(denoisers)}"
+            )
+        chosen = {k: m for k, m in denoisers.items() if not weights.models or k in weights.models}
+        self.denoisers, self.weights = chosen, weights
         for model in denoisers.values():
             model.requires_grad_(False)
+        for model in chosen.values():
             if isinstance(weights, LoRA):
                 _add_adapter(model, weights, seed)
             else:
-                model.float().requires_grad_(True)
+                _unfreeze(model, weights)
+        denoisers = chosen
         self.parameters: dict[str, nn.Parameter] = {
             f"{name}.{key}": p
             for name, model in denoisers.items()
@@ -81,7 +106,10 @@ class Trainable:
             if p.requires_grad
         }
         copies = with_reference and isinstance(weights, Full)
-        self._reference = [p.detach().clone() for p in self.parameters.values()] if copies else None
+        # Off the accelerator: it is needed a few times per iteration only.
+        self._reference = (
+            [p.detach().cpu().clone() for p in self.parameters.values()] if copies else None
+        )
 
     @contextmanager
     def reference(self) -> Iterator[None]:
@@ -99,7 +127,9 @@ class Trainable:
                 raise RuntimeError(
                     "the policy was made without a reference; set with_reference=True"
                 )
-            with swapped(list(self.parameters.values()), self._reference):
+            own = list(self.parameters.values())
+            there = [r.to(p.device) for r, p in zip(self._reference, own, strict=True)]
+            with swapped(own, there):
                 yield
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
@@ -162,8 +192,9 @@ def _add_adapter(model: ModelMixin, lora: LoRA, seed: int) -> None:
         )
     layers = [n for n, m in model.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)]
     wanted = lora.targets or ATTENTION_PROJECTIONS
-    found = [w for w in wanted if any(n == w or n.endswith(f".{w}") for n in layers)]
-    unknown = [w for w in wanted if w not in found]
+    matches = {w: [n for n in layers if _is_target(n, w)] for w in wanted}
+    found = sorted({n for names in matches.values() for n in names})
+    unknown = [w for w, names in matches.items() if not names]
     if not found or (lora.targets and unknown):
         ends = sorted(
             {
@@ -184,6 +215,30 @@ def _add_adapter(model: ModelMixin, lora: LoRA, seed: int) -> None:
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
+
+
+def _is_target(layer: str, target: str) -> bool:
+    if target.startswith(PATTERN):
+        return re.fullmatch(target.removeprefix(PATTERN), layer) is not None
+    return layer == target or layer.endswith(f".{target}")
+
+
+def _unfreeze(model: ModelMixin, weights: Full) -> None:
+    """Make all parameters trainable, or those that a pattern matches, in fp32."""
+    if not weights.parameters:
+        model.float().requires_grad_(True)
+        return
+    named = dict(model.named_parameters())
+    for pattern in weights.parameters:
+        names = [n for n in named if re.fullmatch(pattern, n)]
+        if not names:
+            raise ValueError(
+                f"model.weights.parameters: {pattern!r} matches no parameter of "
+                f"{type(model).__name__}; there: {', '.join(sorted(named)[:20])}, ..."
+            )
+        for name in names:
+            named[name].data = named[name].data.float()
+            named[name].requires_grad_(True)
 
 
 def export(pipeline: DiffusionPipeline, trainable: Trainable, folder: Path) -> Path:

@@ -1,0 +1,91 @@
+"""Finds out before any long work whether a pipeline makes what the prompts ask for."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import product
+
+from flowgrpo.core.random import Random, SampleNoise
+from flowgrpo.experience import Prompt
+from flowgrpo.policy.calls import Sampling
+from flowgrpo.policy.pipeline import PipelinePolicy
+
+Size = tuple[int | None, int | None, int | None]
+MULTIPLES = (8, 16, 32, 64)
+"""Image sides are multiples of one of these."""
+STRIDES = (4, 8, 6, 1)
+"""Videos have one frame more than a multiple of one of these."""
+
+
+def check_sizes(policy: PipelinePolicy, prompts: Sequence[Prompt], sampling: Sampling) -> None:
+    """Decode the noise of one prompt of each size, and compare what comes out with what was asked.
+
+    Some pipelines refuse a size that their VAE cannot take; others round it with a warning.
+
+    Raises:
+        ValueError: With the size asked for, and the nearest one that the pipeline makes.
+    """
+    for prompt in {p.size: p for p in prompts}.values():
+        asked = _asked(prompt, sampling)
+        if asked == (None, None, None):
+            continue
+        got = _made(policy, prompt, sampling)
+        if isinstance(got, str) or not _agree(asked, got):
+            nearest = _nearest(policy, prompt, asked, sampling)
+            advice = f"; the nearest that it makes is {_words(nearest)}" if nearest else ""
+            found = got if isinstance(got, str) else f"it makes {_words(got)}"
+            raise ValueError(
+                f"{type(policy.pipeline).__name__} cannot make {_words(asked)}: {found}{advice}"
+            )
+
+
+def _asked(prompt: Prompt, sampling: Sampling) -> Size:
+    height, width, frames = prompt.size
+    return (
+        height or sampling.height,
+        width or sampling.width,
+        frames or sampling.num_frames,
+    )
+
+
+def _made(policy: PipelinePolicy, prompt: Prompt, sampling: Sampling) -> Size | str:
+    """The size of what comes out, or why nothing does."""
+    noise = SampleNoise([Random(0).at("probe")])
+    try:
+        # A step is taken to see the state as the loop holds it; its noise decodes as well as an image.
+        (rollout,) = policy.run(
+            [prompt], noise, nodes=[0, 1], record=[0], decode=False, sampling=sampling
+        )
+        media = policy.decode([prompt], rollout.visits[0].x, sampling)
+    except (ValueError, RuntimeError, AssertionError) as error:
+        return str(error).splitlines()[0] if str(error) else type(error).__name__
+    return media.shape[-2], media.shape[-1], media.shape[1] if media.ndim == 5 else None
+
+
+def _agree(asked: Size, got: Size) -> bool:
+    return all(a is None or g is None or a == g for a, g in zip(asked, got, strict=True))
+
+
+def _nearest(
+    policy: PipelinePolicy, prompt: Prompt, asked: Size, sampling: Sampling
+) -> Size | None:
+    """The first of the roundings to common multiples that the pipeline really makes."""
+    height, width, frames = asked
+    plain = replace(sampling, height=None, width=None, num_frames=None)
+    for m, stride in product(MULTIPLES, STRIDES if frames else (1,)):
+        size = (
+            max(m, round(height / m) * m) if height else None,
+            max(m, round(width / m) * m) if width else None,
+            max(1, round((frames - 1) / stride) * stride + 1) if frames else None,
+        )
+        rounded = replace(prompt, height=size[0], width=size[1], num_frames=size[2])
+        got = _made(policy, rounded, plain)
+        if not isinstance(got, str) and _agree(size, got):
+            return size
+    return None
+
+
+def _words(size: Size) -> str:
+    height, width, frames = size
+    parts = [f"{height} high" if height else "", f"{width} wide" if width else ""]
+    parts.append(f"{frames} frames" if frames else "")
+    return ", ".join(p for p in parts if p)

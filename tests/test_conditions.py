@@ -1,0 +1,124 @@
+"""What prompts say about their own call: sizes, condition images, in rollout and in training."""
+
+import pytest
+import torch
+from accelerate import Accelerator
+from PIL import Image
+from torch import Tensor
+
+from flowgrpo.algorithms import FlowGRPO
+from flowgrpo.config import Config, Model, Prompts, Run, Train
+from flowgrpo.core.losses import ClippedLoss
+from flowgrpo.core.random import Random
+from flowgrpo.core.steps import Window
+from flowgrpo.core.transitions import CPS
+from flowgrpo.experience import Group, Prompt
+from flowgrpo.judge import Judge, Reward
+from flowgrpo.learner import Learner
+from flowgrpo.policy import PipelinePolicy, Sampling
+from flowgrpo.policy.calls import batches
+from flowgrpo.policy.probe import check_sizes
+from tests.conftest import MakePolicy, noise_of, sampling_of
+from tests.tiny import FAMILIES
+
+RED, BLUE = (Image.new("RGB", (16, 16), c) for c in ("red", "blue"))
+EDITS = [Prompt("paint it", images=[RED]), Prompt("paint it", images=[BLUE])]
+
+
+def kontext(make_policy: MakePolicy) -> PipelinePolicy:
+    """Edits whose image comes with the prompt, not with the configuration."""
+    sampling = sampling_of("flux_kontext")
+    call = {k: v for k, v in sampling.call.items() if k != "image"}
+    return make_policy("flux_kontext", sampling=Sampling(**{**vars(sampling), "call": call}))
+
+
+def brightness(media: Tensor, prompts: list[Prompt]) -> Tensor:
+    return media.flatten(1).mean(1)
+
+
+def test_only_what_can_share_a_call_shares_one() -> None:
+    wide, plain = Prompt("a", width=32), Prompt("b")
+    prompts = [plain, plain, plain, wide, *EDITS, EDITS[1], Prompt("c", negative="d"), plain]
+    assert list(batches(prompts, 2)) == [
+        range(2), range(2, 3), range(3, 4), range(4, 5), range(5, 7), range(7, 8), range(8, 9),
+    ]  # fmt: skip
+
+
+def test_every_sample_sees_its_own_image(make_policy: MakePolicy) -> None:
+    policy = kontext(make_policy)
+    same_start = noise_of(0, 1, 2, start=(0, 0, 0))
+    red, blue, red_again = policy.images([EDITS[0], EDITS[1], EDITS[0]], same_start)
+    assert (red - blue).abs().max() > 1e-3
+    torch.testing.assert_close(red_again, red, atol=1e-5, rtol=0)
+
+
+def test_a_condition_image_is_encoded_once(make_policy: MakePolicy) -> None:
+    policy = kontext(make_policy)
+    seen = []
+    policy.models["vae"].encoder.register_forward_pre_hook(lambda _m, args: seen.append(len(args)))
+    for _ in range(2):
+        policy.images([EDITS[0]] * 2 + [EDITS[1]] * 2, noise_of(0, 1, 2, 3))
+    assert len(seen) == 2
+
+
+def test_prompts_of_several_sizes(make_policy: MakePolicy) -> None:
+    policy = make_policy("sd3")
+    prompts = [Prompt("a"), Prompt("a", width=32), Prompt("a", height=32)]
+    rollouts = list(policy.run(prompts, noise_of(0, 1, 2)))
+    assert [tuple(r.media.shape[2:]) for r in rollouts if r.media is not None] == [
+        (16, 16), (16, 32), (32, 16),
+    ]  # fmt: skip
+
+
+def test_edits_are_trained_on_with_their_own_image(
+    make_policy: MakePolicy, accelerator: Accelerator
+) -> None:
+    """Replays see the image of the rollout: the first ratio is 1 for every action."""
+    policy = kontext(make_policy)
+    algorithm = FlowGRPO(group_size=2, transition=CPS(), steps=Window(start=0, size=2))
+    judge = Judge([Reward(model=f"{__name__}:brightness")])
+    groups = [Group(i, p) for i, p in enumerate(EDITS)]
+    experience = algorithm.collect(policy, groups, judge, Random(0).at("train", 0))
+    settings = Config(
+        model=Model(path=""),
+        algorithm=algorithm,
+        loss=ClippedLoss(clip_range=0.1),
+        rewards=(Reward(model=f"{__name__}:brightness"),),
+        prompts=Prompts(train="", held_out=""),
+        train=Train(iterations=1, groups=2, monitor_states=0),
+        run=Run(folder=""),
+    )
+    learner = Learner(policy, settings, accelerator)
+    advantages = algorithm.advantages(experience)
+    metrics = learner.update(experience, advantages, Random(0).at("train", 0))
+    assert metrics["ratio/deviation"] < 1e-5
+    assert metrics["grad_norm"] > 0
+    judge.close()
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_family_makes_the_size_it_is_asked_for(name: str, make_policy: MakePolicy) -> None:
+    policy = make_policy(name, weights=None)
+    check_sizes(policy, [Prompt("a")], policy.sampling)
+
+
+@pytest.mark.parametrize(
+    ("name", "prompt", "message"),
+    [
+        ("sd3", Prompt("a", width=21), r"cannot make 16 high, 21 wide: .*nearest .* 16 high, 24 wide"),
+        ("flux", Prompt("a", height=21), r"it makes .*the nearest that it makes is \d+ high"),
+        ("wan_t2v", Prompt("a", num_frames=7), r"7 frames.* makes .* (5|9) frames"),
+    ],
+)  # fmt: skip
+def test_a_size_that_is_not_made_is_refused_with_the_nearest(
+    name: str, prompt: Prompt, message: str, make_policy: MakePolicy
+) -> None:
+    policy = make_policy(name)
+    with pytest.raises(ValueError, match=message):
+        check_sizes(policy, [prompt], policy.sampling)
+
+
+def test_an_image_for_a_pipeline_that_takes_none(make_policy: MakePolicy) -> None:
+    policy = make_policy("sd3")
+    with pytest.raises(ValueError, match="StableDiffusion3Pipeline takes no argument 'image'"):
+        policy.images([EDITS[0]], noise_of(0))

@@ -1,0 +1,142 @@
+"""Settings of the ``[memory]`` section change what is kept, not what comes out."""
+
+import importlib.util
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from flowgrpo.core.transitions import CPS
+from flowgrpo.experience import Prompt
+from flowgrpo.policy import Full, LoRA, Memory, PipelinePolicy
+from flowgrpo.policy.memory import PACKAGES, Encoders, Quantization
+from flowgrpo.policy.store import fingerprint
+from tests.conftest import MakePolicy, noise_of, transition_of
+
+PROMPTS = [Prompt("a"), Prompt("two red dogs"), Prompt("a")]
+
+
+def images(policy: PipelinePolicy) -> Tensor:
+    return policy.images(PROMPTS, noise_of(0, 1, 2))
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("sd3", {"vae_slicing": True}),
+        ("sd3", {"decode_batch": 2}),
+        ("wan_t2v", {"decode_batch": 1}),
+        ("ltx", {"decode_batch": 2}),
+        ("flux", {"attention": "native"}),
+        ("sd3", {"prompt_cache_gb": 0.0, "prompt_disk_gb": 0.0}),
+        ("sd3", {"prompt_cache_gb": 0.0}),
+    ],
+)
+def test_the_image_stays_the_same(
+    name: str, settings: dict[str, Any], make_policy: MakePolicy
+) -> None:
+    expected = images(make_policy(name))
+    got = images(make_policy(name, memory=Memory(**settings)))
+    torch.testing.assert_close(got, expected, atol=1e-4, rtol=0)
+
+
+def test_tiles_are_really_decoded(make_policy: MakePolicy) -> None:
+    policy = make_policy("sd3", memory=Memory(vae_tiling=True))
+    assert policy.models["vae"].use_tiling
+
+
+def test_a_batch_is_decoded_in_parts(make_policy: MakePolicy) -> None:
+    policy = make_policy("sd3", memory=Memory(decode_batch=2))
+    sizes: list[int] = []
+    policy.models["vae"].decoder.register_forward_pre_hook(lambda _m, a: sizes.append(len(a[0])))
+    images(policy)
+    assert sizes == [2, 1]
+
+
+@pytest.mark.parametrize("name", ["sd15", "sd3", "flux", "wan_t2v"])
+@pytest.mark.parametrize("weights", [LoRA(rank=4, alpha=8), Full()])
+def test_checkpointing_keeps_less_and_gives_the_same_gradient(
+    name: str, weights: LoRA | Full, make_policy: MakePolicy
+) -> None:
+    def gradient(**memory: Any) -> tuple[Tensor, int]:
+        policy = make_policy(name, weights=weights, memory=Memory(**memory))
+        (rollout,) = policy.run(
+            PROMPTS, noise_of(0, 1, 2), record=[1], stochastic=[1], transition=transition_of(name)
+        )
+        (visit,) = rollout.visits
+        kept = []
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda t: kept.append(t.numel()) or t, lambda t: t
+        ):
+            again = policy.replay(PROMPTS, visit.x, 1, transition_of(name))
+        again.gaussian.log_prob(visit.x_next).sum().backward()
+        assert policy.trainable is not None
+        grads = [p.grad for p in policy.trainable.parameters.values() if p.grad is not None]
+        return torch.cat([g.flatten() for g in grads]), sum(kept)
+
+    plain, all_kept = gradient()
+    again, few_kept = gradient(gradient_checkpointing=True)
+    torch.testing.assert_close(again, plain, atol=1e-5, rtol=1e-4)
+    assert few_kept < 0.5 * all_kept
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8", "torchao_int8"])
+def test_a_quantised_base_is_trained_through_its_adapter(
+    kind: Quantization, make_policy: MakePolicy
+) -> None:
+    if importlib.util.find_spec(PACKAGES[kind]) is None:
+        pytest.skip(f"{PACKAGES[kind]} is not installed")
+    if PACKAGES[kind] == "bitsandbytes" and not torch.cuda.is_available():
+        pytest.skip("diffusers quantises with bitsandbytes on an accelerator only")
+    policy = make_policy("sd3", memory=Memory(quantize=kind))
+    exact = images(make_policy("sd3"))
+    assert 0 < (images(policy) - exact).abs().mean() < 0.1
+    (rollout,) = policy.run(
+        PROMPTS, noise_of(0, 1, 2), record=[1], stochastic=[1], transition=CPS()
+    )
+    (visit,) = rollout.visits
+    again = policy.replay(PROMPTS, visit.x, 1, CPS())
+    log_prob = again.gaussian.log_prob(visit.x_next)
+    torch.testing.assert_close(log_prob, visit.gaussian.log_prob(visit.x_next), atol=1e-5, rtol=0)
+    log_prob.sum().backward()
+    assert policy.trainable is not None
+    assert all(p.grad is not None for p in policy.trainable.parameters.values())
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"decode_batch": -1}, "memory.decode_batch must be at least 0, got -1"),
+        ({"attention": "xformer"}, "memory.attention must be one of .* did you mean 'xformers'"),
+    ],
+)
+def test_bad_settings_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Memory(**settings).check(trains_all=False)
+
+
+def test_what_cannot_go_together_or_is_not_there(make_policy: MakePolicy) -> None:
+    with pytest.raises(ValueError, match=r"freezes the denoiser; it needs .* 'lora'"):
+        Memory(quantize="nf4").check(trains_all=True)
+    with pytest.raises(ValueError, match=r"memory.attention = 'flash': .*"):
+        make_policy("flux", memory=Memory(attention="flash"))
+
+
+def test_encoders_stay_where_they_are_on_the_cpu() -> None:
+    model = torch.nn.Linear(2, 2)
+    encoders = Encoders({"text_encoder": model}, torch.device("cpu"), offload=True)
+    with encoders.at_work():
+        assert model(torch.ones(1, 2)).device.type == "cpu"
+
+
+def test_fingerprints_tell_values_apart() -> None:
+    values = [
+        1, 1.0, "1", None, True, [1], [[1]], {"a": 1}, torch.ones(1), torch.ones(1, 1),
+        torch.ones(1, dtype=torch.bfloat16), torch.zeros(1), torch.ones(1).numpy(),
+    ]  # fmt: skip
+    prints = [fingerprint(v) for v in values]
+    assert None not in prints
+    assert len(set(prints)) == len(values)
+    assert fingerprint(torch.ones(1)) == fingerprint(torch.ones(1))
+    assert fingerprint([1, object()]) is None
