@@ -10,8 +10,21 @@ from typing import Any, Literal
 
 import tomli_w
 
-from flowgrpo.algorithms import Algorithm, DanceGRPO, FlowGRPO
-from flowgrpo.core.losses import Loss
+from flowgrpo.algorithms import (
+    G2RPO,
+    TPGRPO,
+    VGPO,
+    Algorithm,
+    BranchGRPO,
+    DanceGRPO,
+    DiffusionNFT,
+    FlowGRPO,
+    MixGRPO,
+    PrefGRPO,
+    TempFlowGRPO,
+)
+from flowgrpo.core.losses import ClippedLoss, Loss, NFTLoss
+from flowgrpo.core.random import Random
 from flowgrpo.judge import Failures, Reward
 from flowgrpo.names import suggest
 from flowgrpo.policy import Full, LoRA, Memory, Sampling
@@ -19,6 +32,11 @@ from flowgrpo.prompt_files import HUB
 from flowgrpo.tables import ConfigError, read, to_table
 
 __all__ = ["Config", "ConfigError", "find", "load", "override", "save"]
+
+COUNTED = (
+    FlowGRPO, DanceGRPO, MixGRPO, PrefGRPO, TempFlowGRPO, G2RPO, TPGRPO, VGPO, BranchGRPO,
+)  # fmt: skip
+"""Algorithms that choose their steps and know beforehand what they cost."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,10 +159,13 @@ class Config:
     """How the pipeline is called in rollouts."""
     memory: Memory = field(default_factory=Memory)
     """What trades memory for time."""
-    algorithm: FlowGRPO | DanceGRPO | Algorithm
+    algorithm: (
+        FlowGRPO | DanceGRPO | MixGRPO | PrefGRPO | DiffusionNFT
+        | TempFlowGRPO | G2RPO | TPGRPO | VGPO | BranchGRPO | Algorithm
+    )  # fmt: skip
     """Who judges which denoising step; ``kind`` may be the import path of an algorithm of your own."""
-    loss: Loss = field(default_factory=Loss)
-    """The policy gradient."""
+    loss: Loss = field(default_factory=ClippedLoss)
+    """What an update minimises."""
     rewards: tuple[Reward, ...]
     """What is rewarded: the weighted sum is trained on."""
     failures: Failures = field(default_factory=Failures)
@@ -172,7 +193,8 @@ class Config:
         betas = self.train.betas
         if len(betas) != 2 or not all(0 <= b < 1 for b in betas):
             raise ConfigError(f"train.betas must be two numbers in [0, 1), got {list(betas)}")
-        if all(r.weight == 0 for r in self.rewards):
+        # A preference is something to train on beside the rewards.
+        if all(r.weight == 0 for r in self.rewards) and not isinstance(self.algorithm, PrefGRPO):
             raise ConfigError("rewards: every weight is 0, so that there is nothing to train on")
         train = self.train
         if train.groups % (train.updates * num_processes):
@@ -185,6 +207,8 @@ class Config:
             )
         try:
             self.algorithm.check(self.sampling.num_steps)
+            if isinstance(self.algorithm, PrefGRPO):
+                self.algorithm.check_rewards([r.label for r in self.rewards])
         except ValueError as error:
             raise ConfigError(f"algorithm: {error}") from error
         if self.train.optimizer == "adamw8bit" and find_spec("bitsandbytes") is None:
@@ -193,11 +217,13 @@ class Config:
             )
         try:
             self.memory.check(isinstance(self.model.weights, Full))
+            self.loss.check()
         except ValueError as error:
             raise ConfigError(str(error)) from error
-        if self.loss.kl != "exact" and self.loss.kl_coef == 0:
+        if isinstance(self.algorithm, DiffusionNFT) != isinstance(self.loss, NFTLoss):
             raise ConfigError(
-                f"loss.kl = {self.loss.kl!r} is set but loss.kl_coef is 0; set a coefficient or remove loss.kl"
+                "algorithm.kind = 'diffusion_nft' and loss.kind = 'nft' belong together, but these are "
+                f"{type(self.algorithm).__name__} and {type(self.loss).__name__}"
             )
 
     def _bounds(self) -> Sequence[tuple[str, int | float, int | float]]:
@@ -218,8 +244,6 @@ class Config:
             ("failures.retries", self.failures.retries, 0),
             ("failures.wait", self.failures.wait, 0),
             ("train.max_grad_norm", t.max_grad_norm, tiny),
-            ("loss.clip_range", self.loss.clip_range, tiny),
-            ("loss.kl_coef", self.loss.kl_coef, 0),
             ("evaluation.every", e.every, 0),
             ("evaluation.images", e.images, 1),
             ("evaluation.images_during", e.images_during, 0),
@@ -248,10 +272,24 @@ class Config:
             "groups x samples": f"{t.groups} prompts x {size} samples = {samples} per iteration",
             "processes": f"{num_processes}, {t.groups // num_processes} groups on each",
             "rollout": f"{-(-samples // num_processes // t.rollout_batch)} calls of {min(t.rollout_batch, samples)} samples on each process",
+            "per prompt": self._work(),
             "optimizer steps": f"{t.updates} per iteration, {t.groups // t.updates} groups in each",
             "in all": f"{t.iterations} iterations, {t.iterations * samples:,} samples, {t.iterations * t.updates:,} optimizer steps",
             "denoising": f"{self.sampling.num_steps} steps, guidance {self.sampling.guidance_scale if self.sampling.guidance_scale is not None else 'as the pipeline has it'}",
         }
+
+    def _work(self) -> str:
+        """What the first iteration costs per prompt, in words."""
+        algorithm, num_steps = self.algorithm, self.sampling.num_steps
+        if isinstance(algorithm, DiffusionNFT):
+            cost = algorithm.cost(num_steps, [])
+        elif isinstance(algorithm, COUNTED):
+            random = Random(self.run.seed).at("train", 0)
+            steps = algorithm.steps.select(num_steps, 0, random.generator("steps"))
+            cost = algorithm.cost(num_steps, steps)
+        else:
+            return "unknown before it is done; metrics.jsonl has it"
+        return f"{cost.nfe:,.0f} denoiser evaluations, {cost.decodes:,.0f} decodes, {cost.rewards:,.0f} calls of each reward in the first iteration"
 
 
 def find(name: str) -> Path:

@@ -113,6 +113,8 @@ class Actions:
         old_log_prob: Log-probability under the policy that acted: the mean over latent elements.
         group: Index of the :class:`Group`.
         sample: Index of the sample in its group.
+        old_mean: Means of the steps under the policy that acted, kept only where
+            ``policy.keeps_means`` says that the loss needs them.
     """
 
     states: Float[Tensor, "states *latent"]
@@ -122,6 +124,7 @@ class Actions:
     old_log_prob: Float[Tensor, " actions"]
     group: Int[Tensor, " actions"]
     sample: Int[Tensor, " actions"]
+    old_mean: Float[Tensor, "actions *latent"] | None = None
 
     def __len__(self) -> int:
         return self.step.shape[0]
@@ -137,6 +140,7 @@ class Actions:
             old_log_prob=self.old_log_prob[rows],
             group=self.group[rows],
             sample=self.sample[rows],
+            old_mean=None if self.old_mean is None else self.old_mean[rows],
         )
 
     @staticmethod
@@ -145,6 +149,9 @@ class Actions:
         offsets = [0]
         for part in parts:
             offsets.append(offsets[-1] + part.states.shape[0])
+        means = [p.old_mean for p in parts if p.old_mean is not None]
+        if means and len(means) < len(parts):
+            raise ValueError("some of these actions keep their old_mean, and some do not")
         return Actions(
             states=torch.cat([p.states for p in parts]),
             state=torch.cat([p.state + o for p, o in zip(parts, offsets, strict=False)]),
@@ -153,6 +160,7 @@ class Actions:
             old_log_prob=torch.cat([p.old_log_prob for p in parts]),
             group=torch.cat([p.group for p in parts]),
             sample=torch.cat([p.sample for p in parts]),
+            old_mean=torch.cat(means) if means else None,
         )
 
 
@@ -163,7 +171,10 @@ class Candidates:
     Attributes:
         group: Index of the :class:`Group`.
         sample: Index of the sample in its group.
-        step: The step after which the candidate was completed; the last one for a whole trajectory.
+        step: The step after which the candidate was completed; the last one for a whole trajectory,
+            -1 for the initial noise.
+        granularity: Grid intervals that each step of the completion spans; 1 for a whole trajectory,
+            0 for a jump to the data that the model predicts.
         scores: Raw score of each reward model; NaN where it failed.
         reward: The weighted sum that is trained on; NaN where a trained reward failed.
     """
@@ -171,6 +182,7 @@ class Candidates:
     group: Int[Tensor, " candidates"]
     sample: Int[Tensor, " candidates"]
     step: Int[Tensor, " candidates"]
+    granularity: Int[Tensor, " candidates"]
     scores: Mapping[str, Float[Tensor, " candidates"]]
     reward: Float[Tensor, " candidates"]
 
@@ -185,10 +197,17 @@ class Candidates:
 
 @dataclass(frozen=True)
 class Cost:
-    """What a rollout cost per prompt: denoiser evaluations (NFE) and decoded candidates."""
+    """What a rollout costs per prompt.
+
+    Attributes:
+        nfe: Denoiser evaluations, one for each sample and step.
+        decodes: Decoded images or videos.
+        rewards: Calls of each reward model, one for each candidate that was judged.
+    """
 
     nfe: float
     decodes: float
+    rewards: float
 
 
 @dataclass(frozen=True)
@@ -205,6 +224,9 @@ class Experience:
         diversity: Of each group: how far its images are apart (mean standard deviation over the
             group of 8x8 thumbnails).
         duplicates: Of each group: samples that equal an earlier one of the group.
+        step_std: Of each stochastic step: the standard deviation of the noise that it injects.
+        everyone: The candidates of all ranks; None means that there is only one.
+        weights: Weight of each reward by its name in ``scores``.
     """
 
     groups: Sequence[Group]
@@ -215,3 +237,6 @@ class Experience:
     all_rewards: Float[Tensor, " all_candidates"]
     diversity: Float[Tensor, " groups"]
     duplicates: Float[Tensor, " groups"]
+    step_std: Mapping[int, float]
+    everyone: Candidates | None = None
+    weights: Mapping[str, float] = field(default_factory=dict)

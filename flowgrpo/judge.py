@@ -10,7 +10,7 @@ import logging
 import math
 import pkgutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from flowgrpo.experience import Prompt, RewardModel
+from flowgrpo.experience import PairwiseJudge, Prompt, RewardModel
 from flowgrpo.imports import import_path
 from flowgrpo.names import suggest
 
@@ -67,8 +67,8 @@ class Failures:
     """Share of failed scores in one iteration above which the run stops all the same."""
 
 
-def load_reward(reward: Reward) -> RewardModel:
-    """Import a reward model and make it.
+def load_model(reward: Reward) -> RewardModel | PairwiseJudge:
+    """Import a reward model, or a judge of pairs, and make it.
 
     Raises:
         ValueError: If there is no such reward, with the nearest name, or its options are wrong.
@@ -98,6 +98,17 @@ def load_reward(reward: Reward) -> RewardModel:
             f"reward {reward.label!r} is a function and takes no options, got {reward.options}"
         )
     return target
+
+
+def load_reward(reward: Reward) -> RewardModel:
+    """As :func:`load_model`, for what scores single samples; ValueError for what judges pairs."""
+    model = load_model(reward)
+    if not isinstance(model, RewardModel):
+        raise ValueError(
+            f"reward {reward.label!r} judges pairs, not single samples: it belongs to the algorithm "
+            "'pref_grpo', as algorithm.preference.model"
+        )
+    return model
 
 
 def available_rewards() -> list[str]:
@@ -134,6 +145,7 @@ class Judge:
             raise ValueError(f"rewards: at least one, each with a name of its own; got {labels}")
         self.rewards, self.failures = list(rewards), failures or Failures()
         self.models = [load_reward(r) for r in rewards]
+        self._others: dict[str, RewardModel | PairwiseJudge] = {}
         # One worker: reward models need not be thread-safe, and results do not depend on timing.
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="judge")
         self.reset()
@@ -145,6 +157,16 @@ class Judge:
     def submit(self, media: Tensor, prompts: Sequence[Prompt]) -> "Future[Scores]":
         """Score a batch in the background. Media ``(B, ...)`` in [0, 1]."""
         return self._worker.submit(self.score, media, list(prompts))
+
+    def run(self, work: Callable[[], Tensor]) -> "Future[Tensor]":
+        """Do other work of judging in the background, after what was submitted before."""
+        return self._worker.submit(work)
+
+    def loaded(self, model: Reward) -> RewardModel | PairwiseJudge:
+        """Something that judges beside the rewards, loaded when it is first asked for."""
+        if model.label not in self._others:
+            self._others[model.label] = load_model(model)
+        return self._others[model.label]
 
     def score(self, media: Tensor, prompts: Sequence[Prompt]) -> Scores:
         """Score a batch now. Failed scores are NaN, and so are rewards that need them.

@@ -1,6 +1,7 @@
 """From experience and advantages to new weights: loss, gradients, optimizer, moving average."""
 
 from collections.abc import Hashable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import zip_longest
 from statistics import median
@@ -12,13 +13,15 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from flowgrpo.config import Config, Train
-from flowgrpo.core.losses import clipped_surrogate
+from flowgrpo.core.losses import ClippedLoss, NFTLoss, guard_weight, velocity_kl
 from flowgrpo.core.random import Random
 from flowgrpo.core.transitions import Gaussian
 from flowgrpo.experience import Actions, Experience
 from flowgrpo.policy import EMA, PipelinePolicy
 from flowgrpo.policy.calls import call_key
 from flowgrpo.policy.scheduler import Visit
+from flowgrpo.policy.weights import swapped
+from flowgrpo.statistics import Statistics
 
 GRADIENT_NORMS_KEPT = 50
 MIN_NORMS_FOR_SPIKE = 10
@@ -30,6 +33,7 @@ class Learner:
     Attributes:
         num_updates: Optimizer steps taken or skipped so far.
         ema: The moving average of the weights, if there is one.
+        sampler: The weights that sample, where they trail behind the trained ones (DiffusionNFT).
     """
 
     def __init__(self, policy: PipelinePolicy, config: Config, accelerator: Accelerator):
@@ -41,8 +45,17 @@ class Learner:
         self.adam = _adamw(self.parameters, t)
         self.optimizer = accelerator.prepare(self.adam)
         self.ema = EMA(self.parameters, t.ema_decay) if t.ema_decay > 0 else None
+        trails = isinstance(config.loss, NFTLoss)
+        self.sampler = [p.detach().clone() for p in self.parameters] if trails else None
+        # In the first update of an iteration the policy that acted is the policy itself.
+        needs_means = isinstance(config.loss, ClippedLoss) and config.loss.needs_old_mean
+        policy.keeps_means = needs_means and t.updates > 1
         self.num_updates = 0
         self.gradient_norms: list[float] = []
+
+    def acting(self) -> AbstractContextManager[None]:
+        """Inside, the policy has the weights that sample."""
+        return nullcontext() if self.sampler is None else swapped(self.parameters, self.sampler)
 
     def update(
         self, experience: Experience, advantages: Float[Tensor, " actions"], random: Random
@@ -53,7 +66,7 @@ class Learner:
         all ranks. Actions without advantage are counted in the mean but not computed, unless a KL
         is wanted: they would not change the gradient.
         """
-        statistics = _Statistics(self.config.loss.clip_range)
+        statistics = Statistics(isinstance(self.config.loss, ClippedLoss))
         updates = self.config.train.updates
         order = torch.randperm(self.config.train.groups, generator=random.generator("updates"))
         for update in range(updates):
@@ -71,6 +84,7 @@ class Learner:
                 if loss.requires_grad:
                     self.accelerator.backward(loss / number)
             self._step(statistics)
+        self._follow()
         return statistics.summary(self.accelerator) | self._drift(experience)
 
     def _batches(
@@ -95,28 +109,71 @@ class Learner:
         actions: Actions,
         advantage: Float[Tensor, " actions"],
         anchor: "_Anchor | None",
-        statistics: "_Statistics",
+        statistics: "Statistics",
         first: bool,
     ) -> Float[Tensor, ""]:
         """The summed loss of actions that share a step; one forward pass serves a shared state."""
         settings = self.config.loss
         visit = self._replay(experience, actions)
-        gaussian = _spread(visit.gaussian, actions.state)
-        log_prob = gaussian.log_prob(actions.x_next.to(self.policy.device))
-        old, advantage = actions.old_log_prob.to(log_prob), advantage.to(log_prob)
-        surrogate = clipped_surrogate(log_prob, old, advantage, settings.clip_range)
+        rows, advantage = actions.state.to(self.policy.device), advantage.to(self.policy.device)
+        if isinstance(settings, ClippedLoss):
+            guarded = settings.ratio == "guard"
+            weight = guard_weight(experience.transition, visit.interval) if guarded else 1.0
+            surrogate, change, outside = self._clipped(settings, actions, visit, advantage, weight)
+            statistics.ratios(visit.step, change, outside, first)
+        else:
+            with torch.no_grad(), self.acting():
+                old_x0 = self._replay(experience, actions).prediction.x0[rows]
+            sample = actions.x_next.to(self.policy.device)
+            surrogate = settings.loss(visit.prediction.x0[rows], old_x0, sample, advantage)
         loss = surrogate.sum()
         kl = torch.zeros_like(surrogate)
         if anchor is not None:
-            mean, output = (t.to(gaussian.mean.device) for t in (anchor.mean, anchor.output))
-            reference = Gaussian(mean, gaussian.std)
+            mean, output = (t.to(self.policy.device) for t in (anchor.mean, anchor.output))
             gap = visit.prediction.output - output
-            kl = settings.kl_to(visit.gaussian, reference, visit.interval, gap)[
-                actions.state.to(gap.device)
-            ]
+            reference = Gaussian(mean, visit.gaussian.std)
+            distance = (
+                settings.kl_to(visit.gaussian, reference, visit.interval, gap)
+                if isinstance(settings, ClippedLoss)
+                else velocity_kl(gap)
+            )
+            kl = distance[rows]
             loss = loss + settings.kl_coef * kl.sum()
-        statistics.add(visit.step, log_prob - old, surrogate, kl, first)
+        statistics.losses.append(surrogate.detach())
+        statistics.kls.append(kl.detach())
         return loss
+
+    def _clipped(
+        self,
+        settings: ClippedLoss,
+        actions: Actions,
+        visit: Visit,
+        advantage: Float[Tensor, " actions"],
+        weight: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Of each action: the clipped loss, the log-ratio, and whether it is out of bounds."""
+        gaussian = _spread(visit.gaussian, actions.state)
+        x_next = actions.x_next.to(gaussian.mean.device)
+        old_mean = actions.old_mean
+        if settings.needs_old_mean and old_mean is None:
+            if self.config.train.updates > 1:
+                raise ValueError(
+                    f"algorithm {type(self.config.algorithm).__name__} keeps no means of its steps, which "
+                    "loss.ratio = 'guard' and loss.clip = 'kl' need with train.updates above 1"
+                )
+            old_mean = gaussian.mean.detach()
+        old_mean = None if old_mean is None else old_mean.to(gaussian.mean.device)
+        change = settings.log_ratio(gaussian, x_next, actions.old_log_prob.to(x_next), old_mean)
+        loss, outside = settings.surrogate(change, advantage.to(change), gaussian, old_mean, weight)
+        return loss, change, outside
+
+    def _follow(self) -> None:
+        """After an iteration, let the weights that sample follow the trained ones."""
+        if self.sampler is not None:
+            assert isinstance(self.config.loss, NFTLoss)
+            kept = self.config.loss.kept(self.num_updates)
+            trained = [p.detach() for p in self.parameters]
+            torch._foreach_lerp_(self.sampler, trained, 1 - kept)
 
     def _replay(self, experience: Experience, actions: Actions) -> Visit:
         """One forward pass on the states of actions that share a step."""
@@ -153,7 +210,7 @@ class Learner:
         mean = self.accelerator.gather(squares.mean().reshape(1).to(self.policy.device)).mean()
         return {"kl/velocity": float(mean)}
 
-    def _step(self, statistics: "_Statistics") -> None:
+    def _step(self, statistics: "Statistics") -> None:
         """Clip the gradient and step, unless the gradient is a spike or not finite."""
         self._average_gradients()
         t = self.config.train
@@ -212,6 +269,8 @@ class Learner:
         parts: dict[str, dict[str, Tensor]] = {"weights": dict(self.named), "optimizer": moments}
         if self.ema is not None:
             parts["ema"] = dict(zip(self.named, self.ema.average, strict=True))
+        if self.sampler is not None:
+            parts["sampler"] = dict(zip(self.named, self.sampler, strict=True))
         state = {
             "num_updates": self.num_updates,
             "gradient_norms": self.gradient_norms,
@@ -246,6 +305,9 @@ class Learner:
             self.ema.updates = state["ema_updates"]
             for average, name in zip(self.ema.average, self.named, strict=True):
                 average.copy_(parts["ema"][name])
+        if self.sampler is not None:
+            for weight, name in zip(self.sampler, self.named, strict=True):
+                weight.copy_(parts["sampler"][name])
 
 
 def _adamw(parameters: list[torch.nn.Parameter], train: Train) -> torch.optim.Optimizer:
@@ -277,78 +339,3 @@ class _Anchor:
 
     mean: Float[Tensor, "states *latent"]
     output: Float[Tensor, "states *latent"]
-
-
-class _Statistics:
-    """Running sums of what happens in the updates of one iteration."""
-
-    def __init__(self, clip_range: float):
-        self.clip_range = clip_range
-        self.by_step: dict[int, list[Tensor]] = {}
-        self.losses: list[Tensor] = []
-        self.kls: list[Tensor] = []
-        self.noise: list[Tensor] = []
-        self.norms: list[float] = []
-        self.lr, self.skipped = 0.0, 0
-
-    def add(self, step: int, change: Tensor, surrogate: Tensor, kl: Tensor, first: bool) -> None:
-        """Note the actions of one forward pass; ``change`` is new minus old log-probability."""
-        self.by_step.setdefault(step, []).append(change.detach())
-        self.losses.append(surrogate.detach())
-        self.kls.append(kl.detach())
-        if first:
-            # Nothing has been updated yet, so any change is numerical noise.
-            self.noise.append(change.detach().abs())
-
-    def stepped(self, norm: float, lr: float, skipped: bool) -> None:
-        """Note an optimizer step."""
-        self.norms.append(norm)
-        self.lr = lr
-        self.skipped += skipped
-
-    def summary(self, accelerator: Accelerator) -> dict[str, float]:
-        """The metrics, over all ranks."""
-        metrics = {
-            "loss/policy": self._mean(self.losses, accelerator),
-            "loss/kl": self._mean(self.kls, accelerator),
-            "grad_norm": sum(self.norms) / len(self.norms),
-            "lr": self.lr,
-            "skipped_updates": float(self.skipped),
-            "log_prob/noise": self._max(self.noise, accelerator),
-        }
-        changes = [c for parts in self.by_step.values() for c in parts]
-        ratios = [torch.expm1(c) for c in changes]
-        metrics["ratio/deviation"] = self._mean([r.abs() for r in ratios], accelerator)
-        metrics["ratio/clip_fraction"] = self._mean(
-            [(r.abs() > self.clip_range).float() for r in ratios], accelerator
-        )
-        if accelerator.num_processes == 1:
-            for step, parts in sorted(self.by_step.items()):
-                ratio = torch.expm1(torch.cat(parts))
-                metrics[f"step/{step}/ratio_deviation"] = float(ratio.abs().mean())
-                metrics[f"step/{step}/clip_fraction"] = float(
-                    (ratio.abs() > self.clip_range).float().mean()
-                )
-        return metrics
-
-    @staticmethod
-    def _mean(parts: Sequence[Tensor], accelerator: Accelerator) -> float:
-        total = torch.stack(
-            [
-                torch.stack([p.sum() for p in parts]).sum()
-                if parts
-                else torch.zeros((), device=accelerator.device),
-                torch.tensor(float(sum(p.numel() for p in parts)), device=accelerator.device),
-            ]
-        )
-        total = accelerator.reduce(total, "sum")
-        return float(total[0] / total[1].clamp(min=1))
-
-    @staticmethod
-    def _max(parts: Sequence[Tensor], accelerator: Accelerator) -> float:
-        largest = (
-            torch.stack([p.max() for p in parts]).max()
-            if parts
-            else torch.zeros((), device=accelerator.device)
-        )
-        return float(accelerator.gather(largest.reshape(1)).max())

@@ -83,11 +83,17 @@ _NAMES = {int: "a whole number", float: "a number", str: "a string", bool: "true
 
 
 def _tagged(members: list[Any], value: Any, path: str) -> Any:
-    """The member of a union of dataclasses that the table's ``kind`` names, or a class from outside."""
+    """The member of a union of dataclasses that the table's ``kind`` names, or a class from outside.
+
+    Without a kind it is the member with ``is_default``, where the union has one.
+    """
     by_kind = {_kind(m): m for m in members if dataclasses.is_dataclass(m)}
     allowed = ", ".join(repr(k) for k in by_kind)
     if not isinstance(value, Mapping):
         raise ConfigError(f"{path} must be a table with a kind ({allowed}), got {value!r}")
+    defaults = [m for m in by_kind.values() if getattr(m, "is_default", False)]
+    if "kind" not in value and defaults:
+        return read(defaults[0], value, path)
     if "kind" not in value:
         raise ConfigError(f"{path} needs a kind: one of {allowed}, or an import path")
     kind = value["kind"]

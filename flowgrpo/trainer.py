@@ -6,7 +6,7 @@ from dataclasses import replace
 from flowgrpo.config import Config, find
 from flowgrpo.core.advantages import zero_variance_groups
 from flowgrpo.core.random import Random
-from flowgrpo.experience import Experience
+from flowgrpo.experience import Candidates, Experience
 from flowgrpo.learner import Learner
 from flowgrpo.observer import Observer, Result
 from flowgrpo.prompts import PromptSet
@@ -38,13 +38,12 @@ def train(config: Config) -> Result:
         everybody = prompts.groups(iteration, config.train.groups, Random(config.run.seed))
 
         # 1. Roll out. The judge scores each batch while the next one is sampled.
-        with session.rescue(learner, iteration), session.phase("rollout"):
+        with session.rescue(learner, iteration), session.phase("rollout"), learner.acting():
             experience = config.algorithm.collect(policy, session.share(everybody), judge, random)
             judge.check_rate()
 
         # 2. Credit. Groups are whole on one process; only batch statistics need the others' rewards.
-        rewards = session.gather(experience.candidates.reward)
-        experience = replace(experience, all_rewards=rewards)
+        experience = _shared(session, experience)
         advantages = config.algorithm.advantages(experience)
 
         # 3. Update.
@@ -60,16 +59,29 @@ def train(config: Config) -> Result:
     return observer.finish()
 
 
+def _shared(session: Session, experience: Experience) -> Experience:
+    """The experience with what advantages need to know of the other processes."""
+    c = experience.candidates
+    everyone = Candidates(
+        group=session.gather(c.group),
+        sample=session.gather(c.sample),
+        step=session.gather(c.step),
+        granularity=session.gather(c.granularity),
+        scores={name: session.gather(values) for name, values in c.scores.items()},
+        reward=session.gather(c.reward),
+    )
+    return replace(experience, everyone=everyone, all_rewards=everyone.reward)
+
+
 def _summary(session: Session, experience: Experience) -> dict[str, float]:
     """What an iteration's rollouts look like, over all processes."""
-    c = experience.candidates
+    c, everyone = experience.candidates, experience.everyone or experience.candidates
     finite = experience.all_rewards[experience.all_rewards.isfinite()]
     flat = session.gather(zero_variance_groups(c.reward, c.group).float())
-    scores = {k: session.gather(v) for k, v in c.scores.items()}
     return {
         "reward": float(finite.mean()),
         "reward_std": float(finite.std(correction=0)),
-        **{f"score/{k}": float(v[v.isfinite()].mean()) for k, v in scores.items()},
+        **{f"score/{k}": float(v[v.isfinite()].mean()) for k, v in everyone.scores.items()},
         "group/zero_variance": float(flat.mean()),
         "group/diversity": float(session.gather(experience.diversity).mean()),
         "group/duplicates": float(session.gather(experience.duplicates).sum()),

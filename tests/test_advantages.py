@@ -8,12 +8,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from flowgrpo.core.advantages import GroupAdvantage, has_no_variance, zero_variance_groups
+from flowgrpo.core.advantages import (
+    BetaAdvantage,
+    GroupAdvantage,
+    GroupStatistics,
+    VirtualBest,
+    beta_parameters,
+    has_no_variance,
+    zero_variance_groups,
+)
+from flowgrpo.core.several import GDPO, LogTamed, PerReward, Scored, of_scored
 
 HPS = [0.3457, 0.3530, 0.3496, 0.3494]
 
 
-def advantages(kind: GroupAdvantage, *groups: list[float]) -> list[list[float]]:
+def advantages(kind: GroupStatistics, *groups: list[float]) -> list[list[float]]:
     """The advantages of groups of rewards, with nothing on other ranks."""
     rewards = torch.tensor([r for g in groups for r in g])
     index = torch.tensor([i for i, g in enumerate(groups) for _ in g])
@@ -146,3 +155,131 @@ def test_small_but_real_differences_are_variance():
     assert not has_no_variance(torch.tensor([0.3494, 0.3496]))
     assert has_no_variance(torch.tensor([0.0, 0.0]))
     assert has_no_variance(torch.tensor([3.0]))
+
+
+# Binary rewards.
+
+
+def test_beta_is_the_reward_over_a_beta_density():
+    groups = [[1.0, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0], [0, 0, 0, 0]]
+    found = advantages(BetaAdvantage(), *groups)
+    p = torch.tensor([0.25, 0.5, 0.75, 0.0], dtype=torch.float64)
+    m, v = p.mean(), p.var(correction=0)
+    a, b = m * (m * (1 - m) / v - 1), (1 - m) * (m * (1 - m) / v - 1)
+    f = torch.distributions.Beta(1 + a / 3, 1 + b / 3).log_prob(p[:3]).exp()
+    for row, (group, density) in enumerate(zip(groups[:3], f.tolist(), strict=True)):
+        mean = sum(group) / 4
+        assert found[row] == pytest.approx([(r - mean) / density for r in group])
+    assert found[3] == [0.0] * 4
+
+
+def test_beta_is_grpo_where_no_distribution_fits_and_reinforce_where_all_is_decided():
+    (one,) = advantages(BetaAdvantage(), [1.0, 0, 0, 0])
+    (grpo,) = advantages(GroupAdvantage(epsilon=0.0), [1.0, 0, 0, 0])
+    # Beta(3/2, 3/2) is sqrt(p (1 - p)) over its integral, pi / 8.
+    assert one == pytest.approx([a * math.pi / 8 for a in grpo])
+    assert beta_parameters(torch.tensor([0.0, 1.0, 1.0])) == pytest.approx((1.0, 1.0))
+
+
+def test_beta_refuses_rewards_that_are_not_binary():
+    with pytest.raises(ValueError, match=r"for rewards of 0 and 1, but one is 0\.5"):
+        advantages(BetaAdvantage(), [0.0, 0.5])
+    (found,) = advantages(BetaAdvantage(), [0.0, math.nan, 1.0])
+    assert found[1] == 0
+
+
+@pytest.mark.parametrize("size", [2, 5, 24])
+def test_a_group_in_which_all_fail_moves_away(size):
+    fail, win = advantages(VirtualBest(epsilon=0.0), [0.0] * size, [1.0] * size)
+    assert fail == pytest.approx([-1 / math.sqrt(size)] * size)
+    assert win == [0.0] * size
+
+
+def test_virtual_best_is_a_member_more():
+    (found,) = advantages(VirtualBest(epsilon=0.0), [0.0, 1.0, math.nan, 0.0])
+    (wanted,) = advantages(GroupAdvantage(epsilon=0.0), [0.0, 1.0, 0.0, 1.0])
+    assert found == pytest.approx([wanted[0], wanted[1], 0.0, wanted[2]])
+    with pytest.raises(ValueError, match=r"best = 1 is to be the largest reward, but one is 1\.2"):
+        advantages(VirtualBest(), [0.0, 1.2])
+
+
+# Several rewards.
+
+
+def scored(*rewards: list[float], weights: list[float], size: int = 3) -> Scored:
+    """Groups of ``size``; rewards are called a, b, ..."""
+    scores = {n: torch.tensor(r) for n, r in zip("abc", rewards, strict=False)}
+    total = sum(w * r for w, r in zip(weights, scores.values(), strict=True))
+    group = torch.arange(len(rewards[0])) // size
+    return Scored(total, group, scores, dict(zip("abc", weights, strict=False)))
+
+
+A, B = [0.0, 1.0, 2.0, 1.0, 1.0, 4.0], [100.0, 300.0, 200.0, 50.0, 0.0, 100.0]
+
+
+def z(values: list[float], ddof: int) -> Tensor:
+    """Standardised in two groups of three."""
+    v = torch.tensor(values, dtype=torch.float64).view(2, 3)
+    return ((v - v.mean(1, keepdim=True)) / v.std(1, keepdim=True, correction=ddof)).flatten()
+
+
+def test_per_reward_sums_standardised_rewards_by_weight():
+    found = of_scored(PerReward(clip=9.0), scored(A, B, weights=[0.7, 0.3]))
+    torch.testing.assert_close(found.double(), 0.7 * z(A, 1) + 0.3 * z(B, 1), atol=1e-5, rtol=0)
+    only = of_scored(PerReward(), scored(A, B, weights=[1.0, 0.0]))
+    torch.testing.assert_close(only.double(), z(A, 1), atol=1e-5, rtol=0)
+
+
+def test_the_scale_of_a_reward_changes_nothing_unless_it_is_summed():
+    one, other = (
+        scored(A, B, weights=[1.0, 1.0]),
+        scored(A, [b * 50 for b in B], weights=[1.0, 1.0]),
+    )
+    for kind in (PerReward(), GDPO(epsilon=1e-9)):
+        torch.testing.assert_close(of_scored(kind, one), of_scored(kind, other))
+    assert not torch.allclose(of_scored(GroupAdvantage(), one), z(A, 0).float() + z(B, 0).float())
+
+
+def test_gdpo_tells_apart_what_sums_to_the_same():
+    # In the paper's example (0, 2) and (1, 1) sum alike.
+    rewards = scored([0.0, 1.0, 0.0], [2.0, 1.0, 0.0], weights=[1.0, 1.0])
+    summed = of_scored(GroupAdvantage(), rewards)
+    assert float(summed[0]) == float(summed[1])
+    apart = of_scored(GDPO(), rewards)
+    assert abs(float(apart[0] - apart[1])) > 0.1
+
+
+def test_gdpo_normalises_the_batch():
+    found = of_scored(GDPO(epsilon=0.0), scored(A, B, weights=[2.0, 1.0])).double()
+    total = 2 * z(A, 1) + z(B, 1)
+    torch.testing.assert_close(found, total / total.std(), atol=1e-5, rtol=0)
+    twice = of_scored(GDPO(epsilon=0.0), scored(A, B, A, weights=[1.0, 1.0, 1.0]))
+    assert float(twice.std()) == pytest.approx(1.0, abs=1e-4)
+    flat = of_scored(GDPO(), scored([1.0] * 3 + A[3:], [2.0] * 3 + B[3:], weights=[1.0, 1.0]))
+    assert flat[:3].tolist() == [0, 0, 0]
+    assert (flat[3:] != 0).any()
+
+
+def test_log_tamed_tames_what_varies_most():
+    rewards = scored(A, B, weights=[1.0, 0.01])
+    spread = [torch.tensor(r).std(correction=0) / torch.tensor(r).mean() for r in (A, B)]
+    assert spread[0] > spread[1]
+    found = of_scored(LogTamed(epsilon=0.0), rewards)
+    total = torch.log1p(torch.tensor(A)) + 0.01 * torch.tensor(B)
+    torch.testing.assert_close(found, z(total.tolist(), 0).float(), atol=1e-5, rtol=0)
+    never = of_scored(LogTamed(threshold="fixed", above=9.0), rewards)
+    torch.testing.assert_close(never, of_scored(GroupAdvantage(), rewards), atol=1e-5, rtol=0)
+    with pytest.raises(ValueError, match="needs scores above -1, but one is -2"):
+        of_scored(LogTamed(), scored([-2.0, 8.0, 0.0], [1.0, 1, 1], weights=[1.0, 1.0]))
+
+
+@pytest.mark.parametrize("kind", [PerReward(), GDPO(), LogTamed()])
+def test_a_candidate_without_one_of_its_rewards_is_out_of_all(kind):
+    failed = scored([*A[:2], math.nan, *A[3:]], B, weights=[1.0, 1.0])
+    found = of_scored(kind, failed)
+    assert found[2] == 0
+    assert (found[:2] != 0).all()
+    both = scored([*A[:2], math.nan, *A[3:]], [*B[:2], math.nan, *B[3:]], weights=[1.0, 1.0])
+    torch.testing.assert_close(found, of_scored(kind, both))
+    with pytest.raises(ValueError, match="need the weight of each"):
+        of_scored(kind, Scored(failed.reward, failed.group, failed.scores, {}))

@@ -10,8 +10,9 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 ORDER = [
-    "core", "names", "imports", "tables", "experience", "prompt_files", "prompts", "policy", "judge", "frames",
-    "algorithms", "config", "learner", "run", "evaluate", "shapes", "prompt_sets", "observer", "trainer",
+    "core", "names", "imports", "tables", "experience", "prompt_files", "prompts", "policy", "judge",
+    "pairwise", "frames",
+    "algorithms", "config", "statistics", "learner", "run", "evaluate", "shapes", "prompt_sets", "observer", "trainer",
     "doctor", "commands", "cli", "__main__",
 ]  # fmt: skip
 """A module may import only from earlier ones, or from its own package."""

@@ -12,7 +12,7 @@ from torch import Tensor
 from flowgrpo.algorithms import DanceGRPO, FlowGRPO
 from flowgrpo.algorithms.dance_grpo import extremes
 from flowgrpo.config import Config, Model, Prompts, Run, Train
-from flowgrpo.core.losses import Loss
+from flowgrpo.core.losses import ClippedLoss, Loss
 from flowgrpo.core.random import Random, SampleNoise
 from flowgrpo.core.steps import AllSteps, Window
 from flowgrpo.core.transitions import CPS, DDIM, DanceSDE, FlowSDE
@@ -288,7 +288,7 @@ def config(algorithm: Algorithm, *, loss: Loss | None = None, **train: object) -
     return Config(
         model=Model(path=""),
         algorithm=algorithm,
-        loss=loss or Loss(clip_range=0.1),
+        loss=loss or ClippedLoss(clip_range=0.1),
         rewards=(Reward(model=f"{HERE}:brightness"),),
         prompts=Prompts(train="", held_out=""),
         train=Train(**settings),  # type: ignore[arg-type]
@@ -406,7 +406,7 @@ def test_updates_divide_the_groups(learn: Callable[..., tuple[Learner, Experienc
 def test_kl_begins_at_zero(
     kl: str, weights: Weights, learn: Callable[..., tuple[Learner, Experience]]
 ) -> None:
-    loss = Loss(clip_range=0.1, kl_coef=0.1, kl=kl)  # type: ignore[arg-type]
+    loss = ClippedLoss(clip_range=0.1, kl_coef=0.1, kl=kl)  # type: ignore[arg-type]
     learner, experience = learn("sd3", FAST, weights, loss=loss)
     advantages = FAST.advantages(experience)
     assert learner.update(experience, advantages, RANDOM)["loss/kl"] == 0
@@ -416,7 +416,7 @@ def test_kl_begins_at_zero(
 @pytest.mark.parametrize("kl", ["exact", "flow_grpo", "velocity"])
 def test_kl_pulls_back(kl: str, learn: Callable[..., tuple[Learner, Experience]]) -> None:
     """With nothing to gain, only the distance to the reference is left, and it falls."""
-    loss = Loss(clip_range=0.1, kl_coef=1.0, kl=kl)  # type: ignore[arg-type]
+    loss = ClippedLoss(clip_range=0.1, kl_coef=1.0, kl=kl)  # type: ignore[arg-type]
     learner, experience = learn("sd3", FAST, loss=loss, betas=(0.0, 0.999))
     learner.update(experience, FAST.advantages(experience), RANDOM)
     nothing = torch.zeros(len(experience.actions))
@@ -450,7 +450,7 @@ def test_nothing_to_learn_changes_nothing(
 def test_learning_raises_the_likelihood_of_the_better(
     learn: Callable[..., tuple[Learner, Experience]],
 ) -> None:
-    learner, experience = learn("sd15", CASES["flow-ddim"][1], loss=Loss(clip_range=10.0))
+    learner, experience = learn("sd15", CASES["flow-ddim"][1], loss=ClippedLoss(clip_range=10.0))
     algorithm = CASES["flow-ddim"][1]
     advantages, a = algorithm.advantages(experience), experience.actions
     for _ in range(3):

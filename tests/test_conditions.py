@@ -8,7 +8,7 @@ from torch import Tensor
 
 from flowgrpo.algorithms import FlowGRPO
 from flowgrpo.config import Config, Model, Prompts, Run, Train
-from flowgrpo.core.losses import Loss
+from flowgrpo.core.losses import ClippedLoss
 from flowgrpo.core.random import Random
 from flowgrpo.core.steps import Window
 from flowgrpo.core.transitions import CPS
@@ -82,7 +82,7 @@ def test_edits_are_trained_on_with_their_own_image(
     settings = Config(
         model=Model(path=""),
         algorithm=algorithm,
-        loss=Loss(clip_range=0.1),
+        loss=ClippedLoss(clip_range=0.1),
         rewards=(Reward(model=f"{__name__}:brightness"),),
         prompts=Prompts(train="", held_out=""),
         train=Train(iterations=1, groups=2, monitor_states=0),

@@ -1,5 +1,6 @@
-"""The clipped surrogate and the KL forms, against slow and plain computations."""
+"""Surrogates, Guard's ratio, NFT's objective and the KL forms, against slow and plain computations."""
 
+import itertools
 import math
 
 import pytest
@@ -7,8 +8,26 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flowgrpo.core.losses import Loss, clipped_surrogate
-from flowgrpo.core.transitions import DanceSDE, Prediction, Step
+from flowgrpo.core.losses import (
+    ClippedLoss,
+    NFTLoss,
+    bounded_surrogate,
+    clipped_surrogate,
+    guard_weight,
+    guarded_log_ratio,
+    nft_loss,
+    step_gain,
+)
+from flowgrpo.core.transitions import (
+    CPS,
+    DDIM,
+    DanceSDE,
+    FlowSDE,
+    Gaussian,
+    Prediction,
+    Step,
+    Transition,
+)
 
 numbers = st.floats(-3, 3, width=32)
 
@@ -17,7 +36,7 @@ numbers = st.floats(-3, 3, width=32)
 @settings(deadline=None)
 def test_clipped_surrogate_equals_plain_python(actions, clip_range):
     new, old, advantage = torch.tensor(actions, dtype=torch.float64).T
-    found = clipped_surrogate(new, old, advantage, clip_range)
+    found = clipped_surrogate(new - old, advantage, clip_range)
     for value, (n, o, a) in zip(found.tolist(), actions, strict=True):
         ratio = math.exp(n - o)
         clipped = min(max(ratio, 1 - clip_range), 1 + clip_range)
@@ -31,7 +50,7 @@ def test_clipped_surrogate_equals_plain_python(actions, clip_range):
 )  # fmt: skip
 def test_gradient_stops_where_the_ratio_has_gone_far_enough(shift, advantage, learns):
     log_prob = torch.tensor([shift], requires_grad=True)
-    clipped_surrogate(log_prob, torch.zeros(1), torch.tensor([advantage]), 0.2).sum().backward()
+    clipped_surrogate(log_prob, torch.tensor([advantage]), 0.2).sum().backward()
     assert log_prob.grad is not None
     assert bool(log_prob.grad != 0) is learns
 
@@ -39,7 +58,7 @@ def test_gradient_stops_where_the_ratio_has_gone_far_enough(shift, advantage, le
 def test_at_ratio_1_the_gradient_is_minus_the_advantage():
     log_prob = torch.tensor([-3.0, 2.0], requires_grad=True)
     advantage = torch.tensor([1.5, -0.5])
-    loss = clipped_surrogate(log_prob, log_prob.detach(), advantage, 1e-4)
+    loss = clipped_surrogate(log_prob - log_prob.detach(), advantage, 1e-4)
     assert torch.equal(loss.detach(), -advantage)
     loss.sum().backward()
     assert torch.equal(log_prob.grad, -advantage)
@@ -54,7 +73,7 @@ def kl(kind: str) -> float:
         DanceSDE(noise_level=0.3)(x, Prediction.from_velocity(x, v, step.noise), step)
         for v in (velocity + gap, velocity)
     )
-    return float(Loss(kl=kind).kl_to(policy, reference, step, gap))
+    return float(ClippedLoss(kl=kind).kl_to(policy, reference, step, gap))
 
 
 def test_kl_forms():
@@ -75,3 +94,204 @@ def test_flow_grpo_kl_is_the_released_formula():
         means.append(DanceSDE(noise_level=0.3)(x, prediction, step).mean)
     wanted = (means[0] - means[1]).square().mean() / (2 * 0.3**2)
     assert kl("flow_grpo") == pytest.approx(float(wanted), rel=1e-5)
+
+
+# What bounds an action.
+
+
+def test_a_rise_may_be_bounded_otherwise_than_a_fall():
+    log_ratio, advantage = torch.log(torch.tensor([1.15, 0.85])), torch.tensor([1.0, -1.0])
+    wide = clipped_surrogate(log_ratio, advantage, 0.1, 0.2)
+    assert wide.tolist() == pytest.approx([-1.15, 0.9])
+    assert clipped_surrogate(log_ratio, advantage, 0.1).tolist() == pytest.approx([-1.1, 0.9])
+
+
+@pytest.mark.parametrize(
+    ("shift", "advantage", "moved", "learns"),
+    # Only what is too far away and goes on is stopped (reference section 10, Flow-DPPO).
+    [(0.1, 1.0, 2e-5, False), (0.1, 1.0, 5e-6, True), (-0.1, 1.0, 2e-5, True),
+     (-0.1, -1.0, 2e-5, False), (0.1, -1.0, 2e-5, True), (0.0, 1.0, 0.0, True)],
+)  # fmt: skip
+def test_kl_bound_stops_what_is_far_and_goes_on(shift, advantage, moved, learns):
+    log_ratio = torch.tensor([shift], requires_grad=True)
+    loss = bounded_surrogate(log_ratio, torch.tensor([advantage]), torch.tensor([moved]), 1e-5)
+    loss.sum().backward()
+    assert log_ratio.grad is not None
+    wanted = -advantage * math.exp(shift) if learns else 0.0
+    assert float(log_ratio.grad) == pytest.approx(wanted)
+
+
+@pytest.mark.parametrize("clip", ["ratio", "kl"])
+def test_surrogate_says_what_is_out_of_bounds(clip):
+    loss = ClippedLoss(clip=clip, clip_range=0.1, clip_high=0.3 if clip == "ratio" else None)
+    old = torch.zeros(4, 1)
+    mean = torch.tensor([[0.0], [0.2], [0.5], [-0.2]])
+    gaussian = Gaussian(mean, 1.0)
+    change = torch.tensor([0.0, 0.2, 0.3, -0.2])
+    _, outside = loss.surrogate(change, torch.ones(4), gaussian, old, 1.0)
+    # Ratios 1, 1.22, 1.35, 0.82 in (0.9, 1.3); or KLs 0, .02, .125, .02 against 0.1.
+    wanted = [False, False, True, True] if clip == "ratio" else [False, False, True, False]
+    assert outside.tolist() == wanted
+
+
+# GRPO-Guard.
+
+FLOW, NOISY = Step.flow(0.8, 0.6, 0.9), Step.diffusion(0.3, 0.5)
+KINDS = [
+    (FlowSDE(), FLOW), (DanceSDE(), FLOW), (CPS(), FLOW), (CPS(log_prob="unnormalised"), FLOW),
+    (DDIM(), NOISY), (CPS(), NOISY),
+]  # fmt: skip
+
+
+def gaussian_of(transition: Transition, step: Step, output: torch.Tensor) -> Gaussian:
+    """The step from a fixed state, for an output of the model."""
+    x = torch.linspace(-1, 1, output.shape[1], dtype=output.dtype).expand_as(output)
+    if step.path == "flow":
+        return transition(x, Prediction.from_velocity(x, output, step.noise), step)
+    x0 = (x - step.noise * output) / step.signal
+    return transition(x, Prediction(x0, output, output), step)
+
+
+@pytest.mark.parametrize(("transition", "step"), KINDS)
+def test_guard_is_the_published_formula(transition, step):
+    """``std * (log r + mean(d^2) / (2 std^2))`` with the true normals' log-ratio."""
+    torch.manual_seed(0)
+    output = torch.randn(5, 7, dtype=torch.float64)
+    old = gaussian_of(transition, step, output)
+    new = gaussian_of(transition, step, output + 0.1 * torch.randn_like(output))
+    x_next = old.sample(torch.randn_like(output))
+    normal = [torch.distributions.Normal(g.mean, g.std) for g in (new, old)]
+    log_ratio = (normal[0].log_prob(x_next) - normal[1].log_prob(x_next)).mean(1)
+    bias = (new.mean - old.mean).square().mean(1) / (2 * old.std**2)
+    found = guarded_log_ratio(new.mean, old.mean, x_next, old.std)
+    torch.testing.assert_close(found.double(), old.std * (log_ratio + bias), atol=1e-6, rtol=1e-5)
+
+
+def test_guard_has_a_bias_per_sample():
+    """The released code averages it over the batch; another sample must not change one's ratio."""
+    old, std = torch.zeros(2, 3), 0.5
+    x_next = torch.tensor([[0.1, -0.2, 0.3], [0.4, 0.5, -0.6]])
+    mean = torch.tensor([[0.1, 0.1, 0.1], [3.0, 3.0, 3.0]])
+    both = guarded_log_ratio(mean, old, x_next, std)
+    assert float(both[0]) == float(guarded_log_ratio(mean[:1], old[:1], x_next[:1], std))
+    assert float(both[0]) == pytest.approx(0.1 * (0.2 - 0.4 + 0.6) / 3)
+
+
+@pytest.mark.parametrize(("transition", "step"), KINDS)
+def test_guard_stays_centred_where_the_plain_ratio_sinks(transition, step):
+    torch.manual_seed(1)
+    output = torch.zeros(20_000, 4)
+    old = gaussian_of(transition, step, output)
+    new = gaussian_of(transition, step, output + 0.3)
+    x_next = old.sample(torch.randn_like(output))
+    guarded = guarded_log_ratio(new.mean, old.mean, x_next, old.std)
+    plain = Gaussian(new.mean, old.std).log_prob(x_next) - Gaussian(old.mean, old.std).log_prob(x_next)  # fmt: skip
+    error = float(guarded.std() / len(guarded) ** 0.5)
+    assert abs(float(guarded.mean())) < 4 * error
+    assert float(plain.mean()) < -0.5 * float((new.mean - old.mean).square().mean()) / (2 * old.std**2)  # fmt: skip
+
+
+@pytest.mark.parametrize("transition", [FlowSDE(), DanceSDE(), CPS(), CPS(noise_level=0.3), DDIM()])
+def test_guard_gives_all_steps_gradients_of_one_size(transition):
+    sigmas = [0.9601, 0.9133, 0.8577, 0.7904, 0.7073, 0.6022, 0.4649, 0.2780, 0.0089]
+    alphas = [0.02, 0.08, 0.2, 0.4, 0.6, 0.8, 0.95]
+    diffusion = isinstance(transition, DDIM)
+    pairs = itertools.pairwise(alphas if diffusion else sigmas)
+    steps = [Step.diffusion(a, b) if diffusion else Step.flow(a, b, sigmas[0]) for a, b in pairs]
+    plain, guarded = [], []
+    torch.manual_seed(2)
+    noise = torch.randn(1, 512, dtype=torch.float64)
+    for step in steps:
+        output = torch.zeros(1, 512, dtype=torch.float64, requires_grad=True)
+        new = gaussian_of(transition, step, output)
+        old = Gaussian(new.mean.detach(), new.std)
+        x_next = old.sample(noise)
+        ratio = guarded_log_ratio(new.mean, old.mean, x_next, old.std)
+        (g,) = torch.autograd.grad(ratio.sum() * guard_weight(transition, step), output)
+        guarded.append(float(g.norm()))
+        (p,) = torch.autograd.grad(gaussian_of(transition, step, output).log_prob(x_next).sum(), output)  # fmt: skip
+        plain.append(float(p.norm()))
+    spread = 1.2 if isinstance(transition, DanceSDE) else 1.001
+    assert max(guarded) / min(guarded) < spread
+    if not diffusion:
+        assert max(plain) / min(plain) > 2 * spread
+
+
+def test_the_gain_of_cps_becomes_dt_without_noise():
+    assert step_gain(CPS(noise_level=1e-6), FLOW) == pytest.approx(FLOW.dt, rel=1e-6)
+    assert step_gain(FlowSDE(noise_level=0.7), Step.flow(0.6, 0.5, 0.9)) == pytest.approx(
+        1.245 * 0.1
+    )
+
+
+# DiffusionNFT.
+
+
+def test_nft_by_hand():
+    """Two elements: x0 (1, 3), old (1, 2), sample (0, 2), beta .5, r .75."""
+    x0, old, sample = torch.tensor([[1.0, 3.0], [1.0, 2.0], [0.0, 2.0]])[:, None].unbind(0)
+    # x0+ = (1, 2.5): errors (1, .5), L+ = (.625) / .75; x0- = (1, 1.5): errors (1, -.5), the same.
+    found = nft_loss(x0, old, sample, torch.tensor([0.75]), 0.5)
+    assert float(found) == pytest.approx((0.75 * 0.625 / 0.75 + 0.25 * 0.625 / 0.75) / 0.5)
+
+
+@pytest.mark.parametrize("beta", [0.1, 1.0])
+def test_nft_mixes_velocities_as_the_paper_does(beta):
+    torch.manual_seed(0)
+    t = 0.6
+    x, v, v_old, sample = torch.randn(4, 3, 8, dtype=torch.float64).unbind(0)
+    r = torch.tensor([0.0, 0.4, 1.0], dtype=torch.float64)
+    wanted = torch.zeros(3, dtype=torch.float64)
+    for weight, mixed in (
+        (r, beta * v + (1 - beta) * v_old),
+        (1 - r, (1 + beta) * v_old - beta * v),
+    ):
+        error = x - t * mixed - sample
+        wanted += weight * (error**2).mean(1) / error.abs().mean(1)
+    found = nft_loss(x - t * v, x - t * v_old, sample, r, beta)
+    torch.testing.assert_close(found.double(), wanted / beta, atol=1e-5, rtol=1e-5)
+
+
+def test_nft_pulls_to_good_samples_and_from_bad_ones():
+    old, sample = torch.zeros(3, 4), torch.ones(3, 4)
+    x0 = old.clone().requires_grad_()
+    advantage = torch.tensor([5.0, -5.0, 0.0])
+    NFTLoss().loss(x0, old, sample, advantage).sum().backward()
+    assert x0.grad is not None
+    assert (x0.grad[0] < 0).all()
+    assert (x0.grad[1] > 0).all()
+    assert (x0.grad[2] == 0).all()
+
+
+def test_nft_on_the_old_policy_needs_an_opinion():
+    """At r = 1/2 the two implicit policies balance."""
+    old, sample = torch.zeros(1, 4), torch.ones(1, 4)
+    x0 = old.clone().requires_grad_()
+    nft_loss(x0, old, sample, torch.tensor([0.5]), 1.0).sum().backward()
+    assert x0.grad is not None
+    assert float(x0.grad.abs().max()) < 1e-6
+
+
+def test_optimality_and_trails():
+    loss = NFTLoss()
+    assert loss.optimality(torch.tensor([-9.0, -5, 0, 2.5, 7])).tolist() == [0, 0, 0.5, 0.75, 1]
+    assert [loss.kept(n) for n in (0, 100, 900)] == [0, 0.1, 0.5]
+    late = NFTLoss(trail="late")
+    assert [late.kept(n) for n in (75, 175, 999)] == pytest.approx([0, 0.75, 0.999])
+    assert NFTLoss(trail="none").kept(999) == 0
+
+
+@pytest.mark.parametrize(
+    ("loss", "message"),
+    [
+        (ClippedLoss(clip_range=0.0), "loss.clip_range must be at least"),
+        (ClippedLoss(clip_high=-1.0), "loss.clip_high must be at least"),
+        (ClippedLoss(clip="kl", clip_high=0.1), "loss.clip_high has no meaning"),
+        (ClippedLoss(kl_coef=-1.0), "loss.kl_coef must be at least 0"),
+        (NFTLoss(beta=0.0), "loss.beta must be at least"),
+        (NFTLoss(advantage_scale=0.0), "loss.advantage_scale must be at least"),
+    ],
+)
+def test_losses_that_cannot_train_are_refused(loss, message):
+    with pytest.raises(ValueError, match=message):
+        loss.check()

@@ -14,14 +14,16 @@ from torch import Tensor
 
 from flowgrpo.algorithms.trajectories import (
     TrajectoryPlan,
+    candidate_advantages,
     collect_trajectories,
     credit_trajectories,
 )
 from flowgrpo.core.advantages import GroupAdvantage
 from flowgrpo.core.random import Random
+from flowgrpo.core.several import Advantage
 from flowgrpo.core.steps import AllSteps, StepSelection
 from flowgrpo.core.transitions import DanceSDE, Transition, require_noise
-from flowgrpo.experience import Experience, Group
+from flowgrpo.experience import Cost, Experience, Group
 from flowgrpo.judge import Judge
 from flowgrpo.policy import PipelinePolicy
 
@@ -43,7 +45,7 @@ class DanceGRPO:
     """Whether a group starts from one noise."""
     best_of: int = 0
     """Train only on this many samples of a group, half the best and half the worst; 0 for all."""
-    advantage: GroupAdvantage = field(default_factory=lambda: GroupAdvantage(ddof=1, epsilon=1e-8))
+    advantage: Advantage = field(default_factory=lambda: GroupAdvantage(ddof=1, epsilon=1e-8))
     """From rewards to advantages."""
 
     def collect(
@@ -53,7 +55,7 @@ class DanceGRPO:
         iteration = random.path[-1]
         assert isinstance(iteration, int)
         stochastic = self.steps.select(policy.num_steps(), iteration, random.generator("steps"))
-        plan = TrajectoryPlan(self.group_size, self.transition, stochastic, self.shared_noise)
+        plan = self._plan(stochastic)
         experience = collect_trajectories(policy, groups, judge, random, plan)
         kept = self._kept_steps(experience, stochastic, random)
         return replace(experience, actions=experience.actions.select(kept))
@@ -61,7 +63,7 @@ class DanceGRPO:
     def advantages(self, experience: Experience) -> Float[Tensor, " actions"]:
         """The trajectory's advantage for each of its actions; zero between best and worst."""
         c = experience.candidates
-        advantage = self.advantage(c.reward, c.group, experience.all_rewards)
+        advantage = candidate_advantages(self.advantage, experience)
         if self.best_of:
             advantage = extremes(advantage, c.group, self.best_of)
         return credit_trajectories(experience.actions, c, advantage)
@@ -79,6 +81,13 @@ class DanceGRPO:
             raise ValueError(
                 f"algorithm.best_of must be even and at most group_size = {self.group_size}, got {self.best_of}"
             )
+
+    def cost(self, num_steps: int, stochastic: Sequence[int]) -> Cost:
+        """Work per prompt with these stochastic steps; see :meth:`TrajectoryPlan.cost`."""
+        return self._plan(stochastic).cost(num_steps)
+
+    def _plan(self, stochastic: Sequence[int]) -> TrajectoryPlan:
+        return TrajectoryPlan(self.group_size, self.transition, stochastic, self.shared_noise)
 
     def _kept_steps(
         self, experience: Experience, stochastic: Sequence[int], random: Random

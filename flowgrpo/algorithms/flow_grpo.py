@@ -14,14 +14,16 @@ from torch import Tensor
 
 from flowgrpo.algorithms.trajectories import (
     TrajectoryPlan,
+    candidate_advantages,
     collect_trajectories,
     credit_trajectories,
 )
 from flowgrpo.core.advantages import GroupAdvantage
 from flowgrpo.core.random import Random
+from flowgrpo.core.several import Advantage
 from flowgrpo.core.steps import AllSteps, StepSelection
 from flowgrpo.core.transitions import FlowSDE, Transition, require_noise
-from flowgrpo.experience import Experience, Group
+from flowgrpo.experience import Cost, Experience, Group
 from flowgrpo.judge import Judge
 from flowgrpo.policy import PipelinePolicy
 
@@ -39,7 +41,7 @@ class FlowGRPO:
     """Which steps are stochastic and trained."""
     shared_noise: bool = False
     """Whether a group starts from one noise. What its samples share is then computed once."""
-    advantage: GroupAdvantage = field(default_factory=lambda: GroupAdvantage(std="batch"))
+    advantage: Advantage = field(default_factory=lambda: GroupAdvantage(std="batch"))
     """From rewards to advantages."""
 
     def collect(
@@ -49,13 +51,13 @@ class FlowGRPO:
         iteration = random.path[-1]
         assert isinstance(iteration, int)
         stochastic = self.steps.select(policy.num_steps(), iteration, random.generator("steps"))
-        plan = TrajectoryPlan(self.group_size, self.transition, stochastic, self.shared_noise)
+        plan = self._plan(stochastic)
         return collect_trajectories(policy, groups, judge, random, plan)
 
     def advantages(self, experience: Experience) -> Float[Tensor, " actions"]:
         """The trajectory's advantage for each of its actions."""
         c = experience.candidates
-        advantage = self.advantage(c.reward, c.group, experience.all_rewards)
+        advantage = candidate_advantages(self.advantage, experience)
         return credit_trajectories(experience.actions, c, advantage)
 
     def check(self, num_steps: int) -> None:
@@ -63,3 +65,10 @@ class FlowGRPO:
         require_noise(self.transition)
         self.advantage.check()
         self.steps.select(num_steps, 0, Random(0).generator())
+
+    def cost(self, num_steps: int, stochastic: Sequence[int]) -> Cost:
+        """Work per prompt with these stochastic steps; see :meth:`TrajectoryPlan.cost`."""
+        return self._plan(stochastic).cost(num_steps)
+
+    def _plan(self, stochastic: Sequence[int]) -> TrajectoryPlan:
+        return TrajectoryPlan(self.group_size, self.transition, stochastic, self.shared_noise)

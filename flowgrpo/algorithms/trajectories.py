@@ -1,18 +1,20 @@
-"""Whole trajectories, one candidate each: what Flow-GRPO and DanceGRPO collect."""
+"""Whole trajectories: what Flow-GRPO and DanceGRPO collect, and TP-GRPO and VGPO look into."""
 
-from collections.abc import Sequence
-from concurrent.futures import Future
+from collections.abc import Collection as Several
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
-from flowgrpo.core.random import Random, SampleNoise
-from flowgrpo.core.transitions import Gaussian, Transition
+from flowgrpo.algorithms.collection import Collection, Samples, Watch
+from flowgrpo.core.random import Random
+from flowgrpo.core.several import Advantage, Scored, of_scored
+from flowgrpo.core.solvers import Solver
+from flowgrpo.core.transitions import Transition
 from flowgrpo.experience import Actions, Candidates, Cost, Experience, Group
-from flowgrpo.judge import Judge, Scores
+from flowgrpo.judge import Judge
 from flowgrpo.policy import PipelinePolicy
 from flowgrpo.policy.scheduler import Visit
 
@@ -26,12 +28,31 @@ class TrajectoryPlan:
         transition: The stochastic step.
         stochastic: The stochastic steps, ascending.
         shared_noise: Whether the samples of a group start from the same noise.
+        solver: How the steps after the last stochastic one are taken.
+        num_after: How many steps are taken there, of about equal parts of the grid; None takes all.
     """
 
     group_size: int
     transition: Transition
     stochastic: Sequence[int]
     shared_noise: bool
+    solver: Solver = "euler"
+    num_after: int | None = None
+
+    def nodes(self, num_steps: int) -> list[int]:
+        """The grid nodes of a trajectory, from noise to data."""
+        begin = self.stochastic[-1] + 1
+        left = num_steps - begin
+        number = left if self.num_after is None else min(self.num_after, left)
+        after = [begin + round(left * i / number) for i in range(1, number + 1)]
+        return [*range(begin + 1), *after]
+
+    def cost(self, num_steps: int) -> Cost:
+        """Work per prompt: ``G T`` evaluations; ``(k + 1) + G (T - k - 1)`` with shared noise,
+        where ``k`` is the first stochastic step and ``T`` the number of steps that are taken."""
+        alone = self.stochastic[0] + 1 if self.shared_noise else 0
+        nfe = alone + self.group_size * (len(self.nodes(num_steps)) - 1 - alone)
+        return Cost(float(nfe), float(self.group_size), float(self.group_size))
 
 
 def collect_trajectories(
@@ -40,138 +61,84 @@ def collect_trajectories(
     judge: Judge,
     random: Random,
     plan: TrajectoryPlan,
+    watch: Watch | None = None,
 ) -> Experience:
     """Sample ``group_size`` trajectories per group, and record every stochastic step.
+
+    ``watch`` sees every batch that goes to the judge.
 
     Where a group shares its initial noise, its samples are one until the first stochastic step.
     That part is computed once per group, and all samples' first actions share one state.
     """
-    judge.reset()
-    evaluations, decodes = policy.num_evaluations, policy.num_decodes
-    owners = [(g, i) for g in groups for i in range(plan.group_size)]
-    shared = [random.at("group", g.index) for g, _ in owners] if plan.shared_noise else None
-    noise = SampleNoise([random.at("group", g.index, i) for g, i in owners], shared)
-    group = torch.tensor([g.index for g, _ in owners])
-    sample = torch.tensor([i for _, i in owners])
-    actions: list[Actions] = []
-    nodes, x, first = None, None, plan.stochastic[0]
-    if plan.shared_noise:
-        x, first_actions = _first_step(policy, groups, noise, plan, group, sample)
-        actions.append(first_actions)
-        nodes = range(first + 1, policy.num_steps() + 1)
+    collection = Collection(policy, groups, judge, plan.transition, watch)
+    for _ in walk(collection, random, plan):
+        pass
+    return collection.experience()
 
-    later = [s for s in plan.stochastic if nodes is None or s >= nodes[0]]
-    scores: list[Future[Scores]] = []
-    thumbnails: list[Tensor] = []
-    rollouts = policy.run(
-        [g.prompt for g, _ in owners],
-        noise,
+
+def walk(
+    collection: Collection, random: Random, plan: TrajectoryPlan, record: Several[int] = ()
+) -> Iterator[tuple[Samples, Sequence[Visit]]]:
+    """Sample trajectories, note their actions, and judge their images.
+
+    Args:
+        collection: Where they go.
+        random: Keyed by the iteration.
+        plan: How to sample.
+        record: Steps to visit besides the stochastic ones; none before the first of these.
+
+    Yields:
+        What went through the model, to look further into: first, where noise is shared, one sample
+        per group at the first stochastic step; then batch by batch the samples and their visits.
+    """
+    policy, size = collection.policy, plan.group_size
+    samples = Samples.of(collection.groups, size, random, 1 if plan.shared_noise else None)
+    nodes, x, later = plan.nodes(policy.num_steps()), None, list(plan.stochastic)
+    if plan.shared_noise:
+        first = later.pop(0)
+        nodes = nodes[first + 1 :]
+        roots, parted = samples[::size], []
+        for rollout in policy.run(
+            roots.prompts, roots.noise, nodes=range(first + 2), record=[first], decode=False
+        ):
+            begin, end = rollout.rows.start, rollout.rows.stop
+            parted.append(collection.branch(samples[begin * size : end * size], rollout.visits[0]))
+            yield roots[begin:end], rollout.visits
+        x = torch.cat(parted)
+
+    for rollout in policy.run(
+        samples.prompts,
+        samples.noise,
         nodes=nodes,
         x=x,
         stochastic=later,
         transition=plan.transition,
-        record=later,
-    )
-    for rollout in rollouts:
-        assert rollout.media is not None
-        rows = slice(rollout.rows.start, rollout.rows.stop)
-        scores.append(judge.submit(rollout.media, [g.prompt for g, _ in owners[rows]]))
-        thumbnails.append(thumbnail(rollout.media))
-        actions += [_recorded(visit, group[rows], sample[rows]) for visit in rollout.visits]
-
-    small = torch.cat(thumbnails).view(len(groups), plan.group_size, -1)
-    candidates = _scored([s.result() for s in scores], group, sample, policy.num_steps() - 1)
-    return Experience(
-        groups=groups,
-        transition=plan.transition,
-        actions=Actions.concatenate(actions),
-        candidates=candidates,
-        cost=Cost(
-            nfe=(policy.num_evaluations - evaluations) / len(groups),
-            decodes=(policy.num_decodes - decodes) / len(groups),
-        ),
-        all_rewards=candidates.reward,
-        diversity=small.std(1, correction=0).mean(1),
-        duplicates=torch.tensor([float(len(g) - len(g.unique(dim=0))) for g in small]),
-    )
-
-
-def _scored(
-    scores: Sequence[Scores],
-    group: Int[Tensor, " samples"],
-    sample: Int[Tensor, " samples"],
-    last_step: int,
-) -> Candidates:
-    """One candidate per trajectory, from the scores of all batches."""
-    return Candidates(
-        group=group,
-        sample=sample,
-        step=torch.full_like(group, last_step),
-        scores={name: torch.cat([s.raw[name] for s in scores]) for name in scores[0].raw},
-        reward=torch.cat([s.reward for s in scores]),
-    )
-
-
-def thumbnail(
-    media: Float[Tensor, "batch *frames channels height width"],
-) -> Float[Tensor, "batch pixels"]:
-    """8x8 averages of an image, or of the middle frame of a video, to compare samples by."""
-    image = media[:, media.shape[1] // 2] if media.ndim == 5 else media
-    return F.adaptive_avg_pool2d(image, 8).flatten(1)
-
-
-def _first_step(
-    policy: PipelinePolicy,
-    groups: Sequence[Group],
-    noise: SampleNoise,
-    plan: TrajectoryPlan,
-    group: Int[Tensor, " samples"],
-    sample: Int[Tensor, " samples"],
-) -> tuple[Float[Tensor, "samples *latent"], Actions]:
-    """Follow the ODE once per group to the first stochastic step, and take that step per sample."""
-    first, size = plan.stochastic[0], plan.group_size
-    one_each = SampleNoise(
-        noise.streams[::size], noise.initial_streams[::size] if noise.initial_streams else None
-    )
-    means, states, std, normalised = [], [], 0.0, True
-    for rollout in policy.run(
-        [g.prompt for g in groups],
-        one_each,
-        nodes=range(first + 2),
-        stochastic=[first],
-        transition=plan.transition,
-        record=[first],
-        decode=False,
+        record={*later, *record},
+        solver=plan.solver,
     ):
-        (visit,) = rollout.visits
-        means.append(visit.gaussian.mean)
-        states.append(visit.x)
-        std, normalised = visit.gaussian.std, visit.gaussian.normalised
-    gaussian = Gaussian(torch.cat(means).repeat_interleave(size, dim=0), std, normalised)
-    fresh = noise.at_step(first, gaussian.mean.shape[1:]).to(gaussian.mean.device)
-    x_next = gaussian.sample(fresh)
-    actions = Actions(
-        states=torch.cat(states),
-        state=torch.arange(len(groups)).repeat_interleave(size),
-        x_next=x_next,
-        step=torch.full((len(group),), first),
-        old_log_prob=gaussian.log_prob(x_next).cpu(),
-        group=group,
-        sample=sample,
-    )
-    return x_next, actions
+        assert rollout.media is not None
+        part = samples[rollout.rows.start : rollout.rows.stop]
+        collection.submit(part, rollout.media, policy.num_steps() - 1)
+        for visit in rollout.visits:
+            if visit.step in later:
+                collection.act(part, visit)
+        yield part, rollout.visits
 
 
-def _recorded(visit: Visit, group: Int[Tensor, " batch"], sample: Int[Tensor, " batch"]) -> Actions:
-    return Actions(
-        states=visit.x,
-        state=torch.arange(len(group)),
-        x_next=visit.x_next,
-        step=torch.full((len(group),), visit.step),
-        old_log_prob=visit.gaussian.log_prob(visit.x_next).cpu(),
-        group=group,
-        sample=sample,
-    )
+def candidate_advantages(
+    advantage: Advantage, experience: Experience
+) -> Float[Tensor, " candidates"]:
+    """The advantage of each of this rank's candidates, with statistics over all ranks.
+
+    Args:
+        advantage: The statistics.
+        experience: With one candidate per sample.
+    """
+    own, everyone = experience.candidates, experience.everyone or experience.candidates
+    scored = Scored(everyone.reward, everyone.group, everyone.scores, experience.weights)
+    # Groups are whole on one rank, and gathering keeps the order.
+    mine = torch.isin(everyone.group, own.group.unique())
+    return of_scored(advantage, scored)[mine]
 
 
 def credit_trajectories(

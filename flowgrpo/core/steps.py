@@ -4,6 +4,8 @@ The last step, which ends at ``sigma = 0``, is never stochastic: coefficients-pr
 steps have no noise there, and what other transitions add stays in the image.
 """
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -87,7 +89,11 @@ class RandomSteps:
 
 @dataclass(frozen=True, kw_only=True)
 class SlidingWindow:
-    """A window that moves on by ``stride`` every ``every`` iterations and starts over (MixGRPO)."""
+    """A window that moves on by ``stride`` every ``every`` iterations and starts over (MixGRPO).
+
+    With ``decay`` above 0 it stays ``ceil(every * exp(-decay * max(0, start - decay_from)))``
+    iterations at a place: late steps, which decide less, take less of the training.
+    """
 
     kind: Literal["sliding_window"] = "sliding_window"
     size: int = 4
@@ -98,6 +104,12 @@ class SlidingWindow:
     """Iterations between two moves."""
     skip_last: int = 2
     """Steps at the end that the window never reaches, at least 1."""
+    decay: float = 0.0
+    """How much shorter the window stays at later steps; the paper's decaying schedule has 0.1."""
+    decay_from: int = 13
+    """The first step of the window from which on it stays shorter."""
+    at_end: Literal["restart", "stay"] = "restart"
+    """What the window does after its last place."""
 
     def select(self, num_steps: int, iteration: int, generator: torch.Generator) -> list[int]:
         """The stochastic steps, ascending."""
@@ -108,9 +120,25 @@ class SlidingWindow:
             raise ValueError(
                 f"steps: a window of {self.size} does not fit into {num_steps} steps without the last {self.skip_last}"
             )
-        starts = range(0, last + 1, self.stride)
-        start = starts[(iteration // self.every) % len(starts)]
+        if self.decay < 0:
+            raise ValueError(f"steps: decay must be at least 0, got {self.decay}")
+        start = self._start(range(0, last + 1, self.stride), iteration)
         return _checked(list(range(start, start + self.size)), num_steps, self)
+
+    def _start(self, places: Sequence[int], iteration: int) -> int:
+        """The window's first step in an iteration."""
+        stays = [
+            math.ceil(self.every * math.exp(-self.decay * max(0, place - self.decay_from)))
+            for place in places
+        ]
+        if self.at_end == "stay" and iteration >= sum(stays):
+            return places[-1]
+        left = iteration % sum(stays)
+        for place, stay in zip(places, stays, strict=True):
+            if left < stay:
+                return place
+            left -= stay
+        raise AssertionError("iterations are counted from 0")
 
 
 StepSelection = AllSteps | Window | RandomWindow | RandomSteps | SlidingWindow

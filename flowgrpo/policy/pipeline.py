@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from flowgrpo.core.random import SampleNoise
+from flowgrpo.core.solvers import Solver
 from flowgrpo.core.transitions import ODE, Transition
 from flowgrpo.experience import Prompt
 from flowgrpo.policy.calls import Sampling, batches, own_arguments
@@ -65,6 +66,9 @@ class PipelinePolicy:
         >>> noise = SampleNoise([Random(0).at(i) for i in range(4)])
         >>> images = policy.images([Prompt("a red circle")] * 4, noise)
     """
+
+    keeps_means = False
+    """Whether actions should keep the means of their steps; the learner asks for it."""
 
     def __init__(
         self,
@@ -181,6 +185,7 @@ class PipelinePolicy:
         record: Collection[int] = (),
         decode: bool = True,
         sampling: Sampling | None = None,
+        solver: Solver = "euler",
     ) -> Iterator[Rollout]:
         """Sample without gradients, one batch at a time, so that scoring can go on meanwhile.
 
@@ -195,6 +200,7 @@ class PipelinePolicy:
             record: Steps to record in ``visits``.
             decode: Whether to decode media.
             sampling: How to call the pipeline, if not as usual.
+            solver: How the deterministic steps after the last stochastic one are taken.
         """
         for rows in batches(prompts, self.batch_size):
             itinerary = Itinerary(
@@ -203,6 +209,7 @@ class PipelinePolicy:
                 transition=transition or ODE(),
                 noise=noise[rows.start : rows.stop],
                 record=record,
+                solver=solver,
             )
             entering = None if x is None else x[rows.start : rows.stop]
             with torch.no_grad():

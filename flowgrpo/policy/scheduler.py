@@ -17,6 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from flowgrpo.core.random import SampleNoise
+from flowgrpo.core.solvers import SecondOrder, Solver
 from flowgrpo.core.transitions import ODE, Gaussian, Prediction, Step, Transition
 
 Grid = list[float] | np.ndarray | Tensor
@@ -57,6 +58,7 @@ class Itinerary:
         transition: The stochastic step.
         noise: What the stochastic steps inject; without it they return their mean.
         record: The steps to record.
+        solver: How the deterministic steps after the last stochastic one are taken.
         visits: The record.
     """
 
@@ -65,6 +67,7 @@ class Itinerary:
     transition: Transition = field(default_factory=ODE)
     noise: SampleNoise | None = None
     record: Collection[int] = ()
+    solver: Solver = "euler"
     visits: list[Visit] = field(default_factory=list)
 
 
@@ -82,6 +85,7 @@ class _Steps:
         """Keep only the itinerary's nodes of the grid that was just set."""
         self._grid_timesteps = self.timesteps
         self._cursor, self._state = 0, None
+        self._solver = SecondOrder() if self.itinerary.solver == "dpm_2m" else None
         nodes = self.itinerary.nodes
         self._nodes = list(range(len(self.timesteps) + 1)) if nodes is None else list(nodes)
         if self._nodes != sorted(set(self._nodes)) or not 0 <= self._nodes[0] <= self._nodes[
@@ -110,7 +114,8 @@ class _Steps:
         x = self._unrounded(sample)
         prediction = self._predict(model_output.float(), x, node, interval)
         stochastic = node in itinerary.stochastic
-        gaussian = (itinerary.transition if stochastic else ODE())(x, prediction, interval)
+        take = itinerary.transition if stochastic else self._deterministic(node)
+        gaussian = take(x, prediction, interval)
         x_next = gaussian.mean
         if stochastic and itinerary.noise is not None:
             x_next = gaussian.sample(itinerary.noise.at_step(node, x.shape[1:]).to(x.device))
@@ -118,6 +123,10 @@ class _Steps:
         if node in itinerary.record:
             itinerary.visits.append(Visit(node, interval, x, x_next, prediction, gaussian))
         return SchedulerOutput(prev_sample=x_next) if return_dict else (x_next,)
+
+    def _deterministic(self, node: int) -> ODE | SecondOrder:
+        after_all = node > max(self.itinerary.stochastic, default=-1)
+        return self._solver if self._solver is not None and after_all else ODE()
 
     def _unrounded(self, sample: Tensor) -> Tensor:
         """The loop's state in fp32, also where the pipeline rounded what it got (CogVideoX)."""

@@ -1,0 +1,215 @@
+"""BranchGRPO (arXiv:2509.06040): a tree of trajectories per prompt.
+
+All samples of a prompt are one until the first split; at each split every branch becomes several,
+and the leaves are the images. What leaves share is computed once. A step is worth the mean of the
+leaves below it, compared with the other branches at its depth.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
+from typing import Literal
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from flowgrpo.algorithms.collection import Collection, Samples
+from flowgrpo.algorithms.credit import require_own_std
+from flowgrpo.core.advantages import GroupAdvantage
+from flowgrpo.core.random import Random
+from flowgrpo.core.steps import AllSteps, StepSelection
+from flowgrpo.core.transitions import DanceSDE, Transition, require_noise
+from flowgrpo.experience import Cost, Experience, Group
+from flowgrpo.judge import Judge
+from flowgrpo.policy import PipelinePolicy
+
+
+@dataclass(frozen=True, kw_only=True)
+class BranchGRPO:
+    """Step-level credit by a tree of trajectories, compared depth by depth."""
+
+    kind: Literal["branch_grpo"] = "branch_grpo"
+    group_size: int = 16
+    """Leaves per prompt: ``children`` to the power of the number of splits."""
+    splits: tuple[int, ...] = (0, 3, 6, 9)
+    """The steps at which every branch becomes several, ascending."""
+    children: int = 2
+    """Branches that each becomes at a split, at least 2."""
+    transition: Transition = field(default_factory=DanceSDE)
+    """The stochastic step."""
+    steps: StepSelection = field(default_factory=AllSteps)
+    """Which steps after the first split are stochastic besides the splits. Before it, where the
+    samples are still one, all follow the ODE."""
+    fusion: Literal["mean", "path_probability"] = "mean"
+    """How a branch's reward follows from its children's at a split: their mean, or weighted by the
+    softmax of the log-probabilities of their steps."""
+    width: Literal["all", "best_of_siblings", "extremes"] = "all"
+    """Which leaves keep their paths in training (width pruning): all, the best of the children of
+    each last split, or the best and the worst of the group, ``extremes`` of them in all."""
+    extremes: int = 0
+    """Leaves that ``width = "extremes"`` keeps, half the best and half the worst; even."""
+    depths: StepSelection = field(default_factory=AllSteps)
+    """Which of the stochastic steps are trained (depth pruning); a ``sliding_window`` prunes others
+    as training goes on."""
+    advantage: GroupAdvantage = field(default_factory=lambda: GroupAdvantage(ddof=1, epsilon=1e-8))
+    """From the rewards of a tree's branches, depth by depth, to advantages."""
+
+    def collect(
+        self, policy: PipelinePolicy, groups: Sequence[Group], judge: Judge, random: Random
+    ) -> Experience:
+        """Grow a tree per prompt. A branch bears the number of its first leaf as its sample."""
+        iteration = random.path[-1]
+        assert isinstance(iteration, int)
+        num_steps = policy.num_steps()
+        selected = self.steps.select(num_steps, iteration, random.generator("steps"))
+        collection = Collection(policy, groups, judge, self.transition)
+        self._grow(collection, groups, random, selected)
+        experience = collection.experience()
+        trained = self.depths.select(num_steps, iteration, random.generator("depths"))
+        rows = torch.isin(experience.actions.step, torch.tensor(trained)).nonzero().squeeze(1)
+        if not len(rows):
+            raise ValueError(
+                f"algorithm.depths selects steps {trained}, none of which is stochastic here: "
+                f"{sorted(experience.step_std)}"
+            )
+        return replace(experience, actions=experience.actions.select(rows))
+
+    def advantages(self, experience: Experience) -> Float[Tensor, " actions"]:
+        """Each branch's reward against those of its depth; zero on paths to pruned leaves only."""
+        a, c = experience.actions, experience.candidates
+        worth, trained = torch.zeros(len(a), dtype=torch.float64), torch.zeros(len(a)).bool()
+        for g in a.group.unique():
+            rows, own = (a.group == g).nonzero().squeeze(1), c.group == g
+            reward = c.reward[own][c.sample[own].argsort()].double()
+            kept = self._kept(reward)
+            chances = self._chances(experience, int(g))
+            for i in rows.tolist():
+                first = int(a.sample[i])
+                below = slice(first, first + self._leaves_below(int(a.step[i])))
+                chance = chances[below] * reward[below].isfinite()
+                worth[i] = (chance * reward[below].nan_to_num()).sum() / chance.sum()
+                trained[i] = kept[below].any()
+        depth = a.group * (int(a.step.max()) + 1) + a.step
+        return (self.advantage(worth, depth, worth) * trained).float()
+
+    def check(self, num_steps: int) -> None:
+        """Raise ValueError if the settings contradict each other or the grid."""
+        require_noise(self.transition)
+        self.advantage.check()
+        require_own_std(self.advantage, "rewards of branches")
+        s = self.splits
+        if not s or any(b <= a for a, b in pairwise(s)) or s[0] < 0 or s[-1] > num_steps - 2:
+            raise ValueError(
+                f"algorithm.splits must be ascending steps from 0 to {num_steps - 2} (the last one ends "
+                f"at sigma 0) with num_steps = {num_steps}, got {list(s)}"
+            )
+        if self.children < 2 or self.group_size != self.children ** len(s):
+            raise ValueError(
+                f"algorithm.group_size = {self.group_size} must be the number of leaves: children to the "
+                f"power of the number of splits, {self.children} ** {len(s)} = {self.children ** len(s)}, "
+                "with at least 2 children"
+            )
+        self.steps.select(num_steps, 0, Random(0).generator())
+        self.depths.select(num_steps, 0, Random(0).generator())
+        self._check_pruning()
+
+    def cost(self, num_steps: int, stochastic: Sequence[int]) -> Cost:
+        """Work per prompt: at each step one evaluation per branch, ``children ** (splits before)``.
+
+        Which steps are stochastic besides the splits makes no difference.
+        """
+        nfe = sum(
+            self.children ** sum(split < step for split in self.splits) for step in range(num_steps)
+        )
+        return Cost(float(nfe), float(self.group_size), float(self.group_size))
+
+    def _check_pruning(self) -> None:
+        if self.width == "extremes" and (
+            self.extremes % 2 or not 2 <= self.extremes <= self.group_size
+        ):
+            raise ValueError(
+                f"algorithm.extremes must be even, and from 2 to group_size = {self.group_size}, with "
+                f"algorithm.width = 'extremes'; got {self.extremes}"
+            )
+        if self.width != "extremes" and self.extremes:
+            raise ValueError(
+                f"algorithm.extremes = {self.extremes} needs algorithm.width = 'extremes', got "
+                f"{self.width!r}"
+            )
+        if self.fusion == "path_probability" and self.depths != AllSteps():
+            raise ValueError(
+                "algorithm.fusion = 'path_probability' needs the steps at all splits, which "
+                f"algorithm.depths = {self.depths} may prune: use fusion 'mean' or depths 'all'"
+            )
+
+    def _leaves_below(self, step: int) -> int:
+        """How many leaves descend from a branch after a step."""
+        return self.group_size // self.children ** sum(split <= step for split in self.splits)
+
+    def _grow(
+        self,
+        collection: Collection,
+        groups: Sequence[Group],
+        random: Random,
+        selected: Sequence[int],
+    ) -> None:
+        """Run from split to split, each branch once, then to the images."""
+        policy, end = collection.policy, collection.policy.num_steps()
+        leaves, x, start = Samples.of(groups, self.group_size, random, 1), None, 0
+        for split in (*self.splits, end):
+            # The branches as they are before the split, and after it.
+            branches = leaves[:: self._leaves_below(start - 1)]
+            stochastic = [s for s in selected if start <= s < split] if start else []
+            children = leaves[:: self._leaves_below(split)]
+            parted: list[Tensor] = []
+            for rollout in policy.run(
+                branches.prompts,
+                branches.noise,
+                nodes=range(start, min(split + 1, end) + 1),
+                x=x,
+                stochastic=stochastic,
+                transition=self.transition,
+                record={*stochastic, split},
+                decode=split == end,
+            ):
+                begin, stop = rollout.rows.start, rollout.rows.stop
+                for visit in rollout.visits:
+                    if visit.step == split:
+                        own = children[begin * self.children : stop * self.children]
+                        parted.append(collection.branch(own, visit))
+                    else:
+                        collection.act(branches[begin:stop], visit)
+                if rollout.media is not None:
+                    collection.submit(branches[begin:stop], rollout.media, end - 1)
+            x, start = (torch.cat(parted) if parted else None), split + 1
+
+    def _chances(self, experience: Experience, group: int) -> Float[Tensor, " leaves"]:
+        """How much each leaf counts in the branches above it, up to a factor common to the branch."""
+        chances = torch.ones(self.group_size, dtype=torch.float64)
+        if self.fusion == "mean":
+            return chances
+        a = experience.actions
+        for split in self.splits:
+            rows = ((a.group == group) & (a.step == split)).nonzero().squeeze(1)
+            rows = rows[a.sample[rows].argsort()]
+            siblings = a.old_log_prob[rows].double().view(-1, self.children).softmax(1)
+            chances *= siblings.flatten().repeat_interleave(self._leaves_below(split))
+        return chances
+
+    def _kept(self, reward: Float[Tensor, " leaves"]) -> Bool[Tensor, " leaves"]:
+        """The leaves that are not pruned; those without a reward never are kept."""
+        finite = reward.isfinite()
+        if self.width == "all":
+            return finite
+        kept = torch.zeros_like(finite)
+        if self.width == "best_of_siblings":
+            siblings = reward.nan_to_num(nan=-torch.inf).view(-1, self.children)
+            best = siblings.argmax(1) + self.children * torch.arange(len(siblings))
+            kept[best] = True
+            return kept & finite
+        order = finite.nonzero().squeeze(1)
+        order = order[reward[order].argsort(stable=True)]
+        half = min(self.extremes // 2, len(order) // 2)
+        kept[order[:half]] = kept[order[len(order) - half :]] = True
+        return kept
