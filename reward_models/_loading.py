@@ -84,6 +84,12 @@ def pictures(media: Float[Tensor, "batch 3 height width"]) -> list[Image.Image]:
     return [Image.fromarray(p) for p in eight_bits(media).permute(0, 2, 3, 1).cpu().numpy()]
 
 
+def luma(frames: UInt8[Tensor, "*any 3 h w"]) -> Float[Tensor, "*any h w"]:
+    """Brightness in [0, 1], by the weights of ITU-R BT.601."""
+    weights = torch.tensor([0.299, 0.587, 0.114], device=frames.device)
+    return (frames.float() / 255 * weights[:, None, None]).sum(-3)
+
+
 def shrunk_and_cropped(
     images: Iterable[Image.Image],
     shortest: int,
