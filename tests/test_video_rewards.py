@@ -1,5 +1,6 @@
 """Image rewards over frames, motion and temporal consistency, against slow computations."""
 
+import itertools
 import math
 from typing import Any
 
@@ -61,7 +62,9 @@ def test_frames_keep_their_prompt_and_come_in_small_batches() -> None:
 
 
 def test_frame_mean_keeps_its_name() -> None:
-    (model,) = Judge([Reward(model="flowgrpo.frames:FrameMean", options={"model": "jpeg_size"})]).models
+    (model,) = Judge(
+        [Reward(model="flowgrpo.frames:FrameMean", options={"model": "jpeg_size"})]
+    ).models
     assert isinstance(model, FrameMean)
     torch.testing.assert_close(model(VIDEOS, PROMPTS), frame_scores().mean(1))
 
@@ -133,7 +136,7 @@ def test_tiles_do_not_take_noise_for_motion() -> None:
 def by_hand(measure: str, video: Tensor) -> float:
     x = np.round(video.double().numpy() * 255) / 255
     if measure == "flicker":
-        return float(1 - np.mean([np.abs(b - a).mean() for a, b in zip(x, x[1:], strict=False)]))
+        return float(1 - np.mean([np.abs(b - a).mean() for a, b in itertools.pairwise(x)]))
     if measure == "smoothness":
         gaps = [x[t] - (x[t - 1] + x[t + 1]) / 2 for t in range(1, len(x) - 1)]
         return float(1 - np.mean([np.abs(g).mean() for g in gaps]))
@@ -143,7 +146,7 @@ def by_hand(measure: str, video: Tensor) -> float:
 
     values = []
     y = grey(video)
-    for a, b in zip(y, y[1:], strict=False):
+    for a, b in itertools.pairwise(y):
         ma, mb = mean(a), mean(b)
         va, vb, vab = mean(a * a) - ma**2, mean(b * b) - mb**2, mean(a * b) - ma * mb
         top = (2 * ma * mb + 0.01**2) * (2 * vab + 0.03**2)

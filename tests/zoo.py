@@ -1,8 +1,9 @@
 """What the tests of reward models share: pictures, and tiny checkpoints in the published layouts."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,10 +15,19 @@ from transformers import (
     CLIPModel,
     Dinov2Config,
     Dinov2Model,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2_5_VLProcessor,
+    Qwen2Tokenizer,
+    Qwen2VLConfig,
+    Qwen2VLForConditionalGeneration,
+    Qwen2VLImageProcessor,
+    Qwen2VLProcessor,
+    Qwen2VLVideoProcessor,
 )
 
 from flowgrpo.experience import Prompt
-from tests.tiny.parts import WORDS, clip_tokenizer
+from tests.tiny.parts import WORDS, clip_tokenizer, with_specials
 
 TEXTS = ("a red cube", "two blue dogs riding a bus", "a photo of a cat")
 PROMPTS = [Prompt(t) for t in TEXTS]
@@ -162,3 +172,161 @@ def mlp_state(state: dict[str, Tensor], prefix: str, width: int, random: torch.G
         weight = 2 * torch.randn(outputs, inputs, generator=random) * inputs**-0.5
         state[f"{prefix}.{number}.weight"] = weight
         state[f"{prefix}.{number}.bias"] = 0.1 * torch.randn(outputs, generator=random)
+
+
+CHAT = (
+    "{% for m in messages %}{% if loop.first and m['role'] != 'system' %}"
+    "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n{% endif %}"
+    "<|im_start|>{{ m['role'] }}\n{% for c in m['content'] %}{% if c['type'] == 'text' %}"
+    "{{ c['text'] }}{% else %}<|vision_start|><|{{ c['type'] }}_pad|><|vision_end|>{% endif %}"
+    "{% endfor %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+"""What the chat template of Qwen2-VL makes of one question about one picture."""
+SPECIALS = (
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+)
+
+
+def qwen_vl_tokenizer() -> Qwen2Tokenizer:
+    """Qwen-VL's tokenizer, with its special tokens at the first ids."""
+    return Qwen2Tokenizer(
+        **with_specials("bytes", *SPECIALS),
+        chat_template=CHAT,
+        extra_special_tokens=list(SPECIALS[1:]),
+        pad_token="<|endoftext|>",
+        eos_token="<|im_end|>",
+        model_max_length=32768,
+    )
+
+
+def qwen_sizes(tokenizer: Qwen2Tokenizer) -> dict[str, Any]:
+    """The configuration that the tiny Qwen-VLs have in common."""
+    text = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "initializer_range": 0.2,
+        "rope_parameters": {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 1e6},
+        "bos_token_id": None,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    places = {
+        name: tokenizer.convert_tokens_to_ids(f"<|{name}|>")
+        for name in ("vision_start", "vision_end")
+    }
+    ids = {f"{name}_token_id": place for name, place in places.items()}
+    for kind in ("image", "video"):
+        ids[f"{kind}_token_id"] = tokenizer.convert_tokens_to_ids(f"<|{kind}_pad|>")
+    return {"text_config": text, **ids}
+
+
+def save_qwen2_vl(folder: Path) -> Path:
+    """A ``Qwen2VLForConditionalGeneration`` with its processor, of some hundred kilobytes."""
+    tokenizer = qwen_vl_tokenizer()
+    vision = {
+        "depth": 2,
+        "embed_dim": 32,
+        "hidden_size": 32,
+        "num_heads": 2,
+        "initializer_range": 0.2,
+    }
+    with seeded():
+        model = Qwen2VLForConditionalGeneration(
+            Qwen2VLConfig(vision_config=vision, **qwen_sizes(tokenizer))
+        )
+    model.save_pretrained(folder)
+    # As on the hub: limits so wide that they never matter to what was resized before.
+    limits = {"min_pixels": 56 * 56, "max_pixels": 16384 * 28 * 28}
+    Qwen2VLProcessor(
+        Qwen2VLImageProcessor(**limits),
+        tokenizer,
+        Qwen2VLVideoProcessor(**limits),
+        chat_template=CHAT,
+    ).save_pretrained(folder)
+    return folder
+
+
+def old_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The weights of a Qwen2-VL under the names that they had before transformers 4.52."""
+    renamed = {}
+    for key, tensor in state.items():
+        key = key.replace("model.visual.", "visual.")
+        renamed[key.replace("model.language_model.", "model.")] = tensor
+    return renamed
+
+
+def save_qwen25_vl(folder: Path, words: Sequence[str]) -> Path:
+    """A ``Qwen2_5_VLForConditionalGeneration`` with its processor, which has ``words`` as tokens."""
+    tokenizer = qwen_vl_tokenizer()
+    tokenizer.add_tokens(list(words))
+    vision = {
+        "depth": 2,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_heads": 2,
+        "out_hidden_size": 32,
+        "fullatt_block_indexes": [1],
+        "initializer_range": 0.2,
+    }
+    with seeded():
+        model = Qwen2_5_VLForConditionalGeneration(
+            Qwen2_5_VLConfig(vision_config=vision, **qwen_sizes(tokenizer))
+        )
+    model.save_pretrained(folder)
+    limits = {"min_pixels": 56 * 56, "max_pixels": 16384 * 28 * 28}
+    Qwen2_5_VLProcessor(
+        Qwen2VLImageProcessor(**limits),
+        tokenizer,
+        Qwen2VLVideoProcessor(**limits),
+        chat_template=CHAT,
+    ).save_pretrained(folder)
+    return folder
+
+
+@torch.no_grad()
+def teach(
+    folder: Path,
+    lessons: Sequence[tuple[dict[str, Any], str, str]],
+    doubts: dict[str, dict[str, float]],
+) -> None:
+    """Give the model in ``folder`` a head for words with which it answers as it is told.
+
+    There are fewer tokens to answer than features, so the head is the solution of linear equations.
+
+    Args:
+        folder: Of a tiny Qwen2.5-VL.
+        lessons: Inputs for the processor, a question as the processor takes it, and its answer.
+        doubts: For an answer's token, other logits than 10 for it and 0 for all others.
+    """
+    processor = Qwen2_5_VLProcessor.from_pretrained(folder)
+    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder).eval()
+    tokenizer, seen, wanted = processor.tokenizer, [], []
+    for media, question, answer in lessons:
+        text = f"{question}{answer}<|im_end|>"
+        inputs = processor(text=[text], return_tensors="pt", **media)
+        if "second_per_grid_ts" in inputs:
+            inputs["second_per_grid_ts"] = [1.0]
+        hidden = model(**inputs, output_hidden_states=True).hidden_states[-1][0]
+        following = tokenizer(f"{answer}<|im_end|>")["input_ids"]
+        for place, token in enumerate(following, start=len(hidden) - len(following) - 1):
+            logits = torch.zeros(len(tokenizer))
+            said = doubts.get(tokenizer.decode([token]), {tokenizer.decode([token]): 10.0})
+            for word, logit in said.items():
+                logits[tokenizer.convert_tokens_to_ids(word)] = logit
+            seen.append(hidden[place])
+            wanted.append(logits)
+    assert len(seen) <= 32
+    head = torch.linalg.lstsq(torch.stack(seen).double(), torch.stack(wanted).double()).solution.T
+    model.lm_head.weight.copy_(head.float())
+    model.save_pretrained(folder)
