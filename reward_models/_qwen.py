@@ -163,18 +163,18 @@ def merge_lora(
     return merged
 
 
-def seen_size(height: int, width: int, least: int, most: int) -> tuple[int, int]:
+def seen_size(size: tuple[int, int], least: int, most: int) -> tuple[int, int]:
     """The size, in whole tokens, at which Qwen-VL's own tools show a picture to the model.
 
     Args:
-        height: Of the picture.
-        width: Of the picture.
+        size: Height and width of the picture.
         least: Pixels at least.
         most: Pixels at most.
 
     Raises:
         ValueError: If the picture is too narrow.
     """
+    height, width = size
     if max(height, width) > LONGEST_RATIO * min(height, width):
         raise ValueError(f"Qwen-VL sees sides of 1:{LONGEST_RATIO} at most, got {height}x{width}")
     rows, columns = (max(1, round(length / PATCH)) for length in (height, width))
@@ -209,7 +209,7 @@ def shown_frames(
     wanted = min(max(total / fps * rate, FRAMES_AT_LEAST), upper) / FRAMES_PER_TOKEN
     number = (round(wanted) if nearest else math.floor(wanted)) * FRAMES_PER_TOKEN
     chosen = video[torch.linspace(0, total - 1, number).round().long()]
-    size = seen_size(*video.shape[-2:], FRAME_PIXELS_AT_LEAST, most)
+    size = seen_size((video.shape[-2], video.shape[-1]), FRAME_PIXELS_AT_LEAST, most)
     return TF.resize(chosen, list(size), TF.InterpolationMode.BICUBIC, antialias=True)
 
 

@@ -98,7 +98,7 @@ class Adversarial:
                 left over.
             OSError: If there is no such model.
         """
-        if min(patches, steps, batch_size) < 1 or not lr > 0 or patch_loss < 0:
+        if min(patches, steps, batch_size) < 1 or not (lr > 0 and patch_loss >= 0):
             raise ValueError(
                 "patches, steps and batch_size must be at least 1, lr positive and patch_loss at "
                 f"least 0, got {patches}, {steps}, {batch_size}, {lr}, {patch_loss}"
@@ -116,11 +116,7 @@ class Adversarial:
             raise ValueError(
                 f"side must be a multiple of {self.model.config.patch_size}, got {side}"
             )
-        width = self.model.config.hidden_size
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            head = nn.Sequential(nn.Linear(width, HIDDEN), nn.GELU(), nn.Linear(HIDDEN, 1))
-        self.head = head.to(self.model.device)
+        self.head = _new_head(self.model.config.hidden_size, seed).to(self.model.device)
         self.optimizer = torch.optim.Adam(self.head.parameters(), lr=lr)
         self.random = torch.Generator().manual_seed(seed)
 
@@ -223,6 +219,12 @@ class Adversarial:
     def _reference(self, prompt: Prompt) -> Path:
         paths = self.pool or reference_paths(prompt, self.key, self.root)
         return paths[int(torch.randint(len(paths), (), generator=self.random))]
+
+
+def _new_head(width: int, seed: int) -> nn.Sequential:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return nn.Sequential(nn.Linear(width, HIDDEN), nn.GELU(), nn.Linear(HIDDEN, 1))
 
 
 def _hinge(real: Float[Tensor, "*any"], generated: Float[Tensor, "*any"]) -> Float[Tensor, ""]:

@@ -29,6 +29,7 @@ from flowgrpo.evaluate.geneval import (
     strict,
 )
 from flowgrpo.experience import Prompt
+from reward_models._loading import check_media, eight_bits
 
 __all__ = ["GenEval"]
 
@@ -134,8 +135,9 @@ class GenEval:
         self, media: Float[Tensor, "batch 3 h w"], prompts: Sequence[Prompt]
     ) -> list[Verdict]:
         """The scores with their reasons."""
+        check_media(media, prompts)
         tasks = [Task.read(p.metadata, p.text) for p in prompts]
-        pixels = (media.nan_to_num() * 255).round().clamp(0, 255).to(torch.uint8)
+        pixels = eight_bits(media)
         detected = self.detector.detect(pixels.float() / 255)
         objects = [
             select(

@@ -86,7 +86,7 @@ class HPSv3:
             ValueError: If a prompt contains special tokens.
         """
         check_media(media, prompts)
-        height, width = seen_size(*media.shape[-2:], PIXELS, PIXELS)
+        height, width = seen_size((media.shape[-2], media.shape[-1]), PIXELS, PIXELS)
         scores = []
         for part in chunks(len(prompts), self.batch_size):
             images = [pil_to_tensor(i.resize((width, height))) for i in pictures(media[part])]

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -104,7 +105,8 @@ class ImageReward:
         for name in ("vision", "text"):
             self.model[name].to(precision)
         self.dtype = precision
-        self.side: int = self.model["vision"].config.image_size
+        vision: Any = self.model["vision"]
+        self.side: int = vision.config.image_size
         self.tokenizer = AutoTokenizer.from_pretrained(tokenizer)
 
     def preprocess(self, media: Float[Tensor, "batch 3 h w"]) -> Float[Tensor, "batch 3 side side"]:

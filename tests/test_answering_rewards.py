@@ -88,7 +88,7 @@ def test_unified_reward_reads_the_answer_and_has_no_score_without(
     assert "no grades in UnifiedReward's answer to 'a photo of a cat'" in caplog.text
     one = torch.cat([reward(m[None], [PROMPT]) for m in media])
     torch.testing.assert_close(one, scores, equal_nan=True)
-    small = unified(grader, batch_size=2, weights={"alignment": 1, "style": 3, "physics": 9})
+    small = unified(grader, batch_size=2, weights={"alignment": 1.0, "style": 3.0, "physics": 9.0})
     assert small(WHITE, [PROMPT]).item() == pytest.approx((2.5 + 3 * 3.25) / 4)
     media[0, 0, 0, 0] = math.nan
     assert reward(media, [PROMPT] * 3).isnan().tolist() == [True, True, False]

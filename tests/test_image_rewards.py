@@ -194,6 +194,12 @@ def test_private_modules_are_no_rewards() -> None:
     assert not [n for n in names if n.startswith("_")]
 
 
+def test_every_reward_has_a_row_in_the_documentation() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "rewards.md").read_text()
+    for name in available_rewards():
+        assert f"| `{name}` |" in page, name
+
+
 # HPS v2.1.
 def hps_pixels(image: Image.Image, side: int) -> Tensor:
     """The published steps for one image; Pillow resizes each channel in floating point."""

@@ -209,12 +209,12 @@ def test_templates_are_as_published(name: str, digest: str) -> None:
     ],
 )
 def test_seen_size(size: Any, least: int, most: int, expected: Any) -> None:
-    assert seen_size(*size, least, most) == expected
+    assert seen_size(size, least, most) == expected
 
 
 def test_seen_size_refuses_threads() -> None:
     with pytest.raises(ValueError, match="1:200 at most, got 4x1000"):
-        seen_size(4, 1000, 1, 10**9)
+        seen_size((4, 1000), 1, 10**9)
 
 
 @pytest.mark.parametrize(
