@@ -110,11 +110,14 @@ class QwenReader:
         for text, prompt in zip(texts, prompts, strict=True):
             if text.count(f"<|{kind}_pad|>") != 1:
                 raise ValueError(f"prompt {prompt.text!r} contains a special token of Qwen2-VL")
+        as_they_are = {"do_resize": False} | (
+            {"do_sample_frames": False} if kind == "video" else {}
+        )
         inputs = self.processor(
             text=texts,
             padding=True,
             return_tensors="pt",
-            **{f"{kind}s": list(media), f"{kind}s_kwargs": {"do_resize": False}},
+            **{f"{kind}s": list(media), f"{kind}s_kwargs": as_they_are},
         ).to(self.model.device)
         here = torch.isin(inputs["input_ids"], self.ids.to(self.model.device))
         for prompt, number in zip(prompts, here.sum(1).tolist(), strict=True):

@@ -145,7 +145,11 @@ class VideoScore2:
                 self.max_new_tokens,
                 digits,
                 videos=videos,
-                videos_kwargs={"do_resize": False, "video_metadata": times},
+                videos_kwargs={
+                    "do_resize": False,
+                    "do_sample_frames": False,
+                    "video_metadata": times,
+                },
             )
             for row, (prompt, ids) in enumerate(zip(prompts[part], answers, strict=True)):
                 rows.append(self._read(prompt, ids, digits.shares(row)))
