@@ -117,6 +117,17 @@ def reference_paths(prompt: Prompt, key: str, root: Path) -> list[Path]:
     return [root / path for path in paths]
 
 
+def check_references(prompts: Sequence[Prompt], key: str, root: Path) -> None:
+    """
+    Raises:
+        ValueError: If a prompt names no reference, or one that is no file.
+    """
+    for prompt in prompts:
+        for path in reference_paths(prompt, key, root):
+            if not path.is_file():
+                raise ValueError(f"reference {str(path)!r} of prompt {prompt.text!r} is no file")
+
+
 def read_image(path: Path) -> Image.Image:
     """An image file as RGB, turned upright, transparency on white.
 
@@ -223,6 +234,7 @@ def from_pretrained(
 
     Raises:
         ValueError: If weights are missing or left over.
+        RuntimeError: If weights are of another shape than the configuration says.
         OSError: If there is no such model.
     """
     loaded, info = kind.from_pretrained(  # type: ignore[attr-defined]
@@ -236,8 +248,6 @@ def from_pretrained(
         if k.rsplit(".", 1)[-1] not in tables and not k.startswith(tuple(parts))
     }
     refuse(model, what, info["missing_keys"], left_over)
-    if mismatched := info["mismatched_keys"]:
-        raise ValueError(f"{model!r} is no {what}: {len(mismatched)} weights have another shape")
     return loaded.eval().requires_grad_(False)
 
 

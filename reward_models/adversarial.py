@@ -17,6 +17,7 @@ from reward_models._loading import (
     IMAGENET_STD,
     Precision,
     check_media,
+    check_references,
     finite_only,
     from_pretrained,
     load_strictly,
@@ -119,6 +120,15 @@ class Adversarial:
         self.head = _new_head(self.model.config.hidden_size, seed).to(self.model.device)
         self.optimizer = torch.optim.Adam(self.head.parameters(), lr=lr)
         self.random = torch.Generator().manual_seed(seed)
+
+    def check(self, prompts: Sequence[Prompt]) -> None:
+        """Whether prompts say all that is needed, to be asked before the long work.
+
+        Raises:
+            ValueError: If one names no reference, or one that is no file.
+        """
+        if not self.pool:
+            check_references(prompts, self.key, self.root)
 
     @torch.no_grad()
     def __call__(

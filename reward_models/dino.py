@@ -17,6 +17,7 @@ from reward_models._loading import (
     IMAGENET_STD,
     Precision,
     check_media,
+    check_references,
     finite_only,
     from_pretrained,
     pick_device,
@@ -89,6 +90,14 @@ class DINOSimilarity:
         self.key, self.root, self.several = key, Path(root), several
         self.resize, self.crop = resize, crop
         self._references: dict[Path, Tensor] = {}
+
+    def check(self, prompts: Sequence[Prompt]) -> None:
+        """Whether prompts say all that is needed, to be asked before the long work.
+
+        Raises:
+            ValueError: If one names no reference, or one that is no file.
+        """
+        check_references(prompts, self.key, self.root)
 
     def __call__(
         self, media: Float[Tensor, "batch 3 h w"], prompts: Sequence[Prompt]

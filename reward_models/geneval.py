@@ -121,6 +121,15 @@ class GenEval:
         """What to call the results."""
         return f"GenEval ({self.detector.name})"
 
+    def check(self, prompts: Sequence[Prompt]) -> None:
+        """Whether prompts say all that is needed, to be asked before the long work.
+
+        Raises:
+            ValueError: If one has no GenEval metadata.
+        """
+        for prompt in prompts:
+            Task.read(prompt.metadata, prompt.text)
+
     def __call__(
         self, media: Float[Tensor, "batch 3 h w"], prompts: Sequence[Prompt]
     ) -> Float[Tensor, " batch"]:

@@ -63,6 +63,15 @@ class OCR:
         self.mode = mode
         self.read = reader or _rapidocr(longest_side, threads)
 
+    def check(self, prompts: Sequence[Prompt]) -> None:
+        """Whether prompts say all that is needed, to be asked before the long work.
+
+        Raises:
+            ValueError: If one does not say which text is wanted.
+        """
+        for prompt in prompts:
+            wanted_text(prompt)
+
     def __call__(
         self, media: Float[Tensor, "batch 3 h w"], prompts: Sequence[Prompt]
     ) -> Float[Tensor, " batch"]:

@@ -116,6 +116,14 @@ class VideoAlign:
         )
         self.template = template("video_align")
 
+    def check(self, prompts: Sequence[Prompt]) -> None:
+        """Whether prompts say all that is needed, to be asked before the long work.
+
+        Raises:
+            ValueError: If the frame rate of one is unknown.
+        """
+        frame_rates(prompts, self.fps)
+
     def __call__(
         self, media: Float[Tensor, "batch frames 3 h w"], prompts: Sequence[Prompt]
     ) -> Float[Tensor, " batch"]:

@@ -159,6 +159,10 @@ def test_references_of_a_folder_or_of_the_prompt(dino: Path, tmp_path: Path) -> 
     assert drawn == {"0.png", "1.png", "2.png"}
     with pytest.raises(ValueError, match="needs metadata 'reference'"):
         make(dino).update(noise(1, 32, 32), [Prompt("no metadata")])
+    reward.check([Prompt("no metadata")])
+    make(dino).check(PROMPTS)
+    with pytest.raises(ValueError, match="needs metadata 'reference'"):
+        make(dino).check([*PROMPTS, Prompt("no metadata")])
     with pytest.raises(ValueError, match="no folder with images"):
         make(dino, references=str(tmp_path))
 

@@ -231,8 +231,9 @@ def test_video_score2_in_batches_and_without_scores(
     media[0, 1, 0, 0, 0] = math.nan
     assert reward(media, [PROMPT] * 3).isnan().tolist() == [True, False, False]
     reward.fps = 0.0
-    with pytest.raises(ValueError, match="needs its frames per second"):
-        reward(media, [PROMPT] * 3)
+    for ask in (lambda: reward(media, [PROMPT] * 3), lambda: reward.check([PROMPT])):
+        with pytest.raises(ValueError, match="needs its frames per second"):
+            ask()
 
 
 @pytest.mark.parametrize(

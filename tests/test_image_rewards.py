@@ -393,6 +393,11 @@ def test_dino_knows_its_reference(dino: Path, made: dict[str, Any], tmp_path: Pa
     media = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None] / 255
     (score,) = made["dino"](media, [prompts()[1]])
     assert score == pytest.approx(1, abs=1e-5)
+    image.convert("L").save(tmp_path / "grey.png")
+    shades = np.stack([np.array(image.convert("L"))] * 3)
+    grey = [Prompt("x", metadata={"reference": str(tmp_path / "grey.png")})]
+    (score,) = made["dino"](torch.from_numpy(shades)[None] / 255, grey)
+    assert score == pytest.approx(1, abs=1e-5)
     see_through = image.convert("RGBA")
     see_through.putalpha(0)
     see_through.save(tmp_path / "clear.png")
@@ -406,5 +411,9 @@ def test_dino_needs_references(made: dict[str, Any], make: Any) -> None:
         made["dino"](noise(1, 32, 32), [Prompt("a cat")])
     with pytest.raises(FileNotFoundError):
         made["dino"](noise(1, 32, 32), [Prompt("x", metadata={"reference": "absent.png"})])
+    made["dino"].check(prompts())
+    for metadata, problem in (({}, "it has None"), ({"reference": ["absent.png"]}, "is no file")):
+        with pytest.raises(ValueError, match=problem):
+            made["dino"].check([*prompts(), Prompt("a cat", metadata=metadata)])
     with pytest.raises(ValueError, match="multiple of the patches"):
         make("dino")(crop=30)

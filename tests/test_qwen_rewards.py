@@ -376,6 +376,9 @@ def test_video_align_takes_the_frame_rate_from_the_prompt(
     assert abs(mixed[0] - default[0]) > 1e-4
     with pytest.raises(ValueError, match=r"'a cat' needs its frames per second.*got 0\.0"):
         make_align(fps=0.0)(media, [Prompt("a cat")] * 2)
+    align.check([Prompt("a cat")])
+    with pytest.raises(ValueError, match="needs its frames per second"):
+        make_align(fps=0.0).check([slow, Prompt("a cat")])
     with pytest.raises(ValueError, match="got 'fast'"):
         align(media[:1], [Prompt("a cat", metadata={"fps": "fast"})])
 
