@@ -19,11 +19,12 @@ from reward_models.video_score2 import VideoScore2
 from tests import zoo
 
 PROMPT = Prompt("a photo of a cat")
+LONG = Prompt("a photo of two large blue dogs and a very small bird in the snow")
 BLACK, WHITE = torch.zeros(1, 3, 56, 56), torch.ones(1, 3, 56, 56)
 
 
-def asked(name: str, pads: str) -> str:
-    question = template(name).replace("{prompt}", PROMPT.text)
+def asked(name: str, pads: str, prompt: Prompt = PROMPT) -> str:
+    question = template(name).replace("{prompt}", prompt.text)
     return (
         "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
         f"{pads}{question}<|im_end|>\n<|im_start|>assistant\n"
@@ -59,6 +60,11 @@ def grader(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 asked("unified_reward_2_image", pads("image")),
                 "".join(GRADES[:3]),
             ),
+            (
+                {"images": [[white]]},
+                asked("unified_reward_2_image", pads("image"), LONG),
+                "".join(GRADES[:3]),
+            ),
             ({"images": [[black]]}, asked("unified_reward_2_image", pads("image")), GRADES[0]),
             (
                 {"images": [[black] * 2]},
@@ -86,6 +92,8 @@ def test_unified_reward_reads_the_answer_and_has_no_score_without(
     assert scores[[0, 2]].tolist() == pytest.approx([(2.5 + 4 + 3.25) / 3] * 2)
     assert scores[1].isnan()
     assert "no grades in UnifiedReward's answer to 'a photo of a cat'" in caplog.text
+    lengths = reward(torch.cat([WHITE, WHITE]), [PROMPT, LONG])
+    assert lengths.tolist() == pytest.approx([(2.5 + 4 + 3.25) / 3] * 2)
     one = torch.cat([reward(m[None], [PROMPT]) for m in media])
     torch.testing.assert_close(one, scores, equal_nan=True)
     small = unified(grader, batch_size=2, weights={"alignment": 1.0, "style": 3.0, "physics": 9.0})
@@ -248,6 +256,11 @@ def test_video_score2_in_batches_and_without_scores(
             "(2) text-to-video alignment – fidelity to the prompt: 1\n"
             "(3) physical/common-sense consistency – naturalness and physics plausibility: 4",
             [5, 1, 4],
+        ),
+        (
+            "visual quality: 1 at first sight\nno, visual quality: 3\n"
+            "text-to-video alignment: 4\nphysical/common-sense consistency: 2",
+            [3, 4, 2],
         ),
         ("visual quality: poor; (2) text-to-video alignment: 4", [math.nan, 4, math.nan]),
         ("visual quality: 3.5\ntext-to-video alignment: 12", [math.nan, math.nan, math.nan]),
