@@ -115,7 +115,8 @@ def available_rewards() -> list[str]:
     """The short names of the rewards that come with flowgrpo."""
     import reward_models
 
-    return sorted(m.name for m in pkgutil.iter_modules(reward_models.__path__))
+    modules = pkgutil.iter_modules(reward_models.__path__)
+    return sorted(m.name for m in modules if not m.name.startswith("_"))
 
 
 @dataclass

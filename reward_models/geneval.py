@@ -29,6 +29,7 @@ from flowgrpo.evaluate.geneval import (
     strict,
 )
 from flowgrpo.experience import Prompt
+from reward_models._loading import check_media, eight_bits
 
 __all__ = ["GenEval"]
 
@@ -120,6 +121,15 @@ class GenEval:
         """What to call the results."""
         return f"GenEval ({self.detector.name})"
 
+    def check(self, prompts: Sequence[Prompt]) -> None:
+        """Whether prompts say all that is needed, to be asked before the long work.
+
+        Raises:
+            ValueError: If one has no GenEval metadata.
+        """
+        for prompt in prompts:
+            Task.read(prompt.metadata, prompt.text)
+
     def __call__(
         self, media: Float[Tensor, "batch 3 h w"], prompts: Sequence[Prompt]
     ) -> Float[Tensor, " batch"]:
@@ -134,8 +144,9 @@ class GenEval:
         self, media: Float[Tensor, "batch 3 h w"], prompts: Sequence[Prompt]
     ) -> list[Verdict]:
         """The scores with their reasons."""
+        check_media(media, prompts)
         tasks = [Task.read(p.metadata, p.text) for p in prompts]
-        pixels = (media.nan_to_num() * 255).round().clamp(0, 255).to(torch.uint8)
+        pixels = eight_bits(media)
         detected = self.detector.detect(pixels.float() / 255)
         objects = [
             select(

@@ -1,6 +1,5 @@
 """Text rendering: how much of the wanted text optical character recognition reads in the image."""
 
-import math
 import re
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
@@ -12,6 +11,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from flowgrpo.experience import Prompt
+from reward_models._loading import check_media, eight_bits, finite_only
 
 __all__ = ["OCR"]
 
@@ -63,6 +63,15 @@ class OCR:
         self.mode = mode
         self.read = reader or _rapidocr(longest_side, threads)
 
+    def check(self, prompts: Sequence[Prompt]) -> None:
+        """Whether prompts say all that is needed, to be asked before the long work.
+
+        Raises:
+            ValueError: If one does not say which text is wanted.
+        """
+        for prompt in prompts:
+            wanted_text(prompt)
+
     def __call__(
         self, media: Float[Tensor, "batch 3 h w"], prompts: Sequence[Prompt]
     ) -> Float[Tensor, " batch"]:
@@ -70,15 +79,14 @@ class OCR:
         Raises:
             ValueError: If a prompt does not say which text is wanted.
         """
+        check_media(media, prompts)
         targets = [_plain(wanted_text(p)) for p in prompts]
-        pixels = (media.nan_to_num() * 255).round().clamp(0, 255).to(torch.uint8)
-        images = pixels.permute(0, 2, 3, 1).cpu().numpy()
+        images = eight_bits(media).permute(0, 2, 3, 1).cpu().numpy()
         scores = [
             self.score(_plain("".join(self.read(image))), target)
             for image, target in zip(images, targets, strict=True)
         ]
-        finite = media.isfinite().flatten(1).all(1).cpu()
-        return torch.tensor(scores, dtype=torch.float32).where(finite, math.nan)
+        return finite_only(torch.tensor(scores, dtype=torch.float32), media)
 
     def score(self, read: str, target: str) -> float:
         """The score for a text that was read, both without blanks and in lower case."""

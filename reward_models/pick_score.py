@@ -1,9 +1,7 @@
 """PickScore: which image of a prompt people prefer, learnt by a CLIP model (arXiv:2305.01569)."""
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
 
 import torch
 from jaxtyping import Float
@@ -11,6 +9,15 @@ from torch import Tensor
 from transformers import AutoProcessor, CLIPModel
 
 from flowgrpo.experience import Prompt
+from reward_models._loading import (
+    Precision,
+    check_media,
+    eight_bits,
+    finite_only,
+    from_pretrained,
+    pick_device,
+    pick_dtype,
+)
 
 __all__ = ["PickScore"]
 
@@ -33,7 +40,7 @@ class PickScore:
         self,
         model: str = "yuvalkirstain/PickScore_v1",
         processor: str = "",
-        dtype: Literal["float32", "float16", "bfloat16"] = "float32",
+        dtype: Precision = "float32",
         device: str = "auto",
     ):
         """
@@ -48,24 +55,23 @@ class PickScore:
             ValueError: If weights are missing or left over: the folder holds another model.
             OSError: If there is no such model.
         """
-        if dtype not in ("float32", "float16", "bfloat16"):
-            raise ValueError(f"dtype must be float32, float16 or bfloat16, got {dtype!r}")
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
+        precision = pick_dtype(dtype)
         if not processor:
             own = any((Path(model) / f"{p}processor_config.json").is_file() for p in ("", "pre"))
             processor = model if own else PROCESSOR
-        self.model = _load(model, getattr(torch, dtype)).to(device).eval().requires_grad_(False)
+        self.model = from_pretrained(CLIPModel, model, "PickScore model", precision).to(
+            pick_device(device)
+        )
         self.processor = AutoProcessor.from_pretrained(processor)
 
     @torch.no_grad()
     def __call__(
         self, media: Float[Tensor, "batch 3 h w"], prompts: Sequence[Prompt]
     ) -> Float[Tensor, " batch"]:
-        pixels = (media.nan_to_num() * 255).round().clamp(0, 255).to(torch.uint8)
+        check_media(media, prompts)
         texts = list(dict.fromkeys(p.text for p in prompts))
         inputs = self.processor(
-            images=list(pixels),
+            images=list(eight_bits(media).cpu()),
             text=texts,
             input_data_format="channels_first",
             padding="max_length",
@@ -76,20 +82,4 @@ class PickScore:
         output = self.model(**inputs)  # embeddings of length 1
         text = output.text_embeds[[texts.index(p.text) for p in prompts]].float()
         scale = self.model.logit_scale.float().exp()
-        scores = (scale * (output.image_embeds.float() * text).sum(-1)).cpu()
-        return scores.where(media.isfinite().flatten(1).all(1).cpu(), math.nan)
-
-
-def _load(model: str, dtype: torch.dtype) -> CLIPModel:
-    """The model, if every weight in it comes from the checkpoint."""
-    loaded, info = CLIPModel.from_pretrained(model, dtype=dtype, output_loading_info=True)
-    # Old checkpoints hold position tables too, which are computed nowadays: no weights.
-    tables = {name.rsplit(".", 1)[-1] for name, _ in loaded.named_buffers()}
-    left_over = {k for k in info["unexpected_keys"] if k.rsplit(".", 1)[-1] not in tables}
-    for what, keys in (("missing", info["missing_keys"]), ("left over", left_over)):
-        if keys:
-            raise ValueError(
-                f"{model!r} is no PickScore model: {len(keys)} weights are {what}, "
-                f"such as {min(keys)}"
-            )
-    return loaded
+        return finite_only(scale * (output.image_embeds.float() * text).sum(-1), media)

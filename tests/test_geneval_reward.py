@@ -397,3 +397,5 @@ def test_refuses_wrong_use(clip_folder: Path) -> None:
         whole(clip_folder, Listed(), threshold=-0.1)
     with pytest.raises(ValueError, match=r"'a cat'.*GenEval metadata"):
         whole(clip_folder, Listed({}))(torch.rand(1, 3, 32, 32), [Prompt("a cat")])
+    with pytest.raises(ValueError, match=r"'a cat'.*GenEval metadata"):
+        whole(clip_folder, Listed({})).check([Prompt("a cat")])

@@ -152,6 +152,9 @@ def test_refuses_prompts_without_one_text(prompt: Prompt) -> None:
     with pytest.raises(ValueError, match=r"prompt .*(sign|beside)") as error:
         reward(torch.rand(1, 3, 8, 8), [prompt])
     assert repr(prompt.text) in str(error.value)
+    reward.check([Prompt('a sign "A"')])
+    with pytest.raises(ValueError, match="prompt"):
+        reward.check([Prompt('a sign "A"'), prompt])
 
 
 def test_a_failing_engine_gives_no_score(engine: OCR, monkeypatch: pytest.MonkeyPatch) -> None:

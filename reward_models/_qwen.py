@@ -1,0 +1,242 @@
+"""Qwen2-VL as the body of a reward: scores are read from the hidden states of special tokens.
+
+Checkpoints of such rewards are state dicts of subclasses that only their authors have. Loaded into a
+subclass of today's transformers they would lose their language model with no more than a warning;
+so the weights are renamed and loaded strictly into the plain model here.
+"""
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float, UInt8
+from torch import Tensor
+from torchvision.transforms import functional as TF
+from transformers import Qwen2VLConfig, Qwen2VLModel, Qwen2VLProcessor
+
+from flowgrpo.experience import Prompt
+from reward_models._loading import refuse
+
+PATCH = 28
+"""Pixels per side of what becomes one token."""
+LONGEST_RATIO = 200
+FRAMES_AT_LEAST, FRAMES_AT_MOST, FRAMES_PER_TOKEN = 4, 768, 2
+FRAME_PIXELS_AT_LEAST = 128 * PATCH**2
+RENAMED = (
+    (r"^(base_model\.model\.)", ""),  # peft's wrapper
+    (r"\.base_layer\.", "."),
+    (r"^model\.(visual|language_model)\.", r"\1."),  # names of transformers >= 4.52
+    (r"^model\.", "language_model."),  # older ones, which called the picture's part "visual"
+)
+
+
+class QwenReader:
+    """A Qwen2-VL without its head for words, and the processor with the reward's special tokens."""
+
+    def __init__(
+        self,
+        base: str,
+        weights: Mapping[str, Tensor],
+        tokens: Sequence[str],
+        dtype: torch.dtype,
+        device: str,
+        source: str,
+        what: str,
+    ):
+        """
+        Args:
+            base: Hub id or folder with the configuration and the processor; its weights are unused.
+            weights: Those of the model, under today's names of ``Qwen2VLModel``.
+            tokens: The special tokens, in the order in which the template has them.
+            dtype: Precision.
+            device: Where it runs.
+            source: Where the weights come from, for messages.
+            what: What they should be, for messages.
+
+        Raises:
+            ValueError: If weights are missing or left over, or tokens have none.
+            RuntimeError: If weights are of another shape than the base model's.
+            OSError: If there is no such base model.
+        """
+        refuse(source, what, {"language_model.embed_tokens.weight"} - weights.keys())
+        config = Qwen2VLConfig.from_pretrained(base)
+        # The authors cut or stretched the vocabulary to that of their tokenizer.
+        config.text_config.vocab_size = weights["language_model.embed_tokens.weight"].shape[0]
+        loaded, info = Qwen2VLModel.from_pretrained(
+            None, config=config, state_dict=dict(weights), dtype=dtype, output_loading_info=True
+        )
+        refuse(source, what, info["missing_keys"], info["unexpected_keys"])
+        self.model = loaded.to(device).eval().requires_grad_(False)
+        self.processor = Qwen2VLProcessor.from_pretrained(base)
+        self.processor.tokenizer.padding_side = "right"
+        self.processor.tokenizer.add_tokens(list(tokens), special_tokens=True)
+        self.ids = torch.tensor(self.processor.tokenizer.convert_tokens_to_ids(list(tokens)))
+        if int(self.ids.max()) >= config.text_config.vocab_size:
+            raise ValueError(
+                f"{source!r} has {config.text_config.vocab_size} tokens, the tokenizer of {base!r} "
+                f"with {', '.join(tokens)} has {len(self.processor.tokenizer)}"
+            )
+
+    @torch.no_grad()
+    def read(
+        self,
+        kind: str,
+        media: Sequence[UInt8[Tensor, "*_frames 3 _height _width"]],
+        questions: Sequence[str],
+        prompts: Sequence[Prompt],
+    ) -> Float[Tensor, "batch tokens features"]:
+        """The last hidden states at the special tokens.
+
+        Args:
+            kind: ``image`` or ``video``.
+            media: One each, at the size at which the model should see it.
+            questions: What is asked of them.
+            prompts: What the questions are about, for messages.
+
+        Raises:
+            ValueError: If a prompt contains special tokens.
+        """
+        texts = [
+            self.processor.apply_chat_template(
+                [{"role": "user", "content": [{"type": kind}, {"type": "text", "text": question}]}],
+                tokenize=False,
+                add_generation_prompt=True,
+            )
+            for question in questions
+        ]
+        for text, prompt in zip(texts, prompts, strict=True):
+            if text.count(f"<|{kind}_pad|>") != 1:
+                raise ValueError(f"prompt {prompt.text!r} contains a special token of Qwen2-VL")
+        as_they_are = {"do_resize": False} | (
+            {"do_sample_frames": False} if kind == "video" else {}
+        )
+        inputs = self.processor(
+            text=texts,
+            padding=True,
+            return_tensors="pt",
+            **{f"{kind}s": list(media), f"{kind}s_kwargs": as_they_are},
+        ).to(self.model.device)
+        here = torch.isin(inputs["input_ids"], self.ids.to(self.model.device))
+        for prompt, number in zip(prompts, here.sum(1).tolist(), strict=True):
+            if number != len(self.ids):
+                raise ValueError(f"prompt {prompt.text!r} contains a special token of the reward")
+        pixels = "pixel_values" if kind == "image" else "pixel_values_videos"
+        inputs[pixels] = inputs[pixels].to(self.model.dtype)
+        # The transformers that these models were trained with counted tokens one by one in
+        # a forward pass, also those of a picture; rows and columns came into play in generation
+        # only. Padding is on the right, so it moves nothing.
+        length = inputs["input_ids"].shape[1]
+        positions = torch.arange(length, device=self.model.device).expand(3, len(texts), -1)
+        hidden = self.model(**inputs, position_ids=positions, use_cache=False).last_hidden_state
+        return hidden[here].view(len(texts), len(self.ids), -1)
+
+
+def modern_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The weights under the names of ``Qwen2VLModel``; the head for words, unused, is left out."""
+    renamed = {}
+    for key, tensor in state.items():
+        for pattern, replacement in RENAMED:
+            key = re.sub(pattern, replacement, key)
+        if not key.startswith("lm_head."):
+            renamed[key] = tensor
+    return renamed
+
+
+def merge_lora(
+    state: Mapping[str, Tensor], alpha: float, source: str, what: str
+) -> dict[str, Tensor]:
+    """``W + (alpha / rank) B A`` for every weight that has a LoRA beside it.
+
+    Raises:
+        ValueError: If half of a LoRA, or what it is added to, is missing.
+    """
+    merged = {k: v for k, v in state.items() if ".lora_" not in k}
+    for key in (k for k in state if ".lora_" in k):
+        name = re.sub(r"\.lora_[AB]\.default\.weight$", "", key)
+        halves = [f"{name}.lora_{half}.default.weight" for half in "AB"]
+        refuse(source, what, {*halves, f"{name}.weight"} - state.keys(), {key} - {*halves})
+        if key == halves[0]:
+            a, b = (state[half].float() for half in halves)
+            weight = state[f"{name}.weight"]
+            added = alpha / a.shape[0] * b @ a
+            merged[f"{name}.weight"] = (weight.float() + added).to(weight.dtype)
+    return merged
+
+
+def seen_size(size: tuple[int, int], least: int, most: int) -> tuple[int, int]:
+    """The size, in whole tokens, at which Qwen-VL's own tools show a picture to the model.
+
+    Args:
+        size: Height and width of the picture.
+        least: Pixels at least.
+        most: Pixels at most.
+
+    Raises:
+        ValueError: If the picture is too narrow.
+    """
+    height, width = size
+    if max(height, width) > LONGEST_RATIO * min(height, width):
+        raise ValueError(f"Qwen-VL sees sides of 1:{LONGEST_RATIO} at most, got {height}x{width}")
+    rows, columns = (max(1, round(length / PATCH)) for length in (height, width))
+    if rows * columns * PATCH**2 > most:
+        shrink = math.sqrt(height * width / most)
+        rows, columns = (max(1, math.floor(x / shrink / PATCH)) for x in (height, width))
+    elif rows * columns * PATCH**2 < least:
+        grow = math.sqrt(least / (height * width))
+        rows, columns = (math.ceil(x * grow / PATCH) for x in (height, width))
+    return rows * PATCH, columns * PATCH
+
+
+def shown_frames(
+    video: UInt8[Tensor, "frames 3 h w"], fps: float, rate: float, most: int, nearest: bool
+) -> UInt8[Tensor, "shown 3 height width"]:
+    """The frames that Qwen-VL's tools choose, an even number at ``rate`` per second, and resized.
+
+    Args:
+        video: All frames.
+        fps: Their number per second.
+        rate: How many per second are shown.
+        most: Pixels of a frame at most.
+        nearest: Round the number to the nearest even one, as older tools do, or down.
+
+    Raises:
+        ValueError: If there are fewer than two frames.
+    """
+    total = video.shape[0]
+    if total < FRAMES_PER_TOKEN:
+        raise ValueError(f"a video needs {FRAMES_PER_TOKEN} frames at least, got {total}")
+    upper = min(FRAMES_AT_MOST, total) // FRAMES_PER_TOKEN * FRAMES_PER_TOKEN
+    wanted = min(max(total / fps * rate, FRAMES_AT_LEAST), upper) / FRAMES_PER_TOKEN
+    number = (round(wanted) if nearest else math.floor(wanted)) * FRAMES_PER_TOKEN
+    chosen = video[torch.linspace(0, total - 1, number).round().long()]
+    size = seen_size((video.shape[-2], video.shape[-1]), FRAME_PIXELS_AT_LEAST, most)
+    return TF.resize(chosen, list(size), TF.InterpolationMode.BICUBIC, antialias=True)
+
+
+def frame_rates(prompts: Sequence[Prompt], fps: float) -> list[float]:
+    """Frames per second of each video: its metadata ``fps``, else the option.
+
+    Raises:
+        ValueError: If neither says, or a rate is not positive.
+    """
+    rates: list[Any] = [p.metadata.get("fps", fps) for p in prompts]
+    for prompt, rate in zip(prompts, rates, strict=True):
+        if not isinstance(rate, int | float) or not 0 < rate < math.inf:
+            raise ValueError(
+                f"the video of prompt {prompt.text!r} needs its frames per second, by the option "
+                f"fps or the metadata 'fps'; got {rate!r}"
+            )
+    return [float(rate) for rate in rates]
+
+
+def head_part(weights: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """Take the weights that begin with ``prefix`` out, without it."""
+    keys = [k for k in weights if k.startswith(prefix)]
+    return {k.removeprefix(prefix): weights.pop(k) for k in keys}
+
+
+def chunks(number: int, size: int) -> list[slice]:
+    """Batches of at most ``size``."""
+    return [slice(start, start + size) for start in range(0, number, size)]

@@ -1,0 +1,250 @@
+"""Adversarial reward: a head that learns to tell generated from reference images (arXiv:2511.20256)."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from PIL import Image
+from torch import Tensor, nn
+from torchvision.transforms import functional as TF
+from transformers import Dinov2Model
+
+from flowgrpo.experience import Prompt
+from reward_models._loading import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    Precision,
+    check_media,
+    check_references,
+    finite_only,
+    from_pretrained,
+    load_strictly,
+    pick_device,
+    pick_dtype,
+    pictures,
+    read_image,
+    reference_paths,
+)
+
+__all__ = ["Adversarial"]
+
+HIDDEN = 512
+
+
+class Adversarial:
+    """``share * head(c) + (1 - share) * mean head(p)``: how real an image looks to a trained head.
+
+    ``c`` is the class token and ``p`` the patch tokens of a frozen DINOv2, each of length 1; the
+    head is Linear-GELU-Linear, in fp32. While a run goes on, :meth:`update` trains it to say at
+    least 1 of reference images and at most -1 of generated ones, by the hinge loss
+    ``L(c) + patch_loss * L(p)`` with ``L = (mean relu(1 - head(real)) + mean relu(1 +
+    head(generated))) / 2``. So scores have no fixed range (usually -2 to 2) and compare only within
+    an iteration. What fools the head today is penalised tomorrow, so the reward is hard to hack.
+
+    Reference images are files: of each prompt, by ``metadata["reference"]``, one path or a list
+    of which one is drawn; or ``references``, a folder for all prompts.
+
+    Differs from the released code: it trains on tokens as they are and scores tokens of length 1
+    (here both have length 1); it scores by 64 random patches (here by all, so the same image scores
+    the same); its rate is in a configuration of the run (here 1e-4 with Adam).
+
+    The trainer should, in each iteration: score all candidates (the head at rest), then call
+    ``update(media, prompts)`` with them once, on the thread that scores; put :meth:`state` into
+    every checkpoint and give it to :meth:`restore` when the run goes on. With several processes each
+    must make the same updates: gather media and prompts first, or let one update and broadcast the
+    state.
+
+    Images are rounded to 8 bits and squashed to ``side`` x ``side`` by Pillow's bicubic filter; one
+    with NaN scores NaN and is left out of updates.
+    """
+
+    def __init__(
+        self,
+        model: str = "facebook/dinov2-base",
+        key: str = "reference",
+        root: str = "",
+        references: str = "",
+        side: int = 518,
+        share: float = 0.7,
+        patches: int = 64,
+        patch_loss: float = 0.3,
+        lr: float = 1e-4,
+        steps: int = 1,
+        batch_size: int = 32,
+        seed: int = 0,
+        dtype: Precision = "float32",
+        device: str = "auto",
+    ):
+        """
+        Args:
+            model: Hub id or folder of a ``Dinov2Model``.
+            key: Where a prompt's metadata name its reference images.
+            root: Folder that relative paths start from; by default the working directory.
+            references: Folder of reference images for all prompts, instead of the metadata.
+            side: What the model sees, a multiple of its patches.
+            share: Of the class token in the score; the rest is the patches'.
+            patches: Patches drawn from each image in an update.
+            patch_loss: Weight of the patches in the loss.
+            lr: Learning rate of the head.
+            steps: Steps of the optimiser in an update.
+            batch_size: Images that DINOv2 sees at once.
+            seed: Of the head's weights and of what is drawn.
+            dtype: Precision of DINOv2.
+            device: ``auto`` takes a GPU if there is one.
+
+        Raises:
+            ValueError: If an option is wrong, there are no references, or weights are missing or
+                left over.
+            OSError: If there is no such model.
+        """
+        if min(patches, steps, batch_size) < 1 or not (lr > 0 and patch_loss >= 0):
+            raise ValueError(
+                "patches, steps and batch_size must be at least 1, lr positive and patch_loss at "
+                f"least 0, got {patches}, {steps}, {batch_size}, {lr}, {patch_loss}"
+            )
+        if not 0 <= share <= 1:
+            raise ValueError(f"share must be in [0, 1], got {share}")
+        self.key, self.root = key, Path(root)
+        self.pool = _images_in(references) if references else []
+        self.side, self.share, self.patches = side, share, patches
+        self.patch_loss, self.steps, self.batch_size = patch_loss, steps, batch_size
+        self.model = from_pretrained(
+            Dinov2Model, model, "DINOv2 model", pick_dtype(dtype), ("embeddings.mask_token",)
+        ).to(pick_device(device))
+        if side % self.model.config.patch_size:
+            raise ValueError(
+                f"side must be a multiple of {self.model.config.patch_size}, got {side}"
+            )
+        self.head = _new_head(self.model.config.hidden_size, seed).to(self.model.device)
+        self.optimizer = torch.optim.Adam(self.head.parameters(), lr=lr)
+        self.random = torch.Generator().manual_seed(seed)
+
+    def check(self, prompts: Sequence[Prompt]) -> None:
+        """Whether prompts say all that is needed, to be asked before the long work.
+
+        Raises:
+            ValueError: If one names no reference, or one that is no file.
+        """
+        if not self.pool:
+            check_references(prompts, self.key, self.root)
+
+    @torch.no_grad()
+    def __call__(
+        self, media: Float[Tensor, "batch 3 h w"], prompts: Sequence[Prompt]
+    ) -> Float[Tensor, " batch"]:
+        check_media(media, prompts)
+        tokens = self._tokens(pictures(media))
+        heads = self.head(tokens).squeeze(-1)
+        scores = self.share * heads[:, 0] + (1 - self.share) * heads[:, 1:].mean(1)
+        return finite_only(scores, media)
+
+    def update(
+        self, media: Float[Tensor, "batch 3 h w"], prompts: Sequence[Prompt]
+    ) -> dict[str, float]:
+        """Train the head on as many reference images as generated ones.
+
+        Returns:
+            The last step's ``loss`` and ``accuracy``, the share of images that it tells right by
+            the sign at the class token, both kinds counting half.
+
+        Raises:
+            ValueError: If a prompt names no reference, or no image is finite.
+            OSError: If a reference cannot be read.
+        """
+        check_media(media, prompts)
+        rows = [i for i, finite in enumerate(media.isfinite().flatten(1).all(1).tolist()) if finite]
+        if not rows:
+            raise ValueError("an update needs images without NaN, got none")
+        paths = [self._reference(prompts[i]) for i in rows]
+        generated = self._tokens(pictures(media[rows]))
+        real = self._tokens([read_image(path) for path in paths])
+        measured = {}
+        for _ in range(self.steps):
+            said = [self._heads(tokens) for tokens in (real, generated)]
+            loss = _hinge(said[0][:, 0], said[1][:, 0])
+            loss = loss + self.patch_loss * _hinge(said[0][:, 1:], said[1][:, 1:])
+            self.optimizer.zero_grad()
+            loss.backward()
+            self.optimizer.step()
+            right = (said[0][:, 0] > 0).float().mean() + (said[1][:, 0] < 0).float().mean()
+            measured = {"loss": loss.item(), "accuracy": right.item() / 2}
+        return measured
+
+    def state(self) -> dict[str, Tensor]:
+        """All that training changes, as copies on the CPU: head, optimiser, random state."""
+        state = {f"head.{k}": v for k, v in self.head.state_dict().items()}
+        for number, kept in self.optimizer.state_dict()["state"].items():
+            state |= {f"optimizer.{number}.{k}": v for k, v in kept.items()}
+        state["random"] = self.random.get_state()
+        return {k: v.detach().cpu().clone() for k, v in state.items()}
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from :meth:`state`.
+
+        Raises:
+            ValueError: If the state is of another head, or incomplete.
+        """
+        head = {k.removeprefix("head."): v for k, v in state.items() if k.startswith("head.")}
+        kept: dict[int, dict[str, Tensor]] = {}
+        for key, tensor in state.items():
+            if key.startswith("optimizer."):
+                _, number, name = key.split(".")
+                kept.setdefault(int(number), {})[name] = tensor.clone()
+        if "random" not in state or (kept and len(kept) != len(head)):
+            raise ValueError("the state of the adversarial reward is incomplete")
+        load_strictly(self.head, head, "the state", "adversarial head")
+        groups = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({"state": kept, "param_groups": groups})
+        self.random.set_state(state["random"].cpu())
+
+    @torch.no_grad()
+    def _tokens(self, images: Sequence[Image.Image]) -> Float[Tensor, "images tokens width"]:
+        """The class token and the patches of each image, of length 1, in fp32."""
+        size = (self.side, self.side)
+        tokens = []
+        for start in range(0, len(images), self.batch_size):
+            seen = [
+                TF.to_tensor(image.resize(size, Image.Resampling.BICUBIC))
+                for image in images[start : start + self.batch_size]
+            ]
+            pixels = TF.normalize(torch.stack(seen), list(IMAGENET_MEAN), list(IMAGENET_STD))
+            output = self.model(pixel_values=pixels.to(self.model.device, self.model.dtype))
+            tokens.append(F.normalize(output.last_hidden_state.float(), dim=-1))
+        return torch.cat(tokens)
+
+    def _heads(
+        self, tokens: Float[Tensor, "images tokens width"]
+    ) -> Float[Tensor, "images class_and_patches"]:
+        """What the head says of the class token and of some random patches."""
+        images, all_patches, width = len(tokens), tokens.shape[1] - 1, tokens.shape[2]
+        number = min(self.patches, all_patches)
+        drawn = torch.rand(images, all_patches, generator=self.random).argsort(1)[:, :number]
+        places = drawn.to(tokens.device)[..., None].expand(-1, -1, width)
+        chosen = torch.cat([tokens[:, :1], tokens[:, 1:].gather(1, places)], 1)
+        said: Tensor = self.head(chosen)
+        return said.squeeze(-1)
+
+    def _reference(self, prompt: Prompt) -> Path:
+        paths = self.pool or reference_paths(prompt, self.key, self.root)
+        return paths[int(torch.randint(len(paths), (), generator=self.random))]
+
+
+def _new_head(width: int, seed: int) -> nn.Sequential:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return nn.Sequential(nn.Linear(width, HIDDEN), nn.GELU(), nn.Linear(HIDDEN, 1))
+
+
+def _hinge(real: Float[Tensor, "*any"], generated: Float[Tensor, "*any"]) -> Float[Tensor, ""]:
+    return (F.relu(1 - real).mean() + F.relu(1 + generated).mean()) / 2
+
+
+def _images_in(folder: str) -> list[Path]:
+    """The images of a folder, in the order of their names."""
+    kinds = (".png", ".jpg", ".jpeg", ".webp")
+    paths = sorted(p for p in Path(folder).glob("*") if p.suffix.lower() in kinds)
+    if not paths:
+        raise ValueError(f"references {folder!r} is no folder with images ({', '.join(kinds)})")
+    return paths

@@ -1,0 +1,102 @@
+"""HPS v2.1: a CLIP model trained on human preferences (arXiv:2306.09341)."""
+
+from collections.abc import Sequence
+
+import open_clip
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+from torchvision.transforms import functional as TF
+
+from flowgrpo.experience import Prompt
+from reward_models._loading import (
+    CLIP_MEAN,
+    CLIP_STD,
+    Precision,
+    check_media,
+    eight_bits,
+    find_file,
+    finite_only,
+    load_strictly,
+    pick_device,
+    pick_dtype,
+    read_state,
+)
+
+__all__ = ["HPSv2"]
+
+FILES = ("HPS_v2.1_compressed.pt", "HPS_v2_compressed.pt")
+
+
+class HPSv2:
+    """Cosine of image and text embedding, in [-1, 1]; usually 0.20 to 0.38.
+
+    The default is ``xswu/HPSv2`` (Apache-2.0), the file ``HPS_v2.1_compressed.pt``: a ViT-H/14 of
+    open_clip, 3.9 GB in fp32, half of that in 16 bits. Its input is 224x224: the longer side
+    resized to that (bicubic), black bars around the rest, CLIP's normalisation. Prompts are cut
+    after 77 tokens. Published: 0.25 for SD 1.4, 0.30 for SDXL, 0.30 to 0.31 for FLUX.1-dev.
+
+    The released code resizes tensors by whatever filter its torchvision has. Ours is today's, with
+    antialiasing, so scores may differ by some thousandths from those of old environments. The
+    published weights could not be loaded where this was written.
+
+    Images are rounded to 8 bits first, so a saved image scores as the one in training did. An image
+    with NaN scores NaN.
+    """
+
+    def __init__(
+        self,
+        model: str = "xswu/HPSv2",
+        architecture: str = "ViT-H-14",
+        dtype: Precision = "float32",
+        device: str = "auto",
+    ):
+        """
+        Args:
+            model: Hub id, folder or file of the checkpoint. In a folder v2.1 goes before v2.0.
+            architecture: Its name in open_clip.
+            dtype: Precision of the model.
+            device: ``auto`` takes a GPU if there is one.
+
+        Raises:
+            ValueError: If an option is wrong, or weights are missing or left over.
+            OSError: If the hub has no such file.
+        """
+        precision, self.device = pick_dtype(dtype), pick_device(device)
+        if architecture not in open_clip.list_models():
+            raise ValueError(
+                f"open_clip has no model {architecture!r}; see open_clip.list_models()"
+            )
+        state = read_state(find_file(model, FILES))
+        self.model = open_clip.create_model(architecture, pretrained=None, precision="fp32")
+        load_strictly(self.model, state, model, f"HPS v2 model of architecture {architecture}")
+        self.model.to(self.device, precision).eval().requires_grad_(False)
+        self.dtype = precision
+        self.tokenizer = open_clip.get_tokenizer(architecture)
+        size = self.model.visual.image_size
+        self.side = size if isinstance(size, int) else size[0]
+
+    def preprocess(self, media: Float[Tensor, "batch 3 h w"]) -> Float[Tensor, "batch 3 side side"]:
+        """What the model sees."""
+        scale = self.side / max(media.shape[-2:])
+        height, width = (max(1, round(length * scale)) for length in media.shape[-2:])
+        pixels = eight_bits(media).float() / 255
+        pixels = TF.resize(pixels, [height, width], TF.InterpolationMode.BICUBIC, antialias=True)
+        right, below = self.side - width, self.side - height
+        bars = [right // 2, below // 2, right - right // 2, below - below // 2]
+        return TF.normalize(TF.pad(pixels, bars), list(CLIP_MEAN), list(CLIP_STD))
+
+    @torch.no_grad()
+    def __call__(
+        self, media: Float[Tensor, "batch 3 h w"], prompts: Sequence[Prompt]
+    ) -> Float[Tensor, " batch"]:
+        check_media(media, prompts)
+        texts = list(dict.fromkeys(p.text for p in prompts))
+        pixels = self.preprocess(media).to(self.device, self.dtype)
+        image = F.normalize(self.model.encode_image(pixels).float(), dim=-1)
+        text = F.normalize(
+            self.model.encode_text(self.tokenizer(texts).to(self.device)).float(), dim=-1
+        )
+        scores = (image * text[[texts.index(p.text) for p in prompts]]).sum(-1)
+        return finite_only(scores, media)

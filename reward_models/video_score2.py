@@ -1,0 +1,195 @@
+"""VideoScore2: a video judged in words by Qwen2.5-VL, then in three scores (arXiv:2509.22799)."""
+
+import logging
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLProcessor
+from transformers.video_utils import VideoMetadata
+
+from flowgrpo.experience import Prompt
+from reward_models._answers import DigitRecorder, answer_batch, token_at
+from reward_models._loading import (
+    Precision,
+    check_media,
+    eight_bits,
+    finite_only,
+    from_pretrained,
+    pick_device,
+    pick_dtype,
+    template,
+)
+from reward_models._qwen import chunks, frame_rates, shown_frames
+
+__all__ = ["VideoScore2"]
+
+log = logging.getLogger(__name__)
+
+DIMENSIONS = {
+    "visual": "visual quality",
+    "alignment": "text-to-video alignment",
+    "physics": "physical/common-sense consistency",
+}
+BETWEEN = r"(?:(?!visual|text-to-video|physical)[^\d\n(;])*"
+"""From a dimension's name to its score: perhaps its description, but no other dimension."""
+FRAME_PIXELS = 768 * 28 * 28
+TOTAL_PIXELS = int(128_000 * 28 * 28 * 0.9)
+
+
+class VideoScore2:
+    """A weighted sum of visual quality, text alignment and physical consistency, each 1 to 5.
+
+    ``soft`` is the authors' score: the likeliest digit times its share of the probability of the
+    digits 1 to 5, where the model writes that score (so 0.2 to 5). ``expected`` is the mean of the
+    digits by those shares, smoother and better ordered where the model wavers; ``hard`` is the
+    digit that it wrote. An answer without all three scores scores NaN; the log says so.
+
+    The default is ``TIGER-Lab/VideoScore2`` (Apache-2.0; a Qwen2.5-VL-7B, 16 GB in bfloat16). It
+    thinks in words first, so it costs seconds per video. Videos are shown at 2 frames per second
+    (an even number, at least 4), frames of 100,352 to 602,112 pixels. Decoding is greedy, where the
+    released script samples at temperature 0.7: a reward should not change from call to call.
+
+    The released model repeats the descriptions of the dimensions before its scores, which the
+    released script does not find; here both forms are read, after the thoughts. The template is the
+    released script's, with its blanks. The published weights could not be loaded where this was
+    written.
+
+    Videos are rounded to 8 bits first; one with NaN scores NaN.
+    """
+
+    def __init__(
+        self,
+        model: str = "TIGER-Lab/VideoScore2",
+        score: Literal["soft", "expected", "hard"] = "soft",
+        weights: Mapping[str, float] | None = None,
+        fps: float = 0.0,
+        max_new_tokens: int = 1024,
+        batch_size: int = 4,
+        dtype: Precision = "bfloat16",
+        device: str = "auto",
+    ):
+        """
+        Args:
+            model: Hub id or folder of a Qwen2.5-VL with its processor.
+            score: How a score is read from the answer.
+            weights: Factors of ``visual``, ``alignment`` and ``physics``, where 0 is the default;
+                all a third if unset.
+            fps: Frames per second of videos whose prompts' metadata have no ``fps``.
+            max_new_tokens: Longest answer; a longer one has no scores.
+            batch_size: Videos in one batch.
+            dtype: Precision of the model.
+            device: ``auto`` takes a GPU if there is one.
+
+        Raises:
+            ValueError: If an option is wrong, or weights are missing or left over.
+            OSError: If there is no such model.
+        """
+        factors = dict.fromkeys(DIMENSIONS, 1 / 3) if weights is None else dict(weights)
+        if not factors.keys() <= DIMENSIONS.keys() or not any(factors.values()):
+            raise ValueError(
+                f"weights must name some of {', '.join(DIMENSIONS)}, not all 0; got {factors}"
+            )
+        if score not in ("soft", "expected", "hard"):
+            raise ValueError(f"score must be soft, expected or hard, got {score!r}")
+        if batch_size < 1 or max_new_tokens < 1 or not 0 <= fps < math.inf:
+            raise ValueError(
+                "batch_size and max_new_tokens must be at least 1 and fps at least 0, "
+                f"got {batch_size}, {max_new_tokens}, {fps}"
+            )
+        self.factors = torch.tensor([float(factors.get(name, 0)) for name in DIMENSIONS])
+        self.score, self.fps, self.batch_size = score, fps, batch_size
+        self.max_new_tokens = max_new_tokens
+        self.model = from_pretrained(
+            Qwen2_5_VLForConditionalGeneration, model, "VideoScore2 model", pick_dtype(dtype)
+        ).to(pick_device(device))
+        self.processor = Qwen2_5_VLProcessor.from_pretrained(model)
+        self.template = template("video_score2")
+
+    def check(self, prompts: Sequence[Prompt]) -> None:
+        """Whether prompts say all that is needed, to be asked before the long work.
+
+        Raises:
+            ValueError: If the frame rate of one is unknown.
+        """
+        frame_rates(prompts, self.fps)
+
+    def __call__(
+        self, media: Float[Tensor, "batch frames 3 h w"], prompts: Sequence[Prompt]
+    ) -> Float[Tensor, " batch"]:
+        """
+        Raises:
+            ValueError: If a frame rate is unknown.
+        """
+        scores = self.dimensions(media, prompts)
+        used = self.factors != 0  # so that an unused score may be absent
+        return finite_only(scores[:, used] @ self.factors[used], media)
+
+    @torch.no_grad()
+    def dimensions(
+        self, media: Float[Tensor, "batch frames 3 h w"], prompts: Sequence[Prompt]
+    ) -> Float[Tensor, "batch 3"]:
+        """Visual quality, text alignment and physical consistency of each video; NaN if absent."""
+        check_media(media, prompts, video=True)
+        rates = frame_rates(prompts, self.fps)
+        rows = []
+        for part in chunks(len(prompts), self.batch_size):
+            videos = [
+                self._shown(video, fps)
+                for video, fps in zip(eight_bits(media[part]), rates[part], strict=True)
+            ]
+            # Published: a token of time stands for two frames at 2 per second, whatever was chosen.
+            times = [VideoMetadata(len(v), 2.0, frames_indices=[*range(len(v))]) for v in videos]
+            digits = DigitRecorder(self.processor.tokenizer)
+            answers = answer_batch(
+                self.model,
+                self.processor,
+                [["video"]] * len(videos),
+                [self.template.replace("{prompt}", p.text) for p in prompts[part]],
+                self.max_new_tokens,
+                digits,
+                videos=videos,
+                videos_kwargs={
+                    "do_resize": False,
+                    "do_sample_frames": False,
+                    "video_metadata": times,
+                },
+            )
+            for row, (prompt, ids) in enumerate(zip(prompts[part], answers, strict=True)):
+                rows.append(self._read(prompt, ids, digits.shares(row)))
+        return torch.tensor(rows)
+
+    def _shown(self, video: Tensor, fps: float) -> Tensor:
+        """The frames that the model sees; long videos are shown smaller."""
+        shown = shown_frames(video, fps, 2.0, FRAME_PIXELS, nearest=False)
+        if len(shown) * FRAME_PIXELS <= 2 * TOTAL_PIXELS:
+            return shown
+        return shown_frames(video, fps, 2.0, 2 * TOTAL_PIXELS // len(shown), nearest=False)
+
+    def _read(
+        self, prompt: Prompt, ids: list[int], shares: Float[Tensor, "tokens digits"]
+    ) -> list[float]:
+        """The scores in one answer."""
+        text = self.processor.tokenizer.decode(ids)
+        begin = text.rfind("</think>") + 1
+        scores = []
+        for name in DIMENSIONS.values():
+            pattern = rf"{re.escape(name)}{BETWEEN}([1-5])(?!\d|\.\d)"
+            found = list(re.compile(pattern, re.IGNORECASE).finditer(text, begin))
+            if not found:
+                log.warning("no %s in VideoScore2's answer to %r: %r", name, prompt.text, text)
+                scores.append(math.nan)
+                continue
+            at = shares[token_at(self.processor.tokenizer, ids, found[-1].start(1))]
+            scores.append(
+                {
+                    "hard": float(found[-1][1]),
+                    "soft": float(at.argmax() + 1) * float(at.max()),
+                    "expected": float(at @ torch.arange(1.0, 6.0)),
+                }[self.score]
+            )
+        return scores

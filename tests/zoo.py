@@ -1,0 +1,332 @@
+"""What the tests of reward models share: pictures, and tiny checkpoints in the published layouts."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from transformers import (
+    BertTokenizer,
+    CLIPConfig,
+    CLIPModel,
+    Dinov2Config,
+    Dinov2Model,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2_5_VLProcessor,
+    Qwen2Tokenizer,
+    Qwen2VLConfig,
+    Qwen2VLForConditionalGeneration,
+    Qwen2VLImageProcessor,
+    Qwen2VLProcessor,
+    Qwen2VLVideoProcessor,
+)
+
+from flowgrpo.experience import Prompt
+from tests.tiny.parts import WORDS, clip_tokenizer, with_specials
+
+TEXTS = ("a red cube", "two blue dogs riding a bus", "a photo of a cat")
+PROMPTS = [Prompt(t) for t in TEXTS]
+
+
+def noise(number: int, height: int, width: int, seed: int = 0) -> Tensor:
+    """Images with coarse structure, so that resizing leaves something of them."""
+    random = torch.Generator().manual_seed(seed)
+    coarse = torch.rand(number, 3, 5, 7, generator=random)
+    fine = torch.rand(number, 3, height, width, generator=random)
+    images: Tensor = torch.nn.functional.interpolate(coarse, (height, width), mode="bicubic")
+    return (images + 0.2 * fine).clamp(0, 1)
+
+
+def films(number: int, frames: int, height: int, width: int, seed: int = 0) -> Tensor:
+    """Videos that fade from one picture to another, with noise in every frame."""
+    random = torch.Generator().manual_seed(seed + 100)
+    start, end = (noise(number, height, width, seed + i)[:, None] for i in (0, 1))
+    time = torch.linspace(0, 1, frames).view(1, -1, 1, 1, 1)
+    grain = 0.1 * torch.rand(number, frames, 3, height, width, generator=random)
+    return (start + time * (end - start) + grain).clamp(0, 1)
+
+
+def pil(media: Tensor) -> list[Image.Image]:
+    """The images as a picture file would hold them."""
+    arrays = [np.round(m.permute(1, 2, 0).double().numpy() * 255) for m in media]
+    return [Image.fromarray(a.astype(np.uint8)) for a in arrays]
+
+
+@contextmanager
+def seeded(seed: int = 0) -> Iterator[None]:
+    """Draw weights without touching the random state of others."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield
+
+
+def save_clip(folder: Path) -> Path:
+    """A ``CLIPModel`` of some kilobytes, 32x32."""
+    tokenizer = clip_tokenizer()
+    sizes = {
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "initializer_range": 0.5,
+    }
+    ids = {
+        f"{kind}_token_id": getattr(tokenizer, f"{kind}_token_id") for kind in ("bos", "eos", "pad")
+    }
+    config = CLIPConfig(
+        text_config={**sizes, "vocab_size": len(tokenizer), **ids},
+        vision_config={**sizes, "image_size": 32, "patch_size": 8},
+        projection_dim=16,
+        initializer_factor=5.0,
+    )
+    with seeded():
+        CLIPModel(config).save_pretrained(folder)
+    return folder
+
+
+def save_dino(folder: Path) -> Path:
+    """A ``Dinov2Model`` of some kilobytes, patches of 14."""
+    config = Dinov2Config(
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=28,
+        patch_size=14,
+        layerscale_value=1.0,
+        initializer_range=0.2,
+    )
+    with seeded():
+        Dinov2Model(config).save_pretrained(folder)
+    return folder
+
+
+def save_bert_tokenizer(folder: Path) -> Path:
+    """BERT's tokenizer: the words of the tiny texts whole, letters for the rest."""
+    specials = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+    letters = [chr(i) for i in range(ord("a"), ord("z") + 1)]
+    pieces = (*specials, *(w.lower() for w in WORDS), *letters, *(f"##{x}" for x in letters))
+    vocab = {token: i for i, token in enumerate(dict.fromkeys(pieces))}
+    BertTokenizer(vocab=vocab, do_lower_case=True).save_pretrained(folder)
+    return folder
+
+
+WIDTH, PATCH, GRID, WORDS_KNOWN = 128, 8, 4, 512
+
+
+def image_reward_state(seed: int = 0) -> dict[str, Tensor]:
+    """Random weights under the published names of ImageReward, at tiny size."""
+    random = torch.Generator().manual_seed(seed)
+    state: dict[str, Tensor] = {}
+
+    def linear(name: str, inputs: int, outputs: int) -> None:
+        state[f"{name}.weight"] = torch.randn(outputs, inputs, generator=random) * inputs**-0.5
+        state[f"{name}.bias"] = 0.1 * torch.randn(outputs, generator=random)
+
+    def norm(name: str) -> None:
+        state[f"{name}.weight"] = 1 + 0.1 * torch.randn(WIDTH, generator=random)
+        state[f"{name}.bias"] = 0.1 * torch.randn(WIDTH, generator=random)
+
+    eye, text = "blip.visual_encoder", "blip.text_encoder"
+    patches = torch.randn(WIDTH, 3, PATCH, PATCH, generator=random) * (3 * PATCH**2) ** -0.5
+    state[f"{eye}.patch_embed.proj.weight"] = patches
+    state[f"{eye}.patch_embed.proj.bias"] = torch.zeros(WIDTH)
+    state[f"{eye}.cls_token"] = torch.randn(1, 1, WIDTH, generator=random)
+    state[f"{eye}.pos_embed"] = torch.randn(1, 1 + GRID**2, WIDTH, generator=random)
+    norm(f"{eye}.norm")
+    for block in (f"{eye}.blocks.{i}" for i in range(2)):
+        norm(f"{block}.norm1")
+        norm(f"{block}.norm2")
+        linear(f"{block}.attn.qkv", WIDTH, 3 * WIDTH)
+        linear(f"{block}.attn.proj", WIDTH, WIDTH)
+        linear(f"{block}.mlp.fc1", WIDTH, 256)
+        linear(f"{block}.mlp.fc2", 256, WIDTH)
+    words = torch.randn(WORDS_KNOWN, WIDTH, generator=random)
+    state[f"{text}.embeddings.word_embeddings.weight"] = words
+    state[f"{text}.embeddings.position_embeddings.weight"] = words[:40] * 0.5
+    state[f"{text}.embeddings.position_ids"] = torch.arange(40)[None]
+    norm(f"{text}.embeddings.LayerNorm")
+    for layer in (f"{text}.encoder.layer.{i}" for i in range(2)):
+        for attention in ("attention", "crossattention"):
+            for part in ("query", "key", "value"):
+                linear(f"{layer}.{attention}.self.{part}", WIDTH, WIDTH)
+            linear(f"{layer}.{attention}.output.dense", WIDTH, WIDTH)
+            norm(f"{layer}.{attention}.output.LayerNorm")
+        linear(f"{layer}.intermediate.dense", WIDTH, 256)
+        linear(f"{layer}.output.dense", 256, WIDTH)
+        norm(f"{layer}.output.LayerNorm")
+    linear("blip.vision_proj", WIDTH, 8)
+    linear("blip.text_proj", WIDTH, 8)
+    mlp_state(state, "mlp.layers", WIDTH, random)
+    return state
+
+
+def mlp_state(state: dict[str, Tensor], prefix: str, width: int, random: torch.Generator) -> None:
+    """The head that ImageReward and the aesthetic predictor share, with large weights."""
+    widths = (width, 32, 16, 8, 4, 1)
+    for number, inputs, outputs in zip((0, 2, 4, 6, 7), widths, widths[1:], strict=False):
+        weight = 2 * torch.randn(outputs, inputs, generator=random) * inputs**-0.5
+        state[f"{prefix}.{number}.weight"] = weight
+        state[f"{prefix}.{number}.bias"] = 0.1 * torch.randn(outputs, generator=random)
+
+
+CHAT = (
+    "{% for m in messages %}{% if loop.first and m['role'] != 'system' %}"
+    "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n{% endif %}"
+    "<|im_start|>{{ m['role'] }}\n{% for c in m['content'] %}{% if c['type'] == 'text' %}"
+    "{{ c['text'] }}{% else %}<|vision_start|><|{{ c['type'] }}_pad|><|vision_end|>{% endif %}"
+    "{% endfor %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+"""What the chat template of Qwen2-VL makes of one question about one picture."""
+SPECIALS = (
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+)
+
+
+def qwen_vl_tokenizer() -> Qwen2Tokenizer:
+    """Qwen-VL's tokenizer, with its special tokens at the first ids."""
+    return Qwen2Tokenizer(
+        **with_specials("bytes", *SPECIALS),
+        chat_template=CHAT,
+        extra_special_tokens=list(SPECIALS[1:]),
+        pad_token="<|endoftext|>",
+        eos_token="<|im_end|>",
+        model_max_length=32768,
+    )
+
+
+def qwen_sizes(tokenizer: Qwen2Tokenizer) -> dict[str, Any]:
+    """The configuration that the tiny Qwen-VLs have in common."""
+    text = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "initializer_range": 0.2,
+        "rope_parameters": {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 1e6},
+        "bos_token_id": None,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    places = {
+        name: tokenizer.convert_tokens_to_ids(f"<|{name}|>")
+        for name in ("vision_start", "vision_end")
+    }
+    ids = {f"{name}_token_id": place for name, place in places.items()}
+    for kind in ("image", "video"):
+        ids[f"{kind}_token_id"] = tokenizer.convert_tokens_to_ids(f"<|{kind}_pad|>")
+    return {"text_config": text, **ids}
+
+
+def save_qwen2_vl(folder: Path) -> Path:
+    """A ``Qwen2VLForConditionalGeneration`` with its processor, of some hundred kilobytes."""
+    tokenizer = qwen_vl_tokenizer()
+    vision = {
+        "depth": 2,
+        "embed_dim": 32,
+        "hidden_size": 32,
+        "num_heads": 2,
+        "initializer_range": 0.2,
+    }
+    with seeded():
+        model = Qwen2VLForConditionalGeneration(
+            Qwen2VLConfig(vision_config=vision, **qwen_sizes(tokenizer))
+        )
+    model.save_pretrained(folder)
+    # As on the hub: limits so wide that they never matter to what was resized before.
+    limits = {"min_pixels": 56 * 56, "max_pixels": 16384 * 28 * 28}
+    Qwen2VLProcessor(
+        Qwen2VLImageProcessor(**limits),
+        tokenizer,
+        Qwen2VLVideoProcessor(**limits),
+        chat_template=CHAT,
+    ).save_pretrained(folder)
+    return folder
+
+
+def old_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The weights of a Qwen2-VL under the names that they had before transformers 4.52."""
+    renamed = {}
+    for key, tensor in state.items():
+        key = key.replace("model.visual.", "visual.")
+        renamed[key.replace("model.language_model.", "model.")] = tensor
+    return renamed
+
+
+def save_qwen25_vl(folder: Path, words: Sequence[str]) -> Path:
+    """A ``Qwen2_5_VLForConditionalGeneration`` with its processor, which has ``words`` as tokens."""
+    tokenizer = qwen_vl_tokenizer()
+    tokenizer.add_tokens(list(words))
+    vision = {
+        "depth": 2,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_heads": 2,
+        "out_hidden_size": 32,
+        "fullatt_block_indexes": [1],
+        "initializer_range": 0.2,
+    }
+    with seeded():
+        model = Qwen2_5_VLForConditionalGeneration(
+            Qwen2_5_VLConfig(vision_config=vision, **qwen_sizes(tokenizer))
+        )
+    model.save_pretrained(folder)
+    limits = {"min_pixels": 56 * 56, "max_pixels": 16384 * 28 * 28}
+    Qwen2_5_VLProcessor(
+        Qwen2VLImageProcessor(**limits),
+        tokenizer,
+        Qwen2VLVideoProcessor(**limits),
+        chat_template=CHAT,
+    ).save_pretrained(folder)
+    return folder
+
+
+@torch.no_grad()
+def teach(
+    folder: Path,
+    lessons: Sequence[tuple[dict[str, Any], str, str]],
+    doubts: dict[str, dict[str, float]],
+) -> None:
+    """Give the model in ``folder`` a head for words with which it answers as it is told.
+
+    There are fewer tokens to answer than features, so the head is the solution of linear equations.
+
+    Args:
+        folder: Of a tiny Qwen2.5-VL.
+        lessons: Inputs for the processor, a question as the processor takes it, and its answer.
+        doubts: For an answer's token, other logits than 10 for it and 0 for all others.
+    """
+    processor = Qwen2_5_VLProcessor.from_pretrained(folder)
+    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder).eval()
+    tokenizer, seen, wanted = processor.tokenizer, [], []
+    for media, question, answer in lessons:
+        text = f"{question}{answer}<|im_end|>"
+        inputs = processor(text=[text], return_tensors="pt", **media)
+        if "second_per_grid_ts" in inputs:
+            inputs["second_per_grid_ts"] = [1.0]
+        hidden = model(**inputs, output_hidden_states=True).hidden_states[-1][0]
+        following = tokenizer(f"{answer}<|im_end|>")["input_ids"]
+        for place, token in enumerate(following, start=len(hidden) - len(following) - 1):
+            logits = torch.zeros(len(tokenizer))
+            said = doubts.get(tokenizer.decode([token]), {tokenizer.decode([token]): 10.0})
+            for word, logit in said.items():
+                logits[tokenizer.convert_tokens_to_ids(word)] = logit
+            seen.append(hidden[place])
+            wanted.append(logits)
+    assert len(seen) <= 32
+    head = torch.linalg.lstsq(torch.stack(seen).double(), torch.stack(wanted).double()).solution.T
+    model.lm_head.weight.copy_(head.float())
+    model.save_pretrained(folder)
