@@ -14,6 +14,7 @@ from flowgrpo.core.losses import Loss
 from flowgrpo.judge import Failures, Reward
 from flowgrpo.names import suggest
 from flowgrpo.policy import Full, LoRA, Sampling
+from flowgrpo.rewards import check_rewards
 from flowgrpo.tables import ConfigError, read, to_table
 
 __all__ = ["Config", "ConfigError", "find", "load", "override", "save"]
@@ -160,8 +161,7 @@ class Config:
         betas = self.train.betas
         if len(betas) != 2 or not all(0 <= b < 1 for b in betas):
             raise ConfigError(f"train.betas must be two numbers in [0, 1), got {list(betas)}")
-        if all(r.weight == 0 for r in self.rewards):
-            raise ConfigError("rewards: every weight is 0, so that there is nothing to train on")
+        check_rewards(self.rewards, self.train.iterations)
         train = self.train
         if train.groups % (train.updates * num_processes):
             step = train.updates * num_processes

@@ -7,6 +7,7 @@ from flowgrpo.config import Config, find
 from flowgrpo.core.advantages import zero_variance_groups
 from flowgrpo.core.random import Random
 from flowgrpo.experience import Experience
+from flowgrpo.judge import Judge
 from flowgrpo.learner import Learner
 from flowgrpo.observer import Observer, Result
 from flowgrpo.prompts import PromptSet
@@ -34,6 +35,7 @@ def train(config: Config) -> Result:
     for iteration in session.console.track(iterations, "training", total=len(iterations)):
         observer.evaluate_if_due(iteration)
         random = Random(config.run.seed).at("train", iteration)
+        judge.iteration = iteration
         everybody = prompts.groups(iteration, config.train.groups, Random(config.run.seed))
 
         # 1. Roll out. The judge scores each batch while the next one is sampled.
@@ -50,7 +52,7 @@ def train(config: Config) -> Result:
         with session.phase("train"):
             metrics = learner.update(experience, advantages, random)
 
-        session.log(iteration, _summary(session, experience) | metrics, judge.seconds)
+        session.log(iteration, _summary(session, experience, judge) | metrics, judge.seconds)
         stopping = session.should_stop()
         if stopping or session.checkpoint_due(iteration + 1):
             session.save(learner, iteration + 1)
@@ -59,7 +61,7 @@ def train(config: Config) -> Result:
     return observer.finish()
 
 
-def _summary(session: Session, experience: Experience) -> dict[str, float]:
+def _summary(session: Session, experience: Experience, judge: Judge) -> dict[str, float]:
     """What an iteration's rollouts look like, over all processes."""
     c = experience.candidates
     finite = experience.all_rewards[experience.all_rewards.isfinite()]
@@ -69,6 +71,7 @@ def _summary(session: Session, experience: Experience) -> dict[str, float]:
         "reward": float(finite.mean()),
         "reward_std": float(finite.std(correction=0)),
         **{f"score/{k}": float(v[v.isfinite()].mean()) for k, v in scores.items()},
+        **{f"part/{k}": float(v[v.isfinite()].mean()) for k, v in judge.parts(scores).items()},
         "group/zero_variance": float(flat.mean()),
         "group/diversity": float(session.gather(experience.diversity).mean()),
         "group/duplicates": float(session.gather(experience.duplicates).sum()),

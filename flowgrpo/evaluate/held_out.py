@@ -71,6 +71,7 @@ def evaluate(
     """
     began = time.perf_counter()
     judge.reset()
+    judge.iteration = None  # evaluations at different times must be comparable
     keys = sorted({i.prompt.text for i in items})
     mine = [i for i in items if keys.index(i.prompt.text) % num_ranks == rank]
     rows: list[dict[str, Any]] = []
