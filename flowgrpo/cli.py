@@ -75,6 +75,7 @@ def parser() -> argparse.ArgumentParser:
     _grid(add)
     _score(add)
     _serve_reward(add)
+    _learn_rubrics(add)
     _doctor(add)
     _config(add)
     return top
@@ -227,6 +228,35 @@ def _serve_reward(add: Add) -> None:
     serve.add_argument(
         "--max-pixels", type=int, default=4096 * 4096, help="of an image (default: %(default)s)"
     )
+
+
+def _learn_rubrics(add: Add) -> None:
+    learn = add(
+        "learn-rubrics",
+        reward_commands.learn_rubrics,
+        "find out which questions to a model tell the pictures that people prefer",
+        "flowgrpo learn-rubrics pairs.jsonl --rubrics candidates.txt --model Qwen/Qwen3-VL-8B-Instruct --out rubrics.jsonl\n"
+        '  pairs.jsonl: {"prompt": "a cat", "preferred": "a.png", "other": "b.png"} on each line\n'
+        '  in the configuration of a run:\n    [[rewards]]\n    model = "vlm_judge"\n'
+        '    options = { model = "Qwen/Qwen3-VL-8B-Instruct", rubrics = "rubrics.jsonl" }',
+    )
+    learn.add_argument("pairs", help="a .jsonl file; its pictures are found beside it")
+    learn.add_argument(
+        "--rubrics", required=True, help="candidates: a question per line (.txt), or .jsonl"
+    )
+    learn.add_argument("--model", required=True, help="as the server calls it")
+    learn.add_argument(
+        "--base-url", default="", help="of the server (default: http://127.0.0.1:8000/v1)"
+    )
+    learn.add_argument(
+        "--judge-option",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="an option of the vlm_judge reward, such as cache=answers; can be given again",
+    )
+    learn.add_argument("--most", type=int, default=0, help="keep no more (default: no limit)")
+    learn.add_argument("--out", required=True, help="file for the rubrics that are kept (.jsonl)")
 
 
 def _doctor(add: Add) -> None:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from flowgrpo.experience import Prompt
     from flowgrpo.judge import Judge, Reward
 
+DEFAULT_URL = "http://127.0.0.1:8000/v1"
 IMAGES = (".png", ".jpg", ".jpeg", ".webp")
 FRAME = re.compile(r"(.+)_frame(\d+)")
 
@@ -110,6 +111,74 @@ def serve_reward(options: argparse.Namespace) -> int:
     stopped.wait()
     server.close()
     return 0
+
+
+def learn_rubrics(options: argparse.Namespace) -> int:
+    """``flowgrpo learn-rubrics``."""
+    import numpy as np
+    import torch
+
+    from flowgrpo.rewards import Reward, load_reward
+    from flowgrpo.run.console import Console
+    from reward_models._rubrics import Rubric, fit_rubrics, read_rubrics, write_rubrics
+
+    if options.most < 0 or not options.out.endswith(".jsonl"):
+        raise ValueError(
+            f"--most must be at least 0 and --out end in .jsonl, got {options.most}, {options.out!r}"
+        )
+    pairs = _pairs(Path(options.pairs))
+    candidates = read_rubrics(options.rubrics)
+    settings = {"model": options.model, "base_url": options.base_url or DEFAULT_URL}
+    settings |= {"rubrics": [c.text for c in candidates]}
+    settings |= dict(map(parse_setting, options.judge_option))
+    judge: Any = load_reward(Reward(model="vlm_judge", options=settings))
+    console = Console()
+    rows = []
+    for prompt, files in console.track(pairs, "judging", total=len(pairs)):
+        scores = torch.cat([judge.by_rubric(_read(f)[None], [prompt]) for f in files])
+        rows.append((scores[0] - scores[1]).double().numpy())
+    differences = np.stack(rows)
+    fit = fit_rubrics(differences, most=options.most)
+    kept = []
+    for i in np.argsort(-fit.weights):
+        if fit.weights[i] > 0:
+            column = differences[np.isfinite(differences[:, i]), i]
+            agreed = ((column > 0) + 0.5 * (column == 0)).mean()
+            note = f"alone agrees with {agreed:.0%} of {len(column)} pairs"
+            kept.append(Rubric(candidates[i].text, round(float(fit.weights[i]), 4), note))
+    write_rubrics(Path(options.out), kept)
+    console.table(
+        f"{len(kept)} of {len(candidates)} rubrics kept; together they order {fit.accuracy:.0%} of "
+        f"held-out pairs as people did ({fit.pairs} of {len(pairs)} pairs could be used)",
+        ["rubric", "weight", ""],
+        [[r.text, f"{r.weight:.3f}", r.note] for r in kept],
+    )
+    return 0
+
+
+def _pairs(path: Path) -> "list[tuple[Prompt, tuple[Path, Path]]]":
+    """Prompts with the preferred picture and the other one."""
+    from flowgrpo.experience import Prompt
+
+    if not path.is_file():
+        raise FileNotFoundError(f"no file of pairs {path}")
+    pairs = []
+    for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+            text, files = record["prompt"], (record["preferred"], record["other"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"{path}, line {number}: expected an object with prompt, preferred and other"
+            ) from error
+        first, second = (path.parent / str(f) for f in files)
+        for file in (first, second):
+            if not file.is_file():
+                raise FileNotFoundError(f"{path}, line {number}: no picture {file}")
+        pairs.append((Prompt(str(text)), (first, second)))
+    return pairs
 
 
 def parse_setting(text: str) -> tuple[str, Any]:
