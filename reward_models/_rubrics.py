@@ -151,7 +151,7 @@ def fit_rubrics(
             "no candidate prefers what people prefer: nothing can be learned from them"
         )
     fold = np.random.default_rng(seed).permutation(len(x)) % folds
-    penalties = strongest * np.logspace(-0.05, -2.5, 25)
+    penalties = strongest * np.logspace(-0.05, -2.5, 16)
     losses, hits = np.zeros((len(penalties), folds)), np.zeros((len(penalties), folds))
     for i, penalty in enumerate(penalties):
         for k in range(folds):

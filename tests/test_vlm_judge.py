@@ -1,5 +1,6 @@
 """Judges that see pictures: probabilities, grades, rubrics, pairs, caches, and servers that misbehave."""
 
+import json
 import math
 import time
 from collections.abc import Callable
@@ -187,7 +188,6 @@ def test_videos_are_shown_as_some_of_their_frames_and_large_pictures_shrunk():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"answer": "maybe"}, "answer must be 'yes_no', 'grade' or 'written', got 'maybe'"),
         ({"scale": [5, 1]}, r"scale must be \[low, high\] with low < high, got \[5, 1\]"),
         ({"answer": "grade", "scale": [1, 10]}, "needs grades of one digit"),
         ({"frames": 0}, "frames and max_tokens must be at least 1"),
@@ -385,8 +385,6 @@ def test_think_verdicts(text, verdict):
 
 
 def flex(winner: str, *categories: str) -> str:
-    import json
-
     return json.dumps({"categories": [{"cat_winner": c} for c in categories], "winner": winner})
 
 
@@ -437,16 +435,9 @@ def test_pairs_of_videos():
     assert len(stub.questions[0].pictures) == 6
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"answer": "best"}, "answer must be 'choice', 'think' or 'flex', got 'best'"),
-        ({"flex_weights": [0.0, 0.0]}, "flex_weights must be two numbers"),
-    ],
-)
-def test_bad_options_of_pairs(options, message):
-    with pytest.raises(ValueError, match=message):
-        VLMPairwise("tiny", **options)
+def test_bad_options_of_pairs():
+    with pytest.raises(ValueError, match="flex_weights must be two numbers"):
+        VLMPairwise("tiny", flex_weights=[0.0, 0.0])
 
 
 def test_every_template_that_comes_along_is_used():
