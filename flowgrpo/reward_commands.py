@@ -42,7 +42,7 @@ class Medium:
 
 
 def score(options: argparse.Namespace) -> int:
-    """``flowgrpo score``."""
+    """``flowgrpo score``. Fails if a reward gave no score at all."""
     from flowgrpo.commands import quiet
     from flowgrpo.judge import Failures, Judge
     from flowgrpo.run.console import Console
@@ -71,14 +71,16 @@ def score(options: argparse.Namespace) -> int:
         ["image", "prompt", *labels],
         [[r["file"], r["prompt"], *(f"{r[k]:.4f}" for k in labels)] for r in shown],
     )
+    useless = False
     for label in labels:
         column = [r[label] for r in records if math.isfinite(r[label])]
+        useless = useless or not column
         mean = sum(column) / len(column) if column else math.nan
         failed = len(records) - len(column)
         console.say(f"{label}: mean {mean:.4f}, failed {failed} of {len(records)}")
     if out is not None:
         writers[out.suffix](out, records)
-    return 0
+    return int(useless)
 
 
 def serve_reward(options: argparse.Namespace) -> int:
