@@ -65,7 +65,6 @@ class Chat:
         self,
         model: str,
         base_url: str | Sequence[str],
-        *,
         api_key_env: str,
         timeout: float,
         patience: float,
@@ -79,9 +78,10 @@ class Chat:
             base_url: One server or several equal ones, such as ``http://127.0.0.1:8000/v1``.
             api_key_env: Environment variable that holds the key; empty for none.
             timeout: Seconds that one attempt may take.
-            patience: Seconds over which a question is asked again.
+            patience: Seconds over which a question is asked again, with growing pauses.
             concurrency: Questions under way at one server.
-            cache: Folder for answers; empty keeps none.
+            cache: Folder for answers, by pictures, prompt, template, model and settings; empty keeps
+                none.
             extra: More keys of the request, such as ``chat_template_kwargs``.
 
         Raises:

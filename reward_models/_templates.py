@@ -86,6 +86,15 @@ class Template:
         return [*content, line.strip()] if line.strip() else content
 
 
+def check_pictures(frames: int, longest_side: int, max_tokens: int) -> None:
+    """Raise ValueError if one of these is out of range."""
+    if frames < 1 or longest_side < 0 or max_tokens < 1:
+        raise ValueError(
+            "frames and max_tokens must be at least 1 and longest_side at least 0, got "
+            f"{frames}, {max_tokens}, {longest_side}"
+        )
+
+
 def pictures_of(
     medium: Float[torch.Tensor, "*frames 3 height width"], frames: int, longest_side: int
 ) -> list[bytes]:

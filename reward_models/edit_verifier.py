@@ -16,7 +16,7 @@ from torch import Tensor
 
 from flowgrpo.experience import Prompt
 from reward_models._chat import Answer, Chat
-from reward_models._templates import Content, Template, pictures_of
+from reward_models._templates import Content, Template, check_pictures, pictures_of
 
 __all__ = ["EditVerifier"]
 
@@ -86,12 +86,8 @@ class EditVerifier:
             check_template: A template with ``$source``, ``$edited``, ``$prompt`` and ``$rubric``.
             longest_side: Shrink larger pictures to this; 0 does not.
             max_tokens: Longest answer.
-            api_key_env: Environment variable that holds the key; empty for none.
-            timeout: Seconds that one attempt may take.
-            patience: Seconds over which a question is asked again, with growing pauses.
-            concurrency: Questions under way at one server.
-            cache: Folder for answers; empty keeps none.
-            extra: More keys of the request.
+            api_key_env, timeout, patience, concurrency, cache, extra: As for
+                :class:`reward_models._chat.Chat`.
 
         Raises:
             ValueError: If an option or a template is of no use, the key is refused, or the server
@@ -100,21 +96,15 @@ class EditVerifier:
         """
         if aggregate not in ("mean", "kinds", "all"):
             raise ValueError(f"aggregate must be 'mean', 'kinds' or 'all', got {aggregate!r}")
+        check_pictures(1, longest_side, max_tokens)
         self.aggregate, self.source_key = aggregate, source_key
         self.reasons = Path(reasons) if reasons else None
         self.split = Template.load(split_template, ("prompt",), ())
         self.check = Template.load(check_template, ("prompt", "rubric"), ("source", "edited"))
         self.longest_side, self.max_tokens = longest_side, max_tokens
         self.chat = Chat(
-            model,
-            base_url,
-            api_key_env=api_key_env,
-            timeout=timeout,
-            patience=patience,
-            concurrency=concurrency,
-            cache=cache,
-            extra=extra,
-        )
+            model, base_url, api_key_env, timeout, patience, concurrency, cache, extra
+        )  # fmt: skip
         self.last: list[list[Check]] = []
         self._known: dict[str, list[Principle]] = {}
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from flowgrpo.experience import Prompt
 from reward_models._chat import Answer, Chat
 from reward_models._rubrics import Rubric, read_rubrics
-from reward_models._templates import Template, pictures_of
+from reward_models._templates import Template, check_pictures, pictures_of
 
 __all__ = ["VLMJudge"]
 
@@ -73,13 +73,8 @@ class VLMJudge:
             frames: Most frames of a video that are shown.
             longest_side: Shrink larger pictures to this; 0 does not.
             max_tokens: Longest ``written`` answer.
-            api_key_env: Environment variable that holds the key; empty for none.
-            timeout: Seconds that one attempt may take.
-            patience: Seconds over which a question is asked again, with growing pauses.
-            concurrency: Questions under way at one server.
-            cache: Folder for answers, by picture, prompt, template, model and settings; empty keeps
-                none.
-            extra: More keys of the request, such as ``chat_template_kwargs``.
+            api_key_env, timeout, patience, concurrency, cache, extra: As for
+                :class:`reward_models._chat.Chat`.
 
         Raises:
             ValueError: If an option, the template or a rubric is of no use, the key is refused, or
@@ -94,26 +89,15 @@ class VLMJudge:
             raise ValueError(
                 f"answer = 'grade' needs grades of one digit, which is one token; got {list(scale)}"
             )
-        if frames < 1 or longest_side < 0 or max_tokens < 1:
-            raise ValueError(
-                "frames and max_tokens must be at least 1 and longest_side at least 0, got "
-                f"{frames}, {max_tokens}, {longest_side}"
-            )
+        check_pictures(frames, longest_side, max_tokens)
         self.rubrics = read_rubrics(rubrics) if rubrics else [Rubric(DEFAULT_RUBRIC)]
         texts = ("prompt", "rubric", "low", "high")
         self.template = Template.load(template or answer, texts, ("media",))
         self.answer, self.low, self.high = answer, scale[0], scale[1]
         self.frames, self.longest_side, self.max_tokens = frames, longest_side, max_tokens
         self.chat = Chat(
-            model,
-            base_url,
-            api_key_env=api_key_env,
-            timeout=timeout,
-            patience=patience,
-            concurrency=concurrency,
-            cache=cache,
-            extra=extra,
-        )
+            model, base_url, api_key_env, timeout, patience, concurrency, cache, extra
+        )  # fmt: skip
 
     def __call__(
         self, media: Float[Tensor, "batch *frames 3 height width"], prompts: Sequence[Prompt]

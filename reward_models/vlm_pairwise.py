@@ -12,7 +12,7 @@ from torch import Tensor
 
 from flowgrpo.experience import Prompt
 from reward_models._chat import Answer, Chat
-from reward_models._templates import Template, pictures_of
+from reward_models._templates import Template, check_pictures, pictures_of
 
 __all__ = ["VLMPairwise"]
 
@@ -75,13 +75,8 @@ class VLMPairwise:
             frames: Most frames of each video that are shown.
             longest_side: Shrink larger pictures to this; 0 does not.
             max_tokens: Longest ``think`` and ``flex`` answer.
-            api_key_env: Environment variable that holds the key; empty for none.
-            timeout: Seconds that one attempt may take.
-            patience: Seconds over which a question is asked again, with growing pauses.
-            concurrency: Questions under way at one server.
-            cache: Folder for answers, by pictures, prompt, template, model and settings; empty keeps
-                none.
-            extra: More keys of the request.
+            api_key_env, timeout, patience, concurrency, cache, extra: As for
+                :class:`reward_models._chat.Chat`.
 
         Raises:
             ValueError: If an option or the template is of no use, the key is refused, or the server
@@ -95,11 +90,7 @@ class VLMPairwise:
                 "flex_weights must be two numbers, not negative and not both 0; got "
                 f"{list(flex_weights)}"
             )
-        if frames < 1 or longest_side < 0 or max_tokens < 1:
-            raise ValueError(
-                "frames and max_tokens must be at least 1 and longest_side at least 0, got "
-                f"{frames}, {max_tokens}, {longest_side}"
-            )
+        check_pictures(frames, longest_side, max_tokens)
         self.answer, self.swap, self.rubric = answer, swap, rubric
         self.template = Template.load(
             template or answer, ("prompt", "rubric"), ("first", "second")
@@ -107,15 +98,8 @@ class VLMPairwise:
         self.flex_weights = float(flex_weights[0]), float(flex_weights[1])
         self.frames, self.longest_side, self.max_tokens = frames, longest_side, max_tokens
         self.chat = Chat(
-            model,
-            base_url,
-            api_key_env=api_key_env,
-            timeout=timeout,
-            patience=patience,
-            concurrency=concurrency,
-            cache=cache,
-            extra=extra,
-        )
+            model, base_url, api_key_env, timeout, patience, concurrency, cache, extra
+        )  # fmt: skip
 
     def compare(
         self,
