@@ -1,5 +1,6 @@
 """From scores to the reward: scale, shift, clip, log, threshold, schedules, and bad values of them."""
 
+import json
 import math
 from typing import Any
 
@@ -7,10 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from flowgrpo.config import Config, load
+import flowgrpo
+from flowgrpo.config import Config, load, save
 from flowgrpo.judge import Judge, Reward, RewardError
 from flowgrpo.rewards import check_rewards, total
+from flowgrpo.shapes.architecture import build_pipeline
 from flowgrpo.tables import ConfigError
+from tests.test_docs import TINY
 from tests.test_judge import HERE, IMAGES, PROMPTS
 
 SCORES = torch.tensor([-0.5, 0.0, 0.5, 2.0, math.nan])
@@ -122,8 +126,6 @@ def test_values_that_exclude_each_other():
 
 
 def test_a_configuration_with_all_of_it_can_be_written_and_read_back(tmp_path):
-    from flowgrpo.config import save
-
     keys = ["clip=[0.0, 1.0]", "scale=0.5", "threshold=0.25", "schedule=[[0, 0.5], [9, 1]]"]
     config = load("quickstart", [f"rewards.0.{k}" for k in keys])
     config.check()
@@ -132,3 +134,21 @@ def test_a_configuration_with_all_of_it_can_be_written_and_read_back(tmp_path):
     again = load(str(tmp_path / "config.toml"))
     assert isinstance(again, Config)
     assert again == config
+
+
+def test_a_run_goes_by_the_schedule_and_its_evaluations_do_not(tmp_path):
+    build_pipeline().save_pretrained(tmp_path / "model")
+    reward = 'rewards=[{model="jpeg_size", scale=2.0, schedule=[[0, 1], [1, 0.25]]}]'
+    places = [f"model.path={tmp_path / 'model'}", f"run.folder={tmp_path / 'run'}"]
+    flowgrpo.train(load("quickstart", [*TINY, *places, reward]))
+
+    def lines(name: str) -> list[dict[str, Any]]:
+        return [json.loads(x) for x in (tmp_path / "run" / name).read_text().splitlines()]
+
+    for metrics, factor in zip(lines("metrics.jsonl"), (1.0, 0.25), strict=True):
+        assert metrics["part/jpeg_size"] == pytest.approx(2 * factor * metrics["score/jpeg_size"])
+        assert metrics["reward"] == pytest.approx(metrics["part/jpeg_size"])
+    evaluations = lines("evaluations.jsonl")
+    assert len(evaluations) == 3
+    for found in evaluations:
+        assert found["reward"] == pytest.approx(2 * found["scores"]["jpeg_size"])

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import pickle
+import re
 import socket
 import subprocess
 import sys
@@ -228,9 +229,12 @@ def test_requests_by_hand_in_json_and_as_a_form(server):
     assert answer["scores"] == pytest.approx(
         [float(IMAGES[0].mean()), float(IMAGES[1:3].mean()), None], abs=1e-6
     )
-    curl = ["curl", "-sf", "-F", "prompt=a", "-F", "image=@-", f"{server.url}/score"]
-    done = subprocess.run(curl, input=encode_png(IMAGES[0]), capture_output=True, check=True)
-    assert json.loads(done.stdout)["scores"] == pytest.approx([float(IMAGES[0].mean())], abs=1e-6)
+    # As curl -F prompt=a -F image=@a.png sends it.
+    head = '--x\r\nContent-Disposition: form-data; name="prompt"\r\n\r\na\r\n--x\r\nContent-Disposition: form-data; name="image"; filename="a.png"\r\nContent-Type: application/octet-stream\r\n\r\n'
+    body = head.encode() + encode_png(IMAGES[0]) + b"\r\n--x--\r\n"
+    status, answer = post(server, body, {"Content-Type": "multipart/form-data; boundary=x"})
+    assert status == 200
+    assert answer["scores"] == pytest.approx([float(IMAGES[0].mean())], abs=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -252,7 +256,7 @@ def test_requests_by_hand_in_json_and_as_a_form(server):
 def test_malformed_requests(server, body, kind, status, message):
     found, answer = post(server, body, {"Content-Type": kind})
     assert found == status
-    assert pytest.importorskip("re").search(message, answer["error"]), answer
+    assert re.search(message, answer["error"]), answer
 
 
 def test_images_and_prompts_must_match_in_number(server):
@@ -312,6 +316,14 @@ def test_web_pages_are_refused(server):
     headers = {"Content-Type": kind, "Origin": "http://example.org"}
     assert post(server, body, headers)[0] == 403
     assert post(server, body, {"Content-Type": kind}, "/other")[0] == 404
+
+
+def test_what_is_no_request_gets_an_error_in_json_too(server):
+    connection = http.client.HTTPConnection(urlsplit(server.url).netloc, timeout=20)
+    connection.request("PUT", "/score", b"x")
+    response = connection.getresponse()
+    assert response.status == 501
+    assert json.loads(response.read()) == {"error": "Unsupported method ('PUT')"}
 
 
 # Several servers, and servers that go away.

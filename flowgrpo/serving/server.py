@@ -199,6 +199,10 @@ class _Handler(BaseHTTPRequestHandler):
         given = self.headers.get("Authorization", "")
         return not token or hmac.compare_digest(given.encode(), f"Bearer {token}".encode())
 
+    def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
+        """What the standard library finds wrong, such as an unknown method, in our form."""
+        self._refuse(int(code), message or "bad request")
+
     def _refuse(self, status: int, message: str, headers: dict[str, str] | None = None) -> None:
         log.info("%s: %s %s", self.client_address[0], status, message)
         self._reply(status, pack_error(message), headers)
