@@ -250,6 +250,14 @@ def test_a_busy_server_is_asked_again(reply):
     assert (len(stub.questions), subject.chat.asked) == (8, 5)
 
 
+def test_a_server_is_not_asked_before_the_time_it_names():
+    with Stub(failing(1, (429, {"Retry-After": "0.8"}, b""))) as stub:
+        subject = judge(stub)
+        began = time.perf_counter()
+        assert close(subject(IMAGES[:1], PROMPTS[:1]), LIGHT[:1])
+        assert time.perf_counter() - began >= 0.8
+
+
 def test_a_request_that_is_refused_is_not_asked_again():
     refusal = (400, {}, b'{"error": {"message": "too many pictures"}}')
     with Stub(lambda _: refusal) as stub, pytest.raises(RuntimeError, match="too many pictures"):
@@ -282,7 +290,7 @@ def test_a_server_that_hangs_is_asked_again_after_the_timeout():
         began = time.perf_counter()
         found = judge(stub, timeout=0.3)(IMAGES[:1], PROMPTS[:1])
         assert close(found, LIGHT[:1])
-        assert time.perf_counter() - began < 3
+        assert time.perf_counter() - began < 5
 
 
 def test_a_server_that_restarts_is_waited_for():
