@@ -6,7 +6,7 @@ import os
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -129,50 +129,6 @@ def grid(options: argparse.Namespace) -> int:
     )
     judge.close()
     print(options.out)
-    return 0
-
-
-def score(options: argparse.Namespace) -> int:
-    """``flowgrpo score``."""
-    import torch
-
-    from flowgrpo.judge import Judge, Reward
-    from flowgrpo.run.console import Console
-
-    quiet()
-    files, prompts = _scored_images(Path(options.images), options.prompts)
-    judge = Judge([Reward(model=r) for r in options.reward])
-    console = Console()
-    records: list[dict[str, Any]] = []
-    starts = range(0, len(files), options.batch)
-    for start in console.track(starts, "scoring", total=len(starts)):
-        rows = slice(start, start + options.batch)
-        media = [_read(f) for f in files[rows]]
-        if len({m.shape for m in media}) == 1:
-            scores = judge.score(torch.stack(media), prompts[rows]).raw
-        else:
-            singles = [
-                judge.score(m[None], [p]).raw for m, p in zip(media, prompts[rows], strict=True)
-            ]
-            scores = {k: torch.cat([s[k] for s in singles]) for k in singles[0]}
-        for i, file in enumerate(files[rows]):
-            values = {k: float(v[i]) for k, v in scores.items()}
-            records.append({"file": file.name, "prompt": prompts[start + i].text, **values})
-    labels = [r.label for r in judge.rewards]
-    shown = records[:20]
-    console.table(
-        f"{len(records)} images" + (", the first 20" if len(records) > 20 else ""),
-        ["image", "prompt", *labels],
-        [[r["file"], r["prompt"], *(f"{r[k]:.4f}" for k in labels)] for r in shown],
-    )
-    for label in labels:
-        column = torch.tensor([r[label] for r in records])
-        console.say(
-            f"{label}: mean {column.nanmean():.4f}, failed {int(column.isnan().sum())} of {len(column)}"
-        )
-    if options.out:
-        Path(options.out).write_text("".join(json.dumps(r) + "\n" for r in records))
-    judge.close()
     return 0
 
 
@@ -341,52 +297,6 @@ def _prompts(values: Sequence[str]) -> "list[Prompt]":
         else:
             prompts.append(Prompt(value))
     return prompts
-
-
-def _scored_images(folder: Path, prompt_file: str | None) -> "tuple[list[Path], list[Prompt]]":
-    """Images and their prompts."""
-    from flowgrpo.config import find
-    from flowgrpo.experience import Prompt
-    from flowgrpo.prompts import PromptSet
-
-    if not folder.is_dir():
-        raise FileNotFoundError(f"no folder {folder}")
-    files = sorted(
-        f for f in folder.iterdir() if f.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp")
-    )
-    if not files:
-        raise ValueError(f"{folder} has no images (.png, .jpg, .jpeg, .webp)")
-    if prompt_file is not None:
-        prompts = list(PromptSet.load(find(prompt_file)).prompts)
-        if len(prompts) != len(files):
-            raise ValueError(
-                f"{prompt_file} has {len(prompts)} prompts for {len(files)} images in {folder}"
-            )
-        return files, prompts
-    index = folder / "index.jsonl"
-    if index.exists():
-        known = {r["file"]: r for r in map(json.loads, index.read_text().splitlines())}
-        unknown = [f.name for f in files if f.name not in known]
-        if unknown:
-            raise ValueError(
-                f"{index} does not know {unknown[0]} ({len(unknown)} images in all); give --prompts"
-            )
-        return files, [
-            Prompt(known[f.name]["prompt"], metadata=known[f.name]["metadata"]) for f in files
-        ]
-    return files, [Prompt("")] * len(files)
-
-
-def _read(file: Path) -> "Tensor":
-    import torch
-    from PIL import Image, UnidentifiedImageError
-    from torchvision.transforms.functional import pil_to_tensor
-
-    try:
-        with Image.open(file) as image:
-            return pil_to_tensor(image.convert("RGB")).to(torch.float32) / 255
-    except UnidentifiedImageError as error:
-        raise ValueError(f"{file} is no image that can be read") from error
 
 
 def _save(media: "Tensor", path: Path) -> None:

@@ -29,6 +29,7 @@ from flowgrpo.judge import Failures, Reward
 from flowgrpo.names import suggest
 from flowgrpo.policy import Full, LoRA, Memory, Sampling
 from flowgrpo.prompt_files import HUB
+from flowgrpo.rewards import check_rewards
 from flowgrpo.tables import ConfigError, read, to_table
 
 __all__ = ["Config", "ConfigError", "find", "load", "override", "save"]
@@ -194,8 +195,8 @@ class Config:
         if len(betas) != 2 or not all(0 <= b < 1 for b in betas):
             raise ConfigError(f"train.betas must be two numbers in [0, 1), got {list(betas)}")
         # A preference is something to train on beside the rewards.
-        if all(r.weight == 0 for r in self.rewards) and not isinstance(self.algorithm, PrefGRPO):
-            raise ConfigError("rewards: every weight is 0, so that there is nothing to train on")
+        alone = not isinstance(self.algorithm, PrefGRPO)
+        check_rewards(self.rewards, self.train.iterations, alone)
         train = self.train
         if train.groups % (train.updates * num_processes):
             step = train.updates * num_processes

@@ -4,7 +4,7 @@ An *action* is one stochastic denoising step ``x -> x_next``; a *candidate* is o
 video that was scored. An algorithm says which candidates judge which actions.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -226,7 +226,8 @@ class Experience:
         duplicates: Of each group: samples that equal an earlier one of the group.
         step_std: Of each stochastic step: the standard deviation of the noise that it injects.
         everyone: The candidates of all ranks; None means that there is only one.
-        weights: Weight of each reward by its name in ``scores``.
+        weights: Weight of each reward by its name in ``scores``, in this iteration.
+        shapes: From a reward's raw score to what its weight multiplies, where it is not the score.
     """
 
     groups: Sequence[Group]
@@ -240,3 +241,4 @@ class Experience:
     step_std: Mapping[int, float]
     everyone: Candidates | None = None
     weights: Mapping[str, float] = field(default_factory=dict)
+    shapes: Mapping[str, Callable[[Tensor], Tensor]] = field(default_factory=dict)

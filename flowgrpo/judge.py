@@ -4,50 +4,34 @@ A reward that fails is retried; then, by configuration, the sample is dropped fr
 run stops. No score is ever made up.
 """
 
-import importlib
-import inspect
 import logging
 import math
-import pkgutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from flowgrpo.experience import PairwiseJudge, Prompt, RewardModel
-from flowgrpo.imports import import_path
-from flowgrpo.names import suggest
+from flowgrpo.rewards import (
+    Reward,
+    RewardError,
+    available_rewards,
+    checked,
+    load_model,
+    load_reward,
+    total,
+)
+
+__all__ = [
+    "Failures", "Judge", "Reward", "RewardError", "Scores", "available_rewards", "load_reward",
+]  # fmt: skip
 
 log = logging.getLogger(__name__)
-
-
-class RewardError(RuntimeError):
-    """A reward model failed for good, or is unfit to train on."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Reward:
-    """One reward model in the sum that is trained on, or measured beside it."""
-
-    model: str
-    """File name in ``reward_models``, or an import path ``"package.module:name"`` of a class or a
-    function."""
-    name: str = ""
-    """How it is called in metrics; by default the last part of ``model``."""
-    weight: float = 1.0
-    """Factor in the reward; 0 measures it without training on it."""
-    options: dict[str, Any] = field(default_factory=dict)
-    """Arguments for the class."""
-
-    @property
-    def label(self) -> str:
-        """The name in metrics."""
-        return self.name or self.model.rsplit(":", 1)[-1].rsplit(".", 1)[-1]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,58 +51,6 @@ class Failures:
     """Share of failed scores in one iteration above which the run stops all the same."""
 
 
-def load_model(reward: Reward) -> RewardModel | PairwiseJudge:
-    """Import a reward model, or a judge of pairs, and make it.
-
-    Raises:
-        ValueError: If there is no such reward, with the nearest name, or its options are wrong.
-    """
-    path = reward.model
-    if ":" not in path:
-        if path not in available_rewards():
-            raise ValueError(
-                f"unknown reward {path!r}{suggest(path, available_rewards())} (known: "
-                f"{', '.join(available_rewards())}; others by import path 'package.module:name')"
-            )
-        # Each file offers one reward, first in its __all__.
-        path = f"reward_models.{path}:{importlib.import_module(f'reward_models.{path}').__all__[0]}"
-    target = import_path(path)
-    if not callable(target):
-        raise ValueError(f"reward {path!r} is {target!r}, neither a class nor a function")
-    if isinstance(target, type):
-        try:
-            inspect.signature(target).bind(**reward.options)
-        except TypeError as error:
-            raise ValueError(
-                f"reward {reward.label!r}: {error}; it takes {inspect.signature(target)}"
-            ) from error
-        return target(**reward.options)
-    if reward.options:
-        raise ValueError(
-            f"reward {reward.label!r} is a function and takes no options, got {reward.options}"
-        )
-    return target
-
-
-def load_reward(reward: Reward) -> RewardModel:
-    """As :func:`load_model`, for what scores single samples; ValueError for what judges pairs."""
-    model = load_model(reward)
-    if not isinstance(model, RewardModel):
-        raise ValueError(
-            f"reward {reward.label!r} judges pairs, not single samples: it belongs to the algorithm "
-            "'pref_grpo', as algorithm.preference.model"
-        )
-    return model
-
-
-def available_rewards() -> list[str]:
-    """The short names of the rewards that come with flowgrpo."""
-    import reward_models
-
-    modules = pkgutil.iter_modules(reward_models.__path__)
-    return sorted(m.name for m in modules if not m.name.startswith("_"))
-
-
 @dataclass
 class Scores:
     """What one batch of candidates got; collected when scoring is done."""
@@ -131,6 +63,7 @@ class Judge:
     """Scores candidates in the background, in the order in which they are submitted.
 
     Attributes:
+        iteration: Of the training run, by which rewards' schedules go; None gives them full weight.
         failures_seen: Scores that failed for good since the last :meth:`reset`.
         seconds: Time spent scoring since the last :meth:`reset`.
     """
@@ -140,11 +73,15 @@ class Judge:
 
         Raises:
             ValueError: If one is unknown, or two have one name.
+            ConfigError: If one counts its scores in a way that makes no sense.
         """
+        for reward in rewards:
+            reward.check(f"reward {reward.label!r}")
         labels = [r.label for r in rewards]
         if not rewards or len(set(labels)) != len(labels):
             raise ValueError(f"rewards: at least one, each with a name of its own; got {labels}")
         self.rewards, self.failures = list(rewards), failures or Failures()
+        self.iteration: int | None = None
         self.models = [load_reward(r) for r in rewards]
         self._others: dict[str, RewardModel | PairwiseJudge] = {}
         # One worker: reward models need not be thread-safe, and results do not depend on timing.
@@ -180,10 +117,7 @@ class Judge:
             r.label: self._attempt(r, m, media, prompts)
             for r, m in zip(self.rewards, self.models, strict=True)
         }
-        trained = [r for r in self.rewards if r.weight != 0]
-        reward = torch.zeros(len(prompts))
-        for item in trained:
-            reward = reward + item.weight * raw[item.label]
+        reward = total(self.rewards, raw, self.iteration)
         self.scored += len(prompts)
         self.failures_seen += int((~torch.stack(list(raw.values())).isfinite()).any(0).sum())
         self.seconds += time.perf_counter() - began
@@ -216,6 +150,16 @@ class Judge:
                 log.warning(problem)
         self.reset()
 
+    def parts(
+        self, raw: Mapping[str, Float[Tensor, " batch"]]
+    ) -> dict[str, Float[Tensor, " batch"]]:
+        """What each reward with a weight adds to the sum in this iteration, by its name."""
+        return {
+            r.label: r.weight_at(self.iteration) * r.shaped(raw[r.label])
+            for r in self.rewards
+            if r.weight != 0
+        }
+
     def check_rate(self) -> None:
         """Raise RewardError if too many scores failed since the last :meth:`reset`."""
         if self.scored and self.failures_seen > self.failures.max_rate * self.scored:
@@ -243,7 +187,7 @@ class Judge:
                 log.warning("reward %r failed (attempt %d): %s", reward.label, attempt + 1, error)
                 problem: object = error
                 continue
-            values = _checked(reward.label, values, len(prompts))
+            values = checked(reward.label, values, len(prompts))
             missing = torch.where(values.isfinite(), values, missing)
             problem = "it returned NaN or infinity"
             if bool(missing.isfinite().all()):
@@ -253,16 +197,3 @@ class Judge:
                 f"reward {reward.label!r} failed {self.failures.retries + 1} times: {problem}"
             )
         return missing
-
-
-def _checked(label: str, values: Any, number: int) -> Float[Tensor, " batch"]:
-    """The scores as a CPU tensor. Raises RewardError on a wrong shape, which no retry mends."""
-    try:
-        tensor = torch.as_tensor(values, dtype=torch.float32).detach().cpu()
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise RewardError(f"reward {label!r} returned no numbers but {values!r}") from error
-    if tensor.shape != (number,):
-        raise RewardError(
-            f"reward {label!r} returned shape {tuple(tensor.shape)} for {number} samples; expected ({number},)"
-        )
-    return tensor

@@ -7,6 +7,7 @@ from flowgrpo.config import Config, find
 from flowgrpo.core.advantages import zero_variance_groups
 from flowgrpo.core.random import Random
 from flowgrpo.experience import Candidates, Experience
+from flowgrpo.judge import Judge
 from flowgrpo.learner import Learner
 from flowgrpo.observer import Observer, Result
 from flowgrpo.prompts import PromptSet
@@ -35,6 +36,7 @@ def train(config: Config) -> Result:
     for iteration in session.console.track(iterations, "training", total=len(iterations)):
         observer.evaluate_if_due(iteration)
         random = Random(config.run.seed).at("train", iteration)
+        judge.iteration = iteration
         everybody = prompts.groups(iteration, config.train.groups, Random(config.run.seed))
 
         # 1. Roll out. The judge scores each batch while the next one is sampled.
@@ -50,7 +52,7 @@ def train(config: Config) -> Result:
         with session.phase("train"):
             metrics = learner.update(experience, advantages, random)
 
-        session.log(iteration, _summary(session, experience) | metrics, judge.seconds)
+        session.log(iteration, _summary(session, experience, judge) | metrics, judge.seconds)
         stopping = session.should_stop()
         if stopping or session.checkpoint_due(iteration + 1):
             session.save(learner, iteration + 1)
@@ -73,7 +75,7 @@ def _shared(session: Session, experience: Experience) -> Experience:
     return replace(experience, everyone=everyone, all_rewards=everyone.reward)
 
 
-def _summary(session: Session, experience: Experience) -> dict[str, float]:
+def _summary(session: Session, experience: Experience, judge: Judge) -> dict[str, float]:
     """What an iteration's rollouts look like, over all processes."""
     c, everyone = experience.candidates, experience.everyone or experience.candidates
     finite = experience.all_rewards[experience.all_rewards.isfinite()]
@@ -82,6 +84,10 @@ def _summary(session: Session, experience: Experience) -> dict[str, float]:
         "reward": float(finite.mean()),
         "reward_std": float(finite.std(correction=0)),
         **{f"score/{k}": float(v[v.isfinite()].mean()) for k, v in everyone.scores.items()},
+        **{
+            f"part/{k}": float(v[v.isfinite()].mean())
+            for k, v in judge.parts(everyone.scores).items()
+        },
         "group/zero_variance": float(flat.mean()),
         "group/diversity": float(session.gather(experience.diversity).mean()),
         "group/duplicates": float(session.gather(experience.duplicates).sum()),

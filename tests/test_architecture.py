@@ -10,10 +10,10 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 ORDER = [
-    "core", "names", "imports", "tables", "experience", "prompt_files", "prompts", "policy", "judge",
-    "pairwise", "frames",
-    "algorithms", "config", "statistics", "learner", "run", "evaluate", "shapes", "prompt_sets", "observer", "trainer",
-    "doctor", "commands", "cli", "__main__",
+    "core", "names", "imports", "tables", "experience", "prompt_files", "prompts", "wire", "endpoints",
+    "policy", "rewards", "judge", "pairwise", "serving", "frames", "algorithms", "config", "statistics",
+    "learner", "run", "evaluate", "shapes", "prompt_sets", "observer", "trainer", "doctor", "commands",
+    "reward_commands", "cli", "__main__",
 ]  # fmt: skip
 """A module may import only from earlier ones, or from its own package."""
 HEAVY = {"diffusers", "transformers", "accelerate", "peft"}
@@ -58,8 +58,12 @@ def test_imports_point_up(path):
         if name.split(".")[0] != "flowgrpo":
             continue
         if own.startswith("reward_models"):
-            # Its types, and a scoring rule that is tested apart from the models.
-            allowed = ("flowgrpo.experience", "flowgrpo.evaluate.geneval")
+            # Its types, a scoring rule that is tested apart from the models, and how to reach a
+            # server: both ends must speak of the same bytes.
+            allowed = (
+                "flowgrpo.experience", "flowgrpo.evaluate.geneval", "flowgrpo.wire",
+                "flowgrpo.endpoints",
+            )  # fmt: skip
             assert name.startswith(allowed), f"{own} imports {name}"
         elif part(own):  # The package itself passes on names from everywhere, on demand.
             assert ORDER.index(part(name)) <= ORDER.index(part(own)), f"{own} imports {name}"

@@ -258,7 +258,8 @@ class Collection:
             diversity=torch.stack([s.std(0, correction=0).mean() for s in small]),
             duplicates=torch.tensor([float(len(s) - len(s.unique(dim=0))) for s in small]),
             step_std=dict(sorted(self._step_std.items())),
-            weights={r.label: r.weight for r in self.judge.rewards},
+            weights={r.label: r.weight_at(self.judge.iteration) for r in self.judge.rewards},
+            shapes={r.label: r.shaped for r in self.judge.rewards},
         )
 
     def _note(

@@ -135,7 +135,9 @@ def candidate_advantages(
         experience: With one candidate per sample.
     """
     own, everyone = experience.candidates, experience.everyone or experience.candidates
-    scored = Scored(everyone.reward, everyone.group, everyone.scores, experience.weights)
+    shapes = experience.shapes
+    scores = {k: shapes[k](v) if k in shapes else v for k, v in everyone.scores.items()}
+    scored = Scored(everyone.reward, everyone.group, scores, experience.weights)
     # Groups are whole on one rank, and gathering keeps the order.
     mine = torch.isin(everyone.group, own.group.unique())
     return of_scored(advantage, scored)[mine]

@@ -71,6 +71,7 @@ def evaluate(
     """
     began = time.perf_counter()
     judge.reset()
+    judge.iteration = None  # evaluations at different times must be comparable
     # Prompts are told apart as objects: one text may go with several condition images.
     keys = {id(p): n for n, p in enumerate({id(i.prompt): i.prompt for i in items}.values())}
     mine = [i for i in items if keys[id(i.prompt)] % num_ranks == rank]

@@ -1,0 +1,125 @@
+"""A reward on another machine or in another environment, served by ``flowgrpo serve-reward``."""
+
+import json
+import logging
+import math
+import os
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from flowgrpo.endpoints import Endpoints, Refused
+from flowgrpo.experience import Prompt
+from flowgrpo.wire import pack, unpack_scores
+
+__all__ = ["Remote"]
+
+log = logging.getLogger(__name__)
+
+
+class Remote:
+    """The scores of a reward server, or of several equal ones among which a batch is divided.
+
+    The range is that of the reward served. Images travel as PNG, rounded to 8 bits, with their
+    prompts and metadata. A server that is away, for instance to restart, is asked again for
+    ``patience`` seconds while the others go on.
+
+    NaN, and so a failed score, where the server's score is null, where a sample has pixels that are
+    not finite, and where the reward refused the part of the batch that the sample was in.
+    """
+
+    def __init__(
+        self,
+        url: str | Sequence[str],
+        token_env: str = "FLOWGRPO_TOKEN",
+        timeout: float = 120.0,
+        patience: float = 300.0,
+        concurrency: int = 2,
+        part: int = 16,
+    ):
+        """
+        Args:
+            url: One server or several, such as ``http://127.0.0.1:8500``.
+            token_env: Environment variable that holds the token, if the servers ask for one. The
+                token itself would end up in the run's ``config.toml``.
+            timeout: Seconds that one attempt may take.
+            patience: Seconds over which a request is tried again, the first one at the start too.
+            concurrency: Requests under way at one server.
+            part: Samples in one request.
+
+        Raises:
+            ValueError: If a server asks for another token or is no reward server, or an option is
+                out of range.
+            ConnectionError: If none of the servers answers.
+        """
+        if part < 1:
+            raise ValueError(f"part must be at least 1, got {part}")
+        token = os.environ.get(token_env, "") if token_env else ""
+        headers = {"Authorization": f"Bearer {token}"} if token else {}
+        self.endpoints = Endpoints(
+            url, headers=headers, timeout=timeout, patience=patience, concurrency=concurrency
+        )
+        self.part = part
+        self._check(token_env)
+
+    def __call__(
+        self, media: Float[Tensor, "batch *frames channels height width"], prompts: Sequence[Prompt]
+    ) -> Float[Tensor, " batch"]:
+        """
+        Raises:
+            RuntimeError: If no part of the batch was scored; says why.
+        """
+        scores = torch.full((len(prompts),), math.nan)
+        sound = media.isfinite().flatten(1).all(1).nonzero().squeeze(1)
+        parts = sound.split(self.part)
+
+        def ask(index: int) -> list[float]:
+            rows = parts[index]
+            kind, body = pack(media[rows], [prompts[int(r)] for r in rows])
+            answer = self.endpoints.request("/score", kind, body)
+            return unpack_scores(answer, len(rows))
+
+        answers = self.endpoints.ask_all(len(parts), ask)
+        errors = [a for a in answers if isinstance(a, Exception)]
+        if errors and len(errors) == len(answers):
+            raise RuntimeError(f"the reward server failed: {errors[0]}") from errors[0]
+        for rows, answer in zip(parts, answers, strict=True):
+            if isinstance(answer, Exception):
+                log.warning("%d of %d samples have no score: %s", len(rows), len(prompts), answer)
+            else:
+                scores[rows] = torch.tensor(answer)
+        return scores
+
+    def _check(self, token_env: str) -> None:
+        """Ask the servers who they are, so that a wrong token or address shows at once."""
+        names = {}
+        for url in self.endpoints.urls:
+            one = Endpoints(url, headers=self.endpoints.headers, timeout=10.0, patience=0.0)
+            try:
+                names[url] = _reward_at(url, one, token_env)
+            except ConnectionError as error:
+                log.warning("%s", error)
+        if not names:
+            names["any"] = _reward_at(", ".join(self.endpoints.urls), self.endpoints, token_env)
+        if len(set(names.values())) != 1:
+            raise ValueError(f"the servers have different rewards: {names}")
+
+
+def _reward_at(where: str, endpoints: Endpoints, token_env: str) -> str:
+    """The name of the reward that is served."""
+    token = f"the environment variable {token_env!r}" if token_env else "what token_env names"
+    try:
+        health = json.loads(endpoints.request("/healthz"))
+    except Refused as error:
+        if error.status == 401:
+            raise ValueError(f"{error} (it is taken from {token})") from error
+        raise ValueError(f"no reward server: {error}") from error
+    except ValueError as error:
+        raise ValueError(f"no reward server at {where}: {error}") from error
+    if not isinstance(health, dict) or "status" not in health:
+        raise ValueError(f"no reward server at {where}: /healthz says {health!r}")
+    if "reward" not in health:
+        raise ValueError(f"{where} asks for a token, which is taken from {token}")
+    return str(health["reward"])

@@ -1,0 +1,197 @@
+"""A model that sees pictures as a judge of pairs, for Pref-GRPO (arXiv:2508.20751)."""
+
+import json
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from flowgrpo.experience import Prompt
+from reward_models._chat import Answer, Chat
+from reward_models._templates import Template, check_pictures, pictures_of
+
+__all__ = ["VLMPairwise"]
+
+DEFAULT_RUBRIC = "Which of them is better: truer to the prompt first, and better made second?"
+VERDICT = re.compile(r"\b(?:image|video|picture)\s*([12])\s+is\s+better\b", re.IGNORECASE)
+TIE = re.compile(r"\b(tie|tied|equal|equally|same)\b", re.IGNORECASE)
+NUM_CATEGORIES = 3
+
+
+class VLMPairwise:
+    """Which of two pictures a vision-language model prefers, in [0, 1]; a ``PairwiseJudge``.
+
+    By ``answer``:
+
+    - ``choice``: ``P("1") / (P("1") + P("2"))`` of the answer's first token; any model.
+    - ``think``: UnifiedReward-Think. 1 or 0 by ``<answer>Image 1 is better</answer>`` after the
+      reasoning, 0.5 for an explicit tie.
+    - ``flex``: UnifiedReward-Flex. Each winner in its JSON is worth 1, 0 or 0.5; the result is ``(o *
+      winner + d * mean(first three categories)) / (o + d)`` with ``(o, d) = flex_weights``, and
+      ``winner`` alone if there are no categories.
+
+    NaN where no verdict came: Pref-GRPO's released code counts such a pair as a tie. With ``swap``
+    each pair is also shown the other way round, and the result is ``(a + 1 - b) / 2``: twice the
+    cost, and no advantage of the first place.
+
+    The templates ask in our own words for the answers in the form that these models give. For
+    UnifiedReward's own wording (MIT licence, on which its models were trained) save it from its
+    repository as a file, with ``$first``, ``$second`` and ``$prompt`` in place, and give its path.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        base_url: str | Sequence[str] = "http://127.0.0.1:8000/v1",
+        answer: Literal["choice", "think", "flex"] = "choice",
+        swap: bool = False,
+        rubric: str = DEFAULT_RUBRIC,
+        template: str = "",
+        flex_weights: Sequence[float] = (0.3, 0.7),
+        frames: int = 8,
+        longest_side: int = 0,
+        max_tokens: int = 4096,
+        api_key_env: str = "",
+        timeout: float = 300.0,
+        patience: float = 600.0,
+        concurrency: int = 16,
+        cache: str = "",
+        extra: Mapping[str, Any] | None = None,
+    ):
+        """
+        Args:
+            model: As the server calls it.
+            base_url: One server or several equal ones.
+            answer: The form of the verdict; see above.
+            swap: Also show each pair the other way round.
+            rubric: What better means; stands for ``$rubric``.
+            template: A ``.txt`` file with ``$first``, ``$second``, and ``$prompt`` and ``$rubric`` as
+                needed; by default the one that comes with ``answer``.
+            flex_weights: Of the overall winner and of the categories.
+            frames: Most frames of each video that are shown.
+            longest_side: Shrink larger pictures to this; 0 does not.
+            max_tokens: Longest ``think`` and ``flex`` answer.
+            api_key_env, timeout, patience, concurrency, cache, extra: As for
+                :class:`reward_models._chat.Chat`.
+
+        Raises:
+            ValueError: If an option or the template is of no use, the key is refused, or the server
+                does not have the model.
+            FileNotFoundError: If there is no such template.
+        """
+        if answer not in ("choice", "think", "flex"):
+            raise ValueError(f"answer must be 'choice', 'think' or 'flex', got {answer!r}")
+        if len(flex_weights) != 2 or min(flex_weights) < 0 or sum(flex_weights) <= 0:
+            raise ValueError(
+                "flex_weights must be two numbers, not negative and not both 0; got "
+                f"{list(flex_weights)}"
+            )
+        check_pictures(frames, longest_side, max_tokens)
+        self.answer, self.swap, self.rubric = answer, swap, rubric
+        self.template = Template.load(
+            template or answer, ("prompt", "rubric"), ("first", "second")
+        )  # fmt: skip
+        self.flex_weights = float(flex_weights[0]), float(flex_weights[1])
+        self.frames, self.longest_side, self.max_tokens = frames, longest_side, max_tokens
+        self.chat = Chat(
+            model, base_url, api_key_env, timeout, patience, concurrency, cache, extra
+        )  # fmt: skip
+
+    def compare(
+        self,
+        first: Float[Tensor, "batch *frames channels height width"],
+        second: Float[Tensor, "batch *frames channels height width"],
+        prompts: Sequence[Prompt],
+    ) -> Float[Tensor, " batch"]:
+        """
+        Raises:
+            RuntimeError: If no question at all could be asked; says why.
+        """
+        sound = first.isfinite().flatten(1).all(1) & second.isfinite().flatten(1).all(1)
+        rows = sound.nonzero().flatten().tolist()
+        questions = []
+        for row in rows:
+            a, b = (pictures_of(m[row], self.frames, self.longest_side) for m in (first, second))
+            for pair in ((a, b), (b, a)) if self.swap else ((a, b),):
+                texts = {"prompt": prompts[row].text, "rubric": self.rubric}
+                questions.append(self.template.fill(texts, {"first": pair[0], "second": pair[1]}))
+        choice = self.answer == "choice"
+        values = self.chat.ask_all(
+            questions, self._parser(), max_tokens=1 if choice else self.max_tokens, first=choice
+        )
+        verdicts = torch.tensor([math.nan if v is None else v for v in values])
+        if self.swap:
+            verdicts = (verdicts[::2] + 1 - verdicts[1::2]) / 2
+        result = torch.full((len(prompts),), math.nan)
+        result[sound] = verdicts
+        return result
+
+    def _parser(self) -> Callable[[Answer], float | None]:
+        return {"choice": _choice, "think": think_verdict, "flex": self._flex}[self.answer]
+
+    def _flex(self, answer: Answer) -> float | None:
+        return flex_verdict(answer, self.flex_weights)
+
+
+def _choice(answer: Answer) -> float | None:
+    shares = answer.share(["1", "2"])
+    return None if shares is None else shares[0]
+
+
+def think_verdict(answer: Answer) -> float | None:
+    """What the last ``<answer>`` says."""
+    blocks = re.findall(r"<answer>(.*?)</answer>", answer.text, re.IGNORECASE | re.DOTALL)
+    if not blocks:
+        return None
+    named = set(VERDICT.findall(blocks[-1]))
+    if len(named) == 1:
+        return 1.0 if named == {"1"} else 0.0
+    return 0.5 if not named and TIE.search(blocks[-1]) else None
+
+
+def flex_verdict(answer: Answer, weights: tuple[float, float]) -> float | None:
+    """The weighted winners in the JSON object of the answer."""
+    found = _object_with_winner(answer.text)
+    if found is None:
+        return None
+    overall = _worth(found["winner"])
+    categories = found.get("categories") or []
+    if overall is None or not isinstance(categories, list):
+        return None
+    winners = [c.get("cat_winner") if isinstance(c, dict) else None for c in categories]
+    worths = [_worth(w) for w in winners[:NUM_CATEGORIES]]
+    known = [w for w in worths if w is not None]
+    if len(known) < len(worths):
+        return None
+    if not known:
+        return overall
+    return (weights[0] * overall + weights[1] * sum(known) / len(known)) / sum(weights)
+
+
+def _object_with_winner(text: str) -> dict[str, Any] | None:
+    """The last JSON object that names a winner, whatever stands around it."""
+    decoder, found, place = json.JSONDecoder(), None, text.find("{")
+    while place >= 0:
+        end = place + 1
+        try:
+            value, end = decoder.raw_decode(text, place)
+        except (ValueError, RecursionError):
+            value = None
+        if isinstance(value, dict) and "winner" in value:
+            found = value
+        place = text.find("{", end)
+    return found
+
+
+def _worth(winner: Any) -> float | None:
+    """1 for the first, 0 for the second, 0.5 for neither."""
+    if not isinstance(winner, str):
+        return None
+    named = set(re.findall(r"\b(?:image|video|picture)\s*([12])\b", winner, re.IGNORECASE))
+    if len(named) == 1:
+        return 1.0 if named == {"1"} else 0.0
+    return 0.5 if TIE.search(winner) else None

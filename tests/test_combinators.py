@@ -1,0 +1,154 @@
+"""From scores to the reward: scale, shift, clip, log, threshold, schedules, and bad values of them."""
+
+import json
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import flowgrpo
+from flowgrpo.config import Config, load, save
+from flowgrpo.judge import Judge, Reward, RewardError
+from flowgrpo.rewards import check_rewards, total
+from flowgrpo.shapes.architecture import build_pipeline
+from flowgrpo.tables import ConfigError
+from tests.test_docs import TINY
+from tests.test_judge import HERE, IMAGES, PROMPTS
+
+SCORES = torch.tensor([-0.5, 0.0, 0.5, 2.0, math.nan])
+
+
+def shaped(**how: Any) -> Tensor:
+    return Reward(model="m", **how).shaped(SCORES)
+
+
+def close(found: Tensor, *expected: float) -> bool:
+    return torch.allclose(found, torch.tensor(expected), equal_nan=True)
+
+
+def test_by_default_a_score_counts_as_it_is():
+    assert close(shaped(), -0.5, 0, 0.5, 2, math.nan)
+
+
+def test_each_step():
+    assert close(shaped(scale=-2.0, shift=1.0), 2, 1, 0, -3, math.nan)
+    assert close(shaped(clip=(0.0, 1.0)), 0, 0, 0.5, 1, math.nan)
+    assert close(shaped(log=True), *[math.log(1 + s) for s in SCORES.tolist()])
+    assert close(shaped(threshold=0.0), 0, 0, 1, 1, math.nan)
+
+
+def test_the_order_is_affine_clip_log_or_threshold():
+    # 2 r + 1 = 0, 1, 2, 5; clipped 0.5, 1, 2, 3.
+    how = {"scale": 2.0, "shift": 1.0, "clip": (0.5, 3.0)}
+    assert close(shaped(log=True, **how), *[math.log(1 + s) for s in (0.5, 1, 2, 3, math.nan)])
+    assert close(shaped(threshold=1.5, **how), 0, 0, 1, 1, math.nan)
+
+
+def test_log_refuses_scores_that_it_cannot_take():
+    for score in (-1.0, -3.0):
+        with pytest.raises(RewardError, match=rf"'m': log needs scores above -1 and got {score:g}"):
+            Reward(model="m", log=True).shaped(torch.tensor([0.0, score]))
+    assert Reward(model="m", log=True, shift=3.0).shaped(torch.tensor([-3.0])).tolist() == [0.0]
+
+
+@pytest.mark.parametrize(
+    ("iteration", "weight"),
+    [(0, 0.0), (10, 0.0), (15, 1.0), (20, 2.0), (30, 1.5), (40, 1.0), (1000, 1.0), (None, 2.0)],
+)
+def test_a_schedule_is_linear_between_its_points_and_constant_outside(iteration, weight):
+    reward = Reward(model="m", weight=2.0, schedule=((10.0, 0.0), (20.0, 1.0), (40.0, 0.5)))
+    assert reward.weight_at(iteration) == pytest.approx(weight)
+
+
+def test_a_reward_whose_weight_is_still_0_fails_nobody():
+    late = Reward(model="late", schedule=((5.0, 0.0), (6.0, 1.0)))
+    rewards = [Reward(model="early"), late]
+    raw = {"early": torch.ones(2), "late": torch.tensor([math.nan, 1.0])}
+    assert total(rewards, raw, 5).tolist() == [1, 1]
+    assert total(rewards, raw, 6).isnan().tolist() == [True, False]
+    assert total(rewards, raw, 6)[1] == 2
+
+
+def test_the_judge_goes_by_the_iteration_and_its_parts_add_up():
+    light = Reward(model=f"{HERE}:brightness", threshold=0.5, weight=3.0)
+    count = Reward(model=f"{HERE}:a_list", log=True, schedule=((0.0, 0.5), (10.0, 1.0)))
+    judge = Judge([light, count, Reward(model=f"{HERE}:brightness", name="watched", weight=0.0)])
+    binary, logs = torch.tensor([0.0, 0, 1, 1]), torch.arange(4.0).log1p()
+    for iteration, factor in ((0, 0.5), (5, 0.75), (None, 1.0)):
+        judge.iteration = iteration
+        found = judge.score(IMAGES, PROMPTS)
+        assert torch.allclose(found.reward, 3 * binary + factor * logs)
+        assert torch.equal(found.raw["a_list"], torch.arange(4.0))
+        parts = judge.parts(found.raw)
+        assert set(parts) == {"brightness", "a_list"}
+        assert torch.allclose(sum(parts.values()), found.reward)
+    judge.close()
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("clip=[1.0, 0.0]", r"rewards.0.clip must be \[low, high\] with low < high, got \[1.0, 0"),
+        ("clip=[1.0]", r"rewards.0.clip must be \[low, high\]"),
+        ("scale=0", "rewards.0.scale must not be 0"),
+        ("log=1", "must be true or false, got 1"),
+        ("threshold='high'", r"rewards\[0\].threshold must be a number, got 'high'"),
+        ("schedule=[[0, 1], [0, 2]]", "rewards.0.schedule must have ascending iterations"),
+        ("schedule=[[0, -1]]", "rewards.0.schedule must be a list of .*neither of them negative"),
+        ("schedule=[[5, 0]]", "rewards.0.schedule = .* never counts"),
+        ("schedule=[1, 2]", r"rewards\[0\].schedule\[0\] must be a list"),
+    ],
+)
+def test_bad_values_name_the_key(setting, message):
+    with pytest.raises(ConfigError, match=message):
+        load("quickstart", [f"rewards.0.{setting}"]).check()
+
+
+def test_values_that_exclude_each_other():
+    for how, message in (
+        ({"log": True, "threshold": 0.5}, r"rewards.0.log and rewards.0.threshold = 0.5 exclude"),
+        ({"log": True, "clip": (-2.0, 1.0)}, r"rewards.0.log needs scores above -1, but .* -2.0"),
+        (
+            {"weight": 0.0, "schedule": ((0.0, 1.0),)},
+            "never counts; a weight of 0 without a schedule",
+        ),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            Reward(model="m", **how).check("rewards.0")
+    late = Reward(model="m", schedule=((5.0, 0.0), (6.0, 1.0)))
+    with pytest.raises(ConfigError, match="by their schedules every weight is 0 in iteration 0"):
+        check_rewards([late, Reward(model="n", weight=0.0)], 100)
+    check_rewards([late, Reward(model="n")], 100)
+    with pytest.raises(ConfigError, match=r"reward 'brightness'.clip must be"):
+        Judge([Reward(model=f"{HERE}:brightness", clip=(2.0, 1.0))])
+
+
+def test_a_configuration_with_all_of_it_can_be_written_and_read_back(tmp_path):
+    keys = ["clip=[0.0, 1.0]", "scale=0.5", "threshold=0.25", "schedule=[[0, 0.5], [9, 1]]"]
+    config = load("quickstart", [f"rewards.0.{k}" for k in keys])
+    config.check()
+    assert config.rewards[0].schedule == ((0, 0.5), (9, 1))
+    save(config, tmp_path / "config.toml")
+    again = load(str(tmp_path / "config.toml"))
+    assert isinstance(again, Config)
+    assert again == config
+
+
+def test_a_run_goes_by_the_schedule_and_its_evaluations_do_not(tmp_path):
+    build_pipeline().save_pretrained(tmp_path / "model")
+    reward = 'rewards=[{model="jpeg_size", scale=2.0, schedule=[[0, 1], [1, 0.25]]}]'
+    places = [f"model.path={tmp_path / 'model'}", f"run.folder={tmp_path / 'run'}"]
+    flowgrpo.train(load("quickstart", [*TINY, *places, reward]))
+
+    def lines(name: str) -> list[dict[str, Any]]:
+        return [json.loads(x) for x in (tmp_path / "run" / name).read_text().splitlines()]
+
+    for metrics, factor in zip(lines("metrics.jsonl"), (1.0, 0.25), strict=True):
+        assert metrics["part/jpeg_size"] == pytest.approx(2 * factor * metrics["score/jpeg_size"])
+        assert metrics["reward"] == pytest.approx(metrics["part/jpeg_size"])
+    evaluations = lines("evaluations.jsonl")
+    assert len(evaluations) == 3
+    for found in evaluations:
+        assert found["reward"] == pytest.approx(2 * found["scores"]["jpeg_size"])

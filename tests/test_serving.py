@@ -1,0 +1,464 @@
+"""Reward servers and their client, over real HTTP on loopback."""
+
+import base64
+import http.client
+import io
+import json
+import math
+import os
+import pickle
+import re
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from flowgrpo.endpoints import Endpoints, Refused
+from flowgrpo.experience import Prompt
+from flowgrpo.judge import Failures, Judge, Reward
+from flowgrpo.serving import Batcher, RewardServer
+from flowgrpo.wire import Limits, Sample, decode_image, encode_png, pack, unpack
+from reward_models.jpeg_size import JPEGSize
+from reward_models.remote import Remote
+
+ROOT = Path(__file__).parents[1]
+PROMPTS = [Prompt(f"prompt {i}", metadata={"i": i}) for i in range(8)]
+IMAGES = (torch.rand(8, 3, 12, 10, generator=torch.Generator().manual_seed(0)) * 255).round() / 255
+
+
+class Mean:
+    """The mean pixel; NaN for the prompt "nan"; an error for the prompt "error". Notes its calls."""
+
+    def __init__(self, seconds: float = 0.0):
+        self.batches: list[int] = []
+        self.prompts: list[Prompt] = []
+        self.times: list[tuple[float, float]] = []
+        self.seconds = seconds
+        self.gate = threading.Event()
+        self.gate.set()
+
+    def __call__(self, media: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+        began = time.monotonic()
+        self.gate.wait(20)
+        time.sleep(self.seconds)
+        self.times.append((began, time.monotonic()))
+        self.batches.append(len(prompts))
+        self.prompts += prompts
+        if any(p.text == "error" for p in prompts):
+            raise ValueError("a prompt that cannot be scored")
+        scores = media.flatten(1).double().mean(1).float()
+        return torch.where(torch.tensor([p.text == "nan" for p in prompts]), math.nan, scores)
+
+
+def wrong_shape(media: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+    return torch.zeros(len(prompts), 2)
+
+
+@pytest.fixture
+def reward() -> Mean:
+    return Mean()
+
+
+@pytest.fixture
+def server(reward: Mean) -> Iterator[RewardServer]:
+    with RewardServer(reward) as running:
+        yield running
+
+
+def remote(url: Any, **options: Any) -> Remote:
+    return Remote(url, **{"timeout": 20.0, "patience": 2.0, **options})
+
+
+def post(
+    server: RewardServer, body: bytes, headers: dict[str, str], path: str = "/score"
+) -> tuple[int, Any]:
+    """Status and JSON of a request that no client of ours would send."""
+    connection = http.client.HTTPConnection(urlsplit(server.url).netloc, timeout=20)
+    connection.request("POST", path, body, headers)
+    response = connection.getresponse()
+    return response.status, json.loads(response.read())
+
+
+def base64_png(image: Tensor) -> str:
+    return base64.b64encode(encode_png(image)).decode()
+
+
+JSON = {"Content-Type": "application/json"}
+
+
+# What is sent.
+def test_eight_bit_images_arrive_as_they_were():
+    kind, body = pack(IMAGES, PROMPTS)
+    samples = unpack(kind, body, Limits())
+    assert torch.equal(torch.stack([s.media for s in samples]), IMAGES)
+    assert [s.prompt for s in samples] == PROMPTS
+
+
+def test_videos_arrive_as_their_frames():
+    videos = IMAGES.view(2, 4, 3, 12, 10)
+    samples = unpack(*pack(videos, [Prompt("a", "b"), Prompt("ü\r\n--x")]), Limits())
+    assert torch.equal(torch.stack([s.media for s in samples]), videos)
+    assert [s.prompt for s in samples] == [Prompt("a", "b"), Prompt("ü\r\n--x")]
+    assert unpack(*pack(videos[:, :1], PROMPTS[:2]), Limits())[0].media.shape == (1, 3, 12, 10)
+
+
+def test_what_cannot_be_sent_is_refused():
+    with pytest.raises(ValueError, match="not finite"):
+        encode_png(torch.full((3, 4, 4), math.nan))
+    with pytest.raises(ValueError, match=r"metadata of prompt 'p' is no JSON"):
+        pack(IMAGES[:1], [Prompt("p", metadata={"x": object()})])
+
+
+def test_images_of_other_kinds_are_read_as_rgb():
+    buffer = io.BytesIO()
+    Image.new("LA", (5, 4), (100, 7)).save(buffer, "PNG")
+    assert torch.equal(decode_image(buffer.getvalue()), torch.full((3, 4, 5), 100 / 255))
+
+
+# Scoring through a server.
+def test_a_served_reward_equals_the_local_one():
+    local = JPEGSize()
+    with RewardServer(local) as running:
+        assert torch.equal(remote(running.url)(IMAGES, PROMPTS), local(IMAGES, PROMPTS))
+
+
+def test_metadata_and_videos_reach_the_reward(server, reward):
+    videos = IMAGES.view(2, 4, 3, 12, 10)
+    scores = remote(server.url)(videos, PROMPTS[:2])
+    assert torch.allclose(scores, videos.flatten(1).mean(1), atol=1e-6)
+    assert reward.prompts == PROMPTS[:2]
+
+
+def test_failed_samples_are_nan_and_the_others_are_scored(server):
+    media = IMAGES.clone()
+    media[2, 0, 0, 0] = math.inf
+    prompts = [Prompt("nan") if i == 5 else p for i, p in enumerate(PROMPTS)]
+    scores = remote(server.url, part=3)(media, prompts)
+    assert scores.isnan().nonzero().flatten().tolist() == [2, 5]
+    assert torch.allclose(scores[:2], IMAGES[:2].flatten(1).mean(1), atol=1e-6)
+
+
+def test_a_part_that_the_reward_refuses_is_nan_and_the_reason_is_logged(server, caplog):
+    prompts = [Prompt("error") if i == 1 else p for i, p in enumerate(PROMPTS)]
+    scores = remote(server.url, part=2)(IMAGES, prompts)
+    assert scores.isnan().nonzero().flatten().tolist() == [0, 1]
+    assert "2 of 8 samples have no score" in caplog.text
+    assert "a prompt that cannot be scored" in caplog.text
+
+
+def test_if_nothing_is_scored_the_reason_is_raised(server):
+    with pytest.raises(
+        RuntimeError, match=r"status 422: the reward failed: ValueError: a prompt th"
+    ):
+        remote(server.url)(IMAGES, [Prompt("error")] * 8)  # fmt: skip
+
+
+def test_the_judge_uses_a_server_like_any_reward(server):
+    reward = Reward(model="remote", name="mean", options={"url": server.url, "part": 3})
+    judge = Judge([reward], Failures(retries=0))
+    assert torch.allclose(judge.score(IMAGES, PROMPTS).reward, IMAGES.flatten(1).mean(1), atol=1e-6)
+    judge.close()
+
+
+def test_a_wrong_shape_is_an_error_that_says_so():
+    with (
+        RewardServer(wrong_shape) as running,
+        pytest.raises(RuntimeError, match=r"returned shape \(8, 2\) for 8 samples"),
+    ):
+        remote(running.url)(IMAGES, PROMPTS)
+
+
+# Batching.
+def test_requests_that_arrive_together_share_a_call():
+    reward = Mean()
+    with RewardServer(reward, wait=20.0, max_batch=8) as running:
+        client = remote(running.url, part=1, concurrency=8)
+        scores = client(IMAGES, PROMPTS)
+    assert reward.batches == [8]
+    assert torch.allclose(scores, IMAGES.flatten(1).mean(1), atol=1e-6)
+
+
+def test_a_batch_is_no_larger_than_allowed_and_of_one_shape():
+    reward = Mean()
+    batcher = Batcher(reward, max_batch=3, wait=0.0)
+    small = [Sample(i[:, :4, :4], p) for i, p in zip(IMAGES, PROMPTS, strict=True)]
+    mixed = [s for pair in zip(small, map(Sample, IMAGES, PROMPTS), strict=True) for s in pair]
+    scores = batcher.submit(mixed).result()
+    batcher.close()
+    assert reward.batches == [3, 3, 2, 3, 3, 2]
+    assert scores == pytest.approx([float(s.media.mean()) for s in mixed], abs=1e-6)
+
+
+def test_only_the_request_at_fault_fails():
+    batcher = Batcher(Mean(), wait=0.3)
+    good = batcher.submit([Sample(IMAGES[0], PROMPTS[0])])
+    bad = batcher.submit([Sample(IMAGES[1], Prompt("error"))])
+    assert good.result() == pytest.approx([float(IMAGES[0].mean())], abs=1e-6)
+    assert isinstance(bad.exception(), ValueError)
+    batcher.close()
+
+
+def test_too_many_waiting_samples_are_refused_until_there_is_room():
+    reward = Mean()
+    with RewardServer(reward, wait=0.0) as running:
+        running.batcher.max_waiting = 4
+        reward.gate.clear()
+        with ThreadPoolExecutor(2) as pool:
+            first = pool.submit(remote(running.url, part=8), IMAGES, PROMPTS)
+            while running.batcher.num_waiting < 8:
+                time.sleep(0.01)
+            body = json.dumps({"samples": [{"prompt": "", "image": base64_png(IMAGES[0])}]})
+            status, answer = post(running, body.encode(), JSON)
+            assert (status, answer) == (503, {"error": "8 samples are waiting"})
+            # The client waits and comes back.
+            second = pool.submit(remote(running.url, patience=20.0), IMAGES, PROMPTS)
+            time.sleep(0.2)
+            reward.gate.set()
+            assert torch.equal(first.result(), second.result())
+
+
+# What servers refuse.
+def test_requests_by_hand_in_json_and_as_a_form(server):
+    samples = [
+        {"prompt": "a", "image": base64_png(IMAGES[0])},
+        {"prompt": "b", "frames": [base64_png(i) for i in IMAGES[1:3]]},
+        {"prompt": "nan", "image": base64_png(IMAGES[0])},
+    ]
+    status, answer = post(server, json.dumps({"samples": samples}).encode(), JSON)
+    assert status == 200
+    assert answer["scores"] == pytest.approx(
+        [float(IMAGES[0].mean()), float(IMAGES[1:3].mean()), None], abs=1e-6
+    )
+    # As curl -F prompt=a -F image=@a.png sends it.
+    head = '--x\r\nContent-Disposition: form-data; name="prompt"\r\n\r\na\r\n--x\r\nContent-Disposition: form-data; name="image"; filename="a.png"\r\nContent-Type: application/octet-stream\r\n\r\n'
+    body = head.encode() + encode_png(IMAGES[0]) + b"\r\n--x--\r\n"
+    status, answer = post(server, body, {"Content-Type": "multipart/form-data; boundary=x"})
+    assert status == 200
+    assert answer["scores"] == pytest.approx([float(IMAGES[0].mean())], abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("body", "kind", "status", "message"),
+    [
+        (pickle.dumps({"images": []}), "application/octet-stream", 415, "send multipart/form-data"),
+        (pickle.dumps({"images": []}), "application/json", 400, "expected JSON with a list"),
+        (b"[1", "application/json", 400, "expected JSON with a list 'samples'"),
+        (b'{"samples": []}', "application/json", 400, "no samples"),
+        (b'{"samples": [{"prompt": "a"}]}', "application/json", 400, "needs either 'image' or"),
+        (b'{"samples": [{"imege": "a"}]}', "application/json", 400, r"unknown keys \['imege'\]"),
+        (b'{"samples": [{"image": "%"}]}', "application/json", 400, "sample 0: no base64"),
+        (b'{"samples": [{"image": "AAAA"}]}', "application/json", 400, "no readable image"),
+        (b'{"samples": [{"prompt": 1, "image": ""}]}', "application/json", 400, "sample 0: "),
+        (b"--x\r\n", "multipart/form-data", 400, "without a boundary"),
+        (b"--x\r\n", "multipart/form-data; boundary=x", 400, "does not end with its boundary"),
+    ],
+)  # fmt: skip
+def test_malformed_requests(server, body, kind, status, message):
+    found, answer = post(server, body, {"Content-Type": kind})
+    assert found == status
+    assert re.search(message, answer["error"]), answer
+
+
+def test_images_and_prompts_must_match_in_number(server):
+    kind, body = pack(IMAGES[:2], PROMPTS[:2])
+    start = body.index(b"--", body.index(b"IEND"))
+    boundary = kind.split("=")[1].encode()
+    short = body[:start] + b"--" + boundary + b"--\r\n"
+    assert post(server, short, {"Content-Type": kind}) == (
+        400,
+        {"error": "1 images for samples that need 2"},
+    )
+
+
+def test_limits_are_enforced():
+    limits = Limits(num_bytes=4000, num_images=2, num_pixels=100)
+    reward = Mean()
+    with RewardServer(reward, limits=limits) as running:
+        for image, number, message in (
+            (IMAGES[0], 1, "12 exceeds 100 pixels"),
+            (IMAGES[0, :, :4, :4], 3, "3 images exceed the 2"),
+            (torch.rand(3, 40, 40), 1, "exceed the 4000"),
+        ):
+            kind, body = pack(image.expand(number, -1, -1, -1), PROMPTS[:number])
+            status, answer = post(running, body, {"Content-Type": kind})
+            assert status == 413
+            assert message in answer["error"]
+        head = b"POST /score HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
+        with socket.create_connection(("127.0.0.1", int(running.url.rsplit(":", 1)[1]))) as raw:
+            raw.sendall(head)
+            assert raw.recv(100).startswith(b"HTTP/1.1 411")
+    assert not reward.batches
+
+
+def test_a_token_is_asked_for_and_checked(monkeypatch):
+    with RewardServer(Mean(), token="secret") as running:
+        kind, body = pack(IMAGES[:1], PROMPTS[:1])
+        assert post(running, body, {"Content-Type": kind})[0] == 401
+        assert json.loads(Endpoints(running.url).request("/healthz")) == {"status": "ok"}
+        monkeypatch.delenv("FLOWGRPO_TOKEN", raising=False)
+        with pytest.raises(ValueError, match=r"asks for a token.*'FLOWGRPO_TOKEN'"):
+            remote(running.url)
+        monkeypatch.setenv("FLOWGRPO_TOKEN", "guess")
+        with pytest.raises(ValueError, match=r"status 401: wrong token \(it is taken from"):
+            remote(running.url)
+        monkeypatch.setenv("MINE", "secret")
+        assert remote(running.url, token_env="MINE")(IMAGES, PROMPTS).isfinite().all()
+
+
+def test_other_machines_need_a_token():
+    with pytest.raises(ValueError, match=r"'0.0.0.0' is open to other machines: give a token"):
+        RewardServer(Mean(), host="0.0.0.0")
+    RewardServer(Mean(), host="0.0.0.0", token="secret").close()
+
+
+def test_web_pages_are_refused(server):
+    kind, body = pack(IMAGES[:1], PROMPTS[:1])
+    headers = {"Content-Type": kind, "Origin": "http://example.org"}
+    assert post(server, body, headers)[0] == 403
+    assert post(server, body, {"Content-Type": kind}, "/other")[0] == 404
+
+
+def test_what_is_no_request_gets_an_error_in_json_too(server):
+    connection = http.client.HTTPConnection(urlsplit(server.url).netloc, timeout=20)
+    connection.request("PUT", "/score", b"x")
+    response = connection.getresponse()
+    assert response.status == 501
+    assert json.loads(response.read()) == {"error": "Unsupported method ('PUT')"}
+
+
+# Several servers, and servers that go away.
+def test_health_counts(server):
+    client = remote(server.url)
+    client(IMAGES, [Prompt("nan"), *PROMPTS[1:]])
+    health = json.loads(client.endpoints.request("/healthz"))
+    assert (health["status"], health["reward"]) == ("ok", "Mean")
+    assert (health["scored"], health["failed"], health["waiting"]) == (8, 1, 0)
+
+
+def test_two_servers_share_the_work():
+    first, second = Mean(seconds=0.2), Mean(seconds=0.2)
+    with RewardServer(first) as a, RewardServer(second) as b:
+        client = remote([a.url, b.url], part=2, concurrency=1)
+        scores = client(IMAGES, PROMPTS)
+    assert sum(first.batches) + sum(second.batches) == 8
+    # They worked at the same time.
+    assert any(a < d and c < b for a, b in first.times for c, d in second.times)
+    assert torch.allclose(scores, IMAGES.flatten(1).mean(1), atol=1e-6)
+
+
+def test_servers_of_different_rewards_are_refused():
+    with (
+        RewardServer(Mean(), name="one") as a,
+        RewardServer(Mean(), name="two") as b,
+        pytest.raises(ValueError, match="different rewards"),
+    ):
+        remote([a.url, b.url])
+
+
+def test_if_one_of_two_servers_dies_the_other_does_its_work():
+    dying, staying = Mean(), Mean()
+    with RewardServer(staying) as b:
+        a = RewardServer(dying)
+        client = remote([a.url, b.url], part=1, concurrency=1)
+        client(IMAGES, PROMPTS)
+        assert dying.batches
+        assert staying.batches
+        a.close()
+        done = sum(staying.batches)
+        assert client(IMAGES, PROMPTS).isfinite().all()
+        assert sum(staying.batches) == done + 8
+
+
+def test_a_server_that_stays_away_is_an_error_within_the_patience():
+    server = RewardServer(Mean())
+    client = remote(server.url, patience=0.6)
+    server.close()
+    began = time.perf_counter()
+    with pytest.raises(RuntimeError, match=r"no answer for 0.6 s \(http://127.0.0.1.*refused"):
+        client(IMAGES, PROMPTS)
+    assert time.perf_counter() - began < 5
+    with pytest.raises(ConnectionError, match=r"no answer for 0\.1 s"):
+        remote(server.url, patience=0.1)
+
+
+def test_what_is_no_reward_server_is_refused():
+    with pytest.raises(ValueError, match=r"'127.0.0.1:8500' is no URL of the form http://host"):
+        remote("127.0.0.1:8500")
+    with RewardServer(Mean()) as running, pytest.raises(ValueError, match=r"no reward server: .*404"):  # fmt: skip
+        remote(running.url + "/v1")
+
+
+def test_redirects_are_not_followed(server):
+    class Elsewhere(threading.Thread):
+        def run(self) -> None:
+            with socket.create_server(("127.0.0.1", 0)) as listener:
+                self.port = listener.getsockname()[1]
+                started.set()
+                client, _ = listener.accept()
+                with client:
+                    client.recv(10000)
+                    to = f"HTTP/1.1 302 x\r\nLocation: {server.url}/healthz\r\nContent-Length: 0\r\n\r\n"
+                    client.sendall(to.encode())
+
+    started = threading.Event()
+    thread = Elsewhere()
+    thread.start()
+    started.wait()
+    with pytest.raises(Refused, match="status 302"):
+        Endpoints(f"http://127.0.0.1:{thread.port}").request("/healthz")
+    thread.join()
+
+
+# The command, in a process of its own.
+def start(port: int, *options: str, token: str = "") -> "subprocess.Popen[str]":
+    """``flowgrpo serve-reward`` as soon as it listens."""
+    command = [sys.executable, "-m", "flowgrpo", "serve-reward", "jpeg_size", "--port", str(port)]
+    environment = {
+        **os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "FLOWGRPO_TOKEN": token,
+    }  # fmt: skip
+    process = subprocess.Popen(
+        [*command, *options], stdout=subprocess.PIPE, text=True, env=environment, cwd=ROOT
+    )
+    assert process.stdout is not None
+    line = process.stdout.readline()
+    assert line.startswith("serving jpeg_size at http://127.0.0.1:"), line
+    return process
+
+
+def test_a_server_process_is_killed_and_restarted_in_the_middle_of_a_run(monkeypatch, caplog):
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    process = start(port, "--option", "goal=large", "--max-batch", "2", token="t")
+    try:
+        monkeypatch.setenv("FLOWGRPO_TOKEN", "t")
+        options = {"url": f"http://127.0.0.1:{port}", "patience": 120.0, "part": 2}
+        judge = Judge([Reward(model="remote", options=options)], Failures(retries=0, then="stop"))
+        expected = JPEGSize("large")(IMAGES, PROMPTS)
+        assert torch.equal(judge.submit(IMAGES, PROMPTS).result().reward, expected)
+        process.kill()
+        process.wait()
+        pending = judge.submit(IMAGES, PROMPTS)
+        time.sleep(0.5)
+        assert not pending.done()
+        process = start(port, "--option", "goal=large", token="t")
+        assert torch.equal(pending.result(timeout=60).reward, expected)
+        assert "does not answer" in caplog.text
+        judge.close()
+        process.terminate()
+        assert process.wait(timeout=30) == 0
+    finally:
+        process.kill()
+        process.wait()
+        assert process.stdout is not None
+        process.stdout.close()
