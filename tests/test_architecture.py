@@ -11,8 +11,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 ORDER = [
     "core", "names", "tables", "imports", "experience", "prompts", "policy", "judge", "frames",
-    "algorithms", "config", "learner", "run", "evaluate", "shapes", "prompt_sets", "observer", "trainer",
-    "doctor", "commands", "cli", "__main__",
+    "algorithms", "config", "learner", "run", "estimate", "evaluate", "shapes", "prompt_sets", "observer",
+    "trainer", "doctor", "card", "commands", "commands_export", "cli", "__main__",
 ]  # fmt: skip
 """A module may import only from earlier ones, or from its own package."""
 HEAVY = {"diffusers", "transformers", "accelerate", "peft"}
