@@ -299,7 +299,7 @@ def _policy(options: argparse.Namespace, steps: int) -> "PipelinePolicy":
 
 
 def load_run(folder: Path, weights: str, base: bool = False) -> "tuple[PipelinePolicy, int]":
-    """The model of a run with the weights of a checkpoint, or as it was before."""
+    """The model of a run with the weights of a checkpoint (``best`` or ``last``), or as it was before."""
     from flowgrpo import config as configuration
     from flowgrpo.policy import PipelinePolicy
     from flowgrpo.run import checkpoints

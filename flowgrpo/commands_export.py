@@ -57,7 +57,9 @@ def push_run(run: Path, repo_id: str, api: Any, private: bool = True) -> str:
 
     weights = run / "export"
     if not weights.is_dir() or not any(weights.iterdir()):
-        raise FileNotFoundError(f"{run} has nothing to push: its export is written when it finishes")
+        raise FileNotFoundError(
+            f"{run} has nothing to push: its export is written when it finishes"
+        )
     with TemporaryDirectory() as temporary:
         folder = Path(temporary) / "repository"
         shutil.copytree(weights, folder)

@@ -83,13 +83,16 @@ def _component(folder: Path, name: str, entry: list[str], dtype: torch.dtype) ->
     cls, place = _class(*entry), folder / name
     own = torch.float32 if name == "vae" else dtype
     if issubclass(cls, ModelMixin):
-        with init_empty_weights():
+        # A VAE's buffers are real, for pipelines read them; a denoiser's tables can be large.
+        with init_empty_weights() if name == "vae" else torch.device("meta"):
             model = cls.from_config(cls.load_config(place))
         kept: Mapping[str, Any] | list[str] = cls._keep_in_fp32_modules or []
         return _cast(model, own, kept)
     if issubclass(cls, PreTrainedModel):
         with init_empty_weights():
             model = cls(cls.config_class.from_pretrained(place))
+        # Moving parameters to the meta device parts those that share their memory.
+        model.tie_weights()
         # transformers keeps the first list in fp32 under fp16 alone, the second always.
         loose, strict = model._keep_in_fp32_modules, model._keep_in_fp32_modules_strict
         kept = [*(loose or ()), *(strict or ())] if own == torch.float16 else [*(strict or ())]
@@ -113,7 +116,9 @@ def _cast(model: nn.Module, dtype: torch.dtype, kept: Any) -> nn.Module:
         for tensors in (module._parameters, module._buffers):
             for name, tensor in tensors.items():
                 full = f"{prefix}.{name}".split(".")
-                if tensor is None or not tensor.is_floating_point() or any(k in full for k in kept):
+                # from_pretrained leaves alone what is in no file.
+                spared = name in module._non_persistent_buffers_set or any(k in full for k in kept)
+                if tensor is None or not tensor.is_floating_point() or spared:
                     continue
                 tensor.data = tensor.data.to(dtype)
     return model.eval().requires_grad_(False)

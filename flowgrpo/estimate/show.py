@@ -61,7 +61,7 @@ def say_memory(
         console.say("  and even so it does not fit: a smaller image, a smaller model, or LoRA")
 
 
-def gb(number: float) -> str:
+def gb(number: int | float) -> str:
     """Bytes as GB."""
     return f"{number / GB:.2f}"
 

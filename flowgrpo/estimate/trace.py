@@ -55,12 +55,14 @@ class _Blocks:
 
     Attributes:
         inputs: Bytes of what blocks got from blocks before them, by storage.
-        peaks: For each block, in order: its inputs and those of all before it, what it saves when
-            it is computed again, and what is alive beyond that. Those after it are done by then.
+        peaks: For each block, in order: its inputs and those of all before it, and what it saves
+            when it is computed again. Those after it are done by then.
+        transient: The most that is alive in any block beyond what it saves.
     """
 
     inputs: dict[int, int] = field(default_factory=dict)
     peaks: list[int] = field(default_factory=list)
+    transient: int = 0
 
 
 class Tracer:
@@ -132,12 +134,14 @@ class Tracer:
         try:
             self._run(arguments, "latent")
             saved, outside = live.live, live.alive(None)
-            transient, blocks = live.peak - saved, self._blocks.peaks
+            blocks = self._blocks.peaks
+            # A backward holds gradients where the forward held intermediate results.
+            transient = max(live.peak - saved, self._blocks.transient)
         finally:
             self._live, self._kept = None, []
             for model in supported:
                 model.disable_gradient_checkpointing()
-        return Activations(saved, transient, outside + max(blocks) if blocks else None)
+        return Activations(saved, transient, outside + max(blocks) + transient if blocks else None)
 
     def _run(self, arguments: Mapping[str, Any], output: str) -> None:
         steps = int(arguments.get("num_inference_steps", 1))
@@ -257,7 +261,8 @@ class Tracer:
             result = module(*args, **kwargs)
         finally:
             live.owner = None
-        blocks.peaks.append(sum(blocks.inputs.values()) + live.peak - before)
+        blocks.peaks.append(sum(blocks.inputs.values()) + live.live - before)
+        blocks.transient = max(blocks.transient, live.peak - live.live)
         live.peak = max(highest, live.peak)
         return result
 
@@ -299,7 +304,9 @@ def _fake_buffers(
 
 def _located(cls: type, where: Callable[[Any], torch.device], *names: str) -> type:
     """A class like another whose properties of these names say where its tensors are."""
-    return type(cls.__name__, (cls,), {n: property(where) for n in names} | {"__module__": cls.__module__})
+    return type(
+        cls.__name__, (cls,), {n: property(where) for n in names} | {"__module__": cls.__module__}
+    )
 
 
 def _real(value: Any) -> Any:

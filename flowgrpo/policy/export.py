@@ -92,7 +92,7 @@ def export_kohya(trainable: Trainable, folder: Path) -> Path:
     return file
 
 
-def kohya_tensors(model: ModelMixin, alpha: float) -> dict[str, Tensor]:
+def kohya_tensors(model: ModelMixin, alpha: int | float) -> dict[str, Tensor]:
     """An adapter under kohya's names.
 
     ``diffusers.utils.convert_state_dict_to_kohya`` is not used: it knows UNets only, and writes the
@@ -133,5 +133,7 @@ def export_merged(pipeline: DiffusionPipeline, trainable: Trainable, folder: Pat
 
 def _lora_of(trainable: Trainable) -> LoRA:
     if isinstance(trainable.weights, Full):
-        raise ValueError("all weights were trained, so there is no adapter; export them as 'merged'")
+        raise ValueError(
+            "all weights were trained, so there is no adapter; export them as 'merged'"
+        )
     return trainable.weights
