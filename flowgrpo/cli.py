@@ -5,7 +5,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
-from flowgrpo import commands, reward_commands
+from flowgrpo import commands, commands_export, reward_commands
 
 EPILOG = """\
 first steps:
@@ -76,6 +76,8 @@ def parser() -> argparse.ArgumentParser:
     _score(add)
     _serve_reward(add)
     _learn_rubrics(add)
+    _export(add)
+    _push(add)
     _doctor(add)
     _config(add)
     return top
@@ -93,7 +95,14 @@ def _train(add: Add) -> None:
     train.add_argument(
         "--dry-run",
         action="store_true",
-        help="check everything that can be checked without the model, print the plan, stop",
+        help="check everything that can be checked without the model, print the plan and the memory "
+        "that it takes, stop",
+    )
+    train.add_argument(
+        "--memory-gb",
+        type=float,
+        metavar="N",
+        help="with --dry-run: the device's memory to compare with (default: that of the GPU here)",
     )
 
 
@@ -257,6 +266,44 @@ def _learn_rubrics(add: Add) -> None:
     )
     learn.add_argument("--most", type=int, default=0, help="keep no more (default: no limit)")
     learn.add_argument("--out", required=True, help="file for the rubrics that are kept (.jsonl)")
+
+
+def _export(add: Add) -> None:
+    export = add(
+        "export",
+        commands_export.export,
+        "write a run's weights in another format",
+        "flowgrpo export runs/quickstart --format merged --out model",
+    )
+    export.add_argument("run", help="run directory")
+    export.add_argument(
+        "--format",
+        choices=("diffusers", "kohya", "merged"),
+        default="diffusers",
+        help="an adapter for diffusers, or for ComfyUI and its kin; or a whole pipeline with the "
+        "adapter added to its weights (default: %(default)s)",
+    )
+    export.add_argument("--out", required=True, help="new or empty folder")
+    export.add_argument(
+        "--weights",
+        choices=("best", "last"),
+        default="last",
+        help="which checkpoint (default: %(default)s)",
+    )
+
+
+def _push(add: Add) -> None:
+    push = add(
+        "push",
+        commands_export.push,
+        "upload a finished run's weights to the Hugging Face hub, with a model card",
+        "flowgrpo push runs/quickstart me/shapes-tuned",
+    )
+    push.add_argument("run", help="run directory")
+    push.add_argument("repo_id", help="repository, as USER/NAME; made if it is not there")
+    push.add_argument(
+        "--public", action="store_true", help="make a new repository public (default: private)"
+    )
 
 
 def _doctor(add: Add) -> None:

@@ -25,15 +25,16 @@ def train(options: argparse.Namespace) -> int:
     num_processes = int(os.environ.get("WORLD_SIZE", "1"))
     loaded.check(num_processes)
     if options.dry_run:
-        return _dry_run(loaded, num_processes)
+        return _dry_run(loaded, num_processes, options.memory_gb)
     from flowgrpo.trainer import train as run
 
     return 0 if run(loaded).finished else 130
 
 
-def _dry_run(config: "Config", num_processes: int) -> int:
+def _dry_run(config: "Config", num_processes: int, memory_gb: float | None) -> int:
     """Everything that can be checked without the model."""
     from flowgrpo.config import find
+    from flowgrpo.estimate.show import say_memory
     from flowgrpo.imports import import_path
     from flowgrpo.judge import available_rewards
     from flowgrpo.names import suggest
@@ -64,6 +65,7 @@ def _dry_run(config: "Config", num_processes: int) -> int:
     console = Console()
     for name, value in rows:
         console.say(f"{name:>20}  {value}")
+    say_memory(config, num_processes, memory_gb, console)
     console.say("the configuration is valid; nothing was loaded")
     return 0
 
@@ -112,10 +114,10 @@ def grid(options: argparse.Namespace) -> int:
     sampling = config.evaluation_sampling()
     changes = {"num_steps": options.steps, "guidance_scale": options.guidance}
     sampling = replace(sampling, **{k: v for k, v in changes.items() if v is not None})
-    policy, iteration = _load_run(Path(options.run), options.weights, base=True)
+    policy, iteration = load_run(Path(options.run), options.weights, base=True)
     sheet = Sheet.of(prompts, options.rows, options.samples, options.seed)
     base = sheet.generate(policy, sampling)
-    policy, iteration = _load_run(Path(options.run), options.weights)
+    policy, iteration = load_run(Path(options.run), options.weights)
     tuned = sheet.generate(policy, sampling)
     judge = Judge(config.rewards, config.failures)
     title = f"{config.model.path}: {Path(options.run).name}"
@@ -241,7 +243,7 @@ def _policy(options: argparse.Namespace, steps: int) -> "PipelinePolicy":
     prepare_cpu(0)
     sampling = _sampling(options, steps)
     if (Path(options.model) / "config.toml").exists():
-        policy, _ = _load_run(Path(options.model), "last")
+        policy, _ = load_run(Path(options.model), "last")
         policy.sampling = sampling
         policy.check_sampling(sampling)
         policy.batch_size = options.batch
@@ -255,8 +257,8 @@ def _policy(options: argparse.Namespace, steps: int) -> "PipelinePolicy":
     )
 
 
-def _load_run(folder: Path, weights: str, base: bool = False) -> "tuple[PipelinePolicy, int]":
-    """The model of a run with the weights of a checkpoint, or as it was before."""
+def load_run(folder: Path, weights: str, base: bool = False) -> "tuple[PipelinePolicy, int]":
+    """The model of a run with the weights of a checkpoint (``best`` or ``last``), or as it was before."""
     from flowgrpo import config as configuration
     from flowgrpo.policy import PipelinePolicy
     from flowgrpo.run import checkpoints

@@ -19,9 +19,10 @@ from flowgrpo.core.steps import AllSteps
 from flowgrpo.core.transitions import CPS, DDIM, Transition
 from flowgrpo.experience import Prompt
 from flowgrpo.policy import LoRA, PipelinePolicy, Sampling
+from flowgrpo.policy.export import export
 from flowgrpo.policy.loading import DTYPES, load_pipeline
 from flowgrpo.policy.scheduler import FlowPolicyScheduler, Visit, policy_scheduler
-from flowgrpo.policy.weights import Weights, export
+from flowgrpo.policy.weights import Weights
 
 PROMPTS: Sequence[Prompt] = (
     Prompt("a photo of a red circle"),

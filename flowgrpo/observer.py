@@ -14,8 +14,8 @@ from flowgrpo.imports import import_path
 from flowgrpo.judge import Judge
 from flowgrpo.learner import Learner
 from flowgrpo.policy import Full, PipelinePolicy
+from flowgrpo.policy.export import export
 from flowgrpo.policy.probe import check_sizes
-from flowgrpo.policy.weights import export
 from flowgrpo.prompts import PromptSet
 from flowgrpo.run.session import Session
 

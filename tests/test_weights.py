@@ -13,7 +13,8 @@ from flowgrpo.core.random import Random
 from flowgrpo.core.transitions import CPS
 from flowgrpo.experience import Prompt
 from flowgrpo.policy import EMA, Full, LoRA, PipelinePolicy
-from flowgrpo.policy.weights import Trainable, Weights, export
+from flowgrpo.policy.export import export
+from flowgrpo.policy.weights import Trainable, Weights
 from tests.conftest import MakePolicy, noise_of, transition_of
 
 Tiny = Callable[[str], Path]
@@ -250,7 +251,7 @@ def test_exported_adapters_load_into_diffusers(
     tuned = images(policy)
     assert (tuned - start).abs().max() > 0.01
     export(policy.stock_pipeline(), trainable(policy), tmp_path)
-    assert [f.name for f in tmp_path.iterdir()] == ["pytorch_lora_weights.safetensors"]
+    assert [f.name for f in tmp_path.glob("*.*")] == ["pytorch_lora_weights.safetensors"]
 
     pipeline = DiffusionPipeline.from_pretrained(tiny(name))
     pipeline.load_lora_weights(tmp_path)

@@ -1,16 +1,14 @@
 """What is trained: LoRA adapters or all weights; the reference model; the moving average."""
 
-import inspect
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
-from diffusers import DiffusionPipeline, ModelMixin
-from peft import LoraConfig, get_peft_model_state_dict
+from diffusers import ModelMixin
+from peft import LoraConfig
 from torch import Tensor, nn
 
 ATTENTION_PROJECTIONS = (
@@ -239,31 +237,3 @@ def _unfreeze(model: ModelMixin, weights: Full) -> None:
         for name in names:
             named[name].data = named[name].data.float()
             named[name].requires_grad_(True)
-
-
-def export(pipeline: DiffusionPipeline, trainable: Trainable, folder: Path) -> Path:
-    """Write what was trained in diffusers' own format.
-
-    An adapter becomes a ``pytorch_lora_weights.safetensors`` for ``pipe.load_lora_weights(folder)``;
-    full weights become a pipeline folder for ``from_pretrained(folder)``.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    if isinstance(trainable.weights, Full):
-        pipeline.save_pretrained(folder)
-        return folder
-    save = getattr(type(pipeline), "save_lora_weights", None)
-    accepted = inspect.signature(save).parameters if save is not None else {}
-    arguments: dict[str, Any] = {}
-    for name, model in trainable.denoisers.items():
-        if f"{name}_lora_layers" in accepted:
-            arguments[f"{name}_lora_layers"] = get_peft_model_state_dict(
-                model, adapter_name=ADAPTER
-            )
-            arguments[f"{name}_lora_adapter_metadata"] = model.peft_config[ADAPTER].to_dict()
-        else:
-            # For instance Wan 2.2's second expert: load with
-            # pipe.transformer_2.load_lora_adapter(folder / "transformer_2", prefix=None).
-            model.save_lora_adapter(folder / name, adapter_name=ADAPTER)
-    if arguments and save is not None:
-        save(folder, **{k: v for k, v in arguments.items() if k in accepted})
-    return folder

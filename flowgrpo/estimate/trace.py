@@ -1,0 +1,324 @@
+"""Runs a pipeline's own call without weights, and measures what each of its models would take.
+
+The pipeline's glue runs for real, on small CPU tensors. Where it calls one of its models, the
+arguments become fake tensors of the accelerator, the model runs on them, and zeros of the right
+shapes come back. So the shapes are those of the pipeline itself, and no model is known by name.
+"""
+
+import functools
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline, ModelMixin
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
+
+from flowgrpo.estimate.live import CUDA_BLOCK, FusedAttention, Live, Values, autocast_as_on
+from flowgrpo.policy.loading import denoisers
+from flowgrpo.policy.precision import as_fp32, cast
+from flowgrpo.policy.scheduler import Itinerary, policy_scheduler
+
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Activations:
+    """What one training forward leaves for its backward, in bytes.
+
+    Attributes:
+        saved: Saved by autograd, without gradient checkpointing.
+        transient: The most that is alive beyond it at any moment.
+        checkpointed: The same with gradient checkpointing: what enters the blocks, all that lies
+            outside of them, and the block that is being computed again. None where the model
+            cannot do it.
+    """
+
+    saved: int
+    transient: int
+    checkpointed: int | None
+
+    def peak(self, checkpointing: bool) -> int:
+        """The most that is alive between forward and backward."""
+        if checkpointing and self.checkpointed is not None:
+            return self.checkpointed
+        return self.saved + self.transient
+
+
+@dataclass
+class _Blocks:
+    """What was seen of the blocks that gradient checkpointing would compute again.
+
+    Attributes:
+        inputs: Bytes of what blocks got from blocks before them, by storage.
+        peaks: For each block, in order: its inputs and those of all before it, and what it saves
+            when it is computed again. Those after it are done by then.
+        transient: The most that is alive in any block beyond what it saves.
+    """
+
+    inputs: dict[int, int] = field(default_factory=dict)
+    peaks: list[int] = field(default_factory=list)
+    transient: int = 0
+
+
+class Tracer:
+    """A pipeline whose models run on fake tensors.
+
+    Attributes:
+        pipeline: With parameters on the meta device; its models and scheduler are changed.
+        peaks: The most bytes alive in calls of each component without gradients, over parameters.
+        latents: The shape of one call's latents.
+    """
+
+    def __init__(
+        self,
+        pipeline: DiffusionPipeline,
+        dtype: torch.dtype,
+        *,
+        full: bool = False,
+        device: str = "cuda",
+        block: int = CUDA_BLOCK,
+    ):
+        """Give the models fake parameters and watch their calls.
+
+        Args:
+            pipeline: From :func:`~flowgrpo.estimate.blueprint.build`, with adapters if there are.
+            dtype: Precision of the denoisers' arithmetic.
+            full: Whether the denoisers are trained whole, with weights and inputs in fp32.
+            device: Type of the device that is imagined.
+            block: Memory is given out in multiples of it.
+        """
+        self.dtype, self.device, self.block = dtype, device, block
+        self.entering = torch.float32 if full else dtype
+        self.peaks: dict[str, int] = {}
+        self.latents: torch.Size | None = None
+        self._mode = FakeTensorMode(allow_non_fake_inputs=True)
+        self._values = Values()
+        self._inside = 0
+        self._kept: list[Any] = []
+        self._answers: dict[str, Any] = {}
+        self._live: Live | None = None
+        self._blocks = _Blocks()
+        self.pipeline = pipeline
+        self._call = inspect.unwrap(type(pipeline).__call__)
+        self.denoisers = denoisers(pipeline)
+        self._parameters: list[Tensor] = []
+        self._buffers: dict[str, list[tuple[dict[str, Any], str, Tensor, Tensor]]] = {}
+        self.models = {k: m for k, m in pipeline.components.items() if isinstance(m, nn.Module)}
+        for name, model in self.models.items():
+            self._watch(name, model)
+        pipeline.__class__ = _located(type(pipeline), lambda _: CPU, "device", "_execution_device")
+        pipeline.scheduler = policy_scheduler(pipeline.scheduler)
+        pipeline.set_progress_bar_config(disable=True)
+        if hasattr(pipeline, "prepare_latents"):
+            pipeline.prepare_latents = self._prepared(pipeline.prepare_latents)
+
+    def rollout(self, arguments: Mapping[str, Any]) -> None:
+        """Encode, take one step and decode, without gradients; :attr:`peaks` has what it took."""
+        with torch.no_grad():
+            self._run(arguments, "pt")
+
+    def training(self, arguments: Mapping[str, Any]) -> Activations:
+        """Take one step with gradients, as in a replay."""
+        supported = [
+            m for m in self.denoisers.values() if getattr(m, "_supports_gradient_checkpointing", 0)
+        ]
+        for model in supported:
+            model.enable_gradient_checkpointing(self._block)
+        live = Live(self._parameters, self.block)
+        self._live, self._blocks = live, _Blocks()
+        try:
+            self._run(arguments, "latent")
+            saved, outside = live.live, live.alive(None)
+            blocks = self._blocks.peaks
+            # A backward holds gradients where the forward held intermediate results.
+            transient = max(live.peak - saved, self._blocks.transient)
+        finally:
+            self._live, self._kept = None, []
+            for model in supported:
+                model.disable_gradient_checkpointing()
+        return Activations(saved, transient, outside + max(blocks) + transient if blocks else None)
+
+    def _run(self, arguments: Mapping[str, Any], output: str) -> None:
+        steps = int(arguments.get("num_inference_steps", 1))
+        self.pipeline.scheduler.itinerary = Itinerary(nodes=[0, 1] if steps else None)
+        self._call(
+            self.pipeline,
+            **arguments,
+            generator=torch.Generator().manual_seed(0),
+            output_type=output,
+            return_dict=False,
+        )
+
+    def _prepared(self, prepare: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(prepare)
+        def prepared(*args: Any, **kwargs: Any) -> Any:
+            result = as_fp32(prepare(*args, **kwargs))
+            first = result if isinstance(result, Tensor) else result[0]
+            self.latents = first.shape
+            return result
+
+        return prepared
+
+    def _watch(self, name: str, model: nn.Module) -> None:
+        """Make a model's parameters fake and its calls doors into the fake world."""
+        self._parameters += _fake_parameters(model, self._mode, self.device)
+        self._buffers[name] = _fake_buffers(model, self._mode, self.device)
+        self._parameters += [fake for *_, fake in self._buffers[name]]
+        inner = torch.device(self.device, 0) if self.device != "cpu" else CPU
+
+        def located(_: Any) -> torch.device:
+            return inner if self._inside else CPU
+
+        model.__class__ = _located(type(model), located, "device")
+        for module in model.modules():
+            module.forward = self._door(name, module.forward)  # type: ignore[method-assign]
+        for method in ("encode", "decode"):
+            if isinstance(model, ModelMixin) and hasattr(model, method):
+                setattr(model, method, self._door(name, getattr(model, method)))
+
+    def _door(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(function)
+        def door(*args: Any, **kwargs: Any) -> Any:
+            if self._inside:
+                return function(*args, **kwargs)
+            if name in self.denoisers:
+                return self._denoise(name, function, args, kwargs)
+            # Encoders are called again and again with the same shapes.
+            leaves, spec = tree_flatten((args, kwargs))
+            shapes = [(v.shape, v.dtype) if isinstance(v, Tensor) else repr(v) for v in leaves]
+            key = f"{name} {id(function)} {shapes} {spec}"
+            if key not in self._answers:
+                live = Live(self._parameters, self.block)
+                with torch.no_grad(), self._fake(name, live):
+                    result = function(*self._enter(name, args), **self._enter(name, kwargs))
+                self.peaks[name] = max(self.peaks.get(name, 0), live.peak)
+                self._answers[key] = _real(result)
+            return self._answers[key]
+
+        return door
+
+    def _denoise(self, name: str, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        live = self._live or Live(self._parameters, self.block)
+        with self._fake(name, live):
+            result = function(*self._enter(name, args), **self._enter(name, kwargs))
+        if self._live is None:
+            self.peaks[name] = max(self.peaks.get(name, 0), live.peak)
+        else:
+            # Autograd's graph, and with it what was saved, lives as long as its results.
+            self._kept.append(result)
+        return _real(result)
+
+    @contextmanager
+    def _fake(self, name: str, live: Live) -> Iterator[None]:
+        with ExitStack() as stack:
+            stack.enter_context(self._mode)
+            stack.enter_context(live)
+            stack.enter_context(self._values)
+            stack.enter_context(FusedAttention())
+            if name in self.denoisers:
+                stack.enter_context(autocast_as_on(self.device, self.dtype))
+            # Pipelines read some buffers themselves, such as the statistics of latents.
+            for held, key, _, fake in self._buffers[name]:
+                held[key] = fake
+            self._inside += 1
+            try:
+                yield
+            finally:
+                self._inside -= 1
+                for held, key, real, _ in self._buffers[name]:
+                    held[key] = real
+
+    def _enter(self, name: str, values: Any) -> Any:
+        """Arguments as fake tensors, in the precision that they have at the model's door."""
+
+        def enter(value: Any) -> Any:
+            if not isinstance(value, Tensor) or isinstance(value, FakeTensor):
+                return value
+            fake = torch.empty(value.shape, dtype=value.dtype, device=self.device)
+            self._values.tell(fake, value)
+            if name in self.denoisers:
+                return cast(fake, self.entering, 2)
+            return cast(fake, torch.float32) if name == "vae" else fake
+
+        return tree_map(enter, values)
+
+    def _block(self, module: Any, *args: Any, **kwargs: Any) -> Any:
+        """Stands in for gradient checkpointing: runs a block and notes what it saves."""
+        live, blocks = self._live, self._blocks
+        if live is None or live.owner is not None:
+            return module(*args, **kwargs)
+        given = [v for v in tree_leaves((args, kwargs)) if isinstance(v, Tensor)]
+        blocks.inputs |= live.size_of(given, labelled=True)
+        before, highest = live.live, live.peak
+        live.mark()
+        live.owner = len(blocks.peaks)
+        try:
+            result = module(*args, **kwargs)
+        finally:
+            live.owner = None
+        blocks.peaks.append(sum(blocks.inputs.values()) + live.live - before)
+        blocks.transient = max(blocks.transient, live.peak - live.live)
+        live.peak = max(highest, live.peak)
+        return result
+
+
+def bytes_of(model: nn.Module) -> int:
+    """Bytes of a model's parameters and persistent buffers; shared ones count once."""
+    seen = {id(p): p for p in [*model.parameters(), *model.buffers()]}
+    return sum(t.numel() * t.element_size() for t in seen.values())
+
+
+def _fake_parameters(model: nn.Module, mode: FakeTensorMode, device: str) -> Sequence[Tensor]:
+    """Put fake tensors in place of a model's parameters; ties are kept."""
+    made: dict[int, Tensor] = {}
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is None:
+                continue
+            if id(parameter) not in made:
+                with mode:
+                    fake = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
+                made[id(parameter)] = nn.Parameter(fake, parameter.requires_grad)
+            module._parameters[name] = made[id(parameter)]  # type: ignore[assignment]
+    return list(made.values())
+
+
+def _fake_buffers(
+    model: nn.Module, mode: FakeTensorMode, device: str
+) -> list[tuple[dict[str, Any], str, Tensor, Tensor]]:
+    """Where each buffer is held, its name there, the buffer, and a fake one like it."""
+    found = []
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                with mode:
+                    fake = torch.empty(buffer.shape, dtype=buffer.dtype, device=device)
+                found.append((module._buffers, name, buffer, fake))
+    return found
+
+
+def _located(cls: type, where: Callable[[Any], torch.device], *names: str) -> type:
+    """A class like another whose properties of these names say where its tensors are."""
+    return type(
+        cls.__name__, (cls,), {n: property(where) for n in names} | {"__module__": cls.__module__}
+    )
+
+
+def _real(value: Any) -> Any:
+    """Zeros on the CPU in place of fake tensors, also inside diffusers' own objects."""
+
+    def leaf(value: Any) -> Any:
+        if isinstance(value, FakeTensor):
+            return torch.zeros(value.shape, dtype=value.dtype)
+        if type(value).__module__.startswith("diffusers") and hasattr(value, "__dict__"):
+            clone = object.__new__(type(value))
+            clone.__dict__ = {k: _real(v) for k, v in vars(value).items()}
+            return clone
+        return value
+
+    return tree_map(leaf, value)

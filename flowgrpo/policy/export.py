@@ -1,0 +1,139 @@
+"""The ways out: adapters in the formats that others read, and merged weights.
+
+Two formats of an adapter hold the same numbers under other names. Diffusers' is one matrix pair per
+layer, with rank and alpha in the file's metadata. The kohya format, which ComfyUI and the web user
+interfaces read, writes a layer's path with underscores and its alpha as a tensor beside it.
+"""
+
+import inspect
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline, ModelMixin
+from peft import get_peft_model_state_dict
+from safetensors.torch import save_file
+from torch import Tensor
+
+from flowgrpo.policy.weights import ADAPTER, Full, LoRA, Trainable
+
+KOHYA_PREFIX = {
+    "UNet2DConditionModel": "lora_unet_",
+    "FluxTransformer2DModel": "lora_transformer_",
+    "QwenImageTransformer2DModel": "lora_unet_",
+    "SD3Transformer2DModel": "lora_transformer_",
+    "ZImageTransformer2DModel": "lora_unet_",
+}
+"""How the keys of a class of denoiser begin. All but SD3's are read by diffusers as well."""
+KOHYA_FILE = "kohya/lora.safetensors"
+"""In a folder of its own, or diffusers would not know which of two files to load."""
+
+
+def export(pipeline: DiffusionPipeline, trainable: Trainable, folder: Path) -> Path:
+    """Write what was trained, in every format that there is for it.
+
+    An adapter becomes a ``pytorch_lora_weights.safetensors`` for ``pipe.load_lora_weights(folder)``
+    and, where the model has one, a file in the kohya format; full weights become a pipeline folder
+    for ``from_pretrained(folder)``.
+    """
+    if isinstance(trainable.weights, Full):
+        folder.mkdir(parents=True, exist_ok=True)
+        pipeline.save_pretrained(folder)
+        return folder
+    export_diffusers(pipeline, trainable, folder)
+    if all(type(m).__name__ in KOHYA_PREFIX for m in trainable.denoisers.values()):
+        export_kohya(trainable, folder)
+    return folder
+
+
+def export_diffusers(pipeline: DiffusionPipeline, trainable: Trainable, folder: Path) -> Path:
+    """Write an adapter for ``pipe.load_lora_weights(folder)``.
+
+    Raises:
+        ValueError: If all weights were trained.
+    """
+    _lora_of(trainable)
+    folder.mkdir(parents=True, exist_ok=True)
+    save = getattr(type(pipeline), "save_lora_weights", None)
+    accepted = inspect.signature(save).parameters if save is not None else {}
+    arguments: dict[str, Any] = {}
+    for name, model in trainable.denoisers.items():
+        if f"{name}_lora_layers" in accepted:
+            arguments[f"{name}_lora_layers"] = get_peft_model_state_dict(
+                model, adapter_name=ADAPTER
+            )
+            arguments[f"{name}_lora_adapter_metadata"] = model.peft_config[ADAPTER].to_dict()
+        else:
+            # For instance Wan 2.2's second expert; docs/export.md shows how to load it.
+            model.save_lora_adapter(folder / name, adapter_name=ADAPTER)
+    if arguments and save is not None:
+        save(folder, **{k: v for k, v in arguments.items() if k in accepted})
+    return folder
+
+
+def export_kohya(trainable: Trainable, folder: Path) -> Path:
+    """Write an adapter in the kohya format, as ``kohya/lora.safetensors`` below ``folder``.
+
+    Raises:
+        ValueError: If the format has no names for the model, or all weights were trained.
+    """
+    lora = _lora_of(trainable)
+    tensors: dict[str, Tensor] = {}
+    for model in trainable.denoisers.values():
+        tensors |= kohya_tensors(model, lora.alpha)
+    file = folder / KOHYA_FILE
+    file.parent.mkdir(parents=True, exist_ok=True)
+    metadata = {
+        "ss_network_module": "networks.lora",
+        "ss_network_dim": str(lora.rank),
+        "ss_network_alpha": str(lora.alpha),
+    }
+    save_file(tensors, file, metadata=metadata)
+    return file
+
+
+def kohya_tensors(model: ModelMixin, alpha: int | float) -> dict[str, Tensor]:
+    """An adapter under kohya's names.
+
+    ``diffusers.utils.convert_state_dict_to_kohya`` is not used: it knows UNets only, and writes the
+    rank in place of alpha, which changes the adapter's strength.
+
+    Raises:
+        ValueError: If the format has no names for the model.
+    """
+    kind = type(model).__name__
+    if kind not in KOHYA_PREFIX:
+        raise ValueError(
+            f"there is no kohya format for {kind}; there is for {', '.join(KOHYA_PREFIX)}"
+        )
+    tensors: dict[str, Tensor] = {}
+    for key, value in get_peft_model_state_dict(model, adapter_name=ADAPTER).items():
+        path, _, matrix = key.removesuffix(".weight").rpartition(".")
+        name = KOHYA_PREFIX[kind] + path.replace(".", "_")
+        half = {"lora_A": "lora_down", "lora_B": "lora_up"}[matrix]
+        tensors[f"{name}.{half}.weight"] = value.detach().cpu().contiguous()
+        tensors[f"{name}.alpha"] = torch.tensor(float(alpha))
+    return tensors
+
+
+def export_merged(pipeline: DiffusionPipeline, trainable: Trainable, folder: Path) -> Path:
+    """Write a pipeline folder with the adapter added to the weights, for ``from_pretrained(folder)``.
+
+    The pipeline has no adapter any more after this. Weights are rounded to the precision that the
+    model was loaded in.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    if isinstance(trainable.weights, LoRA):
+        for model in trainable.denoisers.values():
+            model.fuse_lora(adapter_names=[ADAPTER], safe_fusing=True)
+            model.unload_lora()
+    pipeline.save_pretrained(folder)
+    return folder
+
+
+def _lora_of(trainable: Trainable) -> LoRA:
+    if isinstance(trainable.weights, Full):
+        raise ValueError(
+            "all weights were trained, so there is no adapter; export them as 'merged'"
+        )
+    return trainable.weights

@@ -1,0 +1,254 @@
+"""The memory estimate against what real tensors take, and what it advises."""
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+from torch import Tensor, nn
+
+import flowgrpo
+from flowgrpo.cli import main
+from flowgrpo.core.transitions import CPS
+from flowgrpo.estimate import GB, Choice, Measured, NoEstimate, advise, budget, measure
+from flowgrpo.estimate.blueprint import build, config_folder
+from flowgrpo.estimate.live import Live
+from flowgrpo.estimate.trace import Activations, Tracer, bytes_of
+from flowgrpo.experience import Prompt
+from flowgrpo.policy import Full, LoRA, PipelinePolicy
+from flowgrpo.policy.loading import DTYPES, denoisers, load_pipeline
+from flowgrpo.policy.weights import Trainable, Weights
+from tests.conftest import noise_of, sampling_of
+from tests.tiny import FAMILIES
+
+Tiny = Callable[[str], Path]
+PUBLISHED = Path(__file__).parent / "published_configs"
+LARGER = {"height": 64, "width": 64}
+"""So that activations outweigh the arithmetic around the model, as they do at real sizes."""
+
+
+def traced(folder: Path, call: dict[str, Any], dtype: str, weights: Weights) -> Activations:
+    """What the estimator says of a training forward of two samples."""
+    pipeline = build(folder, DTYPES[dtype])
+    Trainable(denoisers(pipeline), weights, seed=0, with_reference=False)
+    full = isinstance(weights, Full)
+    tracer = Tracer(pipeline, DTYPES[dtype], full=full, device="cpu", block=1)
+    return tracer.training({"prompt": ["a red cube"] * 2, "num_inference_steps": 4, **call})
+
+
+def taken(
+    folder: Path, name: str, dtype: str, weights: Weights, checkpointing: bool
+) -> tuple[int, int]:
+    """What autograd saves in a real replay, and the most that is alive until its backward ends."""
+    sampling = replace(sampling_of(name), height=64, width=64)
+    policy = PipelinePolicy.from_pretrained(folder, sampling=sampling, weights=weights, dtype=dtype)
+    assert policy.trainable is not None
+    prompts = [Prompt("a red cube")] * 2
+    (rollout,) = policy.run(prompts, noise_of(0, 1), record=[0], decode=False)
+    for model in policy.denoisers.values():
+        if checkpointing:
+            model.enable_gradient_checkpointing()
+    known = [t for m in policy.models.values() for t in [*m.parameters(), *m.buffers()]]
+    parameters = {t.untyped_storage()._cdata for t in known}
+    saved: dict[int, Tensor] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        if tensor.untyped_storage()._cdata not in parameters:
+            saved[tensor.untyped_storage()._cdata] = tensor
+        return tensor
+
+    with Live(known) as live:
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            visit = policy.replay(prompts, rollout.visits[0].x, 0, CPS())
+        size = sum(t.untyped_storage().nbytes() for t in saved.values())
+        saved.clear()
+        visit.gaussian.mean.square().sum().backward()
+    gradients = sum(p.numel() * p.element_size() for p in policy.trainable.parameters.values())
+    return size, live.peak - gradients
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "weights"),
+    [
+        ("sd3", "float32", LoRA(rank=4, alpha=8)),
+        ("flux", "bfloat16", LoRA(rank=4, alpha=8)),
+        ("sdxl", "float32", LoRA(rank=4, alpha=8)),
+        ("wan_t2v", "float32", LoRA(rank=4, alpha=8)),
+        ("sd3", "bfloat16", Full()),
+    ],
+)
+def test_activations_are_those_of_a_real_replay(
+    name: str, dtype: str, weights: Weights, tiny: Tiny
+) -> None:
+    found = traced(tiny(name), FAMILIES[name].call | LARGER, dtype, weights)
+    saved, peak = taken(tiny(name), name, dtype, weights, checkpointing=False)
+    assert found.saved == pytest.approx(saved, rel=0.15)
+    assert found.peak(False) == pytest.approx(peak, rel=0.15)
+    assert found.checkpointed is not None
+    _, peak = taken(tiny(name), name, dtype, weights, checkpointing=True)
+    assert found.peak(True) == pytest.approx(peak, rel=0.25)
+    assert found.peak(True) < found.peak(False)
+
+
+@pytest.mark.parametrize("name", ["sd15", "sd3", "wan_t2v", "cogvideox"])
+def test_weights_are_counted_exactly(name: str, tiny: Tiny) -> None:
+    blank, real = build(tiny(name), torch.float16), load_pipeline(tiny(name), torch.float16)
+    for part, model in real.components.items():
+        if isinstance(model, nn.Module):
+            assert bytes_of(blank.components[part]) == bytes_of(model), part
+
+
+def test_published_models_have_their_size() -> None:
+    sizes = {
+        ("sd35_medium", "transformer"): 2_243_171_520,
+        ("sd35_medium", "text_encoder_2"): 694_659_840,
+        ("sd35_medium", "text_encoder_3"): 4_762_310_656,
+        ("flux1_dev", "transformer"): 11_901_408_320,
+        ("flux1_dev", "text_encoder"): 123_060_480,
+        ("flux1_dev", "vae"): 83_819_683,
+    }
+    made = {name: build(PUBLISHED / name, torch.bfloat16) for name, _ in sizes}
+    for (name, part), number in sizes.items():
+        assert sum(p.numel() for p in made[name].components[part].parameters()) == number
+
+
+@pytest.mark.parametrize("name", ["lumina2", "mochi", "flux_kontext", "flux2_klein"])
+def test_values_that_decide_on_shapes_are_known(name: str, tiny: Tiny) -> None:
+    """Masks and lengths, condition images, statistics that the pipeline reads from its VAE."""
+    pipeline = build(tiny(name), torch.bfloat16)
+    Trainable(denoisers(pipeline), LoRA(rank=4), seed=0, with_reference=False)
+    tracer = Tracer(pipeline, torch.bfloat16)
+    call = {"prompt": ["a red cube"] * 2, "num_inference_steps": 4, **FAMILIES[name].call}
+    tracer.rollout(call)
+    assert tracer.peaks["vae"] > 0
+    assert tracer.training(call).saved > tracer.peaks["transformer"] / 10
+
+
+def test_what_cannot_be_had_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(NoEstimate, match="config files of nobody/nothing cannot be had"):
+        config_folder("nobody/nothing")
+    with pytest.raises(NoEstimate, match=r"no model_index\.json"):
+        config_folder(tmp_path)
+
+
+MEASURED = Measured(
+    denoisers={"transformer": 4 * GB},
+    linear=2 * GB,
+    linear_bytes=4 * GB,
+    encoders={"text_encoder": 8 * GB},
+    vae=0,
+    trained=GB // 64,
+    adapter=GB // 16,
+    averaged=False,
+    reference=0,
+    experience=0,
+    rewards={"pick_score": 4 * GB, "own": None},
+    encode=0,
+    rollout=GB,
+    decode=4 * GB,
+    training=Activations(saved=16 * GB, transient=GB, checkpointed=2 * GB),
+    kl=False,
+    batches=(4, 4),
+)
+CHOICE = Choice(rollout_batch=4, train_batch=4)
+
+
+def test_a_budget_adds_the_largest_phase() -> None:
+    found = budget(MEASURED, CHOICE)
+    assert found.phase == "training"
+    always = 4 + 8 + 1 / 16 + 8 / 64 + 4
+    assert found.peak == round((always + 4 / 64 + 17) * GB)
+    eight_bit = budget(MEASURED, replace(CHOICE, optimizer="adamw8bit"))
+    assert found.peak - eight_bit.peak == pytest.approx((8 - 2 - 8 / 256) / 64 * GB)
+    smaller = budget(MEASURED, replace(CHOICE, quantize="nf4"))
+    assert found.peak - smaller.peak == pytest.approx((4 - 2 * 0.5625) * GB)
+    offloaded = budget(MEASURED, replace(CHOICE, offload_text_encoders=True))
+    assert found.peak - offloaded.peak == 8 * GB
+    assert offloaded.phases["text encoding"] == 8 * GB
+    kept = replace(MEASURED, kl=True)
+    assert budget(kept, CHOICE).phases["training"] == found.phases["training"]
+    wide = replace(kept, rollout=6 * GB)
+    assert budget(wide, CHOICE).phases["training"] == round((4 / 64 + 16 + 6) * GB)
+
+
+def test_advice_fits_when_followed() -> None:
+    assert advise(MEASURED, CHOICE, 80 * GB) == ([], True)
+    changes, fits = advise(MEASURED, CHOICE, 24 * GB)
+    assert fits
+    assert changes[0].setting == "memory.offload_text_encoders = true"
+    assert [c.peak for c in changes] == sorted((c.peak for c in changes), reverse=True)
+    assert changes[-1].peak < 24 * GB
+    assert len({c.setting.partition(" ")[0] for c in changes}) == len(changes)
+    assert not advise(MEASURED, CHOICE, 2 * GB)[1]
+
+
+def test_unknown_kinds_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"quantize must be one of none, nf4.* got 'q2'"):
+        replace(CHOICE, quantize="q2")
+
+
+def test_batches_scale_what_is_traced(tiny: Tiny) -> None:
+    """The budget multiplies what was traced; tracing the other batch must agree."""
+    sizes = ["sampling.height=64", "sampling.width=64", "sampling.num_steps=4"]
+    settings = [f"model.path='{tiny('sd3')}'", "model.dtype='bfloat16'", *sizes]
+    found = []
+    for batch in (2, 4):
+        more = [f"train.rollout_batch={batch}", f"train.train_batch={batch}"]
+        config = flowgrpo.load("sd35_medium_pickscore", [*settings, *more])
+        found.append(measure(config, [Prompt("a red cube")]))
+    two, four = found
+    choice = Choice(rollout_batch=4, train_batch=4)
+    assert math.isclose(budget(two, choice).peak, budget(four, choice).peak, rel_tol=0.03)
+    assert two.rewards == {"pick_score": 4 * 986_109_441}
+
+
+def test_a_dry_run_prints_it(tiny: Tiny, capsys: pytest.CaptureFixture[str]) -> None:
+    settings = ["sampling.num_steps=4", "sampling.height=32", "sampling.width=32"]
+    options = [f"--set={s}" for s in (f"model.path={tiny('sd3')}", *settings)]
+    assert main(["train", "sd35_medium_pickscore", "--dry-run", "--memory-gb=4.5", *options]) == 0
+    said = capsys.readouterr().out
+    for part in ("weights of transformer", "optimizer (adamw)", "training", "decoding", "peak"):
+        assert part in said
+    assert "without, " in said
+    assert "does NOT fit" in said
+    assert main(["train", "sd35_medium_pickscore", "--dry-run", "--memory-gb=9", *options]) == 0
+    assert "of 9.00 GB: fits" in capsys.readouterr().out
+
+
+def test_a_dry_run_goes_on_without(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert main(["train", "sd35_medium_pickscore", "--dry-run", "--set=model.path=no/such"]) == 0
+    said = capsys.readouterr().out
+    assert "no estimate of the memory: the config files of no/such" in said
+    assert "the configuration is valid" in said
+
+
+def test_live_counts_births_and_deaths() -> None:
+    known = torch.ones(4)
+    with Live([known], block=512) as live:
+        a = torch.ones(256) + 1
+        assert (live.live, live.peak) == (1024, 2048)
+        view = a[:4]
+        known.add_(1)
+        assert live.live == 1024
+        del a
+        assert live.live == 1024
+        del view
+        assert live.live == 0
+
+
+def test_a_real_pipeline_is_left_alone(tiny: Tiny) -> None:
+    """Classes are made anew, not changed: other pipelines of the class go on as before."""
+    pipeline = build(tiny("sd3"), torch.float32)
+    Tracer(pipeline, torch.float32)
+    real = DiffusionPipeline.from_pretrained(tiny("sd3"))
+    assert type(real) is not type(pipeline)
+    assert type(real.transformer) is not type(pipeline.transformer)
+    assert next(real.transformer.parameters()).device.type == "cpu"
