@@ -28,7 +28,8 @@ class LoRA:
     alpha: int = 64
     """The adapter's output is scaled by alpha / rank."""
     targets: tuple[str, ...] = ()
-    """Names, or ends of names, of the layers to adapt; empty adapts the attention projections."""
+    """Names, or ends of names, of the layers to adapt; empty adapts the attention projections, whose
+    names are those of diffusers or else all in a part named attention."""
 
     def bounds(self) -> Sequence[tuple[str, int, int]]:
         """Keys, their values and the least that is allowed."""
@@ -174,7 +175,7 @@ def _add_adapter(model: ModelMixin, lora: LoRA, seed: int) -> None:
             f"diffusers has no adapters for {type(model).__name__}; set model.weights.kind = 'full'"
         )
     layers = [n for n, m in model.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)]
-    wanted = lora.targets or ATTENTION_PROJECTIONS
+    wanted = lora.targets or _default_targets(layers)
     found = [w for w in wanted if any(n == w or n.endswith(f".{w}") for n in layers)]
     unknown = [w for w in wanted if w not in found]
     if not found or (lora.targets and unknown):
@@ -197,6 +198,12 @@ def _add_adapter(model: ModelMixin, lora: LoRA, seed: int) -> None:
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
+
+
+def _default_targets(layers: Sequence[str]) -> Sequence[str]:
+    """The attention projections by diffusers' names; where a model has its own, all in attentions."""
+    usual = [w for w in ATTENTION_PROJECTIONS if any(n == w or n.endswith(f".{w}") for n in layers)]
+    return usual or [n for n in layers if "attn" in n.lower() or "attention" in n.lower()]
 
 
 def export(pipeline: DiffusionPipeline, trainable: Trainable, folder: Path) -> Path:
