@@ -112,7 +112,9 @@ def _from_outside(kind: str, value: Mapping[str, Any], path: str) -> Any:
     except ValueError as error:
         raise ConfigError(f"{path}.kind: {error}") from error
     if not (isinstance(cls, type) and dataclasses.is_dataclass(cls)):
-        raise ConfigError(f"{path}.kind: {kind!r} is no dataclass, so that no table can describe it")
+        raise ConfigError(
+            f"{path}.kind: {kind!r} is no dataclass, so that no table can describe it"
+        )
     return read(cls, {k: v for k, v in value.items() if k != "kind"}, path)
 
 

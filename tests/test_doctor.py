@@ -10,9 +10,8 @@ from diffusers import DiffusionPipeline, LCMScheduler
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from flowgrpo import doctor
 from flowgrpo.core.transitions import Gaussian
-from flowgrpo.doctor import Settings, examine
+from flowgrpo.doctor import Settings, checks, examine
 from flowgrpo.policy import Full, LoRA, PipelinePolicy
 from flowgrpo.policy.scheduler import FlowPolicyScheduler
 from tests.conftest import sampling_of
@@ -36,9 +35,9 @@ EXPORT = "an export loads back to the same image"
 def failures(folder: Path, name: str, **changes: Any) -> dict[str, str]:
     """The failed checks and what was measured."""
     changes.setdefault("weights", Full() if name in NO_ADAPTERS else LoRA(rank=4, alpha=8))
-    checks = examine(folder, Settings(sampling=sampling_of(name), **changes))
-    assert len(checks) == 11
-    return {c.name: c.value for c in checks if not c.passed}
+    diagnosis = examine(folder, Settings(sampling=sampling_of(name), **changes))
+    assert len(diagnosis.checks) == 12
+    return {c.name: c.value for c in diagnosis.checks if not c.passed}
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -128,14 +127,14 @@ def test_another_sampler_is_caught(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_an_export_of_other_weights_is_caught(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
-    export = doctor.export
+    export = checks.export
 
     def halving(pipeline: Any, trainable: Any, folder: Path) -> Path:
         (file,) = export(pipeline, trainable, folder).glob("*.safetensors")
         save_file({k: v / 2 for k, v in load_file(file).items()}, file)
         return folder
 
-    monkeypatch.setattr(doctor, "export", halving)
+    monkeypatch.setattr(checks, "export", halving)
     assert set(failures(tiny("sd3"), "sd3")) == {EXPORT}
 
 
