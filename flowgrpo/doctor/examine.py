@@ -206,6 +206,8 @@ def _stock(model: str | Path, settings: Settings) -> DiffusionPipeline:
             ours.final_alpha_cumprod,
         )
         pipeline.scheduler = scheduler
+    # So that several states in one loop are refused by name, and not by what follows from them.
+    pipeline.scheduler.__deepcopy__ = ours.__deepcopy__
     return pipeline
 
 
@@ -228,8 +230,8 @@ def _trial(pipeline: DiffusionPipeline, settings: Settings, noise: SampleNoise) 
                 notes.append("one prompt at a time: set the batch sizes to 1 to train it")
             return _Trial(sampling, prompts, media, notes)
     raise Unfit(
-        f"{type(pipeline).__name__} cannot be called as diffusers runs it, without anything of ours; "
-        f"tried {'; '.join(tried)}"
+        f"{type(pipeline).__name__} cannot be called with diffusers' first-order sampler, and that is before "
+        f"anything of ours; tried {'; '.join(tried)}"
     )
 
 

@@ -264,7 +264,7 @@ def qwen_image_edit() -> QwenImageEditPipeline:
     return QwenImageEditPipeline(
         **qwen_image_parts(),
         vae=AutoencoderKLQwenImage(
-            base_dim=4,
+            base_dim=2,
             dim_mult=[1] * 7,
             num_res_blocks=0,
             temperal_downsample=[False, False, False, False, True, True],
