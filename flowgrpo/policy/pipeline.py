@@ -22,6 +22,7 @@ from flowgrpo.core.random import SampleNoise
 from flowgrpo.core.transitions import ODE, Transition
 from flowgrpo.experience import Prompt
 from flowgrpo.policy.calling import Calling, Unfit, check_signature, check_strength
+from flowgrpo.policy.entering import enter, parts_of, shapes_of
 from flowgrpo.policy.loading import DTYPES, denoisers, load_pipeline
 from flowgrpo.policy.precision import as_batch, as_fp32, encode_still, guarded, open_decoder
 from flowgrpo.policy.prompts_cache import PromptCache
@@ -144,7 +145,7 @@ class PipelinePolicy:
         self.num_evaluations = self.num_decodes = 0
         self._entering: Tensor | None = None
         self._calling, self._empty_loop = Calling(), True
-        self._prepared: list[torch.Size] = []
+        self._prepared: list[torch.Size | None] = []
         if hasattr(pipeline, "encode_prompt"):
             pipeline.encode_prompt = PromptCache(pipeline.encode_prompt)
         self._prepare = getattr(pipeline, "prepare_latents", None)
@@ -371,21 +372,17 @@ class PipelinePolicy:
         """The pipeline's ``prepare_latents``; with a state to enter, that state in its place."""
         assert self._prepare is not None
         prepared = self._prepare(*args, **kwargs)
-        parts: list[Any] = [prepared] if isinstance(prepared, Tensor) else list(prepared)
-        self._prepared = [p.shape for p in parts if isinstance(p, Tensor)]
+        self._prepared = shapes_of(parts_of(prepared))
         if self._entering is None:
             return as_fp32(prepared)
-        state, shape = self._entering.to(self.device), self._entering.shape
-        self._entering = None
-        for i, part in enumerate(parts):
-            if isinstance(part, Tensor) and part.shape == shape and part.is_floating_point():
-                parts[i] = state
-                return state if isinstance(prepared, Tensor) else tuple(parts)
-        shapes = [tuple(p.shape) for p in parts if isinstance(p, Tensor)]
-        raise Unfit(
-            f"{type(self.pipeline).__name__} cannot be entered: it prepares latents of shape {shapes}, "
-            f"its loop holds {tuple(shape)}"
-        )
+        state, self._entering = self._entering.to(self.device), None
+        entered = enter(prepared, state)
+        if entered is None:
+            raise Unfit(
+                f"{type(self.pipeline).__name__} cannot be entered: it prepares latents of shape "
+                f"{[tuple(s) for s in self._prepared if s]}, its loop holds {tuple(state.shape)}"
+            )
+        return entered
 
     def _precision(self) -> torch.dtype:
         """Of what enters a denoiser: its weights' own."""

@@ -19,6 +19,7 @@ from torch import Tensor
 from flowgrpo.core.random import SampleNoise
 from flowgrpo.core.transitions import ODE, Gaussian, Prediction, Step, Transition
 from flowgrpo.policy.calling import Unfit
+from flowgrpo.policy.entering import place
 
 Grid = list[float] | np.ndarray | Tensor
 """What pipelines hand to ``set_timesteps``."""
@@ -91,7 +92,7 @@ class _Steps:
     _cursor: int
     _state: Tensor | None = None
 
-    def check_walk(self, name: str, prepared: Sequence[torch.Size]) -> None:
+    def check_walk(self, name: str, prepared: Sequence[torch.Size | None]) -> None:
         """Check that the pipeline's loop that just ended was the itinerary.
 
         Args:
@@ -111,10 +112,10 @@ class _Steps:
                 f"{name} cannot be a policy: it took {self._cursor} of {due} denoising steps, because "
                 "an argument such as strength cuts its schedule or because it samples in its own way"
             )
-        if self._state is not None and prepared and self._state.shape not in prepared:
+        if self._state is not None and prepared and place(self._state.shape, prepared) is None:
             raise Unfit(
                 f"{name} cannot be a policy: it steps only part of its latents, or in another layout: "
-                f"{tuple(self._state.shape)} of what it prepares, {[tuple(s) for s in prepared]}"
+                f"{tuple(self._state.shape)} of what it prepares, {[tuple(s) for s in prepared if s]}"
             )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
@@ -164,6 +165,8 @@ class _Steps:
             x_next = gaussian.sample(itinerary.noise.at_step(node, x.shape[1:]).to(x.device))
         self._state = x_next
         if node in itinerary.record:
+            # Some loops write the next state over this one.
+            x = x.clone() if x.data_ptr() == sample.data_ptr() else x
             itinerary.visits.append(Visit(node, interval, x, x_next, prediction, gaussian))
         return SchedulerOutput(prev_sample=x_next) if return_dict else (x_next,)
 

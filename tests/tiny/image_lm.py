@@ -261,14 +261,19 @@ def qwen_image_edit() -> QwenImageEditPipeline:
     """Its pipeline scales every image to a megapixel, so the VAE is 64-fold in place of 8-fold."""
     tokenizer = qwen_tokenizer(*VISION)
     pixels = {"shortest_edge": 28 * 28, "longest_edge": 56 * 56}
+    parts = qwen_image_parts()
+    louder(parts["transformer"].transformer_blocks[0].attn.add_v_proj, 8.0)
+    vae = AutoencoderKLQwenImage(
+        base_dim=4,
+        dim_mult=[1] * 7,
+        num_res_blocks=0,
+        temperal_downsample=[False, False, False, False, True, True],
+    )
+    for level in vae.decoder.up_blocks[:-1]:
+        louder(level.upsamplers[0].resample[1])
     return QwenImageEditPipeline(
-        **qwen_image_parts(),
-        vae=AutoencoderKLQwenImage(
-            base_dim=2,
-            dim_mult=[1] * 7,
-            num_res_blocks=0,
-            temperal_downsample=[False, False, False, False, True, True],
-        ),
+        **parts,
+        vae=vae,
         text_encoder=qwen_vl(tokenizer),
         tokenizer=tokenizer,
         processor=Qwen2VLProcessor(
@@ -354,6 +359,7 @@ IMAGE_LM = (
         "qwen_image_edit",
         qwen_image_edit,
         {"image": GRADIENT, "height": 256, "width": 256, "true_cfg_scale": 4.0},
+        num_steps=3,
     ),
     family(
         "flux2",

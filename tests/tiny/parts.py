@@ -65,13 +65,17 @@ GRADIENT = Image.linear_gradient("L").convert("RGB").resize((16, 16))
 
 @dataclass(frozen=True)
 class Family:
-    """One kind of pipeline: how to make it, and the smallest call that it takes."""
+    """One kind of pipeline: how to make it, and the smallest call that it takes.
+
+    ``num_steps`` is how many denoising steps tests take.
+    """
 
     name: str
     build: Callable[[], DiffusionPipeline]
     call: dict[str, Any]
     video: bool = False
     prediction: Prediction = "flow"
+    num_steps: int = 4
 
 
 def family(
@@ -82,6 +86,7 @@ def family(
     outputs: tuple[str, ...] = ("transformer.proj_out", "vae.decoder.conv_out"),
     video: bool = False,
     prediction: Prediction = "flow",
+    num_steps: int = 4,
 ) -> Family:
     """A family whose weights are seeded, nowhere zero, and of outputs O(1).
 
@@ -101,7 +106,7 @@ def family(
                 pipe(prompt="a red cube", num_inference_steps=2, output_type="pt", **call)
         return pipe
 
-    return Family(name, build, call, video, prediction)
+    return Family(name, build, call, video, prediction, num_steps)
 
 
 @torch.no_grad()
