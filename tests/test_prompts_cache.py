@@ -80,7 +80,11 @@ def test_cached_encodings_are_the_pipelines(name: str, tiny: Tiny) -> None:
 
     def checked(*args: Any, **kwargs: Any) -> Any:
         bound = inspect.signature(original).bind(*args, **kwargs)
-        whole = {k: v for k, v in bound.arguments.items() if isinstance(v, list) and len(v) == 3}
+        whole = {
+            k: v
+            for k, v in bound.arguments.items()
+            if isinstance(v, list) and len(v) == len(PROMPTS)
+        }
         # What belongs to an image too is not cached.
         cached = not any(isinstance(v, Image.Image) for v in whole.get("image", ()))
 

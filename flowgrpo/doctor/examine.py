@@ -29,6 +29,11 @@ from flowgrpo.policy.precision import as_batch, encode_still
 from flowgrpo.policy.scheduler import FlowPolicyScheduler, policy_scheduler
 from flowgrpo.run.console import Console
 
+ALONE = {
+    f"{check} (batch of 1)" for check in ("replay equals rollout", "ratio is 1 before an update")
+}
+"""Checks that fail where a prompt's image depends on the others of its batch."""
+
 
 @dataclass(frozen=True)
 class Diagnosis:
@@ -88,6 +93,20 @@ def examine(model: str | Path, settings: Settings) -> Diagnosis:
         FileNotFoundError: If a folder is named that is no pipeline.
         ValueError: If the pipeline cannot be a policy at all; says why.
     """
+    diagnosis = _examine(model, settings, (PROMPTS, PROMPTS[:1]))
+    failed = {c.name for c in diagnosis.checks if not c.passed}
+    if settings.dtype != "float32" or not failed or not failed <= ALONE or diagnosis.prompts == 1:
+        return diagnosis
+    # No rounding, and right in the same batch: the prompts of a batch see each other's padding.
+    again = _examine(model, settings, (PROMPTS[:1],))
+    note = "the prompts of a batch change each other's images"
+    return replace(again, notes=(note, *again.notes)) if again.passed else diagnosis
+
+
+def _examine(
+    model: str | Path, settings: Settings, batches: Sequence[Sequence[Prompt]]
+) -> Diagnosis:
+    """Run all checks on the first batch of prompts that the pipeline takes."""
     noise = SampleNoise([Random(7).at(i) for i in range(len(PROMPTS))])
     pipeline = _stock(model, settings)
     weights, notes = settings.weights, []
@@ -96,7 +115,7 @@ def examine(model: str | Path, settings: Settings) -> Diagnosis:
         weights = Full() if bare else LoRA(rank=4, alpha=4)
         if bare:
             notes.append(f"all weights are trained: diffusers has no adapters for {bare[0]}")
-    trial = _trial(pipeline, settings, noise)
+    trial = _trial(pipeline, settings, noise, batches)
     name = type(pipeline).__name__
     del pipeline
     settings = replace(settings, sampling=trial.sampling, weights=weights)
@@ -211,12 +230,17 @@ def _stock(model: str | Path, settings: Settings) -> DiffusionPipeline:
     return pipeline
 
 
-def _trial(pipeline: DiffusionPipeline, settings: Settings, noise: SampleNoise) -> _Trial:
+def _trial(
+    pipeline: DiffusionPipeline,
+    settings: Settings,
+    noise: SampleNoise,
+    batches: Sequence[Sequence[Prompt]],
+) -> _Trial:
     """Find a call that works: all prompts or one, without and with condition images."""
     tried: list[str] = []
     parameters = inspect.signature(inspect.unwrap(type(pipeline).__call__)).parameters
     for sampling, made in _completions(settings.sampling, parameters):
-        for prompts in (PROMPTS, PROMPTS[:1]):
+        for prompts in batches:
             words = f"{len(prompts)} prompt{'s' * (len(prompts) > 1)}{made and ', ' + made}"
             try:
                 media = _call(pipeline, sampling, prompts, noise)

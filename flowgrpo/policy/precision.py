@@ -23,7 +23,8 @@ def _without_draw(encode: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(encode)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
         output = encode(*args, **kwargs)
-        posterior = output[0] if isinstance(output, tuple) else getattr(output, "latent_dist", None)
+        posterior: Any = output[0] if isinstance(output, tuple) else output
+        posterior = getattr(posterior, "latent_dist", posterior)
         if hasattr(posterior, "mode") and hasattr(posterior, "sample"):
             posterior.sample = lambda generator=None: posterior.mode()
         return output
