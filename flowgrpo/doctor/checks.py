@@ -19,7 +19,7 @@ from flowgrpo.core.random import Random, SampleNoise
 from flowgrpo.core.transitions import Transition
 from flowgrpo.experience import Prompt
 from flowgrpo.policy import LoRA, PipelinePolicy, Sampling
-from flowgrpo.policy.loading import DTYPES, load_pipeline
+from flowgrpo.policy.loading import DTYPES, load_pipeline, without_safety_checker
 from flowgrpo.policy.pipeline import Rollout
 from flowgrpo.policy.weights import Weights, export
 
@@ -102,8 +102,7 @@ def load(model: str | Path, settings: Settings) -> DiffusionPipeline:
     """The pipeline as diffusers loads it."""
     pipeline = load_pipeline(model, DTYPES[settings.dtype]).to(settings.device)
     pipeline.set_progress_bar_config(disable=True)
-    if getattr(pipeline, "safety_checker", None) is not None:
-        pipeline.safety_checker = None
+    without_safety_checker(pipeline)
     return pipeline
 
 

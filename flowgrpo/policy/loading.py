@@ -27,6 +27,12 @@ def load_pipeline(model: str | Path, dtype: torch.dtype = torch.float32) -> Diff
     return DiffusionPipeline.from_pretrained(source, dtype={"default": dtype, "vae": torch.float32})
 
 
+def without_safety_checker(pipeline: DiffusionPipeline) -> None:
+    """Take it out where there is one: it would blacken images that the reward then judges."""
+    if getattr(pipeline, "safety_checker", None) is not None:
+        pipeline.safety_checker = None
+
+
 def denoisers(pipeline: DiffusionPipeline) -> Mapping[str, ModelMixin]:
     """The models that the denoising loop calls, by their name in the pipeline.
 

@@ -23,8 +23,8 @@ from flowgrpo.core.transitions import ODE, Transition
 from flowgrpo.experience import Prompt
 from flowgrpo.policy.calling import Calling, Unfit, check_signature, check_strength
 from flowgrpo.policy.entering import enter, parts_of, shapes_of
-from flowgrpo.policy.loading import DTYPES, denoisers, load_pipeline
-from flowgrpo.policy.precision import as_batch, as_fp32, encode_still, guarded, open_decoder
+from flowgrpo.policy.loading import DTYPES, denoisers, load_pipeline, without_safety_checker
+from flowgrpo.policy.precision import as_batch, as_fp32, guarded, open_vae
 from flowgrpo.policy.prompts_cache import PromptCache
 from flowgrpo.policy.scheduler import Itinerary, Visit, held, policy_scheduler
 from flowgrpo.policy.weights import Full, Trainable, Weights
@@ -124,9 +124,7 @@ class PipelinePolicy:
         self.check_sampling(sampling)
         pipeline.scheduler = self.scheduler
         pipeline.set_progress_bar_config(disable=True)
-        # It would blacken images that the reward then judges.
-        if getattr(pipeline, "safety_checker", None) is not None:
-            pipeline.safety_checker = None
+        without_safety_checker(pipeline)
         self.models = {k: m for k, m in pipeline.components.items() if isinstance(m, nn.Module)}
         for model in self.models.values():
             model.eval().requires_grad_(False).to(self.device)
@@ -135,8 +133,7 @@ class PipelinePolicy:
             if model.dtype != self.dtype:
                 model.to(self.dtype)
             model.forward = guarded(model.forward, self.device, self.dtype, self._precision)
-        open_decoder(pipeline)
-        encode_still(pipeline)
+        open_vae(pipeline)
         self.trainable: Trainable | None = None
         if weights is not None:
             self.trainable = Trainable(
@@ -144,8 +141,7 @@ class PipelinePolicy:
             )
         self.num_evaluations = self.num_decodes = 0
         self._entering: Tensor | None = None
-        self._calling, self._empty_loop = Calling(), True
-        self._prepared: list[torch.Size | None] = []
+        self._calling, self._empty_loop, self._prepared = Calling(), True, shapes_of([])
         if hasattr(pipeline, "encode_prompt"):
             pipeline.encode_prompt = PromptCache(pipeline.encode_prompt)
         self._prepare = getattr(pipeline, "prepare_latents", None)

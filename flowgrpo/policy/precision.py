@@ -9,6 +9,12 @@ from diffusers import DiffusionPipeline, ModelMixin
 from torch import Tensor
 
 
+def open_vae(pipeline: DiffusionPipeline) -> None:
+    """Both of the below: latents of any precision, condition images always alike."""
+    open_decoder(pipeline)
+    encode_still(pipeline)
+
+
 def encode_still(pipeline: DiffusionPipeline) -> None:
     """Let the VAE encode a condition image to the mean of its posterior, and so always alike.
 
