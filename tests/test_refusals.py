@@ -28,7 +28,7 @@ from flowgrpo.core.random import Random, SampleNoise
 from flowgrpo.doctor import Settings, examine
 from flowgrpo.experience import Prompt
 from flowgrpo.policy import PipelinePolicy, Sampling
-from flowgrpo.policy.calling import Calling, Unfit, alone, image_each, together
+from flowgrpo.policy.calling import Calling, Unfit, alone, generators_for, image_each, together
 from tests.conftest import sampling_of
 from tests.tiny.parts import GRADIENT, t5_text, t5_tokenizer
 
@@ -210,6 +210,13 @@ def test_a_single_prompt_is_passed_as_a_string_where_a_list_is_refused() -> None
     assert calling(single, {"prompt": ["a"]}, 1) == "a"
     with pytest.raises(Unfit, match="one prompt at a time"):
         calling(single, {"prompt": ["a", "b"]}, 2)
+
+
+def test_a_string_has_one_generator() -> None:
+    first, second = torch.Generator(), torch.Generator()
+    assert generators_for({"prompt": "a"}, [first]) is first
+    assert generators_for({"prompt": "a"}, first) is first
+    assert generators_for({"prompt": ["a", "b"]}, [first, second]) == [first, second]
 
 
 def test_running_out_of_memory_is_not_another_form() -> None:

@@ -23,7 +23,13 @@ from flowgrpo.doctor import checks
 from flowgrpo.doctor.checks import PROMPTS, Check, Settings, Subject
 from flowgrpo.experience import Prompt
 from flowgrpo.policy import Full, LoRA, PipelinePolicy, Sampling
-from flowgrpo.policy.calling import Calling, Unfit, check_signature, check_strength
+from flowgrpo.policy.calling import (
+    Calling,
+    Unfit,
+    check_signature,
+    check_strength,
+    generators_for,
+)
 from flowgrpo.policy.loading import DTYPES, denoisers
 from flowgrpo.policy.precision import as_batch, encode_still
 from flowgrpo.policy.scheduler import FlowPolicyScheduler, policy_scheduler
@@ -283,7 +289,7 @@ def _call(
     def run(arguments: dict[str, Any]) -> Tensor:
         with torch.no_grad():
             output = pipeline(
-                generator=noise[: len(prompts)].initial(),
+                generator=generators_for(arguments, noise[: len(prompts)].initial()),
                 output_type="pt",
                 return_dict=False,
                 **arguments,

@@ -124,3 +124,10 @@ def alone(arguments: Arguments, num_prompts: int) -> Arguments | None:
         return None
     single = {k: arguments[k][0] for k in TEXTS if isinstance(arguments.get(k), list)}
     return arguments | single
+
+
+def generators_for(arguments: Arguments, generators: Any) -> Any:
+    """The generators as the form of a call wants them: a single prompt as a string has one."""
+    if isinstance(arguments["prompt"], str) and isinstance(generators, list):
+        (generators,) = generators
+    return generators

@@ -21,7 +21,13 @@ from torch import Tensor, nn
 from flowgrpo.core.random import SampleNoise
 from flowgrpo.core.transitions import ODE, Transition
 from flowgrpo.experience import Prompt
-from flowgrpo.policy.calling import Calling, Unfit, check_signature, check_strength
+from flowgrpo.policy.calling import (
+    Calling,
+    Unfit,
+    check_signature,
+    check_strength,
+    generators_for,
+)
 from flowgrpo.policy.entering import enter, parts_of, shapes_of
 from flowgrpo.policy.loading import DTYPES, denoisers, load_pipeline, without_safety_checker
 from flowgrpo.policy.precision import as_batch, as_fp32, guarded, open_vae
@@ -352,7 +358,7 @@ class PipelinePolicy:
             output = self._call(
                 self.pipeline,
                 **arguments,
-                generator=generators,
+                generator=generators_for(arguments, generators),
                 output_type="pt" if decode else "latent",
                 return_dict=False,
             )
