@@ -321,7 +321,12 @@ def _doctor(add: Add) -> None:
         default=1e-4,
         help="compared with the numerical noise of ratios (default: %(default)s)",
     )
-    doctor.add_argument("--json", help="file for the result")
+    doctor.add_argument(
+        "--image",
+        metavar="FILE",
+        help="condition image for editing and image-to-video (default: a gradient where one is needed)",
+    )
+    doctor.add_argument("--json", metavar="FILE", help="file for the result")
 
 
 def _config(add: Add) -> None:

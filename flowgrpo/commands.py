@@ -5,10 +5,12 @@ import json
 import os
 import tomllib
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
     from torch import Tensor
 
     from flowgrpo.config import Config
@@ -101,8 +103,6 @@ def sample(options: argparse.Namespace) -> int:
 
 def grid(options: argparse.Namespace) -> int:
     """``flowgrpo grid``."""
-    from dataclasses import replace
-
     from flowgrpo import config as configuration
     from flowgrpo.evaluate.pictures import Sheet
     from flowgrpo.judge import Judge
@@ -136,32 +136,26 @@ def grid(options: argparse.Namespace) -> int:
 
 def doctor(options: argparse.Namespace) -> int:
     """``flowgrpo doctor``."""
-    from flowgrpo.doctor import Settings, examine
-    from flowgrpo.policy import Full, LoRA
+    from flowgrpo.doctor import Settings, examine, show
+    from flowgrpo.policy import Full
     from flowgrpo.run.console import Console
 
     quiet()
+    sampling = _sampling(options, 4)
+    if options.image:
+        sampling = replace(sampling, call=sampling.call | {"image": _open(options.image)})
     settings = Settings(
-        sampling=_sampling(options, 4),
-        weights=Full() if options.full else LoRA(rank=4, alpha=4),
+        sampling=sampling,
+        weights=Full() if options.full else None,
         dtype=options.dtype,
         device=_device(options.device),
         clip_range=options.clip_range,
     )
-    checks = examine(options.model, settings)
-    console = Console()
-    console.table(
-        f"{options.model}, {options.dtype} on {settings.device}",
-        ["check", "measured", ""],
-        [[c.name, c.value, "ok" if c.passed else "FAILED"] for c in checks],
-    )
-    for check in checks:
-        if not check.passed:
-            console.say(f"{check.name}: {check.advice}")
+    diagnosis = examine(options.model, settings)
+    show(diagnosis, Console())
     if options.json:
-        result = {"model": options.model, "checks": [vars(c) for c in checks]}
-        Path(options.json).write_text(json.dumps(result, indent=1))
-    return 0 if all(c.passed for c in checks) else 1
+        Path(options.json).write_text(json.dumps(diagnosis.to_json(), indent=1) + "\n")
+    return 0 if diagnosis.passed else 1
 
 
 def config(options: argparse.Namespace) -> int:
@@ -299,6 +293,17 @@ def _prompts(values: Sequence[str]) -> "list[Prompt]":
         else:
             prompts.append(Prompt(value))
     return prompts
+
+
+def _open(file: str | Path) -> "Image":
+    """An image in RGB."""
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        with Image.open(file) as image:
+            return image.convert("RGB")
+    except UnidentifiedImageError as error:
+        raise ValueError(f"{file} is no image that can be read") from error
 
 
 def _save(media: "Tensor", path: Path) -> None:

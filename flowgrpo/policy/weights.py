@@ -29,7 +29,8 @@ class LoRA:
     """The adapter's output is scaled by alpha / rank."""
     targets: tuple[str, ...] = ()
     """Layers to adapt: names, ends of names, or regular expressions behind ``re:`` that match whole
-    names; empty adapts the attention projections."""
+    names; empty adapts the attention projections, whose names are those of diffusers or else all in a
+    part named attention."""
     models: tuple[str, ...] = ()
     """Denoisers to adapt, by their name in the pipeline, such as one of Wan 2.2's two; empty for all."""
 
@@ -189,7 +190,7 @@ def _add_adapter(model: ModelMixin, lora: LoRA, seed: int) -> None:
             f"diffusers has no adapters for {type(model).__name__}; set model.weights.kind = 'full'"
         )
     layers = [n for n, m in model.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)]
-    wanted = lora.targets or ATTENTION_PROJECTIONS
+    wanted = lora.targets or _default_targets(layers)
     matches = {w: [n for n in layers if _is_target(n, w)] for w in wanted}
     found = sorted({n for names in matches.values() for n in names})
     unknown = [w for w, names in matches.items() if not names]
@@ -219,6 +220,12 @@ def _is_target(layer: str, target: str) -> bool:
     if target.startswith(PATTERN):
         return re.fullmatch(target.removeprefix(PATTERN), layer) is not None
     return layer == target or layer.endswith(f".{target}")
+
+
+def _default_targets(layers: Sequence[str]) -> Sequence[str]:
+    """The attention projections by diffusers' names; where a model has its own, all in attentions."""
+    usual = [w for w in ATTENTION_PROJECTIONS if any(n == w or n.endswith(f".{w}") for n in layers)]
+    return usual or [n for n in layers if "attn" in n.lower() or "attention" in n.lower()]
 
 
 def _unfreeze(model: ModelMixin, weights: Full) -> None:

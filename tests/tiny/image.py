@@ -21,9 +21,9 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
-from PIL import Image
 
 from .parts import (
+    GRADIENT,
     clip_text,
     clip_tokenizer,
     family,
@@ -229,7 +229,7 @@ LARGER = {"height": 32, "width": 32}
 SHORT = SIZE | {"max_sequence_length": 16}
 UNBINNED = SHORT | {"use_resolution_binning": False, "guidance_scale": 4.5}
 KONTEXT = {
-    "image": Image.linear_gradient("L").convert("RGB").resize((16, 16)),
+    "image": GRADIENT,
     "max_area": 256,
     "_auto_resize": False,
 }

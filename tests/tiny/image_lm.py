@@ -1,5 +1,7 @@
 """Tiny image families that read their prompt with a language model."""
 
+from typing import Any
+
 from diffusers import (
     AutoencoderDC,
     AutoencoderKLFlux2,
@@ -9,11 +11,13 @@ from diffusers import (
     DPMSolverMultistepScheduler,
     FlowMatchEulerDiscreteScheduler,
     Flux2KleinPipeline,
+    Flux2Pipeline,
     Flux2Transformer2DModel,
     Lumina2Pipeline,
     Lumina2Transformer2DModel,
     PRXPipeline,
     PRXTransformer2DModel,
+    QwenImageEditPipeline,
     QwenImagePipeline,
     QwenImageTransformer2DModel,
     SanaPipeline,
@@ -27,8 +31,14 @@ from transformers import (
     Gemma2Model,
     GlmConfig,
     GlmModel,
+    Mistral3Config,
+    Mistral3ForConditionalGeneration,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
+    Qwen2Tokenizer,
+    Qwen2VLImageProcessor,
+    Qwen2VLProcessor,
+    Qwen2VLVideoProcessor,
     Qwen3Config,
     Qwen3ForCausalLM,
     Qwen3Model,
@@ -39,29 +49,32 @@ from transformers.models.t5gemma.modeling_t5gemma import T5GemmaEncoder
 
 from .image import FLUX_SHIFT, FLUX_SIZES, LARGER, SHORT, SIZE, UNBINNED
 from .parts import (
+    GRADIENT,
+    VISION,
     family,
     gemma_tokenizer,
     glm_tokenizer,
     kl_vae,
     lm_sizes,
     louder,
+    pixtral_processor,
     qwen_tokenizer,
 )
 
 
-def flux2_klein() -> Flux2KleinPipeline:
-    tokenizer = qwen_tokenizer()
+def flux2_parts(guidance_embeds: bool) -> dict[str, Any]:
+    """What FLUX.2 and its small siblings share."""
     transformer = Flux2Transformer2DModel(
         **FLUX_SIZES,
         timestep_guidance_channels=32,
         axes_dims_rope=(4, 4, 4, 4),
-        guidance_embeds=False,
+        guidance_embeds=guidance_embeds,
     )
     louder(transformer.transformer_blocks[0].attn.add_v_proj, 8.0)
-    return Flux2KleinPipeline(
-        transformer=transformer,
-        scheduler=FlowMatchEulerDiscreteScheduler(**FLUX_SHIFT),
-        vae=AutoencoderKLFlux2(
+    return {
+        "transformer": transformer,
+        "scheduler": FlowMatchEulerDiscreteScheduler(**FLUX_SHIFT),
+        "vae": AutoencoderKLFlux2(
             block_out_channels=(8, 16),
             down_block_types=("DownEncoderBlock2D",) * 2,
             up_block_types=("UpDecoderBlock2D",) * 2,
@@ -70,6 +83,35 @@ def flux2_klein() -> Flux2KleinPipeline:
             norm_num_groups=4,
             sample_size=32,
         ),
+    }
+
+
+def flux2() -> Flux2Pipeline:
+    """FLUX.2-dev, which reads prompts with a Mistral 3 that could see images too."""
+    processor = pixtral_processor()
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    config = Mistral3Config(
+        text_config={"model_type": "mistral", **lm_sizes(processor.tokenizer)},
+        vision_config={
+            "model_type": "pixtral",
+            **vision,
+            "num_attention_heads": 2,
+            "image_size": 32,
+            "patch_size": 8,
+        },
+        image_token_index=processor.tokenizer.convert_tokens_to_ids("[IMG]"),
+    )
+    return Flux2Pipeline(
+        **flux2_parts(guidance_embeds=True),
+        text_encoder=Mistral3ForConditionalGeneration(config),
+        tokenizer=processor,
+    )
+
+
+def flux2_klein() -> Flux2KleinPipeline:
+    tokenizer = qwen_tokenizer()
+    return Flux2KleinPipeline(
+        **flux2_parts(guidance_embeds=False),
         text_encoder=Qwen3ForCausalLM(Qwen3Config(**lm_sizes(tokenizer))),
         tokenizer=tokenizer,
     )
@@ -166,11 +208,24 @@ def cogview4() -> CogView4Pipeline:
     )
 
 
-def qwen_image() -> QwenImagePipeline:
-    tokenizer = qwen_tokenizer()
+def qwen_vl(tokenizer: Qwen2Tokenizer) -> Qwen2_5_VLForConditionalGeneration:
+    """The vision-language model that reads Qwen-Image's prompts and, for editing, images."""
     rope = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 1e6}
-    text = lm_sizes(tokenizer) | {"rope_parameters": rope}
     vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2}
+    names = ("vision_start_token_id", "vision_end_token_id", "image_token_id", "video_token_id")
+    vocabulary = tokenizer.get_vocab()
+    ids = {n: vocabulary[t] for n, t in zip(names, VISION, strict=True) if t in vocabulary}
+    return Qwen2_5_VLForConditionalGeneration(
+        Qwen2_5_VLConfig(
+            text_config=lm_sizes(tokenizer) | {"rope_parameters": rope},
+            vision_config=vision | {"out_hidden_size": 16, "fullatt_block_indexes": [0]},
+            **ids,
+        )
+    )
+
+
+def qwen_image_parts() -> dict[str, Any]:
+    """The transformer and the scheduler of Qwen-Image and Qwen-Image-Edit."""
     transformer = QwenImageTransformer2DModel(
         patch_size=2,
         in_channels=64,
@@ -182,23 +237,51 @@ def qwen_image() -> QwenImagePipeline:
         axes_dims_rope=(8, 4, 4),
     )
     louder(transformer.transformer_blocks[0].attn.add_v_proj, 8.0)
+    scheduler = FlowMatchEulerDiscreteScheduler(
+        base_shift=0.5,
+        max_shift=0.9,
+        max_image_seq_len=8192,
+        shift_terminal=0.02,
+        use_dynamic_shifting=True,
+    )
+    return {"transformer": transformer, "scheduler": scheduler}
+
+
+def qwen_image() -> QwenImagePipeline:
+    tokenizer = qwen_tokenizer()
     return QwenImagePipeline(
-        transformer=transformer,
-        scheduler=FlowMatchEulerDiscreteScheduler(
-            base_shift=0.5,
-            max_shift=0.9,
-            max_image_seq_len=8192,
-            shift_terminal=0.02,
-            use_dynamic_shifting=True,
-        ),
+        **qwen_image_parts(),
         vae=AutoencoderKLQwenImage(base_dim=8, dim_mult=[1, 1, 1, 1], num_res_blocks=1),
-        text_encoder=Qwen2_5_VLForConditionalGeneration(
-            Qwen2_5_VLConfig(
-                text_config=text,
-                vision_config=vision | {"out_hidden_size": 16, "fullatt_block_indexes": [0]},
-            )
-        ),
+        text_encoder=qwen_vl(tokenizer),
         tokenizer=tokenizer,
+    )
+
+
+def qwen_image_edit() -> QwenImageEditPipeline:
+    """Its pipeline scales every image to a megapixel, so the VAE is 64-fold in place of 8-fold."""
+    tokenizer = qwen_tokenizer(*VISION)
+    pixels = {"shortest_edge": 28 * 28, "longest_edge": 56 * 56}
+    parts = qwen_image_parts()
+    louder(parts["transformer"].transformer_blocks[0].attn.add_v_proj, 8.0)
+    vae = AutoencoderKLQwenImage(
+        base_dim=4,
+        dim_mult=[1] * 7,
+        num_res_blocks=0,
+        temperal_downsample=[False, False, False, False, True, True],
+    )
+    for level in vae.decoder.up_blocks[:-1]:
+        louder(level.upsamplers[0].resample[1])
+    return QwenImageEditPipeline(
+        **parts,
+        vae=vae,
+        text_encoder=qwen_vl(tokenizer),
+        tokenizer=tokenizer,
+        processor=Qwen2VLProcessor(
+            image_processor=Qwen2VLImageProcessor(size=pixels),
+            tokenizer=tokenizer,
+            video_processor=Qwen2VLVideoProcessor(size=pixels),
+            chat_template=tokenizer.chat_template,
+        ),
     )
 
 
@@ -271,6 +354,19 @@ IMAGE_LM = (
         "qwen_image",
         qwen_image,
         LARGER | {"max_sequence_length": 32, "true_cfg_scale": 4.0},
+    ),
+    family(
+        "qwen_image_edit",
+        qwen_image_edit,
+        {"image": GRADIENT, "height": 256, "width": 256, "true_cfg_scale": 4.0},
+        num_steps=3,
+    ),
+    family(
+        "flux2",
+        flux2,
+        # As many tokens as the pipeline's system message needs before the prompt.
+        SIZE
+        | {"max_sequence_length": 160, "guidance_scale": 4.0, "text_encoder_out_layers": (1, 2)},
     ),
     family(
         "z_image",

@@ -10,15 +10,21 @@ from typing import Any, Literal
 
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline
+from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from torch import Tensor, nn
 from transformers import (
+    CLIPImageProcessor,
     CLIPTextConfig,
     CLIPTextModel,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
+    CLIPVisionConfig,
+    CLIPVisionModel,
     GemmaTokenizer,
     LlamaTokenizer,
+    PixtralImageProcessor,
+    PixtralProcessor,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
     Qwen2Tokenizer,
@@ -53,15 +59,23 @@ The last two lines are Qwen-Image's template: the pipeline cuts off a fixed coun
 """
 
 
+GRADIENT = Image.linear_gradient("L").convert("RGB").resize((16, 16))
+"""The condition image of editing and image-to-video families."""
+
+
 @dataclass(frozen=True)
 class Family:
-    """One kind of pipeline: how to make it, and the smallest call that it takes."""
+    """One kind of pipeline: how to make it, and the smallest call that it takes.
+
+    ``num_steps`` is how many denoising steps tests take.
+    """
 
     name: str
     build: Callable[[], DiffusionPipeline]
     call: dict[str, Any]
     video: bool = False
     prediction: Prediction = "flow"
+    num_steps: int = 4
 
 
 def family(
@@ -72,6 +86,7 @@ def family(
     outputs: tuple[str, ...] = ("transformer.proj_out", "vae.decoder.conv_out"),
     video: bool = False,
     prediction: Prediction = "flow",
+    num_steps: int = 4,
 ) -> Family:
     """A family whose weights are seeded, nowhere zero, and of outputs O(1).
 
@@ -91,7 +106,7 @@ def family(
                 pipe(prompt="a red cube", num_inference_steps=2, output_type="pt", **call)
         return pipe
 
-    return Family(name, build, call, video, prediction)
+    return Family(name, build, call, video, prediction, num_steps)
 
 
 @torch.no_grad()
@@ -196,6 +211,21 @@ def clip_text(
     return model
 
 
+def clip_vision(width: int) -> tuple[CLIPVisionModel, CLIPImageProcessor]:
+    """CLIP's vision model, whose last layer but one Wan reads, and its preprocessing."""
+    config = CLIPVisionConfig(
+        hidden_size=width,
+        intermediate_size=2 * width,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        image_size=32,
+        patch_size=8,
+        hidden_act="gelu",
+    )
+    side = {"height": 32, "width": 32}
+    return CLIPVisionModel(config), CLIPImageProcessor(size={"shortest_edge": 32}, crop_size=side)
+
+
 def t5_tokenizer() -> T5Tokenizer:
     """T5's unigram tokenizer: the words at one price, single characters at a higher one."""
     characters = ["▁", *(chr(i) for i in range(33, 127))]
@@ -245,9 +275,16 @@ def llama_tokenizer() -> LlamaTokenizer:
     )
 
 
-def qwen_tokenizer() -> Qwen2Tokenizer:
-    """Qwen's tokenizer with a chat template as short as its real one's effect here."""
-    parts = with_specials("bytes", "<|endoftext|>", "<|im_start|>", "<|im_end|>")
+VISION = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
+"""Qwen's tokens around and in place of an image."""
+
+
+def qwen_tokenizer(*more: str) -> Qwen2Tokenizer:
+    """Qwen's tokenizer with a chat template as short as its real one's effect here.
+
+    ``more`` are special tokens beyond those of texts.
+    """
+    parts = with_specials("bytes", "<|endoftext|>", "<|im_start|>", "<|im_end|>", *more)
     template = (
         "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n"
         "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -255,7 +292,7 @@ def qwen_tokenizer() -> Qwen2Tokenizer:
     return Qwen2Tokenizer(
         **parts,
         chat_template=template,
-        extra_special_tokens=["<|im_start|>", "<|im_end|>"],
+        extra_special_tokens=["<|im_start|>", "<|im_end|>", *more],
         model_max_length=1024,
     )
 
@@ -277,6 +314,37 @@ def glm_tokenizer() -> PreTrainedTokenizerFast:
         extra_special_tokens=list(prefix),
         padding_side="left",
         model_max_length=512,
+    )
+
+
+def pixtral_processor() -> PixtralProcessor:
+    """The processor that FLUX.2 reads prompts with: Mistral's chat format, padding on the left."""
+    pictures = ("[IMG]", "[IMG_BREAK]", "[IMG_END]")
+    frame = ("[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]", "[INST]", "[/INST]")
+    parts = with_specials("bytes", "<unk>", "<s>", "</s>", "<pad>", *pictures, *frame)
+    backend = Tokenizer(models.BPE(**parts))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
+        unk_token="<unk>",
+        extra_special_tokens=[*pictures, *frame],
+        padding_side="left",
+        model_max_length=512,
+    )
+    template = (
+        "<s>{% for m in messages %}{% set t = m['content'][-1]['text'] %}"
+        "{% if m['role'] == 'system' %}[SYSTEM_PROMPT]{{ t }}[/SYSTEM_PROMPT]"
+        "{% else %}[INST]{{ t }}[/INST]{% endif %}{% endfor %}"
+    )
+    return PixtralProcessor(
+        image_processor=PixtralImageProcessor(patch_size={"height": 8, "width": 8}),
+        tokenizer=tokenizer,
+        patch_size=8,
+        chat_template=template,
     )
 
 

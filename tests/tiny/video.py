@@ -1,5 +1,7 @@
 """Tiny video families, each with the scheduler configuration that its checkpoint ships with."""
 
+from typing import Any
+
 from diffusers import (
     AutoencoderKLCogVideoX,
     AutoencoderKLHunyuanVideo,
@@ -7,6 +9,7 @@ from diffusers import (
     AutoencoderKLMochi,
     AutoencoderKLWan,
     CogVideoXDDIMScheduler,
+    CogVideoXImageToVideoPipeline,
     CogVideoXPipeline,
     CogVideoXTransformer3DModel,
     FlowMatchEulerDiscreteScheduler,
@@ -19,14 +22,17 @@ from diffusers import (
     SkyReelsV2Pipeline,
     SkyReelsV2Transformer3DModel,
     UniPCMultistepScheduler,
+    WanImageToVideoPipeline,
     WanPipeline,
     WanTransformer3DModel,
 )
 from transformers import LlamaConfig, LlamaModel
 
 from .parts import (
+    GRADIENT,
     clip_text,
     clip_tokenizer,
+    clip_vision,
     family,
     llama_tokenizer,
     lm_sizes,
@@ -84,6 +90,26 @@ def wan22() -> WanPipeline:
         vae=wan_vae(),
         scheduler=flow_unipc(3.0),
         boundary_ratio=0.875,
+    )
+
+
+def wan_i2v() -> WanImageToVideoPipeline:
+    """Wan 2.1: the image's latents beside the noisy ones, and CLIP's view of it in the attention."""
+    tokenizer = t5_tokenizer()
+    image_encoder, image_processor = clip_vision(16)
+    latents_mask_image = 16 + 4 + 16
+    return WanImageToVideoPipeline(
+        tokenizer=tokenizer,
+        text_encoder=t5_text(tokenizer, 32, umt5=True),
+        transformer=WanTransformer3DModel(
+            **WAN_SIZES | {"in_channels": latents_mask_image},
+            image_dim=16,
+            added_kv_proj_dim=24,
+        ),
+        vae=wan_vae(),
+        scheduler=flow_unipc(3.0),
+        image_encoder=image_encoder,
+        image_processor=image_processor,
     )
 
 
@@ -162,13 +188,13 @@ def ltx() -> LTXPipeline:
     )
 
 
-def cogvideox() -> CogVideoXPipeline:
-    """CogVideoX-2b; its position table fixes the size, the frames and the text's length."""
+def cogvideox_parts(**transformer: Any) -> dict[str, Any]:
+    """CogVideoX; its position table fixes the size, the frames and the text's length."""
     tokenizer = t5_tokenizer()
-    return CogVideoXPipeline(
-        tokenizer=tokenizer,
-        text_encoder=t5_text(tokenizer, 32),
-        vae=AutoencoderKLCogVideoX(
+    return {
+        "tokenizer": tokenizer,
+        "text_encoder": t5_text(tokenizer, 32),
+        "vae": AutoencoderKLCogVideoX(
             down_block_types=("CogVideoXDownBlock3D",) * 4,
             up_block_types=("CogVideoXUpBlock3D",) * 4,
             block_out_channels=(8, 8, 8, 8),
@@ -178,10 +204,9 @@ def cogvideox() -> CogVideoXPipeline:
             sample_height=32,
             sample_width=32,
         ),
-        transformer=CogVideoXTransformer3DModel(
+        "transformer": CogVideoXTransformer3DModel(
             num_attention_heads=2,
             attention_head_dim=16,
-            in_channels=4,
             out_channels=4,
             time_embed_dim=16,
             text_embed_dim=32,
@@ -190,8 +215,9 @@ def cogvideox() -> CogVideoXPipeline:
             sample_height=4,
             sample_frames=9,
             max_text_seq_length=16,
+            **transformer,
         ),
-        scheduler=CogVideoXDDIMScheduler(
+        "scheduler": CogVideoXDDIMScheduler(
             beta_schedule="scaled_linear",
             clip_sample=False,
             prediction_type="v_prediction",
@@ -199,6 +225,22 @@ def cogvideox() -> CogVideoXPipeline:
             snr_shift_scale=3.0,
             timestep_spacing="trailing",
         ),
+    }
+
+
+def cogvideox() -> CogVideoXPipeline:
+    """CogVideoX-2b."""
+    return CogVideoXPipeline(**cogvideox_parts(in_channels=4))
+
+
+def cogvideox_i2v() -> CogVideoXImageToVideoPipeline:
+    """CogVideoX-5b-I2V: rotary and learned positions, the image's latents beside the noisy ones."""
+    return CogVideoXImageToVideoPipeline(
+        **cogvideox_parts(
+            in_channels=8,
+            use_rotary_positional_embeddings=True,
+            use_learned_positional_embeddings=True,
+        )
     )
 
 
@@ -228,6 +270,7 @@ def mochi() -> MochiPipeline:
 
 CLIP = {"height": 16, "width": 16, "num_frames": 5, "max_sequence_length": 16}
 LARGER = CLIP | {"height": 32, "width": 32}
+IMAGE = {"image": GRADIENT}
 CONV = ("transformer.proj_out", "vae.decoder.conv_out.conv")
 VIDEO = (
     family("wan_t2v", wan_t2v, CLIP | {"guidance_scale": 5.0}, video=True),
@@ -247,6 +290,15 @@ VIDEO = (
         video=True,
         prediction="v_prediction",
     ),
+    family(
+        "cogvideox_i2v",
+        cogvideox_i2v,
+        LARGER | IMAGE | {"num_frames": 9, "guidance_scale": 6.0},
+        outputs=CONV,
+        video=True,
+        prediction="v_prediction",
+    ),
+    family("wan_i2v", wan_i2v, CLIP | IMAGE | {"guidance_scale": 5.0}, video=True),
     family(
         "mochi",
         mochi,

@@ -1,0 +1,362 @@
+"""What a policy must be able to do.
+
+Every check measures a number and compares it with a tolerance; the table shows both.
+"""
+
+import gc
+import math
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+from diffusers import DiffusionPipeline
+from torch import Tensor
+
+from flowgrpo.core.random import Random, SampleNoise
+from flowgrpo.core.transitions import Transition
+from flowgrpo.experience import Prompt
+from flowgrpo.policy import LoRA, PipelinePolicy, Sampling
+from flowgrpo.policy.export import export
+from flowgrpo.policy.loading import DTYPES, load_pipeline, without_safety_checker
+from flowgrpo.policy.pipeline import Rollout
+from flowgrpo.policy.weights import Weights
+
+PROMPTS: Sequence[Prompt] = (
+    Prompt("a photo of a red circle"),
+    Prompt("two blue squares"),
+    Prompt("a photo of a red circle"),
+)
+
+
+@dataclass(frozen=True)
+class Check:
+    """One property that a policy must have.
+
+    Attributes:
+        name: What is checked.
+        value: What was measured, in words.
+        passed: Whether it holds.
+        advice: What a failure means.
+        measured: The number that was compared.
+    """
+
+    name: str
+    value: str
+    passed: bool
+    advice: str
+    measured: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What the doctor does.
+
+    Attributes:
+        sampling: How the pipeline is called.
+        weights: What is made trainable; None takes adapters where diffusers has them, else all.
+        dtype: Precision of the denoiser.
+        device: Where.
+        clip_range: The clip range that the noise floor is compared with.
+        tolerance: Largest difference of pixel values in [0, 1] between two ways to one image; in half
+            precision ten times this is the largest mean difference.
+    """
+
+    sampling: Sampling
+    weights: Weights | None = None
+    dtype: str = "float32"
+    device: str = "cpu"
+    clip_range: float = 1e-4
+    tolerance: float = 2e-3
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is examined.
+
+    Attributes:
+        model: Hub id or folder.
+        policy: The policy that was made of it.
+        settings: What the doctor does, with nothing left open.
+        prompts: As many as the pipeline takes at once.
+        noise: One stream for each.
+        transition: The stochastic step.
+        rollout: A trajectory on which every trained step was stochastic and recorded.
+    """
+
+    model: str | Path
+    policy: PipelinePolicy
+    settings: Settings
+    prompts: Sequence[Prompt]
+    noise: SampleNoise
+    transition: Transition
+    rollout: Rollout
+
+
+Measure = Callable[[Subject, Tensor], Sequence[Check]]
+"""Makes checks of a subject and of the images that the stock pipeline draws."""
+
+
+def load(model: str | Path, settings: Settings) -> DiffusionPipeline:
+    """The pipeline as diffusers loads it."""
+    pipeline = load_pipeline(model, DTYPES[settings.dtype]).to(settings.device)
+    pipeline.set_progress_bar_config(disable=True)
+    without_safety_checker(pipeline)
+    return pipeline
+
+
+def finite(subject: Subject, stock: Tensor) -> Sequence[Check]:
+    """What the denoiser says is finite."""
+    said = torch.cat([v.prediction.output.flatten() for v in subject.rollout.visits])
+    broken = float((~said.isfinite()).float().mean())
+    dtype = subject.settings.dtype
+    other = "float32" if dtype == "float32" else "bfloat16 or float32"
+    return [
+        Check(
+            "what the denoiser says is finite",
+            "all of it" if broken == 0 else f"{broken:.1%} is not",
+            broken == 0,
+            f"the model overflows in {dtype}: use {other}",
+            broken,
+        )
+    ]
+
+
+def noise_zero(subject: Subject, stock: Tensor) -> Sequence[Check]:
+    """Noise 0 gives the stock image."""
+    return [
+        _agreement(
+            "noise 0 gives the stock image",
+            subject.policy.images(subject.prompts, subject.noise),
+            stock,
+            subject.settings,
+            "our deterministic sampler differs from diffusers' first-order sampler",
+        )
+    ]
+
+
+def recorded(subject: Subject, stock: Tensor) -> Sequence[Check]:
+    """The recorded steps are those that happened.
+
+    One ends where the next begins, and each is as random as its density says.
+    """
+    visits = subject.rollout.visits
+    jump = max(
+        (_gap(a.x_next, b.x) for a, b in pairwise(visits) if b.step == a.step + 1), default=0.0
+    )
+    noise = torch.cat([((v.x_next - v.gaussian.mean) / v.gaussian.std).flatten() for v in visits])
+    size = float(noise.square().mean())
+    return [
+        Check(
+            "a step begins where the last one ended",
+            f"off by {jump:.1e}",
+            jump == 0,
+            "the pipeline changes its state between two steps, which no log-probability accounts for",
+            jump,
+        ),
+        Check(
+            "injected noise is as large as log_prob has it",
+            f"variance {size:.3f} of 1",
+            # Five standard errors of a mean of squared normals.
+            abs(size - 1) <= 5 * (2 / noise.numel()) ** 0.5,
+            "ratios would be of another distribution than the one that was sampled",
+            size,
+        ),
+    ]
+
+
+def replay(subject: Subject, stock: Tensor) -> Sequence[Check]:
+    """Replay equals rollout.
+
+    Every step again, at the rollout's batch shape and one by one.
+    """
+    checks, settings, visits = [], subject.settings, subject.rollout.visits
+    for words, size in (("same batch", len(subject.prompts)), ("batch of 1", 1)):
+        output, change = 0.0, 0.0
+        for visit in visits:
+            for start in range(0, len(subject.prompts), size):
+                rows = slice(start, start + size)
+                with torch.no_grad():
+                    again = subject.policy.replay(
+                        subject.prompts[rows], visit.x[rows], visit.step, subject.transition
+                    )
+                output = max(output, _gap(again.prediction.output, visit.prediction.output[rows]))
+                old = visit.gaussian.log_prob(visit.x_next)[rows]
+                change = max(change, _gap(again.gaussian.log_prob(visit.x_next[rows]), old))
+        scale = max(float(v.prediction.output.abs().max()) for v in visits)
+        exact = 1e-4 if settings.dtype == "float32" else 5e-2
+        checks += [
+            Check(
+                f"replay equals rollout ({words})",
+                f"{output / scale:.1e}",
+                output <= exact * scale,
+                "the model does not see in training what it saw in the rollout",
+                output / scale,
+            ),
+            Check(
+                f"ratio is 1 before an update ({words})",
+                f"off by {change:.1e}",
+                change <= settings.clip_range / 2,
+                f"numerical noise fills the clip range {settings.clip_range:g}: use more precision, "
+                "train where the rollout batch has the same shape, or widen the clip range",
+                change,
+            ),
+        ]
+    return checks
+
+
+def gradients(subject: Subject, stock: Tensor) -> Sequence[Check]:
+    """Gradients reach what is trained.
+
+    Backward through every step: the trained weights, all of them and no others, get a gradient.
+    """
+    policy = subject.policy
+    assert policy.trainable is not None
+    for visit in subject.rollout.visits:
+        again = policy.replay(subject.prompts, visit.x, visit.step, subject.transition)
+        log_prob = again.gaussian.log_prob(visit.x_next)
+        if log_prob.requires_grad:
+            log_prob.sum().backward()
+    trained = list(policy.trainable.parameters.values())
+    reached = [p for p in trained if p.grad is not None and bool(p.grad.isfinite().all())]
+    moved = sum(bool(p.grad.abs().max() > 0) for p in reached if p.grad is not None)
+    ids = {id(p) for p in trained}
+    leaked = [
+        n
+        for m in policy.models.values()
+        for n, p in m.named_parameters()
+        if p.grad is not None and id(p) not in ids
+    ]
+    for parameter in trained:
+        parameter.grad = None
+    return [
+        Check(
+            "gradients reach what is trained",
+            f"{len(reached)}/{len(trained)} tensors, {moved} not zero, {len(leaked)} others",
+            # The last block of some transformers ignores part of its weights, and half of a fresh
+            # LoRA has zero gradient because the other half is zero.
+            len(reached) >= 0.9 * len(trained) and moved >= 0.4 * len(trained) and not leaked,
+            "weights are trained that the loop does not use, or the pipeline cuts the gradient",
+            len(reached) / len(trained),
+        )
+    ]
+
+
+def branch(subject: Subject, stock: Tensor) -> Sequence[Check]:
+    """A branch from the middle agrees.
+
+    Enter in the middle of a rollout and follow it to the end.
+    """
+    visits, media = subject.rollout.visits, subject.rollout.media
+    assert media is not None
+    middle = visits[len(visits) // 2]
+    (branch,) = subject.policy.run(
+        subject.prompts,
+        subject.noise,
+        nodes=range(middle.step + 1, subject.settings.sampling.num_steps + 1),
+        x=middle.x_next,
+        stochastic=[v.step for v in visits if v.step > middle.step],
+        transition=subject.transition,
+    )
+    assert branch.media is not None
+    return [
+        _agreement(
+            "a branch from the middle agrees",
+            branch.media,
+            media,
+            subject.settings,
+            "states cannot be entered exactly",
+        )
+    ]
+
+
+def decode(subject: Subject, stock: Tensor) -> Sequence[Check]:
+    """Decoding a last state agrees."""
+    policy, last = subject.policy, subject.settings.sampling.num_steps - 1
+    (rollout,) = policy.run(subject.prompts, subject.noise, record=[last], decode=False)
+    return [
+        _agreement(
+            "decoding a last state agrees",
+            policy.decode(subject.prompts, rollout.visits[-1].x_next),
+            policy.images(subject.prompts, subject.noise),
+            subject.settings,
+            "final states are not decoded alike",
+        )
+    ]
+
+
+def exported(subject: Subject, stock: Tensor) -> Sequence[Check]:
+    """An export loads back to the same image.
+
+    Disturb what is trained, export it, load it with diffusers alone, compare the images. The policy
+    is gone after this.
+    """
+    name = "an export loads back to the same image"
+    advice = "users of the exported weights would see other images, or none"
+    policy, settings = subject.policy, subject.settings
+    assert policy.trainable is not None
+    generator = Random(11).generator()
+    with torch.no_grad():
+        for p in policy.trainable.parameters.values():
+            p.add_(0.02 * torch.randn(p.shape, generator=generator).to(p))
+    tuned = policy.images(subject.prompts, subject.noise)
+    with tempfile.TemporaryDirectory() as folder:
+        export(policy.stock_pipeline(), policy.trainable, Path(folder))
+        del policy.pipeline
+        gc.collect()
+        try:
+            pipeline = _load_exported(subject.model, Path(folder), list(policy.denoisers), settings)
+        except Exception as error:
+            text = f"cannot be loaded: {str(error).splitlines()[0] if str(error) else error!r}"
+            return [Check(name, text, False, advice, math.inf)]
+    loaded = PipelinePolicy(
+        pipeline,
+        sampling=settings.sampling,
+        batch_size=len(subject.prompts),
+        dtype=settings.dtype,
+        device=settings.device,
+    )
+    images = loaded.images(subject.prompts, subject.noise)
+    return [_agreement(name, images, tuned, settings, advice)]
+
+
+ALL: Sequence[Measure] = (
+    finite, noise_zero, recorded, replay, gradients, branch, decode, exported,
+)  # fmt: skip
+
+
+def _load_exported(
+    model: str | Path, folder: Path, denoisers: Sequence[str], settings: Settings
+) -> DiffusionPipeline:
+    """What was exported, as diffusers loads it."""
+    if not isinstance(settings.weights, LoRA):
+        return load(folder, settings)
+    pipeline = load(model, settings)
+    for part in denoisers:
+        if (folder / part).is_dir():
+            getattr(pipeline, part).load_lora_adapter(
+                folder / part, prefix=None, weight_name="pytorch_lora_weights.safetensors"
+            )
+    if list(folder.glob("*.safetensors")):
+        pipeline.load_lora_weights(folder)
+    return pipeline
+
+
+def _agreement(name: str, a: Tensor, b: Tensor, settings: Settings, advice: str) -> Check:
+    """Whether two ways lead to one image.
+
+    In half precision, where two ways round differently, the mean difference counts.
+    """
+    if settings.dtype == "float32":
+        gap, allowed = _gap(a, b), settings.tolerance
+    else:
+        gap, allowed = float((a - b).abs().mean()), 10 * settings.tolerance
+    return Check(name, f"{gap:.1e}", gap <= allowed, advice, gap)
+
+
+def _gap(a: Tensor, b: Tensor) -> float:
+    """Largest absolute difference; infinite where a value is not finite."""
+    gap = (a.detach().float().cpu() - b.detach().float().cpu()).abs().max()
+    return float(gap) if bool(gap.isfinite()) else float("inf")

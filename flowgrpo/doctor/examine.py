@@ -1,0 +1,300 @@
+"""From a model's name to a diagnosis: load it, find a call that works, run the checks.
+
+Whatever a pipeline raises on the way ends as one sentence that says what was tried.
+"""
+
+import inspect
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DDIMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from PIL import Image
+from torch import Tensor
+
+from flowgrpo.core.random import Random, SampleNoise
+from flowgrpo.core.steps import AllSteps
+from flowgrpo.core.transitions import CPS, DDIM, Transition
+from flowgrpo.doctor import checks
+from flowgrpo.doctor.checks import PROMPTS, Check, Settings, Subject
+from flowgrpo.experience import Prompt
+from flowgrpo.policy import Full, LoRA, PipelinePolicy, Sampling
+from flowgrpo.policy.calling import (
+    Calling,
+    Unfit,
+    check_signature,
+    check_strength,
+    generators_for,
+)
+from flowgrpo.policy.loading import DTYPES, denoisers
+from flowgrpo.policy.precision import as_batch, encode_still
+from flowgrpo.policy.scheduler import FlowPolicyScheduler, policy_scheduler
+from flowgrpo.run.console import Console
+
+ALONE = {
+    f"{check} (batch of 1)" for check in ("replay equals rollout", "ratio is 1 before an update")
+}
+"""Checks that fail where a prompt's image depends on the others of its batch."""
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """What the doctor found.
+
+    Attributes:
+        model: Hub id or folder.
+        pipeline: The pipeline's class.
+        path: ``flow`` for rectified flow, ``diffusion`` for models that predict noise, v or data.
+        media: ``image`` or ``video``.
+        dtype: Precision of the denoiser.
+        device: Where it ran.
+        weights: ``lora`` or ``full``.
+        prompts: How many prompts the pipeline took at once.
+        notes: What the doctor chose because nobody said so.
+        checks: What was measured.
+    """
+
+    model: str
+    pipeline: str
+    path: str
+    media: str
+    dtype: str
+    device: str
+    weights: str
+    prompts: int
+    notes: Sequence[str]
+    checks: Sequence[Check]
+
+    @property
+    def passed(self) -> bool:
+        """Whether every check holds."""
+        return all(c.passed for c in self.checks)
+
+    def to_json(self) -> dict[str, Any]:
+        """For a file; numbers that are not finite are null."""
+        table = asdict(self) | {"passed": self.passed}
+        for check in table["checks"]:
+            check["measured"] = check["measured"] if math.isfinite(check["measured"]) else None
+        return table
+
+
+@dataclass(frozen=True)
+class _Trial:
+    """A call that works: how, for how many prompts, and what came out."""
+
+    sampling: Sampling
+    prompts: Sequence[Prompt]
+    media: Tensor
+    notes: Sequence[str]
+
+
+def examine(model: str | Path, settings: Settings) -> Diagnosis:
+    """Run all checks on a hub id or a folder.
+
+    Raises:
+        FileNotFoundError: If a folder is named that is no pipeline.
+        ValueError: If the pipeline cannot be a policy at all; says why.
+    """
+    diagnosis = _examine(model, settings, (PROMPTS, PROMPTS[:1]))
+    failed = {c.name for c in diagnosis.checks if not c.passed}
+    if settings.dtype != "float32" or not failed or not failed <= ALONE or diagnosis.prompts == 1:
+        return diagnosis
+    # No rounding, and right in the same batch: the prompts of a batch see each other's padding.
+    again = _examine(model, settings, (PROMPTS[:1],))
+    note = "the prompts of a batch change each other's images"
+    return replace(again, notes=(note, *again.notes)) if again.passed else diagnosis
+
+
+def _examine(
+    model: str | Path, settings: Settings, batches: Sequence[Sequence[Prompt]]
+) -> Diagnosis:
+    """Run all checks on the first batch of prompts that the pipeline takes."""
+    noise = SampleNoise([Random(7).at(i) for i in range(len(PROMPTS))])
+    pipeline = _stock(model, settings)
+    weights, notes = settings.weights, []
+    if weights is None:
+        bare = [type(m).__name__ for m in denoisers(pipeline).values() if not _adaptable(m)]
+        weights = Full() if bare else LoRA(rank=4, alpha=4)
+        if bare:
+            notes.append(f"all weights are trained: diffusers has no adapters for {bare[0]}")
+    trial = _trial(pipeline, settings, noise, batches)
+    name = type(pipeline).__name__
+    del pipeline
+    settings = replace(settings, sampling=trial.sampling, weights=weights)
+    noise = noise[: len(trial.prompts)]
+    with explained("making a policy of it"):
+        policy = PipelinePolicy.from_pretrained(
+            model,
+            sampling=trial.sampling,
+            weights=weights,
+            batch_size=len(trial.prompts),
+            dtype=settings.dtype,
+            device=settings.device,
+        )
+    flow = isinstance(policy.scheduler, FlowPolicyScheduler)
+    transition: Transition = CPS(noise_level=0.7) if flow else DDIM(eta=1.0)
+    steps = AllSteps().select(trial.sampling.num_steps, 0, torch.Generator())
+    with explained("a stochastic rollout"):
+        (rollout,) = policy.run(
+            trial.prompts, noise, stochastic=steps, transition=transition, record=steps
+        )
+    subject = Subject(model, policy, settings, trial.prompts, noise, transition, rollout)
+    return Diagnosis(
+        model=str(model),
+        pipeline=name,
+        path="flow" if flow else "diffusion",
+        media="video" if trial.media.ndim == 5 else "image",
+        dtype=settings.dtype,
+        device=settings.device,
+        weights=weights.kind,
+        prompts=len(trial.prompts),
+        notes=(*notes, *trial.notes),
+        checks=[c for check in checks.ALL for c in _guarded(check, subject, trial.media)],
+    )
+
+
+def show(diagnosis: Diagnosis, console: Console) -> None:
+    """Print the checks as a table, then what was chosen, then what a failure means."""
+    d = diagnosis
+    console.table(
+        f"{d.model}: {d.pipeline}, {d.path}, {d.media}, {d.dtype} on {d.device}",
+        ["check", "measured", ""],
+        [[c.name, c.value, "ok" if c.passed else "FAILED"] for c in d.checks],
+    )
+    for note in d.notes:
+        console.say(note)
+    for check in d.checks:
+        if not check.passed:
+            console.say(f"{check.name}: {check.advice}")
+
+
+@contextmanager
+def explained(attempt: str) -> Iterator[None]:
+    """Inside, whatever is raised becomes one sentence about the attempt.
+
+    Raises:
+        Unfit: With the attempt, and the kind and the first line of the error.
+    """
+    try:
+        yield
+    except (Unfit, FileNotFoundError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise Unfit(f"{attempt} failed: {_in_short(error)}") from error
+
+
+def _guarded(check: checks.Measure, subject: Subject, stock: Tensor) -> Sequence[Check]:
+    """The check; what the pipeline raises in it is its failure."""
+    try:
+        return check(subject, stock)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        name = (check.__doc__ or check.__name__).splitlines()[0].rstrip(".")
+        advice = "the pipeline cannot do what this check asks of it"
+        return [Check(name, _in_short(error), False, advice, math.inf)]
+
+
+def _in_short(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    text = lines[0] if lines else "no message"
+    return f"{type(error).__name__}: {text[:300]}"
+
+
+def _adaptable(model: object) -> bool:
+    return hasattr(model, "add_adapter") and hasattr(model, "load_lora_adapter")
+
+
+def _stock(model: str | Path, settings: Settings) -> DiffusionPipeline:
+    """The pipeline as diffusers runs it, with diffusers' own first-order sampler."""
+    with explained(f"loading {model}"):
+        pipeline = checks.load(model, settings)
+    call = inspect.signature(inspect.unwrap(type(pipeline).__call__)).parameters
+    check_signature(pipeline, call)
+    check_strength(type(pipeline).__name__, call, settings.sampling.call)
+    denoisers(pipeline)
+    if hasattr(pipeline, "vae"):
+        # Stock pipelines have one precision throughout.
+        pipeline.vae.to(DTYPES[settings.dtype])
+        encode_still(pipeline)
+    ours = policy_scheduler(pipeline.scheduler)
+    if isinstance(ours, FlowPolicyScheduler):
+        pipeline.scheduler = FlowMatchEulerDiscreteScheduler.from_config(dict(ours.config))
+    else:
+        scheduler = DDIMScheduler.from_config(dict(ours.config))
+        scheduler.alphas_cumprod, scheduler.final_alpha_cumprod = (
+            ours.alphas_cumprod,
+            ours.final_alpha_cumprod,
+        )
+        pipeline.scheduler = scheduler
+    # So that several states in one loop are refused by name, and not by what follows from them.
+    pipeline.scheduler.__deepcopy__ = ours.__deepcopy__
+    return pipeline
+
+
+def _trial(
+    pipeline: DiffusionPipeline,
+    settings: Settings,
+    noise: SampleNoise,
+    batches: Sequence[Sequence[Prompt]],
+) -> _Trial:
+    """Find a call that works: all prompts or one, without and with condition images."""
+    tried: list[str] = []
+    parameters = inspect.signature(inspect.unwrap(type(pipeline).__call__)).parameters
+    for sampling, made in _completions(settings.sampling, parameters):
+        for prompts in batches:
+            words = f"{len(prompts)} prompt{'s' * (len(prompts) > 1)}{made and ', ' + made}"
+            try:
+                media = _call(pipeline, sampling, prompts, noise)
+            except (Unfit, torch.OutOfMemoryError):
+                raise
+            except Exception as error:
+                tried.append(f"{words}: {_in_short(error)}")
+                continue
+            notes = [made] if made else []
+            if len(prompts) == 1:
+                notes.append("one prompt at a time: set the batch sizes to 1 to train it")
+            return _Trial(sampling, prompts, media, notes)
+    raise Unfit(
+        f"{type(pipeline).__name__} cannot be called with diffusers' first-order sampler, and that is before "
+        f"anything of ours; tried {'; '.join(tried)}"
+    )
+
+
+def _completions(
+    sampling: Sampling, parameters: Mapping[str, Any]
+) -> Iterator[tuple[Sampling, str]]:
+    """The sampling as it is, then with an image, then with all images that the call knows."""
+    yield sampling, ""
+    size = (sampling.width or 256, sampling.height or 256)
+    gradient = Image.linear_gradient("L").convert("RGB").resize(size)
+    white = Image.new("L", size, 255)
+    made = {"image": gradient, "mask_image": white, "control_image": gradient}
+    missing = [n for n in made if n in parameters and n not in sampling.call]
+    for names in [missing[:1], missing] if len(missing) > 1 else [missing]:
+        if names:
+            filled = replace(sampling, call=sampling.call | {n: made[n] for n in names})
+            yield filled, f"with a generated {' and '.join(names)}"
+
+
+def _call(
+    pipeline: DiffusionPipeline, sampling: Sampling, prompts: Sequence[Prompt], noise: SampleNoise
+) -> Tensor:
+    """Media of the stock pipeline."""
+
+    def run(arguments: dict[str, Any]) -> Tensor:
+        with torch.no_grad():
+            output = pipeline(
+                generator=generators_for(arguments, noise[: len(prompts)].initial()),
+                output_type="pt",
+                return_dict=False,
+                **arguments,
+            )
+        return as_batch(output).float().cpu()
+
+    arguments = {"prompt": [p.text for p in prompts], **sampling.arguments()}
+    return Calling()(run, arguments, len(prompts))

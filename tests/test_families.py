@@ -1,0 +1,36 @@
+"""The page of families has a row for each tiny family of the tests."""
+
+from pathlib import Path
+
+import pytest
+
+from benchmarks.families import END, PAGE, START, row, write
+from tests.tiny import FAMILIES
+
+
+def test_every_family_has_a_row() -> None:
+    table = PAGE.read_text().partition(START)[2].partition(END)[0]
+    rows = [line.split("|")[1].strip() for line in table.splitlines() if line.startswith("| `")]
+    assert rows == [f"`{name}`" for name in FAMILIES]
+
+
+def test_the_table_is_put_between_the_markers(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text(f"before\n{START}\nold\n{END}\nafter\n")
+    names = ("replay equals rollout (same batch)", "replay equals rollout (batch of 1)")
+    checks = [{"name": n, "measured": m, "passed": True} for n, m in zip(names, (1e-7, 2e-6), strict=True)]  # fmt: skip
+    ratio = {"name": "ratio is 1 before an update (batch of 1)", "measured": 3e-8, "passed": False}
+    result = {"pipeline": "Pipe", "path": "flow", "media": "image", "weights": "lora"}
+    result["checks"] = [*checks, ratio]
+    assert row("x", result) == (
+        "`x`", "Pipe", "flow", "image", "LoRA", "2e-06", "3e-08",
+        "not: ratio is 1 before an update (batch of 1)",
+    )  # fmt: skip
+    write(page, {"x": result})
+    text = page.read_text()
+    assert text.startswith(f"before\n{START}\n| family |")
+    assert text.endswith(f" |\n{END}\nafter\n")
+    assert "old" not in text
+    page.write_text("no markers")
+    with pytest.raises(ValueError, match="has no"):
+        write(page, {"x": result})

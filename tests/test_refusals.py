@@ -1,0 +1,241 @@
+"""What cannot be a policy is refused in one sentence; what a pipeline raises becomes one."""
+
+import copy
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import (
+    DDPMPipeline,
+    DDPMScheduler,
+    DiffusionPipeline,
+    FluxImg2ImgPipeline,
+    IFPipeline,
+    LCMScheduler,
+    LTXImageToVideoPipeline,
+    QwenImageEditPlusPipeline,
+    SkyReelsV2DiffusionForcingPipeline,
+    UNet2DModel,
+)
+from PIL import Image
+
+from flowgrpo.cli import main
+from flowgrpo.core.random import Random, SampleNoise
+from flowgrpo.doctor import Settings, examine
+from flowgrpo.experience import Prompt
+from flowgrpo.policy import PipelinePolicy, Sampling
+from flowgrpo.policy.calling import Calling, Unfit, alone, generators_for, image_each, together
+from tests.conftest import sampling_of
+from tests.tiny.parts import GRADIENT, t5_text, t5_tokenizer
+
+Tiny = Callable[[str], Path]
+SMALL = Sampling(num_steps=4, height=16, width=16)
+
+
+def resaved(source: Path, kind: type[DiffusionPipeline], folder: Path) -> Path:
+    """The components of a tiny folder as another pipeline."""
+    components = DiffusionPipeline.from_pretrained(source).components
+    kind(**components).save_pretrained(folder)
+    return folder
+
+
+def refusal(folder: Path, sampling: Sampling) -> str:
+    """What the doctor says instead of a diagnosis: one line."""
+    with pytest.raises(ValueError, match=r"\w") as caught:
+        examine(folder, Settings(sampling=sampling))
+    text = str(caught.value)
+    assert "\n" not in text
+    return text
+
+
+def test_consistency_samplers_are_refused(tiny: Tiny, tmp_path: Path) -> None:
+    pipeline = DiffusionPipeline.from_pretrained(tiny("sd15"))
+    pipeline.scheduler = LCMScheduler.from_config(pipeline.scheduler.config)
+    pipeline.save_pretrained(tmp_path)
+    assert "LCMScheduler cannot be a policy" in refusal(tmp_path, sampling_of("sd15"))
+
+
+def test_a_folder_that_is_no_pipeline_is_refused(tmp_path: Path) -> None:
+    for folder, words in ((tmp_path, r"no model_index\.json"), (tmp_path / "x", "no such folder")):
+        with pytest.raises(FileNotFoundError, match=words):
+            examine(folder, Settings(sampling=SMALL))
+
+
+def test_a_broken_folder_is_refused(tiny: Tiny, tmp_path: Path) -> None:
+    folder = tmp_path / "broken"
+    shutil.copytree(tiny("sd15"), folder)
+    for weights in (folder / "unet").glob("*.safetensors"):
+        weights.unlink()
+    assert refusal(folder, SMALL).startswith(f"loading {folder} failed: OSError")
+
+
+def test_a_strength_that_cuts_the_schedule_is_refused(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = resaved(tiny("flux"), FluxImg2ImgPipeline, tmp_path / "img2img")
+    call = {"image": GRADIENT, "max_sequence_length": 16}
+    sampling = Sampling(num_steps=4, height=16, width=16, call=call)
+    assert "strength = 0.6 cannot be a policy" in refusal(folder, sampling)
+
+    # What its signature says is seen in its loop too.
+    monkeypatch.setattr("flowgrpo.policy.pipeline.check_strength", lambda *_: None)
+    half = Sampling(num_steps=4, height=16, width=16, call=call | {"strength": 0.5})
+    policy = PipelinePolicy.from_pretrained(folder, sampling=half)
+    with pytest.raises(Unfit, match="took 2 of 4 denoising steps"):
+        policy.images([Prompt("a")] * 2, SampleNoise([Random(0).at(i) for i in range(2)]))
+    monkeypatch.undo()
+
+    # From pure noise it is a policy, though its loop cannot be empty when a state is decoded.
+    whole = Sampling(num_steps=4, height=16, width=16, call=call | {"strength": 1.0})
+    assert examine(folder, Settings(sampling=whole)).passed
+
+
+def test_stepping_a_part_of_the_latents_is_refused(tiny: Tiny, tmp_path: Path) -> None:
+    folder = resaved(tiny("ltx"), LTXImageToVideoPipeline, tmp_path / "i2v")
+    sampling = sampling_of("ltx")
+    assert "LTXImageToVideoPipeline cannot be a policy: it steps only part" in refusal(
+        folder, Sampling(**vars(sampling) | {"call": sampling.call | {"image": GRADIENT}})
+    )
+
+
+def test_stepping_several_states_is_refused(
+    tiny: Tiny, tmp_path: Path, make_policy: Callable[..., PipelinePolicy]
+) -> None:
+    with pytest.raises(Unfit, match="several states at once"):
+        copy.deepcopy(make_policy("sd15").scheduler)
+    folder = resaved(tiny("skyreels_v2"), SkyReelsV2DiffusionForcingPipeline, tmp_path / "df")
+    assert "it steps several states at once" in refusal(
+        folder, sampling_of("skyreels_v2", num_frames=9)
+    )
+
+
+def test_a_pipeline_without_latents_is_refused(tmp_path: Path) -> None:
+    from tests.tiny.image import unet
+
+    tokenizer = t5_tokenizer()
+    IFPipeline(
+        tokenizer=tokenizer,
+        text_encoder=t5_text(tokenizer, 32),
+        unet=unet(cross_attention_dim=32, attention_head_dim=2, in_channels=3, out_channels=6),
+        scheduler=DDPMScheduler(variance_type="learned_range"),
+        safety_checker=None,
+        feature_extractor=None,
+        watermarker=None,
+        requires_safety_checker=False,
+    ).save_pretrained(tmp_path)
+    assert "neither prepare_latents nor an argument latents" in refusal(tmp_path, SMALL)
+
+
+def test_a_pipeline_without_prompts_is_refused(tmp_path: Path) -> None:
+    sizes = {"block_out_channels": (8, 16), "norm_num_groups": 4, "layers_per_block": 1}
+    blocks = {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2}
+    model = UNet2DModel(sample_size=16, **sizes, **blocks)
+    DDPMPipeline(unet=model, scheduler=DDPMScheduler()).save_pretrained(tmp_path)
+    assert "DDPMPipeline cannot be a policy: its call takes no prompt" in refusal(tmp_path, SMALL)
+
+
+def test_what_a_call_raises_is_told_with_what_was_tried(tiny: Tiny) -> None:
+    text = refusal(tiny("sd15"), Sampling(num_steps=4, height=17, width=16))
+    assert "tried 3 prompts: ValueError: `height` and `width` have to be divisible by 8" in text
+    assert "; 1 prompt: ValueError" in text
+
+
+def test_a_missing_image_is_made(tiny: Tiny) -> None:
+    sampling = sampling_of("cogvideox_i2v", call={"max_sequence_length": 16})
+    diagnosis = examine(tiny("cogvideox_i2v"), Settings(sampling=sampling))
+    assert diagnosis.passed
+    assert diagnosis.notes == ("with a generated image",)
+
+
+def test_one_prompt_at_a_time_is_enough(tiny: Tiny, tmp_path: Path) -> None:
+    folder = resaved(tiny("qwen_image_edit"), QwenImageEditPlusPipeline, tmp_path / "plus")
+    sampling = Sampling(num_steps=2, height=256, width=256, call={"image": GRADIENT})
+    diagnosis = examine(folder, Settings(sampling=sampling))
+    assert {c.name: c.value for c in diagnosis.checks if not c.passed} == {}
+    assert diagnosis.prompts == 1
+    assert diagnosis.notes == ("one prompt at a time: set the batch sizes to 1 to train it",)
+
+
+def test_the_command_takes_an_image_and_writes_json(
+    tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    image, result = tmp_path / "image.png", tmp_path / "result.json"
+    GRADIENT.save(image)
+    size = ["--size", "32x32", "--frames", "9", "--steps", "3", "--device", "cpu"]
+    options = [*size, "--call", "max_sequence_length=16", "--json", str(result)]
+    command = ["doctor", str(tiny("cogvideox_i2v")), *options]
+    assert main([*command, "--image", str(image)]) == 0
+    table = json.loads(result.read_text())
+    assert table["passed"] is True
+    assert table["pipeline"] == "CogVideoXImageToVideoPipeline"
+    assert (table["path"], table["media"], table["prompts"]) == ("diffusion", "video", 3)
+    assert table["notes"] == []
+    assert all(c["passed"] and c["measured"] is not None for c in table["checks"])
+    assert "an export loads back to the same image" in capsys.readouterr().out
+
+    image.write_text("no image")
+    assert main([*command, "--image", str(image)]) == 1
+    assert f"{image} is no image that can be read" in capsys.readouterr().err
+
+
+def test_the_form_that_works_is_kept() -> None:
+    picture = Image.new("RGB", (2, 2))
+    seen: list[Any] = []
+
+    def one_image_each(arguments: dict[str, Any]) -> int:
+        seen.append(arguments["image"])
+        if not isinstance(arguments["image"], list):
+            raise IndexError("deep inside")
+        return len(arguments["image"])
+
+    calling = Calling()
+    assert calling(one_image_each, {"prompt": ["a", "b"], "image": picture}, 2) == 2
+    assert calling(one_image_each, {"prompt": ["a", "b", "c"], "image": picture}, 3) == 3
+    assert seen == [picture, [picture] * 2, [picture] * 3]
+
+
+def test_a_single_prompt_is_passed_as_a_string_where_a_list_is_refused() -> None:
+    def single(arguments: dict[str, Any]) -> Any:
+        if isinstance(arguments["prompt"], list):
+            raise ValueError("no lists")
+        return arguments["prompt"]
+
+    calling = Calling()
+    with pytest.raises(ValueError, match="no lists"):
+        calling(single, {"prompt": ["a", "b"]}, 2)
+    assert calling(single, {"prompt": ["a"]}, 1) == "a"
+    with pytest.raises(Unfit, match="one prompt at a time"):
+        calling(single, {"prompt": ["a", "b"]}, 2)
+
+
+def test_a_string_has_one_generator() -> None:
+    first, second = torch.Generator(), torch.Generator()
+    assert generators_for({"prompt": "a"}, [first]) is first
+    assert generators_for({"prompt": "a"}, first) is first
+    assert generators_for({"prompt": ["a", "b"]}, [first, second]) == [first, second]
+
+
+def test_running_out_of_memory_is_not_another_form() -> None:
+    calls = []
+
+    def full(arguments: dict[str, Any]) -> None:
+        calls.append(arguments)
+        raise torch.OutOfMemoryError("full")
+
+    with pytest.raises(torch.OutOfMemoryError):
+        Calling()(full, {"prompt": ["a"], "image": Image.new("RGB", (2, 2))}, 1)
+    assert len(calls) == 1
+
+
+def test_the_forms() -> None:
+    picture = Image.new("RGB", (2, 2))
+    given = {"prompt": ["a", "b"], "image": picture, "height": 16}
+    assert together(given, 2) == given
+    assert image_each(given, 2) == given | {"image": [picture, picture]}
+    assert image_each({"prompt": ["a"]}, 1) is None
+    assert alone(given, 2) is None
+    assert alone({"prompt": ["a"], "height": 16}, 1) == {"prompt": "a", "height": 16}
