@@ -87,7 +87,7 @@ def _tagged(members: list[Any], value: Any, path: str) -> Any:
 
     Without a kind it is the member with ``is_default``, where the union has one.
     """
-    by_kind = {_kind(m): m for m in members if dataclasses.is_dataclass(m)}
+    by_kind: dict[str, Any] = {_kind(m): m for m in members if dataclasses.is_dataclass(m)}
     allowed = ", ".join(repr(k) for k in by_kind)
     if not isinstance(value, Mapping):
         raise ConfigError(f"{path} must be a table with a kind ({allowed}), got {value!r}")

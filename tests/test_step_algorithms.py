@@ -304,7 +304,7 @@ def config(algorithm: Any) -> Config:
         loss=ClippedLoss(clip_range=0.1),
         rewards=(Reward(model=f"{HERE}:brightness"),),
         prompts=Prompts(train="", held_out=""),
-        train=Train(iterations=1, groups=2, lr=1e-3),
+        train=Train(iterations=1, groups=2, lr=1e-3, monitor_states=0),
         run=Run(folder=""),
     )
 
