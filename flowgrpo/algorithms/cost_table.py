@@ -6,6 +6,7 @@ python -m flowgrpo.algorithms.cost_table docs/algorithms.md
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Protocol
 
 from flowgrpo.algorithms import (
     G2RPO,
@@ -17,12 +18,29 @@ from flowgrpo.algorithms import (
     TempFlowGRPO,
 )
 from flowgrpo.core.random import Random
-from flowgrpo.core.steps import RandomWindow
+from flowgrpo.core.steps import RandomWindow, StepSelection
+from flowgrpo.experience import Cost
 
 BEGIN, END = "<!-- cost table: begin -->", "<!-- cost table: end -->"
 
 
-Counted = FlowGRPO | DanceGRPO | TempFlowGRPO | G2RPO | TPGRPO | VGPO | BranchGRPO
+class Counted(Protocol):
+    """An algorithm that says beforehand what it costs."""
+
+    @property
+    def group_size(self) -> int: ...
+
+    @property
+    def steps(self) -> StepSelection: ...
+
+    def cost(self, num_steps: int, stochastic: Sequence[int]) -> Cost:
+        """Work per prompt on a grid of ``num_steps`` with these stochastic steps."""
+        ...
+
+    def check(self, num_steps: int) -> None:
+        """Raise ValueError if the algorithm cannot work on such a grid."""
+        ...
+
 
 SETTINGS: Sequence[tuple[str, int, Counted]] = [
     ("Flow-GRPO, SD3.5", 10, FlowGRPO()),
