@@ -61,12 +61,13 @@ def model_card(run: Path, repo_id: str) -> ModelCard:
         pipeline_tag="text-to-video" if video else "text-to-image",
         tags=["flowgrpo", "reinforcement-learning", config.model.weights.kind],
     )
+    algorithm = getattr(config.algorithm, "kind", type(config.algorithm).__name__)
     first, last = records.evaluations[0], records.evaluations[-1]
     parts = [
         f"---\n{data.to_yaml()}\n---",
         f"# {repo_id.rsplit('/', 1)[-1]}",
         f"`{base}`, fine-tuned with reinforcement learning by flowgrpo "
-        f"({config.algorithm.kind}, {config.model.weights.kind}, {last['iteration']} iterations).",
+        f"({algorithm}, {config.model.weights.kind}, {last['iteration']} iterations).",
         _licence(base, licence, name),
         f"![Base and tuned model, same prompts and same noise]({GRID})" if newest_grid(run) else "",
         "## Before and after\n\n"

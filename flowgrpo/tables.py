@@ -121,7 +121,8 @@ def _from_outside(kind: str, value: Mapping[str, Any], path: str) -> Any:
         raise ConfigError(
             f"{path}.kind: {kind!r} is no dataclass, so that no table can describe it"
         )
-    return read(cls, {k: v for k, v in value.items() if k != "kind"}, path)
+    outside: Any = cls
+    return read(outside, {k: v for k, v in value.items() if k != "kind"}, path)
 
 
 def _join(path: str, key: str) -> str:

@@ -43,5 +43,9 @@ class Algorithm(Protocol):
         ...
 
     def check(self, num_steps: int) -> None:
-        """Raise ValueError if the algorithm cannot work on a grid of this many steps."""
+        """Raise ValueError if the algorithm cannot work on a grid of this many steps.
+
+        Those that a configuration file can choose have besides this ``steps``, a choice of stochastic
+        steps, and ``cost(num_steps, stochastic)``, the work per prompt that it leads to.
+        """
         ...
