@@ -85,6 +85,25 @@ class RewardModel(Protocol):
 
 
 @runtime_checkable
+class LearningReward(RewardModel, Protocol):
+    """A reward that learns during the run, such as a discriminator; its state goes with the run's."""
+
+    def update(
+        self, media: Float[Tensor, "batch *frames channels height width"], prompts: Sequence[Prompt]
+    ) -> Mapping[str, float]:
+        """Learn from an iteration's media, after they were scored; returns what to log."""
+        ...
+
+    def state(self) -> Mapping[str, Tensor]:
+        """All that learning changes."""
+        ...
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from :meth:`state`."""
+        ...
+
+
+@runtime_checkable
 class PairwiseJudge(Protocol):
     """Anything that says which of two media fits a prompt better.
 

@@ -10,13 +10,13 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from flowgrpo.experience import PairwiseJudge, Prompt, RewardModel
+from flowgrpo.experience import LearningReward, PairwiseJudge, Prompt, RewardModel
 from flowgrpo.rewards import (
     Reward,
     RewardError,
@@ -68,8 +68,18 @@ class Judge:
         seconds: Time spent scoring since the last :meth:`reset`.
     """
 
-    def __init__(self, rewards: Sequence[Reward], failures: Failures | None = None):
+    def __init__(
+        self,
+        rewards: Sequence[Reward],
+        failures: Failures | None = None,
+        batch: int = 0,
+    ):
         """Load the reward models.
+
+        Args:
+            rewards: Those to train on and those to measure.
+            failures: What happens when one fails.
+            batch: Most samples to score at once; 0 for as many as are submitted.
 
         Raises:
             ValueError: If one is unknown, or two have one name.
@@ -82,7 +92,14 @@ class Judge:
             raise ValueError(f"rewards: at least one, each with a name of its own; got {labels}")
         self.rewards, self.failures = list(rewards), failures or Failures()
         self.iteration: int | None = None
+        self.batch = batch
         self.models = [load_reward(r) for r in rewards]
+        self._learners = {
+            r.label: m
+            for r, m in zip(rewards, self.models, strict=True)
+            if isinstance(m, LearningReward)
+        }
+        self._seen: list[tuple[Tensor, list[Prompt]]] = []
         self._others: dict[str, RewardModel | PairwiseJudge] = {}
         # One worker: reward models need not be thread-safe, and results do not depend on timing.
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="judge")
@@ -92,9 +109,60 @@ class Judge:
         """Start counting anew."""
         self.failures_seen, self.scored, self.seconds = 0, 0, 0.0
 
+    def check_prompts(self, prompts: Sequence[Prompt]) -> None:
+        """Raise ValueError if prompts lack what a reward needs, where a reward can tell."""
+        for reward, model in zip(self.rewards, self.models, strict=True):
+            check = getattr(model, "check", None)
+            if check is not None:
+                try:
+                    check(prompts)
+                except ValueError as error:
+                    raise ValueError(f"reward {reward.label!r}: {error}") from error
+
     def submit(self, media: Tensor, prompts: Sequence[Prompt]) -> "Future[Scores]":
         """Score a batch in the background. Media ``(B, ...)`` in [0, 1]."""
-        return self._worker.submit(self.score, media, list(prompts))
+        if self._learners and self.iteration is not None:
+            self._seen.append((media, list(prompts)))
+        return self._worker.submit(self._score_in_parts, media, list(prompts))
+
+    def _score_in_parts(self, media: Tensor, prompts: Sequence[Prompt]) -> Scores:
+        size = self.batch or len(prompts)
+        starts = range(0, len(prompts), size)
+        parts = [self.score(media[i : i + size], prompts[i : i + size]) for i in starts]
+        raw = {name: torch.cat([p.raw[name] for p in parts]) for name in parts[0].raw}
+        return Scores(raw, torch.cat([p.reward for p in parts]))
+
+    def learn(self, gather: Callable[[list[Any]], list[Any]] = lambda own: own) -> dict[str, float]:
+        """Let rewards that learn do so, from all that was scored since the last call.
+
+        Args:
+            gather: Joins the lists of all processes, so that all of them learn the same.
+
+        Returns:
+            What they report, by ``learning/<reward>/<name>``.
+        """
+        if not self._learners:
+            return {}
+        seen, self._seen = gather(self._seen), []
+        media, prompts = torch.cat([m for m, _ in seen]), [p for _, part in seen for p in part]
+
+        def work() -> dict[str, float]:
+            return {
+                f"learning/{label}/{name}": value
+                for label, model in self._learners.items()
+                for name, value in model.update(media, prompts).items()
+            }
+
+        return self._worker.submit(work).result()
+
+    def state(self) -> dict[str, dict[str, Tensor]]:
+        """What rewards have learnt, for a checkpoint."""
+        return {f"reward-{label}": dict(m.state()) for label, m in self._learners.items()}
+
+    def restore(self, parts: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Go on from :meth:`state`."""
+        for label, model in self._learners.items():
+            model.restore(parts[f"reward-{label}"])
 
     def run(self, work: Callable[[], Tensor]) -> "Future[Tensor]":
         """Do other work of judging in the background, after what was submitted before."""

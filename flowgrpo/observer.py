@@ -59,7 +59,10 @@ class Observer:
         """Load what a run needs, the cheap and fallible first."""
         held_out_prompts = PromptSet.load(find(config.prompts.held_out), config.prompts.balance)
         session = Session(config)
-        judge = Judge(config.rewards, config.failures)
+        judge = Judge(config.rewards, config.failures, config.memory.score_batch)
+        for some in (prompts, held_out_prompts):
+            judge.check_prompts(some.prompts)
+        session.judge = judge
         policy = PipelinePolicy.from_pretrained(
             config.model.path,
             sampling=config.sampling,

@@ -43,6 +43,7 @@ def train(config: Config) -> Result:
         with session.rescue(learner, iteration), session.phase("rollout"), learner.acting():
             experience = config.algorithm.collect(policy, session.share(everybody), judge, random)
             judge.check_rate()
+            learnt = judge.learn(session.gather_objects)
 
         # 2. Credit. Groups are whole on one process; only batch statistics need the others' rewards.
         experience = _shared(session, experience)
@@ -52,7 +53,8 @@ def train(config: Config) -> Result:
         with session.phase("train"):
             metrics = learner.update(experience, advantages, random)
 
-        session.log(iteration, _summary(session, experience, judge) | metrics, judge.seconds)
+        summary = _summary(session, experience, judge)
+        session.log(iteration, summary | learnt | metrics, judge.seconds)
         stopping = session.should_stop()
         if stopping or session.checkpoint_due(iteration + 1):
             session.save(learner, iteration + 1)

@@ -6,14 +6,17 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 import pytest
+import torch
+from torch import Tensor
 
 import flowgrpo
 from flowgrpo.config import Config
+from flowgrpo.experience import Prompt
 from flowgrpo.shapes.architecture import build_pipeline
 from flowgrpo.tables import documentation, explain
 
@@ -24,6 +27,23 @@ PAGES = sorted([*DOCS.glob("*.md"), ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.
 MODEL = ROOT / "flowgrpo" / "shapes" / "model"
 
 WRITTEN = ("metrics.jsonl", "timings.jsonl", "evaluations.jsonl")
+
+
+class Learning:
+    """A reward that says what it learns, for a metric that others do not write."""
+
+    def __call__(self, media: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+        return media.flatten(1).mean(1)
+
+    def update(self, media: Tensor, prompts: Sequence[Prompt]) -> dict[str, float]:
+        return {"loss": 0.0}
+
+    def state(self) -> dict[str, Tensor]:
+        return {"seen": torch.zeros(1)}
+
+    def restore(self, state: Mapping[str, Tensor]) -> None: ...
+
+
 TINY = [
     "train.iterations=2",
     "train.groups=6",
@@ -32,7 +52,7 @@ TINY = [
     "sampling.num_steps=3",
     "algorithm.steps={kind='all'}",
     "loss.kl_coef=0.01",
-    'rewards=[{model="jpeg_size"}]',
+    f'rewards=[{{model="jpeg_size"}}, {{model="{__name__}:Learning"}}]',
     "evaluation.every=1",
     "evaluation.images=12",
     "evaluation.images_during=6",

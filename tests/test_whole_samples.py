@@ -3,7 +3,7 @@
 import json
 import math
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -404,6 +404,30 @@ def test_mix_windows_are_those_of_the_iteration_alone(policies, judge):
 
 # Whole runs.
 
+
+class Novelty:
+    """How far an image is from the mean of all that it has seen: a reward that learns."""
+
+    def __init__(self) -> None:
+        self.mean, self.largest = torch.zeros(()), 0
+
+    def __call__(self, media: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+        self.largest = max(self.largest, len(media))
+        assert self.largest <= 2
+        return (media.flatten(1).mean(1) - self.mean).abs()
+
+    def update(self, media: Tensor, prompts: Sequence[Prompt]) -> dict[str, float]:
+        assert len(media) == len(prompts) == 6
+        self.mean = 0.5 * self.mean + 0.5 * media.mean()
+        return {"mean": float(self.mean)}
+
+    def state(self) -> dict[str, Tensor]:
+        return {"mean": self.mean}
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        self.mean = state["mean"]
+
+
 RUN = [
     "train.iterations=2", "train.groups=2", "train.updates=2", "train.lr=1e-3", "sampling.num_steps=4",
     "prompts.balance=''", f"rewards=[{{model='{HERE}:brightness'}}]", "evaluation.images=2",
@@ -421,6 +445,9 @@ RUNS = {
         "loss={ratio='guard', clip_range=1e-3}",
     ],
     "nft": ["algorithm={kind='diffusion_nft', group_size=3}", "loss={kind='nft', trail='half'}"],
+    "learning": [
+        f"rewards=[{{model='{HERE}:Novelty'}}]", "memory.score_batch=2", "algorithm={kind='flow_grpo', group_size=3}",
+    ],
 }  # fmt: skip
 
 
@@ -440,6 +467,8 @@ def test_a_run_goes_on_with_the_same_numbers(name: str, tmp_path: Path):
         assert (stopped / file).read_text() == (straight / file).read_text()
     metrics = [json.loads(line) for line in (straight / "metrics.jsonl").read_text().splitlines()]
     assert all(m["grad_norm"] > 0 for m in metrics)
+    if name == "learning":
+        assert metrics[0]["learning/Novelty/mean"] != metrics[1]["learning/Novelty/mean"] > 0
     if name == "pref":
         assert [m["score/win_rate"] for m in metrics] == pytest.approx([0.5, 0.5])
     assert (stopped / "checkpoints" / "000002" / "sampler.safetensors").exists() is (name == "nft")

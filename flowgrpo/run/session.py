@@ -21,7 +21,7 @@ from torch import Tensor
 from flowgrpo import config as configuration
 from flowgrpo.config import Config, ConfigError
 from flowgrpo.experience import Group
-from flowgrpo.judge import RewardError
+from flowgrpo.judge import Judge, RewardError
 from flowgrpo.learner import Learner
 from flowgrpo.run import checkpoints
 from flowgrpo.run.console import Console
@@ -60,6 +60,7 @@ class Session:
         self._check_world()
         self.console = Console(enabled=self.is_main)
         self.iteration, self.best, self.stopping = 0, float("-inf"), False
+        self.judge: Judge | None = None
         self._phases: dict[str, float] = {}
         if self.is_main:
             self._claim()
@@ -164,6 +165,8 @@ class Session:
         if found is not None:
             parts, state = checkpoints.load(found)
             learner.restore(parts, state["learner"])
+            if self.judge is not None:
+                self.judge.restore(parts)
             self.iteration, self.best, lines = state["iteration"], state["best"], state["lines"]
             self.console.say(f"going on at iteration {self.iteration} from {found}")
         if self.is_main:
@@ -175,6 +178,7 @@ class Session:
         """Write a checkpoint after ``iteration`` iterations."""
         if self.is_main:
             parts, state = learner.state()
+            parts |= self.judge.state() if self.judge is not None else {}
             lines = {n: _lines(self.folder / f"{n}.jsonl") for n in LOGS}
             checkpoints.save(
                 self.checkpoints / f"{iteration:06d}",
