@@ -176,7 +176,7 @@ class Tracer:
 
         model.__class__ = _located(type(model), located, "device")
         for module in model.modules():
-            module.forward = self._door(name, module.forward)  # type: ignore[method-assign]
+            module.forward = self._door(name, module.forward)
         for method in ("encode", "decode"):
             if isinstance(model, ModelMixin) and hasattr(model, method):
                 setattr(model, method, self._door(name, getattr(model, method)))
