@@ -19,6 +19,12 @@ RECIPES = {
     "flux_dance": "flux",
     "flux_fast": "flux",
     "wan21_t2v": "wan_t2v",
+    "sd35_medium_24gb": "sd3",
+    "sd35_medium_48gb": "sd3",
+    "sd35_medium_80gb": "sd3",
+    "flux1_dev_24gb": "flux",
+    "flux1_dev_48gb": "flux",
+    "flux1_dev_80gb": "flux",
 }
 
 

@@ -133,6 +133,7 @@ class Padding:
 
     def __init__(self, model_max_length: int):
         self.model_max_length = model_max_length
+        self.added_tokens_encoder: dict[str, int] = {}
 
     def __call__(
         self, text: str | list[str], *_: Any, max_length: int | None = None, **__: Any

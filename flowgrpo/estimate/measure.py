@@ -1,10 +1,10 @@
 """What the parts of a configured run take: exact for weights, traced for activations."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from flowgrpo.config import Config
 from flowgrpo.estimate.blueprint import NoEstimate, build, config_folder
@@ -58,12 +58,7 @@ def measure(
     full = isinstance(weights, Full)
     models = {k: m for k, m in pipeline.components.items() if isinstance(m, nn.Module)}
     ours = denoisers(pipeline)
-    linear = [
-        m.weight
-        for d in ours.values()
-        for m in d.modules()
-        if isinstance(m, nn.Linear) and not full
-    ]
+    linear = [] if full else _linear_weights(ours.values())
     before = {k: bytes_of(m) for k, m in models.items()}
     trainable = Trainable(ours, weights, seed=0, with_reference=False)
     after = {k: bytes_of(m) for k, m in models.items()}
@@ -103,6 +98,11 @@ def measure(
         kl=kl,
         batches=batches,
     )
+
+
+def _linear_weights(models: Iterable[nn.Module]) -> list[Tensor]:
+    """What a quantised base would hold in fewer bits."""
+    return [m.weight for d in models for m in d.modules() if isinstance(m, nn.Linear)]
 
 
 def _arguments(config: Config, prompts: Sequence[Prompt], batch: int) -> dict[str, Any]:
