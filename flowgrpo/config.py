@@ -4,7 +4,6 @@ import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from importlib import resources
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
@@ -212,10 +211,6 @@ class Config:
                 self.algorithm.check_rewards([r.label for r in self.rewards])
         except ValueError as error:
             raise ConfigError(f"algorithm: {error}") from error
-        if self.train.optimizer == "adamw8bit" and find_spec("bitsandbytes") is None:
-            raise ConfigError(
-                "train.optimizer = 'adamw8bit' needs bitsandbytes: pip install 'flowgrpo[quant]'"
-            )
         try:
             self.memory.check(isinstance(self.model.weights, Full))
             self.loss.check()

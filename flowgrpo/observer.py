@@ -15,6 +15,7 @@ from flowgrpo.judge import Judge
 from flowgrpo.learner import Learner
 from flowgrpo.policy import Full, PipelinePolicy
 from flowgrpo.policy.export import export
+from flowgrpo.policy.memory import require_installed
 from flowgrpo.policy.probe import check_sizes
 from flowgrpo.prompts import PromptSet
 from flowgrpo.run.session import Session
@@ -57,6 +58,7 @@ class Observer:
     @classmethod
     def prepare(cls, config: Config, prompts: PromptSet) -> "Observer":
         """Load what a run needs, the cheap and fallible first."""
+        require_installed(config.memory, config.train.optimizer)
         held_out_prompts = PromptSet.load(find(config.prompts.held_out), config.prompts.balance)
         session = Session(config)
         judge = Judge(config.rewards, config.failures, config.memory.score_batch)

@@ -10,7 +10,7 @@ from torch import Tensor
 from flowgrpo.core.transitions import CPS
 from flowgrpo.experience import Prompt
 from flowgrpo.policy import Full, LoRA, Memory, PipelinePolicy
-from flowgrpo.policy.memory import PACKAGES, Encoders, Quantization
+from flowgrpo.policy.memory import PACKAGES, Encoders, Quantization, require_installed
 from flowgrpo.policy.store import fingerprint
 from tests.conftest import MakePolicy, noise_of, transition_of
 
@@ -121,6 +121,15 @@ def test_what_cannot_go_together_or_is_not_there(make_policy: MakePolicy) -> Non
         Memory(quantize="nf4").check(trains_all=True)
     with pytest.raises(ValueError, match=r"memory.attention = 'flash': .*"):
         make_policy("flux", memory=Memory(attention="flash"))
+
+
+def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("flowgrpo.policy.memory.find_spec", lambda name: None)
+    require_installed(Memory(), "adamw")
+    with pytest.raises(ImportError, match=r"quantize = 'nf4' needs bitsandbytes: pip install"):
+        require_installed(Memory(quantize="nf4"), "adamw")
+    with pytest.raises(ImportError, match="optimizer = 'adamw8bit' needs bitsandbytes"):
+        require_installed(Memory(), "adamw8bit")
 
 
 def test_encoders_stay_where_they_are_on_the_cpu() -> None:

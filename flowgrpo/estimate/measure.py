@@ -28,13 +28,13 @@ others are not known."""
 
 def choice_of(config: Config) -> Choice:
     """The settings of a configuration that decide how much memory it takes."""
-    memory = getattr(config, "memory", None)
+    memory = config.memory
     names = ("decode_batch", "gradient_checkpointing", "offload_text_encoders", "quantize")
-    fitting: dict[str, Any] = {n: getattr(memory, n) for n in names if hasattr(memory, n)}
+    fitting: dict[str, Any] = {n: getattr(memory, n) for n in names}
     return Choice(
         rollout_batch=config.train.rollout_batch,
         train_batch=config.train.train_batch,
-        optimizer=getattr(config.train, "optimizer", "adamw"),
+        optimizer=config.train.optimizer,
         **fitting,
     )
 
@@ -114,9 +114,9 @@ def _arguments(config: Config, prompts: Sequence[Prompt], batch: int) -> dict[st
 
 def _fit_decoder(config: Config, models: dict[str, nn.Module]) -> None:
     """Tiling and slicing change what a decoder does; the VAE's own switches say how."""
-    memory, vae = getattr(config, "memory", None), models.get("vae")
+    memory, vae = config.memory, models.get("vae")
     for setting, switch in (("vae_tiling", "enable_tiling"), ("vae_slicing", "enable_slicing")):
-        if getattr(memory, setting, False) and hasattr(vae, switch):
+        if getattr(memory, setting) and hasattr(vae, switch):
             getattr(vae, switch)()
 
 

@@ -50,7 +50,7 @@ class Memory:
     leaves it to diffusers."""
 
     def check(self, trains_all: bool) -> None:
-        """Raise ValueError on settings that contradict each other or need what is not installed."""
+        """Raise ValueError on settings that make no sense or contradict each other."""
         for name in ("prompt_cache_gb", "prompt_disk_gb", "decode_batch", "score_batch"):
             if getattr(self, name) < 0:
                 raise ValueError(f"memory.{name} must be at least 0, got {getattr(self, name)}")
@@ -60,17 +60,22 @@ class Memory:
                     f"memory.quantize = {self.quantize!r} freezes the denoiser; it needs "
                     "model.weights.kind = 'lora'"
                 )
-            if find_spec(PACKAGES[self.quantize]) is None:
-                raise ValueError(
-                    f"memory.quantize = {self.quantize!r} needs {PACKAGES[self.quantize]}: "
-                    "pip install 'flowgrpo[quant]'"
-                )
         known = [b.value for b in AttentionBackendName]
         if self.attention and self.attention not in known:
             raise ValueError(
                 f"memory.attention must be one of {', '.join(known)}, got {self.attention!r}"
                 f"{suggest(self.attention, known)}"
             )
+
+
+def require_installed(memory: Memory, optimizer: str) -> None:
+    """Raise ImportError if a setting needs a package that is not there; says which."""
+    wanted = {f"memory.quantize = {memory.quantize!r}": PACKAGES.get(memory.quantize, "")}
+    if optimizer == "adamw8bit":
+        wanted["train.optimizer = 'adamw8bit'"] = "bitsandbytes"
+    for setting, package in wanted.items():
+        if package and find_spec(package) is None:
+            raise ImportError(f"{setting} needs {package}: pip install 'flowgrpo[quant]'")
 
 
 def quantization(

@@ -22,13 +22,15 @@ MIN_AREA = 24
 """Pixels of the smallest region that is looked at."""
 MAX_SIDE = 36
 """Pixels of the longest side that an object can have; the world's largest is 28 wide."""
-MIN_MATCH, GOOD_MATCH = 0.6, 0.8
+MIN_MATCH, GOOD_MATCH = 0.6, 0.86
 """Overlap (intersection over union) with the ideal outline: below the first nothing is
 recognised; from the second on an object is genuine; in between it earns partial credit."""
-MAX_STRETCH = 1.2
+MAX_STRETCH = 1.15
 """Largest ratio between an object's aspect and its shape's own."""
 MIN_PURITY = 0.8
 """Smallest share of an object's inner pixels that must have its colour."""
+MAX_COLOR_DISTANCE = 0.25
+"""RGB distance from a named colour beyond which a pixel has none; a grey disc is no purple one."""
 _GRID = 24
 
 
@@ -97,10 +99,12 @@ def detect(image: Float[np.ndarray, "h w 3"]) -> list[Detection]:
 def _detection(region: np.ndarray, distance: np.ndarray, window: tuple[slice, slice]) -> Detection:
     """Judge one region from its mask and its pixels' squared distances to the palette."""
     inner = ndimage.binary_erosion(region)
+    within = inner if inner.any() else region
+    named = distance[:, :, :-1].min(-1) <= MAX_COLOR_DISTANCE**2
     nearest = distance[:, :, :-1].argmin(-1)
-    votes = np.bincount(nearest[inner if inner.any() else region], minlength=len(COLORS))
+    votes = np.bincount(nearest[within & named], minlength=len(COLORS))
     color = int(votes.argmax())
-    purity = votes[color] / votes.sum()
+    purity = votes[color] / np.count_nonzero(within)
     # Smooth edges: a pixel belongs to the object if it is nearer to its colour than to the ground.
     mask = region & (distance[:, :, color] < distance[:, :, -1])
     if not mask.any():
