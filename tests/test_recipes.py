@@ -53,6 +53,9 @@ def test_recipe_runs_on_a_tiny_pipeline(recipe, tmp_path):
         "train.iterations=1",
         f"train.groups={published.train.updates}",
         "train.lr=1e-3",
+        # These need an accelerator.
+        "memory.quantize=none",
+        "train.optimizer=adamw",
         "evaluation.every=0",
         "evaluation.images=6",
         "evaluation.num_steps=2",

@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from flowgrpo.cli import main
+from flowgrpo.experience import Prompt
 from flowgrpo.reward_commands import find_media, named_rewards, read_medium
 from reward_models.jpeg_size import JPEGSize
 
@@ -34,7 +35,7 @@ def test_tables_as_json_lines_and_csv(images, tmp_path):
         assert main([*base, *rewards, "--out", str(tmp_path / name)]) == 0
     records = [json.loads(line) for line in (tmp_path / "t.jsonl").read_text().splitlines()]
     media = [read_medium(m) for m in find_media(images)]
-    sizes = [float(JPEGSize("large")(m[None], [])) for m in media]
+    sizes = [float(JPEGSize("large")(m[None], [Prompt("")])) for m in media]
     assert [r["jpeg_size"] for r in records] == pytest.approx(sizes)
     assert [(r["file"], r["prompt"]) for r in records] == [
         ("0.png", "one"),
@@ -80,7 +81,7 @@ def test_videos_are_folders_of_frames_or_named_frames(tmp_path):
     command = ["score", str(tmp_path / "names"), "--reward", "flowgrpo.frames:FrameMean"]
     assert main([*command, "--reward-option", "FrameMean.model=jpeg_size", "--out", str(out)]) == 0
     record = json.loads(out.read_text())
-    expected = JPEGSize()(read_medium(walk), []).mean()
+    expected = JPEGSize()(read_medium(walk), [Prompt("")] * len(read_medium(walk))).mean()
     assert record["prompt"] == "a walk"
     assert record["FrameMean"] == pytest.approx(float(expected))
 

@@ -54,12 +54,11 @@ class Memory:
         for name in ("prompt_cache_gb", "prompt_disk_gb", "decode_batch", "score_batch"):
             if getattr(self, name) < 0:
                 raise ValueError(f"memory.{name} must be at least 0, got {getattr(self, name)}")
-        if self.quantize != "none":
-            if trains_all:
-                raise ValueError(
-                    f"memory.quantize = {self.quantize!r} freezes the denoiser; it needs "
-                    "model.weights.kind = 'lora'"
-                )
+        if self.quantize != "none" and trains_all:
+            raise ValueError(
+                f"memory.quantize = {self.quantize!r} freezes the denoiser; it needs "
+                "model.weights.kind = 'lora'"
+            )
         known = [b.value for b in AttentionBackendName]
         if self.attention and self.attention not in known:
             raise ValueError(
