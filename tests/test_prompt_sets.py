@@ -34,6 +34,17 @@ def test_geneval_equals_the_official_file():
     assert geneval_bytes() == OFFICIAL.read_bytes()
 
 
+def test_training_prompts_ask_for_nothing_that_the_benchmark_asks_for():
+    train, benchmark = geneval.train_records(), geneval.records()
+    assert not {combination(r) for r in train} & {combination(r) for r in benchmark}
+    assert len({combination(r) for r in train}) == len(train)
+    counts = Counter(r["tag"] for r in train)
+    assert counts["position"] == counts["color_attr"] == counts["colors"] == 300
+    assert counts["two_object"] == 300
+    assert counts["counting"] == 240 - Counter(r["tag"] for r in benchmark)["counting"]
+    assert "single_object" not in counts
+
+
 def test_geneval_counts_per_task():
     counts = Counter(record["tag"] for record in geneval.records())
     assert [counts[task] for task in TASKS] == [80, 99, 80, 94, 100, 100]

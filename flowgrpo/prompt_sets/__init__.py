@@ -20,6 +20,7 @@ def generated_files() -> dict[str, list[str]]:
     records = {
         "text_rendering_train.jsonl": quoted[:TEXT_RENDERING_TRAIN],
         "text_rendering_held_out.jsonl": quoted[TEXT_RENDERING_TRAIN:],
+        "geneval_train.jsonl": geneval.train_records(),
         "shapes_train.jsonl": shapes.train_records(),
         "shapes_held_out.jsonl": shapes.held_out_records(),
     }
