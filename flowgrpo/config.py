@@ -127,6 +127,8 @@ class Evaluation:
     """Prompts on the before/after grid."""
     grid_samples: int = 4
     """Images per prompt and model on the grid."""
+    inspected_prompts: int = 1
+    """Training prompts whose credit, step by step, the report shows at the end; 0 for none."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -245,6 +247,7 @@ class Config:
             ("evaluation.images_during", e.images_during, 0),
             ("evaluation.grid_prompts", e.grid_prompts, 1),
             ("evaluation.grid_samples", e.grid_samples, 1),
+            ("evaluation.inspected_prompts", e.inspected_prompts, 0),
             ("train.monitor_states", t.monitor_states, 0),
             ("failures.max_rate", self.failures.max_rate, 0),
             *self.model.weights.bounds(),

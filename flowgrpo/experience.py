@@ -246,6 +246,7 @@ class Experience:
         step_std: Of each stochastic step: the standard deviation of the noise that it injects.
         everyone: The candidates of all ranks; None means that there is only one.
         weights: Weight of each reward by its name in ``scores``, in this iteration.
+        media: Of each candidate, if the judge was asked to keep it.
         shapes: From a reward's raw score to what its weight multiplies, where it is not the score.
     """
 
@@ -260,4 +261,5 @@ class Experience:
     step_std: Mapping[int, float]
     everyone: Candidates | None = None
     weights: Mapping[str, float] = field(default_factory=dict)
+    media: Float[Tensor, "candidates *media"] | None = None
     shapes: Mapping[str, Callable[[Tensor], Tensor]] = field(default_factory=dict)

@@ -66,6 +66,7 @@ class Judge:
         iteration: Of the training run, by which rewards' schedules go; None gives them full weight.
         failures_seen: Scores that failed for good since the last :meth:`reset`.
         seconds: Time spent scoring since the last :meth:`reset`.
+        keeps_media: Whether experience holds the media of its candidates, for people to look at.
     """
 
     def __init__(
@@ -92,7 +93,7 @@ class Judge:
             raise ValueError(f"rewards: at least one, each with a name of its own; got {labels}")
         self.rewards, self.failures = list(rewards), failures or Failures()
         self.iteration: int | None = None
-        self.batch = batch
+        self.batch, self.keeps_media = batch, False
         self.models = [load_reward(r) for r in rewards]
         self._learners = {
             r.label: m

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from flowgrpo.config import Config, find
-from flowgrpo.evaluate import held_out
+from flowgrpo.core.random import Random
+from flowgrpo.evaluate import held_out, inspection
 from flowgrpo.evaluate.pictures import Sheet, keep, kept
 from flowgrpo.evaluate.report import write_report
 from flowgrpo.imports import import_path
@@ -46,9 +47,10 @@ class Observer:
         judge: Judge,
         policy: PipelinePolicy,
         prompts: PromptSet,
+        trained_on: PromptSet,
     ):
         self.config, self.session, self.judge, self.policy = config, session, judge, policy
-        self.prompts = prompts
+        self.prompts, self.trained_on = prompts, trained_on
         self.measures = [_instance(import_path(m)) for m in config.evaluation.measures]
         self.sampling = config.evaluation_sampling()
         self.evaluations: list[Mapping[str, Any]] = []
@@ -78,7 +80,7 @@ class Observer:
         )
         check_sizes(policy, prompts.prompts, config.sampling)
         check_sizes(policy, held_out_prompts.prompts, config.evaluation_sampling())
-        return cls(config, session, judge, policy, held_out_prompts)
+        return cls(config, session, judge, policy, held_out_prompts, prompts)
 
     def start(self, learner: Learner) -> None:
         """Go back to the last checkpoint, check the rewards, keep the base model's pictures."""
@@ -137,6 +139,7 @@ class Observer:
             self.evaluate(config.train.iterations, full=True)
             session.drop_phases()
             if session.is_main:
+                self._inspect()
                 with self.learner.ema.applied() if self.learner.ema else nullcontext():
                     assert self.policy.trainable is not None
                     export(
@@ -150,6 +153,22 @@ class Observer:
         self.judge.close()
         session.close()
         return Result(session.folder, self.evaluations, finished)
+
+    def _inspect(self) -> None:
+        """What the algorithm rewards now, for the report."""
+        number = self.config.evaluation.inspected_prompts
+        if number:
+            groups = self.trained_on.groups(0, number, Random(self.config.run.seed))
+            prompts = [g.prompt for g in groups]
+            with self.learner.acting():
+                strips = inspection.inspect(
+                    self.policy,
+                    self.config.algorithm,
+                    self.judge,
+                    prompts,
+                    seed=self.config.run.seed,
+                )
+            inspection.keep(strips, self.session.folder)
 
     def _save_grid(self, iteration: int) -> None:
         tuned = self.sheet.generate(self.policy, self.sampling)

@@ -13,7 +13,7 @@ ORDER = [
     "core", "names", "imports", "tables", "experience", "prompt_files", "prompts", "wire", "endpoints",
     "policy", "rewards", "judge", "pairwise", "serving", "frames", "algorithms", "config", "statistics",
     "learner", "run", "estimate", "evaluate", "shapes", "prompt_sets", "observer", "trainer", "doctor",
-    "card", "commands", "commands_export", "reward_commands", "cli", "__main__",
+    "card", "commands", "cli_rewards", "cli", "__main__",
 ]  # fmt: skip
 """A module may import only from earlier ones, or from its own package."""
 HEAVY = {"diffusers", "transformers", "accelerate", "peft"}

@@ -16,7 +16,7 @@ from torch import Tensor
 
 import flowgrpo
 from flowgrpo.cli import main
-from flowgrpo.commands_export import push_run
+from flowgrpo.commands.exports import push_run
 from flowgrpo.core.random import Random
 from flowgrpo.experience import Prompt
 from flowgrpo.policy import Full, LoRA, PipelinePolicy

@@ -9,8 +9,8 @@ import pytest
 from PIL import Image
 
 from flowgrpo.cli import main
+from flowgrpo.commands.rewards import find_media, named_rewards, read_medium
 from flowgrpo.experience import Prompt
-from flowgrpo.reward_commands import find_media, named_rewards, read_medium
 from reward_models.jpeg_size import JPEGSize
 
 

@@ -96,6 +96,7 @@ class _Submission:
     step: int
     granularity: int
     scores: "Future[Scores]"
+    media: Tensor | None
 
 
 class Collection:
@@ -176,7 +177,8 @@ class Collection:
         if self._watch is not None:
             self._watch(samples, media)
         self._num_judged += len(samples)
-        self._submissions += [_Submission(samples, step, g, scores) for g in granularities]
+        kept = media if self.judge.keeps_media else None
+        self._submissions += [_Submission(samples, step, g, scores, kept) for g in granularities]
         if compare:
             self._thumbnails.append((samples.group, thumbnail(media)))
 
@@ -259,6 +261,9 @@ class Collection:
             duplicates=torch.tensor([float(len(s) - len(s.unique(dim=0))) for s in small]),
             step_std=dict(sorted(self._step_std.items())),
             weights={r.label: r.weight_at(self.judge.iteration) for r in self.judge.rewards},
+            media=torch.cat([s.media for s, _ in done if s.media is not None])
+            if self.judge.keeps_media
+            else None,
             shapes={r.label: r.shaped for r in self.judge.rewards},
         )
 

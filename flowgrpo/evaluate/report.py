@@ -58,22 +58,31 @@ def write_report(folder: Path) -> Path:
         _warnings(records),
         _grids(records),
         _tasks(records),
+        _inspection(records),
         main_curves(records),
         held_out_measures(records),
         training_metrics(records),
         times(records),
         _appendix(records),
     ]
+    title = f"{_name(records)} · flowgrpo report"
+    return write_page(records.folder / "report.html", title, "\n".join(filter(None, sections)))
+
+
+def write_page(path: Path, title: str, content: str) -> Path:
+    """Write HTML sections as a page with the report's style; it is never seen half written."""
     template = resources.files("flowgrpo.evaluate").joinpath("report_template.html")
-    page = Template(template.read_text("utf-8")).substitute(
-        title=escape(f"{_name(records)} · flowgrpo report"),
-        content="\n".join(filter(None, sections)),
-    )
-    path = records.folder / "report.html"
+    page = Template(template.read_text("utf-8")).substitute(title=escape(title), content=content)
     unfinished = path.with_suffix(".tmp")
     unfinished.write_text(page, "utf-8")
     unfinished.replace(path)
     return path
+
+
+def _inspection(records: Records) -> str:
+    """What the algorithm rewards, if the run was inspected."""
+    path = records.folder / "inspection.html"
+    return path.read_text("utf-8") if path.exists() else ""
 
 
 def _name(records: Records) -> str:

@@ -80,7 +80,7 @@ def sample(options: argparse.Namespace) -> int:
     quiet()
     if options.samples < 1:
         raise ValueError(f"--samples must be at least 1, got {options.samples}")
-    prompts = _prompts(options.prompts)
+    prompts = prompts_of(options.prompts)
     policy = _policy(options, steps=28)
     owners = [(i, s) for i in range(len(prompts)) for s in range(options.samples)]
     noise = SampleNoise([Random(options.seed).at("sample", i, s) for i, s in owners])
@@ -267,7 +267,7 @@ def load_run(folder: Path, weights: str, base: bool = False) -> "tuple[PipelineP
         raise FileNotFoundError(f"{folder} has no checkpoint yet")
     policy = PipelinePolicy.from_pretrained(
         config.model.path,
-        sampling=config.evaluation_sampling(),
+        sampling=sampling or config.evaluation_sampling(),
         weights=config.model.weights,
         batch_size=config.train.rollout_batch,
         dtype=config.model.dtype,
@@ -281,7 +281,7 @@ def load_run(folder: Path, weights: str, base: bool = False) -> "tuple[PipelineP
     return policy, int(state["iteration"])
 
 
-def _prompts(values: Sequence[str]) -> "list[Prompt]":
+def prompts_of(values: Sequence[str]) -> "list[Prompt]":
     from flowgrpo.config import find
     from flowgrpo.experience import Prompt
     from flowgrpo.prompts import PromptSet

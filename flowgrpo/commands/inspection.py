@@ -1,0 +1,35 @@
+"""``flowgrpo inspect``."""
+
+import argparse
+from pathlib import Path
+
+
+def inspect(options: argparse.Namespace) -> int:
+    """``flowgrpo inspect``."""
+    from flowgrpo import config as configuration
+    from flowgrpo.commands import load_run, prompts_of, quiet
+    from flowgrpo.core.random import Random
+    from flowgrpo.evaluate import inspection
+    from flowgrpo.evaluate.report import write_page
+    from flowgrpo.judge import Judge
+    from flowgrpo.prompts import PromptSet
+
+    quiet()
+    run = Path(options.run)
+    config = configuration.load(str(run / "config.toml"))
+    if options.prompts:
+        prompts = prompts_of(options.prompts)
+    else:
+        known = PromptSet.load(configuration.find(config.prompts.train), config.prompts.balance)
+        prompts = [g.prompt for g in known.groups(0, options.number, Random(options.seed))]
+    policy, iteration = load_run(run, options.weights, base=options.base, sampling=config.sampling)
+    judge = Judge(config.rewards, config.failures, config.memory.score_batch)
+    strips = inspection.inspect(
+        policy, config.algorithm, judge, prompts, options.samples, options.seed
+    )
+    judge.close()
+    out = Path(options.out) if options.out else run / "inspect.html"
+    after = "the base model" if options.base else f"after {iteration} iterations"
+    title = f"{run.resolve().name} · what {config.algorithm.__class__.__name__} rewards, {after}"
+    print(write_page(out, title, f"<header><h1>{title}</h1></header>{inspection.fragment(strips)}"))
+    return 0

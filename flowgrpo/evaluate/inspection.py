@@ -1,0 +1,255 @@
+"""What an algorithm rewards: trajectories with their candidates, rewards and credit, step by step.
+
+For each trajectory a film strip: the candidates that judge it after each step (completions,
+projections, or the image alone), their rewards, how much each step changed them, and the advantage
+that the step's action is trained with.
+"""
+
+import base64
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torchvision.transforms.functional import to_pil_image
+
+from flowgrpo.algorithms import TPGRPO, Algorithm
+from flowgrpo.algorithms.credit import StepTable
+from flowgrpo.algorithms.tp_grpo import turning_points
+from flowgrpo.core.random import Random
+from flowgrpo.evaluate.charts import Line, legend, line_chart, number
+from flowgrpo.evaluate.curves import section
+from flowgrpo.experience import Experience, Group, Prompt
+from flowgrpo.judge import Judge
+from flowgrpo.policy import PipelinePolicy
+
+FILE = "inspection.html"
+"""Name of the fragment in a run directory that the report takes in."""
+THUMBNAIL = 96
+"""Pixels of the longer side of a picture on a strip."""
+
+
+@dataclass(frozen=True)
+class Frame:
+    """One candidate on a strip.
+
+    Attributes:
+        step: The step after which it was completed; -1 for the initial noise.
+        granularity: Grid intervals per step of its completion; 0 for a projection.
+        reward: NaN if its reward failed.
+        media: An image ``(C, H, W)`` or a video ``(F, C, H, W)`` in [0, 1].
+    """
+
+    step: int
+    granularity: int
+    reward: float
+    media: Float[Tensor, "*frames channels height width"]
+
+
+@dataclass(frozen=True)
+class Strip:
+    """One trajectory.
+
+    Attributes:
+        prompt: What was asked for.
+        sample: Its index in the group.
+        frames: Its candidates, by step.
+        advantages: Of its trained actions, by step.
+        turning: The steps that are turning points, where the algorithm knows any.
+    """
+
+    prompt: str
+    sample: int
+    frames: Sequence[Frame]
+    advantages: dict[int, float]
+    turning: Sequence[int]
+
+
+def inspect(
+    policy: PipelinePolicy,
+    algorithm: Algorithm,
+    judge: Judge,
+    prompts: Sequence[Prompt],
+    samples: int = 3,
+    seed: int = 0,
+) -> list[Strip]:
+    """Collect one iteration on a few prompts, and take out some trajectories of each.
+
+    Args:
+        policy: With the weights to look at.
+        algorithm: Collects and credits as in training.
+        judge: Scores the candidates.
+        prompts: One group each.
+        samples: Trajectories of each group to show: the best, the worst, and others between.
+        seed: For the noise.
+
+    Raises:
+        ValueError: If there are no prompts.
+    """
+    if not prompts or samples < 1:
+        raise ValueError("there is nothing to inspect: give at least one prompt and one sample")
+    groups = [Group(i, p) for i, p in enumerate(prompts)]
+    judge.keeps_media, before = True, judge.iteration
+    judge.iteration = None
+    try:
+        experience = algorithm.collect(policy, groups, judge, Random(seed).at("train", 0))
+    finally:
+        judge.keeps_media, judge.iteration = False, before
+    advantages = algorithm.advantages(experience)
+    turning = _turning(algorithm, experience)
+    return [
+        _strip(experience, advantages, turning, group, sample)
+        for group in groups
+        for sample in _chosen(experience, group.index, samples)
+    ]
+
+
+def _chosen(experience: Experience, group: int, number: int) -> list[int]:
+    """Samples of a group from the best to the worst by their last candidate's reward."""
+    c = experience.candidates
+    mine = c.group == group
+    last = {
+        int(s): float(c.reward[mine & (c.sample == s)][-1].nan_to_num(-1e9))
+        for s in experience.actions.sample[experience.actions.group == group].unique()
+    }
+    ranked = sorted(last, key=lambda s: -last[s])
+    places = torch.linspace(0, len(ranked) - 1, min(number, len(ranked))).round().int().unique()
+    return [ranked[int(i)] for i in places]
+
+
+def _strip(
+    experience: Experience,
+    advantages: Float[Tensor, " actions"],
+    turning: dict[tuple[int, int], list[int]],
+    group: Group,
+    sample: int,
+) -> Strip:
+    c, a = experience.candidates, experience.actions
+    assert experience.media is not None
+    rows = ((c.group == group.index) & (c.sample == sample)).nonzero().squeeze(1)
+    order = sorted(rows.tolist(), key=lambda i: (int(c.step[i]), int(c.granularity[i])))
+    frames = [
+        Frame(int(c.step[i]), int(c.granularity[i]), float(c.reward[i]), experience.media[i])
+        for i in order
+    ]
+    own = ((a.group == group.index) & (a.sample == sample)).nonzero().squeeze(1)
+    credit = {int(a.step[i]): float(advantages[i]) for i in own}
+    found = turning.get((group.index, sample), [])
+    return Strip(group.prompt.text, sample, frames, dict(sorted(credit.items())), found)
+
+
+def _turning(algorithm: Algorithm, experience: Experience) -> dict[tuple[int, int], list[int]]:
+    """The turning points of each trajectory; none for algorithms without such a notion."""
+    if not isinstance(algorithm, TPGRPO) or algorithm.turning_points == "none":
+        return {}
+    steps: Int[Tensor, " steps"] = experience.actions.step.unique()
+    last = int(experience.candidates.step.max())
+    table = StepTable.rewards(experience.candidates, [*(int(s) - 1 for s in steps), last])
+    found = turning_points(table.values, consistent=algorithm.turning_points == "consistent")
+    return {
+        (int(g), int(s)): [int(steps[j]) for j in row.nonzero().flatten()]
+        for g, s, row in zip(table.group, table.sample, found, strict=True)
+    }
+
+
+def fragment(strips: Sequence[Strip]) -> str:
+    """The strips as a section of a page, by prompt."""
+    prompts = list(dict.fromkeys(s.prompt for s in strips))
+    parts = [_group(p, [s for s in strips if s.prompt == p]) for p in prompts]
+    note = (
+        "Trajectories of one iteration, each prompt's best first. A picture is a candidate that "
+        "was judged after the step above it; without step-level candidates it is the final image "
+        "alone. Green steps are made more likely, red ones less; ◆ marks a turning point."
+    )
+    return section("Credit", note, "".join(parts))
+
+
+def _group(prompt: str, strips: Sequence[Strip]) -> str:
+    curves = [
+        Line(
+            f"sample {s.sample}", [(f.step, f.reward) for f in s.frames], i, dots=True, axis="step"
+        )
+        for i, s in enumerate(strips)
+        if len({f.step for f in s.frames}) > 1
+    ]
+    chart = ""
+    if curves:
+        names = legend([(line.name, line.color) for line in curves])
+        chart = f'<div class="chart">{names}{line_chart(curves)}</div>'
+    tables = "".join(_table(s) for s in strips)
+    return f'<div class="card"><h3>{escape(prompt)}</h3>{chart}{tables}</div>'
+
+
+def _table(strip: Strip) -> str:
+    """One trajectory: a column per step, rows for pictures, rewards, changes and advantages."""
+    steps = sorted({f.step for f in strip.frames} | set(strip.advantages))
+    by_step = {s: [f for f in strip.frames if f.step == s] for s in steps}
+    heads = "".join(f"<th>{'noise' if s < 0 else f'step {s}'}</th>" for s in steps)
+    pictures = "".join(f"<td>{''.join(map(_picture, by_step[s]))}</td>" for s in steps)
+    rewards = "".join(
+        f"<td>{'<br>'.join(number(f.reward) for f in by_step[s]) or '·'}</td>" for s in steps
+    )
+    most = max((abs(v) for v in strip.advantages.values()), default=0.0) or 1.0
+    credit = "".join(
+        _credit(strip.advantages[s], most, s in strip.turning)
+        if s in strip.advantages
+        else "<td></td>"
+        for s in steps
+    )
+    rows = [
+        f"<tr><th></th>{heads}</tr>",
+        f"<tr><td>candidate</td>{pictures}</tr>",
+        f"<tr><td>reward</td>{rewards}</tr>",
+        _changes(strip, steps),
+        f"<tr><td>advantage</td>{credit}</tr>",
+    ]
+    return (
+        f"<h4>sample {strip.sample}</h4>"
+        f'<div class="scroll"><table class="strip">{"".join(rows)}</table></div>'
+    )
+
+
+def _changes(strip: Strip, steps: Sequence[int]) -> str:
+    """By how much each step changed the reward of what its state leads to."""
+    plain = [f for f in strip.frames if f.granularity <= 1]
+    if len(plain) < 2:
+        return ""
+    change = {b.step: b.reward - a.reward for a, b in pairwise(plain)}
+    cells = "".join(f"<td>{_signed(change[s]) if s in change else ''}</td>" for s in steps)
+    return f"<tr><td>change</td>{cells}</tr>"
+
+
+def _signed(value: float) -> str:
+    return f"+{number(value)}" if value > 0 else number(value)
+
+
+def _credit(value: float, most: float, turning: bool) -> str:
+    color = "46, 160, 67" if value > 0 else "218, 54, 51"
+    shade = f"background: rgba({color}, {0.6 * abs(value) / most:.2f})" if value else ""
+    return f'<td style="{shade}">{_signed(value)}{" ◆" if turning else ""}</td>'
+
+
+def _picture(frame: Frame) -> str:
+    """A thumbnail, of a video's middle frame, with its granularity on hovering."""
+    image = frame.media[len(frame.media) // 2] if frame.media.ndim == 4 else frame.media
+    picture = to_pil_image(image.float().clamp(0, 1))
+    picture.thumbnail((THUMBNAIL, THUMBNAIL))
+    stream = io.BytesIO()
+    picture.save(stream, "PNG")
+    source = base64.b64encode(stream.getvalue()).decode()
+    title = (
+        "projected" if frame.granularity == 0 else f"completed in strides of {frame.granularity}"
+    )
+    return f'<img alt="{title}" title="{title}" src="data:image/png;base64,{source}">'
+
+
+def keep(strips: Sequence[Strip], folder: Path) -> Path:
+    """Write the fragment into a run directory, where the report finds it."""
+    path = folder / FILE
+    path.write_text(fragment(strips), "utf-8")
+    return path

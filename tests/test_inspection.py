@@ -1,0 +1,88 @@
+"""The inspection shows what an algorithm collected, and credits as training does."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from flowgrpo.algorithms import G2RPO, TPGRPO, VGPO, Algorithm, FlowGRPO
+from flowgrpo.core.random import Random
+from flowgrpo.core.steps import Window
+from flowgrpo.core.transitions import CPS
+from flowgrpo.evaluate.inspection import fragment, inspect, keep
+from flowgrpo.experience import Group, Prompt
+from flowgrpo.judge import Judge, Reward
+from tests.conftest import MakePolicy
+
+PROMPTS = [Prompt("a cat"), Prompt("two <dogs>")]
+STEPS = Window(start=0, size=2)
+
+
+def brightness(media: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+    return media.flatten(1).mean(1)
+
+
+@pytest.fixture
+def judge() -> Callable[[], Judge]:
+    return lambda: Judge([Reward(model=f"{__name__}:brightness")])
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "frames"),
+    [
+        (FlowGRPO(group_size=3, transition=CPS(), steps=STEPS), 1),
+        (TPGRPO(group_size=3, transition=CPS(), steps=STEPS), 3),
+        (VGPO(group_size=3, transition=CPS(), steps=STEPS), 3),
+        (G2RPO(group_size=3, transition=CPS(), steps=STEPS, granularities=(1, 2)), 4),
+    ],
+    ids=lambda value: getattr(value, "kind", str(value)),
+)
+def test_strips_hold_what_was_collected(
+    algorithm: Algorithm, frames: int, make_policy: MakePolicy, judge: Callable[[], Judge]
+) -> None:
+    policy, seen = make_policy("sd3"), judge()
+    strips = inspect(policy, algorithm, seen, PROMPTS, samples=2)
+    assert [s.prompt for s in strips] == ["a cat"] * 2 + ["two <dogs>"] * 2
+    random = Random(0).at("train", 0)
+    groups = [Group(i, p) for i, p in enumerate(PROMPTS)]
+    experience = algorithm.collect(policy, groups, seen, random)
+    assert experience.media is None, "media is kept for inspections only"
+    advantages, a = algorithm.advantages(experience), experience.actions
+    for strip in strips:
+        assert len(strip.frames) == frames
+        for frame in strip.frames:
+            assert frame.reward == pytest.approx(float(frame.media.mean()), abs=1e-6)
+        group = [p.text for p in PROMPTS].index(strip.prompt)
+        own = (a.group == group) & (a.sample == strip.sample)
+        expected = dict(zip(a.step[own].tolist(), advantages[own].tolist(), strict=True))
+        assert strip.advantages == pytest.approx(expected)
+    best, worst = strips[0].frames[-1].reward, strips[1].frames[-1].reward
+    assert best >= worst
+    seen.close()
+
+
+def test_the_page_escapes_prompts_and_shows_credit(
+    make_policy: MakePolicy, judge: Callable[[], Judge], tmp_path: Path
+) -> None:
+    algorithm = TPGRPO(group_size=3, transition=CPS(), steps=STEPS, turning_points="plain")
+    seen = judge()
+    strips = inspect(make_policy("sd3"), algorithm, seen, PROMPTS)
+    seen.close()
+    page = fragment(strips)
+    assert "two &lt;dogs&gt;" in page
+    assert page.count("<h4>sample") == 6
+    assert page.count('src="data:image/png;base64,') == 6 * 3
+    assert page.count("◆") == 1 + sum(len(set(s.turning) & set(s.advantages)) for s in strips)
+    assert any(s.turning for s in strips)
+    assert keep(strips, tmp_path).read_text() == page
+
+
+def test_nothing_to_inspect(make_policy: MakePolicy, judge: Callable[[], Judge]) -> None:
+    seen = judge()
+    with pytest.raises(ValueError, match="at least one prompt"):
+        inspect(make_policy("sd3"), FlowGRPO(group_size=2, transition=CPS()), seen, [])
+    assert not seen.keeps_media
+    assert torch.is_grad_enabled()
+    seen.close()
