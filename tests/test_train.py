@@ -347,3 +347,7 @@ def test_sample_score_and_grid(straight, tmp_path):
         == 0
     )
     assert (tmp_path / "grid.png").stat().st_size > 5000
+    page = tmp_path / "inspect.html"
+    assert main(["inspect", str(straight), "--number", "1", "--out", str(page)]) == 0
+    assert page.read_text().count("<h4>sample") == 3
+    assert "<h2>Credit</h2>" in (straight / "report.html").read_text()

@@ -251,8 +251,13 @@ def _policy(options: argparse.Namespace, steps: int) -> "PipelinePolicy":
     )
 
 
-def load_run(folder: Path, weights: str, base: bool = False) -> "tuple[PipelinePolicy, int]":
-    """The model of a run with the weights of a checkpoint (``best`` or ``last``), or as it was before."""
+def load_run(
+    folder: Path, weights: str, base: bool = False, sampling: "Sampling | None" = None
+) -> "tuple[PipelinePolicy, int]":
+    """The model of a run with the weights of a checkpoint (``best`` or ``last``), or as it was before.
+
+    It samples as in evaluations unless told otherwise.
+    """
     from flowgrpo import config as configuration
     from flowgrpo.policy import PipelinePolicy
     from flowgrpo.run import checkpoints
@@ -273,6 +278,7 @@ def load_run(folder: Path, weights: str, base: bool = False) -> "tuple[PipelineP
         dtype=config.model.dtype,
         device=_device(config.run.device),
         seed=config.run.seed,
+        memory=config.memory,
     )
     parts, state = checkpoints.load(place)
     if not base:
