@@ -1,4 +1,4 @@
-"""The doctor on every tiny family of the tests, as a table in docs/families.md.
+"""The doctor on every tiny family of the tests, as a table in docs/families.md and the README.
 
 python -m benchmarks.families --json-dir families
 
@@ -20,7 +20,8 @@ from flowgrpo.doctor import Settings, examine
 from tests.conftest import sampling_of
 from tests.tiny import FAMILIES, save
 
-PAGE = Path(__file__).parents[1] / "docs" / "families.md"
+ROOT = Path(__file__).parents[1]
+PAGES = (ROOT / "docs" / "families.md", ROOT / "README.md")
 START, END = "<!-- families: begin -->", "<!-- families: end -->"
 HEADER = (
     "family", "pipeline", "path", "media", "trained",
@@ -45,8 +46,10 @@ def main() -> None:
             result = diagnose(name, options.dtype, options.device)
             file.write_text(json.dumps(result, indent=1) + "\n")
             print(f"{name}: {time.perf_counter() - began:.0f} s, {verdict(result)}", flush=True)
-    write(PAGE, {name: json.loads((folder / f"{name}.json").read_text()) for name in FAMILIES})
-    print(PAGE)
+    results = {name: json.loads((folder / f"{name}.json").read_text()) for name in FAMILIES}
+    for page in PAGES:
+        write(page, results)
+        print(page)
 
 
 def diagnose(name: str, dtype: str, device: str) -> dict[str, Any]:

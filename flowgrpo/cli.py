@@ -41,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
 
 
-EXPECTED = (ValueError, OSError, RuntimeError)
+EXPECTED = (ValueError, OSError, RuntimeError, ImportError, OverflowError)
 """What users can mend; the message says how. Anything else is a defect and shows its traceback."""
 
 

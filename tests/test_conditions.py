@@ -118,6 +118,15 @@ def test_a_size_that_is_not_made_is_refused_with_the_nearest(
         check_sizes(policy, [prompt], policy.sampling)
 
 
+def test_a_model_that_overflows_is_refused(make_policy: MakePolicy) -> None:
+    policy = make_policy("flux", dtype="float16")
+    check_sizes(policy, [Prompt("a")], policy.sampling)
+    with torch.no_grad():
+        policy.denoisers["transformer"].x_embedder.weight.mul_(1e6)
+    with pytest.raises(OverflowError, match=r"overflows in torch.float16: set model.dtype"):
+        check_sizes(policy, [Prompt("a")], policy.sampling)
+
+
 def test_an_image_for_a_pipeline_that_takes_none(make_policy: MakePolicy) -> None:
     policy = make_policy("sd3")
     with pytest.raises(ValueError, match="StableDiffusion3Pipeline takes no argument 'image'"):

@@ -4,12 +4,13 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.families import END, PAGE, START, row, write
+from benchmarks.families import END, PAGES, START, row, write
 from tests.tiny import FAMILIES
 
 
-def test_every_family_has_a_row() -> None:
-    table = PAGE.read_text().partition(START)[2].partition(END)[0]
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_every_family_has_a_row(page: Path) -> None:
+    table = page.read_text().partition(START)[2].partition(END)[0]
     rows = [line.split("|")[1].strip() for line in table.splitlines() if line.startswith("| `")]
     assert rows == [f"`{name}`" for name in FAMILIES]
 

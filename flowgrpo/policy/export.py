@@ -6,11 +6,13 @@ interfaces read, writes a layer's path with underscores and its alpha as a tenso
 """
 
 import inspect
+import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline, ModelMixin
+from huggingface_hub import snapshot_download
 from peft import get_peft_model_state_dict
 from safetensors.torch import save_file
 from torch import Tensor
@@ -25,6 +27,7 @@ KOHYA_PREFIX = {
     "ZImageTransformer2DModel": "lora_unet_",
 }
 """How the keys of a class of denoiser begin. All but SD3's are read by diffusers as well."""
+INDEX = "model_index.json"
 KOHYA_FILE = "kohya/lora.safetensors"
 """In a folder of its own, or diffusers would not know which of two files to load."""
 
@@ -37,9 +40,7 @@ def export(pipeline: DiffusionPipeline, trainable: Trainable, folder: Path) -> P
     for ``from_pretrained(folder)``.
     """
     if isinstance(trainable.weights, Full):
-        folder.mkdir(parents=True, exist_ok=True)
-        pipeline.save_pretrained(folder)
-        return folder
+        return _write_pipeline(pipeline, trainable, folder)
     export_diffusers(pipeline, trainable, folder)
     if all(type(m).__name__ in KOHYA_PREFIX for m in trainable.denoisers.values()):
         export_kohya(trainable, folder)
@@ -122,13 +123,44 @@ def export_merged(pipeline: DiffusionPipeline, trainable: Trainable, folder: Pat
     The pipeline has no adapter any more after this. Weights are rounded to the precision that the
     model was loaded in.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     if isinstance(trainable.weights, LoRA):
         for model in trainable.denoisers.values():
             model.fuse_lora(adapter_names=[ADAPTER], safe_fusing=True)
             model.unload_lora()
-    pipeline.save_pretrained(folder)
+    return _write_pipeline(pipeline, trainable, folder)
+
+
+def _write_pipeline(pipeline: DiffusionPipeline, trainable: Trainable, folder: Path) -> Path:
+    """A pipeline folder with the trained denoisers; all else is copied as it was loaded from.
+
+    Saving what was not trained would change its precision, and not every part that diffusers loads
+    can be loaded again after diffusers has saved it (PRX's text encoder).
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    source = _source(pipeline)
+    if source is None:
+        pipeline.save_pretrained(folder)
+        return folder
+    parts = [p for p in pipeline.components if (source / p).is_dir()]
+    for part in parts:
+        if part not in trainable.denoisers:
+            shutil.copytree(source / part, folder / part, dirs_exist_ok=True)
+    for name, model in trainable.denoisers.items():
+        model.save_pretrained(folder / name)
+    shutil.copy(source / INDEX, folder / INDEX)
     return folder
+
+
+def _source(pipeline: DiffusionPipeline) -> Path | None:
+    """The folder that a pipeline was loaded from; None if it was not, or it is gone."""
+    name = pipeline.config.get("_name_or_path") or ""
+    if (Path(name) / INDEX).exists():
+        return Path(name)
+    try:
+        found = Path(snapshot_download(name, local_files_only=True))
+    except (OSError, ValueError):
+        return None
+    return found if (found / INDEX).exists() else None
 
 
 def _lora_of(trainable: Trainable) -> LoRA:

@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from itertools import product
 
+import torch
+
 from flowgrpo.core.random import Random, SampleNoise
 from flowgrpo.experience import Prompt
 from flowgrpo.policy.calls import Sampling
@@ -23,12 +25,14 @@ def check_sizes(policy: PipelinePolicy, prompts: Sequence[Prompt], sampling: Sam
 
     Raises:
         ValueError: With the size asked for, and the nearest one that the pipeline makes.
+        OverflowError: If the denoiser's output is not finite in its precision (FLUX in fp16).
     """
     for prompt in {p.size: p for p in prompts}.values():
-        asked = _asked(prompt, sampling)
+        asked, got = _asked(prompt, sampling), _made(policy, prompt, sampling)
         if asked == (None, None, None):
+            if isinstance(got, str):
+                raise ValueError(f"{type(policy.pipeline).__name__} cannot be called: {got}")
             continue
-        got = _made(policy, prompt, sampling)
         if isinstance(got, str) or not _agree(asked, got):
             nearest = _nearest(policy, prompt, asked, sampling)
             advice = f"; the nearest that it makes is {_words(nearest)}" if nearest else ""
@@ -55,8 +59,17 @@ def _made(policy: PipelinePolicy, prompt: Prompt, sampling: Sampling) -> Size | 
         (rollout,) = policy.run(
             [prompt], noise, nodes=[0, 1], record=[0], decode=False, sampling=sampling
         )
-        media = policy.decode([prompt], rollout.visits[0].x, sampling)
-    except (ValueError, RuntimeError, AssertionError) as error:
+        visit = rollout.visits[0]
+        if not bool(visit.prediction.output.isfinite().all()):
+            raise OverflowError(
+                f"{type(policy.pipeline).__name__} overflows in {policy.dtype}: set model.dtype = "
+                "'bfloat16' or 'float32'"
+            )
+        media = policy.decode([prompt], visit.x, sampling)
+    except (OverflowError, torch.OutOfMemoryError):
+        raise
+    # Pipelines object to a size in every way there is.
+    except Exception as error:
         return str(error).splitlines()[0] if str(error) else type(error).__name__
     return media.shape[-2], media.shape[-1], media.shape[1] if media.ndim == 5 else None
 
