@@ -67,7 +67,7 @@ def sampling_of(name: str, **changes: Any) -> Sampling:
     """The smallest call of a family."""
     call = dict(FAMILIES[name].call)
     named = {key: call.pop(key) for key in NAMED if key in call}
-    if name == "prx":
+    if name in ("prx", "prx_pixel"):
         # Diffusers' own pipeline cannot guide more than one prompt at a time.
         named["guidance_scale"] = 1.0
     return replace(Sampling(num_steps=FAMILIES[name].num_steps, call=call, **named), **changes)

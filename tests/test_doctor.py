@@ -19,7 +19,7 @@ from tests.tiny import FAMILIES
 
 Tiny = Callable[[str], Path]
 
-NO_ADAPTERS = ("pixart_sigma", "prx")
+NO_ADAPTERS = ("pixart_sigma", "prx", "prx_pixel")
 FINITE = "what the denoiser says is finite"
 STOCK = "noise 0 gives the stock image"
 CHAIN = "a step begins where the last one ended"

@@ -201,6 +201,18 @@ def test_an_sde_keeps_the_marginal_as_the_grid_is_refined(kind, level):
     assert fine < coarse / 3
 
 
+@given(steps_below_one(), levels, st.floats(0.5, 3.0), st.sampled_from([FlowSDE, DanceSDE, CPS]))
+@settings(deadline=None)
+def test_larger_noise_is_the_same_step_on_larger_states(step, level, scale, kind):
+    """PRX in pixel space starts from noise of standard deviation 2."""
+    x, v = double(0.3, -2), double(1.1, 0.4)
+    wide = Step.flow(step.noise, step.noise_next, step.sigma_max, noise_scale=scale)
+    transition = kind(noise_level=min(1.0, level))
+    plain, scaled = flow(transition, x, v, step), flow(transition, scale * x, scale * v, wide)
+    assert torch.allclose(scaled.mean, scale * plain.mean, rtol=1e-9)
+    assert scaled.std == pytest.approx(scale * plain.std)
+
+
 @given(steps_below_one(), levels)
 @settings(deadline=None)
 def test_dance_equals_flow_sde_of_the_same_diffusion(step, level):

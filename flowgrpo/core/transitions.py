@@ -31,6 +31,8 @@ class Step:
         signal_next: Weight of the data after the step.
         noise_next: Weight of the noise after the step.
         sigma_max: The second largest ``sigma`` of the grid, where Flow-SDE's noise is capped.
+        noise_scale: Standard deviation of the path's pure noise, 1 for nearly all models. What a step
+            injects has it too: everything is as if states were divided by it.
     """
 
     path: Path
@@ -39,11 +41,14 @@ class Step:
     signal_next: float
     noise_next: float
     sigma_max: float = 1.0
+    noise_scale: float = 1.0
 
     @classmethod
-    def flow(cls, sigma: float, sigma_next: float, sigma_max: float = 1.0) -> "Step":
+    def flow(
+        cls, sigma: float, sigma_next: float, sigma_max: float = 1.0, noise_scale: float = 1.0
+    ) -> "Step":
         """A step on the rectified-flow path."""
-        return cls("flow", 1 - sigma, sigma, 1 - sigma_next, sigma_next, sigma_max)
+        return cls("flow", 1 - sigma, sigma, 1 - sigma_next, sigma_next, sigma_max, noise_scale)
 
     @classmethod
     def diffusion(cls, alpha_bar: float, alpha_bar_next: float) -> "Step":
@@ -152,7 +157,7 @@ def _reverse_sde(
     ``dx = [v - g^2/2 * score] dt + g dw`` with ``score = -x1 / sigma`` (arXiv:2505.05470, eq. 8).
     """
     drift = prediction.output + 0.5 * diffusion**2 * prediction.x1 / step.noise
-    return Gaussian(x - step.dt * drift, diffusion * math.sqrt(step.dt))
+    return Gaussian(x - step.dt * drift, step.noise_scale * diffusion * math.sqrt(step.dt))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -214,7 +219,8 @@ class CPS:
         angle = self.noise_level * math.pi / 2
         kept = step.noise_next * math.cos(angle)
         mean = step.signal_next * prediction.x0 + kept * prediction.x1
-        return Gaussian(mean, step.noise_next * math.sin(angle), self.log_prob == "gaussian")
+        std = step.noise_scale * step.noise_next * math.sin(angle)
+        return Gaussian(mean, std, self.log_prob == "gaussian")
 
 
 @dataclass(frozen=True, kw_only=True)

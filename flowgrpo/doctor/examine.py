@@ -31,7 +31,7 @@ from flowgrpo.policy.calling import (
     generators_for,
 )
 from flowgrpo.policy.loading import DTYPES, denoisers
-from flowgrpo.policy.precision import as_batch, encode_still
+from flowgrpo.policy.precision import as_batch, encode_still, from_signed, is_pixel_space
 from flowgrpo.policy.scheduler import FlowPolicyScheduler, policy_scheduler
 from flowgrpo.run.console import Console
 
@@ -294,7 +294,8 @@ def _call(
                 return_dict=False,
                 **arguments,
             )
-        return as_batch(output).float().cpu()
+        media = as_batch(output).float().cpu()
+        return from_signed(media) if is_pixel_space(pipeline) else media
 
     arguments = {"prompt": [p.text for p in prompts], **sampling.arguments()}
     return Calling()(run, arguments, len(prompts))

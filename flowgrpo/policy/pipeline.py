@@ -40,7 +40,14 @@ from flowgrpo.policy.memory import (
     prepare_decoder,
     prepare_denoisers,
 )
-from flowgrpo.policy.precision import as_batch, as_fp32, guarded, open_vae
+from flowgrpo.policy.precision import (
+    as_batch,
+    as_fp32,
+    from_signed,
+    guarded,
+    is_pixel_space,
+    open_vae,
+)
 from flowgrpo.policy.prompts_cache import ENCODING_METHODS, remember_encodings
 from flowgrpo.policy.scheduler import Itinerary, Visit, held, policy_scheduler
 from flowgrpo.policy.weights import Full, Trainable, Weights
@@ -114,6 +121,7 @@ class PipelinePolicy:
         self.shipped_scheduler = pipeline.scheduler
         self.scheduler = policy_scheduler(pipeline.scheduler)
         self.check_sampling(sampling)
+        self.scheduler.noise_scale = float(pipeline.config.get("noise_scale") or 1.0)
         pipeline.scheduler = self.scheduler
         pipeline.set_progress_bar_config(disable=True)
         without_safety_checker(pipeline)
@@ -358,7 +366,8 @@ class PipelinePolicy:
             self.scheduler.check_walk(name, self._prepared)
         finally:
             self.scheduler.itinerary, self._entering = Itinerary(), None
-        return as_batch(output)
+        media = as_batch(output)
+        return from_signed(media) if decode and is_pixel_space(self.pipeline) else media
 
     def _prepare_or_enter(self, *args: Any, **kwargs: Any) -> Any:
         """The pipeline's ``prepare_latents``; with a state to enter, that state in its place."""

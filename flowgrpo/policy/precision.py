@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline, ModelMixin
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def open_vae(pipeline: DiffusionPipeline) -> None:
@@ -111,3 +111,15 @@ def as_batch(output: Any) -> Tensor:
             f"the pipeline returned {type(media).__name__} where tensors were asked for"
         )
     return media
+
+
+def is_pixel_space(pipeline: DiffusionPipeline) -> bool:
+    """Whether there is nothing to decode with: the loop's state is the image, in [-1, 1]."""
+    return not any(
+        hasattr(m, "decode") for m in pipeline.components.values() if isinstance(m, nn.Module)
+    )
+
+
+def from_signed(media: Tensor) -> Tensor:
+    """From [-1, 1] to [0, 1]."""
+    return (0.5 * media + 0.5).clamp(0, 1)

@@ -206,6 +206,8 @@ class FlowPolicyScheduler(_Steps, FlowMatchEulerDiscreteScheduler):
 
     init_noise_sigma = 1.0
     """Initial latents are standard normal; some pipelines ask."""
+    noise_scale = 1.0
+    """What the pipeline multiplies its initial noise by (PRX in pixel space)."""
 
     # Pipelines inspect these names to see which arguments a scheduler takes.
     def set_timesteps(
@@ -229,7 +231,7 @@ class FlowPolicyScheduler(_Steps, FlowMatchEulerDiscreteScheduler):
 
     def interval(self, node: int, next_node: int) -> Step:
         sigmas = self._grid_sigmas
-        return Step.flow(sigmas[node], sigmas[next_node], sigma_max=sigmas[1])
+        return Step.flow(sigmas[node], sigmas[next_node], sigmas[1], self.noise_scale)
 
     def _predict(self, output: Tensor, x: Tensor, node: int, interval: Step) -> Prediction:
         # Inverted grids (Mochi) run from 0 to 1, and so their models predict x0 - x1.

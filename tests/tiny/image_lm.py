@@ -16,6 +16,7 @@ from diffusers import (
     Lumina2Pipeline,
     Lumina2Transformer2DModel,
     PRXPipeline,
+    PRXPixelPipeline,
     PRXTransformer2DModel,
     QwenImageEditPipeline,
     QwenImagePipeline,
@@ -309,7 +310,7 @@ def z_image() -> ZImagePipeline:
     )
 
 
-def prx() -> PRXPipeline:
+def prx_parts(channels: int) -> dict[str, Any]:
     """Diffusers reads the encoder's sizes from a field that the encoder alone does not save."""
     tokenizer = gemma_tokenizer()
     tokenizer.model_max_length = 16
@@ -318,7 +319,7 @@ def prx() -> PRXPipeline:
     config.encoder = config.to_dict()
     transformer = PRXTransformer2DModel(
         patch_size=2,
-        in_channels=16,
+        in_channels=channels,
         context_in_dim=16,
         hidden_size=32,
         mlp_ratio=2.0,
@@ -327,13 +328,24 @@ def prx() -> PRXPipeline:
         axes_dim=[8, 8],
     )
     louder(transformer.txt_in, 8.0)
+    return {
+        "transformer": transformer,
+        "scheduler": FlowMatchEulerDiscreteScheduler(shift=3.0),
+        "text_encoder": T5GemmaEncoder(config),
+        "tokenizer": tokenizer,
+    }
+
+
+def prx() -> PRXPipeline:
     return PRXPipeline(
-        transformer=transformer,
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        **prx_parts(16),
         vae=kl_vae(16, quant=False, scaling_factor=0.3611, shift_factor=0.1159),
-        text_encoder=T5GemmaEncoder(config),
-        tokenizer=tokenizer,
     )
+
+
+def prx_pixel() -> PRXPixelPipeline:
+    """Its states are images, and its noise has twice the usual size."""
+    return PRXPixelPipeline(**prx_parts(3), default_sample_size=512, prompt_max_tokens=16)
 
 
 IMAGE_LM = (
@@ -379,5 +391,11 @@ IMAGE_LM = (
         prx,
         SIZE | {"use_resolution_binning": False, "guidance_scale": 4.0},
         outputs=("transformer.final_layer.linear", "vae.decoder.conv_out"),
+    ),
+    family(
+        "prx_pixel",
+        prx_pixel,
+        SIZE | {"use_resolution_binning": False, "guidance_scale": 4.0},
+        outputs=("transformer.final_layer.linear",),
     ),
 )
