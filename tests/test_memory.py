@@ -1,6 +1,7 @@
 """Settings of the ``[memory]`` section change what is kept, not what comes out."""
 
 import importlib.util
+import shutil
 from typing import Any
 
 import pytest
@@ -10,7 +11,13 @@ from torch import Tensor
 from flowgrpo.core.transitions import CPS
 from flowgrpo.experience import Prompt
 from flowgrpo.policy import Full, LoRA, Memory, PipelinePolicy
-from flowgrpo.policy.memory import PACKAGES, Encoders, Quantization, require_installed
+from flowgrpo.policy.memory import (
+    PACKAGES,
+    Encoders,
+    Quantization,
+    repeated_blocks,
+    require_installed,
+)
 from flowgrpo.policy.store import fingerprint
 from tests.conftest import MakePolicy, noise_of, transition_of
 
@@ -79,6 +86,40 @@ def test_checkpointing_keeps_less_and_gives_the_same_gradient(
     again, few_kept = gradient(gradient_checkpointing=True)
     torch.testing.assert_close(again, plain, atol=1e-5, rtol=1e-4)
     assert few_kept < 0.5 * all_kept
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="compiling for the CPU needs g++")
+@pytest.mark.parametrize("name", ["sd3", "flux"])
+def test_compiled_blocks_compute_the_same(name: str, make_policy: MakePolicy) -> None:
+    expected = images(make_policy(name))
+    policy = make_policy(name, memory=Memory(compile="regional"))
+    torch.testing.assert_close(images(policy), expected, atol=1e-4, rtol=0)
+    (rollout,) = policy.run(
+        PROMPTS, noise_of(0, 1, 2), record=[1], stochastic=[1], transition=CPS()
+    )
+    (visit,) = rollout.visits
+    log_prob = policy.replay(PROMPTS, visit.x, 1, CPS()).gaussian.log_prob(visit.x_next)
+    torch.testing.assert_close(log_prob, visit.gaussian.log_prob(visit.x_next), atol=1e-5, rtol=0)
+    log_prob.sum().backward()
+    assert policy.trainable is not None
+    assert all(p.grad is not None for p in policy.trainable.parameters.values())
+
+
+@pytest.mark.parametrize(
+    ("name", "kinds"),
+    [
+        ("sd15", {"ResnetBlock2D", "Transformer2DModel"}),
+        ("sd3", {"JointTransformerBlock"}),
+        ("wan_t2v", {"WanTransformerBlock"}),
+    ],
+)
+def test_repeated_blocks_are_found(name: str, kinds: set[str], make_policy: MakePolicy) -> None:
+    (model,) = make_policy(name, weights=None).denoisers.values()
+    blocks = repeated_blocks(model)
+    assert blocks
+    assert {type(b).__name__ for b in blocks} <= kinds
+    nested = [b for a in blocks for b in blocks if a is not b and any(m is b for m in a.modules())]
+    assert not nested, "a block in a block would be compiled twice"
 
 
 @pytest.mark.parametrize("kind", ["nf4", "int8", "torchao_int8"])

@@ -1,5 +1,6 @@
 """What makes a run fit on its device and run fast: the ``[memory]`` section."""
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -130,11 +131,20 @@ def prepare_denoisers(denoisers: Mapping[str, ModelMixin], memory: Memory) -> No
             except (ImportError, RuntimeError, ValueError) as error:
                 raise ValueError(f"memory.attention = {memory.attention!r}: {error}") from error
         if memory.compile == "regional":
-            if not getattr(model, "_repeated_blocks", None):
-                raise ValueError(
-                    f"memory.compile = 'regional': {kind} ({name}) names no repeated blocks"
-                )
-            model.compile_repeated_blocks(dynamic=False)
+            for block in repeated_blocks(model):
+                block.compile(dynamic=False)
+
+
+def repeated_blocks(model: nn.Module) -> list[nn.Module]:
+    """The blocks that a model stacks: members of its lists whose class occurs again, outermost only.
+
+    Not all models name theirs in diffusers (SD3, UNets do not).
+    """
+    listed = [m for stack in model.modules() if isinstance(stack, nn.ModuleList) for m in stack]
+    counts = Counter(type(m) for m in listed)
+    chosen = [m for m in listed if counts[type(m)] > 1 and list(m.parameters())]
+    inner = {id(n) for m in chosen for n in m.modules() if n is not m}
+    return [m for m in chosen if id(m) not in inner]
 
 
 def prepare_decoder(pipeline: DiffusionPipeline, memory: Memory) -> None:
