@@ -7,7 +7,7 @@ The plain call of the pipeline, without anything of flowgrpo's, takes 50 steps a
 
 import argparse
 
-from runs import percent, table
+from bench_runs import percent, table
 
 from flowgrpo.commands import quiet
 from flowgrpo.config import find

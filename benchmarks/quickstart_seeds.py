@@ -6,7 +6,7 @@ python benchmarks/quickstart_seeds.py --seeds 0 1 2 --folder runs/seeds
 import argparse
 from pathlib import Path
 
-from runs import evaluations, percent, run, table
+from bench_runs import evaluations, percent, run, table
 
 
 def main() -> None:

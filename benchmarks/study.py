@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
 
-from runs import evaluations, run, seconds_per_iteration, table
+from bench_runs import evaluations, run, seconds_per_iteration, table
 
 CPS = "transition={kind='cps', noise_level=0.7}"
 EARLY = "steps={kind='random_window', size=1, first=0, last=4}"

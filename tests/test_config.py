@@ -180,6 +180,7 @@ def test_contradictions_are_found_before_a_model_is_loaded(minimal, settings, me
         "algorithm.steps={kind = 'sliding_window', stride = 0}",
         "algorithm.steps={kind = 'random_window', size = 0}",
         "algorithm.advantage.clip=0.0",
+        "algorithm.advantage.epsilon=-1.0",
         "train.ema_decay=1.0",
         "train.betas=[0.9]",
         "failures.retries=-1",

@@ -37,8 +37,8 @@ class GroupAdvantage:
     """Advantages are cut to [-clip, clip]."""
 
     def check(self) -> None:
-        """Raise ValueError if every advantage would be zero."""
-        check_clip(self.clip)
+        """Raise ValueError if every advantage would be zero, or of the wrong sign."""
+        check_clip(self.clip, self.epsilon)
 
     def __call__(
         self,
@@ -150,8 +150,8 @@ class VirtualBest:
     """Advantages are cut to [-clip, clip]."""
 
     def check(self) -> None:
-        """Raise ValueError if every advantage would be zero."""
-        check_clip(self.clip)
+        """Raise ValueError if every advantage would be zero, or of the wrong sign."""
+        check_clip(self.clip, self.epsilon)
 
     def __call__(
         self,
@@ -194,10 +194,12 @@ def members(
             yield rows, rewards[rows].double()
 
 
-def check_clip(clip: float) -> None:
+def check_clip(clip: float, epsilon: float = 0.0) -> None:
     """Raise ValueError if every advantage would be zero."""
     if clip <= 0:
         raise ValueError(f"advantage.clip must be above 0, got {clip}")
+    if epsilon < 0:
+        raise ValueError(f"advantage.epsilon must be at least 0, got {epsilon}")
 
 
 def has_no_variance(values: Float[Tensor, " values"]) -> bool:
