@@ -79,7 +79,8 @@ class EditVerifier:
             model: As the server calls it.
             base_url: One server or several equal ones.
             aggregate: How checks become a score; see above.
-            source_key: Metadata key of the file with the picture before the edit.
+            source_key: Metadata key of the file with the picture before the edit, for prompts without
+                a condition image.
             reasons: A ``.jsonl`` file for instructions, checks, reasons and scores; empty for none.
             split_template: A template with ``$prompt``. Prompts with metadata ``principles`` (a list
                 of objects with ``kind`` and ``text``) are not split by the model.
@@ -100,13 +101,18 @@ class EditVerifier:
         self.aggregate, self.source_key = aggregate, source_key
         self.reasons = Path(reasons) if reasons else None
         self.split = Template.load(split_template, ("prompt",), ())
-        self.check = Template.load(check_template, ("prompt", "rubric"), ("source", "edited"))
+        self.question = Template.load(check_template, ("prompt", "rubric"), ("source", "edited"))
         self.longest_side, self.max_tokens = longest_side, max_tokens
         self.chat = Chat(
             model, base_url, api_key_env, timeout, patience, concurrency, cache, extra
         )  # fmt: skip
         self.last: list[list[Check]] = []
         self._known: dict[str, list[Principle]] = {}
+
+    def check(self, prompts: Sequence[Prompt]) -> None:
+        """Raise ValueError if a prompt has no picture before the edit, OSError if it cannot be read."""
+        for prompt in prompts:
+            _source(prompt, self.source_key)
 
     def __call__(
         self, media: Float[Tensor, "batch 3 height width"], prompts: Sequence[Prompt]
@@ -127,7 +133,7 @@ class EditVerifier:
             edited = pictures_of(media[row], 1, self.longest_side)
             for principle in principles[row]:
                 texts = {"prompt": prompt.text, "rubric": principle.text}
-                questions.append(self.check.fill(texts, {"source": source, "edited": edited}))
+                questions.append(self.question.fill(texts, {"source": source, "edited": edited}))
                 owners.append((row, principle))
         found = self.chat.ask_all(questions, _verdict, max_tokens=self.max_tokens)
         self.last = [[] for _ in prompts]
@@ -217,12 +223,16 @@ def _verdict(answer: Answer) -> tuple[bool, str] | None:
 
 
 def _source(prompt: Prompt, key: str) -> Float[Tensor, "3 height width"]:
-    path = prompt.metadata.get(key)
-    if not isinstance(path, str):
-        raise ValueError(
-            f"prompt {prompt.text!r}: metadata {key!r} must name the picture before the edit, got "
-            f"{path!r}"
-        )
-    with Image.open(path) as image:
-        pixels = torch.from_numpy(np.array(image.convert("RGB")))
-    return pixels.permute(2, 0, 1).to(torch.float32) / 255
+    """The picture before the edit: the prompt's condition image, or a file named in its metadata."""
+    if prompt.images:
+        picture = prompt.open_images()[0]
+    else:
+        path = prompt.metadata.get(key)
+        if not isinstance(path, str):
+            raise ValueError(
+                f"prompt {prompt.text!r} has no condition image, and its metadata {key!r} names no "
+                f"picture before the edit: {path!r}"
+            )
+        with Image.open(path) as image:
+            picture = image.convert("RGB")
+    return torch.from_numpy(np.array(picture)).permute(2, 0, 1).to(torch.float32) / 255

@@ -2,7 +2,6 @@
 
 import io
 import logging
-import math
 import pickle
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from flowgrpo.endpoints import Endpoints
 from flowgrpo.experience import Prompt
+from reward_models._parts import scored_in_parts
 
 __all__ = ["FlowGRPOServer"]
 
@@ -90,26 +90,13 @@ class FlowGRPOServer:
         Raises:
             RuntimeError: If no part of the batch was scored; says why.
         """
-        scores = torch.full((len(prompts),), math.nan)
-        sound = media.isfinite().flatten(1).all(1).nonzero().squeeze(1)
-        parts = sound.split(self.part)
 
-        def ask(index: int) -> list[float]:
-            rows = parts[index]
-            body = self._request(media[rows], [prompts[int(r)] for r in rows])
+        def ask(part: Tensor, owners: Sequence[Prompt]) -> list[float]:
+            body = self._request(part, owners)
             answer = self.endpoints.request("/", "application/octet-stream", body)
-            return self._numbers(answer, len(rows))
+            return self._numbers(answer, len(owners))
 
-        answers = self.endpoints.ask_all(len(parts), ask)
-        errors = [a for a in answers if isinstance(a, Exception)]
-        if errors and len(errors) == len(answers):
-            raise RuntimeError(f"the reward server failed: {errors[0]}") from errors[0]
-        for rows, answer in zip(parts, answers, strict=True):
-            if isinstance(answer, Exception):
-                log.warning("%d of %d samples have no score: %s", len(rows), len(prompts), answer)
-            else:
-                scores[rows] = torch.tensor(answer)
-        return scores
+        return scored_in_parts(self.endpoints, media, prompts, self.part, ask)
 
     def _request(self, media: Tensor, prompts: Sequence[Prompt]) -> bytes:
         data: dict[str, Any] = {"images": [_jpeg(m) for m in media]}

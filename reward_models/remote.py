@@ -2,17 +2,16 @@
 
 import json
 import logging
-import math
 import os
 from collections.abc import Sequence
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from flowgrpo.endpoints import Endpoints, Refused
 from flowgrpo.experience import Prompt
 from flowgrpo.wire import pack, unpack_scores
+from reward_models._parts import scored_in_parts
 
 __all__ = ["Remote"]
 
@@ -71,26 +70,12 @@ class Remote:
         Raises:
             RuntimeError: If no part of the batch was scored; says why.
         """
-        scores = torch.full((len(prompts),), math.nan)
-        sound = media.isfinite().flatten(1).all(1).nonzero().squeeze(1)
-        parts = sound.split(self.part)
 
-        def ask(index: int) -> list[float]:
-            rows = parts[index]
-            kind, body = pack(media[rows], [prompts[int(r)] for r in rows])
-            answer = self.endpoints.request("/score", kind, body)
-            return unpack_scores(answer, len(rows))
+        def ask(part: Tensor, owners: Sequence[Prompt]) -> list[float]:
+            kind, body = pack(part, owners)
+            return unpack_scores(self.endpoints.request("/score", kind, body), len(owners))
 
-        answers = self.endpoints.ask_all(len(parts), ask)
-        errors = [a for a in answers if isinstance(a, Exception)]
-        if errors and len(errors) == len(answers):
-            raise RuntimeError(f"the reward server failed: {errors[0]}") from errors[0]
-        for rows, answer in zip(parts, answers, strict=True):
-            if isinstance(answer, Exception):
-                log.warning("%d of %d samples have no score: %s", len(rows), len(prompts), answer)
-            else:
-                scores[rows] = torch.tensor(answer)
-        return scores
+        return scored_in_parts(self.endpoints, media, prompts, self.part, ask)
 
     def _check(self, token_env: str) -> None:
         """Ask the servers who they are, so that a wrong token or address shows at once."""

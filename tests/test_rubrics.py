@@ -13,6 +13,8 @@ from scipy.special import expit
 
 from flowgrpo.cli import main
 from flowgrpo.experience import Prompt
+from flowgrpo.judge import Judge, Reward
+from flowgrpo.prompts import PromptSet
 from reward_models._rubrics import Rubric, _solve, fit_rubrics, read_rubrics, write_rubrics
 from reward_models.edit_verifier import EditVerifier
 from tests.stub_vlm import Question, Reply, Stub, said
@@ -193,6 +195,27 @@ def test_an_edit_is_checked_point_by_point(before, aggregate, scores, tmp_path):
     assert subject.last[0][2].reason == "The tree is gone."
 
 
+def test_the_condition_image_of_a_prompt_file_is_the_picture_before(before, tmp_path):
+    """As a run has it: read from a file, checked by the judge before any long work."""
+    rows = [{"prompt": "Make the sky red", "image": Path(before).name}, {"prompt": "no picture"}]
+    (tmp_path / "edits.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    edit, plain = PromptSet.load(tmp_path / "edits.jsonl").prompts
+    with Stub(verifier_stub) as stub:
+        judge = Judge(
+            [Reward(model="edit_verifier", options={"model": "tiny", "base_url": stub.url})]
+        )
+        judge.check_prompts([edit])
+        with pytest.raises(
+            ValueError, match="'edit_verifier': prompt 'no picture' has no condition"
+        ):
+            judge.check_prompts([edit, plain])
+        scores = judge.score(EDITED[:1], [edit]).reward
+        judge.close()
+    assert scores.tolist() == pytest.approx([0.75])
+    checked = next(q for q in stub.questions if len(q.pictures) == 2)
+    assert torch.allclose(checked.pictures[0], torch.tensor(100 / 255))
+
+
 def test_what_cannot_be_split_or_judged_has_no_score(before):
     texts = ["Make the sky red", "nonsense", "vague wish"]
     prompts = [Prompt(t, metadata={"image": before}) for t in texts]
@@ -214,6 +237,7 @@ def test_principles_may_come_with_the_prompt(before):
         with pytest.raises(ValueError, match=r"'Make it so': principles must be a list of objects"):
             subject(EDITED[:1], [prompt([{"kind": "style", "text": "x"}])])
         with pytest.raises(
-            ValueError, match=r"metadata 'image' must name the picture before the ed"
+            ValueError,
+            match=r"'x' has no condition image, and its metadata 'image' names no picture",
         ):
             subject(EDITED[:1], [Prompt("x", metadata={"principles": PRINCIPLES})])
