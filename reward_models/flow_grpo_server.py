@@ -1,7 +1,6 @@
 """The reward servers of the Flow-GRPO repository, which speak pickle over HTTP. Off unless switched on."""
 
 import io
-import logging
 import pickle
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -17,8 +16,6 @@ from flowgrpo.experience import Prompt
 from reward_models._parts import scored_in_parts
 
 __all__ = ["FlowGRPOServer"]
-
-log = logging.getLogger(__name__)
 
 
 class FlowGRPOServer:

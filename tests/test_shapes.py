@@ -395,3 +395,14 @@ def test_diversity_ignores_colors_that_the_prompt_asks_for():
     record = next(r for r in all_records("colors") if r["prompt"] == "a photo of a red circle")
     every = images([[SceneObject("circle", c, 32.0, 32.0, 10.0)] for c in COLORS])
     assert Diversity()([Prompt("", metadata=record)], [every])["diversity/color"] == 0
+
+
+def test_a_colour_must_be_near_its_name():
+    y, x = np.mgrid[:64, :64]
+    disc = (y - 32) ** 2 + (x - 32) ** 2 < 120
+    for value, genuine in (((128, 128, 128), False), (COLORS["purple"], True)):
+        image = np.full((64, 64, 3), BACKGROUND, dtype=np.float32) / 255
+        image[disc] = np.asarray(value, dtype=np.float32) / 255
+        (found,) = detect(image)
+        assert found.shape == "circle"
+        assert found.genuine is genuine, value
