@@ -109,7 +109,7 @@ def grid(options: argparse.Namespace) -> int:
     from flowgrpo.prompts import PromptSet
 
     quiet()
-    config = configuration.load(str(Path(options.run) / "config.toml"))
+    config = run_config(Path(options.run))
     prompts = PromptSet.load(configuration.find(options.prompts or config.prompts.held_out))
     sampling = config.evaluation_sampling()
     changes = {"num_steps": options.steps, "guidance_scale": options.guidance}
@@ -251,6 +251,15 @@ def _policy(options: argparse.Namespace, steps: int) -> "PipelinePolicy":
     )
 
 
+def run_config(folder: Path) -> "Config":
+    """The configuration of a run. Raises FileNotFoundError if a folder is no run directory."""
+    from flowgrpo import config as configuration
+
+    if not (folder / "config.toml").is_file():
+        raise FileNotFoundError(f"{folder} is no run directory: it has no config.toml")
+    return configuration.load(str(folder / "config.toml"))
+
+
 def load_run(
     folder: Path, weights: str, base: bool = False, sampling: "Sampling | None" = None
 ) -> "tuple[PipelinePolicy, int]":
@@ -258,11 +267,10 @@ def load_run(
 
     It samples as in evaluations unless told otherwise.
     """
-    from flowgrpo import config as configuration
     from flowgrpo.policy import PipelinePolicy
     from flowgrpo.run import checkpoints
 
-    config = configuration.load(str(folder / "config.toml"))
+    config = run_config(folder)
     place = (
         folder / "checkpoints" / "best"
         if weights == "best"

@@ -7,7 +7,7 @@ from pathlib import Path
 def inspect(options: argparse.Namespace) -> int:
     """``flowgrpo inspect``."""
     from flowgrpo import config as configuration
-    from flowgrpo.commands import load_run, prompts_of, quiet
+    from flowgrpo.commands import load_run, prompts_of, quiet, run_config
     from flowgrpo.core.random import Random
     from flowgrpo.evaluate import inspection
     from flowgrpo.evaluate.report import write_page
@@ -16,7 +16,7 @@ def inspect(options: argparse.Namespace) -> int:
 
     quiet()
     run = Path(options.run)
-    config = configuration.load(str(run / "config.toml"))
+    config = run_config(run)
     if options.prompts:
         prompts = prompts_of(options.prompts)
     else:

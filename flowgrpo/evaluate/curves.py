@@ -15,6 +15,14 @@ METRICS = {
         "Score",
         "Raw mean on training samples. Rises if trained on; must not fall if only watched.",
     ),
+    "part": (
+        "Part of the reward",
+        "What one reward adds, after scale, clip and weight. None should decide all by accident.",
+    ),
+    "learning": (
+        "Learning reward",
+        "What a reward that learns during the run reports of itself.",
+    ),
     "reward_std": (
         "Reward spread",
         "Standard deviation over samples. Above zero; shrinks as prompts are mastered.",
