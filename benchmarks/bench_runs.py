@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import subprocess
 import sys
 import time
@@ -14,7 +15,13 @@ def run(config: str, folder: Path, settings: Sequence[str]) -> float:
     """Train in a process of its own, if it has not finished before. Returns the seconds it took."""
     began = time.time()
     arguments = [f"--set={s}" for s in (*settings, f"run.folder={folder}")]
-    subprocess.run([sys.executable, "-m", "flowgrpo", "train", config, *arguments], check=True)
+    # Rewards and measures of the benchmarks' own lie beside this file.
+    paths = [str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+    subprocess.run(
+        [sys.executable, "-m", "flowgrpo", "train", config, *arguments],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
+        check=True,
+    )
     return time.time() - began
 
 
