@@ -10,6 +10,7 @@ from flowgrpo import config as configuration
 from flowgrpo.config import Config
 from flowgrpo.evaluate.findings import Records
 from flowgrpo.policy.export import KOHYA_FILE
+from flowgrpo.policy.initial_noise import FILE as NOISE_FILE
 from flowgrpo.prompts import PromptSet
 
 GRID = "grid.png"
@@ -108,6 +109,20 @@ def _usage(run: Path, config: Config, repo_id: str) -> str:
         return (
             "from diffusers import DiffusionPipeline\n\n"
             f'pipe = DiffusionPipeline.from_pretrained("{repo_id}")'
+        )
+    if config.model.weights.kind == "noise":
+        return "\n".join(
+            [
+                "import torch",
+                "from diffusers import DiffusionPipeline",
+                "from huggingface_hub import hf_hub_download",
+                "from safetensors.torch import load_file",
+                "",
+                f'pipe = DiffusionPipeline.from_pretrained("{config.model.path}")',
+                f'noise = load_file(hf_hub_download("{repo_id}", "{NOISE_FILE}"))',
+                'latents = noise["mean"] + noise["std"] * torch.randn(1, *noise["mean"].shape)',
+                'pipe("...", latents=latents)',
+            ]
         )
     lines = [
         "from diffusers import DiffusionPipeline",

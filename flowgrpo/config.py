@@ -10,6 +10,7 @@ from typing import Any, Literal
 import tomli_w
 
 from flowgrpo.algorithms import (
+    FIND,
     G2RPO,
     TPGRPO,
     VGPO,
@@ -26,10 +27,10 @@ from flowgrpo.core.losses import ClippedLoss, Loss, NFTLoss
 from flowgrpo.core.random import Random
 from flowgrpo.judge import Failures, Reward
 from flowgrpo.names import suggest
-from flowgrpo.policy import Full, LoRA, Memory, Sampling
+from flowgrpo.policy import Full, LoRA, Memory, Noise, Sampling
 from flowgrpo.prompt_files import HUB
 from flowgrpo.rewards import check_rewards
-from flowgrpo.tables import ConfigError, read, to_table
+from flowgrpo.tables import ConfigError, override, read, to_table
 
 __all__ = ["Config", "ConfigError", "find", "load", "override", "save"]
 
@@ -47,7 +48,7 @@ class Model:
     """Hub id or folder of a diffusers pipeline, or ``shapes`` for the model in the package."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Precision of the denoiser's arithmetic. Trained weights are fp32 whatever it is."""
-    weights: LoRA | Full = field(default_factory=LoRA)
+    weights: LoRA | Full | Noise = field(default_factory=LoRA)
     """What is trained."""
 
 
@@ -163,7 +164,7 @@ class Config:
     """What trades memory for time."""
     algorithm: (
         FlowGRPO | DanceGRPO | MixGRPO | PrefGRPO | DiffusionNFT
-        | TempFlowGRPO | G2RPO | TPGRPO | VGPO | BranchGRPO | Algorithm
+        | TempFlowGRPO | G2RPO | TPGRPO | VGPO | BranchGRPO | FIND | Algorithm
     )  # fmt: skip
     """Who judges which denoising step; ``kind`` may be the import path of an algorithm of your own."""
     loss: Loss = field(default_factory=ClippedLoss)
@@ -218,10 +219,28 @@ class Config:
             self.loss.check()
         except ValueError as error:
             raise ConfigError(str(error)) from error
-        if isinstance(self.algorithm, DiffusionNFT) != isinstance(self.loss, NFTLoss):
+        self._check_kinds()
+
+    def _check_kinds(self) -> None:
+        """Raise ConfigError if an algorithm is without what belongs to it."""
+        algorithm, loss, weights = self.algorithm, self.loss, self.model.weights
+        if isinstance(algorithm, DiffusionNFT) != isinstance(loss, NFTLoss):
             raise ConfigError(
                 "algorithm.kind = 'diffusion_nft' and loss.kind = 'nft' belong together, but these are "
-                f"{type(self.algorithm).__name__} and {type(self.loss).__name__}"
+                f"{type(algorithm).__name__} and {type(loss).__name__}"
+            )
+        if isinstance(algorithm, FIND) != isinstance(weights, Noise):
+            raise ConfigError(
+                "algorithm.kind = 'find' and model.weights.kind = 'noise' belong together, but these "
+                f"are {type(algorithm).__name__} and {type(weights).__name__}"
+            )
+        clipped = loss if isinstance(loss, ClippedLoss) else ClippedLoss()
+        needs_a_step = clipped.needs_old_mean or clipped.kl == "flow_grpo"
+        if isinstance(algorithm, FIND) and needs_a_step:
+            raise ConfigError(
+                "algorithm.kind = 'find' has no denoising step, so that loss.ratio = 'guard', loss.clip "
+                "= 'kl' and loss.kl = 'flow_grpo' have no meaning; leave them at 'plain', 'ratio' and "
+                "'exact'"
             )
 
     def _bounds(self) -> Sequence[tuple[str, int | float, int | float]]:
@@ -280,7 +299,7 @@ class Config:
     def _work(self) -> str:
         """What the first iteration costs per prompt, in words."""
         algorithm, num_steps = self.algorithm, self.sampling.num_steps
-        if isinstance(algorithm, DiffusionNFT):
+        if isinstance(algorithm, DiffusionNFT | FIND):
             cost = algorithm.cost(num_steps, [])
         elif isinstance(algorithm, COUNTED):
             random = Random(self.run.seed).at("train", 0)
@@ -334,53 +353,6 @@ def load(name: str, settings: Sequence[str] = ()) -> Config:
         return read(Config, override(table, settings))
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
-
-
-def override(table: dict[str, Any], settings: Sequence[str]) -> dict[str, Any]:
-    """A copy of a table with ``a.b=value`` settings; values are TOML, or else strings.
-
-    A setting of a ``kind`` drops the other keys of its table, which belong to the old kind.
-    """
-    result = _copy(table)
-    for setting in settings:
-        key, equals, text = setting.partition("=")
-        if not equals:
-            raise ConfigError(f"--set needs key=value, got {setting!r}")
-        *parents, last = key.strip().split(".")
-        here: Any = result
-        for part in parents:
-            here = _inner(here, part, key)
-        try:
-            value = tomllib.loads(f"value = {text}")["value"]
-        except tomllib.TOMLDecodeError:
-            value = text
-        if not isinstance(here, dict):
-            raise ConfigError(f"--set {key}: {last!r} is an entry of a list; set one of its keys")
-        if last == "kind" and here.get("kind") != value:
-            here.clear()
-        here[last] = value
-    return result
-
-
-def _inner(here: Any, part: str, key: str) -> Any:
-    """The table or list below a part of a dotted key."""
-    if isinstance(here, list):
-        if not part.isdigit() or int(part) >= len(here):
-            raise ConfigError(
-                f"--set {key}: {part!r} is no entry of a list of {len(here)}, counted from 0"
-            )
-        inner = here[int(part)]
-    else:
-        inner = here.setdefault(part, {})
-    if not isinstance(inner, dict | list):
-        raise ConfigError(f"--set {key}: {part} is not a table")
-    return inner
-
-
-def _copy(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {k: _copy(v) for k, v in value.items()}
-    return [_copy(v) for v in value] if isinstance(value, list) else value
 
 
 def dump(config: Config) -> str:

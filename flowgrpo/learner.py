@@ -129,9 +129,9 @@ class Learner:
         loss = surrogate.sum()
         kl = torch.zeros_like(surrogate)
         if anchor is not None:
-            mean, output = (t.to(self.policy.device) for t in (anchor.mean, anchor.output))
-            gap = visit.prediction.output - output
-            reference = Gaussian(mean, visit.gaussian.std)
+            gap = visit.prediction.output - anchor.output.to(self.policy.device)
+            mean, std = anchor.mean.to(self.policy.device), anchor.std
+            reference = Gaussian(mean, std.to(mean.device) if isinstance(std, Tensor) else std)
             distance = (
                 settings.kl_to(visit.gaussian, reference, visit.interval, gap)
                 if isinstance(settings, ClippedLoss)
@@ -190,7 +190,7 @@ class Learner:
             return []
         with torch.no_grad(), self.policy.reference():
             visits = (self._replay(experience, actions) for actions in batches)
-            return [_Anchor(v.gaussian.mean.cpu(), v.prediction.output.cpu()) for v in visits]
+            return [_Anchor.of(visit) for visit in visits]
 
     def _drift(self, experience: Experience) -> dict[str, float]:
         """How far the policy is from the reference, on a few of the iteration's states."""
@@ -338,4 +338,11 @@ class _Anchor:
     """What the reference model says about a batch of states, on the CPU."""
 
     mean: Float[Tensor, "states *latent"]
+    std: float | Float[Tensor, "#states *latent"]
     output: Float[Tensor, "states *latent"]
+
+    @classmethod
+    def of(cls, visit: Visit) -> "_Anchor":
+        std = visit.gaussian.std
+        kept = std.cpu() if isinstance(std, Tensor) else std
+        return cls(visit.gaussian.mean.cpu(), kept, visit.prediction.output.cpu())

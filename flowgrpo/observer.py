@@ -14,10 +14,10 @@ from flowgrpo.evaluate.report import write_report
 from flowgrpo.imports import import_path
 from flowgrpo.judge import Judge
 from flowgrpo.learner import Learner
-from flowgrpo.policy import Full, PipelinePolicy
+from flowgrpo.policy import Full, LoRA, PipelinePolicy
 from flowgrpo.policy.export import export
 from flowgrpo.policy.memory import require_installed
-from flowgrpo.policy.probe import check_sizes
+from flowgrpo.policy.probe import check_sizes, fit_noise
 from flowgrpo.prompts import PromptSet
 from flowgrpo.run.session import Session
 
@@ -79,6 +79,7 @@ class Observer:
             memory=config.memory,
         )
         check_sizes(policy, prompts.prompts, config.sampling)
+        fit_noise(policy, [*prompts.prompts, *held_out_prompts.prompts])
         check_sizes(policy, held_out_prompts.prompts, config.evaluation_sampling())
         return cls(config, session, judge, policy, held_out_prompts, prompts)
 
@@ -205,8 +206,9 @@ class Observer:
         grid = folder / "grids" / f"{after['iteration']:06d}.png"
         console.say(f"report:  {folder / 'report.html'}")
         console.say(f"grid:    {grid}")
-        kind = "pipeline" if isinstance(self.config.model.weights, Full) else "LoRA adapter"
-        console.say(f"weights: {folder / 'export'} ({kind}, diffusers format)")
+        kinds = {Full: "pipeline, diffusers format", LoRA: "LoRA adapter, diffusers format"}
+        kind = kinds.get(type(self.config.model.weights), "mean and std of the initial noise")
+        console.say(f"weights: {folder / 'export'} ({kind})")
 
 
 def _instance(target: Any) -> Any:

@@ -9,8 +9,9 @@ import dataclasses
 import inspect
 import math
 import textwrap
+import tomllib
 import types
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -127,6 +128,53 @@ def _from_outside(kind: str, value: Mapping[str, Any], path: str) -> Any:
 
 def _join(path: str, key: str) -> str:
     return f"{path}.{key}" if path else key
+
+
+def override(table: dict[str, Any], settings: Sequence[str]) -> dict[str, Any]:
+    """A copy of a table with ``a.b=value`` settings; values are TOML, or else strings.
+
+    A setting of a ``kind`` drops the other keys of its table, which belong to the old kind.
+    """
+    result = _copy(table)
+    for setting in settings:
+        key, equals, text = setting.partition("=")
+        if not equals:
+            raise ConfigError(f"--set needs key=value, got {setting!r}")
+        *parents, last = key.strip().split(".")
+        here: Any = result
+        for part in parents:
+            here = _inner(here, part, key)
+        try:
+            value = tomllib.loads(f"value = {text}")["value"]
+        except tomllib.TOMLDecodeError:
+            value = text
+        if not isinstance(here, dict):
+            raise ConfigError(f"--set {key}: {last!r} is an entry of a list; set one of its keys")
+        if last == "kind" and here.get("kind") != value:
+            here.clear()
+        here[last] = value
+    return result
+
+
+def _inner(here: Any, part: str, key: str) -> Any:
+    """The table or list below a part of a dotted key."""
+    if isinstance(here, list):
+        if not part.isdigit() or int(part) >= len(here):
+            raise ConfigError(
+                f"--set {key}: {part!r} is no entry of a list of {len(here)}, counted from 0"
+            )
+        inner = here[int(part)]
+    else:
+        inner = here.setdefault(part, {})
+    if not isinstance(inner, dict | list):
+        raise ConfigError(f"--set {key}: {part} is not a table")
+    return inner
+
+
+def _copy(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _copy(v) for k, v in value.items()}
+    return [_copy(v) for v in value] if isinstance(value, list) else value
 
 
 def to_table(value: Any) -> Any:

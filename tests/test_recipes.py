@@ -12,6 +12,7 @@ from tests.tiny import FAMILIES, save
 
 RECIPES = {
     "sd15_dance": "sd15",
+    "sd15_find": "sd15",
     "sdxl_dance": "sdxl",
     "sd35_medium_pickscore": "sd3",
     "sd35_medium_ocr": "sd3",

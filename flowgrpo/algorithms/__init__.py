@@ -4,6 +4,7 @@ from flowgrpo.algorithms.base import Algorithm
 from flowgrpo.algorithms.branch_grpo import BranchGRPO
 from flowgrpo.algorithms.dance_grpo import DanceGRPO
 from flowgrpo.algorithms.diffusion_nft import DiffusionNFT
+from flowgrpo.algorithms.find import FIND
 from flowgrpo.algorithms.flow_grpo import FlowGRPO
 from flowgrpo.algorithms.g2rpo import G2RPO
 from flowgrpo.algorithms.mix_grpo import MixGRPO
@@ -13,6 +14,6 @@ from flowgrpo.algorithms.tp_grpo import TPGRPO
 from flowgrpo.algorithms.vgpo import VGPO
 
 __all__ = [
-    "G2RPO", "TPGRPO", "VGPO", "Algorithm", "BranchGRPO", "DanceGRPO", "DiffusionNFT",
+    "FIND", "G2RPO", "TPGRPO", "VGPO", "Algorithm", "BranchGRPO", "DanceGRPO", "DiffusionNFT",
     "FlowGRPO", "MixGRPO", "PrefGRPO", "TempFlowGRPO",
 ]  # fmt: skip

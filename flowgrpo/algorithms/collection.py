@@ -275,6 +275,7 @@ class Collection:
         gaussian: Gaussian,
         x_next: Float[Tensor, "samples *latent"],
     ) -> None:
+        assert isinstance(gaussian.std, float), "a step of the denoiser has one"
         self._step_std[visit.step] = gaussian.std
         self._actions.append(
             Actions(

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Protocol
 
 from flowgrpo.algorithms import (
+    FIND,
     G2RPO,
     TPGRPO,
     VGPO,
@@ -45,7 +46,7 @@ class Counted(Protocol):
         ...
 
 
-SETTINGS: Sequence[tuple[str, int, Counted | DiffusionNFT]] = [
+SETTINGS: Sequence[tuple[str, int, Counted | DiffusionNFT | FIND]] = [
     ("Flow-GRPO, SD3.5", 10, FlowGRPO()),
     ("Flow-GRPO-Fast, SD3.5, window of 3", 10, FlowGRPO(steps=RandomWindow(size=3))),
     ("DanceGRPO, FLUX", 16, DanceGRPO()),
@@ -59,6 +60,7 @@ SETTINGS: Sequence[tuple[str, int, Counted | DiffusionNFT]] = [
     ("TP-GRPO, SD3.5", 10, TPGRPO()),
     ("VGPO, SD3.5", 10, VGPO()),
     ("BranchGRPO, FLUX, splits at 0, 3, 6, 9", 20, BranchGRPO()),
+    ("FIND, SD 1.5", 50, FIND()),
 ]
 """Name, number of denoising steps, algorithm with its paper's defaults."""
 
@@ -73,7 +75,7 @@ def table() -> str:
         algorithm.check(num_steps)
         stochastic = (
             []
-            if isinstance(algorithm, DiffusionNFT)
+            if isinstance(algorithm, DiffusionNFT | FIND)
             else algorithm.steps.select(num_steps, 0, Random(0).generator())
         )
         cost, size = algorithm.cost(num_steps, stochastic), algorithm.group_size

@@ -10,6 +10,7 @@ from typing import Any
 def export(options: argparse.Namespace) -> int:
     """``flowgrpo export``."""
     from flowgrpo.commands import load_run, quiet
+    from flowgrpo.policy import InitialNoise
     from flowgrpo.policy import export as ways
 
     quiet()
@@ -19,7 +20,14 @@ def export(options: argparse.Namespace) -> int:
     policy, iteration = load_run(Path(options.run), options.weights)
     assert policy.trainable is not None
     pipeline, trainable = policy.stock_pipeline(), policy.trainable
-    if options.format == "kohya":
+    if isinstance(trainable, InitialNoise):
+        if options.format != "diffusers":
+            raise ValueError(
+                f"--format {options.format} is for weights; this run trained the initial noise, which "
+                "is written without --format"
+            )
+        place = trainable.export(out)
+    elif options.format == "kohya":
         place = ways.export_kohya(trainable, out)
     elif options.format == "merged":
         place = ways.export_merged(pipeline, trainable, out)

@@ -187,6 +187,7 @@ class ClippedLoss:
         if self.ratio == "plain":
             return policy.log_prob(x_next) - old_log_prob
         assert old_mean is not None
+        assert isinstance(policy.std, float), "refused by the configuration"
         return guarded_log_ratio(policy.mean, old_mean, x_next, policy.std)
 
     def surrogate(
@@ -203,7 +204,8 @@ class ClippedLoss:
         """
         if self.clip == "kl":
             assert old_mean is not None
-            moved = gaussian_kl(policy.mean.detach(), old_mean, policy.std)
+            old = Gaussian(old_mean, policy.std)
+            moved = gaussian_kl(policy, old).detach()
             loss = bounded_surrogate(log_ratio, advantage, moved, self.clip_range)
             outside = moved > self.clip_range
         else:
@@ -219,7 +221,7 @@ class ClippedLoss:
         """The chosen distance for each action; ``velocity_gap`` is output minus reference output."""
         if self.kl == "velocity":
             return velocity_kl(velocity_gap)
-        exact = gaussian_kl(policy.mean, reference.mean, policy.std)
+        exact = gaussian_kl(policy, reference)
         return exact if self.kl == "exact" else exact * step.dt
 
 

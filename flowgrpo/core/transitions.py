@@ -14,6 +14,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal, Protocol, runtime_checkable
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -94,17 +95,18 @@ class Prediction:
 
 @dataclass(frozen=True)
 class Gaussian:
-    """The distribution of ``x_next``: independent normals with one standard deviation.
+    """The distribution of ``x_next``: independent normals.
 
     Attributes:
         mean: Carries the gradient of the model.
-        std: Includes the square root of the step's length; 0 for a deterministic step.
+        std: One for all latent elements, or (the initial noise of FIND) one for each. Includes the
+            square root of the step's length; 0 for a deterministic step.
         normalised: False drops the variance and all constants from ``log_prob``, which leaves
             ``-(x_next - mean)^2``, as the released code of Flow-CPS does.
     """
 
     mean: Float[Tensor, "batch *latent"]
-    std: float
+    std: float | Float[Tensor, "#batch *latent"]
     normalised: bool = True
 
     def sample(self, noise: Float[Tensor, "batch *latent"]) -> Float[Tensor, "batch *latent"]:
@@ -117,6 +119,9 @@ class Gaussian:
         Raises:
             ValueError: If the step is deterministic and has no density.
         """
+        if isinstance(self.std, Tensor):
+            error = ((x_next.detach().float() - self.mean.float()) / self.std).square()
+            return -(error / 2 + self.std.log()).flatten(1).mean(1) - 0.5 * math.log(2 * math.pi)
         if self.std <= 0:
             raise ValueError(
                 "a deterministic step (std = 0) has no log-probability; do not train on it"
@@ -281,8 +286,20 @@ def require_noise(transition: Transition) -> None:
         )
 
 
-def gaussian_kl(
-    mean: Float[Tensor, "batch *latent"], reference: Float[Tensor, "batch *latent"], std: float
-) -> Float[Tensor, " batch"]:
-    """KL between normals of equal ``std``: ``(mean - reference)^2 / (2 std^2)``, mean over elements."""
-    return (mean.float() - reference.float()).square().flatten(1).mean(1) / (2 * std**2)
+def gaussian_kl(policy: Gaussian, reference: Gaussian) -> Float[Tensor, " batch"]:
+    """KL from the reference to the policy, the mean over latent elements.
+
+    ``(mean - reference)^2 / (2 std^2)`` where both have one standard deviation, as the steps of a
+    denoiser have; else ``log(s' / s) + (s^2 + (mean - reference)^2) / (2 s'^2) - 1/2``, with ``s'``
+    the reference's.
+    """
+    gap = (policy.mean.float() - reference.mean.float()).square()
+    if isinstance(policy.std, Tensor) or isinstance(reference.std, Tensor):
+        own, other = (torch.as_tensor(g.std, device=gap.device) for g in (policy, reference))
+        kl = (other / own).log() + (own.square() + gap) / (2 * other.square()) - 0.5
+        return kl.flatten(1).mean(1)
+    if policy.std != reference.std:
+        raise ValueError(
+            f"the KL of two steps needs one standard deviation, got {policy.std} and {reference.std}"
+        )
+    return gap.flatten(1).mean(1) / (2 * policy.std**2)

@@ -1,19 +1,21 @@
 """What the parts of a configured run take: exact for weights, traced for activations."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from diffusers import ModelMixin
 from torch import Tensor, nn
 
 from flowgrpo.config import Config
 from flowgrpo.estimate.blueprint import NoEstimate, build, config_folder
 from flowgrpo.estimate.budget import GB, Choice, Measured
-from flowgrpo.estimate.trace import Tracer, bytes_of
+from flowgrpo.estimate.trace import Activations, Tracer, bytes_of
 from flowgrpo.experience import Prompt
 from flowgrpo.judge import Reward
+from flowgrpo.policy.initial_noise import Noise
 from flowgrpo.policy.loading import DTYPES, denoisers
-from flowgrpo.policy.weights import Full, Trainable
+from flowgrpo.policy.weights import Full, Trainable, Weights
 
 REWARDS = {
     "clip_score": 4 * 427_616_513,
@@ -60,9 +62,8 @@ def measure(
     ours = denoisers(pipeline)
     linear = [] if full else _linear_weights(ours.values())
     before = {k: bytes_of(m) for k, m in models.items()}
-    trainable = Trainable(ours, weights, seed=0, with_reference=False)
+    trained = _trained(ours, weights)
     after = {k: bytes_of(m) for k, m in models.items()}
-    trained = sum(p.numel() for p in trainable.parameters.values())
     _fit_decoder(config, models)
     tracer = Tracer(pipeline, dtype, full=full, device=device)
     batches = config.train.rollout_batch, config.train.train_batch
@@ -70,7 +71,7 @@ def measure(
     try:
         tracer.rollout(_arguments(config, prompts, batches[0]))
         latents = tracer.latents
-        training = tracer.training(_arguments(config, prompts, batches[1]))
+        training = _training(tracer, config, prompts)
     except Exception as error:
         reason = f"{type(error).__name__}: {str(error).strip()[:200]}"
         raise NoEstimate(
@@ -98,6 +99,21 @@ def measure(
         kl=kl,
         batches=batches,
     )
+
+
+def _trained(models: Mapping[str, ModelMixin], weights: Weights | Noise) -> int:
+    """Make the denoisers trainable as configured. Returns the number of trained weights."""
+    if isinstance(weights, Noise):
+        return 0
+    trainable = Trainable(models, weights, seed=0, with_reference=False)
+    return sum(p.numel() for p in trainable.parameters.values())
+
+
+def _training(tracer: Tracer, config: Config, prompts: Sequence[Prompt]) -> Activations:
+    """What one training forward keeps; nothing where no gradient goes through a model."""
+    if isinstance(config.model.weights, Noise):
+        return Activations(0, 0, None)
+    return tracer.training(_arguments(config, prompts, config.train.train_batch))
 
 
 def _linear_weights(models: Iterable[nn.Module]) -> list[Tensor]:

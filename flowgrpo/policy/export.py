@@ -17,6 +17,7 @@ from peft import get_peft_model_state_dict
 from safetensors.torch import save_file
 from torch import Tensor
 
+from flowgrpo.policy.initial_noise import InitialNoise
 from flowgrpo.policy.weights import ADAPTER, Full, LoRA, Trainable
 
 KOHYA_PREFIX = {
@@ -32,13 +33,15 @@ KOHYA_FILE = "kohya/lora.safetensors"
 """In a folder of its own, or diffusers would not know which of two files to load."""
 
 
-def export(pipeline: DiffusionPipeline, trainable: Trainable, folder: Path) -> Path:
+def export(pipeline: DiffusionPipeline, trainable: Trainable | InitialNoise, folder: Path) -> Path:
     """Write what was trained, in every format that there is for it.
 
     An adapter becomes a ``pytorch_lora_weights.safetensors`` for ``pipe.load_lora_weights(folder)``
     and, where the model has one, a file in the kohya format; full weights become a pipeline folder
-    for ``from_pretrained(folder)``.
+    for ``from_pretrained(folder)``; the initial noise becomes ``initial_noise.safetensors``.
     """
+    if isinstance(trainable, InitialNoise):
+        return trainable.export(folder)
     if isinstance(trainable.weights, Full):
         return _write_pipeline(pipeline, trainable, folder)
     export_diffusers(pipeline, trainable, folder)

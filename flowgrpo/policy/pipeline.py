@@ -32,6 +32,7 @@ from flowgrpo.policy.calling import (
 )
 from flowgrpo.policy.calls import Sampling, batches, own_arguments
 from flowgrpo.policy.entering import enter, parts_of, shapes_of
+from flowgrpo.policy.initial_noise import INITIAL, InitialNoise, Noise
 from flowgrpo.policy.loading import DTYPES, denoisers, load_pipeline, without_safety_checker
 from flowgrpo.policy.memory import (
     Encoders,
@@ -89,7 +90,7 @@ class PipelinePolicy:
         pipeline: DiffusionPipeline,
         *,
         sampling: Sampling,
-        weights: Weights | None = None,
+        weights: Weights | Noise | None = None,
         batch_size: int = 64,
         dtype: str = "float32",
         device: str | torch.device = "cpu",
@@ -126,8 +127,10 @@ class PipelinePolicy:
         pipeline.set_progress_bar_config(disable=True)
         without_safety_checker(pipeline)
         self._prepare_models(memory or Memory())
-        self.trainable: Trainable | None = None
-        if weights is not None:
+        self.trainable: Trainable | InitialNoise | None = None
+        if isinstance(weights, Noise):
+            self.trainable = InitialNoise(weights)
+        elif weights is not None:
             self.trainable = Trainable(
                 self.denoisers, weights, seed=seed, with_reference=with_reference
             )
@@ -282,9 +285,13 @@ class PipelinePolicy:
         Args:
             prompts: One per state; all can share a call (:func:`flowgrpo.policy.calls.call_key`).
             x: States before the step.
-            step: Index of the step in the grid.
+            step: Index of the step in the grid; -1 is the draw of the initial noise, which needs no
+                states.
             transition: The stochastic step.
         """
+        if step == INITIAL:
+            assert isinstance(self.trainable, InitialNoise)
+            return self.trainable.visit(len(x), self.scheduler.noise_scale)
         itinerary = Itinerary(
             nodes=[step, step + 1], stochastic={step}, transition=transition, record={step}
         )
@@ -375,7 +382,8 @@ class PipelinePolicy:
         prepared = self._prepare(*args, **kwargs)
         self._prepared = shapes_of(parts_of(prepared))
         if self._entering is None:
-            return as_fp32(prepared)
+            fresh, own = as_fp32(prepared), self.trainable
+            return own.place_in(fresh, self.scheduler) if isinstance(own, InitialNoise) else fresh
         state, self._entering = self._entering.to(self.device), None
         entered = enter(prepared, state)
         if entered is None:

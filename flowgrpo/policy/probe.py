@@ -8,7 +8,9 @@ import torch
 
 from flowgrpo.core.random import Random, SampleNoise
 from flowgrpo.experience import Prompt
+from flowgrpo.policy.calling import Unfit
 from flowgrpo.policy.calls import Sampling
+from flowgrpo.policy.initial_noise import InitialNoise
 from flowgrpo.policy.pipeline import PipelinePolicy
 
 Size = tuple[int | None, int | None, int | None]
@@ -40,6 +42,33 @@ def check_sizes(policy: PipelinePolicy, prompts: Sequence[Prompt], sampling: Sam
             raise ValueError(
                 f"{type(policy.pipeline).__name__} cannot make {_words(asked)}: {found}{advice}"
             )
+
+
+def fit_noise(policy: PipelinePolicy, prompts: Sequence[Prompt]) -> None:
+    """Find out the latents' shape where the initial noise is trained; else do nothing.
+
+    Raises:
+        ValueError: If the prompts' latents have several shapes, or the pipeline prepares none.
+    """
+    if not isinstance(policy.trainable, InitialNoise):
+        return
+    name = type(policy.pipeline).__name__
+    if not hasattr(policy.pipeline, "prepare_latents"):
+        raise Unfit(
+            f"model.weights.kind = 'noise': {name} has no prepare_latents, so that its initial noise "
+            "cannot be replaced"
+        )
+    shapes = set()
+    for prompt in {p.size: p for p in prompts}.values():
+        noise = SampleNoise([Random(0).at("probe")])
+        (rollout,) = policy.run([prompt], noise, nodes=[0, 1], record=[0], decode=False)
+        shapes.add(tuple(rollout.visits[0].x.shape[1:]))
+    if len(shapes) > 1:
+        raise ValueError(
+            "model.weights.kind = 'noise' trains one distribution, but the latents of these prompts "
+            f"have the shapes {sorted(shapes)}: give all prompts one size"
+        )
+    policy.trainable.fit(shapes.pop(), policy.device)
 
 
 def _asked(prompt: Prompt, sampling: Sampling) -> Size:

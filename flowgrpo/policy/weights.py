@@ -133,18 +133,7 @@ class Trainable:
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         """Set the trained weights. Raises ValueError unless names and shapes are exactly ours."""
-        missing = sorted(self.parameters.keys() - tensors.keys())
-        extra = sorted(tensors.keys() - self.parameters.keys())
-        if missing or extra:
-            raise ValueError(
-                f"these weights belong to another model or LoRA setting: missing {missing[:3]}, "
-                f"unexpected {extra[:3]} ({len(missing)} and {len(extra)} in all)"
-            )
-        for name, parameter in self.parameters.items():
-            if parameter.shape != tensors[name].shape:
-                raise ValueError(
-                    f"weight {name} has shape {tuple(tensors[name].shape)}, expected {tuple(parameter.shape)}"
-                )
+        require_same(self.parameters, tensors)
         with torch.no_grad():
             for name, parameter in self.parameters.items():
                 parameter.copy_(tensors[name])
@@ -182,6 +171,22 @@ def swapped(parameters: Sequence[nn.Parameter], others: Sequence[Tensor]) -> Ite
     finally:
         for parameter, data in zip(parameters, own, strict=True):
             parameter.data = data
+
+
+def require_same(parameters: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
+    """Raise ValueError unless names and shapes are the same."""
+    missing = sorted(parameters.keys() - tensors.keys())
+    extra = sorted(tensors.keys() - parameters.keys())
+    if missing or extra:
+        raise ValueError(
+            f"these weights belong to another model or LoRA setting: missing {missing[:3]}, "
+            f"unexpected {extra[:3]} ({len(missing)} and {len(extra)} in all)"
+        )
+    for name, parameter in parameters.items():
+        if parameter.shape != tensors[name].shape:
+            raise ValueError(
+                f"weight {name} has shape {tuple(tensors[name].shape)}, expected {tuple(parameter.shape)}"
+            )
 
 
 def _add_adapter(model: ModelMixin, lora: LoRA, seed: int) -> None:
