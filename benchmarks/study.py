@@ -25,7 +25,7 @@ from study_runs import ALGORITHMS, IMAGES, OVEROPTIMISED, PROMPTS, Entry
 
 QUIET = ["run.threads=1", "run.trackers=[]", "evaluation.inspected_prompts=0"]
 FEW = ["train.iterations=5", "evaluation.images=12", "evaluation.every=0"]
-POINTS = 6
+POINTS = 5
 """Evaluations of a run after the first."""
 MARGIN = 1.1
 """How much longer a run is than its budgets, since times vary."""
@@ -36,7 +36,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("command", choices=["time", "run", "report"])
     parser.add_argument("--seconds", type=float, default=120, help="budget of training time")
-    parser.add_argument("--evaluations", type=int, default=40_000, help="budget of rollouts")
+    parser.add_argument("--evaluations", type=int, default=30_000, help="budget of rollouts")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--only", nargs="+", help="parts of names of algorithms")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, one thread each")

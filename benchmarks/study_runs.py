@@ -81,7 +81,7 @@ ALGORITHMS = (
             _algorithm("find"),
             "model.weights={kind='noise'}",
             "loss={clip_range=0.2}",
-            "train.lr=1e-3",
+            "train.lr=1e-2",
             "train.monitor_states=0",
         ),
     ),
