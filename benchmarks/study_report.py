@@ -8,7 +8,7 @@ from pathlib import Path
 from statistics import mean, stdev
 
 import numpy as np
-from bench_runs import evaluations, table
+from bench_runs import between, evaluations, table
 from scipy import stats
 from study_runs import ALGORITHMS, OVEROPTIMISED, PROMPTS, Entry
 
@@ -122,7 +122,7 @@ def write_report(study: Study, budgets: Budgets, page: Path | None) -> str:
         from study_plots import draw
 
         plots = draw(study, budgets, page.parent / page.stem)
-        _between(page, "study", text)
+        between(page, "study", text)
         print(f"wrote {page}, {', '.join(str(p) for p in plots)}")
     return text
 
@@ -173,10 +173,3 @@ def overoptimisation(study: Study) -> str:
             rows.append([entry.name, str(len(curves)), f"{last:.0f}", *cells, " → ".join(ink)])
     heads = ["advantage", "seeds", "iterations", "flawed reward", "graded", "strict", "ink"]
     return f"### A flawed reward\n\n{table(heads, rows)}" if rows else ""
-
-
-def _between(path: Path, name: str, text: str) -> None:
-    """Put a text between a page's markers."""
-    begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
-    page = path.read_text()
-    path.write_text(f"{page.split(begin)[0]}{begin}\n{text}\n{end}{page.split(end)[1]}")

@@ -34,7 +34,8 @@ class Entry:
     @property
     def slug(self) -> str:
         """A file name."""
-        return "-".join("".join(c if c.isalnum() else " " for c in self.name.lower()).split())
+        plain = (c if c.isascii() and c.isalnum() else " " for c in self.name.lower())
+        return "-".join("".join(plain).split())
 
 
 def _algorithm(kind: str, *settings: str) -> str:

@@ -274,6 +274,27 @@ class Config:
             ("run.keep_checkpoints", self.run.keep_checkpoints, 1),
         ]
 
+    def steps_by_density(self) -> list[int]:
+        """The steps that are trained in any iteration by the ratio of their densities as it is.
+
+        GRPO-Guard's ratio, TempFlow-GRPO's weights, densities without their variance and the
+        likelihood-free objective bring the gradients of all steps to one size by themselves.
+        """
+        algorithm, loss = self.algorithm, self.loss
+        if (
+            not isinstance(algorithm, COUNTED)
+            or isinstance(algorithm, TempFlowGRPO)
+            or (isinstance(loss, ClippedLoss) and loss.ratio == "guard")
+            or getattr(algorithm.transition, "log_prob", "") == "unnormalised"
+        ):
+            return []
+        found = set(getattr(algorithm, "splits", ()))
+        for iteration in range(self.train.iterations):
+            random = Random(self.run.seed).at("train", iteration)
+            generator = random.generator("steps")
+            found.update(algorithm.steps.select(self.sampling.num_steps, iteration, generator))
+        return sorted(found)
+
     def evaluation_sampling(self) -> Sampling:
         """How the pipeline is called in evaluations."""
         changed: dict[str, Any] = {

@@ -17,7 +17,7 @@ from flowgrpo.learner import Learner
 from flowgrpo.policy import Full, LoRA, PipelinePolicy
 from flowgrpo.policy.export import export
 from flowgrpo.policy.memory import require_installed
-from flowgrpo.policy.probe import check_sizes, fit_noise
+from flowgrpo.policy.probe import check_scales, check_sizes, fit_noise
 from flowgrpo.prompts import PromptSet
 from flowgrpo.run.session import Session
 
@@ -79,6 +79,7 @@ class Observer:
             memory=config.memory,
         )
         check_sizes(policy, prompts.prompts, config.sampling)
+        check_scales(policy, config.algorithm.transition, config.steps_by_density())
         fit_noise(policy, [*prompts.prompts, *held_out_prompts.prompts])
         check_sizes(policy, held_out_prompts.prompts, config.evaluation_sampling())
         return cls(config, session, judge, policy, held_out_prompts, prompts)

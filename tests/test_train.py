@@ -352,3 +352,38 @@ def test_sample_score_and_grid(straight, tmp_path):
     assert main(["inspect", str(straight), "--number", "1", "--out", str(page)]) == 0
     assert page.read_text().count("<h4>sample") == 3
     assert "<h2>Credit</h2>" in (straight / "report.html").read_text()
+
+
+CPS = "transition={kind='cps', noise_level=0.7}"
+
+
+def by_density(*settings):
+    return small("nowhere", "sampling.num_steps=8", "train.iterations=30", *settings).steps_by_density()  # fmt: skip
+
+
+def test_only_gradients_that_nothing_weighs_are_compared():
+    everything = f"algorithm={{kind='dance_grpo', {CPS}}}"
+    assert by_density(everything) == [0, 1, 2, 3, 4, 5, 6]
+    assert by_density() == [0, 1, 2, 3]  # of a random window of one, over all iterations
+    assert by_density(f"algorithm={{kind='tempflow_grpo', {CPS}}}") == []
+    assert by_density(everything, "loss={ratio='guard', clip_range=1e-3}") == []
+    unnormalised = CPS.replace("}", ", log_prob='unnormalised'}")
+    assert by_density(f"algorithm={{kind='dance_grpo', {unnormalised}}}") == []
+    assert by_density("algorithm={kind='branch_grpo', group_size=4, splits=[0, 5], steps={kind='window', start=2, size=1}}") == [0, 2, 5]  # fmt: skip
+
+
+def test_a_step_that_would_drown_the_others_is_refused(tmp_path):
+    """The embedded model's grid all but ends before its last step, as SD3's does."""
+    steps = "steps={kind='all', skip_last=%d}"
+    last = f"algorithm={{kind='flow_grpo', group_size=4, {CPS}, {steps % 1}}}"
+    with pytest.raises(ValueError, match=r"step 6 .*sigma 0\.001 .*skip_last = 2"):
+        flowgrpo.train(small(tmp_path / "a", "sampling.num_steps=8", last))
+    for number, rest in enumerate(
+        [
+            [f"algorithm={{kind='flow_grpo', group_size=4, {CPS}, {steps % 2}}}"],
+            [f"algorithm={{kind='flow_grpo', group_size=4, {steps % 1}}}"],  # Flow-SDE
+        ]
+    ):
+        folder = tmp_path / str(number)
+        settings = ["sampling.num_steps=8", "train.iterations=1", "evaluation.every=0", "evaluation.images=6", *rest]  # fmt: skip
+        assert flowgrpo.train(small(folder, *settings)).finished

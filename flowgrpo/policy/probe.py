@@ -3,10 +3,13 @@
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import product
+from statistics import median
 
 import torch
 
+from flowgrpo.core.losses import step_gain
 from flowgrpo.core.random import Random, SampleNoise
+from flowgrpo.core.transitions import Prediction, Transition
 from flowgrpo.experience import Prompt
 from flowgrpo.policy.calling import Unfit
 from flowgrpo.policy.calls import Sampling
@@ -16,6 +19,9 @@ from flowgrpo.policy.pipeline import PipelinePolicy
 Size = tuple[int | None, int | None, int | None]
 MULTIPLES = (8, 16, 32, 64)
 """Image sides are multiples of one of these."""
+MAX_SCALE = 50.0
+"""How far above the median the gradient of a step may be. Flow-SDE's range over a factor of 31 on the
+ten steps of SD3.5."""
 STRIDES = (4, 8, 6, 1)
 """Videos have one frame more than a multiple of one of these."""
 
@@ -69,6 +75,37 @@ def fit_noise(policy: PipelinePolicy, prompts: Sequence[Prompt]) -> None:
             f"have the shapes {sorted(shapes)}: give all prompts one size"
         )
     policy.trainable.fit(shapes.pop(), policy.device)
+
+
+def check_scales(policy: PipelinePolicy, transition: Transition, steps: Sequence[int]) -> None:
+    """Check that no trained step drowns the others. To be called when the grid is known.
+
+    The gradient of a log-density goes as ``1 / std``. Where a grid all but ends before its last step,
+    as that of SD3 does, coefficients-preserving and DDIM steps inject almost no noise there.
+
+    Raises:
+        ValueError: If the gradient of a step is far above those of the others.
+    """
+    if len(steps) < 2:
+        return
+    scales = {}
+    for step in steps:
+        interval = policy.scheduler.interval(step, step + 1)
+        zero = torch.zeros(1, 1, dtype=torch.float64)
+        std = transition(zero, Prediction(zero, zero, zero), interval).std
+        if not isinstance(std, float) or std == 0:
+            return  # A transition of a stranger; a density of none is refused where it is asked for.
+        scales[step] = step_gain(transition, interval) / std
+    usual = median(scales.values())
+    worst = max(scales, key=lambda step: scales[step])
+    if scales[worst] > MAX_SCALE * usual:
+        left = policy.scheduler.interval(worst, worst + 1).noise_next
+        raise ValueError(
+            f"step {worst} of the grid injects next to no noise with this transition (sigma {left:.2g} is "
+            f"left after it), so that its gradient is {scales[worst] / usual:.0f} times that of the "
+            "others and would drown them: leave it out (algorithm.steps, for kind 'all' by skip_last = "
+            f"{policy.num_steps() - worst}), or set loss.ratio = 'guard'"
+        )
 
 
 def _asked(prompt: Prompt, sampling: Sampling) -> Size:

@@ -1,0 +1,85 @@
+"""A short version of the study, and how it reads its curves."""
+
+import importlib
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+BENCHMARKS = ROOT / "benchmarks"
+
+
+@pytest.fixture
+def report(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    return importlib.import_module("study_report")
+
+
+def study(*arguments: str) -> str:
+    done = subprocess.run(
+        [sys.executable, str(BENCHMARKS / "study.py"), *arguments],
+        cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
+def test_a_short_study_runs_resumes_and_reports(tmp_path):
+    page = tmp_path / "study.md"
+    page.write_text("Before.\n<!-- study: begin -->\nold\n<!-- study: end -->\nAfter.\n")
+    small = [
+        "train.groups=4", "train.rollout_batch=64", "evaluation.images=24",
+        "evaluation.images_during=24", "evaluation.grid_prompts=1", "evaluation.grid_samples=1",
+    ]  # fmt: skip
+    arguments = [
+        "--folder", str(tmp_path / "runs"), "--only", "Flow-GRPO-Fast", "Win rates, near",
+        "--seeds", "0", "--jobs", "2", "--seconds", "1e-3", "--evaluations", "1000",
+        *(f"--set={s}" for s in small),
+    ]  # fmt: skip
+    study("run", *arguments)
+    finished = sorted((tmp_path / "runs").rglob("runs/*/0/report.html"))
+    assert len(finished) == 2
+    times = [f.stat().st_mtime_ns for f in finished]
+    study("run", *arguments)
+    assert [f.stat().st_mtime_ns for f in finished] == times, "finished runs are run again"
+
+    printed = study("report", *arguments, "--write", str(page))
+    text = page.read_text()
+    assert text.startswith("Before.\n")
+    assert text.endswith("After.\n")
+    assert "old" not in text
+    assert "| Flow-GRPO-Fast (quick start) | 1 |" in printed
+    assert "| Win rates, near scores tie | 1 |" in text
+    assert {p.name for p in (tmp_path / "study").iterdir()} == {"gain.svg", "diversity.svg"}
+
+
+def test_a_curve_is_read_between_its_evaluations_and_not_beyond(report):
+    curve = report.Curve([0, 10, 20], {"strict": [0.3, 0.4, 0.6]})
+    assert curve.gain("strict", 15) == pytest.approx(0.2)
+    assert curve.gain("strict", 20) == pytest.approx(0.3)
+    assert math.isnan(curve.gain("strict", 21))
+    assert report.points([0.1, math.nan]) == "not reached"
+
+
+def test_intervals_are_students(report):
+    # Of 1, 2, 3: deviation 1, t = 4.303 with 2 degrees of freedom, over the root of 3.
+    assert report.interval([1.0, 2.0, 3.0]) == pytest.approx(4.3027 / math.sqrt(3), rel=1e-4)
+    assert report.points([0.1]) == "+10.0"
+    assert report.points([0.1, 0.1]) == "+10.0 ± 0.0"
+
+
+def test_budgets_are_in_iterations(report):
+    budgets = report.Budgets(seconds=120, evaluations=30_000)
+    assert budgets.iterations(report.Cost(seconds=2.0, evaluations=1500)) == (60, 20)
+
+
+def test_every_entry_is_a_configuration_that_can_run(report):
+    flowgrpo = importlib.import_module("flowgrpo")
+    for entry in (*report.ALGORITHMS, *report.OVEROPTIMISED):
+        flowgrpo.load("quickstart", entry.settings).check()
+    slugs = [e.slug for e in (*report.ALGORITHMS, *report.OVEROPTIMISED)]
+    assert len(set(slugs)) == len(slugs)
