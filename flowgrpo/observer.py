@@ -193,15 +193,23 @@ class Observer:
         before, after = self.evaluations[0], self.evaluations[-1]
         rows = [("all", before["scores"], after["scores"])]
         rows += [(c, before["by_class"][c], after["by_class"][c]) for c in before["by_class"]]
-        names = list(before["scores"])
-        cells = [
-            [c, *(x for n in names for x in (f"{b[n]:.3f}", f"{a[n]:.3f}", f"{a[n] - b[n]:+.3f}"))]
-            for c, b, a in rows
-        ]
-        heads = [h for n in names for h in (f"{n}: before", "after", "change")]
-        console.table(
-            f"held out, {after['images']} images, deterministic sampler", ["", *heads], cells
-        )
+        title = f"held out, {after['images']} images, deterministic sampler"
+        # More than two side by side do not fit into a terminal.
+        every = list(before["scores"])
+        for names in (every[i : i + 2] for i in range(0, len(every), 2)):
+            cells = [
+                [
+                    c,
+                    *(
+                        x
+                        for n in names
+                        for x in (f"{b[n]:.3f}", f"{a[n]:.3f}", f"{a[n] - b[n]:+.3f}")
+                    ),
+                ]
+                for c, b, a in rows
+            ]
+            heads = [h for n in names for h in (f"{n}: before", "after", "change")]
+            console.table(title, ["", *heads], cells)
         for name, value in after["measures"].items():
             console.say(f"{name}: {before['measures'][name]:.3f} before, {value:.3f} after")
         grid = folder / "grids" / f"{after['iteration']:06d}.png"
