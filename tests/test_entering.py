@@ -1,18 +1,20 @@
 """States are put where the loop keeps them, and LoRA finds attentions under any name."""
 
+import pytest
 import torch
 
-from flowgrpo.policy.entering import enter, place
+from flowgrpo.policy.calling import Unfit
+from flowgrpo.policy.entering import Place, enter, locate, place
 from flowgrpo.policy.weights import ATTENTION_PROJECTIONS, _default_targets
 
 
 def test_the_place_is_the_tensor_of_the_states_shape() -> None:
     state = torch.Size([2, 4, 8])
     wide, other = torch.Size([2, 9, 8]), torch.Size([2, 16])
-    assert place(state, [other, state]) == (1, -1)
+    assert place(state, [other, state]) == Place(1, (0, 0, 0))
     # Exact wins over larger; a larger one holds the state in its first part.
-    assert place(state, [wide, state]) == (1, -1)
-    assert place(state, [None, wide, other]) == (1, 1)
+    assert place(state, [wide, state]) == Place(1, (0, 0, 0))
+    assert place(state, [None, wide, other]) == Place(1, (0, 0, 0))
     # Not smaller, not larger along two axes, not one of several.
     for shapes in ([torch.Size([2, 3, 8])], [torch.Size([3, 9, 8])], [wide, wide], [other], []):
         assert place(state, shapes) is None
@@ -28,7 +30,27 @@ def test_entering_copies_the_state_and_keeps_what_is_behind_it() -> None:
     assert torch.equal(alone, state)
     alone.zero_()
     assert state.any()
-    assert enter((ids,), state) is None
+    with pytest.raises(
+        Unfit, match=r"Some pipeline cannot be entered: .* its loop holds \(2, 4, 3\)"
+    ):
+        enter((ids,), state, name="Some pipeline")
+
+
+def test_a_state_is_found_by_its_values_at_either_end() -> None:
+    latents, ids = torch.rand(2, 5, 9), torch.arange(6)
+    state = latents[:, 1:, :4]
+    found = locate(state, [ids, latents])
+    assert found == Place(1, (0, 1, 0))
+    # By shape alone it is not to be found, once it was seen it is.
+    with pytest.raises(Unfit, match="cannot be entered"):
+        enter((ids, latents), state)
+    _, entered = enter((ids, latents), state + 1, found)
+    assert torch.equal(entered[:, 1:, :4], state + 1)
+    assert torch.equal(entered[:, :1], latents[:, :1])
+    assert torch.equal(entered[..., 4:], latents[..., 4:])
+    assert locate(state + 1, [ids, latents]) is None
+    # A place that what was prepared does not have is not used.
+    assert torch.equal(enter(latents[:1, :4, :4], state[:1], found), state[:1])
 
 
 def test_attentions_are_found_under_any_name() -> None:

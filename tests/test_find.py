@@ -100,7 +100,7 @@ def test_samples_start_where_the_distribution_says(
     shifted(policy)
     (after,) = policy.run(PROMPTS, noise_of(0, 1), **one)
     assert isinstance(policy.trainable, InitialNoise)
-    scale = policy.scheduler.noise_scale
+    scale = policy.scheduler.initial_std
     gaussian = policy.trainable.gaussian(scale)
     standard = before.visits[0].x / scale
     torch.testing.assert_close(after.visits[0].x, gaussian.sample(standard))

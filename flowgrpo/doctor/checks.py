@@ -6,19 +6,20 @@ Every check measures a number and compares it with a tolerance; the table shows 
 import gc
 import math
 import tempfile
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 
 import torch
 from diffusers import DiffusionPipeline
-from torch import Tensor
+from torch import Tensor, nn
 
 from flowgrpo.core.random import Random, SampleNoise
 from flowgrpo.core.transitions import Transition
 from flowgrpo.experience import Prompt
-from flowgrpo.policy import LoRA, PipelinePolicy, Sampling
+from flowgrpo.policy import LoRA, Memory, PipelinePolicy, Sampling
 from flowgrpo.policy.export import export
 from flowgrpo.policy.loading import DTYPES, load_pipeline, without_safety_checker
 from flowgrpo.policy.pipeline import Rollout
@@ -59,6 +60,7 @@ class Settings:
         weights: What is made trainable; None takes adapters where diffusers has them, else all.
         dtype: Precision of the denoiser.
         device: Where.
+        memory: What trades memory for time; the doctor adds tiling where a VAE cannot do without.
         clip_range: The clip range that the noise floor is compared with.
         tolerance: Largest difference of pixel values in [0, 1] between two ways to one image; in half
             precision ten times this is the largest mean difference.
@@ -68,6 +70,7 @@ class Settings:
     weights: Weights | None = None
     dtype: str = "float32"
     device: str = "cpu"
+    memory: Memory = field(default_factory=Memory)
     clip_range: float = 1e-4
     tolerance: float = 2e-3
 
@@ -212,6 +215,32 @@ def gradients(subject: Subject, stock: Tensor) -> Sequence[Check]:
 
     Backward through every step: the trained weights, all of them and no others, get a gradient.
     """
+    policy, drawn = subject.policy, 0
+    assert policy.trainable is not None
+    trained = list(policy.trainable.parameters.values())
+    reached, moved, leaked = _backward(subject)
+    if moved < 0.4 * len(trained):
+        with _zeros_drawn(policy.denoisers.values()) as drawn:
+            if drawn:
+                reached, moved, leaked = _backward(subject)
+    words = f"{reached}/{len(trained)} tensors, {moved} not zero, {leaked} others"
+    if drawn:
+        words += f" (untrained model: {drawn} zero matrices drawn anew for this)"
+    return [
+        Check(
+            "gradients reach what is trained",
+            words,
+            # The last block of some transformers ignores part of its weights, and half of a fresh
+            # LoRA has zero gradient because the other half is zero.
+            reached >= 0.9 * len(trained) and moved >= 0.4 * len(trained) and not leaked,
+            "weights are trained that the loop does not use, or the pipeline cuts the gradient",
+            reached / len(trained),
+        )
+    ]
+
+
+def _backward(subject: Subject) -> tuple[int, int, int]:
+    """How many trained weights get a gradient and one that is not zero, and how many others one."""
     policy = subject.policy
     assert policy.trainable is not None
     for visit in subject.rollout.visits:
@@ -223,25 +252,34 @@ def gradients(subject: Subject, stock: Tensor) -> Sequence[Check]:
     reached = [p for p in trained if p.grad is not None and bool(p.grad.isfinite().all())]
     moved = sum(bool(p.grad.abs().max() > 0) for p in reached if p.grad is not None)
     ids = {id(p) for p in trained}
-    leaked = [
-        n
-        for m in policy.models.values()
-        for n, p in m.named_parameters()
-        if p.grad is not None and id(p) not in ids
-    ]
+    every = [p for m in policy.models.values() for p in m.parameters()]
+    leaked = sum(p.grad is not None and id(p) not in ids for p in every)
     for parameter in trained:
         parameter.grad = None
-    return [
-        Check(
-            "gradients reach what is trained",
-            f"{len(reached)}/{len(trained)} tensors, {moved} not zero, {len(leaked)} others",
-            # The last block of some transformers ignores part of its weights, and half of a fresh
-            # LoRA has zero gradient because the other half is zero.
-            len(reached) >= 0.9 * len(trained) and moved >= 0.4 * len(trained) and not leaked,
-            "weights are trained that the loop does not use, or the pipeline cuts the gradient",
-            len(reached) / len(trained),
-        )
+    return len(reached), moved, leaked
+
+
+@contextmanager
+def _zeros_drawn(models: Iterable[nn.Module]) -> Iterator[int]:
+    """Inside, all-zero matrices hold small noise; gives their number.
+
+    Models of a published class begin with some (gates, last layers), which stop every gradient, and
+    no trained one has any. Adapters begin with zeros too, and keep them.
+    """
+    zeros = [
+        p
+        for m in models
+        for n, p in m.named_parameters()
+        if p.ndim > 1 and p.is_floating_point() and "lora_" not in n and not bool(p.any())
     ]
+    generator = Random(12).generator()
+    try:
+        for p in zeros:
+            p.data.copy_(0.05 * torch.randn(p.shape, generator=generator))
+        yield len(zeros)
+    finally:
+        for p in zeros:
+            p.data.zero_()
 
 
 def branch(subject: Subject, stock: Tensor) -> Sequence[Check]:
@@ -317,6 +355,7 @@ def exported(subject: Subject, stock: Tensor) -> Sequence[Check]:
         batch_size=len(subject.prompts),
         dtype=settings.dtype,
         device=settings.device,
+        memory=settings.memory,
     )
     images = loaded.images(subject.prompts, subject.noise)
     return [_agreement(name, images, tuned, settings, advice)]

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DDIMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from diffusers import DiffusionPipeline
 from PIL import Image
 from torch import Tensor
 
@@ -32,6 +32,7 @@ from flowgrpo.policy.calling import (
 )
 from flowgrpo.policy.loading import DTYPES, denoisers
 from flowgrpo.policy.precision import as_batch, encode_still, from_signed, is_pixel_space
+from flowgrpo.policy.samplers import first_order
 from flowgrpo.policy.scheduler import FlowPolicyScheduler, policy_scheduler
 from flowgrpo.run.console import Console
 
@@ -90,6 +91,7 @@ class _Trial:
     prompts: Sequence[Prompt]
     media: Tensor
     notes: Sequence[str]
+    tiled: bool = False
 
 
 def examine(model: str | Path, settings: Settings) -> Diagnosis:
@@ -124,7 +126,8 @@ def _examine(
     trial = _trial(pipeline, settings, noise, batches)
     name = type(pipeline).__name__
     del pipeline
-    settings = replace(settings, sampling=trial.sampling, weights=weights)
+    memory = replace(settings.memory, vae_tiling=settings.memory.vae_tiling or trial.tiled)
+    settings = replace(settings, sampling=trial.sampling, weights=weights, memory=memory)
     noise = noise[: len(trial.prompts)]
     with explained("making a policy of it"):
         policy = PipelinePolicy.from_pretrained(
@@ -134,6 +137,7 @@ def _examine(
             batch_size=len(trial.prompts),
             dtype=settings.dtype,
             device=settings.device,
+            memory=memory,
         )
     flow = isinstance(policy.scheduler, FlowPolicyScheduler)
     transition: Transition = CPS(noise_level=0.7) if flow else DDIM(eta=1.0)
@@ -222,15 +226,7 @@ def _stock(model: str | Path, settings: Settings) -> DiffusionPipeline:
         pipeline.vae.to(DTYPES[settings.dtype])
         encode_still(pipeline)
     ours = policy_scheduler(pipeline.scheduler)
-    if isinstance(ours, FlowPolicyScheduler):
-        pipeline.scheduler = FlowMatchEulerDiscreteScheduler.from_config(dict(ours.config))
-    else:
-        scheduler = DDIMScheduler.from_config(dict(ours.config))
-        scheduler.alphas_cumprod, scheduler.final_alpha_cumprod = (
-            ours.alphas_cumprod,
-            ours.final_alpha_cumprod,
-        )
-        pipeline.scheduler = scheduler
+    pipeline.scheduler = first_order(pipeline.scheduler)
     # So that several states in one loop are refused by name, and not by what follows from them.
     pipeline.scheduler.__deepcopy__ = ours.__deepcopy__
     return pipeline
@@ -242,23 +238,39 @@ def _trial(
     noise: SampleNoise,
     batches: Sequence[Sequence[Prompt]],
 ) -> _Trial:
-    """Find a call that works: all prompts or one, without and with condition images."""
+    """Find a call that works: all prompts or one, without and with condition images, then in tiles."""
     tried: list[str] = []
     parameters = inspect.signature(inspect.unwrap(type(pipeline).__call__)).parameters
-    for sampling, made in _completions(settings.sampling, parameters):
-        for prompts in batches:
-            words = f"{len(prompts)} prompt{'s' * (len(prompts) > 1)}{made and ', ' + made}"
-            try:
-                media = _call(pipeline, sampling, prompts, noise)
-            except (Unfit, torch.OutOfMemoryError):
-                raise
-            except Exception as error:
-                tried.append(f"{words}: {_in_short(error)}")
-                continue
-            notes = [made] if made else []
-            if len(prompts) == 1:
-                notes.append("one prompt at a time: set the batch sizes to 1 to train it")
-            return _Trial(sampling, prompts, media, notes)
+    vae = getattr(pipeline, "vae", None)
+    ways = [
+        (tiled, *completion, prompts)
+        for tiled in ((False, True) if hasattr(vae, "enable_tiling") else (False,))
+        for completion in _completions(settings.sampling, parameters)
+        for prompts in batches
+    ]
+    for tiled, sampling, made, prompts in ways:
+        if tiled:
+            # Some VAEs cannot decode in one piece, and say so (Allegro).
+            if not any("tiling" in words for words in tried):
+                break
+            pipeline.vae.enable_tiling()
+        try:
+            media = _call(pipeline, sampling, prompts, noise)
+        except (Unfit, torch.OutOfMemoryError):
+            raise
+        except Exception as error:
+            words = [f"{len(prompts)} prompt{'s' * (len(prompts) > 1)}", made]
+            words.append("with a tiled decoder" if tiled else "")
+            tried.append(f"{', '.join(w for w in words if w)}: {_in_short(error)}")
+            continue
+        notes = [made] if made else []
+        if tiled:
+            notes.append(
+                "its decoder works in tiles only: set memory.vae_tiling = true to train it"
+            )
+        if len(prompts) == 1:
+            notes.append("one prompt at a time: set the batch sizes to 1 to train it")
+        return _Trial(sampling, prompts, media, notes, tiled)
     raise Unfit(
         f"{type(pipeline).__name__} cannot be called with diffusers' first-order sampler, and that is before "
         f"anything of ours; tried {'; '.join(tried)}"

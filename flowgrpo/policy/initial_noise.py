@@ -4,14 +4,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from flowgrpo.core.transitions import Gaussian, Prediction, Step
-from flowgrpo.policy.entering import enter, parts_of, place, shapes_of
+from flowgrpo.policy.entering import Place, enter, parts_of, place, shapes_of
 from flowgrpo.policy.scheduler import PolicyScheduler, Visit
 from flowgrpo.policy.weights import require_same
 
@@ -73,7 +73,7 @@ class InitialNoise:
         nowhere, interval = torch.zeros_like(mean), Step.flow(1.0, 1.0)
         return Visit(INITIAL, interval, nowhere, mean, Prediction(mean, mean, mean), gaussian)
 
-    def place_in(self, prepared: object, scheduler: PolicyScheduler) -> object:
+    def place_in(self, prepared: Any, known: Place | None, scheduler: PolicyScheduler) -> Any:
         """What a pipeline prepared, with its standard noise moved into this distribution.
 
         Before :meth:`fit` nothing is changed.
@@ -83,19 +83,22 @@ class InitialNoise:
         """
         if not self.parameters:
             return prepared
-        shape, scale = tuple(self.parameters[MEAN].shape[1:]), scheduler.noise_scale
         parts, noise = parts_of(prepared), scheduler.itinerary.noise
-        found = place(torch.Size((len(noise or ()), *shape)), shapes_of(parts))
+        shape = torch.Size((len(noise or ()), *self.parameters[MEAN].shape[1:]))
+        sizes = shapes_of(parts)
+        found = place(shape, [s if s == shape else None for s in sizes])
+        if found is None and known is not None and sizes[known.index] is not None:
+            # A part of a tensor, where the loop was seen to begin.
+            found = known if tuple(parts[known.index].shape[1:]) == known.whole else None
         if found is None:
-            shapes = [tuple(s)[1:] for s in shapes_of(parts) if s is not None]
+            shapes = [tuple(s)[1:] for s in sizes if s is not None]
             raise ValueError(
-                f"the initial noise was trained for latents of shape {shape}, and this call prepares "
-                f"{shapes}: with model.weights.kind = 'noise' all prompts must have one size"
+                f"the initial noise was trained for latents of shape {tuple(shape)[1:]}, and this call "
+                f"prepares {shapes}: with model.weights.kind = 'noise' all prompts must have one size"
             )
-        index, axis = found
-        drawn = parts[index] if axis < 0 else parts[index].narrow(axis, 0, shape[axis - 1])
-        gaussian = self.gaussian(scale)
-        return enter(prepared, gaussian.mean + gaussian.std / scale * drawn.float())
+        drawn = found.within(parts[found.index], shape).float()
+        gaussian = self.gaussian(scheduler.initial_std)
+        return enter(prepared, gaussian.sample(drawn / scheduler.initial_std), found)
 
     @contextmanager
     def reference(self) -> Iterator[None]:

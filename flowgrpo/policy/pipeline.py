@@ -31,7 +31,7 @@ from flowgrpo.policy.calling import (
     generators_for,
 )
 from flowgrpo.policy.calls import Sampling, batches, own_arguments
-from flowgrpo.policy.entering import enter, parts_of, shapes_of
+from flowgrpo.policy.entering import Place, enter, parts_of
 from flowgrpo.policy.initial_noise import INITIAL, InitialNoise, Noise
 from flowgrpo.policy.loading import DTYPES, denoisers, load_pipeline, without_safety_checker
 from flowgrpo.policy.memory import (
@@ -136,7 +136,8 @@ class PipelinePolicy:
             )
         self.num_evaluations = self.num_decodes = 0
         self._entering: Tensor | None = None
-        self._calling, self._empty_loop, self._prepared = Calling(), True, shapes_of([])
+        self._calling, self._empty_loop = Calling(), True
+        self._place: Place | None = None
         self._prepare = getattr(pipeline, "prepare_latents", None)
         if self._prepare is not None:
             pipeline.prepare_latents = self._prepare_or_enter
@@ -186,7 +187,6 @@ class PipelinePolicy:
                 raise ValueError(
                     f"{'sampling' if name in sampling.arguments() else 'prompts'}: {type(self.pipeline).__name__} takes no argument {name!r}; it takes {', '.join(own)}"
                 )
-
         check_strength(type(self.pipeline).__name__, self._parameters, sampling.call)
 
     def num_steps(self, sampling: Sampling | None = None) -> int:
@@ -291,7 +291,7 @@ class PipelinePolicy:
         """
         if step == INITIAL:
             assert isinstance(self.trainable, InitialNoise)
-            return self.trainable.visit(len(x), self.scheduler.noise_scale)
+            return self.trainable.visit(len(x), self.scheduler.initial_std)
         itinerary = Itinerary(
             nodes=[step, step + 1], stochastic={step}, transition=transition, record={step}
         )
@@ -356,7 +356,8 @@ class PipelinePolicy:
             itinerary.noise.initial() if itinerary.noise and entering is None else torch.Generator()
         )
         itinerary.visits.clear()
-        self.scheduler.itinerary, self._entering = itinerary, entering
+        self.scheduler.begin(itinerary)
+        self._entering = entering
         if self._prepare is None and entering is not None:
             arguments, self._entering = arguments | {"latents": entering.to(self.device)}, None
         try:
@@ -370,28 +371,27 @@ class PipelinePolicy:
             name = type(self.pipeline).__name__
             if self._entering is not None:
                 raise Unfit(f"{name} cannot be entered: its call prepares no latents")
-            self.scheduler.check_walk(name, self._prepared)
+            self.scheduler.check_walk(name)
+            self._place = self.scheduler.entered_at or self._place
         finally:
-            self.scheduler.itinerary, self._entering = Itinerary(), None
+            self.scheduler.begin(Itinerary())
+            self._entering = None
         media = as_batch(output)
         return from_signed(media) if decode and is_pixel_space(self.pipeline) else media
 
     def _prepare_or_enter(self, *args: Any, **kwargs: Any) -> Any:
-        """The pipeline's ``prepare_latents``; with a state to enter, that state in its place."""
+        """The pipeline's ``prepare_latents``; with a state to enter, that in its place."""
         assert self._prepare is not None
         prepared = self._prepare(*args, **kwargs)
-        self._prepared = shapes_of(parts_of(prepared))
-        if self._entering is None:
-            fresh, own = as_fp32(prepared), self.trainable
-            return own.place_in(fresh, self.scheduler) if isinstance(own, InitialNoise) else fresh
-        state, self._entering = self._entering.to(self.device), None
-        entered = enter(prepared, state)
-        if entered is None:
-            raise Unfit(
-                f"{type(self.pipeline).__name__} cannot be entered: it prepares latents of shape "
-                f"{[tuple(s) for s in self._prepared if s]}, its loop holds {tuple(state.shape)}"
-            )
-        return entered
+        if self._entering is not None:
+            state, self._entering = self._entering.to(self.device), None
+            prepared = enter(prepared, state, self._place, type(self.pipeline).__name__)
+        else:
+            prepared = as_fp32(prepared)
+            if isinstance(self.trainable, InitialNoise):
+                prepared = self.trainable.place_in(prepared, self._place, self.scheduler)
+        self.scheduler.prepared = parts_of(prepared)
+        return prepared
 
     def _precision(self) -> torch.dtype:
         """Of what enters a denoiser: its weights' own."""

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers import DDIMScheduler, EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler
 from diffusers.schedulers.scheduling_utils import SchedulerMixin, SchedulerOutput
 from jaxtyping import Float
 from torch import Tensor
@@ -20,12 +20,11 @@ from flowgrpo.core.random import SampleNoise
 from flowgrpo.core.solvers import SecondOrder, Solver
 from flowgrpo.core.transitions import ODE, Gaussian, Prediction, Step, Transition
 from flowgrpo.policy.calling import Unfit
-from flowgrpo.policy.entering import place
+from flowgrpo.policy.entering import Place, locate, place, shapes_of
+from flowgrpo.policy.samplers import first_order, is_flow
 
 Grid = list[float] | np.ndarray | Tensor
 """What pipelines hand to ``set_timesteps``."""
-REFUSED = ("LCM", "TCD", "Consistency", "DiffusionForcing")
-"""Schedulers of samplers that jump to the data and add noise anew; their steps are no transitions."""
 
 
 @dataclass(frozen=True)
@@ -93,14 +92,31 @@ class _Steps:
     _walked: Itinerary | None = None
     _nodes: Sequence[int]
     _cursor: int
+    _taken: int = 0
     _state: Tensor | None = None
+    init_noise_sigma: float
+    noise_scale: float = 1.0
+    """What the pipeline multiplies its initial noise by (PRX in pixel space)."""
+    prepared: Sequence[Any] = ()
+    """What the pipeline prepared before its loop."""
+    entered_at: Place | None = None
+    """Where in it the first state was."""
 
-    def check_walk(self, name: str, prepared: Sequence[torch.Size | None]) -> None:
+    @property
+    def initial_std(self) -> float:
+        """Standard deviation of the noise that a loop begins with."""
+        return float(self.init_noise_sigma) * self.noise_scale
+
+    def begin(self, itinerary: Itinerary) -> None:
+        """Go where the itinerary says in the next call of the pipeline."""
+        self.itinerary, self._walked = itinerary, None
+        self.prepared, self.entered_at = [], None
+
+    def check_walk(self, name: str) -> None:
         """Check that the pipeline's loop that just ended was the itinerary.
 
         Args:
             name: Of the pipeline, for the message.
-            prepared: Shapes of what it prepared before the loop; empty if unknown.
 
         Raises:
             Unfit: If it took other steps, or stepped another state than it prepared.
@@ -110,15 +126,18 @@ class _Steps:
                 f"{name} cannot be a policy: its call does not use its scheduler's timesteps"
             )
         due = len(self._nodes) - 1
-        if self._cursor != due:
+        if self._taken != due:
             raise Unfit(
-                f"{name} cannot be a policy: it took {self._cursor} of {due} denoising steps, because "
+                f"{name} cannot be a policy: it took {self._taken} of {due} denoising steps, because "
                 "an argument such as strength cuts its schedule or because it samples in its own way"
             )
-        if self._state is not None and prepared and place(self._state.shape, prepared) is None:
+        shapes = shapes_of(self.prepared)
+        if self._state is None or not shapes or self.entered_at is not None:
+            return
+        if place(self._state.shape, shapes) is None:
             raise Unfit(
                 f"{name} cannot be a policy: it steps only part of its latents, or in another layout: "
-                f"{tuple(self._state.shape)} of what it prepares, {[tuple(s) for s in prepared if s]}"
+                f"{tuple(self._state.shape)} of what it prepares, {[tuple(s) for s in shapes if s]}"
             )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
@@ -130,8 +149,9 @@ class _Steps:
 
     def _restrict(self) -> None:
         """Keep only the itinerary's nodes of the grid that was just set."""
-        self._grid_timesteps, self._walked = self.timesteps, self.itinerary
-        self._cursor, self._state = 0, None
+        if self._walked is not self.itinerary:
+            self._taken, self._state = 0, None
+        self._grid_timesteps, self._walked, self._cursor = self.timesteps, self.itinerary, 0
         self._solver = SecondOrder() if self.itinerary.solver == "dpm_2m" else None
         nodes = self.itinerary.nodes
         self._nodes = list(range(len(self.timesteps) + 1)) if nodes is None else list(nodes)
@@ -148,15 +168,26 @@ class _Steps:
         model_output: Tensor,
         timestep: Tensor,
         sample: Tensor,
+        generator: Any = None,
         return_dict: bool = True,
     ) -> tuple[Tensor] | SchedulerOutput:
-        """Move one node on; arithmetic and result are fp32 whatever the model's precision."""
+        """Move one node on; arithmetic and result are fp32 whatever the model's precision.
+
+        ``generator`` is for pipelines that always pass one; noise comes from the itinerary.
+        """
+        if self._taken >= len(self._nodes) - 1:
+            raise Unfit(
+                "the pipeline cannot be a policy: one call denoises several times (segments of a long "
+                "video, or stages)"
+            )
         itinerary, node, next_node = (
             self.itinerary,
             self._nodes[self._cursor],
             self._nodes[self._cursor + 1],
         )
-        self._cursor += 1
+        if self._taken == 0:
+            self.entered_at = locate(sample, self.prepared)
+        self._cursor, self._taken = self._cursor + 1, self._taken + 1
         interval = self.interval(node, next_node)
         x = self._unrounded(sample)
         prediction = self._predict(model_output.float(), x, node, interval)
@@ -202,12 +233,15 @@ class _Steps:
 
 
 class FlowPolicyScheduler(_Steps, FlowMatchEulerDiscreteScheduler):
-    """For rectified-flow models."""
+    """For rectified-flow models.
 
+    Attributes:
+        source: What the grid is taken from, where that is not flow-matching Euler.
+    """
+
+    source: SchedulerMixin | None = None
     init_noise_sigma = 1.0
     """Initial latents are standard normal; some pipelines ask."""
-    noise_scale = 1.0
-    """What the pipeline multiplies its initial noise by (PRX in pixel space)."""
 
     # Pipelines inspect these names to see which arguments a scheduler takes.
     def set_timesteps(
@@ -221,7 +255,14 @@ class FlowPolicyScheduler(_Steps, FlowMatchEulerDiscreteScheduler):
         """The grid as diffusers makes it, restricted to the itinerary's nodes."""
         if mu is not None and not self.config.use_dynamic_shifting:
             mu = None
-        super().set_timesteps(num_inference_steps, device, sigmas, mu, timesteps)
+        if self.source is None:
+            super().set_timesteps(num_inference_steps, device, sigmas, mu, timesteps)
+        else:
+            given = {"sigmas": sigmas, "mu": mu, "timesteps": timesteps}
+            given = {k: v for k, v in given.items() if v is not None}
+            self.source.set_timesteps(num_inference_steps, device=device, **given)
+            self.timesteps, self.sigmas = self.source.timesteps, self.source.sigmas
+            self.num_inference_steps = len(self.timesteps)
         # On the CPU, so that no step waits for the accelerator.
         self._grid_sigmas = [float(s) for s in self.sigmas.cpu()]
         if self.config.invert_sigmas:
@@ -240,23 +281,47 @@ class FlowPolicyScheduler(_Steps, FlowMatchEulerDiscreteScheduler):
 
 
 class DiffusionPolicyScheduler(_Steps, DDIMScheduler):
-    """For models that predict noise, v or data on a diffusion path."""
+    """For models that predict noise, v or data on a diffusion path.
+
+    Its states have DDIM's size. Where the shipped sampler's grow with the noise (Euler), they are
+    these, divided by what a model's input is divided by there.
+
+    Attributes:
+        source: What the grid is taken from.
+    """
+
+    source: SchedulerMixin
 
     def set_timesteps(
         self, num_inference_steps: int, device: str | torch.device | None = None
     ) -> None:
         """The grid as diffusers makes it, restricted to the itinerary's nodes."""
-        super().set_timesteps(num_inference_steps, device)
-        self._grid = [int(t) for t in self.timesteps.cpu()]
+        source = self.source
+        source.set_timesteps(num_inference_steps, device=device)
+        self.timesteps, self.num_inference_steps = source.timesteps, source.num_inference_steps
+        if isinstance(source, DDIMScheduler):
+            grid = [int(t) for t in self.timesteps.cpu()]
+            # DDIM lands by its own rule, which on some grids is not the next timestep.
+            stride = self.config.num_train_timesteps // num_inference_steps
+            self._landings = [self._alpha_bar(t - stride) for t in grid]
+            self._alpha_bars = [self._alpha_bar(t) for t in (*grid, -1)]
+        else:
+            self._alpha_bars = [1 / (1 + float(s) ** 2) for s in source.sigmas.cpu()]
+            self._landings = self._alpha_bars[1:]
+        if isinstance(source, EulerDiscreteScheduler):
+            self.init_noise_sigma = float(source.init_noise_sigma) * self._alpha_bars[0] ** 0.5
         self._restrict()
 
     def interval(self, node: int, next_node: int) -> Step:
-        if next_node == node + 1:
-            # As DDIMScheduler lands, which on some grids differs by one from the next timestep.
-            landing = self._grid[node] - self.config.num_train_timesteps // self.num_inference_steps
-        else:
-            landing = self._grid[next_node] if next_node < len(self._grid) else -1
-        return Step.diffusion(self._alpha_bar(self._grid[node]), self._alpha_bar(landing))
+        landing = self._landings[node] if next_node == node + 1 else self._alpha_bars[next_node]
+        return Step.diffusion(self._alpha_bars[node], landing)
+
+    def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """Data as noisy as states are at timesteps of the grid."""
+        nodes = (self._grid_timesteps[None].cpu() - timesteps.reshape(-1, 1).cpu()).abs().argmin(1)
+        bars = torch.tensor(self._alpha_bars)[nodes].to(original_samples)
+        bars = bars.reshape(-1, *(1,) * (original_samples.ndim - 1))
+        return bars.sqrt() * original_samples + (1 - bars).sqrt() * noise
 
     def _alpha_bar(self, timestep: int) -> float:
         return float(self.alphas_cumprod[timestep] if timestep >= 0 else self.final_alpha_cumprod)
@@ -284,40 +349,24 @@ def policy_scheduler(shipped: SchedulerMixin) -> PolicyScheduler:
     Raises:
         ValueError: If the shipped scheduler belongs to a sampler whose steps are no transitions.
     """
-    name, config = type(shipped).__name__, dict(shipped.config)
-    if any(word in name for word in REFUSED):
-        raise Unfit(
-            f"a pipeline with {name} cannot be a policy: its sampler jumps to the data and adds noise "
-            "anew, so that its steps have no density to optimise"
-        )
+    source = first_order(shipped)
     scheduler: PolicyScheduler
-    if isinstance(shipped, FlowMatchEulerDiscreteScheduler):
-        scheduler = FlowPolicyScheduler.from_config({**config, "stochastic_sampling": False})
-    elif config.get("prediction_type") == "flow_prediction" or config.get("use_flow_sigmas"):
+    if isinstance(source, FlowMatchEulerDiscreteScheduler):
+        scheduler = FlowPolicyScheduler.from_config(dict(source.config))
+    elif is_flow(source):
         scheduler = FlowPolicyScheduler(
-            num_train_timesteps=config["num_train_timesteps"],
-            shift=config.get("flow_shift") or 1.0,
-            use_dynamic_shifting=bool(config.get("use_dynamic_shifting", False)),
+            num_train_timesteps=source.config.num_train_timesteps,
+            shift=source.config.get("flow_shift") or 1.0,
+            use_dynamic_shifting=bool(source.config.get("use_dynamic_shifting", False)),
         )
-    elif hasattr(shipped, "alphas_cumprod"):
-        scheduler = DiffusionPolicyScheduler.from_config(_ddim_config(config))
-        # CogVideoX rescales its own; the numbers are what the model was trained on.
-        scheduler.alphas_cumprod = shipped.alphas_cumprod.clone()
-        if hasattr(shipped, "final_alpha_cumprod"):
-            scheduler.final_alpha_cumprod = torch.as_tensor(shipped.final_alpha_cumprod).clone()
+        scheduler.source = source
     else:
-        raise Unfit(
-            f"a pipeline with {name} cannot be a policy: only rectified-flow schedulers and diffusion "
-            "schedulers with alphas_cumprod are known"
+        clips = isinstance(source, DDIMScheduler) and source.config.clip_sample
+        scheduler = DiffusionPolicyScheduler.from_config(
+            {**source.config, "clip_sample": bool(clips), "thresholding": False}
         )
+        scheduler.source, scheduler.alphas_cumprod = source, source.alphas_cumprod
+        if isinstance(source, DDIMScheduler):
+            scheduler.final_alpha_cumprod = source.final_alpha_cumprod
     scheduler.itinerary = Itinerary()
     return scheduler
-
-
-def _ddim_config(config: dict[str, Any]) -> dict[str, Any]:
-    """A DDIM configuration on the shipped one's noise schedule.
-
-    DDIM clips the predicted data unless told otherwise; latents must not be clipped, and only a
-    scheduler that was shipped with clipping keeps it.
-    """
-    return {**config, "clip_sample": bool(config.get("clip_sample", False)), "thresholding": False}
