@@ -40,7 +40,7 @@ def test_a_state_is_found_by_its_values_at_either_end() -> None:
     latents, ids = torch.rand(2, 5, 9), torch.arange(6)
     state = latents[:, 1:, :4]
     found = locate(state, [ids, latents])
-    assert found == Place(1, (0, 1, 0))
+    assert found == Place(1, (0, 1, 0), whole=(5, 9))
     # By shape alone it is not to be found, once it was seen it is.
     with pytest.raises(Unfit, match="cannot be entered"):
         enter((ids, latents), state)
