@@ -54,12 +54,13 @@ def made(
             a[:, 0],
             a[:, 1],
         ),
-        candidates=Candidates(group, sample, step, granularity, {}, reward),
+        candidates=Candidates(group, sample, step, granularity, {"one": reward}, reward),
         cost=Cost(0.0, 0.0, 0.0),
         all_rewards=reward,
         diversity=torch.zeros(1),
         duplicates=torch.zeros(1),
         step_std=fields.get("step_std", {}),
+        weights={"one": 1.0},
     )
 
 
@@ -169,7 +170,7 @@ EXAMPLE = torch.tensor([[0.5, 0.4, 0.6, 0.3, 0.2, 0.35]], dtype=torch.float64)
 )
 def test_the_worked_example_of_tp_grpo(kind, wanted):
     # reference/algorithms.md section 5.
-    algorithm = TPGRPO(turning_points=kind, balanced=False)
+    algorithm = TPGRPO(turning_points=kind, balance="none")
     found = algorithm.step_rewards(EXAMPLE, torch.tensor([0]))
     torch.testing.assert_close(found, torch.tensor([wanted], dtype=torch.float64))
 
@@ -217,7 +218,7 @@ def test_tp_grpo_is_a_score_per_step(kind, failed):
     states = [-1, 1, 2, T - 1]
     keys = [(g, i, k, 1) for g, i, k in product(range(2), range(5), states)]
     rewards = random_rewards(keys, failed=failed, seed=3)
-    algorithm = TPGRPO(turning_points=kind, balanced=False, advantage=EXACT)
+    algorithm = TPGRPO(turning_points=kind, balance="none", advantage=EXACT)
     worth: dict[Key, float] = {}
     for g, i in product(range(2), range(5)):
         r = [rewards[g, i, k, 1] for k in states]
@@ -377,7 +378,7 @@ PERTURBED = [(*a, 1) for a in TRAJECTORY_STEPS]
 CASES: dict[str, tuple[Any, list[Key], list[Key]]] = {
     "g2rpo": (G2RPO(group_size=4, granularities=(1,)), TRAJECTORY_STEPS, PERTURBED),
     "tempflow": (TempFlowGRPO(group_size=4, seeds=2), TRAJECTORY_STEPS, PERTURBED),
-    "tp": (TPGRPO(group_size=4), TRAJECTORY_STEPS, COMPLETED),
+    "tp": (TPGRPO(group_size=4, balance="group"), TRAJECTORY_STEPS, COMPLETED),
     "vgpo": (VGPO(group_size=4, anchor=0.0), TRAJECTORY_STEPS, PROJECTED),
     "branch": (TREE, BRANCHES, LEAVES),
 }

@@ -4,15 +4,16 @@ Each candidate then differs from its rivals by one injection of noise, and judge
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from flowgrpo.algorithms.collection import Collection, Samples, subgrids
-from flowgrpo.core.advantages import GroupAdvantage
+from flowgrpo.algorithms.credit import candidates_of, scored_of
 from flowgrpo.core.random import Random
+from flowgrpo.core.several import Advantage, of_scored
 from flowgrpo.core.transitions import Transition
 from flowgrpo.experience import Cost, Experience, Group
 from flowgrpo.judge import Judge
@@ -91,17 +92,18 @@ def collect_branches(
 
 
 def credit_branches(
-    experience: Experience, advantage: GroupAdvantage, branches_per_seed: int
+    experience: Experience, advantage: Advantage, branches_per_seed: int
 ) -> Float[Tensor, " actions"]:
     """The sum, over granularities, of how much better a branch is than those from its state.
 
     Each comparison is among the branches of one seed at one step and granularity. A candidate whose
-    reward failed adds nothing.
+    reward failed adds nothing. Kinds of advantage with statistics over the batch have them over all
+    candidates, of every step and granularity.
     """
-    a, c = experience.actions, experience.candidates
+    a, c = experience.actions, candidates_of(experience)
     rivals = torch.stack([c.group, c.sample // branches_per_seed, c.step, c.granularity])
     labels = torch.unique(rivals, dim=1, return_inverse=True)[1]
-    worth = advantage(c.reward, labels, experience.all_rewards)
+    worth = of_scored(advantage, replace(scored_of(experience), group=labels))
     sums: dict[tuple[int, ...], float] = {}
     for *key, value in zip(*(v.tolist() for v in (c.group, c.sample, c.step, worth)), strict=True):
         sums[tuple(key)] = sums.get(tuple(key), 0.0) + value

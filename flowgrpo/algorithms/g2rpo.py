@@ -15,8 +15,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from flowgrpo.algorithms.branches import BranchPlan, collect_branches, credit_branches
-from flowgrpo.core.advantages import GroupAdvantage
 from flowgrpo.core.random import Random
+from flowgrpo.core.several import Advantage, PerReward
 from flowgrpo.core.steps import StepSelection, Window
 from flowgrpo.core.transitions import FlowSDE, Transition, require_noise
 from flowgrpo.experience import Cost, Experience, Group
@@ -40,8 +40,9 @@ class G2RPO:
     completion's last step is shorter. The paper's best is 1, 2, 3, its released script has 1, 2."""
     integration: Literal["sum", "mean"] = "sum"
     """How the advantages of the granularities are put together; the paper adds them."""
-    advantage: GroupAdvantage = field(default_factory=lambda: GroupAdvantage(ddof=1, epsilon=1e-8))
-    """From the rewards of the perturbations of one state to advantages; also clips their sum."""
+    advantage: Advantage = field(default_factory=PerReward)
+    """From the rewards of the perturbations of one state to advantages; also clips their sum over
+    granularities. The paper adds those of several rewards."""
 
     def collect(
         self, policy: PipelinePolicy, groups: Sequence[Group], judge: Judge, random: Random

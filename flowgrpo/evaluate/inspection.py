@@ -14,13 +14,11 @@ from itertools import pairwise
 from pathlib import Path
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 from torchvision.transforms.functional import to_pil_image
 
 from flowgrpo.algorithms import TPGRPO, Algorithm
-from flowgrpo.algorithms.credit import StepTable
-from flowgrpo.algorithms.tp_grpo import turning_points
 from flowgrpo.core.random import Random
 from flowgrpo.evaluate.charts import Line, legend, line_chart, number
 from flowgrpo.evaluate.curves import section
@@ -145,15 +143,12 @@ def _strip(
 
 def _turning(algorithm: Algorithm, experience: Experience) -> dict[tuple[int, int], list[int]]:
     """The turning points of each trajectory; none for algorithms without such a notion."""
-    if not isinstance(algorithm, TPGRPO) or algorithm.turning_points == "none":
+    if not isinstance(algorithm, TPGRPO):
         return {}
-    steps: Int[Tensor, " steps"] = experience.actions.step.unique()
-    last = int(experience.candidates.step.max())
-    table = StepTable.rewards(experience.candidates, [*(int(s) - 1 for s in steps), last])
-    found = turning_points(table.values, consistent=algorithm.turning_points == "consistent")
+    table = algorithm.turns(experience)
     return {
-        (int(g), int(s)): [int(steps[j]) for j in row.nonzero().flatten()]
-        for g, s, row in zip(table.group, table.sample, found, strict=True)
+        (int(g), int(s)): [table.steps[int(j)] for j in row.nonzero().flatten()]
+        for g, s, row in zip(table.group, table.sample, table.values, strict=True)
     }
 
 
