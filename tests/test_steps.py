@@ -79,7 +79,10 @@ def test_what_is_selected_is_ascending_and_never_the_last_step(selection, num_st
     ("selection", "message"),
     [
         (AllSteps(skip_last=4), "selects no step of 4"),
-        (AllSteps(skip_last=0), "skip_last must be at least 1, as the last step has no noise, got 0"),
+        (
+            AllSteps(skip_last=0),
+            "skip_last must be at least 1, as the last step has no noise, got 0",
+        ),
         (SlidingWindow(size=2, skip_last=0), "skip_last must be at least 1"),
         (Window(start=2, size=2), "steps 2 to 3, but with num_steps = 4 only steps 0 to 2"),
         (Window(start=-1, size=2), "steps -1 to 0"),
