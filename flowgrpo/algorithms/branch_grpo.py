@@ -137,6 +137,11 @@ class BranchGRPO:
         )
         return Cost(float(nfe), float(self.group_size), float(self.group_size))
 
+    def branch_of(self, leaf: int, step: int) -> int:
+        """The number under which a leaf's branch is noted at a step: that of the branch's first leaf."""
+        width = self._leaves_below(step)
+        return leaf // width * width
+
     def _check_pruning(self) -> None:
         if self.width == "extremes" and (
             self.extremes % 2 or not 2 <= self.extremes <= self.group_size
