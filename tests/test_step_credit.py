@@ -155,6 +155,18 @@ def test_subgrids_end_at_the_data_and_are_not_repeated():
     assert subgrids(6, 6, [1]) == {(6,): [1]}
 
 
+def test_released_subgrids_are_those_of_the_code():
+    # Its grid is cat(sched[:k + 2], sched[k + 2 :: g]), and what the last step predicts is decoded.
+    sched = list(range(17))
+    for k, granularity in product(range(15), (1, 2, 3)):
+        grid = [*sched[: k + 2], *sched[k + 2 :: granularity]]
+        taken = (*grid[k + 1 : -1], 16)
+        assert subgrids(k + 1, 16, [granularity], "released") == {taken: [granularity]}
+    # reference/algorithms.md section 6: for an odd k the last jump spans three intervals.
+    assert next(iter(subgrids(2, 16, [2], "released")))[-2:] == (13, 16)
+    assert next(iter(subgrids(3, 16, [2], "released")))[-2:] == (14, 16)
+
+
 # TP-GRPO.
 
 EXAMPLE = torch.tensor([[0.5, 0.4, 0.6, 0.3, 0.2, 0.35]], dtype=torch.float64)

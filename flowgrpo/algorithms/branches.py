@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from flowgrpo.algorithms.collection import Collection, Samples, subgrids
+from flowgrpo.algorithms.collection import Collection, Samples, Strides, subgrids
 from flowgrpo.algorithms.credit import candidates_of, scored_of
 from flowgrpo.core.random import Random
 from flowgrpo.core.several import Advantage, of_scored
@@ -30,6 +30,7 @@ class BranchPlan:
         transition: The stochastic step.
         steps: The steps that are branched at, ascending.
         granularities: Grid intervals per step of the completions.
+        strides: How a granularity takes the grid; see :func:`subgrids`.
     """
 
     group_size: int
@@ -37,18 +38,20 @@ class BranchPlan:
     transition: Transition
     steps: Sequence[int]
     granularities: Sequence[int] = (1,)
+    strides: Strides = "even"
 
     def cost(self, num_steps: int) -> Cost:
         """Work per prompt.
 
         One path per seed to the last branching step ``k_max``, that step's forward pass included:
         ``seeds (k_max + 1)``. Per branch and step ``k`` the completion on the first sub-grid, in
-        ``ceil((T - k - 1) / g)`` evaluations; on each other one in one less, as it begins in the
-        same state. Equal sub-grids count once.
+        ``ceil((T - k - 1) / g)`` evaluations with even strides; on each other one in one less, as it
+        begins in the same state. Equal sub-grids count once.
         """
         nfe, decodes = self.num_seeds * (self.steps[-1] + 1), 0
         for step in self.steps:
-            lengths = [len(n) - 1 for n in subgrids(step + 1, num_steps, self.granularities)]
+            grids = subgrids(step + 1, num_steps, self.granularities, self.strides)
+            lengths = [len(nodes) - 1 for nodes in grids]
             nfe += self.group_size * (sum(lengths) - len(lengths) + 1)
             decodes += self.group_size * len(lengths)
         return Cost(float(nfe), float(decodes), float(decodes))
@@ -87,6 +90,7 @@ def collect_branches(
                 visit.step + 1,
                 step=visit.step,
                 granularities=plan.granularities,
+                strides=plan.strides,
             )
     return collection.experience()
 

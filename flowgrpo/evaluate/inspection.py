@@ -37,7 +37,7 @@ class Frame:
     """One candidate on a strip.
 
     Attributes:
-        step: The step after which it was completed; -1 for the initial noise.
+        step: The last step that made it what it is; -1 for the initial noise.
         granularity: Grid intervals per step of its completion; 0 for a projection.
         reward: NaN if its reward failed.
         media: An image ``(C, H, W)`` or a video ``(F, C, H, W)`` in [0, 1].
@@ -143,8 +143,9 @@ def _strip(
         own |= (c.sample == 0) & (c.step == c.step.min())
     rows = ((c.group == group.index) & own).nonzero().squeeze(1)
     order = sorted(rows.tolist(), key=lambda i: (int(c.step[i]), int(c.granularity[i])))
+    shown = _shown_after(algorithm, experience)
     frames = [
-        Frame(int(c.step[i]), int(c.granularity[i]), float(c.reward[i]), experience.media[i])
+        Frame(shown[int(c.step[i])], int(c.granularity[i]), float(c.reward[i]), experience.media[i])
         for i in order
     ]
     credit = {
@@ -163,6 +164,22 @@ def _strip(
         is_path,
         isinstance(algorithm, G2RPO | TempFlowGRPO),
     )
+
+
+def _shown_after(algorithm: Algorithm, experience: Experience) -> dict[int, int]:
+    """For the step of each candidate the one that made it what it is.
+
+    What follows the ODE leads to the same image: a completion belongs to the last stochastic step
+    before it, and an image without a projection before it to the step where that would be.
+    """
+    steps = sorted(set(experience.candidates.step.tolist()))
+    trained = sorted(set(experience.actions.step.tolist()))
+    if isinstance(algorithm, TPGRPO):
+        return {s: max((t for t in trained if t <= s), default=-1) for s in steps}
+    last = steps[-1]
+    if isinstance(algorithm, VGPO) and last - 1 not in steps:
+        return {s: s - (s == last) for s in steps}
+    return {s: s for s in steps}
 
 
 def _actor(algorithm: Algorithm, sample: int, step: int) -> int:
