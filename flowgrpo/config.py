@@ -23,6 +23,7 @@ from flowgrpo.algorithms import (
     PrefGRPO,
     TempFlowGRPO,
 )
+from flowgrpo.core.advantages import BetaAdvantage
 from flowgrpo.core.losses import ClippedLoss, Loss, NFTLoss
 from flowgrpo.core.random import Random
 from flowgrpo.judge import Failures, Reward
@@ -198,7 +199,8 @@ class Config:
             raise ConfigError(f"train.betas must be two numbers in [0, 1), got {list(betas)}")
         # A preference is something to train on beside the rewards.
         alone = not isinstance(self.algorithm, PrefGRPO)
-        check_rewards(self.rewards, self.train.iterations, alone)
+        binary = isinstance(getattr(self.algorithm, "advantage", None), BetaAdvantage)
+        check_rewards(self.rewards, self.train.iterations, alone, binary)
         train = self.train
         if train.groups % (train.updates * num_processes):
             step = train.updates * num_processes
@@ -217,6 +219,8 @@ class Config:
         try:
             self.memory.check(isinstance(self.model.weights, Full))
             self.loss.check()
+            if isinstance(self.loss, ClippedLoss):
+                self.loss.check_transition(self.algorithm.transition)
         except ValueError as error:
             raise ConfigError(str(error)) from error
         self._check_kinds()

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flowgrpo.config import Config, find
+from flowgrpo.config import Config, ConfigError, find
 from flowgrpo.core.random import Random
+from flowgrpo.core.transitions import require_path
 from flowgrpo.evaluate import held_out, inspection
 from flowgrpo.evaluate.pictures import Sheet, keep, kept
 from flowgrpo.evaluate.report import write_report
@@ -79,9 +80,13 @@ class Observer:
             memory=config.memory,
         )
         check_sizes(policy, prompts.prompts, config.sampling)
-        check_scales(policy, config.algorithm.transition, config.steps_by_density())
         fit_noise(policy, [*prompts.prompts, *held_out_prompts.prompts])
         check_sizes(policy, held_out_prompts.prompts, config.evaluation_sampling())
+        try:
+            require_path(config.algorithm.transition, policy.scheduler.interval(0, 1).path)
+            check_scales(policy, config.algorithm.transition, config.steps_by_density())
+        except ValueError as error:
+            raise ConfigError(f"algorithm.transition: {error}") from error
         return cls(config, session, judge, policy, held_out_prompts, prompts)
 
     def start(self, learner: Learner) -> None:

@@ -149,19 +149,28 @@ def total(
     return result
 
 
-def check_rewards(rewards: Sequence[Reward], num_iterations: int, alone: bool = True) -> None:
+def check_rewards(
+    rewards: Sequence[Reward], num_iterations: int, alone: bool = True, binary: bool = False
+) -> None:
     """Find rewards that cannot be trained on.
 
     Args:
         rewards: All of them.
         num_iterations: Of the run.
         alone: Whether nothing else is trained on, such as a preference.
+        binary: Whether the advantage is made for rewards of 0 and 1.
 
     Raises:
         ConfigError: Naming the key, the value and what is allowed.
     """
     for i, reward in enumerate(rewards):
         reward.check(f"rewards.{i}")
+    weights = [r.weight for r in rewards if r.weight != 0]
+    if binary and weights != [1.0]:
+        raise ConfigError(
+            "algorithm.advantage.kind = 'beta' is for one reward of 0 and 1 with weight 1, but the "
+            f"weights of rewards are {[r.weight for r in rewards]}; weight 0 only measures one"
+        )
     if not alone:
         return
     if all(r.weight == 0 for r in rewards):

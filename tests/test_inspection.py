@@ -7,14 +7,22 @@ import pytest
 import torch
 from torch import Tensor
 
-from flowgrpo.algorithms import G2RPO, TPGRPO, VGPO, Algorithm, FlowGRPO
+from flowgrpo.algorithms import (
+    G2RPO,
+    TPGRPO,
+    VGPO,
+    Algorithm,
+    BranchGRPO,
+    FlowGRPO,
+    TempFlowGRPO,
+)
 from flowgrpo.core.random import Random
 from flowgrpo.core.steps import Window
 from flowgrpo.core.transitions import CPS
 from flowgrpo.evaluate.inspection import fragment, inspect, keep
 from flowgrpo.experience import Group, Prompt
 from flowgrpo.judge import Judge, Reward
-from tests.conftest import MakePolicy
+from tests.conftest import MakePolicy, sampling_of
 
 PROMPTS = [Prompt("a cat"), Prompt("two <dogs>")]
 STEPS = Window(start=0, size=2)
@@ -63,6 +71,57 @@ def test_strips_hold_what_was_collected(
     seen.close()
 
 
+def test_a_leaf_shows_the_steps_of_all_branches_that_lead_to_it(
+    make_policy: MakePolicy, judge: Callable[[], Judge]
+) -> None:
+    policy, seen = make_policy("sd3", sampling=sampling_of("sd3", num_steps=4)), judge()
+    algorithm = BranchGRPO(group_size=4, splits=(0, 2), transition=CPS())
+    strips = inspect(policy, algorithm, seen, PROMPTS[:1], samples=4)
+    seen.close()
+    by_leaf = {s.sample: s.advantages for s in strips}
+    assert {tuple(credit) for credit in by_leaf.values()} == {(0, 1, 2)}
+    for early in (0, 1):
+        assert by_leaf[0][early] == by_leaf[1][early] != by_leaf[2][early] == by_leaf[3][early]
+    assert len({credit[2] for credit in by_leaf.values()}) == 4
+    mean = sum(s.frames[0].reward for s in strips) / 4
+    for strip in strips:
+        assert strip.differences == {3: [pytest.approx(strip.frames[0].reward - mean, abs=1e-6)]}
+
+
+def test_branches_are_compared_with_those_of_their_seed(
+    make_policy: MakePolicy, judge: Callable[[], Judge]
+) -> None:
+    policy, seen = make_policy("sd3", sampling=sampling_of("sd3", num_steps=3)), judge()
+    algorithm = TempFlowGRPO(group_size=4, seeds=2, transition=CPS())
+    strips = inspect(policy, algorithm, seen, PROMPTS[:1], samples=4)
+    seen.close()
+    reward = {(s.sample, f.step): f.reward for s in strips for f in s.frames}
+    for strip in strips:
+        other = strip.sample ^ 1
+        for step, (gap,) in strip.differences.items():
+            half = (reward[strip.sample, step] - reward[other, step]) / 2
+            assert gap == pytest.approx(half, abs=1e-6)
+    page = fragment(strips)
+    assert "vs. others" in page
+    assert "a branch of its own" in page
+    assert "<svg" not in page, "no line joins images that do not follow from each other"
+
+
+def test_a_shared_baseline_is_on_every_strip(
+    make_policy: MakePolicy, judge: Callable[[], Judge]
+) -> None:
+    policy, seen = make_policy("sd3", sampling=sampling_of("sd3", num_steps=4)), judge()
+    algorithm = TPGRPO(group_size=3, steps=STEPS, shared_noise=True, turning_points="plain")
+    strips = inspect(policy, algorithm, seen, PROMPTS[:1])
+    seen.close()
+    assert len(strips) == 3
+    assert len({s.frames[0].reward for s in strips}) == 1
+    for strip in strips:
+        # The image is what the last stochastic step made; no column is without a picture.
+        assert [f.step for f in strip.frames] == [-1, 0, 1]
+        assert list(strip.differences) == [0, 1] == list(strip.advantages)
+
+
 def test_the_page_escapes_prompts_and_shows_credit(
     make_policy: MakePolicy, judge: Callable[[], Judge], tmp_path: Path
 ) -> None:
@@ -74,7 +133,9 @@ def test_the_page_escapes_prompts_and_shows_credit(
     assert "two &lt;dogs&gt;" in page
     assert page.count("<h4>sample") == 6
     assert page.count('src="data:image/png;base64,') == 6 * 3
-    assert page.count("◆") == 1 + sum(len(set(s.turning) & set(s.advantages)) for s in strips)
+    assert page.count("◆") == any(s.turning for s in strips) + sum(
+        len(set(s.turning) & set(s.advantages)) for s in strips
+    )
     assert any(s.turning for s in strips)
     assert keep(strips, tmp_path).read_text() == page
 

@@ -52,6 +52,10 @@ CASES: dict[str, tuple[str, Any]] = {
     "tempflow": ("sd3", TempFlowGRPO(group_size=G, seeds=2)),
     "g2rpo": ("sd3", G2RPO(group_size=G, steps=Window(start=1, size=3))),
     "g2rpo coarse": ("sd3", G2RPO(group_size=G, steps=Window(), granularities=(3, 2))),
+    "g2rpo released": (
+        "sd3",
+        G2RPO(group_size=G, steps=Window(), granularities=(2, 1), strides="released"),
+    ),
     "g2rpo diffusion": (
         "sd15",
         G2RPO(group_size=G, steps=Window(), transition=DDIM(), granularities=(1, 2)),
@@ -162,6 +166,8 @@ def slow_branches(alone: Alone, algorithm: Any, steps: Sequence[int]) -> Iterato
                 yield (i, k), (x, x_next)
                 for j in getattr(algorithm, "granularities", (1,)):
                     nodes = sorted({*range(k + 1, T, j), T})
+                    if getattr(algorithm, "strides", "even") == "released":
+                        nodes = [k + 1, *range(k + 2, T + 1, j)[:-1], T]
                     yield (i, k, j), alone.reward(x_next, nodes)
             x = alone.step(x, k, None)
 
@@ -258,7 +264,9 @@ def test_projections_on_a_grid_that_ends_in_noise_include_the_last(
     assert algorithm.advantages(experience).isfinite().all()
 
 
-@pytest.mark.parametrize("case", [c for c in CASES if c not in ("g2rpo coarse", "branch late")])
+@pytest.mark.parametrize(
+    "case", [c for c in CASES if c not in ("g2rpo coarse", "g2rpo released", "branch late")]
+)
 def test_batches_and_ranks_change_nothing(
     case: str,
     policies: Callable[[str], PipelinePolicy],

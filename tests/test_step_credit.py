@@ -54,12 +54,13 @@ def made(
             a[:, 0],
             a[:, 1],
         ),
-        candidates=Candidates(group, sample, step, granularity, {}, reward),
+        candidates=Candidates(group, sample, step, granularity, {"one": reward}, reward),
         cost=Cost(0.0, 0.0, 0.0),
         all_rewards=reward,
         diversity=torch.zeros(1),
         duplicates=torch.zeros(1),
         step_std=fields.get("step_std", {}),
+        weights={"one": 1.0},
     )
 
 
@@ -154,6 +155,18 @@ def test_subgrids_end_at_the_data_and_are_not_repeated():
     assert subgrids(6, 6, [1]) == {(6,): [1]}
 
 
+def test_released_subgrids_are_those_of_the_code():
+    # Its grid is cat(sched[:k + 2], sched[k + 2 :: g]), and what the last step predicts is decoded.
+    sched = list(range(17))
+    for k, granularity in product(range(15), (1, 2, 3)):
+        grid = [*sched[: k + 2], *sched[k + 2 :: granularity]]
+        taken = (*grid[k + 1 : -1], 16)
+        assert subgrids(k + 1, 16, [granularity], "released") == {taken: [granularity]}
+    # reference/algorithms.md section 6: for an odd k the last jump spans three intervals.
+    assert next(iter(subgrids(2, 16, [2], "released")))[-2:] == (13, 16)
+    assert next(iter(subgrids(3, 16, [2], "released")))[-2:] == (14, 16)
+
+
 # TP-GRPO.
 
 EXAMPLE = torch.tensor([[0.5, 0.4, 0.6, 0.3, 0.2, 0.35]], dtype=torch.float64)
@@ -169,7 +182,7 @@ EXAMPLE = torch.tensor([[0.5, 0.4, 0.6, 0.3, 0.2, 0.35]], dtype=torch.float64)
 )
 def test_the_worked_example_of_tp_grpo(kind, wanted):
     # reference/algorithms.md section 5.
-    algorithm = TPGRPO(turning_points=kind, balanced=False)
+    algorithm = TPGRPO(turning_points=kind, balance="none")
     found = algorithm.step_rewards(EXAMPLE, torch.tensor([0]))
     torch.testing.assert_close(found, torch.tensor([wanted], dtype=torch.float64))
 
@@ -217,7 +230,7 @@ def test_tp_grpo_is_a_score_per_step(kind, failed):
     states = [-1, 1, 2, T - 1]
     keys = [(g, i, k, 1) for g, i, k in product(range(2), range(5), states)]
     rewards = random_rewards(keys, failed=failed, seed=3)
-    algorithm = TPGRPO(turning_points=kind, balanced=False, advantage=EXACT)
+    algorithm = TPGRPO(turning_points=kind, balance="none", advantage=EXACT)
     worth: dict[Key, float] = {}
     for g, i in product(range(2), range(5)):
         r = [rewards[g, i, k, 1] for k in states]
@@ -377,7 +390,7 @@ PERTURBED = [(*a, 1) for a in TRAJECTORY_STEPS]
 CASES: dict[str, tuple[Any, list[Key], list[Key]]] = {
     "g2rpo": (G2RPO(group_size=4, granularities=(1,)), TRAJECTORY_STEPS, PERTURBED),
     "tempflow": (TempFlowGRPO(group_size=4, seeds=2), TRAJECTORY_STEPS, PERTURBED),
-    "tp": (TPGRPO(group_size=4), TRAJECTORY_STEPS, COMPLETED),
+    "tp": (TPGRPO(group_size=4, balance="group"), TRAJECTORY_STEPS, COMPLETED),
     "vgpo": (VGPO(group_size=4, anchor=0.0), TRAJECTORY_STEPS, PROJECTED),
     "branch": (TREE, BRANCHES, LEAVES),
 }

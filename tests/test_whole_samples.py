@@ -327,6 +327,7 @@ def test_defaults_are_the_published_settings():
     assert mix.advantage == pref.advantage == PerReward(std="group", ddof=1, epsilon=1e-8, clip=5.0)
     assert [a.shared_noise for a in (flow, dance, mix, pref)] == [False, True, True, True]
     assert (dance.timestep_fraction, dance.best_of, nft.timestep_fraction) == (0.6, 0, 0.99)
+    assert pref.timestep_fraction == 0.6
     assert mix.steps == SlidingWindow(size=4, stride=1, every=25, skip_last=2)
     assert (ClippedLoss().clip_range, ClippedLoss().kl_coef) == (1e-4, 0.0)
     loss = NFTLoss()

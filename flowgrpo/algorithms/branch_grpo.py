@@ -5,7 +5,7 @@ and the leaves are the images. What leaves share is computed once. A step is wor
 leaves below it, compared with the other branches at its depth.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Literal
@@ -15,12 +15,19 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from flowgrpo.algorithms.collection import Collection, Samples
-from flowgrpo.algorithms.credit import require_own_std
+from flowgrpo.algorithms.credit import (
+    Derive,
+    StepTable,
+    candidates_of,
+    check_kind,
+    standings,
+)
 from flowgrpo.core.advantages import GroupAdvantage
 from flowgrpo.core.random import Random
+from flowgrpo.core.several import GDPO, Advantage
 from flowgrpo.core.steps import AllSteps, StepSelection
 from flowgrpo.core.transitions import DanceSDE, Transition, require_noise
-from flowgrpo.experience import Cost, Experience, Group
+from flowgrpo.experience import Candidates, Cost, Experience, Group
 from flowgrpo.judge import Judge
 from flowgrpo.policy import PipelinePolicy
 
@@ -52,7 +59,7 @@ class BranchGRPO:
     depths: StepSelection = field(default_factory=AllSteps)
     """Which of the stochastic steps are trained (depth pruning); a ``sliding_window`` prunes others
     as training goes on."""
-    advantage: GroupAdvantage = field(default_factory=lambda: GroupAdvantage(ddof=1, epsilon=1e-8))
+    advantage: Advantage = field(default_factory=lambda: GroupAdvantage(ddof=1, epsilon=1e-8))
     """From the rewards of a tree's branches, depth by depth, to advantages."""
 
     def collect(
@@ -77,27 +84,33 @@ class BranchGRPO:
 
     def advantages(self, experience: Experience) -> Float[Tensor, " actions"]:
         """Each branch's reward against those of its depth; zero on paths to pruned leaves only."""
-        a, c = experience.actions, experience.candidates
-        worth, trained = torch.zeros(len(a), dtype=torch.float64), torch.zeros(len(a)).bool()
-        for g in a.group.unique():
-            rows, own = (a.group == g).nonzero().squeeze(1), c.group == g
-            reward = c.reward[own][c.sample[own].argsort()].double()
-            kept = self._kept(reward)
-            chances = self._chances(experience, int(g))
-            for i in rows.tolist():
-                first = int(a.sample[i])
-                below = slice(first, first + self._leaves_below(int(a.step[i])))
-                chance = chances[below] * reward[below].isfinite()
-                worth[i] = (chance * reward[below].nan_to_num()).sum() / chance.sum()
-                trained[i] = kept[below].any()
-        depth = a.group * (int(a.step.max()) + 1) + a.step
-        return (self.advantage(worth, depth, worth) * trained).float()
+        c, chances = candidates_of(experience), self._chances(experience)
+        steps = sorted(set(experience.actions.step.tolist()))
+
+        def branches(combine: Callable[[Tensor, Tensor], Tensor]) -> Derive:
+            """What ``combine`` makes of the numbers and chances of the leaves below each branch."""
+
+            def derive(numbers: Tensor) -> StepTable:
+                table = StepTable.of_candidates(c, numbers, [int(c.step.max())])
+                leaves, width = table.values.view(-1, self.group_size), self._leaves_below
+                values = torch.full((*leaves.shape, len(steps)), torch.nan, dtype=torch.float64)
+                for j, w in enumerate(map(width, steps)):
+                    # A branch is noted at its first leaf.
+                    values[:, ::w, j] = combine(
+                        leaves.unflatten(1, (-1, w)), chances.unflatten(1, (-1, w))
+                    )
+                return table.with_values(values.flatten(0, 1), steps)
+
+            return derive
+
+        worth = standings(self.advantage, experience, branches(_expected))
+        kept = branches(lambda leaves, _: leaves.amax(-1))(self._kept(c))
+        return worth.of(experience.actions) * kept.of(experience.actions)
 
     def check(self, num_steps: int) -> None:
         """Raise ValueError if the settings contradict each other or the grid."""
         require_noise(self.transition)
-        self.advantage.check()
-        require_own_std(self.advantage, "rewards of branches")
+        check_kind(self.advantage, "rewards of branches")
         s = self.splits
         if not s or any(b <= a for a, b in pairwise(s)) or s[0] < 0 or s[-1] > num_steps - 2:
             raise ValueError(
@@ -124,6 +137,11 @@ class BranchGRPO:
         )
         return Cost(float(nfe), float(self.group_size), float(self.group_size))
 
+    def branch_of(self, leaf: int, step: int) -> int:
+        """The number under which a leaf's branch is noted at a step: that of the branch's first leaf."""
+        width = self._leaves_below(step)
+        return leaf // width * width
+
     def _check_pruning(self) -> None:
         if self.width == "extremes" and (
             self.extremes % 2 or not 2 <= self.extremes <= self.group_size
@@ -136,6 +154,11 @@ class BranchGRPO:
             raise ValueError(
                 f"algorithm.extremes = {self.extremes} needs algorithm.width = 'extremes', got "
                 f"{self.width!r}"
+            )
+        if self.fusion == "path_probability" and isinstance(self.advantage, GDPO):
+            raise ValueError(
+                "algorithm.fusion = 'path_probability' knows the branches of one process only, but "
+                "algorithm.advantage.kind = 'gdpo' is over all: use fusion 'mean' or 'per_reward'"
             )
         if self.fusion == "path_probability" and self.depths != AllSteps():
             raise ValueError(
@@ -184,21 +207,37 @@ class BranchGRPO:
                     collection.submit(branches[begin:stop], rollout.media, end - 1)
             x, start = (torch.cat(parted) if parted else None), split + 1
 
-    def _chances(self, experience: Experience, group: int) -> Float[Tensor, " leaves"]:
-        """How much each leaf counts in the branches above it, up to a factor common to the branch."""
-        chances = torch.ones(self.group_size, dtype=torch.float64)
+    def _chances(self, experience: Experience) -> Float[Tensor, "groups leaves"]:
+        """How much each leaf counts in the branches above it, up to a factor common to the branch.
+
+        By groups in ascending order. Those of other ranks, whose steps are not known here, count all
+        leaves alike; no statistics reach from them to this rank's.
+        """
+        a, groups = experience.actions, candidates_of(experience).group.unique()
+        chances = torch.ones(len(groups), self.group_size, dtype=torch.float64)
         if self.fusion == "mean":
             return chances
-        a = experience.actions
         for split in self.splits:
-            rows = ((a.group == group) & (a.step == split)).nonzero().squeeze(1)
-            rows = rows[a.sample[rows].argsort()]
-            siblings = a.old_log_prob[rows].double().view(-1, self.children).softmax(1)
-            chances *= siblings.flatten().repeat_interleave(self._leaves_below(split))
+            for row, group in enumerate(groups):
+                rows = ((a.group == group) & (a.step == split)).nonzero().squeeze(1)
+                if not len(rows):
+                    continue
+                rows = rows[a.sample[rows].argsort()]
+                siblings = a.old_log_prob[rows].double().view(-1, self.children).softmax(1)
+                chances[row] *= siblings.flatten().repeat_interleave(self._leaves_below(split))
         return chances
 
-    def _kept(self, reward: Float[Tensor, " leaves"]) -> Bool[Tensor, " leaves"]:
-        """The leaves that are not pruned; those without a reward never are kept."""
+    def _kept(self, candidates: Candidates) -> Float[Tensor, " leaves"]:
+        """1 for leaves that are not pruned, else 0; those without a reward never are kept."""
+        kept = torch.zeros_like(candidates.reward)
+        for group in candidates.group.unique():
+            rows = (candidates.group == group).nonzero().squeeze(1)
+            rows = rows[candidates.sample[rows].argsort()]
+            kept[rows] = self._kept_of(candidates.reward[rows]).to(kept.dtype)
+        return kept
+
+    def _kept_of(self, reward: Float[Tensor, " leaves"]) -> Bool[Tensor, " leaves"]:
+        """The leaves of one tree that are not pruned."""
         finite = reward.isfinite()
         if self.width == "all":
             return finite
@@ -213,3 +252,11 @@ class BranchGRPO:
         half = min(self.extremes // 2, len(order) // 2)
         kept[order[:half]] = kept[order[len(order) - half :]] = True
         return kept
+
+
+def _expected(
+    leaves: Float[Tensor, "groups branches below"], chances: Float[Tensor, "groups branches below"]
+) -> Float[Tensor, "groups branches"]:
+    """The mean of the leaves below each branch by their chances; NaN if all of them failed."""
+    known = chances * leaves.isfinite()
+    return (known * leaves.nan_to_num()).sum(-1) / known.sum(-1)

@@ -4,15 +4,16 @@ Each candidate then differs from its rivals by one injection of noise, and judge
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from flowgrpo.algorithms.collection import Collection, Samples, subgrids
-from flowgrpo.core.advantages import GroupAdvantage
+from flowgrpo.algorithms.collection import Collection, Samples, Strides, subgrids
+from flowgrpo.algorithms.credit import candidates_of, scored_of
 from flowgrpo.core.random import Random
+from flowgrpo.core.several import Advantage, of_scored
 from flowgrpo.core.transitions import Transition
 from flowgrpo.experience import Cost, Experience, Group
 from flowgrpo.judge import Judge
@@ -29,6 +30,7 @@ class BranchPlan:
         transition: The stochastic step.
         steps: The steps that are branched at, ascending.
         granularities: Grid intervals per step of the completions.
+        strides: How a granularity takes the grid; see :func:`subgrids`.
     """
 
     group_size: int
@@ -36,18 +38,20 @@ class BranchPlan:
     transition: Transition
     steps: Sequence[int]
     granularities: Sequence[int] = (1,)
+    strides: Strides = "even"
 
     def cost(self, num_steps: int) -> Cost:
         """Work per prompt.
 
         One path per seed to the last branching step ``k_max``, that step's forward pass included:
         ``seeds (k_max + 1)``. Per branch and step ``k`` the completion on the first sub-grid, in
-        ``ceil((T - k - 1) / g)`` evaluations; on each other one in one less, as it begins in the
-        same state. Equal sub-grids count once.
+        ``ceil((T - k - 1) / g)`` evaluations with even strides; on each other one in one less, as it
+        begins in the same state. Equal sub-grids count once.
         """
         nfe, decodes = self.num_seeds * (self.steps[-1] + 1), 0
         for step in self.steps:
-            lengths = [len(n) - 1 for n in subgrids(step + 1, num_steps, self.granularities)]
+            grids = subgrids(step + 1, num_steps, self.granularities, self.strides)
+            lengths = [len(nodes) - 1 for nodes in grids]
             nfe += self.group_size * (sum(lengths) - len(lengths) + 1)
             decodes += self.group_size * len(lengths)
         return Cost(float(nfe), float(decodes), float(decodes))
@@ -86,22 +90,24 @@ def collect_branches(
                 visit.step + 1,
                 step=visit.step,
                 granularities=plan.granularities,
+                strides=plan.strides,
             )
     return collection.experience()
 
 
 def credit_branches(
-    experience: Experience, advantage: GroupAdvantage, branches_per_seed: int
+    experience: Experience, advantage: Advantage, branches_per_seed: int
 ) -> Float[Tensor, " actions"]:
     """The sum, over granularities, of how much better a branch is than those from its state.
 
     Each comparison is among the branches of one seed at one step and granularity. A candidate whose
-    reward failed adds nothing.
+    reward failed adds nothing. Kinds of advantage with statistics over the batch have them over all
+    candidates, of every step and granularity.
     """
-    a, c = experience.actions, experience.candidates
+    a, c = experience.actions, candidates_of(experience)
     rivals = torch.stack([c.group, c.sample // branches_per_seed, c.step, c.granularity])
     labels = torch.unique(rivals, dim=1, return_inverse=True)[1]
-    worth = advantage(c.reward, labels, experience.all_rewards)
+    worth = of_scored(advantage, replace(scored_of(experience), group=labels))
     sums: dict[tuple[int, ...], float] = {}
     for *key, value in zip(*(v.tolist() for v in (c.group, c.sample, c.step, worth)), strict=True):
         sums[tuple(key)] = sums.get(tuple(key), 0.0) + value

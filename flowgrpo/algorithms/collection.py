@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +16,8 @@ from flowgrpo.experience import Actions, Candidates, Cost, Experience, Group, Pr
 from flowgrpo.judge import Judge, Scores
 from flowgrpo.policy import PipelinePolicy
 from flowgrpo.policy.scheduler import Visit
+
+Strides = Literal["even", "released"]
 
 JUMP = 0
 """The granularity of a candidate that was decoded from the predicted data."""
@@ -190,6 +193,7 @@ class Collection:
         *,
         step: int,
         granularities: Sequence[int] = (1,),
+        strides: Strides = "even",
         compare: bool = True,
     ) -> None:
         """Follow the ODE from states to the data, decode, and judge.
@@ -202,10 +206,12 @@ class Collection:
             x: The states.
             node: The grid node that they are at; at the last one they are decoded as they are.
             step: The step that the candidates judge.
-            granularities: Grid intervals per step; the last step may be shorter.
+            granularities: Grid intervals per step.
+            strides: See :func:`subgrids`.
             compare: As in :meth:`submit`.
         """
-        (nodes, same), *others = subgrids(node, self.policy.num_steps(), granularities).items()
+        end = self.policy.num_steps()
+        (nodes, same), *others = subgrids(node, end, granularities, strides).items()
         for rollout in self.policy.run(
             samples.prompts, samples.noise, nodes=nodes, x=x, record=[node] if others else []
         ):
@@ -298,19 +304,27 @@ class Collection:
 
 
 def subgrids(
-    node: int, num_steps: int, granularities: Sequence[int]
+    node: int, num_steps: int, granularities: Sequence[int], strides: Strides = "even"
 ) -> Mapping[tuple[int, ...], list[int]]:
     """The grid nodes from ``node`` to the data by each granularity, equal ones once.
 
-    Steps of ``g`` intervals are taken from ``node``; where they do not divide what is left, the last
-    step is shorter.
+    Args:
+        node: Where they begin.
+        num_steps: The node of the data.
+        granularities: Intervals per step.
+        strides: ``even`` takes steps of ``g`` intervals from ``node``; where they do not divide what
+            is left, the last step is shorter. ``released`` is G2RPO's code: one interval first, then
+            steps of ``g``; where they do not divide what is left, the last step is longer.
 
     Returns:
         The granularities that lead over each sub-grid, in the order in which they are given.
     """
     found: dict[tuple[int, ...], list[int]] = {}
     for granularity in granularities:
-        nodes = (*range(node, num_steps, granularity), num_steps)
+        if strides == "released":
+            nodes = (node, *range(node + 1, num_steps + 1, granularity)[:-1], num_steps)
+        else:
+            nodes = (*range(node, num_steps, granularity), num_steps)
         found.setdefault(nodes, []).append(granularity)
     return found
 

@@ -15,8 +15,10 @@ from torch import Tensor
 from flowgrpo.algorithms.trajectories import (
     TrajectoryPlan,
     candidate_advantages,
+    check_fraction,
     collect_trajectories,
     credit_trajectories,
+    random_part,
 )
 from flowgrpo.core.advantages import GroupAdvantage
 from flowgrpo.core.random import Random
@@ -57,7 +59,7 @@ class DanceGRPO:
         stochastic = self.steps.select(policy.num_steps(), iteration, random.generator("steps"))
         plan = self._plan(stochastic)
         experience = collect_trajectories(policy, groups, judge, random, plan)
-        kept = self._kept_steps(experience, stochastic, random)
+        kept = random_part(experience.actions, stochastic, self.timestep_fraction, random)
         return replace(experience, actions=experience.actions.select(kept))
 
     def advantages(self, experience: Experience) -> Float[Tensor, " actions"]:
@@ -73,10 +75,7 @@ class DanceGRPO:
         require_noise(self.transition)
         self.advantage.check()
         self.steps.select(num_steps, 0, Random(0).generator())
-        if not 0 < self.timestep_fraction <= 1:
-            raise ValueError(
-                f"algorithm.timestep_fraction must be in (0, 1], got {self.timestep_fraction}"
-            )
+        check_fraction(self.timestep_fraction)
         if self.best_of % 2 or not 0 <= self.best_of <= self.group_size:
             raise ValueError(
                 f"algorithm.best_of must be even and at most group_size = {self.group_size}, got {self.best_of}"
@@ -88,24 +87,6 @@ class DanceGRPO:
 
     def _plan(self, stochastic: Sequence[int]) -> TrajectoryPlan:
         return TrajectoryPlan(self.group_size, self.transition, stochastic, self.shared_noise)
-
-    def _kept_steps(
-        self, experience: Experience, stochastic: Sequence[int], random: Random
-    ) -> Int[Tensor, " rows"]:
-        """Rows of the actions to train on: per sample its own random part of the steps."""
-        number = max(1, int(len(stochastic) * self.timestep_fraction))
-        chosen: dict[tuple[int, int], set[int]] = {}
-        actions = experience.actions
-        keys = list(zip(actions.group.tolist(), actions.sample.tolist(), strict=True))
-        for g, s in set(keys):
-            order = torch.randperm(len(stochastic), generator=random.generator("fraction", g, s))
-            chosen[g, s] = {stochastic[int(i)] for i in order[:number]}
-        rows = [
-            i
-            for i, (k, step) in enumerate(zip(keys, actions.step.tolist(), strict=True))
-            if step in chosen[k]
-        ]
-        return torch.tensor(rows)
 
 
 def extremes(

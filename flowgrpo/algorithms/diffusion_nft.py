@@ -13,7 +13,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from flowgrpo.algorithms.collection import Collection, Samples
-from flowgrpo.algorithms.trajectories import candidate_advantages, credit_trajectories
+from flowgrpo.algorithms.trajectories import (
+    candidate_advantages,
+    check_fraction,
+    credit_trajectories,
+)
 from flowgrpo.core.advantages import GroupAdvantage
 from flowgrpo.core.random import Random
 from flowgrpo.core.several import Advantage
@@ -72,10 +76,7 @@ class DiffusionNFT:
     def check(self, num_steps: int) -> None:
         """Raise ValueError if a setting makes no sense."""
         self.advantage.check()
-        if not 0 < self.timestep_fraction <= 1:
-            raise ValueError(
-                f"algorithm.timestep_fraction must be in (0, 1], got {self.timestep_fraction}"
-            )
+        check_fraction(self.timestep_fraction)
 
     def cost(self, num_steps: int, stochastic: Sequence[int]) -> Cost:
         """Work per prompt: ``G T`` evaluations and ``G`` decodes."""

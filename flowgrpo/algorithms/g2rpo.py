@@ -15,8 +15,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from flowgrpo.algorithms.branches import BranchPlan, collect_branches, credit_branches
-from flowgrpo.core.advantages import GroupAdvantage
+from flowgrpo.algorithms.collection import Strides
 from flowgrpo.core.random import Random
+from flowgrpo.core.several import Advantage, PerReward
 from flowgrpo.core.steps import StepSelection, Window
 from flowgrpo.core.transitions import FlowSDE, Transition, require_noise
 from flowgrpo.experience import Cost, Experience, Group
@@ -36,12 +37,16 @@ class G2RPO:
     steps: StepSelection = field(default_factory=lambda: Window(start=0, size=8))
     """Which steps are perturbed and trained; the paper takes the first half of 16."""
     granularities: tuple[int, ...] = (1, 2, 3)
-    """Grid intervals per step of each completion. Where they do not divide the rest of the grid, the
-    completion's last step is shorter. The paper's best is 1, 2, 3, its released script has 1, 2."""
+    """Grid intervals per step of each completion. The paper's best is 1, 2, 3, its released script has
+    1, 2."""
+    strides: Strides = "even"
+    """``even`` takes steps of a granularity from the perturbed state on, as the paper; ``released`` one
+    interval first, and the last step may be longer, as the released code."""
     integration: Literal["sum", "mean"] = "sum"
     """How the advantages of the granularities are put together; the paper adds them."""
-    advantage: GroupAdvantage = field(default_factory=lambda: GroupAdvantage(ddof=1, epsilon=1e-8))
-    """From the rewards of the perturbations of one state to advantages; also clips their sum."""
+    advantage: Advantage = field(default_factory=PerReward)
+    """From the rewards of the perturbations of one state to advantages; also clips their sum over
+    granularities. The paper adds those of several rewards."""
 
     def collect(
         self, policy: PipelinePolicy, groups: Sequence[Group], judge: Judge, random: Random
@@ -78,4 +83,6 @@ class G2RPO:
         return self._plan(stochastic).cost(num_steps)
 
     def _plan(self, steps: Sequence[int]) -> BranchPlan:
-        return BranchPlan(self.group_size, 1, self.transition, steps, self.granularities)
+        return BranchPlan(
+            self.group_size, 1, self.transition, steps, self.granularities, self.strides
+        )

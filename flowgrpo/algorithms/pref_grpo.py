@@ -14,11 +14,14 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from flowgrpo.algorithms.collection import Samples
+from flowgrpo.algorithms.credit import refuse_beta
 from flowgrpo.algorithms.trajectories import (
     TrajectoryPlan,
     candidate_advantages,
+    check_fraction,
     collect_trajectories,
     credit_trajectories,
+    random_part,
 )
 from flowgrpo.core.random import Random
 from flowgrpo.core.several import Advantage, PerReward
@@ -44,7 +47,9 @@ class PrefGRPO:
     transition: Transition = field(default_factory=FlowSDE)
     """The stochastic step."""
     steps: StepSelection = field(default_factory=AllSteps)
-    """Which steps are stochastic and trained."""
+    """Which steps are stochastic."""
+    timestep_fraction: float = 0.6
+    """Share of the stochastic steps that each sample trains on, in (0, 1]."""
     shared_noise: bool = True
     """Whether a group starts from one noise. What its samples share is then computed once."""
     preference: Preference = field(default_factory=Compared)
@@ -74,6 +79,8 @@ class PrefGRPO:
             experience = collect_trajectories(policy, groups, judge, random, plan)
             c = experience.candidates
             rates = rates_by_score(c.scores[name], c.group, self.preference.tie_margin)
+        kept = random_part(experience.actions, stochastic, self.timestep_fraction, random)
+        experience = replace(experience, actions=experience.actions.select(kept))
         return _with_rates(experience, rates, self.preference.weight)
 
     def advantages(self, experience: Experience) -> Float[Tensor, " actions"]:
@@ -85,7 +92,9 @@ class PrefGRPO:
         """Raise ValueError if the settings contradict each other or the grid."""
         require_noise(self.transition)
         self.advantage.check()
+        refuse_beta(self.advantage, "win rates")
         self.preference.check()
+        check_fraction(self.timestep_fraction)
         self.steps.select(num_steps, 0, Random(0).generator())
 
     def check_rewards(self, labels: list[str]) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor
 from flowgrpo.algorithms.branches import BranchPlan, collect_branches, credit_branches
 from flowgrpo.core.advantages import GroupAdvantage
 from flowgrpo.core.random import Random
+from flowgrpo.core.several import Advantage
 from flowgrpo.core.steps import AllSteps, StepSelection
 from flowgrpo.core.transitions import FlowSDE, Transition, require_noise
 from flowgrpo.experience import Cost, Experience, Group
@@ -38,7 +39,7 @@ class TempFlowGRPO:
     """Which steps are branched at and trained."""
     noise_weights: bool = True
     """Whether a step weighs in proportion to the noise that it injects, 1 on average."""
-    advantage: GroupAdvantage = field(default_factory=GroupAdvantage)
+    advantage: Advantage = field(default_factory=GroupAdvantage)
     """From the rewards of the branches of one state to advantages."""
 
     def collect(

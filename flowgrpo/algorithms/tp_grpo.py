@@ -14,10 +14,17 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from flowgrpo.algorithms.collection import Collection
-from flowgrpo.algorithms.credit import StepTable, require_own_std
+from flowgrpo.algorithms.credit import (
+    StepTable,
+    candidates_of,
+    check_kind,
+    scored_of,
+    standings,
+)
 from flowgrpo.algorithms.trajectories import TrajectoryPlan, walk
 from flowgrpo.core.advantages import RELATIVE_FLOOR, GroupAdvantage
 from flowgrpo.core.random import Random
+from flowgrpo.core.several import Advantage, numbers
 from flowgrpo.core.steps import AllSteps, StepSelection
 from flowgrpo.core.transitions import CPS, ODE, Transition, require_noise
 from flowgrpo.experience import Cost, Experience, Group
@@ -43,10 +50,12 @@ class TPGRPO:
     turning_points: TurningPoints = "consistent"
     """``plain`` is definition 4.1, ``consistent`` the stricter 5.1 that the paper recommends;
     ``none`` leaves every step its own difference."""
-    balanced: bool = True
-    """Whether a group keeps equal numbers of turning points that go up and down (appendix D)."""
-    advantage: GroupAdvantage = field(default_factory=GroupAdvantage)
-    """From the step rewards of a group, step by step, to advantages."""
+    balance: Literal["batch", "group", "none"] = "batch"
+    """Among what equal numbers of turning points that go up and down are kept: all trajectories of
+    the iteration on all processes (appendix D), those of each group, or nothing."""
+    advantage: Advantage = field(default_factory=GroupAdvantage)
+    """From the step rewards of a group, step by step, to advantages. Kinds that look at each reward
+    have the step rewards and turning points of each."""
 
     def collect(
         self, policy: PipelinePolicy, groups: Sequence[Group], judge: Judge, random: Random
@@ -72,22 +81,20 @@ class TPGRPO:
 
     def advantages(self, experience: Experience) -> Float[Tensor, " actions"]:
         """The step rewards, standardised over the group at each step."""
-        c = experience.candidates
-        steps = sorted(set(experience.actions.step.tolist()))
-        # The candidate before a step has the step's number less one; the last is the image itself.
-        table = StepTable.rewards(c, [*(s - 1 for s in steps), int(c.step.max())])
-        rewards = table.values
-        if self.shared_noise:
-            # One baseline serves the group; it was completed for the first sample.
-            first = {
-                int(g): rewards[i, 0].clone()
-                for i, g in enumerate(table.group)
-                if table.sample[i] == 0
-            }
-            rewards[:, 0] = torch.stack([first[int(g)] for g in table.group])
-        step_rewards = self.step_rewards(rewards, table.group)
-        credit = table.with_values(step_rewards, steps)
-        return credit.with_values(credit.standardised(self.advantage)).of(experience.actions)
+
+        def derive(numbers: Tensor) -> StepTable:
+            states, steps = self._states(experience, numbers)
+            return states.with_values(self.step_rewards(states.values, states.group), steps)
+
+        return standings(self.advantage, experience, derive).of(experience.actions)
+
+    def turns(self, experience: Experience) -> StepTable:
+        """1 where a step is credited as a turning point, of any reward that is looked at; else 0."""
+        found = []
+        for values in numbers(self.advantage, scored_of(experience)).values():
+            states, steps = self._states(experience, values)
+            found.append(self._turning(states.values, states.group))
+        return states.with_values(torch.stack(found).any(0).double(), steps)
 
     def step_rewards(
         self,
@@ -101,18 +108,12 @@ class TPGRPO:
             group: The group of each trajectory.
         """
         increment, aggregate = differences(rewards)
-        if self.turning_points == "none":
-            return increment
-        turning = turning_points(rewards, consistent=self.turning_points == "consistent")
-        if self.balanced:
-            turning = balance(turning, aggregate, group)
-        return torch.where(turning, aggregate, increment)
+        return torch.where(self._turning(rewards, group), aggregate, increment)
 
     def check(self, num_steps: int) -> None:
         """Raise ValueError if the settings contradict each other or the grid."""
         require_noise(self.transition)
-        self.advantage.check()
-        require_own_std(self.advantage, "rewards of steps")
+        check_kind(self.advantage, "differences of rewards", bounded=False)
         if self.group_size < 2:
             raise ValueError(f"algorithm.group_size must be at least 2, got {self.group_size}")
         self.steps.select(num_steps, 0, Random(0).generator())
@@ -126,6 +127,37 @@ class TPGRPO:
         candidates = plain.decodes + number + self.group_size * len(later)
         nfe = plain.nfe + number * first + self.group_size * sum(later)
         return Cost(nfe, candidates, candidates)
+
+    def _states(
+        self, experience: Experience, numbers: Float[Tensor, " candidates"]
+    ) -> tuple[StepTable, Sequence[int]]:
+        """The numbers of the states before each trained step and of the image; and those steps."""
+        c, steps = candidates_of(experience), sorted(set(experience.actions.step.tolist()))
+        # The candidate before a step has the step's number less one; the last is the image itself.
+        table = StepTable.of_candidates(c, numbers, [*(s - 1 for s in steps), int(c.step.max())])
+        values = table.values
+        if self.shared_noise:
+            # One baseline serves the group; it was completed for the first sample.
+            first = {
+                int(g): values[i, 0].clone()
+                for i, g in enumerate(table.group)
+                if table.sample[i] == 0
+            }
+            values[:, 0] = torch.stack([first[int(g)] for g in table.group])
+        return table, steps
+
+    def _turning(
+        self, rewards: Float[Tensor, "trajectories states"], group: Int[Tensor, " trajectories"]
+    ) -> Bool[Tensor, "trajectories states-1"]:
+        """The turning points that are credited as such."""
+        _, aggregate = differences(rewards)
+        if self.turning_points == "none":
+            return torch.zeros_like(aggregate, dtype=torch.bool)
+        turning = turning_points(rewards, consistent=self.turning_points == "consistent")
+        if self.balance == "none":
+            return turning
+        over = group if self.balance == "group" else torch.zeros_like(group)
+        return balance(turning, aggregate, over)
 
     def _plan(self, stochastic: Sequence[int]) -> TrajectoryPlan:
         return TrajectoryPlan(self.group_size, self.transition, stochastic, self.shared_noise)
@@ -180,7 +212,7 @@ def balance(
 ) -> Bool[Tensor, "trajectories steps"]:
     """As many turning points up as down in each group: those with the smallest aggregates go.
 
-    A group that has only one kind keeps all of them, as in the released code.
+    ``group`` says what is balanced with what. A group that has only one kind keeps all of them, as in the released code.
     """
     kept = turning & (aggregate != 0)
     for g in group.unique():

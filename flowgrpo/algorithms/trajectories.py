@@ -5,12 +5,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from flowgrpo.algorithms.collection import Collection, Samples, Watch
+from flowgrpo.algorithms.credit import scored_of
 from flowgrpo.core.random import Random
-from flowgrpo.core.several import Advantage, Scored, of_scored
+from flowgrpo.core.several import Advantage, of_scored
 from flowgrpo.core.solvers import Solver
 from flowgrpo.core.transitions import Transition
 from flowgrpo.experience import Actions, Candidates, Cost, Experience, Group
@@ -134,12 +135,9 @@ def candidate_advantages(
         advantage: The statistics.
         experience: With one candidate per sample.
     """
-    own, everyone = experience.candidates, experience.everyone or experience.candidates
-    shapes = experience.shapes
-    scores = {k: shapes[k](v) if k in shapes else v for k, v in everyone.scores.items()}
-    scored = Scored(everyone.reward, everyone.group, scores, experience.weights)
+    scored = scored_of(experience)
     # Groups are whole on one rank, and gathering keeps the order.
-    mine = torch.isin(everyone.group, own.group.unique())
+    mine = torch.isin(scored.group, experience.candidates.group.unique())
     return of_scored(advantage, scored)[mine]
 
 
@@ -153,3 +151,34 @@ def credit_trajectories(
     }
     rows = [owner[int(g), int(s)] for g, s in zip(actions.group, actions.sample, strict=True)]
     return advantage[torch.tensor(rows)]
+
+
+def random_part(
+    actions: Actions, stochastic: Sequence[int], fraction: float, random: Random
+) -> Int[Tensor, " rows"]:
+    """Rows of the actions to train on: of each sample its own random part of the steps.
+
+    Args:
+        actions: All of them.
+        stochastic: The stochastic steps.
+        fraction: Share of these, in (0, 1]; at least one step is kept.
+        random: Keyed by the iteration.
+    """
+    number = max(1, int(len(stochastic) * fraction))
+    keys = list(zip(actions.group.tolist(), actions.sample.tolist(), strict=True))
+    chosen: dict[tuple[int, int], set[int]] = {}
+    for g, s in set(keys):
+        order = torch.randperm(len(stochastic), generator=random.generator("fraction", g, s))
+        chosen[g, s] = {stochastic[int(i)] for i in order[:number]}
+    rows = [
+        i
+        for i, (k, step) in enumerate(zip(keys, actions.step.tolist(), strict=True))
+        if step in chosen[k]
+    ]
+    return torch.tensor(rows)
+
+
+def check_fraction(fraction: float) -> None:
+    """Raise ValueError if it is no share of the steps."""
+    if not 0 < fraction <= 1:
+        raise ValueError(f"algorithm.timestep_fraction must be in (0, 1], got {fraction}")

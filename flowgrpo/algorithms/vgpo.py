@@ -18,10 +18,17 @@ from jaxtyping import Float
 from torch import Tensor
 
 from flowgrpo.algorithms.collection import Collection
-from flowgrpo.algorithms.credit import StepTable, require_own_std
+from flowgrpo.algorithms.credit import (
+    StepTable,
+    candidates_of,
+    check_kind,
+    scored_of,
+    standings,
+)
 from flowgrpo.algorithms.trajectories import TrajectoryPlan, walk
-from flowgrpo.core.advantages import RELATIVE_FLOOR, GroupAdvantage
+from flowgrpo.core.advantages import RELATIVE_FLOOR, GroupAdvantage, VirtualBest
 from flowgrpo.core.random import Random
+from flowgrpo.core.several import Advantage, numbers
 from flowgrpo.core.steps import AllSteps, StepSelection
 from flowgrpo.core.transitions import FlowSDE, Transition, require_noise
 from flowgrpo.experience import Cost, Experience, Group
@@ -52,8 +59,9 @@ class VGPO:
     negative: Literal["shift", "refuse"] = "shift"
     """What happens when an iteration has a negative reward, for which the weights are not defined:
     ``shift`` adds to all rewards what makes the lowest of them 0; ``refuse`` ends the run."""
-    advantage: GroupAdvantage = field(default_factory=GroupAdvantage)
-    """From the values of a group, step by step, to advantages; also clips what comes out."""
+    advantage: Advantage = field(default_factory=GroupAdvantage)
+    """From the values of a group, step by step, to advantages; also clips what comes out. Kinds that
+    look at each reward have the values of each; weights and anchor are those of the sum."""
 
     def collect(
         self, policy: PipelinePolicy, groups: Sequence[Group], judge: Judge, random: Random
@@ -78,25 +86,25 @@ class VGPO:
 
     def advantages(self, experience: Experience) -> Float[Tensor, " actions"]:
         """``w ((Q - mean) / std + anchor Q)`` at each step; a failed reward drops its trajectory."""
-        c, a = experience.candidates, experience.actions
-        last = int(c.step.max())
-        table = StepTable.rewards(c, range(int(a.step.min()), last + 1))
-        rewards = table.values
-        if not bool((c.step == last - 1).any()):
-            rewards[:, -2] = rewards[:, -1]
-        value = values(self._not_negative(rewards, experience.all_rewards), self.discount)
-        value[~value.isfinite().all(1)] = torch.nan
-        relative = table.with_values(value).standardised(self.advantage)
+        first = int(experience.actions.step.min())
+        relative = standings(
+            self.advantage,
+            experience,
+            lambda n: self._comparable(rewards_after(experience, n, first)),
+        )
+        scored = scored_of(experience)
+        reward = numbers(self.advantage, scored).get("", scored.reward)
+        table = rewards_after(experience, reward, first)
+        value = values(self._not_negative(table.values, reward), self.discount)
         anchored = torch.tensor([float(s < self.anchor_steps) for s in table.steps])
-        worth = temporal_weights(value) * (relative + self.anchor * anchored * value)
+        worth = temporal_weights(value) * (relative.values + self.anchor * anchored * value)
         clipped = worth.clamp(-self.advantage.clip, self.advantage.clip).nan_to_num()
-        return table.with_values(clipped).of(a)
+        return table.with_values(clipped).of(experience.actions)
 
     def check(self, num_steps: int) -> None:
         """Raise ValueError if the settings contradict each other or the grid."""
         require_noise(self.transition)
-        self.advantage.check()
-        require_own_std(self.advantage, "values")
+        check_kind(self.advantage, "values")
         if self.group_size < 2:
             raise ValueError(f"algorithm.group_size must be at least 2, got {self.group_size}")
         if not 0 < self.discount <= 1:
@@ -113,6 +121,13 @@ class VGPO:
         plain = self._plan(stochastic).cost(num_steps)
         candidates = float(self.group_size * (num_steps - stochastic[0] - 1))
         return Cost(plain.nfe, candidates, candidates)
+
+    def _comparable(self, rewards: StepTable) -> StepTable:
+        """The values of rewards; for ``virtual_best`` on the scale of rewards, to know the best one."""
+        value = values(rewards.values, self.discount)
+        if isinstance(self.advantage, VirtualBest):
+            value = value / values(torch.ones_like(value), self.discount)
+        return rewards.with_values(value)
 
     def _not_negative(
         self, rewards: Float[Tensor, "trajectories steps"], all_rewards: Float[Tensor, " _"]
@@ -134,6 +149,24 @@ class VGPO:
 
     def _plan(self, stochastic: Sequence[int]) -> TrajectoryPlan:
         return TrajectoryPlan(self.group_size, self.transition, stochastic, self.shared_noise)
+
+
+def rewards_after(
+    experience: Experience, numbers: Float[Tensor, " candidates"], first: int
+) -> StepTable:
+    """A number of the candidate after each step from ``first`` to the last.
+
+    A failed one drops its trajectory, as every weight of it depends on every reward.
+    """
+    c = candidates_of(experience)
+    last = int(c.step.max())
+    table = StepTable.of_candidates(c, numbers, range(first, last + 1))
+    found = table.values
+    if not bool((c.step == last - 1).any()):
+        # The projection before a last step to the data is the image.
+        found[:, -2] = found[:, -1]
+    found[~found.isfinite().all(1)] = torch.nan
+    return table
 
 
 def values(

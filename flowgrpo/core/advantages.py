@@ -181,7 +181,7 @@ class VirtualBest:
 
 
 GroupStatistics = GroupAdvantage | BetaAdvantage | VirtualBest
-"""Advantages of one reward. Step-level algorithms take these: their rewards are not raw scores."""
+"""Advantages of one reward."""
 
 
 def members(
@@ -195,10 +195,10 @@ def members(
 
 
 def check_clip(clip: float, epsilon: float = 0.0) -> None:
-    """Raise ValueError if every advantage would be zero."""
-    if clip <= 0:
+    """Raise ValueError if every advantage would be zero, or of the wrong sign."""
+    if not clip > 0:
         raise ValueError(f"advantage.clip must be above 0, got {clip}")
-    if epsilon < 0:
+    if not epsilon >= 0:
         raise ValueError(f"advantage.epsilon must be at least 0, got {epsilon}")
 
 

@@ -13,6 +13,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from flowgrpo.core.transitions import (
+    CPS,
+    DDIM,
     DanceSDE,
     FlowSDE,
     Gaussian,
@@ -174,6 +176,15 @@ class ClippedLoss:
         if self.kl != "exact" and self.kl_coef == 0:
             raise ValueError(
                 f"loss.kl = {self.kl!r} is set but loss.kl_coef is 0; set a coefficient or remove loss.kl"
+            )
+
+    def check_transition(self, transition: Transition) -> None:
+        """Raise ValueError if the KL has no meaning for the step that is taken."""
+        if self.kl == "flow_grpo" and isinstance(transition, CPS | DDIM):
+            raise ValueError(
+                f"loss.kl = 'flow_grpo' leaves a dt out of the step's variance, but that of "
+                f"{transition.kind!r} has none in it; use loss.kl = 'exact', which is what the released "
+                "code computes for it"
             )
 
     def log_ratio(

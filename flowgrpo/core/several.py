@@ -39,8 +39,8 @@ class Scored:
     scores: Mapping[str, Float[Tensor, " candidates"]]
     weights: Mapping[str, float]
 
-    def trained(self) -> list[tuple[float, Float[Tensor, " candidates"]]]:
-        """Weight and scores of each trained reward, NaN for candidates where any of them failed.
+    def trained(self) -> dict[str, Float[Tensor, " candidates"]]:
+        """Scores of each trained reward, in fp64; NaN for candidates where any of them failed.
 
         Raises:
             ValueError: If there is none, or one has no scores.
@@ -53,9 +53,7 @@ class Scored:
                 f"{dict(self.weights)}, known scores: {list(self.scores)}"
             )
         whole = torch.stack([self.scores[n].isfinite() for n in names]).all(0)
-        return [
-            (self.weights[n], torch.where(whole, self.scores[n].double(), torch.nan)) for n in names
-        ]
+        return {n: torch.where(whole, self.scores[n].double(), torch.nan) for n in names}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,8 +75,8 @@ class PerReward:
     """The sum is cut to [-clip, clip]."""
 
     def check(self) -> None:
-        """Raise ValueError if every advantage would be zero."""
-        check_clip(self.clip)
+        """Raise ValueError if every advantage would be zero, or of the wrong sign."""
+        check_clip(self.clip, self.epsilon)
 
     def of_scores(self, scored: Scored) -> Float[Tensor, " candidates"]:
         """Advantages of all candidates; zero where a trained reward failed."""
@@ -105,14 +103,14 @@ class GDPO:
     """Advantages are cut to [-clip, clip]."""
 
     def check(self) -> None:
-        """Raise ValueError if every advantage would be zero."""
-        check_clip(self.clip)
+        """Raise ValueError if every advantage would be zero, or of the wrong sign."""
+        check_clip(self.clip, self.epsilon)
 
     def of_scores(self, scored: Scored) -> Float[Tensor, " candidates"]:
         """Advantages of all candidates; zero where a trained reward failed or all are flat."""
         one = GroupAdvantage(ddof=self.ddof, epsilon=self.epsilon, clip=UNCLIPPED)
         total = _weighted(one, scored)
-        whole = torch.stack([v.isfinite() for _, v in scored.trained()]).all(0)
+        whole = torch.stack([v.isfinite() for v in scored.trained().values()]).all(0)
         values = total[whole]
         if has_no_variance(values):
             return torch.zeros_like(scored.reward)
@@ -144,8 +142,8 @@ class LogTamed:
     """Advantages are cut to [-clip, clip]."""
 
     def check(self) -> None:
-        """Raise ValueError if every advantage would be zero."""
-        check_clip(self.clip)
+        """Raise ValueError if every advantage would be zero, or of the wrong sign."""
+        check_clip(self.clip, self.epsilon)
 
     def of_scores(self, scored: Scored) -> Float[Tensor, " candidates"]:
         """Advantages of all candidates; zero where a trained reward failed.
@@ -153,14 +151,30 @@ class LogTamed:
         Raises:
             ValueError: If a score to be tamed is -1 or less.
         """
+        total = self.tamed(scored)
+        return self.of_sum(total, scored.group, total).to(scored.reward.dtype)
+
+    @property
+    def of_sum(self) -> GroupAdvantage:
+        """What makes advantages of the tamed sum."""
+        return GroupAdvantage(
+            std=self.std, ddof=self.ddof, epsilon=self.epsilon, clip=self.clip
+        )  # fmt: skip
+
+    def tamed(self, scored: Scored) -> Float[Tensor, " candidates"]:
+        """The weighted sum of scores, those tamed that vary much; NaN where a trained reward failed.
+
+        Raises:
+            ValueError: If a score to be tamed is -1 or less.
+        """
         trained = scored.trained()
-        finite = [v[v.isfinite()] for _, v in trained]
+        finite = [v[v.isfinite()] for v in trained.values()]
         if not len(finite[0]):
-            return torch.zeros_like(scored.reward)
+            return torch.full_like(scored.reward, torch.nan).double()
         spreads = [float(v.std(correction=0) / (v.mean() + 1e-6)) for v in finite]
         threshold = {"mean": mean(spreads), "median": median(spreads), "fixed": self.above}
-        total = torch.zeros_like(trained[0][1])
-        for (weight, values), spread, known in zip(trained, spreads, finite, strict=True):
+        total = torch.zeros_like(scored.reward).double()
+        for (name, values), spread, known in zip(trained.items(), spreads, finite, strict=True):
             tamed = values
             if spread > threshold[self.threshold]:
                 if float(known.min()) <= -1:
@@ -169,15 +183,22 @@ class LogTamed:
                         f"{float(known.min()):g}; shift the reward"
                     )
                 tamed = torch.log1p(values)
-            total = total + weight * tamed
-        one = GroupAdvantage(
-            std=self.std, ddof=self.ddof, epsilon=self.epsilon, clip=self.clip
-        )  # fmt: skip
-        return one(total, scored.group, total).to(scored.reward.dtype)
+            total = total + scored.weights[name] * tamed
+        return total
 
 
 Advantage = GroupStatistics | PerReward | GDPO | LogTamed
-"""Advantages of whole samples."""
+"""From scores to advantages, by whatever is compared: whole samples, or what step-level algorithms
+make of their candidates."""
+
+
+def numbers(advantage: Advantage, scored: Scored) -> dict[str, Float[Tensor, " candidates"]]:
+    """What a kind standardises: each trained reward by its name, or one number of all, named ``""``."""
+    if isinstance(advantage, PerReward | GDPO):
+        return scored.trained()
+    if isinstance(advantage, LogTamed):
+        return {"": advantage.tamed(scored)}
+    return {"": scored.reward}
 
 
 def of_scored(advantage: Advantage, scored: Scored) -> Float[Tensor, " candidates"]:
@@ -189,5 +210,8 @@ def of_scored(advantage: Advantage, scored: Scored) -> Float[Tensor, " candidate
 
 def _weighted(one: GroupAdvantage, scored: Scored) -> Float[Tensor, " candidates"]:
     """The weighted sum of each reward's advantages, in fp64."""
-    parts = [w * one(values, scored.group, values) for w, values in scored.trained()]
+    parts = [
+        scored.weights[name] * one(values, scored.group, values)
+        for name, values in scored.trained().items()
+    ]
     return torch.stack(parts).sum(0)

@@ -22,7 +22,8 @@ class AllSteps:
 
     def select(self, num_steps: int, iteration: int, generator: torch.Generator) -> list[int]:
         """The stochastic steps, ascending."""
-        return _checked(list(range(num_steps - max(1, self.skip_last))), num_steps, self)
+        _check_skip(self.skip_last)
+        return _checked(list(range(num_steps - self.skip_last)), num_steps, self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,7 +116,8 @@ class SlidingWindow:
         """The stochastic steps, ascending."""
         if min(self.size, self.stride, self.every) < 1:
             raise ValueError(f"steps: size, stride and every must be at least 1, got {self}")
-        last = num_steps - max(1, self.skip_last) - self.size
+        _check_skip(self.skip_last)
+        last = num_steps - self.skip_last - self.size
         if last < 0:
             raise ValueError(
                 f"steps: a window of {self.size} does not fit into {num_steps} steps without the last {self.skip_last}"
@@ -142,6 +144,13 @@ class SlidingWindow:
 
 
 StepSelection = AllSteps | Window | RandomWindow | RandomSteps | SlidingWindow
+
+
+def _check_skip(skip_last: int) -> None:
+    if skip_last < 1:
+        raise ValueError(
+            f"steps: skip_last must be at least 1, as the last step has no noise, got {skip_last}"
+        )
 
 
 def _checked(steps: list[int], num_steps: int, selection: object) -> list[int]:

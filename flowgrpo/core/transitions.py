@@ -146,14 +146,6 @@ class ODE:
         return Gaussian(step.signal_next * prediction.x0 + step.noise_next * prediction.x1, 0.0)
 
 
-def _require_flow(name: str, step: Step) -> None:
-    if step.path != "flow":
-        raise ValueError(
-            f"{name} is defined on a rectified-flow path, but this model predicts noise on a diffusion "
-            "path: use the transition 'ddim' or 'cps'"
-        )
-
-
 def _reverse_sde(
     x: Float[Tensor, "batch *latent"], prediction: Prediction, step: Step, diffusion: float
 ) -> Gaussian:
@@ -180,7 +172,7 @@ class FlowSDE:
     def __call__(
         self, x: Float[Tensor, "batch *latent"], prediction: Prediction, step: Step
     ) -> Gaussian:
-        _require_flow("flow_sde", step)
+        require_path(self, step.path)
         # Grids such as UniPC's begin at 0.9999 instead of 1, where g would explode as well.
         capped = step.sigma_max if step.noise > 0.9995 else step.noise
         return _reverse_sde(
@@ -199,7 +191,7 @@ class DanceSDE:
     def __call__(
         self, x: Float[Tensor, "batch *latent"], prediction: Prediction, step: Step
     ) -> Gaussian:
-        _require_flow("dance_sde", step)
+        require_path(self, step.path)
         return _reverse_sde(x, prediction, step, self.noise_level)
 
 
@@ -242,11 +234,7 @@ class DDIM:
     def __call__(
         self, x: Float[Tensor, "batch *latent"], prediction: Prediction, step: Step
     ) -> Gaussian:
-        if step.path != "diffusion":
-            raise ValueError(
-                "ddim is defined on a diffusion path, but this model predicts a flow: use the "
-                "transition 'flow_sde', 'dance_sde' or 'cps'"
-            )
+        require_path(self, step.path)
         ratio = (step.signal / step.signal_next) ** 2
         variance = (
             (step.noise_next / step.noise) ** 2 * max(0.0, 1 - ratio) if step.noise > 0 else 0.0
@@ -268,6 +256,20 @@ class CustomTransition(Protocol):
 Transition = FlowSDE | DanceSDE | CPS | DDIM | ODE | CustomTransition
 
 
+def require_path(transition: Transition, path: Path) -> None:
+    """Raise ValueError if a transition is not defined on a model's path."""
+    if isinstance(transition, FlowSDE | DanceSDE) and path != "flow":
+        raise ValueError(
+            f"{transition.kind} is defined on a rectified-flow path, but this model predicts noise on a "
+            "diffusion path: use the transition 'ddim' or 'cps'"
+        )
+    if isinstance(transition, DDIM) and path != "diffusion":
+        raise ValueError(
+            "ddim is defined on a diffusion path, but this model predicts a flow: use the transition "
+            "'flow_sde', 'dance_sde' or 'cps'"
+        )
+
+
 def require_noise(transition: Transition) -> None:
     """Raise ValueError if a transition is deterministic: its steps have no density to optimise.
 
@@ -275,7 +277,7 @@ def require_noise(transition: Transition) -> None:
     """
     # A transition of a stranger may be strong in its own way; only what is known to be zero is refused.
     strength = getattr(transition, "noise_level", getattr(transition, "eta", 1.0))
-    if isinstance(transition, ODE) or strength <= 0:
+    if isinstance(transition, ODE) or not strength > 0:
         raise ValueError(
             f"transition {transition} injects no noise, so that there is nothing to learn from"
         )
