@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,8 +18,10 @@ from flowgrpo.algorithms import FIND
 from flowgrpo.card import model_card
 from flowgrpo.cli import main
 from flowgrpo.config import Config, ConfigError, Model, Prompts, Run, Train
+from flowgrpo.core.advantages import GroupAdvantage, VirtualBest
 from flowgrpo.core.losses import ClippedLoss
 from flowgrpo.core.random import Random
+from flowgrpo.core.several import GDPO, LogTamed, PerReward
 from flowgrpo.core.transitions import Gaussian, gaussian_kl
 from flowgrpo.experience import Group, Prompt
 from flowgrpo.judge import Failures, Judge, Reward
@@ -263,3 +266,19 @@ def test_kl_to_the_standard_normal_holds_it_back(
     kls = [learner.update(experience, nothing, random)["loss/kl"] for _ in range(15)]
     assert kls[-1] < 0.5 * kls[0]
     assert math.isfinite(kls[0])
+
+
+@pytest.mark.parametrize("advantage", [GroupAdvantage(std="batch"), VirtualBest(best=3.0), PerReward(), GDPO(), LogTamed()], ids=lambda a: a.kind)  # fmt: skip
+def test_noise_is_credited_by_any_kind_of_advantage(
+    advantage: Any, noisy: Callable[..., PipelinePolicy]
+) -> None:
+    settings = config()
+    algorithm = FIND(group_size=4, advantage=advantage)
+    replace(settings, algorithm=algorithm).check()
+    judge = Judge(settings.rewards, Failures())
+    experience = algorithm.collect(noisy("sd3"), [Group(0, PROMPTS[0])], judge, Random(0).at("train", 0))  # fmt: skip
+    judge.close()
+    found = algorithm.advantages(experience)
+    order = experience.candidates.reward.argsort()
+    assert (found[order].diff() >= 0).all(), "what is rewarded more has the larger advantage"
+    assert found.abs().max() > 0.1

@@ -29,17 +29,17 @@ RECIPES = {
     "flux1_dev_80gb": "flux",
     "flux_mix": "flux",
     "flux_pref": "flux",
-    "flux_granular": "flux",
+    "flux_g2rpo": "flux",
     "flux_branch": "flux",
-    "sd35_medium_turning_point": "sd3",
-    "sd35_medium_value": "sd3",
+    "sd35_medium_tp": "sd3",
+    "sd35_medium_vgpo": "sd3",
     "sd35_medium_tempflow": "sd3",
     "sd35_medium_nft": "sd3",
 }
 SMALLER = {
     # The judge needs a server.
     "flux_pref": ["algorithm.preference={kind='compared', reward='darkness_of_any', weight=0.4}"],
-    "flux_granular": ["algorithm.steps.size=2"],
+    "flux_g2rpo": ["algorithm.steps.size=2"],
     "flux_branch": ["algorithm.splits=[1]"],
     "sd35_medium_tempflow": ["algorithm.seeds=1"],
 }
