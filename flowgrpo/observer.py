@@ -79,9 +79,10 @@ class Observer:
             with_reference=config.loss.kl_coef > 0 or config.train.monitor_states > 0,
             memory=config.memory,
         )
+        check_sizes(policy, held_out_prompts.prompts, config.evaluation_sampling())
+        # Last, so that the grid that is looked at below is that of rollouts.
         check_sizes(policy, prompts.prompts, config.sampling)
         fit_noise(policy, [*prompts.prompts, *held_out_prompts.prompts])
-        check_sizes(policy, held_out_prompts.prompts, config.evaluation_sampling())
         try:
             require_path(config.algorithm.transition, policy.scheduler.interval(0, 1).path)
             check_scales(policy, config.algorithm.transition, config.steps_by_density())
