@@ -444,7 +444,11 @@ def test_a_step_that_ruins_the_image_is_blamed(
 RUNS = {
     "tempflow_grpo": ["seeds=2", "transition={kind='cps'}"],
     "g2rpo": ["granularities=[1, 2]", "steps={kind='random_steps', count=2, last=3}"],
-    "tp_grpo": ["shared_noise=true", "turning_points='plain'"],
+    "tp_grpo": [
+        "shared_noise=true",
+        "turning_points='plain'",
+        "steps={kind='all', skip_last=2}",
+    ],
     "vgpo": ["anchor=0.1", "negative='refuse'"],
     "branch_grpo": ["splits=[0, 1]", "fusion='path_probability'", "width='best_of_siblings'"],
 }
