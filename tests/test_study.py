@@ -72,6 +72,21 @@ def test_intervals_are_students(report):
     assert report.points([0.1, 0.1]) == "+10.0 ± 0.0"
 
 
+def test_seeds_that_are_hard_for_all_are_no_noise(report):
+    """Against the formula by hand: rows differ by 1, columns by 10, residuals of +-0.1."""
+    gains = [[0.1, 9.9, 20.0], [1.0, 11.1, 20.9], [1.9, 12.0, 22.1]]
+    grand = sum(map(sum, gains)) / 9
+    rows, columns = [sum(r) / 3 for r in gains], [sum(c) / 3 for c in zip(*gains, strict=True)]
+    square = sum(
+        (gains[i][j] - rows[i] - columns[j] + grand) ** 2 for i in range(3) for j in range(3)
+    )
+    # t with 4 degrees of freedom is 2.776.
+    expected = 2.7764 * math.sqrt(square / 4) * math.sqrt(2 / 3)
+    assert report.difference(gains) == pytest.approx(expected, rel=1e-4)
+    assert report.difference([*gains, [1.0, math.nan, 2.0]]) == pytest.approx(expected, rel=1e-4)
+    assert math.isnan(report.difference([[0.1], [0.2]]))
+
+
 def test_budgets_are_in_iterations(report):
     budgets = report.Budgets(seconds=120, evaluations=30_000)
     assert budgets.iterations(report.Cost(seconds=2.0, evaluations=1500)) == (60, 20)
