@@ -50,28 +50,37 @@ def backward(roots: list[Root], wanted: Sequence[Tensor] = ()) -> list[Tensor | 
     roots.clear()
     for node in starts:
         if node not in due:
-            heapq.heappush(ready, (-node._sequence_nr(), id(node), node))  # type: ignore[attr-defined]
+            heapq.heappush(ready, (-node._sequence_nr(), id(node), node))
     starts.clear()
     while ready:
-        *_, node = heapq.heappop(ready)
-        gradients = arrived.pop(node, [])
-        if hasattr(node, "variable"):
-            found[id(node.variable)] = gradients[0] if gradients else None
-            continue
-        edges = node.next_functions
-        results = _called(node, gradients) if gradients else (None,) * len(edges)
-        # Whatever only this node saved dies with it, before the next one is run.
-        node, gradients = None, []
-        for (after, place), gradient in zip(edges, results, strict=False):
-            if after is None:
-                continue
-            _arrive(arrived, after, place, gradient)
-            due[after] -= 1
-            if not due[after]:
-                del due[after]
-                heapq.heappush(ready, (-after._sequence_nr(), id(after), after))
-        edges = results = after = gradient = None
+        _advance(ready, due, arrived, found)
     return [found.get(id(w)) for w in wanted]
+
+
+def _advance(
+    ready: list[tuple[int, int, Node]],
+    due: Counter[Node],
+    arrived: dict[Node, list[Tensor | None]],
+    found: dict[int, Tensor | None],
+) -> None:
+    """Run the newest node that has all its gradients, and pass on what it returns."""
+    node = heapq.heappop(ready)[-1]
+    gradients = arrived.pop(node, [])
+    if hasattr(node, "variable"):
+        found[id(node.variable)] = gradients[0] if gradients else None
+        return
+    edges = node.next_functions
+    results = _called(node, gradients) if gradients else (None,) * len(edges)
+    # What only this node saved dies with it, before gradients are added up.
+    del node, gradients
+    for (after, place), gradient in zip(edges, results, strict=False):
+        if after is None:
+            continue
+        _arrive(arrived, after, place, gradient)
+        due[after] -= 1
+        if not due[after]:
+            del due[after]
+            heapq.heappush(ready, (-after._sequence_nr(), id(after), after))
 
 
 def _dependencies(starts: Sequence[Node]) -> Counter[Node]:
@@ -95,7 +104,7 @@ def _arrive(
     """Add a gradient to those that a node has."""
     if gradient is None:
         return
-    slots = arrived.setdefault(node, [None] * len(node._input_metadata))  # type: ignore[attr-defined]
+    slots = arrived.setdefault(node, [None] * len(node._input_metadata))
     before = slots[place]
     slots[place] = gradient if before is None else before + gradient
 
