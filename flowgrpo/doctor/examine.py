@@ -241,7 +241,7 @@ def _trial(
     """Find a call that works: all prompts or one, without and with condition images, then in tiles."""
     tried: list[str] = []
     parameters = inspect.signature(inspect.unwrap(type(pipeline).__call__)).parameters
-    vae = getattr(pipeline, "vae", None)
+    vae: Any = getattr(pipeline, "vae", None)
     ways = [
         (tiled, *completion, prompts)
         for tiled in ((False, True) if hasattr(vae, "enable_tiling") else (False,))

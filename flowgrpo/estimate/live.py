@@ -29,7 +29,6 @@ class Live(TorchDispatchMode):
     Attributes:
         live: Bytes alive now.
         peak: The most bytes alive since the start or the last :meth:`mark`.
-        owner: A label for the storages that are made from now on.
     """
 
     def __init__(self, known: Sequence[Tensor] = (), block: int = 1):
@@ -41,23 +40,13 @@ class Live(TorchDispatchMode):
         """
         super().__init__()
         self.live = self.peak = 0
-        self.owner: int | None = None
         self.block = block
-        self.sizes: dict[int, tuple[int, int | None]] = {}
+        self.sizes: dict[int, int] = {}
         self._known = {t.untyped_storage()._cdata for t in known}
 
     def mark(self) -> None:
         """Forget the peak so far."""
         self.peak = self.live
-
-    def alive(self, owner: int | None) -> int:
-        """Bytes of the living storages with this label."""
-        return sum(size for size, label in self.sizes.values() if label == owner)
-
-    def size_of(self, tensors: Sequence[Tensor], labelled: bool = False) -> dict[int, int]:
-        """The counted storages among these tensors, by key; only those with a label if asked."""
-        keys = {t.untyped_storage()._cdata for t in tensors} & self.sizes.keys()
-        return {k: self.sizes[k][0] for k in keys if not labelled or self.sizes[k][1] is not None}
 
     def __torch_dispatch__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
@@ -73,14 +62,13 @@ class Live(TorchDispatchMode):
         if key in self._known or key in self.sizes:
             return
         size = -(-storage.nbytes() // self.block) * self.block
-        self.sizes[key] = size, self.owner
+        self.sizes[key] = size
         self.live += size
         self.peak = max(self.peak, self.live)
         weakref.finalize(storage, self._forget, key).atexit = False
 
     def _forget(self, key: int) -> None:
-        size, _ = self.sizes.pop(key)
-        self.live -= size
+        self.live -= self.sizes.pop(key)
 
 
 class Values(TorchDispatchMode):

@@ -9,7 +9,7 @@ import functools
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 
+from flowgrpo.estimate.backward import again, backward, roots_of
 from flowgrpo.estimate.live import CUDA_BLOCK, FusedAttention, Live, Values, autocast_as_on
 from flowgrpo.policy.loading import denoisers
 from flowgrpo.policy.precision import as_fp32, cast
@@ -28,14 +29,13 @@ CPU = torch.device("cpu")
 
 @dataclass(frozen=True)
 class Activations:
-    """What one training forward leaves for its backward, in bytes.
+    """What one training step takes from its forward to the end of its backward, in bytes.
 
     Attributes:
         saved: Saved by autograd, without gradient checkpointing.
-        transient: The most that is alive beyond it at any moment.
-        checkpointed: The same with gradient checkpointing: what enters the blocks, all that lies
-            outside of them, and the block that is being computed again. None where the model
-            cannot do it.
+        transient: The most that is alive beyond it at any moment, gradients of weights excepted.
+        checkpointed: The most that is alive with gradient checkpointing. None where the model cannot
+            do it.
     """
 
     saved: int
@@ -43,26 +43,10 @@ class Activations:
     checkpointed: int | None
 
     def peak(self, checkpointing: bool) -> int:
-        """The most that is alive between forward and backward."""
+        """The most that is alive between forward and the end of backward."""
         if checkpointing and self.checkpointed is not None:
             return self.checkpointed
         return self.saved + self.transient
-
-
-@dataclass
-class _Blocks:
-    """What was seen of the blocks that gradient checkpointing would compute again.
-
-    Attributes:
-        inputs: Bytes of what blocks got from blocks before them, by storage.
-        peaks: For each block, in order: its inputs and those of all before it, and what it saves
-            when it is computed again. Those after it are done by then.
-        transient: The most that is alive in any block beyond what it saves.
-    """
-
-    inputs: dict[int, int] = field(default_factory=dict)
-    peaks: list[int] = field(default_factory=list)
-    transient: int = 0
 
 
 class Tracer:
@@ -99,10 +83,10 @@ class Tracer:
         self._mode = FakeTensorMode(allow_non_fake_inputs=True)
         self._values = Values()
         self._inside = 0
-        self._kept: list[Any] = []
+        self._kept: list[tuple[str, Any]] = []
         self._answers: dict[str, Any] = {}
         self._live: Live | None = None
-        self._blocks = _Blocks()
+        self._anchor: Tensor | None = None
         self.pipeline = pipeline
         self._call = inspect.unwrap(type(pipeline).__call__)
         self.denoisers = denoisers(pipeline)
@@ -127,21 +111,34 @@ class Tracer:
         supported = [
             m for m in self.denoisers.values() if getattr(m, "_supports_gradient_checkpointing", 0)
         ]
+        saved, peak = self._there_and_back(arguments)
+        if not supported:
+            return Activations(saved, peak - saved, None)
         for model in supported:
             model.enable_gradient_checkpointing(self._block)
-        live = Live(self._parameters, self.block)
-        self._live, self._blocks = live, _Blocks()
         try:
-            self._run(arguments, "latent")
-            saved, outside = live.live, live.alive(None)
-            blocks = self._blocks.peaks
-            # A backward holds gradients where the forward held intermediate results.
-            transient = max(live.peak - saved, self._blocks.transient)
+            _, checkpointed = self._there_and_back(arguments)
         finally:
-            self._live, self._kept = None, []
             for model in supported:
                 model.disable_gradient_checkpointing()
-        return Activations(saved, transient, outside + max(blocks) + transient if blocks else None)
+        return Activations(saved, peak - saved, checkpointed)
+
+    def _there_and_back(self, arguments: Mapping[str, Any]) -> tuple[int, int]:
+        """What one forward saves, and the most that is alive until its backward ends."""
+        self._live = live = Live(self._parameters, self.block)
+        try:
+            self._run(arguments, "latent")
+            saved = live.live
+            with ExitStack() as stack:
+                for name in dict.fromkeys(name for name, _ in self._kept):
+                    stack.enter_context(self._fake(name, live, autocast=False))
+                roots = roots_of([v for _, result in self._kept for v in tree_leaves(result)])
+                self._kept.clear()
+                backward(roots)
+            return saved, live.peak
+        finally:
+            self._live = None
+            self._kept.clear()
 
     def _run(self, arguments: Mapping[str, Any], output: str) -> None:
         steps = int(arguments.get("num_inference_steps", 1))
@@ -210,17 +207,17 @@ class Tracer:
             self.peaks[name] = max(self.peaks.get(name, 0), live.peak)
         else:
             # Autograd's graph, and with it what was saved, lives as long as its results.
-            self._kept.append(result)
+            self._kept.append((name, result))
         return _real(result)
 
     @contextmanager
-    def _fake(self, name: str, live: Live) -> Iterator[None]:
+    def _fake(self, name: str, live: Live, autocast: bool = True) -> Iterator[None]:
         with ExitStack() as stack:
             stack.enter_context(self._mode)
             stack.enter_context(live)
             stack.enter_context(self._values)
             stack.enter_context(FusedAttention())
-            if name in self.denoisers:
+            if name in self.denoisers and autocast:
                 stack.enter_context(autocast_as_on(self.device, self.dtype))
             # Pipelines read some buffers themselves, such as the statistics of latents.
             for held, key, _, fake in self._buffers[name]:
@@ -248,23 +245,14 @@ class Tracer:
         return tree_map(enter, values)
 
     def _block(self, module: Any, *args: Any, **kwargs: Any) -> Any:
-        """Stands in for gradient checkpointing: runs a block and notes what it saves."""
-        live, blocks = self._live, self._blocks
-        if live is None or live.owner is not None:
+        """Stands in for gradient checkpointing of a block."""
+        if self._live is None:
             return module(*args, **kwargs)
-        given = [v for v in tree_leaves((args, kwargs)) if isinstance(v, Tensor)]
-        blocks.inputs |= live.size_of(given, labelled=True)
-        before, highest = live.live, live.peak
-        live.mark()
-        live.owner = len(blocks.peaks)
-        try:
-            result = module(*args, **kwargs)
-        finally:
-            live.owner = None
-        blocks.peaks.append(sum(blocks.inputs.values()) + live.live - before)
-        blocks.transient = max(blocks.transient, live.peak - live.live)
-        live.peak = max(highest, live.peak)
-        return result
+        if self._anchor is None:
+            with self._mode:
+                self._anchor = torch.empty(1, device=self.device, requires_grad=True)
+        around = functools.partial(autocast_as_on, self.device, self.dtype)
+        return again(around, self._anchor, module, args, kwargs)
 
 
 def bytes_of(model: nn.Module) -> int:

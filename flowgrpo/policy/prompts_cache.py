@@ -131,13 +131,17 @@ class PromptCache:
             ("a photo of two red things left of a third thing",) * len(batched),
         )
         probe = (rows[0], short, long)
-        joint = self._call(bound, batched, probe)
-        singles = [self._call(bound, batched, (row,)) for row in probe]
+        # Some methods are told the size of the batch beside the prompts, and take no other.
         try:
+            joint = self._call(bound, batched, probe)
+            singles = [self._call(bound, batched, (row,)) for row in probe]
             rule = _rule(joint, singles)
             return rule if _equal(rule(singles), joint) else None
-        except (ValueError, RuntimeError, TypeError):
+        except (ValueError, RuntimeError, TypeError, IndexError):
             return None
+        finally:
+            for name, column in zip(batched, zip(*rows, strict=True), strict=True):
+                bound.arguments[name] = list(column)
 
 
 def _rule(joint: Any, singles: Sequence[Any]) -> Callable[[Sequence[Any]], Any]:

@@ -1,0 +1,173 @@
+"""A backward pass node by node, in place of autograd's engine.
+
+The engine asks a device's driver for its streams, which fake tensors of a device that is not there
+have none of. Gradients, what is saved and when it is freed are autograd's own; only the order of
+nodes is kept here, and it is the engine's: the newest first.
+"""
+
+import heapq
+from collections import Counter
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import Node
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+Root = tuple[Node, int, Tensor]
+"""A node, which of its outputs, and the gradient there."""
+
+
+def roots_of(
+    tensors: Sequence[Any], gradients: Sequence[Tensor | None] | None = None
+) -> list[Root]:
+    """Where a backward of these tensors begins; without gradients, each has one of its own shape."""
+    found = []
+    for i, tensor in enumerate(tensors):
+        if isinstance(tensor, Tensor) and tensor.grad_fn is not None:
+            gradient = torch.empty_like(tensor) if gradients is None else gradients[i]
+            if gradient is not None:
+                found.append((tensor.grad_fn, tensor.output_nr, gradient))
+    return found
+
+
+@torch.no_grad()
+def backward(roots: list[Root], wanted: Sequence[Tensor] = ()) -> list[Tensor | None]:
+    """Run a graph backward and free it on the way. The roots are taken out of their list.
+
+    Returns:
+        The gradients of the wanted leaves; those of others are dropped.
+    """
+    due = _dependencies([node for node, *_ in roots])
+    arrived: dict[Node, list[Tensor | None]] = {}
+    ready: list[tuple[int, int, Node]] = []
+    found: dict[int, Tensor | None] = {}
+    for node, place, gradient in roots:
+        _arrive(arrived, node, place, gradient)
+    starts = dict.fromkeys(node for node, *_ in roots)
+    roots.clear()
+    for node in starts:
+        if node not in due:
+            heapq.heappush(ready, (-node._sequence_nr(), id(node), node))
+    starts.clear()
+    while ready:
+        _advance(ready, due, arrived, found)
+    return [found.get(id(w)) for w in wanted]
+
+
+def _advance(
+    ready: list[tuple[int, int, Node]],
+    due: Counter[Node],
+    arrived: dict[Node, list[Tensor | None]],
+    found: dict[int, Tensor | None],
+) -> None:
+    """Run the newest node that has all its gradients, and pass on what it returns."""
+    node = heapq.heappop(ready)[-1]
+    gradients = arrived.pop(node, [])
+    if hasattr(node, "variable"):
+        found[id(node.variable)] = gradients[0] if gradients else None
+        return
+    edges = node.next_functions
+    results = _called(node, gradients) if gradients else (None,) * len(edges)
+    # What only this node saved dies with it, before gradients are added up.
+    del node, gradients
+    for (after, place), gradient in zip(edges, results, strict=False):
+        if after is None:
+            continue
+        _arrive(arrived, after, place, gradient)
+        due[after] -= 1
+        if not due[after]:
+            del due[after]
+            heapq.heappush(ready, (-after._sequence_nr(), id(after), after))
+
+
+def _dependencies(starts: Sequence[Node]) -> Counter[Node]:
+    """How many gradients each node waits for."""
+    due: Counter[Node] = Counter()
+    seen, stack = set(starts), list(dict.fromkeys(starts))
+    while stack:
+        for after, _ in stack.pop().next_functions:
+            if after is None:
+                continue
+            due[after] += 1
+            if after not in seen:
+                seen.add(after)
+                stack.append(after)
+    return due
+
+
+def _arrive(
+    arrived: dict[Node, list[Tensor | None]], node: Node, place: int, gradient: Tensor | None
+) -> None:
+    """Add a gradient to those that a node has."""
+    if gradient is None:
+        return
+    slots = arrived.setdefault(node, [None] * len(node._input_metadata))
+    before = slots[place]
+    slots[place] = gradient if before is None else before + gradient
+
+
+def _called(node: Any, gradients: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
+    written = isinstance(node, torch.autograd.function.BackwardCFunction)
+    results = (node.apply if written else node)(*gradients)
+    return results if isinstance(results, tuple) else (results,)
+
+
+class Again(torch.autograd.Function):
+    """Gradient checkpointing: runs without saving anything but the inputs, and again when needed."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        run: Callable[[list[Any]], list[Any]],
+        around: Callable[[], AbstractContextManager[Any]],
+        anchor: Tensor,
+        *leaves: Any,
+    ) -> tuple[Any, ...]:
+        """``run(leaves)``; ``anchor`` needs a gradient, so that the outputs do."""
+        ctx.run, ctx.around, ctx.leaves = run, around, leaves
+        return tuple(run(list(leaves)))
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        """Compute again, and go backward through what that saved."""
+        needed = ctx.needs_input_grad[3:]
+        leaves = [
+            v.detach().requires_grad_(n) if isinstance(v, Tensor) else v
+            for v, n in zip(ctx.leaves, needed, strict=True)
+        ]
+        with torch.enable_grad(), ctx.around():
+            roots = roots_of(ctx.run(leaves), gradients)
+        wanted = [v for v, n in zip(leaves, needed, strict=True) if n]
+        found = iter(backward(roots, wanted))
+        return (None, None, None, *(next(found) if n else None for n in needed))
+
+
+def again(
+    around: Callable[[], AbstractContextManager[Any]],
+    anchor: Tensor,
+    module: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> Any:
+    """``module(*args, **kwargs)``, which keeps nothing but the arguments for its backward.
+
+    Args:
+        around: What must be entered to compute it again, such as autocast.
+        anchor: Any tensor that needs a gradient.
+        module: A block of a model.
+        args: For it.
+        kwargs: For it.
+    """
+    leaves, spec = tree_flatten((args, kwargs))
+    shape: list[Any] = []
+
+    def run(values: list[Any]) -> list[Any]:
+        positional, named = tree_unflatten(values, spec)
+        results, form = tree_flatten(module(*positional, **named))
+        shape[:] = [form]
+        return results
+
+    return tree_unflatten(list(Again.apply(run, around, anchor, *leaves)), shape[0])
