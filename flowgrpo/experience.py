@@ -12,16 +12,32 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from flowgrpo.core.transitions import Transition
 
 
+def check_depth(image: Image.Image) -> None:
+    """Raise ValueError if a value has more than 8 bits, which a conversion would cut to white."""
+    if image.mode.startswith(("I", "F")):
+        raise ValueError(f"a picture of mode {image.mode!r} has more than 8 bits: save it with 8")
+
+
+def as_rgb(image: Image.Image) -> Image.Image:
+    """A picture as all of flowgrpo sees it: RGB of 8 bits, upright, transparency left out.
+
+    Raises:
+        ValueError: If it has more than 8 bits per value.
+    """
+    check_depth(image)
+    return ImageOps.exif_transpose(image).convert("RGB")
+
+
 @lru_cache(maxsize=64)
 def _open(path: Path) -> Image.Image:
     with Image.open(path) as image:
-        return image.convert("RGB")
+        return as_rgb(image)
 
 
 @dataclass(frozen=True)
@@ -55,7 +71,7 @@ class Prompt:
 
     def open_images(self) -> list[Image.Image]:
         """The condition images in memory, as RGB."""
-        return [i.convert("RGB") if isinstance(i, Image.Image) else _open(i) for i in self.images]
+        return [as_rgb(i) if isinstance(i, Image.Image) else _open(i) for i in self.images]
 
 
 @dataclass(frozen=True)

@@ -51,6 +51,16 @@ class FrameScore:
         self.every, self.frames = every, list(frames)
         self.reduce, self.batch_size = reduce, batch_size
 
+    def check(self, prompts: Sequence[Prompt]) -> None:
+        """What the image reward says of the prompts, before the long work.
+
+        Raises:
+            ValueError: If they lack what it needs.
+        """
+        check = getattr(self.reward, "check", None)
+        if check is not None:
+            check(prompts)
+
     def __call__(
         self, media: Float[Tensor, "batch frames channels height width"], prompts: Sequence[Prompt]
     ) -> Float[Tensor, " batch"]:

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torchvision.transforms import functional as TF
 
-from flowgrpo.experience import Prompt
+from flowgrpo.experience import Prompt, as_rgb
 
 Precision = Literal["float32", "float16", "bfloat16"]
 
@@ -133,13 +133,14 @@ def read_image(path: Path) -> Image.Image:
 
     Raises:
         OSError: If it cannot be read.
+        ValueError: If it has more than 8 bits per value.
     """
     with Image.open(path) as file:
         image = ImageOps.exif_transpose(file)
         if image.has_transparency_data:
             layer = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer)
-        return image.convert("RGB")
+        return as_rgb(image)
 
 
 # Checkpoints.

@@ -10,7 +10,8 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 ORDER = [
-    "core", "names", "imports", "tables", "experience", "prompt_files", "prompts", "wire", "endpoints",
+    "core", "names", "imports", "tables", "experience", "prompt_files", "prompts", "multipart", "wire",
+    "endpoints",
     "policy", "rewards", "judge", "pairwise", "serving", "frames", "algorithms", "config", "statistics",
     "learner", "run", "estimate", "evaluate", "shapes", "prompt_sets", "observer", "trainer", "doctor",
     "card", "commands", "cli_rewards", "cli", "__main__",

@@ -273,14 +273,16 @@ def read_medium(medium: Medium) -> "Tensor":
 
 def _read(file: Path) -> "Tensor":
     import torch
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image
     from torchvision.transforms.functional import pil_to_tensor
+
+    from flowgrpo.experience import as_rgb
 
     try:
         with Image.open(file) as image:
-            return pil_to_tensor(image.convert("RGB")).to(torch.float32) / 255
-    except UnidentifiedImageError as error:
-        raise ValueError(f"{file} is no image that can be read") from error
+            return pil_to_tensor(as_rgb(image)).to(torch.float32) / 255
+    except (OSError, ValueError, SyntaxError) as error:
+        raise ValueError(f"{file} is no image that can be read: {error}") from error
 
 
 def _prompts_of(
