@@ -25,13 +25,17 @@ def check_depth(image: Image.Image) -> None:
 
 
 def as_rgb(image: Image.Image) -> Image.Image:
-    """A picture as all of flowgrpo sees it: RGB of 8 bits, upright, transparency left out.
+    """A picture as all of flowgrpo sees it: RGB of 8 bits, upright, transparency on white.
 
     Raises:
         ValueError: If it has more than 8 bits per value.
     """
     check_depth(image)
-    return ImageOps.exif_transpose(image).convert("RGB")
+    upright = ImageOps.exif_transpose(image)
+    if upright.has_transparency_data:  # what lies under it was never meant to be seen
+        layer = upright.convert("RGBA")
+        upright = Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer)
+    return upright.convert("RGB")
 
 
 @lru_cache(maxsize=64)

@@ -15,6 +15,7 @@ import pytest
 import torch
 from PIL import Image
 from torch import Tensor
+from transformers.image_transforms import convert_to_rgb
 
 from flowgrpo.experience import Prompt
 from flowgrpo.judge import Judge, Reward
@@ -86,7 +87,8 @@ def test_condition_images_arrive_as_they_were_and_travel_once(tmp_path: Path) ->
 def test_condition_images_of_other_kinds_travel_as_rgb(mode: str) -> None:
     image = OTHER.convert(mode)
     (sample,) = unpack(*pack(MEDIA[:1], [Prompt("a", images=[image])]), Limits())
-    assert sample.prompt.open_images() == [image.convert("RGB")]
+    (found,) = sample.prompt.open_images()
+    assert found.tobytes() == convert_to_rgb(image).tobytes()
 
 
 def test_a_remote_reward_sees_them(server: RewardServer) -> None:
