@@ -12,30 +12,11 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
 from flowgrpo.core.transitions import Transition
-
-
-def check_depth(image: Image.Image) -> None:
-    """Raise ValueError if a value has more than 8 bits, which a conversion would cut to white."""
-    if image.mode.startswith(("I", "F")):
-        raise ValueError(f"a picture of mode {image.mode!r} has more than 8 bits: save it with 8")
-
-
-def as_rgb(image: Image.Image) -> Image.Image:
-    """A picture as all of flowgrpo sees it: RGB of 8 bits, upright, transparency on white.
-
-    Raises:
-        ValueError: If it has more than 8 bits per value.
-    """
-    check_depth(image)
-    upright = ImageOps.exif_transpose(image)
-    if upright.has_transparency_data:  # what lies under it was never meant to be seen
-        layer = upright.convert("RGBA")
-        upright = Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer)
-    return upright.convert("RGB")
+from flowgrpo.pictures import as_rgb
 
 
 @lru_cache(maxsize=64)

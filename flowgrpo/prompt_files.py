@@ -9,7 +9,8 @@ from typing import Any
 
 from PIL import Image, UnidentifiedImageError
 
-from flowgrpo.experience import Prompt, as_rgb, check_depth
+from flowgrpo.experience import Prompt
+from flowgrpo.pictures import as_rgb, check_depth
 
 HUB = "hf:"
 """What the name of a Hugging Face dataset begins with: ``hf:owner/name:split`` or ``hf:folder``."""

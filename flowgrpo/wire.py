@@ -36,8 +36,9 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
-from flowgrpo.experience import Prompt, as_rgb
+from flowgrpo.experience import Prompt
 from flowgrpo.multipart import Part, join, split
+from flowgrpo.pictures import as_rgb, encode_png, png_of
 
 FORMATS = ("PNG", "JPEG", "WEBP")
 """What a server reads. PNG keeps every 8-bit value; the others are for requests made by hand."""
@@ -85,26 +86,6 @@ class _Packed:
     record: Mapping[str, Any]
     media: Sequence[bytes]
     conditions: Sequence[bytes]
-
-
-def encode_png(image: Float[Tensor, "3 height width"]) -> bytes:
-    """An image in [0, 1] as PNG, rounded to 8 bits.
-
-    Raises:
-        ValueError: If a value is not finite, which no picture can show.
-    """
-    if not bool(image.isfinite().all()):
-        raise ValueError("an image holds values that are not finite")
-    eight_bits = (image * 255).round().clamp(0, 255).to(torch.uint8)
-    pixels = eight_bits.permute(1, 2, 0).contiguous().cpu().numpy()
-    return _png(Image.fromarray(pixels))
-
-
-def _png(image: Image.Image) -> bytes:
-    buffer = io.BytesIO()
-    # Level 1 is several times faster than the default, and hardly larger.
-    image.save(buffer, "PNG", compress_level=1)
-    return buffer.getvalue()
 
 
 def decode_image(data: bytes, limits: Limits | None = None) -> Float[Tensor, "3 height width"]:
@@ -157,7 +138,7 @@ def pack(
         if prompt.images:
             # A group has one prompt: its images are encoded once, and travel once.
             if id(prompt) not in encoded:
-                encoded[id(prompt)] = [_png(i) for i in prompt.open_images()]
+                encoded[id(prompt)] = [png_of(i) for i in prompt.open_images()]
             own = encoded[id(prompt)]
             record["conditions"] = [conditions.setdefault(c, len(conditions)) for c in own]
     parts = [Part("request", "application/json", _json({"samples": records}))]

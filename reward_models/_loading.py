@@ -15,15 +15,14 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torchvision.transforms import functional as TF
 
-from flowgrpo.experience import Prompt, as_rgb
+from flowgrpo.experience import Prompt
+from flowgrpo.pictures import OVERSHOOT, as_rgb
 
 Precision = Literal["float32", "float16", "bfloat16"]
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 """OpenAI's, which BLIP, Qwen-VL and the preference models took over."""
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-OVERSHOOT = 0.1
-"""How far decoders may leave [0, 1]; what is further off was never scaled to that range."""
 
 
 def pick_device(device: str) -> str:

@@ -14,7 +14,8 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
-from flowgrpo.experience import Prompt, as_rgb
+from flowgrpo.experience import Prompt
+from flowgrpo.pictures import as_rgb
 from reward_models._chat import Answer, Chat
 from reward_models._templates import Content, Template, check_pictures, pictures_of
 

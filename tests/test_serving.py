@@ -27,8 +27,9 @@ from torch import Tensor
 from flowgrpo.endpoints import Endpoints, Refused
 from flowgrpo.experience import Prompt
 from flowgrpo.judge import Failures, Judge, Reward
+from flowgrpo.pictures import encode_png
 from flowgrpo.serving import Batcher, RewardServer
-from flowgrpo.wire import Limits, Sample, decode_image, encode_png, pack, unpack
+from flowgrpo.wire import Limits, Sample, decode_image, pack, unpack
 from reward_models.jpeg_size import JPEGSize
 from reward_models.remote import Remote
 
