@@ -74,9 +74,9 @@ def test_bad_input_is_refused_and_order_and_batches_do_not_matter(
     for bad, problem in (
         (media * 255, r"must be in \[0, 1\]"),
         (media * 2 - 1, r"must be in \[0, 1\]"),
-        ((media * 255).to(torch.uint8), "floating-point|type hint"),
+        ((media * 255).to(torch.uint8), "floating-point|Type-check"),
         (media[..., :0], "of size zero"),
-        (media[..., :1, :, :], "floating-point|type hint"),
+        (media[..., :1, :, :], "floating-point|Type-check"),
         (media[:2], "2 media for 3 prompts"),
     ):
         if case.model.startswith("flowgrpo.frames") and len(bad) == 2:
@@ -145,8 +145,8 @@ def test_clip_score_refuses_missing_and_left_over_weights(tmp_path: Path) -> Non
     [
         (torch.rand(3, 4, 4) * 255, r"must be in \[0, 1\]"),
         (torch.rand(3, 4, 4) * 2 - 1.5, r"must be in \[0, 1\]"),
-        (torch.zeros(3, 4, 4, dtype=torch.uint8), "floating-point|type hint"),
-        (torch.zeros(1, 4, 4), "floating-point|type hint"),
+        (torch.zeros(3, 4, 4, dtype=torch.uint8), "floating-point|Type-check"),
+        (torch.zeros(1, 4, 4), "floating-point|Type-check"),
         (torch.zeros(3, 0, 4), "size zero"),
         (torch.full((3, 4, 4), math.nan), "not finite"),
     ],
