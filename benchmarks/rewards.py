@@ -410,22 +410,27 @@ def main() -> None:
         print(name, value, flush=True)
 
     makes = {"tiny": TINY, "real": REAL}[options.size]
-    for name in options.only or makes:
-        if name not in results["rates"]:
-            keep("rates", name, rates(makes[name], options.device, options.repeats))
     if options.size == "tiny" and options.only is None:
         for kind in ("Paused", "Busy"):
             for batch in BATCHES:
                 name = f"{kind}/{batch}"
                 if name not in results["overlap"]:
                     keep("overlap", name, overlap(kind, batch))
-    if options.size == "tiny" and options.only is None:
-        before, start, rest = PAGE.read_text().partition(START)
-        _, end, after = rest.partition(END)
-        if not start or not end:
-            raise ValueError(f"{PAGE} has no {START} ... {END}")
-        PAGE.write_text(f"{before}{start}\n{tables(results)}\n{end}{after}")
+    for name in makes if options.only is None else options.only:
+        if name not in results["rates"]:
+            keep("rates", name, rates(makes[name], options.device, options.repeats))
+    if options.size == "tiny":
+        write(PAGE, results)
     print(tables(results))
+
+
+def write(page: Path, results: Mapping[str, Any]) -> None:
+    """Put the tables between the markers of a page. Raises ValueError if it has none."""
+    before, start, rest = page.read_text().partition(START)
+    _, end, after = rest.partition(END)
+    if not start or not end:
+        raise ValueError(f"{page} has no {START} ... {END}")
+    page.write_text(f"{before}{start}\n{tables(results)}\n{end}{after}")
 
 
 if __name__ == "__main__":
