@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,8 +31,10 @@ from torch import Tensor
 from transformers import CLIPConfig, CLIPModel, Dinov2Config, Dinov2Model
 
 import flowgrpo
+from flowgrpo import observer
 from flowgrpo.commands import quiet
 from flowgrpo.experience import LearningReward, Prompt
+from flowgrpo.judge import Judge, Scores
 from flowgrpo.rewards import Reward, load_reward
 from reward_models.hpsv2 import HPSv2
 from reward_models.remote import Remote
@@ -48,8 +51,8 @@ PROMPT = Prompt('a sign that says "hi"', metadata={
     "tag": "single_object", "include": [{"class": "bench", "count": 1}],
 })  # fmt: skip
 
-BATCHES = (288, 48)
-"""Samples that the quick start draws at a time, of 288."""
+SAMPLES, BATCHES = 96, (96, 16)
+"""Samples of an iteration, and how many of them are drawn at a time."""
 
 
 class TinyHPSv2(HPSv2):
@@ -327,34 +330,64 @@ def _toml(value: Any) -> str:
     return json.dumps(value)
 
 
-def overlap(kind: str, batch: int, iterations: int = 4) -> dict[str, float]:
-    """Medians over iterations of the quick start, with a reward that costs time and one that does not.
+class Watch(Judge):
+    """A judge that knows how long it scored in training, and how long it was waited for."""
 
-    ``hidden`` is the share of the additional scoring time by which the rollout did not grow.
+    waited, scored_for = 0.0, 0.0
+
+    def submit(self, media: Tensor, prompts: Sequence[Prompt]) -> "Future[Scores]":
+        """Score in the background, and watch who waits."""
+        pending = super().submit(media, prompts)
+        if self.iteration is not None:
+            result = pending.result
+
+            def watched(timeout: float | None = None) -> Scores:
+                began = time.perf_counter()
+                scores = result(timeout)
+                Watch.waited += time.perf_counter() - began
+                return scores
+
+            pending.result = watched  # type: ignore[method-assign]
+        return pending
+
+    def score(self, media: Tensor, prompts: Sequence[Prompt]) -> Scores:
+        """Score now, and count the time of it."""
+        began = time.perf_counter()
+        scores = super().score(media, prompts)
+        if self.iteration is not None:
+            Watch.scored_for += time.perf_counter() - began
+        return scores
+
+
+def overlap(kind: str, batch: int, iterations: int = 2) -> dict[str, float]:
+    """Per iteration of a shortened quick start: seconds of scoring, and of waiting for scores.
+
+    What is waited for is not hidden. Other work on the machine slows both alike, so that the share
+    holds on a busy machine too, where the length of two runs could not be compared.
     """
-    option = {"Paused": "seconds_per_sample", "Busy": "products_per_sample"}[kind]
-    costs = {"Paused": (0.0, 0.004), "Busy": (0.0, 3.0)}[kind]
-    medians = []
-    for cost in costs:
-        with tempfile.TemporaryDirectory() as folder:
-            model = f"benchmarks.rewards:{kind}"
-            settings = [
-                f"rewards=[{{model='{model}', options={{{option}={cost}}}}}]",
-                f"run.folder={folder}/run", f"train.iterations={iterations}",
-                f"train.rollout_batch={batch}", "evaluation.every=0", "evaluation.images=12",
-                "evaluation.measures=[]", "evaluation.grid_prompts=1",
-                "evaluation.grid_samples=1", "run.checkpoint_every=100",
-            ]  # fmt: skip
-            flowgrpo.train(flowgrpo.load("quickstart", settings))
-            lines = (Path(folder) / "run" / "timings.jsonl").read_text().splitlines()
-        rows = [json.loads(line) for line in lines][1:]
-        medians.append({k: statistics.median(r[k] for r in rows) for k in ("rollout", "judge")})
-    free, costly = medians
-    scoring, grown = (costly[k] - free[k] for k in ("judge", "rollout"))
+    option, cost = {
+        "Paused": ("seconds_per_sample", 0.01), "Busy": ("products_per_sample", 10.0),
+    }[kind]  # fmt: skip
+    Watch.waited = Watch.scored_for = 0.0
+    observer.Judge = Watch  # type: ignore[misc]
+    with tempfile.TemporaryDirectory() as folder:
+        model = f"benchmarks.rewards:{kind}"
+        settings = [
+            f"rewards=[{{model='{model}', options={{{option}={cost}}}}}]",
+            f"run.folder={folder}/run", f"train.iterations={iterations}", "train.groups=6",
+            "train.train_batch=48", f"train.rollout_batch={batch}", "evaluation.every=0",
+            "evaluation.images=6", "evaluation.measures=[]", "evaluation.grid_prompts=2",
+            "evaluation.grid_samples=1", "failures.probe=off", "run.checkpoint_every=100",
+        ]  # fmt: skip
+        flowgrpo.train(flowgrpo.load("quickstart", settings))
+        lines = (Path(folder) / "run" / "timings.jsonl").read_text().splitlines()
+    observer.Judge = Judge  # type: ignore[misc]
     return {
-        "batches": 288 / batch, "free": free["rollout"], "costly": costly["rollout"],
-        "scoring": scoring, "hidden": 1 - grown / scoring,
-    }  # fmt: skip
+        "batches": SAMPLES / batch,
+        "rollout": statistics.mean(json.loads(line)["rollout"] for line in lines),
+        "scoring": Watch.scored_for / iterations,
+        "waited": Watch.waited / iterations,
+    }
 
 
 def tables(results: Mapping[str, Any]) -> str:
@@ -375,16 +408,15 @@ def tables(results: Mapping[str, Any]) -> str:
         return "\n".join(lines)
     lines += [
         "",
-        "| reward | batches per iteration | sampling alone | scoring | both | scoring hidden | at most |",
-        "|---|---|---|---|---|---|---|",
+        "| reward | batches per iteration | rollout | scoring | waited for scores | scoring hidden |",
+        "|---|---|---|---|---|---|",
     ]
     for name, r in results["overlap"].items():
-        # The last batch has nothing left to hide behind, and no more can be hidden than there is.
-        n = r["batches"]
-        most = max(0.0, min(1 - 1 / n, (1 - 1 / n) * r["free"] / r["scoring"]))
-        seconds = (f"{r[k]:.2f} s" for k in ("free", "scoring", "costly"))
-        cells = (name.split("/")[0], f"{n:.0f}", *seconds, f"{r['hidden']:.0%}", f"{most:.0%}")
-        lines.append(f"| {' | '.join(cells)} |")
+        seconds = (f"{r[k]:.2f} s" for k in ("rollout", "scoring", "waited"))
+        hidden = f"{max(0.0, 1 - r['waited'] / r['scoring']):.0%}"
+        lines.append(
+            f"| {name.split('/')[0]} | {r['batches']:.0f} | {' | '.join(seconds)} | {hidden} |"
+        )
     return "\n".join(lines)
 
 
