@@ -24,7 +24,9 @@ def add_score(add: Add) -> None:
         "--reward",
         required=True,
         action="append",
-        help="name in reward_models or import path; can be given again",
+        metavar="[NAME=]MODEL",
+        help="name in reward_models or import path; can be given again, the same one too under "
+        "another NAME",
     )
     score.add_argument(
         "--reward-option",

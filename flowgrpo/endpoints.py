@@ -185,7 +185,10 @@ class Endpoints:
         request = urllib.request.Request(url, data=body, headers=headers)
         try:
             with _opener(url).open(request, timeout=self.timeout) as response:
-                return response.status, None, _limited(response)
+                answer = _limited(response)
+                if not answer:  # cut off in its head, perhaps: no answer of ours is empty
+                    raise http.client.IncompleteRead(answer)
+                return response.status, None, answer
         except urllib.error.HTTPError as error:
             with error:
                 return error.code, _retry_after(error.headers), _limited(error)
@@ -206,6 +209,10 @@ def _opener(url: str) -> urllib.request.OpenerDirector:
 
 def _limited(response: "http.client.HTTPResponse | urllib.error.HTTPError") -> bytes:
     body = response.read(LARGEST_ANSWER + 1)
+    # Asked for a number of bytes, the library takes an answer that was cut off for a whole one.
+    promised = response.headers.get("Content-Length", "")
+    if promised.isdigit() and len(body) < min(int(promised), LARGEST_ANSWER + 1):
+        raise http.client.IncompleteRead(body, int(promised) - len(body))
     if len(body) > LARGEST_ANSWER:
         raise Refused(200, f"an answer of more than {LARGEST_ANSWER} bytes")
     return body

@@ -16,12 +16,13 @@ from PIL import Image
 from torch import Tensor
 
 from flowgrpo.core.transitions import Transition
+from flowgrpo.pictures import as_rgb
 
 
 @lru_cache(maxsize=64)
 def _open(path: Path) -> Image.Image:
     with Image.open(path) as image:
-        return image.convert("RGB")
+        return as_rgb(image)
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ class Prompt:
 
     def open_images(self) -> list[Image.Image]:
         """The condition images in memory, as RGB."""
-        return [i.convert("RGB") if isinstance(i, Image.Image) else _open(i) for i in self.images]
+        return [as_rgb(i) if isinstance(i, Image.Image) else _open(i) for i in self.images]
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from flowgrpo.experience import Prompt
+from flowgrpo.experience import LearningReward, Prompt
 from flowgrpo.judge import Reward, load_reward
 
 __all__ = ["FrameMean", "FrameScore"]
@@ -48,8 +48,20 @@ class FrameScore:
         if frames and every != 1:
             raise ValueError(f"either every or frames, got {every} and {list(frames)}")
         self.reward = load_reward(Reward(model=model, options=options or {}))
+        if isinstance(self.reward, LearningReward):
+            raise ValueError(f"{model!r} learns from whole samples and cannot score frames")
         self.every, self.frames = every, list(frames)
         self.reduce, self.batch_size = reduce, batch_size
+
+    def check(self, prompts: Sequence[Prompt]) -> None:
+        """What the image reward says of the prompts, before the long work.
+
+        Raises:
+            ValueError: If they lack what it needs.
+        """
+        check = getattr(self.reward, "check", None)
+        if check is not None:
+            check(prompts)
 
     def __call__(
         self, media: Float[Tensor, "batch frames channels height width"], prompts: Sequence[Prompt]

@@ -195,19 +195,31 @@ class Judge:
     def probe(self, media: Tensor, prompts: Sequence[Prompt]) -> None:
         """Score a few different images before the long work, to refuse an unfit reward.
 
+        Noise is scored with them. A reward that cannot score it, or likes it best, gets a warning: it
+        may be meant so.
+
         Raises:
             RewardError: If a trained reward gives every image the same score, or none a finite one.
         """
         if self.failures.probe == "off":
             return
-        scores = self.score(media, prompts)
+        noise = torch.rand(media[:1].shape, generator=torch.Generator().manual_seed(0)).to(media)
+        scores = self.score(torch.cat([media, noise]), [*prompts, prompts[0]])
         for reward in self.rewards:
-            values = scores.raw[reward.label]
+            values, senseless = scores.raw[reward.label].split([len(prompts), 1])
             if not values.isfinite().any():
                 raise RewardError(
                     f"reward {reward.label!r} gave no finite score to {len(values)} probe images"
                 )
             finite = values[values.isfinite()]
+            if not bool(senseless.isfinite().all()):
+                log.warning("reward %r gave no finite score to noise", reward.label)
+            elif reward.weight * float(senseless) > float((reward.weight * finite).max()):
+                log.warning(
+                    "reward %r prefers noise (%.4g) to all %d probe images (at most %.4g): is its sign "
+                    "right?",
+                    reward.label, float(senseless), len(finite), float(finite.max()),
+                )  # fmt: skip
             if reward.weight != 0 and len(finite) > 1 and bool((finite == finite[0]).all()):
                 problem = (
                     f"reward {reward.label!r} gave all {len(finite)} different probe images the same score "

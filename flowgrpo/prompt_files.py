@@ -10,6 +10,7 @@ from typing import Any
 from PIL import Image, UnidentifiedImageError
 
 from flowgrpo.experience import Prompt
+from flowgrpo.pictures import as_rgb, check_depth
 
 HUB = "hf:"
 """What the name of a Hugging Face dataset begins with: ``hf:owner/name:split`` or ``hf:folder``."""
@@ -163,8 +164,8 @@ def _image(value: Any, where: str, folder: Path) -> Path | Image.Image:
         return value
     if isinstance(value, dict) and value.get("bytes"):
         try:
-            return Image.open(io.BytesIO(value["bytes"])).convert("RGB")
-        except (UnidentifiedImageError, OSError) as error:
+            return as_rgb(Image.open(io.BytesIO(value["bytes"])))
+        except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
             raise PromptError(f"{where}: the image in it cannot be read: {error}") from error
     name = value.get("path") if isinstance(value, dict) else value
     if not isinstance(name, str):
@@ -172,7 +173,8 @@ def _image(value: Any, where: str, folder: Path) -> Path | Image.Image:
     path = folder / name
     try:
         with Image.open(path) as image:
+            check_depth(image)
             image.verify()
-    except (UnidentifiedImageError, OSError, SyntaxError) as error:
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
         raise PromptError(f"{where}: image {path} cannot be read: {error}") from error
     return path

@@ -3,24 +3,30 @@
 Nothing here can run code of the other side, as pickle would. A request holds samples, in order::
 
     POST /score   multipart/form-data
-        request   {"samples": [{"prompt": "a cat", "metadata": {...}, "frames": 2}, ...]}
+        request   {"samples": [{"prompt": "a cat", "metadata": {...}, "frames": 2, "conditions": [0]}, ...]}
         image     a PNG for each sample, or ``frames`` of them for a video
+        condition a PNG for each different condition image, which samples name by their places
 
     POST /score   application/json
-        {"samples": [{"prompt": "a cat", "image": "<base64>"}, {"prompt": "a dog", "frames": ["<base64>", ...]}]}
+        {"samples": [{"prompt": "a cat", "image": "<base64>", "conditions": ["<base64>"]},
+                     {"prompt": "a dog", "frames": ["<base64>", ...]}]}
 
 The answer is ``{"scores": [0.3, null]}``, ``null`` where scoring failed; every error is
-``{"error": "..."}``. By hand, without ``request``: ``curl -F "prompt=a cat" -F image=@cat.png URL/score``.
+``{"error": "..."}``. By hand, without ``request``: ``curl -F "prompt=a cat" -F image=@cat.png URL/score``,
+for an edit also ``-F condition=@before.png``.
+
+    POST /check   application/json
+        {"samples": [{"prompt": "a cat", "metadata": {...}, "conditions": 1}, ...]}
+
+asks before the long work whether prompts have what the reward needs. Condition images are only
+counted there. The answer is ``{"problem": ""}``, or says what they lack.
 """
 
 import base64
-import binascii
 import io
 import json
 import math
-import re
-import secrets
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,6 +37,8 @@ from PIL import Image
 from torch import Tensor
 
 from flowgrpo.experience import Prompt
+from flowgrpo.multipart import Part, join, split
+from flowgrpo.pictures import as_rgb, encode_png, png_of
 
 FORMATS = ("PNG", "JPEG", "WEBP")
 """What a server reads. PNG keeps every 8-bit value; the others are for requests made by hand."""
@@ -71,24 +79,23 @@ class Sample:
     prompt: Prompt
 
 
-def encode_png(image: Float[Tensor, "3 height width"]) -> bytes:
-    """An image in [0, 1] as PNG, rounded to 8 bits.
+@dataclass(frozen=True)
+class _Packed:
+    """A sample as it travels: its record, the files of its media and of its condition images."""
 
-    Raises:
-        ValueError: If a value is not finite, which no picture can show.
-    """
-    if not bool(image.isfinite().all()):
-        raise ValueError("an image holds values that are not finite")
-    buffer = io.BytesIO()
-    # Level 1 is several times faster than the default, and hardly larger.
-    eight_bits = (image * 255).round().clamp(0, 255).to(torch.uint8)
-    pixels = eight_bits.permute(1, 2, 0).contiguous().cpu().numpy()
-    Image.fromarray(pixels).save(buffer, "PNG", compress_level=1)
-    return buffer.getvalue()
+    record: Mapping[str, Any]
+    media: Sequence[bytes]
+    conditions: Sequence[bytes]
 
 
 def decode_image(data: bytes, limits: Limits | None = None) -> Float[Tensor, "3 height width"]:
-    """An image in [0, 1] from a PNG, JPEG or WebP file.
+    """An image in [0, 1] from a PNG, JPEG or WebP file; see :func:`open_image`."""
+    pixels = torch.from_numpy(np.array(open_image(data, limits)))
+    return pixels.permute(2, 0, 1).to(torch.float32) / 255
+
+
+def open_image(data: bytes, limits: Limits | None = None) -> Image.Image:
+    """A PNG, JPEG or WebP file in memory, as RGB.
 
     Raises:
         WireError: If it is none of these, is damaged or has too many pixels.
@@ -99,15 +106,14 @@ def decode_image(data: bytes, limits: Limits | None = None) -> Float[Tensor, "3 
             width, height = image.size
             if width * height > allowed:
                 raise WireError(413, f"an image of {width}x{height} exceeds {allowed} pixels")
-            pixels = torch.from_numpy(np.array(image.convert("RGB")))
-            return pixels.permute(2, 0, 1).to(torch.float32) / 255
+            return as_rgb(image)
     except WireError:
         raise
     except Image.DecompressionBombError as error:
         raise WireError(413, f"an image is too large: {error}") from error
-    except (OSError, ValueError, SyntaxError) as error:
+    except Exception as error:  # what decoders raise on damaged files is not documented
         raise WireError(
-            400, f"no readable image ({', '.join(FORMATS)}), {len(data)} bytes"
+            400, f"no readable image ({', '.join(FORMATS)}), {len(data)} bytes: {error}"
         ) from error
 
 
@@ -118,19 +124,27 @@ def pack(
 
     Raises:
         ValueError: If pixels are not finite, or metadata is no JSON.
+        OSError: If a condition image cannot be read.
     """
     records = [_record(p) for p in prompts]
     images: list[bytes] = []
-    for record, item in zip(records, media, strict=True):
+    conditions: dict[bytes, int] = {}
+    encoded: dict[int, list[bytes]] = {}
+    for record, prompt, item in zip(records, prompts, media, strict=True):
         frames = item if item.ndim == 4 else item[None]
         if item.ndim == 4:
             record["frames"] = len(frames)
         images += [encode_png(f) for f in frames]
-    boundary = secrets.token_hex(24)
-    parts = [_part(boundary, "request", "application/json", _json({"samples": records}))]
-    parts += [_part(boundary, "image", "image/png", image) for image in images]
-    body = b"".join([*parts, f"--{boundary}--\r\n".encode()])
-    return f"multipart/form-data; boundary={boundary}", body
+        if prompt.images:
+            # A group has one prompt: its images are encoded once, and travel once.
+            if id(prompt) not in encoded:
+                encoded[id(prompt)] = [png_of(i) for i in prompt.open_images()]
+            own = encoded[id(prompt)]
+            record["conditions"] = [conditions.setdefault(c, len(conditions)) for c in own]
+    parts = [Part("request", "application/json", _json({"samples": records}))]
+    parts += [Part("image", "image/png", image) for image in images]
+    parts += [Part("condition", "image/png", image) for image in conditions]
+    return join(parts)
 
 
 def unpack(content_type: str, body: bytes, limits: Limits) -> list[Sample]:
@@ -141,22 +155,73 @@ def unpack(content_type: str, body: bytes, limits: Limits) -> list[Sample]:
     """
     kind = content_type.split(";")[0].strip().lower()
     if kind == "multipart/form-data":
-        records, blobs = _from_multipart(content_type, body)
+        packed = _from_multipart(content_type, body)
     elif kind == "application/json":
-        records, blobs = _from_json(body)
+        packed = _from_json(body)
     else:
         raise WireError(
             415, f"content type {kind or 'none'!r}: send multipart/form-data or application/json"
         )
-    if not records:
+    if not packed:
         raise WireError(400, "no samples")
-    number = sum(len(b) for b in blobs)
+    number = sum(len(p.media) + len(p.conditions) for p in packed)
     if number > limits.num_images:
         raise WireError(413, f"{number} images exceed the {limits.num_images} of one request")
-    return [
-        Sample(_media(record, blob, i, limits), _prompt(record, i))
-        for i, (record, blob) in enumerate(zip(records, blobs, strict=True))
-    ]
+    opened: dict[bytes, Image.Image] = {}
+    samples = []
+    for i, sample in enumerate(packed):
+        try:
+            images = [decode_image(m, limits) for m in sample.media]
+            for condition in sample.conditions:
+                if condition not in opened:
+                    opened[condition] = open_image(condition, limits)
+        except WireError as error:
+            raise WireError(error.status, f"sample {i}: {error}") from error
+        conditions = tuple(opened[c] for c in sample.conditions)
+        samples.append(
+            Sample(_media(sample.record, images, i), _prompt(sample.record, i, conditions))
+        )
+    return samples
+
+
+def pack_prompts(prompts: Sequence[Prompt]) -> bytes:
+    """A request of ``/check``. Raises ValueError if metadata is no JSON."""
+    counted = [{"conditions": len(p.images)} if p.images else {} for p in prompts]
+    records = [_record(p) | c for p, c in zip(prompts, counted, strict=True)]
+    return _json({"samples": records})
+
+
+def unpack_prompts(body: bytes, limits: Limits) -> list[Prompt]:
+    """The prompts in a request of ``/check``, with blank pictures for their condition images.
+
+    Raises:
+        WireError: If it is malformed, or counts more images than a request may hold.
+    """
+    prompts = []
+    for i, record in enumerate(_records(body)):
+        number = record.get("conditions", 0)
+        if not _is_count(number) or number > limits.num_images:
+            raise WireError(
+                400, f"sample {i}: conditions must be a number up to {limits.num_images}"
+            )
+        prompts.append(_prompt(record, i, (Image.new("RGB", (1, 1)),) * number))
+    return prompts
+
+
+def pack_problem(problem: str) -> bytes:
+    """An answer of ``/check``; empty if prompts lack nothing."""
+    return _json({"problem": problem})
+
+
+def unpack_problem(body: bytes) -> str:
+    """What prompts lack. Raises ValueError if the body is no answer of ``/check``."""
+    try:
+        problem = json.loads(body)["problem"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"expected {{'problem': '...'}}, got {body[:200]!r}") from error
+    if not isinstance(problem, str):
+        raise ValueError(f"expected {{'problem': '...'}}, got {body[:200]!r}")
+    return problem
 
 
 def pack_scores(scores: Sequence[float]) -> bytes:
@@ -212,7 +277,11 @@ def _record(prompt: Prompt) -> dict[str, Any]:
     return record
 
 
-def _prompt(record: Mapping[str, Any], index: int) -> Prompt:
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _prompt(record: Mapping[str, Any], index: int, images: Sequence[Image.Image]) -> Prompt:
     text, negative = record.get("prompt", ""), record.get("negative")
     metadata = record.get("metadata", {})
     kinds = isinstance(text, str) and isinstance(negative, str | None)
@@ -220,82 +289,79 @@ def _prompt(record: Mapping[str, Any], index: int) -> Prompt:
         raise WireError(
             400, f"sample {index}: prompt and negative must be strings and metadata an object"
         )
-    return Prompt(text, negative, metadata)
+    return Prompt(text, negative, metadata, images)
 
 
-def _media(record: Mapping[str, Any], blobs: Sequence[bytes], index: int, limits: Limits) -> Tensor:
-    try:
-        images = [decode_image(b, limits) for b in blobs]
-    except WireError as error:
-        raise WireError(error.status, f"sample {index}: {error}") from error
+def _media(record: Mapping[str, Any], images: Sequence[Tensor], index: int) -> Tensor:
     if "frames" not in record:
         return images[0]
     if len({i.shape for i in images}) != 1:
         raise WireError(400, f"sample {index}: needs at least one frame, and all of one size")
-    return torch.stack(images)
+    return torch.stack([*images])
 
 
-def _part(boundary: str, name: str, kind: str, content: bytes) -> bytes:
-    # Some servers take a part for a file only if it has a file name.
-    file = '; filename="image.png"' if kind.startswith("image/") else ""
-    head = f'--{boundary}\r\nContent-Disposition: form-data; name="{name}"{file}\r\nContent-Type: {kind}\r\n\r\n'
-    return head.encode() + content + b"\r\n"
-
-
-def _from_multipart(
-    content_type: str, body: bytes
-) -> tuple[list[dict[str, Any]], list[list[bytes]]]:
-    match = re.search(r'boundary="?([^";,\s]{1,70})"?', content_type)
-    if match is None:
-        raise WireError(400, "multipart/form-data without a boundary")
-    fields: dict[str, list[bytes]] = {"request": [], "prompt": [], "image": []}
-    for name, content in _parts(body, match[1].encode()):
-        if name not in fields:
-            raise WireError(400, f"unknown field {name!r} (known: {', '.join(fields)})")
-        fields[name].append(content)
-    images, requests = fields["image"], fields["request"]
+def _from_multipart(content_type: str, body: bytes) -> list[_Packed]:
+    fields: dict[str, list[bytes]] = {"request": [], "prompt": [], "image": [], "condition": []}
+    try:
+        for name, content in split(content_type, body):
+            if name not in fields:
+                raise ValueError(f"unknown field {name!r} (known: {', '.join(fields)})")
+            fields[name].append(content)
+    except ValueError as error:
+        raise WireError(400, str(error)) from error
+    images, requests, conditions = fields["image"], fields["request"], fields["condition"]
     if len(requests) == 1 and not fields["prompt"]:
         records = _records(requests[0])
     elif not requests:
         records = [{"prompt": p.decode(errors="replace")} for p in fields["prompt"]]
+        if len(records) == 1:
+            records[0]["conditions"] = [*range(len(conditions))]
     else:
         raise WireError(400, "give one field 'request', or fields 'prompt'")
     sizes = [r.get("frames", 1) for r in records]
-    if any(not isinstance(n, int) or isinstance(n, bool) or n < 1 for n in sizes):
+    if any(not _is_count(n) or n < 1 for n in sizes):
         raise WireError(400, "'frames' must be the number of images that a video consists of")
     if sum(sizes) != len(images):
         raise WireError(400, f"{len(images)} images for samples that need {sum(sizes)}")
     rest = iter(images)
-    return records, [[next(rest) for _ in range(n)] for n in sizes]
+    return [
+        _Packed(record, [next(rest) for _ in range(n)], own)
+        for record, n, own in zip(records, sizes, _owners(records, conditions), strict=True)
+    ]
 
 
-def _parts(body: bytes, boundary: bytes) -> Iterator[tuple[str, bytes]]:
-    """Name and content of each part."""
-    pieces = (b"\r\n" + body).split(b"\r\n--" + boundary)
-    if len(pieces) < 2 or not pieces[-1].startswith(b"--"):
-        raise WireError(400, "the multipart body does not end with its boundary")
-    for piece in pieces[1:-1]:
-        head, _, content = piece.removeprefix(b"\r\n").partition(b"\r\n\r\n")
-        name = re.search(rb'name="([^"]*)"', head)
-        if name is None:
-            raise WireError(400, "a part of the multipart body has no name")
-        yield name[1].decode(errors="replace"), content
+def _owners(records: Sequence[Mapping[str, Any]], conditions: Sequence[bytes]) -> list[list[bytes]]:
+    """The condition images of each record, which names them by their places."""
+    places = [r.get("conditions", []) for r in records]
+    for i, own in enumerate(places):
+        if not isinstance(own, list) or not all(_is_count(p) and p < len(conditions) for p in own):
+            raise WireError(
+                400, f"sample {i}: conditions must be places among {len(conditions)} images"
+            )
+    if {p for own in places for p in own} != {*range(len(conditions))}:
+        raise WireError(400, "a condition image belongs to no sample; 'request' says whose it is")
+    return [[conditions[p] for p in own] for own in places]
 
 
-def _from_json(body: bytes) -> tuple[list[dict[str, Any]], list[list[bytes]]]:
-    records = _records(body)
-    blobs = []
-    for i, record in enumerate(records):
+def _from_json(body: bytes) -> list[_Packed]:
+    packed = []
+    for i, record in enumerate(_records(body)):
         if ("image" in record) == ("frames" in record):
             raise WireError(400, f"sample {i}: needs either 'image' or 'frames'")
-        texts = record["frames"] if "frames" in record else [record["image"]]
-        if not isinstance(texts, list) or not all(isinstance(t, str) for t in texts):
-            raise WireError(400, f"sample {i}: images must be base64 strings, 'frames' a list")
+        media = record["frames"] if "frames" in record else [record["image"]]
+        conditions = record.get("conditions", [])
+        for texts in (media, conditions):
+            if not isinstance(texts, list) or not all(isinstance(t, str) for t in texts):
+                raise WireError(
+                    400,
+                    f"sample {i}: images must be base64 strings, 'frames' and 'conditions' lists",
+                )
         try:
-            blobs.append([base64.b64decode(t, validate=True) for t in texts])
-        except binascii.Error as error:
+            files = [[base64.b64decode(t, validate=True) for t in x] for x in (media, conditions)]
+        except ValueError as error:
             raise WireError(400, f"sample {i}: no base64: {error}") from error
-    return records, blobs
+        packed.append(_Packed(record, *files))
+    return packed
 
 
 def _records(body: bytes) -> list[dict[str, Any]]:
@@ -305,7 +371,7 @@ def _records(body: bytes) -> list[dict[str, Any]]:
         raise WireError(400, "expected JSON with a list 'samples'") from error
     if not isinstance(samples, list) or not all(isinstance(s, dict) for s in samples):
         raise WireError(400, "'samples' must be a list of objects")
-    known = {"prompt", "negative", "metadata", "image", "frames"}
+    known = {"prompt", "negative", "metadata", "image", "frames", "conditions"}
     for i, sample in enumerate(samples):
         if not sample.keys() <= known:
             raise WireError(400, f"sample {i}: unknown keys {sorted(sample.keys() - known)}")

@@ -10,20 +10,19 @@ from typing import Any, Literal
 import torch
 from huggingface_hub import hf_hub_download
 from jaxtyping import Float, UInt8
-from PIL import Image, ImageOps
+from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torchvision.transforms import functional as TF
 
 from flowgrpo.experience import Prompt
+from flowgrpo.pictures import OVERSHOOT, as_rgb
 
 Precision = Literal["float32", "float16", "bfloat16"]
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 """OpenAI's, which BLIP, Qwen-VL and the preference models took over."""
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-OVERSHOOT = 0.1
-"""How far decoders may leave [0, 1]; what is further off was never scaled to that range."""
 
 
 def pick_device(device: str) -> str:
@@ -94,10 +93,19 @@ def shrunk_and_cropped(
     crop: int,
     mean: Sequence[float],
     std: Sequence[float],
+    odd: Literal["round", "floor"] = "round",
 ) -> Float[Tensor, "batch 3 crop crop"]:
-    """CLIP's preprocessing: shorter side by Pillow's bicubic filter, centre crop, normalised."""
-    resized = (TF.resize(i, [shortest], TF.InterpolationMode.BICUBIC) for i in images)
-    tensors = [TF.to_tensor(TF.center_crop(i, [crop, crop])) for i in resized]
+    """CLIP's preprocessing: shorter side by Pillow's bicubic filter, centre crop, normalised.
+
+    ``odd`` says where the crop begins if the margin is odd: torchvision rounds half of it, the
+    processors of transformers round down, which moves some crops by a pixel.
+    """
+    tensors = []
+    for image in images:
+        resized = TF.resize(image, [shortest], TF.InterpolationMode.BICUBIC)
+        margins = (resized.height - crop, resized.width - crop)
+        top, left = (round(m / 2) if odd == "round" else m // 2 for m in margins)
+        tensors.append(TF.to_tensor(TF.crop(resized, top, left, crop, crop)))
     return TF.normalize(torch.stack(tensors), list(mean), list(std))
 
 
@@ -133,13 +141,10 @@ def read_image(path: Path) -> Image.Image:
 
     Raises:
         OSError: If it cannot be read.
+        ValueError: If it has more than 8 bits per value.
     """
-    with Image.open(path) as file:
-        image = ImageOps.exif_transpose(file)
-        if image.has_transparency_data:
-            layer = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer)
-        return image.convert("RGB")
+    with Image.open(path) as image:
+        return as_rgb(image)
 
 
 # Checkpoints.

@@ -63,7 +63,8 @@ class CLIPScore:
         quick = not own_weights and bool(
             (open_clip.get_pretrained_cfg(model, pretrained) or {}).get("quick_gelu")
         )
-        self.model, _, self._preprocess = open_clip.create_model_and_transforms(
+        # This function refuses a model without weights; open_clip's others draw them at random.
+        self.model, self._preprocess = open_clip.create_model_from_pretrained(
             model,
             pretrained=None if own_weights else pretrained,
             force_quick_gelu=quick,

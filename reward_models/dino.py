@@ -119,7 +119,9 @@ class DINOSimilarity:
     @torch.no_grad()
     def embed(self, images: Sequence[Image.Image]) -> Float[Tensor, "images width"]:
         """Class tokens of length 1, in fp32."""
-        pixels = shrunk_and_cropped(images, self.resize, self.crop, IMAGENET_MEAN, IMAGENET_STD)
+        pixels = shrunk_and_cropped(
+            images, self.resize, self.crop, IMAGENET_MEAN, IMAGENET_STD, odd="floor"
+        )
         output = self.model(pixel_values=pixels.to(self.model.device, self.model.dtype))
         return F.normalize(output.pooler_output.float(), dim=-1)
 

@@ -15,6 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from flowgrpo.experience import Prompt
+from flowgrpo.pictures import as_rgb
 from reward_models._chat import Answer, Chat
 from reward_models._templates import Content, Template, check_pictures, pictures_of
 
@@ -110,9 +111,15 @@ class EditVerifier:
         self._known: dict[str, list[Principle]] = {}
 
     def check(self, prompts: Sequence[Prompt]) -> None:
-        """Raise ValueError if a prompt has no picture before the edit, OSError if it cannot be read."""
+        """Whether prompts say all that is needed, to be asked before the long work.
+
+        Raises:
+            ValueError: If one has no picture before the edit, or principles of a wrong form.
+            OSError: If the picture cannot be read.
+        """
         for prompt in prompts:
             _source(prompt, self.source_key)
+            _own_principles(prompt)
 
     def __call__(
         self, media: Float[Tensor, "batch 3 height width"], prompts: Sequence[Prompt]
@@ -160,22 +167,16 @@ class EditVerifier:
 
     def _principles(self, prompts: Sequence[Prompt]) -> list[list[Principle]]:
         """Those of each prompt; none where the model's answer is of no use."""
-        given = [p.metadata.get("principles") for p in prompts]
-        texts = [p.text for p, g in zip(prompts, given, strict=True) if g is None]
+        given = [_own_principles(p) for p in prompts]
+        texts = [p.text for p, own in zip(prompts, given, strict=True) if own is None]
         new = [t for t in dict.fromkeys(texts) if t not in self._known]
         questions = [self.split.fill({"prompt": t}, {}) for t in new]
         answers = self.chat.ask_all(questions, _split, max_tokens=self.max_tokens)
         self._known |= {t: a for t, a in zip(new, answers, strict=True) if a is not None}
-        result = []
-        for prompt, own in zip(prompts, given, strict=True):
-            parsed = self._known.get(prompt.text, []) if own is None else parse_principles(own)
-            if parsed is None:
-                raise ValueError(
-                    f"prompt {prompt.text!r}: principles must be a list of objects with a kind "
-                    f"({', '.join(KINDS)}) and a text, got {own!r}"
-                )
-            result.append(parsed)
-        return result
+        return [
+            self._known.get(prompt.text, []) if own is None else own
+            for prompt, own in zip(prompts, given, strict=True)
+        ]
 
     def _write(self, prompts: Sequence[Prompt], scores: Sequence[float]) -> None:
         if self.reasons is None:
@@ -189,6 +190,22 @@ class EditVerifier:
                     "checks": [asdict(c) for c in checks],
                 }
                 file.write(json.dumps(record, ensure_ascii=False) + "\n")
+
+
+def _own_principles(prompt: Prompt) -> list[Principle] | None:
+    """Those in the prompt's metadata, if it has any.
+
+    Raises:
+        ValueError: If they have another form.
+    """
+    own = prompt.metadata.get("principles")
+    parsed = None if own is None else parse_principles(own)
+    if own is not None and parsed is None:
+        raise ValueError(
+            f"prompt {prompt.text!r}: principles must be a list of objects with a kind "
+            f"({', '.join(KINDS)}) and a text, got {own!r}"
+        )
+    return parsed
 
 
 def parse_principles(value: Any) -> list[Principle] | None:
@@ -234,5 +251,5 @@ def _source(prompt: Prompt, key: str) -> Float[Tensor, "3 height width"]:
                 f"picture before the edit: {path!r}"
             )
         with Image.open(path) as image:
-            picture = image.convert("RGB")
+            picture = as_rgb(image)
     return torch.from_numpy(np.array(picture)).permute(2, 0, 1).to(torch.float32) / 255

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from flowgrpo.endpoints import Endpoints
 from flowgrpo.experience import Prompt
+from flowgrpo.pictures import check_pixels
 from reward_models._parts import scored_in_parts
 
 __all__ = ["FlowGRPOServer"]
@@ -117,6 +118,7 @@ class FlowGRPOServer:
 
 
 def _jpeg(image: Tensor) -> bytes:
+    check_pixels(image)
     buffer = io.BytesIO()
     pixels = (image * 255).round().clamp(0, 255).to(torch.uint8).permute(1, 2, 0).cpu().numpy()
     Image.fromarray(pixels).save(buffer, "JPEG", quality=95)

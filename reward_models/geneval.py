@@ -29,7 +29,7 @@ from flowgrpo.evaluate.geneval import (
     strict,
 )
 from flowgrpo.experience import Prompt
-from reward_models._loading import check_media, eight_bits
+from reward_models._loading import Precision, check_media, eight_bits, pick_device, pick_dtype
 
 __all__ = ["GenEval"]
 
@@ -74,6 +74,7 @@ class GenEval:
         threshold: float = 0.3,
         counting_threshold: float = 0.9,
         max_objects: int = 16,
+        dtype: Precision = "float32",
         device: str = "auto",
     ):
         """
@@ -86,6 +87,7 @@ class GenEval:
             threshold: Detections must score above it.
             counting_threshold: The same for prompts of the task ``counting``.
             max_objects: Most objects of one class.
+            dtype: Precision of both models.
             device: ``auto`` takes a GPU if there is one.
 
         Raises:
@@ -104,17 +106,18 @@ class GenEval:
                 "thresholds must be in [0, 1) and max_objects positive, "
                 f"got {threshold}, {counting_threshold}, {max_objects}"
             )
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
+        precision, device = pick_dtype(dtype), pick_device(device)
         self.mode, self.compat = mode, compat
         self.threshold, self.counting_threshold = threshold, counting_threshold
         self.max_objects = max_objects
         self.detector: Detector = (
-            Mask2FormerDetector(detector, device, min_score=min(threshold, counting_threshold))
+            Mask2FormerDetector(
+                detector, device, min(threshold, counting_threshold), dtype=precision
+            )
             if isinstance(detector, str)
             else detector
         )
-        self.colors = ColorClassifier(color_model, color_pretrained, device)
+        self.colors = ColorClassifier(color_model, color_pretrained, device, precision)
 
     @property
     def title(self) -> str:
@@ -201,18 +204,20 @@ class Mask2FormerDetector:
         device: str = "cpu",
         min_score: float = 0.3,
         batch_size: int = BATCH_SIZE,
+        dtype: torch.dtype = torch.float32,
     ):
         """
         Args:
             model: Hub id or folder.
-            device: Where it runs, in fp32.
+            device: Where it runs.
             min_score: Weaker detections are left out.
             batch_size: Images in one forward pass.
+            dtype: Precision of the model.
 
         Raises:
             ValueError: If weights are missing or left over, or the classes are not COCO's 80.
         """
-        self.model = _load(model).to(device).eval().requires_grad_(False)
+        self.model = _load(model, dtype).to(device).eval().requires_grad_(False)
         if self.model.config.num_labels != len(OBJECTS):
             raise ValueError(
                 f"{model!r} knows {self.model.config.num_labels} classes; GenEval needs COCO's "
@@ -237,9 +242,11 @@ class Mask2FormerDetector:
             pixels = F.pad(
                 (pixels - mean) / std, (0, padded[1] - scaled[1], 0, padded[0] - scaled[0])
             )
-            output = self.model(pixel_values=pixels)
+            output = self.model(pixel_values=pixels.to(self.model.dtype))
             for classes, masks in zip(
-                output.class_queries_logits, output.masks_queries_logits, strict=True
+                output.class_queries_logits.float(),
+                output.masks_queries_logits.float(),
+                strict=True,
             ):
                 found.append(instances(classes, masks, scaled, (height, width), self.min_score))
         return found
@@ -316,7 +323,13 @@ def crop(image: Image.Image, detection: Detection) -> Image.Image:
 class ColorClassifier:
     """The colour of a cropped object, zero-shot by CLIP."""
 
-    def __init__(self, model: str = "ViT-L-14", pretrained: str = "openai", device: str = "cpu"):
+    def __init__(
+        self,
+        model: str = "ViT-L-14",
+        pretrained: str = "openai",
+        device: str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ):
         """
         Raises:
             ValueError: If open_clip does not know the weights.
@@ -339,9 +352,9 @@ class ColorClassifier:
                 "force_quick_gelu": bool(config.get("quick_gelu")),
             }
         self.model, self.preprocess = open_clip.create_model_from_pretrained(model, **options)
-        self.model.eval().requires_grad_(False)
+        self.model.to(dtype).eval().requires_grad_(False)
         self.tokenizer = open_clip.get_tokenizer(model)
-        self.device = device
+        self.device, self.dtype = device, dtype
         self._texts: dict[str, Tensor] = {}
 
     @torch.no_grad()
@@ -351,8 +364,8 @@ class ColorClassifier:
             return []
         pixels = torch.stack([self.preprocess(image) for image in crops])
         parts = pixels.split(BATCH_SIZE)
-        embeddings = torch.cat([self.model.encode_image(p.to(self.device)) for p in parts])
-        embeddings = F.normalize(embeddings, dim=-1)
+        seen = [self.model.encode_image(p.to(self.device, self.dtype)) for p in parts]
+        embeddings = F.normalize(torch.cat(seen).float(), dim=-1)
         return [
             COLORS[int((self._embeddings(name) @ embedding).argmax())]
             for name, embedding in zip(names, embeddings, strict=True)
@@ -363,16 +376,16 @@ class ColorClassifier:
         if name not in self._texts:
             texts = [t.format(c=c, name=name) for c in COLORS for t in COLOR_TEMPLATES]
             tokens = self.tokenizer(texts).to(self.device)
-            phrases = F.normalize(self.model.encode_text(tokens), dim=-1)
+            phrases = F.normalize(self.model.encode_text(tokens).float(), dim=-1)
             means = phrases.unflatten(0, (len(COLORS), len(COLOR_TEMPLATES))).mean(1)
             self._texts[name] = F.normalize(means, dim=-1)
         return self._texts[name]
 
 
-def _load(model: str) -> Mask2FormerForUniversalSegmentation:
+def _load(model: str, dtype: torch.dtype) -> Mask2FormerForUniversalSegmentation:
     """The detector, if every weight in it comes from the checkpoint."""
     loaded, info = Mask2FormerForUniversalSegmentation.from_pretrained(
-        model, dtype=torch.float32, output_loading_info=True
+        model, dtype=dtype, output_loading_info=True
     )
     # Old checkpoints hold tables that are computed nowadays, and the loss is not needed here.
     tables = {name.rsplit(".", 1)[-1] for name, _ in loaded.named_buffers()}

@@ -10,20 +10,22 @@ from torch import Tensor
 
 from flowgrpo.endpoints import Endpoints, Refused
 from flowgrpo.experience import Prompt
-from flowgrpo.wire import pack, unpack_scores
+from flowgrpo.wire import pack, pack_prompts, unpack_problem, unpack_scores
 from reward_models._parts import scored_in_parts
 
 __all__ = ["Remote"]
 
 log = logging.getLogger(__name__)
 
+CHECKED_AT_ONCE = 1000
+
 
 class Remote:
     """The scores of a reward server, or of several equal ones among which a batch is divided.
 
     The range is that of the reward served. Images travel as PNG, rounded to 8 bits, with their
-    prompts and metadata. A server that is away, for instance to restart, is asked again for
-    ``patience`` seconds while the others go on.
+    prompts, metadata and condition images. A server that is away, for instance to restart, is asked
+    again for ``patience`` seconds while the others go on.
 
     NaN, and so a failed score, where the server's score is null, where a sample has pixels that are
     not finite, and where the reward refused the part of the batch that the sample was in.
@@ -62,6 +64,18 @@ class Remote:
         )
         self.part = part
         self._check(token_env)
+
+    def check(self, prompts: Sequence[Prompt]) -> None:
+        """Ask the reward that is served whether prompts say all that it needs.
+
+        Raises:
+            ValueError: If they do not.
+        """
+        for start in range(0, len(prompts), CHECKED_AT_ONCE):
+            body = pack_prompts(prompts[start : start + CHECKED_AT_ONCE])
+            answer = self.endpoints.request("/check", "application/json", body)
+            if problem := unpack_problem(answer):
+                raise ValueError(problem)
 
     def __call__(
         self, media: Float[Tensor, "batch *frames channels height width"], prompts: Sequence[Prompt]

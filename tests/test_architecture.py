@@ -10,7 +10,8 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 ORDER = [
-    "core", "names", "imports", "tables", "experience", "prompt_files", "prompts", "wire", "endpoints",
+    "core", "names", "imports", "tables", "pictures", "experience", "prompt_files", "prompts", "multipart", "wire",
+    "endpoints",
     "policy", "rewards", "judge", "pairwise", "serving", "frames", "algorithms", "config", "statistics",
     "learner", "run", "estimate", "evaluate", "shapes", "prompt_sets", "observer", "trainer", "doctor",
     "card", "commands", "cli_rewards", "cli", "__main__",
@@ -58,11 +59,11 @@ def test_imports_point_up(path):
         if name.split(".")[0] != "flowgrpo":
             continue
         if own.startswith("reward_models"):
-            # Its types, a scoring rule that is tested apart from the models, and how to reach a
+            # Its types, pictures, a scoring rule that is tested apart, and how to reach a
             # server: both ends must speak of the same bytes.
             allowed = (
-                "flowgrpo.experience", "flowgrpo.evaluate.geneval", "flowgrpo.wire",
-                "flowgrpo.endpoints",
+                "flowgrpo.experience", "flowgrpo.evaluate.geneval", "flowgrpo.pictures",
+                "flowgrpo.wire", "flowgrpo.endpoints",
             )  # fmt: skip
             assert name.startswith(allowed), f"{own} imports {name}"
         elif part(own):  # The package itself passes on names from everywhere, on demand.

@@ -14,50 +14,21 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import (
-    Mask2FormerConfig,
-    Mask2FormerForUniversalSegmentation,
     Mask2FormerImageProcessor,
-    SwinConfig,
 )
 
 from flowgrpo.evaluate.geneval import COLORS, OBJECTS, Detection
 from flowgrpo.experience import Prompt
 from reward_models import geneval
 from reward_models.geneval import ColorClassifier, GenEval, Mask2FormerDetector
+from tests import zoo
 
 # The detector.
 
 
 @pytest.fixture(scope="module")
 def detector_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Mask2Former of the published kind, tiny, sure of itself, for COCO's 80 classes."""
-    folder = tmp_path_factory.mktemp("mask2former")
-    config = Mask2FormerConfig(
-        backbone_config=SwinConfig(
-            embed_dim=8,
-            depths=[1, 1, 1, 1],
-            num_heads=[1, 1, 2, 2],
-            window_size=4,
-            out_features=["stage1", "stage2", "stage3", "stage4"],
-        ),
-        feature_size=32,
-        mask_feature_size=32,
-        hidden_dim=32,
-        encoder_feedforward_dim=16,
-        dim_feedforward=16,
-        encoder_layers=1,
-        decoder_layers=2,
-        num_attention_heads=2,
-        num_queries=12,
-        num_labels=80,
-    )
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = Mask2FormerForUniversalSegmentation(config)
-    with torch.no_grad():
-        model.class_predictor.weight.mul_(100)
-    model.save_pretrained(folder)
-    return folder
+    return zoo.save_mask2former(tmp_path_factory.mktemp("mask2former"))
 
 
 @pytest.fixture(scope="module")
@@ -200,31 +171,7 @@ def test_refuses_checkpoints_that_do_not_fit(detector_folder: Path, tmp_path: Pa
 
 @pytest.fixture(scope="module")
 def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny CLIP in open_clip's own folder format."""
-    folder = tmp_path_factory.mktemp("clip")
-    sizes = {
-        "embed_dim": 16,
-        "vision_cfg": {
-            "image_size": 32,
-            "layers": 1,
-            "width": 32,
-            "patch_size": 8,
-            "head_width": 16,
-        },
-        "text_cfg": {"vocab_size": 49408, "width": 16, "heads": 2, "layers": 1},
-    }
-    (folder / "open_clip_config.json").write_text(
-        json.dumps({"model_cfg": sizes, "preprocess_cfg": {}})
-    )
-    with torch.random.fork_rng():
-        torch.manual_seed(3)
-        model = open_clip.CLIP(**sizes)
-    with torch.no_grad():
-        # Or all pictures would look alike to it.
-        model.visual.conv1.weight.mul_(20)
-        model.visual.transformer.resblocks[0].attn.out_proj.weight.mul_(50)
-    save_file(model.state_dict(), folder / "open_clip_model.safetensors")
-    return folder
+    return zoo.save_open_clip(tmp_path_factory.mktemp("clip"))
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,5 @@
 """HPSv2, aesthetic, ImageReward and DINO on tiny checkpoints, against computations of their own."""
 
-import json
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,7 +10,6 @@ import open_clip
 import pytest
 import torch
 import torch.nn.functional as F
-from open_clip import factory
 from PIL import Image
 from torch import Tensor
 from torchvision import transforms
@@ -26,42 +24,25 @@ from reward_models.hpsv2 import HPSv2
 from reward_models.image_reward import ImageReward
 from tests import zoo
 from tests.zoo import TEXTS, noise
+from tests.zoo import TINY_HPS as TINY
 
-TINY = "flowgrpo-tiny-hps"
 SIZES = [(32, 32), (64, 48), (33, 57), (101, 37), (20, 31)]
 
 
 @pytest.fixture(scope="module")
 def hps(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    folder = tmp_path_factory.mktemp("hps")
-    vision = {"image_size": 32, "layers": 2, "width": 32, "head_width": 16, "patch_size": 8}
-    text = {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2}
-    config = {"embed_dim": 16, "vision_cfg": vision, "text_cfg": text}
-    (folder / f"{TINY}.json").write_text(json.dumps(config))
-    open_clip.add_model_config(folder)
-    with zoo.seeded():
-        state = open_clip.create_model(TINY).state_dict()
-    state = {k: v * 3 if "conv1" in k or "proj" in k else v for k, v in state.items()}
-    torch.save({"epoch": 1, "state_dict": state}, folder / "HPS_v2.1_compressed.pt")
-    yield folder
-    factory._MODEL_CONFIG_PATHS.remove(folder)
-    factory._rescan_model_configs()
+    with zoo.hps_folder(tmp_path_factory.mktemp("hps")) as folder:
+        yield folder
 
 
 @pytest.fixture(scope="module")
 def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = zoo.save_clip(tmp_path_factory.mktemp("clip"))
-    head: dict[str, Tensor] = {}
-    zoo.mlp_state(head, "layers", 16, torch.Generator().manual_seed(1))
-    torch.save(head, folder / "sac+logos+ava1-l14-linearMSE.pth")
-    return folder
+    return zoo.save_aesthetic(tmp_path_factory.mktemp("clip"))
 
 
 @pytest.fixture(scope="module")
 def blip(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = zoo.save_bert_tokenizer(tmp_path_factory.mktemp("blip"))
-    torch.save(zoo.image_reward_state(), folder / "ImageReward.pt")
-    return folder
+    return zoo.save_image_reward(tmp_path_factory.mktemp("blip"))
 
 
 @pytest.fixture(scope="module")

@@ -31,24 +31,9 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return zoo.save_qwen2_vl(tmp_path_factory.mktemp("qwen"))
 
 
-def with_rows(state: dict[str, Tensor], number: int, seed: int) -> dict[str, Tensor]:
-    """The weights with rows for further tokens, as in a resized vocabulary."""
-    random = torch.Generator().manual_seed(seed)
-    rows = torch.randn(number, 32, generator=random)
-    wider = ("embed_tokens.weight", "lm_head.weight")
-    return {k: torch.cat([v, rows]) if k.endswith(wider) else v for k, v in state.items()}
-
-
 @pytest.fixture(scope="module")
 def hpsv3_state(base: Path) -> dict[str, Tensor]:
-    """The published layout: a subclass of Qwen2-VL under today's names, and its head."""
-    model = Qwen2VLForConditionalGeneration.from_pretrained(base)
-    state = with_rows(dict(model.state_dict()), 1, seed=5)
-    random = torch.Generator().manual_seed(6)
-    for n, (inputs, outputs) in {0: (32, 24), 3: (24, 16), 5: (16, 2)}.items():
-        state[f"rm_head.{n}.weight"] = torch.randn(outputs, inputs, generator=random)
-        state[f"rm_head.{n}.bias"] = torch.randn(outputs, generator=random)
-    return {k: v.clone().contiguous() for k, v in state.items()}
+    return zoo.hpsv3_state(base)
 
 
 @pytest.fixture(scope="module")
@@ -60,27 +45,7 @@ def hpsv3_file(hpsv3_state: dict[str, Tensor], tmp_path_factory: pytest.TempPath
 
 @pytest.fixture(scope="module")
 def align_state(base: Path) -> dict[str, Tensor]:
-    """The published layout: peft around a subclass under the old names, with LoRAs unmerged."""
-    model = Qwen2VLForConditionalGeneration.from_pretrained(base)
-    state = zoo.old_names(with_rows(dict(model.state_dict()), 3, seed=7))
-    random = torch.Generator().manual_seed(8)
-    state["rm_head.weight"] = torch.randn(1, 32, generator=random)
-    wrapped = {}
-    for key, tensor in state.items():
-        if "layers" in key and key.endswith("_proj.weight") and not key.startswith("visual"):
-            name = "base_model.model." + key.removesuffix(".weight")
-            wrapped[f"{name}.base_layer.weight"] = tensor
-            outputs, inputs = tensor.shape
-            a, b = (torch.randn(s, generator=random) * 0.01 for s in ((64, inputs), (outputs, 64)))
-            wrapped[f"{name}.lora_A.default.weight"] = a
-            wrapped[f"{name}.lora_B.default.weight"] = b
-        else:
-            wrapped[f"base_model.model.{key}"] = tensor
-    assert sum("lora_A" in k for k in wrapped) == 14
-    return {
-        k.replace("_proj.bias", "_proj.base_layer.bias") if "self_attn" in k else k: v.clone()
-        for k, v in wrapped.items()
-    }
+    return zoo.video_align_state(base)
 
 
 @pytest.fixture(scope="module")

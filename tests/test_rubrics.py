@@ -236,6 +236,9 @@ def test_principles_may_come_with_the_prompt(before):
         assert len(stub.questions) == 2
         with pytest.raises(ValueError, match=r"'Make it so': principles must be a list of objects"):
             subject(EDITED[:1], [prompt([{"kind": "style", "text": "x"}])])
+        subject.check([prompt(PRINCIPLES)])
+        with pytest.raises(ValueError, match="principles must be a list of objects"):
+            subject.check([prompt(PRINCIPLES), prompt("be good")])
         with pytest.raises(
             ValueError,
             match=r"'x' has no condition image, and its metadata 'image' names no picture",

@@ -1,13 +1,17 @@
 """What the tests of reward models share: pictures, and tiny checkpoints in the published layouts."""
 
+import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import open_clip
 import torch
+from open_clip import factory
 from PIL import Image
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import (
     BertTokenizer,
@@ -15,6 +19,8 @@ from transformers import (
     CLIPModel,
     Dinov2Config,
     Dinov2Model,
+    Mask2FormerConfig,
+    Mask2FormerForUniversalSegmentation,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
     Qwen2_5_VLProcessor,
@@ -24,6 +30,7 @@ from transformers import (
     Qwen2VLImageProcessor,
     Qwen2VLProcessor,
     Qwen2VLVideoProcessor,
+    SwinConfig,
 )
 
 from flowgrpo.experience import Prompt
@@ -86,6 +93,89 @@ def save_clip(folder: Path) -> Path:
     )
     with seeded():
         CLIPModel(config).save_pretrained(folder)
+    return folder
+
+
+TINY_HPS = "flowgrpo-tiny-hps"
+
+
+@contextmanager
+def hps_folder(folder: Path) -> Iterator[Path]:
+    """HPS v2.1's checkpoint and its architecture, which open_clip knows for that long."""
+    vision = {"image_size": 32, "layers": 2, "width": 32, "head_width": 16, "patch_size": 8}
+    text = {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2}
+    config = {"embed_dim": 16, "vision_cfg": vision, "text_cfg": text}
+    (folder / f"{TINY_HPS}.json").write_text(json.dumps(config))
+    open_clip.add_model_config(folder)
+    with seeded():
+        state = open_clip.create_model(TINY_HPS).state_dict()
+    state = {k: v * 3 if "conv1" in k or "proj" in k else v for k, v in state.items()}
+    torch.save({"epoch": 1, "state_dict": state}, folder / "HPS_v2.1_compressed.pt")
+    yield folder
+    factory._MODEL_CONFIG_PATHS.remove(folder)
+    factory._rescan_model_configs()
+
+
+def save_open_clip(folder: Path) -> Path:
+    """A tiny CLIP in open_clip's own folder format, ``local-dir:...``."""
+    vision = {"image_size": 32, "layers": 1, "width": 32, "patch_size": 8, "head_width": 16}
+    text = {"vocab_size": 49408, "width": 16, "heads": 2, "layers": 1}
+    sizes = {"embed_dim": 16, "vision_cfg": vision, "text_cfg": text}
+    (folder / "open_clip_config.json").write_text(
+        json.dumps({"model_cfg": sizes, "preprocess_cfg": {}})
+    )
+    with seeded(3):
+        model = open_clip.CLIP(**sizes)
+    with torch.no_grad():
+        # Or all pictures would look alike to it.
+        model.visual.conv1.weight.mul_(20)
+        model.visual.transformer.resblocks[0].attn.out_proj.weight.mul_(50)
+    save_file(model.state_dict(), folder / "open_clip_model.safetensors")
+    return folder
+
+
+def save_aesthetic(folder: Path) -> Path:
+    """A ``CLIPModel`` and the aesthetic predictor's head."""
+    save_clip(folder)
+    head: dict[str, Tensor] = {}
+    mlp_state(head, "layers", 16, torch.Generator().manual_seed(1))
+    torch.save(head, folder / "sac+logos+ava1-l14-linearMSE.pth")
+    return folder
+
+
+def save_image_reward(folder: Path) -> Path:
+    """ImageReward's checkpoint and tokenizer."""
+    save_bert_tokenizer(folder)
+    torch.save(image_reward_state(), folder / "ImageReward.pt")
+    return folder
+
+
+def save_mask2former(folder: Path) -> Path:
+    """A Mask2Former of the published kind, tiny, sure of itself, for COCO's 80 classes."""
+    config = Mask2FormerConfig(
+        backbone_config=SwinConfig(
+            embed_dim=8,
+            depths=[1, 1, 1, 1],
+            num_heads=[1, 1, 2, 2],
+            window_size=4,
+            out_features=["stage1", "stage2", "stage3", "stage4"],
+        ),
+        feature_size=32,
+        mask_feature_size=32,
+        hidden_dim=32,
+        encoder_feedforward_dim=16,
+        dim_feedforward=16,
+        encoder_layers=1,
+        decoder_layers=2,
+        num_attention_heads=2,
+        num_queries=12,
+        num_labels=80,
+    )
+    with seeded():
+        model = Mask2FormerForUniversalSegmentation(config)
+    with torch.no_grad():
+        model.class_predictor.weight.mul_(100)
+    model.save_pretrained(folder)
     return folder
 
 
@@ -264,6 +354,49 @@ def old_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
         key = key.replace("model.visual.", "visual.")
         renamed[key.replace("model.language_model.", "model.")] = tensor
     return renamed
+
+
+def with_rows(state: dict[str, Tensor], number: int, seed: int) -> dict[str, Tensor]:
+    """The weights with rows for further tokens, as in a resized vocabulary."""
+    random = torch.Generator().manual_seed(seed)
+    rows = torch.randn(number, 32, generator=random)
+    wider = ("embed_tokens.weight", "lm_head.weight")
+    return {k: torch.cat([v, rows]) if k.endswith(wider) else v for k, v in state.items()}
+
+
+def hpsv3_state(base: Path) -> dict[str, Tensor]:
+    """The published layout: a subclass of Qwen2-VL under today's names, and its head."""
+    model = Qwen2VLForConditionalGeneration.from_pretrained(base)
+    state = with_rows(dict(model.state_dict()), 1, seed=5)
+    random = torch.Generator().manual_seed(6)
+    for n, (inputs, outputs) in {0: (32, 24), 3: (24, 16), 5: (16, 2)}.items():
+        state[f"rm_head.{n}.weight"] = torch.randn(outputs, inputs, generator=random)
+        state[f"rm_head.{n}.bias"] = torch.randn(outputs, generator=random)
+    return {k: v.clone().contiguous() for k, v in state.items()}
+
+
+def video_align_state(base: Path) -> dict[str, Tensor]:
+    """The published layout: peft around a subclass under the old names, with LoRAs unmerged."""
+    model = Qwen2VLForConditionalGeneration.from_pretrained(base)
+    state = old_names(with_rows(dict(model.state_dict()), 3, seed=7))
+    random = torch.Generator().manual_seed(8)
+    state["rm_head.weight"] = torch.randn(1, 32, generator=random)
+    wrapped = {}
+    for key, tensor in state.items():
+        if "layers" in key and key.endswith("_proj.weight") and not key.startswith("visual"):
+            name = "base_model.model." + key.removesuffix(".weight")
+            wrapped[f"{name}.base_layer.weight"] = tensor
+            outputs, inputs = tensor.shape
+            a, b = (torch.randn(s, generator=random) * 0.01 for s in ((64, inputs), (outputs, 64)))
+            wrapped[f"{name}.lora_A.default.weight"] = a
+            wrapped[f"{name}.lora_B.default.weight"] = b
+        else:
+            wrapped[f"base_model.model.{key}"] = tensor
+    assert sum("lora_A" in k for k in wrapped) == 14
+    return {
+        k.replace("_proj.bias", "_proj.base_layer.bias") if "self_attn" in k else k: v.clone()
+        for k, v in wrapped.items()
+    }
 
 
 def save_qwen25_vl(folder: Path, words: Sequence[str]) -> Path:

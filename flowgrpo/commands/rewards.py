@@ -11,7 +11,7 @@ import signal
 import threading
 import tomllib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -85,14 +85,21 @@ def score(options: argparse.Namespace) -> int:
 
 def serve_reward(options: argparse.Namespace) -> int:
     """``flowgrpo serve-reward``."""
+    from flowgrpo.experience import LearningReward
     from flowgrpo.rewards import Reward, load_reward
     from flowgrpo.serving import RewardServer
     from flowgrpo.wire import Limits
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     settings = Reward(model=options.reward, options=dict(map(parse_setting, options.option)))
+    reward = load_reward(settings)
+    if isinstance(reward, LearningReward):
+        raise ValueError(
+            f"reward {settings.label!r} learns during a run, and its state belongs to the run: behind "
+            "a server it would stay as it was made; use it in the run's own process"
+        )
     server = RewardServer(
-        load_reward(settings),
+        reward,
         name=settings.label,
         host=options.host,
         port=options.port,
@@ -205,9 +212,9 @@ def named_rewards(names: Sequence[str], settings: Sequence[str]) -> "list[Reward
         ValueError: If a setting names none of them.
     """
     from flowgrpo.names import suggest
-    from flowgrpo.rewards import Reward
 
-    options: dict[str, dict[str, Any]] = {Reward(model=n).label: {} for n in names}
+    named = [_named(n) for n in names]
+    options: dict[str, dict[str, Any]] = {r.label: {} for r in named}
     for setting in settings:
         key, value = parse_setting(setting)
         name, dot, option = key.rpartition(".")
@@ -218,7 +225,17 @@ def named_rewards(names: Sequence[str], settings: Sequence[str]) -> "list[Reward
                 f"({known}){suggest(name, options)}"
             )
         options[name][option] = value
-    return [Reward(model=n, options=options[Reward(model=n).label]) for n in names]
+    return [replace(r, options=options[r.label]) for r in named]
+
+
+def _named(text: str) -> "Reward":
+    """The reward of ``MODEL`` or ``NAME=MODEL``."""
+    from flowgrpo.rewards import Reward
+
+    name, equals, model = text.rpartition("=")
+    if equals and (not name or not model):
+        raise ValueError(f"--reward {text!r}: expected MODEL or NAME=MODEL")
+    return Reward(model=model, name=name)
 
 
 def find_media(folder: Path) -> list[Medium]:
@@ -273,14 +290,16 @@ def read_medium(medium: Medium) -> "Tensor":
 
 def _read(file: Path) -> "Tensor":
     import torch
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image
     from torchvision.transforms.functional import pil_to_tensor
+
+    from flowgrpo.pictures import as_rgb
 
     try:
         with Image.open(file) as image:
-            return pil_to_tensor(image.convert("RGB")).to(torch.float32) / 255
-    except UnidentifiedImageError as error:
-        raise ValueError(f"{file} is no image that can be read") from error
+            return pil_to_tensor(as_rgb(image)).to(torch.float32) / 255
+    except (OSError, ValueError, SyntaxError) as error:
+        raise ValueError(f"{file} is no image that can be read: {error}") from error
 
 
 def _prompts_of(

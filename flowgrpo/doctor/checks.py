@@ -283,10 +283,7 @@ def _zeros_drawn(models: Iterable[nn.Module]) -> Iterator[int]:
 
 
 def branch(subject: Subject, stock: Tensor) -> Sequence[Check]:
-    """A branch from the middle agrees.
-
-    Enter in the middle of a rollout and follow it to the end.
-    """
+    """A branch from the middle agrees: enter in the middle of a rollout, follow it to the end."""
     visits, media = subject.rollout.visits, subject.rollout.media
     assert media is not None
     middle = visits[len(visits) // 2]

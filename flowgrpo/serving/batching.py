@@ -117,7 +117,7 @@ class Batcher:
     def _answer(self, jobs: Sequence[_Job]) -> None:
         try:
             scores = self._score([s for j in jobs for s in j.samples])
-        except Exception as error:
+        except BaseException as error:  # or all who wait would wait for ever
             if len(jobs) == 1:
                 log.warning("the reward failed: %s: %s", type(error).__name__, error)
                 jobs[0].done.set_exception(error)

@@ -1,6 +1,7 @@
 """The HTTP server of one reward model, on the standard library.
 
-``POST /score`` scores (:mod:`flowgrpo.wire` says in what form), ``GET /healthz`` answers while it can.
+``POST /score`` scores (:mod:`flowgrpo.wire` says in what form), ``POST /check`` asks whether prompts
+have what the reward needs, ``GET /healthz`` answers while it can.
 """
 
 import hmac
@@ -15,11 +16,19 @@ from typing import Any
 from flowgrpo import __version__
 from flowgrpo.experience import RewardModel
 from flowgrpo.serving.batching import Batcher, Overloaded
-from flowgrpo.wire import Limits, WireError, pack_error, pack_scores, unpack
+from flowgrpo.wire import (
+    Limits,
+    WireError,
+    pack_error,
+    pack_problem,
+    pack_scores,
+    unpack,
+    unpack_prompts,
+)
 
 log = logging.getLogger(__name__)
 
-PATHS = "there are GET /healthz and POST /score"
+PATHS = "there are GET /healthz, POST /score and POST /check"
 SOCKET_SECONDS = 60.0
 """How long a client may be silent in the middle of a request."""
 
@@ -148,19 +157,36 @@ class _Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         try:
             body = self._body()
-            samples = unpack(self.headers.get("Content-Type", ""), body, self.server_of.limits)
-            pending = self.server_of.batcher.submit(samples)
+            if self.path == "/check":
+                self._check(body)
+            else:
+                self._score(body)
         except WireError as error:
             self._refuse(error.status, str(error))
         except Overloaded as error:
             self._refuse(503, str(error), {"Retry-After": "1"})
+
+    def _score(self, body: bytes) -> None:
+        samples = unpack(self.headers.get("Content-Type", ""), body, self.server_of.limits)
+        pending = self.server_of.batcher.submit(samples)
+        failure = pending.exception()
+        if failure is None:
+            self._reply(200, pack_scores(pending.result()))
         else:
-            failure = pending.exception()
-            if failure is None:
-                self._reply(200, pack_scores(pending.result()))
-            else:
-                # Not 500: the server is well, and the same request would fail again.
-                self._refuse(422, f"the reward failed: {type(failure).__name__}: {failure}")
+            # Not 500: the server is well, and the same request would fail again.
+            self._refuse(422, f"the reward failed: {type(failure).__name__}: {failure}")
+
+    def _check(self, body: bytes) -> None:
+        """Rewards look at nothing but the prompts for this, so it need not wait for the model."""
+        prompts = unpack_prompts(body, self.server_of.limits)
+        check = getattr(self.server_of.batcher.reward, "check", None)
+        problem = ""
+        try:
+            if check is not None:
+                check(prompts)
+        except Exception as error:
+            problem = str(error) or type(error).__name__
+        self._reply(200, pack_problem(problem))
 
     def _body(self) -> bytes:
         """The body of a request that may be answered, not read before that is known."""
@@ -168,7 +194,7 @@ class _Handler(BaseHTTPRequestHandler):
         size = int(length) if length.isdigit() else -1
         limit = self.server_of.limits.num_bytes
         refusals = [
-            (self.path != "/score", 404, PATHS),
+            (self.path not in ("/score", "/check"), 404, PATHS),
             (not self._authorised(), 401, "wrong or missing token (Authorization: Bearer ...)"),
             # Only browsers send it: no web page shall reach a server on its user's machine.
             ("Origin" in self.headers, 403, "requests of web pages are refused"),
