@@ -173,10 +173,9 @@ def comparison(study: Study, budgets: Budgets) -> str:
     ]  # fmt: skip
     if not rows:
         return ""
-    seeds = max(len(gains[0]) for gains in every)
-    complete = [gains for gains in every if len(gains[0]) == seeds]
-    halves = [difference([gains[budget] for gains in complete]) for budget in range(3)]
-    words = ["", "", "", "", "two differ by chance by less than"]
+    common = min(len(gains[0]) for gains in every)
+    halves = [difference([gains[budget][:common] for gains in every]) for budget in range(3)]
+    words = [f"two differ by chance by less than ({common} seeds)", "", "", "", ""]
     words += ["" if math.isnan(half) else f"{100 * half:.1f}" for half in halves]
     shown = [cells for _, cells in sorted(rows, key=_descending)]
     return table(heads, [*shown, [*words, ""]])
