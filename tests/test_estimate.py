@@ -66,9 +66,11 @@ def taken(
             visit = policy.replay(prompts, rollout.visits[0].x, 0, CPS())
         size = sum(t.untyped_storage().nbytes() for t in saved.values())
         saved.clear()
+        for parameter in policy.trainable.parameters.values():
+            # The budget counts gradients of weights apart, in full; at the peak few may be there.
+            parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
         visit.gaussian.mean.square().sum().backward()
-    gradients = sum(p.numel() * p.element_size() for p in policy.trainable.parameters.values())
-    return size, live.peak - gradients
+    return size, live.peak
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import heapq
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -101,48 +102,73 @@ def _dependencies(starts: Sequence[Node]) -> Counter[Node]:
 def _arrive(
     arrived: dict[Node, list[Tensor | None]], node: Node, place: int, gradient: Tensor | None
 ) -> None:
-    """Add a gradient to those that a node has."""
+    """Add a gradient to those that a node has, in the shape and precision of what it belongs to."""
     if gradient is None:
         return
-    slots = arrived.setdefault(node, [None] * len(node._input_metadata))
+    outputs = node._input_metadata
+    slots = arrived.setdefault(node, [None] * len(outputs))
+    # A node does not undo broadcasting and casting; autograd's engine does.
+    if gradient.shape != outputs[place].shape:
+        gradient = gradient.sum_to_size(outputs[place].shape)
+    gradient = gradient.to(outputs[place].dtype)
     before = slots[place]
     slots[place] = gradient if before is None else before + gradient
 
 
-def _called(node: Any, gradients: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
-    written = isinstance(node, torch.autograd.function.BackwardCFunction)
-    results = (node.apply if written else node)(*gradients)
-    return results if isinstance(results, tuple) else (results,)
+def _called(node: Any, gradients: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
+    if not isinstance(node, torch.autograd.function.BackwardCFunction):
+        results = node(*gradients)
+        return results if isinstance(results, tuple) else (results,)
+    returned = node.apply(*gradients)
+    results = returned if isinstance(returned, tuple) else (returned,)
+    # A function in Python returns something for every argument, but only tensors have an edge; those
+    # come last in ours.
+    return results[len(results) - len(node.next_functions) :]
+
+
+@dataclass
+class _Job:
+    """A block of a model with its arguments, but for the tensors among them."""
+
+    around: Callable[[], AbstractContextManager[Any]]
+    module: Callable[..., Any]
+    leaves: list[Any]
+    spec: Any
+    form: Any = None
+
+    def run(self, tensors: Sequence[Tensor]) -> list[Any]:
+        """What the block returns, flat."""
+        given = iter(tensors)
+        leaves = [next(given) if isinstance(v, _Slot) else v for v in self.leaves]
+        args, kwargs = tree_unflatten(leaves, self.spec)
+        results, self.form = tree_flatten(self.module(*args, **kwargs))
+        return results
+
+
+class _Slot:
+    """Where a tensor was."""
 
 
 class Again(torch.autograd.Function):
     """Gradient checkpointing: runs without saving anything but the inputs, and again when needed."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        run: Callable[[list[Any]], list[Any]],
-        around: Callable[[], AbstractContextManager[Any]],
-        anchor: Tensor,
-        *leaves: Any,
-    ) -> tuple[Any, ...]:
-        """``run(leaves)``; ``anchor`` needs a gradient, so that the outputs do."""
-        ctx.run, ctx.around, ctx.leaves = run, around, leaves
-        return tuple(run(list(leaves)))
+    def forward(ctx: Any, job: _Job, anchor: Tensor, *tensors: Tensor) -> tuple[Any, ...]:
+        """The block's results; ``anchor`` needs a gradient, so that these do."""
+        ctx.job, ctx.tensors = job, tensors
+        return tuple(job.run(tensors))
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         """Compute again, and go backward through what that saved."""
-        needed = ctx.needs_input_grad[3:]
-        leaves = [
-            v.detach().requires_grad_(n) if isinstance(v, Tensor) else v
-            for v, n in zip(ctx.leaves, needed, strict=True)
-        ]
-        with torch.enable_grad(), ctx.around():
-            roots = roots_of(ctx.run(leaves), gradients)
-        wanted = [v for v, n in zip(leaves, needed, strict=True) if n]
+        needed = ctx.needs_input_grad[2:]
+        pairs = zip(ctx.tensors, needed, strict=True)
+        tensors = [v.detach().requires_grad_(n) for v, n in pairs]
+        with torch.enable_grad(), ctx.job.around():
+            roots = roots_of(ctx.job.run(tensors), gradients)
+        wanted = [v for v, n in zip(tensors, needed, strict=True) if n]
         found = iter(backward(roots, wanted))
-        return (None, None, None, *(next(found) if n else None for n in needed))
+        return (None, None, *(next(found) if n else None for n in needed))
 
 
 def again(
@@ -162,12 +188,7 @@ def again(
         kwargs: For it.
     """
     leaves, spec = tree_flatten((args, kwargs))
-    shape: list[Any] = []
-
-    def run(values: list[Any]) -> list[Any]:
-        positional, named = tree_unflatten(values, spec)
-        results, form = tree_flatten(module(*positional, **named))
-        shape[:] = [form]
-        return results
-
-    return tree_unflatten(list(Again.apply(run, around, anchor, *leaves)), shape[0])
+    tensors = [v for v in leaves if isinstance(v, Tensor)]
+    others = [_Slot() if isinstance(v, Tensor) else v for v in leaves]
+    job = _Job(around, module, others, spec)
+    return tree_unflatten(list(Again.apply(job, anchor, *tensors)), job.form)
