@@ -5,7 +5,8 @@ from pathlib import Path
 
 import matplotlib
 import numpy as np
-from study_report import COLOUR, Budgets, Curve, Study, interval
+from PIL import Image
+from study_report import COLOUR, Budgets, Curve, Study
 from study_runs import ALGORITHMS, Entry
 
 matplotlib.use("Agg")
@@ -16,14 +17,14 @@ INK, REST = "#1f5fa8", "#b8b8b8"
 
 
 def draw(study: Study, budgets: Budgets, folder: Path) -> list[Path]:
-    """Gains over time and accuracy against diversity, a panel per algorithm, as SVG files."""
+    """Gains over time and accuracy against diversity, a panel per algorithm, as PNG files."""
     folder.mkdir(parents=True, exist_ok=True)
     runs = {e: study.curves(e) for e in ALGORITHMS}
     runs = {e: curves for e, curves in runs.items() if curves}
-    plt.rcParams.update({"svg.hashsalt": "flowgrpo", "svg.fonttype": "none", "font.size": 8})
+    plt.rcParams.update({"font.size": 8})
     return [
-        _over_time(study, runs, budgets, folder / "gain.svg"),
-        _against_diversity(runs, folder / "diversity.svg"),
+        _over_time(study, runs, budgets, folder / "gain.png"),
+        _against_diversity(runs, folder / "diversity.png"),
     ]
 
 
@@ -38,28 +39,26 @@ def _panels(number: int) -> tuple[plt.Figure, Sequence[plt.Axes]]:
     return figure, flat
 
 
-def _mean(curves: Sequence[Curve], name: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Iterations, the mean gain in points and half its 95 % interval."""
+def _gains(curves: Sequence[Curve]) -> tuple[np.ndarray, np.ndarray]:
+    """Iterations, and at each of them the gain of every seed in points."""
     iterations = np.asarray(min((c.iterations for c in curves), key=len))
-    gains = np.asarray([[100 * c.gain(name, i) for i in iterations] for c in curves])
-    half = np.asarray([interval(list(column)) for column in gains.T])
-    return iterations, gains.mean(0), np.nan_to_num(half)
+    return iterations, np.asarray([[100 * c.gain("strict", i) for i in iterations] for c in curves])
 
 
 def _over_time(study: Study, runs: dict[Entry, list[Curve]], budgets: Budgets, file: Path) -> Path:
     figure, axes = _panels(len(runs))
     costs = study.costs()
-    means = {e: _mean(curves, "strict") for e, curves in runs.items()}
-    for axis, (entry, (iterations, gain, half)) in zip(axes, means.items(), strict=False):
-        for other, (x, y, _) in means.items():
-            axis.plot(x * costs[other.slug].seconds, y, color=REST, linewidth=0.5)
+    gains = {e: _gains(curves) for e, curves in runs.items()}
+    for axis, (entry, (iterations, by_seed)) in zip(axes, gains.items(), strict=False):
+        for other, (x, y) in gains.items():
+            axis.plot(x * costs[other.slug].seconds, y.mean(0), color=REST, linewidth=0.5)
         seconds = iterations * costs[entry.slug].seconds
-        axis.fill_between(seconds, gain - half, gain + half, color=INK, alpha=0.2, linewidth=0)
-        axis.plot(seconds, gain, color=INK, linewidth=1.5)
+        axis.plot(seconds, by_seed.T, color=INK, linewidth=0.6)
+        axis.plot(seconds, by_seed.mean(0), color=INK, linewidth=1.8)
         axis.axhline(0, color="black", linewidth=0.4)
         axis.set_title(entry.name, fontsize=8)
         axis.set_xlim(0, budgets.seconds)
-        axis.set_ylim(-15, 30)
+        axis.set_ylim(-3, 26)
     figure.supxlabel("seconds of training, one core")
     figure.supylabel("gain in strict accuracy, points")
     return _save(figure, file)
@@ -88,6 +87,8 @@ def _against_diversity(runs: dict[Entry, list[Curve]], file: Path) -> Path:
 
 def _save(figure: plt.Figure, file: Path) -> Path:
     figure.tight_layout()
-    figure.savefig(file, metadata={"Date": None})
+    figure.savefig(file, dpi=110)
     plt.close(figure)
+    # Few colours make a small file.
+    Image.open(file).convert("RGB").quantize(32).save(file, optimize=True)
     return file

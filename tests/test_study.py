@@ -54,7 +54,7 @@ def test_a_short_study_runs_resumes_and_reports(tmp_path):
     assert "old" not in text
     assert "| Flow-GRPO-Fast (quick start) | 1 |" in printed
     assert "| Win rates, near scores tie | 1 |" in text
-    assert {p.name for p in (tmp_path / "study").iterdir()} == {"gain.svg", "diversity.svg"}
+    assert {p.name for p in (tmp_path / "study").iterdir()} == {"gain.png", "diversity.png"}
 
 
 def test_a_curve_is_read_between_its_evaluations_and_not_beyond(report):
