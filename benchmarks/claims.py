@@ -103,7 +103,7 @@ def main() -> None:
         "### Whom the credit goes to\n\n" + credit(*size, options.only or [""]),
         "### What a step's own noise explains\n\n" + explained(options.prompts, options.samples),
         "### Ratios after one update\n\n" + ratios(options.prompts),
-        "### Groups without variance\n\n" + flat_groups(options.prompts),
+        "### Groups without variance\n\n" + flat_groups(3 * options.prompts),
     ]
     text = "\n\n".join(parts)
     if options.write:
