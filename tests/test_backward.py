@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from flowgrpo.estimate.backward import again, backward, roots_of
+from flowgrpo.estimate.live import Live
 
 
 def test_gradients_are_autograds() -> None:
@@ -42,3 +43,18 @@ def test_a_block_computed_again_gives_its_inputs_their_gradients() -> None:
     for a, b in zip(ours, theirs, strict=True):
         assert a is not None
         torch.testing.assert_close(a, b)
+
+
+def test_what_was_saved_is_freed_on_the_way() -> None:
+    weight = torch.ones(64, 64, requires_grad=True)
+    with Live([weight]) as live:
+        x = torch.ones(64, 64)
+        for _ in range(8):
+            x = (x @ weight).relu()
+        roots = roots_of([x])
+        del x
+        saved = live.live
+        backward(roots)
+        # Every step saved one state; a gradient or two more are alive at a time, and none at the end.
+        assert live.peak <= saved + 4 * 64 * 64 * 4
+        assert live.live == 0

@@ -44,18 +44,26 @@ def backward(roots: list[Root], wanted: Sequence[Tensor] = ()) -> list[Tensor | 
     due = _dependencies([node for node, *_ in roots])
     arrived: dict[Node, list[Tensor | None]] = {}
     ready: list[tuple[int, int, Node]] = []
-    found: dict[int, Tensor | None] = {}
-    for node, place, gradient in roots:
-        _arrive(arrived, node, place, gradient)
-    starts = dict.fromkeys(node for node, *_ in roots)
-    roots.clear()
-    for node in starts:
-        if node not in due:
-            heapq.heappush(ready, (-node._sequence_nr(), id(node), node))
-    starts.clear()
+    found: dict[int, Tensor | None] = {id(w): None for w in wanted}
+    _begin(roots, due, arrived, ready)
     while ready:
         _advance(ready, due, arrived, found)
-    return [found.get(id(w)) for w in wanted]
+    return [found[id(w)] for w in wanted]
+
+
+def _begin(
+    roots: list[Root],
+    due: Counter[Node],
+    arrived: dict[Node, list[Tensor | None]],
+    ready: list[tuple[int, int, Node]],
+) -> None:
+    """Hand over the roots. No name may hold on to one: a node keeps all that come after it alive."""
+    for node, place, gradient in roots:
+        _arrive(arrived, node, place, gradient)
+    for node in dict.fromkeys(node for node, *_ in roots):
+        if node not in due:
+            heapq.heappush(ready, (-node._sequence_nr(), id(node), node))
+    roots.clear()
 
 
 def _advance(
@@ -68,7 +76,8 @@ def _advance(
     node = heapq.heappop(ready)[-1]
     gradients = arrived.pop(node, [])
     if hasattr(node, "variable"):
-        found[id(node.variable)] = gradients[0] if gradients else None
+        if gradients and id(node.variable) in found:
+            found[id(node.variable)] = gradients[0]
         return
     edges = node.next_functions
     results = _called(node, gradients) if gradients else (None,) * len(edges)
