@@ -52,6 +52,11 @@ def taken(
     for model in policy.denoisers.values():
         if checkpointing:
             model.enable_gradient_checkpointing()
+    calls: list[tuple[nn.Module, Any, Any]] = []
+    for model in policy.denoisers.values():
+        model.register_forward_pre_hook(lambda *call: calls.append(call), with_kwargs=True)
+    policy.replay(prompts, rollout.visits[0].x, 0, CPS())
+    step, calls = calls, []
     known = [t for m in policy.models.values() for t in [*m.parameters(), *m.buffers()]]
     parameters = {t.untyped_storage()._cdata for t in known}
     saved: dict[int, Tensor] = {}
@@ -61,15 +66,16 @@ def taken(
             saved[tensor.untyped_storage()._cdata] = tensor
         return tensor
 
+    for parameter in policy.trainable.parameters.values():
+        # The budget counts gradients of weights apart, in full; at the peak few may be there.
+        parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
+    # The models alone: at these sizes the states around them would outweigh a block.
     with Live(known) as live:
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-            visit = policy.replay(prompts, rollout.visits[0].x, 0, CPS())
+            outputs = [model(*args, **kwargs)[0] for model, args, kwargs in step]
         size = sum(t.untyped_storage().nbytes() for t in saved.values())
         saved.clear()
-        for parameter in policy.trainable.parameters.values():
-            # The budget counts gradients of weights apart, in full; at the peak few may be there.
-            parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
-        visit.gaussian.mean.square().sum().backward()
+        sum(o.square().mean() for o in outputs).backward()
     return size, live.peak
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.graph import Node
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 Root = tuple[Node, int, Tensor]
 """A node, which of its outputs, and the gradient there."""
@@ -124,15 +124,25 @@ def _arrive(
     slots[place] = gradient if before is None else before + gradient
 
 
-def _called(node: Any, gradients: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
-    if not isinstance(node, torch.autograd.function.BackwardCFunction):
-        results = node(*gradients)
-        return results if isinstance(results, tuple) else (results,)
-    returned = node.apply(*gradients)
-    results = returned if isinstance(returned, tuple) else (returned,)
-    # A function in Python returns something for every argument, but only tensors have an edge; those
-    # come last in ours.
-    return results[len(results) - len(node.next_functions) :]
+def _called(node: Any, gradients: list[Tensor | None]) -> Sequence[Tensor | None]:
+    if hasattr(node, "job"):
+        return _computed_again(node, gradients)
+    results = node(*gradients)
+    return results if isinstance(results, tuple) else (results,)
+
+
+def _computed_again(node: Any, gradients: list[Tensor | None]) -> Sequence[Tensor | None]:
+    """Compute a block again, go backward through what that saved, and let go of its gradients."""
+    _, _, *needed = node.needs_input_grad
+    pairs = zip(node.tensors, needed, strict=True)
+    tensors = [v.detach().requires_grad_(n) for v, n in pairs]
+    with torch.enable_grad(), node.job.around():
+        roots = roots_of(node.job.run(tensors), gradients)
+    gradients.clear()
+    wanted = [v for v, n in zip(tensors, needed, strict=True) if n]
+    found = iter(backward(roots, wanted))
+    # Only tensors have edges: the anchor first.
+    return (None, *(next(found) if n else None for n in needed))
 
 
 @dataclass
@@ -159,25 +169,17 @@ class _Slot:
 
 
 class Again(torch.autograd.Function):
-    """Gradient checkpointing: runs without saving anything but the inputs, and again when needed."""
+    """Gradient checkpointing: runs without saving anything but the inputs.
+
+    Its backward is :func:`_computed_again`, which can let go of gradients that the caller of a
+    function's own ``backward`` would keep.
+    """
 
     @staticmethod
     def forward(ctx: Any, job: _Job, anchor: Tensor, *tensors: Tensor) -> tuple[Any, ...]:
         """The block's results; ``anchor`` needs a gradient, so that these do."""
         ctx.job, ctx.tensors = job, tensors
         return tuple(job.run(tensors))
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-        """Compute again, and go backward through what that saved."""
-        needed = ctx.needs_input_grad[2:]
-        pairs = zip(ctx.tensors, needed, strict=True)
-        tensors = [v.detach().requires_grad_(n) for v, n in pairs]
-        with torch.enable_grad(), ctx.job.around():
-            roots = roots_of(ctx.job.run(tensors), gradients)
-        wanted = [v for v, n in zip(tensors, needed, strict=True) if n]
-        found = iter(backward(roots, wanted))
-        return (None, None, *(next(found) if n else None for n in needed))
 
 
 def again(
@@ -198,6 +200,12 @@ def again(
     """
     leaves, spec = tree_flatten((args, kwargs))
     tensors = [v for v in leaves if isinstance(v, Tensor)]
+    if not any(v.requires_grad for v in tensors):
+        result = module(*args, **kwargs)
+        if not any(isinstance(v, Tensor) and v.requires_grad for v in tree_leaves(result)):
+            # Nothing is trained so far, and nothing kept.
+            return result
+        del result
     others = [_Slot() if isinstance(v, Tensor) else v for v in leaves]
     job = _Job(around, module, others, spec)
     return tree_unflatten(list(Again.apply(job, anchor, *tensors)), job.form)
