@@ -401,11 +401,11 @@ def tables(results: Mapping[str, Any]) -> str:
     ]
     for name, r in results["rates"].items():
         what = f"{r['number']} {'videos' if r['video'] else 'images'}"
-        half = f"{r['bfloat16']:.3g}" if "bfloat16" in r else ""
+        half = _digits(r["bfloat16"]) if "bfloat16" in r else ""
         served = ("", "")
         if "served" in r:
-            served = (f"{r['served']:.3g}", f"{r['served'] / r['float32']:.0%}")
-        cells = (f"`{name}`", what, f"{r['float32']:.3g}", half, *served)
+            served = (_digits(r["served"]), f"{r['served'] / r['float32']:.0%}")
+        cells = (f"`{name}`", what, _digits(r["float32"]), half, *served)
         lines.append(f"| {' | '.join(cells)} |")
     if not results["overlap"]:
         return "\n".join(lines)
@@ -421,6 +421,11 @@ def tables(results: Mapping[str, Any]) -> str:
             f"| {name.split('/')[0]} | {r['batches']:.0f} | {' | '.join(seconds)} | {hidden} |"
         )
     return "\n".join(lines)
+
+
+def _digits(value: float) -> str:
+    """Three digits, without an exponent."""
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def main() -> None:
