@@ -301,7 +301,13 @@ def flat_groups(prompts: int) -> str:
             return f"{float(advantages[rows].abs().mean()):.2f}" if rows.any() else "none"
 
         rows.append([name, f"{len(indices)} of {prompts}", size(in_right), size(wrong), size(~in_flat)])  # fmt: skip
-    heads = ["algorithm", "flat groups", "mean size of advantages: all right", "all wrong", "other groups"]
+    heads = [
+        "algorithm",
+        "flat groups",
+        "mean size of advantages: all right",
+        "all wrong",
+        "other groups",
+    ]
     return table(heads, rows)
 
 
