@@ -263,8 +263,7 @@ def _backward(subject: Subject) -> tuple[int, int, int]:
 def _zeros_drawn(models: Iterable[nn.Module]) -> Iterator[int]:
     """Inside, all-zero matrices hold small noise; gives their number.
 
-    Models of a published class begin with some (gates, last layers), which stop every gradient, and
-    no trained one has any. Adapters begin with zeros too, and keep them.
+    Untrained models have some (gates, last layers), which stop every gradient. Adapters keep theirs.
     """
     zeros = [
         p
@@ -272,10 +271,9 @@ def _zeros_drawn(models: Iterable[nn.Module]) -> Iterator[int]:
         for n, p in m.named_parameters()
         if p.ndim > 1 and p.is_floating_point() and "lora_" not in n and not bool(p.any())
     ]
-    generator = Random(12).generator()
     try:
-        for p in zeros:
-            p.data.copy_(0.05 * torch.randn(p.shape, generator=generator))
+        for i, p in enumerate(zeros):
+            p.data.copy_(0.05 * torch.randn(p.shape, generator=Random(12).at(i).generator()))
         yield len(zeros)
     finally:
         for p in zeros:
