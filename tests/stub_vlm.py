@@ -115,3 +115,24 @@ class Stub:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def moody(question: Question) -> Reply:
+    """By the number in a prompt: well, slowly, with an error once and then well, or garbage."""
+    mood = question.text.split("prompt ")[1][0]
+    if mood == "1":
+        time.sleep(0.5)
+    if mood == "2" and not _failed:
+        _failed.append(True)
+        return 503, {}, b"loading"
+    if mood == "3":
+        return 200, {}, b"<html>"
+    return said("Yes", {"Yes": question.light, "No": 1 - question.light})
+
+
+_failed: list[bool] = []
+
+if __name__ == "__main__":
+    with Stub(moody) as server:
+        print(server.url, flush=True)
+        threading.Event().wait()

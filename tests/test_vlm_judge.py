@@ -2,6 +2,8 @@
 
 import json
 import math
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -459,3 +461,21 @@ def test_every_template_that_comes_along_is_used():
         assert any(f'"{part}"' in source or f"{part}_" in source for part in (name, name[:16])), (
             name
         )
+
+
+def test_a_server_in_a_process_of_its_own():
+    """It answers well, slowly, with an error and then well, with garbage; then it is gone."""
+    command = [sys.executable, "-m", "tests.stub_vlm"]
+    root = Path(__file__).parents[1]
+    with subprocess.Popen(command, cwd=root, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        url = process.stdout.readline().strip()
+        subject = judge(url, patience=3.0)
+        scores = subject(IMAGES, PROMPTS)
+        process.kill()
+        assert scores[3].isnan(), "garbage is no score"
+        others = [0, 1, 2, 4]
+        assert close(scores[others], LIGHT[others])
+        process.wait()
+        with pytest.raises(Exception, match=r"127\.0\.0\.1"):
+            judge(url, patience=0.3)(IMAGES[:1], PROMPTS[:1])
