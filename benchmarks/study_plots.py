@@ -6,7 +6,8 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 from PIL import Image
-from study_report import COLOUR, Budgets, Curve, Study
+from scipy import stats
+from study_report import COLOUR, Budgets, Curve, Study, residual
 from study_runs import ALGORITHMS, Entry
 
 matplotlib.use("Agg")
@@ -45,16 +46,39 @@ def _gains(curves: Sequence[Curve]) -> tuple[np.ndarray, np.ndarray]:
     return iterations, np.asarray([[100 * c.gain("strict", i) for i in iterations] for c in curves])
 
 
+def _halves(gains: Sequence[np.ndarray]) -> np.ndarray:
+    """Half of one seed's 95 % interval along a run, from all algorithms together; 0 for one seed.
+
+    Runs have one evaluation more or less, so they are compared at equal shares of their length.
+    """
+    seeds = min(len(by_seed) for by_seed in gains)
+    points = min(by_seed.shape[1] for by_seed in gains)
+    if seeds < 2 or len(gains) < 2:
+        return np.zeros(points)
+    alike = np.stack([[_at_share(row, points) for row in by_seed[:seeds]] for by_seed in gains])
+    found = [residual(alike[:, :, i]) for i in range(points)]
+    return np.asarray([stats.t.ppf(0.975, freedom) * left for left, freedom in found])
+
+
+def _at_share(values: np.ndarray, points: int) -> np.ndarray:
+    """Values at as many equal shares of their length."""
+    places = np.linspace(0, len(values) - 1, points)
+    return np.interp(places, np.arange(len(values)), values)
+
+
 def _over_time(study: Study, runs: dict[Entry, list[Curve]], budgets: Budgets, file: Path) -> Path:
     figure, axes = _panels(len(runs))
     costs = study.costs()
     gains = {e: _gains(curves) for e, curves in runs.items()}
+    halves = _halves([by_seed for _, by_seed in gains.values()])
     for axis, (entry, (iterations, by_seed)) in zip(axes, gains.items(), strict=False):
         for other, (x, y) in gains.items():
             axis.plot(x * costs[other.slug].seconds, y.mean(0), color=REST, linewidth=0.5)
         seconds = iterations * costs[entry.slug].seconds
-        axis.plot(seconds, by_seed.T, color=INK, linewidth=0.6)
-        axis.plot(seconds, by_seed.mean(0), color=INK, linewidth=1.8)
+        mean, half = by_seed.mean(0), _at_share(halves, len(iterations)) / len(by_seed) ** 0.5
+        axis.fill_between(seconds, mean - half, mean + half, color=INK, alpha=0.2, linewidth=0)
+        axis.plot(seconds, by_seed.T, color=INK, linewidth=0.5)
+        axis.plot(seconds, mean, color=INK, linewidth=1.8)
         axis.axhline(0, color="black", linewidth=0.4)
         axis.set_title(entry.name, fontsize=8)
         axis.set_xlim(0, budgets.seconds)

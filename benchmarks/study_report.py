@@ -12,7 +12,7 @@ from bench_runs import between, evaluations, table
 from scipy import stats
 from study_runs import ALGORITHMS, OVEROPTIMISED, PROMPTS, Entry
 
-ITERATIONS = 10
+ITERATIONS = 8
 """At which algorithms are compared iteration by iteration."""
 COLOUR = "diversity/color"
 
@@ -116,11 +116,16 @@ def difference(gains: Sequence[Sequence[float]]) -> float:
     table = np.asarray([g for g in gains if not any(math.isnan(v) for v in g)])
     if table.ndim != 2 or min(table.shape) < 2:
         return math.nan
+    deviation, freedom = residual(table)
+    return float(stats.t.ppf(0.975, freedom)) * deviation * math.sqrt(2 / table.shape[1])
+
+
+def residual(table: np.ndarray) -> tuple[float, int]:
+    """What is left of gains ``(algorithms, seeds)`` after the means of both, and its degrees of freedom."""
     rows, columns = table.shape
     left = table - table.mean(0) - table.mean(1, keepdims=True) + table.mean()
     freedom = (rows - 1) * (columns - 1)
-    deviation = math.sqrt(float((left**2).sum()) / freedom)
-    return float(stats.t.ppf(0.975, freedom)) * deviation * math.sqrt(2 / columns)
+    return math.sqrt(float((left**2).sum()) / freedom), freedom
 
 
 def points(values: Sequence[float]) -> str:
@@ -196,6 +201,11 @@ def overoptimisation(study: Study) -> str:
                 points([c.gain(n, last) for c in curves]) for n in ("inked", "graded", "strict")
             ]
             ink = [f"{mean(c.values['ink'][0] for c in curves):.3f}", f"{mean(c.at('ink', last) for c in curves):.3f}"]  # fmt: skip
-            rows.append([entry.name, str(len(curves)), f"{last:.0f}", *cells, " → ".join(ink)])
-    heads = ["advantage", "seeds", "iterations", "flawed reward", "graded", "strict", "ink"]
+            colour = [c.at(COLOUR, last) / c.values[COLOUR][0] - 1 for c in curves]
+            cells += [" → ".join(ink), f"{100 * mean(colour):+.0f} %"]
+            rows.append([entry.name, str(len(curves)), f"{last:.0f}", *cells])
+    heads = [
+        "advantage", "seeds", "iterations", "flawed reward", "graded", "strict", "ink",
+        "colour entropy",
+    ]  # fmt: skip
     return f"### A flawed reward\n\n{table(heads, rows)}" if rows else ""
