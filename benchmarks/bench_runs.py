@@ -51,7 +51,10 @@ def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def between(path: Path, name: str, text: str) -> None:
-    """Put a text between a page's markers."""
+    """Put a text between a page's markers. Raises ValueError if it has none."""
     begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
-    page = path.read_text()
-    path.write_text(f"{page.split(begin)[0]}{begin}\n{text}\n{end}{page.split(end)[1]}")
+    before, start, rest = path.read_text().partition(begin)
+    _, stop, after = rest.partition(end)
+    if not start or not stop:
+        raise ValueError(f"{path} has no {begin} ... {end}")
+    path.write_text(f"{before}{begin}\n{text}\n{end}{after}")

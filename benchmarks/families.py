@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.bench_runs import between
 from flowgrpo.commands import quiet
 from flowgrpo.doctor import Settings, examine
 from tests.conftest import sampling_of
@@ -62,13 +63,9 @@ def diagnose(name: str, dtype: str, device: str) -> dict[str, Any]:
 
 def write(page: Path, results: Mapping[str, Mapping[str, Any]]) -> None:
     """Put the table between the markers of a page. Raises ValueError if it has none."""
-    before, start, rest = page.read_text().partition(START)
-    _, end, after = rest.partition(END)
-    if not start or not end:
-        raise ValueError(f"{page} has no {START} ... {END}")
     lines = [HEADER, ("---",) * len(HEADER), *(row(n, r) for n, r in results.items())]
     table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    page.write_text(f"{before}{start}\n{table}\n{end}{after}")
+    between(page, "families", table)
 
 
 def row(name: str, result: Mapping[str, Any]) -> Sequence[str]:

@@ -14,7 +14,8 @@ from jaxtyping import TypeCheckError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from benchmarks.rewards import END, PROMPT, START, TINY, Case
+from benchmarks.reward_cases import TINY, Case
+from benchmarks.rewards import PROMPT
 from flowgrpo.cli import main
 from flowgrpo.experience import Prompt
 from flowgrpo.judge import Failures, Judge
@@ -314,4 +315,4 @@ def test_the_probe_shows_rewards_something_senseless(
 
 def test_the_tables_of_the_benchmark_have_their_place() -> None:
     page = (Path(__file__).parents[1] / "docs" / "rewards.md").read_text()
-    assert page.count(START) == page.count(END) == 1
+    assert page.count("<!-- rewards: begin -->") == page.count("<!-- rewards: end -->") == 1

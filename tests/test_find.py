@@ -23,7 +23,7 @@ from flowgrpo.core.losses import ClippedLoss
 from flowgrpo.core.random import Random
 from flowgrpo.core.several import GDPO, LogTamed, PerReward
 from flowgrpo.core.transitions import Gaussian, gaussian_kl
-from flowgrpo.experience import Group, Prompt
+from flowgrpo.experience import Experience, Group, Prompt
 from flowgrpo.judge import Failures, Judge, Reward
 from flowgrpo.learner import Learner
 from flowgrpo.policy import InitialNoise, Noise, PipelinePolicy
@@ -148,6 +148,17 @@ def config(**train: object) -> Config:
     )
 
 
+RANDOM = Random(0).at("train", 0)
+
+
+def collected(policy: PipelinePolicy, settings: Config, prompts: int = 2) -> Experience:
+    judge = Judge(settings.rewards, Failures())
+    groups = [Group(i, p) for i, p in enumerate(PROMPTS[:prompts])]
+    experience = settings.algorithm.collect(policy, groups, judge, RANDOM)
+    judge.close()
+    return experience
+
+
 def test_gradient_is_the_closed_form(
     noisy: Callable[..., PipelinePolicy], accelerator: Accelerator
 ) -> None:
@@ -155,12 +166,7 @@ def test_gradient_is_the_closed_form(
     settings.check()
     policy.batch_size = 5
     learner = Learner(policy, settings, accelerator)
-    judge = Judge(settings.rewards, Failures())
-    random = Random(0).at("train", 0)
-    groups = [Group(i, p) for i, p in enumerate(PROMPTS)]
-    assert isinstance(settings.algorithm, FIND)
-    experience = settings.algorithm.collect(policy, groups, judge, random)
-    judge.close()
+    experience = collected(policy, settings)
     advantages = settings.algorithm.advantages(experience)
     assert set(experience.actions.step.tolist()) == {INITIAL}
     steps = policy.num_steps()
@@ -183,7 +189,7 @@ def test_gradient_is_the_closed_form(
         step()
 
     learner.optimizer.step = spy  # type: ignore[method-assign]
-    metrics = learner.update(experience, advantages, random)
+    metrics = learner.update(experience, advantages, RANDOM)
     assert metrics["log_prob/noise"] == 0.0
     torch.testing.assert_close(found[MEAN], by_mean, rtol=1e-4, atol=1e-9)
     torch.testing.assert_close(found[LOG_STD], by_log_std, rtol=1e-4, atol=1e-9)
@@ -256,14 +262,9 @@ def test_kl_to_the_standard_normal_holds_it_back(
     policy = shifted(noisy("sd3"))
     settings = replace(config(lr=0.02), loss=ClippedLoss(clip_range=0.2, kl_coef=1.0))
     learner = Learner(policy, settings, accelerator)
-    judge = Judge(settings.rewards, Failures())
-    random = Random(0).at("train", 0)
-    groups = [Group(i, p) for i, p in enumerate(PROMPTS)]
-    assert isinstance(settings.algorithm, FIND)
-    experience = settings.algorithm.collect(policy, groups, judge, random)
-    judge.close()
+    experience = collected(policy, settings)
     nothing = torch.zeros(len(experience.actions))
-    kls = [learner.update(experience, nothing, random)["loss/kl"] for _ in range(15)]
+    kls = [learner.update(experience, nothing, RANDOM)["loss/kl"] for _ in range(15)]
     assert kls[-1] < 0.5 * kls[0]
     assert math.isfinite(kls[0])
 
@@ -272,12 +273,10 @@ def test_kl_to_the_standard_normal_holds_it_back(
 def test_noise_is_credited_by_any_kind_of_advantage(
     advantage: Any, noisy: Callable[..., PipelinePolicy]
 ) -> None:
-    settings = config()
     algorithm = FIND(group_size=4, advantage=advantage)
-    replace(settings, algorithm=algorithm).check()
-    judge = Judge(settings.rewards, Failures())
-    experience = algorithm.collect(noisy("sd3"), [Group(0, PROMPTS[0])], judge, Random(0).at("train", 0))  # fmt: skip
-    judge.close()
+    settings = replace(config(), algorithm=algorithm)
+    settings.check()
+    experience = collected(noisy("sd3"), settings, prompts=1)
     found = algorithm.advantages(experience)
     order = experience.candidates.reward.argsort()
     assert (found[order].diff() >= 0).all(), "what is rewarded more has the larger advantage"
