@@ -20,7 +20,7 @@ from flowgrpo.core.random import Random, SampleNoise
 from flowgrpo.core.steps import AllSteps
 from flowgrpo.core.transitions import CPS, DDIM, Transition
 from flowgrpo.doctor import checks
-from flowgrpo.doctor.checks import PROMPTS, Check, Settings, Subject
+from flowgrpo.doctor.subject import PROMPTS, Check, Measure, Settings, Subject
 from flowgrpo.experience import Prompt
 from flowgrpo.policy import Full, LoRA, PipelinePolicy, Sampling
 from flowgrpo.policy.calling import (
@@ -30,8 +30,8 @@ from flowgrpo.policy.calling import (
     check_strength,
     generators_for,
 )
-from flowgrpo.policy.loading import DTYPES, denoisers
-from flowgrpo.policy.precision import as_batch, encode_still, from_signed, is_pixel_space
+from flowgrpo.policy.loading import DTYPES, autoencoders, denoisers
+from flowgrpo.policy.precision import as_media, encode_still
 from flowgrpo.policy.samplers import first_order
 from flowgrpo.policy.scheduler import FlowPolicyScheduler, policy_scheduler
 from flowgrpo.run.console import Console
@@ -191,7 +191,7 @@ def explained(attempt: str) -> Iterator[None]:
         raise Unfit(f"{attempt} failed: {_in_short(error)}") from error
 
 
-def _guarded(check: checks.Measure, subject: Subject, stock: Tensor) -> Sequence[Check]:
+def _guarded(check: Measure, subject: Subject, stock: Tensor) -> Sequence[Check]:
     """The check; what the pipeline raises in it is its failure."""
     try:
         return check(subject, stock)
@@ -221,10 +221,10 @@ def _stock(model: str | Path, settings: Settings) -> DiffusionPipeline:
     check_signature(pipeline, call)
     check_strength(type(pipeline).__name__, call, settings.sampling.call)
     denoisers(pipeline)
-    if hasattr(pipeline, "vae"):
+    for vae in autoencoders(pipeline):
         # Stock pipelines have one precision throughout.
-        pipeline.vae.to(DTYPES[settings.dtype])
-        encode_still(pipeline)
+        vae.to(DTYPES[settings.dtype])
+    encode_still(pipeline)
     ours = policy_scheduler(pipeline.scheduler)
     pipeline.scheduler = first_order(pipeline.scheduler)
     # So that several states in one loop are refused by name, and not by what follows from them.
@@ -306,8 +306,7 @@ def _call(
                 return_dict=False,
                 **arguments,
             )
-        media = as_batch(output).float().cpu()
-        return from_signed(media) if is_pixel_space(pipeline) else media
+        return as_media(output, pipeline).float().cpu()
 
     arguments = {"prompt": [p.text for p in prompts], **sampling.arguments()}
     return Calling()(run, arguments, len(prompts))

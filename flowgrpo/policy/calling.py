@@ -6,6 +6,7 @@ kept.
 """
 
 import inspect
+import re
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
@@ -15,7 +16,8 @@ from PIL import Image
 
 Result = TypeVar("Result")
 Arguments = dict[str, Any]
-TEXTS = ("prompt", "negative_prompt")
+TEXT = re.compile(r"(negative_)?prompt(_\d)?")
+"""Arguments that hold one text for each prompt."""
 NEEDED = ("prompt", "num_inference_steps", "generator", "output_type")
 """Arguments without which a pipeline's call cannot be steered."""
 
@@ -105,9 +107,10 @@ class Calling:
         raise failure
 
 
-def together(arguments: Arguments, num_prompts: int) -> Arguments | None:
-    """All prompts as a list, a condition image shared by them."""
-    return arguments
+def together(arguments: Arguments, num_prompts: int) -> Arguments:
+    """All prompts as a list, each with the other texts, a condition image shared by them."""
+    texts = {k: v for k, v in arguments.items() if isinstance(v, str) and TEXT.fullmatch(k)}
+    return arguments | {k: [v] * num_prompts for k, v in texts.items()}
 
 
 def image_each(arguments: Arguments, num_prompts: int) -> Arguments | None:
@@ -115,15 +118,15 @@ def image_each(arguments: Arguments, num_prompts: int) -> Arguments | None:
     images = {k: v for k, v in arguments.items() if isinstance(v, Image.Image)}
     if not images:
         return None
-    return arguments | {k: [v] * num_prompts for k, v in images.items()}
+    return together(arguments, num_prompts) | {k: [v] * num_prompts for k, v in images.items()}
 
 
 def alone(arguments: Arguments, num_prompts: int) -> Arguments | None:
     """A single prompt as a string."""
     if num_prompts > 1:
         return None
-    single = {k: arguments[k][0] for k in TEXTS if isinstance(arguments.get(k), list)}
-    return arguments | single
+    lists = {k: v for k, v in arguments.items() if isinstance(v, list) and TEXT.fullmatch(k)}
+    return arguments | {k: v[0] for k, v in lists.items()}
 
 
 def generators_for(arguments: Arguments, generators: Any) -> Any:

@@ -8,6 +8,8 @@ from diffusers import DiffusionPipeline, ModelMixin
 
 from flowgrpo.policy.memory import Quantization, quantization
 
+AUTOENCODERS = ("vae", "movq")
+"""What pipelines call the model that decodes their latents."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -16,7 +18,7 @@ def load_pipeline(
 ) -> DiffusionPipeline:
     """``DiffusionPipeline.from_pretrained`` for a hub id, a folder or ``"shapes"``.
 
-    The VAE stays in fp32, because what it decodes is judged. ``quantize`` is for the denoisers.
+    Autoencoders stay in fp32, because what they decode is judged. ``quantize`` is for the denoisers.
 
     Raises:
         FileNotFoundError: If a folder is named that is no pipeline.
@@ -28,12 +30,13 @@ def load_pipeline(
     if looks_like_path and not path.is_dir():
         raise FileNotFoundError(f"no such folder: {path}")
     source = str(path) if path.is_dir() else str(model)
+    exact = dict.fromkeys(AUTOENCODERS, torch.float32)
     config = None
     if quantize != "none":
         names = [n for n in DiffusionPipeline.load_config(source) if _is_denoiser(n)]
         config = quantization(quantize, dtype, names)
     return DiffusionPipeline.from_pretrained(
-        source, dtype={"default": dtype, "vae": torch.float32}, quantization_config=config
+        source, dtype={"default": dtype, **exact}, quantization_config=config
     )
 
 
@@ -42,8 +45,11 @@ def _is_denoiser(name: str) -> bool:
 
 
 def without_safety_checker(pipeline: DiffusionPipeline) -> None:
-    """Take it out where there is one: it would blacken images that the reward then judges."""
-    if getattr(pipeline, "safety_checker", None) is not None:
+    """Take it out where there is one: it would blacken images that the reward then judges.
+
+    Cosmos cannot be called without its guardrail, and its licence forbids it; that one stays.
+    """
+    if hasattr(pipeline, "run_safety_checker"):
         pipeline.safety_checker = None
 
 
@@ -64,3 +70,16 @@ def denoisers(pipeline: DiffusionPipeline) -> Mapping[str, ModelMixin]:
             f"{type(pipeline).__name__} has no transformer or unet; its components: {names}"
         )
     return found
+
+
+def autoencoders(pipeline: DiffusionPipeline) -> list[ModelMixin]:
+    """The models that decode latents: ``vae``, or by another name (Kandinsky's ``movq``)."""
+    models = [m for m in pipeline.components.values() if isinstance(m, ModelMixin)]
+    return [m for m in models if hasattr(m, "decode")]
+
+
+def helpers(pipeline: DiffusionPipeline) -> list[ModelMixin]:
+    """The models that the loop calls beside the denoisers: ControlNets, image adapters and the like."""
+    apart = [*denoisers(pipeline).values(), *autoencoders(pipeline)]
+    models = [m for m in pipeline.components.values() if isinstance(m, ModelMixin)]
+    return [m for m in models if not any(m is a for a in apart)]

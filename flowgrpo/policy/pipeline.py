@@ -44,10 +44,9 @@ from flowgrpo.policy.memory import (
 from flowgrpo.policy.precision import (
     as_batch,
     as_fp32,
-    from_signed,
+    as_media,
     guarded,
-    is_pixel_space,
-    open_vae,
+    open_others,
 )
 from flowgrpo.policy.prompts_cache import ENCODING_METHODS, remember_encodings
 from flowgrpo.policy.scheduler import Itinerary, Visit, held, policy_scheduler
@@ -158,7 +157,7 @@ class PipelinePolicy:
                 model.to(self.dtype)
             model.forward = guarded(model.forward, self.device, self.dtype, self._precision)
         prepare_denoisers(self.denoisers, memory)
-        open_vae(pipeline)
+        open_others(pipeline, self.device, self.dtype)
         prepare_decoder(pipeline, memory)
         remember_encodings(pipeline, at_hand, memory, self.device)
 
@@ -376,8 +375,7 @@ class PipelinePolicy:
         finally:
             self.scheduler.begin(Itinerary())
             self._entering = None
-        media = as_batch(output)
-        return from_signed(media) if decode and is_pixel_space(self.pipeline) else media
+        return as_media(output, self.pipeline) if decode else as_batch(output)
 
     def _prepare_or_enter(self, *args: Any, **kwargs: Any) -> Any:
         """The pipeline's ``prepare_latents``; with a state to enter, that in its place."""
@@ -390,7 +388,8 @@ class PipelinePolicy:
             prepared = as_fp32(prepared)
             if isinstance(self.trainable, InitialNoise):
                 prepared = self.trainable.place_in(prepared, self._place, self.scheduler)
-        self.scheduler.prepared = parts_of(prepared)
+        # A second call in one is not where states are put in (StableUnCLIP's, after its prior's).
+        self.scheduler.prepared = self.scheduler.prepared or parts_of(prepared)
         return prepared
 
     def _precision(self) -> torch.dtype:

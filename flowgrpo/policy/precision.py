@@ -6,13 +6,27 @@ from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline, ModelMixin
+from diffusers.utils import BaseOutput
 from torch import Tensor, nn
 
+from flowgrpo.policy.calling import Unfit
+from flowgrpo.policy.loading import autoencoders, helpers
 
-def open_vae(pipeline: DiffusionPipeline) -> None:
-    """Both of the below: latents of any precision, condition images always alike."""
+
+def open_others(pipeline: DiffusionPipeline, device: torch.device, dtype: torch.dtype) -> None:
+    """Let the models around the denoisers take the loop's fp32 state, and condition images alike.
+
+    Args:
+        pipeline: Whose autoencoders, ControlNets and adapters get doors.
+        device: Where the models live.
+        dtype: Precision of the denoisers' arithmetic.
+    """
     open_decoder(pipeline)
     encode_still(pipeline)
+    for model in helpers(pipeline):
+        model.forward = guarded(
+            model.forward, device, dtype, functools.partial(getattr, model, "dtype")
+        )
 
 
 def encode_still(pipeline: DiffusionPipeline) -> None:
@@ -20,9 +34,9 @@ def encode_still(pipeline: DiffusionPipeline) -> None:
 
     Some pipelines draw a sample of it; a replay would then see another condition than the rollout.
     """
-    vae = getattr(pipeline, "vae", None)
-    if isinstance(vae, ModelMixin) and hasattr(vae, "encode"):
-        vae.encode = _without_draw(vae.encode)
+    for vae in autoencoders(pipeline):
+        if hasattr(vae, "encode"):
+            vae.encode = _without_draw(vae.encode)
 
 
 def _without_draw(encode: Callable[..., Any]) -> Callable[..., Any]:
@@ -40,10 +54,10 @@ def _without_draw(encode: Callable[..., Any]) -> Callable[..., Any]:
 
 def open_decoder(pipeline: DiffusionPipeline) -> None:
     """Let the VAE take latents of any precision, and compute in its own."""
-    vae = getattr(pipeline, "vae", None)
-    for name in ("encode", "decode"):
-        if isinstance(vae, ModelMixin) and hasattr(vae, name):
-            setattr(vae, name, _in_precision_of(vae, getattr(vae, name)))
+    for vae in autoencoders(pipeline):
+        for name in ("encode", "decode"):
+            if hasattr(vae, name):
+                setattr(vae, name, _in_precision_of(vae, getattr(vae, name)))
 
 
 def _in_precision_of(model: ModelMixin, method: Callable[..., Any]) -> Callable[..., Any]:
@@ -103,7 +117,8 @@ def as_batch(output: Any) -> Tensor:
     Raises:
         ValueError: If they are none.
     """
-    media = output[0] if isinstance(output, tuple) else output
+    # Some pipelines return their output class for latents whatever was asked for (SDXL's adapter).
+    media = output[0] if isinstance(output, tuple | BaseOutput) else output
     if isinstance(media, list) and media and all(isinstance(m, Tensor) for m in media):
         media = torch.stack(media)
     if not isinstance(media, Tensor):
@@ -113,13 +128,23 @@ def as_batch(output: Any) -> Tensor:
     return media
 
 
+def as_media(output: Any, pipeline: DiffusionPipeline) -> Tensor:
+    """The images or videos that a pipeline returned, in [0, 1].
+
+    Raises:
+        Unfit: If they are neither.
+    """
+    media = as_batch(output)
+    if media.ndim not in (4, 5):
+        raise Unfit(
+            f"{type(pipeline).__name__} cannot be a policy: it makes neither images nor videos, but "
+            f"tensors of shape {tuple(media.shape)}"
+        )
+    return (0.5 * media + 0.5).clamp(0, 1) if is_pixel_space(pipeline) else media
+
+
 def is_pixel_space(pipeline: DiffusionPipeline) -> bool:
     """Whether there is nothing to decode with: the loop's state is the image, in [-1, 1]."""
     return not any(
         hasattr(m, "decode") for m in pipeline.components.values() if isinstance(m, nn.Module)
     )
-
-
-def from_signed(media: Tensor) -> Tensor:
-    """From [-1, 1] to [0, 1]."""
-    return (0.5 * media + 0.5).clamp(0, 1)

@@ -6,9 +6,10 @@ from functools import wraps
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline, ModelMixin
+from diffusers import DiffusionPipeline
 from torch import Tensor
 
+from flowgrpo.policy.loading import autoencoders
 from flowgrpo.policy.memory import Encoders, Memory
 from flowgrpo.policy.store import GB, TensorStore, fingerprint, has_media, remembered
 
@@ -37,9 +38,9 @@ def remember_encodings(
         else:
             method = remembered(method)
         setattr(pipeline, name, method)
-    vae = getattr(pipeline, "vae", None)
-    if isinstance(vae, ModelMixin) and hasattr(vae, "encode"):
-        vae.encode = remembered(vae.encode)
+    for vae in autoencoders(pipeline):
+        if hasattr(vae, "encode"):
+            vae.encode = remembered(vae.encode)
 
 
 def _brought_in(method: Callable[..., Any], encoders: Encoders) -> Callable[..., Any]:

@@ -94,6 +94,7 @@ class _Steps:
     _cursor: int
     _taken: int = 0
     _state: Tensor | None = None
+    _version: int = 0
     init_noise_sigma: float
     noise_scale: float = 1.0
     """What the pipeline multiplies its initial noise by (PRX in pixel space)."""
@@ -170,16 +171,16 @@ class _Steps:
         sample: Tensor,
         generator: Any = None,
         return_dict: bool = True,
+        **unknown: Any,
     ) -> tuple[Tensor] | SchedulerOutput:
         """Move one node on; arithmetic and result are fp32 whatever the model's precision.
 
         ``generator`` is for pipelines that always pass one; noise comes from the itinerary.
+
+        Raises:
+            Unfit: If what the pipeline does is no walk along the grid.
         """
-        if self._taken >= len(self._nodes) - 1:
-            raise Unfit(
-                "the pipeline cannot be a policy: one call denoises several times (segments of a long "
-                "video, or stages)"
-            )
+        self._check_step(sample, [k for k, v in unknown.items() if v is not None])
         itinerary, node, next_node = (
             self.itinerary,
             self._nodes[self._cursor],
@@ -199,12 +200,38 @@ class _Steps:
             x_next = x
         elif stochastic and itinerary.noise is not None:
             x_next = gaussian.sample(itinerary.noise.at_step(node, x.shape[1:]).to(x.device))
-        self._state = x_next
+        self._state, self._version = x_next, x_next._version
         if node in itinerary.record:
             # Some loops write the next state over this one.
             x = x.clone() if x.data_ptr() == sample.data_ptr() else x
             itinerary.visits.append(Visit(node, interval, x, x_next, prediction, gaussian))
         return SchedulerOutput(prev_sample=x_next) if return_dict else (x_next,)
+
+    def _check_step(self, sample: Tensor, unknown: Sequence[str]) -> None:
+        """Refuse a step that is not the itinerary's next one, from where the last one ended."""
+        if unknown:
+            raise Unfit(
+                f"the pipeline cannot be a policy: it steps with {', '.join(unknown)}, so that parts of "
+                "its state are at different noise"
+            )
+        if self._taken >= len(self._nodes) - 1:
+            raise Unfit(
+                "the pipeline cannot be a policy: one call denoises several times (segments of a long "
+                "video, or stages)"
+            )
+        state = self._state
+        if self._taken == 0 or state is None:
+            return
+        # Most loops hand back the very tensor that they got, and no accelerator waits for this.
+        kept = state._version == self._version
+        if not kept or (
+            sample is not state
+            and (state.shape != sample.shape or not torch.equal(state.to(sample.dtype), sample))
+        ):
+            raise Unfit(
+                "the pipeline cannot be a policy: between two steps it changes its state, which no "
+                "log-probability accounts for (inpainting does, where the denoiser takes no mask)"
+            )
 
     def _deterministic(self, node: int) -> ODE | SecondOrder:
         after_all = node > max(self.itinerary.stochastic, default=-1)
@@ -212,10 +239,7 @@ class _Steps:
 
     def _unrounded(self, sample: Tensor) -> Tensor:
         """The loop's state in fp32, also where the pipeline rounded what it got (CogVideoX)."""
-        state = self._state
-        if sample.dtype == torch.float32 or state is None:
-            return sample.float()
-        return state if torch.equal(state.to(sample.dtype), sample) else sample.float()
+        return sample.float() if self._taken == 0 or self._state is None else self._state
 
     def interval(self, node: int, next_node: int) -> Step:
         """The weights of data and noise between two nodes of the current grid."""
