@@ -19,7 +19,7 @@ from flowgrpo.core.transitions import Gaussian
 from flowgrpo.experience import Actions, Experience
 from flowgrpo.policy import EMA, PipelinePolicy
 from flowgrpo.policy.calls import call_key
-from flowgrpo.policy.scheduler import Visit
+from flowgrpo.policy.itinerary import Visit
 from flowgrpo.policy.weights import swapped
 from flowgrpo.statistics import Statistics
 

@@ -6,16 +6,22 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import FluxPipeline
+from diffusers import (
+    ControlNetModel,
+    DiffusionPipeline,
+    FluxPipeline,
+    StableDiffusionControlNetPipeline,
+)
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from flowgrpo.core.transitions import Gaussian
-from flowgrpo.doctor import Settings, checks, examine
+from flowgrpo.doctor import PROMPTS, Settings, checks, examine
 from flowgrpo.policy import Full, LoRA, PipelinePolicy
 from flowgrpo.policy.scheduler import FlowPolicyScheduler
-from tests.conftest import sampling_of
+from tests.conftest import noise_of, sampling_of
 from tests.tiny import FAMILIES
+from tests.tiny.parts import GRADIENT, fill_zeros
 
 Tiny = Callable[[str], Path]
 
@@ -56,6 +62,28 @@ def test_full_weights_pass(name: str, tiny: Tiny) -> None:
 @pytest.mark.parametrize("name", ["sd15", "sd3", "flux_kontext", "cogvideox"])
 def test_bfloat16_passes(name: str, tiny: Tiny) -> None:
     assert failures(tiny(name), name, dtype="bfloat16") == {}
+
+
+def test_a_controlnet_passes_in_bfloat16(tiny: Tiny, tmp_path: Path) -> None:
+    components = DiffusionPipeline.from_pretrained(tiny("sd15")).components
+    # The smallest that its embedding of the image takes for what the VAE's factor is here.
+    helper = ControlNetModel.from_unet(
+        components["unet"], conditioning_embedding_out_channels=(4, 8)
+    )
+    for layer in (*helper.controlnet_down_blocks, helper.controlnet_mid_block):
+        fill_zeros(layer, 0.2)
+    pipeline = StableDiffusionControlNetPipeline(
+        **components, controlnet=helper, requires_safety_checker=False
+    )
+    pipeline.save_pretrained(tmp_path)
+    condition = {"image": GRADIENT.resize((16, 16))}
+    assert failures(tmp_path, "sd15", dtype="bfloat16") == {}
+    other = sampling_of("sd15", call=condition | {"controlnet_conditioning_scale": 0.0})
+    images = [
+        PipelinePolicy.from_pretrained(tmp_path, sampling=s).images(PROMPTS, noise_of(0, 1, 2))
+        for s in (sampling_of("sd15", call=condition), other)
+    ]
+    assert (images[0] - images[1]).abs().max() > 0.01
 
 
 def test_overflow_in_float16_is_caught(tiny: Tiny, tmp_path: Path) -> None:
@@ -126,6 +154,35 @@ def test_a_cut_gradient_is_caught(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -
     failed = failures(tiny("sd3"), "sd3")
     assert set(failed) == {GRADIENTS}
     assert failed[GRADIENTS].startswith("0/")
+
+
+def test_weights_that_change_nothing_need_no_gradient(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def idle(policy: PipelinePolicy) -> None:
+        """A weight that the loop does not use, and then one that it uses behind a cut."""
+        assert policy.trainable is not None
+        policy.trainable.parameters["idle"] = torch.nn.Parameter(torch.ones(3))
+
+    with monkeypatch.context() as patch:
+        after_init(patch, idle)
+        diagnosis = examine(tiny("sd3"), Settings(sampling=sampling_of("sd3")))
+    (check,) = (c for c in diagnosis.checks if c.name == GRADIENTS)
+    assert check.passed
+    assert check.value.endswith("(1 change nothing)")
+
+    def cut(policy: PipelinePolicy) -> None:
+        norm = policy.denoisers["transformer"].norm_out
+        kept = norm.forward
+        norm.forward = lambda *a, **k: kept(*a, **k) + 0.1 * hidden.detach()
+        assert policy.trainable is not None
+        policy.trainable.parameters["hidden"] = hidden
+
+    hidden = torch.nn.Parameter(torch.tensor(0.5))
+    after_init(monkeypatch, cut)
+    diagnosis = examine(tiny("sd3"), Settings(sampling=sampling_of("sd3")))
+    (check,) = (c for c in diagnosis.checks if c.name == GRADIENTS)
+    assert not check.passed
 
 
 def test_a_gradient_that_leaks_is_caught(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:

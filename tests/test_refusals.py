@@ -13,12 +13,15 @@ from diffusers import (
     DDPMPipeline,
     DDPMScheduler,
     DiffusionPipeline,
+    FlowMatchEulerDiscreteScheduler,
     FluxImg2ImgPipeline,
     IFPipeline,
     LCMScheduler,
+    LTXConditionPipeline,
     LTXImageToVideoPipeline,
     QwenImageEditPlusPipeline,
     SkyReelsV2DiffusionForcingPipeline,
+    StableDiffusionXLInpaintPipeline,
     UNet2DModel,
 )
 from PIL import Image
@@ -111,6 +114,45 @@ def test_stepping_several_states_is_refused(
     assert "it steps several states at once" in refusal(
         folder, sampling_of("skyreels_v2", num_frames=9)
     )
+
+
+def test_inpainting_that_blends_between_steps_is_refused(tiny: Tiny, tmp_path: Path) -> None:
+    folder = resaved(tiny("sdxl"), StableDiffusionXLInpaintPipeline, tmp_path / "inpaint")
+    sampling = Sampling(num_steps=4, height=16, width=16, call={"strength": 1.0})
+    assert "between two steps it changes its state" in refusal(folder, sampling)
+
+
+def test_times_for_each_token_are_refused(tiny: Tiny, tmp_path: Path) -> None:
+    parts = DiffusionPipeline.from_pretrained(tiny("ltx")).components
+    parts["scheduler"] = FlowMatchEulerDiscreteScheduler()
+    LTXConditionPipeline(**parts).save_pretrained(tmp_path)
+    text = refusal(tmp_path, sampling_of("ltx"))
+    assert "it steps with per_token_timesteps, so that parts of its state" in text
+
+
+def test_sound_is_refused(make_policy: Callable[..., PipelinePolicy]) -> None:
+    policy = make_policy("sd15")
+    decode = policy.pipeline.image_processor.postprocess
+    policy.pipeline.image_processor.postprocess = lambda *a, **k: decode(*a, **k)[:, 0]
+    with pytest.raises(
+        Unfit, match=r"neither images nor videos, but tensors of shape \(2, 16, 16\)"
+    ):
+        policy.images([Prompt("a")] * 2, SampleNoise([Random(0).at(i) for i in range(2)]))
+
+
+def test_a_pipeline_that_prepares_a_prior_first_is_refused(
+    make_policy: Callable[..., PipelinePolicy],
+) -> None:
+    policy = make_policy("sd15")
+    prepare = policy.pipeline.prepare_latents
+
+    def prior_first(*args: Any, **kwargs: Any) -> Any:
+        policy.scheduler.prepared = [torch.zeros(2, 32)]
+        return prepare(*args, **kwargs)
+
+    policy.pipeline.prepare_latents = prior_first
+    with pytest.raises(Unfit, match=r"of what it prepares, \[\(2, 32\)\]"):
+        policy.images([Prompt("a")] * 2, SampleNoise([Random(0).at(i) for i in range(2)]))
 
 
 def test_a_pipeline_without_latents_is_refused(tmp_path: Path) -> None:
@@ -235,6 +277,20 @@ def test_the_forms() -> None:
     picture = Image.new("RGB", (2, 2))
     given = {"prompt": ["a", "b"], "image": picture, "height": 16}
     assert together(given, 2) == given
+    texts = {
+        "negative_prompt": "c",
+        "prompt_2": "d",
+        "system_prompt": "e",
+        "negative_prompt_2": ["f"],
+    }
+    assert together(given | texts, 2) == given | texts | {
+        "negative_prompt": ["c", "c"],
+        "prompt_2": ["d", "d"],
+    }
+    assert alone({"prompt": ["a"], "negative_prompt": ["b"]}, 1) == {
+        "prompt": "a",
+        "negative_prompt": "b",
+    }
     assert image_each(given, 2) == given | {"image": [picture, picture]}
     assert image_each({"prompt": ["a"]}, 1) is None
     assert alone(given, 2) is None

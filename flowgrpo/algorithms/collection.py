@@ -15,7 +15,7 @@ from flowgrpo.core.transitions import ODE, Gaussian, Transition
 from flowgrpo.experience import Actions, Candidates, Cost, Experience, Group, Prompt
 from flowgrpo.judge import Judge, Scores
 from flowgrpo.policy import PipelinePolicy
-from flowgrpo.policy.scheduler import Visit
+from flowgrpo.policy.itinerary import Visit
 
 Strides = Literal["even", "released"]
 

@@ -17,7 +17,7 @@ from flowgrpo.core.transitions import Transition
 from flowgrpo.experience import Actions, Candidates, Cost, Experience, Group
 from flowgrpo.judge import Judge
 from flowgrpo.policy import PipelinePolicy
-from flowgrpo.policy.scheduler import Visit
+from flowgrpo.policy.itinerary import Visit
 
 
 @dataclass(frozen=True)

@@ -284,8 +284,10 @@ def _completions(
     yield sampling, ""
     size = (sampling.width or 256, sampling.height or 256)
     gradient = Image.linear_gradient("L").convert("RGB").resize(size)
-    white = Image.new("L", size, 255)
-    made = {"image": gradient, "mask_image": white, "control_image": gradient}
+    # Half of it white: some loops keep what lies outside of a mask, and would pass with a full one.
+    mask = Image.new("L", size, 0)
+    mask.paste(255, (0, 0, size[0] // 2, size[1]))
+    made = {"image": gradient, "mask_image": mask, "control_image": gradient}
     missing = [n for n in made if n in parameters and n not in sampling.call]
     for names in [missing[:1], missing] if len(missing) > 1 else [missing]:
         if names:

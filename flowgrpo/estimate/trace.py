@@ -20,9 +20,10 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 
 from flowgrpo.estimate.backward import again, backward, roots_of
 from flowgrpo.estimate.live import CUDA_BLOCK, FusedAttention, Live, Values, autocast_as_on
+from flowgrpo.policy.itinerary import Itinerary
 from flowgrpo.policy.loading import denoisers
 from flowgrpo.policy.precision import as_fp32, cast
-from flowgrpo.policy.scheduler import Itinerary, policy_scheduler
+from flowgrpo.policy.scheduler import policy_scheduler
 
 CPU = torch.device("cpu")
 

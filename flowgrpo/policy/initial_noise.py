@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from flowgrpo.core.transitions import Gaussian, Prediction, Step
 from flowgrpo.policy.entering import Place, enter, parts_of, place, shapes_of
-from flowgrpo.policy.scheduler import PolicyScheduler, Visit
+from flowgrpo.policy.itinerary import Visit
+from flowgrpo.policy.scheduler import PolicyScheduler
 from flowgrpo.policy.weights import require_same
 
 INITIAL = -1

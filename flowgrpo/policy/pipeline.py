@@ -33,6 +33,7 @@ from flowgrpo.policy.calling import (
 from flowgrpo.policy.calls import Sampling, batches, own_arguments
 from flowgrpo.policy.entering import Place, enter, parts_of
 from flowgrpo.policy.initial_noise import INITIAL, InitialNoise, Noise
+from flowgrpo.policy.itinerary import Itinerary, Visit, held
 from flowgrpo.policy.loading import DTYPES, denoisers, load_pipeline, without_safety_checker
 from flowgrpo.policy.memory import (
     Encoders,
@@ -49,7 +50,7 @@ from flowgrpo.policy.precision import (
     open_others,
 )
 from flowgrpo.policy.prompts_cache import ENCODING_METHODS, remember_encodings
-from flowgrpo.policy.scheduler import Itinerary, Visit, held, policy_scheduler
+from flowgrpo.policy.scheduler import policy_scheduler
 from flowgrpo.policy.weights import Full, Trainable, Weights
 
 

@@ -5,81 +5,24 @@ It stands in for the pipeline's own scheduler. Before each call of the pipeline 
 The pipeline then runs its usual loop over ``timesteps`` and calls ``step``.
 """
 
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from diffusers import DDIMScheduler, EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler
 from diffusers.schedulers.scheduling_utils import SchedulerMixin, SchedulerOutput
-from jaxtyping import Float
 from torch import Tensor
 
-from flowgrpo.core.random import SampleNoise
-from flowgrpo.core.solvers import SecondOrder, Solver
-from flowgrpo.core.transitions import ODE, Gaussian, Prediction, Step, Transition
+from flowgrpo.core.solvers import SecondOrder
+from flowgrpo.core.transitions import ODE, Prediction, Step
 from flowgrpo.policy.calling import Unfit
 from flowgrpo.policy.entering import Place, locate, place, shapes_of
+from flowgrpo.policy.itinerary import Itinerary, Visit
 from flowgrpo.policy.samplers import first_order, is_flow
 
 Grid = list[float] | np.ndarray | Tensor
 """What pipelines hand to ``set_timesteps``."""
-
-
-@dataclass(frozen=True)
-class Visit:
-    """One step as it happened.
-
-    Attributes:
-        step: Index in the grid of the node that the step left.
-        interval: The step's signal and noise weights.
-        x: The state before, fp32.
-        x_next: The state after, fp32.
-        prediction: What the model said; carries gradients in a replay.
-        gaussian: The distribution of ``x_next``.
-    """
-
-    step: int
-    interval: Step
-    x: Float[Tensor, "batch *latent"]
-    x_next: Float[Tensor, "batch *latent"]
-    prediction: Prediction
-    gaussian: Gaussian
-
-
-@dataclass
-class Itinerary:
-    """What the scheduler does in one call of the pipeline.
-
-    Attributes:
-        nodes: Indices of the grid to visit, ascending; ``n`` nodes make ``n - 1`` steps, and the
-            grid of ``T`` steps has nodes 0 (noise) to T (data). ``None`` visits all.
-        stochastic: The steps that follow ``transition``; the others follow the ODE.
-        transition: The stochastic step.
-        noise: What the stochastic steps inject; without it they return their mean.
-        record: The steps to record.
-        solver: How the deterministic steps after the last stochastic one are taken.
-        hold: Whether steps leave the state as it is, for pipelines whose loop cannot be empty.
-        visits: The record.
-    """
-
-    nodes: Sequence[int] | None = None
-    stochastic: Collection[int] = ()
-    transition: Transition = field(default_factory=ODE)
-    noise: SampleNoise | None = None
-    record: Collection[int] = ()
-    solver: Solver = "euler"
-    hold: bool = False
-    visits: list[Visit] = field(default_factory=list)
-
-
-def held(itinerary: Itinerary, num_steps: int) -> Itinerary:
-    """The same for a loop that cannot be empty: one step from or to the only node changes nothing."""
-    assert itinerary.nodes is not None
-    (node,) = itinerary.nodes
-    nodes = [node, node + 1] if node < num_steps else [node - 1, node]
-    return replace(itinerary, nodes=nodes, hold=True, visits=[])
 
 
 class _Steps:
@@ -289,6 +232,11 @@ class FlowPolicyScheduler(_Steps, FlowMatchEulerDiscreteScheduler):
             self.num_inference_steps = len(self.timesteps)
         # On the CPU, so that no step waits for the accelerator.
         self._grid_sigmas = [float(s) for s in self.sigmas.cpu()]
+        if max(self._grid_sigmas) > 1.001:
+            raise Unfit(
+                "the pipeline cannot be a policy: its noise grows to "
+                f"{max(self._grid_sigmas):g} (Cosmos 2), and that of a rectified flow from 0 to 1"
+            )
         if self.config.invert_sigmas:
             self._grid_sigmas = [1 - s for s in self._grid_sigmas]
         self._restrict()
@@ -335,6 +283,8 @@ class DiffusionPolicyScheduler(_Steps, DDIMScheduler):
         if isinstance(source, EulerDiscreteScheduler):
             self.init_noise_sigma = float(source.init_noise_sigma) * self._alpha_bars[0] ** 0.5
         self._restrict()
+        if hasattr(source, "sigmas"):
+            self.sigmas = source.sigmas[self._nodes]
 
     def interval(self, node: int, next_node: int) -> Step:
         landing = self._landings[node] if next_node == node + 1 else self._alpha_bars[next_node]
