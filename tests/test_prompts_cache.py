@@ -14,6 +14,7 @@ from torch import Tensor
 
 from flowgrpo.core.random import Random
 from flowgrpo.policy.prompts_cache import PromptCache
+from flowgrpo.policy.rewriting import rewritten_once
 from flowgrpo.policy.store import TensorStore, num_bytes
 from tests.conftest import sampling_of
 from tests.tiny import FAMILIES
@@ -230,3 +231,36 @@ def test_what_memory_cannot_hold_comes_back_from_disk(encode: Counting) -> None:
     del cache
     gc.collect()
     assert not folder.exists()
+
+
+def test_prompts_are_rewritten_once_and_always_alike() -> None:
+    asked: list[Any] = []
+
+    def rewrite(prompt: Any, device: str, temperature: float = 1.0, image: Any = None) -> Any:
+        asked.append(prompt)
+        draw = f" {torch.rand(()).item():.6f}"
+        return prompt + draw if isinstance(prompt, str) else [p + draw for p in prompt]
+
+    state = torch.random.get_rng_state()
+    once, again = rewritten_once(rewrite), rewritten_once(rewrite)
+    first = once(["a", "b"], "cpu")
+    assert asked == [["a"], ["b"]]
+    assert first[0] != first[1].replace("b", "a")
+    assert once(prompt=["b", "a"], device="cpu") == first[::-1]
+    assert asked == [["a"], ["b"]]
+    assert once("a", "cpu") == once("a", device="cpu")
+    assert asked == [["a"], ["b"], "a"]
+    assert once(["a"], "cpu", temperature=0.5) != [first[0]]
+    # Another process, another time: the same text; and nobody else's randomness is touched.
+    torch.rand(3)
+    assert again(["a", "b"], "cpu") == first
+    torch.random.set_rng_state(state)
+    before = torch.rand(2)
+    torch.random.set_rng_state(state)
+    rewritten_once(rewrite)(["c"], "cpu")
+    assert torch.equal(torch.rand(2), before)
+    # What cannot be told apart is asked anew.
+    count = len(asked)
+    for _ in range(2):
+        once(["a", "b"], "cpu", image=object())
+    assert asked[count:] == [["a", "b"]] * 2

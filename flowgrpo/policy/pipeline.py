@@ -16,8 +16,7 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline
 from jaxtyping import Float
-from torch import Tensor, nn
-from transformers import PreTrainedModel
+from torch import Tensor
 
 from flowgrpo.core.random import SampleNoise
 from flowgrpo.core.solvers import Solver
@@ -35,21 +34,11 @@ from flowgrpo.policy.entering import Place, enter, parts_of
 from flowgrpo.policy.initial_noise import INITIAL, InitialNoise, Noise
 from flowgrpo.policy.itinerary import Itinerary, Visit, held
 from flowgrpo.policy.loading import DTYPES, denoisers, load_pipeline, without_safety_checker
-from flowgrpo.policy.memory import (
-    Encoders,
-    Memory,
-    is_quantized,
-    prepare_decoder,
-    prepare_denoisers,
-)
-from flowgrpo.policy.precision import (
-    as_batch,
-    as_fp32,
-    as_media,
-    guarded,
-    open_others,
-)
-from flowgrpo.policy.prompts_cache import ENCODING_METHODS, remember_encodings
+from flowgrpo.policy.memory import Memory
+from flowgrpo.policy.precision import as_batch, as_fp32, as_media
+from flowgrpo.policy.preparing import models_of, prepare
+from flowgrpo.policy.prompts_cache import ENCODING_METHODS
+from flowgrpo.policy.rewriting import REWRITING_METHODS
 from flowgrpo.policy.scheduler import policy_scheduler
 from flowgrpo.policy.weights import Full, Trainable, Weights
 
@@ -126,7 +115,9 @@ class PipelinePolicy:
         pipeline.scheduler = self.scheduler
         pipeline.set_progress_bar_config(disable=True)
         without_safety_checker(pipeline)
-        self._prepare_models(memory or Memory())
+        self.models = models_of(pipeline)
+        self.denoisers = denoisers(pipeline)
+        prepare(pipeline, memory or Memory(), self.device, self.dtype, self._precision)
         self.trainable: Trainable | InitialNoise | None = None
         if isinstance(weights, Noise):
             self.trainable = InitialNoise(weights)
@@ -141,26 +132,6 @@ class PipelinePolicy:
         self._prepare = getattr(pipeline, "prepare_latents", None)
         if self._prepare is not None:
             pipeline.prepare_latents = self._prepare_or_enter
-
-    def _prepare_models(self, memory: Memory) -> None:
-        """Put every model where it belongs, frozen, in its precision, behind its doors."""
-        pipeline = self.pipeline
-        self.models = {k: m for k, m in pipeline.components.items() if isinstance(m, nn.Module)}
-        self.denoisers = denoisers(pipeline)
-        encoders = {k: m for k, m in self.models.items() if isinstance(m, PreTrainedModel)}
-        for name, model in self.models.items():
-            model.eval().requires_grad_(False)
-            if name not in encoders and not is_quantized(model):
-                model.to(self.device)
-        at_hand = Encoders(encoders, self.device, memory.offload_text_encoders)
-        for model in self.denoisers.values():
-            if model.dtype != self.dtype and not is_quantized(model):
-                model.to(self.dtype)
-            model.forward = guarded(model.forward, self.device, self.dtype, self._precision)
-        prepare_denoisers(self.denoisers, memory)
-        open_others(pipeline, self.device, self.dtype)
-        prepare_decoder(pipeline, memory)
-        remember_encodings(pipeline, at_hand, memory, self.device)
 
     @classmethod
     def from_pretrained(cls, model: str | Path, **options: Any) -> "PipelinePolicy":
@@ -305,7 +276,7 @@ class PipelinePolicy:
         The policy cannot be used any more after this.
         """
         self.pipeline.scheduler = self.shipped_scheduler
-        for name in (*ENCODING_METHODS, "prepare_latents"):
+        for name in (*ENCODING_METHODS, *REWRITING_METHODS, "prepare_latents"):
             self.pipeline.__dict__.pop(name, None)
         return self.pipeline
 
@@ -361,13 +332,8 @@ class PipelinePolicy:
         if self._prepare is None and entering is not None:
             arguments, self._entering = arguments | {"latents": entering.to(self.device)}, None
         try:
-            output = self._call(
-                self.pipeline,
-                **arguments,
-                generator=generators_for(arguments, generators),
-                output_type="pt" if decode else "latent",
-                return_dict=False,
-            )
+            generator = generators_for(arguments, generators)
+            output = self._output(arguments | {"generator": generator}, decode)
             name = type(self.pipeline).__name__
             if self._entering is not None:
                 raise Unfit(f"{name} cannot be entered: its call prepares no latents")
@@ -376,6 +342,19 @@ class PipelinePolicy:
         finally:
             self.scheduler.begin(Itinerary())
             self._entering = None
+        return output
+
+    def _output(self, arguments: dict[str, Any], decode: bool) -> Tensor:
+        """What the pipeline returns: media, or the last state of its loop."""
+        kind = "pt" if decode else "latent"
+        try:
+            output = self._call(self.pipeline, **arguments, output_type=kind, return_dict=False)
+        except Exception:
+            # What goes wrong after the loop does not matter where only its states are wanted
+            # (QwenImageLayered cannot return latents).
+            if decode or self.scheduler.arrived is None:
+                raise
+            return self.scheduler.arrived
         return as_media(output, self.pipeline) if decode else as_batch(output)
 
     def _prepare_or_enter(self, *args: Any, **kwargs: Any) -> Any:

@@ -24,6 +24,8 @@ def open_others(pipeline: DiffusionPipeline, device: torch.device, dtype: torch.
     open_decoder(pipeline)
     encode_still(pipeline)
     for model in helpers(pipeline):
+        # Some ask for it without having it (Z-Image's ControlNet).
+        model.gradient_checkpointing = getattr(model, "gradient_checkpointing", False)
         model.forward = guarded(
             model.forward, device, dtype, functools.partial(getattr, model, "dtype")
         )

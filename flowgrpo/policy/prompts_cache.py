@@ -11,6 +11,7 @@ from torch import Tensor
 
 from flowgrpo.policy.loading import autoencoders
 from flowgrpo.policy.memory import Encoders, Memory
+from flowgrpo.policy.rewriting import REWRITING_METHODS, rewritten_once
 from flowgrpo.policy.store import GB, TensorStore, fingerprint, has_media, remembered
 
 PROMPT_ARGUMENTS = (
@@ -38,6 +39,10 @@ def remember_encodings(
         else:
             method = remembered(method)
         setattr(pipeline, name, method)
+    for name in REWRITING_METHODS:
+        if hasattr(pipeline, name):
+            method = _brought_in(getattr(pipeline, name), encoders)
+            setattr(pipeline, name, rewritten_once(method))
     for vae in autoencoders(pipeline):
         if hasattr(vae, "encode"):
             vae.encode = remembered(vae.encode)

@@ -56,6 +56,12 @@ class _Steps:
         self.itinerary, self._walked = itinerary, None
         self.prepared, self.entered_at = [], None
 
+    @property
+    def arrived(self) -> Tensor | None:
+        """The last state, once the itinerary has been walked."""
+        there = self._walked is self.itinerary and self._taken == len(self._nodes) - 1
+        return self._state if there else None
+
     def check_walk(self, name: str) -> None:
         """Check that the pipeline's loop that just ended was the itinerary.
 
@@ -161,6 +167,12 @@ class _Steps:
             raise Unfit(
                 "the pipeline cannot be a policy: one call denoises several times (segments of a long "
                 "video, or stages)"
+            )
+        noise = self.itinerary.noise
+        if noise and len(noise) != len(sample):
+            raise Unfit(
+                f"the pipeline cannot be a policy: it steps {len(sample)} states for {len(noise)} prompts "
+                "(the frames of a video one by one)"
             )
         state = self._state
         if self._taken == 0 or state is None:

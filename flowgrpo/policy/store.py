@@ -112,6 +112,11 @@ def fingerprint(value: Any) -> str | None:
     return None
 
 
+def seed_of(text: str) -> int:
+    """A seed for what belongs to a text, in every process alike."""
+    return int(_digest(text.encode())[:15], 16)
+
+
 def _digest(data: Any) -> str:
     return hashlib.blake2b(data, digest_size=16).hexdigest()
 
