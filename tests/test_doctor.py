@@ -7,10 +7,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import (
-    ControlNetModel,
-    DiffusionPipeline,
     FluxPipeline,
-    StableDiffusionControlNetPipeline,
 )
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -21,7 +18,8 @@ from flowgrpo.policy import Full, LoRA, PipelinePolicy
 from flowgrpo.policy.scheduler import FlowPolicyScheduler
 from tests.conftest import noise_of, sampling_of
 from tests.tiny import FAMILIES
-from tests.tiny.parts import GRADIENT, fill_zeros
+from tests.tiny.image import sd15_controlnet
+from tests.tiny.parts import GRADIENT
 
 Tiny = Callable[[str], Path]
 
@@ -64,19 +62,9 @@ def test_bfloat16_passes(name: str, tiny: Tiny) -> None:
     assert failures(tiny(name), name, dtype="bfloat16") == {}
 
 
-def test_a_controlnet_passes_in_bfloat16(tiny: Tiny, tmp_path: Path) -> None:
-    components = DiffusionPipeline.from_pretrained(tiny("sd15")).components
-    # The smallest that its embedding of the image takes for what the VAE's factor is here.
-    helper = ControlNetModel.from_unet(
-        components["unet"], conditioning_embedding_out_channels=(4, 8)
-    )
-    for layer in (*helper.controlnet_down_blocks, helper.controlnet_mid_block):
-        fill_zeros(layer, 0.2)
-    pipeline = StableDiffusionControlNetPipeline(
-        **components, controlnet=helper, requires_safety_checker=False
-    )
-    pipeline.save_pretrained(tmp_path)
-    condition = {"image": GRADIENT.resize((16, 16))}
+def test_a_controlnet_passes_in_bfloat16(tmp_path: Path) -> None:
+    sd15_controlnet().save_pretrained(tmp_path)
+    condition = {"image": GRADIENT}
     assert failures(tmp_path, "sd15", dtype="bfloat16") == {}
     other = sampling_of("sd15", call=condition | {"controlnet_conditioning_scale": 0.0})
     images = [

@@ -37,7 +37,9 @@ from flowgrpo.policy.scheduler import FlowPolicyScheduler, policy_scheduler
 from flowgrpo.run.console import Console
 
 ALONE = {
-    f"{check} (batch of 1)" for check in ("replay equals rollout", "ratio is 1 before an update")
+    "noise 0 gives the stock image",
+    "replay equals rollout (batch of 1)",
+    "ratio is 1 before an update (batch of 1)",
 }
 """Checks that fail where a prompt's image depends on the others of its batch."""
 

@@ -30,6 +30,7 @@ from flowgrpo.policy.calling import (
     generators_for,
 )
 from flowgrpo.policy.calls import Sampling, batches, own_arguments
+from flowgrpo.policy.counting import counted
 from flowgrpo.policy.entering import Place, enter, parts_of
 from flowgrpo.policy.initial_noise import INITIAL, InitialNoise, Noise
 from flowgrpo.policy.itinerary import Itinerary, Visit, held
@@ -105,11 +106,12 @@ class PipelinePolicy:
         """
         self.pipeline, self.sampling, self.batch_size = pipeline, sampling, batch_size
         self.dtype, self.device = DTYPES[dtype], torch.device(device)
-        self._call = inspect.unwrap(type(pipeline).__call__)
-        self._parameters = inspect.signature(self._call).parameters
+        call = inspect.unwrap(type(pipeline).__call__)
+        self._parameters = inspect.signature(call).parameters
         check_signature(pipeline, self._parameters)
         self.shipped_scheduler = pipeline.scheduler
         self.scheduler = policy_scheduler(pipeline.scheduler)
+        self._call = counted(call, self.scheduler)
         self.check_sampling(sampling)
         self.scheduler.noise_scale = float(pipeline.config.get("noise_scale") or 1.0)
         pipeline.scheduler = self.scheduler

@@ -35,12 +35,16 @@ class _Steps:
     _walked: Itinerary | None = None
     _nodes: Sequence[int]
     _cursor: int
-    _taken: int = 0
+    taken: int = 0
+    """Steps of the itinerary so far."""
+    _whole: bool = False
     _state: Tensor | None = None
     _version: int = 0
     init_noise_sigma: float
     noise_scale: float = 1.0
     """What the pipeline multiplies its initial noise by (PRX in pixel space)."""
+    counted: bool = False
+    """Whether the pipeline's loop takes the steps with their index on the grid."""
     prepared: Sequence[Any] = ()
     """What the pipeline prepared before its loop."""
     entered_at: Place | None = None
@@ -59,7 +63,7 @@ class _Steps:
     @property
     def arrived(self) -> Tensor | None:
         """The last state, once the itinerary has been walked."""
-        there = self._walked is self.itinerary and self._taken == len(self._nodes) - 1
+        there = self._walked is self.itinerary and self.taken == len(self._nodes) - 1
         return self._state if there else None
 
     def check_walk(self, name: str) -> None:
@@ -76,9 +80,9 @@ class _Steps:
                 f"{name} cannot be a policy: its call does not use its scheduler's timesteps"
             )
         due = len(self._nodes) - 1
-        if self._taken != due:
+        if self.taken != due:
             raise Unfit(
-                f"{name} cannot be a policy: it took {self._taken} of {due} denoising steps, because "
+                f"{name} cannot be a policy: it took {self.taken} of {due} denoising steps, because "
                 "an argument such as strength cuts its schedule or because it samples in its own way"
             )
         shapes = shapes_of(self.prepared)
@@ -100,7 +104,7 @@ class _Steps:
     def _restrict(self) -> None:
         """Keep only the itinerary's nodes of the grid that was just set."""
         if self._walked is not self.itinerary:
-            self._taken, self._state = 0, None
+            self.taken, self._state = 0, None
         self._grid_timesteps, self._walked, self._cursor = self.timesteps, self.itinerary, 0
         self._solver = SecondOrder() if self.itinerary.solver == "dpm_2m" else None
         nodes = self.itinerary.nodes
@@ -111,7 +115,14 @@ class _Steps:
             raise ValueError(
                 f"nodes {self._nodes} are not an ascending part of 0 to {len(self.timesteps)}"
             )
-        self.timesteps = self.timesteps[self._nodes[:-1]]
+        self._whole = self.counted
+        if not self._whole:
+            self.timesteps = self.timesteps[self._nodes[:-1]]
+
+    def ahead(self) -> list[tuple[int, int]]:
+        """The steps of the itinerary: the index of each on the grid, and in ``timesteps``."""
+        nodes = self._nodes[:-1]
+        return [(node, node if self._whole else i) for i, node in enumerate(nodes)]
 
     def step(
         self,
@@ -135,9 +146,9 @@ class _Steps:
             self._nodes[self._cursor],
             self._nodes[self._cursor + 1],
         )
-        if self._taken == 0:
+        if self.taken == 0:
             self.entered_at = locate(sample, self.prepared)
-        self._cursor, self._taken = self._cursor + 1, self._taken + 1
+        self._cursor, self.taken = self._cursor + 1, self.taken + 1
         interval = self.interval(node, next_node)
         x = self._unrounded(sample)
         prediction = self._predict(model_output.float(), x, node, interval)
@@ -163,7 +174,7 @@ class _Steps:
                 f"the pipeline cannot be a policy: it steps with {', '.join(unknown)}, so that parts of "
                 "its state are at different noise"
             )
-        if self._taken >= len(self._nodes) - 1:
+        if self.taken >= len(self._nodes) - 1:
             raise Unfit(
                 "the pipeline cannot be a policy: one call denoises several times (segments of a long "
                 "video, or stages)"
@@ -175,7 +186,7 @@ class _Steps:
                 "(the frames of a video one by one)"
             )
         state = self._state
-        if self._taken == 0 or state is None:
+        if self.taken == 0 or state is None:
             return
         # Most loops hand back the very tensor that they got, and no accelerator waits for this.
         kept = state._version == self._version
@@ -194,7 +205,7 @@ class _Steps:
 
     def _unrounded(self, sample: Tensor) -> Tensor:
         """The loop's state in fp32, also where the pipeline rounded what it got (CogVideoX)."""
-        return sample.float() if self._taken == 0 or self._state is None else self._state
+        return sample.float() if self.taken == 0 or self._state is None else self._state
 
     def interval(self, node: int, next_node: int) -> Step:
         """The weights of data and noise between two nodes of the current grid."""
@@ -252,7 +263,8 @@ class FlowPolicyScheduler(_Steps, FlowMatchEulerDiscreteScheduler):
         if self.config.invert_sigmas:
             self._grid_sigmas = [1 - s for s in self._grid_sigmas]
         self._restrict()
-        self.sigmas = self.sigmas[self._nodes]
+        if not self._whole:
+            self.sigmas = self.sigmas[self._nodes]
 
     def interval(self, node: int, next_node: int) -> Step:
         sigmas = self._grid_sigmas
@@ -296,7 +308,7 @@ class DiffusionPolicyScheduler(_Steps, DDIMScheduler):
             self.init_noise_sigma = float(source.init_noise_sigma) * self._alpha_bars[0] ** 0.5
         self._restrict()
         if hasattr(source, "sigmas"):
-            self.sigmas = source.sigmas[self._nodes]
+            self.sigmas = source.sigmas if self._whole else source.sigmas[self._nodes]
 
     def interval(self, node: int, next_node: int) -> Step:
         landing = self._landings[node] if next_node == node + 1 else self._alpha_bars[next_node]

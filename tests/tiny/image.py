@@ -2,9 +2,11 @@
 
 from typing import Any
 
+import torch
 from diffusers import (
     ChromaPipeline,
     ChromaTransformer2DModel,
+    ControlNetModel,
     DDIMScheduler,
     DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
@@ -17,6 +19,7 @@ from diffusers import (
     PNDMScheduler,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
+    StableDiffusionControlNetPipeline,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
@@ -24,9 +27,11 @@ from diffusers import (
 
 from .parts import (
     GRADIENT,
+    SEED,
     clip_text,
     clip_tokenizer,
     family,
+    fill_zeros,
     kl_vae,
     t5_text,
     t5_tokenizer,
@@ -87,6 +92,22 @@ def sd15() -> StableDiffusionPipeline:
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
+    )
+
+
+def sd15_controlnet() -> StableDiffusionControlNetPipeline:
+    """Stable Diffusion 1.5 with a ControlNet for images of twice the latents' size."""
+    pipeline = sd15()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(SEED)
+        helper = ControlNetModel.from_unet(
+            pipeline.unet, conditioning_embedding_out_channels=(4, 8)
+        )
+        # A fresh one adds nothing.
+        for layer in (*helper.controlnet_down_blocks, helper.controlnet_mid_block):
+            fill_zeros(layer, 0.2)
+    return StableDiffusionControlNetPipeline(
+        **pipeline.components, controlnet=helper, requires_safety_checker=False
     )
 
 
