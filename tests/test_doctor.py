@@ -15,6 +15,7 @@ from torch import Tensor
 from flowgrpo.core.transitions import Gaussian
 from flowgrpo.doctor import PROMPTS, Settings, checks, examine
 from flowgrpo.policy import Full, LoRA, PipelinePolicy
+from flowgrpo.policy.loading import variant_of
 from flowgrpo.policy.scheduler import FlowPolicyScheduler
 from tests.conftest import noise_of, sampling_of
 from tests.tiny import FAMILIES
@@ -72,6 +73,20 @@ def test_a_controlnet_passes_in_bfloat16(tmp_path: Path) -> None:
         for s in (sampling_of("sd15", call=condition), other)
     ]
     assert (images[0] - images[1]).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("shard", ["1GB", "40KB"])
+def test_folders_with_one_variant_only_are_loaded(tiny: Tiny, tmp_path: Path, shard: str) -> None:
+    pipeline = DiffusionPipeline.from_pretrained(tiny("sd3"), dtype=torch.float16)
+    pipeline.save_pretrained(tmp_path, variant="fp16", max_shard_size=shard)
+    assert all("fp16" in f.name for f in tmp_path.rglob("*.safetensors"))
+    assert variant_of(tmp_path) == "fp16"
+    assert variant_of(tiny("sd3")) is None
+    for weights in (LoRA(rank=4, alpha=4), Full()):
+        assert failures(tmp_path, "sd3", weights=weights) == {}
+    # A plain copy beside it is taken instead.
+    DiffusionPipeline.from_pretrained(tiny("sd3")).save_pretrained(tmp_path)
+    assert variant_of(tmp_path) is None
 
 
 def test_overflow_in_float16_is_caught(tiny: Tiny, tmp_path: Path) -> None:

@@ -1,6 +1,8 @@
 """The memory estimate against what real tensors take, and what it advises."""
 
+import json
 import math
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -24,6 +26,7 @@ from flowgrpo.policy.loading import DTYPES, denoisers, load_pipeline
 from flowgrpo.policy.weights import Trainable, Weights
 from tests.conftest import noise_of, sampling_of
 from tests.tiny import FAMILIES
+from tests.tiny.parts import GRADIENT
 
 Tiny = Callable[[str], Path]
 PUBLISHED = Path(__file__).parent / "published_configs"
@@ -213,6 +216,39 @@ def test_batches_scale_what_is_traced(tiny: Tiny) -> None:
     choice = Choice(rollout_batch=4, train_batch=4)
     assert math.isclose(budget(two, choice).peak, budget(four, choice).peak, rel_tol=0.03)
     assert two.rewards == {"pick_score": 4 * 986_109_441}
+
+
+@pytest.mark.parametrize("name", ["sd3", "flux_kontext"])
+def test_what_prompts_bring_is_counted(name: str, tiny: Tiny) -> None:
+    """Their sizes, their condition images, and a negative prompt that all share."""
+    settings = [f"model.path='{tiny(name)}'", "model.dtype='bfloat16'"]
+    batches = ["train.rollout_batch=2", "train.train_batch=2"]
+    config = flowgrpo.load("flux_dance", [*settings, *batches])
+    sampling = sampling_of(name, num_steps=4)
+    call = {k: v for k, v in sampling.call.items() if k != "image"}
+    config = replace(config, sampling=replace(sampling, call=call))
+    more = {"sd3": {"height": 64, "width": 64}, "flux_kontext": {"images": [GRADIENT]}}[name]
+    plain = [Prompt("a red cube"), Prompt("a blue one")]
+    usual = measure(config, plain)
+    found = measure(config, [plain[0], replace(plain[1], **more)])
+    assert found.rollout > 1.2 * usual.rollout
+    assert found.training.peak(checkpointing=False) > 1.2 * usual.training.peak(checkpointing=False)
+    guided = call | {"negative_prompt": "blurry"}
+    config = replace(config, sampling=replace(sampling, call=guided))
+    assert measure(config, plain).rollout >= usual.rollout
+
+
+def test_what_cannot_be_built_is_told(tiny: Tiny, tmp_path: Path) -> None:
+    shutil.copytree(tiny("sd3"), tmp_path / "sd3")
+    file = tmp_path / "sd3" / "model_index.json"
+    index = json.loads(file.read_text())
+    # A plain value that is a list is no component.
+    file.write_text(json.dumps(index | {"layers": [1, 2]}))
+    with pytest.raises(TypeError, match="layers"):
+        build(tmp_path / "sd3", torch.float32)
+    file.write_text(json.dumps(index | {"vae": ["diffusers", "Nothing"]}))
+    with pytest.raises(NoEstimate, match="the component vae cannot be built"):
+        build(tmp_path / "sd3", torch.float32)
 
 
 def test_a_dry_run_prints_it(tiny: Tiny, capsys: pytest.CaptureFixture[str]) -> None:

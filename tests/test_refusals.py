@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import (
+    DDIMScheduler,
     DDPMPipeline,
     DDPMScheduler,
     DiffusionPipeline,
@@ -60,6 +61,15 @@ def test_consistency_samplers_are_refused(tiny: Tiny, tmp_path: Path) -> None:
     pipeline.scheduler = LCMScheduler.from_config(pipeline.scheduler.config)
     pipeline.save_pretrained(tmp_path)
     assert "LCMScheduler cannot be a policy" in refusal(tmp_path, sampling_of("sd15"))
+
+
+def test_noise_predicted_from_nothing_but_noise_is_refused(tiny: Tiny, tmp_path: Path) -> None:
+    pipeline = DiffusionPipeline.from_pretrained(tiny("sdxl"))
+    pipeline.scheduler = DDIMScheduler.from_config(
+        pipeline.scheduler.config, timestep_spacing="trailing", rescale_betas_zero_snr=True
+    )
+    pipeline.save_pretrained(tmp_path)
+    assert "rescale_betas_zero_snr" in refusal(tmp_path, sampling_of("sdxl"))
 
 
 def test_a_folder_that_is_no_pipeline_is_refused(tmp_path: Path) -> None:

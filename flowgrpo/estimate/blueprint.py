@@ -23,7 +23,7 @@ CONFIGS = ("model_index.json", "*/*config.json")
 MAX_TEXT = 512
 """Tokens of a prompt where neither the call nor the tokenizer's config says how many."""
 DROPPED = ("safety_checker", "feature_extractor")
-"""Components that a policy does without."""
+"""Components that a policy does without, where the second serves the first."""
 
 
 class NoEstimate(RuntimeError):
@@ -64,10 +64,11 @@ def build(folder: Path, dtype: torch.dtype) -> DiffusionPipeline:
     index = json.loads((folder / "model_index.json").read_text())
     entries = {k: v for k, v in index.items() if not k.startswith("_")}
     arguments: dict[str, Any] = {}
+    dropped = DROPPED if "safety_checker" in entries else ()
     for name, entry in entries.items():
-        if not isinstance(entry, list):
+        if not _is_component(entry):
             arguments[name] = entry
-        elif entry[0] is None or name in DROPPED:
+        elif entry[0] is None or name in dropped:
             arguments[name] = None
         else:
             try:
@@ -76,7 +77,17 @@ def build(folder: Path, dtype: torch.dtype) -> DiffusionPipeline:
                 raise NoEstimate(f"the component {name} cannot be built: {error}") from error
     if "requires_safety_checker" in arguments:
         arguments["requires_safety_checker"] = False
-    return _class("diffusers", index["_class_name"])(**arguments)
+    name = index["_class_name"]
+    try:
+        return _class("diffusers", name)(**arguments)
+    except (OSError, ValueError, ImportError, AttributeError) as error:
+        raise NoEstimate(f"{name} cannot be built without weights: {error}") from error
+
+
+def _is_component(entry: Any) -> bool:
+    """Whether an entry of ``model_index.json`` is a library and a class, and not a plain value."""
+    two = isinstance(entry, list) and len(entry) == 2
+    return two and all(part is None or isinstance(part, str) for part in entry)
 
 
 def _component(folder: Path, name: str, entry: list[str], dtype: torch.dtype) -> Any:

@@ -1,6 +1,8 @@
 """What the parts of a configured run take: exact for weights, traced for activations."""
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,8 @@ from flowgrpo.estimate.budget import GB, Choice, Measured
 from flowgrpo.estimate.trace import Activations, Tracer, bytes_of
 from flowgrpo.experience import Prompt
 from flowgrpo.judge import Reward
+from flowgrpo.policy.calling import Calling
+from flowgrpo.policy.calls import own_arguments
 from flowgrpo.policy.initial_noise import Noise
 from flowgrpo.policy.loading import DTYPES, denoisers
 from flowgrpo.policy.weights import Full, Trainable, Weights
@@ -48,7 +52,7 @@ def measure(
 
     Args:
         config: The run.
-        prompts: Its training prompts; the longest is taken.
+        prompts: Its training prompts; the longest text is taken, and the largest size.
         num_processes: Among which the groups are shared.
         device: Type of the device that is imagined; it need not be there.
 
@@ -69,9 +73,13 @@ def measure(
     batches = config.train.rollout_batch, config.train.train_batch
     # Whatever a pipeline does that fake tensors cannot follow, a run is not stopped by it.
     try:
-        tracer.rollout(_arguments(config, prompts, batches[0]))
-        latents = tracer.latents
-        training = _training(tracer, config, prompts)
+        calling = Calling()
+        calling(tracer.rollout, _arguments(config, prompts, batches[0]), batches[0])
+        latents, training = tracer.latents, Activations(0, 0, None)
+        # Where only the initial noise is trained, no gradient goes through a model.
+        if not isinstance(weights, Noise):
+            arguments = _arguments(config, prompts, batches[1])
+            training = calling(tracer.training, arguments, batches[1])
     except Exception as error:
         reason = f"{type(error).__name__}: {str(error).strip()[:200]}"
         raise NoEstimate(
@@ -109,23 +117,24 @@ def _trained(models: Mapping[str, ModelMixin], weights: Weights | Noise) -> int:
     return sum(p.numel() for p in trainable.parameters.values())
 
 
-def _training(tracer: Tracer, config: Config, prompts: Sequence[Prompt]) -> Activations:
-    """What one training forward keeps; nothing where no gradient goes through a model."""
-    if isinstance(config.model.weights, Noise):
-        return Activations(0, 0, None)
-    return tracer.training(_arguments(config, prompts, config.train.train_batch))
-
-
 def _linear_weights(models: Iterable[nn.Module]) -> list[Tensor]:
     """What a quantised base would hold in fewer bits."""
     return [m.weight for d in models for m in d.modules() if isinstance(m, nn.Linear)]
 
 
 def _arguments(config: Config, prompts: Sequence[Prompt], batch: int) -> dict[str, Any]:
-    """One call's arguments: the longest prompt, as often as the batch says."""
-    longest = max(prompts, key=lambda p: len(p.text))
-    negative = {} if longest.negative is None else {"negative_prompt": [longest.negative] * batch}
-    return {"prompt": [longest.text] * batch, **negative, **config.sampling.arguments()}
+    """One call's arguments: the longest text at the largest size, as often as the batch says."""
+    sampling = config.sampling
+    usual = sampling.height, sampling.width, sampling.num_frames
+
+    def extent(prompt: Prompt) -> tuple[int, int]:
+        sides = (own or given or 1 for own, given in zip(prompt.size, usual, strict=True))
+        return math.prod(sides), len(prompt.images)
+
+    longest, largest = max(prompts, key=lambda p: len(p.text)), max(prompts, key=extent)
+    own = own_arguments([replace(largest, text=longest.text, negative=longest.negative)])
+    repeated = {k: v * batch for k, v in own.items() if k in ("prompt", "negative_prompt")}
+    return sampling.arguments() | own | repeated
 
 
 def _fit_decoder(config: Config, models: dict[str, nn.Module]) -> None:

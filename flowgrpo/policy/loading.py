@@ -1,5 +1,6 @@
 """Loading pipelines, and finding what to train in them."""
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -10,6 +11,9 @@ from flowgrpo.policy.memory import Quantization, quantization
 
 AUTOENCODERS = ("vae", "movq")
 """What pipelines call the model that decodes their latents."""
+VARIANT = re.compile(r"(?:model|-of-\d+)\.(?!safetensors|bin)(\w+)[.-]")
+"""In ``model.fp16.safetensors``, ``model.fp16-00001-of-00002.safetensors`` and
+``model-00001-of-00002.fp16.safetensors``."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -36,8 +40,21 @@ def load_pipeline(
         names = [n for n in DiffusionPipeline.load_config(source) if _is_denoiser(n)]
         config = quantization(quantize, dtype, names)
     return DiffusionPipeline.from_pretrained(
-        source, dtype={"default": dtype, **exact}, quantization_config=config
+        source,
+        dtype={"default": dtype, **exact},
+        quantization_config=config,
+        variant=variant_of(path) if path.is_dir() else None,
     )
+
+
+def variant_of(folder: Path) -> str | None:
+    """What the weights of a pipeline folder are called (``fp16``), if some come in no other form."""
+    for component in sorted(p for p in folder.iterdir() if p.is_dir()):
+        files = [f.name for f in component.iterdir() if f.suffix in (".safetensors", ".bin")]
+        named = [m for m in map(VARIANT.search, files) if m]
+        if named and len(named) == len(files):
+            return named[0].group(1)
+    return None
 
 
 def _is_denoiser(name: str) -> bool:

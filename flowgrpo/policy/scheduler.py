@@ -304,6 +304,11 @@ class DiffusionPolicyScheduler(_Steps, DDIMScheduler):
         else:
             self._alpha_bars = [1 / (1 + float(s) ** 2) for s in source.sigmas.cpu()]
             self._landings = self._alpha_bars[1:]
+        if self._alpha_bars[0] == 0 and self.config.prediction_type == "epsilon":
+            raise Unfit(
+                "the pipeline cannot be a policy: its model predicts noise, and its grid begins where "
+                "there is nothing else (rescale_betas_zero_snr), which takes a v-prediction"
+            )
         if isinstance(source, EulerDiscreteScheduler):
             self.init_noise_sigma = float(source.init_noise_sigma) * self._alpha_bars[0] ** 0.5
         self._restrict()
