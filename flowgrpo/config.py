@@ -377,7 +377,17 @@ def load(name: str, settings: Sequence[str] = ()) -> Config:
     try:
         return read(Config, override(table, settings))
     except ConfigError as error:
-        raise ConfigError(f"{path}: {error}") from error
+        at_fault = f"--set on {path}" if settings and _is_sound(table) else str(path)
+        raise ConfigError(f"{at_fault}: {error}") from error
+
+
+def _is_sound(table: dict[str, Any]) -> bool:
+    """Whether a configuration can be read from a table."""
+    try:
+        read(Config, table)
+    except ConfigError:
+        return False
+    return True
 
 
 def dump(config: Config) -> str:

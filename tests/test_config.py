@@ -105,7 +105,14 @@ def test_a_round_trip_keeps_what_is_not_default(minimal, tmp_path):
 def test_wrong_keys_types_and_values(minimal, setting, message):
     with pytest.raises(ConfigError, match=message) as caught:
         load(minimal, [setting])
-    assert minimal in str(caught.value)
+    assert str(caught.value).startswith(f"--set on {minimal}: ")
+
+
+def test_a_fault_of_the_file_is_not_the_settings(minimal):
+    Path(minimal).write_text(MINIMAL.replace("iterations = 3", "iteration = 3"))
+    with pytest.raises(ConfigError) as caught:
+        load(minimal, ["train.lr=1e-4"])
+    assert str(caught.value).startswith(f"{minimal}: ")
 
 
 def test_a_missing_key_is_named_with_its_meaning(minimal):

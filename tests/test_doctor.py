@@ -6,9 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import (
-    FluxPipeline,
-)
+from diffusers import DiffusionPipeline, FluxPipeline
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 

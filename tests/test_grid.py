@@ -6,6 +6,7 @@ import torch
 from PIL import Image
 
 from flowgrpo.evaluate.grid import GridRow, draw_grid
+from flowgrpo.evaluate.pictures import keep, kept
 
 RED, BLUE = (1.0, 0.0, 0.0), (0.0, 0.0, 1.0)
 
@@ -173,3 +174,11 @@ def test_result_is_an_rgb_picture():
     picture = grid([GridRow("p", [images(RED), images(BLUE)])])
     assert isinstance(picture, Image.Image)
     assert picture.mode == "RGB"
+
+
+def test_kept_images_come_back_whatever_their_layout(tmp_path):
+    shown = images(RED, BLUE).to(memory_format=torch.channels_last)
+    assert not shown.is_contiguous()
+    keep(tmp_path / "deep" / "base.safetensors", shown)
+    assert torch.equal(kept(tmp_path / "deep" / "base.safetensors"), shown)
+    assert kept(tmp_path / "none.safetensors") is None

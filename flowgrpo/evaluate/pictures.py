@@ -93,5 +93,5 @@ def keep(path: Path, images: Tensor) -> None:
     """Keep the images of the base model for later grids."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
-    save_file({"images": images}, temporary)
+    save_file({"images": images.contiguous()}, temporary)
     temporary.replace(path)
