@@ -9,9 +9,11 @@ again.
 
 import argparse
 import json
+import math
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +26,11 @@ from tests.tiny import FAMILIES, save
 ROOT = Path(__file__).parents[1]
 PAGES = (ROOT / "docs" / "families.md", ROOT / "README.md")
 START, END = "<!-- families: begin -->", "<!-- families: end -->"
+FINITE = "what the denoiser says is finite"
+DTYPES = ("float32", "bfloat16", "float16")
 HEADER = (
-    "family", "pipeline", "path", "media", "trained",
-    "replay difference", "log-ratio at batch of 1", "checks",
+    "family", "pipeline", "path", "media", "trained", "replay difference",
+    *(f"log-ratio, {dtype}" for dtype in DTYPES), "checks",
 )  # fmt: skip
 
 
@@ -34,20 +38,21 @@ def main() -> None:
     """Run the doctor, write the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json-dir", required=True, help="folder for one JSON file per family")
-    parser.add_argument("--dtype", default="float32")
     parser.add_argument("--device", default="cpu")
     options = parser.parse_args()
     quiet()
     folder = Path(options.json_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    for name in FAMILIES:
-        file = folder / f"{name}.json"
+    results: dict[str, dict[str, Any]] = {name: {} for name in FAMILIES}
+    for name, dtype in product(FAMILIES, DTYPES):
+        file = folder / f"{name}-{dtype}.json"
         if not file.exists():
             began = time.perf_counter()
-            result = diagnose(name, options.dtype, options.device)
+            result = diagnose(name, dtype, options.device)
             file.write_text(json.dumps(result, indent=1) + "\n")
-            print(f"{name}: {time.perf_counter() - began:.0f} s, {verdict(result)}", flush=True)
-    results = {name: json.loads((folder / f"{name}.json").read_text()) for name in FAMILIES}
+            seconds = time.perf_counter() - began
+            print(f"{name}, {dtype}: {seconds:.0f} s, {verdict(result)}", flush=True)
+        results[name][dtype] = json.loads(file.read_text())
     for page in PAGES:
         write(page, results)
         print(page)
@@ -68,21 +73,33 @@ def write(page: Path, results: Mapping[str, Mapping[str, Any]]) -> None:
     between(page, "families", table)
 
 
-def row(name: str, result: Mapping[str, Any]) -> Sequence[str]:
-    """A family's row."""
-    measured = {c["name"]: c["measured"] for c in result["checks"]}
-    replay = [v for k, v in measured.items() if k.startswith("replay equals rollout")]
-    ratio = measured.get("ratio is 1 before an update (batch of 1)")
+def row(name: str, results: Mapping[str, Mapping[str, Any]]) -> Sequence[str]:
+    """A family's row: what was found in fp32, and the noise floor in every precision."""
+    result = results["float32"]
+    replay = measured(result, "replay equals rollout")
     return (
         f"`{name}`",
         result["pipeline"],
         result["path"],
         result["media"],
         {"lora": "LoRA", "full": "all weights"}[result["weights"]],
-        "none" if None in replay or not replay else f"{max(replay):.0e}",
-        "none" if ratio is None else f"{ratio:.0e}",
+        f"{replay:.0e}",
+        *(floor(results[dtype]) for dtype in DTYPES),
         verdict(result),
     )
+
+
+def measured(result: Mapping[str, Any], name: str) -> float:
+    """The largest number of the checks whose name begins so; infinite where there is none."""
+    found = [c["measured"] for c in result["checks"] if c["name"].startswith(name)]
+    return max((math.inf if n is None else n for n in found), default=math.inf)
+
+
+def floor(result: Mapping[str, Any]) -> str:
+    """The noise floor, or what keeps a family from this precision."""
+    if any(c["name"] == FINITE and not c["passed"] for c in result["checks"]):
+        return "overflows"
+    return f"{measured(result, 'ratio is 1 before an update (batch of 1)'):.0e}"
 
 
 def verdict(result: Mapping[str, Any]) -> str:

@@ -23,15 +23,19 @@ def test_the_table_is_put_between_the_markers(tmp_path: Path) -> None:
     ratio = {"name": "ratio is 1 before an update (batch of 1)", "measured": 3e-8, "passed": False}
     result = {"pipeline": "Pipe", "path": "flow", "media": "image", "weights": "lora"}
     result["checks"] = [*checks, ratio]
-    assert row("x", result) == (
-        "`x`", "Pipe", "flow", "image", "LoRA", "2e-06", "3e-08",
+    finite = {"name": "what the denoiser says is finite", "measured": 0.4, "passed": False}
+    broken = {**result, "checks": [{**c, "measured": None} for c in result["checks"]] + [finite]}
+    results = {"float32": result, "bfloat16": result, "float16": broken}
+    assert row("x", results) == (
+        "`x`", "Pipe", "flow", "image", "LoRA", "2e-06", "3e-08", "3e-08", "overflows",
         "not: ratio is 1 before an update (batch of 1)",
     )  # fmt: skip
-    write(page, {"x": result})
+    assert row("x", results | {"bfloat16": {**broken, "checks": broken["checks"][:-1]}})[7] == "inf"
+    write(page, {"x": results})
     text = page.read_text()
     assert text.startswith(f"before\n{START}\n| family |")
     assert text.endswith(f" |\n{END}\nafter\n")
     assert "old" not in text
     page.write_text("no markers")
     with pytest.raises(ValueError, match="has no"):
-        write(page, {"x": result})
+        write(page, {"x": results})

@@ -76,6 +76,9 @@ def test_a_folder_that_is_no_pipeline_is_refused(tmp_path: Path) -> None:
     for folder, words in ((tmp_path, r"no model_index\.json"), (tmp_path / "x", "no such folder")):
         with pytest.raises(FileNotFoundError, match=words):
             examine(folder, Settings(sampling=SMALL))
+    (tmp_path / "modular_model_index.json").write_text("{}")
+    with pytest.raises(FileNotFoundError, match="is a modular pipeline"):
+        examine(tmp_path, Settings(sampling=SMALL))
 
 
 def test_a_broken_folder_is_refused(tiny: Tiny, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 import flowgrpo
 from flowgrpo.config import ConfigError
 from flowgrpo.judge import RewardError
+from flowgrpo.policy import PipelinePolicy
 from flowgrpo.run.checkpoints import CheckpointError
 
 SMALL = [
@@ -144,6 +145,26 @@ def test_run_directory_is_complete(straight):
     first = lines(straight / "metrics.jsonl")[0]
     # Nothing has been updated when the first optimizer step looks at the ratios.
     assert first["log_prob/noise"] < 1e-5
+
+
+def test_a_replay_that_is_no_rollout_is_told_at_once(tmp_path, monkeypatch, capsys):
+    short = ["train.iterations=2", "evaluation.images=6", "evaluation.every=0"]
+    flowgrpo.train(small(tmp_path / "sound", *short))
+    assert "WARNING" not in capsys.readouterr().out
+    init = PipelinePolicy.__init__
+
+    def with_dropout(self, *args, **kwargs):
+        init(self, *args, **kwargs)
+        for layer in self.denoisers["transformer"].transformer_blocks:
+            layer.register_forward_hook(
+                lambda module, inputs, output: tuple(torch.dropout(o, 0.02, True) for o in output)
+            )
+
+    monkeypatch.setattr(PipelinePolicy, "__init__", with_dropout)
+    flowgrpo.train(small(tmp_path / "broken", *short))
+    said = capsys.readouterr().out
+    assert said.count("WARNING: before any update, log-probabilities are") == 1
+    assert "flowgrpo doctor shapes" in " ".join(said.split())
 
 
 def test_the_written_configuration_can_be_run_again(straight):

@@ -81,8 +81,13 @@ class Diagnosis:
         """For a file; numbers that are not finite are null."""
         table = asdict(self) | {"passed": self.passed}
         for check in table["checks"]:
-            check["measured"] = check["measured"] if math.isfinite(check["measured"]) else None
+            check["measured"] = _number(check["measured"])
+            check["by_step"] = [_number(n) for n in check["by_step"]]
         return table
+
+
+def _number(value: float) -> float | None:
+    return value if math.isfinite(value) else None
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,7 @@ class Check:
         passed: Whether it holds.
         advice: What a failure means.
         measured: The number that was compared.
+        by_step: The same for each trained step, where it was measured step by step.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Check:
     passed: bool
     advice: str
     measured: float
+    by_step: Sequence[float] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -28,6 +28,11 @@ def load_pipeline(
         FileNotFoundError: If a folder is named that is no pipeline.
     """
     path = Path(__file__).parents[1] / "shapes" / "model" if str(model) == "shapes" else Path(model)
+    if (path / "modular_model_index.json").exists():
+        raise FileNotFoundError(
+            f"{path} is a modular pipeline, of blocks; a policy needs one with a call of its own and a "
+            "model_index.json"
+        )
     if path.is_dir() and not (path / "model_index.json").exists():
         raise FileNotFoundError(f"{path} is no diffusers pipeline: it has no model_index.json")
     looks_like_path = str(model).startswith((".", "/", "~")) or str(model).count("/") > 1

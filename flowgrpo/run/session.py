@@ -20,6 +20,7 @@ from torch import Tensor
 
 from flowgrpo import config as configuration
 from flowgrpo.config import Config, ConfigError
+from flowgrpo.core.losses import ClippedLoss
 from flowgrpo.experience import Group
 from flowgrpo.judge import Judge, RewardError
 from flowgrpo.learner import Learner
@@ -62,6 +63,7 @@ class Session:
         self.iteration, self.best, self.stopping = 0, float("-inf"), False
         self.judge: Judge | None = None
         self._phases: dict[str, float] = {}
+        self._warned = False
         if self.is_main:
             self._claim()
         self.accelerator.wait_for_everyone()
@@ -135,7 +137,22 @@ class Session:
             _append(self.folder / "metrics.jsonl", {"iteration": iteration, **metrics})
             _append(self.folder / "timings.jsonl", {"iteration": iteration, **timings})
             self.console.iteration(iteration, self.config.train.iterations, metrics, timings)
+            self._warn_of_noise(metrics.get("log_prob/noise", 0.0))
         self.accelerator.log(dict(metrics), step=iteration)
+
+    def _warn_of_noise(self, noise: float) -> None:
+        """Say at once, and once, that a replay is not what was rolled out."""
+        loss = self.config.loss
+        clips = isinstance(loss, ClippedLoss) and loss.clip == "ratio"
+        if self._warned or not clips or noise <= loss.clip_range:
+            return
+        self._warned = True
+        self.console.say(
+            f"WARNING: before any update, log-probabilities are {noise:.1e} off in the replay, more than "
+            f"loss.clip_range = {loss.clip_range:g}: clipping acts on that. Where it is rounding, set "
+            "train.train_batch as train.rollout_batch, or take more precision or a wider clip range; "
+            f"where it is more, flowgrpo doctor {self.config.model.path} says why"
+        )
 
     def log_evaluation(self, result: Mapping[str, Any]) -> None:
         """Write the result of an evaluation."""
