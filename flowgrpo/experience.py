@@ -19,6 +19,13 @@ from flowgrpo.core.transitions import Transition
 from flowgrpo.pictures import as_rgb
 
 
+def _in_memory(value: Any) -> Any:
+    """A picture as RGB, from its file or as it is; anything else as it is."""
+    if isinstance(value, Image.Image):
+        return as_rgb(value)
+    return _open(value) if isinstance(value, Path) else value
+
+
 @lru_cache(maxsize=64)
 def _open(path: Path) -> Image.Image:
     with Image.open(path) as image:
@@ -36,6 +43,8 @@ class Prompt:
         images: What an editing or image-to-video pipeline starts from: files, or pictures in memory.
         height: Pixels; ``None`` leaves it to the configuration. Likewise ``width``.
         num_frames: Frames of a video; ``None`` leaves it to the configuration.
+        call: Further arguments of the pipeline's call for this prompt, by their names there; pictures
+            (``control_image``, ``mask_image``, ``last_image``) as files or in memory.
 
     Example:
         ``Prompt("a photo of two circles", metadata={"tag": "counting", "include": [...]})``
@@ -48,6 +57,7 @@ class Prompt:
     height: int | None = None
     width: int | None = None
     num_frames: int | None = None
+    call: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def size(self) -> tuple[int | None, int | None, int | None]:
@@ -56,7 +66,11 @@ class Prompt:
 
     def open_images(self) -> list[Image.Image]:
         """The condition images in memory, as RGB."""
-        return [as_rgb(i) if isinstance(i, Image.Image) else _open(i) for i in self.images]
+        return [_in_memory(i) for i in self.images]
+
+    def open_call(self) -> dict[str, Any]:
+        """The further arguments with their pictures in memory, as RGB."""
+        return {k: _in_memory(v) for k, v in self.call.items()}
 
 
 @dataclass(frozen=True)

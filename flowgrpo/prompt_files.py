@@ -15,7 +15,16 @@ from flowgrpo.pictures import as_rgb, check_depth
 HUB = "hf:"
 """What the name of a Hugging Face dataset begins with: ``hf:owner/name:split`` or ``hf:folder``."""
 SIZES = ("height", "width", "num_frames")
-OWN_KEYS = ("prompt", "negative_prompt", "image", "images", "metadata", *SIZES)
+PICTURES = ("control_image", "mask_image", "last_image")
+"""Arguments of pipelines' calls that take a picture, beside ``image``."""
+FIXED = (
+    "prompt", "num_inference_steps", "timesteps", "sigmas", "latents", "strength", "generator",
+    "output_type", "return_dict",
+)  # fmt: skip
+"""Arguments that a policy sets itself."""
+OWN_KEYS = (
+    "prompt", "negative_prompt", "image", "images", "metadata", "call", *SIZES, *PICTURES,
+)  # fmt: skip
 
 
 class PromptError(ValueError):
@@ -26,8 +35,10 @@ def read_prompts(source: Path) -> list[Prompt]:
     """All prompts of a file or dataset.
 
     ``prompt`` is needed. ``negative_prompt``, ``image`` (one) or ``images`` (several), ``height``,
-    ``width`` and ``num_frames`` go to the pipeline; a ``metadata`` object and all other keys become
-    metadata. Image files are looked for beside the prompt file.
+    ``width`` and ``num_frames`` go to the pipeline, so do the pictures ``control_image``,
+    ``mask_image`` and ``last_image`` (of ControlNets, inpainting, first-and-last-frame video) and a
+    ``call`` object with any other argument of its call; a ``metadata`` object and all other keys
+    become metadata. Image files are looked for beside the prompt file.
 
     Raises:
         PromptError: On a broken line, an image that cannot be read, an empty file, or an unknown
@@ -129,10 +140,17 @@ def _from_record(record: Any, where: str, folder: Path) -> Prompt:
     metadata = record.get("metadata") or {}
     if not isinstance(metadata, dict):
         raise PromptError(f"{where}: 'metadata' must be an object, got {metadata!r}")
+    call = record.get("call") or {}
+    if not isinstance(call, dict):
+        raise PromptError(f"{where}: 'call' must be an object, got {call!r}")
+    if fixed := [k for k in call if k in FIXED]:
+        raise PromptError(f"{where}: 'call' cannot hold {fixed[0]!r}, which is the same for all")
     rest = {k: v for k, v in record.items() if k not in OWN_KEYS}
+    pictures = {k: record[k] for k in PICTURES if record.get(k) is not None}
+    call = call | {k: _image(v, where, folder) for k, v in pictures.items()}
     sizes = {k: _size(record[k], k, where) for k in SIZES if record.get(k) is not None}
     images = _images(record, where, folder)
-    return Prompt(text, negative or None, {**rest, **metadata}, images, **sizes)
+    return Prompt(text, negative or None, {**rest, **metadata}, images, call=call, **sizes)
 
 
 def _number(value: str, key: str, where: str) -> int:

@@ -10,6 +10,7 @@ from PIL import Image
 from flowgrpo.config import find
 from flowgrpo.core.random import Random
 from flowgrpo.experience import Prompt
+from flowgrpo.policy.calls import batches, call_key, own_arguments
 from flowgrpo.prompts import PromptError, PromptSet
 
 
@@ -62,6 +63,17 @@ def test_csv_also_as_excel_writes_it(tmp_path, start):
         ("p.jsonl", '{"prompt": " "}\n', "line 1: needs a key 'prompt' with some text"),
         ("p.jsonl", '{"prompt": "x", "metadata": 3}\n', "'metadata' must be an object, got 3"),
         ("p.csv", "prompt,tag\nx,a\n,b\n", "p.csv, line 3: needs a key 'prompt'"),
+        ("p.jsonl", '{"prompt": "x", "call": 3}\n', "'call' must be an object, got 3"),
+        (
+            "p.jsonl",
+            '{"prompt": "x", "call": {"strength": 0.5}}\n',
+            "line 1: 'call' cannot hold 'strength', which is the same for all",
+        ),
+        (
+            "p.jsonl",
+            '{"prompt": "x", "control_image": "none.png"}\n',
+            "line 1: image .*none.png cannot be read",
+        ),
         (
             "p.jsonl",
             '{"prompt": "x", "negative_prompt": 3}\n',
@@ -95,6 +107,27 @@ def test_a_missing_file_and_a_missing_balance_key(tmp_path):
     path = write(tmp_path, "p.jsonl", '{"prompt": "x", "tag": "a"}\n{"prompt": "y"}\n')
     with pytest.raises(PromptError, match=r"balance = 'tag', but prompt 2 \('y'\) has no such"):
         PromptSet.load(path, balance="tag")
+
+
+def test_further_arguments_of_the_call(tmp_path, pictures):
+    rows = [
+        {"prompt": "a", "control_image": "a.png", "call": {"guidance_scale": 2.0}, "tag": "x"},
+        {"prompt": "b", "control_image": "a.png", "call": {"guidance_scale": 2.0}},
+        {"prompt": "c", "control_image": "b.png", "call": {"guidance_scale": 2.0}},
+        {"prompt": "d", "control_image": "a.png", "call": {"guidance_scale": 3.0, "clip": [1]}},
+        {"prompt": "e"},
+    ]
+    path = write(tmp_path, "p.jsonl", "\n".join(map(json.dumps, rows)))
+    a, b, c, d, e = PromptSet.load(path).prompts
+    assert a.metadata == {"tag": "x"}
+    opened = own_arguments([a, b])
+    assert opened.pop("control_image").getpixel((0, 0)) == (255, 0, 0)
+    assert opened == {"prompt": ["a", "b"], "guidance_scale": 2.0}
+    assert own_arguments([c])["control_image"].getpixel((0, 0)) == (0, 0, 255)
+    # Only equal calls are shared.
+    assert call_key(a) == call_key(b)
+    assert len({call_key(p) for p in (a, c, d, e)}) == 4
+    assert [list(rows) for rows in batches([a, b, c, d, e], 8)] == [[0, 1], [2], [3], [4]]
 
 
 RECORDS = [

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from diffusers import ModelMixin
 from torch import Tensor, nn
 
@@ -73,13 +74,7 @@ def measure(
     batches = config.train.rollout_batch, config.train.train_batch
     # Whatever a pipeline does that fake tensors cannot follow, a run is not stopped by it.
     try:
-        calling = Calling()
-        calling(tracer.rollout, _arguments(config, prompts, batches[0]), batches[0])
-        latents, training = tracer.latents, Activations(0, 0, None)
-        # Where only the initial noise is trained, no gradient goes through a model.
-        if not isinstance(weights, Noise):
-            arguments = _arguments(config, prompts, batches[1])
-            training = calling(tracer.training, arguments, batches[1])
+        latents, training = _traced(tracer, config, prompts, batches)
     except Exception as error:
         reason = f"{type(error).__name__}: {str(error).strip()[:200]}"
         raise NoEstimate(
@@ -107,6 +102,20 @@ def measure(
         kl=kl,
         batches=batches,
     )
+
+
+def _traced(
+    tracer: Tracer, config: Config, prompts: Sequence[Prompt], batches: tuple[int, int]
+) -> tuple[torch.Size | None, Activations]:
+    """The shape of a rollout's latents, and what a training step keeps."""
+    calling = Calling()
+    calling(tracer.rollout, _arguments(config, prompts, batches[0]), batches[0])
+    latents = tracer.latents
+    if isinstance(config.model.weights, Noise):
+        # No gradient goes through a model.
+        return latents, Activations(0, 0, None)
+    arguments = _arguments(config, prompts, batches[1])
+    return latents, calling(tracer.training, arguments, batches[1])
 
 
 def _trained(models: Mapping[str, ModelMixin], weights: Weights | Noise) -> int:

@@ -5,6 +5,8 @@ from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any
 
+from PIL import Image
+
 from flowgrpo.experience import Prompt
 
 
@@ -42,8 +44,16 @@ def call_key(prompt: Prompt) -> Hashable:
 
     What a pipeline does without a negative prompt is not what it does with an empty one.
     """
-    images = tuple(i if isinstance(i, Hashable) else id(i) for i in prompt.images)
-    return prompt.size, images, prompt.negative is None
+    images = tuple(_key(i) for i in prompt.images)
+    call = tuple((k, _key(prompt.call[k])) for k in sorted(prompt.call))
+    return prompt.size, images, call, prompt.negative is None
+
+
+def _key(value: Any) -> Hashable:
+    """Equal for equal files and plain values; a picture in memory equals itself alone."""
+    if isinstance(value, Image.Image):
+        return id(value)
+    return value if isinstance(value, Hashable) else repr(value)
 
 
 def own_arguments(prompts: Sequence[Prompt]) -> dict[str, Any]:
@@ -54,6 +64,7 @@ def own_arguments(prompts: Sequence[Prompt]) -> dict[str, Any]:
         arguments["negative_prompt"] = [p.negative for p in prompts]
     sizes = {"height": first.height, "width": first.width, "num_frames": first.num_frames}
     arguments |= {k: v for k, v in sizes.items() if v is not None}
+    arguments |= first.open_call()
     if first.images:
         images = first.open_images()
         arguments["image"] = images[0] if len(images) == 1 else images

@@ -143,8 +143,9 @@ class Session:
     def _warn_of_noise(self, noise: float) -> None:
         """Say at once, and once, that a replay is not what was rolled out."""
         loss = self.config.loss
-        clips = isinstance(loss, ClippedLoss) and loss.clip == "ratio"
-        if self._warned or not clips or noise <= loss.clip_range:
+        if self._warned or not isinstance(loss, ClippedLoss):
+            return
+        if loss.clip != "ratio" or noise <= loss.clip_range:
             return
         self._warned = True
         self.console.say(
