@@ -198,9 +198,9 @@ def _export(add: Add) -> None:
     export.add_argument(
         "--format",
         choices=("diffusers", "kohya", "merged"),
-        default="diffusers",
         help="an adapter for diffusers, or for ComfyUI and its kin; or a whole pipeline with the "
-        "adapter added to its weights (default: %(default)s)",
+        "adapter added to its weights (default: an adapter for diffusers, or the whole pipeline where "
+        "all weights were trained)",
     )
     export.add_argument("--out", required=True, help="new or empty folder")
     export.add_argument(

@@ -21,7 +21,7 @@ from flowgrpo.core.random import Random
 from flowgrpo.experience import Prompt
 from flowgrpo.policy import Full, LoRA, PipelinePolicy
 from flowgrpo.policy.export import KOHYA_FILE, export, export_kohya, export_merged
-from tests.conftest import MakePolicy, noise_of
+from tests.conftest import MakePolicy, noise_of, sampling_of
 from tests.tiny import FAMILIES, save
 
 Tiny = Callable[[str], Path]
@@ -176,6 +176,19 @@ def test_a_run_is_exported_by_command(
         assert all(torch.equal(ours[k], run[k]) for k in run)
     assert main(command) == 1
     assert "not empty" in capsys.readouterr().err
+
+
+def test_without_a_format_what_was_trained_is_exported(
+    finished: Path, tmp_path: Path, tiny: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert main(["export", str(finished), "--out", str(tmp_path / "adapter")]) == 0
+    assert (tmp_path / "adapter" / "pytorch_lora_weights.safetensors").exists()
+    policy = PipelinePolicy.from_pretrained(
+        tiny("sd3"), sampling=sampling_of("sd3"), weights=Full()
+    )
+    monkeypatch.setattr("flowgrpo.commands.load_run", lambda run, weights: (policy, 1))
+    assert main(["export", str(finished), "--out", str(tmp_path / "whole")]) == 0
+    assert (tmp_path / "whole" / "model_index.json").exists()
 
 
 class Hub:

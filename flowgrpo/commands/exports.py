@@ -10,7 +10,7 @@ from typing import Any
 def export(options: argparse.Namespace) -> int:
     """``flowgrpo export``."""
     from flowgrpo.commands import load_run, quiet
-    from flowgrpo.policy import InitialNoise
+    from flowgrpo.policy import Full, InitialNoise
     from flowgrpo.policy import export as ways
 
     quiet()
@@ -21,19 +21,22 @@ def export(options: argparse.Namespace) -> int:
     assert policy.trainable is not None
     pipeline, trainable = policy.stock_pipeline(), policy.trainable
     if isinstance(trainable, InitialNoise):
-        if options.format != "diffusers":
+        if options.format not in (None, "diffusers"):
             raise ValueError(
                 f"--format {options.format} is for weights; this run trained the initial noise, which "
                 "is written without --format"
             )
-        place = trainable.export(out)
-    elif options.format == "kohya":
+        print(f"{trainable.export(out)} (noise, after {iteration} iterations)")
+        return 0
+    whole = isinstance(trainable.weights, Full)
+    kind = options.format or ("merged" if whole else "diffusers")
+    if kind == "kohya":
         place = ways.export_kohya(trainable, out)
-    elif options.format == "merged":
+    elif kind == "merged":
         place = ways.export_merged(pipeline, trainable, out)
     else:
         place = ways.export_diffusers(pipeline, trainable, out)
-    print(f"{place} ({options.format}, after {iteration} iterations)")
+    print(f"{place} ({kind}, after {iteration} iterations)")
     return 0
 
 
