@@ -224,6 +224,27 @@ def test_the_gain_of_cps_becomes_dt_without_noise():
     )
 
 
+@pytest.mark.parametrize("predicted", ["noise", "v", "data"])
+def test_the_gain_is_the_derivative_by_what_the_model_predicts(predicted):
+    step = Step.diffusion(0.3, 0.5, predicted)
+    transition = DDIM(eta=0.7)
+    output = torch.zeros(1, 1, dtype=torch.float64, requires_grad=True)
+    x = torch.ones(1, 1, dtype=torch.float64)
+    mean = transition(x, Prediction.from_output(x, output, step), step).mean
+    (slope,) = torch.autograd.grad(mean.sum(), output)
+    assert step_gain(transition, step) == pytest.approx(abs(float(slope)), rel=1e-9)
+    # All three say the same of one state.
+    said = Prediction.from_output(x, 0.2 * x, step)
+    assert float(step.signal * said.x0 + step.noise * said.x1) == pytest.approx(1)
+
+
+def test_the_gain_is_finite_where_there_is_nothing_but_noise():
+    """As at the first step of CogVideoX."""
+    first = Step.diffusion(0.0, 0.02, "v")
+    assert 0 < step_gain(DDIM(eta=1.0), first) < 1
+    assert math.isfinite(guard_weight(DDIM(eta=1.0), first))
+
+
 # DiffusionNFT.
 
 

@@ -83,15 +83,11 @@ def guarded_log_ratio(
 def step_gain(transition: Transition, step: Step) -> float:
     """By how much ``mean`` moves when the model's prediction moves by one, above 0.
 
-    The derivative with respect to the velocity on a flow path, and to the noise on a diffusion path.
-    Every transition is linear in the prediction, so one call with ``x = 0`` measures it.
+    The derivative with respect to what the model predicts (``step.predicted``). Every transition is
+    linear in it, so one call with ``x = 0`` measures it.
     """
     one, zero = torch.ones(1, 1, dtype=torch.float64), torch.zeros(1, 1, dtype=torch.float64)
-    if step.path == "flow":
-        unit = Prediction.from_velocity(zero, one, step.noise)
-    else:
-        unit = Prediction(-step.noise / step.signal * one, one, one)
-    return abs(float(transition(zero, unit, step).mean))
+    return abs(float(transition(zero, Prediction.from_output(zero, one, step), step).mean))
 
 
 def guard_weight(transition: Transition, step: Step) -> float:

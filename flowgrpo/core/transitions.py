@@ -19,6 +19,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 Path = Literal["flow", "diffusion"]
+Predicted = Literal["velocity", "noise", "v", "data"]
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,8 @@ class Step:
         sigma_max: The second largest ``sigma`` of the grid, where Flow-SDE's noise is capped.
         noise_scale: Standard deviation of the path's pure noise, 1 for nearly all models. What a step
             injects has it too: everything is as if states were divided by it.
+        predicted: What the model says: the velocity ``x1 - x0`` on a flow path; on a diffusion path the
+            noise, the data, or ``v = signal * x1 - noise * x0`` (arXiv:2202.00512).
     """
 
     path: Path
@@ -43,6 +46,7 @@ class Step:
     noise_next: float
     sigma_max: float = 1.0
     noise_scale: float = 1.0
+    predicted: Predicted = "velocity"
 
     @classmethod
     def flow(
@@ -52,7 +56,9 @@ class Step:
         return cls("flow", 1 - sigma, sigma, 1 - sigma_next, sigma_next, sigma_max, noise_scale)
 
     @classmethod
-    def diffusion(cls, alpha_bar: float, alpha_bar_next: float) -> "Step":
+    def diffusion(
+        cls, alpha_bar: float, alpha_bar_next: float, predicted: Predicted = "noise"
+    ) -> "Step":
         """A step on the variance-preserving path."""
         return cls(
             "diffusion",
@@ -60,6 +66,7 @@ class Step:
             math.sqrt(max(0.0, 1 - alpha_bar)),
             math.sqrt(alpha_bar_next),
             math.sqrt(max(0.0, 1 - alpha_bar_next)),
+            predicted=predicted,
         )
 
     @property
@@ -91,6 +98,20 @@ class Prediction:
     ) -> "Prediction":
         """From a rectified-flow model's output."""
         return cls(x - sigma * velocity, x + (1 - sigma) * velocity, velocity)
+
+    @classmethod
+    def from_output(
+        cls, x: Float[Tensor, "batch *latent"], output: Float[Tensor, "batch *latent"], step: Step
+    ) -> "Prediction":
+        """From what a model says before a step, whatever it predicts."""
+        signal, noise = step.signal, step.noise
+        if step.predicted == "velocity":
+            return cls.from_velocity(x, output, noise)
+        if step.predicted == "noise":
+            return cls((x - noise * output) / signal, output, output)
+        if step.predicted == "v":
+            return cls(signal * x - noise * output, signal * output + noise * x, output)
+        return cls(output, (x - signal * output) / noise, output)
 
 
 @dataclass(frozen=True)

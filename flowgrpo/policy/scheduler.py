@@ -6,6 +6,7 @@ The pipeline then runs its usual loop over ``timesteps`` and calls ``step``.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -15,12 +16,14 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin, SchedulerOutpu
 from torch import Tensor
 
 from flowgrpo.core.solvers import SecondOrder
-from flowgrpo.core.transitions import ODE, Prediction, Step
+from flowgrpo.core.transitions import ODE, Predicted, Prediction, Step
 from flowgrpo.policy.calling import Unfit
 from flowgrpo.policy.entering import Place, locate, place, shapes_of
 from flowgrpo.policy.itinerary import Itinerary, Visit
 from flowgrpo.policy.samplers import first_order, is_flow
 
+PREDICTED: dict[str, Predicted] = {"epsilon": "noise", "v_prediction": "v", "sample": "data"}
+"""What diffusers calls what a model predicts."""
 Grid = list[float] | np.ndarray | Tensor
 """What pipelines hand to ``set_timesteps``."""
 
@@ -273,7 +276,7 @@ class FlowPolicyScheduler(_Steps, FlowMatchEulerDiscreteScheduler):
     def _predict(self, output: Tensor, x: Tensor, node: int, interval: Step) -> Prediction:
         # Inverted grids (Mochi) run from 0 to 1, and so their models predict x0 - x1.
         velocity = -output if self.config.invert_sigmas else output
-        return Prediction.from_velocity(x, velocity, interval.noise)
+        return Prediction.from_output(x, velocity, interval)
 
 
 class DiffusionPolicyScheduler(_Steps, DDIMScheduler):
@@ -317,7 +320,9 @@ class DiffusionPolicyScheduler(_Steps, DDIMScheduler):
 
     def interval(self, node: int, next_node: int) -> Step:
         landing = self._landings[node] if next_node == node + 1 else self._alpha_bars[next_node]
-        return Step.diffusion(self._alpha_bars[node], landing)
+        return Step.diffusion(
+            self._alpha_bars[node], landing, PREDICTED[self.config.prediction_type]
+        )
 
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """Data as noisy as states are at timesteps of the grid."""
@@ -330,17 +335,11 @@ class DiffusionPolicyScheduler(_Steps, DDIMScheduler):
         return float(self.alphas_cumprod[timestep] if timestep >= 0 else self.final_alpha_cumprod)
 
     def _predict(self, output: Tensor, x: Tensor, node: int, interval: Step) -> Prediction:
-        signal, noise = interval.signal, interval.noise
-        kind = self.config.prediction_type
-        if kind == "epsilon":
-            x0, x1 = (x - noise * output) / signal, output
-        elif kind == "v_prediction":
-            x0, x1 = signal * x - noise * output, signal * output + noise * x
-        else:
-            x0, x1 = output, (x - signal * output) / noise
-        if self.config.clip_sample:
-            x0 = x0.clamp(-self.config.clip_sample_range, self.config.clip_sample_range)
-        return Prediction(x0, x1, output)
+        prediction = Prediction.from_output(x, output, interval)
+        if not self.config.clip_sample:
+            return prediction
+        bound = self.config.clip_sample_range
+        return replace(prediction, x0=prediction.x0.clamp(-bound, bound))
 
 
 PolicyScheduler = FlowPolicyScheduler | DiffusionPolicyScheduler
