@@ -19,7 +19,6 @@ from diffusers import (
     IFPipeline,
     LCMScheduler,
     LTXConditionPipeline,
-    LTXImageToVideoPipeline,
     QwenImageEditPlusPipeline,
     SkyReelsV2DiffusionForcingPipeline,
     StableDiffusionXLInpaintPipeline,
@@ -108,14 +107,6 @@ def test_a_strength_that_cuts_the_schedule_is_refused(
     # From pure noise it is a policy, though its loop cannot be empty when a state is decoded.
     whole = Sampling(num_steps=4, height=16, width=16, call=call | {"strength": 1.0})
     assert examine(folder, Settings(sampling=whole)).passed
-
-
-def test_stepping_a_part_of_the_latents_is_refused(tiny: Tiny, tmp_path: Path) -> None:
-    folder = resaved(tiny("ltx"), LTXImageToVideoPipeline, tmp_path / "i2v")
-    sampling = sampling_of("ltx")
-    assert "LTXImageToVideoPipeline cannot be a policy: it steps only part" in refusal(
-        folder, Sampling(**vars(sampling) | {"call": sampling.call | {"image": GRADIENT}})
-    )
 
 
 def test_stepping_several_states_is_refused(

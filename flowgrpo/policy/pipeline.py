@@ -34,6 +34,7 @@ from flowgrpo.policy.counting import counted
 from flowgrpo.policy.entering import Place, enter, parts_of
 from flowgrpo.policy.initial_noise import INITIAL, InitialNoise, Noise
 from flowgrpo.policy.itinerary import Itinerary, Visit, held
+from flowgrpo.policy.layouts import Layouts
 from flowgrpo.policy.loading import DTYPES, denoisers, load_pipeline, without_safety_checker
 from flowgrpo.policy.memory import Memory
 from flowgrpo.policy.precision import as_batch, as_fp32, as_media
@@ -131,6 +132,7 @@ class PipelinePolicy:
         self._entering: Tensor | None = None
         self._calling, self._empty_loop = Calling(), True
         self._place: Place | None = None
+        self._layouts = Layouts()
         self._prepare = getattr(pipeline, "prepare_latents", None)
         if self._prepare is not None:
             pipeline.prepare_latents = self._prepare_or_enter
@@ -161,6 +163,11 @@ class PipelinePolicy:
                     f"{'sampling' if name in sampling.arguments() else 'prompts'}: {type(self.pipeline).__name__} takes no argument {name!r}; it takes {', '.join(own)}"
                 )
         check_strength(type(self.pipeline).__name__, self._parameters, sampling.call)
+
+    @property
+    def displaces(self) -> bool:
+        """Whether the loop has been seen to step its latents in another layout than it prepares."""
+        return len(self._layouts) > 0
 
     def num_steps(self, sampling: Sampling | None = None) -> int:
         """Number of denoising steps of a call."""
@@ -339,8 +346,16 @@ class PipelinePolicy:
             name = type(self.pipeline).__name__
             if self._entering is not None:
                 raise Unfit(f"{name} cannot be entered: its call prepares no latents")
-            self.scheduler.check_walk(name)
+            displaced = self.scheduler.check_walk(name)
             self._place = self.scheduler.entered_at or self._place
+            if displaced is not None:
+
+                def again(another: Itinerary) -> None:
+                    self.scheduler.begin(another)
+                    with torch.no_grad():
+                        self._output(arguments | {"generator": generator}, False)
+
+                self._layouts.learn(displaced, self.scheduler.prepared, again, name)
         finally:
             self.scheduler.begin(Itinerary())
             self._entering = None
@@ -363,9 +378,13 @@ class PipelinePolicy:
         """The pipeline's ``prepare_latents``; with a state to enter, that in its place."""
         assert self._prepare is not None
         prepared = self._prepare(*args, **kwargs)
+        numbered = self._layouts.numbered(prepared)
+        if numbered is not None:
+            return numbered
         if self._entering is not None:
             state, self._entering = self._entering.to(self.device), None
-            prepared = enter(prepared, state, self._place, type(self.pipeline).__name__)
+            name, entered = type(self.pipeline).__name__, self._layouts.enter(prepared, state)
+            prepared = enter(prepared, state, self._place, name) if entered is None else entered
         else:
             prepared = as_fp32(prepared)
             if isinstance(self.trainable, InitialNoise):

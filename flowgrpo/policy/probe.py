@@ -69,6 +69,11 @@ def fit_noise(policy: PipelinePolicy, prompts: Sequence[Prompt]) -> None:
         noise = SampleNoise([Random(0).at("probe")])
         (rollout,) = policy.run([prompt], noise, nodes=[0, 1], record=[0], decode=False)
         shapes.add(tuple(rollout.visits[0].x.shape[1:]))
+    if policy.displaces:
+        raise Unfit(
+            f"model.weights.kind = 'noise': {name} steps its latents in another layout than it prepares "
+            "them in, where its noise cannot be replaced"
+        )
     if len(shapes) > 1:
         raise ValueError(
             "model.weights.kind = 'noise' trains one distribution, but the latents of these prompts "

@@ -69,14 +69,17 @@ class _Steps:
         there = self._walked is self.itinerary and self.taken == len(self._nodes) - 1
         return self._state if there else None
 
-    def check_walk(self, name: str) -> None:
+    def check_walk(self, name: str) -> torch.Size | None:
         """Check that the pipeline's loop that just ended was the itinerary.
 
         Args:
             name: Of the pipeline, for the message.
 
+        Returns:
+            The shape of its states, if none of the tensors that it prepared holds one as it is.
+
         Raises:
-            Unfit: If it took other steps, or stepped another state than it prepared.
+            Unfit: If it took other steps.
         """
         if self._walked is not self.itinerary:
             raise Unfit(
@@ -90,12 +93,8 @@ class _Steps:
             )
         shapes = shapes_of(self.prepared)
         if self._state is None or not shapes or self.entered_at is not None:
-            return
-        if place(self._state.shape, shapes) is None:
-            raise Unfit(
-                f"{name} cannot be a policy: it steps only part of its latents, or in another layout: "
-                f"{tuple(self._state.shape)} of what it prepares, {[tuple(s) for s in shapes if s]}"
-            )
+            return None
+        return None if place(self._state.shape, shapes) else self._state.shape
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         """Refused: a pipeline's own copies would step states that nobody records or enters."""
