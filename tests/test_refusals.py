@@ -223,6 +223,13 @@ def test_the_command_takes_an_image_and_writes_json(
     assert all(c["passed"] and c["measured"] is not None for c in table["checks"])
     assert "an export loads back to the same image" in capsys.readouterr().out
 
+    command[-1] = str(tmp_path / "refused.json")
+    assert main([*command, "--call", "eta_=1", "--image", str(image)]) == 1
+    refused = json.loads((tmp_path / "refused.json").read_text())
+    assert refused["passed"] is False
+    assert "eta_" in refused["refused"]
+    assert "eta_" in capsys.readouterr().err
+
     image.write_text("no image")
     assert main([*command, "--image", str(image)]) == 1
     assert f"{image} is no image that can be read" in capsys.readouterr().err

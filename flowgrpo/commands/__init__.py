@@ -7,7 +7,7 @@ import tomllib
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -151,11 +151,19 @@ def doctor(options: argparse.Namespace) -> int:
         device=_device(options.device),
         clip_range=options.clip_range,
     )
-    diagnosis = examine(options.model, settings)
+    try:
+        diagnosis = examine(options.model, settings)
+    except ValueError as error:
+        _write_json(options.json, {"model": options.model, "passed": False, "refused": str(error)})
+        raise
     show(diagnosis, Console())
-    if options.json:
-        Path(options.json).write_text(json.dumps(diagnosis.to_json(), indent=1) + "\n")
+    _write_json(options.json, diagnosis.to_json())
     return 0 if diagnosis.passed else 1
+
+
+def _write_json(file: str | None, table: dict[str, Any]) -> None:
+    if file:
+        Path(file).write_text(json.dumps(table, indent=1) + "\n")
 
 
 def config(options: argparse.Namespace) -> int:
