@@ -182,3 +182,24 @@ def test_kept_images_come_back_whatever_their_layout(tmp_path):
     keep(tmp_path / "deep" / "base.safetensors", shown)
     assert torch.equal(kept(tmp_path / "deep" / "base.safetensors"), shown)
     assert kept(tmp_path / "none.safetensors") is None
+
+
+def test_condition_images_stand_below_the_label():
+    green, cyan = (0.0, 1.0, 0.0), (0.0, 1.0, 1.0)
+    blocks = [images(RED), images(BLUE)]
+    conditions = [Image.new("RGB", (400, 200), "#00ff00"), Image.new("L", (50, 900), 0)]
+    with_them = grid(
+        [GridRow("edit it", blocks, conditions=[*conditions, Image.new("RGB", (9, 9), "#00ffff")])]
+    )
+    left, top, right, bottom = box(with_them, green)
+    assert abs((right - left) - 2 * (bottom - top)) <= 1
+    assert right < box(with_them, RED)[0]
+    # Small ones are shown as they are, beside the others.
+    small = box(with_them, cyan)
+    assert (small[2] - small[0], small[3] - small[1]) == (9, 9)
+    assert small[0] > right
+    assert small[1] == top
+    # Without them nothing moves.
+    plain = grid([GridRow("edit it", blocks)])
+    assert box(plain, RED)[:2] == box(with_them, RED)[:2]
+    assert with_them.width == plain.width

@@ -19,6 +19,7 @@ TOLERANCE = 1e-3
 MARGIN, LABEL_WIDTH, LABEL_GAP = 32, 208, 24
 TILE_GAP, VIDEO_GAP, BLOCK_GAP, ROW_GAP, FRAME_GAP = 6, 16, 32, 22, 2
 NARROWEST_BLOCK = 132
+CONDITION_HEIGHT, CONDITION_GAP = 72, 8
 INK, SOFT, FAINT, PAPER = "#15171c", "#656b76", "#dfe2e7", "#ffffff"
 ACCENTS = ("#9aa1ad", "#3b6fe0", "#8b5cd6", "#d97a1f", "#12907f")
 GOOD, BAD = "#1a9c52", "#d93a3a"
@@ -48,11 +49,14 @@ class GridRow:
         blocks: One tensor per column, images ``(S, C, H, W)`` or videos ``(S, F, C, H, W)`` in
             [0, 1] with 1 or 3 channels.
         notes: One text per image: "✓" and "✗" become marks, other text stands below the image.
+        conditions: What the images were made from (editing, image-to-video); the first three are
+            shown below the label.
     """
 
     label: str
     blocks: Sequence[Media]
     notes: Sequence[Sequence[str]] | None = None
+    conditions: Sequence[Image.Image] = ()
 
 
 def draw_grid(
@@ -223,12 +227,22 @@ class _Row:
         captions = any(_caption(note) for notes in self.notes for note in notes)
         self.caption_height = 22 if captions else 0
         tiles_height = layout.frame[1] + self.caption_height
-        self.label = _Paragraph(row.label, 15, LABEL_WIDTH, max(6, tiles_height // 21))
-        self.height = max(tiles_height, self.label.height)
-        self.label_offset = max(0, (layout.frame[1] - self.label.height) // 2)
+        self.conditions = _thumbnails(row.conditions)
+        strip = max((c.height + CONDITION_GAP for c in self.conditions), default=0)
+        self.label = _Paragraph(row.label, 15, LABEL_WIDTH, max(6, (tiles_height - strip) // 21))
+        beside = self.label.height + strip
+        self.height = max(tiles_height, beside)
+        self.label_offset = max(0, (layout.frame[1] - beside) // 2)
 
     def draw(self, canvas: Image.Image, top: int) -> None:
         self.label.draw(canvas, MARGIN, top + self.label_offset, INK)
+        left, below = MARGIN, top + self.label_offset + self.label.height + CONDITION_GAP
+        pen = ImageDraw.Draw(canvas)
+        for condition in self.conditions:
+            right, bottom = left + condition.width, below + condition.height
+            pen.rectangle((left - 1, below - 1, right, bottom), outline=FAINT)
+            canvas.paste(condition, (left, below))
+            left += condition.width + TILE_GAP
         for b, (block, notes) in enumerate(zip(self.row.blocks, self.notes, strict=True)):
             for s, (media, note) in enumerate(zip(block, notes, strict=True)):
                 self._tile(canvas, media, note, (self.layout.left(b, s), top))
@@ -250,6 +264,15 @@ class _Row:
         if _caption(note):
             caption = _Paragraph(_caption(note), 13, self.layout.tile_width, 1)
             caption.draw(canvas, left, top + height + 5, SOFT)
+
+
+def _thumbnails(pictures: Sequence[Image.Image]) -> list[Image.Image]:
+    """The first three, small enough to stand side by side below a label."""
+    shown = [p.convert("RGB") for p in pictures[:3]]
+    side = (LABEL_WIDTH + TILE_GAP) // max(len(shown), 2) - TILE_GAP
+    for picture in shown:
+        picture.thumbnail((side, CONDITION_HEIGHT))
+    return shown
 
 
 def _caption(note: str) -> str:

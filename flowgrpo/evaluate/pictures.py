@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from jaxtyping import Float
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -73,7 +74,10 @@ class Sheet:
         rows = []
         for row, prompt in enumerate(self.prompts):
             part = slice(row * self.samples, (row + 1) * self.samples)
-            rows.append(GridRow(prompt.text, [b[part] for b in images], [n[part] for n in notes]))
+            shown = [*prompt.open_images(), *prompt.open_call().values()]
+            conditions = [i for i in shown if isinstance(i, Image.Image)]
+            blocks, marks = [b[part] for b in images], [n[part] for n in notes]
+            rows.append(GridRow(prompt.text, blocks, marks, conditions))
         height, width = images[0].shape[-2:]
         guidance = "default" if sampling.guidance_scale is None else f"{sampling.guidance_scale:g}"
         subtitle = (
