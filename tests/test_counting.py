@@ -1,17 +1,20 @@
 """A loop that is entered in the middle counts its steps from there, as what it does by count needs."""
 
+import inspect
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from diffusers import DiffusionPipeline, Flux2KleinKVPipeline
 from torch import Tensor
 
 from flowgrpo.doctor import Settings, examine
 from flowgrpo.experience import Prompt
 from flowgrpo.policy import PipelinePolicy
-from flowgrpo.policy.counting import counted
+from flowgrpo.policy.counting import _Count, counted
 from flowgrpo.policy.itinerary import Itinerary
 from tests.conftest import MakePolicy, noise_of, sampling_of
 from tests.tiny.image import sd15_controlnet
@@ -69,6 +72,33 @@ def test_a_part_of_the_grid_keeps_its_counts(make_policy: MakePolicy) -> None:
         assert len(policy.scheduler.timesteps) == 4
 
 
+def test_the_first_step_of_a_loop_also_counts_as_0() -> None:
+    """It is where loops set up what they need, wherever on the grid they begin."""
+    first = _Count(5)
+    assert first == 0
+    assert first == 5
+    assert (first != 0) is False
+    assert first != 4
+    assert first > 0
+    assert first + 1 == 6
+    assert [*"abcdef"][first] == "f"
+    assert {5: "x"}[first] == "x"
+
+
+def test_keys_kept_from_the_first_step_are_there_in_a_replay(tiny: Tiny, tmp_path: Path) -> None:
+    parts = DiffusionPipeline.from_pretrained(tiny("flux2_klein")).components
+    Flux2KleinKVPipeline(**parts).save_pretrained(tmp_path)
+    call = sampling_of("flux2_klein").call | {"image": GRADIENT.resize((64, 64))}
+    accepted = inspect.signature(Flux2KleinKVPipeline.__call__).parameters
+    sampling = replace(
+        sampling_of("flux2_klein"),
+        guidance_scale=None,
+        call={k: v for k, v in call.items() if k in accepted},
+    )
+    diagnosis = examine(tmp_path, Settings(sampling=sampling))
+    assert {c.name: c.value for c in diagnosis.checks if not c.passed} == {}
+
+
 def test_only_the_steps_are_counted_anew(make_policy: MakePolicy) -> None:
     def call(steps: Any, *, more: Any = "ab") -> list[list[tuple[int, Any]]]:
         return [list(enumerate(steps)), list(enumerate(more)), list(enumerate(more, 1))]
@@ -84,6 +114,8 @@ def test_only_the_steps_are_counted_anew(make_policy: MakePolicy) -> None:
     # Looking at the timesteps beforehand is not walking them.
     policy.scheduler.begin(Itinerary())
     policy.scheduler.set_timesteps(3)
+    first = next(iter(copy(policy.scheduler.timesteps)[0]))
+    assert first == (0, policy.scheduler.timesteps[0])
     assert [i for i, _ in copy(policy.scheduler.timesteps)[0]] == [0, 1, 2]
     assert policy.scheduler.counted is False
     policy.images([Prompt("a cat")], noise_of(0))

@@ -13,6 +13,7 @@ from torch import Tensor
 from flowgrpo.core.transitions import Gaussian
 from flowgrpo.doctor import PROMPTS, Settings, checks, examine
 from flowgrpo.policy import Full, LoRA, PipelinePolicy
+from flowgrpo.policy.entrance import Entrance
 from flowgrpo.policy.loading import variant_of
 from flowgrpo.policy.scheduler import FlowPolicyScheduler
 from tests.conftest import noise_of, sampling_of
@@ -194,13 +195,13 @@ def test_a_gradient_that_leaks_is_caught(tiny: Tiny, monkeypatch: pytest.MonkeyP
 
 
 def test_inexact_entering_is_caught(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
-    enter = PipelinePolicy._prepare_or_enter
+    enter = Entrance._prepare
 
-    def rounding(self: PipelinePolicy, *args: Any, **kwargs: Any) -> Any:
+    def rounding(self: Entrance, *args: Any, **kwargs: Any) -> Any:
         entered = enter(self, *args, **kwargs)
         return 1.05 * entered if isinstance(entered, Tensor) else entered
 
-    monkeypatch.setattr(PipelinePolicy, "_prepare_or_enter", rounding)
+    monkeypatch.setattr(Entrance, "_prepare", rounding)
     assert {SAME_BATCH, BRANCH, DECODE} <= set(failures(tiny("sd3"), "sd3"))
 
 

@@ -112,8 +112,10 @@ def test_a_strength_that_cuts_the_schedule_is_refused(
 def test_stepping_several_states_is_refused(
     tiny: Tiny, tmp_path: Path, make_policy: Callable[..., PipelinePolicy]
 ) -> None:
+    scheduler = make_policy("sd15").scheduler
+    copy.deepcopy(scheduler)
     with pytest.raises(Unfit, match="several states at once"):
-        copy.deepcopy(make_policy("sd15").scheduler)
+        copy.deepcopy(scheduler)
     folder = resaved(tiny("skyreels_v2"), SkyReelsV2DiffusionForcingPipeline, tmp_path / "df")
     assert "it steps several states at once" in refusal(
         folder, sampling_of("skyreels_v2", num_frames=9)
@@ -151,7 +153,7 @@ def test_a_pipeline_that_prepares_a_prior_first_is_refused(
     prepare = policy.pipeline.prepare_latents
 
     def prior_first(*args: Any, **kwargs: Any) -> Any:
-        policy.scheduler.prepared = [torch.zeros(2, 32)]
+        policy.scheduler.prepared_by.append(("prepare_latents", [torch.zeros(2, 32)]))
         return prepare(*args, **kwargs)
 
     policy.pipeline.prepare_latents = prior_first

@@ -33,7 +33,7 @@ from flowgrpo.policy.calling import (
 from flowgrpo.policy.loading import DTYPES, autoencoders, denoisers
 from flowgrpo.policy.precision import as_media, encode_still
 from flowgrpo.policy.samplers import first_order
-from flowgrpo.policy.scheduler import FlowPolicyScheduler, policy_scheduler
+from flowgrpo.policy.scheduler import FlowPolicyScheduler
 from flowgrpo.run.console import Console
 
 ALONE = {
@@ -232,10 +232,7 @@ def _stock(model: str | Path, settings: Settings) -> DiffusionPipeline:
         # Stock pipelines have one precision throughout.
         vae.to(DTYPES[settings.dtype])
     encode_still(pipeline)
-    ours = policy_scheduler(pipeline.scheduler)
     pipeline.scheduler = first_order(pipeline.scheduler)
-    # So that several states in one loop are refused by name, and not by what follows from them.
-    pipeline.scheduler.__deepcopy__ = ours.__deepcopy__
     return pipeline
 
 

@@ -14,6 +14,23 @@ from torch import Tensor
 from flowgrpo.policy.scheduler import PolicyScheduler
 
 
+class _Count(int):
+    """The index of a loop's first step, which also equals 0.
+
+    Some loops set up in ``if i == 0`` what their other steps use: keys and values of condition images
+    (FLUX.2 klein KV, Qwen-Image 2.1), embeddings for another guidance (LTX-2). What they do at the
+    first step of the grid alone they ask by ``i < n``.
+    """
+
+    def __eq__(self, other: object) -> bool:
+        return other == 0 or int(self) == other
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
+    __hash__ = int.__hash__
+
+
 def counted(call: Callable[..., Any], scheduler: PolicyScheduler) -> Callable[..., Any]:
     """A pipeline's ``__call__`` in which ``enumerate`` knows where on the grid a step is.
 
@@ -44,9 +61,9 @@ def counted(call: Callable[..., Any], scheduler: PolicyScheduler) -> Callable[..
 
 def _counted(scheduler: PolicyScheduler, timesteps: Tensor) -> Iterator[tuple[int, Any]]:
     """The timesteps that the itinerary visits, with their index on the grid."""
-    for i, at in scheduler.ahead():
+    for number, (i, at) in enumerate(scheduler.ahead()):
         taken = scheduler.taken
-        yield i, timesteps[at]
+        yield (_Count(i) if number == 0 else i), timesteps[at]
         # Only a loop that denoises, and not one that looks at the timesteps beforehand.
         scheduler.counted = scheduler.counted or scheduler.taken == taken + 1
 

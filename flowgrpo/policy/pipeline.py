@@ -31,13 +31,12 @@ from flowgrpo.policy.calling import (
 )
 from flowgrpo.policy.calls import Sampling, batches, own_arguments
 from flowgrpo.policy.counting import counted
-from flowgrpo.policy.entering import Place, enter, parts_of
+from flowgrpo.policy.entrance import Entrance
 from flowgrpo.policy.initial_noise import INITIAL, InitialNoise, Noise
 from flowgrpo.policy.itinerary import Itinerary, Visit, held
-from flowgrpo.policy.layouts import Layouts
 from flowgrpo.policy.loading import DTYPES, denoisers, load_pipeline, without_safety_checker
 from flowgrpo.policy.memory import Memory
-from flowgrpo.policy.precision import as_batch, as_fp32, as_media
+from flowgrpo.policy.precision import as_batch, as_media
 from flowgrpo.policy.preparing import models_of, prepare
 from flowgrpo.policy.prompts_cache import ENCODING_METHODS
 from flowgrpo.policy.rewriting import REWRITING_METHODS
@@ -129,13 +128,10 @@ class PipelinePolicy:
                 self.denoisers, weights, seed=seed, with_reference=with_reference
             )
         self.num_evaluations = self.num_decodes = 0
-        self._entering: Tensor | None = None
         self._calling, self._empty_loop = Calling(), True
-        self._place: Place | None = None
-        self._layouts = Layouts()
-        self._prepare = getattr(pipeline, "prepare_latents", None)
-        if self._prepare is not None:
-            pipeline.prepare_latents = self._prepare_or_enter
+        self._entrance = Entrance(pipeline, self.scheduler, self.device)
+        if isinstance(self.trainable, InitialNoise):
+            self._entrance.initial = self.trainable
 
     @classmethod
     def from_pretrained(cls, model: str | Path, **options: Any) -> "PipelinePolicy":
@@ -166,8 +162,8 @@ class PipelinePolicy:
 
     @property
     def displaces(self) -> bool:
-        """Whether the loop has been seen to step its latents in another layout than it prepares."""
-        return len(self._layouts) > 0
+        """Whether the loop was seen to step more or other than one prepared tensor as it is."""
+        return self._entrance.displaces
 
     def num_steps(self, sampling: Sampling | None = None) -> int:
         """Number of denoising steps of a call."""
@@ -285,7 +281,8 @@ class PipelinePolicy:
         The policy cannot be used any more after this.
         """
         self.pipeline.scheduler = self.shipped_scheduler
-        for name in (*ENCODING_METHODS, *REWRITING_METHODS, "prepare_latents"):
+        self._entrance.leave()
+        for name in (*ENCODING_METHODS, *REWRITING_METHODS):
             self.pipeline.__dict__.pop(name, None)
         return self.pipeline
 
@@ -337,28 +334,21 @@ class PipelinePolicy:
         )
         itinerary.visits.clear()
         self.scheduler.begin(itinerary)
-        self._entering = entering
-        if self._prepare is None and entering is not None:
-            arguments, self._entering = arguments | {"latents": entering.to(self.device)}, None
+        arguments = self._entrance.expect(entering, arguments)
+        arguments |= {"generator": generators_for(arguments, generators)}
+
+        def again(another: Itinerary) -> None:
+            self.scheduler.begin(another)
+            with torch.no_grad():
+                self._output(arguments, False)
+
         try:
-            generator = generators_for(arguments, generators)
-            output = self._output(arguments | {"generator": generator}, decode)
-            name = type(self.pipeline).__name__
-            if self._entering is not None:
-                raise Unfit(f"{name} cannot be entered: its call prepares no latents")
-            displaced = self.scheduler.check_walk(name)
-            self._place = self.scheduler.entered_at or self._place
-            if displaced is not None:
-
-                def again(another: Itinerary) -> None:
-                    self.scheduler.begin(another)
-                    with torch.no_grad():
-                        self._output(arguments | {"generator": generator}, False)
-
-                self._layouts.learn(displaced, self.scheduler.prepared, again, name)
+            output = self._output(arguments, decode)
+            self._entrance.check()
+            self._entrance.learn(itinerary, again)
         finally:
             self.scheduler.begin(Itinerary())
-            self._entering = None
+            self._entrance.expect(None, arguments)
         return output
 
     def _output(self, arguments: dict[str, Any], decode: bool) -> Tensor:
@@ -369,29 +359,14 @@ class PipelinePolicy:
         except Exception:
             # What goes wrong after the loop does not matter where only its states are wanted
             # (QwenImageLayered cannot return latents).
-            if decode or self.scheduler.arrived is None:
+            arrived = self._entrance.arrived()
+            if decode or arrived is None:
                 raise
-            return self.scheduler.arrived
-        return as_media(output, self.pipeline) if decode else as_batch(output)
-
-    def _prepare_or_enter(self, *args: Any, **kwargs: Any) -> Any:
-        """The pipeline's ``prepare_latents``; with a state to enter, that in its place."""
-        assert self._prepare is not None
-        prepared = self._prepare(*args, **kwargs)
-        numbered = self._layouts.numbered(prepared)
-        if numbered is not None:
-            return numbered
-        if self._entering is not None:
-            state, self._entering = self._entering.to(self.device), None
-            name, entered = type(self.pipeline).__name__, self._layouts.enter(prepared, state)
-            prepared = enter(prepared, state, self._place, name) if entered is None else entered
-        else:
-            prepared = as_fp32(prepared)
-            if isinstance(self.trainable, InitialNoise):
-                prepared = self.trainable.place_in(prepared, self._place, self.scheduler)
-        # A second call in one is not where states are put in (StableUnCLIP's, after its prior's).
-        self.scheduler.prepared = self.scheduler.prepared or parts_of(prepared)
-        return prepared
+            return arrived
+        if decode:
+            return as_media(output, self.pipeline)
+        arrived = self._entrance.arrived()
+        return as_batch(output) if arrived is None else arrived
 
     def _precision(self) -> torch.dtype:
         """Of what enters a denoiser: its weights' own."""

@@ -71,8 +71,8 @@ def fit_noise(policy: PipelinePolicy, prompts: Sequence[Prompt]) -> None:
         shapes.add(tuple(rollout.visits[0].x.shape[1:]))
     if policy.displaces:
         raise Unfit(
-            f"model.weights.kind = 'noise': {name} steps its latents in another layout than it prepares "
-            "them in, where its noise cannot be replaced"
+            f"model.weights.kind = 'noise': {name} steps other or more than the latents that it "
+            "prepares, where its noise cannot be replaced"
         )
     if len(shapes) > 1:
         raise ValueError(

@@ -5,6 +5,7 @@ It stands in for the pipeline's own scheduler. Before each call of the pipeline 
 The pipeline then runs its usual loop over ``timesteps`` and calls ``step``.
 """
 
+import copy
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -15,6 +16,7 @@ from diffusers import DDIMScheduler, EulerDiscreteScheduler, FlowMatchEulerDiscr
 from diffusers.schedulers.scheduling_utils import SchedulerMixin, SchedulerOutput
 from torch import Tensor
 
+from flowgrpo.core.random import SampleNoise
 from flowgrpo.core.solvers import SecondOrder
 from flowgrpo.core.transitions import ODE, Predicted, Prediction, Step
 from flowgrpo.policy.calling import Unfit
@@ -48,10 +50,13 @@ class _Steps:
     """What the pipeline multiplies its initial noise by (PRX in pixel space)."""
     counted: bool = False
     """Whether the pipeline's loop takes the steps with their index on the grid."""
-    prepared: Sequence[Any] = ()
-    """What the pipeline prepared before its loop."""
+    prepared_by: list[tuple[str, list[Any]]]
+    """What the pipeline's methods prepared before its loop, in the order of their calls."""
     entered_at: Place | None = None
-    """Where in it the first state was."""
+    """Where in what ``prepare_latents`` prepared the first state was."""
+    beside: Any = None
+    """The copy of this scheduler with which the pipeline steps a second state."""
+    _all_prepared: bool = False
 
     @property
     def initial_std(self) -> float:
@@ -61,7 +66,15 @@ class _Steps:
     def begin(self, itinerary: Itinerary) -> None:
         """Go where the itinerary says in the next call of the pipeline."""
         self.itinerary, self._walked = itinerary, None
-        self.prepared, self.entered_at = [], None
+        self.prepared_by, self.entered_at, self.beside = [], None, None
+        self.taken, self._state = 0, None
+
+    @property
+    def prepared(self) -> list[Any]:
+        """What the first call of ``prepare_latents`` prepared; for a copy, what all methods did."""
+        if self._all_prepared:
+            return [part for _, parts in self.prepared_by for part in parts]
+        return next((parts for name, parts in self.prepared_by if name == "prepare_latents"), [])
 
     @property
     def arrived(self) -> Tensor | None:
@@ -97,11 +110,22 @@ class _Steps:
         return None if place(self._state.shape, shapes) else self._state.shape
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        """Refused: a pipeline's own copies would step states that nobody records or enters."""
-        raise Unfit(
-            "the pipeline cannot be a policy: it steps several states at once, each with a copy of the "
-            "scheduler (sound beside a video, or frames at different noise)"
+        """One copy, for a state beside the latents (a video's sound), which goes the same way."""
+        if self.beside is not None:
+            raise Unfit(
+                "the pipeline cannot be a policy: it steps several states at once, each with a copy of "
+                "the scheduler (frames at different noise)"
+            )
+        noise = self.itinerary.noise
+        self.beside = other = copy.copy(self)
+        other.itinerary = replace(
+            self.itinerary,
+            noise=SampleNoise([s.at("beside") for s in noise.streams]) if noise else noise,
+            visits=[],
         )
+        other._walked, other._all_prepared, other.beside = None, True, self
+        other.taken, other._state, other.entered_at = 0, None, None
+        return other
 
     def _restrict(self) -> None:
         """Keep only the itinerary's nodes of the grid that was just set."""
@@ -369,5 +393,5 @@ def policy_scheduler(shipped: SchedulerMixin) -> PolicyScheduler:
         scheduler.source, scheduler.alphas_cumprod = source, source.alphas_cumprod
         if isinstance(source, DDIMScheduler):
             scheduler.final_alpha_cumprod = source.final_alpha_cumprod
-    scheduler.itinerary = Itinerary()
+    scheduler.begin(Itinerary())
     return scheduler

@@ -5,11 +5,12 @@ from pathlib import Path
 from .image import IMAGE
 from .image_lm import IMAGE_LM
 from .parts import Family
+from .sound import SOUND
 from .video import VIDEO
 
 __all__ = ["FAMILIES", "Family", "save"]
 
-FAMILIES: dict[str, Family] = {f.name: f for f in (*IMAGE, *IMAGE_LM, *VIDEO)}
+FAMILIES: dict[str, Family] = {f.name: f for f in (*IMAGE, *IMAGE_LM, *VIDEO, *SOUND)}
 
 
 def save(name: str, folder: str | Path) -> Path:

@@ -1,0 +1,96 @@
+"""A state that is stepped beside the latents: LTX-2's sound, which its video sees."""
+
+import copy
+
+import pytest
+import torch
+
+from flowgrpo.core.transitions import CPS
+from flowgrpo.experience import Prompt
+from flowgrpo.policy import Noise, PipelinePolicy
+from flowgrpo.policy.beside import Beside
+from flowgrpo.policy.calling import Unfit
+from flowgrpo.policy.itinerary import Itinerary
+from flowgrpo.policy.pipeline import Rollout
+from flowgrpo.policy.probe import fit_noise
+from tests.conftest import MakePolicy, noise_of
+
+TRANSITION = CPS(noise_level=0.7)
+
+
+@pytest.fixture(scope="module")
+def policy(make_policy: MakePolicy) -> PipelinePolicy:
+    return make_policy("ltx2")
+
+
+def roll(policy: PipelinePolicy, prompts: list[Prompt]) -> Rollout:
+    noise = noise_of(*range(len(prompts)))
+    (rollout,) = policy.run(
+        prompts, noise, stochastic=[0, 1], transition=TRANSITION, record=range(4)
+    )
+    return rollout
+
+
+def test_a_state_is_both(policy: PipelinePolicy) -> None:
+    prompts = [Prompt("a cat"), Prompt("a dog")]
+    rollout = roll(policy, prompts)
+    first, second = rollout.visits[:2]
+    assert first.x.ndim == 2
+    pictures, sound = (s.numel() for s in policy._entrance._beside._shapes[first.x.shape[1]])
+    assert pictures + sound == first.x.shape[1]
+    assert 0 < sound < pictures
+    assert torch.equal(first.x_next, second.x)
+    # Each has noise of its own.
+    noise = (first.x_next - first.gaussian.mean) / first.gaussian.std
+    assert noise[:, :pictures].std() > 0.5
+    assert noise[:, pictures:].std() > 0.5
+    assert not torch.equal(noise[:, :sound], noise[:, pictures:])
+    assert not torch.equal(noise[0], noise[1])
+
+
+def test_the_video_follows_from_the_sound(policy: PipelinePolicy) -> None:
+    """What enters is all of a state: another sound makes another video."""
+    prompts = [Prompt("a cat")]
+    rollout = roll(policy, prompts)
+    assert rollout.media is not None
+    visit = rollout.visits[1]
+    pictures, _ = (s.numel() for s in policy._entrance._beside._shapes[visit.x.shape[1]])
+    louder = visit.x.clone()
+    louder[:, pictures:] += 3
+
+    def said(x: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            return policy.replay(prompts, x, 1, TRANSITION).prediction.output
+
+    assert torch.equal(said(visit.x), visit.prediction.output)
+    assert (said(louder) - said(visit.x))[:, :pictures].abs().max() > 1e-3
+    decoded = policy.decode(prompts, rollout.visits[-1].x_next)
+    torch.testing.assert_close(decoded, rollout.media, atol=1e-5, rtol=0)
+
+
+def test_lengths_take_turns(policy: PipelinePolicy) -> None:
+    lengths = [[Prompt("a cat", num_frames=n)] * 2 for n in (5, 9, 5)]
+    rollouts = [roll(policy, prompts) for prompts in lengths]
+    assert rollouts[0].visits[0].x.shape[1] < rollouts[1].visits[0].x.shape[1]
+    for prompts, rollout in zip(lengths, rollouts, strict=True):
+        visit = rollout.visits[1]
+        again = policy.replay(prompts, visit.x, 1, TRANSITION)
+        torch.testing.assert_close(
+            again.prediction.output, visit.prediction.output, atol=1e-5, rtol=0
+        )
+
+
+def test_its_initial_noise_is_no_policy(make_policy: MakePolicy) -> None:
+    with pytest.raises(Unfit, match="LTX2Pipeline steps other or more than the latents"):
+        fit_noise(make_policy("ltx2", weights=Noise()), [Prompt("a cat")])
+
+
+def test_a_second_state_at_other_steps_is_refused(policy: PipelinePolicy) -> None:
+    one, other = copy.copy(policy.scheduler), copy.copy(policy.scheduler)
+    one.taken, other.taken = 3, 2
+    other.itinerary = Itinerary()
+    with pytest.raises(Unfit, match="it steps a second state at other steps"):
+        Beside().learn(one, other, Itinerary(), "it")
+    one.taken = 2
+    with pytest.raises(Unfit, match="beside its latents is nowhere in what it prepares"):
+        Beside().learn(one, other, Itinerary(), "it")
