@@ -1,6 +1,7 @@
 """What cannot be a policy is refused in one sentence; what a pipeline raises becomes one."""
 
 import copy
+import inspect
 import json
 import shutil
 from collections.abc import Callable
@@ -19,6 +20,7 @@ from diffusers import (
     IFPipeline,
     LCMScheduler,
     LTXConditionPipeline,
+    LucyEditPipeline,
     QwenImageEditPlusPipeline,
     SkyReelsV2DiffusionForcingPipeline,
     StableDiffusionXLInpaintPipeline,
@@ -29,6 +31,7 @@ from PIL import Image
 from flowgrpo.cli import main
 from flowgrpo.core.random import Random, SampleNoise
 from flowgrpo.doctor import Settings, examine
+from flowgrpo.doctor.examine import _completions
 from flowgrpo.experience import Prompt
 from flowgrpo.policy import PipelinePolicy, Sampling
 from flowgrpo.policy.calling import Calling, Unfit, alone, generators_for, image_each, together
@@ -308,3 +311,17 @@ def test_the_forms() -> None:
     assert image_each({"prompt": ["a"]}, 1) is None
     assert alone(given, 2) is None
     assert alone({"prompt": ["a"], "height": 16}, 1) == {"prompt": "a", "height": 16}
+
+
+def test_pictures_and_videos_that_a_call_needs_are_made() -> None:
+    parameters = inspect.signature(LucyEditPipeline.__call__).parameters
+    ways = list(_completions(Sampling(num_steps=4, num_frames=9, height=16, width=32), parameters))
+    assert [words for _, words in ways] == ["", "with a generated video"]
+    assert [f.size for f in ways[1][0].call["video"]] == [(32, 16)] * 9
+    # As many frames as the pipeline makes by itself; nothing that was given.
+    (_, (sampling, _)) = _completions(Sampling(num_steps=4), parameters)
+    assert len(sampling.call["video"]) == 81
+    assert len(list(_completions(Sampling(num_steps=4, call={"video": []}), parameters))) == 1
+    parameters = inspect.signature(StableDiffusionXLInpaintPipeline.__call__).parameters
+    words = [w for _, w in _completions(Sampling(num_steps=4), parameters)]
+    assert words == ["", "with a generated image", "with a generated image and mask_image"]

@@ -284,14 +284,17 @@ def _trial(
 def _completions(
     sampling: Sampling, parameters: Mapping[str, Any]
 ) -> Iterator[tuple[Sampling, str]]:
-    """The sampling as it is, then with an image, then with all images that the call knows."""
+    """The sampling as it is, then with an image, then with all images and videos that the call knows."""
     yield sampling, ""
     size = (sampling.width or 256, sampling.height or 256)
     gradient = Image.linear_gradient("L").convert("RGB").resize(size)
     # Half of it white: some loops keep what lies outside of a mask, and would pass with a full one.
     mask = Image.new("L", size, 0)
     mask.paste(255, (0, 0, size[0] // 2, size[1]))
-    made = {"image": gradient, "mask_image": mask, "control_image": gradient}
+    usual = getattr(parameters.get("num_frames"), "default", None)
+    number = sampling.num_frames or (usual if isinstance(usual, int) else 16)
+    made: dict[str, Any] = {"image": gradient, "mask_image": mask, "control_image": gradient}
+    made |= dict.fromkeys(("video", "conditioning_frames", "control_video"), [gradient] * number)
     missing = [n for n in made if n in parameters and n not in sampling.call]
     for names in [missing[:1], missing] if len(missing) > 1 else [missing]:
         if names:
