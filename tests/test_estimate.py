@@ -238,6 +238,16 @@ def test_what_prompts_bring_is_counted(name: str, tiny: Tiny) -> None:
     assert measure(config, plain).rollout >= usual.rollout
 
 
+def test_a_second_autoencoder_is_no_obstacle(tiny: Tiny) -> None:
+    """LTX-2 reads the statistics of its sound's latents itself."""
+    settings = [f"model.path='{tiny('ltx2')}'", "train.rollout_batch=2", "train.train_batch=2"]
+    config = flowgrpo.load("wan21_t2v", [*settings, "model.dtype='bfloat16'"])
+    config = replace(config, sampling=sampling_of("ltx2"))
+    found = measure(config, [Prompt("a red cube")])
+    assert found.decode > 0
+    assert found.training.saved > 0
+
+
 def test_what_cannot_be_built_is_told(tiny: Tiny, tmp_path: Path) -> None:
     shutil.copytree(tiny("sd3"), tmp_path / "sd3")
     file = tmp_path / "sd3" / "model_index.json"

@@ -19,6 +19,8 @@ from huggingface_hub import snapshot_download
 from torch import nn
 from transformers import BatchEncoding, PreTrainedModel
 
+from flowgrpo.policy.loading import AUTOENCODERS
+
 CONFIGS = ("model_index.json", "*/*config.json")
 MAX_TEXT = 512
 """Tokens of a prompt where neither the call nor the tokenizer's config says how many."""
@@ -92,10 +94,10 @@ def _is_component(entry: Any) -> bool:
 
 def _component(folder: Path, name: str, entry: list[str], dtype: torch.dtype) -> Any:
     cls, place = _class(*entry), folder / name
-    own = torch.float32 if name == "vae" else dtype
+    own = torch.float32 if name in AUTOENCODERS else dtype
     if issubclass(cls, ModelMixin):
-        # A VAE's buffers are real, for pipelines read them; a denoiser's tables can be large.
-        with init_empty_weights() if name == "vae" else torch.device("meta"):
+        # An autoencoder's buffers are real, for pipelines read them; a denoiser's tables can be large.
+        with init_empty_weights() if hasattr(cls, "decode") else torch.device("meta"):
             model = cls.from_config(cls.load_config(place))
         kept: Mapping[str, Any] | list[str] = cls._keep_in_fp32_modules or []
         return _cast(model, own, kept)
