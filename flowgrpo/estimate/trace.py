@@ -143,7 +143,7 @@ class Tracer:
 
     def _run(self, arguments: Mapping[str, Any], output: str) -> None:
         steps = int(arguments.get("num_inference_steps", 1))
-        self.pipeline.scheduler.itinerary = Itinerary(nodes=[0, 1] if steps else None)
+        self.pipeline.scheduler.begin(Itinerary(nodes=[0, 1] if steps else None))
         self._call(
             self.pipeline,
             **arguments,
