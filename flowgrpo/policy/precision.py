@@ -1,6 +1,7 @@
 """Which precision tensors have where they enter a model."""
 
 import functools
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +12,10 @@ from torch import Tensor, nn
 
 from flowgrpo.policy.calling import Unfit
 from flowgrpo.policy.loading import autoencoders, helpers
+
+EXACT = re.compile(r"coords|rope|rotary|freqs|(img|txt|text|image|latent|position|pos)_ids")
+"""Arguments of models that say where tokens are. Bfloat16 holds a place of 500 only to the nearest 2;
+pipelines give them in fp32, and models compute with them in it."""
 
 
 def open_others(pipeline: DiffusionPipeline, device: torch.device, dtype: torch.dtype) -> None:
@@ -93,7 +98,7 @@ def guarded(
             # a timestep of 937 only to the nearest 4.
             return forward(
                 *(cast(v, weights, 2) for v in args),
-                **{k: cast(v, weights, 2) for k, v in kwargs.items()},
+                **{k: v if EXACT.search(k) else cast(v, weights, 2) for k, v in kwargs.items()},
             )
 
     return behind_the_door
