@@ -181,6 +181,12 @@ def test_a_budget_adds_the_largest_phase() -> None:
     offloaded = budget(MEASURED, replace(CHOICE, offload_text_encoders=True))
     assert found.peak - offloaded.peak == 8 * GB
     assert offloaded.phases["text encoding"] == 8 * GB
+    heavy = replace(MEASURED, vae=GB)
+    there = budget(heavy, CHOICE)
+    visiting = budget(heavy, replace(CHOICE, offload_vae=True))
+    assert there.peak - visiting.peak == GB
+    assert visiting.phases["decoding"] - there.phases["decoding"] == GB
+    assert "weights of vae" not in visiting.resident
     kept = replace(MEASURED, kl=True)
     assert budget(kept, CHOICE).phases["training"] == found.phases["training"]
     wide = replace(kept, rollout=6 * GB)

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import AutoencoderKL
 from torch import Tensor
 
 from flowgrpo.core.transitions import CPS
@@ -15,6 +16,7 @@ from flowgrpo.policy.memory import (
     PACKAGES,
     Encoders,
     Quantization,
+    offload_autoencoder,
     repeated_blocks,
     require_installed,
 )
@@ -178,6 +180,32 @@ def test_encoders_stay_where_they_are_on_the_cpu() -> None:
     encoders = Encoders({"text_encoder": model}, torch.device("cpu"), offload=True)
     with encoders.at_work():
         assert model(torch.ones(1, 2)).device.type == "cpu"
+
+
+class Noting(AutoencoderKL):
+    """Notes where it is sent, and stays."""
+
+    def to(self, *args: Any, **kwargs: Any) -> "Noting":
+        self.__dict__.setdefault("moves", []).append(str(args[0]))
+        return self
+
+
+def test_an_offloaded_vae_is_there_while_it_works() -> None:
+    vae = Noting(block_out_channels=(8,), norm_num_groups=4, latent_channels=4)
+    offload_autoencoder(vae, torch.device("cuda:0"))
+    # This is how a pipeline knows where the work is done.
+    assert vae._hf_hook.execution_device == torch.device("cuda:0")
+    vae.moves.clear()
+    with torch.no_grad():
+        latents = vae.encode(torch.zeros(1, 3, 8, 8)).latent_dist.mean
+        assert (vae.moves[0], vae.moves[-1]) == ("cuda:0", "cpu")
+        vae.moves.clear()
+        vae.decode(latents)
+        assert (vae.moves[0], vae.moves[-1]) == ("cuda:0", "cpu")
+        vae.moves.clear()
+        with pytest.raises(RuntimeError):
+            vae.decode(torch.zeros(1, 3, 8, 8))
+    assert vae.moves[-1] == "cpu"
 
 
 def test_fingerprints_tell_values_apart() -> None:

@@ -28,6 +28,7 @@ class Choice:
     decode_batch: int = 0
     gradient_checkpointing: bool = False
     offload_text_encoders: bool = False
+    offload_vae: bool = False
     quantize: str = "none"
     optimizer: str = "adamw"
 
@@ -125,7 +126,7 @@ def budget(m: Measured, choice: Choice) -> Budget:
     if not choice.offload_text_encoders:
         resident |= encoders
     resident |= {
-        "weights of vae": m.vae,
+        "weights of vae": 0 if choice.offload_vae else m.vae,
         "adapter": m.adapter,
         f"optimizer ({choice.optimizer})": round(m.trained * OPTIMIZER[choice.optimizer]),
         "moving average": 4 * m.trained if m.averaged else 0,
@@ -142,7 +143,7 @@ def budget(m: Measured, choice: Choice) -> Budget:
     phases = {
         "text encoding": resting + round(m.encode * rollout),
         "rollout": round(m.rollout * rollout),
-        "decoding": round(m.decode * decode),
+        "decoding": round(m.decode * decode) + (m.vae if choice.offload_vae else 0),
         "training": 4 * m.trained + round(activations),
     }
     return Budget({k: v for k, v in resident.items() if v}, phases)
@@ -184,6 +185,8 @@ def _options(choice: Choice, phase: str) -> Iterator[tuple[str, Choice]]:
     """Changes that could help, by what they cost: nothing, some time, more time, precision."""
     if not choice.offload_text_encoders:
         yield "memory.offload_text_encoders = true", replace(choice, offload_text_encoders=True)
+    if not choice.offload_vae and phase != "decoding":
+        yield "memory.offload_vae = true", replace(choice, offload_vae=True)
     decoded = choice.decode_batch or choice.rollout_batch
     if phase == "decoding" and decoded > 1:
         half = decoded // 2

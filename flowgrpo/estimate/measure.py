@@ -36,7 +36,9 @@ others are not known."""
 def choice_of(config: Config) -> Choice:
     """The settings of a configuration that decide how much memory it takes."""
     memory = config.memory
-    names = ("decode_batch", "gradient_checkpointing", "offload_text_encoders", "quantize")
+    names = (
+        "decode_batch", "gradient_checkpointing", "offload_text_encoders", "offload_vae", "quantize",
+    )  # fmt: skip
     fitting: dict[str, Any] = {n: getattr(memory, n) for n in names}
     return Choice(
         rollout_batch=config.train.rollout_batch,

@@ -29,6 +29,8 @@ class Memory:
     offload_text_encoders: bool = True
     """Keep text and image encoders in main memory, and bring them to the accelerator only for
     prompts that were not seen before."""
+    offload_vae: bool = False
+    """Keep the VAE in main memory, and bring it to the accelerator only to encode and decode."""
     prompt_cache_gb: float = 4.0
     """Main memory for encoded prompts; older ones move to a temporary folder."""
     prompt_disk_gb: float = 16.0
@@ -189,6 +191,27 @@ def _split(decode: Callable[..., Any], size: int) -> Callable[..., Any]:
         return (torch.cat([o[0] for o in outputs]),)
 
     return split
+
+
+def offload_autoencoder(model: nn.Module, device: torch.device) -> None:
+    """Keep a VAE in main memory, and have it on the device while it encodes or decodes."""
+    # As below: the hook is how the pipeline knows where the work is done.
+    _, hook = cpu_offload_with_hook(model, device)
+    for name in ("encode", "decode"):
+        if hasattr(model, name):
+            setattr(model, name, _visiting(model, getattr(model, name), hook))
+
+
+def _visiting(model: nn.Module, method: Callable[..., Any], hook: Any) -> Callable[..., Any]:
+    @wraps(method)
+    def visiting(*args: Any, **kwargs: Any) -> Any:
+        hook.hook.pre_forward(model)
+        try:
+            return method(*args, **kwargs)
+        finally:
+            hook.offload()
+
+    return visiting
 
 
 class Encoders:

@@ -7,11 +7,12 @@ from diffusers import DiffusionPipeline
 from torch import nn
 from transformers import PreTrainedModel
 
-from flowgrpo.policy.loading import denoisers
+from flowgrpo.policy.loading import autoencoders, denoisers
 from flowgrpo.policy.memory import (
     Encoders,
     Memory,
     is_quantized,
+    offload_autoencoder,
     prepare_decoder,
     prepare_denoisers,
 )
@@ -42,9 +43,12 @@ def prepare(
     """
     models, trained = models_of(pipeline), denoisers(pipeline)
     encoders = {k: m for k, m in models.items() if isinstance(m, PreTrainedModel)}
+    offload_vae = memory.offload_vae and device.type != "cpu"
+    visitors = autoencoders(pipeline) if offload_vae else []
     for name, model in models.items():
         model.eval().requires_grad_(False)
-        if name not in encoders and not is_quantized(model):
+        visits = name in encoders or any(model is v for v in visitors)
+        if not visits and not is_quantized(model):
             model.to(device)
     at_hand = Encoders(encoders, device, memory.offload_text_encoders)
     for model in trained.values():
@@ -54,4 +58,6 @@ def prepare(
     prepare_denoisers(trained, memory)
     open_others(pipeline, device, dtype)
     prepare_decoder(pipeline, memory)
+    for model in visitors:
+        offload_autoencoder(model, device)
     remember_encodings(pipeline, at_hand, memory, device)
