@@ -1,6 +1,7 @@
 """A state that is stepped beside the latents: LTX-2's sound, which its video sees."""
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -67,6 +68,29 @@ def test_the_video_follows_from_the_sound(policy: PipelinePolicy) -> None:
     assert (said(louder) - said(visit.x))[:, :pictures].abs().max() > 1e-3
     decoded = policy.decode(prompts, rollout.visits[-1].x_next)
     torch.testing.assert_close(decoded, rollout.media, atol=1e-5, rtol=0)
+
+
+def test_what_a_failed_call_left_behind_does_not_enter_the_next(
+    policy: PipelinePolicy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts = [Prompt("a cat")]
+    rollout = roll(policy, prompts)
+    with monkeypatch.context() as patch, pytest.raises(ValueError, match="no sound today"):
+        patch.setitem(policy._entrance._methods, "prepare_audio_latents", _no_sound)
+        policy.replay(prompts, rollout.visits[1].x, 1, TRANSITION)
+    again = roll(policy, prompts)
+    assert torch.equal(again.visits[0].x, rollout.visits[0].x)
+
+
+def _no_sound(*_: Any, **__: Any) -> None:
+    raise ValueError("no sound today")
+
+
+def test_conditions_that_are_none_or_lists_are_left_alone(make_policy: MakePolicy) -> None:
+    policy = make_policy("sd15")
+    for made in (None, [torch.ones(1, dtype=torch.bfloat16)]):
+        policy._entrance._methods["prepare_image_latents"] = lambda made=made: made
+        assert policy._entrance._prepare("prepare_image_latents") is made
 
 
 def test_lengths_take_turns(policy: PipelinePolicy) -> None:

@@ -43,10 +43,11 @@ class Beside:
         """Whether a second state was to be entered and was not."""
         return self._entering is not None
 
-    def expect(self, state: Tensor) -> Tensor:
+    def expect(self, state: Tensor | None) -> Tensor | None:
         """Keep the second part of a joint state for :meth:`enter`. Returns the first."""
+        # What a call that failed did not take must not enter another.
         self._entering = None
-        if self._source is None:
+        if self._source is None or state is None:
             return state
         first, second = self._shapes[state.shape[1:].numel()]
         one, other = state.split([first.numel(), second.numel()], dim=1)
@@ -59,7 +60,8 @@ class Beside:
             return prepared
         state, self._entering = self._entering, None
         parts, place = parts_of(prepared), self._source.place
-        entered = parts[place.index].clone()
+        # In the state's precision, whatever was prepared.
+        entered = parts[place.index].to(state.dtype, copy=True)
         place.within(entered, state.shape).copy_(state)
         parts[place.index] = entered
         return entered if isinstance(prepared, Tensor) else tuple(parts)

@@ -58,8 +58,9 @@ class Entrance:
 
     def expect(self, state: Tensor | None, arguments: dict[str, Any]) -> dict[str, Any]:
         """Have the next call begin with a state, or as it would. Returns the call's arguments."""
-        self._entering = None if state is None else self._beside.expect(state).to(self._device)
-        if state is not None and MAIN not in self._methods:
+        first = self._beside.expect(state)
+        self._entering = None if first is None else first.to(self._device)
+        if first is not None and MAIN not in self._methods:
             arguments, self._entering = arguments | {"latents": self._entering}, None
         return arguments
 
@@ -98,8 +99,10 @@ class Entrance:
         prepared, scheduler = self._methods[method](*args, **kwargs), self._scheduler
         if method == MAIN:
             prepared = self._main(prepared)
-        prepared = self._beside.enter(method, as_fp32(prepared))
-        scheduler.prepared_by.append((method, parts_of(prepared)))
+        prepared = self._beside.enter(method, prepared)
+        # Conditions are prepared by such methods too, and may be none.
+        if isinstance(prepared, Tensor | tuple | list):
+            scheduler.prepared_by.append((method, parts_of(prepared)))
         return prepared
 
     def _main(self, prepared: Any) -> Any:
