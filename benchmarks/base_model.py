@@ -9,12 +9,12 @@ import argparse
 
 from bench_runs import percent, table
 
-from flowgrpo.commands import quiet
+from flowgrpo.cli.commands import quiet
 from flowgrpo.config import find
-from flowgrpo.evaluate.held_out import evaluate, plan
-from flowgrpo.judge import Judge, Reward
+from flowgrpo.data.prompt_sets import PromptSet
+from flowgrpo.evaluation.held_out import evaluate, plan
 from flowgrpo.policy import PipelinePolicy, Sampling
-from flowgrpo.prompts import PromptSet
+from flowgrpo.rewards.scorer import Reward, RewardScorer
 from flowgrpo.shapes.captions import TASKS
 from flowgrpo.shapes.rewards import Diversity
 
@@ -32,7 +32,7 @@ def main() -> None:
     options = parser.parse_args()
     quiet()
     prompts = PromptSet.load(find("prompts/shapes_held_out.jsonl"), "tag")
-    judge = Judge(
+    scorer = RewardScorer(
         [
             Reward(name="strict", model="flowgrpo.shapes.rewards:Strict"),
             Reward(name="graded", model="flowgrpo.shapes.rewards:Graded"),
@@ -44,7 +44,7 @@ def main() -> None:
         sampling = Sampling(num_steps=steps, guidance_scale=guidance)
         result = evaluate(
             policy,
-            judge,
+            scorer,
             plan(prompts, options.images),
             seed=0,
             sampling=sampling,
@@ -63,7 +63,7 @@ def main() -> None:
             ]
         )
     print(table(["steps", "guidance", "strict, %", *TASKS, "graded", "colour entropy"], rows))
-    judge.close()
+    scorer.close()
 
 
 if __name__ == "__main__":

@@ -21,17 +21,18 @@ from torch import Tensor
 
 import flowgrpo
 from flowgrpo.algorithms import Algorithm
-from flowgrpo.commands import quiet
+from flowgrpo.cli.commands import quiet
 from flowgrpo.config import Config, find
 from flowgrpo.core import transitions
 from flowgrpo.core.advantages import zero_variance_groups
-from flowgrpo.core.losses import ClippedLoss
 from flowgrpo.core.random import Random, SampleNoise
-from flowgrpo.experience import Actions, Experience, Group, Prompt
-from flowgrpo.judge import Judge
-from flowgrpo.learner import Learner
+from flowgrpo.data.experience import Actions, Experience
+from flowgrpo.data.prompt_sets import PromptSet
+from flowgrpo.data.prompts import Group, Prompt
+from flowgrpo.losses.losses import ClippedLoss
 from flowgrpo.policy import PipelinePolicy
-from flowgrpo.prompts import PromptSet
+from flowgrpo.rewards.scorer import RewardScorer
+from flowgrpo.training.learner import Learner
 
 NOISE = transitions.CPS(noise_level=0.7)
 RANDOM = Random(0).at("claims")
@@ -53,7 +54,7 @@ class World:
             weights=self.config.model.weights,
             batch_size=self.config.train.rollout_batch,
         )
-        self.judge = Judge(self.config.rewards, self.config.failures)
+        self.scorer = RewardScorer(self.config.rewards, self.config.failures)
         known = PromptSet.load(find(self.config.prompts.train), self.config.prompts.balance)
         self.groups: list[Group] = known.groups(0, prompts, Random(0))
 
@@ -65,7 +66,7 @@ class World:
     def collect(self, iteration: int) -> Experience:
         """What the algorithm collects in an iteration."""
         random = Random(0).at("train", iteration)
-        return self.algorithm.collect(self.policy, self.groups, self.judge, random)
+        return self.algorithm.collect(self.policy, self.groups, self.scorer, random)
 
     def rewards(
         self, prompts: Sequence[Prompt], x: Tensor, node: int, noisy: Sequence[int], *keys: object
@@ -83,7 +84,7 @@ class World:
         ):
             assert rollout.media is not None
             rows = prompts[rollout.rows.start : rollout.rows.stop]
-            found.append(self.judge.score(rollout.media, rows).reward)
+            found.append(self.scorer.score(rollout.media, rows).reward)
         return torch.cat(found)
 
 
@@ -271,9 +272,9 @@ def _log_ratios(world: World, experience: Experience) -> Mapping[int, Tensor]:
         part = actions.select((actions.step == step).nonzero().squeeze(1))
         owners = [prompts[int(g)] for g in part.group]
         with torch.no_grad():
-            visit = world.policy.replay(owners, part.states, step, experience.transition)
+            record = world.policy.replay(owners, part.states, step, experience.transition)
         assert part.old_mean is not None
-        gaussian = replace(visit.gaussian, mean=visit.gaussian.mean[part.state])
+        gaussian = replace(record.gaussian, mean=record.gaussian.mean[part.state])
         found[step] = settings.log_ratio(gaussian, part.x_next, part.old_log_prob, part.old_mean)
     return found
 

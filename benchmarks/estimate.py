@@ -16,10 +16,10 @@ import diffusers
 import torch
 from torch import nn
 
-from flowgrpo.estimate import GB
-from flowgrpo.estimate.blueprint import build
-from flowgrpo.estimate.live import Live
-from flowgrpo.estimate.trace import Tracer, bytes_of
+from flowgrpo.memory import GB
+from flowgrpo.memory.blueprint import build
+from flowgrpo.memory.live import Live
+from flowgrpo.memory.trace import Tracer, bytes_of
 from flowgrpo.policy import LoRA
 from flowgrpo.policy.loading import denoisers, load_pipeline
 from flowgrpo.policy.weights import Trainable

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from flowgrpo.experience import Prompt
+from flowgrpo.data.prompts import Prompt
 from flowgrpo.shapes.rewards import Graded
 from flowgrpo.shapes.verifier import FOREGROUND_DISTANCE
 from flowgrpo.shapes.world import BACKGROUND

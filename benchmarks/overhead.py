@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 import flowgrpo
-from flowgrpo.commands import quiet
+from flowgrpo.cli.commands import quiet
 from flowgrpo.policy import PipelinePolicy
 
 
@@ -77,7 +77,7 @@ def _capture_shapes() -> list[dict[tuple[int, bool], int]]:
     counts: dict[tuple[int, bool], int] = {}
     found = [counts]
     from flowgrpo.algorithms import FlowGRPO
-    from flowgrpo.learner import Learner
+    from flowgrpo.training.learner import Learner
 
     original_init = PipelinePolicy.__init__
     active = {"on": False}

@@ -116,7 +116,7 @@ def frames(folder: Path) -> Case:
     """CLIPScore over the frames of videos."""
     inner = {"model": f"local-dir:{zoo.save_open_clip(folder)}"}
     options = {"model": "clip_score", "options": inner}
-    return Case("flowgrpo.frames:FrameScore", options, 4, video=True, precisions=())
+    return Case("flowgrpo.rewards.frames:FrameScore", options, 4, video=True, precisions=())
 
 
 TINY: Mapping[str, Make] = {

@@ -30,10 +30,11 @@ import flowgrpo
 from benchmarks.bench_runs import between
 from benchmarks.reward_cases import REAL, SIZE, TINY, Make
 from flowgrpo import observer
-from flowgrpo.commands import quiet
-from flowgrpo.experience import LearningReward, Prompt
-from flowgrpo.judge import Judge, Scores
-from flowgrpo.rewards import Reward, load_reward
+from flowgrpo.cli.commands import quiet
+from flowgrpo.data.prompts import Prompt
+from flowgrpo.rewards.loading import Reward, load_reward
+from flowgrpo.rewards.protocols import LearningReward
+from flowgrpo.rewards.scorer import RewardScorer, Scores
 from reward_models.remote import Remote
 from tests import zoo
 
@@ -138,7 +139,7 @@ def _toml(value: Any) -> str:
     return json.dumps(value)
 
 
-class Watch(Judge):
+class Watch(RewardScorer):
     """A judge that knows how long it scored in training, and how long it was waited for."""
 
     waited, scored_for = 0.0, 0.0
@@ -177,7 +178,7 @@ def overlap(kind: str, batch: int, iterations: int = 2) -> dict[str, float]:
         "Paused": ("seconds_per_sample", 0.01), "Busy": ("products_per_sample", 10.0),
     }[kind]  # fmt: skip
     Watch.waited = Watch.scored_for = 0.0
-    observer.Judge = Watch  # type: ignore[misc]
+    observer.RewardScorer = Watch  # type: ignore[misc]
     with tempfile.TemporaryDirectory() as folder:
         model = f"benchmarks.rewards:{kind}"
         settings = [
@@ -189,7 +190,7 @@ def overlap(kind: str, batch: int, iterations: int = 2) -> dict[str, float]:
         ]  # fmt: skip
         flowgrpo.train(flowgrpo.load("quickstart", settings))
         lines = (Path(folder) / "run" / "timings.jsonl").read_text().splitlines()
-    observer.Judge = Judge  # type: ignore[misc]
+    observer.RewardScorer = RewardScorer  # type: ignore[misc]
     return {
         "batches": SAMPLES / batch,
         "rollout": statistics.mean(json.loads(line)["rollout"] for line in lines),

@@ -11,32 +11,46 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from flowgrpo.config import Config, load
     from flowgrpo.core.random import Random, SampleNoise
-    from flowgrpo.experience import Prompt, RewardModel
-    from flowgrpo.judge import Judge, Reward
+    from flowgrpo.data.prompts import Prompt
     from flowgrpo.policy import EMA, Full, LoRA, PipelinePolicy, Sampling
-    from flowgrpo.trainer import Result, train
+    from flowgrpo.rewards.protocols import RewardModel
+    from flowgrpo.rewards.scorer import Reward, RewardScorer
+    from flowgrpo.training.loop import Result, train
 
 _HOMES = {
     "Config": "flowgrpo.config",
     "load": "flowgrpo.config",
     "Random": "flowgrpo.core.random",
     "SampleNoise": "flowgrpo.core.random",
-    "Prompt": "flowgrpo.experience",
-    "RewardModel": "flowgrpo.experience",
-    "Judge": "flowgrpo.judge",
-    "Reward": "flowgrpo.judge",
+    "Prompt": "flowgrpo.data.prompts",
+    "RewardModel": "flowgrpo.rewards.protocols",
+    "RewardScorer": "flowgrpo.rewards.scorer",
+    "Reward": "flowgrpo.rewards.scorer",
     "EMA": "flowgrpo.policy",
     "Full": "flowgrpo.policy",
     "LoRA": "flowgrpo.policy",
     "PipelinePolicy": "flowgrpo.policy",
     "Sampling": "flowgrpo.policy",
-    "Result": "flowgrpo.trainer",
-    "train": "flowgrpo.trainer",
+    "Result": "flowgrpo.training.loop",
+    "train": "flowgrpo.training.loop",
 }
 
 __all__ = [
-    "EMA", "Config", "Full", "Judge", "LoRA", "PipelinePolicy", "Prompt", "Random", "Result", "Reward",
-    "RewardModel", "SampleNoise", "Sampling", "load", "train",
+    "EMA",
+    "Config",
+    "Full",
+    "LoRA",
+    "PipelinePolicy",
+    "Prompt",
+    "Random",
+    "Result",
+    "Reward",
+    "RewardModel",
+    "RewardScorer",
+    "SampleNoise",
+    "Sampling",
+    "load",
+    "train",
 ]  # fmt: skip
 
 __version__ = "0.1.0"

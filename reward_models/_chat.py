@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from flowgrpo.endpoints import Endpoints, Refused
+from flowgrpo.rewards.serving.client import Endpoints, Refused
 from reward_models._templates import Content
 
 log = logging.getLogger(__name__)

@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torchvision.transforms import functional as TF
 
-from flowgrpo.experience import Prompt
-from flowgrpo.pictures import OVERSHOOT, as_rgb
+from flowgrpo.data.pictures import OVERSHOOT, as_rgb
+from flowgrpo.data.prompts import Prompt
 
 Precision = Literal["float32", "float16", "bfloat16"]
 

@@ -8,8 +8,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from flowgrpo.endpoints import Endpoints
-from flowgrpo.experience import Prompt
+from flowgrpo.data.prompts import Prompt
+from flowgrpo.rewards.serving.client import Endpoints
 
 log = logging.getLogger(__name__)
 

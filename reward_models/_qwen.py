@@ -16,7 +16,7 @@ from torch import Tensor
 from torchvision.transforms import functional as TF
 from transformers import Qwen2VLConfig, Qwen2VLModel, Qwen2VLProcessor
 
-from flowgrpo.experience import Prompt
+from flowgrpo.data.prompts import Prompt
 from reward_models._loading import refuse
 
 PATCH = 28

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 
-from flowgrpo.pictures import encode_png
+from flowgrpo.data.pictures import encode_png
 
 FOLDER = Path(__file__).parent / "templates"
 PLACEHOLDER = re.compile(r"\$(\$|\w+)")

@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import CLIPModel
 
-from flowgrpo.experience import Prompt
+from flowgrpo.data.prompts import Prompt
 from reward_models._loading import (
     CLIP_MEAN,
     CLIP_STD,

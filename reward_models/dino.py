@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import Dinov2Model
 
-from flowgrpo.experience import Prompt
+from flowgrpo.data.prompts import Prompt
 from reward_models._loading import (
     IMAGENET_MEAN,
     IMAGENET_STD,

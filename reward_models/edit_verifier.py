@@ -14,8 +14,8 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
-from flowgrpo.experience import Prompt
-from flowgrpo.pictures import as_rgb
+from flowgrpo.data.pictures import as_rgb
+from flowgrpo.data.prompts import Prompt
 from reward_models._chat import Answer, Chat
 from reward_models._templates import Content, Template, check_pictures, pictures_of
 

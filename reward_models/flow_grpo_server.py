@@ -11,9 +11,9 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
-from flowgrpo.endpoints import Endpoints
-from flowgrpo.experience import Prompt
-from flowgrpo.pictures import check_pixels
+from flowgrpo.data.pictures import check_pixels
+from flowgrpo.data.prompts import Prompt
+from flowgrpo.rewards.serving.client import Endpoints
 from reward_models._parts import scored_in_parts
 
 __all__ = ["FlowGRPOServer"]

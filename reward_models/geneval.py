@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import Mask2FormerForUniversalSegmentation
 
-from flowgrpo.evaluate.geneval import (
+from flowgrpo.core.geneval import (
     COLORS,
     OBJECTS,
     Box,
@@ -28,7 +28,7 @@ from flowgrpo.evaluate.geneval import (
     soft,
     strict,
 )
-from flowgrpo.experience import Prompt
+from flowgrpo.data.prompts import Prompt
 from reward_models._loading import Precision, check_media, eight_bits, pick_device, pick_dtype
 
 __all__ = ["GenEval"]
@@ -51,7 +51,7 @@ class GenEval:
 
     ``strict`` is the benchmark's rule, 0 or 1. ``soft`` is Flow-GRPO's training reward, the mean
     credit over what a prompt asks for: at most 1, negative where there are far too many objects.
-    Formulas: :mod:`flowgrpo.evaluate.geneval`. The prompts' metadata are GenEval's records.
+    Formulas: :mod:`flowgrpo.core.geneval`. The prompts' metadata are GenEval's records.
 
     Objects come from ``facebook/mask2former-swin-small-coco-instance`` (code MIT; card: "other";
     trained on COCO), colours from OpenAI's CLIP ViT-L/14 (MIT) as in the benchmark: the object on

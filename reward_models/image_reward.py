@@ -15,7 +15,7 @@ from transformers import (
     BlipVisionModel,
 )
 
-from flowgrpo.experience import Prompt
+from flowgrpo.data.prompts import Prompt
 from reward_models._loading import (
     CLIP_MEAN,
     CLIP_STD,

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from flowgrpo.experience import Prompt
+from flowgrpo.data.prompts import Prompt
 from reward_models._loading import check_media, finite_only, pictures
 
 __all__ = ["JPEGSize"]

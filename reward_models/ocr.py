@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from flowgrpo.experience import Prompt
+from flowgrpo.data.prompts import Prompt
 from reward_models._loading import check_media, eight_bits, finite_only
 
 __all__ = ["OCR"]

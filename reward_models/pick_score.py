@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import AutoProcessor, CLIPModel
 
-from flowgrpo.experience import Prompt
+from flowgrpo.data.prompts import Prompt
 from reward_models._loading import (
     Precision,
     check_media,

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from jaxtyping import Float
 from torch import Tensor
 
-from flowgrpo.endpoints import Endpoints, Refused
-from flowgrpo.experience import Prompt
-from flowgrpo.wire import pack, pack_prompts, unpack_problem, unpack_scores
+from flowgrpo.data.prompts import Prompt
+from flowgrpo.rewards.serving.client import Endpoints, Refused
+from flowgrpo.rewards.serving.protocol import pack, pack_prompts, unpack_problem, unpack_scores
 from reward_models._parts import scored_in_parts
 
 __all__ = ["Remote"]

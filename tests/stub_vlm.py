@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flowgrpo.wire import decode_image
+from flowgrpo.rewards.serving.protocol import decode_image
 
 Reply = tuple[int, dict[str, str], bytes]
 

@@ -9,15 +9,19 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from flowgrpo.core.advantages import (
+    GDPO,
     BetaAdvantage,
     GroupAdvantage,
     GroupStatistics,
+    LogTamed,
+    PerReward,
+    Scored,
     VirtualBest,
     beta_parameters,
     has_no_variance,
+    of_scored,
     zero_variance_groups,
 )
-from flowgrpo.core.several import GDPO, LogTamed, PerReward, Scored, of_scored
 
 HPS = [0.3457, 0.3530, 0.3496, 0.3494]
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from torchvision.transforms import functional as TF
 from transformers import Dinov2Model
 
-from flowgrpo.experience import Prompt
+from flowgrpo.data.prompts import Prompt
 from reward_models._loading import IMAGENET_MEAN, IMAGENET_STD
 from reward_models.adversarial import Adversarial
 from tests import zoo

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torchvision.transforms import functional as TF
 
-from flowgrpo.experience import Prompt
+from flowgrpo.data.prompts import Prompt
 from reward_models._answers import token_at
 from reward_models._loading import template
 from reward_models.unified_reward import UnifiedReward, read_grades

@@ -5,8 +5,8 @@ from contextlib import nullcontext
 import torch
 from torch import nn
 
-from flowgrpo.estimate.backward import again, backward, roots_of
-from flowgrpo.estimate.live import Live
+from flowgrpo.memory.backward import again, backward, roots_of
+from flowgrpo.memory.live import Live
 
 
 def test_gradients_are_autograds() -> None:

@@ -7,13 +7,13 @@ import pytest
 import torch
 
 from flowgrpo.core.transitions import CPS
-from flowgrpo.experience import Prompt
+from flowgrpo.data.prompts import Prompt
 from flowgrpo.policy import Noise, PipelinePolicy
-from flowgrpo.policy.beside import Beside
-from flowgrpo.policy.calling import Unfit
-from flowgrpo.policy.itinerary import Itinerary
+from flowgrpo.policy.auxiliary_latents import AuxiliaryLatents
+from flowgrpo.policy.calling import UnsupportedPipelineError
 from flowgrpo.policy.pipeline import Rollout
 from flowgrpo.policy.probe import fit_noise
+from flowgrpo.policy.step_plan import StepPlan
 from tests.conftest import MakePolicy, noise_of
 
 TRANSITION = CPS(noise_level=0.7)
@@ -35,9 +35,9 @@ def roll(policy: PipelinePolicy, prompts: list[Prompt]) -> Rollout:
 def test_a_state_is_both(policy: PipelinePolicy) -> None:
     prompts = [Prompt("a cat", num_frames=25), Prompt("a dog", num_frames=25)]
     rollout = roll(policy, prompts)
-    first, second = rollout.visits[:2]
+    first, second = rollout.records[:2]
     assert first.x.ndim == 2
-    pictures, sound = (s.numel() for s in policy._entrance._beside._shapes[first.x.shape[1]])
+    pictures, sound = (s.numel() for s in policy._injection._auxiliary._shapes[first.x.shape[1]])
     assert pictures + sound == first.x.shape[1]
     assert 0 < sound < pictures
     assert torch.equal(first.x_next, second.x)
@@ -55,18 +55,18 @@ def test_the_video_follows_from_the_sound(policy: PipelinePolicy) -> None:
     prompts = [Prompt("a cat")]
     rollout = roll(policy, prompts)
     assert rollout.media is not None
-    visit = rollout.visits[1]
-    pictures, _ = (s.numel() for s in policy._entrance._beside._shapes[visit.x.shape[1]])
-    louder = visit.x.clone()
+    record = rollout.records[1]
+    pictures, _ = (s.numel() for s in policy._injection._auxiliary._shapes[record.x.shape[1]])
+    louder = record.x.clone()
     louder[:, pictures:] += 3
 
     def said(x: torch.Tensor) -> torch.Tensor:
         with torch.no_grad():
             return policy.replay(prompts, x, 1, TRANSITION).prediction.output
 
-    assert torch.equal(said(visit.x), visit.prediction.output)
-    assert (said(louder) - said(visit.x))[:, :pictures].abs().max() > 1e-3
-    decoded = policy.decode(prompts, rollout.visits[-1].x_next)
+    assert torch.equal(said(record.x), record.prediction.output)
+    assert (said(louder) - said(record.x))[:, :pictures].abs().max() > 1e-3
+    decoded = policy.decode(prompts, rollout.records[-1].x_next)
     torch.testing.assert_close(decoded, rollout.media, atol=1e-5, rtol=0)
 
 
@@ -75,11 +75,12 @@ def test_what_a_failed_call_left_behind_does_not_enter_the_next(
 ) -> None:
     prompts = [Prompt("a cat")]
     rollout = roll(policy, prompts)
-    with monkeypatch.context() as patch, pytest.raises(ValueError, match="no sound today"):
-        patch.setitem(policy._entrance._methods, "prepare_audio_latents", _no_sound)
-        policy.replay(prompts, rollout.visits[1].x, 1, TRANSITION)
+    with monkeypatch.context() as patch:
+        patch.setitem(policy._injection._methods, "prepare_audio_latents", _no_sound)
+        with pytest.raises(ValueError, match="no sound today"):
+            policy.replay(prompts, rollout.records[1].x, 1, TRANSITION)
     again = roll(policy, prompts)
-    assert torch.equal(again.visits[0].x, rollout.visits[0].x)
+    assert torch.equal(again.records[0].x, rollout.records[0].x)
 
 
 def _no_sound(*_: Any, **__: Any) -> None:
@@ -89,33 +90,37 @@ def _no_sound(*_: Any, **__: Any) -> None:
 def test_conditions_that_are_none_or_lists_are_left_alone(make_policy: MakePolicy) -> None:
     policy = make_policy("sd15")
     for made in (None, [torch.ones(1, dtype=torch.bfloat16)]):
-        policy._entrance._methods["prepare_image_latents"] = lambda made=made: made
-        assert policy._entrance._prepare("prepare_image_latents") is made
+        policy._injection._methods["prepare_image_latents"] = lambda made=made: made
+        assert policy._injection._prepare("prepare_image_latents") is made
 
 
 def test_lengths_take_turns(policy: PipelinePolicy) -> None:
     lengths = [[Prompt("a cat", num_frames=n)] * 2 for n in (5, 9, 5)]
     rollouts = [roll(policy, prompts) for prompts in lengths]
-    assert rollouts[0].visits[0].x.shape[1] < rollouts[1].visits[0].x.shape[1]
+    assert rollouts[0].records[0].x.shape[1] < rollouts[1].records[0].x.shape[1]
     for prompts, rollout in zip(lengths, rollouts, strict=True):
-        visit = rollout.visits[1]
-        again = policy.replay(prompts, visit.x, 1, TRANSITION)
+        record = rollout.records[1]
+        again = policy.replay(prompts, record.x, 1, TRANSITION)
         torch.testing.assert_close(
-            again.prediction.output, visit.prediction.output, atol=1e-5, rtol=0
+            again.prediction.output, record.prediction.output, atol=1e-5, rtol=0
         )
 
 
 def test_its_initial_noise_is_no_policy(make_policy: MakePolicy) -> None:
-    with pytest.raises(Unfit, match="LTX2Pipeline steps other or more than the latents"):
+    with pytest.raises(
+        UnsupportedPipelineError, match="LTX2Pipeline steps other or more than the latents"
+    ):
         fit_noise(make_policy("ltx2", weights=Noise()), [Prompt("a cat")])
 
 
 def test_a_second_state_at_other_steps_is_refused(policy: PipelinePolicy) -> None:
     one, other = copy.copy(policy.scheduler), copy.copy(policy.scheduler)
     one.taken, other.taken = 3, 2
-    other.itinerary = Itinerary()
-    with pytest.raises(Unfit, match="it steps a second state at other steps"):
-        Beside().learn(one, other, Itinerary(), "it")
+    other.plan = StepPlan()
+    with pytest.raises(UnsupportedPipelineError, match="it steps a second state at other steps"):
+        AuxiliaryLatents().learn(one, other, StepPlan(), "it")
     one.taken = 2
-    with pytest.raises(Unfit, match="beside its latents is nowhere in what it prepares"):
-        Beside().learn(one, other, Itinerary(), "it")
+    with pytest.raises(
+        UnsupportedPipelineError, match="beside its latents is nowhere in what it prepares"
+    ):
+        AuxiliaryLatents().learn(one, other, StepPlan(), "it")

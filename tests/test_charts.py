@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from flowgrpo.evaluate.charts import Line, duration, line_chart, number, smooth, thin, ticks
+from flowgrpo.evaluation.charts import Line, duration, line_chart, number, smooth, thin, ticks
 
 
 def test_chart_breaks_its_path_at_a_gap():

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from flowgrpo.run.checkpoints import CheckpointError, load, newest, prune, save, tidy
+from flowgrpo.training.checkpoints import CheckpointError, load, newest, prune, save, tidy
 
 PARTS = {
     "weights": {"a.weight": torch.arange(6.0).view(2, 3), "b": torch.tensor([1.5]).bfloat16()},

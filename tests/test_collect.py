@@ -12,15 +12,16 @@ from torch import Tensor
 from flowgrpo.algorithms import DanceGRPO, FlowGRPO
 from flowgrpo.algorithms.dance_grpo import extremes
 from flowgrpo.config import Config, Model, Prompts, Run, Train
-from flowgrpo.core.losses import ClippedLoss, Loss
 from flowgrpo.core.random import Random, SampleNoise
 from flowgrpo.core.steps import AllSteps, Window
 from flowgrpo.core.transitions import CPS, DDIM, DanceSDE, FlowSDE
-from flowgrpo.experience import Experience, Group, Prompt
-from flowgrpo.judge import Failures, Judge, Reward
-from flowgrpo.learner import Learner
+from flowgrpo.data.experience import Experience
+from flowgrpo.data.prompts import Group, Prompt
+from flowgrpo.losses.losses import ClippedLoss, Loss
 from flowgrpo.policy import Full, LoRA, PipelinePolicy
 from flowgrpo.policy.weights import Weights
+from flowgrpo.rewards.scorer import Failures, Reward, RewardScorer
+from flowgrpo.training.learner import Learner
 from tests.conftest import MakePolicy, sampling_of
 
 HERE = "tests.test_collect"
@@ -31,7 +32,7 @@ GROUPS = [Group(0, Prompt("a red cube")), Group(1, Prompt("two dogs"))]
 CLOSE = {"atol": 2e-4, "rtol": 1e-4}
 """Of states: a model rounds differently in another batch shape, and steps amplify it."""
 Algorithm = FlowGRPO | DanceGRPO
-MakeJudge = Callable[..., Judge]
+MakeJudge = Callable[..., RewardScorer]
 seen: list[Tensor] = []
 
 
@@ -53,12 +54,12 @@ def failing_for_the_first(media: Tensor, prompts: Sequence[Prompt]) -> Tensor:
 
 
 @pytest.fixture
-def judge() -> Iterator[MakeJudge]:
-    judges: list[Judge] = []
+def scorer() -> Iterator[MakeJudge]:
+    judges: list[RewardScorer] = []
     seen.clear()
 
-    def make(reward: str = "brightness") -> Judge:
-        judges.append(Judge([Reward(model=f"{HERE}:{reward}")], Failures(retries=0)))
+    def make(reward: str = "brightness") -> RewardScorer:
+        judges.append(RewardScorer([Reward(model=f"{HERE}:{reward}")], Failures(retries=0)))
         return judges[-1]
 
     yield make
@@ -114,12 +115,12 @@ def by_owner(experience: Experience) -> dict[tuple[int, int, int], tuple[Tensor,
 
 
 def test_collected_is_what_each_sample_alone_would_do(
-    case: tuple[str, Algorithm], policies: Callable[[str], PipelinePolicy], judge: MakeJudge
+    case: tuple[str, Algorithm], policies: Callable[[str], PipelinePolicy], scorer: MakeJudge
 ) -> None:
     name, algorithm = case
     policy, steps = policies(name), stochastic_steps(algorithm)
     before = (policy.num_evaluations, policy.num_decodes)
-    experience = algorithm.collect(policy, GROUPS, judge(), RANDOM)
+    experience = algorithm.collect(policy, GROUPS, scorer(), RANDOM)
     images = torch.cat(seen)
 
     # Cost, by formula and by what was really done.
@@ -159,37 +160,37 @@ def test_collected_is_what_each_sample_alone_would_do(
         )
         assert alone.media is not None
         torch.testing.assert_close(images[row], alone.media[0], atol=2e-5, rtol=0)
-        for visit in alone.visits:
-            x, x_next, log_prob = collected[group.index, sample, visit.step]
-            torch.testing.assert_close(x, visit.x[0], **CLOSE)
-            torch.testing.assert_close(x_next, visit.x_next[0], **CLOSE)
-            old = visit.gaussian.log_prob(visit.x_next)[0]
+        for record in alone.records:
+            x, x_next, log_prob = collected[group.index, sample, record.step]
+            torch.testing.assert_close(x, record.x[0], **CLOSE)
+            torch.testing.assert_close(x_next, record.x_next[0], **CLOSE)
+            old = record.gaussian.log_prob(record.x_next)[0]
             torch.testing.assert_close(log_prob, old, atol=1e-4, rtol=0)
     torch.testing.assert_close(candidates.reward, images.flatten(1).mean(1))
 
 
 def test_batches_and_ranks_change_nothing(
-    case: tuple[str, Algorithm], policies: Callable[[str], PipelinePolicy], judge: MakeJudge
+    case: tuple[str, Algorithm], policies: Callable[[str], PipelinePolicy], scorer: MakeJudge
 ) -> None:
     name, algorithm = case
     policy = policies(name)
-    whole = algorithm.collect(policy, GROUPS, judge(), RANDOM)
+    whole = algorithm.collect(policy, GROUPS, scorer(), RANDOM)
     policy.batch_size = 2
-    parts = [algorithm.collect(policy, [g], judge(), RANDOM) for g in reversed(GROUPS)]
+    parts = [algorithm.collect(policy, [g], scorer(), RANDOM) for g in reversed(GROUPS)]
     apart = by_owner(parts[0]) | by_owner(parts[1])
     together = by_owner(whole)
     assert apart.keys() == together.keys()
     for key, values in together.items():
         torch.testing.assert_close(values[1], apart[key][1], **CLOSE)
-    other = algorithm.collect(policy, GROUPS, judge(), Random(1).at("train", 5))
+    other = algorithm.collect(policy, GROUPS, scorer(), Random(1).at("train", 5))
     assert (other.candidates.reward - whole.candidates.reward).abs().min() > 0
 
 
 def test_groups_with_equal_prompts_differ(
-    policies: Callable[[str], PipelinePolicy], judge: MakeJudge
+    policies: Callable[[str], PipelinePolicy], scorer: MakeJudge
 ) -> None:
     groups = [Group(0, Prompt("a red cube")), Group(1, Prompt("a red cube"))]
-    reward = FLOW.collect(policies("sd3"), groups, judge(), RANDOM).candidates.reward
+    reward = FLOW.collect(policies("sd3"), groups, scorer(), RANDOM).candidates.reward
     assert reward.unique().numel() == 2 * G
 
 
@@ -200,12 +201,12 @@ def test_dance_keeps_a_fraction_of_the_steps(
     fraction: float,
     kept: int,
     policies: Callable[[str], PipelinePolicy],
-    judge: MakeJudge,
+    scorer: MakeJudge,
 ) -> None:
     base = DANCE if name == "sd3" else DANCE_DDIM
-    all_of_it = by_owner(base.collect(policies(name), GROUPS, judge(), RANDOM))
+    all_of_it = by_owner(base.collect(policies(name), GROUPS, scorer(), RANDOM))
     algorithm = replace(base, timestep_fraction=fraction)
-    part = by_owner(algorithm.collect(policies(name), GROUPS, judge(), RANDOM))
+    part = by_owner(algorithm.collect(policies(name), GROUPS, scorer(), RANDOM))
     steps = {
         (g, s): tuple(step for a, b, step in part if (a, b) == (g, s))
         for g, s in itertools.product(range(2), range(G))
@@ -218,9 +219,9 @@ def test_dance_keeps_a_fraction_of_the_steps(
 
 
 def test_advantages_are_of_the_group(
-    policies: Callable[[str], PipelinePolicy], judge: MakeJudge
+    policies: Callable[[str], PipelinePolicy], scorer: MakeJudge
 ) -> None:
-    experience = DANCE.collect(policies("sd3"), GROUPS, judge(), RANDOM)
+    experience = DANCE.collect(policies("sd3"), GROUPS, scorer(), RANDOM)
     advantages = DANCE.advantages(experience)
     reward = experience.candidates.reward.view(2, G)
     expected = (reward - reward.mean(1, keepdim=True)) / reward.std(1, keepdim=True)
@@ -229,11 +230,11 @@ def test_advantages_are_of_the_group(
 
 
 def test_best_of_keeps_the_extremes(
-    policies: Callable[[str], PipelinePolicy], judge: MakeJudge
+    policies: Callable[[str], PipelinePolicy], scorer: MakeJudge
 ) -> None:
     algorithm = replace(DANCE, best_of=2)
     algorithm.check(T)
-    experience = algorithm.collect(policies("sd3"), GROUPS, judge(), RANDOM)
+    experience = algorithm.collect(policies("sd3"), GROUPS, scorer(), RANDOM)
     a, reward = experience.actions, experience.candidates.reward.view(2, G)
     best = algorithm.advantages(experience)
     every = DANCE.advantages(experience)
@@ -252,19 +253,19 @@ def test_best_of_keeps_the_extremes(
 
 
 def test_equal_rewards_teach_nothing(
-    case: tuple[str, Algorithm], policies: Callable[[str], PipelinePolicy], judge: MakeJudge
+    case: tuple[str, Algorithm], policies: Callable[[str], PipelinePolicy], scorer: MakeJudge
 ) -> None:
     name, algorithm = case
-    experience = algorithm.collect(policies(name), GROUPS, judge("equal"), RANDOM)
+    experience = algorithm.collect(policies(name), GROUPS, scorer("equal"), RANDOM)
     assert (algorithm.advantages(experience) == 0).all()
 
 
 @pytest.mark.parametrize("algorithm", [FLOW, DANCE])
 def test_a_failed_reward_drops_its_sample_alone(
-    algorithm: Algorithm, policies: Callable[[str], PipelinePolicy], judge: MakeJudge
+    algorithm: Algorithm, policies: Callable[[str], PipelinePolicy], scorer: MakeJudge
 ) -> None:
-    sound = algorithm.collect(policies("sd3"), GROUPS, judge(), RANDOM)
-    broken = algorithm.collect(policies("sd3"), GROUPS, judge("failing_for_the_first"), RANDOM)
+    sound = algorithm.collect(policies("sd3"), GROUPS, scorer(), RANDOM)
+    broken = algorithm.collect(policies("sd3"), GROUPS, scorer("failing_for_the_first"), RANDOM)
     assert broken.candidates.valid.tolist() == [False] + [True] * (2 * G - 1)
     assert broken.candidates.reward[1:].tolist() == sound.candidates.reward[1:].tolist()
     advantages, a = algorithm.advantages(broken), broken.actions
@@ -298,7 +299,7 @@ def config(algorithm: Algorithm, *, loss: Loss | None = None, **train: object) -
 
 @pytest.fixture
 def learn(
-    make_policy: MakePolicy, judge: MakeJudge, accelerator: Accelerator
+    make_policy: MakePolicy, scorer: MakeJudge, accelerator: Accelerator
 ) -> Callable[..., tuple[Learner, Experience]]:
     """A learner on a fresh policy, and what the policy collected."""
 
@@ -311,7 +312,7 @@ def learn(
             weights=weights or LoRA(rank=4, alpha=8),
             with_reference=True,
         )
-        experience = algorithm.collect(policy, GROUPS, judge(), RANDOM)
+        experience = algorithm.collect(policy, GROUPS, scorer(), RANDOM)
         return Learner(policy, config(algorithm, **options), accelerator), experience
 
     return make
@@ -366,13 +367,13 @@ def test_the_gradient_is_that_of_every_action_alone(
     a, policy = experience.actions, learner.policy
     loss = torch.zeros(())
     for i in range(len(a)):
-        visit = policy.replay(
+        record = policy.replay(
             [GROUPS[int(a.group[i])].prompt],
             a.states[a.state[i]][None],
             int(a.step[i]),
             experience.transition,
         )
-        ratio = torch.exp(visit.gaussian.log_prob(a.x_next[i][None])[0] - a.old_log_prob[i])
+        ratio = torch.exp(record.gaussian.log_prob(a.x_next[i][None])[0] - a.old_log_prob[i])
         loss = loss - advantages[i] * ratio / len(a)
     expected = torch.autograd.grad(loss, learner.parameters, allow_unused=True)
     taken = gradients_of(learner)
@@ -458,8 +459,8 @@ def test_learning_raises_the_likelihood_of_the_better(
     rows = a.step == 1
     with torch.no_grad():
         prompts = [GROUPS[int(g)].prompt for g in a.group[rows]]
-        visit = learner.policy.replay(prompts, a.states[a.state[rows]], 1, experience.transition)
-    change = visit.gaussian.log_prob(a.x_next[rows]) - a.old_log_prob[rows]
+        record = learner.policy.replay(prompts, a.states[a.state[rows]], 1, experience.transition)
+    change = record.gaussian.log_prob(a.x_next[rows]) - a.old_log_prob[rows]
     assert (change * advantages[rows]).sum() > 0
 
 

@@ -25,18 +25,24 @@ from flowgrpo.algorithms import (
     TempFlowGRPO,
 )
 from flowgrpo.config import Config, ConfigError, Model, Prompts, Run, Train
-from flowgrpo.core.advantages import BetaAdvantage, GroupAdvantage, VirtualBest
-from flowgrpo.core.losses import ClippedLoss, NFTLoss
+from flowgrpo.config.reader import to_table
+from flowgrpo.core.advantages import (
+    GDPO,
+    BetaAdvantage,
+    GroupAdvantage,
+    LogTamed,
+    PerReward,
+    VirtualBest,
+)
 from flowgrpo.core.random import Random
-from flowgrpo.core.several import GDPO, LogTamed, PerReward
 from flowgrpo.core.steps import Window
 from flowgrpo.core.transitions import CPS, DDIM, DanceSDE, FlowSDE, require_path
-from flowgrpo.experience import Group, Prompt
-from flowgrpo.judge import Failures, Judge, Reward
-from flowgrpo.learner import Learner
-from flowgrpo.pairwise import Compared
+from flowgrpo.data.prompts import Group, Prompt
+from flowgrpo.losses.losses import ClippedLoss, NFTLoss
 from flowgrpo.policy import LoRA, PipelinePolicy
-from flowgrpo.tables import to_table
+from flowgrpo.rewards.pairs import Compared
+from flowgrpo.rewards.scorer import Failures, Reward, RewardScorer
+from flowgrpo.training.learner import Learner
 from tests.conftest import MakePolicy, sampling_of
 
 HERE = "tests.test_combinations"
@@ -215,11 +221,11 @@ def test_it_runs(
     algorithm: Any = settings.algorithm
     policy = policies("sd15" if combination[1] == "ddim" else "sd3")
     learner = Learner(policy, settings, accelerator)
-    judge = Judge(settings.rewards, Failures(retries=0))
+    scorer = RewardScorer(settings.rewards, Failures(retries=0))
     random = Random(2).at("train", 0)
     with learner.acting():
-        experience = algorithm.collect(policy, GROUPS, judge, random)
-    judge.close()
+        experience = algorithm.collect(policy, GROUPS, scorer, random)
+    scorer.close()
     advantages = algorithm.advantages(experience)
     metrics = learner.update(experience, advantages, random)
     assert advantages.isfinite().all()

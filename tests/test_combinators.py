@@ -10,10 +10,10 @@ from torch import Tensor
 
 import flowgrpo
 from flowgrpo.config import Config, load, save
-from flowgrpo.judge import Judge, Reward, RewardError
-from flowgrpo.rewards import check_rewards, total
+from flowgrpo.core.errors import ConfigError
+from flowgrpo.rewards.loading import check_rewards, total
+from flowgrpo.rewards.scorer import Reward, RewardError, RewardScorer
 from flowgrpo.shapes.architecture import build_pipeline
-from flowgrpo.tables import ConfigError
 from tests.test_docs import TINY
 from tests.test_judge import HERE, IMAGES, PROMPTS
 
@@ -74,17 +74,19 @@ def test_a_reward_whose_weight_is_still_0_fails_nobody():
 def test_the_judge_goes_by_the_iteration_and_its_parts_add_up():
     light = Reward(model=f"{HERE}:brightness", threshold=0.5, weight=3.0)
     count = Reward(model=f"{HERE}:a_list", log=True, schedule=((0.0, 0.5), (10.0, 1.0)))
-    judge = Judge([light, count, Reward(model=f"{HERE}:brightness", name="watched", weight=0.0)])
+    scorer = RewardScorer(
+        [light, count, Reward(model=f"{HERE}:brightness", name="watched", weight=0.0)]
+    )
     binary, logs = torch.tensor([0.0, 0, 1, 1]), torch.arange(4.0).log1p()
     for iteration, factor in ((0, 0.5), (5, 0.75), (None, 1.0)):
-        judge.iteration = iteration
-        found = judge.score(IMAGES, PROMPTS)
+        scorer.iteration = iteration
+        found = scorer.score(IMAGES, PROMPTS)
         assert torch.allclose(found.reward, 3 * binary + factor * logs)
         assert torch.equal(found.raw["a_list"], torch.arange(4.0))
-        parts = judge.parts(found.raw)
+        parts = scorer.parts(found.raw)
         assert set(parts) == {"brightness", "a_list"}
         assert torch.allclose(sum(parts.values()), found.reward)
-    judge.close()
+    scorer.close()
 
 
 @pytest.mark.parametrize(
@@ -122,7 +124,7 @@ def test_values_that_exclude_each_other():
         check_rewards([late, Reward(model="n", weight=0.0)], 100)
     check_rewards([late, Reward(model="n")], 100)
     with pytest.raises(ConfigError, match=r"reward 'brightness'.clip must be"):
-        Judge([Reward(model=f"{HERE}:brightness", clip=(2.0, 1.0))])
+        RewardScorer([Reward(model=f"{HERE}:brightness", clip=(2.0, 1.0))])
 
 
 def test_a_configuration_with_all_of_it_can_be_written_and_read_back(tmp_path):

@@ -8,16 +8,16 @@ from torch import Tensor
 
 from flowgrpo.algorithms import FlowGRPO
 from flowgrpo.config import Config, Model, Prompts, Run, Train
-from flowgrpo.core.losses import ClippedLoss
 from flowgrpo.core.random import Random
 from flowgrpo.core.steps import Window
 from flowgrpo.core.transitions import CPS
-from flowgrpo.experience import Group, Prompt
-from flowgrpo.judge import Judge, Reward
-from flowgrpo.learner import Learner
+from flowgrpo.data.prompts import Group, Prompt
+from flowgrpo.losses.losses import ClippedLoss
 from flowgrpo.policy import PipelinePolicy, Sampling
 from flowgrpo.policy.calls import batches
 from flowgrpo.policy.probe import check_sizes
+from flowgrpo.rewards.scorer import Reward, RewardScorer
+from flowgrpo.training.learner import Learner
 from tests.conftest import MakePolicy, noise_of, sampling_of
 from tests.tiny import FAMILIES
 
@@ -76,9 +76,9 @@ def test_edits_are_trained_on_with_their_own_image(
     """Replays see the image of the rollout: the first ratio is 1 for every action."""
     policy = kontext(make_policy)
     algorithm = FlowGRPO(group_size=2, transition=CPS(), steps=Window(start=0, size=2))
-    judge = Judge([Reward(model=f"{__name__}:brightness")])
+    scorer = RewardScorer([Reward(model=f"{__name__}:brightness")])
     groups = [Group(i, p) for i, p in enumerate(EDITS)]
-    experience = algorithm.collect(policy, groups, judge, Random(0).at("train", 0))
+    experience = algorithm.collect(policy, groups, scorer, Random(0).at("train", 0))
     settings = Config(
         model=Model(path=""),
         algorithm=algorithm,
@@ -93,7 +93,7 @@ def test_edits_are_trained_on_with_their_own_image(
     metrics = learner.update(experience, advantages, Random(0).at("train", 0))
     assert metrics["ratio/deviation"] < 1e-5
     assert metrics["grad_norm"] > 0
-    judge.close()
+    scorer.close()
 
 
 @pytest.mark.parametrize("name", FAMILIES)

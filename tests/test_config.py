@@ -7,7 +7,7 @@ from typing import Any, get_type_hints
 import pytest
 
 from flowgrpo.config import Config, ConfigError, find, load, override, save
-from flowgrpo.tables import _dataclasses_in, documentation, explain
+from flowgrpo.config.reader import _dataclasses_in, documentation, explain
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted(p.name for p in (ROOT / "configs").glob("*.toml"))

@@ -11,11 +11,11 @@ import torch
 from diffusers import DiffusionPipeline, Flux2KleinKVPipeline
 from torch import Tensor
 
+from flowgrpo.data.prompts import Prompt
 from flowgrpo.doctor import Settings, examine
-from flowgrpo.experience import Prompt
 from flowgrpo.policy import PipelinePolicy
-from flowgrpo.policy.counting import _Count, counted
-from flowgrpo.policy.itinerary import Itinerary
+from flowgrpo.policy.step_counter import _Count, counted
+from flowgrpo.policy.step_plan import StepPlan
 from tests.conftest import MakePolicy, noise_of, sampling_of
 from tests.tiny.image import sd15_controlnet
 from tests.tiny.parts import GRADIENT
@@ -64,10 +64,10 @@ def test_a_part_of_the_grid_keeps_its_counts(make_policy: MakePolicy) -> None:
     assert policy.scheduler.counted
     for nodes in ([2, 3], [1, 2, 3, 4], [0, 2, 4], [4]):
         seen.clear()
-        x = whole.visits[nodes[0]].x if nodes[0] < 4 else whole.visits[-1].x_next
+        x = whole.records[nodes[0]].x if nodes[0] < 4 else whole.records[-1].x_next
         (part,) = policy.run(prompts, noise, nodes=nodes, x=x, record=range(4), decode=False)
         assert seen == [grid[n] for n in nodes[:-1]]
-        assert [v.step for v in part.visits] == nodes[:-1]
+        assert [v.step for v in part.records] == nodes[:-1]
         # The whole grid's length, so that shares of it are the same.
         assert len(policy.scheduler.timesteps) == 4
 
@@ -112,7 +112,7 @@ def test_only_the_steps_are_counted_anew(make_policy: MakePolicy) -> None:
     assert copy(torch.arange(2)) == [[(0, 0), (1, 1)], *plain[1:]]
     assert call.__globals__.get("enumerate") is None
     # Looking at the timesteps beforehand is not walking them.
-    policy.scheduler.begin(Itinerary())
+    policy.scheduler.begin(StepPlan())
     policy.scheduler.set_timesteps(3)
     first = next(iter(copy(policy.scheduler.timesteps)[0]))
     assert first == (0, policy.scheduler.timesteps[0])

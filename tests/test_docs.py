@@ -16,9 +16,9 @@ from torch import Tensor
 
 import flowgrpo
 from flowgrpo.config import Config
-from flowgrpo.experience import Prompt
+from flowgrpo.config.reader import documentation, explain
+from flowgrpo.data.prompts import Prompt
 from flowgrpo.shapes.architecture import build_pipeline
-from flowgrpo.tables import documentation, explain
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"

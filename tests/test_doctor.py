@@ -14,7 +14,7 @@ from flowgrpo.core.transitions import Gaussian
 from flowgrpo.doctor import PROMPTS, Settings, checks, examine
 from flowgrpo.doctor.examine import _call, _stock
 from flowgrpo.policy import Full, LoRA, PipelinePolicy
-from flowgrpo.policy.entrance import Entrance
+from flowgrpo.policy.latent_injection import LatentInjection
 from flowgrpo.policy.loading import variant_of
 from flowgrpo.policy.scheduler import FlowPolicyScheduler
 from tests.conftest import noise_of, sampling_of
@@ -212,13 +212,13 @@ def test_a_gradient_that_leaks_is_caught(tiny: Tiny, monkeypatch: pytest.MonkeyP
 
 
 def test_inexact_entering_is_caught(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
-    enter = Entrance._prepare
+    enter = LatentInjection._prepare
 
-    def rounding(self: Entrance, *args: Any, **kwargs: Any) -> Any:
+    def rounding(self: LatentInjection, *args: Any, **kwargs: Any) -> Any:
         entered = enter(self, *args, **kwargs)
         return 1.05 * entered if isinstance(entered, Tensor) else entered
 
-    monkeypatch.setattr(Entrance, "_prepare", rounding)
+    monkeypatch.setattr(LatentInjection, "_prepare", rounding)
     assert {SAME_BATCH, BRANCH, DECODE} <= set(failures(tiny("sd3"), "sd3"))
 
 

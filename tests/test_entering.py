@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from flowgrpo.policy.calling import Unfit
+from flowgrpo.policy.calling import UnsupportedPipelineError
 from flowgrpo.policy.entering import Place, enter, locate, place
 from flowgrpo.policy.weights import ATTENTION_PROJECTIONS, _default_targets
 
@@ -31,7 +31,8 @@ def test_entering_copies_the_state_and_keeps_what_is_behind_it() -> None:
     alone.zero_()
     assert state.any()
     with pytest.raises(
-        Unfit, match=r"Some pipeline cannot be entered: .* its loop holds \(2, 4, 3\)"
+        UnsupportedPipelineError,
+        match=r"Some pipeline cannot be entered: .* its loop holds \(2, 4, 3\)",
     ):
         enter((ids,), state, name="Some pipeline")
 
@@ -42,7 +43,7 @@ def test_a_state_is_found_by_its_values_at_either_end() -> None:
     found = locate(state, [ids, latents])
     assert found == Place(1, (0, 1, 0), whole=(5, 9))
     # By shape alone it is not to be found, once it was seen it is.
-    with pytest.raises(Unfit, match="cannot be entered"):
+    with pytest.raises(UnsupportedPipelineError, match="cannot be entered"):
         enter((ids, latents), state)
     _, entered = enter((ids, latents), state + 1, found)
     assert torch.equal(entered[:, 1:, :4], state + 1)

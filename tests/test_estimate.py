@@ -14,13 +14,13 @@ from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
 import flowgrpo
-from flowgrpo.cli import main
+from flowgrpo.cli.parser import main
 from flowgrpo.core.transitions import CPS
-from flowgrpo.estimate import GB, Choice, Measured, NoEstimate, advise, budget, measure
-from flowgrpo.estimate.blueprint import build, config_folder
-from flowgrpo.estimate.live import Live
-from flowgrpo.estimate.trace import Activations, Tracer, bytes_of
-from flowgrpo.experience import Prompt
+from flowgrpo.data.prompts import Prompt
+from flowgrpo.memory import GB, Choice, Measured, NoEstimate, advise, budget, measure
+from flowgrpo.memory.blueprint import build, config_folder
+from flowgrpo.memory.live import Live
+from flowgrpo.memory.trace import Activations, Tracer, bytes_of
 from flowgrpo.policy import Full, LoRA, PipelinePolicy
 from flowgrpo.policy.loading import DTYPES, denoisers, load_pipeline
 from flowgrpo.policy.weights import Trainable, Weights
@@ -58,7 +58,7 @@ def taken(
     calls: list[tuple[nn.Module, Any, Any]] = []
     for model in policy.denoisers.values():
         model.register_forward_pre_hook(lambda *call: calls.append(call), with_kwargs=True)
-    policy.replay(prompts, rollout.visits[0].x, 0, CPS())
+    policy.replay(prompts, rollout.records[0].x, 0, CPS())
     step, calls = calls, []
     known = [t for m in policy.models.values() for t in [*m.parameters(), *m.buffers()]]
     parameters = {t.untyped_storage()._cdata for t in known}

@@ -16,12 +16,12 @@ from torch import Tensor
 
 from benchmarks.reward_cases import TINY, Case
 from benchmarks.rewards import PROMPT
-from flowgrpo.cli import main
-from flowgrpo.experience import Prompt
-from flowgrpo.judge import Failures, Judge
-from flowgrpo.pictures import encode_png
-from flowgrpo.rewards import Reward, load_reward
-from flowgrpo.serving import RewardServer
+from flowgrpo.cli.parser import main
+from flowgrpo.data.pictures import encode_png
+from flowgrpo.data.prompts import Prompt
+from flowgrpo.rewards.loading import Reward, load_reward
+from flowgrpo.rewards.scorer import Failures, RewardScorer
+from flowgrpo.rewards.serving import RewardServer
 from reward_models.adversarial import Adversarial
 from reward_models.clip_score import CLIPScore
 from reward_models.dino import DINOSimilarity
@@ -80,7 +80,7 @@ def test_bad_input_is_refused_and_order_and_batches_do_not_matter(
         (media[..., :1, :, :], "floating-point|Type-check"),
         (media[:2], "2 media for 3 prompts"),
     ):
-        if case.model.startswith("flowgrpo.frames") and len(bad) == 2:
+        if case.model.startswith("flowgrpo.rewards.frames") and len(bad) == 2:
             continue  # the frames are counted, not the videos
         with pytest.raises((ValueError, TypeCheckError), match=problem):
             reward(bad, own)
@@ -271,7 +271,7 @@ def test_what_learns_is_neither_served_nor_given_frames(
     with pytest.raises(ValueError, match="'adversarial' learns from whole samples"):
         load_reward(
             Reward(
-                model="flowgrpo.frames:FrameScore",
+                model="flowgrpo.rewards.frames:FrameScore",
                 options={"model": "adversarial", "options": options},
             )
         )
@@ -307,9 +307,9 @@ def test_the_probe_shows_rewards_something_senseless(
     images = torch.linspace(0.1, 0.9, 4).view(4, 1, 1, 1).expand(4, 3, 8, 8).clone()
     images[..., 0] = images[..., 0] + torch.linspace(0, 0.05, 4).view(4, 1, 1)
     rewards = [Reward(model=f"{__name__}:{name}", weight=weight)]
-    judge = Judge(rewards, Failures(retries=0, wait=0.0))
-    judge.probe(images, [Prompt("a")] * 4)
-    judge.close()
+    scorer = RewardScorer(rewards, Failures(retries=0, wait=0.0))
+    scorer.probe(images, [Prompt("a")] * 4)
+    scorer.close()
     assert (words in caplog.text) if words else ("noise" not in caplog.text)
 
 

@@ -15,10 +15,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import flowgrpo
-from flowgrpo.cli import main
-from flowgrpo.commands.exports import push_run
+from flowgrpo.cli.exports import push_run
+from flowgrpo.cli.parser import main
 from flowgrpo.core.random import Random
-from flowgrpo.experience import Prompt
+from flowgrpo.data.prompts import Prompt
 from flowgrpo.policy import Full, LoRA, PipelinePolicy
 from flowgrpo.policy.export import KOHYA_FILE, export, export_kohya, export_merged
 from tests.conftest import MakePolicy, noise_of, sampling_of
@@ -186,7 +186,7 @@ def test_without_a_format_what_was_trained_is_exported(
     policy = PipelinePolicy.from_pretrained(
         tiny("sd3"), sampling=sampling_of("sd3"), weights=Full()
     )
-    monkeypatch.setattr("flowgrpo.commands.load_run", lambda run, weights: (policy, 1))
+    monkeypatch.setattr("flowgrpo.cli.commands.load_run", lambda run, weights: (policy, 1))
     assert main(["export", str(finished), "--out", str(tmp_path / "whole")]) == 0
     assert (tmp_path / "whole" / "model_index.json").exists()
 

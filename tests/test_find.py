@@ -15,21 +15,21 @@ from torch.distributions import Normal, kl_divergence
 
 import flowgrpo
 from flowgrpo.algorithms import FIND
-from flowgrpo.card import model_card
-from flowgrpo.cli import main
+from flowgrpo.cli.parser import main
 from flowgrpo.config import Config, ConfigError, Model, Prompts, Run, Train
-from flowgrpo.core.advantages import GroupAdvantage, VirtualBest
-from flowgrpo.core.losses import ClippedLoss
+from flowgrpo.core.advantages import GDPO, GroupAdvantage, LogTamed, PerReward, VirtualBest
 from flowgrpo.core.random import Random
-from flowgrpo.core.several import GDPO, LogTamed, PerReward
 from flowgrpo.core.transitions import Gaussian, gaussian_kl
-from flowgrpo.experience import Experience, Group, Prompt
-from flowgrpo.judge import Failures, Judge, Reward
-from flowgrpo.learner import Learner
+from flowgrpo.data.experience import Experience
+from flowgrpo.data.prompts import Group, Prompt
+from flowgrpo.evaluation.card import model_card
+from flowgrpo.losses.losses import ClippedLoss
 from flowgrpo.policy import InitialNoise, Noise, PipelinePolicy
-from flowgrpo.policy.calling import Unfit
+from flowgrpo.policy.calling import UnsupportedPipelineError
 from flowgrpo.policy.initial_noise import FILE, INITIAL, LOG_STD, MEAN
 from flowgrpo.policy.probe import fit_noise
+from flowgrpo.rewards.scorer import Failures, Reward, RewardScorer
+from flowgrpo.training.learner import Learner
 from tests.conftest import MakePolicy, noise_of, sampling_of
 from tests.test_train import reward_settings, small
 
@@ -105,9 +105,9 @@ def test_samples_start_where_the_distribution_says(
     assert isinstance(policy.trainable, InitialNoise)
     scale = policy.scheduler.initial_std
     gaussian = policy.trainable.gaussian(scale)
-    standard = before.visits[0].x / scale
-    torch.testing.assert_close(after.visits[0].x, gaussian.sample(standard))
-    assert before.visits[0].x.std() == pytest.approx(scale, rel=0.2)
+    standard = before.records[0].x / scale
+    torch.testing.assert_close(after.records[0].x, gaussian.sample(standard))
+    assert before.records[0].x.std() == pytest.approx(scale, rel=0.2)
 
 
 @pytest.mark.parametrize("name", ["sd3", "flux"])
@@ -123,7 +123,7 @@ def test_the_exported_noise_gives_the_same_images_in_diffusers(
         (first,) = policy.run(PROMPTS, noise_of(0, 1), nodes=[0, 1], record=[0], decode=False)
     assert isinstance(policy.trainable, InitialNoise)
     exported = load_file(policy.trainable.export(tmp_path) / FILE)
-    latents = exported["mean"] + exported["std"] * first.visits[0].x
+    latents = exported["mean"] + exported["std"] * first.records[0].x
     pipeline = DiffusionPipeline.from_pretrained(tiny(name))
     pipeline.set_progress_bar_config(disable=True)
     output = pipeline(
@@ -152,10 +152,10 @@ RANDOM = Random(0).at("train", 0)
 
 
 def collected(policy: PipelinePolicy, settings: Config, prompts: int = 2) -> Experience:
-    judge = Judge(settings.rewards, Failures())
+    scorer = RewardScorer(settings.rewards, Failures())
     groups = [Group(i, p) for i, p in enumerate(PROMPTS[:prompts])]
-    experience = settings.algorithm.collect(policy, groups, judge, RANDOM)
-    judge.close()
+    experience = settings.algorithm.collect(policy, groups, scorer, RANDOM)
+    scorer.close()
     return experience
 
 
@@ -251,7 +251,7 @@ def test_one_distribution_needs_one_size(
     del without.pipeline.prepare_latents
     type_without = type("NoLatents", (type(without.pipeline),), {"prepare_latents": property()})
     without.pipeline.__class__ = type_without
-    with pytest.raises(Unfit, match="no prepare_latents"):
+    with pytest.raises(UnsupportedPipelineError, match="no prepare_latents"):
         fit_noise(without, PROMPTS)
 
 

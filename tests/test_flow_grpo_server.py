@@ -14,8 +14,8 @@ import pytest
 import torch
 from PIL import Image
 
-from flowgrpo.experience import Prompt
-from flowgrpo.judge import Reward, load_reward
+from flowgrpo.data.prompts import Prompt
+from flowgrpo.rewards.scorer import Reward, load_reward
 from reward_models.flow_grpo_server import FlowGRPOServer, load_numbers
 
 PROMPTS = [Prompt(f"p{i}", metadata={"tag": "counting", "include": [i]}) for i in range(3)]

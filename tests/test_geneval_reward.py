@@ -17,8 +17,8 @@ from transformers import (
     Mask2FormerImageProcessor,
 )
 
-from flowgrpo.evaluate.geneval import COLORS, OBJECTS, Detection
-from flowgrpo.experience import Prompt
+from flowgrpo.core.geneval import COLORS, OBJECTS, Detection
+from flowgrpo.data.prompts import Prompt
 from reward_models import geneval
 from reward_models.geneval import ColorClassifier, GenEval, Mask2FormerDetector
 from tests import zoo

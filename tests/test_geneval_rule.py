@@ -4,9 +4,10 @@ from typing import Any
 
 import pytest
 
-from flowgrpo.evaluate.geneval import (
+from flowgrpo.core.geneval import (
     COLORS,
     OBJECTS,
+    OPPOSITE,
     Clause,
     Detection,
     Found,
@@ -17,8 +18,7 @@ from flowgrpo.evaluate.geneval import (
     soft,
     strict,
 )
-from flowgrpo.evaluate.relations import OPPOSITE
-from flowgrpo.prompt_sets import geneval as benchmark
+from scripts.prompt_sets import geneval as benchmark
 
 TASKS = [Task.read(record, record["prompt"]) for record in benchmark.records()]
 Scene = dict[str, list[Found]]

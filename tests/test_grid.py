@@ -5,8 +5,8 @@ import pytest
 import torch
 from PIL import Image
 
-from flowgrpo.evaluate.grid import GridRow, draw_grid
-from flowgrpo.evaluate.pictures import keep, kept
+from flowgrpo.evaluation.comparison_grid import keep, kept
+from flowgrpo.evaluation.grid import GridRow, draw_grid
 
 RED, BLUE = (1.0, 0.0, 0.0), (0.0, 0.0, 1.0)
 

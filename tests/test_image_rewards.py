@@ -15,8 +15,8 @@ from torch import Tensor
 from torchvision import transforms
 from transformers import CLIPModel, Dinov2Model
 
-from flowgrpo.experience import Prompt
-from flowgrpo.judge import available_rewards
+from flowgrpo.data.prompts import Prompt
+from flowgrpo.rewards.scorer import available_rewards
 from reward_models._loading import CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD
 from reward_models.aesthetic import Aesthetic
 from reward_models.dino import DINOSimilarity

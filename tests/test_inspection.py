@@ -19,9 +19,9 @@ from flowgrpo.algorithms import (
 from flowgrpo.core.random import Random
 from flowgrpo.core.steps import Window
 from flowgrpo.core.transitions import CPS
-from flowgrpo.evaluate.inspection import fragment, inspect, keep
-from flowgrpo.experience import Group, Prompt
-from flowgrpo.judge import Judge, Reward
+from flowgrpo.data.prompts import Group, Prompt
+from flowgrpo.evaluation.inspection import fragment, inspect, keep
+from flowgrpo.rewards.scorer import Reward, RewardScorer
 from tests.conftest import MakePolicy, sampling_of
 
 PROMPTS = [Prompt("a cat"), Prompt("two <dogs>")]
@@ -33,8 +33,8 @@ def brightness(media: Tensor, prompts: Sequence[Prompt]) -> Tensor:
 
 
 @pytest.fixture
-def judge() -> Callable[[], Judge]:
-    return lambda: Judge([Reward(model=f"{__name__}:brightness")])
+def scorer() -> Callable[[], RewardScorer]:
+    return lambda: RewardScorer([Reward(model=f"{__name__}:brightness")])
 
 
 @pytest.mark.parametrize(
@@ -48,9 +48,9 @@ def judge() -> Callable[[], Judge]:
     ids=lambda value: getattr(value, "kind", str(value)),
 )
 def test_strips_hold_what_was_collected(
-    algorithm: Algorithm, frames: int, make_policy: MakePolicy, judge: Callable[[], Judge]
+    algorithm: Algorithm, frames: int, make_policy: MakePolicy, scorer: Callable[[], RewardScorer]
 ) -> None:
-    policy, seen = make_policy("sd3"), judge()
+    policy, seen = make_policy("sd3"), scorer()
     strips = inspect(policy, algorithm, seen, PROMPTS, samples=2)
     assert [s.prompt for s in strips] == ["a cat"] * 2 + ["two <dogs>"] * 2
     random = Random(0).at("train", 0)
@@ -72,9 +72,9 @@ def test_strips_hold_what_was_collected(
 
 
 def test_a_leaf_shows_the_steps_of_all_branches_that_lead_to_it(
-    make_policy: MakePolicy, judge: Callable[[], Judge]
+    make_policy: MakePolicy, scorer: Callable[[], RewardScorer]
 ) -> None:
-    policy, seen = make_policy("sd3", sampling=sampling_of("sd3", num_steps=4)), judge()
+    policy, seen = make_policy("sd3", sampling=sampling_of("sd3", num_steps=4)), scorer()
     algorithm = BranchGRPO(group_size=4, splits=(0, 2), transition=CPS())
     strips = inspect(policy, algorithm, seen, PROMPTS[:1], samples=4)
     seen.close()
@@ -89,9 +89,9 @@ def test_a_leaf_shows_the_steps_of_all_branches_that_lead_to_it(
 
 
 def test_branches_are_compared_with_those_of_their_seed(
-    make_policy: MakePolicy, judge: Callable[[], Judge]
+    make_policy: MakePolicy, scorer: Callable[[], RewardScorer]
 ) -> None:
-    policy, seen = make_policy("sd3", sampling=sampling_of("sd3", num_steps=3)), judge()
+    policy, seen = make_policy("sd3", sampling=sampling_of("sd3", num_steps=3)), scorer()
     algorithm = TempFlowGRPO(group_size=4, seeds=2, transition=CPS())
     strips = inspect(policy, algorithm, seen, PROMPTS[:1], samples=4)
     seen.close()
@@ -108,9 +108,9 @@ def test_branches_are_compared_with_those_of_their_seed(
 
 
 def test_a_shared_baseline_is_on_every_strip(
-    make_policy: MakePolicy, judge: Callable[[], Judge]
+    make_policy: MakePolicy, scorer: Callable[[], RewardScorer]
 ) -> None:
-    policy, seen = make_policy("sd3", sampling=sampling_of("sd3", num_steps=4)), judge()
+    policy, seen = make_policy("sd3", sampling=sampling_of("sd3", num_steps=4)), scorer()
     algorithm = TPGRPO(group_size=3, steps=STEPS, shared_noise=True, turning_points="plain")
     strips = inspect(policy, algorithm, seen, PROMPTS[:1])
     seen.close()
@@ -123,10 +123,10 @@ def test_a_shared_baseline_is_on_every_strip(
 
 
 def test_the_page_escapes_prompts_and_shows_credit(
-    make_policy: MakePolicy, judge: Callable[[], Judge], tmp_path: Path
+    make_policy: MakePolicy, scorer: Callable[[], RewardScorer], tmp_path: Path
 ) -> None:
     algorithm = TPGRPO(group_size=3, transition=CPS(), steps=STEPS, turning_points="plain")
-    seen = judge()
+    seen = scorer()
     strips = inspect(make_policy("sd3"), algorithm, seen, PROMPTS)
     seen.close()
     page = fragment(strips)
@@ -140,8 +140,8 @@ def test_the_page_escapes_prompts_and_shows_credit(
     assert keep(strips, tmp_path).read_text() == page
 
 
-def test_nothing_to_inspect(make_policy: MakePolicy, judge: Callable[[], Judge]) -> None:
-    seen = judge()
+def test_nothing_to_inspect(make_policy: MakePolicy, scorer: Callable[[], RewardScorer]) -> None:
+    seen = scorer()
     with pytest.raises(ValueError, match="at least one prompt"):
         inspect(make_policy("sd3"), FlowGRPO(group_size=2, transition=CPS()), seen, [])
     assert not seen.keeps_media

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from flowgrpo.experience import Prompt
-from flowgrpo.imports import import_path
-from flowgrpo.judge import Failures, Judge, Reward, RewardError, load_reward
+from flowgrpo.core.imports import import_path
+from flowgrpo.data.prompts import Prompt
+from flowgrpo.rewards.scorer import Failures, Reward, RewardError, RewardScorer, load_reward
 
 HERE = "tests.test_judge"
 PROMPTS = [Prompt(f"prompt {i}") for i in range(4)]
@@ -89,9 +89,9 @@ class Flaky:
 not_a_reward = 3
 
 
-def judge(*names: str | Reward, **failures: object) -> Judge:
+def scorer(*names: str | Reward, **failures: object) -> RewardScorer:
     rewards = [n if isinstance(n, Reward) else Reward(model=f"{HERE}:{n}") for n in names]
-    return Judge(rewards, Failures(wait=0.0, **failures))  # type: ignore[arg-type]
+    return RewardScorer(rewards, Failures(wait=0.0, **failures))  # type: ignore[arg-type]
 
 
 def flaky(times: int, how: str = "raise") -> Reward:
@@ -124,16 +124,16 @@ def test_import_path_needs_a_colon():
 
 def test_two_rewards_need_two_names():
     with pytest.raises(ValueError, match=r"\['brightness', 'brightness'\]"):
-        judge("brightness", "brightness")
+        scorer("brightness", "brightness")
     named = Reward(model=f"{HERE}:brightness", name="light")
-    assert set(judge("brightness", named).score(IMAGES, PROMPTS).raw) == {"brightness", "light"}
+    assert set(scorer("brightness", named).score(IMAGES, PROMPTS).raw) == {"brightness", "light"}
     with pytest.raises(ValueError, match="at least one"):
-        judge()
+        scorer()
 
 
 # Scoring.
 def test_the_reward_is_the_weighted_sum_and_weight_0_is_only_measured():
-    found = judge(
+    found = scorer(
         Reward(model=f"{HERE}:brightness", weight=2.0),
         Reward(model=f"{HERE}:a_list", weight=-0.5),
         Reward(model=f"{HERE}:second_is_nan", name="measured", weight=0.0),
@@ -145,7 +145,7 @@ def test_the_reward_is_the_weighted_sum_and_weight_0_is_only_measured():
 
 
 def test_scores_come_in_the_order_of_submission():
-    subject = judge("slow_when_dark")
+    subject = scorer("slow_when_dark")
     futures = [subject.submit(IMAGES[i : i + 1], PROMPTS[i : i + 1]) for i in range(4)]
     assert [float(f.result().reward) for f in futures] == pytest.approx([0, 1 / 3, 2 / 3, 1])
     assert calls == [p.text for p in PROMPTS]
@@ -157,14 +157,14 @@ def test_scores_come_in_the_order_of_submission():
 @pytest.mark.parametrize(("name", "shape"), [("column", r"\(4, 1\)"), ("nothing", "None")])
 def test_a_wrong_result_stops_at_once(name, shape):
     with pytest.raises(RewardError, match=f"reward '{name}' returned .*{shape}"):
-        judge(name, then="drop").score(IMAGES, PROMPTS)
+        scorer(name, then="drop").score(IMAGES, PROMPTS)
     assert len(calls) <= 1
 
 
 # Failing.
 @pytest.mark.parametrize("how", ["raise", "nan"])
 def test_a_reward_that_recovers_is_retried(how, caplog):
-    subject = judge(flaky(2, how), retries=2)
+    subject = scorer(flaky(2, how), retries=2)
     found = subject.score(IMAGES, PROMPTS)
     assert torch.allclose(found.reward, IMAGES.flatten(1).mean(1))
     assert calls == ["flaky"] * (3 if how == "raise" else 2)
@@ -173,7 +173,7 @@ def test_a_reward_that_recovers_is_retried(how, caplog):
 
 @pytest.mark.parametrize(("retries", "attempts"), [(0, 1), (3, 4)])
 def test_retries_are_counted_and_logged(retries, attempts, caplog):
-    found = judge("broken", retries=retries).score(IMAGES, PROMPTS)
+    found = scorer("broken", retries=retries).score(IMAGES, PROMPTS)
     assert calls == ["broken"] * attempts
     assert found.reward.isnan().all()
     assert len(caplog.records) == attempts
@@ -181,14 +181,14 @@ def test_retries_are_counted_and_logged(retries, attempts, caplog):
 
 
 def test_waiting_doubles():
-    subject = Judge([flaky(2)], Failures(wait=0.04, retries=2))
+    subject = RewardScorer([flaky(2)], Failures(wait=0.04, retries=2))
     began = time.perf_counter()
     subject.score(IMAGES, PROMPTS)
     assert 0.12 <= time.perf_counter() - began < 1
 
 
 def test_a_score_that_stays_nan_drops_its_sample_only():
-    subject = judge("second_is_nan", retries=1)
+    subject = scorer("second_is_nan", retries=1)
     found = subject.score(IMAGES, PROMPTS)
     assert found.reward.isnan().tolist() == [False, True, False, False]
     assert calls.count("second_is_nan") == 2
@@ -196,7 +196,7 @@ def test_a_score_that_stays_nan_drops_its_sample_only():
 
 
 def test_infinity_is_a_failure_too():
-    assert judge("infinite").score(IMAGES, PROMPTS).raw["infinite"].isnan().all()
+    assert scorer("infinite").score(IMAGES, PROMPTS).raw["infinite"].isnan().all()
 
 
 @pytest.mark.parametrize(
@@ -204,16 +204,16 @@ def test_infinity_is_a_failure_too():
     [("broken", "failed 2 times: no route"), ("second_is_nan", "returned NaN or infinity")],
 )
 def test_then_stop_ends_the_run(name, problem):
-    subject = judge(name, retries=1, then="stop")
+    subject = scorer(name, retries=1, then="stop")
     with pytest.raises(RewardError, match=problem):
         subject.submit(IMAGES, PROMPTS).result()
 
 
 def test_too_many_failures_stop_the_run_all_the_same():
-    subject = judge("second_is_nan", retries=0, max_rate=0.3)
+    subject = scorer("second_is_nan", retries=0, max_rate=0.3)
     subject.score(IMAGES, PROMPTS)
     subject.check_rate()
-    strict = judge("second_is_nan", retries=0, max_rate=0.2)
+    strict = scorer("second_is_nan", retries=0, max_rate=0.2)
     strict.score(IMAGES, PROMPTS)
     with pytest.raises(
         RewardError, match=r"1 of 4 scores failed, more than failures.max_rate = 0.2"
@@ -225,38 +225,38 @@ def test_too_many_failures_stop_the_run_all_the_same():
 
 # The probe.
 def test_a_sound_reward_passes_the_probe_and_leaves_no_trace():
-    subject = judge("brightness")
+    subject = scorer("brightness")
     subject.probe(IMAGES, PROMPTS)
     assert (subject.scored, subject.failures_seen, subject.seconds) == (0, 0, 0.0)
 
 
 def test_a_constant_reward_is_refused():
     with pytest.raises(RewardError, match=r"'constant' gave all 4 different probe images .* 0.5"):
-        judge("constant").probe(IMAGES, PROMPTS)
+        scorer("constant").probe(IMAGES, PROMPTS)
     with pytest.raises(RewardError, match="constant"):
-        judge("brightness", "constant").probe(IMAGES, PROMPTS)
+        scorer("brightness", "constant").probe(IMAGES, PROMPTS)
 
 
 def test_a_constant_reward_that_is_not_trained_is_no_problem():
     measured = Reward(model=f"{HERE}:constant", weight=0.0)
-    judge("brightness", measured).probe(IMAGES, PROMPTS)
+    scorer("brightness", measured).probe(IMAGES, PROMPTS)
 
 
 @pytest.mark.parametrize("name", ["broken", "infinite"])
 def test_a_reward_without_finite_scores_is_refused(name):
     with pytest.raises(RewardError, match=f"'{name}' gave no finite score to 4 probe images"):
-        judge(name, retries=0).probe(IMAGES, PROMPTS)
+        scorer(name, retries=0).probe(IMAGES, PROMPTS)
 
 
 def test_a_reward_that_is_constant_where_it_is_finite_is_refused():
     same = torch.full_like(IMAGES, 0.25)
     with pytest.raises(RewardError, match="same score"):
-        judge("second_is_nan", retries=0).probe(same, PROMPTS)
+        scorer("second_is_nan", retries=0).probe(same, PROMPTS)
 
 
 def test_probe_modes(caplog):
     with caplog.at_level(logging.WARNING):
-        judge("constant", probe="warn").probe(IMAGES, PROMPTS)
+        scorer("constant", probe="warn").probe(IMAGES, PROMPTS)
     assert "nothing to learn from it" in caplog.text
-    judge("broken", probe="off").probe(IMAGES, PROMPTS)
+    scorer("broken", probe="off").probe(IMAGES, PROMPTS)
     assert not calls

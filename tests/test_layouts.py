@@ -11,13 +11,13 @@ from diffusers import LTXImageToVideoPipeline, LTXPipeline
 from torch import Tensor
 
 from flowgrpo.core.transitions import CPS
+from flowgrpo.data.prompts import Prompt
 from flowgrpo.doctor import Settings, examine
-from flowgrpo.experience import Prompt
 from flowgrpo.policy import Noise, PipelinePolicy
-from flowgrpo.policy.calling import Unfit
-from flowgrpo.policy.itinerary import Itinerary
+from flowgrpo.policy.calling import UnsupportedPipelineError
 from flowgrpo.policy.layouts import Layouts
 from flowgrpo.policy.probe import fit_noise
+from flowgrpo.policy.step_plan import StepPlan
 from tests.conftest import LORA, noise_of, sampling_of
 from tests.tiny.parts import GRADIENT
 
@@ -63,29 +63,31 @@ def test_every_size_has_its_layout(ltx_i2v: Path) -> None:
         )
         rollouts.append(rollout)
     for alike, rollout in zip(prompts, rollouts, strict=True):
-        visit = rollout.visits[1]
-        assert visit.x.ndim == 5
-        again = policy.replay(alike, visit.x, 1, CPS(noise_level=0.7))
+        record = rollout.records[1]
+        assert record.x.ndim == 5
+        again = policy.replay(alike, record.x, 1, CPS(noise_level=0.7))
         torch.testing.assert_close(
-            again.prediction.output, visit.prediction.output, atol=1e-5, rtol=0
+            again.prediction.output, record.prediction.output, atol=1e-5, rtol=0
         )
         assert rollout.media is not None
-        decoded = policy.decode(alike, rollout.visits[-1].x_next)
+        decoded = policy.decode(alike, rollout.records[-1].x_next)
         torch.testing.assert_close(decoded, rollout.media, atol=1e-5, rtol=0)
 
 
 def test_its_initial_noise_is_no_policy(ltx_i2v: Path) -> None:
     sampling = sampling_of("ltx", call=sampling_of("ltx").call | {"image": GRADIENT})
     policy = PipelinePolicy.from_pretrained(ltx_i2v, sampling=sampling, weights=Noise())
-    with pytest.raises(Unfit, match="LTXImageToVideoPipeline steps other or more than the"):
+    with pytest.raises(
+        UnsupportedPipelineError, match="LTXImageToVideoPipeline steps other or more than the"
+    ):
         fit_noise(policy, [Prompt("a cat")])
 
 
-def seen(state: Tensor) -> Callable[[Itinerary], None]:
+def seen(state: Tensor) -> Callable[[StepPlan], None]:
     """A call whose loop begins with a state."""
 
-    def call(itinerary: Itinerary) -> None:
-        itinerary.visits.append(SimpleNamespace(x=state))
+    def call(plan: StepPlan) -> None:
+        plan.records.append(SimpleNamespace(x=state))
 
     return call
 
@@ -109,9 +111,11 @@ def test_layouts_are_read_from_numbers() -> None:
 def test_numbers_that_were_changed_are_no_layout(change: float) -> None:
     state = torch.arange(24.0).view(1, 4, 6)[:, 1:].repeat(2, 1, 1)
     state[:, 0, 0] = change
-    with pytest.raises(Unfit, match=r"what it steps, \(2, 3, 6\), is no part .*\[\(2, 4, 6\)\]"):
+    with pytest.raises(
+        UnsupportedPipelineError, match=r"what it steps, \(2, 3, 6\), is no part .*\[\(2, 4, 6\)\]"
+    ):
         Layouts().learn(torch.Size((2, 3, 6)), [torch.zeros(2, 4, 6)], seen(state), "it")
     # Two elements of a state in one place.
     state[:, 0, 0] = state[:, 0, 1]
-    with pytest.raises(Unfit, match="is no part"):
+    with pytest.raises(UnsupportedPipelineError, match="is no part"):
         Layouts().learn(torch.Size((2, 3, 6)), [torch.zeros(2, 4, 6)], seen(state), "it")

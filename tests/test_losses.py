@@ -8,16 +8,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flowgrpo.core.losses import (
-    ClippedLoss,
-    NFTLoss,
-    bounded_surrogate,
-    clipped_surrogate,
-    guard_weight,
-    guarded_log_ratio,
-    nft_loss,
-    step_gain,
-)
 from flowgrpo.core.transitions import (
     CPS,
     DDIM,
@@ -27,6 +17,16 @@ from flowgrpo.core.transitions import (
     Prediction,
     Step,
     Transition,
+)
+from flowgrpo.losses.losses import (
+    ClippedLoss,
+    NFTLoss,
+    bounded_surrogate,
+    clipped_surrogate,
+    guard_weight,
+    guarded_log_ratio,
+    nft_loss,
+    step_gain,
 )
 
 numbers = st.floats(-3, 3, width=32)

@@ -10,7 +10,7 @@ from diffusers import AutoencoderKL
 from torch import Tensor
 
 from flowgrpo.core.transitions import CPS
-from flowgrpo.experience import Prompt
+from flowgrpo.data.prompts import Prompt
 from flowgrpo.policy import Full, LoRA, Memory, PipelinePolicy
 from flowgrpo.policy.memory import (
     PACKAGES,
@@ -73,13 +73,13 @@ def test_checkpointing_keeps_less_and_gives_the_same_gradient(
         (rollout,) = policy.run(
             PROMPTS, noise_of(0, 1, 2), record=[1], stochastic=[1], transition=transition_of(name)
         )
-        (visit,) = rollout.visits
+        (record,) = rollout.records
         kept = []
         with torch.autograd.graph.saved_tensors_hooks(
             lambda t: kept.append(t.numel()) or t, lambda t: t
         ):
-            again = policy.replay(PROMPTS, visit.x, 1, transition_of(name))
-        again.gaussian.log_prob(visit.x_next).sum().backward()
+            again = policy.replay(PROMPTS, record.x, 1, transition_of(name))
+        again.gaussian.log_prob(record.x_next).sum().backward()
         assert policy.trainable is not None
         grads = [p.grad for p in policy.trainable.parameters.values() if p.grad is not None]
         return torch.cat([g.flatten() for g in grads]), sum(kept)
@@ -99,9 +99,9 @@ def test_compiled_blocks_compute_the_same(name: str, make_policy: MakePolicy) ->
     (rollout,) = policy.run(
         PROMPTS, noise_of(0, 1, 2), record=[1], stochastic=[1], transition=CPS()
     )
-    (visit,) = rollout.visits
-    log_prob = policy.replay(PROMPTS, visit.x, 1, CPS()).gaussian.log_prob(visit.x_next)
-    torch.testing.assert_close(log_prob, visit.gaussian.log_prob(visit.x_next), atol=1e-5, rtol=0)
+    (record,) = rollout.records
+    log_prob = policy.replay(PROMPTS, record.x, 1, CPS()).gaussian.log_prob(record.x_next)
+    torch.testing.assert_close(log_prob, record.gaussian.log_prob(record.x_next), atol=1e-5, rtol=0)
     log_prob.sum().backward()
     assert policy.trainable is not None
     assert all(p.grad is not None for p in policy.trainable.parameters.values())
@@ -138,10 +138,10 @@ def test_a_quantised_base_is_trained_through_its_adapter(
     (rollout,) = policy.run(
         PROMPTS, noise_of(0, 1, 2), record=[1], stochastic=[1], transition=CPS()
     )
-    (visit,) = rollout.visits
-    again = policy.replay(PROMPTS, visit.x, 1, CPS())
-    log_prob = again.gaussian.log_prob(visit.x_next)
-    torch.testing.assert_close(log_prob, visit.gaussian.log_prob(visit.x_next), atol=1e-5, rtol=0)
+    (record,) = rollout.records
+    again = policy.replay(PROMPTS, record.x, 1, CPS())
+    log_prob = again.gaussian.log_prob(record.x_next)
+    torch.testing.assert_close(log_prob, record.gaussian.log_prob(record.x_next), atol=1e-5, rtol=0)
     log_prob.sum().backward()
     assert policy.trainable is not None
     assert all(p.grad is not None for p in policy.trainable.parameters.values())

@@ -10,13 +10,14 @@ from torch import Tensor
 
 from flowgrpo.algorithms import FlowGRPO
 from flowgrpo.config import Config, Model, Prompts, Run, Train
-from flowgrpo.core.losses import ClippedLoss, Loss, guard_weight, guarded_log_ratio
 from flowgrpo.core.random import Random
 from flowgrpo.core.steps import Window
 from flowgrpo.core.transitions import CPS, DDIM, FlowSDE
-from flowgrpo.experience import Actions, Experience, Group, Prompt
-from flowgrpo.judge import Judge, Reward
-from flowgrpo.learner import Learner
+from flowgrpo.data.experience import Actions, Experience
+from flowgrpo.data.prompts import Group, Prompt
+from flowgrpo.losses.losses import ClippedLoss, Loss, guard_weight, guarded_log_ratio
+from flowgrpo.rewards.scorer import Reward, RewardScorer
+from flowgrpo.training.learner import Learner
 from tests.conftest import MakePolicy, sampling_of
 
 HERE = "tests.test_objectives"
@@ -52,9 +53,9 @@ def learn(make_policy: MakePolicy, accelerator: Accelerator) -> Learn:
         )
         policy = make_policy(name, sampling=sampling_of(name, num_steps=T), with_reference=True)
         learner = Learner(policy, config, accelerator)
-        judge = Judge(config.rewards)
-        experience = algorithm.collect(policy, GROUPS, judge, RANDOM)
-        judge.close()
+        scorer = RewardScorer(config.rewards)
+        experience = algorithm.collect(policy, GROUPS, scorer, RANDOM)
+        scorer.close()
         return learner, experience
 
     return make
@@ -100,12 +101,14 @@ def test_guard_gradient_is_that_of_every_action_alone(name, algorithm, learn: Le
     a, loss = experience.actions, torch.zeros(())
     for i in range(len(a)):
         prompt = GROUPS[int(a.group[i])].prompt
-        visit = learner.policy.replay(
+        record = learner.policy.replay(
             [prompt], a.states[a.state[i]][None], int(a.step[i]), experience.transition
         )
-        old = visit.gaussian.mean.detach()
-        change = guarded_log_ratio(visit.gaussian.mean, old, a.x_next[i][None], visit.gaussian.std)
-        weight = guard_weight(experience.transition, visit.interval)
+        old = record.gaussian.mean.detach()
+        change = guarded_log_ratio(
+            record.gaussian.mean, old, a.x_next[i][None], record.gaussian.std
+        )
+        weight = guard_weight(experience.transition, record.interval)
         loss = loss - advantages[i] * torch.exp(change[0]) * weight / len(a)
     expected = torch.autograd.grad(loss, learner.parameters, allow_unused=True)
     taken = gradients_of(learner)

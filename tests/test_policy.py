@@ -9,7 +9,7 @@ from torch import Tensor
 
 from flowgrpo.core.random import SampleNoise
 from flowgrpo.core.transitions import CPS, DDIM, ODE, FlowSDE
-from flowgrpo.experience import Prompt
+from flowgrpo.data.prompts import Prompt
 from flowgrpo.policy import Full, PipelinePolicy
 from flowgrpo.policy.pipeline import Rollout
 from flowgrpo.policy.probe import check_scales
@@ -89,9 +89,11 @@ def test_noise_follows_the_stream(policy: PipelinePolicy, name: str) -> None:
     torch.testing.assert_close(rollout.media[0], rollout.media[2], atol=1e-5, rtol=0)
     assert (rollout.media[0] - rollout.media[1]).abs().max() > 0.05
     # Another draw of the initial latents than of the first step, and of each step than the next.
-    (visit,) = rollout.visits
-    assert not torch.equal(visit.x, noise.at_step(0, visit.x.shape[1:]))
-    assert not torch.equal(noise.at_step(0, visit.x.shape[1:]), noise.at_step(1, visit.x.shape[1:]))
+    (record,) = rollout.records
+    assert not torch.equal(record.x, noise.at_step(0, record.x.shape[1:]))
+    assert not torch.equal(
+        noise.at_step(0, record.x.shape[1:]), noise.at_step(1, record.x.shape[1:])
+    )
 
 
 def test_initial_streams_are_shared_starts(policy: PipelinePolicy, name: str) -> None:
@@ -100,71 +102,71 @@ def test_initial_streams_are_shared_starts(policy: PipelinePolicy, name: str) ->
     (rollout,) = policy.run(
         prompts, noise, stochastic=STOCHASTIC, transition=transition_of(name), record=STOCHASTIC
     )
-    first, x = rollout.visits[0], rollout.visits[0].x
+    first, x = rollout.records[0], rollout.records[0].x
     assert torch.equal(x[0], x[1])
     assert not torch.equal(x[0], x[2])
     assert not torch.equal(first.x_next[0], first.x_next[1])
-    assert torch.equal(x, roll(policy, name, noise_of(5, 5, 6)).visits[0].x)
+    assert torch.equal(x, roll(policy, name, noise_of(5, 5, 6)).records[0].x)
 
 
 def test_stochastic_steps_add_the_streams_noise(policy: PipelinePolicy, name: str) -> None:
     noise = noise_of(0, 1)
     rollout = roll(policy, name, noise, stochastic=[1], record=range(T))
-    assert [v.step for v in rollout.visits] == list(range(T))
-    for visit in rollout.visits:
-        if visit.step == 1:
-            fresh = noise.at_step(1, visit.x.shape[1:])
-            assert torch.equal(visit.x_next, visit.gaussian.mean + visit.gaussian.std * fresh)
-            assert visit.gaussian.std > 0.05
+    assert [v.step for v in rollout.records] == list(range(T))
+    for record in rollout.records:
+        if record.step == 1:
+            fresh = noise.at_step(1, record.x.shape[1:])
+            assert torch.equal(record.x_next, record.gaussian.mean + record.gaussian.std * fresh)
+            assert record.gaussian.std > 0.05
         else:
-            ode = ODE()(visit.x, visit.prediction, visit.interval)
-            assert visit.gaussian.std == 0
-            assert torch.equal(visit.x_next, ode.mean)
+            ode = ODE()(record.x, record.prediction, record.interval)
+            assert record.gaussian.std == 0
+            assert torch.equal(record.x_next, ode.mean)
 
 
 def test_replay_is_the_rollout(policy: PipelinePolicy, name: str) -> None:
     rollout = roll(policy, name, noise_of(0, 1, 2))
-    for visit in rollout.visits:
-        again = policy.replay(PROMPTS[:3], visit.x, visit.step, transition_of(name))
-        old = visit.gaussian.log_prob(visit.x_next)
+    for record in rollout.records:
+        again = policy.replay(PROMPTS[:3], record.x, record.step, transition_of(name))
+        old = record.gaussian.log_prob(record.x_next)
         assert old.dtype == torch.float32
-        assert torch.equal(again.prediction.output, visit.prediction.output)
-        log_prob = again.gaussian.log_prob(visit.x_next)
+        assert torch.equal(again.prediction.output, record.prediction.output)
+        log_prob = again.gaussian.log_prob(record.x_next)
         assert torch.equal(log_prob, old)
         assert log_prob.requires_grad
         # A replay takes no notice of other samples, and others have another likelihood.
-        alone = policy.replay(PROMPTS[1:2], visit.x[1:2], visit.step, transition_of(name))
+        alone = policy.replay(PROMPTS[1:2], record.x[1:2], record.step, transition_of(name))
         torch.testing.assert_close(
-            alone.gaussian.log_prob(visit.x_next[1:2]), log_prob[1:2], atol=2e-5, rtol=0
+            alone.gaussian.log_prob(record.x_next[1:2]), log_prob[1:2], atol=2e-5, rtol=0
         )
-        assert (again.gaussian.log_prob(visit.x_next.roll(1, 0)) < log_prob - 0.1).all()
+        assert (again.gaussian.log_prob(record.x_next.roll(1, 0)) < log_prob - 0.1).all()
 
 
 def test_states_follow_one_another(policy: PipelinePolicy, name: str) -> None:
     rollout = roll(policy, name, noise_of(0, 1), record=range(T))
-    for before, after in zip(rollout.visits, rollout.visits[1:], strict=False):
+    for before, after in zip(rollout.records, rollout.records[1:], strict=False):
         assert torch.equal(before.x_next, after.x)
         assert before.interval.noise_next == after.interval.noise
         assert before.interval.noise_next < before.interval.noise
-    assert rollout.visits[-1].interval.noise_next < 0.1
+    assert rollout.records[-1].interval.noise_next < 0.1
 
 
 def test_a_sub_grid_takes_larger_steps(policy: PipelinePolicy, name: str) -> None:
-    full = {v.step: v.interval for v in roll(policy, name, noise_of(0), record=range(T)).visits}
+    full = {v.step: v.interval for v in roll(policy, name, noise_of(0), record=range(T)).records}
     before = policy.num_evaluations
     coarse = roll(policy, name, noise_of(0, 1), nodes=[0, 2, 4], stochastic=[0], record=[0, 2])
     assert policy.num_evaluations - before == 4
-    assert [v.step for v in coarse.visits] == [0, 2]
+    assert [v.step for v in coarse.records] == [0, 2]
     assert coarse.media is not None
-    for visit in coarse.visits:
-        assert visit.interval.noise == full[visit.step].noise
-        assert visit.interval.noise_next == full[visit.step + 1].noise_next
-        assert visit.interval.signal_next == full[visit.step + 1].signal_next
-    assert torch.equal(coarse.visits[0].x_next, coarse.visits[1].x)
+    for record in coarse.records:
+        assert record.interval.noise == full[record.step].noise
+        assert record.interval.noise_next == full[record.step + 1].noise_next
+        assert record.interval.signal_next == full[record.step + 1].signal_next
+    assert torch.equal(coarse.records[0].x_next, coarse.records[1].x)
     # The model sees the same times on every grid.
-    x = coarse.visits[1].x
+    x = coarse.records[1].x
     fine = policy.replay(PROMPTS[:2], x, 2, CPS())
-    assert torch.equal(fine.prediction.output, coarse.visits[1].prediction.output)
+    assert torch.equal(fine.prediction.output, coarse.records[1].prediction.output)
 
 
 def test_a_part_of_the_grid_ends_in_a_state(policy: PipelinePolicy, name: str) -> None:
@@ -172,18 +174,18 @@ def test_a_part_of_the_grid_ends_in_a_state(policy: PipelinePolicy, name: str) -
     part = roll(policy, name, noise_of(0, 1), nodes=[0, 1, 2], decode=False)
     assert part.media is None
     assert part.x is not None
-    assert torch.equal(part.x, whole.visits[1].x_next)
+    assert torch.equal(part.x, whole.records[1].x_next)
     nothing = roll(policy, name, noise_of(0, 1), nodes=[0], decode=False)
     assert nothing.x is not None
-    assert torch.equal(nothing.x, whole.visits[0].x)
-    assert nothing.visits == []
+    assert torch.equal(nothing.x, whole.records[0].x)
+    assert nothing.records == []
 
 
 @pytest.mark.parametrize("start", [1, 2, 3])
 def test_entering_completes_the_same_image(policy: PipelinePolicy, name: str, start: int) -> None:
     noise = noise_of(0, 1, 2)
     whole = roll(policy, name, noise, record=range(T))
-    nodes, x = range(start, T + 1), whole.visits[start].x
+    nodes, x = range(start, T + 1), whole.records[start].x
     branch = roll(policy, name, noise, nodes=nodes, x=x)
     assert whole.media is not None
     assert branch.media is not None
@@ -199,7 +201,7 @@ def test_entering_completes_the_same_image(policy: PipelinePolicy, name: str, st
 
 def test_decoding_a_last_state(policy: PipelinePolicy, name: str) -> None:
     rollout = roll(policy, name, noise_of(0, 1, 2), record=[T - 1])
-    (last,) = rollout.visits
+    (last,) = rollout.records
     assert rollout.media is not None
     assert torch.equal(policy.decode(PROMPTS[:3], last.x_next), rollout.media)
     policy.batch_size = 2
@@ -260,14 +262,14 @@ def test_bfloat16_rounds_nothing_but_the_model(make_policy: MakePolicy, name: st
     rollout = roll(policy, name, noise_of(0, 1, 2), record=range(T))
     assert rollout.media is not None
     assert rollout.media.isfinite().all()
-    for visit, after in zip(rollout.visits, rollout.visits[1:], strict=False):
-        assert visit.x.dtype == visit.x_next.dtype == torch.float32
-        assert not torch.equal(visit.x_next, visit.x_next.bfloat16().float())
-        assert torch.equal(visit.x_next, after.x)
-        again = policy.replay(PROMPTS[:3], visit.x, visit.step, transition_of(name))
-        log_prob = again.gaussian.log_prob(visit.x_next)
+    for record, after in zip(rollout.records, rollout.records[1:], strict=False):
+        assert record.x.dtype == record.x_next.dtype == torch.float32
+        assert not torch.equal(record.x_next, record.x_next.bfloat16().float())
+        assert torch.equal(record.x_next, after.x)
+        again = policy.replay(PROMPTS[:3], record.x, record.step, transition_of(name))
+        log_prob = again.gaussian.log_prob(record.x_next)
         assert log_prob.dtype == torch.float32
-        ratio = torch.exp(log_prob - visit.gaussian.log_prob(visit.x_next))
+        ratio = torch.exp(log_prob - record.gaussian.log_prob(record.x_next))
         torch.testing.assert_close(ratio, torch.ones(3), atol=1e-3, rtol=0)
         log_prob.sum().backward()
     gradients = [p.grad for p in trained if p.grad is not None]
@@ -282,7 +284,7 @@ def test_bfloat16_keeps_times_exact(make_policy: MakePolicy) -> None:
         lambda _module, inputs: seen.append(inputs[0])
     )
     rollout = roll(policy, "sd3", noise_of(0), record=range(T))
-    expected = [1000 * v.interval.noise for v in rollout.visits]
+    expected = [1000 * v.interval.noise for v in rollout.records]
     assert any(float(torch.tensor(t).bfloat16()) != t for t in expected)
     torch.testing.assert_close(torch.stack([t[0] for t in seen]), torch.tensor(expected))
 
@@ -291,7 +293,7 @@ def test_rounding_pipelines_keep_their_state(make_policy: MakePolicy) -> None:
     """CogVideoX casts its latents to the precision of the prompt after every step."""
     policy = make_policy("cogvideox", dtype="bfloat16")
     rollout = roll(policy, "cogvideox", noise_of(0, 1), record=range(T))
-    for before, after in zip(rollout.visits, rollout.visits[1:], strict=False):
+    for before, after in zip(rollout.records, rollout.records[1:], strict=False):
         assert torch.equal(before.x_next, after.x)
 
 
@@ -299,8 +301,8 @@ def test_full_weights_stay_fp32(make_policy: MakePolicy) -> None:
     policy = make_policy("sd3", dtype="bfloat16", weights=Full())
     assert all(p.dtype == torch.float32 for p in policy.denoisers["transformer"].parameters())
     exact = make_policy("sd3", weights=Full())
-    (a,) = roll(policy, "sd3", noise_of(0), record=[0]).visits
-    (b,) = roll(exact, "sd3", noise_of(0), record=[0]).visits
+    (a,) = roll(policy, "sd3", noise_of(0), record=[0]).records
+    (b,) = roll(exact, "sd3", noise_of(0), record=[0]).records
     assert not torch.equal(a.prediction.output, b.prediction.output)
     torch.testing.assert_close(a.prediction.output, b.prediction.output, atol=0.1, rtol=0)
 

@@ -25,9 +25,9 @@ from transformers import (
 )
 from transformers.image_transforms import convert_to_rgb
 
-from flowgrpo.cli import main
-from flowgrpo.commands.rewards import find_media, read_medium
-from flowgrpo.experience import Prompt
+from flowgrpo.cli.parser import main
+from flowgrpo.cli.rewards import find_media, read_medium
+from flowgrpo.data.prompts import Prompt
 from reward_models._loading import CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD
 from reward_models.adversarial import Adversarial
 from reward_models.aesthetic import Aesthetic

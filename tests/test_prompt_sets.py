@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from flowgrpo.prompt_sets import generated_files, geneval, shapes, text_rendering
 from flowgrpo.shapes.captions import TASKS, combination
+from scripts.prompt_sets import generated_files, geneval, shapes, text_rendering
 
 PROMPTS = Path(__file__).parents[1] / "prompts"
 OFFICIAL = Path(__file__).parents[2] / "shared/data/geneval/evaluation_metadata.jsonl"

@@ -9,9 +9,9 @@ from PIL import Image
 
 from flowgrpo.config import find
 from flowgrpo.core.random import Random
-from flowgrpo.experience import Prompt
+from flowgrpo.data.prompt_sets import PromptError, PromptSet
+from flowgrpo.data.prompts import Prompt
 from flowgrpo.policy.calls import batches, call_key, own_arguments
-from flowgrpo.prompts import PromptError, PromptSet
 
 
 def write(folder: Path, name: str, text: str) -> Path:

@@ -13,8 +13,8 @@ from PIL import Image
 from torch import Tensor
 
 from flowgrpo.core.random import Random
+from flowgrpo.policy.prompt_rewriting import rewritten_once
 from flowgrpo.policy.prompts_cache import PromptCache
-from flowgrpo.policy.rewriting import rewritten_once
 from flowgrpo.policy.store import TensorStore, num_bytes
 from tests.conftest import sampling_of
 from tests.tiny import FAMILIES

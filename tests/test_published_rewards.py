@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from flowgrpo.experience import Prompt
+from flowgrpo.data.prompts import Prompt
 from reward_models.aesthetic import Aesthetic
 from reward_models.dino import DINOSimilarity
 from reward_models.hpsv2 import HPSv2

@@ -15,7 +15,7 @@ from torch import Tensor
 from torchvision.transforms import functional as TF
 from transformers import Qwen2VLForConditionalGeneration, Qwen2VLProcessor
 
-from flowgrpo.experience import Prompt
+from flowgrpo.data.prompts import Prompt
 from reward_models._loading import CLIP_MEAN, CLIP_STD, template
 from reward_models._qwen import seen_size, shown_frames
 from reward_models.hpsv3 import HPSv3

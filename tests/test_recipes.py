@@ -7,8 +7,8 @@ import pytest
 
 import flowgrpo
 from flowgrpo.config import find
-from flowgrpo.core.losses import ClippedLoss
-from flowgrpo.tables import to_table
+from flowgrpo.config.reader import to_table
+from flowgrpo.losses.losses import ClippedLoss
 from tests.tiny import FAMILIES, save
 
 RECIPES = {

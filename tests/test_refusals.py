@@ -28,13 +28,20 @@ from diffusers import (
 )
 from PIL import Image
 
-from flowgrpo.cli import main
+from flowgrpo.cli.parser import main
 from flowgrpo.core.random import Random, SampleNoise
+from flowgrpo.data.prompts import Prompt
 from flowgrpo.doctor import Settings, examine
 from flowgrpo.doctor.examine import _completions
-from flowgrpo.experience import Prompt
 from flowgrpo.policy import PipelinePolicy, Sampling
-from flowgrpo.policy.calling import Calling, Unfit, alone, generators_for, image_each, together
+from flowgrpo.policy.calling import (
+    Calling,
+    UnsupportedPipelineError,
+    alone,
+    generators_for,
+    image_each,
+    together,
+)
 from tests.conftest import sampling_of
 from tests.tiny.parts import GRADIENT, t5_text, t5_tokenizer
 
@@ -103,7 +110,7 @@ def test_a_strength_that_cuts_the_schedule_is_refused(
     monkeypatch.setattr("flowgrpo.policy.pipeline.check_strength", lambda *_: None)
     half = Sampling(num_steps=4, height=16, width=16, call=call | {"strength": 0.5})
     policy = PipelinePolicy.from_pretrained(folder, sampling=half)
-    with pytest.raises(Unfit, match="took 2 of 4 denoising steps"):
+    with pytest.raises(UnsupportedPipelineError, match="took 2 of 4 denoising steps"):
         policy.images([Prompt("a")] * 2, SampleNoise([Random(0).at(i) for i in range(2)]))
     monkeypatch.undo()
 
@@ -117,7 +124,7 @@ def test_stepping_several_states_is_refused(
 ) -> None:
     scheduler = make_policy("sd15").scheduler
     copy.deepcopy(scheduler)
-    with pytest.raises(Unfit, match="several states at once"):
+    with pytest.raises(UnsupportedPipelineError, match="several states at once"):
         copy.deepcopy(scheduler)
     folder = resaved(tiny("skyreels_v2"), SkyReelsV2DiffusionForcingPipeline, tmp_path / "df")
     assert "it steps several states at once" in refusal(
@@ -144,7 +151,8 @@ def test_sound_is_refused(make_policy: Callable[..., PipelinePolicy]) -> None:
     decode = policy.pipeline.image_processor.postprocess
     policy.pipeline.image_processor.postprocess = lambda *a, **k: decode(*a, **k)[:, 0]
     with pytest.raises(
-        Unfit, match=r"neither images nor videos, but tensors of shape \(2, 16, 16\)"
+        UnsupportedPipelineError,
+        match=r"neither images nor videos, but tensors of shape \(2, 16, 16\)",
     ):
         policy.images([Prompt("a")] * 2, SampleNoise([Random(0).at(i) for i in range(2)]))
 
@@ -160,7 +168,7 @@ def test_a_pipeline_that_prepares_a_prior_first_is_refused(
         return prepare(*args, **kwargs)
 
     policy.pipeline.prepare_latents = prior_first
-    with pytest.raises(Unfit, match=r"of what it prepares, \[\(2, 32\)\]"):
+    with pytest.raises(UnsupportedPipelineError, match=r"of what it prepares, \[\(2, 32\)\]"):
         policy.images([Prompt("a")] * 2, SampleNoise([Random(0).at(i) for i in range(2)]))
 
 
@@ -266,7 +274,7 @@ def test_a_single_prompt_is_passed_as_a_string_where_a_list_is_refused() -> None
     with pytest.raises(ValueError, match="no lists"):
         calling(single, {"prompt": ["a", "b"]}, 2)
     assert calling(single, {"prompt": ["a"]}, 1) == "a"
-    with pytest.raises(Unfit, match="one prompt at a time"):
+    with pytest.raises(UnsupportedPipelineError, match="one prompt at a time"):
         calling(single, {"prompt": ["a", "b"]}, 2)
 
 

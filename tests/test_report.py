@@ -8,8 +8,8 @@ from html.parser import HTMLParser
 import pytest
 from PIL import Image
 
-from flowgrpo.evaluate.findings import Change, Records, standard_error, warnings
-from flowgrpo.evaluate.report import write_report
+from flowgrpo.evaluation.findings import Change, Records, standard_error, warnings
+from flowgrpo.evaluation.report import write_report
 
 CONFIG = """
 [model]

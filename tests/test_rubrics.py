@@ -11,10 +11,10 @@ import torch
 from PIL import Image
 from scipy.special import expit
 
-from flowgrpo.cli import main
-from flowgrpo.experience import Prompt
-from flowgrpo.judge import Judge, Reward
-from flowgrpo.prompts import PromptSet
+from flowgrpo.cli.parser import main
+from flowgrpo.data.prompt_sets import PromptSet
+from flowgrpo.data.prompts import Prompt
+from flowgrpo.rewards.scorer import Reward, RewardScorer
 from reward_models._rubrics import Rubric, _solve, fit_rubrics, read_rubrics, write_rubrics
 from reward_models.edit_verifier import EditVerifier
 from tests.stub_vlm import Question, Reply, Stub, said
@@ -201,7 +201,7 @@ def test_the_condition_image_of_a_prompt_file_is_the_picture_before(before, tmp_
     (tmp_path / "edits.jsonl").write_text("\n".join(map(json.dumps, rows)))
     edit, plain = PromptSet.load(tmp_path / "edits.jsonl").prompts
     with Stub(verifier_stub) as stub:
-        judge = Judge(
+        judge = RewardScorer(
             [Reward(model="edit_verifier", options={"model": "tiny", "base_url": stub.url})]
         )
         judge.check_prompts([edit])

@@ -8,7 +8,7 @@ import torch
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Tensor
 
-from flowgrpo.policy.calling import Unfit
+from flowgrpo.policy.calling import UnsupportedPipelineError
 from flowgrpo.policy.samplers import first_order
 from flowgrpo.policy.scheduler import FlowPolicyScheduler, policy_scheduler
 
@@ -148,10 +148,14 @@ def test_a_path_of_data_and_noise_at_a_timestep() -> None:
 
 @pytest.mark.parametrize("name", ["LCM", "TCD", "SCM", "FlowMatchLCM"])
 def test_samplers_that_jump_to_the_data_are_refused(name: str) -> None:
-    with pytest.raises(Unfit, match=f"{name}Scheduler cannot be a policy: its sampler jumps"):
+    with pytest.raises(
+        UnsupportedPipelineError, match=f"{name}Scheduler cannot be a policy: its sampler jumps"
+    ):
         first_order(made(name, {}))
 
 
 def test_an_unknown_schedule_is_refused() -> None:
-    with pytest.raises(Unfit, match=r"EDMEulerScheduler cannot be a policy: only rectified-flow"):
+    with pytest.raises(
+        UnsupportedPipelineError, match=r"EDMEulerScheduler cannot be a policy: only rectified-flow"
+    ):
         first_order(made("EDMEuler", {}))

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from flowgrpo.cli import main
-from flowgrpo.commands.rewards import find_media, named_rewards, read_medium
-from flowgrpo.experience import Prompt
+from flowgrpo.cli.parser import main
+from flowgrpo.cli.rewards import find_media, named_rewards, read_medium
+from flowgrpo.data.prompts import Prompt
 from reward_models.jpeg_size import JPEGSize
 
 
@@ -78,7 +78,7 @@ def test_videos_are_folders_of_frames_or_named_frames(tmp_path):
     index = {"file": "00000_0.png", "prompt": "a walk", "metadata": {}}
     (tmp_path / "names" / "index.jsonl").write_text(json.dumps(index) + "\n")
     out = tmp_path / "t.jsonl"
-    command = ["score", str(tmp_path / "names"), "--reward", "flowgrpo.frames:FrameMean"]
+    command = ["score", str(tmp_path / "names"), "--reward", "flowgrpo.rewards.frames:FrameMean"]
     assert main([*command, "--reward-option", "FrameMean.model=jpeg_size", "--out", str(out)]) == 0
     record = json.loads(out.read_text())
     expected = JPEGSize()(read_medium(walk), [Prompt("")] * len(read_medium(walk))).mean()

@@ -17,10 +17,18 @@ from PIL import Image
 from torch import Tensor
 from transformers.image_transforms import convert_to_rgb
 
-from flowgrpo.experience import Prompt
-from flowgrpo.judge import Judge, Reward
-from flowgrpo.serving import RewardServer
-from flowgrpo.wire import Limits, WireError, open_image, pack, pack_prompts, unpack, unpack_prompts
+from flowgrpo.data.prompts import Prompt
+from flowgrpo.rewards.scorer import Reward, RewardScorer
+from flowgrpo.rewards.serving import RewardServer
+from flowgrpo.rewards.serving.protocol import (
+    Limits,
+    WireError,
+    open_image,
+    pack,
+    pack_prompts,
+    unpack,
+    unpack_prompts,
+)
 from reward_models.edit_verifier import EditVerifier
 from reward_models.ocr import OCR
 from reward_models.remote import Remote
@@ -189,12 +197,12 @@ def test_a_served_edit_verifier() -> None:
         local = EditVerifier("tiny", stub.url)(EDITED, [prompt] * 2)
         with RewardServer(EditVerifier("tiny", stub.url)) as running:
             options = {"url": running.url, "timeout": 20.0, "patience": 2.0}
-            judge = Judge([Reward(model="remote", name="edits", options=options)])
-            judge.check_prompts([prompt])
+            scorer = RewardScorer([Reward(model="remote", name="edits", options=options)])
+            scorer.check_prompts([prompt])
             with pytest.raises(ValueError, match="'edits': prompt 'no picture' has no condition"):
-                judge.check_prompts([prompt, Prompt("no picture")])
-            scores = judge.score(EDITED, [prompt] * 2).reward
-            judge.close()
+                scorer.check_prompts([prompt, Prompt("no picture")])
+            scores = scorer.score(EDITED, [prompt] * 2).reward
+            scorer.close()
     assert local.tolist() == pytest.approx([0.75, 0.25])
     assert torch.equal(scores, local)
     pairs = [q.pictures for q in stub.questions if len(q.pictures) == 2]
@@ -224,7 +232,7 @@ def test_what_is_checked() -> None:
 
 
 def test_frames_of_videos_have_the_check_of_their_reward() -> None:
-    from flowgrpo.frames import FrameScore
+    from flowgrpo.rewards.frames import FrameScore
 
     FrameScore("ocr").check([Prompt('it says "yes"')])
     with pytest.raises(ValueError, match="'a cat'"):

@@ -24,12 +24,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from flowgrpo.endpoints import Endpoints, Refused
-from flowgrpo.experience import Prompt
-from flowgrpo.judge import Failures, Judge, Reward
-from flowgrpo.pictures import encode_png
-from flowgrpo.serving import Batcher, RewardServer
-from flowgrpo.wire import Limits, Sample, decode_image, pack, unpack
+from flowgrpo.data.pictures import encode_png
+from flowgrpo.data.prompts import Prompt
+from flowgrpo.rewards.scorer import Failures, Reward, RewardScorer
+from flowgrpo.rewards.serving import Batcher, RewardServer
+from flowgrpo.rewards.serving.client import Endpoints, Refused
+from flowgrpo.rewards.serving.protocol import Limits, Sample, decode_image, pack, unpack
 from reward_models.jpeg_size import JPEGSize
 from reward_models.remote import Remote
 
@@ -168,9 +168,11 @@ def test_if_nothing_is_scored_the_reason_is_raised(server):
 
 def test_the_judge_uses_a_server_like_any_reward(server):
     reward = Reward(model="remote", name="mean", options={"url": server.url, "part": 3})
-    judge = Judge([reward], Failures(retries=0))
-    assert torch.allclose(judge.score(IMAGES, PROMPTS).reward, IMAGES.flatten(1).mean(1), atol=1e-6)
-    judge.close()
+    scorer = RewardScorer([reward], Failures(retries=0))
+    assert torch.allclose(
+        scorer.score(IMAGES, PROMPTS).reward, IMAGES.flatten(1).mean(1), atol=1e-6
+    )
+    scorer.close()
 
 
 def test_a_wrong_shape_is_an_error_that_says_so():
@@ -445,18 +447,20 @@ def test_a_server_process_is_killed_and_restarted_in_the_middle_of_a_run(monkeyp
     try:
         monkeypatch.setenv("FLOWGRPO_TOKEN", "t")
         options = {"url": f"http://127.0.0.1:{port}", "patience": 600.0, "part": 2}
-        judge = Judge([Reward(model="remote", options=options)], Failures(retries=0, then="stop"))
+        scorer = RewardScorer(
+            [Reward(model="remote", options=options)], Failures(retries=0, then="stop")
+        )
         expected = JPEGSize("large")(IMAGES, PROMPTS)
-        assert torch.equal(judge.submit(IMAGES, PROMPTS).result().reward, expected)
+        assert torch.equal(scorer.submit(IMAGES, PROMPTS).result().reward, expected)
         process.kill()
         process.wait()
-        pending = judge.submit(IMAGES, PROMPTS)
+        pending = scorer.submit(IMAGES, PROMPTS)
         time.sleep(0.5)
         assert not pending.done()
         process = start(port, "--option", "goal=large", token="t")
         assert torch.equal(pending.result(timeout=300).reward, expected)
         assert "does not answer" in caplog.text
-        judge.close()
+        scorer.close()
         process.terminate()
         assert process.wait(timeout=30) == 0
     finally:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from flowgrpo.core.solvers import SecondOrder, Solver
 from flowgrpo.core.transitions import ODE, Prediction, Step
-from flowgrpo.experience import Prompt
+from flowgrpo.data.prompts import Prompt
 from tests.conftest import MakePolicy, noise_of, sampling_of, transition_of
 
 MEAN, STD = 1.5, 0.4
@@ -97,7 +97,7 @@ def test_a_policy_takes_it_after_the_last_stochastic_step(make_policy: MakePolic
             prompts, noise_of(0, 1), stochastic=stochastic, transition=transition_of(name),
             record=range(5), decode=False, solver=solver,
         )  # fmt: skip
-        return [v.x_next for v in rollout.visits]
+        return [v.x_next for v in rollout.records]
 
     plain, better = walk("euler", [1]), walk("dpm_2m", [1])
     # Steps 0 to 1 are as ever; step 2 has no past; 3 looks back; 4 starts elsewhere.

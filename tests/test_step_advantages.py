@@ -12,11 +12,18 @@ import torch
 from torch import Tensor
 
 from flowgrpo.algorithms import G2RPO, TPGRPO, VGPO, BranchGRPO, TempFlowGRPO
-from flowgrpo.core.advantages import BetaAdvantage, GroupAdvantage, VirtualBest
-from flowgrpo.core.several import GDPO, LogTamed, PerReward
+from flowgrpo.core.advantages import (
+    GDPO,
+    BetaAdvantage,
+    GroupAdvantage,
+    LogTamed,
+    PerReward,
+    VirtualBest,
+)
 from flowgrpo.core.steps import AllSteps
 from flowgrpo.core.transitions import FlowSDE
-from flowgrpo.experience import Actions, Candidates, Cost, Experience, Group, Prompt
+from flowgrpo.data.experience import Actions, Candidates, Cost, Experience
+from flowgrpo.data.prompts import Group, Prompt
 
 T, GROUPS, G = 5, 3, 4
 Key = tuple[int, ...]

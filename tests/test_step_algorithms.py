@@ -22,18 +22,19 @@ from flowgrpo.algorithms import (
     FlowGRPO,
     TempFlowGRPO,
 )
-from flowgrpo.algorithms.cost_table import BEGIN, END, SETTINGS, table, with_table
 from flowgrpo.config import Config, Model, Prompts, Run, Train
 from flowgrpo.core.advantages import GroupAdvantage
-from flowgrpo.core.losses import ClippedLoss
 from flowgrpo.core.random import Random, SampleNoise
 from flowgrpo.core.steps import Window
 from flowgrpo.core.transitions import CPS, DDIM
-from flowgrpo.experience import Candidates, Experience, Group, Prompt
-from flowgrpo.judge import Failures, Judge, Reward
-from flowgrpo.learner import Learner
+from flowgrpo.data.experience import Candidates, Experience
+from flowgrpo.data.prompts import Group, Prompt
+from flowgrpo.losses.losses import ClippedLoss
 from flowgrpo.policy import LoRA, PipelinePolicy, Sampling
+from flowgrpo.rewards.scorer import Failures, Reward, RewardScorer
 from flowgrpo.shapes.rewards import Graded
+from flowgrpo.training.learner import Learner
+from scripts.cost_table import BEGIN, END, SETTINGS, table, with_table
 from tests.conftest import MakePolicy, sampling_of
 
 HERE = "tests.test_step_algorithms"
@@ -87,15 +88,15 @@ def policies(make_policy: MakePolicy) -> Callable[[str], PipelinePolicy]:
 
 
 @pytest.fixture(scope="module")
-def judge() -> Iterator[Judge]:
-    made = Judge([Reward(model=f"{HERE}:brightness")], Failures(retries=0))
+def scorer() -> Iterator[RewardScorer]:
+    made = RewardScorer([Reward(model=f"{HERE}:brightness")], Failures(retries=0))
     yield made
     made.close()
 
 
 @pytest.fixture(scope="module")
 def collected(
-    policies: Callable[[str], PipelinePolicy], judge: Judge
+    policies: Callable[[str], PipelinePolicy], scorer: RewardScorer
 ) -> Callable[[str], Experience]:
     """What each case collects, once."""
     made: dict[str, Experience] = {}
@@ -104,7 +105,7 @@ def collected(
         if case not in made:
             name, algorithm = CASES[case]
             algorithm.check(T)
-            made[case] = algorithm.collect(policies(name), GROUPS, judge, RANDOM)
+            made[case] = algorithm.collect(policies(name), GROUPS, scorer, RANDOM)
         return made[case]
 
     return collect
@@ -247,18 +248,21 @@ def test_cost_is_the_formula(case: str, collected: Callable[[str], Experience]) 
     ],
 )
 def test_cost_of_whole_trajectories(
-    algorithm: Any, steps: list[int], policies: Callable[[str], PipelinePolicy], judge: Judge
+    algorithm: Any,
+    steps: list[int],
+    policies: Callable[[str], PipelinePolicy],
+    scorer: RewardScorer,
 ) -> None:
-    experience = algorithm.collect(policies("sd3"), GROUPS, judge, RANDOM)
+    experience = algorithm.collect(policies("sd3"), GROUPS, scorer, RANDOM)
     assert experience.cost == algorithm.cost(T, steps)
     assert experience.cost.rewards == 3
 
 
 def test_projections_on_a_grid_that_ends_in_noise_include_the_last(
-    policies: Callable[[str], PipelinePolicy], judge: Judge
+    policies: Callable[[str], PipelinePolicy], scorer: RewardScorer
 ) -> None:
     algorithm = VGPO(group_size=2, transition=DDIM())
-    experience = algorithm.collect(policies("sd15"), GROUPS[:1], judge, RANDOM)
+    experience = algorithm.collect(policies("sd15"), GROUPS[:1], scorer, RANDOM)
     assert sorted(experience.candidates.step.tolist()) == sorted(2 * list(range(T)))
     assert experience.cost.decodes == algorithm.cost(T, range(T - 1)).decodes + 2
     assert algorithm.advantages(experience).isfinite().all()
@@ -270,13 +274,13 @@ def test_projections_on_a_grid_that_ends_in_noise_include_the_last(
 def test_batches_and_ranks_change_nothing(
     case: str,
     policies: Callable[[str], PipelinePolicy],
-    judge: Judge,
+    scorer: RewardScorer,
     collected: Callable[[str], Experience],
 ) -> None:
     whole, (name, algorithm) = collected(case), CASES[case]
     policy = policies(name)
     policy.batch_size = 3
-    apart = algorithm.collect(policy, [GROUPS[1]], judge, RANDOM)
+    apart = algorithm.collect(policy, [GROUPS[1]], scorer, RANDOM)
     together, alone = actions_of(whole), actions_of(apart)
     assert {k for k in together if k[0] == 1} == set(alone)
     for key, values in alone.items():
@@ -288,7 +292,7 @@ def test_batches_and_ranks_change_nothing(
 
 
 def test_g2rpo_at_one_step_and_granularity_is_flow_grpo_fast(
-    policies: Callable[[str], PipelinePolicy], judge: Judge
+    policies: Callable[[str], PipelinePolicy], scorer: RewardScorer
 ) -> None:
     same: dict[str, Any] = {
         "group_size": 3,
@@ -298,7 +302,7 @@ def test_g2rpo_at_one_step_and_granularity_is_flow_grpo_fast(
     }
     fast = FlowGRPO(**same, shared_noise=True)
     step = G2RPO(**same, granularities=(1,))
-    one, two = (a.collect(policies("sd3"), GROUPS, judge, RANDOM) for a in (fast, step))
+    one, two = (a.collect(policies("sd3"), GROUPS, scorer, RANDOM) for a in (fast, step))
     assert torch.equal(one.actions.x_next, two.actions.x_next)
     assert torch.equal(one.candidates.reward, two.candidates.reward)
     assert torch.equal(fast.advantages(one), step.advantages(two))
@@ -321,14 +325,14 @@ def config(algorithm: Any) -> Config:
 def test_the_first_ratio_is_one_and_states_are_shared(
     case: str,
     make_policy: MakePolicy,
-    judge: Judge,
+    scorer: RewardScorer,
     accelerator: Accelerator,
 ) -> None:
     name, algorithm = CASES[case]
     policy = make_policy(
         name, sampling=sampling_of(name, num_steps=T), weights=LoRA(rank=4, alpha=8)
     )
-    experience = algorithm.collect(policy, GROUPS, judge, RANDOM)
+    experience = algorithm.collect(policy, GROUPS, scorer, RANDOM)
     learner = Learner(policy, config(algorithm), accelerator)
     before = policy.num_evaluations
     metrics = learner.update(experience, torch.ones(len(experience.actions)), RANDOM)
@@ -346,11 +350,13 @@ def test_the_first_ratio_is_one_and_states_are_shared(
 
 
 def test_depth_pruning_drops_the_steps(
-    policies: Callable[[str], PipelinePolicy], judge: Judge, collected: Callable[[str], Experience]
+    policies: Callable[[str], PipelinePolicy],
+    scorer: RewardScorer,
+    collected: Callable[[str], Experience],
 ) -> None:
     whole, algorithm = collected("branch"), CASES["branch"][1]
     pruned = replace(algorithm, depths=Window(start=1, size=2))
-    experience = pruned.collect(policies("sd3"), GROUPS, judge, RANDOM)
+    experience = pruned.collect(policies("sd3"), GROUPS, scorer, RANDOM)
     kept = (whole.actions.step == 1) | (whole.actions.step == 2)
     assert experience.actions.step.unique().tolist() == [1, 2]
     assert torch.equal(experience.actions.x_next, whole.actions.x_next[kept])
@@ -359,7 +365,7 @@ def test_depth_pruning_drops_the_steps(
         CASES["branch late"][1], steps=Window(start=2, size=1), depths=Window(start=3, size=1)
     )
     with pytest.raises(ValueError, match=r"depths selects steps \[3\], none of which"):
-        nowhere.collect(policies("sd3"), GROUPS, judge, RANDOM)
+        nowhere.collect(policies("sd3"), GROUPS, scorer, RANDOM)
 
 
 # Credit on the embedded model, where one can see what a step does.
@@ -398,11 +404,11 @@ CREDIT: dict[str, Any] = {
 @pytest.fixture(scope="module")
 def drawn_right(shapes: PipelinePolicy) -> Random:
     """An iteration whose undisturbed image is what the prompt says; the model often errs."""
-    judge = Graded()
+    scorer = Graded()
     for seed in range(20):
         random = Random(seed).at("train", 0)
         image = shapes.images([SHAPES.prompt], SampleNoise([random.at("group", 0)]))
-        if judge(image, [SHAPES.prompt]).item() == 1:
+        if scorer(image, [SHAPES.prompt]).item() == 1:
             return random
     raise AssertionError("the embedded model draws no circle in 20 attempts")
 
@@ -424,9 +430,9 @@ def test_a_step_that_ruins_the_image_is_blamed(
     monkeypatch.setattr(SampleNoise, "at_step", at_step)
     algorithm: Algorithm = CREDIT[name]
     algorithm.check(STEPS)
-    judge = Judge([Reward(model="flowgrpo.shapes.rewards:Graded")], Failures(retries=0))
-    experience = algorithm.collect(shapes, [SHAPES], judge, drawn_right)
-    judge.close()
+    scorer = RewardScorer([Reward(model="flowgrpo.shapes.rewards:Graded")], Failures(retries=0))
+    experience = algorithm.collect(shapes, [SHAPES], scorer, drawn_right)
+    scorer.close()
     a, advantage = experience.actions, algorithm.advantages(experience)
     at_fault = (a.step == RUINED) & (a.sample == VICTIM)
     others = (a.step == RUINED) & (a.sample != VICTIM)
@@ -499,7 +505,7 @@ def test_a_run_of_each_kind(kind: str, tmp_path: Path) -> None:
 
 def test_the_cost_table_is_up_to_date() -> None:
     page = (Path(__file__).parents[1] / "docs" / "algorithms.md").read_text()
-    assert with_table(page) == page, "run: python -m flowgrpo.algorithms.cost_table docs/algorithms.md"  # fmt: skip
+    assert with_table(page) == page, "run: python -m scripts.cost_table docs/algorithms.md"  # fmt: skip
     assert table().count("\n") == len(SETTINGS) + 1
     known = set(get_args(get_type_hints(Config)["algorithm"])) - {Algorithm}
     assert {type(a) for _, _, a in SETTINGS} == known

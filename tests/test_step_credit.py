@@ -17,11 +17,13 @@ from flowgrpo.algorithms.collection import subgrids
 from flowgrpo.algorithms.tempflow_grpo import noise_weights
 from flowgrpo.algorithms.tp_grpo import balance, differences, turning_points
 from flowgrpo.algorithms.vgpo import temporal_weights, values
+from flowgrpo.config.reader import read, to_table
 from flowgrpo.core.advantages import GroupAdvantage
+from flowgrpo.core.errors import ConfigError
 from flowgrpo.core.steps import AllSteps, RandomSteps, SlidingWindow, Window
 from flowgrpo.core.transitions import CPS, ODE, FlowSDE
-from flowgrpo.experience import Actions, Candidates, Cost, Experience, Group, Prompt
-from flowgrpo.tables import ConfigError, read, to_table
+from flowgrpo.data.experience import Actions, Candidates, Cost, Experience
+from flowgrpo.data.prompts import Group, Prompt
 
 T = 6
 Key = tuple[int, ...]

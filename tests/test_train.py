@@ -14,9 +14,9 @@ from safetensors.torch import load_file
 
 import flowgrpo
 from flowgrpo.config import ConfigError
-from flowgrpo.judge import RewardError
 from flowgrpo.policy import PipelinePolicy
-from flowgrpo.run.checkpoints import CheckpointError
+from flowgrpo.rewards.scorer import RewardError
+from flowgrpo.training.checkpoints import CheckpointError
 
 SMALL = [
     "train.iterations=4",
@@ -330,7 +330,7 @@ def test_mistakes_on_the_command_line_are_one_line(tmp_path):
 
 
 def test_sample_score_and_grid(straight, tmp_path):
-    from flowgrpo.cli import main
+    from flowgrpo.cli.parser import main
 
     out = tmp_path / "images"
     assert (

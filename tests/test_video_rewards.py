@@ -10,9 +10,9 @@ import torch
 from scipy import ndimage
 from torch import Tensor
 
-from flowgrpo.experience import Prompt
-from flowgrpo.frames import FrameMean, FrameScore
-from flowgrpo.judge import Judge, Reward
+from flowgrpo.data.prompts import Prompt
+from flowgrpo.rewards.frames import FrameMean, FrameScore
+from flowgrpo.rewards.scorer import Reward, RewardScorer
 from reward_models.consistency import TemporalConsistency
 from reward_models.jpeg_size import JPEGSize
 from reward_models.motion import Motion
@@ -62,8 +62,8 @@ def test_frames_keep_their_prompt_and_come_in_small_batches() -> None:
 
 
 def test_frame_mean_keeps_its_name() -> None:
-    (model,) = Judge(
-        [Reward(model="flowgrpo.frames:FrameMean", options={"model": "jpeg_size"})]
+    (model,) = RewardScorer(
+        [Reward(model="flowgrpo.rewards.frames:FrameMean", options={"model": "jpeg_size"})]
     ).models
     assert isinstance(model, FrameMean)
     torch.testing.assert_close(model(VIDEOS, PROMPTS), frame_scores().mean(1))

@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 import torch
 
-from flowgrpo.experience import PairwiseJudge, Prompt
-from flowgrpo.judge import Failures, Judge, Reward
+from flowgrpo.data.prompts import Prompt
+from flowgrpo.rewards.protocols import PairwiseJudge
+from flowgrpo.rewards.scorer import Failures, Reward, RewardScorer
 from reward_models._chat import Answer
 from reward_models._rubrics import read_rubrics
 from reward_models._templates import Template
@@ -297,7 +298,7 @@ def test_a_server_that_hangs_is_asked_again_after_the_timeout():
 
 def test_a_server_that_restarts_is_waited_for():
     with Stub(by_light) as stub:
-        training = Judge(
+        training = RewardScorer(
             [Reward(model="vlm_judge", options={"model": "tiny", "base_url": stub.url, "patience": 20.0})],
             Failures(retries=0),
         )  # fmt: skip

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from flowgrpo.core.random import Random
 from flowgrpo.core.transitions import CPS
-from flowgrpo.experience import Prompt
+from flowgrpo.data.prompts import Prompt
 from flowgrpo.policy import EMA, Full, LoRA, PipelinePolicy
 from flowgrpo.policy.export import export
 from flowgrpo.policy.weights import Trainable, Weights
@@ -56,9 +56,9 @@ def train_once(policy: PipelinePolicy, name: str) -> None:
         (rollout,) = policy.run(
             PROMPTS, noise_of(0, 1), stochastic=range(3), transition=transition, record=range(3)
         )
-        for visit in rollout.visits:
-            again = policy.replay(PROMPTS, visit.x, visit.step, transition)
-            again.gaussian.log_prob(visit.x_next).sum().backward()
+        for record in rollout.records:
+            again = policy.replay(PROMPTS, record.x, record.step, transition)
+            again.gaussian.log_prob(record.x_next).sum().backward()
         optimizer.step()
         optimizer.zero_grad()
 
@@ -163,7 +163,7 @@ def test_gradients_survive_a_visit_to_the_reference(
     (rollout,) = policy.run(PROMPTS, noise_of(0, 1), record=[0], decode=False)
 
     def mean() -> Tensor:
-        return policy.replay(PROMPTS, rollout.visits[0].x, 0, CPS()).gaussian.mean
+        return policy.replay(PROMPTS, rollout.records[0].x, 0, CPS()).gaussian.mean
 
     def anchor() -> Tensor:
         with torch.no_grad(), policy.reference():

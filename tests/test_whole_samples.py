@@ -15,17 +15,17 @@ from torch import Tensor
 import flowgrpo
 from flowgrpo.algorithms import Algorithm, DanceGRPO, DiffusionNFT, FlowGRPO, MixGRPO, PrefGRPO
 from flowgrpo.config import Config, ConfigError, Model, Prompts, Run, Train
-from flowgrpo.core.advantages import BetaAdvantage, GroupAdvantage
-from flowgrpo.core.losses import ClippedLoss, Loss, NFTLoss
+from flowgrpo.core.advantages import GDPO, BetaAdvantage, GroupAdvantage, LogTamed, PerReward
 from flowgrpo.core.random import Random, SampleNoise
-from flowgrpo.core.several import GDPO, LogTamed, PerReward
 from flowgrpo.core.steps import SlidingWindow, Window
 from flowgrpo.core.transitions import CPS, DDIM, DanceSDE, FlowSDE
-from flowgrpo.experience import Candidates, Experience, Group, Prompt
-from flowgrpo.judge import Failures, Judge, Reward, RewardError
-from flowgrpo.learner import Learner
-from flowgrpo.pairwise import Compared, Judged
+from flowgrpo.data.experience import Candidates, Experience
+from flowgrpo.data.prompts import Group, Prompt
+from flowgrpo.losses.losses import ClippedLoss, Loss, NFTLoss
 from flowgrpo.policy import PipelinePolicy
+from flowgrpo.rewards.pairs import Compared, Judged
+from flowgrpo.rewards.scorer import Failures, Reward, RewardError, RewardScorer
+from flowgrpo.training.learner import Learner
 from tests.conftest import MakePolicy, sampling_of
 
 HERE = "tests.test_whole_samples"
@@ -68,12 +68,14 @@ def policies(make_policy: MakePolicy) -> Callable[[str], PipelinePolicy]:
 
 
 @pytest.fixture
-def judge() -> Iterator[Callable[..., Judge]]:
-    judges: list[Judge] = []
+def scorer() -> Iterator[Callable[..., RewardScorer]]:
+    judges: list[RewardScorer] = []
 
-    def make(*rewards: Reward, **failures: object) -> Judge:
+    def make(*rewards: Reward, **failures: object) -> RewardScorer:
         settings = {"retries": 0, "wait": 0.0} | failures
-        judges.append(Judge(rewards or [Reward(model=f"{HERE}:brightness")], Failures(**settings)))  # type: ignore[arg-type]
+        judges.append(
+            RewardScorer(rewards or [Reward(model=f"{HERE}:brightness")], Failures(**settings))
+        )  # type: ignore[arg-type]
         return judges[-1]
 
     yield make
@@ -93,10 +95,10 @@ NFT = DiffusionNFT(group_size=G)
 # MixGRPO.
 
 
-def test_flash_takes_fewer_larger_steps_to_the_data(policies, judge):
+def test_flash_takes_fewer_larger_steps_to_the_data(policies, scorer):
     policy = policies("sd3")
-    flash = MIX.collect(policy, GROUPS, judge(), RANDOM)
-    whole = replace(MIX, flash=1.0, solver="euler").collect(policy, GROUPS, judge(), RANDOM)
+    flash = MIX.collect(policy, GROUPS, scorer(), RANDOM)
+    whole = replace(MIX, flash=1.0, solver="euler").collect(policy, GROUPS, scorer(), RANDOM)
     # Shared: steps 0 and 1 once. Then 3 steps, or int(3 * 0.7) = 2 of them.
     assert (flash.cost.nfe, whole.cost.nfe) == (2 + 2 * G, 2 + 3 * G)
     assert flash.cost == MIX.cost(T, [1])
@@ -133,10 +135,10 @@ def test_mixes_that_cannot_be_are_refused():
 # Pref-GRPO.
 
 
-def test_win_rates_are_judged_over_whole_groups_whatever_the_batches(policies, judge):
+def test_win_rates_are_judged_over_whole_groups_whatever_the_batches(policies, scorer):
     policy = policies("sd3")
     for policy.batch_size in (64, 2):
-        experience = JUDGED.collect(policy, GROUPS, judge(*BOTH), RANDOM)
+        experience = JUDGED.collect(policy, GROUPS, scorer(*BOTH), RANDOM)
         c = experience.candidates
         bright = c.scores["brightness"].view(2, G)
         ranks = bright.argsort(1).argsort(1) / (G - 1)
@@ -155,21 +157,21 @@ def test_win_rates_are_judged_over_whole_groups_whatever_the_batches(policies, j
     )
 
 
-def test_comparing_scores_is_judging_by_them(policies, judge):
+def test_comparing_scores_is_judging_by_them(policies, scorer):
     policy = policies("sd3")
-    judged = JUDGED.collect(policy, GROUPS, judge(*BOTH), RANDOM)
+    judged = JUDGED.collect(policy, GROUPS, scorer(*BOTH), RANDOM)
     compared = replace(JUDGED, preference=Compared(reward="brightness", weight=0.7))
-    other = compared.collect(policy, GROUPS, judge(*BOTH), RANDOM)
+    other = compared.collect(policy, GROUPS, scorer(*BOTH), RANDOM)
     torch.testing.assert_close(other.candidates.reward, judged.candidates.reward)
 
 
-def test_a_group_without_verdicts_teaches_nothing_and_too_many_stop_the_run(policies, judge):
+def test_a_group_without_verdicts_teaches_nothing_and_too_many_stop_the_run(policies, scorer):
     silent = replace(
         JUDGED, preference=replace(JUDGED.preference, options={"silent_on": "two dogs"})
     )
     with pytest.raises(RewardError, match="3 of 6 comparisons got no verdict"):
-        silent.collect(policies("sd3"), GROUPS, judge(*BOTH), RANDOM)
-    experience = silent.collect(policies("sd3"), GROUPS, judge(*BOTH, max_rate=0.5), RANDOM)
+        silent.collect(policies("sd3"), GROUPS, scorer(*BOTH), RANDOM)
+    experience = silent.collect(policies("sd3"), GROUPS, scorer(*BOTH, max_rate=0.5), RANDOM)
     assert experience.candidates.valid.tolist() == [True] * G + [False] * G
     advantages = silent.advantages(experience)
     assert (advantages[experience.actions.group == 1] == 0).all()
@@ -180,9 +182,9 @@ def test_a_group_without_verdicts_teaches_nothing_and_too_many_stop_the_run(poli
 
 
 @pytest.mark.parametrize("name", ["sd3", "sd15"])
-def test_nft_actions_are_noised_samples(name, policies, judge):
+def test_nft_actions_are_noised_samples(name, policies, scorer):
     policy = policies(name)
-    experience = NFT.collect(policy, GROUPS, judge(), RANDOM)
+    experience = NFT.collect(policy, GROUPS, scorer(), RANDOM)
     a = experience.actions
     assert experience.cost == NFT.cost(T, [])
     # int(5 * .99) of 5 times each, not the same for all.
@@ -229,13 +231,13 @@ def learn(make_policy: MakePolicy, accelerator: Accelerator) -> Learn:
     return make
 
 
-def test_the_policy_that_samples_trails_and_is_saved(learn: Learn, judge):
+def test_the_policy_that_samples_trails_and_is_saved(learn: Learn, scorer):
     learner = learn("sd3", NFT, NFTLoss(trail="late"), weight_decay=0.0)
     assert learner.sampler is not None
     before = [p.detach().clone() for p in learner.parameters]
     learner.num_updates = 175  # 1 - 0.75 of the way from now on
     with learner.acting():
-        experience = NFT.collect(learner.policy, GROUPS, judge(), RANDOM)
+        experience = NFT.collect(learner.policy, GROUPS, scorer(), RANDOM)
     metrics = learner.update(experience, NFT.advantages(experience), RANDOM)
     assert metrics["loss/kl"] == 0
     assert not [k for k in metrics if k.startswith(("ratio", "log_prob", "step"))]
@@ -260,15 +262,15 @@ def test_the_policy_that_samples_trails_and_is_saved(learn: Learn, judge):
     assert follow[0]["loss/policy"] == pytest.approx(follow[1]["loss/policy"], rel=1e-6)
 
 
-def test_nft_gradient_is_that_of_every_sample_alone(learn: Learn, judge):
+def test_nft_gradient_is_that_of_every_sample_alone(learn: Learn, scorer):
     loss = NFTLoss(kl_coef=0.0, beta=0.5)
     learner = learn("sd15", NFT, loss)
-    experience = NFT.collect(learner.policy, GROUPS, judge(), RANDOM)
+    experience = NFT.collect(learner.policy, GROUPS, scorer(), RANDOM)
     advantages, a = NFT.advantages(experience), experience.actions
     total = torch.zeros(())
     for i in range(len(a)):
-        visit = learner.policy.replay([GROUPS[int(a.group[i])].prompt], a.states[i][None], int(a.step[i]), NFT.transition)  # fmt: skip
-        x0, sample = visit.prediction.x0, a.x_next[i][None]
+        record = learner.policy.replay([GROUPS[int(a.group[i])].prompt], a.states[i][None], int(a.step[i]), NFT.transition)  # fmt: skip
+        x0, sample = record.prediction.x0, a.x_next[i][None]
         old = x0.detach()
         r = (advantages[i] / 10 + 0.5).clamp(0, 1)
         for weight, implicit in ((r, 0.5 * x0 + 0.5 * old), (1 - r, 1.5 * old - 0.5 * x0)):
@@ -286,7 +288,7 @@ def test_nft_gradient_is_that_of_every_sample_alone(learn: Learn, judge):
         torch.testing.assert_close(got, want, atol=1e-3 * scale, rtol=0)
 
 
-def test_nft_goes_where_the_reward_is(learn: Learn, judge):
+def test_nft_goes_where_the_reward_is(learn: Learn, scorer):
     prompts = [g.prompt for g in GROUPS] * 4
     noise = SampleNoise([Random(9).at(i) for i in range(8)])
     change = {}
@@ -297,7 +299,7 @@ def test_nft_goes_where_the_reward_is(learn: Learn, judge):
         for iteration in range(4):
             random = Random(1).at("train", iteration)
             with learner.acting():
-                experience = NFT.collect(learner.policy, GROUPS, judge(reward), random)
+                experience = NFT.collect(learner.policy, GROUPS, scorer(reward), random)
             learner.update(experience, NFT.advantages(experience), random)
         change[sign] = float(brightness(learner.policy.images(prompts, noise), []).mean() - before)
     assert change[1.0] > 0 > change[-1.0]
@@ -356,10 +358,10 @@ def concatenated(parts: Sequence[Candidates]) -> Candidates:
     "advantage",
     [GroupAdvantage(std="batch"), PerReward(std="batch"), GDPO(), LogTamed(std="batch"), BetaAdvantage()],
 )  # fmt: skip
-def test_ranks_change_no_advantage(advantage, policies, judge):
+def test_ranks_change_no_advantage(advantage, policies, scorer):
     algorithm = FlowGRPO(group_size=G, transition=CPS(), advantage=advantage)
     rewards = (Reward(model=f"{HERE}:brightness"), Reward(model=f"{HERE}:redness", weight=0.1))
-    whole = algorithm.collect(policies("sd3"), GROUPS, judge(*rewards), RANDOM)
+    whole = algorithm.collect(policies("sd3"), GROUPS, scorer(*rewards), RANDOM)
     if isinstance(advantage, BetaAdvantage):
         binary = torch.tensor([1.0, 0, 0, 1, 0, 1])
         whole = replace(whole, candidates=replace(whole.candidates, reward=binary))
@@ -395,11 +397,11 @@ def test_decaying_windows_stay_shorter_late():
         replace(window, decay=-1.0).select(5, 0, torch.Generator())
 
 
-def test_mix_windows_are_those_of_the_iteration_alone(policies, judge):
+def test_mix_windows_are_those_of_the_iteration_alone(policies, scorer):
     algorithm = MixGRPO(group_size=2, transition=DDIM(), steps=SlidingWindow(size=2, every=1))
     for iteration, wanted in ((0, [0, 1]), (1, [1, 2]), (2, [0, 1])):
         random = Random(3).at("train", iteration)
-        experience = algorithm.collect(policies("sd15"), GROUPS[:1], judge(), random)
+        experience = algorithm.collect(policies("sd15"), GROUPS[:1], scorer(), random)
         assert experience.actions.step.unique().tolist() == wanted
 
 

@@ -10,9 +10,9 @@ from torch import Tensor
 from flowgrpo.algorithms.pref_grpo import rates_by_score
 from flowgrpo.core.advantages import GroupAdvantage
 from flowgrpo.core.win_rates import pairs_of, verdicts_by_score, win_rates
-from flowgrpo.experience import Prompt
-from flowgrpo.judge import Failures, Judge, Reward, RewardError
-from flowgrpo.pairwise import Compared, Judged, Referee
+from flowgrpo.data.prompts import Prompt
+from flowgrpo.rewards.pairs import Compared, Judged, Referee
+from flowgrpo.rewards.scorer import Failures, Reward, RewardError, RewardScorer
 
 HERE = "tests.test_win_rates"
 PROMPT = Prompt("a red cube")
@@ -58,18 +58,20 @@ MakeReferee = Callable[..., Referee]
 
 @pytest.fixture
 def referee() -> Iterator[MakeReferee]:
-    judges: list[Judge] = []
+    judges: list[RewardScorer] = []
     calls.clear()
 
     def make(failures: Failures | None = None, model: str = "Brighter", **settings: object) -> Referee:  # fmt: skip
         kind = Judged(model=f"{HERE}:{model}", **settings)  # type: ignore[arg-type]
         rewards = [Reward(model=f"{HERE}:brightness")]
-        judges.append(Judge(rewards, failures or Failures(retries=0, wait=0.0, max_rate=1.0)))
+        judges.append(
+            RewardScorer(rewards, failures or Failures(retries=0, wait=0.0, max_rate=1.0))
+        )
         return Referee(judges[-1], kind)
 
     yield make
-    for judge in judges:
-        judge.close()
+    for scorer in judges:
+        scorer.close()
 
 
 def test_all_pairs_meet_once():

@@ -33,7 +33,7 @@ from transformers import (
     SwinConfig,
 )
 
-from flowgrpo.experience import Prompt
+from flowgrpo.data.prompts import Prompt
 from tests.tiny.parts import WORDS, clip_tokenizer, with_specials
 
 TEXTS = ("a red cube", "two blue dogs riding a bus", "a photo of a cat")

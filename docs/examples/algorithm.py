@@ -13,9 +13,9 @@ class WinRate:
     group_size: int = 4
     transition: Transition = field(default_factory=CPS)
 
-    def collect(self, policy, groups, judge, random):
+    def collect(self, policy, groups, scorer, random):
         plan = tr.TrajectoryPlan(self.group_size, self.transition, [0, 1], shared_noise=True)
-        return tr.collect_trajectories(policy, groups, judge, random, plan)
+        return tr.collect_trajectories(policy, groups, scorer, random, plan)
 
     def advantages(self, experience):
         c = experience.candidates

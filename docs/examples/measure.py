@@ -5,9 +5,9 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from flowgrpo import Judge, PipelinePolicy, Prompt, Reward, Sampling
-from flowgrpo.evaluate import held_out
-from flowgrpo.prompts import PromptSet
+from flowgrpo import PipelinePolicy, Prompt, Reward, RewardScorer, Sampling
+from flowgrpo.data.prompt_sets import PromptSet
+from flowgrpo.evaluation import held_out
 
 
 def pixel_diversity(prompts: Sequence[Prompt], media: Sequence[Tensor]) -> Mapping[str, float]:
@@ -19,9 +19,9 @@ def pixel_diversity(prompts: Sequence[Prompt], media: Sequence[Tensor]) -> Mappi
 if __name__ == "__main__":
     sampling = Sampling(num_steps=4, guidance_scale=1.0)
     policy = PipelinePolicy.from_pretrained("shapes", sampling=sampling)
-    judge = Judge([Reward(model="jpeg_size")])
+    scorer = RewardScorer([Reward(model="jpeg_size")])
     prompts = PromptSet([Prompt("a photo of a triangle"), Prompt("a photo of two squares")])
     images = held_out.plan(prompts, 8)  # four of each prompt
     measures = [pixel_diversity]
-    print(held_out.evaluate(policy, judge, images, seed=0, sampling=sampling, measures=measures))
-    judge.close()
+    print(held_out.evaluate(policy, scorer, images, seed=0, sampling=sampling, measures=measures))
+    scorer.close()

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from flowgrpo import Judge, Prompt, Reward
+from flowgrpo import Prompt, Reward, RewardScorer
 
 
 class Darkness:
@@ -20,9 +20,9 @@ class Darkness:
 
 
 if __name__ == "__main__":
-    judge = Judge([Reward(model="reward:Darkness", weight=0.5, options={"power": 2.0})])
+    scorer = RewardScorer([Reward(model="reward:Darkness", weight=0.5, options={"power": 2.0})])
     grey = torch.stack([torch.full((3, 8, 8), level) for level in (0.0, 0.5, 1.0)])
-    scores = judge.score(grey, [Prompt("a photo of nothing")] * 3)
+    scores = scorer.score(grey, [Prompt("a photo of nothing")] * 3)
     print("scores", scores.raw["Darkness"].tolist(), "rewards", scores.reward.tolist())
     assert scores.raw["Darkness"].tolist() == [1.0, 0.25, 0.0]
-    judge.close()
+    scorer.close()

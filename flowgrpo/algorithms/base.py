@@ -8,9 +8,10 @@ from torch import Tensor
 
 from flowgrpo.core.random import Random
 from flowgrpo.core.transitions import Transition
-from flowgrpo.experience import Experience, Group
-from flowgrpo.judge import Judge
+from flowgrpo.data.experience import Experience
+from flowgrpo.data.prompts import Group
 from flowgrpo.policy import PipelinePolicy
+from flowgrpo.rewards.scorer import RewardScorer
 
 
 @runtime_checkable
@@ -29,7 +30,7 @@ class Algorithm(Protocol):
     def transition(self) -> Transition: ...
 
     def collect(
-        self, policy: PipelinePolicy, groups: Sequence[Group], judge: Judge, random: Random
+        self, policy: PipelinePolicy, groups: Sequence[Group], scorer: RewardScorer, random: Random
     ) -> Experience:
         """Sample, and hand each candidate to the judge as soon as it is decoded.
 

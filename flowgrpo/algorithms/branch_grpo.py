@@ -22,14 +22,14 @@ from flowgrpo.algorithms.credit import (
     check_kind,
     standings,
 )
-from flowgrpo.core.advantages import GroupAdvantage
+from flowgrpo.core.advantages import GDPO, Advantage, GroupAdvantage
 from flowgrpo.core.random import Random
-from flowgrpo.core.several import GDPO, Advantage
 from flowgrpo.core.steps import AllSteps, StepSelection
 from flowgrpo.core.transitions import DanceSDE, Transition, require_noise
-from flowgrpo.experience import Candidates, Cost, Experience, Group
-from flowgrpo.judge import Judge
+from flowgrpo.data.experience import Candidates, Cost, Experience
+from flowgrpo.data.prompts import Group
 from flowgrpo.policy import PipelinePolicy
+from flowgrpo.rewards.scorer import RewardScorer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,14 +63,14 @@ class BranchGRPO:
     """From the rewards of a tree's branches, depth by depth, to advantages."""
 
     def collect(
-        self, policy: PipelinePolicy, groups: Sequence[Group], judge: Judge, random: Random
+        self, policy: PipelinePolicy, groups: Sequence[Group], scorer: RewardScorer, random: Random
     ) -> Experience:
         """Grow a tree per prompt. A branch bears the number of its first leaf as its sample."""
         iteration = random.path[-1]
         assert isinstance(iteration, int)
         num_steps = policy.num_steps()
         selected = self.steps.select(num_steps, iteration, random.generator("steps"))
-        collection = Collection(policy, groups, judge, self.transition)
+        collection = Collection(policy, groups, scorer, self.transition)
         self._grow(collection, groups, random, selected)
         experience = collection.experience()
         trained = self.depths.select(num_steps, iteration, random.generator("depths"))
@@ -197,12 +197,12 @@ class BranchGRPO:
                 decode=split == end,
             ):
                 begin, stop = rollout.rows.start, rollout.rows.stop
-                for visit in rollout.visits:
-                    if visit.step == split:
+                for record in rollout.records:
+                    if record.step == split:
                         own = children[begin * self.children : stop * self.children]
-                        parted.append(collection.branch(own, visit))
+                        parted.append(collection.branch(own, record))
                     else:
-                        collection.act(branches[begin:stop], visit)
+                        collection.act(branches[begin:stop], record)
                 if rollout.media is not None:
                     collection.submit(branches[begin:stop], rollout.media, end - 1)
             x, start = (torch.cat(parted) if parted else None), split + 1

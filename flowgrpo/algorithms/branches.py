@@ -12,12 +12,13 @@ from torch import Tensor
 
 from flowgrpo.algorithms.collection import Collection, Samples, Strides, subgrids
 from flowgrpo.algorithms.credit import candidates_of, scored_of
+from flowgrpo.core.advantages import Advantage, of_scored
 from flowgrpo.core.random import Random
-from flowgrpo.core.several import Advantage, of_scored
 from flowgrpo.core.transitions import Transition
-from flowgrpo.experience import Cost, Experience, Group
-from flowgrpo.judge import Judge
+from flowgrpo.data.experience import Cost, Experience
+from flowgrpo.data.prompts import Group
 from flowgrpo.policy import PipelinePolicy
+from flowgrpo.rewards.scorer import RewardScorer
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ class BranchPlan:
 def collect_branches(
     policy: PipelinePolicy,
     groups: Sequence[Group],
-    judge: Judge,
+    scorer: RewardScorer,
     random: Random,
     plan: BranchPlan,
 ) -> Experience:
@@ -70,7 +71,7 @@ def collect_branches(
     All branches of a seed at a step start in one state, so one forward pass serves them, here and in
     training. A branch's candidates have its step.
     """
-    collection = Collection(policy, groups, judge, plan.transition)
+    collection = Collection(policy, groups, scorer, plan.transition)
     samples = Samples.of(groups, plan.group_size, random, plan.num_seeds)
     size = plan.group_size // plan.num_seeds
     seeds = samples[::size]
@@ -82,13 +83,13 @@ def collect_branches(
         decode=False,
     ):
         branches = samples[rollout.rows.start * size : rollout.rows.stop * size]
-        for visit in rollout.visits:
-            x_next = collection.branch(branches, visit)
+        for record in rollout.records:
+            x_next = collection.branch(branches, record)
             collection.complete(
                 branches,
                 x_next,
-                visit.step + 1,
-                step=visit.step,
+                record.step + 1,
+                step=record.step,
                 granularities=plan.granularities,
                 strides=plan.strides,
             )

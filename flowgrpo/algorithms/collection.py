@@ -12,10 +12,11 @@ from torch import Tensor
 
 from flowgrpo.core.random import Random, SampleNoise
 from flowgrpo.core.transitions import ODE, Gaussian, Transition
-from flowgrpo.experience import Actions, Candidates, Cost, Experience, Group, Prompt
-from flowgrpo.judge import Judge, Scores
+from flowgrpo.data.experience import Actions, Candidates, Cost, Experience
+from flowgrpo.data.prompts import Group, Prompt
 from flowgrpo.policy import PipelinePolicy
-from flowgrpo.policy.itinerary import Visit
+from flowgrpo.policy.step_plan import StepRecord
+from flowgrpo.rewards.scorer import RewardScorer, Scores
 
 Strides = Literal["even", "released"]
 
@@ -109,7 +110,7 @@ class Collection:
         self,
         policy: PipelinePolicy,
         groups: Sequence[Group],
-        judge: Judge,
+        scorer: RewardScorer,
         transition: Transition,
         watch: Watch | None = None,
     ):
@@ -122,9 +123,9 @@ class Collection:
             transition: The stochastic step.
             watch: Sees every batch that goes to the judge.
         """
-        judge.reset()
+        scorer.reset()
         self._watch = watch
-        self.policy, self.groups, self.judge, self.transition = policy, groups, judge, transition
+        self.policy, self.groups, self.scorer, self.transition = policy, groups, scorer, transition
         self._before = policy.num_evaluations, policy.num_decodes
         self._actions: list[Actions] = []
         self._submissions: list[_Submission] = []
@@ -136,12 +137,12 @@ class Collection:
         """Note actions that are no steps of a visit."""
         self._actions.append(actions)
 
-    def act(self, samples: Samples, visit: Visit) -> None:
+    def act(self, samples: Samples, record: StepRecord) -> None:
         """Note a stochastic step that each sample took from a state of its own."""
         own = torch.arange(len(samples))
-        self._note(samples, visit, own, visit.gaussian, visit.x_next)
+        self._note(samples, record, own, record.gaussian, record.x_next)
 
-    def branch(self, samples: Samples, visit: Visit) -> Float[Tensor, "samples *latent"]:
+    def branch(self, samples: Samples, record: StepRecord) -> Float[Tensor, "samples *latent"]:
         """Take a stochastic step from each state of a visit, for several samples in a row each.
 
         The visit's forward pass serves all of them; whatever step followed it there is put aside.
@@ -149,14 +150,14 @@ class Collection:
         Returns:
             The state of each sample after its step.
         """
-        gaussian = self.transition(visit.x, visit.prediction, visit.interval)
-        state = torch.arange(len(visit.x)).repeat_interleave(len(samples) // len(visit.x))
+        gaussian = self.transition(record.x, record.prediction, record.interval)
+        state = torch.arange(len(record.x)).repeat_interleave(len(samples) // len(record.x))
         spread = Gaussian(
             gaussian.mean[state.to(gaussian.mean.device)], gaussian.std, gaussian.normalised
         )
-        noise = samples.noise.at_step(visit.step, visit.x.shape[1:])
+        noise = samples.noise.at_step(record.step, record.x.shape[1:])
         x_next = spread.sample(noise.to(spread.mean.device))
-        self._note(samples, visit, state, spread, x_next)
+        self._note(samples, record, state, spread, x_next)
         return x_next
 
     def submit(
@@ -176,11 +177,11 @@ class Collection:
             granularities: Those that lead to these very candidates; they are judged once.
             compare: Whether they count in the group's diversity and duplicates.
         """
-        scores = self.judge.submit(media, samples.prompts)
+        scores = self.scorer.submit(media, samples.prompts)
         if self._watch is not None:
             self._watch(samples, media)
         self._num_judged += len(samples)
-        kept = media if self.judge.keeps_media else None
+        kept = media if self.scorer.keeps_media else None
         self._submissions += [_Submission(samples, step, g, scores, kept) for g in granularities]
         if compare:
             self._thumbnails.append((samples.group, thumbnail(media)))
@@ -219,23 +220,23 @@ class Collection:
             part = samples[rollout.rows.start : rollout.rows.stop]
             self.submit(part, rollout.media, step, same, compare)
             for grid, equal in others:
-                (visit,) = rollout.visits
+                (record,) = rollout.records
                 interval = self.policy.scheduler.interval(grid[0], grid[1])
-                ahead = ODE()(visit.x, visit.prediction, interval).mean
+                ahead = ODE()(record.x, record.prediction, interval).mean
                 (rest,) = self.policy.run(part.prompts, part.noise, nodes=grid[1:], x=ahead)
                 assert rest.media is not None
                 self.submit(part, rest.media, step, equal, compare=False)
 
-    def project(self, samples: Samples, visit: Visit) -> None:
+    def project(self, samples: Samples, record: StepRecord) -> None:
         """Decode and judge the data that the model predicts where a step was about to begin.
 
         The candidates judge the step before. This needs no forward pass of its own.
         """
-        end, x0 = self.policy.num_steps(), visit.prediction.x0
+        end, x0 = self.policy.num_steps(), record.prediction.x0
         for rollout in self.policy.run(samples.prompts, samples.noise, nodes=[end], x=x0):
             assert rollout.media is not None
             part = samples[rollout.rows.start : rollout.rows.stop]
-            self.submit(part, rollout.media, visit.step - 1, [JUMP], compare=False)
+            self.submit(part, rollout.media, record.step - 1, [JUMP], compare=False)
 
     def experience(self) -> Experience:
         """Wait for the judge, and put everything together."""
@@ -266,29 +267,29 @@ class Collection:
             diversity=torch.stack([s.std(0, correction=0).mean() for s in small]),
             duplicates=torch.tensor([float(len(s) - len(s.unique(dim=0))) for s in small]),
             step_std=dict(sorted(self._step_std.items())),
-            weights={r.label: r.weight_at(self.judge.iteration) for r in self.judge.rewards},
+            weights={r.label: r.weight_at(self.scorer.iteration) for r in self.scorer.rewards},
             media=torch.cat([s.media for s, _ in done if s.media is not None])
-            if self.judge.keeps_media
+            if self.scorer.keeps_media
             else None,
-            shapes={r.label: r.shaped for r in self.judge.rewards},
+            shapes={r.label: r.shaped for r in self.scorer.rewards},
         )
 
     def _note(
         self,
         samples: Samples,
-        visit: Visit,
+        record: StepRecord,
         state: Int[Tensor, " samples"],
         gaussian: Gaussian,
         x_next: Float[Tensor, "samples *latent"],
     ) -> None:
         assert isinstance(gaussian.std, float), "a step of the denoiser has one"
-        self._step_std[visit.step] = gaussian.std
+        self._step_std[record.step] = gaussian.std
         self._actions.append(
             Actions(
-                states=visit.x,
+                states=record.x,
                 state=state,
                 x_next=x_next,
-                step=torch.full((len(samples),), visit.step),
+                step=torch.full((len(samples),), record.step),
                 old_log_prob=gaussian.log_prob(x_next).cpu(),
                 group=samples.group,
                 sample=samples.sample,

@@ -7,9 +7,16 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from flowgrpo.core.advantages import BetaAdvantage, VirtualBest
-from flowgrpo.core.several import Advantage, LogTamed, Scored, numbers, of_scored
-from flowgrpo.experience import Actions, Candidates, Experience
+from flowgrpo.core.advantages import (
+    Advantage,
+    BetaAdvantage,
+    LogTamed,
+    Scored,
+    VirtualBest,
+    numbers,
+    of_scored,
+)
+from flowgrpo.data.experience import Actions, Candidates, Experience
 
 
 @dataclass(frozen=True)

@@ -20,14 +20,14 @@ from flowgrpo.algorithms.trajectories import (
     credit_trajectories,
     random_part,
 )
-from flowgrpo.core.advantages import GroupAdvantage
+from flowgrpo.core.advantages import Advantage, GroupAdvantage
 from flowgrpo.core.random import Random
-from flowgrpo.core.several import Advantage
 from flowgrpo.core.steps import AllSteps, StepSelection
 from flowgrpo.core.transitions import DanceSDE, Transition, require_noise
-from flowgrpo.experience import Cost, Experience, Group
-from flowgrpo.judge import Judge
+from flowgrpo.data.experience import Cost, Experience
+from flowgrpo.data.prompts import Group
 from flowgrpo.policy import PipelinePolicy
+from flowgrpo.rewards.scorer import RewardScorer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,14 +51,14 @@ class DanceGRPO:
     """From rewards to advantages."""
 
     def collect(
-        self, policy: PipelinePolicy, groups: Sequence[Group], judge: Judge, random: Random
+        self, policy: PipelinePolicy, groups: Sequence[Group], scorer: RewardScorer, random: Random
     ) -> Experience:
         """Trajectories; of each sample's actions a random part, of each group the extremes."""
         iteration = random.path[-1]
         assert isinstance(iteration, int)
         stochastic = self.steps.select(policy.num_steps(), iteration, random.generator("steps"))
         plan = self._plan(stochastic)
-        experience = collect_trajectories(policy, groups, judge, random, plan)
+        experience = collect_trajectories(policy, groups, scorer, random, plan)
         kept = random_part(experience.actions, stochastic, self.timestep_fraction, random)
         return replace(experience, actions=experience.actions.select(kept))
 

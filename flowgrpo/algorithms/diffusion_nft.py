@@ -18,14 +18,14 @@ from flowgrpo.algorithms.trajectories import (
     check_fraction,
     credit_trajectories,
 )
-from flowgrpo.core.advantages import GroupAdvantage
+from flowgrpo.core.advantages import Advantage, GroupAdvantage
 from flowgrpo.core.random import Random
-from flowgrpo.core.several import Advantage
 from flowgrpo.core.solvers import Solver
 from flowgrpo.core.transitions import ODE
-from flowgrpo.experience import Actions, Cost, Experience, Group
-from flowgrpo.judge import Judge
+from flowgrpo.data.experience import Actions, Cost, Experience
+from flowgrpo.data.prompts import Group
 from flowgrpo.policy import PipelinePolicy
+from flowgrpo.rewards.scorer import RewardScorer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,14 +45,14 @@ class DiffusionNFT:
     """From rewards to advantages; the loss makes a number in [0, 1] of them."""
 
     def collect(
-        self, policy: PipelinePolicy, groups: Sequence[Group], judge: Judge, random: Random
+        self, policy: PipelinePolicy, groups: Sequence[Group], scorer: RewardScorer, random: Random
     ) -> Experience:
         """Samples, and as actions their noised versions.
 
         An action's ``states`` row is the sample with noise at time ``step`` of the grid, its
         ``x_next`` the sample itself. It has no density; ``old_log_prob`` is 0.
         """
-        collection = Collection(policy, groups, judge, self.transition)
+        collection = Collection(policy, groups, scorer, self.transition)
         samples, end = Samples.of(groups, self.group_size, random), policy.num_steps()
         for rollout in policy.run(
             samples.prompts, samples.noise, record=[end - 1], solver=self.solver
@@ -60,7 +60,7 @@ class DiffusionNFT:
             assert rollout.media is not None
             part = samples[rollout.rows.start : rollout.rows.stop]
             collection.submit(part, rollout.media, end - 1)
-            (last,) = rollout.visits
+            (last,) = rollout.records
             times = [self._times(end, random, g.index, i) for g, i in zip(part.groups, part.numbers, strict=True)]  # fmt: skip
             for step in range(end):
                 rows = [row for row, chosen in enumerate(times) if step in chosen]

@@ -15,15 +15,15 @@ from torch import Tensor
 
 from flowgrpo.algorithms.collection import Collection, Samples
 from flowgrpo.algorithms.trajectories import candidate_advantages, credit_trajectories
-from flowgrpo.core.advantages import GroupAdvantage
+from flowgrpo.core.advantages import Advantage, GroupAdvantage
 from flowgrpo.core.random import Random
-from flowgrpo.core.several import Advantage
 from flowgrpo.core.solvers import Solver
 from flowgrpo.core.transitions import ODE
-from flowgrpo.experience import Actions, Cost, Experience, Group
-from flowgrpo.judge import Judge
+from flowgrpo.data.experience import Actions, Cost, Experience
+from flowgrpo.data.prompts import Group
 from flowgrpo.policy import PipelinePolicy
 from flowgrpo.policy.initial_noise import INITIAL
+from flowgrpo.rewards.scorer import RewardScorer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,17 +46,17 @@ class FIND:
     """From rewards to advantages."""
 
     def collect(
-        self, policy: PipelinePolicy, groups: Sequence[Group], judge: Judge, random: Random
+        self, policy: PipelinePolicy, groups: Sequence[Group], scorer: RewardScorer, random: Random
     ) -> Experience:
         """Samples, and as actions the noise that each began with."""
-        collection = Collection(policy, groups, judge, self.transition)
+        collection = Collection(policy, groups, scorer, self.transition)
         samples, end = Samples.of(groups, self.group_size, random), policy.num_steps()
         gaussian = policy.replay([], torch.zeros(1), INITIAL, self.transition).gaussian
         for rollout in policy.run(samples.prompts, samples.noise, record=[0], solver=self.solver):
             assert rollout.media is not None
             part = samples[rollout.rows.start : rollout.rows.stop]
             collection.submit(part, rollout.media, end - 1)
-            (first,) = rollout.visits
+            (first,) = rollout.records
             size = len(part)
             collection.add(
                 Actions(

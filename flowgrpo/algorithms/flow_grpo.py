@@ -18,14 +18,14 @@ from flowgrpo.algorithms.trajectories import (
     collect_trajectories,
     credit_trajectories,
 )
-from flowgrpo.core.advantages import GroupAdvantage
+from flowgrpo.core.advantages import Advantage, GroupAdvantage
 from flowgrpo.core.random import Random
-from flowgrpo.core.several import Advantage
 from flowgrpo.core.steps import AllSteps, StepSelection
 from flowgrpo.core.transitions import FlowSDE, Transition, require_noise
-from flowgrpo.experience import Cost, Experience, Group
-from flowgrpo.judge import Judge
+from flowgrpo.data.experience import Cost, Experience
+from flowgrpo.data.prompts import Group
 from flowgrpo.policy import PipelinePolicy
+from flowgrpo.rewards.scorer import RewardScorer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,14 +45,14 @@ class FlowGRPO:
     """From rewards to advantages."""
 
     def collect(
-        self, policy: PipelinePolicy, groups: Sequence[Group], judge: Judge, random: Random
+        self, policy: PipelinePolicy, groups: Sequence[Group], scorer: RewardScorer, random: Random
     ) -> Experience:
         """Trajectories with the iteration's stochastic steps, the same for every group."""
         iteration = random.path[-1]
         assert isinstance(iteration, int)
         stochastic = self.steps.select(policy.num_steps(), iteration, random.generator("steps"))
         plan = self._plan(stochastic)
-        return collect_trajectories(policy, groups, judge, random, plan)
+        return collect_trajectories(policy, groups, scorer, random, plan)
 
     def advantages(self, experience: Experience) -> Float[Tensor, " actions"]:
         """The trajectory's advantage for each of its actions."""

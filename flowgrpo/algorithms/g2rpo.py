@@ -16,13 +16,14 @@ from torch import Tensor
 
 from flowgrpo.algorithms.branches import BranchPlan, collect_branches, credit_branches
 from flowgrpo.algorithms.collection import Strides
+from flowgrpo.core.advantages import Advantage, PerReward
 from flowgrpo.core.random import Random
-from flowgrpo.core.several import Advantage, PerReward
 from flowgrpo.core.steps import StepSelection, Window
 from flowgrpo.core.transitions import FlowSDE, Transition, require_noise
-from flowgrpo.experience import Cost, Experience, Group
-from flowgrpo.judge import Judge
+from flowgrpo.data.experience import Cost, Experience
+from flowgrpo.data.prompts import Group
 from flowgrpo.policy import PipelinePolicy
+from flowgrpo.rewards.scorer import RewardScorer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,13 +50,13 @@ class G2RPO:
     granularities. The paper adds those of several rewards."""
 
     def collect(
-        self, policy: PipelinePolicy, groups: Sequence[Group], judge: Judge, random: Random
+        self, policy: PipelinePolicy, groups: Sequence[Group], scorer: RewardScorer, random: Random
     ) -> Experience:
         """Perturbations at the iteration's steps, each completed at every granularity."""
         iteration = random.path[-1]
         assert isinstance(iteration, int)
         steps = self.steps.select(policy.num_steps(), iteration, random.generator("steps"))
-        return collect_branches(policy, groups, judge, random, self._plan(steps))
+        return collect_branches(policy, groups, scorer, random, self._plan(steps))
 
     def advantages(self, experience: Experience) -> Float[Tensor, " actions"]:
         """``A_k^i = sum_j A_k^{i,j}`` over granularities ``j``, each standardised on its own."""

@@ -17,14 +17,15 @@ from flowgrpo.algorithms.trajectories import (
     collect_trajectories,
     credit_trajectories,
 )
+from flowgrpo.core.advantages import Advantage, PerReward
 from flowgrpo.core.random import Random
-from flowgrpo.core.several import Advantage, PerReward
 from flowgrpo.core.solvers import Solver
 from flowgrpo.core.steps import SlidingWindow, StepSelection
 from flowgrpo.core.transitions import FlowSDE, Transition, require_noise
-from flowgrpo.experience import Cost, Experience, Group
-from flowgrpo.judge import Judge
+from flowgrpo.data.experience import Cost, Experience
+from flowgrpo.data.prompts import Group
 from flowgrpo.policy import PipelinePolicy
+from flowgrpo.rewards.scorer import RewardScorer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,14 +51,14 @@ class MixGRPO:
     """From rewards to advantages."""
 
     def collect(
-        self, policy: PipelinePolicy, groups: Sequence[Group], judge: Judge, random: Random
+        self, policy: PipelinePolicy, groups: Sequence[Group], scorer: RewardScorer, random: Random
     ) -> Experience:
         """Trajectories with the iteration's window, the same for every group."""
         iteration = random.path[-1]
         assert isinstance(iteration, int)
         window = self.steps.select(policy.num_steps(), iteration, random.generator("steps"))
         plan = self._plan(policy.num_steps(), window)
-        return collect_trajectories(policy, groups, judge, random, plan)
+        return collect_trajectories(policy, groups, scorer, random, plan)
 
     def advantages(self, experience: Experience) -> Float[Tensor, " actions"]:
         """The trajectory's advantage for each of its actions in the window."""

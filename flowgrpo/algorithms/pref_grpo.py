@@ -23,15 +23,16 @@ from flowgrpo.algorithms.trajectories import (
     credit_trajectories,
     random_part,
 )
+from flowgrpo.core.advantages import Advantage, PerReward
 from flowgrpo.core.random import Random
-from flowgrpo.core.several import Advantage, PerReward
 from flowgrpo.core.steps import AllSteps, StepSelection
 from flowgrpo.core.transitions import FlowSDE, Transition, require_noise
 from flowgrpo.core.win_rates import pairs_of, verdicts_by_score, win_rates
-from flowgrpo.experience import Candidates, Cost, Experience, Group
-from flowgrpo.judge import Judge
-from flowgrpo.pairwise import Compared, Judged, Preference, Referee
+from flowgrpo.data.experience import Candidates, Cost, Experience
+from flowgrpo.data.prompts import Group
 from flowgrpo.policy import PipelinePolicy
+from flowgrpo.rewards.pairs import Compared, Judged, Preference, Referee
+from flowgrpo.rewards.scorer import RewardScorer
 
 WIN_RATE = "win_rate"
 """The name of the win rate among the scores."""
@@ -59,7 +60,7 @@ class PrefGRPO:
     of preference and rewards are those of their advantages."""
 
     def collect(
-        self, policy: PipelinePolicy, groups: Sequence[Group], judge: Judge, random: Random
+        self, policy: PipelinePolicy, groups: Sequence[Group], scorer: RewardScorer, random: Random
     ) -> Experience:
         """Trajectories, and the win rate of each in its group, beside the other scores.
 
@@ -71,12 +72,12 @@ class PrefGRPO:
         stochastic = self.steps.select(policy.num_steps(), iteration, random.generator("steps"))
         plan = self._plan(stochastic)
         if isinstance(self.preference, Judged):
-            whole = WholeGroups(Referee(judge, self.preference), self.group_size)
-            experience = collect_trajectories(policy, groups, judge, random, plan, whole.watch)
+            whole = WholeGroups(Referee(scorer, self.preference), self.group_size)
+            experience = collect_trajectories(policy, groups, scorer, random, plan, whole.watch)
             rates = whole.rates()
         else:
-            name = self.preference.chosen([r.label for r in judge.rewards])
-            experience = collect_trajectories(policy, groups, judge, random, plan)
+            name = self.preference.chosen([r.label for r in scorer.rewards])
+            experience = collect_trajectories(policy, groups, scorer, random, plan)
             c = experience.candidates
             rates = rates_by_score(c.scores[name], c.group, self.preference.tie_margin)
         kept = random_part(experience.actions, stochastic, self.timestep_fraction, random)

@@ -13,14 +13,14 @@ from jaxtyping import Float
 from torch import Tensor
 
 from flowgrpo.algorithms.branches import BranchPlan, collect_branches, credit_branches
-from flowgrpo.core.advantages import GroupAdvantage
+from flowgrpo.core.advantages import Advantage, GroupAdvantage
 from flowgrpo.core.random import Random
-from flowgrpo.core.several import Advantage
 from flowgrpo.core.steps import AllSteps, StepSelection
 from flowgrpo.core.transitions import FlowSDE, Transition, require_noise
-from flowgrpo.experience import Cost, Experience, Group
-from flowgrpo.judge import Judge
+from flowgrpo.data.experience import Cost, Experience
+from flowgrpo.data.prompts import Group
 from flowgrpo.policy import PipelinePolicy
+from flowgrpo.rewards.scorer import RewardScorer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,13 +43,13 @@ class TempFlowGRPO:
     """From the rewards of the branches of one state to advantages."""
 
     def collect(
-        self, policy: PipelinePolicy, groups: Sequence[Group], judge: Judge, random: Random
+        self, policy: PipelinePolicy, groups: Sequence[Group], scorer: RewardScorer, random: Random
     ) -> Experience:
         """Branches at the iteration's steps, each completed to an image."""
         iteration = random.path[-1]
         assert isinstance(iteration, int)
         steps = self.steps.select(policy.num_steps(), iteration, random.generator("steps"))
-        return collect_branches(policy, groups, judge, random, self._plan(steps))
+        return collect_branches(policy, groups, scorer, random, self._plan(steps))
 
     def advantages(self, experience: Experience) -> Float[Tensor, " actions"]:
         """A branch's advantage over those of its seed and step, times the weight of the step.

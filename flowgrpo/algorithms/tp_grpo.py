@@ -22,14 +22,14 @@ from flowgrpo.algorithms.credit import (
     standings,
 )
 from flowgrpo.algorithms.trajectories import TrajectoryPlan, walk
-from flowgrpo.core.advantages import RELATIVE_FLOOR, GroupAdvantage
+from flowgrpo.core.advantages import RELATIVE_FLOOR, Advantage, GroupAdvantage, numbers
 from flowgrpo.core.random import Random
-from flowgrpo.core.several import Advantage, numbers
 from flowgrpo.core.steps import AllSteps, StepSelection
 from flowgrpo.core.transitions import CPS, ODE, Transition, require_noise
-from flowgrpo.experience import Cost, Experience, Group
-from flowgrpo.judge import Judge
+from flowgrpo.data.experience import Cost, Experience
+from flowgrpo.data.prompts import Group
 from flowgrpo.policy import PipelinePolicy
+from flowgrpo.rewards.scorer import RewardScorer
 
 TurningPoints = Literal["consistent", "plain", "none"]
 
@@ -58,7 +58,7 @@ class TPGRPO:
     have the step rewards and turning points of each."""
 
     def collect(
-        self, policy: PipelinePolicy, groups: Sequence[Group], judge: Judge, random: Random
+        self, policy: PipelinePolicy, groups: Sequence[Group], scorer: RewardScorer, random: Random
     ) -> Experience:
         """Trajectories, and the ODE completion of the state before each stochastic step.
 
@@ -70,12 +70,12 @@ class TPGRPO:
         iteration = random.path[-1]
         assert isinstance(iteration, int)
         stochastic = self.steps.select(policy.num_steps(), iteration, random.generator("steps"))
-        collection = Collection(policy, groups, judge, self.transition)
-        for samples, visits in walk(collection, random, self._plan(stochastic)):
-            for visit in visits:
-                ahead = ODE()(visit.x, visit.prediction, visit.interval).mean
+        collection = Collection(policy, groups, scorer, self.transition)
+        for samples, records in walk(collection, random, self._plan(stochastic)):
+            for record in records:
+                ahead = ODE()(record.x, record.prediction, record.interval).mean
                 collection.complete(
-                    samples, ahead, visit.step + 1, step=visit.step - 1, compare=False
+                    samples, ahead, record.step + 1, step=record.step - 1, compare=False
                 )
         return collection.experience()
 

@@ -10,14 +10,15 @@ from torch import Tensor
 
 from flowgrpo.algorithms.collection import Collection, Samples, Watch
 from flowgrpo.algorithms.credit import scored_of
+from flowgrpo.core.advantages import Advantage, of_scored
 from flowgrpo.core.random import Random
-from flowgrpo.core.several import Advantage, of_scored
 from flowgrpo.core.solvers import Solver
 from flowgrpo.core.transitions import Transition
-from flowgrpo.experience import Actions, Candidates, Cost, Experience, Group
-from flowgrpo.judge import Judge
+from flowgrpo.data.experience import Actions, Candidates, Cost, Experience
+from flowgrpo.data.prompts import Group
 from flowgrpo.policy import PipelinePolicy
-from flowgrpo.policy.itinerary import Visit
+from flowgrpo.policy.step_plan import StepRecord
+from flowgrpo.rewards.scorer import RewardScorer
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ class TrajectoryPlan:
 def collect_trajectories(
     policy: PipelinePolicy,
     groups: Sequence[Group],
-    judge: Judge,
+    scorer: RewardScorer,
     random: Random,
     plan: TrajectoryPlan,
     watch: Watch | None = None,
@@ -71,7 +72,7 @@ def collect_trajectories(
     Where a group shares its initial noise, its samples are one until the first stochastic step.
     That part is computed once per group, and all samples' first actions share one state.
     """
-    collection = Collection(policy, groups, judge, plan.transition, watch)
+    collection = Collection(policy, groups, scorer, plan.transition, watch)
     for _ in walk(collection, random, plan):
         pass
     return collection.experience()
@@ -79,7 +80,7 @@ def collect_trajectories(
 
 def walk(
     collection: Collection, random: Random, plan: TrajectoryPlan, record: Several[int] = ()
-) -> Iterator[tuple[Samples, Sequence[Visit]]]:
+) -> Iterator[tuple[Samples, Sequence[StepRecord]]]:
     """Sample trajectories, note their actions, and judge their images.
 
     Args:
@@ -103,8 +104,8 @@ def walk(
             roots.prompts, roots.noise, nodes=range(first + 2), record=[first], decode=False
         ):
             begin, end = rollout.rows.start, rollout.rows.stop
-            parted.append(collection.branch(samples[begin * size : end * size], rollout.visits[0]))
-            yield roots[begin:end], rollout.visits
+            parted.append(collection.branch(samples[begin * size : end * size], rollout.records[0]))
+            yield roots[begin:end], rollout.records
         x = torch.cat(parted)
 
     for rollout in policy.run(
@@ -120,10 +121,10 @@ def walk(
         assert rollout.media is not None
         part = samples[rollout.rows.start : rollout.rows.stop]
         collection.submit(part, rollout.media, policy.num_steps() - 1)
-        for visit in rollout.visits:
-            if visit.step in later:
-                collection.act(part, visit)
-        yield part, rollout.visits
+        for taken in rollout.records:
+            if taken.step in later:
+                collection.act(part, taken)
+        yield part, rollout.records
 
 
 def candidate_advantages(

@@ -26,14 +26,14 @@ from flowgrpo.algorithms.credit import (
     standings,
 )
 from flowgrpo.algorithms.trajectories import TrajectoryPlan, walk
-from flowgrpo.core.advantages import RELATIVE_FLOOR, GroupAdvantage, VirtualBest
+from flowgrpo.core.advantages import RELATIVE_FLOOR, Advantage, GroupAdvantage, VirtualBest, numbers
 from flowgrpo.core.random import Random
-from flowgrpo.core.several import Advantage, numbers
 from flowgrpo.core.steps import AllSteps, StepSelection
 from flowgrpo.core.transitions import FlowSDE, Transition, require_noise
-from flowgrpo.experience import Cost, Experience, Group
-from flowgrpo.judge import Judge
+from flowgrpo.data.experience import Cost, Experience
+from flowgrpo.data.prompts import Group
 from flowgrpo.policy import PipelinePolicy
+from flowgrpo.rewards.scorer import RewardScorer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +64,7 @@ class VGPO:
     look at each reward have the values of each; weights and anchor are those of the sum."""
 
     def collect(
-        self, policy: PipelinePolicy, groups: Sequence[Group], judge: Judge, random: Random
+        self, policy: PipelinePolicy, groups: Sequence[Group], scorer: RewardScorer, random: Random
     ) -> Experience:
         """Trajectories, and the projection of each state after the first stochastic step.
 
@@ -75,13 +75,13 @@ class VGPO:
         assert isinstance(iteration, int)
         last = policy.num_steps() - 1
         stochastic = self.steps.select(policy.num_steps(), iteration, random.generator("steps"))
-        collection = Collection(policy, groups, judge, self.transition)
+        collection = Collection(policy, groups, scorer, self.transition)
         inside = range(stochastic[0] + 1, last + 1)
-        for samples, visits in walk(collection, random, self._plan(stochastic), record=inside):
-            for visit in visits:
-                is_image = visit.step == last and visit.interval.noise_next == 0
-                if visit.step in inside and not is_image:
-                    collection.project(samples, visit)
+        for samples, records in walk(collection, random, self._plan(stochastic), record=inside):
+            for record in records:
+                is_image = record.step == last and record.interval.noise_next == 0
+                if record.step in inside and not is_image:
+                    collection.project(samples, record)
         return collection.experience()
 
     def advantages(self, experience: Experience) -> Float[Tensor, " actions"]:

@@ -31,7 +31,7 @@ def load(model: str | Path, settings: Settings) -> DiffusionPipeline:
 
 def finite(subject: Subject, stock: Tensor) -> Sequence[Check]:
     """What the denoiser says is finite."""
-    said = torch.cat([v.prediction.output.flatten() for v in subject.rollout.visits])
+    said = torch.cat([v.prediction.output.flatten() for v in subject.rollout.records])
     broken = float((~said.isfinite()).float().mean())
     dtype = subject.settings.dtype
     other = "float32" if dtype == "float32" else "bfloat16 or float32"
@@ -61,8 +61,8 @@ def noise_zero(subject: Subject, stock: Tensor) -> Sequence[Check]:
 
 def recorded(subject: Subject, stock: Tensor) -> Sequence[Check]:
     """Recorded steps are as random as their density says."""
-    visits = subject.rollout.visits
-    noise = torch.cat([((v.x_next - v.gaussian.mean) / v.gaussian.std).flatten() for v in visits])
+    records = subject.rollout.records
+    noise = torch.cat([((v.x_next - v.gaussian.mean) / v.gaussian.std).flatten() for v in records])
     size = float(noise.square().mean())
     return [
         Check(
@@ -81,22 +81,22 @@ def replay(subject: Subject, stock: Tensor) -> Sequence[Check]:
 
     Every step again, at the rollout's batch shape and one by one.
     """
-    checks, settings, visits = [], subject.settings, subject.rollout.visits
+    checks, settings, records = [], subject.settings, subject.rollout.records
     # A model that was never trained may say nothing but zeros.
-    scale = max(float(v.prediction.output.abs().max()) for v in visits) or 1.0
+    scale = max(float(v.prediction.output.abs().max()) for v in records) or 1.0
     for words, size in (("same batch", len(subject.prompts)), ("batch of 1", 1)):
-        outputs, changes = [0.0] * len(visits), [0.0] * len(visits)
-        for i, visit in enumerate(visits):
+        outputs, changes = [0.0] * len(records), [0.0] * len(records)
+        for i, record in enumerate(records):
             for start in range(0, len(subject.prompts), size):
                 rows = slice(start, start + size)
                 with torch.no_grad():
                     again = subject.policy.replay(
-                        subject.prompts[rows], visit.x[rows], visit.step, subject.transition
+                        subject.prompts[rows], record.x[rows], record.step, subject.transition
                     )
-                said = visit.prediction.output[rows]
+                said = record.prediction.output[rows]
                 outputs[i] = max(outputs[i], _gap(again.prediction.output, said) / scale)
-                old = visit.gaussian.log_prob(visit.x_next)[rows]
-                new = again.gaussian.log_prob(visit.x_next[rows])
+                old = record.gaussian.log_prob(record.x_next)[rows]
+                new = again.gaussian.log_prob(record.x_next[rows])
                 changes[i] = max(changes[i], _gap(new, old))
         output, change = max(outputs), max(changes)
         exact = 1e-4 if settings.dtype == "float32" else 5e-2
@@ -124,15 +124,15 @@ def replay(subject: Subject, stock: Tensor) -> Sequence[Check]:
 
 def branch(subject: Subject, stock: Tensor) -> Sequence[Check]:
     """A branch from the middle agrees: enter in the middle of a rollout, follow it to the end."""
-    visits, media = subject.rollout.visits, subject.rollout.media
+    records, media = subject.rollout.records, subject.rollout.media
     assert media is not None
-    middle = visits[len(visits) // 2]
+    middle = records[len(records) // 2]
     (branch,) = subject.policy.run(
         subject.prompts,
         subject.noise,
         nodes=range(middle.step + 1, subject.settings.sampling.num_steps + 1),
         x=middle.x_next,
-        stochastic=[v.step for v in visits if v.step > middle.step],
+        stochastic=[v.step for v in records if v.step > middle.step],
         transition=subject.transition,
     )
     assert branch.media is not None
@@ -154,7 +154,7 @@ def decode(subject: Subject, stock: Tensor) -> Sequence[Check]:
     return [
         _agreement(
             "decoding a last state agrees",
-            policy.decode(subject.prompts, rollout.visits[-1].x_next),
+            policy.decode(subject.prompts, rollout.records[-1].x_next),
             policy.images(subject.prompts, subject.noise),
             subject.settings,
             "final states are not decoded alike",

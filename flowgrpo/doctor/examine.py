@@ -19,13 +19,13 @@ from torch import Tensor
 from flowgrpo.core.random import Random, SampleNoise
 from flowgrpo.core.steps import AllSteps
 from flowgrpo.core.transitions import CPS, DDIM, Transition
+from flowgrpo.data.prompts import Prompt
 from flowgrpo.doctor import checks
 from flowgrpo.doctor.subject import PROMPTS, Check, Measure, Settings, Subject
-from flowgrpo.experience import Prompt
 from flowgrpo.policy import Full, LoRA, PipelinePolicy, Sampling
 from flowgrpo.policy.calling import (
     Calling,
-    Unfit,
+    UnsupportedPipelineError,
     check_signature,
     check_strength,
     generators_for,
@@ -34,7 +34,7 @@ from flowgrpo.policy.loading import DTYPES, autoencoders, denoisers
 from flowgrpo.policy.precision import as_media, encode_still
 from flowgrpo.policy.samplers import first_order
 from flowgrpo.policy.scheduler import FlowPolicyScheduler
-from flowgrpo.run.console import Console
+from flowgrpo.training.console import Console
 
 ALONE = {
     "noise 0 gives the stock image",
@@ -188,14 +188,14 @@ def explained(attempt: str) -> Iterator[None]:
     """Inside, whatever is raised becomes one sentence about the attempt.
 
     Raises:
-        Unfit: With the attempt, and the kind and the first line of the error.
+        UnsupportedPipelineError: With the attempt, and the kind and the first line of the error.
     """
     try:
         yield
-    except (Unfit, FileNotFoundError, torch.OutOfMemoryError):
+    except (UnsupportedPipelineError, FileNotFoundError, torch.OutOfMemoryError):
         raise
     except Exception as error:
-        raise Unfit(f"{attempt} failed: {_in_short(error)}") from error
+        raise UnsupportedPipelineError(f"{attempt} failed: {_in_short(error)}") from error
 
 
 def _guarded(check: Measure, subject: Subject, stock: Tensor) -> Sequence[Check]:
@@ -260,7 +260,7 @@ def _trial(
             pipeline.vae.enable_tiling()
         try:
             media = _call(pipeline, sampling, prompts, noise)
-        except (Unfit, torch.OutOfMemoryError):
+        except (UnsupportedPipelineError, torch.OutOfMemoryError):
             raise
         except Exception as error:
             words = [f"{len(prompts)} prompt{'s' * (len(prompts) > 1)}", made]
@@ -275,7 +275,7 @@ def _trial(
         if len(prompts) == 1:
             notes.append("one prompt at a time: set the batch sizes to 1 to train it")
         return _Trial(sampling, prompts, media, notes, tiled)
-    raise Unfit(
+    raise UnsupportedPipelineError(
         f"{type(pipeline).__name__} cannot be called with diffusers' first-order sampler, and that is before "
         f"anything of ours; tried {'; '.join(tried)}"
     )

@@ -50,9 +50,9 @@ def _matter(subject: Subject, parameters: Sequence[nn.Parameter]) -> bool:
 
     @torch.no_grad()
     def said() -> Tensor:
-        visits = subject.rollout.visits
+        records = subject.rollout.records
         again = [
-            subject.policy.replay(subject.prompts, v.x, v.step, subject.transition) for v in visits
+            subject.policy.replay(subject.prompts, v.x, v.step, subject.transition) for v in records
         ]
         return torch.cat([v.prediction.output.flatten() for v in again])
 
@@ -71,9 +71,9 @@ def _backward(subject: Subject) -> tuple[list[nn.Parameter], int, int]:
     """Which trained weights get no gradient, how many one that is not zero, how many others one."""
     policy = subject.policy
     assert policy.trainable is not None
-    for visit in subject.rollout.visits:
-        again = policy.replay(subject.prompts, visit.x, visit.step, subject.transition)
-        log_prob = again.gaussian.log_prob(visit.x_next)
+    for record in subject.rollout.records:
+        again = policy.replay(subject.prompts, record.x, record.step, subject.transition)
+        log_prob = again.gaussian.log_prob(record.x_next)
         if log_prob.requires_grad:
             log_prob.sum().backward()
     trained = list(policy.trainable.parameters.values())

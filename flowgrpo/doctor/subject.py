@@ -8,7 +8,7 @@ from torch import Tensor
 
 from flowgrpo.core.random import SampleNoise
 from flowgrpo.core.transitions import Transition
-from flowgrpo.experience import Prompt
+from flowgrpo.data.prompts import Prompt
 from flowgrpo.policy import Memory, PipelinePolicy, Sampling
 from flowgrpo.policy.pipeline import Rollout
 from flowgrpo.policy.weights import Weights

@@ -22,7 +22,7 @@ NEEDED = ("prompt", "num_inference_steps", "generator", "output_type")
 """Arguments without which a pipeline's call cannot be steered."""
 
 
-class Unfit(ValueError):
+class UnsupportedPipelineError(ValueError):
     """A pipeline cannot be a policy; the message says why."""
 
 
@@ -30,19 +30,21 @@ def check_signature(pipeline: DiffusionPipeline, call: Mapping[str, inspect.Para
     """Refuse a pipeline whose parts or arguments show that it cannot be a policy.
 
     Raises:
-        Unfit: With the reason.
+        UnsupportedPipelineError: With the reason.
     """
     name = type(pipeline).__name__
     if getattr(pipeline, "scheduler", None) is None:
-        raise Unfit(f"{name} cannot be a policy: it has no scheduler, whose steps are the actions")
+        raise UnsupportedPipelineError(
+            f"{name} cannot be a policy: it has no scheduler, whose steps are the actions"
+        )
     missing = [a for a in NEEDED if a not in call]
     if missing:
-        raise Unfit(
+        raise UnsupportedPipelineError(
             f"{name} cannot be a policy: its call takes no {' and no '.join(missing)}, only "
             f"{', '.join(p for p in call if p != 'self')}"
         )
     if not hasattr(pipeline, "prepare_latents") and "latents" not in call:
-        raise Unfit(
+        raise UnsupportedPipelineError(
             f"{name} cannot be a policy: it has neither prepare_latents nor an argument latents, so "
             "that no state can be put into its loop"
         )
@@ -52,13 +54,13 @@ def check_strength(name: str, call: Mapping[str, inspect.Parameter], given: Argu
     """Refuse a strength below 1, which starts the loop late, from a noised image.
 
     Raises:
-        Unfit: With the value that fits.
+        UnsupportedPipelineError: With the value that fits.
     """
     if "strength" not in call:
         return
     strength = given.get("strength", call["strength"].default)
     if isinstance(strength, int | float) and strength < 1:
-        raise Unfit(
+        raise UnsupportedPipelineError(
             f"{name} with strength = {strength:g} cannot be a policy: it starts from a noised image and "
             "cuts the schedule; set its call's argument strength to 1.0"
         )
@@ -80,11 +82,13 @@ class Calling:
         """What ``run`` returns for the arguments.
 
         Raises:
-            Unfit: If the pipeline takes one prompt at a time and several were given.
+            UnsupportedPipelineError: If the pipeline takes one prompt at a time and several were given.
             Exception: What the plain form raised, if none works.
         """
         if self.form is alone and num_prompts > 1:
-            raise Unfit("the pipeline takes one prompt at a time: set the batch sizes to 1")
+            raise UnsupportedPipelineError(
+                "the pipeline takes one prompt at a time: set the batch sizes to 1"
+            )
         if self.form is not None:
             return run(self.form(arguments, num_prompts) or arguments)
         failure: Exception | None = None
@@ -94,7 +98,7 @@ class Calling:
                 continue
             try:
                 result = run(formed)
-            except (Unfit, torch.OutOfMemoryError):
+            except (UnsupportedPipelineError, torch.OutOfMemoryError):
                 raise
             # Pipelines object in every way there is, from ValueError to a shape inside attention.
             except Exception as error:

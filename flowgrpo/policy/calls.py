@@ -7,7 +7,7 @@ from typing import Any
 
 from PIL import Image
 
-from flowgrpo.experience import Prompt
+from flowgrpo.data.prompts import Prompt
 
 
 @dataclass(frozen=True, kw_only=True)

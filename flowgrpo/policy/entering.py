@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flowgrpo.policy.calling import Unfit
+from flowgrpo.policy.calling import UnsupportedPipelineError
 
 
 def parts_of(prepared: Any) -> list[Any]:
@@ -104,12 +104,12 @@ def enter(prepared: Any, state: Tensor, known: Place | None = None, name: str = 
         name: Of the pipeline, for the message.
 
     Raises:
-        Unfit: If there is no place for it.
+        UnsupportedPipelineError: If there is no place for it.
     """
     parts = parts_of(prepared)
     found = sought(parts, state.shape, known)
     if found is None:
-        raise Unfit(
+        raise UnsupportedPipelineError(
             f"{name} cannot be entered: it prepares latents of shape "
             f"{[tuple(s) for s in shapes_of(parts) if s]}, its loop holds {tuple(state.shape)}"
         )

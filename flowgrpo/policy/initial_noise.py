@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from flowgrpo.core.transitions import Gaussian, Prediction, Step
 from flowgrpo.policy.entering import Place, enter, parts_of, place, shapes_of
-from flowgrpo.policy.itinerary import Visit
 from flowgrpo.policy.scheduler import PolicyScheduler
+from flowgrpo.policy.step_plan import StepRecord
 from flowgrpo.policy.weights import require_same
 
 INITIAL = -1
@@ -66,13 +66,13 @@ class InitialNoise:
             mean, log_std = torch.zeros_like(mean), torch.zeros_like(log_std)
         return Gaussian(scale * mean, scale * log_std.exp())
 
-    def visit(self, number: int, scale: float) -> Visit:
+    def record(self, number: int, scale: float) -> StepRecord:
         """The draw of the initial noise as a step, ``number`` times; what it predicts is the mean."""
         one = self.gaussian(scale)
         mean = one.mean.expand(number, *one.mean.shape[1:])
         gaussian = Gaussian(mean, one.std)
         nowhere, interval = torch.zeros_like(mean), Step.flow(1.0, 1.0)
-        return Visit(INITIAL, interval, nowhere, mean, Prediction(mean, mean, mean), gaussian)
+        return StepRecord(INITIAL, interval, nowhere, mean, Prediction(mean, mean, mean), gaussian)
 
     def place_in(self, prepared: Any, known: Place | None, scheduler: PolicyScheduler) -> Any:
         """What a pipeline prepared, with its standard noise moved into this distribution.
@@ -84,7 +84,7 @@ class InitialNoise:
         """
         if not self.parameters:
             return prepared
-        parts, noise = parts_of(prepared), scheduler.itinerary.noise
+        parts, noise = parts_of(prepared), scheduler.plan.noise
         shape = torch.Size((len(noise or ()), *self.parameters[MEAN].shape[1:]))
         sizes = shapes_of(parts)
         found = place(shape, [s if s == shape else None for s in sizes])

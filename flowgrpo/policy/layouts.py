@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flowgrpo.policy.calling import Unfit
+from flowgrpo.policy.calling import UnsupportedPipelineError
 from flowgrpo.policy.entering import parts_of, shapes_of
-from flowgrpo.policy.itinerary import Itinerary
+from flowgrpo.policy.step_plan import StepPlan
 
 MAX_NUMBER = 2**24
 """The whole numbers up to this are exact in fp32."""
@@ -80,7 +80,7 @@ class Layouts:
         self,
         state: torch.Size,
         prepared: Sequence[Any],
-        call: Callable[[Itinerary], object],
+        call: Callable[[StepPlan], object],
         name: str,
     ) -> None:
         """Find out where states of a shape are in what a call prepares, unless that is known.
@@ -92,25 +92,25 @@ class Layouts:
             name: Of the pipeline, for the message.
 
         Raises:
-            Unfit: If the elements of a state are not elements of what was prepared.
+            UnsupportedPipelineError: If the elements of a state are not elements of what was prepared.
         """
         if self._find(state, prepared) is not None:
             return
         for index, whole in enumerate(shapes_of(prepared)):
             if whole is None or not state[1:].numel() <= whole[1:].numel() <= MAX_NUMBER:
                 continue
-            itinerary = Itinerary(nodes=[0, 1], hold=True, record=[0])
+            plan = StepPlan(nodes=[0, 1], hold=True, record=[0])
             self._numbering = index
             try:
-                call(itinerary)
+                call(plan)
             finally:
                 self._numbering = None
-            positions = _positions(itinerary.visits[0].x, whole)
+            positions = _positions(plan.records[0].x, whole)
             if positions is not None:
                 self._known.append(Layout(index, whole[1:], positions))
                 return
         shapes = [tuple(s) for s in shapes_of(prepared) if s]
-        raise Unfit(
+        raise UnsupportedPipelineError(
             f"{name} cannot be a policy: what it steps, {tuple(state)}, is no part of what it prepares, "
             f"{shapes}"
         )

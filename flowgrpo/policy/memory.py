@@ -14,7 +14,7 @@ from diffusers import DiffusionPipeline, ModelMixin, PipelineQuantizationConfig
 from diffusers.models.attention_dispatch import AttentionBackendName
 from torch import Tensor, nn
 
-from flowgrpo.names import suggest
+from flowgrpo.core.imports import suggest
 
 Quantization = Literal["none", "nf4", "int8", "torchao_int8"]
 PACKAGES = {"nf4": "bitsandbytes", "int8": "bitsandbytes", "torchao_int8": "torchao"}

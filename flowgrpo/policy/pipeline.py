@@ -21,26 +21,26 @@ from torch import Tensor
 from flowgrpo.core.random import SampleNoise
 from flowgrpo.core.solvers import Solver
 from flowgrpo.core.transitions import ODE, Transition
-from flowgrpo.experience import Prompt
+from flowgrpo.data.prompts import Prompt
 from flowgrpo.policy.calling import (
     Calling,
-    Unfit,
+    UnsupportedPipelineError,
     check_signature,
     check_strength,
     generators_for,
 )
 from flowgrpo.policy.calls import Sampling, batches, own_arguments
-from flowgrpo.policy.counting import counted
-from flowgrpo.policy.entrance import Entrance
 from flowgrpo.policy.initial_noise import INITIAL, InitialNoise, Noise
-from flowgrpo.policy.itinerary import Itinerary, Visit, held
+from flowgrpo.policy.latent_injection import LatentInjection
 from flowgrpo.policy.loading import DTYPES, denoisers, load_pipeline, without_safety_checker
 from flowgrpo.policy.memory import Memory
 from flowgrpo.policy.precision import as_batch, as_media
 from flowgrpo.policy.preparing import models_of, prepare
+from flowgrpo.policy.prompt_rewriting import REWRITING_METHODS
 from flowgrpo.policy.prompts_cache import ENCODING_METHODS
-from flowgrpo.policy.rewriting import REWRITING_METHODS
 from flowgrpo.policy.scheduler import policy_scheduler
+from flowgrpo.policy.step_counter import counted
+from flowgrpo.policy.step_plan import StepPlan, StepRecord, held
 from flowgrpo.policy.weights import Full, Trainable, Weights
 
 
@@ -59,7 +59,7 @@ class Rollout:
     rows: range
     x: Float[Tensor, "batch *latent"] | None
     media: Float[Tensor, "batch *frames channels height width"] | None
-    visits: Sequence[Visit]
+    records: Sequence[StepRecord]
 
 
 class PipelinePolicy:
@@ -129,9 +129,9 @@ class PipelinePolicy:
             )
         self.num_evaluations = self.num_decodes = 0
         self._calling, self._empty_loop = Calling(), True
-        self._entrance = Entrance(pipeline, self.scheduler, self.device)
+        self._injection = LatentInjection(pipeline, self.scheduler, self.device)
         if isinstance(self.trainable, InitialNoise):
-            self._entrance.initial = self.trainable
+            self._injection.initial = self.trainable
 
     @classmethod
     def from_pretrained(cls, model: str | Path, **options: Any) -> "PipelinePolicy":
@@ -163,7 +163,7 @@ class PipelinePolicy:
     @property
     def displaces(self) -> bool:
         """Whether the loop was seen to step more or other than one prepared tensor as it is."""
-        return self._entrance.displaces
+        return self._injection.displaces
 
     def num_steps(self, sampling: Sampling | None = None) -> int:
         """Number of denoising steps of a call."""
@@ -193,13 +193,13 @@ class PipelinePolicy:
             x: States to enter at ``nodes[0]`` with; by default the pipeline's initial latents.
             stochastic: Steps that follow ``transition``; the others follow the ODE.
             transition: The stochastic step.
-            record: Steps to record in ``visits``.
+            record: Steps to record in ``records``.
             decode: Whether to decode media.
             sampling: How to call the pipeline, if not as usual.
             solver: How the deterministic steps after the last stochastic one are taken.
         """
         for rows in batches(prompts, self.batch_size):
-            itinerary = Itinerary(
+            plan = StepPlan(
                 nodes=nodes,
                 stochastic=stochastic,
                 transition=transition or ODE(),
@@ -211,14 +211,14 @@ class PipelinePolicy:
             with torch.no_grad():
                 output = self._run(
                     [prompts[i] for i in rows],
-                    itinerary,
+                    plan,
                     entering,
                     decode,
                     sampling or self.sampling,
                 )
             self.num_decodes += len(rows) * decode
             media = output.float().cpu() if decode else None
-            yield Rollout(rows, None if decode else output, media, itinerary.visits)
+            yield Rollout(rows, None if decode else output, media, plan.records)
 
     def images(
         self, prompts: Sequence[Prompt], noise: SampleNoise, sampling: Sampling | None = None
@@ -239,10 +239,10 @@ class PipelinePolicy:
         end, noise = self.num_steps(sampling), SampleNoise([])
         parts = []
         for rows in batches(prompts, self.batch_size):
-            itinerary = Itinerary(nodes=[end], noise=noise)
+            plan = StepPlan(nodes=[end], noise=noise)
             part = slice(rows.start, rows.stop)
             with torch.no_grad():
-                parts.append(self._run(prompts[part], itinerary, x[part], True, sampling))
+                parts.append(self._run(prompts[part], plan, x[part], True, sampling))
         self.num_decodes += len(prompts)
         return torch.cat(parts).float().cpu()
 
@@ -252,7 +252,7 @@ class PipelinePolicy:
         x: Float[Tensor, "batch *latent"],
         step: int,
         transition: Transition,
-    ) -> Visit:
+    ) -> StepRecord:
         """Run one recorded step again, with gradients: the distribution that ``x_next`` came from.
 
         The model sees exactly what it saw in the rollout, so that before an update the
@@ -267,13 +267,13 @@ class PipelinePolicy:
         """
         if step == INITIAL:
             assert isinstance(self.trainable, InitialNoise)
-            return self.trainable.visit(len(x), self.scheduler.initial_std)
-        itinerary = Itinerary(
+            return self.trainable.record(len(x), self.scheduler.initial_std)
+        plan = StepPlan(
             nodes=[step, step + 1], stochastic={step}, transition=transition, record={step}
         )
-        self._run(prompts, itinerary, x, False, self.sampling)
-        (visit,) = itinerary.visits
-        return visit
+        self._run(prompts, plan, x, False, self.sampling)
+        (record,) = plan.records
+        return record
 
     def stock_pipeline(self) -> DiffusionPipeline:
         """The pipeline with the scheduler that it was shipped with, for export.
@@ -281,7 +281,7 @@ class PipelinePolicy:
         The policy cannot be used any more after this.
         """
         self.pipeline.scheduler = self.shipped_scheduler
-        self._entrance.leave()
+        self._injection.leave()
         for name in (*ENCODING_METHODS, *REWRITING_METHODS):
             self.pipeline.__dict__.pop(name, None)
         return self.pipeline
@@ -293,7 +293,7 @@ class PipelinePolicy:
     def _run(
         self,
         prompts: Sequence[Prompt],
-        itinerary: Itinerary,
+        plan: StepPlan,
         entering: Tensor | None,
         decode: bool,
         sampling: Sampling,
@@ -302,53 +302,51 @@ class PipelinePolicy:
         arguments = sampling.arguments() | own_arguments(prompts)
         if not arguments.keys() <= self._parameters.keys():
             self.check_sampling(sampling, prompts[:1])
-        nodes = itinerary.nodes if itinerary.nodes is not None else range(sampling.num_steps + 1)
+        nodes = plan.nodes if plan.nodes is not None else range(sampling.num_steps + 1)
         if len(nodes) == 1 and not self._empty_loop:
-            itinerary = held(itinerary, sampling.num_steps)
+            plan = held(plan, sampling.num_steps)
 
         def call(formed: dict[str, Any]) -> Tensor:
-            return self._once(formed, itinerary, entering, decode)
+            return self._once(formed, plan, entering, decode)
 
         try:
             output = self._calling(call, arguments, len(prompts))
         except Exception as error:
-            if len(nodes) > 1 or itinerary.hold or isinstance(error, Unfit):
+            if len(nodes) > 1 or plan.hold or isinstance(error, UnsupportedPipelineError):
                 raise
             # Its loop cannot be empty, or something else is wrong, which the next call will raise.
             self._empty_loop = False
-            return self._run(prompts, itinerary, entering, decode, sampling)
-        self.num_evaluations += len(prompts) * (len(nodes) - 1 + itinerary.hold)
+            return self._run(prompts, plan, entering, decode, sampling)
+        self.num_evaluations += len(prompts) * (len(nodes) - 1 + plan.hold)
         return output
 
     def _once(
         self,
         arguments: dict[str, Any],
-        itinerary: Itinerary,
+        plan: StepPlan,
         entering: Tensor | None,
         decode: bool,
     ) -> Tensor:
         """Call the pipeline in one form, and check that it walked where it was sent."""
         # Where a state is put in, the pipeline's own draw is thrown away; one generator is cheaper.
-        generators = (
-            itinerary.noise.initial() if itinerary.noise and entering is None else torch.Generator()
-        )
-        itinerary.visits.clear()
-        self.scheduler.begin(itinerary)
-        arguments = self._entrance.expect(entering, arguments)
+        generators = plan.noise.initial() if plan.noise and entering is None else torch.Generator()
+        plan.records.clear()
+        self.scheduler.begin(plan)
+        arguments = self._injection.expect(entering, arguments)
         arguments |= {"generator": generators_for(arguments, generators)}
 
-        def again(another: Itinerary) -> None:
+        def again(another: StepPlan) -> None:
             self.scheduler.begin(another)
             with torch.no_grad():
                 self._output(arguments, False)
 
         try:
             output = self._output(arguments, decode)
-            self._entrance.check()
-            self._entrance.learn(itinerary, again)
+            self._injection.check()
+            self._injection.learn(plan, again)
         finally:
-            self.scheduler.begin(Itinerary())
-            self._entrance.expect(None, arguments)
+            self.scheduler.begin(StepPlan())
+            self._injection.expect(None, arguments)
         return output
 
     def _output(self, arguments: dict[str, Any], decode: bool) -> Tensor:
@@ -359,13 +357,13 @@ class PipelinePolicy:
         except Exception:
             # What goes wrong after the loop does not matter where only its states are wanted
             # (QwenImageLayered cannot return latents).
-            arrived = self._entrance.arrived()
+            arrived = self._injection.arrived()
             if decode or arrived is None:
                 raise
             return arrived
         if decode:
             return as_media(output, self.pipeline)
-        arrived = self._entrance.arrived()
+        arrived = self._injection.arrived()
         return as_batch(output) if arrived is None else arrived
 
     def _precision(self) -> torch.dtype:

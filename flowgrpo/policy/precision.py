@@ -10,7 +10,7 @@ from diffusers import DiffusionPipeline, ModelMixin
 from diffusers.utils import BaseOutput
 from torch import Tensor, nn
 
-from flowgrpo.policy.calling import Unfit
+from flowgrpo.policy.calling import UnsupportedPipelineError
 from flowgrpo.policy.loading import autoencoders, helpers
 
 EXACT = re.compile(r"coords|rope|rotary|freqs|(img|txt|text|image|latent|position|pos)_ids")
@@ -139,11 +139,11 @@ def as_media(output: Any, pipeline: DiffusionPipeline) -> Tensor:
     """The images or videos that a pipeline returned, in [0, 1].
 
     Raises:
-        Unfit: If they are neither.
+        UnsupportedPipelineError: If they are neither.
     """
     media = as_batch(output)
     if media.ndim not in (4, 5):
-        raise Unfit(
+        raise UnsupportedPipelineError(
             f"{type(pipeline).__name__} cannot be a policy: it makes neither images nor videos, but "
             f"tensors of shape {tuple(media.shape)}"
         )

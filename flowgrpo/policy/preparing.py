@@ -47,8 +47,8 @@ def prepare(
     visitors = autoencoders(pipeline) if offload_vae else []
     for name, model in models.items():
         model.eval().requires_grad_(False)
-        visits = name in encoders or any(model is v for v in visitors)
-        if not visits and not is_quantized(model):
+        records = name in encoders or any(model is v for v in visitors)
+        if not records and not is_quantized(model):
             model.to(device)
     at_hand = Encoders(encoders, device, memory.offload_text_encoders)
     for model in trained.values():

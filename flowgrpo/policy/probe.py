@@ -7,11 +7,11 @@ from statistics import median
 
 import torch
 
-from flowgrpo.core.losses import step_gain
 from flowgrpo.core.random import Random, SampleNoise
 from flowgrpo.core.transitions import Prediction, Transition
-from flowgrpo.experience import Prompt
-from flowgrpo.policy.calling import Unfit
+from flowgrpo.data.prompts import Prompt
+from flowgrpo.losses.losses import step_gain
+from flowgrpo.policy.calling import UnsupportedPipelineError
 from flowgrpo.policy.calls import Sampling
 from flowgrpo.policy.initial_noise import InitialNoise
 from flowgrpo.policy.pipeline import PipelinePolicy
@@ -60,7 +60,7 @@ def fit_noise(policy: PipelinePolicy, prompts: Sequence[Prompt]) -> None:
         return
     name = type(policy.pipeline).__name__
     if not hasattr(policy.pipeline, "prepare_latents"):
-        raise Unfit(
+        raise UnsupportedPipelineError(
             f"model.weights.kind = 'noise': {name} has no prepare_latents, so that its initial noise "
             "cannot be replaced"
         )
@@ -68,9 +68,9 @@ def fit_noise(policy: PipelinePolicy, prompts: Sequence[Prompt]) -> None:
     for prompt in {p.size: p for p in prompts}.values():
         noise = SampleNoise([Random(0).at("probe")])
         (rollout,) = policy.run([prompt], noise, nodes=[0, 1], record=[0], decode=False)
-        shapes.add(tuple(rollout.visits[0].x.shape[1:]))
+        shapes.add(tuple(rollout.records[0].x.shape[1:]))
     if policy.displaces:
-        raise Unfit(
+        raise UnsupportedPipelineError(
             f"model.weights.kind = 'noise': {name} steps other or more than the latents that it "
             "prepares, where its noise cannot be replaced"
         )
@@ -130,13 +130,13 @@ def _made(policy: PipelinePolicy, prompt: Prompt, sampling: Sampling) -> Size | 
         (rollout,) = policy.run(
             [prompt], noise, nodes=[0, 1], record=[0], decode=False, sampling=sampling
         )
-        visit = rollout.visits[0]
-        if not bool(visit.prediction.output.isfinite().all()):
+        record = rollout.records[0]
+        if not bool(record.prediction.output.isfinite().all()):
             raise OverflowError(
                 f"{type(policy.pipeline).__name__} overflows in {policy.dtype}: set model.dtype = "
                 "'bfloat16' or 'float32'"
             )
-        media = policy.decode([prompt], visit.x, sampling)
+        media = policy.decode([prompt], record.x, sampling)
     except (OverflowError, torch.OutOfMemoryError):
         raise
     # Pipelines object to a size in every way there is.

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from flowgrpo.policy.loading import autoencoders
 from flowgrpo.policy.memory import Encoders, Memory
-from flowgrpo.policy.rewriting import REWRITING_METHODS, rewritten_once
+from flowgrpo.policy.prompt_rewriting import REWRITING_METHODS, rewritten_once
 from flowgrpo.policy.store import GB, TensorStore, fingerprint, has_media, remembered
 
 PROMPT_ARGUMENTS = (

@@ -10,7 +10,7 @@ import torch
 from diffusers import DDIMScheduler, EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
-from flowgrpo.policy.calling import Unfit
+from flowgrpo.policy.calling import UnsupportedPipelineError
 
 REFUSED = ("LCM", "TCD", "Consistency", "DiffusionForcing", "SCM")
 """Schedulers of samplers that jump to the data and add noise anew; their steps are no transitions."""
@@ -33,11 +33,11 @@ def first_order(shipped: SchedulerMixin) -> SchedulerMixin:
     DDIM, and all on a rectified flow become flow-matching Euler.
 
     Raises:
-        Unfit: If its steps are no transitions, or its noise schedule is unknown.
+        UnsupportedPipelineError: If its steps are no transitions, or its noise schedule is unknown.
     """
     name, config = type(shipped).__name__, dict(shipped.config)
     if any(word in name for word in REFUSED):
-        raise Unfit(
+        raise UnsupportedPipelineError(
             f"a pipeline with {name} cannot be a policy: its sampler jumps to the data and adds noise "
             "anew, so that its steps have no density to optimise"
         )
@@ -50,7 +50,7 @@ def first_order(shipped: SchedulerMixin) -> SchedulerMixin:
             use_dynamic_shifting=bool(config.get("use_dynamic_shifting", False)),
         )
     if not hasattr(shipped, "alphas_cumprod"):
-        raise Unfit(
+        raise UnsupportedPipelineError(
             f"a pipeline with {name} cannot be a policy: only rectified-flow schedulers and diffusion "
             "schedulers with alphas_cumprod are known"
         )

@@ -1,7 +1,7 @@
 """The scheduler that turns a diffusers pipeline into a policy.
 
 It stands in for the pipeline's own scheduler. Before each call of the pipeline it is given an
-``Itinerary``: which nodes of the sampling grid to visit, where to be stochastic, what to record.
+``StepPlan``: which nodes of the sampling grid to visit, where to be stochastic, what to record.
 The pipeline then runs its usual loop over ``timesteps`` and calls ``step``.
 """
 
@@ -19,10 +19,10 @@ from torch import Tensor
 from flowgrpo.core.random import SampleNoise
 from flowgrpo.core.solvers import SecondOrder
 from flowgrpo.core.transitions import ODE, Predicted, Prediction, Step
-from flowgrpo.policy.calling import Unfit
+from flowgrpo.policy.calling import UnsupportedPipelineError
 from flowgrpo.policy.entering import Place, locate, place, shapes_of
-from flowgrpo.policy.itinerary import Itinerary, Visit
 from flowgrpo.policy.samplers import first_order, is_flow
+from flowgrpo.policy.step_plan import StepPlan, StepRecord
 
 PREDICTED: dict[str, Predicted] = {"epsilon": "noise", "v_prediction": "v", "sample": "data"}
 """What diffusers calls what a model predicts."""
@@ -35,9 +35,9 @@ class _Steps:
 
     timesteps: Tensor
     sigmas: Tensor
-    itinerary: Itinerary
+    plan: StepPlan
     _grid_timesteps: Tensor
-    _walked: Itinerary | None = None
+    _walked: StepPlan | None = None
     _nodes: Sequence[int]
     _cursor: int
     taken: int = 0
@@ -54,7 +54,7 @@ class _Steps:
     """What the pipeline's methods prepared before its loop, in the order of their calls."""
     entered_at: Place | None = None
     """Where in what ``prepare_latents`` prepared the first state was."""
-    beside: Any = None
+    auxiliary: Any = None
     """The copy of this scheduler with which the pipeline steps a second state."""
     _all_prepared: bool = False
 
@@ -63,10 +63,10 @@ class _Steps:
         """Standard deviation of the noise that a loop begins with."""
         return float(self.init_noise_sigma) * self.noise_scale
 
-    def begin(self, itinerary: Itinerary) -> None:
+    def begin(self, plan: StepPlan) -> None:
         """Go where the itinerary says in the next call of the pipeline."""
-        self.itinerary, self._walked = itinerary, None
-        self.prepared_by, self.entered_at, self.beside = [], None, None
+        self.plan, self._walked = plan, None
+        self.prepared_by, self.entered_at, self.auxiliary = [], None, None
         self.taken, self._state = 0, None
 
     @property
@@ -79,7 +79,7 @@ class _Steps:
     @property
     def arrived(self) -> Tensor | None:
         """The last state, once the itinerary has been walked."""
-        there = self._walked is self.itinerary and self.taken == len(self._nodes) - 1
+        there = self._walked is self.plan and self.taken == len(self._nodes) - 1
         return self._state if there else None
 
     def check_walk(self, name: str) -> torch.Size | None:
@@ -92,15 +92,15 @@ class _Steps:
             The shape of its states, if none of the tensors that it prepared holds one as it is.
 
         Raises:
-            Unfit: If it took other steps.
+            UnsupportedPipelineError: If it took other steps.
         """
-        if self._walked is not self.itinerary:
-            raise Unfit(
+        if self._walked is not self.plan:
+            raise UnsupportedPipelineError(
                 f"{name} cannot be a policy: its call does not use its scheduler's timesteps"
             )
         due = len(self._nodes) - 1
         if self.taken != due:
-            raise Unfit(
+            raise UnsupportedPipelineError(
                 f"{name} cannot be a policy: it took {self.taken} of {due} denoising steps, because "
                 "an argument such as strength cuts its schedule or because it samples in its own way"
             )
@@ -111,29 +111,29 @@ class _Steps:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         """One copy, for a state beside the latents (a video's sound), which goes the same way."""
-        if self.beside is not None:
-            raise Unfit(
+        if self.auxiliary is not None:
+            raise UnsupportedPipelineError(
                 "the pipeline cannot be a policy: it steps several states at once, each with a copy of "
                 "the scheduler (frames at different noise)"
             )
-        noise = self.itinerary.noise
-        self.beside = other = copy.copy(self)
-        other.itinerary = replace(
-            self.itinerary,
+        noise = self.plan.noise
+        self.auxiliary = other = copy.copy(self)
+        other.plan = replace(
+            self.plan,
             noise=SampleNoise([s.at("beside") for s in noise.streams]) if noise else noise,
-            visits=[],
+            records=[],
         )
-        other._walked, other._all_prepared, other.beside = None, True, self
+        other._walked, other._all_prepared, other.auxiliary = None, True, self
         other.taken, other._state, other.entered_at = 0, None, None
         return other
 
     def _restrict(self) -> None:
         """Keep only the itinerary's nodes of the grid that was just set."""
-        if self._walked is not self.itinerary:
+        if self._walked is not self.plan:
             self.taken, self._state = 0, None
-        self._grid_timesteps, self._walked, self._cursor = self.timesteps, self.itinerary, 0
-        self._solver = SecondOrder() if self.itinerary.solver == "dpm_2m" else None
-        nodes = self.itinerary.nodes
+        self._grid_timesteps, self._walked, self._cursor = self.timesteps, self.plan, 0
+        self._solver = SecondOrder() if self.plan.solver == "dpm_2m" else None
+        nodes = self.plan.nodes
         self._nodes = list(range(len(self.timesteps) + 1)) if nodes is None else list(nodes)
         if self._nodes != sorted(set(self._nodes)) or not 0 <= self._nodes[0] <= self._nodes[
             -1
@@ -164,11 +164,11 @@ class _Steps:
         ``generator`` is for pipelines that always pass one; noise comes from the itinerary.
 
         Raises:
-            Unfit: If what the pipeline does is no walk along the grid.
+            UnsupportedPipelineError: If what the pipeline does is no walk along the grid.
         """
         self._check_step(sample, [k for k, v in unknown.items() if v is not None])
-        itinerary, node, next_node = (
-            self.itinerary,
+        plan, node, next_node = (
+            self.plan,
             self._nodes[self._cursor],
             self._nodes[self._cursor + 1],
         )
@@ -178,36 +178,36 @@ class _Steps:
         interval = self.interval(node, next_node)
         x = self._unrounded(sample)
         prediction = self._predict(model_output.float(), x, node, interval)
-        stochastic = node in itinerary.stochastic
-        take = itinerary.transition if stochastic else self._deterministic(node)
+        stochastic = node in plan.stochastic
+        take = plan.transition if stochastic else self._deterministic(node)
         gaussian = take(x, prediction, interval)
         x_next = gaussian.mean
-        if itinerary.hold:
+        if plan.hold:
             x_next = x
-        elif stochastic and itinerary.noise is not None:
-            x_next = gaussian.sample(itinerary.noise.at_step(node, x.shape[1:]).to(x.device))
+        elif stochastic and plan.noise is not None:
+            x_next = gaussian.sample(plan.noise.at_step(node, x.shape[1:]).to(x.device))
         self._state, self._version = x_next, x_next._version
-        if node in itinerary.record:
+        if node in plan.record:
             # Some loops write the next state over this one.
             x = x.clone() if x.data_ptr() == sample.data_ptr() else x
-            itinerary.visits.append(Visit(node, interval, x, x_next, prediction, gaussian))
+            plan.records.append(StepRecord(node, interval, x, x_next, prediction, gaussian))
         return SchedulerOutput(prev_sample=x_next) if return_dict else (x_next,)
 
     def _check_step(self, sample: Tensor, unknown: Sequence[str]) -> None:
         """Refuse a step that is not the itinerary's next one, from where the last one ended."""
         if unknown:
-            raise Unfit(
+            raise UnsupportedPipelineError(
                 f"the pipeline cannot be a policy: it steps with {', '.join(unknown)}, so that parts of "
                 "its state are at different noise"
             )
         if self.taken >= len(self._nodes) - 1:
-            raise Unfit(
+            raise UnsupportedPipelineError(
                 "the pipeline cannot be a policy: one call denoises several times (segments of a long "
                 "video, or stages)"
             )
-        noise = self.itinerary.noise
+        noise = self.plan.noise
         if noise and len(noise) != len(sample):
-            raise Unfit(
+            raise UnsupportedPipelineError(
                 f"the pipeline cannot be a policy: it steps {len(sample)} states for {len(noise)} prompts "
                 "(the frames of a video one by one)"
             )
@@ -220,13 +220,13 @@ class _Steps:
             sample is not state
             and (state.shape != sample.shape or not torch.equal(state.to(sample.dtype), sample))
         ):
-            raise Unfit(
+            raise UnsupportedPipelineError(
                 "the pipeline cannot be a policy: between two steps it changes its state, which no "
                 "log-probability accounts for (inpainting does, where the denoiser takes no mask)"
             )
 
     def _deterministic(self, node: int) -> ODE | SecondOrder:
-        after_all = node > max(self.itinerary.stochastic, default=-1)
+        after_all = node > max(self.plan.stochastic, default=-1)
         return self._solver if self._solver is not None and after_all else ODE()
 
     def _unrounded(self, sample: Tensor) -> Tensor:
@@ -282,7 +282,7 @@ class FlowPolicyScheduler(_Steps, FlowMatchEulerDiscreteScheduler):
         # On the CPU, so that no step waits for the accelerator.
         self._grid_sigmas = [float(s) for s in self.sigmas.cpu()]
         if max(self._grid_sigmas) > 1.001:
-            raise Unfit(
+            raise UnsupportedPipelineError(
                 "the pipeline cannot be a policy: its noise grows to "
                 f"{max(self._grid_sigmas):g} (Cosmos 2), and that of a rectified flow from 0 to 1"
             )
@@ -331,7 +331,7 @@ class DiffusionPolicyScheduler(_Steps, DDIMScheduler):
             self._alpha_bars = [1 / (1 + float(s) ** 2) for s in source.sigmas.cpu()]
             self._landings = self._alpha_bars[1:]
         if self._alpha_bars[0] == 0 and self.config.prediction_type == "epsilon":
-            raise Unfit(
+            raise UnsupportedPipelineError(
                 "the pipeline cannot be a policy: its model predicts noise, and its grid begins where "
                 "there is nothing else (rescale_betas_zero_snr), which takes a v-prediction"
             )
@@ -393,5 +393,5 @@ def policy_scheduler(shipped: SchedulerMixin) -> PolicyScheduler:
         scheduler.source, scheduler.alphas_cumprod = source, source.alphas_cumprod
         if isinstance(source, DDIMScheduler):
             scheduler.final_alpha_cumprod = source.final_alpha_cumprod
-    scheduler.begin(Itinerary())
+    scheduler.begin(StepPlan())
     return scheduler

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from flowgrpo.evaluate.relations import RELATIONS, relations_between
+from flowgrpo.core.geneval import RELATIONS, relations_between
 from flowgrpo.shapes.world import COLORS, COUNTS, SHAPES, SceneObject, place
 
 TASKS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")

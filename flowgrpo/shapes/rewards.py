@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from flowgrpo.experience import Prompt
+from flowgrpo.data.prompts import Prompt
 from flowgrpo.shapes import verifier
 from flowgrpo.shapes.verifier import Detection, detect
 from flowgrpo.shapes.world import COLORS, IMAGE_SIZE
@@ -61,7 +61,7 @@ class StrictAndGraded:
         found = detections(media)
         return torch.tensor(
             [
-                sum(verifier.judge(d, dict(_record(p)))) / 2
+                sum(verifier.scorer(d, dict(_record(p)))) / 2
                 for d, p in zip(found, prompts, strict=True)
             ]
         )

@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Float
 from scipy import ndimage
 
-from flowgrpo.evaluate.relations import relations_between
+from flowgrpo.core.geneval import relations_between
 from flowgrpo.shapes.world import BACKGROUND, COLORS, SHAPES, SceneObject, draw
 
 FOREGROUND_DISTANCE = 0.2
@@ -138,7 +138,7 @@ def _detection(region: np.ndarray, distance: np.ndarray, window: tuple[slice, sl
     )
 
 
-def judge(detections: list[Detection], record: dict[str, Any]) -> tuple[float, float]:
+def scorer(detections: list[Detection], record: dict[str, Any]) -> tuple[float, float]:
     """Strict (0 or 1) and graded (in [0, 1]) score of an image for a prompt's record."""
     return strict(detections, record), graded(detections, record)
 

@@ -1,0 +1,30 @@
+"""Objects by import path, so that a configuration can name code outside of flowgrpo, and hints for misspelt names."""
+
+import difflib
+import importlib
+from collections.abc import Iterable
+from typing import Any
+
+
+def import_path(path: str) -> Any:
+    """The object that ``"package.module:name"`` names.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    module, colon, name = path.partition(":")
+    if not colon:
+        raise ValueError(f"{path!r} is no import path; write 'package.module:name'")
+    try:
+        imported = importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        raise ValueError(f"{path!r}: there is no module {error.name!r}") from error
+    if not hasattr(imported, name):
+        raise ValueError(f"{path!r}: module {module} has no {name!r}{suggest(name, dir(imported))}")
+    return getattr(imported, name)
+
+
+def suggest(name: str, known: Iterable[str]) -> str:
+    """``"; did you mean 'x'?"`` for the nearest known name, or nothing."""
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
+    return f"; did you mean {close[0]!r}?" if close else ""

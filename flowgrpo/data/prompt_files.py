@@ -1,0 +1,198 @@
+"""Reads prompts from files and datasets: text, JSON lines, CSV, Parquet, Hugging Face datasets."""
+
+import csv
+import io
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, UnidentifiedImageError
+
+from flowgrpo.data.pictures import as_rgb, check_depth
+from flowgrpo.data.prompts import Prompt
+
+HUB = "hf:"
+"""What the name of a Hugging Face dataset begins with: ``hf:owner/name:split`` or ``hf:folder``."""
+SIZES = ("height", "width", "num_frames")
+PICTURES = ("control_image", "mask_image", "last_image")
+"""Arguments of pipelines' calls that take a picture, beside ``image``."""
+FIXED = (
+    "prompt", "num_inference_steps", "timesteps", "sigmas", "latents", "strength", "generator",
+    "output_type", "return_dict",
+)  # fmt: skip
+"""Arguments that a policy sets itself."""
+OWN_KEYS = (
+    "prompt", "negative_prompt", "image", "images", "metadata", "call", *SIZES, *PICTURES,
+)  # fmt: skip
+
+
+class PromptError(ValueError):
+    """A prompt file that cannot be used; the message names the file, the line and why."""
+
+
+def read_prompts(source: Path) -> list[Prompt]:
+    """All prompts of a file or dataset.
+
+    ``prompt`` is needed. ``negative_prompt``, ``image`` (one) or ``images`` (several), ``height``,
+    ``width`` and ``num_frames`` go to the pipeline, so do the pictures ``control_image``,
+    ``mask_image`` and ``last_image`` (of ControlNets, inpainting, first-and-last-frame video) and a
+    ``call`` object with any other argument of its call; a ``metadata`` object and all other keys
+    become metadata. Image files are looked for beside the prompt file.
+
+    Raises:
+        PromptError: On a broken line, an image that cannot be read, an empty file, or an unknown
+            ending.
+        FileNotFoundError: If there is no such file.
+        ImportError: If a format needs a package that is not installed; says which.
+    """
+    if str(source).startswith(HUB):
+        prompts = list(_read_dataset(str(source)))
+    else:
+        readers: dict[str, Callable[[Path], Iterator[Prompt]]] = {
+            ".txt": _read_txt,
+            ".jsonl": _read_jsonl,
+            ".csv": _read_csv,
+            ".parquet": _read_parquet,
+        }
+        if source.suffix not in readers:
+            raise PromptError(
+                f"{source}: unknown ending {source.suffix!r}; known: {', '.join(readers)}, and "
+                f"Hugging Face datasets as {HUB}owner/name:split"
+            )
+        if not source.is_file():
+            raise FileNotFoundError(f"no prompt file {source}")
+        prompts = list(readers[source.suffix](source))
+    if not prompts:
+        raise PromptError(f"{source}: no prompts in it")
+    return prompts
+
+
+def _read_txt(path: Path) -> Iterator[Prompt]:
+    for line in path.read_text(encoding="utf-8-sig").split("\n"):
+        if line.strip():
+            yield Prompt(line.strip())
+
+
+def _read_jsonl(path: Path) -> Iterator[Prompt]:
+    for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise PromptError(f"{path}, line {number}: not valid JSON: {error}") from error
+        yield _from_record(record, f"{path}, line {number}", path.parent)
+
+
+def _read_csv(path: Path) -> Iterator[Prompt]:
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        rows: Iterable[dict[str, Any]] = csv.DictReader(file)
+        for number, row in enumerate(rows, start=2):
+            where = f"{path}, line {number}"
+            # Every cell is text, and an empty one says nothing.
+            cells = {k: v for k, v in row.items() if k not in OWN_KEYS or v}
+            numbers = {k: _number(v, k, where) for k, v in cells.items() if k in SIZES}
+            yield _from_record({**cells, **numbers}, where, path.parent)
+
+
+def _read_parquet(path: Path) -> Iterator[Prompt]:
+    try:
+        from pyarrow import parquet
+    except ImportError as error:
+        raise ImportError(
+            f"{path}: Parquet files need pyarrow: pip install 'flowgrpo[data]'"
+        ) from error
+    for number, record in enumerate(parquet.read_table(path).to_pylist(), start=1):
+        yield _from_record(record, f"{path}, row {number}", path.parent)
+
+
+def _read_dataset(source: str) -> Iterator[Prompt]:
+    """Rows of a dataset on the hub, or of a folder that ``Dataset.save_to_disk`` wrote."""
+    try:
+        from datasets import load_dataset, load_from_disk
+    except ImportError as error:
+        raise ImportError(f"{source} needs datasets: pip install 'flowgrpo[data]'") from error
+    name, _, split = source.removeprefix(HUB).partition(":")
+    saved = any((Path(name) / f).exists() for f in ("dataset_info.json", "dataset_dict.json"))
+    try:
+        rows = load_from_disk(name) if saved else load_dataset(name, split=split or "train")
+    except (OSError, ValueError, RuntimeError) as error:
+        raise PromptError(f"{source}: the dataset cannot be loaded: {error}") from error
+    if isinstance(rows, Mapping):
+        if (split or "train") not in rows:
+            raise PromptError(f"{source}: no split {split or 'train'!r}; there: {', '.join(rows)}")
+        rows = rows[split or "train"]
+    for number, record in enumerate(rows, start=1):
+        yield _from_record(record, f"{source}, row {number}", Path(name))
+
+
+def _from_record(record: Any, where: str, folder: Path) -> Prompt:
+    if not isinstance(record, dict):
+        raise PromptError(f"{where}: expected an object with a key 'prompt', got {record!r}")
+    text, negative = record.get("prompt"), record.get("negative_prompt")
+    if not isinstance(text, str) or not text.strip():
+        raise PromptError(
+            f"{where}: needs a key 'prompt' with some text; keys there: {', '.join(map(str, record))}"
+        )
+    if negative is not None and not isinstance(negative, str):
+        raise PromptError(f"{where}: 'negative_prompt' must be text, got {negative!r}")
+    metadata = record.get("metadata") or {}
+    if not isinstance(metadata, dict):
+        raise PromptError(f"{where}: 'metadata' must be an object, got {metadata!r}")
+    call = record.get("call") or {}
+    if not isinstance(call, dict):
+        raise PromptError(f"{where}: 'call' must be an object, got {call!r}")
+    if fixed := [k for k in call if k in FIXED]:
+        raise PromptError(f"{where}: 'call' cannot hold {fixed[0]!r}, which is the same for all")
+    rest = {k: v for k, v in record.items() if k not in OWN_KEYS}
+    pictures = {k: record[k] for k in PICTURES if record.get(k) is not None}
+    call = call | {k: _image(v, where, folder) for k, v in pictures.items()}
+    sizes = {k: _size(record[k], k, where) for k in SIZES if record.get(k) is not None}
+    images = _images(record, where, folder)
+    return Prompt(text, negative or None, {**rest, **metadata}, images, call=call, **sizes)
+
+
+def _number(value: str, key: str, where: str) -> int:
+    if not value.strip().isdigit():
+        raise PromptError(f"{where}: {key!r} must be a whole number, got {value!r}")
+    return int(value)
+
+
+def _size(value: Any, key: str, where: str) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise PromptError(f"{where}: {key!r} must be a whole number above 0, got {value!r}")
+    return value
+
+
+def _images(record: Mapping[str, Any], where: str, folder: Path) -> Sequence[Path | Image.Image]:
+    """The condition images of a record, each found readable."""
+    one, several = record.get("image"), record.get("images")
+    if one is not None and several is not None:
+        raise PromptError(f"{where}: give 'image' or 'images', not both")
+    if several is not None and not isinstance(several, list):
+        raise PromptError(f"{where}: 'images' must be a list, got {several!r}")
+    values = several if several is not None else [one] if one is not None else []
+    return tuple(_image(v, where, folder) for v in values)
+
+
+def _image(value: Any, where: str, folder: Path) -> Path | Image.Image:
+    """An image by its file, by its bytes (as Parquet files hold them), or in memory."""
+    if isinstance(value, Image.Image):
+        return value
+    if isinstance(value, dict) and value.get("bytes"):
+        try:
+            return as_rgb(Image.open(io.BytesIO(value["bytes"])))
+        except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
+            raise PromptError(f"{where}: the image in it cannot be read: {error}") from error
+    name = value.get("path") if isinstance(value, dict) else value
+    if not isinstance(name, str):
+        raise PromptError(f"{where}: an image must be the name of a file, got {value!r}")
+    path = folder / name
+    try:
+        with Image.open(path) as image:
+            check_depth(image)
+            image.verify()
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
+        raise PromptError(f"{where}: image {path} cannot be read: {error}") from error
+    return path

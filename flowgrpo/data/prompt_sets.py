@@ -1,0 +1,115 @@
+"""Prompt sets, and the reproducible order in which they are trained on."""
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from flowgrpo.core.random import Random
+from flowgrpo.data.prompt_files import PromptError, read_prompts
+from flowgrpo.data.prompts import Group, Prompt
+
+__all__ = ["PromptError", "PromptSet"]
+
+
+@dataclass(frozen=True)
+class PromptSet:
+    """Prompts in the order of their file.
+
+    Attributes:
+        prompts: At least one.
+        balance: Metadata key whose values are drawn equally often; empty for none.
+        fixed_size: Whether the configuration gives a size to all that have none of their own. If
+            not, what is made of a condition image may have the image's size.
+    """
+
+    prompts: Sequence[Prompt]
+    balance: str = ""
+    fixed_size: bool = True
+
+    @classmethod
+    def load(cls, path: Path, balance: str = "", fixed_size: bool = True) -> "PromptSet":
+        """Read a prompt file or dataset; :mod:`flowgrpo.data.prompt_files` says which there are.
+
+        Raises:
+            PromptError: If it cannot be used, or a prompt lacks the balance key.
+        """
+        prompts = read_prompts(path)
+        if balance:
+            for number, prompt in enumerate(prompts, start=1):
+                if balance not in prompt.metadata:
+                    raise PromptError(
+                        f"{path}: prompts.balance = {balance!r}, but prompt {number} ({prompt.text!r}) has no such metadata"
+                    )
+        return cls(prompts, balance, fixed_size)
+
+    def classes(self) -> list[list[Prompt]]:
+        """The prompts by the value of the balance key; one class without it."""
+        return self._classes(self.prompts)
+
+    def _classes(self, prompts: Sequence[Prompt]) -> list[list[Prompt]]:
+        if not self.balance:
+            return [list(prompts)]
+        values: dict[Any, list[Prompt]] = {}
+        for prompt in prompts:
+            values.setdefault(str(prompt.metadata[self.balance]), []).append(prompt)
+        return list(values.values())
+
+    @cached_property
+    def buckets(self) -> list[list[Prompt]]:
+        """The prompts by the size of what is made of them."""
+        sizes: dict[Hashable, list[Prompt]] = {}
+        for prompt in self.prompts:
+            follows_image = prompt.height is None and not self.fixed_size
+            images = tuple(i.size for i in prompt.open_images()) if follows_image else ()
+            sizes.setdefault((prompt.size, images), []).append(prompt)
+        return list(sizes.values())
+
+    def groups(self, iteration: int, number: int, random: Random) -> list[Group]:
+        """The prompts of an iteration, indexed from 0; all of one size.
+
+        Sizes take turns in proportion to their prompts. Each class is taken in a shuffled order,
+        over and over, and the classes by turns. The result depends only on the arguments, so that a
+        resumed run goes on with the right prompts.
+        """
+        buckets = self.buckets
+        bucket, before = _turn([len(b) for b in buckets], iteration)
+        classes = self._classes(buckets[bucket])
+        keys = (bucket,) if len(buckets) > 1 else ()
+        result = []
+        for index in range(number):
+            turn, which = divmod(before * number + index, len(classes))
+            prompts = classes[which]
+            epoch, place = divmod(turn, len(prompts))
+            generator = random.generator("order", *keys, which, epoch)
+            order = torch.randperm(len(prompts), generator=generator)
+            result.append(Group(index, prompts[int(order[place])]))
+        return result
+
+    def spread(self, number: int) -> list[tuple[Prompt, int]]:
+        """``number`` (prompt, sample) pairs for an evaluation, spread evenly over the classes.
+
+        Sample 0 of every prompt comes before sample 1 of any prompt of its class.
+        """
+        classes = self.classes()
+        pairs = []
+        for index in range(number):
+            turn, which = divmod(index, len(classes))
+            sample, place = divmod(turn, len(classes[which]))
+            pairs.append((classes[which][place], sample))
+        return pairs
+
+
+def _turn(weights: Sequence[int], iteration: int) -> tuple[int, int]:
+    """Whose turn an iteration is, in proportion to the weights, and how many turns it had before."""
+    if len(weights) == 1:
+        return 0, iteration
+    total, used = sum(weights), [0] * len(weights)
+    for i in range(iteration + 1):
+        # The one that is furthest behind its share.
+        chosen = max(range(len(weights)), key=lambda w: weights[w] * (i + 1) / total - used[w])
+        used[chosen] += 1
+    return chosen, used[chosen] - 1

@@ -1,0 +1,165 @@
+"""The model card of a finished run: what was trained on what, and what came of it."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCard, ModelCardData
+
+from flowgrpo import config as configuration
+from flowgrpo.config import Config
+from flowgrpo.data.prompt_sets import PromptSet
+from flowgrpo.evaluation.findings import Records
+from flowgrpo.policy.export import KOHYA_FILE
+from flowgrpo.policy.initial_noise import FILE as NOISE_FILE
+
+GRID = "grid.png"
+LICENCES: Mapping[str, tuple[str, str | None]] = {
+    "Qwen/Qwen-Image": ("apache-2.0", None),
+    "Tongyi-MAI/Z-Image-Turbo": ("apache-2.0", None),
+    "Wan-AI/Wan2.1-T2V-1.3B-Diffusers": ("apache-2.0", None),
+    "Wan-AI/Wan2.2-T2V-A14B-Diffusers": ("apache-2.0", None),
+    "black-forest-labs/FLUX.1-dev": ("other", "flux-1-dev-non-commercial-license"),
+    "black-forest-labs/FLUX.1-Kontext-dev": ("other", "flux-1-dev-non-commercial-license"),
+    "shapes": ("apache-2.0", None),
+    "stabilityai/stable-diffusion-3.5-large": ("other", "stabilityai-ai-community"),
+    "stabilityai/stable-diffusion-3.5-medium": ("other", "stabilityai-ai-community"),
+    "stabilityai/stable-diffusion-xl-base-1.0": ("openrail++", None),
+    "stable-diffusion-v1-5/stable-diffusion-v1-5": ("creativeml-openrail-m", None),
+}
+"""Licences of base models, which bind what is made from them: identifier on the hub, and its name
+where that is ``other``."""
+
+
+def newest_grid(run: Path) -> Path | None:
+    """The last before/after grid of a run."""
+    grids = sorted((run / "grids").glob("[0-9]*.png"))
+    return grids[-1] if grids else None
+
+
+def model_card(run: Path, repo_id: str) -> ModelCard:
+    """The card of a run's export.
+
+    Args:
+        run: The run directory, with at least two evaluations.
+        repo_id: Where it is going to be.
+
+    Raises:
+        ValueError: If the run was not evaluated before and after training.
+    """
+    config, records = configuration.load(str(run / "config.toml")), Records(run)
+    if len(records.evaluations) < 2:
+        raise ValueError(f"{run} has no evaluation before and after training to report")
+    base = config.model.path
+    hub = "/" in base and not Path(base).exists()
+    licence, name = LICENCES.get(base, (None, None))
+    video = config.sampling.num_frames is not None
+    data = ModelCardData(
+        base_model=base if hub else None,
+        library_name="diffusers",
+        license=licence,
+        license_name=name,
+        pipeline_tag="text-to-video" if video else "text-to-image",
+        tags=["flowgrpo", "reinforcement-learning", config.model.weights.kind],
+    )
+    algorithm = getattr(config.algorithm, "kind", type(config.algorithm).__name__)
+    first, last = records.evaluations[0], records.evaluations[-1]
+    parts = [
+        f"---\n{data.to_yaml()}\n---",
+        f"# {repo_id.rsplit('/', 1)[-1]}",
+        f"`{base}`, fine-tuned with reinforcement learning by flowgrpo "
+        f"({algorithm}, {config.model.weights.kind}, {last['iteration']} iterations).",
+        _licence(base, licence, name),
+        f"![Base and tuned model, same prompts and same noise]({GRID})" if newest_grid(run) else "",
+        "## Before and after\n\n"
+        f"Held-out prompts, deterministic sampler, same noise; {first['images']} images before, "
+        f"{last['images']} after. Changes with two standard errors of the difference or less between "
+        f"them and 0 are noise.\n\n{_changes(records)}",
+        f"## Use\n\n```python\n{_usage(run, config, repo_id)}\n```",
+        f"## Data\n\n{_data(config)}",
+        f"## Rewards\n\n{_rewards(config)}",
+        "## Configuration\n\nThe run can be repeated with `flowgrpo train config.toml`.\n\n"
+        f"```toml\n{configuration.dump(config).strip()}\n```",
+    ]
+    return ModelCard("\n\n".join(p for p in parts if p) + "\n")
+
+
+def _licence(base: str, licence: str | None, name: str | None) -> str:
+    if licence is None:
+        return f"The licence of `{base}` is not known here; it binds these weights too."
+    return f"Licence of the base model: {name or licence}. It binds these weights too."
+
+
+def _changes(records: Records) -> str:
+    lines = ["| prompts | score | before | after | change | |", "|---|---|---|---|---|---|"]
+    for task in (None, *records.tasks()):
+        for score in records.scores():
+            change = records.change(score, task)
+            unit = " (points)" if change.in_points else ""
+            before, after = change.show(change.before), change.show(change.after)
+            lines.append(
+                f"| {task or 'all'} | {score}{unit} | {before} | {after} | {change.difference} "
+                f"| {change.words} |"
+            )
+    return "\n".join(lines)
+
+
+def _usage(run: Path, config: Config, repo_id: str) -> str:
+    if config.model.weights.kind == "full":
+        return (
+            "from diffusers import DiffusionPipeline\n\n"
+            f'pipe = DiffusionPipeline.from_pretrained("{repo_id}")'
+        )
+    if config.model.weights.kind == "noise":
+        return "\n".join(
+            [
+                "import torch",
+                "from diffusers import DiffusionPipeline",
+                "from huggingface_hub import hf_hub_download",
+                "from safetensors.torch import load_file",
+                "",
+                f'pipe = DiffusionPipeline.from_pretrained("{config.model.path}")',
+                f'noise = load_file(hf_hub_download("{repo_id}", "{NOISE_FILE}"))',
+                'latents = noise["mean"] + noise["std"] * torch.randn(1, *noise["mean"].shape)',
+                'pipe("...", latents=latents)',
+            ]
+        )
+    lines = [
+        "from diffusers import DiffusionPipeline",
+        "",
+        f'pipe = DiffusionPipeline.from_pretrained("{config.model.path}")',
+        f'pipe.load_lora_weights("{repo_id}", weight_name="pytorch_lora_weights.safetensors")',
+    ]
+    for folder in sorted(f.name for f in (run / "export").glob("*_2") if f.is_dir()):
+        lines.append(
+            f'pipe.{folder}.load_lora_adapter("{repo_id}", prefix=None, subfolder="{folder}", '
+            'weight_name="pytorch_lora_weights.safetensors")'
+        )
+    if (run / "export" / KOHYA_FILE).exists():
+        lines.append(f"# For ComfyUI and others: {KOHYA_FILE}")
+    return "\n".join(lines)
+
+
+def _data(config: Config) -> str:
+    rows = []
+    for label, file in (("training", config.prompts.train), ("held out", config.prompts.held_out)):
+        rows.append(f"- {label}: {_count(file)} (`{Path(file).name}`)")
+    return "No images: prompts alone.\n\n" + "\n".join(rows)
+
+
+def _count(file: str) -> str:
+    """How many prompts a file has, if it is still there."""
+    try:
+        return f"{len(PromptSet.load(configuration.find(file)).prompts)} prompts"
+    except FileNotFoundError:
+        return "prompts of a file that is no longer there"
+
+
+def _rewards(config: Config) -> str:
+    lines = []
+    for reward in config.rewards:
+        options: dict[str, Any] = dict(reward.options)
+        said = f", with {options}" if options else ""
+        use = f"weight {reward.weight:g}" if reward.weight else "measured only"
+        lines.append(f"- {reward.label}: {use} (`{reward.model}`{said})")
+    return "\n".join(lines)

@@ -1,0 +1,101 @@
+"""The before/after grid of a run: the same prompts and noise, base beside tuned."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from jaxtyping import Float
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from flowgrpo.core.random import Random, SampleNoise
+from flowgrpo.data.prompt_sets import PromptSet
+from flowgrpo.data.prompts import Prompt
+from flowgrpo.evaluation.grid import GridRow, draw_grid
+from flowgrpo.policy import PipelinePolicy, Sampling
+from flowgrpo.rewards.scorer import RewardScorer
+
+
+@dataclass(frozen=True)
+class ComparisonGrid:
+    """What a grid shows.
+
+    Attributes:
+        prompts: One per row.
+        samples: Images per row and model.
+        seed: For the noise.
+    """
+
+    prompts: Sequence[Prompt]
+    samples: int
+    seed: int
+
+    @classmethod
+    def of(cls, prompts: PromptSet, rows: int, samples: int, seed: int) -> "ComparisonGrid":
+        """The first prompts of each class by turns; of the commonest size, if there are several."""
+        alike = PromptSet(max(prompts.buckets, key=len), prompts.balance)
+        chosen: dict[int, Prompt] = {}
+        for prompt, _ in alike.spread(4 * rows):
+            if len(chosen) < rows:
+                chosen.setdefault(id(prompt), prompt)
+        return cls(list(chosen.values()), samples, seed)
+
+    def generate(self, policy: PipelinePolicy, sampling: Sampling) -> Float[Tensor, "batch *media"]:
+        """All images, row by row."""
+        streams = [
+            Random(self.seed).at("grid", row, sample)
+            for row in range(len(self.prompts))
+            for sample in range(self.samples)
+        ]
+        return policy.images(self.expanded, SampleNoise(streams), sampling)
+
+    @property
+    def expanded(self) -> list[Prompt]:
+        """The prompt of every image."""
+        return [p for p in self.prompts for _ in range(self.samples)]
+
+    def save(
+        self,
+        columns: Sequence[str],
+        images: Sequence[Float[Tensor, "batch *media"]],
+        scorer: RewardScorer,
+        sampling: Sampling,
+        title: str,
+        path: Path,
+    ) -> None:
+        """Draw the images of several models beside each other, with what the first reward says."""
+        label = scorer.rewards[0].label
+        notes = []
+        for block in images:
+            values = scorer.score(block, self.expanded).raw[label]
+            binary = bool(((values == 0) | (values == 1)).all())
+            notes.append([("✓" if v else "✗") if binary else f"{v:.2f}" for v in values.tolist()])
+        rows = []
+        for row, prompt in enumerate(self.prompts):
+            part = slice(row * self.samples, (row + 1) * self.samples)
+            shown = [*prompt.open_images(), *prompt.open_call().values()]
+            conditions = [i for i in shown if isinstance(i, Image.Image)]
+            blocks, marks = [b[part] for b in images], [n[part] for n in notes]
+            rows.append(GridRow(prompt.text, blocks, marks, conditions))
+        height, width = images[0].shape[-2:]
+        guidance = "default" if sampling.guidance_scale is None else f"{sampling.guidance_scale:g}"
+        subtitle = (
+            f"deterministic sampler, {sampling.num_steps} steps, guidance {guidance}, {width}x{height}, "
+            f"seed {self.seed}, same noise in the same place; marks: {label}"
+        )
+        path.parent.mkdir(parents=True, exist_ok=True)
+        draw_grid(rows, columns, title=title, subtitle=subtitle).save(path)
+
+
+def kept(path: Path) -> Tensor | None:
+    """The images of the base model that an earlier session kept."""
+    return load_file(path)["images"] if path.exists() else None
+
+
+def keep(path: Path, images: Tensor) -> None:
+    """Keep the images of the base model for later grids."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    save_file({"images": images.contiguous()}, temporary)
+    temporary.replace(path)

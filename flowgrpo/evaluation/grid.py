@@ -1,0 +1,355 @@
+"""Comparison grids: one prompt per row, one model per block, the same noise in the same place."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from jaxtyping import Float
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+TICK, CROSS = "✓", "✗"
+"""Notes that begin with one of these get a green or a red mark on the image."""
+
+SMALLEST_TILE, LARGEST_TILE, LARGEST_FRAME = 96, 256, 128
+TOLERANCE = 1e-3
+"""How far values may leave [0, 1]: decoders overshoot by rounding."""
+
+MARGIN, LABEL_WIDTH, LABEL_GAP = 32, 208, 24
+TILE_GAP, VIDEO_GAP, BLOCK_GAP, ROW_GAP, FRAME_GAP = 6, 16, 32, 22, 2
+NARROWEST_BLOCK = 132
+CONDITION_HEIGHT, CONDITION_GAP = 72, 8
+INK, SOFT, FAINT, PAPER = "#15171c", "#656b76", "#dfe2e7", "#ffffff"
+ACCENTS = ("#9aa1ad", "#3b6fe0", "#8b5cd6", "#d97a1f", "#12907f")
+GOOD, BAD = "#1a9c52", "#d93a3a"
+REGULAR = (
+    "Inter-Regular.ttf",
+    "Roboto-Regular.ttf",
+    "DejaVuSans.ttf",
+    "Arial.ttf",
+    "NotoSansCJK-Regular.ttc",
+    "wqy-zenhei.ttc",
+    "PingFang.ttc",
+    "msyh.ttc",
+)
+BOLD = ("Inter-SemiBold.ttf", "Roboto-Medium.ttf", "DejaVuSans-Bold.ttf", "Arial Bold.ttf")
+
+Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
+Media = Float[Tensor, "_samples *_frames _channels _height _width"]
+"""Not checked by name: :func:`draw_grid` says more helpfully which block differs."""
+
+
+@dataclass(frozen=True)
+class GridRow:
+    """One prompt.
+
+    Attributes:
+        label: The prompt's text; what does not fit beside the images ends in an ellipsis.
+        blocks: One tensor per column, images ``(S, C, H, W)`` or videos ``(S, F, C, H, W)`` in
+            [0, 1] with 1 or 3 channels.
+        notes: One text per image: "✓" and "✗" become marks, other text stands below the image.
+        conditions: What the images were made from (editing, image-to-video); the first three are
+            shown below the label.
+    """
+
+    label: str
+    blocks: Sequence[Media]
+    notes: Sequence[Sequence[str]] | None = None
+    conditions: Sequence[Image.Image] = ()
+
+
+def draw_grid(
+    rows: Sequence[GridRow],
+    columns: Sequence[str],
+    *,
+    title: str,
+    subtitle: str,
+    scale: int | None = None,
+) -> Image.Image:
+    """Draw rows of prompts times blocks of samples as one labelled RGB image.
+
+    Args:
+        rows: The prompts; all media have one shape.
+        columns: One title per block, such as "base" and "after 300 iterations".
+        title: Headline.
+        subtitle: How the images were made: sampler, steps, guidance, resolution, seed.
+        scale: Whole factor by which images are enlarged. By default small images grow by the least
+            factor that makes their longer side 96 pixels, and large ones shrink to 256.
+
+    Returns:
+        The picture. A video is its first, middle and last frame side by side.
+
+    Raises:
+        ValueError: If there is nothing to draw, counts or shapes differ, or a value is NaN or
+            outside [0, 1].
+    """
+    _check(rows, columns, scale)
+    shape = rows[0].blocks[0].shape
+    layout = _Layout(shape[0], len(columns), _tile_size(shape, scale), len(_frames(shape)))
+    head = _Heading(title, subtitle, columns, layout)
+    bodies = [_Row(row, layout) for row in rows]
+    height = head.height + sum(b.height for b in bodies) + ROW_GAP * len(bodies) + MARGIN // 2
+    canvas = Image.new("RGB", (layout.width, height), PAPER)
+    head.draw(canvas)
+    top = head.height
+    for index, body in enumerate(bodies):
+        if index:
+            rule = top - ROW_GAP // 2
+            ImageDraw.Draw(canvas).line((MARGIN, rule, layout.width - MARGIN, rule), fill=FAINT)
+        body.draw(canvas, top)
+        top += body.height + ROW_GAP
+    return canvas
+
+
+def _check(rows: Sequence[GridRow], columns: Sequence[str], scale: int | None) -> None:
+    if not rows or not columns:
+        raise ValueError(f"a grid needs rows and columns, got {len(rows)} and {len(columns)}")
+    if scale is not None and scale < 1:
+        raise ValueError(f"scale must be at least 1, got {scale}")
+    shape = tuple(rows[0].blocks[0].shape) if rows[0].blocks else ()
+    for row in rows:
+        if len(row.blocks) != len(columns):
+            raise ValueError(f"{row.label!r}: {len(row.blocks)} blocks for {len(columns)} columns")
+        for column, block in zip(columns, row.blocks, strict=True):
+            where = f"{row.label!r}, {column!r}"
+            if block.ndim not in (4, 5) or block.shape[-3] not in (1, 3) or 0 in block.shape:
+                raise ValueError(f"{where}: not images or videos: shape {tuple(block.shape)}")
+            if tuple(block.shape) != shape:
+                raise ValueError(f"{where}: shape {tuple(block.shape)} differs from {shape}")
+            least, most = (float(v) for v in block.detach().float().aminmax())
+            if not (least >= -TOLERANCE and most <= 1 + TOLERANCE):  # NaN fails every comparison
+                raise ValueError(
+                    f"{where}: values must be in [0, 1], got {least:.4g} to {most:.4g}"
+                )
+        counts = None if row.notes is None else [len(notes) for notes in row.notes]
+        if counts is not None and counts != [shape[0]] * len(columns):
+            raise ValueError(
+                f"{row.label!r}: {len(columns)} blocks of {shape[0]} samples need as many notes, "
+                f"got {counts}"
+            )
+
+
+def _tile_size(shape: torch.Size, scale: int | None) -> tuple[int, int]:
+    """Width and height at which one image or frame is shown."""
+    height, width = shape[-2:]
+    longest = max(height, width)
+    limit = LARGEST_TILE if len(shape) == 4 else LARGEST_FRAME
+    if scale is None and longest > limit:
+        return max(1, round(width * limit / longest)), max(1, round(height * limit / longest))
+    factor = scale or -(-SMALLEST_TILE // longest)
+    return width * factor, height * factor
+
+
+def _frames(shape: torch.Size) -> list[int]:
+    """The frames that stand for a video; the one frame of an image."""
+    return sorted({0, shape[1] // 2, shape[1] - 1}) if len(shape) == 5 else [0]
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """Where the tiles are, in pixels. ``frame`` is the width and height of one image or frame."""
+
+    samples: int
+    blocks: int
+    frame: tuple[int, int]
+    frames: int
+
+    @property
+    def tile_width(self) -> int:
+        return self.frames * (self.frame[0] + FRAME_GAP) - FRAME_GAP
+
+    @property
+    def pitch(self) -> int:
+        """From one tile to the next."""
+        return self.tile_width + (VIDEO_GAP if self.frames > 1 else TILE_GAP)
+
+    @property
+    def block_width(self) -> int:
+        return max((self.samples - 1) * self.pitch + self.tile_width, NARROWEST_BLOCK)
+
+    def left(self, block: int, sample: int = 0) -> int:
+        start = MARGIN + LABEL_WIDTH + LABEL_GAP + block * (self.block_width + BLOCK_GAP)
+        return start + sample * self.pitch
+
+    @property
+    def width(self) -> int:
+        return self.left(self.blocks) - BLOCK_GAP + MARGIN
+
+
+class _Paragraph:
+    """Text broken into lines that fit."""
+
+    def __init__(self, text: str, size: int, width: int, max_lines: int, bold: bool = False):
+        self.font = _font(text, size, bold)
+        self.lines = _wrap(text, self.font, width, max_lines)
+        self.line_height = round(size * 1.4)
+        self.height = len(self.lines) * self.line_height
+
+    def draw(self, canvas: Image.Image, left: int, top: int, color: str) -> None:
+        pen = ImageDraw.Draw(canvas)
+        for index, line in enumerate(self.lines):
+            pen.text((left, top + index * self.line_height), line, fill=color, font=self.font)
+
+
+class _Heading:
+    """Title, subtitle and the titles of the blocks."""
+
+    def __init__(self, title: str, subtitle: str, columns: Sequence[str], layout: _Layout):
+        room = layout.width - 2 * MARGIN
+        self.layout = layout
+        self.title = _Paragraph(title, 22, room, 3, bold=True)
+        self.subtitle = _Paragraph(subtitle, 14, room, 4)
+        self.columns = [_Paragraph(c, 15, layout.block_width, 2, bold=True) for c in columns]
+        self.columns_bottom = (
+            MARGIN + self.title.height + 4 + self.subtitle.height + 26
+            + max(c.height for c in self.columns)
+        )  # fmt: skip
+        self.height = self.columns_bottom + 22
+
+    def draw(self, canvas: Image.Image) -> None:
+        self.title.draw(canvas, MARGIN, MARGIN, INK)
+        self.subtitle.draw(canvas, MARGIN, MARGIN + self.title.height + 4, SOFT)
+        pen = ImageDraw.Draw(canvas)
+        for index, column in enumerate(self.columns):
+            left, top = self.layout.left(index), self.columns_bottom
+            column.draw(canvas, left, top - column.height, INK)
+            accent = ACCENTS[index % len(ACCENTS)]
+            pen.rectangle((left, top + 5, left + self.layout.block_width - 1, top + 7), fill=accent)
+
+
+class _Row:
+    """One prompt with its tiles, and captions below them where notes have text."""
+
+    def __init__(self, row: GridRow, layout: _Layout):
+        self.row, self.layout = row, layout
+        self.notes = row.notes or [[""] * layout.samples] * layout.blocks
+        captions = any(_caption(note) for notes in self.notes for note in notes)
+        self.caption_height = 22 if captions else 0
+        tiles_height = layout.frame[1] + self.caption_height
+        self.conditions = _thumbnails(row.conditions)
+        strip = max((c.height + CONDITION_GAP for c in self.conditions), default=0)
+        self.label = _Paragraph(row.label, 15, LABEL_WIDTH, max(6, (tiles_height - strip) // 21))
+        auxiliary = self.label.height + strip
+        self.height = max(tiles_height, auxiliary)
+        self.label_offset = max(0, (layout.frame[1] - auxiliary) // 2)
+
+    def draw(self, canvas: Image.Image, top: int) -> None:
+        self.label.draw(canvas, MARGIN, top + self.label_offset, INK)
+        left, below = MARGIN, top + self.label_offset + self.label.height + CONDITION_GAP
+        pen = ImageDraw.Draw(canvas)
+        for condition in self.conditions:
+            right, bottom = left + condition.width, below + condition.height
+            pen.rectangle((left - 1, below - 1, right, bottom), outline=FAINT)
+            canvas.paste(condition, (left, below))
+            left += condition.width + TILE_GAP
+        for b, (block, notes) in enumerate(zip(self.row.blocks, self.notes, strict=True)):
+            for s, (media, note) in enumerate(zip(block, notes, strict=True)):
+                self._tile(canvas, media, note, (self.layout.left(b, s), top))
+
+    def _tile(self, canvas: Image.Image, media: Tensor, note: str, at: tuple[int, int]) -> None:
+        (left, top), (width, height) = at, self.layout.frame
+        frames = media if media.ndim == 4 else media[None]
+        pen = ImageDraw.Draw(canvas)
+        for place, frame in enumerate(_frames(frames[None].shape)):
+            x = left + place * (width + FRAME_GAP)
+            # The border gives white images an edge; outside, it hides no pixel of them.
+            pen.rectangle((x - 1, top - 1, x + width, top + height), outline=FAINT)
+            canvas.paste(_picture(frames[frame], self.layout.frame), (x, top))
+        right = left + self.layout.tile_width
+        if note.startswith((TICK, CROSS)):
+            badge = _badge(note.startswith(TICK))
+            corner = (right - badge.width - 3, top + height - badge.height - 3)
+            canvas.paste(badge, corner, badge)
+        if _caption(note):
+            caption = _Paragraph(_caption(note), 13, self.layout.tile_width, 1)
+            caption.draw(canvas, left, top + height + 5, SOFT)
+
+
+def _thumbnails(pictures: Sequence[Image.Image]) -> list[Image.Image]:
+    """The first three, small enough to stand side by side below a label."""
+    shown = [p.convert("RGB") for p in pictures[:3]]
+    side = (LABEL_WIDTH + TILE_GAP) // max(len(shown), 2) - TILE_GAP
+    for picture in shown:
+        picture.thumbnail((side, CONDITION_HEIGHT))
+    return shown
+
+
+def _caption(note: str) -> str:
+    """What of a note is written out."""
+    return note.lstrip(TICK + CROSS).strip()
+
+
+def _picture(image: Tensor, size: tuple[int, int]) -> Image.Image:
+    pixels = image.detach().float().cpu().clamp(0, 1).mul(255).round().to(torch.uint8)
+    picture = Image.fromarray(pixels.expand(3, -1, -1).permute(1, 2, 0).numpy())
+    enlarged = size[0] >= picture.width
+    return picture.resize(size, Image.Resampling.NEAREST if enlarged else Image.Resampling.LANCZOS)
+
+
+@cache
+def _badge(good: bool, size: int = 19) -> Image.Image:
+    """A green disc with a tick or a red one with a cross, with smooth edges."""
+    fine = 4 * size
+    badge = Image.new("RGBA", (fine, fine), (255, 255, 255, 0))
+    pen = ImageDraw.Draw(badge)
+    pen.ellipse((0, 0, fine - 1, fine - 1), fill=PAPER)
+    rim = fine // 12
+    pen.ellipse((rim, rim, fine - 1 - rim, fine - 1 - rim), fill=GOOD if good else BAD)
+    strokes = [(0.28, 0.52, 0.44, 0.67), (0.44, 0.67, 0.73, 0.36)]
+    if not good:
+        strokes = [(0.34, 0.34, 0.66, 0.66), (0.34, 0.66, 0.66, 0.34)]
+    thick = fine // 10
+    for stroke in strokes:
+        x0, y0, x1, y1 = (fine * v for v in stroke)
+        pen.line((x0, y0, x1, y1), fill=PAPER, width=thick)
+        for x, y in ((x0, y0), (x1, y1)):
+            pen.ellipse((x - thick / 2, y - thick / 2, x + thick / 2, y + thick / 2), fill=PAPER)
+    return badge.resize((size, size), Image.Resampling.BOX)
+
+
+@cache
+def _font(text: str, size: int, bold: bool) -> Font:
+    """The first installed font that can write the text; the first of all if none can."""
+    fonts = _fonts(size, bold)
+    return next((font for font in fonts if _covers(font, text)), fonts[0])
+
+
+@cache
+def _fonts(size: int, bold: bool) -> list[Font]:
+    found: list[Font] = []
+    for name in (*BOLD, *REGULAR) if bold else REGULAR:
+        try:
+            found.append(ImageFont.truetype(name, size))
+        except OSError:  # not installed
+            continue
+    return [*found, ImageFont.load_default(size)]
+
+
+def _covers(font: Font, text: str) -> bool:
+    """Whether no character comes out as the box that stands for a missing glyph."""
+    missing = bytes(font.getmask("\uffff"))
+    return all(c.isspace() or bytes(font.getmask(c)) != missing for c in set(text))
+
+
+def _wrap(text: str, font: Font, width: int, max_lines: int) -> list[str]:
+    """Break text into at most ``max_lines`` lines no wider than ``width``, between words if it can
+    be; what is left over becomes an ellipsis."""
+    lines = [""]
+    for word in text.split():
+        joined = f"{lines[-1]} {word}".strip()
+        if font.getlength(joined) <= width:
+            lines[-1] = joined
+            continue
+        if lines[-1]:
+            lines.append("")
+        for character in word:
+            if lines[-1] and font.getlength(lines[-1] + character) > width:
+                lines.append("")
+            lines[-1] += character
+    if len(lines) > max_lines:
+        last = lines[max_lines - 1]
+        while last and font.getlength(f"{last}…") > width:
+            last = last[:-1]
+        lines = [*lines[: max_lines - 1], f"{last.rstrip()}…"]
+    return lines

@@ -1,0 +1,162 @@
+"""Held-out evaluation: the deterministic sampler, fixed prompts, fixed noise."""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from flowgrpo.core.random import Random, SampleNoise
+from flowgrpo.data.prompt_sets import PromptSet
+from flowgrpo.data.prompts import Prompt
+from flowgrpo.policy import PipelinePolicy, Sampling
+from flowgrpo.rewards.scorer import RewardScorer, Scores
+
+Measure = Callable[[Sequence[Prompt], Sequence[Float[Tensor, "_ *_"]]], Mapping[str, float]]
+"""Something that needs all samples of a prompt at once, such as a diversity: prompts and, for each,
+its media; returns named numbers."""
+
+
+@dataclass(frozen=True)
+class Item:
+    """One image of an evaluation: its place, prompt and sample number."""
+
+    index: int
+    prompt: Prompt
+    sample: int
+
+
+def plan(prompts: PromptSet, number: int) -> list[Item]:
+    """The images of an evaluation, spread evenly over the classes of prompts."""
+    return [Item(i, p, s) for i, (p, s) in enumerate(prompts.spread(number))]
+
+
+def noise_for(items: Sequence[Item], seed: int) -> SampleNoise:
+    """The noise of evaluation images: the same before and after training, for any model."""
+    return SampleNoise([Random(seed).at("evaluation", item.index) for item in items])
+
+
+def evaluate(
+    policy: PipelinePolicy,
+    scorer: RewardScorer,
+    items: Sequence[Item],
+    *,
+    seed: int,
+    sampling: Sampling,
+    balance: str = "",
+    measures: Sequence[Measure] = (),
+    gather: Callable[[list[Any]], list[Any]] = lambda rows: rows,
+    rank: int = 0,
+    num_ranks: int = 1,
+) -> dict[str, Any]:
+    """Score held-out images.
+
+    Args:
+        policy: The model, with the weights to evaluate.
+        judge: The reward models.
+        items: What to generate, over all ranks.
+        seed: For the noise.
+        sampling: How to call the pipeline.
+        balance: Metadata key to report scores by.
+        measures: Numbers that need all samples of a prompt.
+        gather: Joins the lists of all ranks.
+        rank: This process, of ``num_ranks``.
+        num_ranks: Each process takes every ``num_ranks``-th prompt.
+
+    Returns:
+        ``images``, ``scores`` (means), ``errors`` (their standard errors), ``reward``, ``by_class``, ``measures``, ``seconds``.
+    """
+    began = time.perf_counter()
+    scorer.reset()
+    scorer.iteration = None  # evaluations at different times must be comparable
+    # Prompts are told apart as objects: one text may go with several condition images.
+    keys = {id(p): n for n, p in enumerate({id(i.prompt): i.prompt for i in items}.values())}
+    mine = [i for i in items if keys[id(i.prompt)] % num_ranks == rank]
+    rows: list[dict[str, Any]] = []
+    media: dict[int, list[Tensor]] = {}
+    pending = []
+    prompts = [i.prompt for i in mine]
+    for rollout in policy.run(prompts, noise_for(mine, seed), sampling=sampling):
+        assert rollout.media is not None
+        part = mine[rollout.rows.start : rollout.rows.stop]
+        pending.append((part, scorer.submit(rollout.media, [i.prompt for i in part])))
+        for item, image in zip(part, rollout.media, strict=True):
+            media.setdefault(keys[id(item.prompt)], []).append(image)
+    for part, future in pending:
+        rows += _rows(part, future.result(), balance)
+    measured = [_measure(measures, {keys[id(i.prompt)]: i.prompt for i in mine}, media)]
+    rows, parts = sorted(gather(rows), key=lambda r: r["index"]), gather(measured)
+    return {
+        **_summary(rows),
+        "measures": {k: _mean([p[k] for p in parts if k in p]) for k in parts[0]},
+        "seconds": round(time.perf_counter() - began, 3),
+    }
+
+
+def _rows(items: Sequence[Item], scores: Scores, balance: str) -> list[dict[str, Any]]:
+    """What is known of each image of a batch, in a form that processes can exchange."""
+    return [
+        {
+            "index": item.index,
+            "class": str(item.prompt.metadata.get(balance, "")) if balance else "",
+            "scores": {k: float(v[row]) for k, v in scores.raw.items()},
+            "reward": float(scores.reward[row]),
+        }
+        for row, item in enumerate(items)
+    ]
+
+
+def _summary(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Means and their errors, over all images and by class."""
+    classes: dict[str, list[Mapping[str, Any]]] = {}
+    for row in rows:
+        classes.setdefault(row["class"], []).append(row)
+    return {
+        "images": len(rows),
+        "reward": _mean([r["reward"] for r in rows]),
+        "scores": _means(rows),
+        "errors": _errors(rows),
+        "by_class": {
+            name: {**_means(part), "errors": _errors(part), "images": len(part)}
+            for name, part in sorted(classes.items())
+            if name
+        },
+    }
+
+
+def _measure(
+    measures: Sequence[Measure],
+    prompts: Mapping[int, Prompt],
+    media: Mapping[int, Sequence[Tensor]],
+) -> dict[str, float]:
+    names = sorted(media)
+    stacked = [torch.stack(list(media[n])) for n in names]
+    return {k: v for m in measures for k, v in m([prompts[n] for n in names], stacked).items()}
+
+
+def _means(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    return {k: _mean([r["scores"][k] for r in rows]) for k in (rows[0]["scores"] if rows else ())}
+
+
+def _errors(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Standard errors of the means."""
+    result = {}
+    for name in rows[0]["scores"] if rows else ():
+        finite = torch.tensor(
+            [r["scores"][name] for r in rows if r["scores"][name] == r["scores"][name]]
+        )
+        result[name] = (
+            float(finite.std(correction=0) / max(1, len(finite)) ** 0.5)
+            if len(finite)
+            else float("nan")
+        )
+    return result
+
+
+def _mean(values: Sequence[float]) -> float:
+    """The mean of the finite values; NaN if there are none."""
+    finite = [v for v in values if v == v]
+    return sum(finite) / len(finite) if finite else float("nan")

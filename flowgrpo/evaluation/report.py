@@ -1,0 +1,318 @@
+"""The report of a run: one HTML file that needs no network, made from the run directory.
+
+It says in words what the held-out scores did, and whether that is more than noise; warns about what
+the metrics show to be wrong; and holds the newest pictures, every curve, the times, the
+configuration and the command to go on.
+"""
+
+import base64
+import math
+import shlex
+import statistics
+from collections.abc import Sequence
+from html import escape
+from importlib import resources
+from pathlib import Path
+from string import Template
+
+from PIL import Image
+
+from flowgrpo.evaluation.charts import Number, dumbbell, duration, number
+from flowgrpo.evaluation.curves import (
+    held_out_measures,
+    main_curves,
+    section,
+    times,
+    total,
+    training_metrics,
+)
+from flowgrpo.evaluation.findings import Change, Records, finite, warnings
+
+CHIPS = {
+    "algorithm": "algorithm.kind",
+    "model": "model.path",
+    "groups of": "algorithm.group_size",
+}
+"""Settings in the header, by the words before them."""
+
+MARKS = {"rose": "▲", "fell": "▼", "noise": "≈", "unknown": "", "unmeasured": ""}
+
+
+def write_report(folder: Path) -> Path:
+    """Write ``report.html`` into a run directory.
+
+    Args:
+        folder: Holds ``metrics.jsonl`` or ``evaluations.jsonl`` and, if they are there,
+            ``timings.jsonl``, ``config.toml``, ``environment.json`` and ``grids/*.png``.
+
+    Returns:
+        The file.
+
+    Raises:
+        ValueError: If there is nothing to report on, or a file is broken; names file and line.
+    """
+    records = Records(Path(folder))
+    sections = [
+        _header(records),
+        _verdict(records),
+        _warnings(records),
+        _grids(records),
+        _tasks(records),
+        _inspection(records),
+        main_curves(records),
+        held_out_measures(records),
+        training_metrics(records),
+        times(records),
+        _appendix(records),
+    ]
+    title = f"{_name(records)} · flowgrpo report"
+    return write_page(records.folder / "report.html", title, "\n".join(filter(None, sections)))
+
+
+def write_page(path: Path, title: str, content: str) -> Path:
+    """Write HTML sections as a page with the report's style; it is never seen half written."""
+    template = resources.files("flowgrpo.evaluation").joinpath("report_template.html")
+    page = Template(template.read_text("utf-8")).substitute(title=escape(title), content=content)
+    unfinished = path.with_suffix(".tmp")
+    unfinished.write_text(page, "utf-8")
+    unfinished.replace(path)
+    return path
+
+
+def _inspection(records: Records) -> str:
+    """What the algorithm rewards, if the run was inspected."""
+    path = records.folder / "inspection.html"
+    return path.read_text("utf-8") if path.exists() else ""
+
+
+def _name(records: Records) -> str:
+    return records.folder.resolve().name
+
+
+def _header(records: Records) -> str:
+    planned = records.setting("train.iterations")
+    of = f" of {number(planned)}" if planned else ""
+    chips = [f"{number(len(records.metrics))}{of} iterations"]
+    chips += [
+        f"{words} {records.setting(key)}"
+        for words, key in CHIPS.items()
+        if records.setting(key) is not None
+    ]
+    if "device" in records.environment:
+        chips.append(f"on {records.environment['device']}")
+    # Evaluations are timed apart from iterations.
+    spent = sum(total(t) for t in records.timings)
+    spent += sum(e.get("seconds", 0.0) for e in records.evaluations)
+    chips += [duration(spent)] if spent else []
+    items = "".join(f"<li>{escape(chip)}</li>" for chip in chips)
+    name = f'<p class="brand">flowgrpo run</p><h1>{escape(_name(records))}</h1>'
+    return f'<header>{name}<ul class="chips">{items}</ul></header>'
+
+
+def _verdict(records: Records) -> str:
+    changes = [records.change(score) for score in records.scores()]
+    if not changes:
+        return _card(*_training_only(records))
+    if len(records.evaluations) == 1:
+        return _card(*_measured_once(records))
+    tiles = "".join(_tile(change, records) for change in changes)
+    said = [_scores_paragraph(records, changes), _diversity_paragraph(records)]
+    about = f'<p class="quiet">{_about_numbers(records, changes)}</p>'
+    return _card(_headline(changes), said, f'<div class="tiles">{tiles}</div>', about)
+
+
+def _card(headline: str, text: Sequence[str], *more: str) -> str:
+    """All HTML."""
+    paragraphs = "".join(f"<p>{part}</p>" for part in text if part)
+    body = f'<p class="headline">{headline}</p>{paragraphs}{"".join(more)}'
+    return f'<section class="card verdict">{body}</section>'
+
+
+def _training_only(records: Records) -> tuple[str, list[str]]:
+    values = finite(records.series("reward"))
+    few = max(1, len(values) // 10)
+    text = "Without held-out evaluations this report cannot say whether the model is better."
+    if values:
+        first, last = statistics.fmean(values[:few]), statistics.fmean(values[-few:])
+        text += f" The reward on training samples went from {number(first)} to {number(last)}."
+    return "Nothing was measured on held-out prompts.", [text]
+
+
+def _measured_once(records: Records) -> tuple[str, list[str]]:
+    parts = []
+    for score in records.scores():
+        change = records.change(score)
+        _, error = records.held_out(score, 0)
+        spread = "" if error is None else f" ± {change.show(error)}"
+        unit = " points" if change.in_points else ""
+        parts.append(f"<b>{escape(score)}</b> {change.show(change.after)}{spread}{unit}")
+    iteration = records.evaluations[0]["iteration"]
+    return (
+        "Measured once, so there is nothing to compare with yet.",
+        [f"After {number(iteration)} iterations: {', '.join(parts)}."],
+    )
+
+
+def _headline(changes: Sequence[Change]) -> str:
+    """HTML. Scores whose error is unknown count only if there are no others."""
+    told = [c for c in changes if c.kind != "unknown"] or changes
+    words = {c.words for c in told}
+    if words == {"stayed within noise"}:
+        return "No change beyond noise on held-out prompts."
+    if len(words) > 1:
+        parts = ", ".join(f"{escape(c.name)} {c.words}" for c in told)
+        return f"Held-out scores are mixed: {parts}."
+    subject = "Held-out scores" if len(told) > 1 else f"On held-out prompts {escape(told[0].name)}"
+    doubt = "; whether by more than noise is unknown" if told[0].kind == "unknown" else ""
+    return f"{subject} {told[0].words}{doubt}."
+
+
+def _scores_paragraph(records: Records, changes: Sequence[Change]) -> str:
+    clauses = []
+    for change in changes:
+        joint = " from " if change.words in ("rose", "fell") else ": "
+        span = f"{joint}{_span(change)}{_unit(change)} ({change.difference})"
+        if change.kind == "unmeasured":
+            span = ""
+        clauses.append(f"<b>{escape(change.name)}</b> {change.words}{span}")
+    first = changes[0].name
+    kinds = [records.change(first, task).kind for task in records.tasks()]
+    tasks = ""
+    if {"rose", "fell", "noise"} & set(kinds):
+        tasks = (
+            f" Of {len(kinds)} tasks, {escape(first)} rose in {kinds.count('rose')}, fell in "
+            f"{kinds.count('fell')} and stayed within noise in {kinds.count('noise')}."
+        )
+    iteration = number(records.evaluations[-1]["iteration"])
+    return f"After {iteration} iterations, {'; '.join(clauses)}.{tasks}"
+
+
+def _diversity_paragraph(records: Records) -> str:
+    clauses = []
+    for change in records.diversities():
+        share = 100 * (change.after / change.before - 1) if change.before else math.nan
+        percent = f" by {abs(share):.1f} %" if math.isfinite(share) else ""
+        moved = "fell" if change.after < change.before else "rose"
+        clauses.append(f"{escape(change.name)} {moved}{percent} from {_span(change)}")
+    return f"Diversity: {'; '.join(clauses)}." if clauses else ""
+
+
+def _about_numbers(records: Records, changes: Sequence[Change]) -> str:
+    """What the errors mean and where they come from."""
+    ends = (records.evaluations[0], records.evaluations[-1])
+    first, last = (number(e.get("images", math.nan)) for e in ends)
+    said = [f"{last} held-out images."]
+    if first != last:
+        said = [
+            f"The first evaluation has {first} images and the last {last}: they are not of the "
+            "same prompts, and the difference is rough."
+        ]
+    if any(c.error is not None for c in changes):
+        said.append(
+            "± is one standard error of the difference; a change of less than two is called noise."
+        )
+    if not all("errors" in e for e in ends) and any(c.in_points for c in changes):
+        said.append(
+            "It is that of a proportion of independent images, which for a score between yes and "
+            "no is an upper limit."
+        )
+    if any(c.kind == "unknown" for c in changes):
+        said.append("Scores without ± have no known error, and may have moved by chance.")
+    return " ".join(said)
+
+
+def _span(change: Change) -> str:
+    return f"{change.show(change.before)} to {change.show(change.after)}"
+
+
+def _unit(change: Change) -> str:
+    return " points" if change.in_points else ""
+
+
+def _tile(change: Change, records: Records) -> str:
+    weight = records.weights().get(change.name)
+    role = "" if weight is None else "trained on" if weight else "only watched"
+    short = {"noise": "within noise", "unmeasured": "not measured", "unknown": "error unknown"}
+    moved = f"{MARKS[change.kind]} {change.difference}{_unit(change)}"
+    return (
+        f'<div class="tile {change.kind}">'
+        f'<div class="name"><b>{escape(change.name)}</b><span>{role}</span></div>'
+        f'<div class="values">{_span(change).replace(" to ", " <i>→</i> ")}</div>'
+        f'<div class="move">{moved}, {short.get(change.kind, change.words)}</div></div>'
+    )
+
+
+def _warnings(records: Records) -> str:
+    found = warnings(records)
+    if not found:
+        return ""
+    items = "".join(f"<li>{escape(text)}</li>" for text in found)
+    title = "1 warning" if len(found) == 1 else f"{len(found)} warnings"
+    return f'<section class="card warnings"><h3>{title}</h3><ul>{items}</ul></section>'
+
+
+def _grids(records: Records) -> str:
+    figures = []
+    for path in records.grids:
+        with Image.open(path) as picture:
+            size = f'width="{picture.width}" height="{picture.height}"'
+        source = f"data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}"
+        image = f'<img {size} alt="{escape(f"Comparison grid {path.stem}")}" src="{source}">'
+        figures.append(f'<figure class="card picture">{image}</figure>')
+    note = "The newest pictures; earlier ones are in the folder <code>grids</code>."
+    return section("Pictures", note, "".join(figures))
+
+
+def _tasks(records: Records) -> str:
+    if len(records.evaluations) < 2 or not records.tasks():
+        return ""
+    cards = []
+    for score in records.scores():
+        all_changes = [records.change(score)]
+        all_changes += [records.change(score, task) for task in records.tasks()]
+        values = [v for c in all_changes for v in (c.before, c.after) if math.isfinite(v)]
+        ends = (0.0, 1.0) if records.in_points(score) else (min(values), max(values))
+        rows = "".join(_task_row(c, ends, whole=i == 0) for i, c in enumerate(all_changes))
+        head = "<tr><th></th><th>before</th><th>after</th><th>change</th><th></th></tr>"
+        table = f'<div class="scroll"><table>{head}{rows}</table></div>'
+        cards.append(f'<div class="card"><h3>{escape(score)}</h3>{table}</div>')
+    note = (
+        "Hollow: before, full: after. ▲ and ▼ mark changes of more than two standard errors, ≈ "
+        "what may be noise. Of twenty tasks that did not change, one is marked by chance."
+    )
+    return section("By task", note, f'<div class="pair">{"".join(cards)}</div>')
+
+
+def _task_row(change: Change, ends: tuple[Number, Number], whole: bool) -> str:
+    name = "all" if whole else change.name.replace("_", " ")
+    row = '<tr class="all">' if whole else "<tr>"
+    picture = dumbbell(change.before, change.after, *ends, change.kind)
+    return (
+        f"{row}<td>{escape(name)}</td>"
+        f"<td>{change.show(change.before)}</td><td>{change.show(change.after)}</td>"
+        f'<td class="{change.kind}">{MARKS[change.kind]} {change.difference}</td>'
+        f"<td>{picture}</td></tr>"
+    )
+
+
+def _appendix(records: Records) -> str:
+    parts = []
+    if records.config_text:
+        text = escape(records.config_text.strip())
+        parts.append(
+            f'<details class="card"><summary>Configuration</summary><pre>{text}</pre></details>'
+        )
+    if records.environment:
+        rows = "".join(
+            f"<tr><td>{escape(k)}</td><td>{escape(str(v))}</td></tr>"
+            for k, v in records.environment.items()
+        )
+        table = f'<div class="scroll"><table>{rows}</table></div>'
+        parts.append(f'<details class="card"><summary>Environment</summary>{table}</details>')
+    command = f"flowgrpo train {shlex.quote(str(records.folder / 'config.toml'))}"
+    parts.append(
+        '<div class="card command"><h3>Go on, or run it again</h3>'
+        f'<pre>{escape(command)}</pre><p class="quiet">Goes on where the run stopped; with '
+        "<code>--set run.folder=another/folder</code> it starts anew.</p></div>"
+    )
+    return section("How it was made", "", "".join(parts))

@@ -1,0 +1,163 @@
+"""What the parts of a configured run take: exact for weights, traced for activations."""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import ModelMixin
+from torch import Tensor, nn
+
+from flowgrpo.config import Config
+from flowgrpo.data.prompts import Prompt
+from flowgrpo.memory.blueprint import NoEstimate, build, config_folder
+from flowgrpo.memory.budget import GB, Choice, Measured
+from flowgrpo.memory.trace import Activations, Tracer, bytes_of
+from flowgrpo.policy.calling import Calling
+from flowgrpo.policy.calls import own_arguments
+from flowgrpo.policy.initial_noise import Noise
+from flowgrpo.policy.loading import DTYPES, denoisers
+from flowgrpo.policy.weights import Full, Trainable, Weights
+from flowgrpo.rewards.scorer import Reward
+
+REWARDS = {
+    "clip_score": 4 * 427_616_513,
+    "geneval": round(1.5 * GB),
+    "jpeg_size": 0,
+    "ocr": 0,
+    "pick_score": 4 * 986_109_441,
+}
+"""Bytes on the device of the reward models that come with flowgrpo: parameters in fp32. Those of
+others are not known."""
+
+
+def choice_of(config: Config) -> Choice:
+    """The settings of a configuration that decide how much memory it takes."""
+    memory = config.memory
+    names = (
+        "decode_batch", "gradient_checkpointing", "offload_text_encoders", "offload_vae", "quantize",
+    )  # fmt: skip
+    fitting: dict[str, Any] = {n: getattr(memory, n) for n in names}
+    return Choice(
+        rollout_batch=config.train.rollout_batch,
+        train_batch=config.train.train_batch,
+        optimizer=config.train.optimizer,
+        **fitting,
+    )
+
+
+def measure(
+    config: Config, prompts: Sequence[Prompt], num_processes: int = 1, device: str = "cuda"
+) -> Measured:
+    """Build the configured pipeline without weights and run it on fake tensors.
+
+    Args:
+        config: The run.
+        prompts: Its training prompts; the longest text is taken, and the largest size.
+        num_processes: Among which the groups are shared.
+        device: Type of the device that is imagined; it need not be there.
+
+    Raises:
+        NoEstimate: If the config files cannot be had, or the pipeline cannot be traced.
+    """
+    dtype, weights = DTYPES[config.model.dtype], config.model.weights
+    pipeline = build(config_folder(config.model.path), dtype)
+    full = isinstance(weights, Full)
+    models = {k: m for k, m in pipeline.components.items() if isinstance(m, nn.Module)}
+    ours = denoisers(pipeline)
+    linear = [] if full else _linear_weights(ours.values())
+    before = {k: bytes_of(m) for k, m in models.items()}
+    trained = _trained(ours, weights)
+    after = {k: bytes_of(m) for k, m in models.items()}
+    _fit_decoder(config, models)
+    tracer = Tracer(pipeline, dtype, full=full, device=device)
+    batches = config.train.rollout_batch, config.train.train_batch
+    # Whatever a pipeline does that fake tensors cannot follow, a run is not stopped by it.
+    try:
+        latents, training = _traced(tracer, config, prompts, batches)
+    except Exception as error:
+        reason = f"{type(error).__name__}: {str(error).strip()[:200]}"
+        raise NoEstimate(
+            f"{type(pipeline).__name__} cannot be traced without weights ({reason})"
+        ) from error
+    samples = config.train.groups * config.algorithm.group_size // num_processes
+    states = latents.numel() // batches[0] * (config.sampling.num_steps + 1) if latents else 0
+    kl = config.loss.kl_coef > 0
+    return Measured(
+        denoisers={k: after[k] if full else before[k] for k in ours},
+        linear=sum(w.numel() for w in linear),
+        linear_bytes=sum(w.numel() * w.element_size() for w in linear),
+        encoders={k: v for k, v in before.items() if k not in ours and k != "vae"},
+        vae=before.get("vae", 0),
+        trained=trained,
+        adapter=0 if full else 4 * trained,
+        averaged=config.train.ema_decay > 0,
+        reference=4 * trained if full and kl else 0,
+        experience=4 * samples * states,
+        rewards={r.label: _reward_bytes(r) for r in config.rewards},
+        encode=max((v for k, v in tracer.peaks.items() if k not in ours and k != "vae"), default=0),
+        rollout=max(v for k, v in tracer.peaks.items() if k in ours),
+        decode=tracer.peaks.get("vae", 0),
+        training=training,
+        kl=kl,
+        batches=batches,
+    )
+
+
+def _traced(
+    tracer: Tracer, config: Config, prompts: Sequence[Prompt], batches: tuple[int, int]
+) -> tuple[torch.Size | None, Activations]:
+    """The shape of a rollout's latents, and what a training step keeps."""
+    calling = Calling()
+    calling(tracer.rollout, _arguments(config, prompts, batches[0]), batches[0])
+    latents = tracer.latents
+    if isinstance(config.model.weights, Noise):
+        # No gradient goes through a model.
+        return latents, Activations(0, 0, None)
+    arguments = _arguments(config, prompts, batches[1])
+    return latents, calling(tracer.training, arguments, batches[1])
+
+
+def _trained(models: Mapping[str, ModelMixin], weights: Weights | Noise) -> int:
+    """Make the denoisers trainable as configured. Returns the number of trained weights."""
+    if isinstance(weights, Noise):
+        return 0
+    trainable = Trainable(models, weights, seed=0, with_reference=False)
+    return sum(p.numel() for p in trainable.parameters.values())
+
+
+def _linear_weights(models: Iterable[nn.Module]) -> list[Tensor]:
+    """What a quantised base would hold in fewer bits."""
+    return [m.weight for d in models for m in d.modules() if isinstance(m, nn.Linear)]
+
+
+def _arguments(config: Config, prompts: Sequence[Prompt], batch: int) -> dict[str, Any]:
+    """One call's arguments: the longest text at the largest size, as often as the batch says."""
+    sampling = config.sampling
+    usual = sampling.height, sampling.width, sampling.num_frames
+
+    def extent(prompt: Prompt) -> tuple[int, int]:
+        sides = (own or given or 1 for own, given in zip(prompt.size, usual, strict=True))
+        return math.prod(sides), len(prompt.images)
+
+    longest, largest = max(prompts, key=lambda p: len(p.text)), max(prompts, key=extent)
+    own = own_arguments([replace(largest, text=longest.text, negative=longest.negative)])
+    repeated = {k: v * batch for k, v in own.items() if k in ("prompt", "negative_prompt")}
+    return sampling.arguments() | own | repeated
+
+
+def _fit_decoder(config: Config, models: dict[str, nn.Module]) -> None:
+    """Tiling and slicing change what a decoder does; the VAE's own switches say how."""
+    memory, vae = config.memory, models.get("vae")
+    for setting, switch in (("vae_tiling", "enable_tiling"), ("vae_slicing", "enable_slicing")):
+        if getattr(memory, setting) and hasattr(vae, switch):
+            getattr(vae, switch)()
+
+
+def _reward_bytes(reward: Reward) -> int | None:
+    """Bytes of a reward model on the device; None if that is not known."""
+    if reward.model == "flowgrpo.rewards.frames:FrameMean":
+        return REWARDS.get(str(reward.options.get("model")))
+    return REWARDS.get(Path(reward.model).name)

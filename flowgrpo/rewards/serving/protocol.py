@@ -1,0 +1,378 @@
+"""What flowgrpo and its reward servers say to each other: multipart or JSON, images as PNG.
+
+Nothing here can run code of the other side, as pickle would. A request holds samples, in order::
+
+    POST /score   multipart/form-data
+        request   {"samples": [{"prompt": "a cat", "metadata": {...}, "frames": 2, "conditions": [0]}, ...]}
+        image     a PNG for each sample, or ``frames`` of them for a video
+        condition a PNG for each different condition image, which samples name by their places
+
+    POST /score   application/json
+        {"samples": [{"prompt": "a cat", "image": "<base64>", "conditions": ["<base64>"]},
+                     {"prompt": "a dog", "frames": ["<base64>", ...]}]}
+
+The answer is ``{"scores": [0.3, null]}``, ``null`` where scoring failed; every error is
+``{"error": "..."}``. By hand, without ``request``: ``curl -F "prompt=a cat" -F image=@cat.png URL/score``,
+for an edit also ``-F condition=@before.png``.
+
+    POST /check   application/json
+        {"samples": [{"prompt": "a cat", "metadata": {...}, "conditions": 1}, ...]}
+
+asks before the long work whether prompts have what the reward needs. Condition images are only
+counted there. The answer is ``{"problem": ""}``, or says what they lack.
+"""
+
+import base64
+import io
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from PIL import Image
+from torch import Tensor
+
+from flowgrpo.data.pictures import as_rgb, encode_png, png_of
+from flowgrpo.data.prompts import Prompt
+from flowgrpo.rewards.serving.multipart import Part, join, split
+
+FORMATS = ("PNG", "JPEG", "WEBP")
+"""What a server reads. PNG keeps every 8-bit value; the others are for requests made by hand."""
+
+
+class WireError(ValueError):
+    """A request that cannot be answered.
+
+    Attributes:
+        status: The HTTP status that says so.
+    """
+
+    def __init__(self, status: int, message: str):
+        super().__init__(message)
+        self.status = status
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """How much one request may hold.
+
+    Attributes:
+        num_bytes: Of the whole body.
+        num_images: Images, or frames of videos, in all.
+        num_pixels: Of one image. It is checked before the image is unpacked.
+    """
+
+    num_bytes: int = 256 * 2**20
+    num_images: int = 1024
+    num_pixels: int = 4096 * 4096
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One image ``(3, H, W)`` or video ``(F, 3, H, W)`` in [0, 1], and its prompt."""
+
+    media: Tensor
+    prompt: Prompt
+
+
+@dataclass(frozen=True)
+class _Packed:
+    """A sample as it travels: its record, the files of its media and of its condition images."""
+
+    record: Mapping[str, Any]
+    media: Sequence[bytes]
+    conditions: Sequence[bytes]
+
+
+def decode_image(data: bytes, limits: Limits | None = None) -> Float[Tensor, "3 height width"]:
+    """An image in [0, 1] from a PNG, JPEG or WebP file; see :func:`open_image`."""
+    pixels = torch.from_numpy(np.array(open_image(data, limits)))
+    return pixels.permute(2, 0, 1).to(torch.float32) / 255
+
+
+def open_image(data: bytes, limits: Limits | None = None) -> Image.Image:
+    """A PNG, JPEG or WebP file in memory, as RGB.
+
+    Raises:
+        WireError: If it is none of these, is damaged or has too many pixels.
+    """
+    allowed = (limits or Limits()).num_pixels
+    try:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            width, height = image.size
+            if width * height > allowed:
+                raise WireError(413, f"an image of {width}x{height} exceeds {allowed} pixels")
+            return as_rgb(image)
+    except WireError:
+        raise
+    except Image.DecompressionBombError as error:
+        raise WireError(413, f"an image is too large: {error}") from error
+    except Exception as error:  # what decoders raise on damaged files is not documented
+        raise WireError(
+            400, f"no readable image ({', '.join(FORMATS)}), {len(data)} bytes: {error}"
+        ) from error
+
+
+def pack(
+    media: Float[Tensor, "batch *frames channels height width"], prompts: Sequence[Prompt]
+) -> tuple[str, bytes]:
+    """A multipart request: its content type and its body.
+
+    Raises:
+        ValueError: If pixels are not finite, or metadata is no JSON.
+        OSError: If a condition image cannot be read.
+    """
+    records = [_record(p) for p in prompts]
+    images: list[bytes] = []
+    conditions: dict[bytes, int] = {}
+    encoded: dict[int, list[bytes]] = {}
+    for record, prompt, item in zip(records, prompts, media, strict=True):
+        frames = item if item.ndim == 4 else item[None]
+        if item.ndim == 4:
+            record["frames"] = len(frames)
+        images += [encode_png(f) for f in frames]
+        if prompt.images:
+            # A group has one prompt: its images are encoded once, and travel once.
+            if id(prompt) not in encoded:
+                encoded[id(prompt)] = [png_of(i) for i in prompt.open_images()]
+            own = encoded[id(prompt)]
+            record["conditions"] = [conditions.setdefault(c, len(conditions)) for c in own]
+    parts = [Part("request", "application/json", _json({"samples": records}))]
+    parts += [Part("image", "image/png", image) for image in images]
+    parts += [Part("condition", "image/png", image) for image in conditions]
+    return join(parts)
+
+
+def unpack(content_type: str, body: bytes, limits: Limits) -> list[Sample]:
+    """The samples of a request, multipart or JSON.
+
+    Raises:
+        WireError: If it is neither, is malformed, or holds more than it may.
+    """
+    kind = content_type.split(";")[0].strip().lower()
+    if kind == "multipart/form-data":
+        packed = _from_multipart(content_type, body)
+    elif kind == "application/json":
+        packed = _from_json(body)
+    else:
+        raise WireError(
+            415, f"content type {kind or 'none'!r}: send multipart/form-data or application/json"
+        )
+    if not packed:
+        raise WireError(400, "no samples")
+    number = sum(len(p.media) + len(p.conditions) for p in packed)
+    if number > limits.num_images:
+        raise WireError(413, f"{number} images exceed the {limits.num_images} of one request")
+    opened: dict[bytes, Image.Image] = {}
+    samples = []
+    for i, sample in enumerate(packed):
+        try:
+            images = [decode_image(m, limits) for m in sample.media]
+            for condition in sample.conditions:
+                if condition not in opened:
+                    opened[condition] = open_image(condition, limits)
+        except WireError as error:
+            raise WireError(error.status, f"sample {i}: {error}") from error
+        conditions = tuple(opened[c] for c in sample.conditions)
+        samples.append(
+            Sample(_media(sample.record, images, i), _prompt(sample.record, i, conditions))
+        )
+    return samples
+
+
+def pack_prompts(prompts: Sequence[Prompt]) -> bytes:
+    """A request of ``/check``. Raises ValueError if metadata is no JSON."""
+    counted = [{"conditions": len(p.images)} if p.images else {} for p in prompts]
+    records = [_record(p) | c for p, c in zip(prompts, counted, strict=True)]
+    return _json({"samples": records})
+
+
+def unpack_prompts(body: bytes, limits: Limits) -> list[Prompt]:
+    """The prompts in a request of ``/check``, with blank pictures for their condition images.
+
+    Raises:
+        WireError: If it is malformed, or counts more images than a request may hold.
+    """
+    prompts = []
+    for i, record in enumerate(_records(body)):
+        number = record.get("conditions", 0)
+        if not _is_count(number) or number > limits.num_images:
+            raise WireError(
+                400, f"sample {i}: conditions must be a number up to {limits.num_images}"
+            )
+        prompts.append(_prompt(record, i, (Image.new("RGB", (1, 1)),) * number))
+    return prompts
+
+
+def pack_problem(problem: str) -> bytes:
+    """An answer of ``/check``; empty if prompts lack nothing."""
+    return _json({"problem": problem})
+
+
+def unpack_problem(body: bytes) -> str:
+    """What prompts lack. Raises ValueError if the body is no answer of ``/check``."""
+    try:
+        problem = json.loads(body)["problem"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"expected {{'problem': '...'}}, got {body[:200]!r}") from error
+    if not isinstance(problem, str):
+        raise ValueError(f"expected {{'problem': '...'}}, got {body[:200]!r}")
+    return problem
+
+
+def pack_scores(scores: Sequence[float]) -> bytes:
+    """An answer; scores that are not finite are ``null``."""
+    return _json({"scores": [s if math.isfinite(s) else None for s in scores]})
+
+
+def unpack_scores(body: bytes, number: int) -> list[float]:
+    """The scores in an answer, NaN for ``null``.
+
+    Raises:
+        ValueError: If it is no answer to a request with ``number`` samples.
+    """
+    try:
+        scores = json.loads(body)["scores"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"expected {{'scores': [...]}}, got {body[:200]!r}") from error
+    numbers = isinstance(scores, list) and all(
+        s is None or (isinstance(s, int | float) and not isinstance(s, bool)) for s in scores
+    )
+    if not numbers or len(scores) != number:
+        raise ValueError(f"expected {number} scores, got {str(scores)[:200]}")
+    return [math.nan if s is None else float(s) for s in scores]
+
+
+def pack_error(message: str) -> bytes:
+    """The body of an answer that is an error."""
+    return _json({"error": message})
+
+
+def unpack_error(body: bytes) -> str:
+    """What an error's body says: our own, that of an OpenAI-compatible server, or its beginning."""
+    try:
+        error = json.loads(body)["error"]
+    except (ValueError, KeyError, TypeError):
+        return body[:300].decode(errors="replace").strip()
+    return str(error.get("message", error) if isinstance(error, Mapping) else error)
+
+
+def _json(value: Any) -> bytes:
+    return json.dumps(value, allow_nan=False, ensure_ascii=False).encode()
+
+
+def _record(prompt: Prompt) -> dict[str, Any]:
+    record: dict[str, Any] = {"prompt": prompt.text}
+    if prompt.negative is not None:
+        record["negative"] = prompt.negative
+    if prompt.metadata:
+        try:
+            record["metadata"] = json.loads(json.dumps(dict(prompt.metadata), allow_nan=False))
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"metadata of prompt {prompt.text!r} is no JSON: {error}") from error
+    return record
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _prompt(record: Mapping[str, Any], index: int, images: Sequence[Image.Image]) -> Prompt:
+    text, negative = record.get("prompt", ""), record.get("negative")
+    metadata = record.get("metadata", {})
+    kinds = isinstance(text, str) and isinstance(negative, str | None)
+    if not kinds or not isinstance(metadata, dict):
+        raise WireError(
+            400, f"sample {index}: prompt and negative must be strings and metadata an object"
+        )
+    return Prompt(text, negative, metadata, images)
+
+
+def _media(record: Mapping[str, Any], images: Sequence[Tensor], index: int) -> Tensor:
+    if "frames" not in record:
+        return images[0]
+    if len({i.shape for i in images}) != 1:
+        raise WireError(400, f"sample {index}: needs at least one frame, and all of one size")
+    return torch.stack([*images])
+
+
+def _from_multipart(content_type: str, body: bytes) -> list[_Packed]:
+    fields: dict[str, list[bytes]] = {"request": [], "prompt": [], "image": [], "condition": []}
+    try:
+        for name, content in split(content_type, body):
+            if name not in fields:
+                raise ValueError(f"unknown field {name!r} (known: {', '.join(fields)})")
+            fields[name].append(content)
+    except ValueError as error:
+        raise WireError(400, str(error)) from error
+    images, requests, conditions = fields["image"], fields["request"], fields["condition"]
+    if len(requests) == 1 and not fields["prompt"]:
+        records = _records(requests[0])
+    elif not requests:
+        records = [{"prompt": p.decode(errors="replace")} for p in fields["prompt"]]
+        if len(records) == 1:
+            records[0]["conditions"] = [*range(len(conditions))]
+    else:
+        raise WireError(400, "give one field 'request', or fields 'prompt'")
+    sizes = [r.get("frames", 1) for r in records]
+    if any(not _is_count(n) or n < 1 for n in sizes):
+        raise WireError(400, "'frames' must be the number of images that a video consists of")
+    if sum(sizes) != len(images):
+        raise WireError(400, f"{len(images)} images for samples that need {sum(sizes)}")
+    rest = iter(images)
+    return [
+        _Packed(record, [next(rest) for _ in range(n)], own)
+        for record, n, own in zip(records, sizes, _owners(records, conditions), strict=True)
+    ]
+
+
+def _owners(records: Sequence[Mapping[str, Any]], conditions: Sequence[bytes]) -> list[list[bytes]]:
+    """The condition images of each record, which names them by their places."""
+    places = [r.get("conditions", []) for r in records]
+    for i, own in enumerate(places):
+        if not isinstance(own, list) or not all(_is_count(p) and p < len(conditions) for p in own):
+            raise WireError(
+                400, f"sample {i}: conditions must be places among {len(conditions)} images"
+            )
+    if {p for own in places for p in own} != {*range(len(conditions))}:
+        raise WireError(400, "a condition image belongs to no sample; 'request' says whose it is")
+    return [[conditions[p] for p in own] for own in places]
+
+
+def _from_json(body: bytes) -> list[_Packed]:
+    packed = []
+    for i, record in enumerate(_records(body)):
+        if ("image" in record) == ("frames" in record):
+            raise WireError(400, f"sample {i}: needs either 'image' or 'frames'")
+        media = record["frames"] if "frames" in record else [record["image"]]
+        conditions = record.get("conditions", [])
+        for texts in (media, conditions):
+            if not isinstance(texts, list) or not all(isinstance(t, str) for t in texts):
+                raise WireError(
+                    400,
+                    f"sample {i}: images must be base64 strings, 'frames' and 'conditions' lists",
+                )
+        try:
+            files = [[base64.b64decode(t, validate=True) for t in x] for x in (media, conditions)]
+        except ValueError as error:
+            raise WireError(400, f"sample {i}: no base64: {error}") from error
+        packed.append(_Packed(record, *files))
+    return packed
+
+
+def _records(body: bytes) -> list[dict[str, Any]]:
+    try:
+        samples = json.loads(body)["samples"]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise WireError(400, "expected JSON with a list 'samples'") from error
+    if not isinstance(samples, list) or not all(isinstance(s, dict) for s in samples):
+        raise WireError(400, "'samples' must be a list of objects")
+    known = {"prompt", "negative", "metadata", "image", "frames", "conditions"}
+    for i, sample in enumerate(samples):
+        if not sample.keys() <= known:
+            raise WireError(400, f"sample {i}: unknown keys {sorted(sample.keys() - known)}")
+    return samples
