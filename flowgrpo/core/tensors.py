@@ -1,0 +1,47 @@
+"""torch and the shape annotations, for modules that also define settings.
+
+Settings are read by every command, by ``--help`` and by every error about a configuration, which
+should answer at once; importing torch takes two seconds, and jaxtyping imports NumPy. Modules that a
+configuration is made of (transitions, advantages, losses, algorithms) therefore import these names
+from here: torch is loaded when a function first uses it, and annotations cost nothing.
+
+Where torch is already loaded (under pytest, which checks the annotations at run time) and for type
+checkers, the names are the real ones.
+"""
+
+import sys
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__all__ = ["Bool", "Float", "Int", "Tensor", "torch"]
+
+if TYPE_CHECKING or "torch" in sys.modules:
+    import torch
+    from jaxtyping import Bool, Float, Int
+    from torch import Tensor
+else:
+
+    class _DeferredModule:
+        """Imports a module at the first use of one of its names."""
+
+        def __init__(self, name: str):
+            self._name = name
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(import_module(self._name), name)
+
+    class _ShapeAnnotation:
+        """``Float[Tensor, "batch"]`` without a check."""
+
+        def __class_getitem__(cls, item: Any) -> Any:
+            return Any
+
+    class _TensorType(type):
+        def __instancecheck__(cls, value: object) -> bool:
+            return isinstance(value, torch.Tensor)
+
+    class Tensor(metaclass=_TensorType):
+        """Stands for ``torch.Tensor`` in annotations and in ``isinstance``."""
+
+    torch = _DeferredModule("torch")
+    Bool = Float = Int = _ShapeAnnotation
