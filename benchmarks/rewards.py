@@ -29,12 +29,12 @@ from torch import Tensor
 import flowgrpo
 from benchmarks.bench_runs import between
 from benchmarks.reward_cases import REAL, SIZE, TINY, Make
-from flowgrpo import observer
 from flowgrpo.cli.commands import quiet
 from flowgrpo.data.prompts import Prompt
 from flowgrpo.rewards.loading import Reward, load_reward
 from flowgrpo.rewards.protocols import LearningReward
 from flowgrpo.rewards.scorer import RewardScorer, Scores
+from flowgrpo.training import observer
 from reward_models.remote import Remote
 from tests import zoo
 

@@ -1,5 +1,6 @@
 """What a run is configured by: the schema, its reader, and the files that hold configurations."""
 
+from flowgrpo.config.reader import override
 from flowgrpo.config.schema import (
     Config,
     Evaluation,
@@ -25,5 +26,6 @@ __all__ = [
     "dump",
     "find",
     "load",
+    "override",
     "save",
 ]
