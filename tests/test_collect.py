@@ -19,7 +19,7 @@ from flowgrpo.data.experience import Experience
 from flowgrpo.data.prompts import Group, Prompt
 from flowgrpo.losses.losses import ClippedLoss, Loss
 from flowgrpo.policy import Full, LoRA, PipelinePolicy
-from flowgrpo.policy.weights import Weights
+from flowgrpo.policy.settings import Weights
 from flowgrpo.rewards.scorer import Failures, Reward, RewardScorer
 from flowgrpo.training.learner import Learner
 from tests.conftest import MakePolicy, sampling_of

@@ -14,7 +14,7 @@ from flowgrpo.core.transitions import CPS
 from flowgrpo.data.prompts import Group, Prompt
 from flowgrpo.losses.losses import ClippedLoss
 from flowgrpo.policy import PipelinePolicy, Sampling
-from flowgrpo.policy.calls import batches
+from flowgrpo.policy.arguments import batches
 from flowgrpo.policy.probe import check_sizes
 from flowgrpo.rewards.scorer import Reward, RewardScorer
 from flowgrpo.training.learner import Learner

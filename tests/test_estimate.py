@@ -23,7 +23,8 @@ from flowgrpo.memory.live import Live
 from flowgrpo.memory.trace import Activations, Tracer, bytes_of
 from flowgrpo.policy import Full, LoRA, PipelinePolicy
 from flowgrpo.policy.loading import DTYPES, denoisers, load_pipeline
-from flowgrpo.policy.weights import Trainable, Weights
+from flowgrpo.policy.settings import Weights
+from flowgrpo.policy.weights import Trainable
 from tests.conftest import noise_of, sampling_of
 from tests.tiny import FAMILIES
 from tests.tiny.parts import GRADIENT

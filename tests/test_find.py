@@ -25,9 +25,10 @@ from flowgrpo.data.prompts import Group, Prompt
 from flowgrpo.evaluation.card import model_card
 from flowgrpo.losses.losses import ClippedLoss
 from flowgrpo.policy import InitialNoise, Noise, PipelinePolicy
-from flowgrpo.policy.calling import UnsupportedPipelineError
-from flowgrpo.policy.initial_noise import FILE, INITIAL, LOG_STD, MEAN
+from flowgrpo.policy.call import UnsupportedPipelineError
 from flowgrpo.policy.probe import fit_noise
+from flowgrpo.policy.step_plan import INITIAL
+from flowgrpo.policy.weights import LOG_STD, MEAN, NOISE_FILE
 from flowgrpo.rewards.scorer import Failures, Reward, RewardScorer
 from flowgrpo.training.learner import Learner
 from tests.conftest import MakePolicy, noise_of, sampling_of
@@ -122,7 +123,7 @@ def test_the_exported_noise_gives_the_same_images_in_diffusers(
     with policy.reference():
         (first,) = policy.run(PROMPTS, noise_of(0, 1), nodes=[0, 1], record=[0], decode=False)
     assert isinstance(policy.trainable, InitialNoise)
-    exported = load_file(policy.trainable.export(tmp_path) / FILE)
+    exported = load_file(policy.trainable.export(tmp_path) / NOISE_FILE)
     latents = exported["mean"] + exported["std"] * first.records[0].x
     pipeline = DiffusionPipeline.from_pretrained(tiny(name))
     pipeline.set_progress_bar_config(disable=True)
@@ -208,15 +209,15 @@ def test_a_run_learns_where_to_start_and_its_model_stays(
     first, last = result.evaluations[0], result.evaluations[-1]
     gain = last["reward"] - first["reward"]
     assert gain > 4 * first["errors"]["darkness"], (gain, first["errors"])
-    assert [p.name for p in (tmp_path / "run" / "export").iterdir()] == [FILE]
+    assert [p.name for p in (tmp_path / "run" / "export").iterdir()] == [NOISE_FILE]
     assert "initial_noise" in str(model_card(tmp_path / "run", "somebody/noise"))
 
     # The weights can be read again: samples are those of the trained distribution.
     out = tmp_path / "out"
     assert main(["export", str(tmp_path / "run"), "--weights", "last", "--out", str(out)]) == 0
-    again = load_file(out / FILE)
+    again = load_file(out / NOISE_FILE)
     assert all(
-        torch.equal(v, again[k]) for k, v in load_file(tmp_path / "run/export" / FILE).items()
+        torch.equal(v, again[k]) for k, v in load_file(tmp_path / "run/export" / NOISE_FILE).items()
     )
     assert main(["export", str(tmp_path / "run"), "--format", "kohya", "--out", str(tmp_path / "k")]) == 1  # fmt: skip
     assert "trained the initial noise" in capsys.readouterr().err

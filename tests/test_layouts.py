@@ -14,8 +14,8 @@ from flowgrpo.core.transitions import CPS
 from flowgrpo.data.prompts import Prompt
 from flowgrpo.doctor import Settings, examine
 from flowgrpo.policy import Noise, PipelinePolicy
-from flowgrpo.policy.calling import UnsupportedPipelineError
-from flowgrpo.policy.layouts import Layouts
+from flowgrpo.policy.arguments import UnsupportedPipelineError
+from flowgrpo.policy.latent_injection import Layouts
 from flowgrpo.policy.probe import fit_noise
 from flowgrpo.policy.step_plan import StepPlan
 from tests.conftest import LORA, noise_of, sampling_of

@@ -11,7 +11,7 @@ from flowgrpo.config import find
 from flowgrpo.core.random import Random
 from flowgrpo.data.prompt_sets import PromptError, PromptSet
 from flowgrpo.data.prompts import Prompt
-from flowgrpo.policy.calls import batches, call_key, own_arguments
+from flowgrpo.policy.arguments import batches, call_key, own_arguments
 
 
 def write(folder: Path, name: str, text: str) -> Path:

@@ -34,14 +34,8 @@ from flowgrpo.data.prompts import Prompt
 from flowgrpo.doctor import Settings, examine
 from flowgrpo.doctor.examine import _completions
 from flowgrpo.policy import PipelinePolicy, Sampling
-from flowgrpo.policy.calling import (
-    Calling,
-    UnsupportedPipelineError,
-    alone,
-    generators_for,
-    image_each,
-    together,
-)
+from flowgrpo.policy.arguments import Calling, alone, generators_for, image_each, together
+from flowgrpo.policy.call import UnsupportedPipelineError
 from tests.conftest import sampling_of
 from tests.tiny.parts import GRADIENT, t5_text, t5_tokenizer
 

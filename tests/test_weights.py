@@ -14,7 +14,8 @@ from flowgrpo.core.transitions import CPS
 from flowgrpo.data.prompts import Prompt
 from flowgrpo.policy import EMA, Full, LoRA, PipelinePolicy
 from flowgrpo.policy.export import export
-from flowgrpo.policy.weights import Trainable, Weights
+from flowgrpo.policy.settings import Weights
+from flowgrpo.policy.weights import Trainable
 from tests.conftest import MakePolicy, noise_of, transition_of
 
 Tiny = Callable[[str], Path]

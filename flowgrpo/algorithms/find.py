@@ -22,7 +22,7 @@ from flowgrpo.core.transitions import ODE
 from flowgrpo.data.experience import Actions, Cost, Experience
 from flowgrpo.data.prompts import Group
 from flowgrpo.policy import PipelinePolicy
-from flowgrpo.policy.initial_noise import INITIAL
+from flowgrpo.policy.step_plan import INITIAL
 from flowgrpo.rewards.scorer import RewardScorer
 
 

@@ -23,16 +23,11 @@ from flowgrpo.data.prompts import Prompt
 from flowgrpo.doctor import checks
 from flowgrpo.doctor.subject import PROMPTS, Check, Measure, Settings, Subject
 from flowgrpo.policy import Full, LoRA, PipelinePolicy, Sampling
-from flowgrpo.policy.calling import (
-    Calling,
-    UnsupportedPipelineError,
-    check_signature,
-    check_strength,
-    generators_for,
-)
+from flowgrpo.policy.arguments import Calling, check_signature, check_strength, generators_for
+from flowgrpo.policy.call import UnsupportedPipelineError
 from flowgrpo.policy.loading import DTYPES, autoencoders, denoisers
-from flowgrpo.policy.precision import as_media, encode_still
-from flowgrpo.policy.samplers import first_order
+from flowgrpo.policy.precision import as_media, encode_deterministically
+from flowgrpo.policy.first_order import first_order
 from flowgrpo.policy.scheduler import FlowPolicyScheduler
 from flowgrpo.training.console import Console
 
@@ -231,7 +226,7 @@ def _stock(model: str | Path, settings: Settings) -> DiffusionPipeline:
     for vae in autoencoders(pipeline):
         # Stock pipelines have one precision throughout.
         vae.to(DTYPES[settings.dtype])
-    encode_still(pipeline)
+    encode_deterministically(pipeline)
     pipeline.scheduler = first_order(pipeline.scheduler)
     return pipeline
 

@@ -11,7 +11,7 @@ from flowgrpo.core.transitions import Transition
 from flowgrpo.data.prompts import Prompt
 from flowgrpo.policy import Memory, PipelinePolicy, Sampling
 from flowgrpo.policy.pipeline import Rollout
-from flowgrpo.policy.weights import Weights
+from flowgrpo.policy.settings import Weights
 
 PROMPTS: Sequence[Prompt] = (
     Prompt("a photo of a red circle"),

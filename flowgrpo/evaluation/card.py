@@ -11,7 +11,7 @@ from flowgrpo.config import Config
 from flowgrpo.data.prompt_sets import PromptSet
 from flowgrpo.evaluation.findings import Records
 from flowgrpo.policy.export import KOHYA_FILE
-from flowgrpo.policy.initial_noise import FILE as NOISE_FILE
+from flowgrpo.policy.weights import NOISE_FILE
 
 GRID = "grid.png"
 LICENCES: Mapping[str, tuple[str, str | None]] = {

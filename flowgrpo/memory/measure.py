@@ -15,11 +15,10 @@ from flowgrpo.data.prompts import Prompt
 from flowgrpo.memory.blueprint import NoEstimate, build, config_folder
 from flowgrpo.memory.budget import GB, Choice, Measured
 from flowgrpo.memory.trace import Activations, Tracer, bytes_of
-from flowgrpo.policy.calling import Calling
-from flowgrpo.policy.calls import own_arguments
-from flowgrpo.policy.initial_noise import Noise
+from flowgrpo.policy.arguments import Calling, own_arguments
 from flowgrpo.policy.loading import DTYPES, denoisers
-from flowgrpo.policy.weights import Full, Trainable, Weights
+from flowgrpo.policy.settings import Full, Noise, Weights
+from flowgrpo.policy.weights import Trainable
 from flowgrpo.rewards.scorer import Reward
 
 REWARDS = {

@@ -17,8 +17,8 @@ from peft import get_peft_model_state_dict
 from safetensors.torch import save_file
 from torch import Tensor
 
-from flowgrpo.policy.initial_noise import InitialNoise
-from flowgrpo.policy.weights import ADAPTER, Full, LoRA, Trainable
+from flowgrpo.policy.settings import Full, LoRA
+from flowgrpo.policy.weights import ADAPTER, InitialNoise, Trainable
 
 KOHYA_PREFIX = {
     "UNet2DConditionModel": "lora_unet_",

@@ -1,18 +1,18 @@
-"""Loading pipelines, and finding what to train in them."""
+"""Loads pipelines, and finds their denoisers, autoencoders and helper models."""
 
 import re
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from diffusers import DiffusionPipeline, ModelMixin
+from diffusers import DiffusionPipeline, ModelMixin, PipelineQuantizationConfig
 
-from flowgrpo.policy.memory import Quantization, quantization
+from flowgrpo.policy.settings import Quantization
 
 AUTOENCODERS = ("vae", "movq")
-"""What pipelines call the model that decodes their latents."""
+"""Names that pipelines give to the model that decodes their latents."""
 VARIANT = re.compile(r"(?:model|-of-\d+)\.(?!safetensors|bin)(\w+)[.-]")
-"""In ``model.fp16.safetensors``, ``model.fp16-00001-of-00002.safetensors`` and
+"""Finds ``fp16`` in ``model.fp16.safetensors``, ``model.fp16-00001-of-00002.safetensors`` and
 ``model-00001-of-00002.fp16.safetensors``."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -20,21 +20,24 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 def load_pipeline(
     model: str | Path, dtype: torch.dtype = torch.float32, quantize: Quantization = "none"
 ) -> DiffusionPipeline:
-    """``DiffusionPipeline.from_pretrained`` for a hub id, a folder or ``"shapes"``.
+    """Load a pipeline with ``DiffusionPipeline.from_pretrained``.
 
-    Autoencoders stay in fp32, because what they decode is judged. ``quantize`` is for the denoisers.
+    Args:
+        model: Hub id, folder, or ``"shapes"`` for the embedded model.
+        dtype: Precision of the models. Autoencoders stay in fp32, because rewards score their output.
+        quantize: Quantisation of the denoisers.
 
     Raises:
-        FileNotFoundError: If a folder is named that is no pipeline.
+        FileNotFoundError: If the folder does not exist or is no pipeline.
     """
     path = Path(__file__).parents[1] / "shapes" / "model" if str(model) == "shapes" else Path(model)
     if (path / "modular_model_index.json").exists():
         raise FileNotFoundError(
-            f"{path} is a modular pipeline, of blocks; a policy needs one with a call of its own and a "
-            "model_index.json"
+            f"{path} is a modular pipeline, made of blocks; a policy needs a pipeline with a call of its "
+            "own and a model_index.json"
         )
     if path.is_dir() and not (path / "model_index.json").exists():
-        raise FileNotFoundError(f"{path} is no diffusers pipeline: it has no model_index.json")
+        raise FileNotFoundError(f"{path} is not a diffusers pipeline: it has no model_index.json")
     looks_like_path = str(model).startswith((".", "/", "~")) or str(model).count("/") > 1
     if looks_like_path and not path.is_dir():
         raise FileNotFoundError(f"no such folder: {path}")
@@ -43,7 +46,7 @@ def load_pipeline(
     config = None
     if quantize != "none":
         names = [n for n in DiffusionPipeline.load_config(source) if _is_denoiser(n)]
-        config = quantization(quantize, dtype, names)
+        config = _quantization(quantize, dtype, names)
     return DiffusionPipeline.from_pretrained(
         source,
         dtype={"default": dtype, **exact},
@@ -52,8 +55,38 @@ def load_pipeline(
     )
 
 
+def _quantization(
+    kind: Quantization, dtype: torch.dtype, parts: list[str]
+) -> PipelineQuantizationConfig | None:
+    """The quantisation of the components ``parts`` for ``from_pretrained``."""
+    if kind == "none":
+        return None
+    if kind == "nf4":
+        return PipelineQuantizationConfig(
+            quant_backend="bitsandbytes_4bit",
+            quant_kwargs={
+                "load_in_4bit": True,
+                "bnb_4bit_quant_type": "nf4",
+                "bnb_4bit_compute_dtype": dtype,
+            },
+            components_to_quantize=parts,
+        )
+    if kind == "int8":
+        return PipelineQuantizationConfig(
+            quant_backend="bitsandbytes_8bit",
+            quant_kwargs={"load_in_8bit": True},
+            components_to_quantize=parts,
+        )
+    from diffusers import TorchAoConfig
+    from torchao.quantization import Int8WeightOnlyConfig
+
+    return PipelineQuantizationConfig(
+        quant_mapping={part: TorchAoConfig(Int8WeightOnlyConfig()) for part in parts}
+    )
+
+
 def variant_of(folder: Path) -> str | None:
-    """What the weights of a pipeline folder are called (``fp16``), if some come in no other form."""
+    """The variant of the weights in a pipeline folder (``fp16``), if a component has no other weights."""
     for component in sorted(p for p in folder.iterdir() if p.is_dir()):
         files = [f.name for f in component.iterdir() if f.suffix in (".safetensors", ".bin")]
         named = [m for m in map(VARIANT.search, files) if m]
@@ -67,16 +100,16 @@ def _is_denoiser(name: str) -> bool:
 
 
 def without_safety_checker(pipeline: DiffusionPipeline) -> None:
-    """Take it out where there is one: it would blacken images that the reward then judges.
+    """Remove a pipeline's safety checker, which would replace images by black ones before they are scored.
 
-    Cosmos cannot be called without its guardrail, and its licence forbids it; that one stays.
+    Cosmos' guardrail stays: its pipelines cannot be called without it, and its licence forbids that.
     """
     if hasattr(pipeline, "run_safety_checker"):
         pipeline.safety_checker = None
 
 
 def denoisers(pipeline: DiffusionPipeline) -> Mapping[str, ModelMixin]:
-    """The models that the denoising loop calls, by their name in the pipeline.
+    """The models that predict in the denoising loop, by their names in the pipeline.
 
     Raises:
         ValueError: If there is none.
@@ -95,13 +128,13 @@ def denoisers(pipeline: DiffusionPipeline) -> Mapping[str, ModelMixin]:
 
 
 def autoencoders(pipeline: DiffusionPipeline) -> list[ModelMixin]:
-    """The models that decode latents: ``vae``, or by another name (Kandinsky's ``movq``)."""
+    """The models that decode latents, whatever their name (Kandinsky's is ``movq``)."""
     models = [m for m in pipeline.components.values() if isinstance(m, ModelMixin)]
     return [m for m in models if hasattr(m, "decode")]
 
 
 def helpers(pipeline: DiffusionPipeline) -> list[ModelMixin]:
-    """The models that the loop calls beside the denoisers: ControlNets, image adapters and the like."""
+    """The models that the loop calls in addition to the denoisers, such as ControlNets and image adapters."""
     apart = [*denoisers(pipeline).values(), *autoencoders(pipeline)]
     models = [m for m in pipeline.components.values() if isinstance(m, ModelMixin)]
     return [m for m in models if not any(m is a for a in apart)]

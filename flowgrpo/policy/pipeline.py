@@ -1,15 +1,16 @@
 """A diffusers pipeline as a policy.
 
-Nothing here knows a model. The pipeline's own ``__call__`` runs for everything: to sample, to
-replay a step with gradients, to complete a state from the middle of the grid, to decode. Only its
-scheduler is ours, and three of its doors are watched: prompts are encoded once, latents can be put
-in where the pipeline prepares its own, and what enters the denoiser has the denoiser's precision.
+No code here depends on a particular model. The pipeline's own ``__call__`` runs for everything:
+sampling, replaying a step with gradients, completing a state from the middle of the grid, decoding. The
+pipeline's scheduler is replaced, and these methods of the pipeline and its models are wrapped:
+``encode_prompt`` (each prompt is encoded once), ``prepare_latents`` (states are injected) and the
+denoiser's ``forward`` (inputs get the denoiser's precision).
 """
 
 import inspect
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,26 +23,26 @@ from flowgrpo.core.random import SampleNoise
 from flowgrpo.core.solvers import Solver
 from flowgrpo.core.transitions import ODE, Transition
 from flowgrpo.data.prompts import Prompt
-from flowgrpo.policy.calling import (
+from flowgrpo.policy.arguments import (
     Calling,
-    UnsupportedPipelineError,
+    batches,
     check_signature,
     check_strength,
     generators_for,
+    is_out_of_memory,
+    own_arguments,
 )
-from flowgrpo.policy.calls import Sampling, batches, own_arguments
-from flowgrpo.policy.initial_noise import INITIAL, InitialNoise, Noise
-from flowgrpo.policy.latent_injection import LatentInjection
+from flowgrpo.policy.call import PipelineCall, UnsupportedPipelineError
+from flowgrpo.policy.latent_injection import LatentInjection, LatentLocations
 from flowgrpo.policy.loading import DTYPES, denoisers, load_pipeline, without_safety_checker
-from flowgrpo.policy.memory import Memory
+from flowgrpo.policy.placement import models_of, prepare
 from flowgrpo.policy.precision import as_batch, as_media
-from flowgrpo.policy.preparing import models_of, prepare
-from flowgrpo.policy.prompt_rewriting import REWRITING_METHODS
-from flowgrpo.policy.prompts_cache import ENCODING_METHODS
+from flowgrpo.policy.prompt_cache import ENCODING_METHODS, REWRITING_METHODS
 from flowgrpo.policy.scheduler import policy_scheduler
+from flowgrpo.policy.settings import Full, Memory, Noise, Sampling, Weights
 from flowgrpo.policy.step_counter import counted
-from flowgrpo.policy.step_plan import StepPlan, StepRecord, held
-from flowgrpo.policy.weights import Full, Trainable, Weights
+from flowgrpo.policy.step_plan import INITIAL, StepPlan, StepRecord
+from flowgrpo.policy.weights import InitialNoise, Trainable
 
 
 @dataclass(frozen=True)
@@ -49,11 +50,11 @@ class Rollout:
     """One batch that was run through the pipeline.
 
     Attributes:
-        rows: Which of the requested samples these are.
-        x: The last states, in the layout of the denoising loop.
-        media: Decoded images ``(B, C, H, W)`` or videos ``(B, F, C, H, W)`` in [0, 1]; None if
-            only states were asked for.
-        visits: The recorded steps, in order.
+        rows: Indices of the batch among the requested samples.
+        x: The last states, in the layout of the denoising loop; None if media were decoded.
+        media: Decoded images ``(B, C, H, W)`` or videos ``(B, F, C, H, W)`` in [0, 1]; None if only
+            states were requested.
+        records: The recorded steps, in order.
     """
 
     rows: range
@@ -62,18 +63,43 @@ class Rollout:
     records: Sequence[StepRecord]
 
 
+@dataclass
+class Learned:
+    """Facts about a pipeline that its calls have shown, and that later calls rely on.
+
+    Attributes:
+        calling: The form of the arguments that the pipeline takes.
+        latents: Where the states of its loop are in the tensors that it prepares.
+        empty_loop: Whether the loop may be empty. False once a call failed with an empty loop and
+            succeeded with a step that keeps its state.
+        enumerates: Whether the loop enumerates its steps, so that it can be given the whole grid.
+    """
+
+    calling: Calling = field(default_factory=Calling)
+    latents: LatentLocations = field(default_factory=LatentLocations)
+    empty_loop: bool = True
+    enumerates: bool = False
+
+
 class PipelinePolicy:
-    """Samples, replays, branches and decodes with a pipeline, and owns what is trained.
+    """Samples, replays, branches and decodes with a pipeline, and owns the trained parameters.
 
     Example:
         >>> policy = PipelinePolicy.from_pretrained("stabilityai/stable-diffusion-3.5-medium",
         ...                                         weights=LoRA(rank=32), sampling=Sampling())
         >>> noise = SampleNoise([Random(0).at(i) for i in range(4)])
         >>> images = policy.images([Prompt("a red circle")] * 4, noise)
+
+    Attributes:
+        pipeline: The pipeline, with a policy scheduler.
+        scheduler: The policy scheduler.
+        trainable: The trained parameters; None if everything is frozen.
+        num_evaluations: Denoiser evaluations so far, counted per sample.
+        num_decodes: Decoded samples so far.
     """
 
     keeps_means = False
-    """Whether actions should keep the means of their steps; the learner asks for it."""
+    """Whether actions store the means of their steps. Set by the learner if the loss needs them."""
 
     def __init__(
         self,
@@ -88,30 +114,31 @@ class PipelinePolicy:
         with_reference: bool = False,
         memory: Memory | None = None,
     ):
-        """Turn a loaded pipeline into a policy; its scheduler is replaced.
+        """Turn a loaded pipeline into a policy. The pipeline is changed.
 
         Args:
-            pipeline: Any text-to-image or text-to-video pipeline of diffusers.
-            sampling: How it is called unless a call says otherwise.
-            weights: What is trained; None freezes everything.
-            batch_size: Samples in one call of the pipeline.
+            pipeline: A text-to-image or text-to-video pipeline of diffusers, or one with conditions.
+            sampling: Default arguments of its call.
+            weights: What to train; None freezes everything.
+            batch_size: Largest number of samples in one call of the pipeline.
             dtype: Precision of the denoiser's arithmetic.
-            device: Where the models live.
-            seed: For the initial weights of adapters.
-            with_reference: Whether the reference model will be asked for.
-            memory: What trades memory for time.
+            device: Device of the models.
+            seed: Seed of the adapters' initial weights.
+            with_reference: Whether :meth:`reference` will be used.
+            memory: Settings that trade memory for time.
 
         Raises:
-            ValueError: If the pipeline cannot be a policy, or a sampling argument is not its own.
+            ValueError: If the pipeline cannot be a policy, or does not take a sampling argument.
         """
         self.pipeline, self.sampling, self.batch_size = pipeline, sampling, batch_size
         self.dtype, self.device = DTYPES[dtype], torch.device(device)
+        # Without the decorator that disables gradients.
         call = inspect.unwrap(type(pipeline).__call__)
         self._parameters = inspect.signature(call).parameters
         check_signature(pipeline, self._parameters)
         self.shipped_scheduler = pipeline.scheduler
         self.scheduler = policy_scheduler(pipeline.scheduler)
-        self._call = counted(call, self.scheduler)
+        self._call_pipeline = counted(call, self.scheduler)
         self.check_sampling(sampling)
         self.scheduler.noise_scale = float(pipeline.config.get("noise_scale") or 1.0)
         pipeline.scheduler = self.scheduler
@@ -128,28 +155,34 @@ class PipelinePolicy:
                 self.denoisers, weights, seed=seed, with_reference=with_reference
             )
         self.num_evaluations = self.num_decodes = 0
-        self._calling, self._empty_loop = Calling(), True
-        self._injection = LatentInjection(pipeline, self.scheduler, self.device)
+        self._learned = Learned()
+        self._injection = LatentInjection(
+            pipeline, self.scheduler, self._learned.latents, self.device
+        )
         if isinstance(self.trainable, InitialNoise):
             self._injection.initial = self.trainable
 
     @classmethod
     def from_pretrained(cls, model: str | Path, **options: Any) -> "PipelinePolicy":
-        """Load a hub id or a folder with ``DiffusionPipeline.from_pretrained`` and make it a policy.
+        """Load a pipeline with ``DiffusionPipeline.from_pretrained`` and turn it into a policy.
 
         Args:
             model: Hub id, pipeline folder, or ``"shapes"`` for the embedded model.
-            options: As for the constructor.
+            options: Arguments of the constructor.
 
         Raises:
-            FileNotFoundError: If a folder is named that is no pipeline.
+            FileNotFoundError: If the folder is no pipeline.
         """
         memory: Memory = options.get("memory") or Memory()
         dtype = DTYPES[options.get("dtype", "float32")]
         return cls(load_pipeline(model, dtype, memory.quantize), **options)
 
     def check_sampling(self, sampling: Sampling, prompts: Sequence[Prompt] = ()) -> None:
-        """Raise ValueError if the pipeline's call does not take one of the arguments."""
+        """Check that the pipeline's call takes the arguments of the sampling and of the prompts.
+
+        Raises:
+            ValueError: If it does not take one of them.
+        """
         own = [
             p for p in self._parameters if p not in ("self", "prompt", "generator", "output_type")
         ]
@@ -162,8 +195,8 @@ class PipelinePolicy:
 
     @property
     def displaces(self) -> bool:
-        """Whether the loop was seen to step more or other than one prepared tensor as it is."""
-        return self._injection.displaces
+        """Whether the pipeline's states were seen to be anything but a part of one prepared tensor."""
+        return self._learned.latents.displaced
 
     def num_steps(self, sampling: Sampling | None = None) -> int:
         """Number of denoising steps of a call."""
@@ -183,42 +216,39 @@ class PipelinePolicy:
         sampling: Sampling | None = None,
         solver: Solver = "euler",
     ) -> Iterator[Rollout]:
-        """Sample without gradients, one batch at a time, so that scoring can go on meanwhile.
+        """Sample without gradients, one batch at a time, so that scoring can overlap with sampling.
 
         Args:
-            prompts: One per sample.
+            prompts: One prompt per sample.
             noise: One random stream per sample, for the initial latents and the stochastic steps.
-            nodes: Grid nodes to visit, ascending from 0 (noise) to ``num_steps`` (data); all by
-                default. A sub-grid makes larger steps.
-            x: States to enter at ``nodes[0]`` with; by default the pipeline's initial latents.
+            nodes: Grid nodes to pass through, ascending, from 0 (noise) to ``num_steps`` (data); all by
+                default. A sub-grid takes larger steps.
+            x: States to begin with at ``nodes[0]``; by default the pipeline's initial latents.
             stochastic: Steps that follow ``transition``; the others follow the ODE.
             transition: The stochastic step.
             record: Steps to record in ``records``.
             decode: Whether to decode media.
-            sampling: How to call the pipeline, if not as usual.
-            solver: How the deterministic steps after the last stochastic one are taken.
+            sampling: Arguments of the pipeline's call, if not the policy's own.
+            solver: Solver of the deterministic steps after the last stochastic step.
         """
         for rows in batches(prompts, self.batch_size):
+            part = slice(rows.start, rows.stop)
             plan = StepPlan(
                 nodes=nodes,
                 stochastic=stochastic,
                 transition=transition or ODE(),
-                noise=noise[rows.start : rows.stop],
+                noise=noise[part],
                 record=record,
                 solver=solver,
             )
-            entering = None if x is None else x[rows.start : rows.stop]
+            start = None if x is None else x[part]
             with torch.no_grad():
-                output = self._run(
-                    [prompts[i] for i in rows],
-                    plan,
-                    entering,
-                    decode,
-                    sampling or self.sampling,
+                output, records = self._run(
+                    prompts[part], plan, start, decode, sampling or self.sampling
                 )
             self.num_decodes += len(rows) * decode
             media = output.float().cpu() if decode else None
-            yield Rollout(rows, None if decode else output, media, plan.records)
+            yield Rollout(rows, None if decode else output, media, records)
 
     def images(
         self, prompts: Sequence[Prompt], noise: SampleNoise, sampling: Sampling | None = None
@@ -237,14 +267,15 @@ class PipelinePolicy:
         """Media of final states ``x``, in [0, 1] on the CPU."""
         sampling = sampling or self.sampling
         end, noise = self.num_steps(sampling), SampleNoise([])
-        parts = []
+        decoded = []
         for rows in batches(prompts, self.batch_size):
             plan = StepPlan(nodes=[end], noise=noise)
             part = slice(rows.start, rows.stop)
             with torch.no_grad():
-                parts.append(self._run(prompts[part], plan, x[part], True, sampling))
+                media, _ = self._run(prompts[part], plan, x[part], True, sampling)
+            decoded.append(media)
         self.num_decodes += len(prompts)
-        return torch.cat(parts).float().cpu()
+        return torch.cat(decoded).float().cpu()
 
     def replay(
         self,
@@ -253,16 +284,16 @@ class PipelinePolicy:
         step: int,
         transition: Transition,
     ) -> StepRecord:
-        """Run one recorded step again, with gradients: the distribution that ``x_next`` came from.
+        """Take one step of a rollout again, with gradients.
 
-        The model sees exactly what it saw in the rollout, so that before an update the
-        log-probability is the recorded one.
+        The denoiser gets the inputs that it got in the rollout, so before an update the distribution of
+        ``x_next`` and its log-probability are those of the rollout.
 
         Args:
-            prompts: One per state; all can share a call (:func:`flowgrpo.policy.calls.call_key`).
+            prompts: One per state; all can share a call (:func:`flowgrpo.policy.arguments.call_key`).
             x: States before the step.
-            step: Index of the step in the grid; -1 is the draw of the initial noise, which needs no
-                states.
+            step: Index of the step on the grid, or ``INITIAL`` for the draw of the initial noise, which
+                needs no states.
             transition: The stochastic step.
         """
         if step == INITIAL:
@@ -271,103 +302,117 @@ class PipelinePolicy:
         plan = StepPlan(
             nodes=[step, step + 1], stochastic={step}, transition=transition, record={step}
         )
-        self._run(prompts, plan, x, False, self.sampling)
-        (record,) = plan.records
+        _, (record,) = self._run(prompts, plan, x, False, self.sampling)
         return record
 
     def stock_pipeline(self) -> DiffusionPipeline:
-        """The pipeline with the scheduler that it was shipped with, for export.
+        """The pipeline with its shipped scheduler and its own methods, for export.
 
-        The policy cannot be used any more after this.
+        The policy must not be used after this.
         """
         self.pipeline.scheduler = self.shipped_scheduler
-        self._injection.leave()
+        self._injection.remove()
         for name in (*ENCODING_METHODS, *REWRITING_METHODS):
             self.pipeline.__dict__.pop(name, None)
         return self.pipeline
 
     def reference(self) -> AbstractContextManager[None]:
-        """Inside, the policy is the model that training began from."""
+        """Use the reference policy, the model before training, inside the context."""
         return self.trainable.reference() if self.trainable is not None else nullcontext()
 
     def _run(
         self,
         prompts: Sequence[Prompt],
         plan: StepPlan,
-        entering: Tensor | None,
+        x: Tensor | None,
         decode: bool,
         sampling: Sampling,
-    ) -> Tensor:
-        """One call of the pipeline."""
+    ) -> tuple[Tensor, Sequence[StepRecord]]:
+        """Call the pipeline in the form that it takes.
+
+        A plan with a single node leaves the loop empty. Some pipelines fail then; they take one step
+        that keeps its state (:meth:`StepPlan.held`).
+
+        Returns:
+            Media if ``decode``, otherwise the last states; and the recorded steps.
+        """
         arguments = sampling.arguments() | own_arguments(prompts)
         if not arguments.keys() <= self._parameters.keys():
             self.check_sampling(sampling, prompts[:1])
         nodes = plan.nodes if plan.nodes is not None else range(sampling.num_steps + 1)
-        if len(nodes) == 1 and not self._empty_loop:
-            plan = held(plan, sampling.num_steps)
+        empty = len(nodes) == 1
 
-        def call(formed: dict[str, Any]) -> Tensor:
-            return self._once(formed, plan, entering, decode)
+        def attempt(plan: StepPlan) -> tuple[Tensor, Sequence[StepRecord]]:
+            def call(formed: dict[str, Any]) -> tuple[Tensor, Sequence[StepRecord]]:
+                return self._call(formed, plan, x, decode)
 
+            return self._learned.calling(call, arguments, len(prompts))
+
+        if empty and not self._learned.empty_loop:
+            plan = plan.held(sampling.num_steps)
         try:
-            output = self._calling(call, arguments, len(prompts))
+            result = attempt(plan)
         except Exception as error:
-            if len(nodes) > 1 or plan.hold or isinstance(error, UnsupportedPipelineError):
+            unrelated = isinstance(error, UnsupportedPipelineError) or is_out_of_memory(error)
+            if not empty or plan.hold or unrelated:
                 raise
-            # Its loop cannot be empty, or something else is wrong, which the next call will raise.
-            self._empty_loop = False
-            return self._run(prompts, plan, entering, decode, sampling)
+            # The loop cannot be empty, or there is another cause, which the second attempt raises.
+            plan = plan.held(sampling.num_steps)
+            result = attempt(plan)
+            self._learned.empty_loop = False
         self.num_evaluations += len(prompts) * (len(nodes) - 1 + plan.hold)
-        return output
+        return result
 
-    def _once(
-        self,
-        arguments: dict[str, Any],
-        plan: StepPlan,
-        entering: Tensor | None,
-        decode: bool,
-    ) -> Tensor:
-        """Call the pipeline in one form, and check that it walked where it was sent."""
-        # Where a state is put in, the pipeline's own draw is thrown away; one generator is cheaper.
-        generators = plan.noise.initial() if plan.noise and entering is None else torch.Generator()
-        plan.records.clear()
-        self.scheduler.begin(plan)
-        arguments = self._injection.expect(entering, arguments)
+    def _call(
+        self, arguments: dict[str, Any], plan: StepPlan, x: Tensor | None, decode: bool
+    ) -> tuple[Tensor, Sequence[StepRecord]]:
+        """Call the pipeline with one form of its arguments, and check that it followed the plan."""
+        # With a given state the pipeline's initial noise is discarded, and one generator is cheaper.
+        generators = plan.noise.initial() if plan.noise and x is None else torch.Generator()
+        call = self.scheduler.begin(plan, self._learned.enumerates)
+        arguments = self._injection.begin(call, x, arguments)
         arguments |= {"generator": generators_for(arguments, generators)}
 
-        def again(another: StepPlan) -> None:
-            self.scheduler.begin(another)
+        def numbered(index: int) -> Tensor:
+            """The first state of a call in which the elements of a prepared tensor are numbered."""
+            other = self.scheduler.begin(
+                StepPlan(nodes=[0, 1], hold=True, record=[0]), self._learned.enumerates
+            )
+            other.number = index
             with torch.no_grad():
-                self._output(arguments, False)
+                self._output(other, arguments, False)
+            return other.main.records[0].x
 
         try:
-            output = self._output(arguments, decode)
-            self._injection.check()
-            self._injection.learn(plan, again)
+            output = self._output(call, arguments, decode)
+            self._injection.end(call, numbered)
         finally:
+            # Drops the tensors of the call.
             self.scheduler.begin(StepPlan())
-            self._injection.expect(None, arguments)
-        return output
+        self._learned.enumerates |= call.enumerates
+        return output, call.main.records
 
-    def _output(self, arguments: dict[str, Any], decode: bool) -> Tensor:
-        """What the pipeline returns: media, or the last state of its loop."""
+    def _output(self, call: PipelineCall, arguments: dict[str, Any], decode: bool) -> Tensor:
+        """The output of the pipeline: media, or the last state of its loop."""
         kind = "pt" if decode else "latent"
         try:
-            output = self._call(self.pipeline, **arguments, output_type=kind, return_dict=False)
-        except Exception:
-            # What goes wrong after the loop does not matter where only its states are wanted
+            output = self._call_pipeline(
+                self.pipeline, **arguments, output_type=kind, return_dict=False
+            )
+        except Exception as error:
+            # If only states are requested, a failure after the loop is of no consequence
             # (QwenImageLayered cannot return latents).
-            arrived = self._injection.arrived()
-            if decode or arrived is None:
+            last = self._injection.last_state(call)
+            if decode or last is None or is_out_of_memory(error):
                 raise
-            return arrived
+            return last
         if decode:
             return as_media(output, self.pipeline)
-        arrived = self._injection.arrived()
-        return as_batch(output) if arrived is None else arrived
+        last = self._injection.last_state(call)
+        return as_batch(output) if last is None else last
 
     def _precision(self) -> torch.dtype:
-        """Of what enters a denoiser: its weights' own."""
+        """Precision of the denoiser's inputs: that of its weights."""
         weights = self.trainable.weights if self.trainable is not None else None
         trains_all = isinstance(weights, Full) and not weights.parameters and not weights.models
         return torch.float32 if trains_all else self.dtype

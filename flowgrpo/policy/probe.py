@@ -11,10 +11,11 @@ from flowgrpo.core.random import Random, SampleNoise
 from flowgrpo.core.transitions import Prediction, Transition
 from flowgrpo.data.prompts import Prompt
 from flowgrpo.losses.losses import step_gain
-from flowgrpo.policy.calling import UnsupportedPipelineError
-from flowgrpo.policy.calls import Sampling
-from flowgrpo.policy.initial_noise import InitialNoise
+from flowgrpo.policy.arguments import is_out_of_memory
+from flowgrpo.policy.call import UnsupportedPipelineError
 from flowgrpo.policy.pipeline import PipelinePolicy
+from flowgrpo.policy.settings import Sampling
+from flowgrpo.policy.weights import InitialNoise
 
 Size = tuple[int | None, int | None, int | None]
 MULTIPLES = (8, 16, 32, 64)

@@ -1,27 +1,28 @@
-"""Where one call of a pipeline is sent on the sampling grid, and what is recorded on the way."""
+"""The step plan of one call of a pipeline, and the record of a step."""
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 
-from jaxtyping import Float
-from torch import Tensor
-
 from flowgrpo.core.random import SampleNoise
 from flowgrpo.core.solvers import Solver
+from flowgrpo.core.tensors import Float, Tensor
 from flowgrpo.core.transitions import ODE, Gaussian, Prediction, Step, Transition
+
+INITIAL = -1
+"""Index of the step that draws the initial noise. The steps of the sampling grid count from 0."""
 
 
 @dataclass(frozen=True)
 class StepRecord:
-    """One step as it happened.
+    """One denoising step that was taken.
 
     Attributes:
-        step: Index in the grid of the node that the step left.
-        interval: The step's signal and noise weights.
-        x: The state before, fp32.
-        x_next: The state after, fp32.
-        prediction: What the model said; carries gradients in a replay.
-        gaussian: The distribution of ``x_next``.
+        step: Index of the grid node at which the step starts.
+        interval: The signal and noise weights at both ends of the step.
+        x: The state before the step, fp32.
+        x_next: The state after the step, fp32.
+        prediction: The model's prediction at ``x``. It carries gradients in a replay.
+        gaussian: The distribution from which ``x_next`` was drawn.
     """
 
     step: int
@@ -32,20 +33,23 @@ class StepRecord:
     gaussian: Gaussian
 
 
-@dataclass
+@dataclass(frozen=True)
 class StepPlan:
-    """What the scheduler does in one call of the pipeline.
+    """The steps that the scheduler takes in one call of the pipeline.
+
+    A grid of ``T`` steps has the nodes 0 (noise) to ``T`` (data); step ``k`` leads from node ``k`` to
+    the next node of the plan.
 
     Attributes:
-        nodes: Indices of the grid to visit, ascending; ``n`` nodes make ``n - 1`` steps, and the
-            grid of ``T`` steps has nodes 0 (noise) to T (data). ``None`` visits all.
-        stochastic: The steps that follow ``transition``; the others follow the ODE.
+        nodes: Grid nodes to pass through, ascending; ``n`` nodes make ``n - 1`` steps. ``None`` means
+            the whole grid.
+        stochastic: Steps that follow ``transition``. The others follow the ODE.
         transition: The stochastic step.
-        noise: What the stochastic steps inject; without it they return their mean.
-        record: The steps to record.
-        solver: How the deterministic steps after the last stochastic one are taken.
-        hold: Whether steps leave the state as it is, for pipelines whose loop cannot be empty.
-        visits: The record.
+        noise: Random streams of the stochastic steps, one per sample. Without them a stochastic step
+            returns its mean.
+        record: Steps to record.
+        solver: Solver of the deterministic steps after the last stochastic step.
+        hold: Whether every step returns its state unchanged (:meth:`held`).
     """
 
     nodes: Sequence[int] | None = None
@@ -55,12 +59,16 @@ class StepPlan:
     record: Collection[int] = ()
     solver: Solver = "euler"
     hold: bool = False
-    records: list[StepRecord] = field(default_factory=list)
 
+    def held(self, num_steps: int) -> "StepPlan":
+        """A plan of one step that keeps the state, in place of a plan with a single node.
 
-def held(plan: StepPlan, num_steps: int) -> StepPlan:
-    """The same for a loop that cannot be empty: one step from or to the only node changes nothing."""
-    assert plan.nodes is not None
-    (node,) = plan.nodes
-    nodes = [node, node + 1] if node < num_steps else [node - 1, node]
-    return replace(plan, nodes=nodes, hold=True, records=[])
+        For pipelines whose loop cannot be empty: the denoiser runs once, and its output is ignored.
+
+        Args:
+            num_steps: Number of steps of the whole grid.
+        """
+        assert self.nodes is not None
+        (node,) = self.nodes
+        nodes = [node, node + 1] if node < num_steps else [node - 1, node]
+        return replace(self, nodes=nodes, hold=True)

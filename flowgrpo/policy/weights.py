@@ -1,67 +1,42 @@
-"""What is trained: LoRA adapters or all weights; the reference model; the moving average."""
+"""The trained parameters: adapters or weights of the denoiser, or the distribution of the initial noise.
+
+Also the reference policy and the exponential moving average of the parameters.
+"""
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Literal
+from pathlib import Path
 
 import torch
 from diffusers import ModelMixin
 from peft import LoraConfig
+from safetensors.torch import save_file
 from torch import Tensor, nn
+
+from flowgrpo.core.transitions import Gaussian, Prediction, Step
+from flowgrpo.policy.settings import Full, LoRA, Noise, Weights
+from flowgrpo.policy.step_plan import INITIAL, StepRecord
 
 ATTENTION_PROJECTIONS = (
     "to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out",
 )  # fmt: skip
+"""Names of attention projections in the models of diffusers."""
 ADAPTER = "default"
+"""Name of the trained adapter."""
 PATTERN = "re:"
-
-
-@dataclass(frozen=True, kw_only=True)
-class LoRA:
-    """Low-rank adapters on a frozen base (arXiv:2106.09685); the reference is the bare base."""
-
-    kind: Literal["lora"] = "lora"
-    rank: int = 32
-    """Inner dimension of the adapters."""
-    alpha: int = 64
-    """The adapter's output is scaled by alpha / rank."""
-    targets: tuple[str, ...] = ()
-    """Layers to adapt: names, ends of names, or regular expressions behind ``re:`` that match whole
-    names; empty adapts the attention projections, whose names are those of diffusers or else all in a
-    part named attention."""
-    models: tuple[str, ...] = ()
-    """Denoisers to adapt, by their name in the pipeline, such as one of Wan 2.2's two; empty for all."""
-
-    def bounds(self) -> Sequence[tuple[str, int, int]]:
-        """Keys, their values and the least that is allowed."""
-        return [("model.weights.rank", self.rank, 1), ("model.weights.alpha", self.alpha, 1)]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Full:
-    """All weights of the denoiser, or some of them, in fp32; the reference is a frozen copy."""
-
-    kind: Literal["full"] = "full"
-    parameters: tuple[str, ...] = ()
-    """Regular expressions that match whole names of the parameters to train; empty trains all."""
-    models: tuple[str, ...] = ()
-    """Denoisers to train, by their name in the pipeline; empty for all."""
-
-    def bounds(self) -> Sequence[tuple[str, int, int]]:
-        """Nothing to check."""
-        return []
-
-
-Weights = LoRA | Full
+"""Prefix of LoRA targets that are regular expressions."""
+NOISE_FILE = "initial_noise.safetensors"
+MEAN, LOG_STD = "initial_noise.mean", "initial_noise.log_std"
 
 
 class Trainable:
     """The trained weights of one or more denoisers.
 
     Attributes:
-        parameters: By qualified name, such as ``transformer.proj_out.weight``.
+        denoisers: The trained models, by their names in the pipeline.
+        weights: The settings.
+        parameters: The trained parameters, by qualified names such as ``transformer.proj_out.weight``.
     """
 
     def __init__(
@@ -72,21 +47,24 @@ class Trainable:
         seed: int,
         with_reference: bool,
     ):
-        """Prepare the denoisers in place.
+        """Prepare the denoisers in place: add adapters, or unfreeze parameters.
 
         Args:
-            denoisers: The models to train, by their name in the pipeline.
-            weights: LoRA or full fine-tuning.
-            seed: For the adapters' initial weights.
-            with_reference: Whether :meth:`reference` will be used; full fine-tuning then keeps a copy.
+            denoisers: The pipeline's denoisers, by their names there.
+            weights: What to train.
+            seed: Seed of the adapters' initial weights.
+            with_reference: Whether :meth:`reference` will be used. Full fine-tuning then keeps a copy of
+                the initial weights in main memory.
 
         Raises:
-            ValueError: If LoRA targets name no layer, patterns no parameter, or models no denoiser.
+            ValueError: If LoRA targets match no layer, patterns match no parameter, or a named denoiser
+                does not exist.
         """
         unknown = [m for m in weights.models if m not in denoisers]
         if unknown:
             raise ValueError(
-                f"model.weights.models: no denoiser {unknown[0]!r}; there: {', '.join(denoisers)}"
+                f"model.weights.models: there is no denoiser {unknown[0]!r}; the pipeline has "
+                f"{', '.join(denoisers)}"
             )
         chosen = {k: m for k, m in denoisers.items() if not weights.models or k in weights.models}
         self.denoisers, self.weights = chosen, weights
@@ -97,22 +75,25 @@ class Trainable:
                 _add_adapter(model, weights, seed)
             else:
                 _unfreeze(model, weights)
-        denoisers = chosen
         self.parameters: dict[str, nn.Parameter] = {
             f"{name}.{key}": p
-            for name, model in denoisers.items()
+            for name, model in chosen.items()
             for key, p in model.named_parameters()
             if p.requires_grad
         }
         copies = with_reference and isinstance(weights, Full)
-        # Off the accelerator: it is needed a few times per iteration only.
+        # In main memory: it is used only a few times per iteration.
         self._reference = (
             [p.detach().cpu().clone() for p in self.parameters.values()] if copies else None
         )
 
     @contextmanager
     def reference(self) -> Iterator[None]:
-        """Inside, the denoisers are the model that training began from."""
+        """Use the initial weights of the denoisers inside the context.
+
+        Raises:
+            RuntimeError: In full fine-tuning without ``with_reference``.
+        """
         if isinstance(self.weights, LoRA):
             for model in self.denoisers.values():
                 model.disable_adapters()
@@ -124,23 +105,126 @@ class Trainable:
         else:
             if self._reference is None:
                 raise RuntimeError(
-                    "the policy was made without a reference; set with_reference=True"
+                    "the policy was created without a reference policy; set with_reference=True"
                 )
             own = list(self.parameters.values())
-            there = [r.to(p.device) for r, p in zip(self._reference, own, strict=True)]
-            with swapped(own, there):
+            copies = [r.to(p.device) for r, p in zip(self._reference, own, strict=True)]
+            with swapped(own, copies):
                 yield
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Set the trained weights. Raises ValueError unless names and shapes are exactly ours."""
+        """Set the trained parameters.
+
+        Raises:
+            ValueError: If names or shapes differ from :attr:`parameters`.
+        """
         require_same(self.parameters, tensors)
         with torch.no_grad():
             for name, parameter in self.parameters.items():
                 parameter.copy_(tensors[name])
 
 
+class InitialNoise:
+    """A trained distribution of the initial noise: independent normals, one per latent element.
+
+    Every sample's initial state is drawn from it, for all prompts alike; the paper trains it for a
+    single prompt. It begins as the standard normal, with exactly the pipeline's own images. The shape
+    of the latents is known after :meth:`fit`; before, there are no parameters.
+
+    Differs from the released code in training the logarithm of the standard deviation, which cannot
+    become negative; the code clamps the standard deviation at 1e-4.
+
+    Source: FIND, arXiv:2407.19453.
+
+    Attributes:
+        weights: The settings.
+        parameters: ``mean`` and ``log_std``, both ``(1, *latent)`` in fp32.
+    """
+
+    def __init__(self, weights: Noise) -> None:
+        self.weights = weights
+        self.parameters: dict[str, nn.Parameter] = {}
+        self._is_reference = False
+
+    @property
+    def shape(self) -> torch.Size | None:
+        """Shape of one sample's latents; None before :meth:`fit`."""
+        return self.parameters[MEAN].shape[1:] if self.parameters else None
+
+    def fit(self, shape: Sequence[int], device: torch.device) -> None:
+        """Begin as the standard normal of latents of the given shape of one sample."""
+        self.parameters = {
+            name: nn.Parameter(torch.zeros(1, *shape, device=device)) for name in (MEAN, LOG_STD)
+        }
+
+    def gaussian(self, scale: float = 1.0) -> Gaussian:
+        """The distribution of one sample's initial state, ``(1, *latent)``.
+
+        Args:
+            scale: Standard deviation of the pipeline's own initial noise.
+        """
+        mean: Tensor = self.parameters[MEAN]
+        log_std: Tensor = self.parameters[LOG_STD]
+        if self._is_reference:
+            mean, log_std = torch.zeros_like(mean), torch.zeros_like(log_std)
+        return Gaussian(scale * mean, scale * log_std.exp())
+
+    def record(self, number: int, scale: float) -> StepRecord:
+        """The draw of ``number`` initial states as a step with the index INITIAL.
+
+        The step has no state before it (zeros), and its prediction is the mean.
+        """
+        one = self.gaussian(scale)
+        mean = one.mean.expand(number, *one.mean.shape[1:])
+        gaussian = Gaussian(mean, one.std)
+        nothing, interval = torch.zeros_like(mean), Step.flow(1.0, 1.0)
+        return StepRecord(INITIAL, interval, nothing, mean, Prediction(mean, mean, mean), gaussian)
+
+    @contextmanager
+    def reference(self) -> Iterator[None]:
+        """Use the standard normal inside the context."""
+        self._is_reference = True
+        try:
+            yield
+        finally:
+            self._is_reference = False
+
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Set the parameters.
+
+        Raises:
+            ValueError: If names or shapes differ from :attr:`parameters`.
+        """
+        if not self.parameters and MEAN in tensors:
+            self.fit(tensors[MEAN].shape[1:], tensors[MEAN].device)
+        require_same(self.parameters, tensors)
+        with torch.no_grad():
+            for name, parameter in self.parameters.items():
+                parameter.copy_(tensors[name])
+
+    def export(self, folder: Path) -> Path:
+        """Write ``mean`` and ``std``, each of one sample's shape, as ``initial_noise.safetensors``.
+
+        The pipeline's call takes ``latents = mean + std * torch.randn(batch, *mean.shape)``.
+        """
+        folder.mkdir(parents=True, exist_ok=True)
+        with torch.no_grad():
+            gaussian = self.gaussian()
+            assert isinstance(gaussian.std, Tensor)
+            tensors = {"mean": gaussian.mean[0], "std": gaussian.std[0]}
+        save_file({k: v.cpu().contiguous() for k, v in tensors.items()}, folder / NOISE_FILE)
+        return folder
+
+
 class EMA:
-    """An exponential moving average of the trained weights, on their device."""
+    """An exponential moving average of the trained parameters, on their device.
+
+    Attributes:
+        parameters: The trained parameters.
+        decay: Largest decay.
+        updates: Number of updates so far.
+        average: The averaged tensors, in the order of the parameters.
+    """
 
     def __init__(self, parameters: Sequence[nn.Parameter], decay: float):
         self.parameters, self.decay, self.updates = list(parameters), decay, 0
@@ -148,21 +232,24 @@ class EMA:
 
     @torch.no_grad()
     def update(self) -> None:
-        """Move towards the weights; the decay rises as ``(1 + n) / (10 + n)``, as in Flow-GRPO."""
+        """Set ``average = d * average + (1 - d) * parameter``.
+
+        The decay ``d`` of update ``n`` is ``min(decay, (1 + n) / (10 + n))``, as in Flow-GRPO.
+        """
         self.updates += 1
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
         torch._foreach_lerp_(self.average, [p.detach() for p in self.parameters], 1 - decay)
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """Inside, the model has the averaged weights; nothing is copied."""
+        """Use the averaged parameters inside the context; nothing is copied."""
         with swapped(self.parameters, self.average):
             yield
 
 
 @contextmanager
 def swapped(parameters: Sequence[nn.Parameter], others: Sequence[Tensor]) -> Iterator[None]:
-    """Inside, the parameters hold the other tensors, by exchanging pointers."""
+    """Let the parameters hold other tensors inside the context, by exchanging pointers."""
     own = [p.data for p in parameters]
     try:
         for parameter, other in zip(parameters, others, strict=True):
@@ -174,13 +261,17 @@ def swapped(parameters: Sequence[nn.Parameter], others: Sequence[Tensor]) -> Ite
 
 
 def require_same(parameters: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
-    """Raise ValueError unless names and shapes are the same."""
+    """Check that saved tensors belong to the parameters.
+
+    Raises:
+        ValueError: If names or shapes differ.
+    """
     missing = sorted(parameters.keys() - tensors.keys())
     extra = sorted(tensors.keys() - parameters.keys())
     if missing or extra:
         raise ValueError(
-            f"these weights belong to another model or LoRA setting: missing {missing[:3]}, "
-            f"unexpected {extra[:3]} ({len(missing)} and {len(extra)} in all)"
+            f"the saved weights belong to another model or LoRA setting: missing {missing[:3]}, "
+            f"unexpected {extra[:3]} ({len(missing)} and {len(extra)} in total)"
         )
     for name, parameter in parameters.items():
         if parameter.shape != tensors[name].shape:
@@ -190,6 +281,7 @@ def require_same(parameters: Mapping[str, Tensor], tensors: Mapping[str, Tensor]
 
 
 def _add_adapter(model: ModelMixin, lora: LoRA, seed: int) -> None:
+    """Add an adapter in fp32 to the targeted linear and convolutional layers."""
     if not hasattr(model, "add_adapter"):
         raise ValueError(
             f"diffusers has no adapters for {type(model).__name__}; set model.weights.kind = 'full'"
@@ -207,8 +299,8 @@ def _add_adapter(model: ModelMixin, lora: LoRA, seed: int) -> None:
             }
         )
         raise ValueError(
-            f"LoRA targets {unknown} name no linear layer of {type(model).__name__}; "
-            f"layer names there end in: {', '.join(ends[:40])}"
+            f"the LoRA targets {unknown} match no linear layer of {type(model).__name__}; its layer "
+            f"names end in: {', '.join(ends[:40])}"
         )
     config = LoraConfig(
         r=lora.rank, lora_alpha=lora.alpha, target_modules=found, init_lora_weights="gaussian"
@@ -222,19 +314,20 @@ def _add_adapter(model: ModelMixin, lora: LoRA, seed: int) -> None:
 
 
 def _is_target(layer: str, target: str) -> bool:
+    """Whether a layer has the target as its name, as the end of its name, or matches its pattern."""
     if target.startswith(PATTERN):
         return re.fullmatch(target.removeprefix(PATTERN), layer) is not None
     return layer == target or layer.endswith(f".{target}")
 
 
 def _default_targets(layers: Sequence[str]) -> Sequence[str]:
-    """The attention projections by diffusers' names; where a model has its own, all in attentions."""
+    """The attention projections by diffusers' names; without any, all layers of attention modules."""
     usual = [w for w in ATTENTION_PROJECTIONS if any(n == w or n.endswith(f".{w}") for n in layers)]
     return usual or [n for n in layers if "attn" in n.lower() or "attention" in n.lower()]
 
 
 def _unfreeze(model: ModelMixin, weights: Full) -> None:
-    """Make all parameters trainable, or those that a pattern matches, in fp32."""
+    """Make all parameters trainable, or those that match a pattern, in fp32."""
     if not weights.parameters:
         model.float().requires_grad_(True)
         return
@@ -244,7 +337,7 @@ def _unfreeze(model: ModelMixin, weights: Full) -> None:
         if not names:
             raise ValueError(
                 f"model.weights.parameters: {pattern!r} matches no parameter of "
-                f"{type(model).__name__}; there: {', '.join(sorted(named)[:20])}, ..."
+                f"{type(model).__name__}; it has {', '.join(sorted(named)[:20])}, ..."
             )
         for name in names:
             named[name].data = named[name].data.float()

@@ -18,7 +18,7 @@ from flowgrpo.core.transitions import Gaussian
 from flowgrpo.data.experience import Actions, Experience
 from flowgrpo.losses.losses import ClippedLoss, NFTLoss, guard_weight, velocity_kl
 from flowgrpo.policy import EMA, PipelinePolicy
-from flowgrpo.policy.calls import call_key
+from flowgrpo.policy.arguments import call_key
 from flowgrpo.policy.step_plan import StepRecord
 from flowgrpo.policy.weights import swapped
 from flowgrpo.training.metrics import Statistics

@@ -16,7 +16,7 @@ from flowgrpo.evaluation.comparison_grid import ComparisonGrid, keep, kept
 from flowgrpo.evaluation.report import write_report
 from flowgrpo.policy import Full, LoRA, PipelinePolicy
 from flowgrpo.policy.export import export
-from flowgrpo.policy.memory import require_installed
+from flowgrpo.policy.placement import require_installed
 from flowgrpo.policy.probe import check_scales, check_sizes, fit_noise
 from flowgrpo.rewards.scorer import RewardScorer
 from flowgrpo.training.learner import Learner

@@ -10,7 +10,7 @@ from flowgrpo.core.transitions import CPS
 from flowgrpo.data.prompts import Prompt
 from flowgrpo.policy import Noise, PipelinePolicy
 from flowgrpo.policy.auxiliary_latents import AuxiliaryLatents
-from flowgrpo.policy.calling import UnsupportedPipelineError
+from flowgrpo.policy.call import PipelineCall, UnsupportedPipelineError
 from flowgrpo.policy.pipeline import Rollout
 from flowgrpo.policy.probe import fit_noise
 from flowgrpo.policy.step_plan import StepPlan

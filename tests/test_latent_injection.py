@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from flowgrpo.policy.calling import UnsupportedPipelineError
-from flowgrpo.policy.entering import Place, enter, locate, place
+from flowgrpo.policy.arguments import UnsupportedPipelineError
+from flowgrpo.policy.latent_injection import Place, enter, locate, place
 from flowgrpo.policy.weights import ATTENTION_PROJECTIONS, _default_targets
 
 

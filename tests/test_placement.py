@@ -12,15 +12,15 @@ from torch import Tensor
 from flowgrpo.core.transitions import CPS
 from flowgrpo.data.prompts import Prompt
 from flowgrpo.policy import Full, LoRA, Memory, PipelinePolicy
-from flowgrpo.policy.memory import (
+from flowgrpo.policy.placement import (
     PACKAGES,
     Encoders,
-    Quantization,
     offload_autoencoder,
     repeated_blocks,
     require_installed,
 )
-from flowgrpo.policy.store import fingerprint
+from flowgrpo.policy.prompt_cache import fingerprint
+from flowgrpo.policy.settings import Quantization
 from tests.conftest import MakePolicy, noise_of, transition_of
 
 PROMPTS = [Prompt("a"), Prompt("two red dogs"), Prompt("a")]
@@ -167,7 +167,7 @@ def test_what_cannot_go_together_or_is_not_there(make_policy: MakePolicy) -> Non
 
 
 def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("flowgrpo.policy.memory.find_spec", lambda name: None)
+    monkeypatch.setattr("flowgrpo.policy.placement.find_spec", lambda name: None)
     require_installed(Memory(), "adamw")
     with pytest.raises(ImportError, match=r"quantize = 'nf4' needs bitsandbytes: pip install"):
         require_installed(Memory(quantize="nf4"), "adamw")
@@ -178,7 +178,7 @@ def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_encoders_stay_where_they_are_on_the_cpu() -> None:
     model = torch.nn.Linear(2, 2)
     encoders = Encoders({"text_encoder": model}, torch.device("cpu"), offload=True)
-    with encoders.at_work():
+    with encoders.loaded():
         assert model(torch.ones(1, 2)).device.type == "cpu"
 
 

@@ -13,9 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from flowgrpo.core.random import Random
-from flowgrpo.policy.prompt_rewriting import rewritten_once
-from flowgrpo.policy.prompts_cache import PromptCache
-from flowgrpo.policy.store import TensorStore, num_bytes
+from flowgrpo.policy.prompt_cache import PromptCache, TensorStore, num_bytes, rewritten_once
 from tests.conftest import sampling_of
 from tests.tiny import FAMILIES
 

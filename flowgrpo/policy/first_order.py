@@ -1,7 +1,8 @@
-"""Which of diffusers' own samplers takes first-order deterministic steps as a shipped scheduler would.
+"""Diffusers' first-order deterministic counterpart of a shipped scheduler.
 
-Its grid is the policy's grid: a pipeline is sampled where it was meant to be sampled, and without
-noise as diffusers itself would. Only the order of its steps is reduced to one.
+The counterpart makes the policy's grid, so a pipeline is sampled at the noise levels for which it was
+shipped. Without noise, the policy's steps equal the counterpart's steps. Only the order of the shipped
+solver is reduced to one, because a step of higher order depends on more than the current state.
 """
 
 from typing import Any
@@ -10,36 +11,38 @@ import torch
 from diffusers import DDIMScheduler, EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
-from flowgrpo.policy.calling import UnsupportedPipelineError
+from flowgrpo.policy.call import UnsupportedPipelineError
 
 REFUSED = ("LCM", "TCD", "Consistency", "DiffusionForcing", "SCM")
-"""Schedulers of samplers that jump to the data and add noise anew; their steps are no transitions."""
+"""Parts of the names of schedulers that predict the data and add fresh noise to it. Such a step does
+not draw from a Gaussian around the current state."""
 FIRST_ORDER = {
     "solver_order": 1,
     "algorithm_type": "dpmsolver++",
     "predict_x0": True,
-    # UniPC corrects a state with what the model says of the next one.
+    # UniPC corrects a state with the model's output at the next one.
     "disable_corrector": list(range(10000)),
     "thresholding": False,
 }
-"""Settings with which a multistep solver of diffusers takes plain steps."""
+"""Settings that reduce a multistep solver of diffusers to order one."""
 
 
 def first_order(shipped: SchedulerMixin) -> SchedulerMixin:
-    """Diffusers' own first-order deterministic sampler on the grid of a shipped scheduler.
+    """The first-order deterministic scheduler of diffusers on the grid of a shipped scheduler.
 
-    A multistep solver (DPM-Solver++, UniPC, DEIS) stays what it is, at order one. Schedulers whose
-    states grow with the noise (Euler, Heun, LMS) become Euler; all others on a diffusion path become
-    DDIM, and all on a rectified flow become flow-matching Euler.
+    Multistep solvers (DPM-Solver++, UniPC, DEIS) keep their class at order one. Schedulers whose states
+    grow with the noise (Euler, Heun, LMS) become Euler. Other diffusion schedulers become DDIM, and
+    other rectified-flow schedulers become flow-matching Euler.
 
     Raises:
-        UnsupportedPipelineError: If its steps are no transitions, or its noise schedule is unknown.
+        UnsupportedPipelineError: If the steps of the shipped scheduler have no density, or its noise
+            schedule is unknown.
     """
     name, config = type(shipped).__name__, dict(shipped.config)
     if any(word in name for word in REFUSED):
         raise UnsupportedPipelineError(
-            f"a pipeline with {name} cannot be a policy: its sampler jumps to the data and adds noise "
-            "anew, so that its steps have no density to optimise"
+            f"a pipeline with {name} cannot be a policy: its sampler jumps to the data and adds fresh "
+            "noise, so its steps have no density to optimise"
         )
     if isinstance(shipped, FlowMatchEulerDiscreteScheduler) or name.startswith("FlowMatch"):
         return FlowMatchEulerDiscreteScheduler.from_config({**config, "stochastic_sampling": False})
@@ -52,7 +55,7 @@ def first_order(shipped: SchedulerMixin) -> SchedulerMixin:
     if not hasattr(shipped, "alphas_cumprod"):
         raise UnsupportedPipelineError(
             f"a pipeline with {name} cannot be a policy: only rectified-flow schedulers and diffusion "
-            "schedulers with alphas_cumprod are known"
+            "schedulers with alphas_cumprod are supported"
         )
     if "solver_order" in config:
         flow = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
@@ -66,7 +69,7 @@ def first_order(shipped: SchedulerMixin) -> SchedulerMixin:
 
 
 def is_flow(shipped: SchedulerMixin) -> bool:
-    """Whether a scheduler is for a model of a rectified flow."""
+    """Whether a scheduler is made for rectified-flow models."""
     config = shipped.config
     return (
         type(shipped).__name__.startswith("FlowMatch")
@@ -77,15 +80,15 @@ def is_flow(shipped: SchedulerMixin) -> bool:
 
 
 def _ddim(shipped: SchedulerMixin, config: dict[str, Any]) -> DDIMScheduler:
-    """DDIM on the shipped one's noise schedule.
+    """DDIM with the noise schedule of the shipped scheduler.
 
-    DDIM clips the predicted data unless told otherwise; latents must not be clipped, and only a
-    scheduler that was shipped with clipping keeps it.
+    DDIM clips the predicted data by default. Latents must not be clipped, so clipping stays on only if
+    the shipped scheduler has it on.
     """
     scheduler = DDIMScheduler.from_config(
         {**config, "clip_sample": bool(config.get("clip_sample", False)), "thresholding": False}
     )
-    # CogVideoX rescales its own; the numbers are what the model was trained on.
+    # CogVideoX rescales its alphas; the model was trained on the rescaled ones.
     scheduler.alphas_cumprod = shipped.alphas_cumprod.clone()
     if hasattr(shipped, "final_alpha_cumprod"):
         scheduler.final_alpha_cumprod = torch.as_tensor(shipped.final_alpha_cumprod).clone()

@@ -1,0 +1,167 @@
+"""Settings of a policy: how its pipeline is called, what is trained, and how memory is saved.
+
+Plain frozen dataclasses that are also sections of a configuration file, so this module imports
+neither torch nor diffusers.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from flowgrpo.core.imports import suggest
+
+Quantization = Literal["none", "nf4", "int8", "torchao_int8"]
+Bounds = Sequence[tuple[str, int, int]]
+"""Configuration keys with their values and the smallest allowed value."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """Arguments of the pipeline's call."""
+
+    num_steps: int = 10
+    """Number of denoising steps (``num_inference_steps``)."""
+    guidance_scale: float | None = None
+    """Scale of classifier-free or distilled guidance. If unset, the pipeline's default applies."""
+    height: int | None = None
+    """Height of the images or frames in pixels. If unset, the pipeline's default applies."""
+    width: int | None = None
+    """Width of the images or frames in pixels. If unset, the pipeline's default applies."""
+    num_frames: int | None = None
+    """Number of frames of a video. If unset, the pipeline's default applies."""
+    call: dict[str, Any] = field(default_factory=dict)
+    """Further arguments of the pipeline's call, by their names in its signature."""
+
+    def arguments(self) -> dict[str, Any]:
+        """The arguments of the pipeline's call that are set."""
+        named = {
+            "num_inference_steps": self.num_steps,
+            "guidance_scale": self.guidance_scale,
+            "height": self.height,
+            "width": self.width,
+            "num_frames": self.num_frames,
+        }
+        return {k: v for k, v in named.items() if v is not None} | self.call
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoRA:
+    """Train low-rank adapters on frozen weights (arXiv:2106.09685).
+
+    The reference policy is the model with its adapters disabled.
+    """
+
+    kind: Literal["lora"] = "lora"
+    rank: int = 32
+    """Inner dimension of the adapters."""
+    alpha: int = 64
+    """Scale of the adapters: their output is multiplied by ``alpha / rank``."""
+    targets: tuple[str, ...] = ()
+    """Layers to adapt: names, ends of names, or regular expressions that match whole names, written
+    with the prefix ``re:``. If empty, the attention projections are adapted: the layers with
+    diffusers' usual names or, in models with other names, all layers inside an attention module."""
+    models: tuple[str, ...] = ()
+    """Denoisers to adapt, by their names in the pipeline, such as one of Wan 2.2's two transformers.
+    If empty, all are adapted."""
+
+    def bounds(self) -> Bounds:
+        """Keys, their values and the smallest allowed values."""
+        return [("model.weights.rank", self.rank, 1), ("model.weights.alpha", self.alpha, 1)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Full:
+    """Train the weights of the denoiser, all or some of them, in fp32.
+
+    The reference policy is a frozen copy of the trained weights.
+    """
+
+    kind: Literal["full"] = "full"
+    parameters: tuple[str, ...] = ()
+    """Parameters to train: regular expressions that match whole names. If empty, all are trained."""
+    models: tuple[str, ...] = ()
+    """Denoisers to train, by their names in the pipeline. If empty, all are trained."""
+
+    def bounds(self) -> Bounds:
+        """Nothing to check."""
+        return []
+
+
+@dataclass(frozen=True, kw_only=True)
+class Noise:
+    """Train the mean and the standard deviation of the initial noise; the model stays as it is.
+
+    Source: FIND, arXiv:2407.19453.
+    """
+
+    kind: Literal["noise"] = "noise"
+
+    def bounds(self) -> Bounds:
+        """Nothing to check."""
+        return []
+
+
+Weights = LoRA | Full
+"""Settings that train weights of a denoiser."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Memory:
+    """Settings that trade memory for time. Only ``quantize`` changes what is computed."""
+
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: much less memory, about a third more time."""
+    offload_text_encoders: bool = True
+    """Keep text and image encoders in main memory, and move them to the accelerator only to encode
+    prompts that are not cached."""
+    offload_vae: bool = False
+    """Keep the VAE in main memory, and move it to the accelerator only to encode and decode."""
+    prompt_cache_gb: float = 4.0
+    """Main memory for encoded prompts, in GB. The least recently used move to a temporary folder."""
+    prompt_disk_gb: float = 16.0
+    """Disk space for encoded prompts, in GB."""
+    vae_tiling: bool = False
+    """Decode large images and videos in overlapping tiles."""
+    vae_slicing: bool = False
+    """Decode one sample at a time."""
+    decode_batch: int = 0
+    """Samples decoded at once; 0 for the whole batch."""
+    score_batch: int = 0
+    """Samples passed to the reward models at once; 0 for the whole batch."""
+    quantize: Quantization = "none"
+    """Precision of the frozen denoiser under its adapters: ``nf4`` and ``int8`` use bitsandbytes,
+    ``torchao_int8`` uses torchao."""
+    compile: Literal["none", "regional"] = "none"
+    """``regional`` compiles the denoiser's repeated block once: minutes at the start, faster steps."""
+    attention: str = ""
+    """Attention backend by diffusers' name, such as ``native``, ``flash`` or ``xformers``. If empty,
+    diffusers chooses."""
+
+    def check(self, trains_all: bool) -> None:
+        """Check the settings.
+
+        Args:
+            trains_all: Whether weights of the denoiser are trained without adapters.
+
+        Raises:
+            ValueError: If a value is not allowed, or settings exclude each other.
+        """
+        for name in ("prompt_cache_gb", "prompt_disk_gb", "decode_batch", "score_batch"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"memory.{name} must be at least 0, got {getattr(self, name)}")
+        if self.quantize != "none" and trains_all:
+            raise ValueError(
+                f"memory.quantize = {self.quantize!r} freezes the denoiser; it needs "
+                "model.weights.kind = 'lora'"
+            )
+        if not self.attention:
+            return
+        # Imports torch, and so only where a backend is named.
+        from diffusers.models.attention_dispatch import AttentionBackendName
+
+        known = [b.value for b in AttentionBackendName]
+        if self.attention not in known:
+            raise ValueError(
+                f"memory.attention must be one of {', '.join(known)}, got {self.attention!r}"
+                f"{suggest(self.attention, known)}"
+            )
