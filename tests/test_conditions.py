@@ -106,7 +106,7 @@ def test_every_family_makes_the_size_it_is_asked_for(name: str, make_policy: Mak
     ("name", "prompt", "message"),
     [
         ("sd3", Prompt("a", width=21), r"cannot make 16 high, 21 wide: .*nearest .* 16 high, 24 wide"),
-        ("flux", Prompt("a", height=21), r"it makes .*the nearest that it makes is \d+ high"),
+        ("flux", Prompt("a", height=21), r"it makes .*the nearest size that it makes is \d+ high"),
         ("wan_t2v", Prompt("a", num_frames=7), r"7 frames.* makes .* (5|9) frames"),
     ],
 )  # fmt: skip

@@ -100,7 +100,9 @@ def test_names_are_those_of_diffusers_and_alpha_is_ours(
 def test_models_without_kohya_names_are_refused(make_policy: MakePolicy, tmp_path: Path) -> None:
     policy = make_policy("wan22")
     assert policy.trainable is not None
-    with pytest.raises(ValueError, match="no kohya format for WanTransformer3DModel; there is for"):
+    with pytest.raises(
+        ValueError, match="no kohya format for WanTransformer3DModel; there is one for"
+    ):
         export_kohya(policy.trainable, tmp_path)
     export(policy.stock_pipeline(), policy.trainable, tmp_path)
     assert not (tmp_path / KOHYA_FILE).exists()

@@ -182,7 +182,7 @@ def test_a_part_of_the_grid_ends_in_a_state(policy: PipelinePolicy, name: str) -
 
 
 @pytest.mark.parametrize("start", [1, 2, 3])
-def test_entering_completes_the_same_image(policy: PipelinePolicy, name: str, start: int) -> None:
+def test_a_branch_completes_the_same_image(policy: PipelinePolicy, name: str, start: int) -> None:
     noise = noise_of(0, 1, 2)
     whole = roll(policy, name, noise, record=range(T))
     nodes, x = range(start, T + 1), whole.records[start].x
@@ -190,7 +190,7 @@ def test_entering_completes_the_same_image(policy: PipelinePolicy, name: str, st
     assert whole.media is not None
     assert branch.media is not None
     assert torch.equal(branch.media, whole.media)
-    # Entered states are split among batches as the samples are.
+    # Given states are split among batches as the samples are.
     policy.batch_size = 2
     options: dict[str, Any] = {"stochastic": STOCHASTIC, "transition": transition_of(name)}
     batches = list(policy.run(PROMPTS[:3], noise, nodes=nodes, x=x, **options))
@@ -317,7 +317,9 @@ def test_models_are_frozen_and_in_eval_mode(policy: PipelinePolicy) -> None:
 
 def test_states_that_do_not_fit_are_refused(policies: Callable[[str], PipelinePolicy]) -> None:
     policy = policies("sd3")
-    with pytest.raises(ValueError, match=r"cannot be entered.*\(1, 16, 8, 8\).*\(1, 16, 9, 9\)"):
+    with pytest.raises(
+        ValueError, match=r"cannot begin with this state.*\(1, 16, 8, 8\).*\(1, 16, 9, 9\)"
+    ):
         list(policy.run(PROMPTS[:1], noise_of(0), nodes=[2, 3], x=torch.zeros(1, 16, 9, 9)))
     with pytest.raises(ValueError, match="not an ascending part of 0 to 4"):
         list(policy.run(PROMPTS[:1], noise_of(0), nodes=[2, 1]))

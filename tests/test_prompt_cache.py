@@ -180,6 +180,26 @@ def test_encodings_that_mix_a_batch_are_cached_whole(encode: Counting) -> None:
         assert counting.take() == []
 
 
+def test_running_out_of_memory_is_no_rule(encode: Counting) -> None:
+    """Whole batches would be encoded and cached from then on."""
+    errors = [torch.OutOfMemoryError("CUDA out of memory")]
+
+    def full_once(prompt: list[str]) -> Tensor:
+        if errors and len(prompt) > 1:
+            raise errors.pop()
+        embeddings, _ = encode.encode(prompt)
+        return embeddings
+
+    counting = Counting(full_once)
+    cache = PromptCache(counting)
+    with pytest.raises(torch.OutOfMemoryError):
+        cache(PROMPTS)
+    cache(PROMPTS)
+    counting.take()
+    assert_same(cache(PROMPTS[::-1]), full_once(PROMPTS[::-1]))
+    assert counting.take() == []
+
+
 def test_encodings_without_a_batch_axis_are_shared(encode: Counting) -> None:
     def with_ids(prompt: list[str]) -> tuple[Tensor, Tensor, list[str], int]:
         embeddings, _ = encode.encode(prompt)

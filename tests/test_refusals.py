@@ -36,11 +36,19 @@ from flowgrpo.doctor.examine import _completions
 from flowgrpo.policy import PipelinePolicy, Sampling
 from flowgrpo.policy.arguments import Calling, alone, generators_for, image_each, together
 from flowgrpo.policy.call import UnsupportedPipelineError
+from flowgrpo.policy.probe import check_sizes
 from tests.conftest import sampling_of
 from tests.tiny.parts import GRADIENT, t5_text, t5_tokenizer
 
 Tiny = Callable[[str], Path]
 SMALL = Sampling(num_steps=4, height=16, width=16)
+FULL = (
+    torch.OutOfMemoryError("CUDA out of memory"),
+    RuntimeError("DefaultCPUAllocator: can't allocate memory"),
+    MemoryError(),
+    KeyboardInterrupt(),
+)
+"""Errors that say nothing about a pipeline."""
 
 
 def resaved(source: Path, kind: type[DiffusionPipeline], folder: Path) -> Path:
@@ -129,7 +137,7 @@ def test_stepping_several_states_is_refused(
 def test_inpainting_that_blends_between_steps_is_refused(tiny: Tiny, tmp_path: Path) -> None:
     folder = resaved(tiny("sdxl"), StableDiffusionXLInpaintPipeline, tmp_path / "inpaint")
     sampling = Sampling(num_steps=4, height=16, width=16, call={"strength": 1.0})
-    assert "between two steps it changes its state" in refusal(folder, sampling)
+    assert "it changes its state between two steps" in refusal(folder, sampling)
 
 
 def test_times_for_each_token_are_refused(tiny: Tiny, tmp_path: Path) -> None:
@@ -158,11 +166,13 @@ def test_a_pipeline_that_prepares_a_prior_first_is_refused(
     prepare = policy.pipeline.prepare_latents
 
     def prior_first(*args: Any, **kwargs: Any) -> Any:
-        policy.scheduler.prepared_by.append(("prepare_latents", [torch.zeros(2, 32)]))
+        policy.scheduler.loop.call.prepared.append(("prepare_latents", [torch.zeros(2, 32)]))
         return prepare(*args, **kwargs)
 
     policy.pipeline.prepare_latents = prior_first
-    with pytest.raises(UnsupportedPipelineError, match=r"of what it prepares, \[\(2, 32\)\]"):
+    with pytest.raises(
+        UnsupportedPipelineError, match=r"of the tensors that it prepares, \[\(2, 32\)\]"
+    ):
         policy.images([Prompt("a")] * 2, SampleNoise([Random(0).at(i) for i in range(2)]))
 
 
@@ -279,16 +289,77 @@ def test_a_string_has_one_generator() -> None:
     assert generators_for({"prompt": ["a", "b"]}, [first, second]) == [first, second]
 
 
-def test_running_out_of_memory_is_not_another_form() -> None:
+@pytest.mark.parametrize("error", FULL, ids=repr)
+def test_running_out_of_memory_is_not_another_form(error: BaseException) -> None:
     calls = []
 
     def full(arguments: dict[str, Any]) -> None:
         calls.append(arguments)
-        raise torch.OutOfMemoryError("full")
+        raise error
 
-    with pytest.raises(torch.OutOfMemoryError):
-        Calling()(full, {"prompt": ["a"], "image": Image.new("RGB", (2, 2))}, 1)
+    calling = Calling()
+    with pytest.raises(type(error)):
+        calling(full, {"prompt": ["a"], "image": Image.new("RGB", (2, 2))}, 1)
     assert len(calls) == 1
+    assert calling.form is None
+
+
+@pytest.mark.parametrize("error", FULL, ids=repr)
+def test_running_out_of_memory_is_not_a_loop_that_cannot_be_empty(
+    error: BaseException,
+    make_policy: Callable[..., PipelinePolicy],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    policy = make_policy("sd15")
+    prompts, noise = [Prompt("a")], SampleNoise([Random(0).at(0)])
+    (rollout,) = policy.run(prompts, noise, record=[3])
+    last, evaluations = rollout.records[0].x_next, policy.num_evaluations
+    calls = []
+
+    def full(*_: Any, **__: Any) -> None:
+        calls.append(1)
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(policy.pipeline.vae, "decode", full)
+        with pytest.raises(type(error)):
+            policy.decode(prompts, last)
+    assert len(calls) == 1
+    # Had the policy concluded anything, decoding would now cost a step of the denoiser.
+    assert torch.equal(policy.decode(prompts, last), rollout.media)
+    assert policy.num_evaluations == evaluations
+
+
+@pytest.mark.parametrize("error", FULL[:3], ids=repr)
+def test_running_out_of_memory_is_not_a_size_that_is_not_made(
+    error: BaseException,
+    make_policy: Callable[..., PipelinePolicy],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    policy = make_policy("sd15")
+
+    def full(*_: Any, **__: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(policy.pipeline.vae, "decode", full)
+    with pytest.raises(type(error)):
+        check_sizes(policy, [Prompt("a")], policy.sampling)
+
+
+def test_a_memory_error_after_the_loop_is_raised(
+    make_policy: Callable[..., PipelinePolicy], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy = make_policy("sd15")
+    errors: list[Exception] = [ValueError("cannot return latents"), MemoryError()]
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise errors.pop(0)
+
+    monkeypatch.setattr(policy.pipeline, "maybe_free_model_hooks", fail)
+    (rollout,) = policy.run([Prompt("a")], SampleNoise([Random(0).at(0)]), decode=False)
+    assert rollout.x is not None
+    with pytest.raises(MemoryError):
+        list(policy.run([Prompt("a")], SampleNoise([Random(0).at(0)]), decode=False))
 
 
 def test_the_forms() -> None:

@@ -15,7 +15,7 @@ from flowgrpo.data.prompts import Prompt
 from flowgrpo.policy import EMA, Full, LoRA, PipelinePolicy
 from flowgrpo.policy.export import export
 from flowgrpo.policy.settings import Weights
-from flowgrpo.policy.weights import Trainable
+from flowgrpo.policy.weights import ATTENTION_PROJECTIONS, Trainable, _default_targets
 from tests.conftest import MakePolicy, noise_of, transition_of
 
 Tiny = Callable[[str], Path]
@@ -336,3 +336,11 @@ def test_parameters_are_leaves(make_policy: MakePolicy) -> None:
             assert isinstance(p, nn.Parameter)
             assert p.is_leaf
             assert p.requires_grad
+
+
+def test_attentions_are_found_under_any_name() -> None:
+    usual = ["blocks.0.attn.to_q", "blocks.0.attn.to_out.0", "blocks.0.ff.net"]
+    assert set(_default_targets(usual)) == {"to_q", "to_out.0"} < set(ATTENTION_PROJECTIONS)
+    own = ["blocks.0.self_attention.to_query", "blocks.0.Attn.qkv", "blocks.0.feed_forward.in"]
+    assert _default_targets(own) == own[:2]
+    assert _default_targets(["ff.net"]) == []

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from flowgrpo.core.transitions import Prediction
-from flowgrpo.policy.call import Place, PipelineCall, UnsupportedPipelineError
+from flowgrpo.policy.call import PipelineCall, Place, UnsupportedPipelineError
 from flowgrpo.policy.step_plan import StepRecord
 
 

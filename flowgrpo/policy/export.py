@@ -1,8 +1,8 @@
-"""The ways out: adapters in the formats that others read, and merged weights.
+"""Exports trained parameters: adapters in the formats that other software reads, and merged weights.
 
-Two formats of an adapter hold the same numbers under other names. Diffusers' is one matrix pair per
-layer, with rank and alpha in the file's metadata. The kohya format, which ComfyUI and the web user
-interfaces read, writes a layer's path with underscores and its alpha as a tensor beside it.
+An adapter has the same numbers in both formats. Diffusers' format has a pair of matrices for each layer,
+and rank and alpha in the file's metadata. The kohya format, which ComfyUI and web user interfaces read,
+writes the path of a layer with underscores, and has its alpha as a tensor.
 """
 
 import inspect
@@ -27,18 +27,27 @@ KOHYA_PREFIX = {
     "SD3Transformer2DModel": "lora_transformer_",
     "ZImageTransformer2DModel": "lora_unet_",
 }
-"""How the keys of a class of denoiser begin. All but SD3's are read by diffusers as well."""
+"""Prefix of the keys, by class of denoiser. Diffusers reads all of these formats but SD3's."""
 INDEX = "model_index.json"
 KOHYA_FILE = "kohya/lora.safetensors"
-"""In a folder of its own, or diffusers would not know which of two files to load."""
+"""In a folder of its own, because diffusers would not know which of two files to load."""
 
 
 def export(pipeline: DiffusionPipeline, trainable: Trainable | InitialNoise, folder: Path) -> Path:
-    """Write what was trained, in every format that there is for it.
+    """Write the trained parameters in all formats that exist for them.
 
-    An adapter becomes a ``pytorch_lora_weights.safetensors`` for ``pipe.load_lora_weights(folder)``
-    and, where the model has one, a file in the kohya format; full weights become a pipeline folder
-    for ``from_pretrained(folder)``; the initial noise becomes ``initial_noise.safetensors``.
+    An adapter is written as ``pytorch_lora_weights.safetensors`` for ``pipe.load_lora_weights(folder)``
+    and, for the models of KOHYA_PREFIX, in the kohya format. Full weights are written as a pipeline
+    folder for ``from_pretrained(folder)``. The initial noise is written as
+    ``initial_noise.safetensors``.
+
+    Args:
+        pipeline: The pipeline with its shipped scheduler.
+        trainable: The trained parameters.
+        folder: Folder to write to; created if missing.
+
+    Returns:
+        The folder.
     """
     if isinstance(trainable, InitialNoise):
         return trainable.export(folder)
@@ -54,7 +63,7 @@ def export_diffusers(pipeline: DiffusionPipeline, trainable: Trainable, folder: 
     """Write an adapter for ``pipe.load_lora_weights(folder)``.
 
     Raises:
-        ValueError: If all weights were trained.
+        ValueError: If the trained parameters are no adapter.
     """
     _lora_of(trainable)
     folder.mkdir(parents=True, exist_ok=True)
@@ -68,7 +77,7 @@ def export_diffusers(pipeline: DiffusionPipeline, trainable: Trainable, folder: 
             )
             arguments[f"{name}_lora_adapter_metadata"] = model.peft_config[ADAPTER].to_dict()
         else:
-            # For instance Wan 2.2's second expert; docs/export.md shows how to load it.
+            # Such as Wan 2.2's second transformer; docs/export.md shows how to load it.
             model.save_lora_adapter(folder / name, adapter_name=ADAPTER)
     if arguments and save is not None:
         save(folder, **{k: v for k, v in arguments.items() if k in accepted})
@@ -79,7 +88,7 @@ def export_kohya(trainable: Trainable, folder: Path) -> Path:
     """Write an adapter in the kohya format, as ``kohya/lora.safetensors`` below ``folder``.
 
     Raises:
-        ValueError: If the format has no names for the model, or all weights were trained.
+        ValueError: If the format has no names for the model, or the trained parameters are no adapter.
     """
     lora = _lora_of(trainable)
     tensors: dict[str, Tensor] = {}
@@ -97,10 +106,10 @@ def export_kohya(trainable: Trainable, folder: Path) -> Path:
 
 
 def kohya_tensors(model: ModelMixin, alpha: int | float) -> dict[str, Tensor]:
-    """An adapter under kohya's names.
+    """The tensors of an adapter under kohya's names.
 
-    ``diffusers.utils.convert_state_dict_to_kohya`` is not used: it knows UNets only, and writes the
-    rank in place of alpha, which changes the adapter's strength.
+    ``diffusers.utils.convert_state_dict_to_kohya`` is not used: it supports UNets only, and writes the
+    rank in place of alpha, which changes the strength of the adapter.
 
     Raises:
         ValueError: If the format has no names for the model.
@@ -108,7 +117,7 @@ def kohya_tensors(model: ModelMixin, alpha: int | float) -> dict[str, Tensor]:
     kind = type(model).__name__
     if kind not in KOHYA_PREFIX:
         raise ValueError(
-            f"there is no kohya format for {kind}; there is for {', '.join(KOHYA_PREFIX)}"
+            f"there is no kohya format for {kind}; there is one for {', '.join(KOHYA_PREFIX)}"
         )
     tensors: dict[str, Tensor] = {}
     for key, value in get_peft_model_state_dict(model, adapter_name=ADAPTER).items():
@@ -123,8 +132,8 @@ def kohya_tensors(model: ModelMixin, alpha: int | float) -> dict[str, Tensor]:
 def export_merged(pipeline: DiffusionPipeline, trainable: Trainable, folder: Path) -> Path:
     """Write a pipeline folder with the adapter added to the weights, for ``from_pretrained(folder)``.
 
-    The pipeline has no adapter any more after this. Weights are rounded to the precision that the
-    model was loaded in.
+    The adapter is removed from the pipeline. The weights are rounded to the precision in which the model
+    was loaded.
     """
     if isinstance(trainable.weights, LoRA):
         for model in trainable.denoisers.values():
@@ -134,10 +143,10 @@ def export_merged(pipeline: DiffusionPipeline, trainable: Trainable, folder: Pat
 
 
 def _write_pipeline(pipeline: DiffusionPipeline, trainable: Trainable, folder: Path) -> Path:
-    """A pipeline folder with the trained denoisers; all else is copied as it was loaded from.
+    """Write a pipeline folder with the trained denoisers, and copies of all other files.
 
-    Saving what was not trained would change its precision, and not every part that diffusers loads
-    can be loaded again after diffusers has saved it (PRX's text encoder).
+    Saving the other components would change their precision, and some cannot be loaded again after
+    diffusers has saved them (PRX's text encoder).
     """
     folder.mkdir(parents=True, exist_ok=True)
     source = _source(pipeline)
@@ -155,7 +164,7 @@ def _write_pipeline(pipeline: DiffusionPipeline, trainable: Trainable, folder: P
 
 
 def _source(pipeline: DiffusionPipeline) -> Path | None:
-    """The folder that a pipeline was loaded from; None if it was not, or it is gone."""
+    """The folder from which a pipeline was loaded; None if there is none any more."""
     name = pipeline.config.get("_name_or_path") or ""
     if (Path(name) / INDEX).exists():
         return Path(name)
@@ -169,6 +178,6 @@ def _source(pipeline: DiffusionPipeline) -> Path | None:
 def _lora_of(trainable: Trainable) -> LoRA:
     if isinstance(trainable.weights, Full):
         raise ValueError(
-            "all weights were trained, so there is no adapter; export them as 'merged'"
+            "full weights were trained, so there is no adapter; export them as 'merged'"
         )
     return trainable.weights

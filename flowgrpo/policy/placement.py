@@ -12,14 +12,14 @@ from typing import Any
 
 import torch
 from accelerate import cpu_offload_with_hook
-from diffusers import DiffusionPipeline, ModelMixin, PipelineQuantizationConfig
+from diffusers import DiffusionPipeline, ModelMixin
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from flowgrpo.policy.loading import autoencoders, denoisers
 from flowgrpo.policy.precision import guarded, wrap_helpers
 from flowgrpo.policy.prompt_cache import cache_encodings
-from flowgrpo.policy.settings import Memory, Quantization
+from flowgrpo.policy.settings import Memory
 
 PACKAGES = {"nf4": "bitsandbytes", "int8": "bitsandbytes", "torchao_int8": "torchao"}
 """The package that each quantisation needs."""
@@ -101,7 +101,9 @@ def prepare_denoisers(denoisers: Mapping[str, ModelMixin], memory: Memory) -> No
         kind = type(model).__name__
         if memory.gradient_checkpointing:
             if not getattr(model, "_supports_gradient_checkpointing", False):
-                raise ValueError(f"memory.gradient_checkpointing: {kind} ({name}) does not support it")
+                raise ValueError(
+                    f"memory.gradient_checkpointing: {kind} ({name}) does not support it"
+                )
             model.enable_gradient_checkpointing()
         if memory.attention:
             try:

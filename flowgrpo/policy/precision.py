@@ -134,9 +134,7 @@ def as_batch(output: Any) -> Tensor:
     if isinstance(media, list) and media and all(isinstance(m, Tensor) for m in media):
         media = torch.stack(media)
     if not isinstance(media, Tensor):
-        raise ValueError(
-            f"the pipeline returned {type(media).__name__} in place of tensors"
-        )
+        raise ValueError(f"the pipeline returned {type(media).__name__} in place of tensors")
     return media
 
 

@@ -1,4 +1,4 @@
-"""Finds out before any long work whether a pipeline makes what the prompts ask for."""
+"""Checks before training that a pipeline makes the requested sizes, and that no step dominates the gradient."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -19,50 +19,52 @@ from flowgrpo.policy.weights import InitialNoise
 
 Size = tuple[int | None, int | None, int | None]
 MULTIPLES = (8, 16, 32, 64)
-"""Image sides are multiples of one of these."""
+"""Image sides are multiples of one of these numbers, by model."""
 MAX_SCALE = 50.0
-"""How far above the median the gradient of a step may be. Flow-SDE's range over a factor of 31 on the
-ten steps of SD3.5."""
+"""Largest allowed ratio of a step's gradient to the median of all steps. With Flow-SDE on ten steps of
+SD3.5, gradients differ by a factor of 31."""
 STRIDES = (4, 8, 6, 1)
-"""Videos have one frame more than a multiple of one of these."""
+"""Videos have one frame more than a multiple of one of these numbers, by model."""
 
 
 def check_sizes(policy: PipelinePolicy, prompts: Sequence[Prompt], sampling: Sampling) -> None:
-    """Decode the noise of one prompt of each size, and compare what comes out with what was asked.
+    """Decode one sample of each size among the prompts, and compare its size with the requested one.
 
-    Some pipelines refuse a size that their VAE cannot take; others round it with a warning.
+    Some pipelines refuse a size that their VAE cannot decode; others round it with a warning. The sample
+    is decoded after a single step, because noise decodes as well as an image.
 
     Raises:
-        ValueError: With the size asked for, and the nearest one that the pipeline makes.
+        ValueError: With the requested size, and the nearest size that the pipeline makes.
         OverflowError: If the denoiser's output is not finite in its precision (FLUX in fp16).
     """
     for prompt in {p.size: p for p in prompts}.values():
-        asked, got = _asked(prompt, sampling), _made(policy, prompt, sampling)
-        if asked == (None, None, None):
+        requested, got = _requested(prompt, sampling), _made(policy, prompt, sampling)
+        if requested == (None, None, None):
             if isinstance(got, str):
                 raise ValueError(f"{type(policy.pipeline).__name__} cannot be called: {got}")
             continue
-        if isinstance(got, str) or not _agree(asked, got):
-            nearest = _nearest(policy, prompt, asked, sampling)
-            advice = f"; the nearest that it makes is {_words(nearest)}" if nearest else ""
+        if isinstance(got, str) or not _agree(requested, got):
+            nearest = _nearest(policy, prompt, requested, sampling)
+            advice = f"; the nearest size that it makes is {_words(nearest)}" if nearest else ""
             found = got if isinstance(got, str) else f"it makes {_words(got)}"
             raise ValueError(
-                f"{type(policy.pipeline).__name__} cannot make {_words(asked)}: {found}{advice}"
+                f"{type(policy.pipeline).__name__} cannot make {_words(requested)}: {found}{advice}"
             )
 
 
 def fit_noise(policy: PipelinePolicy, prompts: Sequence[Prompt]) -> None:
-    """Find out the latents' shape where the initial noise is trained; else do nothing.
+    """Fit the trained initial noise to the shape of the latents, if the initial noise is trained.
 
     Raises:
-        ValueError: If the prompts' latents have several shapes, or the pipeline prepares none.
+        ValueError: If the latents of the prompts have several shapes.
+        UnsupportedPipelineError: If the initial noise of the pipeline cannot be replaced.
     """
     if not isinstance(policy.trainable, InitialNoise):
         return
     name = type(policy.pipeline).__name__
     if not hasattr(policy.pipeline, "prepare_latents"):
         raise UnsupportedPipelineError(
-            f"model.weights.kind = 'noise': {name} has no prepare_latents, so that its initial noise "
+            f"model.weights.kind = 'noise': {name} has no prepare_latents, so its initial noise "
             "cannot be replaced"
         )
     shapes = set()
@@ -72,8 +74,8 @@ def fit_noise(policy: PipelinePolicy, prompts: Sequence[Prompt]) -> None:
         shapes.add(tuple(rollout.records[0].x.shape[1:]))
     if policy.displaces:
         raise UnsupportedPipelineError(
-            f"model.weights.kind = 'noise': {name} steps other or more than the latents that it "
-            "prepares, where its noise cannot be replaced"
+            f"model.weights.kind = 'noise': the loop of {name} steps more than the latents that it "
+            "prepares, or steps them in another layout, so its initial noise cannot be replaced"
         )
     if len(shapes) > 1:
         raise ValueError(
@@ -84,13 +86,18 @@ def fit_noise(policy: PipelinePolicy, prompts: Sequence[Prompt]) -> None:
 
 
 def check_scales(policy: PipelinePolicy, transition: Transition, steps: Sequence[int]) -> None:
-    """Check that no trained step drowns the others. To be called when the grid is known.
+    """Check that no trained step has a gradient far above those of the other steps.
 
-    The gradient of a log-density goes as ``1 / std``. Where a grid all but ends before its last step,
-    as that of SD3 does, coefficients-preserving and DDIM steps inject almost no noise there.
+    The gradient of a log-density is proportional to ``1 / std``. On grids whose last but one noise level
+    is near zero, such as SD3's, coefficients-preserving and DDIM steps add almost no noise there.
+
+    Args:
+        policy: The policy, after a call that has set its grid.
+        transition: The stochastic step.
+        steps: The trained steps.
 
     Raises:
-        ValueError: If the gradient of a step is far above those of the others.
+        ValueError: If the gradient of a step is more than MAX_SCALE times the median.
     """
     if len(steps) < 2:
         return
@@ -100,21 +107,21 @@ def check_scales(policy: PipelinePolicy, transition: Transition, steps: Sequence
         zero = torch.zeros(1, 1, dtype=torch.float64)
         std = transition(zero, Prediction(zero, zero, zero), interval).std
         if not isinstance(std, float) or std == 0:
-            return  # A transition of a stranger; a density of none is refused where it is asked for.
+            return  # A custom transition, or one without noise, which log_prob refuses.
         scales[step] = step_gain(transition, interval) / std
     usual = median(scales.values())
     worst = max(scales, key=lambda step: scales[step])
     if scales[worst] > MAX_SCALE * usual:
         left = policy.scheduler.interval(worst, worst + 1).noise_next
         raise ValueError(
-            f"step {worst} of the grid injects next to no noise with this transition (sigma {left:.2g} is "
-            f"left after it), so that its gradient is {scales[worst] / usual:.0f} times that of the "
-            "others and would drown them: leave it out (algorithm.steps, for kind 'all' by skip_last = "
+            f"step {worst} of the grid adds almost no noise with this transition (sigma {left:.2g} is "
+            f"left after it), so its gradient is {scales[worst] / usual:.0f} times that of the other "
+            "steps and would dominate the update: leave it out (algorithm.steps, for kind 'all' by skip_last = "
             f"{policy.num_steps() - worst}), or set loss.ratio = 'guard'"
         )
 
 
-def _asked(prompt: Prompt, sampling: Sampling) -> Size:
+def _requested(prompt: Prompt, sampling: Sampling) -> Size:
     height, width, frames = prompt.size
     return (
         height or sampling.height,
@@ -124,10 +131,10 @@ def _asked(prompt: Prompt, sampling: Sampling) -> Size:
 
 
 def _made(policy: PipelinePolicy, prompt: Prompt, sampling: Sampling) -> Size | str:
-    """The size of what comes out, or why nothing does."""
+    """The size of a decoded sample, or the message of the error that the pipeline raised."""
     noise = SampleNoise([Random(0).at("probe")])
     try:
-        # A step is taken to see the state as the loop holds it; its noise decodes as well as an image.
+        # One step is taken to record the state in the layout of the loop.
         (rollout,) = policy.run(
             [prompt], noise, nodes=[0, 1], record=[0], decode=False, sampling=sampling
         )
@@ -138,23 +145,25 @@ def _made(policy: PipelinePolicy, prompt: Prompt, sampling: Sampling) -> Size | 
                 "'bfloat16' or 'float32'"
             )
         media = policy.decode([prompt], record.x, sampling)
-    except (OverflowError, torch.OutOfMemoryError):
+    except OverflowError:
         raise
-    # Pipelines object to a size in every way there is.
+    # Pipelines refuse a size with errors of all kinds.
     except Exception as error:
+        if is_out_of_memory(error):
+            raise
         return str(error).splitlines()[0] if str(error) else type(error).__name__
     return media.shape[-2], media.shape[-1], media.shape[1] if media.ndim == 5 else None
 
 
-def _agree(asked: Size, got: Size) -> bool:
-    return all(a is None or g is None or a == g for a, g in zip(asked, got, strict=True))
+def _agree(requested: Size, got: Size) -> bool:
+    return all(a is None or g is None or a == g for a, g in zip(requested, got, strict=True))
 
 
 def _nearest(
-    policy: PipelinePolicy, prompt: Prompt, asked: Size, sampling: Sampling
+    policy: PipelinePolicy, prompt: Prompt, requested: Size, sampling: Sampling
 ) -> Size | None:
-    """The first of the roundings to common multiples that the pipeline really makes."""
-    height, width, frames = asked
+    """The first size, rounded to common multiples, that the pipeline makes."""
+    height, width, frames = requested
     plain = replace(sampling, height=None, width=None, num_frames=None)
     for m, stride in product(MULTIPLES, STRIDES if frames else (1,)):
         size = (

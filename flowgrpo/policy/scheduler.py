@@ -17,7 +17,6 @@ standard deviation come from the predicted ``x0`` and ``x1`` (:mod:`flowgrpo.cor
 """
 
 import copy
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
