@@ -252,7 +252,7 @@ def test_unknown_sampling_arguments_are_refused(make_policy: Callable[..., Pipel
 
 
 def test_unknown_layers_are_refused(make_policy: Callable[..., PipelinePolicy]) -> None:
-    with pytest.raises(ValueError, match=r"\['to_x'\] name no .*attn2\.to_q"):
+    with pytest.raises(ValueError, match=r"\['to_x'\] match no .*attn2\.to_q"):
         make_policy("sd15", weights=LoRA(targets=("to_q", "to_x")))
     with pytest.raises(ValueError, match=r"no adapters for PixArt.*kind = 'full'"):
         make_policy("pixart_sigma", weights=LoRA())

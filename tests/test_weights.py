@@ -120,9 +120,12 @@ def test_layers_by_regular_expression(make_policy: MakePolicy) -> None:
     [
         (
             LoRA(targets=("re:nothing.*",)),
-            r"LoRA targets \['re:nothing\.\*'\] name no linear layer",
+            r"LoRA targets \['re:nothing\.\*'\] match no linear layer",
         ),
-        (LoRA(models=("unet",)), "model.weights.models: no denoiser 'unet'; there: transformer"),
+        (
+            LoRA(models=("unet",)),
+            "model.weights.models: there is no denoiser 'unet'; the pipeline has transformer",
+        ),
         (Full(parameters=("nothing",)), "'nothing' matches no parameter of SD3Transformer2DModel"),
     ],
 )
