@@ -1,5 +1,9 @@
 """A pipeline as a policy: sampling, recording, replaying, branching, decoding."""
 
+import gc
+import subprocess
+import sys
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -346,6 +350,31 @@ def test_sampling_can_differ_from_call_to_call(policies: Callable[[str], Pipelin
     assert (more - usual).abs().max() > 1e-3
     assert (weaker - usual).abs().max() > 1e-3
     assert torch.equal(policy.images(PROMPTS[:2], noise_of(0, 1)), usual)
+
+
+@pytest.mark.parametrize("name", ["sd3", "ltx2"])
+def test_nothing_of_a_call_outlives_it(make_policy: MakePolicy, name: str) -> None:
+    """A replay's record has the graph of its activations: it must go with the last reference."""
+    policy, transition = make_policy(name), transition_of(name)
+    (rollout,) = policy.run(PROMPTS[:1], noise_of(0), record=[1], decode=False)
+    gc.collect()
+    gc.disable()
+    try:
+        record = policy.replay(PROMPTS[:1], rollout.records[0].x, 1, transition)
+        assert policy.scheduler.call.prepared == policy.scheduler.loop.records == []
+        graph = weakref.ref(record.prediction.output)
+        del record
+        assert graph() is None
+    finally:
+        gc.enable()
+
+
+def test_settings_are_imported_without_torch() -> None:
+    code = (
+        "import sys, flowgrpo.policy; from flowgrpo.policy import Full, LoRA, Memory, Noise, Sampling;"
+        "Memory().check(False); assert not {'torch', 'diffusers', 'numpy', 'PIL'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 @pytest.mark.parametrize("name", FAMILIES)

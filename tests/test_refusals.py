@@ -166,7 +166,7 @@ def test_a_pipeline_that_prepares_a_prior_first_is_refused(
     prepare = policy.pipeline.prepare_latents
 
     def prior_first(*args: Any, **kwargs: Any) -> Any:
-        policy.scheduler.loop.call.prepared.append(("prepare_latents", [torch.zeros(2, 32)]))
+        policy.scheduler.call.prepared.append(("prepare_latents", [torch.zeros(2, 32)]))
         return prepare(*args, **kwargs)
 
     policy.pipeline.prepare_latents = prior_first

@@ -109,11 +109,12 @@ class Loop:
         taken: Number of steps taken.
         x: The state after the last step, fp32; None before the first step.
         records: The recorded steps, in order.
-        start_place: Where the first state was found among the prepared tensors, once it was looked for.
+        start_place: The place of the first state among the prepared tensors. Set by the scheduler at the
+            first step; None if no prepared tensor contains the state.
     """
 
-    def __init__(self, call: "PipelineCall", plan: StepPlan, nodes: Sequence[int] = ()):
-        self.call, self.plan, self.nodes = call, plan, list(nodes)
+    def __init__(self, plan: StepPlan, nodes: Sequence[int] = ()):
+        self.plan, self.nodes = plan, list(nodes)
         self.taken = 0
         self.x: Tensor | None = None
         self.records: list[StepRecord] = []
@@ -188,13 +189,10 @@ class Loop:
     def current(self, sample: Tensor) -> Tensor:
         """The state before the next step, fp32.
 
-        At the first step, this finds the state among the prepared tensors. Later it is the state
-        that the last step returned, even if the pipeline has rounded it since (CogVideoX).
+        After the first step it is the state that the last step returned, even if the pipeline has
+        rounded it since (CogVideoX).
         """
-        if self.x is not None:
-            return self.x
-        self.start_place = place_by_value(sample, self.call.prepared_for(self))
-        return sample.float()
+        return sample.float() if self.x is None else self.x
 
     def transition(self, node: int) -> Transition | SecondOrder:
         """How to step from a node."""
@@ -249,7 +247,7 @@ class PipelineCall:
 
     def __init__(self, plan: StepPlan, whole_grid: bool = False):
         self.plan, self.whole_grid = plan, whole_grid
-        self.main = Loop(self, plan)
+        self.main = Loop(plan)
         self.auxiliary: Loop | None = None
         self.prepared: list[tuple[str, list[Any]]] = []
         self.inject: Tensor | None = None
@@ -262,7 +260,7 @@ class PipelineCall:
         noise = self.plan.noise
         # "beside" is a key of the random streams; another key would draw other samples.
         own = SampleNoise([s.at("beside") for s in noise.streams]) if noise else noise
-        self.auxiliary = Loop(self, replace(self.plan, noise=own), self.main.nodes)
+        self.auxiliary = Loop(replace(self.plan, noise=own), self.main.nodes)
         return self.auxiliary
 
     def prepared_for(self, loop: Loop) -> list[Any]:

@@ -303,7 +303,7 @@ class LatentInjection:
 
     def _prepare(self, method: str, *args: Any, **kwargs: Any) -> Any:
         """The result of one of the pipeline's methods, with the call's state injected."""
-        prepared, call = self._methods[method](*args, **kwargs), self._scheduler.loop.call
+        prepared, call = self._methods[method](*args, **kwargs), self._scheduler.call
         if method == PREPARE_LATENTS:
             prepared = self._main(prepared, call)
         # Methods that prepare conditions may return None.

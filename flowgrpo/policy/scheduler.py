@@ -27,7 +27,12 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin, SchedulerOutpu
 from torch import Tensor
 
 from flowgrpo.core.transitions import Predicted, Prediction, Step
-from flowgrpo.policy.call import Loop, PipelineCall, UnsupportedPipelineError
+from flowgrpo.policy.call import (
+    Loop,
+    PipelineCall,
+    UnsupportedPipelineError,
+    place_by_value,
+)
 from flowgrpo.policy.first_order import first_order, is_flow
 from flowgrpo.policy.step_plan import StepPlan, StepRecord
 
@@ -43,12 +48,14 @@ class _PlannedSteps:
     The scheduler itself holds the sampling grid only. The progress of a call is in :attr:`loop`.
 
     Attributes:
-        loop: The steps of the current call.
+        call: The current call of the pipeline.
+        loop: The steps of this scheduler in the call.
         noise_scale: Factor of the pipeline's initial noise (PRX in pixel space).
     """
 
     timesteps: Tensor
     sigmas: Tensor
+    call: PipelineCall
     loop: Loop
     init_noise_sigma: float
     noise_scale: float = 1.0
@@ -67,9 +74,9 @@ class _PlannedSteps:
             plan: The steps to take.
             whole_grid: Whether ``timesteps`` keeps the whole grid (:mod:`flowgrpo.policy.step_counter`).
         """
-        call = PipelineCall(plan, whole_grid)
-        self.loop = call.main
-        return call
+        self.call = PipelineCall(plan, whole_grid)
+        self.loop = self.call.main
+        return self.call
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         """Copy the scheduler for auxiliary latents, which follow the same plan.
@@ -80,14 +87,13 @@ class _PlannedSteps:
         Raises:
             UnsupportedPipelineError: If it copies the scheduler a second time.
         """
-        call = self.loop.call
-        if self.loop is not call.main or call.auxiliary is not None:
+        if self.loop is not self.call.main or self.call.auxiliary is not None:
             raise UnsupportedPipelineError(
                 "the pipeline cannot be a policy: it steps several states at once, each with a copy of "
                 "the scheduler (frames at different noise levels)"
             )
         other = copy.copy(self)
-        other.loop = call.add_auxiliary()
+        other.loop = self.call.add_auxiliary()
         return other
 
     def _restrict(self) -> None:
@@ -98,7 +104,7 @@ class _PlannedSteps:
         """
         self._grid_timesteps = self.timesteps
         self.loop.start(len(self.timesteps))
-        if not self.loop.call.whole_grid:
+        if not self.call.whole_grid:
             self.timesteps = self.timesteps[self.loop.nodes[:-1]]
 
     def step(
@@ -133,6 +139,8 @@ class _PlannedSteps:
         loop.check_next(sample, [k for k, v in unknown.items() if v is not None])
         plan, (node, next_node) = loop.plan, loop.nodes[loop.taken : loop.taken + 2]
         interval = self.interval(node, next_node)
+        if loop.taken == 0:
+            loop.start_place = place_by_value(sample, self.call.prepared_for(loop))
         x = loop.current(sample)
         prediction = self._predict(model_output.float(), x, node, interval)
         gaussian = loop.transition(node)(x, prediction, interval)
@@ -210,7 +218,7 @@ class FlowPolicyScheduler(_PlannedSteps, FlowMatchEulerDiscreteScheduler):
         if self.config.invert_sigmas:
             self._grid_sigmas = [1 - s for s in self._grid_sigmas]
         self._restrict()
-        if not self.loop.call.whole_grid:
+        if not self.call.whole_grid:
             # Pipelines may read sigmas[i] by the index of their loop.
             self.sigmas = self.sigmas[self.loop.nodes]
 
@@ -267,7 +275,7 @@ class DiffusionPolicyScheduler(_PlannedSteps, DDIMScheduler):
             self.init_noise_sigma = float(source.init_noise_sigma) * self._alpha_bars[0] ** 0.5
         self._restrict()
         if hasattr(source, "sigmas"):
-            whole = self.loop.call.whole_grid
+            whole = self.call.whole_grid
             self.sigmas = source.sigmas if whole else source.sigmas[self.loop.nodes]
 
     def interval(self, node: int, next_node: int) -> Step:

@@ -93,13 +93,13 @@ def _is_comparison_with_0(node: ast.AST, index: str) -> bool:
 
 def _on_grid(scheduler: PolicyScheduler, timesteps: Tensor) -> Iterator[tuple[int, Any]]:
     """The timesteps of the plan with their indices on the grid."""
-    loop = scheduler.loop
+    call, loop = scheduler.call, scheduler.loop
     for i, node in enumerate(loop.nodes[:-1]):
         taken = loop.taken
         # The timesteps are those of the whole grid, or those of the plan.
-        yield node, timesteps[node if loop.call.whole_grid else i]
+        yield node, timesteps[node if call.whole_grid else i]
         # A loop that takes a step denoises; other loops only read the timesteps.
-        loop.call.enumerates = loop.call.enumerates or loop.taken == taken + 1
+        call.enumerates = call.enumerates or loop.taken == taken + 1
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
