@@ -12,7 +12,7 @@ from flowgrpo.core.random import Random
 from flowgrpo.core.steps import Window
 from flowgrpo.core.transitions import CPS
 from flowgrpo.data.prompts import Group, Prompt
-from flowgrpo.losses.losses import ClippedLoss
+from flowgrpo.losses.clipped import ClippedLoss
 from flowgrpo.policy import PipelinePolicy, Sampling
 from flowgrpo.policy.calls import batches
 from flowgrpo.policy.probe import check_sizes
@@ -88,7 +88,7 @@ def test_edits_are_trained_on_with_their_own_image(
         train=Train(iterations=1, groups=2, monitor_states=0),
         run=Run(folder=""),
     )
-    learner = Learner(policy, settings, accelerator)
+    learner = Learner(policy, settings.train, settings.loss, accelerator)
     advantages = algorithm.advantages(experience)
     metrics = learner.update(experience, advantages, Random(0).at("train", 0))
     assert metrics["ratio/deviation"] < 1e-5

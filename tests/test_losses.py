@@ -18,16 +18,16 @@ from flowgrpo.core.transitions import (
     Step,
     Transition,
 )
-from flowgrpo.losses.losses import (
+from flowgrpo.losses.base import PolicyOutputs
+from flowgrpo.losses.clipped import (
     ClippedLoss,
-    NFTLoss,
     bounded_surrogate,
     clipped_surrogate,
     guard_weight,
     guarded_log_ratio,
-    nft_loss,
     step_gain,
 )
+from flowgrpo.losses.nft import NFTLoss, nft_loss
 
 numbers = st.floats(-3, 3, width=32)
 
@@ -69,11 +69,11 @@ def kl(kind: str) -> float:
     step, x = Step.flow(0.8, 0.6), torch.tensor([[0.5, -1.0]])
     velocity = torch.tensor([[0.25, 2.0]])
     gap = torch.tensor([[0.2, -0.4]])
+    predictions = [Prediction.from_velocity(x, v, step.noise) for v in (velocity + gap, velocity)]
     policy, reference = (
-        DanceSDE(noise_level=0.3)(x, Prediction.from_velocity(x, v, step.noise), step)
-        for v in (velocity + gap, velocity)
+        PolicyOutputs(p, DanceSDE(noise_level=0.3)(x, p, step)) for p in predictions
     )
-    return float(ClippedLoss(kl=kind).kl_to(policy, reference, step, gap))
+    return float(ClippedLoss(kl=kind).kl_to(policy, reference, step))
 
 
 def test_kl_forms():
@@ -277,7 +277,7 @@ def test_nft_pulls_to_good_samples_and_from_bad_ones():
     old, sample = torch.zeros(3, 4), torch.ones(3, 4)
     x0 = old.clone().requires_grad_()
     advantage = torch.tensor([5.0, -5.0, 0.0])
-    NFTLoss().loss(x0, old, sample, advantage).sum().backward()
+    NFTLoss()(noised(x0, old, sample, advantage)).loss.sum().backward()
     assert x0.grad is not None
     assert (x0.grad[0] < 0).all()
     assert (x0.grad[1] > 0).all()
@@ -296,10 +296,10 @@ def test_nft_on_the_old_policy_needs_an_opinion():
 def test_optimality_and_trails():
     loss = NFTLoss()
     assert loss.optimality(torch.tensor([-9.0, -5, 0, 2.5, 7])).tolist() == [0, 0, 0.5, 0.75, 1]
-    assert [loss.kept(n) for n in (0, 100, 900)] == [0, 0.1, 0.5]
+    assert [loss.remaining_share(n) for n in (0, 100, 900)] == [0, 0.1, 0.5]
     late = NFTLoss(trail="late")
-    assert [late.kept(n) for n in (75, 175, 999)] == pytest.approx([0, 0.75, 0.999])
-    assert NFTLoss(trail="none").kept(999) == 0
+    assert [late.remaining_share(n) for n in (75, 175, 999)] == pytest.approx([0, 0.75, 0.999])
+    assert NFTLoss(trail="none").remaining_share(999) == 0
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,8 @@ from flowgrpo.core.steps import Window
 from flowgrpo.core.transitions import CPS, DDIM, FlowSDE
 from flowgrpo.data.experience import Actions, Experience
 from flowgrpo.data.prompts import Group, Prompt
-from flowgrpo.losses.losses import ClippedLoss, Loss, guard_weight, guarded_log_ratio
+from flowgrpo.losses.base import Loss
+from flowgrpo.losses.clipped import ClippedLoss, guard_weight, guarded_log_ratio
 from flowgrpo.rewards.scorer import Reward, RewardScorer
 from flowgrpo.training.learner import Learner
 from tests.conftest import MakePolicy, sampling_of
@@ -52,7 +53,7 @@ def learn(make_policy: MakePolicy, accelerator: Accelerator) -> Learn:
             run=Run(folder=""),
         )
         policy = make_policy(name, sampling=sampling_of(name, num_steps=T), with_reference=True)
-        learner = Learner(policy, config, accelerator)
+        learner = Learner(policy, config.train, config.loss, accelerator)
         scorer = RewardScorer(config.rewards)
         experience = algorithm.collect(policy, GROUPS, scorer, RANDOM)
         scorer.close()
@@ -130,8 +131,8 @@ def test_kept_means_serve_the_second_update(loss, learn: Learn):
     assert (metrics["ratio/clip_fraction"] > 0) is (loss.clip == "kl")
 
 
-def test_an_algorithm_that_keeps_no_means_is_named(learn: Learn):
+def test_missing_old_means_are_refused(learn: Learn):
     learner, experience = learn("sd3", FLOW, GUARD, updates=2)
     bare = replace(experience, actions=replace(experience.actions, old_mean=None))
-    with pytest.raises(ValueError, match="algorithm FlowGRPO keeps no means of its steps"):
+    with pytest.raises(ValueError, match="the loss ClippedLoss needs the old means of the steps"):
         learner.update(bare, FLOW.advantages(experience), RANDOM)

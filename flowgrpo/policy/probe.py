@@ -10,7 +10,7 @@ import torch
 from flowgrpo.core.random import Random, SampleNoise
 from flowgrpo.core.transitions import Prediction, Transition
 from flowgrpo.data.prompts import Prompt
-from flowgrpo.losses.losses import step_gain
+from flowgrpo.losses.clipped import step_gain
 from flowgrpo.policy.calling import UnsupportedPipelineError
 from flowgrpo.policy.calls import Sampling
 from flowgrpo.policy.initial_noise import InitialNoise
