@@ -450,6 +450,10 @@ RUNS = {
         "loss={ratio='guard', clip_range=1e-3}",
     ],
     "nft": ["algorithm={kind='diffusion_nft', group_size=3}", "loss={kind='nft', trail='half'}"],
+    "own_loss": [
+        "algorithm={kind='flow_grpo', group_size=3}", "train.ema_decay=0.5",
+        "loss={kind='tests.test_objectives:Distances', power=2.0, kl_coef=0.1}",
+    ],
     "learning": [
         f"rewards=[{{model='{HERE}:Novelty'}}]", "memory.score_batch=2", "algorithm={kind='flow_grpo', group_size=3}",
     ],
@@ -457,7 +461,7 @@ RUNS = {
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_a_run_goes_on_with_the_same_numbers(name: str, tmp_path: Path):
+def test_a_resumed_run_has_the_same_numbers(name: str, tmp_path: Path):
     """From files alone: what it was configured as, what it did, and what it would have done."""
     straight, stopped = tmp_path / "straight", tmp_path / "stopped"
     config = flowgrpo.load("quickstart", [*RUN, *RUNS[name], f"run.folder={straight}"])
@@ -476,4 +480,6 @@ def test_a_run_goes_on_with_the_same_numbers(name: str, tmp_path: Path):
         assert metrics[0]["learning/Novelty/mean"] != metrics[1]["learning/Novelty/mean"] > 0
     if name == "pref":
         assert [m["score/win_rate"] for m in metrics] == pytest.approx([0.5, 0.5])
-    assert (stopped / "checkpoints" / "000002" / "sampler.safetensors").exists() is (name == "nft")
+    assert (stopped / "checkpoints" / "000002" / "behaviour.safetensors").exists() is (
+        name in ("nft", "own_loss")
+    )
