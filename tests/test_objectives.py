@@ -213,7 +213,7 @@ def slow_gradient(learner: Learner, experience: Experience, advantages: Tensor, 
         inside = ratio.clamp(1 - loss.clip_range, 1 + loss.clip_range)
         term = -torch.minimum(ratio * advantage, inside * advantage) * weight
         if loss.clip == "kl":
-            stops = moved > loss.clip_range and advantage * (float(ratio) - 1) > 0
+            stops = moved > loss.clip_range and advantage * (float(ratio.detach()) - 1) > 0
             term = -advantage * ratio * (0.0 if stops else 1.0)
         terms.append(term + loss.kl_coef * (mean - reference.mean).square().mean() / (2 * std**2))
     total = torch.stack(terms).mean()
