@@ -420,15 +420,18 @@ def test_nft_loss_on_published_vectors():
 @pytest.mark.parametrize(
     ("loss", "needs"),
     [
-        (ClippedLoss(), LossNeeds(balanced_steps=True)),
-        (ClippedLoss(ratio="guard"), LossNeeds(old_mean=True, denoising_step=True)),
+        (
+            ClippedLoss(),
+            LossNeeds(action_kinds=("step", "initial_noise"), balanced_steps=True),
+        ),
+        (ClippedLoss(ratio="guard"), LossNeeds(old_mean=True)),
         (
             ClippedLoss(clip="kl", kl_coef=0.1),
-            LossNeeds(old_mean=True, denoising_step=True, reference=True, all_actions=True, balanced_steps=True),
+            LossNeeds(old_mean=True, reference=True, all_actions=True, balanced_steps=True),
         ),
         (
             ClippedLoss(kl="flow_grpo", kl_coef=0.1),
-            LossNeeds(denoising_step=True, reference=True, all_actions=True, balanced_steps=True),
+            LossNeeds(reference=True, all_actions=True, balanced_steps=True),
         ),
     ],
 )  # fmt: skip
@@ -440,7 +443,7 @@ def test_nft_declares_its_needs():
     needs = NFTLoss(trail="late").needs
     assert needs.old_policy is not None
     assert needs.old_policy(175) == 0.75
-    wanted = LossNeeds(actions="samples", reference=True, all_actions=True)
+    wanted = LossNeeds(action_kinds=("noised_sample",), reference=True, all_actions=True)
     assert replace(needs, old_policy=None) == wanted
     assert not NFTLoss(kl_coef=0.0).needs.reference
 

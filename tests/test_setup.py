@@ -45,7 +45,7 @@ def test_sizes_of_both_prompt_sets_follow_their_images_unless_one_is_set(tmp_pat
 @pytest.mark.parametrize(
     ("setting", "error", "message"),
     [
-        ("train.groups=7", ConfigError, "train.groups = 7 cannot be divided"),
+        ("train.updates=1000", ConfigError, "cannot be divided among train.updates = 1000"),
         ("prompts.balance=nothing", PromptError, "has no such metadata"),
         ("prompts.held_out=nowhere.txt", FileNotFoundError, "no such file: nowhere.txt"),
         ("evaluation.measures=['nowhere:metric']", ValueError, "there is no module 'nowhere'"),

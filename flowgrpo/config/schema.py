@@ -29,7 +29,7 @@ from flowgrpo.core.errors import ConfigError
 from flowgrpo.core.imports import suggest
 from flowgrpo.core.random import Random
 from flowgrpo.data.prompt_files import HUB
-from flowgrpo.losses.base import Loss
+from flowgrpo.losses.base import ActionKind, Loss
 from flowgrpo.losses.clipped import ClippedLoss
 from flowgrpo.losses.nft import NFTLoss
 from flowgrpo.policy import Full, LoRA, Memory, Noise, Sampling
@@ -222,7 +222,7 @@ class Config:
         try:
             self.memory.check(isinstance(self.model.weights, Full))
             self.loss.check()
-            self.loss.check_transition(self.algorithm.transition)
+            self.loss.check_algorithm(self._action_kind(), self.algorithm.transition)
         except ValueError as error:
             raise ConfigError(str(error)) from error
         if self.loss.needs.average and not self.train.ema_decay:
@@ -234,23 +234,18 @@ class Config:
 
     def _check_kinds(self) -> None:
         """Raise ConfigError if an algorithm is without what belongs to it."""
-        algorithm, loss, weights = self.algorithm, self.loss, self.model.weights
-        if isinstance(algorithm, DiffusionNFT) != (loss.needs.actions == "samples"):
-            raise ConfigError(
-                "algorithm.kind = 'diffusion_nft' and loss.kind = 'nft' belong together, but these are "
-                f"{type(algorithm).__name__} and {type(loss).__name__}"
-            )
+        algorithm, weights = self.algorithm, self.model.weights
         if isinstance(algorithm, FIND) != isinstance(weights, Noise):
             raise ConfigError(
                 "algorithm.kind = 'find' and model.weights.kind = 'noise' belong together, but these "
                 f"are {type(algorithm).__name__} and {type(weights).__name__}"
             )
-        if isinstance(algorithm, FIND) and loss.needs.denoising_step:
-            raise ConfigError(
-                "algorithm.kind = 'find' has no denoising step, so that loss.ratio = 'guard', loss.clip "
-                "= 'kl' and loss.kl = 'flow_grpo' have no meaning; leave them at 'plain', 'ratio' and "
-                "'exact'"
-            )
+
+    def _action_kind(self) -> ActionKind:
+        """The kind of action that the algorithm collects."""
+        if isinstance(self.algorithm, DiffusionNFT):
+            return "noised_sample"
+        return "initial_noise" if isinstance(self.algorithm, FIND) else "step"
 
     def _bounds(self) -> Sequence[tuple[str, int | float, int | float]]:
         t, e, tiny = self.train, self.evaluation, 1e-12

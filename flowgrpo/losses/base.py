@@ -17,6 +17,11 @@ from typing import ClassVar, Literal, Protocol, runtime_checkable
 from flowgrpo.core.tensors import Float, Int, Tensor
 from flowgrpo.core.transitions import Gaussian, Prediction, Step, Transition
 
+ActionKind = Literal["step", "noised_sample", "initial_noise"]
+"""``step``: a stochastic denoising step with a log-probability. ``noised_sample``: a finished sample
+with fresh noise, which has no log-probability; ``x_next`` is the clean sample. ``initial_noise``: the
+draw of the initial latents, which has a log-probability but no ``interval`` and no step size."""
+
 
 @dataclass(frozen=True)
 class PolicyOutputs:
@@ -44,7 +49,7 @@ class LossInputs:
         x: States before the step, fp32.
         state: For each action, its row in ``x``.
         x_next: States after the step, fp32. Where actions are noised samples
-            (``LossNeeds.actions = "samples"``), the clean samples.
+            (the action kind ``noised_sample``), the clean samples.
         old_log_prob: Log-probability of ``x_next`` under the policy that sampled it, the mean over
             latent elements; 0 for noised samples.
         advantage: Advantage of each action; exactly 0 where there is nothing to learn.
@@ -126,9 +131,8 @@ class LossNeeds:
     """The inputs that a loss needs, and the conditions under which it is defined.
 
     Attributes:
-        actions: ``steps``: actions are stochastic denoising steps with a log-probability.
-            ``samples``: actions are samples with fresh noise, and ``x_next`` is the clean sample.
-            The algorithm has to collect actions of this kind.
+        action_kinds: The kinds of action that the loss is defined for; the algorithm has to collect
+            one of them (:data:`ActionKind`).
         old_mean: The means of the steps under the policy that sampled. Algorithms record them
             where ``policy.keeps_means`` is set.
         old_policy: A second set of weights, the behaviour policy. It samples in place of the trained
@@ -142,20 +146,17 @@ class LossNeeds:
             learner does not compute them.
         whole_groups: A batch never splits the actions of one group and step. For losses that couple
             the samples of a group, such as those on pairs. Implies ``all_actions``.
-        denoising_step: The formula uses ``interval`` or ``old_mean``, which the initial noise (FIND)
-            does not have.
         balanced_steps: The gradient of an action is proportional to that of its log-probability, so
             that a step with next to no noise would dominate all others. Such steps are refused.
     """
 
-    actions: Literal["steps", "samples"] = "steps"
+    action_kinds: Sequence[ActionKind] = ("step",)
     old_mean: bool = False
     old_policy: Callable[[int], float] | None = None
     average: bool = False
     reference: bool = False
     all_actions: bool = False
     whole_groups: bool = False
-    denoising_step: bool = False
     balanced_steps: bool = False
 
 
@@ -188,8 +189,15 @@ class Loss(Protocol):
     def check(self) -> None:
         """Raise ValueError if the settings contradict each other or cannot train."""
 
-    def check_transition(self, transition: Transition) -> None:
-        """Raise ValueError if the loss is not defined for a transition."""
+    def check_algorithm(self, action_kind: ActionKind, transition: Transition) -> None:
+        """Raise ValueError if the loss is not defined for an algorithm's actions or transition."""
+        kinds = self.needs.action_kinds
+        if action_kind not in kinds:
+            raise ValueError(
+                f"the loss {type(self).__name__} and this algorithm do not belong together: the loss "
+                f"trains on actions of the kind {' or '.join(map(repr, kinds))}, and the algorithm "
+                f"collects {action_kind!r}; change loss.kind or algorithm.kind"
+            )
 
     def warning(self, metrics: Mapping[str, float]) -> str:
         """A warning about an iteration's metrics, or nothing; shown once per run."""

@@ -21,6 +21,7 @@ from flowgrpo.core.transitions import (
     gaussian_kl,
 )
 from flowgrpo.losses.base import (
+    ActionKind,
     Loss,
     LossInputs,
     LossMetric,
@@ -142,12 +143,14 @@ class ClippedLoss(Loss):
     def needs(self) -> LossNeeds:
         """Old means for the guarded ratio and the KL bound, the reference for a KL."""
         old_mean, has_kl = self.ratio == "guard" or self.clip == "kl", self.kl_coef > 0
+        # The initial noise has a log-probability, but no old means and no step size.
+        needs_step = old_mean or self.kl == "flow_grpo"
         return LossNeeds(
+            action_kinds=("step",) if needs_step else ("step", "initial_noise"),
             old_mean=old_mean,
             reference=has_kl,
             # An action without advantage still has a KL.
             all_actions=has_kl,
-            denoising_step=old_mean or self.kl == "flow_grpo",
             balanced_steps=self.ratio == "plain",
         )
 
@@ -233,8 +236,14 @@ class ClippedLoss(Loss):
                 f"loss.kl = {self.kl!r} is set but loss.kl_coef is 0; set a coefficient or remove loss.kl"
             )
 
-    def check_transition(self, transition: Transition) -> None:
-        """Raise ValueError if the chosen KL is not defined for a transition."""
+    def check_algorithm(self, action_kind: ActionKind, transition: Transition) -> None:
+        """Raise ValueError if the chosen forms are not defined for an algorithm."""
+        if action_kind == "initial_noise" and action_kind not in self.needs.action_kinds:
+            raise ValueError(
+                "algorithm.kind = 'find' has no denoising step, which loss.ratio = 'guard', loss.clip = "
+                "'kl' and loss.kl = 'flow_grpo' need; leave them at 'plain', 'ratio' and 'exact'"
+            )
+        super().check_algorithm(action_kind, transition)
         if self.kl == "flow_grpo" and isinstance(transition, CPS | DDIM):
             raise ValueError(
                 "loss.kl = 'flow_grpo' leaves a factor dt out of the step's variance, but the variance "

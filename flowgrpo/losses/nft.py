@@ -75,7 +75,7 @@ class NFTLoss(Loss):
     def needs(self) -> LossNeeds:
         """Noised samples, the behaviour policy, and the reference for a KL."""
         return LossNeeds(
-            actions="samples",
+            action_kinds=("noised_sample",),
             old_policy=self.remaining_share,
             reference=self.kl_coef > 0,
             all_actions=self.kl_coef > 0,

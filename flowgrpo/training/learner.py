@@ -1,27 +1,25 @@
 """From experience and advantages to new weights: loss, gradients, optimizer, moving average."""
 
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from itertools import zip_longest
 from statistics import median
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from flowgrpo.config import Train
 from flowgrpo.core.random import Random
-from flowgrpo.core.transitions import Gaussian, Prediction
-from flowgrpo.data.experience import Actions, Experience
-from flowgrpo.losses.base import Loss, LossInputs, LossOutputs, PolicyOutputs
+from flowgrpo.data.experience import Experience
+from flowgrpo.losses.base import Loss, LossInputs, LossOutputs
 from flowgrpo.policy import EMA, PipelinePolicy
 from flowgrpo.policy.calls import call_key
-from flowgrpo.policy.step_plan import StepRecord
 from flowgrpo.policy.weights import swapped
 from flowgrpo.training.metrics import UpdateStatistics
+from flowgrpo.training.replay import Replay
 
 GRADIENT_NORMS_KEPT = 50
 """Gradient norms of past optimizer steps whose median defines a spike."""
@@ -58,6 +56,14 @@ class Learner:
         # In the first update of an iteration the old means are the policy's own, so that recorded
         # means are needed from the second update on only.
         policy.keeps_means = needs.old_mean and train.updates > 1
+        self.replay = Replay(
+            policy,
+            loss,
+            train_batch=train.train_batch,
+            has_one_update=train.updates == 1,
+            behaviour=self.behaviour_policy,
+            average=None if self.ema is None else self.ema.applied,
+        )
         self.num_updates = 0
         self.gradient_norms: list[float] = []
 
@@ -78,15 +84,16 @@ class Learner:
         updates = self.train.updates
         order = torch.randperm(self.train.groups, generator=random.generator("updates"))
         for update in range(updates):
+            # The actions of this optimizer step, and their number on all processes.
             chosen = torch.isin(experience.actions.group, order[update::updates])
             number = self.accelerator.reduce(chosen.sum().to(self.policy.device), "sum").item()
             computes_all = needs.all_actions or needs.whole_groups
             trained = chosen if computes_all else chosen & (advantages != 0)
-            batches = list(self._batches(experience, advantages, trained))
+            batches = list(self.replay.batches(experience, advantages, trained))
             referred = [actions for actions, _ in batches] if needs.reference else []
-            references = self._references(experience, referred)
+            references = self.replay.references(experience, referred)
             for (actions, advantage), reference in zip_longest(batches, references):
-                inputs = self._inputs(experience, actions, advantage, reference, update == 0)
+                inputs = self.replay.inputs(experience, actions, advantage, reference, update == 0)
                 loss = self._loss(inputs, statistics)
                 # Wan 2.2 has two denoisers. If only one is trained, the steps of the other carry no
                 # gradient.
@@ -95,110 +102,6 @@ class Learner:
             self._step(statistics)
         self._follow()
         return statistics.summary(self.accelerator) | self._drift(experience)
-
-    def _batches(
-        self, experience: Experience, advantages: Tensor, trained: Tensor
-    ) -> Iterator[tuple[Actions, Tensor]]:
-        """Batches of actions that one forward pass can serve, with their advantages.
-
-        The actions of a batch share the denoising step, and their prompts can share a call of the
-        pipeline (same size, same condition image). They start from at most ``train_batch`` states.
-        """
-        actions = experience.actions
-        keys: dict[Hashable, list[int]] = {}
-        for group in experience.groups:
-            keys.setdefault(call_key(group.prompt), []).append(group.index)
-        for step in actions.step[trained].unique().tolist():
-            for groups in keys.values():
-                alike = torch.isin(actions.group, torch.tensor(groups))
-                rows = (trained & (actions.step == step) & alike).nonzero().squeeze(1)
-                for part in self._split(actions, rows):
-                    yield actions.select(part), advantages[part]
-
-    def _split(self, actions: Actions, rows: Int[Tensor, " rows"]) -> Iterator[Int[Tensor, " _"]]:
-        """Split the rows of actions so that each part has at most ``train_batch`` states.
-
-        Raises:
-            ValueError: If the loss needs whole groups and a group has more states than that.
-        """
-        limit = self.train.train_batch
-        if not self.loss.needs.whole_groups:
-            for states in actions.state[rows].unique().split(limit):
-                yield rows[torch.isin(actions.state[rows], states)]
-            return
-        part: list[Tensor] = []
-        filled = 0
-        for group in actions.group[rows].unique():
-            own = rows[actions.group[rows] == group]
-            number = len(actions.state[own].unique())
-            if number > limit:
-                raise ValueError(
-                    f"the loss {type(self.loss).__name__} needs whole groups in a batch, but a group has "
-                    f"{number} states and train.train_batch is {limit}; set it to at least {number}"
-                )
-            if filled + number > limit:
-                yield torch.cat(part)
-                part, filled = [], 0
-            part, filled = [*part, own], filled + number
-        if part:
-            yield torch.cat(part)
-
-    def _inputs(
-        self,
-        experience: Experience,
-        actions: Actions,
-        advantage: Float[Tensor, " actions"],
-        reference: "_StoredOutputs | None",
-        first_update: bool,
-    ) -> LossInputs:
-        """Replay a batch with gradients and add the inputs that the loss declares."""
-        needs, device = self.loss.needs, self.policy.device
-        record = self._replay(experience, actions)
-        old_policy = average = old_mean = None
-        if needs.old_policy is not None:
-            with torch.no_grad(), self.behaviour_policy():
-                old_policy = _outputs(self._replay(experience, actions))
-        if needs.average:
-            assert self.ema is not None
-            with torch.no_grad(), self.ema.applied():
-                average = _outputs(self._replay(experience, actions))
-        state = actions.state.to(device)
-        if needs.old_mean:
-            old_mean = self._old_mean(actions, record.gaussian.mean[state])
-        return LossInputs(
-            policy=_outputs(record),
-            x=actions.states.to(device),
-            state=state,
-            x_next=actions.x_next.to(device),
-            old_log_prob=actions.old_log_prob.to(device),
-            advantage=advantage.to(device),
-            group=actions.group.to(device),
-            sample=actions.sample.to(device),
-            step=record.step,
-            interval=record.interval,
-            transition=experience.transition,
-            first_update=first_update,
-            old_mean=old_mean,
-            old_policy=old_policy,
-            average=average,
-            reference=None if reference is None else reference.restored(record),
-        )
-
-    def _old_mean(self, actions: Actions, mean: Tensor) -> Tensor:
-        """The recorded means of the steps, or with one update per iteration the policy's own.
-
-        Raises:
-            ValueError: If there are several updates and the algorithm has recorded no means.
-        """
-        if actions.old_mean is not None:
-            return actions.old_mean.to(mean.device)
-        if self.train.updates > 1:
-            raise ValueError(
-                f"the loss {type(self.loss).__name__} needs the old means of the steps when train.updates "
-                "is above 1, but the algorithm has not recorded them: set Actions.old_mean where "
-                "policy.keeps_means is true, or set train.updates = 1"
-            )
-        return mean.detach()
 
     def _loss(self, inputs: LossInputs, statistics: UpdateStatistics) -> Float[Tensor, ""]:
         """The summed loss of a batch, with the KL term.
@@ -216,29 +119,6 @@ class Learner:
         statistics.add(inputs.step, outputs.loss, kl, outputs.metrics)
         return total
 
-    def _replay(self, experience: Experience, actions: Actions) -> StepRecord:
-        """One forward pass on the states of actions that share a step."""
-        prompts = {g.index: g.prompt for g in experience.groups}
-        group_of_state = torch.zeros(len(actions.states), dtype=torch.long)
-        group_of_state[actions.state] = actions.group
-        owners = [prompts[int(g)] for g in group_of_state]
-        step = int(actions.step[0])
-        return self.policy.replay(owners, actions.states, step, experience.transition)
-
-    def _references(
-        self, experience: Experience, batches: Sequence[Actions]
-    ) -> list["_StoredOutputs"]:
-        """The reference's outputs for all batches, on the CPU.
-
-        Full fine-tuning keeps the reference weights in main memory. Evaluating all batches of an
-        update at once moves them to the accelerator once per update.
-        """
-        if not batches:
-            return []
-        with torch.no_grad(), self.policy.reference():
-            records = (self._replay(experience, actions) for actions in batches)
-            return [_StoredOutputs.of(record) for record in records]
-
     def _drift(self, experience: Experience) -> dict[str, float]:
         """The distance of the policy from the reference, on a few of the iteration's states."""
         train, actions = self.train, experience.actions
@@ -250,9 +130,9 @@ class Learner:
         first = actions.state[same].unique()
         chosen = torch.isin(actions.state, first[: min(train.monitor_states, train.train_batch)])
         few = actions.select(chosen.nonzero().squeeze(1))
-        (reference,) = self._references(experience, [few])
+        (reference,) = self.replay.references(experience, [few])
         with torch.no_grad():
-            output = self._replay(experience, few).prediction.output.cpu()
+            output = self.replay.record(experience, few).prediction.output.cpu()
         squares = (output - reference.output).float().square().flatten(1).mean(1)
         mean = self.accelerator.gather(squares.mean().reshape(1).to(self.policy.device)).mean()
         return {"kl/velocity": float(mean)}
@@ -386,52 +266,6 @@ def _adamw(parameters: list[nn.Parameter], train: Train) -> torch.optim.Optimize
     from bitsandbytes.optim import AdamW8bit
 
     return AdamW8bit(parameters, lr=train.lr, betas=betas, weight_decay=train.weight_decay)
-
-
-def _outputs(record: StepRecord) -> PolicyOutputs:
-    return PolicyOutputs(record.prediction, record.gaussian)
-
-
-@dataclass(frozen=True)
-class _StoredOutputs:
-    """The outputs of a policy for a batch of states, on the CPU.
-
-    Attributes:
-        output: The model's output.
-        mean: Mean of ``x_next``.
-        std: Standard deviation of ``x_next``.
-        prediction: The whole prediction, only where it does not follow from state and output (a
-            scheduler that clamps the predicted data): it would double the memory.
-    """
-
-    output: Float[Tensor, "states *latent"]
-    mean: Float[Tensor, "states *latent"]
-    std: float | Float[Tensor, "#states *latent"]
-    prediction: Prediction | None
-
-    @classmethod
-    def of(cls, record: StepRecord) -> "_StoredOutputs":
-        p, std = record.prediction, record.gaussian.std
-        implied = Prediction.from_output(record.x, p.output, record.interval)
-        follows = torch.equal(implied.x0, p.x0) and torch.equal(implied.x1, p.x1)
-        return cls(
-            p.output.cpu(),
-            record.gaussian.mean.cpu(),
-            std.cpu() if isinstance(std, Tensor) else std,
-            None if follows else Prediction(p.x0.cpu(), p.x1.cpu(), p.output.cpu()),
-        )
-
-    def restored(self, record: StepRecord) -> PolicyOutputs:
-        """The outputs on the device of another policy's record of the same states."""
-        device, p = record.x.device, self.prediction
-        if p is None:
-            output = self.output.to(device)
-            prediction = Prediction.from_output(record.x, output, record.interval)
-        else:
-            prediction = Prediction(p.x0.to(device), p.x1.to(device), p.output.to(device))
-        std = self.std.to(device) if isinstance(self.std, Tensor) else self.std
-        gaussian = Gaussian(self.mean.to(device), std, record.gaussian.normalised)
-        return PolicyOutputs(prediction, gaussian)
 
 
 def _require_per_action(loss: Loss, outputs: LossOutputs, inputs: LossInputs) -> None:
