@@ -29,7 +29,7 @@ from flowgrpo.core.random import Random, SampleNoise
 from flowgrpo.data.experience import Actions, Experience
 from flowgrpo.data.prompt_sets import PromptSet
 from flowgrpo.data.prompts import Group, Prompt
-from flowgrpo.losses.losses import ClippedLoss
+from flowgrpo.losses.clipped import ClippedLoss
 from flowgrpo.policy import PipelinePolicy
 from flowgrpo.rewards.scorer import RewardScorer
 from flowgrpo.training.learner import Learner
@@ -249,7 +249,9 @@ def ratios(prompts: int) -> str:
             prompts,
             ["train.warmup=0", "train.monitor_states=0"],
         )
-        learner = Learner(world.policy, world.config, Accelerator(cpu=True))
+        learner = Learner(
+            world.policy, world.config.train, world.config.loss, Accelerator(cpu=True)
+        )
         world.policy.keeps_means = True
         experience = world.collect(0)
         advantages = world.algorithm.advantages(experience)

@@ -94,3 +94,16 @@ def test_the_loop_fits_on_one_screen():
     (train,) = [n for n in tree.body if isinstance(n, ast.FunctionDef) and n.name == "train"]
     assert train.end_lineno is not None
     assert train.end_lineno - train.lineno + 1 <= 45
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "flowgrpo" / "training").glob("*.py")), ids=lambda p: p.stem)  # fmt: skip
+def test_training_treats_all_losses_alike(path):
+    """It uses the protocol alone: no class of a loss, no look at its type or kind."""
+    losses = [name for name in imported(path) if name.startswith("flowgrpo.losses")]
+    assert set(losses) <= {"flowgrpo.losses.base"}
+    for node in ast.walk(ast.parse(path.read_text())):
+        names = {n.id for n in ast.walk(node) if isinstance(n, ast.Name)}
+        names |= {n.attr for n in ast.walk(node) if isinstance(n, ast.Attribute)}
+        asks = isinstance(node, ast.Call) and "isinstance" in names
+        assert not (asks and "loss" in names), ast.unparse(node)
+        assert not (isinstance(node, ast.Attribute) and {"loss", "kind"} <= names)

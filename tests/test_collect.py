@@ -17,7 +17,8 @@ from flowgrpo.core.steps import AllSteps, Window
 from flowgrpo.core.transitions import CPS, DDIM, DanceSDE, FlowSDE
 from flowgrpo.data.experience import Experience
 from flowgrpo.data.prompts import Group, Prompt
-from flowgrpo.losses.losses import ClippedLoss, Loss
+from flowgrpo.losses.base import Loss
+from flowgrpo.losses.clipped import ClippedLoss
 from flowgrpo.policy import Full, LoRA, PipelinePolicy
 from flowgrpo.policy.settings import Weights
 from flowgrpo.rewards.scorer import Failures, Reward, RewardScorer
@@ -313,7 +314,8 @@ def learn(
             with_reference=True,
         )
         experience = algorithm.collect(policy, GROUPS, scorer(), RANDOM)
-        return Learner(policy, config(algorithm, **options), accelerator), experience
+        settings = config(algorithm, **options)
+        return Learner(policy, settings.train, settings.loss, accelerator), experience
 
     return make
 

@@ -38,7 +38,8 @@ from flowgrpo.core.random import Random
 from flowgrpo.core.steps import Window
 from flowgrpo.core.transitions import CPS, DDIM, DanceSDE, FlowSDE, require_path
 from flowgrpo.data.prompts import Group, Prompt
-from flowgrpo.losses.losses import ClippedLoss, NFTLoss
+from flowgrpo.losses.clipped import ClippedLoss
+from flowgrpo.losses.nft import NFTLoss
 from flowgrpo.policy import LoRA, PipelinePolicy
 from flowgrpo.rewards.pairs import Compared
 from flowgrpo.rewards.scorer import Failures, Reward, RewardScorer
@@ -220,10 +221,10 @@ def test_it_runs(
     settings = combined(*combination)
     algorithm: Any = settings.algorithm
     policy = policies("sd15" if combination[1] == "ddim" else "sd3")
-    learner = Learner(policy, settings, accelerator)
+    learner = Learner(policy, settings.train, settings.loss, accelerator)
     scorer = RewardScorer(settings.rewards, Failures(retries=0))
     random = Random(2).at("train", 0)
-    with learner.acting():
+    with learner.behaviour_policy():
         experience = algorithm.collect(policy, GROUPS, scorer, random)
     scorer.close()
     advantages = algorithm.advantages(experience)

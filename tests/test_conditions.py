@@ -12,7 +12,7 @@ from flowgrpo.core.random import Random
 from flowgrpo.core.steps import Window
 from flowgrpo.core.transitions import CPS
 from flowgrpo.data.prompts import Group, Prompt
-from flowgrpo.losses.losses import ClippedLoss
+from flowgrpo.losses.clipped import ClippedLoss
 from flowgrpo.policy import PipelinePolicy, Sampling
 from flowgrpo.policy.arguments import batches
 from flowgrpo.policy.probe import check_sizes
@@ -88,11 +88,14 @@ def test_edits_are_trained_on_with_their_own_image(
         train=Train(iterations=1, groups=2, monitor_states=0),
         run=Run(folder=""),
     )
-    learner = Learner(policy, settings, accelerator)
+    learner = Learner(policy, settings.train, settings.loss, accelerator)
     advantages = algorithm.advantages(experience)
     metrics = learner.update(experience, advantages, Random(0).at("train", 0))
     assert metrics["ratio/deviation"] < 1e-5
     assert metrics["grad_norm"] > 0
+    # The two images are replayed in separate batches; one of them may have nothing to learn from.
+    flat = torch.where(experience.actions.group == 0, 0.0, advantages)
+    assert learner.update(experience, flat, Random(0).at("train", 1))["grad_norm"] > 0
     scorer.close()
 
 

@@ -23,7 +23,7 @@ from flowgrpo.core.transitions import Gaussian, gaussian_kl
 from flowgrpo.data.experience import Experience
 from flowgrpo.data.prompts import Group, Prompt
 from flowgrpo.evaluation.card import model_card
-from flowgrpo.losses.losses import ClippedLoss
+from flowgrpo.losses.clipped import ClippedLoss
 from flowgrpo.policy import InitialNoise, Noise, PipelinePolicy
 from flowgrpo.policy.call import UnsupportedPipelineError
 from flowgrpo.policy.probe import fit_noise
@@ -166,7 +166,7 @@ def test_gradient_is_the_closed_form(
     policy, settings = shifted(noisy("sd3")), config()
     settings.check()
     policy.batch_size = 5
-    learner = Learner(policy, settings, accelerator)
+    learner = Learner(policy, settings.train, settings.loss, accelerator)
     experience = collected(policy, settings)
     advantages = settings.algorithm.advantages(experience)
     assert set(experience.actions.step.tolist()) == {INITIAL}
@@ -262,7 +262,7 @@ def test_kl_to_the_standard_normal_holds_it_back(
     """With a KL alone (no advantage), updates lead back to the standard normal."""
     policy = shifted(noisy("sd3"))
     settings = replace(config(lr=0.02), loss=ClippedLoss(clip_range=0.2, kl_coef=1.0))
-    learner = Learner(policy, settings, accelerator)
+    learner = Learner(policy, settings.train, settings.loss, accelerator)
     experience = collected(policy, settings)
     nothing = torch.zeros(len(experience.actions))
     kls = [learner.update(experience, nothing, RANDOM)["loss/kl"] for _ in range(15)]

@@ -1,16 +1,20 @@
-"""Surrogates, Guard's ratio, NFT's objective and the KL forms, against slow and plain computations."""
+"""Losses: surrogates, Guard's ratio, NFT's objective and the KLs against naive computations."""
 
 import itertools
 import math
+from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 from flowgrpo.core.transitions import (
     CPS,
     DDIM,
+    ODE,
     DanceSDE,
     FlowSDE,
     Gaussian,
@@ -18,16 +22,16 @@ from flowgrpo.core.transitions import (
     Step,
     Transition,
 )
-from flowgrpo.losses.losses import (
+from flowgrpo.losses.base import LossInputs, LossNeeds, PolicyOutputs
+from flowgrpo.losses.clipped import (
     ClippedLoss,
-    NFTLoss,
     bounded_surrogate,
     clipped_surrogate,
     guard_weight,
     guarded_log_ratio,
-    nft_loss,
     step_gain,
 )
+from flowgrpo.losses.nft import NFTLoss, nft_loss
 
 numbers = st.floats(-3, 3, width=32)
 
@@ -69,11 +73,11 @@ def kl(kind: str) -> float:
     step, x = Step.flow(0.8, 0.6), torch.tensor([[0.5, -1.0]])
     velocity = torch.tensor([[0.25, 2.0]])
     gap = torch.tensor([[0.2, -0.4]])
+    predictions = [Prediction.from_velocity(x, v, step.noise) for v in (velocity + gap, velocity)]
     policy, reference = (
-        DanceSDE(noise_level=0.3)(x, Prediction.from_velocity(x, v, step.noise), step)
-        for v in (velocity + gap, velocity)
+        PolicyOutputs(p, DanceSDE(noise_level=0.3)(x, p, step)) for p in predictions
     )
-    return float(ClippedLoss(kl=kind).kl_to(policy, reference, step, gap))
+    return float(ClippedLoss(kl=kind).kl_to(policy, reference, step))
 
 
 def test_kl_forms():
@@ -273,11 +277,33 @@ def test_nft_mixes_velocities_as_the_paper_does(beta):
     torch.testing.assert_close(found.double(), wanted / beta, atol=1e-5, rtol=1e-5)
 
 
+def noised(x0: Tensor, old_x0: Tensor, sample: Tensor, advantage: Tensor) -> LossInputs:
+    """A batch of noised samples, each with a state of its own, for which two policies predict data."""
+    number = len(x0)
+    policy, old = (
+        PolicyOutputs(Prediction(x, x, x), Gaussian(x, 0.0)) for x in (x0, old_x0.detach())
+    )
+    return LossInputs(
+        policy=policy,
+        x=torch.zeros_like(sample),
+        state=torch.arange(number),
+        x_next=sample,
+        old_log_prob=torch.zeros(number),
+        advantage=advantage,
+        group=torch.zeros(number, dtype=torch.long),
+        sample=torch.arange(number),
+        step=0,
+        interval=FLOW,
+        transition=ODE(),
+        old_policy=old,
+    )
+
+
 def test_nft_pulls_to_good_samples_and_from_bad_ones():
     old, sample = torch.zeros(3, 4), torch.ones(3, 4)
     x0 = old.clone().requires_grad_()
     advantage = torch.tensor([5.0, -5.0, 0.0])
-    NFTLoss().loss(x0, old, sample, advantage).sum().backward()
+    NFTLoss()(noised(x0, old, sample, advantage)).loss.sum().backward()
     assert x0.grad is not None
     assert (x0.grad[0] < 0).all()
     assert (x0.grad[1] > 0).all()
@@ -296,10 +322,138 @@ def test_nft_on_the_old_policy_needs_an_opinion():
 def test_optimality_and_trails():
     loss = NFTLoss()
     assert loss.optimality(torch.tensor([-9.0, -5, 0, 2.5, 7])).tolist() == [0, 0, 0.5, 0.75, 1]
-    assert [loss.kept(n) for n in (0, 100, 900)] == [0, 0.1, 0.5]
+    assert [loss.remaining_share(n) for n in (0, 100, 900)] == [0, 0.1, 0.5]
     late = NFTLoss(trail="late")
-    assert [late.kept(n) for n in (75, 175, 999)] == pytest.approx([0, 0.75, 0.999])
-    assert NFTLoss(trail="none").kept(999) == 0
+    assert [late.remaining_share(n) for n in (75, 175, 999)] == pytest.approx([0, 0.75, 0.999])
+    assert NFTLoss(trail="none").remaining_share(999) == 0
+
+
+# Losses as the learner calls them, on the vectors of a published step: state, velocity and next state.
+
+X, VELOCITY, X_NEXT = (torch.tensor([v]) for v in ([0.5, -1.0], [0.25, 2.0], [0.45, -1.3]))
+VECTORS = [
+    # Transition, mean, std and mean log-probability of X_NEXT, computed independently.
+    (FlowSDE(noise_level=0.7), (0.31525, -1.253), 0.6260990337, -0.4636806928),
+    (DanceSDE(noise_level=0.3), (0.4438125, -1.39325), 0.1341640786, 0.9684497877),
+    (CPS(noise_level=0.8), (0.2219756081, -1.151246118), 0.5706339098, -0.4148395898),
+]  # fmt: skip
+REFERENCE_VELOCITY = torch.tensor([[0.05, 2.4]])
+
+
+def batch(transition: Transition, old_log_prob: float, advantage: Sequence[float], **more: object) -> LossInputs:  # fmt: skip
+    """Actions that share the state ``X``; all go to ``X_NEXT``."""
+    step, number = Step.flow(0.8, 0.6, 0.9), len(advantage)
+    policy, reference = (
+        PolicyOutputs(p, transition(X, p, step))
+        for p in (Prediction.from_velocity(X, v, 0.8) for v in (VELOCITY, REFERENCE_VELOCITY))
+    )
+    return LossInputs(
+        policy=policy,
+        x=X,
+        state=torch.zeros(number, dtype=torch.long),
+        x_next=X_NEXT.expand(number, -1),
+        old_log_prob=torch.full((number,), old_log_prob),
+        advantage=torch.tensor(advantage),
+        group=torch.zeros(number, dtype=torch.long),
+        sample=torch.arange(number),
+        step=3,
+        interval=step,
+        transition=transition,
+        reference=reference,
+        **more,  # type: ignore[arg-type]
+    )
+
+
+@pytest.mark.parametrize(("transition", "mean", "std", "log_prob"), VECTORS)
+def test_clipped_loss_on_published_vectors(transition, mean, std, log_prob):
+    """The ratio is exp(0.05), beyond the clip range of 0.02."""
+    found = ClippedLoss(clip_range=0.02, kl_coef=1.0)(
+        batch(transition, log_prob - 0.05, [2.0, -2.0])
+    )
+    ratio = math.exp(0.05)
+    assert found.loss.tolist() == pytest.approx([-2 * 1.02, 2 * ratio], rel=1e-5)
+    assert found.metrics["ratio/deviation"].tolist() == pytest.approx([ratio - 1] * 2, rel=1e-4)
+    assert found.metrics["ratio/clip_fraction"].tolist() == [1, 1]
+    assert found.metrics["log_prob/noise"].tolist() == pytest.approx([0.05] * 2, rel=1e-4)
+    # The mean is linear in the velocity, so that the reference's follows from the derivative.
+    gap = step_gain(transition, Step.flow(0.8, 0.6, 0.9)) * (VELOCITY - REFERENCE_VELOCITY)
+    kl = float(gap.square().mean()) / (2 * std**2)
+    assert found.kl is not None
+    assert found.kl.tolist() == pytest.approx([kl] * 2, rel=1e-5)
+
+
+@pytest.mark.parametrize(("transition", "mean", "std", "log_prob"), VECTORS)
+@pytest.mark.parametrize("settings", [{"ratio": "guard"}, {"clip": "kl"}])
+def test_losses_with_old_means_on_published_vectors(settings, transition, mean, std, log_prob):
+    """The old mean is 0.1 above the new one in the first element."""
+    old_mean = torch.tensor([[mean[0] + 0.1, mean[1]]])
+    inputs = batch(transition, log_prob - 0.05, [1.5], old_mean=old_mean, first_update=False)
+    found = ClippedLoss(clip_range=1e-6, **settings)(inputs)
+    if "ratio" in settings:
+        log_ratio = -0.1 * (0.45 - mean[0] - 0.1) / std / 2
+        ratio, weight = math.exp(log_ratio), guard_weight(transition, inputs.interval)
+        inside = min(max(ratio, 1 - 1e-6), 1 + 1e-6)
+        wanted = weight * max(-1.5 * ratio, -1.5 * inside)
+    else:
+        # The KL is above its bound, and a larger ratio would increase it: nothing is trained.
+        wanted = 0.0
+    assert float(found.loss) == pytest.approx(wanted, rel=1e-4)
+    assert "log_prob/noise" not in found.metrics
+    assert found.metrics["ratio/clip_fraction"].tolist() == [1]
+
+
+def test_nft_loss_on_published_vectors():
+    """x0 = X - 0.8 v; beta 1, an advantage of 2.5 of a scale of 5 is an optimality of 0.75."""
+    inputs = batch(ODE(), 0.0, [2.5, 0.0])
+    inputs = replace(inputs, old_policy=inputs.reference)
+    found = NFTLoss(kl_coef=1.0)(inputs)
+    x0, old = [0.3, -2.6], [0.46, -2.92]
+    parts = []
+    for implicit in (x0, [2 * o - x for o, x in zip(old, x0, strict=True)]):
+        error = [a - b for a, b in zip(implicit, [0.45, -1.3], strict=True)]
+        parts.append(sum(e * e for e in error) / sum(abs(e) for e in error))
+    assert found.loss.tolist() == pytest.approx([5 * (0.75 * parts[0] + 0.25 * parts[1]), 0], rel=1e-5)  # fmt: skip
+    assert found.kl is not None
+    assert found.kl.tolist() == pytest.approx([(0.2**2 + 0.4**2) / 2] * 2, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("loss", "needs"),
+    [
+        (
+            ClippedLoss(),
+            LossNeeds(action_kinds=("step", "initial_noise"), balanced_steps=True),
+        ),
+        (ClippedLoss(ratio="guard"), LossNeeds(old_mean=True)),
+        (
+            ClippedLoss(clip="kl", kl_coef=0.1),
+            LossNeeds(old_mean=True, reference=True, all_actions=True, balanced_steps=True),
+        ),
+        (
+            ClippedLoss(kl="flow_grpo", kl_coef=0.1),
+            LossNeeds(reference=True, all_actions=True, balanced_steps=True),
+        ),
+    ],
+)  # fmt: skip
+def test_losses_declare_their_needs(loss, needs):
+    assert loss.needs == needs
+
+
+def test_nft_declares_its_needs():
+    needs = NFTLoss(trail="late").needs
+    assert needs.old_policy is not None
+    assert needs.old_policy(175) == 0.75
+    wanted = LossNeeds(action_kinds=("noised_sample",), reference=True, all_actions=True)
+    assert replace(needs, old_policy=None) == wanted
+    assert not NFTLoss(kl_coef=0.0).needs.reference
+
+
+def test_a_clip_range_below_the_noise_is_warned_of():
+    loss = ClippedLoss(clip_range=1e-3)
+    assert not loss.warning({"log_prob/noise": 9e-4})
+    assert "up to 2.0e-03" in loss.warning({"log_prob/noise": 2e-3})
+    assert not ClippedLoss(clip="kl", clip_range=1e-3).warning({"log_prob/noise": 2e-3})
+    assert not NFTLoss().warning({"log_prob/noise": 2e-3})
 
 
 @pytest.mark.parametrize(

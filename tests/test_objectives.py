@@ -1,7 +1,12 @@
 """Losses in the learner: each with actions that a real policy took."""
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
@@ -15,7 +20,17 @@ from flowgrpo.core.steps import Window
 from flowgrpo.core.transitions import CPS, DDIM, FlowSDE
 from flowgrpo.data.experience import Actions, Experience
 from flowgrpo.data.prompts import Group, Prompt
-from flowgrpo.losses.losses import ClippedLoss, Loss, guard_weight, guarded_log_ratio
+from flowgrpo.losses.base import (
+    Loss,
+    LossInputs,
+    LossMetric,
+    LossNeeds,
+    LossOutputs,
+    PolicyOutputs,
+    velocity_kl,
+)
+from flowgrpo.losses.clipped import ClippedLoss, guard_weight, guarded_log_ratio
+from flowgrpo.policy.weights import swapped
 from flowgrpo.rewards.scorer import Reward, RewardScorer
 from flowgrpo.training.learner import Learner
 from tests.conftest import MakePolicy, sampling_of
@@ -31,6 +46,53 @@ DIFFUSION = FlowGRPO(group_size=G, transition=DDIM())
 
 def brightness(media: Tensor, prompts: Sequence[Prompt]) -> Tensor:
     return media.flatten(1).mean(1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Distances(Loss):
+    """Needs every input there is, and keeps the batches that it receives."""
+
+    kind: str = "distances"
+    power: float = 1.0
+    kl_coef: float = 0.0
+    metrics: ClassVar[Sequence[LossMetric]] = (
+        LossMetric("distance/old", by_step="distance"),
+        LossMetric("distance/largest", reduce="max"),
+    )
+    received: ClassVar[list[LossInputs]] = []
+
+    @property
+    def needs(self) -> LossNeeds:
+        return LossNeeds(
+            old_mean=True,
+            old_policy=lambda num_updates: 0.75,
+            average=True,
+            reference=True,
+            whole_groups=True,
+        )
+
+    def __call__(self, inputs: LossInputs) -> LossOutputs:
+        Distances.received.append(inputs)
+        others = (inputs.old_policy, inputs.average, inputs.reference)
+        kls = [velocity_kl(inputs.policy, other) for other in others if other is not None]
+        assert inputs.old_mean is not None
+        moved = (inputs.gaussian.mean - inputs.old_mean).square().flatten(1).mean(1)
+        loss = moved - inputs.advantage * inputs.gaussian.log_prob(inputs.x_next)
+        metrics = {"distance/old": kls[0].detach(), "distance/largest": kls[1].detach()}
+        return LossOutputs(loss, inputs.per_action(kls[2]), metrics)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Undeclared(Distances):
+    metrics: ClassVar[Sequence[LossMetric]] = (LossMetric("distance/largest", reduce="max"),)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Summed(Distances):
+    """Returns a sum in place of one value per action."""
+
+    def __call__(self, inputs: LossInputs) -> LossOutputs:
+        return LossOutputs(super().__call__(inputs).loss.sum().reshape(1))
 
 
 Learn = Callable[..., tuple[Learner, Experience]]
@@ -52,7 +114,7 @@ def learn(make_policy: MakePolicy, accelerator: Accelerator) -> Learn:
             run=Run(folder=""),
         )
         policy = make_policy(name, sampling=sampling_of(name, num_steps=T), with_reference=True)
-        learner = Learner(policy, config, accelerator)
+        learner = Learner(policy, config.train, config.loss, accelerator)
         scorer = RewardScorer(config.rewards)
         experience = algorithm.collect(policy, GROUPS, scorer, RANDOM)
         scorer.close()
@@ -121,6 +183,80 @@ def test_guard_gradient_is_that_of_every_action_alone(name, algorithm, learn: Le
         torch.testing.assert_close(got, want, atol=1e-3 * scale, rtol=0)
 
 
+def slow_gradient(learner: Learner, experience: Experience, advantages: Tensor, groups: Sequence[int]) -> list[Tensor]:  # fmt: skip
+    """The gradient of one optimizer step on some groups, by plain formulas and one action at a time.
+
+    ``-min(A r, A clip(r))`` for each kind of ratio, or ``-A r`` with a stop beyond the KL bound, plus
+    ``kl_coef`` times the KL of normals of one standard deviation.
+    """
+    loss, a, terms = learner.loss, experience.actions, []
+    assert isinstance(loss, ClippedLoss)
+    rows = [i for i in range(len(a)) if int(a.group[i]) in groups]
+    for i in rows:
+        prompt, step = [GROUPS[int(a.group[i])].prompt], int(a.step[i])
+        x, x_next = a.states[a.state[i]][None], a.x_next[i][None]
+        record = learner.policy.replay(prompt, x, step, experience.transition)
+        with torch.no_grad(), learner.policy.reference():
+            reference = learner.policy.replay(prompt, x, step, experience.transition).gaussian
+        mean, std = record.gaussian.mean, record.gaussian.std
+        assert isinstance(std, float)
+        weight, moved = 1.0, 0.0
+        ratio = (record.gaussian.log_prob(x_next)[0] - a.old_log_prob[i]).exp()
+        if a.old_mean is not None:
+            gap = mean - a.old_mean[i]
+            moved = float(gap.detach().square().mean()) / (2 * std**2)
+        if loss.ratio == "guard":
+            assert a.old_mean is not None
+            ratio = (gap * (x_next - a.old_mean[i]) / std).mean().exp()
+            weight = guard_weight(experience.transition, record.interval)
+        advantage = float(advantages[i])
+        inside = ratio.clamp(1 - loss.clip_range, 1 + loss.clip_range)
+        term = -torch.minimum(ratio * advantage, inside * advantage) * weight
+        if loss.clip == "kl":
+            stops = moved > loss.clip_range and advantage * (float(ratio.detach()) - 1) > 0
+            term = -advantage * ratio * (0.0 if stops else 1.0)
+        terms.append(term + loss.kl_coef * (mean - reference.mean).square().mean() / (2 * std**2))
+    total = torch.stack(terms).mean()
+    found = torch.autograd.grad(total, learner.parameters, allow_unused=True)
+    return [
+        torch.zeros_like(p) if g is None else g
+        for p, g in zip(learner.parameters, found, strict=True)
+    ]
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        ClippedLoss(clip_range=1e-3, kl_coef=0.05),
+        ClippedLoss(ratio="guard", clip_range=1e-4, kl_coef=0.05),
+        ClippedLoss(clip="kl", clip_range=1e-5, kl_coef=0.05),
+    ],
+    ids=["clipped", "guard", "kl_bound"],
+)
+def test_every_optimizer_step_follows_the_gradient_of_the_plain_formulas(loss, learn: Learn):
+    """The second step of an iteration is off-policy, so that ratios, bounds and KLs matter."""
+    learner, experience = learn("sd3", FAST, loss, updates=2)
+    advantages = FAST.advantages(experience)
+    # Each of the two steps trains on one of the two groups.
+    order = torch.randperm(2, generator=RANDOM.generator("updates")).tolist()
+    taken, expected = gradients_of(learner), []
+
+    def compute(*_: object) -> None:
+        with torch.enable_grad():
+            group = order[len(expected)]
+            expected.append(slow_gradient(learner, experience, advantages, [group]))
+
+    learner.adam.register_step_pre_hook(compute)
+    metrics = learner.update(experience, advantages, RANDOM)
+    assert metrics["ratio/clip_fraction"] > 0
+    assert len(taken) == len(expected) == 2
+    for got, want in zip(taken, expected, strict=True):
+        scale = max(float(w.abs().max()) for w in want)
+        assert scale > 0
+        for g, w in zip(got, want, strict=True):
+            torch.testing.assert_close(g, w, atol=1e-3 * scale, rtol=0)
+
+
 @pytest.mark.parametrize("loss", [GUARD, ClippedLoss(clip="kl", clip_range=1e-12)])
 def test_kept_means_serve_the_second_update(loss, learn: Learn):
     learner, experience = learn("sd3", FLOW, loss, updates=2)
@@ -130,8 +266,135 @@ def test_kept_means_serve_the_second_update(loss, learn: Learn):
     assert (metrics["ratio/clip_fraction"] > 0) is (loss.clip == "kl")
 
 
-def test_an_algorithm_that_keeps_no_means_is_named(learn: Learn):
+def test_missing_old_means_are_refused(learn: Learn):
     learner, experience = learn("sd3", FLOW, GUARD, updates=2)
     bare = replace(experience, actions=replace(experience.actions, old_mean=None))
-    with pytest.raises(ValueError, match="algorithm FlowGRPO keeps no means of its steps"):
+    with pytest.raises(ValueError, match="the loss ClippedLoss needs the old means of the steps"):
         learner.update(bare, FLOW.advantages(experience), RANDOM)
+
+
+# A loss of one's own.
+
+
+def same_outputs(outputs: PolicyOutputs | None, learner: Learner, inputs: LossInputs) -> None:
+    """Assert that a policy's outputs equal a replay under the policy's present weights."""
+    assert outputs is not None
+    transition = inputs.transition
+    owners = {int(row): int(g) for row, g in zip(inputs.state, inputs.group, strict=True)}
+    prompts = [GROUPS[owners[row]].prompt for row in range(len(inputs.x))]
+    with torch.no_grad():
+        record = learner.policy.replay(prompts, inputs.x, inputs.step, transition)
+    for found, wanted in (
+        (outputs.prediction.x0, record.prediction.x0),
+        (outputs.prediction.x1, record.prediction.x1),
+        (outputs.prediction.output, record.prediction.output),
+        (outputs.gaussian.mean, record.gaussian.mean),
+    ):
+        torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-4)
+    assert outputs.gaussian.std == record.gaussian.std
+
+
+@pytest.mark.parametrize(("name", "algorithm"), CASES)
+def test_a_loss_receives_the_inputs_that_it_needs(name, algorithm, learn: Learn):
+    Distances.received.clear()
+    learner, experience = learn(
+        name, algorithm, Distances(kl_coef=0.1), updates=2, train_batch=6, ema_decay=0.9
+    )
+    advantages = algorithm.advantages(experience)
+    learner.update(experience, advantages, RANDOM)
+    # After one iteration the trained, old, averaged and reference weights all differ.
+    Distances.received.clear()
+    before = [p.detach().clone() for p in learner.parameters]
+    assert learner.behaviour is not None
+    old = [b.clone() for b in learner.behaviour]
+    assert learner.ema is not None
+    average = [b.clone() for b in learner.ema.average]
+    metrics = learner.update(experience, advantages, RANDOM)
+    order = torch.randperm(2, generator=RANDOM.generator("updates"))
+    first = [i for i in Distances.received if int(i.group[0]) == int(order[0])]
+    for inputs in first:
+        assert inputs.first_update
+        for outputs, weights in ((inputs.policy, before), (inputs.old_policy, old), (inputs.average, average)):  # fmt: skip
+            with swapped(learner.parameters, weights):
+                same_outputs(outputs, learner, inputs)
+        with learner.policy.reference():
+            same_outputs(inputs.reference, learner, inputs)
+        rows = (experience.actions.step == inputs.step) & (experience.actions.group == inputs.group[0])  # fmt: skip
+        assert torch.equal(inputs.x_next.sort(0).values, experience.actions.x_next[rows].sort(0).values)  # fmt: skip
+    assert metrics["distance/largest"] > 0
+    assert metrics["distance/old"] > 0
+    assert {k for k in metrics if k.endswith("/distance")} == {
+        f"step/{step}/distance" for step in experience.actions.step.unique().tolist()
+    }
+    for now, then, trained in zip(learner.behaviour, old, learner.parameters, strict=True):
+        torch.testing.assert_close(now, 0.75 * then + 0.25 * trained, atol=1e-7, rtol=1e-5)
+
+
+def test_a_loss_receives_nothing_else(learn: Learn):
+    """Inputs that cost a forward pass or a second set of weights are not computed unasked."""
+    learner, experience = learn("sd3", FLOW, ClippedLoss(), monitor_states=0, ema_decay=0.9)
+    before = learner.policy.num_evaluations
+    learner.update(experience, FLOW.advantages(experience), RANDOM)
+    distinct = len(experience.actions.states)
+    assert learner.policy.num_evaluations - before == distinct
+    assert learner.behaviour is None
+
+
+def test_whole_groups_share_a_batch(learn: Learn):
+    """With one update for both groups and room for three states, batches hold one group of two."""
+    Distances.received.clear()
+    learner, experience = learn("sd3", FLOW, Distances(), train_batch=3, ema_decay=0.9)
+    learner.update(experience, torch.zeros(len(experience.actions)), RANDOM)
+    assert [sorted(i.sample.tolist()) for i in Distances.received] == [[0, 1]] * 2 * (T - 1)
+    learner, experience = learn("sd3", FLOW, Distances(), train_batch=1, ema_decay=0.9)
+    with pytest.raises(
+        ValueError, match=r"2 states and train\.train_batch is 1; set it to at least 2"
+    ):
+        learner.update(experience, FLOW.advantages(experience), RANDOM)
+
+
+@pytest.mark.parametrize(
+    ("loss", "message"),
+    [
+        (Undeclared(), "the metric 'distance/old' without declaring it"),
+        (Summed(), r"Summed returned loss of shape \(1,\)"),
+    ],
+)
+def test_losses_that_break_the_protocol_are_refused(loss, message, learn: Learn):
+    learner, experience = learn("sd3", FLOW, loss, ema_decay=0.9)
+    with pytest.raises(ValueError, match=message):
+        learner.update(experience, FLOW.advantages(experience), RANDOM)
+
+
+SUM = """
+import sys
+import torch
+from accelerate import Accelerator
+from flowgrpo.training.learner import sum_gradients
+
+accelerator = Accelerator(cpu=True)
+rank = accelerator.process_index
+parameters = [torch.nn.Parameter(torch.zeros(2, 3)), torch.nn.Parameter(torch.zeros(4))]
+parameters[0].grad = torch.full((2, 3), 1.0 + rank)
+if rank == 1:
+    parameters[1].grad = torch.arange(4.0)
+sum_gradients(parameters, accelerator)
+assert parameters[0].grad.tolist() == [[3.0] * 3] * 2, parameters[0].grad
+assert parameters[1].grad.tolist() == [0.0, 1.0, 2.0, 3.0], parameters[1].grad
+print("summed", rank)
+"""
+
+
+def test_gradients_of_two_processes_are_summed(tmp_path: Path):
+    """The loss is divided by the number of actions of all processes, so that an average is wrong."""
+    (tmp_path / "sums.py").write_text(SUM)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [*launcher, "--master-port", "29617", str(tmp_path / "sums.py")],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parents[1],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])},
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("summed") == 2

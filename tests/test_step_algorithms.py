@@ -29,7 +29,7 @@ from flowgrpo.core.steps import Window
 from flowgrpo.core.transitions import CPS, DDIM
 from flowgrpo.data.experience import Candidates, Experience
 from flowgrpo.data.prompts import Group, Prompt
-from flowgrpo.losses.losses import ClippedLoss
+from flowgrpo.losses.clipped import ClippedLoss
 from flowgrpo.policy import LoRA, PipelinePolicy, Sampling
 from flowgrpo.rewards.scorer import Failures, Reward, RewardScorer
 from flowgrpo.shapes.rewards import Graded
@@ -333,7 +333,8 @@ def test_the_first_ratio_is_one_and_states_are_shared(
         name, sampling=sampling_of(name, num_steps=T), weights=LoRA(rank=4, alpha=8)
     )
     experience = algorithm.collect(policy, GROUPS, scorer, RANDOM)
-    learner = Learner(policy, config(algorithm), accelerator)
+    settings = config(algorithm)
+    learner = Learner(policy, settings.train, settings.loss, accelerator)
     before = policy.num_evaluations
     metrics = learner.update(experience, torch.ones(len(experience.actions)), RANDOM)
     # Forward passes have the rollout's batch shape here, and so there is no noise either.

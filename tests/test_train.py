@@ -163,7 +163,7 @@ def test_a_replay_that_is_no_rollout_is_told_at_once(tmp_path, monkeypatch, caps
     monkeypatch.setattr(PipelinePolicy, "__init__", with_dropout)
     flowgrpo.train(small(tmp_path / "broken", *short))
     said = capsys.readouterr().out
-    assert said.count("WARNING: before any update, log-probabilities are") == 1
+    assert said.count("WARNING: before any update, log-probabilities in the replay differ") == 1
     assert "flowgrpo doctor shapes" in " ".join(said.split())
 
 
@@ -227,7 +227,7 @@ def test_two_processes_equal_one(straight, tmp_path):
     assert max(float((a[k] - b[k]).abs().max()) for k in a) < 1e-5
 
 
-def test_ctrl_c_saves_and_says_how_to_go_on(straight, tmp_path):
+def test_ctrl_c_saves_and_says_how_to_resume(straight, tmp_path):
     folder = tmp_path / "interrupted"
     process = start(folder)
     while process.poll() is None and not (folder / "metrics.jsonl").exists():
@@ -235,7 +235,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(straight, tmp_path):
     process.send_signal(signal.SIGINT)
     output, _ = process.communicate(timeout=240)
     assert process.returncode == 130, output
-    assert "goes on" in output
+    assert "the same command resumes the run" in output
     finish(start(folder))
     assert (folder / "metrics.jsonl").read_bytes() == (straight / "metrics.jsonl").read_bytes()
 
@@ -247,7 +247,7 @@ def test_a_directory_of_another_configuration_is_refused(straight):
 
 def test_a_directory_with_other_things_is_refused(tmp_path):
     (tmp_path / "thesis.tex").write_text("precious")
-    with pytest.raises(ConfigError, match="not empty and no run directory"):
+    with pytest.raises(ConfigError, match="not empty and not a run directory"):
         flowgrpo.train(small(tmp_path))
 
 

@@ -21,7 +21,9 @@ from flowgrpo.core.steps import SlidingWindow, Window
 from flowgrpo.core.transitions import CPS, DDIM, DanceSDE, FlowSDE
 from flowgrpo.data.experience import Candidates, Experience
 from flowgrpo.data.prompts import Group, Prompt
-from flowgrpo.losses.losses import ClippedLoss, Loss, NFTLoss
+from flowgrpo.losses.base import Loss
+from flowgrpo.losses.clipped import ClippedLoss
+from flowgrpo.losses.nft import NFTLoss
 from flowgrpo.policy import PipelinePolicy
 from flowgrpo.rewards.pairs import Compared, Judged
 from flowgrpo.rewards.scorer import Failures, Reward, RewardError, RewardScorer
@@ -226,37 +228,37 @@ Learn = Callable[..., Learner]
 def learn(make_policy: MakePolicy, accelerator: Accelerator) -> Learn:
     def make(name: str, algorithm: Algorithm, loss: Loss, **train: object) -> Learner:
         policy = make_policy(name, sampling=sampling_of(name, num_steps=T), with_reference=True)
-        return Learner(policy, config(algorithm, loss, **train), accelerator)
+        return Learner(policy, config(algorithm, loss, **train).train, loss, accelerator)
 
     return make
 
 
 def test_the_policy_that_samples_trails_and_is_saved(learn: Learn, scorer):
     learner = learn("sd3", NFT, NFTLoss(trail="late"), weight_decay=0.0)
-    assert learner.sampler is not None
+    assert learner.behaviour is not None
     before = [p.detach().clone() for p in learner.parameters]
     learner.num_updates = 175  # 1 - 0.75 of the way from now on
-    with learner.acting():
+    with learner.behaviour_policy():
         experience = NFT.collect(learner.policy, GROUPS, scorer(), RANDOM)
     metrics = learner.update(experience, NFT.advantages(experience), RANDOM)
     assert metrics["loss/kl"] == 0
     assert not [k for k in metrics if k.startswith(("ratio", "log_prob", "step"))]
     kept = 0.0075 * 101
-    for old, start, now in zip(learner.sampler, before, learner.parameters, strict=True):
+    for old, start, now in zip(learner.behaviour, before, learner.parameters, strict=True):
         torch.testing.assert_close(old, kept * start + (1 - kept) * now, atol=1e-7, rtol=1e-4)
     moved = [not torch.equal(a, b) for a, b in zip(before, learner.parameters, strict=True)]
     assert any(moved)
     # What acts is the sampler, and afterwards the trained weights are back.
-    with learner.acting():
+    with learner.behaviour_policy():
         assert all(
-            torch.equal(p, s) for p, s in zip(learner.parameters, learner.sampler, strict=True)
+            torch.equal(p, s) for p, s in zip(learner.parameters, learner.behaviour, strict=True)
         )
     assert moved == [not torch.equal(a, b) for a, b in zip(before, learner.parameters, strict=True)]
     parts, state = learner.state()
     again = learn("sd3", NFT, NFTLoss(trail="late"))
     again.restore(parts, state)
-    assert again.sampler is not None
-    assert all(torch.equal(a, b) for a, b in zip(again.sampler, learner.sampler, strict=True))
+    assert again.behaviour is not None
+    assert all(torch.equal(a, b) for a, b in zip(again.behaviour, learner.behaviour, strict=True))
     # The second update differs between the two policies only in what the checkpoint holds.
     follow = [x.update(experience, NFT.advantages(experience), RANDOM) for x in (learner, again)]
     assert follow[0]["loss/policy"] == pytest.approx(follow[1]["loss/policy"], rel=1e-6)
@@ -298,7 +300,7 @@ def test_nft_goes_where_the_reward_is(learn: Learn, scorer):
         before = brightness(learner.policy.images(prompts, noise), []).mean()
         for iteration in range(4):
             random = Random(1).at("train", iteration)
-            with learner.acting():
+            with learner.behaviour_policy():
                 experience = NFT.collect(learner.policy, GROUPS, scorer(reward), random)
             learner.update(experience, NFT.advantages(experience), random)
         change[sign] = float(brightness(learner.policy.images(prompts, noise), []).mean() - before)
@@ -448,6 +450,10 @@ RUNS = {
         "loss={ratio='guard', clip_range=1e-3}",
     ],
     "nft": ["algorithm={kind='diffusion_nft', group_size=3}", "loss={kind='nft', trail='half'}"],
+    "own_loss": [
+        "algorithm={kind='flow_grpo', group_size=3}", "train.ema_decay=0.5",
+        "loss={kind='tests.test_objectives:Distances', power=2.0, kl_coef=0.1}",
+    ],
     "learning": [
         f"rewards=[{{model='{HERE}:Novelty'}}]", "memory.score_batch=2", "algorithm={kind='flow_grpo', group_size=3}",
     ],
@@ -455,7 +461,7 @@ RUNS = {
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_a_run_goes_on_with_the_same_numbers(name: str, tmp_path: Path):
+def test_a_resumed_run_has_the_same_numbers(name: str, tmp_path: Path):
     """From files alone: what it was configured as, what it did, and what it would have done."""
     straight, stopped = tmp_path / "straight", tmp_path / "stopped"
     config = flowgrpo.load("quickstart", [*RUN, *RUNS[name], f"run.folder={straight}"])
@@ -474,4 +480,6 @@ def test_a_run_goes_on_with_the_same_numbers(name: str, tmp_path: Path):
         assert metrics[0]["learning/Novelty/mean"] != metrics[1]["learning/Novelty/mean"] > 0
     if name == "pref":
         assert [m["score/win_rate"] for m in metrics] == pytest.approx([0.5, 0.5])
-    assert (stopped / "checkpoints" / "000002" / "sampler.safetensors").exists() is (name == "nft")
+    assert (stopped / "checkpoints" / "000002" / "behaviour.safetensors").exists() is (
+        name in ("nft", "own_loss")
+    )

@@ -29,7 +29,9 @@ from flowgrpo.core.errors import ConfigError
 from flowgrpo.core.imports import suggest
 from flowgrpo.core.random import Random
 from flowgrpo.data.prompt_files import HUB
-from flowgrpo.losses.losses import ClippedLoss, Loss, NFTLoss
+from flowgrpo.losses.base import ActionKind, Loss
+from flowgrpo.losses.clipped import ClippedLoss
+from flowgrpo.losses.nft import NFTLoss
 from flowgrpo.policy import Full, LoRA, Memory, Noise, Sampling
 from flowgrpo.rewards.loading import check_rewards
 from flowgrpo.rewards.scorer import Failures, Reward
@@ -169,8 +171,8 @@ class Config:
         | TempFlowGRPO | G2RPO | TPGRPO | VGPO | BranchGRPO | FIND | Algorithm
     )  # fmt: skip
     """Who judges which denoising step; ``kind`` may be the import path of an algorithm of your own."""
-    loss: Loss = field(default_factory=ClippedLoss)
-    """What an update minimises."""
+    loss: ClippedLoss | NFTLoss | Loss = field(default_factory=ClippedLoss)
+    """The objective of an update; ``kind`` may be the import path of a loss of your own."""
     rewards: tuple[Reward, ...]
     """What is rewarded: the weighted sum is trained on."""
     failures: Failures = field(default_factory=Failures)
@@ -220,33 +222,30 @@ class Config:
         try:
             self.memory.check(isinstance(self.model.weights, Full))
             self.loss.check()
-            if isinstance(self.loss, ClippedLoss):
-                self.loss.check_transition(self.algorithm.transition)
+            self.loss.check_algorithm(self._action_kind(), self.algorithm.transition)
         except ValueError as error:
             raise ConfigError(str(error)) from error
+        if self.loss.needs.average and not self.train.ema_decay:
+            raise ConfigError(
+                f"the loss {type(self.loss).__name__} needs a moving average of the weights; set "
+                "train.ema_decay above 0"
+            )
         self._check_kinds()
 
     def _check_kinds(self) -> None:
         """Raise ConfigError if an algorithm is without what belongs to it."""
-        algorithm, loss, weights = self.algorithm, self.loss, self.model.weights
-        if isinstance(algorithm, DiffusionNFT) != isinstance(loss, NFTLoss):
-            raise ConfigError(
-                "algorithm.kind = 'diffusion_nft' and loss.kind = 'nft' belong together, but these are "
-                f"{type(algorithm).__name__} and {type(loss).__name__}"
-            )
+        algorithm, weights = self.algorithm, self.model.weights
         if isinstance(algorithm, FIND) != isinstance(weights, Noise):
             raise ConfigError(
                 "algorithm.kind = 'find' and model.weights.kind = 'noise' belong together, but these "
                 f"are {type(algorithm).__name__} and {type(weights).__name__}"
             )
-        clipped = loss if isinstance(loss, ClippedLoss) else ClippedLoss()
-        needs_a_step = clipped.needs_old_mean or clipped.kl == "flow_grpo"
-        if isinstance(algorithm, FIND) and needs_a_step:
-            raise ConfigError(
-                "algorithm.kind = 'find' has no denoising step, so that loss.ratio = 'guard', loss.clip "
-                "= 'kl' and loss.kl = 'flow_grpo' have no meaning; leave them at 'plain', 'ratio' and "
-                "'exact'"
-            )
+
+    def _action_kind(self) -> ActionKind:
+        """The kind of action that the algorithm collects."""
+        if isinstance(self.algorithm, DiffusionNFT):
+            return "noised_sample"
+        return "initial_noise" if isinstance(self.algorithm, FIND) else "step"
 
     def _bounds(self) -> Sequence[tuple[str, int | float, int | float]]:
         t, e, tiny = self.train, self.evaluation, 1e-12
@@ -289,7 +288,7 @@ class Config:
         if (
             not isinstance(algorithm, COUNTED)
             or isinstance(algorithm, TempFlowGRPO)
-            or (isinstance(loss, ClippedLoss) and loss.ratio == "guard")
+            or not loss.needs.balanced_steps
             or getattr(algorithm.transition, "log_prob", "") == "unnormalised"
         ):
             return []

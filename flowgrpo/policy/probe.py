@@ -10,7 +10,7 @@ import torch
 from flowgrpo.core.random import Random, SampleNoise
 from flowgrpo.core.transitions import Prediction, Transition
 from flowgrpo.data.prompts import Prompt
-from flowgrpo.losses.losses import step_gain
+from flowgrpo.losses.clipped import step_gain
 from flowgrpo.policy.arguments import is_out_of_memory
 from flowgrpo.policy.call import UnsupportedPipelineError
 from flowgrpo.policy.pipeline import PipelinePolicy

@@ -1,1 +1,7 @@
-"""A run: the loop, its setup, the learner, checkpoints, metrics, and what a person sees on the console."""
+"""A run: its setup (``setup``), the loop (``loop``), and how it ends (``ending``).
+
+``replay`` turns recorded actions into the inputs of a loss, ``learner`` turns the loss into new
+weights, ``evaluator`` decides when to evaluate on held-out prompts, ``session`` owns the processes,
+logs and checkpoints of the run directory, ``metrics`` reduces an iteration to numbers, and ``console``
+shows them.
+"""

@@ -1,8 +1,8 @@
 """Checkpoints: atomic, checked, without pickle.
 
-A checkpoint is a folder of safetensors files and one ``state.json`` that holds their SHA-256. It is
-written under another name and renamed when complete, so that a process killed at any moment leaves
-the last complete one.
+A checkpoint is a folder of safetensors files and one ``state.json`` with their SHA-256 digests. It is
+written under a temporary name and renamed when complete, so that after a process is killed at any
+moment the last complete checkpoint remains.
 """
 
 import hashlib
@@ -21,16 +21,16 @@ Tensors = Mapping[str, Tensor]
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint that is damaged; the message says which file, and what can be done."""
+    """A checkpoint is damaged; the message names the file and the remedy."""
 
 
 def save(folder: Path, parts: Mapping[str, Tensors], state: Mapping[str, Any]) -> None:
     """Write a checkpoint atomically; an existing one of that name is replaced.
 
     Args:
-        folder: Its final place.
-        parts: Tensors by file name without ending, then by name.
-        state: Anything JSON can hold.
+        folder: Its final path.
+        parts: Tensors by file name without suffix, then by tensor name.
+        state: Values that JSON can hold; the key ``sha256`` is reserved.
     """
     temporary = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -52,12 +52,12 @@ def save(folder: Path, parts: Mapping[str, Tensors], state: Mapping[str, Any]) -
 
 
 def load(folder: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
-    """The parts and the state of a checkpoint.
+    """Read the parts and the state of a checkpoint, as :func:`save` received them.
 
     Raises:
-        CheckpointError: If a file is missing or does not have the bytes that were written.
+        CheckpointError: If a file is missing or its digest differs.
     """
-    advice = f"delete {folder} to go on from the checkpoint before it, or restore the file"
+    advice = f"delete {folder} to resume from the previous checkpoint, or restore the file"
     try:
         state = json.loads((folder / STATE).read_text())
         digests = state.pop("sha256")
@@ -75,13 +75,13 @@ def load(folder: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
 
 
 def newest(folder: Path) -> Path | None:
-    """The latest complete checkpoint below a folder."""
+    """The newest complete checkpoint in a folder, or None."""
     found = _numbered(folder)
     return found[-1] if found else None
 
 
 def tidy(folder: Path) -> None:
-    """Clear up after a process that was killed while it wrote or replaced a checkpoint."""
+    """Remove the remains of a process that was killed while it wrote or replaced a checkpoint."""
     for unfinished in folder.glob(".*.tmp"):
         shutil.rmtree(unfinished)
     for old in folder.glob(".*.old"):
@@ -93,7 +93,7 @@ def tidy(folder: Path) -> None:
 
 
 def prune(folder: Path, keep: int) -> None:
-    """Delete all but the ``keep`` newest checkpoints, and what was never completed."""
+    """Delete all but the ``keep`` newest checkpoints, and incomplete ones."""
     tidy(folder)
     for old in _numbered(folder)[:-keep]:
         shutil.rmtree(old)

@@ -1,4 +1,4 @@
-"""What a person sees while a run goes on."""
+"""Console output of a run: progress bars, lines and tables."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
@@ -12,18 +12,18 @@ T = TypeVar("T")
 
 
 class Console:
-    """Progress bars where there is a terminal, and lines that also read well in a log file."""
+    """Prints lines that also suit a log file, and progress bars if the output is a terminal."""
 
     def __init__(self, enabled: bool = True):
         self.rich = RichConsole(quiet=not enabled, highlight=False)
         self._seconds: list[float] = []
 
     def say(self, text: str) -> None:
-        """One line."""
+        """Print one line."""
         self.rich.print(text, markup=False, soft_wrap=True)
 
     def table(self, title: str, columns: Iterable[str], rows: Iterable[Iterable[object]]) -> None:
-        """A small table; numbers are written by the caller."""
+        """Print a small table; the caller formats the numbers."""
         table = Table(title=title, title_justify="left", header_style="bold", box=box.SIMPLE)
         for i, column in enumerate(columns):
             table.add_column(
@@ -34,7 +34,7 @@ class Console:
         self.rich.print(table)
 
     def track(self, values: Iterable[T], description: str, total: int) -> Iterable[T]:
-        """Iterate behind a progress bar with the time that is left; nothing without a terminal."""
+        """Iterate with a progress bar that shows the remaining time, if the output is a terminal."""
         columns = (
             TextColumn("{task.description}"),
             BarColumn(),
@@ -49,7 +49,10 @@ class Console:
     def iteration(
         self, iteration: int, total: int, metrics: Mapping[str, float], timings: Mapping[str, Any]
     ) -> None:
-        """The summary line of an iteration."""
+        """Print the summary line of an iteration.
+
+        The remaining time is estimated from the mean of the last 20 iterations.
+        """
         self._seconds = [*self._seconds, float(timings["total"])][-20:]
         left = (total - iteration - 1) * sum(self._seconds) / len(self._seconds)
         scores = " ".join(
@@ -65,7 +68,7 @@ class Console:
 
 
 def clock(seconds: float) -> str:
-    """``75`` as ``1:15``."""
+    """Format seconds as ``m:ss`` or ``h:mm:ss``."""
     whole = round(seconds)
     hours, rest = divmod(whole, 3600)
     minutes, second = divmod(rest, 60)

@@ -10,13 +10,13 @@ LARGE = 2**30
 
 
 def prepare_cpu(threads: int) -> None:
-    """Set the number of threads, and keep freed memory for the next step.
+    """Set the number of threads, and make glibc keep freed memory for the next step.
 
-    By default glibc gives every large tensor back to the system when it is freed, and the next step
-    pays for it with page faults: up to half of the time of a small model.
+    By default glibc returns the memory of every large tensor to the system when it is freed, and the
+    next step spends time on page faults: up to half of the time of a small model.
 
     Args:
-        threads: For torch; 0 leaves its own choice, one per core.
+        threads: Number of torch threads; 0 keeps torch's default, one per core.
     """
     if threads > 0:
         torch.set_num_threads(threads)

@@ -1,70 +1,65 @@
-"""The loop: roll out, score, assign credit, update."""
+"""The training loop: sample and score, assign credit, update."""
 
-import os
 from dataclasses import replace
 
-from flowgrpo.config import Config, find
-from flowgrpo.core.advantages import zero_variance_groups
+from flowgrpo.config import Config
 from flowgrpo.core.random import Random
 from flowgrpo.data.experience import Candidates, Experience
-from flowgrpo.data.prompt_sets import PromptSet
-from flowgrpo.rewards.scorer import RewardScorer
-from flowgrpo.training.learner import Learner
-from flowgrpo.training.observer import Observer, Result
+from flowgrpo.training.ending import Result, finish
+from flowgrpo.training.metrics import rollout_metrics
 from flowgrpo.training.session import Session
+from flowgrpo.training.setup import build
 
 __all__ = ["Result", "train"]
 
 
 def train(config: Config) -> Result:
-    """Fine-tune a pipeline as a configuration says; go on where an earlier run stopped.
+    """Fine-tune a pipeline with a configuration. Resumes a run that was interrupted.
 
     Raises:
-        ConfigError: If the configuration cannot be run; before any model is loaded.
-        RewardError: If a reward is unfit to train on, or fails too often.
-        CheckpointError: If the checkpoint to go on from is damaged.
+        ConfigError: If the configuration cannot be run; before the model is loaded, where possible.
+        RewardError: If a reward cannot be trained on, or fails too often.
+        CheckpointError: If the checkpoint to resume from is damaged.
     """
-    config.check(int(os.environ.get("WORLD_SIZE", "1")))
-    fixed_size = config.sampling.height is not None
-    prompts = PromptSet.load(find(config.prompts.train), config.prompts.balance, fixed_size)
-    observer = Observer.prepare(config, prompts)
-    session, scorer, policy = observer.session, observer.scorer, observer.policy
-    learner = Learner(policy, config, session.accelerator)
-    observer.start(learner)
-
+    run = build(config)
+    session, scorer, learner, seed = run.session, run.scorer, run.learner, Random(config.run.seed)
     iterations = range(session.iteration, config.train.iterations)
     for iteration in session.console.track(iterations, "training", total=len(iterations)):
-        observer.evaluate_if_due(iteration)
-        random = Random(config.run.seed).at("train", iteration)
+        run.evaluator.evaluate_if_due(iteration)
+        random = seed.at("train", iteration)
+        groups = session.share(run.prompts.groups(iteration, config.train.groups, seed))
+
+        # 1. Sample candidates. The scorer scores each batch while the next one is sampled.
         scorer.iteration = iteration
-        everybody = prompts.groups(iteration, config.train.groups, Random(config.run.seed))
-
-        # 1. Roll out. The judge scores each batch while the next one is sampled.
-        with session.rescue(learner, iteration), session.phase("rollout"), learner.acting():
-            experience = config.algorithm.collect(policy, session.share(everybody), scorer, random)
+        with (
+            session.rescue(learner, iteration),
+            session.phase("rollout"),
+            learner.behaviour_policy(),
+        ):
+            experience = config.algorithm.collect(run.policy, groups, scorer, random)
             scorer.check_rate()
-            learnt = scorer.learn(session.gather_objects)
+            reward_metrics = scorer.learn(session.gather_objects)
 
-        # 2. Credit. Groups are whole on one process; only batch statistics need the others' rewards.
-        experience = _shared(session, experience)
+        # 2. Assign credit. Each group is on one process; statistics over the batch need all rewards.
+        experience = _with_everyone(session, experience)
         advantages = config.algorithm.advantages(experience)
 
-        # 3. Update.
+        # 3. Update the weights.
         with session.phase("train"):
-            metrics = learner.update(experience, advantages, random)
+            update_metrics = learner.update(experience, advantages, random)
 
-        summary = _summary(session, experience, scorer)
-        session.log(iteration, summary | learnt | metrics, scorer.seconds)
+        metrics = rollout_metrics(experience, scorer, session.gather)
+        session.log(iteration, metrics | reward_metrics | update_metrics, scorer.seconds)
         stopping = session.should_stop()
         if stopping or session.checkpoint_due(iteration + 1):
             session.save(learner, iteration + 1)
         if stopping:
             break
-    return observer.finish()
+    return finish(run)
 
 
-def _shared(session: Session, experience: Experience) -> Experience:
-    """The experience with what advantages need to know of the other processes."""
+def _with_everyone(session: Session, experience: Experience) -> Experience:
+    """The experience with the candidates and rewards of all processes, which advantages may need."""
     c = experience.candidates
     everyone = Candidates(
         group=session.gather(c.group),
@@ -75,25 +70,3 @@ def _shared(session: Session, experience: Experience) -> Experience:
         reward=session.gather(c.reward),
     )
     return replace(experience, everyone=everyone, all_rewards=everyone.reward)
-
-
-def _summary(session: Session, experience: Experience, scorer: RewardScorer) -> dict[str, float]:
-    """What an iteration's rollouts look like, over all processes."""
-    c, everyone = experience.candidates, experience.everyone or experience.candidates
-    finite = experience.all_rewards[experience.all_rewards.isfinite()]
-    flat = session.gather(zero_variance_groups(c.reward, c.group).float())
-    return {
-        "reward": float(finite.mean()),
-        "reward_std": float(finite.std(correction=0)),
-        **{f"score/{k}": float(v[v.isfinite()].mean()) for k, v in everyone.scores.items()},
-        **{
-            f"part/{k}": float(v[v.isfinite()].mean())
-            for k, v in scorer.parts(everyone.scores).items()
-        },
-        "group/zero_variance": float(flat.mean()),
-        "group/diversity": float(session.gather(experience.diversity).mean()),
-        "group/duplicates": float(session.gather(experience.duplicates).sum()),
-        "failures": float((~experience.all_rewards.isfinite()).sum()),
-        "nfe_per_prompt": experience.cost.nfe,
-        "decodes_per_prompt": experience.cost.decodes,
-    }

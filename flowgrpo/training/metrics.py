@@ -1,32 +1,80 @@
-"""What happens in the updates of one iteration, as metrics over all ranks."""
+"""The metrics of one iteration, over all processes: of its rollouts and of its updates."""
 
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from flowgrpo.core.advantages import zero_variance_groups
+from flowgrpo.data.experience import Experience
+from flowgrpo.losses.base import LossMetric
+from flowgrpo.rewards.scorer import RewardScorer
 
-class Statistics:
-    """Running sums of what happens in the updates of one iteration."""
 
-    def __init__(self, has_ratios: bool):
-        self.has_ratios = has_ratios
-        self.by_step: dict[int, list[Tensor]] = {}
-        self.outside: dict[int, list[Tensor]] = {}
+def rollout_metrics(
+    experience: Experience, scorer: RewardScorer, gather: Callable[[Tensor], Tensor]
+) -> dict[str, float]:
+    """Rewards, scores, diversity and cost of an iteration's rollouts.
+
+    Args:
+        experience: The experience of this process, with the candidates of all in ``everyone``.
+        scorer: Names the parts of composed rewards.
+        gather: Concatenates a tensor of each process.
+    """
+    c, everyone = experience.candidates, experience.everyone or experience.candidates
+    finite = experience.all_rewards[experience.all_rewards.isfinite()]
+    flat = gather(zero_variance_groups(c.reward, c.group).float())
+    return {
+        "reward": float(finite.mean()),
+        "reward_std": float(finite.std(correction=0)),
+        **{f"score/{k}": float(v[v.isfinite()].mean()) for k, v in everyone.scores.items()},
+        **{
+            f"part/{k}": float(v[v.isfinite()].mean())
+            for k, v in scorer.parts(everyone.scores).items()
+        },
+        "group/zero_variance": float(flat.mean()),
+        "group/diversity": float(gather(experience.diversity).mean()),
+        "group/duplicates": float(gather(experience.duplicates).sum()),
+        "failures": float((~experience.all_rewards.isfinite()).sum()),
+        "nfe_per_prompt": experience.cost.nfe,
+        "decodes_per_prompt": experience.cost.decodes,
+    }
+
+
+class UpdateStatistics:
+    """Collects the values of an iteration's optimizer steps and reduces them to metrics.
+
+    It knows the losses' metrics by declaration only (:class:`flowgrpo.losses.base.LossMetric`).
+    """
+
+    def __init__(self, declared: Sequence[LossMetric]):
+        self.declared = declared
+        self.values: dict[str, dict[int, list[Tensor]]] = {
+            metric.name: defaultdict(list) for metric in declared
+        }
+        """Values by name and denoising step, in the order in which they came."""
         self.losses: list[Tensor] = []
         self.kls: list[Tensor] = []
-        self.noise: list[Tensor] = []
         self.norms: list[float] = []
         self.lr, self.skipped = 0.0, 0
 
-    def ratios(self, step: int, change: Tensor, outside: Tensor, first: bool) -> None:
-        """Note the log-ratios of one forward pass, and which are out of bounds."""
-        self.by_step.setdefault(step, []).append(change.detach())
-        self.outside.setdefault(step, []).append(outside.float())
-        if first:
-            # Nothing has been updated yet, so any change is numerical noise.
-            self.noise.append(change.detach().abs())
+    def add(self, step: int, loss: Tensor, kl: Tensor, metrics: Mapping[str, Tensor]) -> None:
+        """Note the loss of a batch of actions of one denoising step, its KL and its metrics.
+
+        Raises:
+            ValueError: If the loss has not declared a metric that it returns.
+        """
+        self.losses.append(loss.detach())
+        self.kls.append(kl.detach())
+        for name, values in metrics.items():
+            if name not in self.values:
+                raise ValueError(
+                    f"the loss returned the metric {name!r} without declaring it; add "
+                    f"LossMetric({name!r}) to its class attribute 'metrics'"
+                )
+            self.values[name][step].append(values.detach())
 
     def stepped(self, norm: float, lr: float, skipped: bool) -> None:
         """Note an optimizer step."""
@@ -35,48 +83,50 @@ class Statistics:
         self.skipped += skipped
 
     def summary(self, accelerator: Accelerator) -> dict[str, float]:
-        """The metrics, over all ranks."""
+        """The metrics over all processes; each process must call this."""
         metrics = {
-            "loss/policy": self._mean(self.losses, accelerator),
-            "loss/kl": self._mean(self.kls, accelerator),
+            "loss/policy": _mean(self.losses, accelerator),
+            "loss/kl": _mean(self.kls, accelerator),
             "grad_norm": sum(self.norms) / len(self.norms),
             "lr": self.lr,
             "skipped_updates": float(self.skipped),
         }
-        if not self.has_ratios:
-            return metrics
-        metrics["log_prob/noise"] = self._max(self.noise, accelerator)
-        changes = [c for parts in self.by_step.values() for c in parts]
-        ratios = [torch.expm1(c) for c in changes]
-        metrics["ratio/deviation"] = self._mean([r.abs() for r in ratios], accelerator)
-        metrics["ratio/clip_fraction"] = self._mean(
-            [o for parts in self.outside.values() for o in parts], accelerator
-        )
-        if accelerator.num_processes == 1:
-            for step, parts in sorted(self.by_step.items()):
-                ratio = torch.expm1(torch.cat(parts))
-                metrics[f"step/{step}/ratio_deviation"] = float(ratio.abs().mean())
-                metrics[f"step/{step}/clip_fraction"] = float(torch.cat(self.outside[step]).mean())
-        return metrics
+        for metric in self.declared:
+            parts = [part for own in self.values[metric.name].values() for part in own]
+            reduce = _max if metric.reduce == "max" else _mean
+            metrics[metric.name] = reduce(parts, accelerator)
+        return metrics | self._by_step(accelerator)
 
-    @staticmethod
-    def _mean(parts: Sequence[Tensor], accelerator: Accelerator) -> float:
-        total = torch.stack(
-            [
-                torch.stack([p.sum() for p in parts]).sum()
-                if parts
-                else torch.zeros((), device=accelerator.device),
-                torch.tensor(float(sum(p.numel() for p in parts)), device=accelerator.device),
-            ]
-        )
-        total = accelerator.reduce(total, "sum")
-        return float(total[0] / total[1].clamp(min=1))
+    def _by_step(self, accelerator: Accelerator) -> dict[str, float]:
+        """Means of single denoising steps, for the metrics that ask for them."""
+        if accelerator.num_processes > 1:
+            return {}
+        steps = sorted({step for own in self.values.values() for step in own})
+        return {
+            f"step/{step}/{metric.by_step}": float(torch.cat(own[step]).mean())
+            for step in steps
+            for metric in self.declared
+            if metric.by_step and step in (own := self.values[metric.name])
+        }
 
-    @staticmethod
-    def _max(parts: Sequence[Tensor], accelerator: Accelerator) -> float:
-        largest = (
-            torch.stack([p.max() for p in parts]).max()
+
+def _mean(parts: Sequence[Tensor], accelerator: Accelerator) -> float:
+    total = torch.stack(
+        [
+            torch.stack([p.sum() for p in parts]).sum()
             if parts
-            else torch.zeros((), device=accelerator.device)
-        )
-        return float(accelerator.gather(largest.reshape(1)).max())
+            else torch.zeros((), device=accelerator.device),
+            torch.tensor(float(sum(p.numel() for p in parts)), device=accelerator.device),
+        ]
+    )
+    total = accelerator.reduce(total, "sum")
+    return float(total[0] / total[1].clamp(min=1))
+
+
+def _max(parts: Sequence[Tensor], accelerator: Accelerator) -> float:
+    largest = (
+        torch.stack([p.max() for p in parts]).max()
+        if parts
+        else torch.zeros((), device=accelerator.device)
+    )
+    return float(accelerator.gather(largest.reshape(1)).max())

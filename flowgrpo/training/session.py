@@ -1,4 +1,4 @@
-"""A run: its processes, its directory, its metrics, its way back after a stop."""
+"""A session of a run: its processes, the run directory, logs, checkpoints and resuming."""
 
 import json
 import os
@@ -22,7 +22,6 @@ from flowgrpo import config as configuration
 from flowgrpo.config import Config, ConfigError
 from flowgrpo.config.reader import to_table
 from flowgrpo.data.prompts import Group
-from flowgrpo.losses.losses import ClippedLoss
 from flowgrpo.rewards.scorer import RewardError, RewardScorer
 from flowgrpo.training import checkpoints
 from flowgrpo.training.console import Console
@@ -30,24 +29,28 @@ from flowgrpo.training.cpu import prepare_cpu
 from flowgrpo.training.learner import Learner
 
 LOGS = ("metrics", "timings", "evaluations")
+"""Files of one JSON object per line; a checkpoint records how many lines each had."""
 
 
 class Session:
-    """One process of a run.
+    """One process of a run, from its start to its end or interruption.
+
+    The main process writes the run directory; the others take part in collective operations only.
 
     Attributes:
         folder: The run directory.
-        iteration: The iteration to begin with; above 0 after a restart.
+        scorer: The rewards, whose state (of rewards that learn) checkpoints contain; set by the setup.
+        iteration: The first iteration of this session; above 0 if it resumes a run.
         best: The best held-out reward so far.
-        stopping: Whether Ctrl-C was pressed; the iteration under way is finished and saved.
+        stopping: Whether Ctrl-C was pressed; the current iteration is finished and saved.
     """
 
     def __init__(self, config: Config):
-        """Claim the run directory and start the process group.
+        """Start the process group and claim the run directory.
 
         Raises:
             ConfigError: If the directory belongs to another configuration.
-            RuntimeError: If a launcher started processes that do not know of each other.
+            RuntimeError: If a launcher started processes that are not connected to each other.
         """
         prepare_cpu(config.run.threads)
         self.config, self.folder = config, Path(config.run.folder)
@@ -79,41 +82,45 @@ class Session:
         """The folder of checkpoints."""
         return self.folder / "checkpoints"
 
+    def grid(self, iteration: int) -> Path:
+        """The file of the comparison grid after this many iterations."""
+        return self.folder / "grids" / f"{iteration:06d}.png"
+
     def share(self, groups: list[Group]) -> list[Group]:
-        """The groups of this process; groups are never split."""
+        """The part of the groups that this process handles; groups are never split."""
         size = len(groups) // self.accelerator.num_processes
         return groups[self.accelerator.process_index * size :][:size]
 
     def gather(self, tensor: Tensor) -> Tensor:
-        """The tensors of all processes, joined, on the CPU."""
+        """The concatenation of a tensor of each process, on the CPU."""
         return self.accelerator.gather(tensor.to(self.accelerator.device)).cpu()
 
     def gather_objects(self, values: list[Any]) -> list[Any]:
-        """The lists of all processes, joined."""
+        """The concatenation of a list of each process."""
         return gather_object(values) if self.accelerator.num_processes > 1 else values
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Time a part of the iteration."""
+        """Measure the time of a part of the iteration."""
         began = time.perf_counter()
         yield
         self._phases[name] = self._phases.get(name, 0.0) + time.perf_counter() - began
 
     @contextmanager
     def rescue(self, learner: Learner, iteration: int) -> Iterator[None]:
-        """If a reward fails for good inside, save what was learned so far before the run ends."""
+        """Save a checkpoint if a reward fails permanently inside, and raise the error again."""
         try:
             yield
         except RewardError:
             if self.accelerator.num_processes == 1:
                 self.save(learner, iteration)
                 self.console.say(
-                    f"saved after {iteration} iterations; the same command goes on from there"
+                    f"saved after {iteration} iterations; the same command resumes from there"
                 )
             raise
 
     def should_stop(self) -> bool:
-        """Whether Ctrl-C reached any process."""
+        """Whether Ctrl-C was pressed in any process."""
         flag = torch.tensor([float(self.stopping)])
         self.stopping = bool(self.gather(flag).any())
         return self.stopping
@@ -126,7 +133,10 @@ class Session:
         )
 
     def log(self, iteration: int, metrics: Mapping[str, float], judge_seconds: float) -> None:
-        """Write an iteration's metrics and, apart from them, its times."""
+        """Write an iteration's metrics and, to another file, its times.
+
+        Times are kept apart because metrics are equal in every repetition of a run.
+        """
         timings = {
             **self._phases,
             "judge": judge_seconds,
@@ -137,35 +147,30 @@ class Session:
             _append(self.folder / "metrics.jsonl", {"iteration": iteration, **metrics})
             _append(self.folder / "timings.jsonl", {"iteration": iteration, **timings})
             self.console.iteration(iteration, self.config.train.iterations, metrics, timings)
-            self._warn_of_noise(metrics.get("log_prob/noise", 0.0))
+            self._warn(metrics)
         self.accelerator.log(dict(metrics), step=iteration)
 
-    def _warn_of_noise(self, noise: float) -> None:
-        """Say at once, and once, that a replay is not what was rolled out."""
-        loss = self.config.loss
-        if self._warned or not isinstance(loss, ClippedLoss):
-            return
-        if loss.clip != "ratio" or noise <= loss.clip_range:
-            return
-        self._warned = True
-        self.console.say(
-            f"WARNING: before any update, log-probabilities are {noise:.1e} off in the replay, more than "
-            f"loss.clip_range = {loss.clip_range:g}: clipping acts on that. Where it is rounding, set "
-            "train.train_batch as train.rollout_batch, or take more precision or a wider clip range; "
-            f"where it is more, flowgrpo doctor {self.config.model.path} says why"
-        )
+    def _warn(self, metrics: Mapping[str, float]) -> None:
+        """Print the loss's warning about an iteration, once per session."""
+        text = "" if self._warned else self.config.loss.warning(metrics)
+        if text:
+            self._warned = True
+            self.console.say(
+                f"WARNING: {text}. To check the model's replay, run: flowgrpo doctor "
+                f"{self.config.model.path}"
+            )
 
     def log_evaluation(self, result: Mapping[str, Any]) -> None:
-        """Write the result of an evaluation."""
+        """Write the result of an evaluation, without its time."""
         if self.is_main:
-            # Times are no results: two runs of one configuration write the same lines.
+            # Two runs of one configuration write the same lines.
             record = {k: v for k, v in result.items() if k != "seconds"}
             _append(self.folder / "evaluations.jsonl", record)
         flat = {f"held_out/{k}": v for k, v in result["scores"].items()} | result["measures"]
         self.accelerator.log(flat, step=result["iteration"])
 
     def drop_phases(self) -> None:
-        """Forget times that belong to no iteration."""
+        """Discard times that belong to no iteration."""
         self._phases = {}
 
     def past_evaluations(self) -> list[Mapping[str, Any]]:
@@ -174,7 +179,7 @@ class Session:
         return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
     def restore(self, learner: Learner) -> None:
-        """Go on from the newest checkpoint, if there is one."""
+        """Load the newest checkpoint, if there is one."""
         if self.is_main:
             checkpoints.tidy(self.checkpoints)
         self.accelerator.wait_for_everyone()
@@ -186,14 +191,14 @@ class Session:
             if self.scorer is not None:
                 self.scorer.restore(parts)
             self.iteration, self.best, lines = state["iteration"], state["best"], state["lines"]
-            self.console.say(f"going on at iteration {self.iteration} from {found}")
+            self.console.say(f"resuming at iteration {self.iteration} from {found}")
         if self.is_main:
-            # What was logged after the checkpoint will be logged again, with the same numbers.
+            # The iterations after the checkpoint are repeated and log the same numbers again.
             for name in LOGS:
                 _truncate(self.folder / f"{name}.jsonl", lines.get(name, 0))
 
     def save(self, learner: Learner, iteration: int) -> None:
-        """Write a checkpoint after ``iteration`` iterations."""
+        """Write a checkpoint after ``iteration`` iterations, and delete old ones."""
         if self.is_main:
             parts, state = learner.state()
             parts |= self.scorer.state() if self.scorer is not None else {}
@@ -207,7 +212,7 @@ class Session:
         self.accelerator.wait_for_everyone()
 
     def save_best(self, learner: Learner, iteration: int, score: float) -> None:
-        """Keep the evaluated weights apart if their held-out reward is the best so far."""
+        """Save the evaluated weights as ``best`` if their held-out reward is the best so far."""
         if score <= self.best:
             return
         self.best = score
@@ -223,12 +228,12 @@ class Session:
     def close(self) -> None:
         """End the trackers and the process group."""
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        # The main process is still writing the export and the report when the others arrive here.
+        # The other processes wait here until the main process has written the export and the report.
         self.accelerator.wait_for_everyone()
         self.accelerator.end_training()
 
     def start_trackers(self) -> None:
-        """Open TensorBoard and the like."""
+        """Open the experiment trackers, such as TensorBoard."""
         if self.config.run.trackers:
             self.accelerator.init_trackers("tracking")
 
@@ -242,13 +247,13 @@ class Session:
             )
 
     def _claim(self) -> None:
-        """Write the configuration into a new directory; refuse one that belongs to another."""
+        """Write the configuration into the run directory, unless it belongs to another configuration."""
         self.folder.mkdir(parents=True, exist_ok=True)
         file = self.folder / "config.toml"
         if file.exists():
             there = configuration.load(str(file))
             difference = _difference(to_table(_essence(there)), to_table(_essence(self.config)))
-            # A run that stopped before its first iteration left nothing that could be spoilt.
+            # A run that stopped before its first iteration has no results that could be mixed up.
             if difference and (self.folder / "metrics.jsonl").exists():
                 raise ConfigError(
                     f"{self.folder} belongs to another configuration: {difference}. Choose another "
@@ -256,7 +261,7 @@ class Session:
                 )
         elif any(self.folder.iterdir()):
             raise ConfigError(
-                f"{self.folder} is not empty and no run directory; choose another --set run.folder=..."
+                f"{self.folder} is not empty and not a run directory; choose another --set run.folder=..."
             )
         write_whole(file, configuration.dump(self.config))
         packages = ("flowgrpo", "torch", "diffusers", "transformers", "accelerate", "peft")
@@ -278,7 +283,7 @@ class Session:
 
 
 def _essence(config: Config) -> Config:
-    """What decides the numbers: everything but where and how often things are written."""
+    """The part of a configuration that determines the numbers: all but how results are written."""
     run = configuration.Run(folder="", seed=config.run.seed)
     return replace(config, run=run)
 
@@ -295,7 +300,7 @@ def _difference(there: Any, here: Any, path: str = "") -> str:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a file so that it is never seen half written."""
+    """Write a file atomically."""
     temporary = path.with_suffix(".tmp")
     temporary.write_text(text)
     temporary.replace(path)

@@ -1,0 +1,216 @@
+"""The protocol between the learner and a loss.
+
+The learner replays recorded actions with gradients, a batch at a time. It passes each batch to the
+loss as :class:`LossInputs` and receives :class:`LossOutputs`: one loss per action. The learner sums
+these, divides by the number of actions of the optimizer step on all processes, and backpropagates.
+
+Some inputs cost work or memory (a second set of weights, a forward pass of another policy). A loss
+declares which of them it needs (:class:`LossNeeds`), and the learner supplies these and no others.
+The same declaration lets a configuration be checked before a model is loaded.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal, Protocol, runtime_checkable
+
+from flowgrpo.core.tensors import Float, Int, Tensor
+from flowgrpo.core.transitions import Gaussian, Prediction, Step, Transition
+
+ActionKind = Literal["step", "noised_sample", "initial_noise"]
+"""``step``: a stochastic denoising step with a log-probability. ``noised_sample``: a finished sample
+with fresh noise, which has no log-probability; ``x_next`` is the clean sample. ``initial_noise``: the
+draw of the initial latents, which has a log-probability but no ``interval`` and no step size."""
+
+
+@dataclass(frozen=True)
+class PolicyOutputs:
+    """The outputs of one policy at the ``S`` states of a batch.
+
+    Attributes:
+        prediction: The model's output, and the data and noise that it implies; each ``(S, *latent)``.
+        gaussian: The distribution of ``x_next`` that the transition makes of the prediction.
+    """
+
+    prediction: Prediction
+    gaussian: Gaussian
+
+
+@dataclass(frozen=True)
+class LossInputs:
+    """A batch of ``A`` actions of one denoising step that start from ``S`` distinct states.
+
+    Several actions can share a state (G2RPO perturbs one state several times). The model runs once
+    per state, so policies' outputs have ``S`` rows; :meth:`per_action` expands them to ``A`` rows.
+    All tensors are on the policy's device.
+
+    Attributes:
+        policy: Outputs of the policy that is trained; they carry gradients.
+        x: States before the step, fp32.
+        state: For each action, its row in ``x``.
+        x_next: States after the step, fp32. Where actions are noised samples
+            (the action kind ``noised_sample``), the clean samples.
+        old_log_prob: Log-probability of ``x_next`` under the policy that sampled it, the mean over
+            latent elements; 0 for noised samples.
+        advantage: Advantage of each action; exactly 0 where there is nothing to learn.
+        group: Index of each action's group. Rows of one group share a prompt.
+        sample: Index of each action's sample in its group.
+        step: Index of the denoising step in the sampling grid; -1 for the initial noise.
+        interval: The step's signal and noise weights.
+        transition: The stochastic step.
+        first_update: Whether no optimizer step has been taken since the actions were sampled.
+        old_mean: Means of the steps under the policy that sampled. Before the first update these
+            are the policy's own, without gradients. Supplied for ``LossNeeds.old_mean``.
+        old_policy: Outputs of the behaviour policy. Supplied for ``LossNeeds.old_policy``.
+        average: Outputs of the moving average of the weights. Supplied for ``LossNeeds.average``.
+        reference: Outputs of the frozen reference. Supplied for ``LossNeeds.reference``.
+    """
+
+    policy: PolicyOutputs
+    x: Float[Tensor, "states *latent"]
+    state: Int[Tensor, " actions"]
+    x_next: Float[Tensor, "actions *latent"]
+    old_log_prob: Float[Tensor, " actions"]
+    advantage: Float[Tensor, " actions"]
+    group: Int[Tensor, " actions"]
+    sample: Int[Tensor, " actions"]
+    step: int
+    interval: Step
+    transition: Transition
+    first_update: bool = True
+    old_mean: Float[Tensor, "actions *latent"] | None = None
+    old_policy: PolicyOutputs | None = None
+    average: PolicyOutputs | None = None
+    reference: PolicyOutputs | None = None
+
+    def per_action(self, values: Float[Tensor, "states *rest"]) -> Float[Tensor, "actions *rest"]:
+        """Values of states, repeated for the actions that start there."""
+        return values[self.state]
+
+    @property
+    def gaussian(self) -> Gaussian:
+        """The trained policy's distribution of each action's ``x_next``; means have ``A`` rows."""
+        one = self.policy.gaussian
+        return Gaussian(self.per_action(one.mean), one.std, one.normalised)
+
+
+@dataclass(frozen=True)
+class LossOutputs:
+    """The result of a loss for one batch.
+
+    Attributes:
+        loss: One value per action, without the KL term. Averaged as the metric ``loss/policy``.
+        kl: Distance to the reference per action, unless the loss has none. The learner adds
+            ``kl_coef`` times this to the loss, and averages it as the metric ``loss/kl``.
+        metrics: Values to log, under the names in :attr:`Loss.metrics`; any number of each.
+    """
+
+    loss: Float[Tensor, " actions"]
+    kl: Float[Tensor, " actions"] | None = None
+    metrics: Mapping[str, Float[Tensor, " _"]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class LossMetric:
+    """One metric that a loss logs. It is 0 in an iteration without values.
+
+    Attributes:
+        name: Its key in ``metrics.jsonl``.
+        reduce: How the values of an iteration, over all processes, become one number.
+        by_step: If given, the mean of each denoising step is logged too, as ``step/<step>/<by_step>``
+            (with one process only: the processes of a larger run may train different steps).
+    """
+
+    name: str
+    reduce: Literal["mean", "max"] = "mean"
+    by_step: str = ""
+
+
+@dataclass(frozen=True)
+class LossNeeds:
+    """The inputs that a loss needs, and the conditions under which it is defined.
+
+    Attributes:
+        action_kinds: The kinds of action that the loss is defined for; the algorithm has to collect
+            one of them (:data:`ActionKind`).
+        old_mean: The means of the steps under the policy that sampled. Algorithms record them
+            where ``policy.keeps_means`` is set.
+        old_policy: A second set of weights, the behaviour policy. It samples in place of the trained
+            weights, its outputs become ``LossInputs.old_policy``, and checkpoints contain it. The
+            function maps the number of optimizer steps so far to the share of the behaviour weights
+            that remains when they follow the trained weights after an iteration: 0 copies the
+            trained weights, values near 1 follow slowly.
+        average: Outputs of the moving average of the weights, which ``train.ema_decay`` configures.
+        reference: Outputs of the model that training started from.
+        all_actions: Actions whose advantage is 0 contribute to the gradient, too. Otherwise the
+            learner does not compute them.
+        whole_groups: A batch never splits the actions of one group and step. For losses that couple
+            the samples of a group, such as those on pairs. Implies ``all_actions``.
+        balanced_steps: The gradient of an action is proportional to that of its log-probability, so
+            that a step with next to no noise would dominate all others. Such steps are refused.
+    """
+
+    action_kinds: Sequence[ActionKind] = ("step",)
+    old_mean: bool = False
+    old_policy: Callable[[int], float] | None = None
+    average: bool = False
+    reference: bool = False
+    all_actions: bool = False
+    whole_groups: bool = False
+    balanced_steps: bool = False
+
+
+@runtime_checkable
+class Loss(Protocol):
+    """A frozen dataclass that is also its configuration, and maps a batch to a loss per action.
+
+    A loss of one's own inherits from this class and implements ``__call__``; the other members have
+    defaults. ``loss.kind`` names it by its import path.
+    """
+
+    metrics: ClassVar[Sequence[LossMetric]] = ()
+    """Everything that :attr:`LossOutputs.metrics` may contain. Declared in advance, because all
+    processes have to reduce the same metrics, even those without actions."""
+
+    @property
+    def kl_coef(self) -> float:
+        """Weight of :attr:`LossOutputs.kl`."""
+        return 0.0
+
+    @property
+    def needs(self) -> LossNeeds:
+        """The inputs to supply."""
+        return LossNeeds()
+
+    def __call__(self, inputs: LossInputs) -> LossOutputs:
+        """The loss of each action of a batch."""
+        ...
+
+    def check(self) -> None:
+        """Raise ValueError if the settings contradict each other or cannot train."""
+
+    def check_algorithm(self, action_kind: ActionKind, transition: Transition) -> None:
+        """Raise ValueError if the loss is not defined for an algorithm's actions or transition."""
+        kinds = self.needs.action_kinds
+        if action_kind not in kinds:
+            raise ValueError(
+                f"the loss {type(self).__name__} and this algorithm do not belong together: the loss "
+                f"trains on actions of the kind {' or '.join(map(repr, kinds))}, and the algorithm "
+                f"collects {action_kind!r}; change loss.kind or algorithm.kind"
+            )
+
+    def warning(self, metrics: Mapping[str, float]) -> str:
+        """A warning about an iteration's metrics, or nothing; shown once per run."""
+        return ""
+
+
+def velocity_kl(policy: PolicyOutputs, reference: PolicyOutputs) -> Float[Tensor, " states"]:
+    """Mean square of the difference of two policies' model outputs."""
+    gap = policy.prediction.output - reference.prediction.output
+    return gap.float().square().flatten(1).mean(1)
+
+
+def require_at_least(key: str, value: float, least: float) -> None:
+    """Raise ValueError unless a setting is finite and at least ``least``."""
+    if not value >= least or math.isinf(value):
+        raise ValueError(f"loss.{key} must be at least {least:g}, got {value}")

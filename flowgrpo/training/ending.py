@@ -1,0 +1,110 @@
+"""The end of a run: last evaluation, inspection, export, report, and a summary on the console."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from flowgrpo.core.random import Random
+from flowgrpo.evaluation import inspection
+from flowgrpo.evaluation.report import write_report
+from flowgrpo.policy import Full, LoRA
+from flowgrpo.policy.export import export
+from flowgrpo.training.console import Console
+from flowgrpo.training.setup import TrainingRun
+
+
+@dataclass(frozen=True)
+class Result:
+    """The result of a run.
+
+    Attributes:
+        folder: The run directory.
+        evaluations: The held-out evaluations; the first is of the base model.
+        finished: False if the run was interrupted. The same command resumes it.
+    """
+
+    folder: Path
+    evaluations: list[Mapping[str, Any]]
+    finished: bool
+
+
+def finish(run: TrainingRun) -> Result:
+    """Evaluate, inspect and export a run that has finished, and write its report.
+
+    Of a run that was interrupted only the report is written.
+    """
+    session, evaluator = run.session, run.evaluator
+    finished = not session.stopping
+    if finished:
+        evaluator.evaluate(run.config.train.iterations, full=True)
+        session.drop_phases()
+        if session.is_main:
+            _inspect(run)
+            _export(run)
+    if session.is_main:
+        write_report(session.folder)
+        if finished:
+            _print_result(run)
+        else:
+            file = session.folder / "config.toml"
+            session.console.say(
+                f"stopped and saved; the same command resumes the run, as does: flowgrpo train {file}"
+            )
+    run.scorer.close()
+    session.close()
+    return Result(session.folder, evaluator.evaluations, finished)
+
+
+def _inspect(run: TrainingRun) -> None:
+    """Save strips of a few training prompts for the report: their steps, candidates and advantages."""
+    config = run.config
+    number, seed = config.evaluation.inspected_prompts, config.run.seed
+    if not number:
+        return
+    prompts = [group.prompt for group in run.prompts.groups(0, number, Random(seed))]
+    with run.learner.behaviour_policy():
+        strips = inspection.inspect(run.policy, config.algorithm, run.scorer, prompts, seed=seed)
+    inspection.keep(strips, run.session.folder)
+
+
+def _export(run: TrainingRun) -> None:
+    """Write the evaluated weights in diffusers' format."""
+    assert run.policy.trainable is not None
+    with run.evaluator.evaluated_weights():
+        export(run.policy.stock_pipeline(), run.policy.trainable, _export_folder(run))
+
+
+def _export_folder(run: TrainingRun) -> Path:
+    return run.session.folder / "export"
+
+
+def _print_result(run: TrainingRun) -> None:
+    """Print the scores before and after training, and the paths of the results."""
+    console, session = run.session.console, run.session
+    before, after = run.evaluator.evaluations[0], run.evaluator.evaluations[-1]
+    _print_scores(console, before, after)
+    for name, value in after["measures"].items():
+        console.say(f"{name}: {before['measures'][name]:.3f} before, {value:.3f} after")
+    console.say(f"report:  {session.folder / 'report.html'}")
+    console.say(f"grid:    {session.grid(after['iteration'])}")
+    kinds = {Full: "pipeline, diffusers format", LoRA: "LoRA adapter, diffusers format"}
+    kind = kinds.get(type(run.config.model.weights), "mean and std of the initial noise")
+    console.say(f"weights: {_export_folder(run)} ({kind})")
+
+
+def _print_scores(console: Console, before: Mapping[str, Any], after: Mapping[str, Any]) -> None:
+    """Tables of held-out scores before and after training, over all images and by class."""
+    rows = [("all", before["scores"], after["scores"])]
+    rows += [(c, before["by_class"][c], after["by_class"][c]) for c in before["by_class"]]
+    title = f"held out, {after['images']} images, deterministic sampler"
+    every = list(before["scores"])
+    # A terminal is wide enough for two rewards side by side.
+    for names in (every[i : i + 2] for i in range(0, len(every), 2)):
+        cells = [[label, *(c for n in names for c in _change(b[n], a[n]))] for label, b, a in rows]
+        heads = [h for n in names for h in (f"{n}: before", "after", "change")]
+        console.table(title, ["", *heads], cells)
+
+
+def _change(before: float, after: float) -> tuple[str, str, str]:
+    return f"{before:.3f}", f"{after:.3f}", f"{after - before:+.3f}"

@@ -1,0 +1,227 @@
+"""Replays recorded actions in batches with gradients, and supplies a loss with its inputs."""
+
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from flowgrpo.core.transitions import Gaussian, Prediction
+from flowgrpo.data.experience import Actions, Experience
+from flowgrpo.losses.base import Loss, LossInputs, PolicyOutputs
+from flowgrpo.policy import PipelinePolicy
+from flowgrpo.policy.arguments import call_key
+from flowgrpo.policy.step_plan import StepRecord
+
+Weights = Callable[[], AbstractContextManager[None]]
+"""Enters a context inside which the policy has other weights."""
+
+
+class Replay:
+    """Divides recorded actions into batches and makes the inputs of a loss from each.
+
+    Args:
+        policy: The policy that is trained.
+        loss: Declares the inputs that it needs.
+        train_batch: Largest number of states in one forward pass.
+        has_one_update: Whether an iteration has a single optimizer step. The old means are then the
+            policy's own.
+        behaviour: Weights of the behaviour policy.
+        average: Moving average of the weights, if there is one.
+    """
+
+    def __init__(
+        self,
+        policy: PipelinePolicy,
+        loss: Loss,
+        *,
+        train_batch: int,
+        has_one_update: bool,
+        behaviour: Weights,
+        average: Weights | None,
+    ):
+        self.policy, self.loss, self.train_batch = policy, loss, train_batch
+        self.has_one_update, self.behaviour, self.average = has_one_update, behaviour, average
+
+    def batches(
+        self, experience: Experience, advantages: Tensor, trained: Tensor
+    ) -> Iterator[tuple[Actions, Tensor]]:
+        """Batches of actions that one forward pass can serve, with their advantages.
+
+        The actions of a batch share the denoising step, and their prompts can share a call of the
+        pipeline (same size, same condition image). They start from at most ``train_batch`` states.
+        """
+        actions = experience.actions
+        # Groups by the key that decides whether prompts can share a call.
+        keys: dict[Hashable, list[int]] = {}
+        for group in experience.groups:
+            keys.setdefault(call_key(group.prompt), []).append(group.index)
+        for step in actions.step[trained].unique().tolist():
+            for groups in keys.values():
+                alike = torch.isin(actions.group, torch.tensor(groups))
+                rows = (trained & (actions.step == step) & alike).nonzero().squeeze(1)
+                # All actions with this key may be without advantage.
+                if len(rows) == 0:
+                    continue
+                for part in self._split(actions, rows):
+                    yield actions.select(part), advantages[part]
+
+    def _split(self, actions: Actions, rows: Int[Tensor, " rows"]) -> Iterator[Int[Tensor, " _"]]:
+        """Split the rows of actions so that each part has at most ``train_batch`` states.
+
+        Raises:
+            ValueError: If the loss needs whole groups and a group has more states than that.
+        """
+        limit = self.train_batch
+        # Actions that share a state are never divided: one row of the model serves them all.
+        if not self.loss.needs.whole_groups:
+            for states in actions.state[rows].unique().split(limit):
+                yield rows[torch.isin(actions.state[rows], states)]
+            return
+        part: list[Tensor] = []
+        filled = 0
+        for group in actions.group[rows].unique():
+            own = rows[actions.group[rows] == group]
+            number = len(actions.state[own].unique())
+            if number > limit:
+                raise ValueError(
+                    f"the loss {type(self.loss).__name__} needs whole groups in a batch, but a group has "
+                    f"{number} states and train.train_batch is {limit}; set it to at least {number}"
+                )
+            if filled + number > limit:
+                yield torch.cat(part)
+                part, filled = [], 0
+            part, filled = [*part, own], filled + number
+        if part:
+            yield torch.cat(part)
+
+    def references(
+        self, experience: Experience, batches: Sequence[Actions]
+    ) -> list["StoredOutputs"]:
+        """The reference's outputs for all batches, on the CPU.
+
+        Full fine-tuning keeps the reference weights in main memory. Evaluating all batches of an
+        update at once moves them to the accelerator once per update.
+        """
+        if not batches:
+            return []
+        with torch.no_grad(), self.policy.reference():
+            records = (self.record(experience, actions) for actions in batches)
+            return [StoredOutputs.of(record) for record in records]
+
+    def inputs(
+        self,
+        experience: Experience,
+        actions: Actions,
+        advantage: Float[Tensor, " actions"],
+        reference: "StoredOutputs | None",
+        first_update: bool,
+    ) -> LossInputs:
+        """Replay a batch with gradients and add the inputs that the loss declares."""
+        needs, device = self.loss.needs, self.policy.device
+        record = self.record(experience, actions)
+        old_policy = average = old_mean = None
+        if needs.old_policy is not None:
+            with torch.no_grad(), self.behaviour():
+                old_policy = _outputs(self.record(experience, actions))
+        if needs.average:
+            assert self.average is not None
+            with torch.no_grad(), self.average():
+                average = _outputs(self.record(experience, actions))
+        state = actions.state.to(device)
+        if needs.old_mean:
+            old_mean = self._old_mean(actions, record.gaussian.mean[state])
+        return LossInputs(
+            policy=_outputs(record),
+            x=actions.states.to(device),
+            state=state,
+            x_next=actions.x_next.to(device),
+            old_log_prob=actions.old_log_prob.to(device),
+            advantage=advantage.to(device),
+            group=actions.group.to(device),
+            sample=actions.sample.to(device),
+            step=record.step,
+            interval=record.interval,
+            transition=experience.transition,
+            first_update=first_update,
+            old_mean=old_mean,
+            old_policy=old_policy,
+            average=average,
+            reference=None if reference is None else reference.restored(record),
+        )
+
+    def _old_mean(self, actions: Actions, mean: Tensor) -> Tensor:
+        """The recorded means of the steps, or with one update per iteration the policy's own.
+
+        Raises:
+            ValueError: If there are several updates and the algorithm has recorded no means.
+        """
+        if actions.old_mean is not None:
+            return actions.old_mean.to(mean.device)
+        if not self.has_one_update:
+            raise ValueError(
+                f"the loss {type(self.loss).__name__} needs the old means of the steps when train.updates "
+                "is above 1, but the algorithm has not recorded them: set Actions.old_mean where "
+                "policy.keeps_means is true, or set train.updates = 1"
+            )
+        return mean.detach()
+
+    def record(self, experience: Experience, actions: Actions) -> StepRecord:
+        """One forward pass of the policy, with its present weights, on the states of a batch.
+
+        The output has a row per state, not per action.
+        """
+        prompts = {g.index: g.prompt for g in experience.groups}
+        group_of_state = torch.zeros(len(actions.states), dtype=torch.long)
+        group_of_state[actions.state] = actions.group  # (S,)
+        owners = [prompts[int(g)] for g in group_of_state]
+        step = int(actions.step[0])
+        return self.policy.replay(owners, actions.states, step, experience.transition)
+
+
+def _outputs(record: StepRecord) -> PolicyOutputs:
+    return PolicyOutputs(record.prediction, record.gaussian)
+
+
+@dataclass(frozen=True)
+class StoredOutputs:
+    """The outputs of a policy for a batch of states, on the CPU.
+
+    Attributes:
+        output: The model's output.
+        mean: Mean of ``x_next``.
+        std: Standard deviation of ``x_next``.
+        prediction: The whole prediction, only where it does not follow from state and output (a
+            scheduler that clamps the predicted data): it would double the memory.
+    """
+
+    output: Float[Tensor, "states *latent"]
+    mean: Float[Tensor, "states *latent"]
+    std: float | Float[Tensor, "#states *latent"]
+    prediction: Prediction | None
+
+    @classmethod
+    def of(cls, record: StepRecord) -> "StoredOutputs":
+        p, std = record.prediction, record.gaussian.std
+        implied = Prediction.from_output(record.x, p.output, record.interval)
+        follows = torch.equal(implied.x0, p.x0) and torch.equal(implied.x1, p.x1)
+        return cls(
+            p.output.cpu(),
+            record.gaussian.mean.cpu(),
+            std.cpu() if isinstance(std, Tensor) else std,
+            None if follows else Prediction(p.x0.cpu(), p.x1.cpu(), p.output.cpu()),
+        )
+
+    def restored(self, record: StepRecord) -> PolicyOutputs:
+        """The outputs on the device of another policy's record of the same states."""
+        device, p = record.x.device, self.prediction
+        if p is None:
+            output = self.output.to(device)
+            prediction = Prediction.from_output(record.x, output, record.interval)
+        else:
+            prediction = Prediction(p.x0.to(device), p.x1.to(device), p.output.to(device))
+        std = self.std.to(device) if isinstance(self.std, Tensor) else self.std
+        gaussian = Gaussian(self.mean.to(device), std, record.gaussian.normalised)
+        return PolicyOutputs(prediction, gaussian)

@@ -1,0 +1,137 @@
+"""Builds a run from a configuration: checks it, loads its parts, and resumes from a checkpoint."""
+
+import os
+from dataclasses import dataclass
+
+from flowgrpo.config import Config, ConfigError, find
+from flowgrpo.core.imports import import_path
+from flowgrpo.core.transitions import require_path
+from flowgrpo.data.prompt_sets import PromptSet
+from flowgrpo.policy import PipelinePolicy
+from flowgrpo.policy.placement import require_installed
+from flowgrpo.policy.probe import check_scales, check_sizes, fit_noise
+from flowgrpo.rewards.scorer import RewardScorer
+from flowgrpo.training.evaluator import Evaluator
+from flowgrpo.training.learner import Learner
+from flowgrpo.training.session import Session
+
+
+@dataclass(frozen=True)
+class TrainingRun:
+    """The parts of a run, ready for the iteration ``session.iteration``.
+
+    Attributes:
+        config: The configuration.
+        prompts: The training prompts.
+        session: Processes, logs and checkpoints.
+        scorer: The rewards.
+        policy: The pipeline.
+        learner: The optimizer and the weights.
+        evaluator: Held-out evaluation.
+    """
+
+    config: Config
+    prompts: PromptSet
+    session: Session
+    scorer: RewardScorer
+    policy: PipelinePolicy
+    learner: Learner
+    evaluator: Evaluator
+
+
+def build(config: Config) -> TrainingRun:
+    """Check a configuration, load the parts of its run, and restore the newest checkpoint.
+
+    Fails as early as possible. In this order:
+
+    1. Nothing is loaded: the configuration, optional packages, prompt files and the import paths of
+       metrics (:func:`check_inputs`); then the run directory (:class:`Session`).
+    2. The rewards are loaded: whether they can use the prompts.
+    3. The pipeline is loaded: sizes, initial noise and transition (:func:`_check_policy`).
+    4. The base model has drawn the images of the grid: whether the rewards are finite and vary.
+
+    Raises:
+        ConfigError: If the configuration cannot be run.
+        RewardError: If a reward cannot be trained on.
+        CheckpointError: If the newest checkpoint is damaged.
+    """
+    prompts, held_out = check_inputs(config, int(os.environ.get("WORLD_SIZE", "1")))
+    session = Session(config)
+    scorer = RewardScorer(config.rewards, config.failures, config.memory.score_batch)
+    session.scorer = scorer
+    for some in (prompts, held_out):
+        scorer.check_prompts(some.prompts)
+    policy = PipelinePolicy.from_pretrained(
+        config.model.path,
+        sampling=config.sampling,
+        weights=config.model.weights,
+        batch_size=config.train.rollout_batch,
+        dtype=config.model.dtype,
+        device=session.accelerator.device,
+        seed=config.run.seed,
+        with_reference=config.loss.needs.reference or config.train.monitor_states > 0,
+        memory=config.memory,
+    )
+    _check_policy(policy, config, prompts, held_out)
+    learner = Learner(policy, config.train, config.loss, session.accelerator)
+    evaluator = Evaluator(
+        config.evaluation,
+        session,
+        scorer,
+        policy,
+        learner,
+        held_out,
+        sampling=config.evaluation_sampling(),
+        seed=config.run.seed,
+        model_name=config.model.path,
+    )
+    # Before a checkpoint is restored, because they show the model that training started from.
+    evaluator.keep_base_images()
+    session.restore(learner)
+    evaluator.resume()
+    session.start_trackers()
+    return TrainingRun(config, prompts, session, scorer, policy, learner, evaluator)
+
+
+def check_inputs(config: Config, num_processes: int) -> tuple[PromptSet, PromptSet]:
+    """Check everything that can be checked before anything is loaded or written.
+
+    - The configuration is free of contradictions and fits the number of processes.
+    - The optional packages that it needs are installed.
+    - The prompt files can be read, and have the metadata to balance by.
+    - The metrics of evaluations can be imported.
+
+    Returns:
+        The training prompts and the held-out prompts.
+    """
+    config.check(num_processes)
+    require_installed(config.memory, config.train.optimizer)
+    fixed_size = config.sampling.height is not None
+    prompts, held_out = (
+        PromptSet.load(find(file), config.prompts.balance, fixed_size)
+        for file in (config.prompts.train, config.prompts.held_out)
+    )
+    for path in config.evaluation.measures:
+        import_path(path)
+    return prompts, held_out
+
+
+def _check_policy(
+    policy: PipelinePolicy, config: Config, prompts: PromptSet, held_out: PromptSet
+) -> None:
+    """Check that the loaded pipeline makes images as configured and can be trained on them.
+
+    Raises:
+        ConfigError: If the transition is not defined on the model's path, or a trained step injects
+            next to no noise.
+        ValueError: If the pipeline cannot make an image of a requested size.
+    """
+    check_sizes(policy, held_out.prompts, config.evaluation_sampling())
+    # Last, because the checks below need the sampling grid of rollouts.
+    check_sizes(policy, prompts.prompts, config.sampling)
+    fit_noise(policy, [*prompts.prompts, *held_out.prompts])
+    try:
+        require_path(config.algorithm.transition, policy.scheduler.interval(0, 1).path)
+        check_scales(policy, config.algorithm.transition, config.steps_by_density())
+    except ValueError as error:
+        raise ConfigError(f"algorithm.transition: {error}") from error
