@@ -23,8 +23,8 @@ from flowgrpo.algorithms import (
     PrefGRPO,
     TempFlowGRPO,
 )
+from flowgrpo.algorithms.base import check_interface
 from flowgrpo.config.reader import override, read, to_table
-from flowgrpo.core.advantages import BetaAdvantage
 from flowgrpo.core.errors import ConfigError
 from flowgrpo.core.imports import suggest
 from flowgrpo.core.random import Random
@@ -35,11 +35,6 @@ from flowgrpo.rewards.loading import check_rewards
 from flowgrpo.rewards.scorer import Failures, Reward
 
 __all__ = ["Config", "ConfigError", "find", "load", "override", "save"]
-
-COUNTED = (
-    FlowGRPO, DanceGRPO, MixGRPO, PrefGRPO, TempFlowGRPO, G2RPO, TPGRPO, VGPO, BranchGRPO,
-)  # fmt: skip
-"""Algorithms that choose their steps and know beforehand what they cost."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -198,10 +193,17 @@ class Config:
         betas = self.train.betas
         if len(betas) != 2 or not all(0 <= b < 1 for b in betas):
             raise ConfigError(f"train.betas must be two numbers in [0, 1), got {list(betas)}")
-        # A preference is something to train on beside the rewards.
-        alone = not isinstance(self.algorithm, PrefGRPO)
-        binary = isinstance(getattr(self.algorithm, "advantage", None), BetaAdvantage)
-        check_rewards(self.rewards, self.train.iterations, alone, binary)
+        algorithm = self.algorithm
+        try:
+            check_interface(algorithm)
+        except ValueError as error:
+            raise ConfigError(f"algorithm: {error}") from error
+        check_rewards(
+            self.rewards,
+            self.train.iterations,
+            alone=algorithm.needs_rewards,
+            binary=algorithm.needs_binary_rewards,
+        )
         train = self.train
         if train.groups % (train.updates * num_processes):
             step = train.updates * num_processes
@@ -212,9 +214,8 @@ class Config:
                 f"the nearest that can is train.groups = {nearest}"
             )
         try:
-            self.algorithm.check(self.sampling.num_steps)
-            if isinstance(self.algorithm, PrefGRPO):
-                self.algorithm.check_rewards([r.label for r in self.rewards])
+            algorithm.check(self.sampling.num_steps)
+            algorithm.check_rewards([r.label for r in self.rewards])
         except ValueError as error:
             raise ConfigError(f"algorithm: {error}") from error
         try:
@@ -227,21 +228,22 @@ class Config:
         self._check_kinds()
 
     def _check_kinds(self) -> None:
-        """Raise ConfigError if an algorithm is without what belongs to it."""
+        """Raise ConfigError if the loss or the weights do not match the algorithm's kind of action."""
         algorithm, loss, weights = self.algorithm, self.loss, self.model.weights
-        if isinstance(algorithm, DiffusionNFT) != isinstance(loss, NFTLoss):
+        if (algorithm.action_kind == "noised_sample") != isinstance(loss, NFTLoss):
             raise ConfigError(
                 "algorithm.kind = 'diffusion_nft' and loss.kind = 'nft' belong together, but these are "
                 f"{type(algorithm).__name__} and {type(loss).__name__}"
             )
-        if isinstance(algorithm, FIND) != isinstance(weights, Noise):
+        trains_noise = algorithm.action_kind == "initial_noise"
+        if trains_noise != isinstance(weights, Noise):
             raise ConfigError(
                 "algorithm.kind = 'find' and model.weights.kind = 'noise' belong together, but these "
                 f"are {type(algorithm).__name__} and {type(weights).__name__}"
             )
         clipped = loss if isinstance(loss, ClippedLoss) else ClippedLoss()
         needs_a_step = clipped.needs_old_mean or clipped.kl == "flow_grpo"
-        if isinstance(algorithm, FIND) and needs_a_step:
+        if trains_noise and needs_a_step:
             raise ConfigError(
                 "algorithm.kind = 'find' has no denoising step, so that loss.ratio = 'guard', loss.clip "
                 "= 'kl' and loss.kl = 'flow_grpo' have no meaning; leave them at 'plain', 'ratio' and "
@@ -287,17 +289,15 @@ class Config:
         """
         algorithm, loss = self.algorithm, self.loss
         if (
-            not isinstance(algorithm, COUNTED)
-            or isinstance(algorithm, TempFlowGRPO)
+            algorithm.scales_steps
             or (isinstance(loss, ClippedLoss) and loss.ratio == "guard")
             or getattr(algorithm.transition, "log_prob", "") == "unnormalised"
         ):
             return []
-        found = set(getattr(algorithm, "splits", ()))
+        found = set[int]()
         for iteration in range(self.train.iterations):
             random = Random(self.run.seed).at("train", iteration)
-            generator = random.generator("steps")
-            found.update(algorithm.steps.select(self.sampling.num_steps, iteration, generator))
+            found.update(algorithm.trained_steps(self.sampling.num_steps, iteration, random))
         return sorted(found)
 
     def evaluation_sampling(self) -> Sampling:
@@ -323,16 +323,9 @@ class Config:
         }
 
     def _work(self) -> str:
-        """What the first iteration costs per prompt, in words."""
-        algorithm, num_steps = self.algorithm, self.sampling.num_steps
-        if isinstance(algorithm, DiffusionNFT | FIND):
-            cost = algorithm.cost(num_steps, [])
-        elif isinstance(algorithm, COUNTED):
-            random = Random(self.run.seed).at("train", 0)
-            steps = algorithm.steps.select(num_steps, 0, random.generator("steps"))
-            cost = algorithm.cost(num_steps, steps)
-        else:
-            return "unknown before it is done; metrics.jsonl has it"
+        """The cost of the first iteration per prompt, in words."""
+        random = Random(self.run.seed).at("train", 0)
+        cost = self.algorithm.cost(self.sampling.num_steps, 0, random)
         return f"{cost.nfe:,.0f} denoiser evaluations, {cost.decodes:,.0f} decodes, {cost.rewards:,.0f} calls of each reward in the first iteration"
 
 

@@ -11,13 +11,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from flowgrpo.core.transitions import Gaussian, Prediction, Step
+from flowgrpo.data.experience import INITIAL as INITIAL
 from flowgrpo.policy.entering import Place, enter, parts_of, place, shapes_of
 from flowgrpo.policy.scheduler import PolicyScheduler
 from flowgrpo.policy.step_plan import StepRecord
 from flowgrpo.policy.weights import require_same
 
-INITIAL = -1
-"""The number of the step that draws the initial noise; the grid's own steps count from 0."""
 FILE = "initial_noise.safetensors"
 MEAN, LOG_STD = "initial_noise.mean", "initial_noise.log_std"
 

@@ -6,9 +6,8 @@ from dataclasses import replace
 from flowgrpo.config import Config, find
 from flowgrpo.core.advantages import zero_variance_groups
 from flowgrpo.core.random import Random
-from flowgrpo.data.experience import Candidates, Experience
+from flowgrpo.data.experience import Experience
 from flowgrpo.data.prompt_sets import PromptSet
-from flowgrpo.rewards.scorer import RewardScorer
 from flowgrpo.training.learner import Learner
 from flowgrpo.training.observer import Observer, Result
 from flowgrpo.training.session import Session
@@ -41,7 +40,8 @@ def train(config: Config) -> Result:
 
         # 1. Roll out. The judge scores each batch while the next one is sampled.
         with session.rescue(learner, iteration), session.phase("rollout"), learner.acting():
-            experience = config.algorithm.collect(policy, session.share(everybody), scorer, random)
+            groups = session.share(everybody)
+            experience = config.algorithm.collect(policy, groups, scorer, random, iteration)
             scorer.check_rate()
             learnt = scorer.learn(session.gather_objects)
 
@@ -53,7 +53,7 @@ def train(config: Config) -> Result:
         with session.phase("train"):
             metrics = learner.update(experience, advantages, random)
 
-        summary = _summary(session, experience, scorer)
+        summary = _summary(session, experience)
         session.log(iteration, summary | learnt | metrics, scorer.seconds)
         stopping = session.should_stop()
         if stopping or session.checkpoint_due(iteration + 1):
@@ -65,35 +65,23 @@ def train(config: Config) -> Result:
 
 def _shared(session: Session, experience: Experience) -> Experience:
     """The experience with what advantages need to know of the other processes."""
-    c = experience.candidates
-    everyone = Candidates(
-        group=session.gather(c.group),
-        sample=session.gather(c.sample),
-        step=session.gather(c.step),
-        granularity=session.gather(c.granularity),
-        scores={name: session.gather(values) for name, values in c.scores.items()},
-        reward=session.gather(c.reward),
-    )
-    return replace(experience, everyone=everyone, all_rewards=everyone.reward)
+    return replace(experience, gathered=experience.candidates.map(session.gather))
 
 
-def _summary(session: Session, experience: Experience, scorer: RewardScorer) -> dict[str, float]:
+def _summary(session: Session, experience: Experience) -> dict[str, float]:
     """What an iteration's rollouts look like, over all processes."""
-    c, everyone = experience.candidates, experience.everyone or experience.candidates
-    finite = experience.all_rewards[experience.all_rewards.isfinite()]
+    c, everyone = experience.candidates, experience.all_candidates
+    finite = everyone.reward[everyone.valid]
     flat = session.gather(zero_variance_groups(c.reward, c.group).float())
     return {
         "reward": float(finite.mean()),
         "reward_std": float(finite.std(correction=0)),
-        **{f"score/{k}": float(v[v.isfinite()].mean()) for k, v in everyone.scores.items()},
-        **{
-            f"part/{k}": float(v[v.isfinite()].mean())
-            for k, v in scorer.parts(everyone.scores).items()
-        },
+        **{f"score/{k}": float(v[v.isfinite()].mean()) for k, v in everyone.scores.raw.items()},
+        **{f"part/{k}": float(v[v.isfinite()].mean()) for k, v in everyone.scores.parts().items()},
         "group/zero_variance": float(flat.mean()),
         "group/diversity": float(session.gather(experience.diversity).mean()),
         "group/duplicates": float(session.gather(experience.duplicates).sum()),
-        "failures": float((~experience.all_rewards.isfinite()).sum()),
+        "failures": float((~everyone.valid).sum()),
         "nfe_per_prompt": experience.cost.nfe,
         "decodes_per_prompt": experience.cost.decodes,
     }
