@@ -224,7 +224,7 @@ def test_it_runs(
     scorer = RewardScorer(settings.rewards, Failures(retries=0))
     random = Random(2).at("train", 0)
     with learner.acting():
-        experience = algorithm.collect(policy, GROUPS, scorer, random)
+        experience = algorithm.collect(policy, GROUPS, scorer, random, 0)
     scorer.close()
     advantages = algorithm.advantages(experience)
     metrics = learner.update(experience, advantages, random)

@@ -148,13 +148,14 @@ def config(**train: object) -> Config:
     )
 
 
-RANDOM = Random(0).at("train", 0)
+ITERATION = 0
+RANDOM = Random(0).at("train", ITERATION)
 
 
 def collected(policy: PipelinePolicy, settings: Config, prompts: int = 2) -> Experience:
     scorer = RewardScorer(settings.rewards, Failures())
     groups = [Group(i, p) for i, p in enumerate(PROMPTS[:prompts])]
-    experience = settings.algorithm.collect(policy, groups, scorer, RANDOM)
+    experience = settings.algorithm.collect(policy, groups, scorer, RANDOM, ITERATION)
     scorer.close()
     return experience
 
@@ -170,7 +171,7 @@ def test_gradient_is_the_closed_form(
     advantages = settings.algorithm.advantages(experience)
     assert set(experience.actions.step.tolist()) == {INITIAL}
     steps = policy.num_steps()
-    expected_cost = settings.algorithm.cost(steps, [])
+    expected_cost = settings.algorithm.cost(steps, 0, RANDOM)
     assert experience.cost == expected_cost
 
     assert isinstance(policy.trainable, InitialNoise)

@@ -121,6 +121,7 @@ def check_interface(algorithm: object) -> None:
         )
 
 
+@runtime_checkable
 class Plan(Protocol):
     """How samples are drawn in one iteration, as far as others ask."""
 
@@ -262,6 +263,7 @@ class Rollout(Protocol):
     def records(self) -> Sequence[StepRecord]: ...
 
 
+@runtime_checkable
 class Grid(Protocol):
     """The sampling grid; nodes are counted from 0 (noise) to ``num_steps`` (data)."""
 
@@ -337,6 +339,7 @@ class Policy(Protocol):
         ...
 
 
+@runtime_checkable
 class PairReferee(Protocol):
     """Has the pairs of whole groups compared by a pairwise judge."""
 

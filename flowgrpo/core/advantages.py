@@ -19,7 +19,7 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from statistics import mean, median
-from typing import ClassVar, Literal, Protocol
+from typing import ClassVar, Literal, Protocol, runtime_checkable
 
 from flowgrpo.core.scores import Scores, complete
 from flowgrpo.core.tensors import Bool, Float, Int, Tensor, torch
@@ -31,6 +31,7 @@ REWARD = ""
 UNCLIPPED = float("inf")
 
 
+@runtime_checkable
 class AdvantageKind(Protocol):
     """The interface of all kinds of advantage, which are frozen dataclasses.
 
