@@ -291,3 +291,33 @@ def test_a_candidate_without_one_of_its_rewards_is_out_of_all(kind):
     torch.testing.assert_close(found, multi(kind, both))
     with pytest.raises(ValueError, match="need the weight of each"):
         multi(kind, Scores(failed.raw, failed.reward))
+
+
+# Scores.
+
+
+def shaped_scores() -> Scores:
+    """Two rewards with a weight, one of them shaped, and one that is only measured."""
+    raw = {"a": torch.tensor(A), "b": torch.tensor(B), "measured": torch.tensor(B) - 7}
+    shaping = {"b": lambda values: values / 100 + 1}
+    return Scores(raw, raw["a"] * 0.5 + shaping["b"](raw["b"]) * 2, {"a": 0.5, "b": 2.0}, shaping)
+
+
+def test_the_parts_of_scores_add_up_to_the_reward():
+    scores = shaped_scores()
+    assert list(scores.parts()) == ["a", "b"]
+    torch.testing.assert_close(sum(scores.parts().values()), scores.reward)
+    torch.testing.assert_close(scores.trained()["b"], torch.tensor(B).double() / 100 + 1)
+    more = scores.with_score("win_rate", torch.tensor(A), 3.0)
+    torch.testing.assert_close(more.reward, scores.reward + 3 * torch.tensor(A))
+    torch.testing.assert_close(sum(more.parts().values()), more.reward)
+
+
+def test_scores_are_selected_and_joined_row_by_row():
+    scores = shaped_scores()
+    first, last = scores.select(torch.arange(6) < 2), scores.select(torch.arange(2, 6))
+    joined = Scores.concatenate([first, last])
+    assert torch.equal(joined.reward, scores.reward)
+    assert all(torch.equal(joined.raw[n], values) for n, values in scores.raw.items())
+    torch.testing.assert_close(joined.parts(), scores.parts())
+    assert scores.map(lambda v: v.new_full(v.shape, math.nan)).valid.sum() == 0
