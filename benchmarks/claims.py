@@ -66,7 +66,7 @@ class World:
     def collect(self, iteration: int) -> Experience:
         """What the algorithm collects in an iteration."""
         random = Random(0).at("train", iteration)
-        return self.algorithm.collect(self.policy, self.groups, self.scorer, random)
+        return self.algorithm.collect(self.policy, self.groups, self.scorer, random, iteration)
 
     def rewards(
         self, prompts: Sequence[Prompt], x: Tensor, node: int, noisy: Sequence[int], *keys: object

@@ -1,4 +1,4 @@
-"""What each algorithm costs per prompt at its paper's settings, as a table for the documentation.
+"""The cost of each algorithm per prompt at its paper's settings, as a table for the documentation.
 
 python -m scripts.cost_table docs/algorithms.md
 """
@@ -6,13 +6,13 @@ python -m scripts.cost_table docs/algorithms.md
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol
 
 from flowgrpo.algorithms import (
     FIND,
     G2RPO,
     TPGRPO,
     VGPO,
+    Algorithm,
     BranchGRPO,
     DanceGRPO,
     DiffusionNFT,
@@ -22,31 +22,12 @@ from flowgrpo.algorithms import (
     TempFlowGRPO,
 )
 from flowgrpo.core.random import Random
-from flowgrpo.core.steps import RandomWindow, StepSelection
-from flowgrpo.data.experience import Cost
+from flowgrpo.core.steps import RandomWindow
 
 BEGIN, END = "<!-- cost table: begin -->", "<!-- cost table: end -->"
 
 
-class Counted(Protocol):
-    """An algorithm that says beforehand what it costs."""
-
-    @property
-    def group_size(self) -> int: ...
-
-    @property
-    def steps(self) -> StepSelection: ...
-
-    def cost(self, num_steps: int, stochastic: Sequence[int]) -> Cost:
-        """Work per prompt on a grid of ``num_steps`` with these stochastic steps."""
-        ...
-
-    def check(self, num_steps: int) -> None:
-        """Raise ValueError if the algorithm cannot work on such a grid."""
-        ...
-
-
-SETTINGS: Sequence[tuple[str, int, Counted | DiffusionNFT | FIND]] = [
+SETTINGS: Sequence[tuple[str, int, Algorithm]] = [
     ("Flow-GRPO, SD3.5", 10, FlowGRPO()),
     ("Flow-GRPO-Fast, SD3.5, window of 3", 10, FlowGRPO(steps=RandomWindow(size=3))),
     ("DanceGRPO, FLUX", 16, DanceGRPO()),
@@ -73,12 +54,7 @@ def table() -> str:
     ]
     for name, num_steps, algorithm in SETTINGS:
         algorithm.check(num_steps)
-        stochastic = (
-            []
-            if isinstance(algorithm, DiffusionNFT | FIND)
-            else algorithm.steps.select(num_steps, 0, Random(0).generator())
-        )
-        cost, size = algorithm.cost(num_steps, stochastic), algorithm.group_size
+        cost, size = algorithm.cost(num_steps, 0, Random(0)), algorithm.group_size
         share = cost.nfe / (size * num_steps)
         lines.append(
             f"| {name} | {num_steps} | {size} | {cost.nfe:,.0f} | {share:.2f} | {cost.decodes:,.0f} "

@@ -10,27 +10,28 @@ from torch import Tensor
 
 from flowgrpo.core.advantages import (
     GDPO,
+    Advantage,
     BetaAdvantage,
     GroupAdvantage,
-    GroupStatistics,
     LogTamed,
     PerReward,
-    Scored,
     VirtualBest,
     beta_parameters,
+    candidate_advantages,
     has_no_variance,
-    of_scored,
     zero_variance_groups,
 )
+from flowgrpo.core.scores import Scores
 
+SingleReward = GroupAdvantage | BetaAdvantage | VirtualBest
 HPS = [0.3457, 0.3530, 0.3496, 0.3494]
 
 
-def advantages(kind: GroupStatistics, *groups: list[float]) -> list[list[float]]:
-    """The advantages of groups of rewards, with nothing on other ranks."""
+def advantages(kind: SingleReward, *groups: list[float]) -> list[list[float]]:
+    """The advantages of groups of rewards."""
     rewards = torch.tensor([r for g in groups for r in g])
     index = torch.tensor([i for i, g in enumerate(groups) for _ in g])
-    found = kind(rewards, index, rewards)
+    found = kind(rewards, index)
     return [found[index == i].tolist() for i in range(len(groups))]
 
 
@@ -56,12 +57,11 @@ def test_epsilon_is_added_to_the_standard_deviation():
     assert one == pytest.approx([-1 / 1.5, 0, 1 / 1.5])
 
 
-def test_batch_std_divides_by_the_spread_of_all_ranks_but_centres_per_group():
-    rewards, groups = torch.tensor([0.0, 2.0, 10.0, 14.0]), torch.tensor([0, 0, 1, 1])
-    everyone = torch.cat([rewards, torch.tensor([100.0, math.nan])])
-    found = GroupAdvantage(std="batch", epsilon=0.0)(rewards, groups, everyone)
+def test_batch_std_divides_by_the_spread_of_all_groups_but_centres_per_group():
+    rewards = torch.tensor([0.0, 2.0, 10.0, 14.0, 100.0, math.nan])
+    found = GroupAdvantage(std="batch", epsilon=0.0)(rewards, torch.tensor([0, 0, 1, 1, 2, 2]))
     std = torch.tensor([0.0, 2, 10, 14, 100]).std(correction=0)
-    assert torch.allclose(found, torch.tensor([-1.0, 1, -2, 2]) / std)
+    torch.testing.assert_close(found, torch.tensor([-1.0, 1, -2, 2, 0, 0]) / std)
 
 
 def test_no_std_only_centres():
@@ -120,9 +120,7 @@ def test_shift_and_scale_change_nothing(group, shift, scale):
     kind, index = GroupAdvantage(epsilon=0.0), torch.zeros(len(group), dtype=torch.long)
     values = tensor(group)
     moved = values * scale + shift
-    assert torch.allclose(
-        kind(values, index, values), kind(moved, index, moved), rtol=1e-6, atol=1e-9
-    )
+    assert torch.allclose(kind(values, index), kind(moved, index), rtol=1e-6, atol=1e-9)
 
 
 @given(rewards, rewards, st.sampled_from(["group", "batch", "none"]), st.sampled_from([0, 1]))
@@ -130,7 +128,7 @@ def test_shift_and_scale_change_nothing(group, shift, scale):
 def test_a_group_sums_to_zero_and_keeps_its_order(one, two, std, ddof):
     values = tensor(one + two)
     index = torch.tensor([3] * len(one) + [1] * len(two))
-    found = GroupAdvantage(std=std, ddof=ddof, clip=1e9)(values, index, values)
+    found = GroupAdvantage(std=std, ddof=ddof, clip=1e9)(values, index)
     for group in (1, 3):
         inside, order = found[index == group], values[index == group].argsort(stable=True)
         assert abs(float(inside.sum())) < 1e-6
@@ -144,8 +142,8 @@ def test_groups_need_not_be_contiguous(one, two, random):
     order = list(range(len(values)))
     random.shuffle(order)
     kind = GroupAdvantage()
-    shuffled = kind(values[order], index[order], values[order])
-    assert torch.allclose(shuffled, kind(values, index, values)[order])
+    shuffled = kind(values[order], index[order])
+    assert torch.allclose(shuffled, kind(values, index)[order])
 
 
 def test_zero_variance_groups_are_found():
@@ -186,7 +184,7 @@ def test_beta_is_grpo_where_no_distribution_fits_and_reinforce_where_all_is_deci
 
 
 def test_beta_refuses_rewards_that_are_not_binary():
-    with pytest.raises(ValueError, match=r"for rewards of 0 and 1, but one is 0\.5"):
+    with pytest.raises(ValueError, match=r"needs rewards of 0 and 1, but one is 0\.5"):
         advantages(BetaAdvantage(), [0.0, 0.5])
     (found,) = advantages(BetaAdvantage(), [0.0, math.nan, 1.0])
     assert found[1] == 0
@@ -203,19 +201,25 @@ def test_virtual_best_is_a_member_more():
     (found,) = advantages(VirtualBest(epsilon=0.0), [0.0, 1.0, math.nan, 0.0])
     (wanted,) = advantages(GroupAdvantage(epsilon=0.0), [0.0, 1.0, 0.0, 1.0])
     assert found == pytest.approx([wanted[0], wanted[1], 0.0, wanted[2]])
-    with pytest.raises(ValueError, match=r"best = 1 is to be the largest reward, but one is 1\.2"):
+    with pytest.raises(
+        ValueError, match=r"best = 1 must be the largest possible reward, but one is 1\.2"
+    ):
         advantages(VirtualBest(), [0.0, 1.2])
 
 
-# Several rewards.
+# Multi-reward advantages.
 
 
-def scored(*rewards: list[float], weights: list[float], size: int = 3) -> Scored:
-    """Groups of ``size``; rewards are called a, b, ..."""
+def multi(kind: Advantage, scores: Scores) -> Tensor:
+    """Advantages in groups of three."""
+    return candidate_advantages(kind, scores, torch.arange(len(scores)) // 3)
+
+
+def scored(*rewards: list[float], weights: list[float]) -> Scores:
+    """Scores of rewards called a, b, ..."""
     scores = {n: torch.tensor(r) for n, r in zip("abc", rewards, strict=False)}
     total = sum(w * r for w, r in zip(weights, scores.values(), strict=True))
-    group = torch.arange(len(rewards[0])) // size
-    return Scored(total, group, scores, dict(zip("abc", weights, strict=False)))
+    return Scores(scores, total, dict(zip("abc", weights, strict=False)))
 
 
 A, B = [0.0, 1.0, 2.0, 1.0, 1.0, 4.0], [100.0, 300.0, 200.0, 50.0, 0.0, 100.0]
@@ -228,9 +232,9 @@ def z(values: list[float], ddof: int) -> Tensor:
 
 
 def test_per_reward_sums_standardised_rewards_by_weight():
-    found = of_scored(PerReward(clip=9.0), scored(A, B, weights=[0.7, 0.3]))
+    found = multi(PerReward(clip=9.0), scored(A, B, weights=[0.7, 0.3]))
     torch.testing.assert_close(found.double(), 0.7 * z(A, 1) + 0.3 * z(B, 1), atol=1e-5, rtol=0)
-    only = of_scored(PerReward(), scored(A, B, weights=[1.0, 0.0]))
+    only = multi(PerReward(), scored(A, B, weights=[1.0, 0.0]))
     torch.testing.assert_close(only.double(), z(A, 1), atol=1e-5, rtol=0)
 
 
@@ -240,26 +244,26 @@ def test_the_scale_of_a_reward_changes_nothing_unless_it_is_summed():
         scored(A, [b * 50 for b in B], weights=[1.0, 1.0]),
     )
     for kind in (PerReward(), GDPO(epsilon=1e-9)):
-        torch.testing.assert_close(of_scored(kind, one), of_scored(kind, other))
-    assert not torch.allclose(of_scored(GroupAdvantage(), one), z(A, 0).float() + z(B, 0).float())
+        torch.testing.assert_close(multi(kind, one), multi(kind, other))
+    assert not torch.allclose(multi(GroupAdvantage(), one), z(A, 0).float() + z(B, 0).float())
 
 
 def test_gdpo_tells_apart_what_sums_to_the_same():
     # In the paper's example (0, 2) and (1, 1) sum alike.
     rewards = scored([0.0, 1.0, 0.0], [2.0, 1.0, 0.0], weights=[1.0, 1.0])
-    summed = of_scored(GroupAdvantage(), rewards)
+    summed = multi(GroupAdvantage(), rewards)
     assert float(summed[0]) == float(summed[1])
-    apart = of_scored(GDPO(), rewards)
+    apart = multi(GDPO(), rewards)
     assert abs(float(apart[0] - apart[1])) > 0.1
 
 
 def test_gdpo_normalises_the_batch():
-    found = of_scored(GDPO(epsilon=0.0), scored(A, B, weights=[2.0, 1.0])).double()
+    found = multi(GDPO(epsilon=0.0), scored(A, B, weights=[2.0, 1.0])).double()
     total = 2 * z(A, 1) + z(B, 1)
     torch.testing.assert_close(found, total / total.std(), atol=1e-5, rtol=0)
-    twice = of_scored(GDPO(epsilon=0.0), scored(A, B, A, weights=[1.0, 1.0, 1.0]))
+    twice = multi(GDPO(epsilon=0.0), scored(A, B, A, weights=[1.0, 1.0, 1.0]))
     assert float(twice.std()) == pytest.approx(1.0, abs=1e-4)
-    flat = of_scored(GDPO(), scored([1.0] * 3 + A[3:], [2.0] * 3 + B[3:], weights=[1.0, 1.0]))
+    flat = multi(GDPO(), scored([1.0] * 3 + A[3:], [2.0] * 3 + B[3:], weights=[1.0, 1.0]))
     assert flat[:3].tolist() == [0, 0, 0]
     assert (flat[3:] != 0).any()
 
@@ -268,22 +272,52 @@ def test_log_tamed_tames_what_varies_most():
     rewards = scored(A, B, weights=[1.0, 0.01])
     spread = [torch.tensor(r).std(correction=0) / torch.tensor(r).mean() for r in (A, B)]
     assert spread[0] > spread[1]
-    found = of_scored(LogTamed(epsilon=0.0), rewards)
+    found = multi(LogTamed(epsilon=0.0), rewards)
     total = torch.log1p(torch.tensor(A)) + 0.01 * torch.tensor(B)
     torch.testing.assert_close(found, z(total.tolist(), 0).float(), atol=1e-5, rtol=0)
-    never = of_scored(LogTamed(threshold="fixed", above=9.0), rewards)
-    torch.testing.assert_close(never, of_scored(GroupAdvantage(), rewards), atol=1e-5, rtol=0)
+    never = multi(LogTamed(threshold="fixed", above=9.0), rewards)
+    torch.testing.assert_close(never, multi(GroupAdvantage(), rewards), atol=1e-5, rtol=0)
     with pytest.raises(ValueError, match="needs scores above -1, but one is -2"):
-        of_scored(LogTamed(), scored([-2.0, 8.0, 0.0], [1.0, 1, 1], weights=[1.0, 1.0]))
+        multi(LogTamed(), scored([-2.0, 8.0, 0.0], [1.0, 1, 1], weights=[1.0, 1.0]))
 
 
 @pytest.mark.parametrize("kind", [PerReward(), GDPO(), LogTamed()])
 def test_a_candidate_without_one_of_its_rewards_is_out_of_all(kind):
     failed = scored([*A[:2], math.nan, *A[3:]], B, weights=[1.0, 1.0])
-    found = of_scored(kind, failed)
+    found = multi(kind, failed)
     assert found[2] == 0
     assert (found[:2] != 0).all()
     both = scored([*A[:2], math.nan, *A[3:]], [*B[:2], math.nan, *B[3:]], weights=[1.0, 1.0])
-    torch.testing.assert_close(found, of_scored(kind, both))
+    torch.testing.assert_close(found, multi(kind, both))
     with pytest.raises(ValueError, match="need the weight of each"):
-        of_scored(kind, Scored(failed.reward, failed.group, failed.scores, {}))
+        multi(kind, Scores(failed.raw, failed.reward))
+
+
+# Scores.
+
+
+def shaped_scores() -> Scores:
+    """Two rewards with a weight, one of them shaped, and one that is only measured."""
+    raw = {"a": torch.tensor(A), "b": torch.tensor(B), "measured": torch.tensor(B) - 7}
+    shaping = {"b": lambda values: values / 100 + 1}
+    return Scores(raw, raw["a"] * 0.5 + shaping["b"](raw["b"]) * 2, {"a": 0.5, "b": 2.0}, shaping)
+
+
+def test_the_parts_of_scores_add_up_to_the_reward():
+    scores = shaped_scores()
+    assert list(scores.parts()) == ["a", "b"]
+    torch.testing.assert_close(sum(scores.parts().values()), scores.reward)
+    torch.testing.assert_close(scores.trained()["b"], torch.tensor(B).double() / 100 + 1)
+    more = scores.with_score("win_rate", torch.tensor(A), 3.0)
+    torch.testing.assert_close(more.reward, scores.reward + 3 * torch.tensor(A))
+    torch.testing.assert_close(sum(more.parts().values()), more.reward)
+
+
+def test_scores_are_selected_and_joined_row_by_row():
+    scores = shaped_scores()
+    first, last = scores.select(torch.arange(6) < 2), scores.select(torch.arange(2, 6))
+    joined = Scores.concatenate([first, last])
+    assert torch.equal(joined.reward, scores.reward)
+    assert all(torch.equal(joined.raw[n], values) for n, values in scores.raw.items())
+    torch.testing.assert_close(joined.parts(), scores.parts())
+    assert scores.map(lambda v: v.new_full(v.shape, math.nan)).valid.sum() == 0

@@ -72,6 +72,32 @@ def test_importing_the_package_imports_nothing_heavy():
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
+SETTINGS = """
+import sys
+import flowgrpo.data.prompt_files, flowgrpo.data.prompt_sets
+from flowgrpo import algorithms
+from flowgrpo.core.random import Random
+
+for name in algorithms.__all__:
+    if not name.startswith("Algorithm"):
+        settings = getattr(algorithms, name)()
+        settings.check(20)
+        settings.cost(20, 0, Random(0))
+found = {"torch", "jaxtyping", "numpy", "PIL", "diffusers"} & set(sys.modules)
+assert not found, found
+"""
+
+
+def test_algorithms_are_checked_and_counted_without_torch():
+    subprocess.run([sys.executable, "-c", SETTINGS], cwd=ROOT, check=True)
+
+
+@pytest.mark.parametrize("path", [p for p in MODULES if p.parent.name == "algorithms"], ids=lambda p: p.stem)  # fmt: skip
+def test_algorithms_know_no_concrete_policy_or_scorer(path):
+    concrete = ("flowgrpo.policy", "flowgrpo.rewards.scorer")
+    assert not [name for name in imported(path) if name.startswith(concrete)]
+
+
 @pytest.mark.parametrize("path", [p for p in MODULES if p.parent.name == "core"], ids=lambda p: p.stem)  # fmt: skip
 def test_the_core_is_pure_mathematics(path):
     roots = {name.split(".")[0] for name in imported(path)}

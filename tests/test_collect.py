@@ -27,7 +27,8 @@ from tests.conftest import MakePolicy, sampling_of
 
 HERE = "tests.test_collect"
 T, G = 5, 3
-RANDOM = Random(1).at("train", 4)
+ITERATION = 4
+RANDOM = Random(1).at("train", ITERATION)
 GROUPS = [Group(0, Prompt("a red cube")), Group(1, Prompt("two dogs"))]
 
 CLOSE = {"atol": 2e-4, "rtol": 1e-4}
@@ -121,7 +122,7 @@ def test_collected_is_what_each_sample_alone_would_do(
     name, algorithm = case
     policy, steps = policies(name), stochastic_steps(algorithm)
     before = (policy.num_evaluations, policy.num_decodes)
-    experience = algorithm.collect(policy, GROUPS, scorer(), RANDOM)
+    experience = algorithm.collect(policy, GROUPS, scorer(), RANDOM, ITERATION)
     images = torch.cat(seen)
 
     # Cost, by formula and by what was really done.
@@ -175,15 +176,15 @@ def test_batches_and_ranks_change_nothing(
 ) -> None:
     name, algorithm = case
     policy = policies(name)
-    whole = algorithm.collect(policy, GROUPS, scorer(), RANDOM)
+    whole = algorithm.collect(policy, GROUPS, scorer(), RANDOM, ITERATION)
     policy.batch_size = 2
-    parts = [algorithm.collect(policy, [g], scorer(), RANDOM) for g in reversed(GROUPS)]
+    parts = [algorithm.collect(policy, [g], scorer(), RANDOM, ITERATION) for g in reversed(GROUPS)]
     apart = by_owner(parts[0]) | by_owner(parts[1])
     together = by_owner(whole)
     assert apart.keys() == together.keys()
     for key, values in together.items():
         torch.testing.assert_close(values[1], apart[key][1], **CLOSE)
-    other = algorithm.collect(policy, GROUPS, scorer(), Random(1).at("train", 5))
+    other = algorithm.collect(policy, GROUPS, scorer(), Random(1).at("train", 5), 5)
     assert (other.candidates.reward - whole.candidates.reward).abs().min() > 0
 
 
@@ -191,7 +192,7 @@ def test_groups_with_equal_prompts_differ(
     policies: Callable[[str], PipelinePolicy], scorer: MakeJudge
 ) -> None:
     groups = [Group(0, Prompt("a red cube")), Group(1, Prompt("a red cube"))]
-    reward = FLOW.collect(policies("sd3"), groups, scorer(), RANDOM).candidates.reward
+    reward = FLOW.collect(policies("sd3"), groups, scorer(), RANDOM, ITERATION).candidates.reward
     assert reward.unique().numel() == 2 * G
 
 
@@ -205,9 +206,9 @@ def test_dance_keeps_a_fraction_of_the_steps(
     scorer: MakeJudge,
 ) -> None:
     base = DANCE if name == "sd3" else DANCE_DDIM
-    all_of_it = by_owner(base.collect(policies(name), GROUPS, scorer(), RANDOM))
+    all_of_it = by_owner(base.collect(policies(name), GROUPS, scorer(), RANDOM, ITERATION))
     algorithm = replace(base, timestep_fraction=fraction)
-    part = by_owner(algorithm.collect(policies(name), GROUPS, scorer(), RANDOM))
+    part = by_owner(algorithm.collect(policies(name), GROUPS, scorer(), RANDOM, ITERATION))
     steps = {
         (g, s): tuple(step for a, b, step in part if (a, b) == (g, s))
         for g, s in itertools.product(range(2), range(G))
@@ -222,7 +223,7 @@ def test_dance_keeps_a_fraction_of_the_steps(
 def test_advantages_are_of_the_group(
     policies: Callable[[str], PipelinePolicy], scorer: MakeJudge
 ) -> None:
-    experience = DANCE.collect(policies("sd3"), GROUPS, scorer(), RANDOM)
+    experience = DANCE.collect(policies("sd3"), GROUPS, scorer(), RANDOM, ITERATION)
     advantages = DANCE.advantages(experience)
     reward = experience.candidates.reward.view(2, G)
     expected = (reward - reward.mean(1, keepdim=True)) / reward.std(1, keepdim=True)
@@ -235,7 +236,7 @@ def test_best_of_keeps_the_extremes(
 ) -> None:
     algorithm = replace(DANCE, best_of=2)
     algorithm.check(T)
-    experience = algorithm.collect(policies("sd3"), GROUPS, scorer(), RANDOM)
+    experience = algorithm.collect(policies("sd3"), GROUPS, scorer(), RANDOM, ITERATION)
     a, reward = experience.actions, experience.candidates.reward.view(2, G)
     best = algorithm.advantages(experience)
     every = DANCE.advantages(experience)
@@ -257,7 +258,7 @@ def test_equal_rewards_teach_nothing(
     case: tuple[str, Algorithm], policies: Callable[[str], PipelinePolicy], scorer: MakeJudge
 ) -> None:
     name, algorithm = case
-    experience = algorithm.collect(policies(name), GROUPS, scorer("equal"), RANDOM)
+    experience = algorithm.collect(policies(name), GROUPS, scorer("equal"), RANDOM, ITERATION)
     assert (algorithm.advantages(experience) == 0).all()
 
 
@@ -265,8 +266,10 @@ def test_equal_rewards_teach_nothing(
 def test_a_failed_reward_drops_its_sample_alone(
     algorithm: Algorithm, policies: Callable[[str], PipelinePolicy], scorer: MakeJudge
 ) -> None:
-    sound = algorithm.collect(policies("sd3"), GROUPS, scorer(), RANDOM)
-    broken = algorithm.collect(policies("sd3"), GROUPS, scorer("failing_for_the_first"), RANDOM)
+    sound = algorithm.collect(policies("sd3"), GROUPS, scorer(), RANDOM, ITERATION)
+    broken = algorithm.collect(
+        policies("sd3"), GROUPS, scorer("failing_for_the_first"), RANDOM, ITERATION
+    )
     assert broken.candidates.valid.tolist() == [False] + [True] * (2 * G - 1)
     assert broken.candidates.reward[1:].tolist() == sound.candidates.reward[1:].tolist()
     advantages, a = algorithm.advantages(broken), broken.actions
@@ -313,7 +316,7 @@ def learn(
             weights=weights or LoRA(rank=4, alpha=8),
             with_reference=True,
         )
-        experience = algorithm.collect(policy, GROUPS, scorer(), RANDOM)
+        experience = algorithm.collect(policy, GROUPS, scorer(), RANDOM, ITERATION)
         settings = config(algorithm, **options)
         return Learner(policy, settings.train, settings.loss, accelerator), experience
 

@@ -225,7 +225,7 @@ def test_it_runs(
     scorer = RewardScorer(settings.rewards, Failures(retries=0))
     random = Random(2).at("train", 0)
     with learner.behaviour_policy():
-        experience = algorithm.collect(policy, GROUPS, scorer, random)
+        experience = algorithm.collect(policy, GROUPS, scorer, random, 0)
     scorer.close()
     advantages = algorithm.advantages(experience)
     metrics = learner.update(experience, advantages, random)

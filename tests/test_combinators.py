@@ -83,7 +83,7 @@ def test_the_judge_goes_by_the_iteration_and_its_parts_add_up():
         found = scorer.score(IMAGES, PROMPTS)
         assert torch.allclose(found.reward, 3 * binary + factor * logs)
         assert torch.equal(found.raw["a_list"], torch.arange(4.0))
-        parts = scorer.parts(found.raw)
+        parts = found.parts()
         assert set(parts) == {"brightness", "a_list"}
         assert torch.allclose(sum(parts.values()), found.reward)
     scorer.close()

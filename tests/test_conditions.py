@@ -78,7 +78,7 @@ def test_edits_are_trained_on_with_their_own_image(
     algorithm = FlowGRPO(group_size=2, transition=CPS(), steps=Window(start=0, size=2))
     scorer = RewardScorer([Reward(model=f"{__name__}:brightness")])
     groups = [Group(i, p) for i, p in enumerate(EDITS)]
-    experience = algorithm.collect(policy, groups, scorer, Random(0).at("train", 0))
+    experience = algorithm.collect(policy, groups, scorer, Random(0).at("train", 0), 0)
     settings = Config(
         model=Model(path=""),
         algorithm=algorithm,

@@ -20,14 +20,13 @@ from flowgrpo.config import Config, ConfigError, Model, Prompts, Run, Train
 from flowgrpo.core.advantages import GDPO, GroupAdvantage, LogTamed, PerReward, VirtualBest
 from flowgrpo.core.random import Random
 from flowgrpo.core.transitions import Gaussian, gaussian_kl
-from flowgrpo.data.experience import Experience
+from flowgrpo.data.experience import INITIAL, Experience
 from flowgrpo.data.prompts import Group, Prompt
 from flowgrpo.evaluation.card import model_card
 from flowgrpo.losses.clipped import ClippedLoss
 from flowgrpo.policy import InitialNoise, Noise, PipelinePolicy
 from flowgrpo.policy.call import UnsupportedPipelineError
 from flowgrpo.policy.probe import fit_noise
-from flowgrpo.policy.step_plan import INITIAL
 from flowgrpo.policy.weights import LOG_STD, MEAN, NOISE_FILE
 from flowgrpo.rewards.scorer import Failures, Reward, RewardScorer
 from flowgrpo.training.learner import Learner
@@ -149,13 +148,14 @@ def config(**train: object) -> Config:
     )
 
 
-RANDOM = Random(0).at("train", 0)
+ITERATION = 0
+RANDOM = Random(0).at("train", ITERATION)
 
 
 def collected(policy: PipelinePolicy, settings: Config, prompts: int = 2) -> Experience:
     scorer = RewardScorer(settings.rewards, Failures())
     groups = [Group(i, p) for i, p in enumerate(PROMPTS[:prompts])]
-    experience = settings.algorithm.collect(policy, groups, scorer, RANDOM)
+    experience = settings.algorithm.collect(policy, groups, scorer, RANDOM, ITERATION)
     scorer.close()
     return experience
 
@@ -171,7 +171,7 @@ def test_gradient_is_the_closed_form(
     advantages = settings.algorithm.advantages(experience)
     assert set(experience.actions.step.tolist()) == {INITIAL}
     steps = policy.num_steps()
-    expected_cost = settings.algorithm.cost(steps, [])
+    expected_cost = settings.algorithm.cost(steps, 0, RANDOM)
     assert experience.cost == expected_cost
 
     assert isinstance(policy.trainable, InitialNoise)

@@ -55,7 +55,7 @@ def test_strips_hold_what_was_collected(
     assert [s.prompt for s in strips] == ["a cat"] * 2 + ["two <dogs>"] * 2
     random = Random(0).at("train", 0)
     groups = [Group(i, p) for i, p in enumerate(PROMPTS)]
-    experience = algorithm.collect(policy, groups, seen, random)
+    experience = algorithm.collect(policy, groups, seen, random, 0)
     assert experience.media is None, "media is kept for inspections only"
     advantages, a = algorithm.advantages(experience), experience.actions
     for strip in strips:

@@ -37,7 +37,8 @@ from tests.conftest import MakePolicy, sampling_of
 
 HERE = "tests.test_objectives"
 T, G = 4, 2
-RANDOM = Random(1).at("train", 4)
+ITERATION = 4
+RANDOM = Random(1).at("train", ITERATION)
 GROUPS = [Group(0, Prompt("a red cube")), Group(1, Prompt("two dogs"))]
 FLOW = FlowGRPO(group_size=G, transition=FlowSDE())
 FAST = FlowGRPO(group_size=G, transition=CPS(), steps=Window(start=1, size=2), shared_noise=True)
@@ -116,7 +117,7 @@ def learn(make_policy: MakePolicy, accelerator: Accelerator) -> Learn:
         policy = make_policy(name, sampling=sampling_of(name, num_steps=T), with_reference=True)
         learner = Learner(policy, config.train, config.loss, accelerator)
         scorer = RewardScorer(config.rewards)
-        experience = algorithm.collect(policy, GROUPS, scorer, RANDOM)
+        experience = algorithm.collect(policy, GROUPS, scorer, RANDOM, ITERATION)
         scorer.close()
         return learner, experience
 

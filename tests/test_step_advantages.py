@@ -20,6 +20,7 @@ from flowgrpo.core.advantages import (
     PerReward,
     VirtualBest,
 )
+from flowgrpo.core.scores import Scores
 from flowgrpo.core.steps import AllSteps
 from flowgrpo.core.transitions import FlowSDE
 from flowgrpo.data.experience import Actions, Candidates, Cost, Experience
@@ -59,11 +60,11 @@ def experience_of(
         group, sample, step, granularity = torch.tensor(own).unbind(1)
         values = {n: torch.tensor([s[k] for k in own]) for n, s in scores.items()}
         reward = sum((WEIGHTS[n] * v for n, v in values.items() if WEIGHTS[n]), torch.zeros(()))
-        return Candidates(group, sample, step, granularity, values, reward)
+        return Candidates(group, sample, step, granularity, Scores(values, reward, WEIGHTS))
 
     mine = range(GROUPS) if rank is None else rank
     a = torch.tensor([k for k in actions if k[0] in mine])
-    empty, everyone = torch.zeros(len(a), 1), candidates(keys)
+    empty = torch.zeros(len(a), 1)
     return Experience(
         groups=[Group(g, Prompt("x")) for g in mine],
         transition=FlowSDE(),
@@ -72,13 +73,18 @@ def experience_of(
         ),
         candidates=candidates([k for k in keys if k[0] in mine]),
         cost=Cost(0.0, 0.0, 0.0),
-        all_rewards=everyone.reward,
         diversity=torch.zeros(1),
         duplicates=torch.zeros(1),
         step_std=STD,
-        everyone=None if rank is None else everyone,
-        weights=WEIGHTS,
+        gathered=None if rank is None else candidates(keys),
     )
+
+
+def with_reward(experience: Experience, name: str) -> Experience:
+    """The experience with one score, of weight 1, as its reward."""
+    c = experience.candidates
+    scores = Scores(c.scores.raw, c.scores.raw[name], {name: 1.0})
+    return replace(experience, candidates=replace(c, scores=scores))
 
 
 def drawn(keys: Sequence[Key], flat: bool = False) -> dict[str, dict[Key, float]]:
@@ -277,7 +283,7 @@ def test_beta_compares_branches_of_binary_rewards() -> None:
     keys = [(*a, 1) for a in STEPS]
     binary = {k: float(torch.rand(1, generator=torch.Generator().manual_seed(i)) > 0.5) for i, k in enumerate(keys)}  # fmt: skip
     experience = experience_of(STEPS, {"a": binary})
-    experience = replace(experience, candidates=replace(experience.candidates, reward=experience.candidates.scores["a"]), weights={"a": 1.0})  # fmt: skip
+    experience = with_reward(experience, "a")
     for algorithm in (G2RPO(group_size=G, granularities=(1,)), TempFlowGRPO(group_size=G, seeds=2)):
         found = replace(algorithm, advantage=BetaAdvantage()).advantages(experience)  # type: ignore[type-var]
         assert (found != 0).any()
@@ -314,8 +320,7 @@ def test_a_perfect_group_and_a_hopeless_one() -> None:
     """With a virtual best, a state from which every branch fails is left."""
     keys = [(*a, 1) for a in STEPS]
     scores = {k: 0.0 if k[2] == 0 else 1.0 for k in keys}
-    experience = replace(experience_of(STEPS, {"a": scores}), weights={"a": 1.0})
-    experience = replace(experience, candidates=replace(experience.candidates, reward=experience.candidates.scores["a"]))  # fmt: skip
+    experience = with_reward(experience_of(STEPS, {"a": scores}), "a")
     algorithm = G2RPO(group_size=G, granularities=(1,), advantage=VirtualBest(epsilon=0.0))
     found: Tensor = algorithm.advantages(experience)
     first = torch.tensor([a[2] == 0 for a in STEPS])

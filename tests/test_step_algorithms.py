@@ -39,7 +39,8 @@ from tests.conftest import MakePolicy, sampling_of
 
 HERE = "tests.test_step_algorithms"
 T, G = 5, 4
-RANDOM = Random(3).at("train", 2)
+ITERATION = 2
+RANDOM = Random(3).at("train", ITERATION)
 GROUPS = [Group(0, Prompt("a red cube")), Group(1, Prompt("two dogs"))]
 CLOSE = {"atol": 2e-4, "rtol": 1e-4}
 """Of states: a model rounds differently in another batch shape, and steps amplify it."""
@@ -105,7 +106,7 @@ def collected(
         if case not in made:
             name, algorithm = CASES[case]
             algorithm.check(T)
-            made[case] = algorithm.collect(policies(name), GROUPS, scorer, RANDOM)
+            made[case] = algorithm.collect(policies(name), GROUPS, scorer, RANDOM, ITERATION)
         return made[case]
 
     return collect
@@ -215,7 +216,7 @@ def test_collected_is_what_each_sample_alone_would_do(
         slow = slow_branches
     elif isinstance(algorithm, BranchGRPO):
         slow = slow_tree  # type: ignore[assignment]
-    steps = algorithm.steps.select(T, 2, torch.Generator())
+    steps = algorithm.steps.select(T, ITERATION, RANDOM)
     found, rewards = actions_of(experience), rewards_of(experience.candidates)
     wanted = dict(slow(Alone(policies(name), algorithm, 1), algorithm, steps))
     own = {k[1:] for k in [*found, *rewards] if k[0] == 1}
@@ -233,7 +234,7 @@ def test_collected_is_what_each_sample_alone_would_do(
 @pytest.mark.parametrize("case", CASES)
 def test_cost_is_the_formula(case: str, collected: Callable[[str], Experience]) -> None:
     experience, algorithm = collected(case), CASES[case][1]
-    wanted = algorithm.cost(T, algorithm.steps.select(T, 2, torch.Generator()))
+    wanted = algorithm.cost(T, ITERATION, RANDOM)
     assert experience.cost == wanted
     # Distinct candidates: a judged one serves all granularities that lead to it.
     distinct = experience.candidates.reward.unique().numel()
@@ -241,20 +242,17 @@ def test_cost_is_the_formula(case: str, collected: Callable[[str], Experience]) 
 
 
 @pytest.mark.parametrize(
-    ("algorithm", "steps"),
-    [
-        (FlowGRPO(group_size=3), [0, 1, 2, 3]),
-        (DanceGRPO(group_size=3, steps=Window(start=1)), [1, 2]),
-    ],
+    "algorithm", [FlowGRPO(group_size=3), DanceGRPO(group_size=3, steps=Window(start=1))]
 )
 def test_cost_of_whole_trajectories(
     algorithm: Any,
-    steps: list[int],
     policies: Callable[[str], PipelinePolicy],
     scorer: RewardScorer,
 ) -> None:
-    experience = algorithm.collect(policies("sd3"), GROUPS, scorer, RANDOM)
-    assert experience.cost == algorithm.cost(T, steps)
+    experience = algorithm.collect(policies("sd3"), GROUPS, scorer, RANDOM, ITERATION)
+    assert experience.cost == algorithm.cost(T, ITERATION, RANDOM)
+    trained = algorithm.trained_steps(T, ITERATION, RANDOM)
+    assert set(experience.actions.step.tolist()) == set(trained)
     assert experience.cost.rewards == 3
 
 
@@ -262,9 +260,9 @@ def test_projections_on_a_grid_that_ends_in_noise_include_the_last(
     policies: Callable[[str], PipelinePolicy], scorer: RewardScorer
 ) -> None:
     algorithm = VGPO(group_size=2, transition=DDIM())
-    experience = algorithm.collect(policies("sd15"), GROUPS[:1], scorer, RANDOM)
+    experience = algorithm.collect(policies("sd15"), GROUPS[:1], scorer, RANDOM, ITERATION)
     assert sorted(experience.candidates.step.tolist()) == sorted(2 * list(range(T)))
-    assert experience.cost.decodes == algorithm.cost(T, range(T - 1)).decodes + 2
+    assert experience.cost.decodes == algorithm.cost(T, ITERATION, RANDOM).decodes + 2
     assert algorithm.advantages(experience).isfinite().all()
 
 
@@ -280,7 +278,7 @@ def test_batches_and_ranks_change_nothing(
     whole, (name, algorithm) = collected(case), CASES[case]
     policy = policies(name)
     policy.batch_size = 3
-    apart = algorithm.collect(policy, [GROUPS[1]], scorer, RANDOM)
+    apart = algorithm.collect(policy, [GROUPS[1]], scorer, RANDOM, ITERATION)
     together, alone = actions_of(whole), actions_of(apart)
     assert {k for k in together if k[0] == 1} == set(alone)
     for key, values in alone.items():
@@ -302,7 +300,7 @@ def test_g2rpo_at_one_step_and_granularity_is_flow_grpo_fast(
     }
     fast = FlowGRPO(**same, shared_noise=True)
     step = G2RPO(**same, granularities=(1,))
-    one, two = (a.collect(policies("sd3"), GROUPS, scorer, RANDOM) for a in (fast, step))
+    one, two = (a.collect(policies("sd3"), GROUPS, scorer, RANDOM, ITERATION) for a in (fast, step))
     assert torch.equal(one.actions.x_next, two.actions.x_next)
     assert torch.equal(one.candidates.reward, two.candidates.reward)
     assert torch.equal(fast.advantages(one), step.advantages(two))
@@ -332,7 +330,7 @@ def test_the_first_ratio_is_one_and_states_are_shared(
     policy = make_policy(
         name, sampling=sampling_of(name, num_steps=T), weights=LoRA(rank=4, alpha=8)
     )
-    experience = algorithm.collect(policy, GROUPS, scorer, RANDOM)
+    experience = algorithm.collect(policy, GROUPS, scorer, RANDOM, ITERATION)
     settings = config(algorithm)
     learner = Learner(policy, settings.train, settings.loss, accelerator)
     before = policy.num_evaluations
@@ -357,7 +355,7 @@ def test_depth_pruning_drops_the_steps(
 ) -> None:
     whole, algorithm = collected("branch"), CASES["branch"][1]
     pruned = replace(algorithm, depths=Window(start=1, size=2))
-    experience = pruned.collect(policies("sd3"), GROUPS, scorer, RANDOM)
+    experience = pruned.collect(policies("sd3"), GROUPS, scorer, RANDOM, ITERATION)
     kept = (whole.actions.step == 1) | (whole.actions.step == 2)
     assert experience.actions.step.unique().tolist() == [1, 2]
     assert torch.equal(experience.actions.x_next, whole.actions.x_next[kept])
@@ -366,7 +364,7 @@ def test_depth_pruning_drops_the_steps(
         CASES["branch late"][1], steps=Window(start=2, size=1), depths=Window(start=3, size=1)
     )
     with pytest.raises(ValueError, match=r"depths selects steps \[3\], none of which"):
-        nowhere.collect(policies("sd3"), GROUPS, scorer, RANDOM)
+        nowhere.collect(policies("sd3"), GROUPS, scorer, RANDOM, ITERATION)
 
 
 # Credit on the embedded model, where one can see what a step does.
@@ -432,7 +430,7 @@ def test_a_step_that_ruins_the_image_is_blamed(
     algorithm: Algorithm = CREDIT[name]
     algorithm.check(STEPS)
     scorer = RewardScorer([Reward(model="flowgrpo.shapes.rewards:Graded")], Failures(retries=0))
-    experience = algorithm.collect(shapes, [SHAPES], scorer, drawn_right)
+    experience = algorithm.collect(shapes, [SHAPES], scorer, drawn_right, 0)
     scorer.close()
     a, advantage = experience.actions, algorithm.advantages(experience)
     at_fault = (a.step == RUINED) & (a.sample == VICTIM)
@@ -489,10 +487,8 @@ def test_a_run_of_each_kind(kind: str, tmp_path: Path) -> None:
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     assert len(lines) == 2
     for iteration, line in enumerate(map(json.loads, lines)):
-        steps = config.algorithm.steps.select(
-            4, iteration, Random(0).at("train", iteration).generator("steps")
-        )
-        assert line["nfe_per_prompt"] == config.algorithm.cost(4, steps).nfe
+        cost = config.algorithm.cost(4, iteration, Random(0).at("train", iteration))
+        assert line["nfe_per_prompt"] == cost.nfe
         if iteration == 0:
             assert announced.startswith(f"{line['nfe_per_prompt']:,.0f} denoiser evaluations, ")
         assert line["grad_norm"] > 0

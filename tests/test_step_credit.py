@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from flowgrpo.algorithms import G2RPO, TPGRPO, VGPO, BranchGRPO, TempFlowGRPO
+from flowgrpo.algorithms import G2RPO, TPGRPO, VGPO, Algorithm, BranchGRPO, TempFlowGRPO
 from flowgrpo.algorithms.branches import BranchPlan
 from flowgrpo.algorithms.collection import subgrids
 from flowgrpo.algorithms.tempflow_grpo import noise_weights
@@ -20,6 +20,8 @@ from flowgrpo.algorithms.vgpo import temporal_weights, values
 from flowgrpo.config.reader import read, to_table
 from flowgrpo.core.advantages import GroupAdvantage
 from flowgrpo.core.errors import ConfigError
+from flowgrpo.core.random import Random
+from flowgrpo.core.scores import Scores
 from flowgrpo.core.steps import AllSteps, RandomSteps, SlidingWindow, Window
 from flowgrpo.core.transitions import CPS, ODE, FlowSDE
 from flowgrpo.data.experience import Actions, Candidates, Cost, Experience
@@ -56,13 +58,13 @@ def made(
             a[:, 0],
             a[:, 1],
         ),
-        candidates=Candidates(group, sample, step, granularity, {"one": reward}, reward),
+        candidates=Candidates(
+            group, sample, step, granularity, Scores({"one": reward}, reward, {"one": 1.0})
+        ),
         cost=Cost(0.0, 0.0, 0.0),
-        all_rewards=reward,
         diversity=torch.zeros(1),
         duplicates=torch.zeros(1),
         step_std=fields.get("step_std", {}),
-        weights={"one": 1.0},
     )
 
 
@@ -514,28 +516,28 @@ def test_defaults_are_sound_at_the_papers_number_of_steps():
 # Cost, worked out by hand.
 
 
-def counts(cost: Cost) -> tuple[float, float, float]:
-    """NFE, decodes, reward calls."""
+def counts(algorithm: Algorithm, num_steps: int) -> tuple[float, float, float]:
+    """NFE, decodes, reward calls of the first iteration."""
+    cost = algorithm.cost(num_steps, 0, Random(0))
     return cost.nfe, cost.decodes, cost.rewards
 
 
 def test_costs_at_the_papers_settings():
-    all_but_last = list(range(9))
     # 4 seeds to step 8, then 24 branches per step with 9, 8, ... 1 steps left.
-    assert counts(TempFlowGRPO().cost(10, all_but_last)) == (4 * 9 + 24 * 45, 216, 216)
+    assert counts(TempFlowGRPO(), 10) == (4 * 9 + 24 * 45, 216, 216)
     # Steps left: 15 ... 8, in all 92; in twos 48 and in threes 33, less the forward that is shared.
-    assert counts(G2RPO().cost(16, range(8))) == (8 + 12 * (92 + 40 + 25), 288, 288)
+    assert counts(G2RPO(), 16) == (8 + 12 * (92 + 40 + 25), 288, 288)
     # The paper's code takes 64 a sample: 10, 44 for the completions and 10 for the baseline.
-    assert counts(TPGRPO().cost(10, all_but_last)) == (24 * (10 + 45), 240, 240)
-    assert counts(VGPO().cost(10, all_but_last)) == (240, 216, 216)
-    assert counts(BranchGRPO().cost(20, range(19))) == (1 + 6 + 12 + 24 + 160, 16, 16)
+    assert counts(TPGRPO(), 10) == (24 * (10 + 45), 240, 240)
+    assert counts(VGPO(), 10) == (240, 216, 216)
+    assert counts(BranchGRPO(), 20) == (1 + 6 + 12 + 24 + 160, 16, 16)
 
 
 def test_costs_of_what_is_shared():
     # From step 1: 2 alone, then 3 samples for 4 steps; baseline of 4; two completions of 3.
-    shared = TPGRPO(group_size=3, shared_noise=True)
-    assert counts(shared.cost(T, [1, 2])) == (2 + 12 + 4 + 9, 3 + 1 + 3, 7)
-    assert counts(VGPO(group_size=3, shared_noise=True).cost(T, [1, 2])) == (2 + 12, 12, 12)
+    shared: dict[str, Any] = {"group_size": 3, "shared_noise": True, "steps": Window(start=1)}
+    assert counts(TPGRPO(**shared), T) == (2 + 12 + 4 + 9, 3 + 1 + 3, 7)
+    assert counts(VGPO(**shared), T) == (2 + 12, 12, 12)
     # At step 4 of 6 all granularities are one.
     plan = BranchPlan(3, 1, FlowSDE(), [2, 4], (1, 2, 3))
-    assert counts(plan.cost(T)) == (5 + 3 * (3 + 1 + 0) + 3 * 1, 9 + 3, 12)
+    assert plan.cost(T) == Cost(5.0 + 3 * (3 + 1 + 0) + 3 * 1, 9.0 + 3, 12.0)

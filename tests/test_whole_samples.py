@@ -32,7 +32,8 @@ from tests.conftest import MakePolicy, sampling_of
 
 HERE = "tests.test_whole_samples"
 T, G = 5, 3
-RANDOM = Random(1).at("train", 4)
+ITERATION = 4
+RANDOM = Random(1).at("train", ITERATION)
 GROUPS = [Group(0, Prompt("a red cube")), Group(1, Prompt("two dogs"))]
 
 
@@ -99,11 +100,13 @@ NFT = DiffusionNFT(group_size=G)
 
 def test_flash_takes_fewer_larger_steps_to_the_data(policies, scorer):
     policy = policies("sd3")
-    flash = MIX.collect(policy, GROUPS, scorer(), RANDOM)
-    whole = replace(MIX, flash=1.0, solver="euler").collect(policy, GROUPS, scorer(), RANDOM)
+    flash = MIX.collect(policy, GROUPS, scorer(), RANDOM, ITERATION)
+    whole = replace(MIX, flash=1.0, solver="euler").collect(
+        policy, GROUPS, scorer(), RANDOM, ITERATION
+    )
     # Shared: steps 0 and 1 once. Then 3 steps, or int(3 * 0.7) = 2 of them.
     assert (flash.cost.nfe, whole.cost.nfe) == (2 + 2 * G, 2 + 3 * G)
-    assert flash.cost == MIX.cost(T, [1])
+    assert flash.cost == MIX.cost(T, ITERATION, RANDOM)
     for experience in (flash, whole):
         assert experience.actions.step.unique().tolist() == [1]
         assert len(experience.actions.states) == len(GROUPS)
@@ -140,17 +143,18 @@ def test_mixes_that_cannot_be_are_refused():
 def test_win_rates_are_judged_over_whole_groups_whatever_the_batches(policies, scorer):
     policy = policies("sd3")
     for policy.batch_size in (64, 2):
-        experience = JUDGED.collect(policy, GROUPS, scorer(*BOTH), RANDOM)
-        c = experience.candidates
-        bright = c.scores["brightness"].view(2, G)
+        experience = JUDGED.collect(policy, GROUPS, scorer(*BOTH), RANDOM, ITERATION)
+        c, raw = experience.candidates, experience.candidates.scores.raw
+        bright = raw["brightness"].view(2, G)
         ranks = bright.argsort(1).argsort(1) / (G - 1)
-        assert torch.equal(c.scores["win_rate"].view(2, G), ranks)
-        torch.testing.assert_close(c.reward, 0.7 * ranks.flatten() + 0.3 * c.scores["redness"])
-        assert experience.weights == {"brightness": 0.0, "redness": 0.3, "win_rate": 0.7}
+        assert torch.equal(raw["win_rate"].view(2, G), ranks)
+        torch.testing.assert_close(c.reward, 0.7 * ranks.flatten() + 0.3 * raw["redness"])
+        assert c.scores.weights == {"redness": 0.3, "win_rate": 0.7}
+        torch.testing.assert_close(sum(c.scores.parts().values()), c.reward)
     policy.batch_size = 64
     z = [
         (v.view(2, G) - v.view(2, G).mean(1, keepdim=True)) / v.view(2, G).std(1, keepdim=True)
-        for v in (c.scores["win_rate"], c.scores["redness"])
+        for v in (raw["win_rate"], raw["redness"])
     ]
     wanted = 0.7 * z[0] + 0.3 * z[1]
     a = experience.actions
@@ -161,9 +165,9 @@ def test_win_rates_are_judged_over_whole_groups_whatever_the_batches(policies, s
 
 def test_comparing_scores_is_judging_by_them(policies, scorer):
     policy = policies("sd3")
-    judged = JUDGED.collect(policy, GROUPS, scorer(*BOTH), RANDOM)
+    judged = JUDGED.collect(policy, GROUPS, scorer(*BOTH), RANDOM, ITERATION)
     compared = replace(JUDGED, preference=Compared(reward="brightness", weight=0.7))
-    other = compared.collect(policy, GROUPS, scorer(*BOTH), RANDOM)
+    other = compared.collect(policy, GROUPS, scorer(*BOTH), RANDOM, ITERATION)
     torch.testing.assert_close(other.candidates.reward, judged.candidates.reward)
 
 
@@ -172,8 +176,10 @@ def test_a_group_without_verdicts_teaches_nothing_and_too_many_stop_the_run(poli
         JUDGED, preference=replace(JUDGED.preference, options={"silent_on": "two dogs"})
     )
     with pytest.raises(RewardError, match="3 of 6 comparisons got no verdict"):
-        silent.collect(policies("sd3"), GROUPS, scorer(*BOTH), RANDOM)
-    experience = silent.collect(policies("sd3"), GROUPS, scorer(*BOTH, max_rate=0.5), RANDOM)
+        silent.collect(policies("sd3"), GROUPS, scorer(*BOTH), RANDOM, ITERATION)
+    experience = silent.collect(
+        policies("sd3"), GROUPS, scorer(*BOTH, max_rate=0.5), RANDOM, ITERATION
+    )
     assert experience.candidates.valid.tolist() == [True] * G + [False] * G
     advantages = silent.advantages(experience)
     assert (advantages[experience.actions.group == 1] == 0).all()
@@ -186,9 +192,9 @@ def test_a_group_without_verdicts_teaches_nothing_and_too_many_stop_the_run(poli
 @pytest.mark.parametrize("name", ["sd3", "sd15"])
 def test_nft_actions_are_noised_samples(name, policies, scorer):
     policy = policies(name)
-    experience = NFT.collect(policy, GROUPS, scorer(), RANDOM)
+    experience = NFT.collect(policy, GROUPS, scorer(), RANDOM, ITERATION)
     a = experience.actions
-    assert experience.cost == NFT.cost(T, [])
+    assert experience.cost == NFT.cost(T, ITERATION, RANDOM)
     # int(5 * .99) of 5 times each, not the same for all.
     times = {
         (g, s): a.step[(a.group == g) & (a.sample == s)].tolist()
@@ -239,7 +245,7 @@ def test_the_policy_that_samples_trails_and_is_saved(learn: Learn, scorer):
     before = [p.detach().clone() for p in learner.parameters]
     learner.num_updates = 175  # 1 - 0.75 of the way from now on
     with learner.behaviour_policy():
-        experience = NFT.collect(learner.policy, GROUPS, scorer(), RANDOM)
+        experience = NFT.collect(learner.policy, GROUPS, scorer(), RANDOM, ITERATION)
     metrics = learner.update(experience, NFT.advantages(experience), RANDOM)
     assert metrics["loss/kl"] == 0
     assert not [k for k in metrics if k.startswith(("ratio", "log_prob", "step"))]
@@ -267,7 +273,7 @@ def test_the_policy_that_samples_trails_and_is_saved(learn: Learn, scorer):
 def test_nft_gradient_is_that_of_every_sample_alone(learn: Learn, scorer):
     loss = NFTLoss(kl_coef=0.0, beta=0.5)
     learner = learn("sd15", NFT, loss)
-    experience = NFT.collect(learner.policy, GROUPS, scorer(), RANDOM)
+    experience = NFT.collect(learner.policy, GROUPS, scorer(), RANDOM, ITERATION)
     advantages, a = NFT.advantages(experience), experience.actions
     total = torch.zeros(())
     for i in range(len(a)):
@@ -301,7 +307,7 @@ def test_nft_goes_where_the_reward_is(learn: Learn, scorer):
         for iteration in range(4):
             random = Random(1).at("train", iteration)
             with learner.behaviour_policy():
-                experience = NFT.collect(learner.policy, GROUPS, scorer(reward), random)
+                experience = NFT.collect(learner.policy, GROUPS, scorer(reward), random, iteration)
             learner.update(experience, NFT.advantages(experience), random)
         change[sign] = float(brightness(learner.policy.images(prompts, noise), []).mean() - before)
     assert change[1.0] > 0 > change[-1.0]
@@ -349,13 +355,6 @@ def test_preferences_and_rewards_must_go_together():
         replace(one, rewards=(Reward(model=f"{HERE}:brightness", name="win_rate"),)).check()
 
 
-def concatenated(parts: Sequence[Candidates]) -> Candidates:
-    return Candidates(
-        **{k: torch.cat([getattr(p, k) for p in parts]) for k in ("group", "sample", "step", "granularity", "reward")},
-        scores={k: torch.cat([p.scores[k] for p in parts]) for k in parts[0].scores},
-    )  # fmt: skip
-
-
 @pytest.mark.parametrize(
     "advantage",
     [GroupAdvantage(std="batch"), PerReward(std="batch"), GDPO(), LogTamed(std="batch"), BetaAdvantage()],
@@ -363,26 +362,23 @@ def concatenated(parts: Sequence[Candidates]) -> Candidates:
 def test_ranks_change_no_advantage(advantage, policies, scorer):
     algorithm = FlowGRPO(group_size=G, transition=CPS(), advantage=advantage)
     rewards = (Reward(model=f"{HERE}:brightness"), Reward(model=f"{HERE}:redness", weight=0.1))
-    whole = algorithm.collect(policies("sd3"), GROUPS, scorer(*rewards), RANDOM)
+    whole = algorithm.collect(policies("sd3"), GROUPS, scorer(*rewards), RANDOM, ITERATION)
     if isinstance(advantage, BetaAdvantage):
         binary = torch.tensor([1.0, 0, 0, 1, 0, 1])
-        whole = replace(whole, candidates=replace(whole.candidates, reward=binary))
+        scores = replace(whole.candidates.scores, reward=binary)
+        whole = replace(whole, candidates=replace(whole.candidates, scores=scores))
     wanted = algorithm.advantages(whole)
 
     def rank(group: int) -> Experience:
         c = whole.candidates
-        own = c.group == group
-        mine = Candidates(
-            c.group[own], c.sample[own], c.step[own], c.granularity[own],
-            {k: v[own] for k, v in c.scores.items()}, c.reward[own],
-        )  # fmt: skip
+        mine = c.select(c.group == group)
         actions = whole.actions.select((whole.actions.group == group).nonzero().squeeze(1))
         return replace(whole, candidates=mine, actions=actions)
 
     ranks = [rank(1), rank(0)]
-    everyone = concatenated([r.candidates for r in ranks])
+    everyone = Candidates.concatenate([r.candidates for r in ranks])
     for part in ranks:
-        found = algorithm.advantages(replace(part, everyone=everyone, all_rewards=everyone.reward))
+        found = algorithm.advantages(replace(part, gathered=everyone))
         mine = whole.actions.group == part.actions.group[0]
         torch.testing.assert_close(found, wanted[mine], atol=1e-5, rtol=1e-5)
         assert (found != 0).any()
@@ -390,20 +386,20 @@ def test_ranks_change_no_advantage(advantage, policies, scorer):
 
 def test_decaying_windows_stay_shorter_late():
     window = SlidingWindow(size=1, every=4, decay=0.5, decay_from=1, skip_last=1)
-    starts = [window.select(5, i, torch.Generator())[0] for i in range(14)]
+    starts = [window.select(5, i, RANDOM)[0] for i in range(14)]
     # ceil(4 exp(-.5 max(0, l - 1))) = 4, 4, 3, 2
     assert starts == [0] * 4 + [1] * 4 + [2] * 3 + [3] * 2 + [0]
     staying = replace(window, at_end="stay")
-    assert [staying.select(5, i, torch.Generator())[0] for i in (12, 13, 99)] == [3, 3, 3]
+    assert [staying.select(5, i, RANDOM)[0] for i in (12, 13, 99)] == [3, 3, 3]
     with pytest.raises(ValueError, match="decay must be at least 0"):
-        replace(window, decay=-1.0).select(5, 0, torch.Generator())
+        replace(window, decay=-1.0).select(5, 0, RANDOM)
 
 
 def test_mix_windows_are_those_of_the_iteration_alone(policies, scorer):
     algorithm = MixGRPO(group_size=2, transition=DDIM(), steps=SlidingWindow(size=2, every=1))
     for iteration, wanted in ((0, [0, 1]), (1, [1, 2]), (2, [0, 1])):
         random = Random(3).at("train", iteration)
-        experience = algorithm.collect(policies("sd15"), GROUPS[:1], scorer(), random)
+        experience = algorithm.collect(policies("sd15"), GROUPS[:1], scorer(), random, iteration)
         assert experience.actions.step.unique().tolist() == wanted
 
 

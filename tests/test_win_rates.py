@@ -95,7 +95,7 @@ def test_a_transitive_judge_gives_a_ladder(size, referee: MakeReferee):
     assert rates.tolist() == pytest.approx([int(i) / (size - 1) for i in order])
     # Of decisive, transitive verdicts: |A| is at most sqrt(3 (G - 1) / (G + 1)).
     group = torch.zeros(size, dtype=torch.long)
-    advantage = GroupAdvantage(epsilon=0.0)(rates, group, rates)
+    advantage = GroupAdvantage(epsilon=0.0)(rates, group)
     assert float(advantage.max()) == pytest.approx(math.sqrt(3 * (size - 1) / (size + 1)), rel=1e-4)
 
 
@@ -103,7 +103,7 @@ def test_the_papers_example():
     rates = win_rates(4, pairs_of(4), torch.tensor([0.0, 0, 0, 0, 1, 1]))
     assert rates.tolist() == pytest.approx([0, 2 / 3, 1, 1 / 3])
     group = torch.zeros(4, dtype=torch.long)
-    found = GroupAdvantage(epsilon=0.0)(rates, group, rates)
+    found = GroupAdvantage(epsilon=0.0)(rates, group)
     assert found.tolist() == pytest.approx([-1.34, 0.45, 1.34, -0.45], abs=0.005)
 
 
@@ -113,7 +113,7 @@ def test_ties_are_half_a_win_and_all_ties_teach_nothing(referee: MakeReferee):
     rates = referee().rates(media[[1, 1, 1, 1]], PROMPT)
     assert rates.tolist() == [0.5] * 4
     group = torch.zeros(4, dtype=torch.long)
-    assert GroupAdvantage()(rates, group, rates).tolist() == [0.0] * 4
+    assert GroupAdvantage()(rates, group).tolist() == [0.0] * 4
 
 
 def test_a_pair_without_verdict_counts_for_neither(referee: MakeReferee):

@@ -1,27 +1,31 @@
-"""An algorithm of your own: a sample is worth as many of its group as it beats."""
+"""An algorithm of your own: a sample's advantage is the share of its group that it beats."""
 
 from dataclasses import dataclass, field, replace
 
 import flowgrpo
-from flowgrpo.algorithms import trajectories as tr
+from flowgrpo.algorithms import AlgorithmBase, credit, trajectories
 from flowgrpo.core.transitions import CPS, Transition
 
 
 @dataclass(frozen=True, kw_only=True)
-class WinRate:
+class WinRate(AlgorithmBase):
     kind: str = "win_rate"
     group_size: int = 4
     transition: Transition = field(default_factory=CPS)
 
-    def collect(self, policy, groups, scorer, random):
-        plan = tr.TrajectoryPlan(self.group_size, self.transition, [0, 1], shared_noise=True)
-        return tr.collect_trajectories(policy, groups, scorer, random, plan)
+    def plan(self, num_steps, iteration, random):
+        return trajectories.TrajectoryPlan(self.group_size, self.transition, [0, 1], True)
+
+    def collect(self, policy, groups, scorer, random, iteration):
+        plan = self.plan(policy.num_steps(), iteration, random)
+        return trajectories.collect_trajectories(policy, groups, scorer, random, plan)
 
     def advantages(self, experience):
         c = experience.candidates
         duels = (c.group[:, None] == c.group) & c.valid[:, None] & c.valid
         won = (c.reward[:, None] - c.reward).nan_to_num().sign() * duels  # +1, 0 or -1
-        return tr.credit_trajectories(experience.actions, c, won.sum(1) / duels.sum(1).clamp(min=1))
+        share = won.sum(1) / duels.sum(1).clamp(min=1)
+        return credit.credit_trajectories(experience.actions, c, share)
 
     def check(self, num_steps):
         if num_steps < 3:  # the last step is never stochastic

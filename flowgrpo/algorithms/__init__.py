@@ -1,6 +1,11 @@
-"""One paper, one file: what to collect, and which candidates judge which actions."""
+"""Algorithms: which actions and candidates to collect, and which candidates judge which actions.
 
-from flowgrpo.algorithms.base import Algorithm
+One paper, one file: a frozen dataclass that is also the algorithm's configuration. The shared parts
+follow the data: an algorithm (``base``) samples with a plan for whole ``trajectories`` or for
+``branches`` from a shared path; a ``collection`` records actions and candidates as an experience;
+``credit`` turns its scores into one advantage per action."""
+
+from flowgrpo.algorithms.base import Algorithm, AlgorithmBase
 from flowgrpo.algorithms.branch_grpo import BranchGRPO
 from flowgrpo.algorithms.dance_grpo import DanceGRPO
 from flowgrpo.algorithms.diffusion_nft import DiffusionNFT
@@ -14,6 +19,6 @@ from flowgrpo.algorithms.tp_grpo import TPGRPO
 from flowgrpo.algorithms.vgpo import VGPO
 
 __all__ = [
-    "FIND", "G2RPO", "TPGRPO", "VGPO", "Algorithm", "BranchGRPO", "DanceGRPO", "DiffusionNFT",
-    "FlowGRPO", "MixGRPO", "PrefGRPO", "TempFlowGRPO",
+    "FIND", "G2RPO", "TPGRPO", "VGPO", "Algorithm", "AlgorithmBase", "BranchGRPO", "DanceGRPO",
+    "DiffusionNFT", "FlowGRPO", "MixGRPO", "PrefGRPO", "TempFlowGRPO",
 ]  # fmt: skip

@@ -1,8 +1,12 @@
 """BranchGRPO (arXiv:2509.06040): a tree of trajectories per prompt.
 
-All samples of a prompt are one until the first split; at each split every branch becomes several,
-and the leaves are the images. What leaves share is computed once. A step is worth the mean of the
-leaves below it, compared with the other branches at its depth.
+All samples of a prompt are one branch until the first split; at each split every branch becomes
+several, and the leaves are the images. Steps that leaves share are computed once. The reward of a
+branch at a step is the mean reward of the leaves below it, compared with the other branches at the
+same step.
+
+A branch is recorded under the index of its first leaf: with 4 leaves and splits into 2 children at
+steps 0 and 2, the branches after step 0 are samples 0 and 2.
 """
 
 from collections.abc import Callable, Sequence
@@ -10,30 +14,20 @@ from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Literal
 
-import torch
-from jaxtyping import Bool, Float
-from torch import Tensor
-
+from flowgrpo.algorithms.base import AlgorithmBase, CreditView, Policy, Scorer
 from flowgrpo.algorithms.collection import Collection, Samples
-from flowgrpo.algorithms.credit import (
-    Derive,
-    StepTable,
-    candidates_of,
-    check_kind,
-    standings,
-)
-from flowgrpo.core.advantages import GDPO, Advantage, GroupAdvantage
+from flowgrpo.algorithms.credit import Derive, StepTable, check_kind, step_advantages
+from flowgrpo.core.advantages import Advantage, GroupAdvantage
 from flowgrpo.core.random import Random
 from flowgrpo.core.steps import AllSteps, StepSelection
+from flowgrpo.core.tensors import Bool, Float, Tensor, torch
 from flowgrpo.core.transitions import DanceSDE, Transition, require_noise
 from flowgrpo.data.experience import Candidates, Cost, Experience
 from flowgrpo.data.prompts import Group
-from flowgrpo.policy import PipelinePolicy
-from flowgrpo.rewards.scorer import RewardScorer
 
 
 @dataclass(frozen=True, kw_only=True)
-class BranchGRPO:
+class BranchGRPO(AlgorithmBase):
     """Step-level credit by a tree of trajectories, compared depth by depth."""
 
     kind: Literal["branch_grpo"] = "branch_grpo"
@@ -42,70 +36,73 @@ class BranchGRPO:
     splits: tuple[int, ...] = (0, 3, 6, 9)
     """The steps at which every branch becomes several, ascending."""
     children: int = 2
-    """Branches that each becomes at a split, at least 2."""
+    """Number of branches into which each branch splits, at least 2."""
     transition: Transition = field(default_factory=DanceSDE)
     """The stochastic step."""
     steps: StepSelection = field(default_factory=AllSteps)
-    """Which steps after the first split are stochastic besides the splits. Before it, where the
-    samples are still one, all follow the ODE."""
+    """Which steps after the first split are stochastic besides the splits. All steps before it, which
+    all samples share, follow the ODE."""
     fusion: Literal["mean", "path_probability"] = "mean"
-    """How a branch's reward follows from its children's at a split: their mean, or weighted by the
-    softmax of the log-probabilities of their steps."""
+    """How a branch's reward follows from its children's rewards at a split: their mean, or their mean
+    weighted by the softmax of the log-probabilities of their steps."""
     width: Literal["all", "best_of_siblings", "extremes"] = "all"
-    """Which leaves keep their paths in training (width pruning): all, the best of the children of
-    each last split, or the best and the worst of the group, ``extremes`` of them in all."""
+    """Which leaves' paths are trained (width pruning): ``all``; ``best_of_siblings``, the best child of
+    each last split; or ``extremes``, the best and the worst leaves of the group."""
     extremes: int = 0
-    """Leaves that ``width = "extremes"`` keeps, half the best and half the worst; even."""
+    """Number of leaves that ``width = "extremes"`` keeps, half the best and half the worst; even."""
     depths: StepSelection = field(default_factory=AllSteps)
-    """Which of the stochastic steps are trained (depth pruning); a ``sliding_window`` prunes others
-    as training goes on."""
+    """Which of the stochastic steps are trained (depth pruning); with a ``sliding_window`` these change
+    during training."""
     advantage: Advantage = field(default_factory=lambda: GroupAdvantage(ddof=1, epsilon=1e-8))
     """From the rewards of a tree's branches, depth by depth, to advantages."""
 
     def collect(
-        self, policy: PipelinePolicy, groups: Sequence[Group], scorer: RewardScorer, random: Random
+        self,
+        policy: Policy,
+        groups: Sequence[Group],
+        scorer: Scorer,
+        random: Random,
+        iteration: int,
     ) -> Experience:
-        """Grow a tree per prompt. A branch bears the number of its first leaf as its sample."""
-        iteration = random.path[-1]
-        assert isinstance(iteration, int)
+        """Sample a tree per prompt, and keep the actions of the trained depths."""
         num_steps = policy.num_steps()
-        selected = self.steps.select(num_steps, iteration, random.generator("steps"))
+        selected = self.steps.select(num_steps, iteration, random.at("steps"))
         collection = Collection(policy, groups, scorer, self.transition)
         self._grow(collection, groups, random, selected)
         experience = collection.experience()
-        trained = self.depths.select(num_steps, iteration, random.generator("depths"))
-        rows = torch.isin(experience.actions.step, torch.tensor(trained)).nonzero().squeeze(1)
+        depths = self.depths.select(num_steps, iteration, random.at("depths"))
+        rows = torch.isin(experience.actions.step, torch.tensor(depths)).nonzero().squeeze(1)
         if not len(rows):
             raise ValueError(
-                f"algorithm.depths selects steps {trained}, none of which is stochastic here: "
+                f"algorithm.depths selects steps {depths}, none of which is stochastic here: "
                 f"{sorted(experience.step_std)}"
             )
         return replace(experience, actions=experience.actions.select(rows))
 
     def advantages(self, experience: Experience) -> Float[Tensor, " actions"]:
-        """Each branch's reward against those of its depth; zero on paths to pruned leaves only."""
-        c, chances = candidates_of(experience), self._chances(experience)
+        """Each branch's reward against those at its step; zero if all leaves below it are pruned."""
+        c, chances = experience.all_candidates, self._chances(experience)
         steps = sorted(set(experience.actions.step.tolist()))
 
         def branches(combine: Callable[[Tensor, Tensor], Tensor]) -> Derive:
-            """What ``combine`` makes of the numbers and chances of the leaves below each branch."""
+            """Combine the numbers and chances of the leaves below each branch, ``(..., leaves)``."""
 
             def derive(numbers: Tensor) -> StepTable:
                 table = StepTable.of_candidates(c, numbers, [int(c.step.max())])
-                leaves, width = table.values.view(-1, self.group_size), self._leaves_below
+                leaves = table.values.view(-1, self.group_size)  # (groups, leaves)
                 values = torch.full((*leaves.shape, len(steps)), torch.nan, dtype=torch.float64)
-                for j, w in enumerate(map(width, steps)):
-                    # A branch is noted at its first leaf.
-                    values[:, ::w, j] = combine(
-                        leaves.unflatten(1, (-1, w)), chances.unflatten(1, (-1, w))
+                for j, below in enumerate(map(self._leaves_below, steps)):
+                    # Branches are recorded at their first leaf, every ``below`` leaves.
+                    values[:, ::below, j] = combine(
+                        leaves.unflatten(1, (-1, below)), chances.unflatten(1, (-1, below))
                     )
                 return table.with_values(values.flatten(0, 1), steps)
 
             return derive
 
-        worth = standings(self.advantage, experience, branches(_expected))
+        found = step_advantages(self.advantage, experience, branches(_expected))
         kept = branches(lambda leaves, _: leaves.amax(-1))(self._kept(c))
-        return worth.of(experience.actions) * kept.of(experience.actions)
+        return found.of(experience.actions) * kept.of(experience.actions)
 
     def check(self, num_steps: int) -> None:
         """Raise ValueError if the settings contradict each other or the grid."""
@@ -123,24 +120,35 @@ class BranchGRPO:
                 f"power of the number of splits, {self.children} ** {len(s)} = {self.children ** len(s)}, "
                 "with at least 2 children"
             )
-        self.steps.select(num_steps, 0, Random(0).generator())
-        self.depths.select(num_steps, 0, Random(0).generator())
+        self.steps.check(num_steps)
+        self.depths.check(num_steps)
         self._check_pruning()
 
-    def cost(self, num_steps: int, stochastic: Sequence[int]) -> Cost:
+    def trained_steps(self, num_steps: int, iteration: int, random: Random) -> Sequence[int]:
+        """The splits and the stochastic steps after the first of them, if their depth is trained."""
+        selected = self.steps.select(num_steps, iteration, random.at("steps"))
+        depths = self.depths.select(num_steps, iteration, random.at("depths"))
+        stochastic = {*self.splits, *(s for s in selected if s > self.splits[0])}
+        return sorted(stochastic & set(depths))
+
+    def cost(self, num_steps: int, iteration: int, random: Random) -> Cost:
         """Work per prompt: at each step one evaluation per branch, ``children ** (splits before)``.
 
-        Which steps are stochastic besides the splits makes no difference.
+        It does not depend on which steps are stochastic besides the splits.
         """
         nfe = sum(
             self.children ** sum(split < step for split in self.splits) for step in range(num_steps)
         )
         return Cost(float(nfe), float(self.group_size), float(self.group_size))
 
+    def credit_view(self, experience: Experience) -> CreditView:
+        """Candidates are leaves; the actions of a leaf are those of the branches above it."""
+        return CreditView(rivals=self.group_size, action_sample=self.branch_of)
+
     def branch_of(self, leaf: int, step: int) -> int:
-        """The number under which a leaf's branch is noted at a step: that of the branch's first leaf."""
-        width = self._leaves_below(step)
-        return leaf // width * width
+        """The sample under which a leaf's branch is recorded at a step: the branch's first leaf."""
+        below = self._leaves_below(step)
+        return leaf // below * below
 
     def _check_pruning(self) -> None:
         if self.width == "extremes" and (
@@ -155,10 +163,12 @@ class BranchGRPO:
                 f"algorithm.extremes = {self.extremes} needs algorithm.width = 'extremes', got "
                 f"{self.width!r}"
             )
-        if self.fusion == "path_probability" and isinstance(self.advantage, GDPO):
+        if self.fusion == "path_probability" and self.advantage.over_batch:
+            # Advantages with std = 'batch' are refused before, so the kind is 'gdpo'.
             raise ValueError(
                 "algorithm.fusion = 'path_probability' knows the branches of one process only, but "
-                "algorithm.advantage.kind = 'gdpo' is over all: use fusion 'mean' or 'per_reward'"
+                "algorithm.advantage.kind = 'gdpo' has statistics over all processes: use fusion "
+                "'mean' or advantage 'per_reward'"
             )
         if self.fusion == "path_probability" and self.depths != AllSteps():
             raise ValueError(
@@ -167,7 +177,7 @@ class BranchGRPO:
             )
 
     def _leaves_below(self, step: int) -> int:
-        """How many leaves descend from a branch after a step."""
+        """The number of leaves that descend from a branch after a step."""
         return self.group_size // self.children ** sum(split <= step for split in self.splits)
 
     def _grow(
@@ -177,15 +187,18 @@ class BranchGRPO:
         random: Random,
         selected: Sequence[int],
     ) -> None:
-        """Run from split to split, each branch once, then to the images."""
+        """Run every branch from split to split, and the leaves to their images.
+
+        ``x`` are the states after the last split, one per branch.
+        """
         policy, end = collection.policy, collection.policy.num_steps()
         leaves, x, start = Samples.of(groups, self.group_size, random, 1), None, 0
         for split in (*self.splits, end):
-            # The branches as they are before the split, and after it.
+            # The branches before the split, and their children after it.
             branches = leaves[:: self._leaves_below(start - 1)]
             stochastic = [s for s in selected if start <= s < split] if start else []
             children = leaves[:: self._leaves_below(split)]
-            parted: list[Tensor] = []
+            states: list[Tensor] = []
             for rollout in policy.run(
                 branches.prompts,
                 branches.noise,
@@ -200,20 +213,20 @@ class BranchGRPO:
                 for record in rollout.records:
                     if record.step == split:
                         own = children[begin * self.children : stop * self.children]
-                        parted.append(collection.branch(own, record))
+                        states.append(collection.branch(own, record))
                     else:
-                        collection.act(branches[begin:stop], record)
+                        collection.add_step(branches[begin:stop], record)
                 if rollout.media is not None:
                     collection.submit(branches[begin:stop], rollout.media, end - 1)
-            x, start = (torch.cat(parted) if parted else None), split + 1
+            x, start = (torch.cat(states) if states else None), split + 1
 
     def _chances(self, experience: Experience) -> Float[Tensor, "groups leaves"]:
-        """How much each leaf counts in the branches above it, up to a factor common to the branch.
+        """The weight of each leaf in the branches above it, up to a factor common to the branch.
 
-        By groups in ascending order. Those of other ranks, whose steps are not known here, count all
-        leaves alike; no statistics reach from them to this rank's.
+        Groups are in ascending order. Leaves of other processes, whose actions are not known here,
+        all have weight 1; no statistic of this process's groups depends on them.
         """
-        a, groups = experience.actions, candidates_of(experience).group.unique()
+        a, groups = experience.actions, experience.all_candidates.group.unique()
         chances = torch.ones(len(groups), self.group_size, dtype=torch.float64)
         if self.fusion == "mean":
             return chances
@@ -223,12 +236,13 @@ class BranchGRPO:
                 if not len(rows):
                     continue
                 rows = rows[a.sample[rows].argsort()]
+                # (parents, children): the probability of each child among its siblings.
                 siblings = a.old_log_prob[rows].double().view(-1, self.children).softmax(1)
                 chances[row] *= siblings.flatten().repeat_interleave(self._leaves_below(split))
         return chances
 
     def _kept(self, candidates: Candidates) -> Float[Tensor, " leaves"]:
-        """1 for leaves that are not pruned, else 0; those without a reward never are kept."""
+        """1 for leaves that are kept, 0 for pruned ones; leaves without a reward are always pruned."""
         kept = torch.zeros_like(candidates.reward)
         for group in candidates.group.unique():
             rows = (candidates.group == group).nonzero().squeeze(1)
@@ -237,7 +251,7 @@ class BranchGRPO:
         return kept
 
     def _kept_of(self, reward: Float[Tensor, " leaves"]) -> Bool[Tensor, " leaves"]:
-        """The leaves of one tree that are not pruned."""
+        """The leaves of one tree that are kept."""
         finite = reward.isfinite()
         if self.width == "all":
             return finite
@@ -257,6 +271,6 @@ class BranchGRPO:
 def _expected(
     leaves: Float[Tensor, "groups branches below"], chances: Float[Tensor, "groups branches below"]
 ) -> Float[Tensor, "groups branches"]:
-    """The mean of the leaves below each branch by their chances; NaN if all of them failed."""
+    """The mean of the leaves below each branch, weighted by their chances; NaN if all of them failed."""
     known = chances * leaves.isfinite()
     return (known * leaves.nan_to_num()).sum(-1) / known.sum(-1)

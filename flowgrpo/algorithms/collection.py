@@ -1,32 +1,31 @@
-"""What every algorithm's ``collect`` shares: who is sampled, what is recorded, judged and counted."""
+"""Recording one iteration: actions, candidates and their cost, as an :class:`Experience`.
+
+Every algorithm's ``collect`` creates :class:`Samples` (the rows of a batch), runs the policy, and
+reports to a :class:`Collection`: the steps that were taken, and the media to score.
+"""
 
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
-import torch.nn.functional as F
-from jaxtyping import Float, Int
-from torch import Tensor
-
+from flowgrpo.algorithms.base import Policy, Scorer, StepRecord
 from flowgrpo.core.random import Random, SampleNoise
+from flowgrpo.core.scores import Scores
+from flowgrpo.core.tensors import Float, Int, Tensor, torch
 from flowgrpo.core.transitions import ODE, Gaussian, Transition
 from flowgrpo.data.experience import Actions, Candidates, Cost, Experience
 from flowgrpo.data.prompts import Group, Prompt
-from flowgrpo.policy import PipelinePolicy
-from flowgrpo.policy.step_plan import StepRecord
-from flowgrpo.rewards.scorer import RewardScorer, Scores
 
 Strides = Literal["even", "released"]
 
-JUMP = 0
-"""The granularity of a candidate that was decoded from the predicted data."""
+PROJECTION = 0
+"""The granularity of a candidate that was decoded from the model's prediction of the data."""
 
 
 @dataclass(frozen=True)
 class Samples:
-    """Rows of a batch: whose samples they are, and the noise that they get.
+    """The rows of a batch: the sample that each row belongs to, and its noise.
 
     Attributes:
         groups: The group of each row.
@@ -34,7 +33,7 @@ class Samples:
         noise: The random streams of each row.
 
     Example:
-        ``samples[::6]`` are the first of every six samples: those that stand for what six share.
+        ``samples[::6]`` are the first of every six samples, which represent a state that six share.
     """
 
     groups: Sequence[Group]
@@ -45,14 +44,14 @@ class Samples:
     def of(
         cls, groups: Sequence[Group], size: int, random: Random, num_seeds: int | None = None
     ) -> "Samples":
-        """``size`` samples of each group, those of a group in a row.
+        """``size`` samples of each group; the samples of a group are consecutive.
 
         Args:
             groups: The prompts.
             size: Samples per group.
             random: Keyed by the iteration.
-            num_seeds: Initial noises per group, each shared by equally many samples in a row; None
-                gives every sample its own.
+            num_seeds: Initial noises per group, each shared by equally many consecutive samples;
+                None gives every sample its own.
         """
         owners = [(g, i) for g in groups for i in range(size)]
         initial = None
@@ -88,13 +87,13 @@ class Samples:
         return torch.tensor(list(self.numbers))
 
 
-Watch = Callable[[Samples, Tensor], None]
-"""What else wants to see samples and their media."""
+OnBatch = Callable[[Samples, Tensor], None]
+"""A callback that receives every batch of samples and media that is scored."""
 
 
 @dataclass(frozen=True)
 class _Submission:
-    """A batch on its way through the judge."""
+    """A batch that is being scored."""
 
     samples: Samples
     step: int
@@ -104,60 +103,66 @@ class _Submission:
 
 
 class Collection:
-    """The experience of one iteration in the making."""
+    """Collects the experience of one iteration."""
 
     def __init__(
         self,
-        policy: PipelinePolicy,
+        policy: Policy,
         groups: Sequence[Group],
-        scorer: RewardScorer,
+        scorer: Scorer,
         transition: Transition,
-        watch: Watch | None = None,
+        on_batch: OnBatch | None = None,
     ):
-        """Begin to count.
+        """Start counting work.
 
         Args:
-            policy: What is sampled.
+            policy: The policy that is sampled.
             groups: The prompts.
-            judge: Scores the candidates; its own counts begin anew.
+            scorer: Scores the candidates; its counts are reset.
             transition: The stochastic step.
-            watch: Sees every batch that goes to the judge.
+            on_batch: Called with every batch that is scored.
         """
         scorer.reset()
-        self._watch = watch
+        self._on_batch = on_batch
         self.policy, self.groups, self.scorer, self.transition = policy, groups, scorer, transition
         self._before = policy.num_evaluations, policy.num_decodes
         self._actions: list[Actions] = []
         self._submissions: list[_Submission] = []
-        self._num_judged = 0
+        self._num_scored = 0
         self._thumbnails: list[tuple[Tensor, Tensor]] = []
         self._step_std: dict[int, float] = {}
 
-    def add(self, actions: Actions) -> None:
-        """Note actions that are no steps of a visit."""
+    def add_actions(self, actions: Actions) -> None:
+        """Record actions that are not denoising steps."""
         self._actions.append(actions)
 
-    def act(self, samples: Samples, record: StepRecord) -> None:
-        """Note a stochastic step that each sample took from a state of its own."""
+    def add_step(self, samples: Samples, record: StepRecord) -> None:
+        """Record a stochastic step that each sample took from a state of its own."""
         own = torch.arange(len(samples))
-        self._note(samples, record, own, record.gaussian, record.x_next)
+        self._add(samples, record, own, record.gaussian, record.x_next)
 
     def branch(self, samples: Samples, record: StepRecord) -> Float[Tensor, "samples *latent"]:
-        """Take a stochastic step from each state of a visit, for several samples in a row each.
+        """Take one stochastic step per sample from recorded states that several samples share.
 
-        The visit's forward pass serves all of them; whatever step followed it there is put aside.
+        The recorded forward pass serves all of them: only the noise differs between the samples of a
+        state. The step that the policy itself took from there is not used.
+
+        Args:
+            samples: ``n`` consecutive samples for each of the recorded states.
+            record: A step from ``len(samples) / n`` states.
 
         Returns:
             The state of each sample after its step.
         """
         gaussian = self.transition(record.x, record.prediction, record.interval)
+        # The row of the shared state for each sample: 0, 0, ..., 1, 1, ...
         state = torch.arange(len(record.x)).repeat_interleave(len(samples) // len(record.x))
         spread = Gaussian(
             gaussian.mean[state.to(gaussian.mean.device)], gaussian.std, gaussian.normalised
         )
         noise = samples.noise.at_step(record.step, record.x.shape[1:])
         x_next = spread.sample(noise.to(spread.mean.device))
-        self._note(samples, record, state, spread, x_next)
+        self._add(samples, record, state, spread, x_next)
         return x_next
 
     def submit(
@@ -168,19 +173,20 @@ class Collection:
         granularities: Sequence[int] = (1,),
         compare: bool = True,
     ) -> None:
-        """Hand decoded candidates to the judge.
+        """Score decoded candidates.
 
         Args:
-            samples: Whose they are.
+            samples: The samples that they belong to.
             media: In [0, 1].
             step: The step after which they were completed.
-            granularities: Those that lead to these very candidates; they are judged once.
+            granularities: The granularities that lead to these candidates; each gets a candidate,
+                but they are scored once.
             compare: Whether they count in the group's diversity and duplicates.
         """
         scores = self.scorer.submit(media, samples.prompts)
-        if self._watch is not None:
-            self._watch(samples, media)
-        self._num_judged += len(samples)
+        if self._on_batch is not None:
+            self._on_batch(samples, media)
+        self._num_scored += len(samples)
         kept = media if self.scorer.keeps_media else None
         self._submissions += [_Submission(samples, step, g, scores, kept) for g in granularities]
         if compare:
@@ -197,15 +203,15 @@ class Collection:
         strides: Strides = "even",
         compare: bool = True,
     ) -> None:
-        """Follow the ODE from states to the data, decode, and judge.
+        """Follow the ODE from states to the data, decode, and score.
 
-        Completions on several sub-grids begin in the same state, so they share its forward pass;
-        sub-grids that are equal share all of it.
+        Completions on several sub-grids start from the same state, so they share its forward pass;
+        equal sub-grids share the whole completion.
 
         Args:
-            samples: Whose states they are.
+            samples: The samples that the states belong to.
             x: The states.
-            node: The grid node that they are at; at the last one they are decoded as they are.
+            node: The grid node of the states; states at the last node are decoded as they are.
             step: The step that the candidates judge.
             granularities: Grid intervals per step.
             strides: See :func:`subgrids`.
@@ -220,61 +226,60 @@ class Collection:
             part = samples[rollout.rows.start : rollout.rows.stop]
             self.submit(part, rollout.media, step, same, compare)
             for grid, equal in others:
+                # The first step of the other sub-grids, from the recorded forward pass.
                 (record,) = rollout.records
                 interval = self.policy.scheduler.interval(grid[0], grid[1])
-                ahead = ODE()(record.x, record.prediction, interval).mean
-                (rest,) = self.policy.run(part.prompts, part.noise, nodes=grid[1:], x=ahead)
+                x_next = ODE()(record.x, record.prediction, interval).mean
+                (rest,) = self.policy.run(part.prompts, part.noise, nodes=grid[1:], x=x_next)
                 assert rest.media is not None
                 self.submit(part, rest.media, step, equal, compare=False)
 
     def project(self, samples: Samples, record: StepRecord) -> None:
-        """Decode and judge the data that the model predicts where a step was about to begin.
+        """Decode and score the model's prediction of the data at the start of a recorded step.
 
-        The candidates judge the step before. This needs no forward pass of its own.
+        The candidates judge the step before it. This needs no forward pass of its own.
         """
         end, x0 = self.policy.num_steps(), record.prediction.x0
         for rollout in self.policy.run(samples.prompts, samples.noise, nodes=[end], x=x0):
             assert rollout.media is not None
             part = samples[rollout.rows.start : rollout.rows.stop]
-            self.submit(part, rollout.media, record.step - 1, [JUMP], compare=False)
+            self.submit(part, rollout.media, record.step - 1, [PROJECTION], compare=False)
 
     def experience(self) -> Experience:
-        """Wait for the judge, and put everything together."""
+        """Wait for the scorer and return the whole experience."""
         done = [(s, s.scores.result()) for s in self._submissions]
-        names = done[0][1].raw
-        candidates = Candidates(
-            group=torch.cat([s.samples.group for s, _ in done]),
-            sample=torch.cat([s.samples.sample for s, _ in done]),
-            step=torch.cat([torch.full((len(s.samples),), s.step) for s, _ in done]),
-            granularity=torch.cat([torch.full((len(s.samples),), s.granularity) for s, _ in done]),
-            scores={n: torch.cat([scores.raw[n] for _, scores in done]) for n in names},
-            reward=torch.cat([scores.reward for _, scores in done]),
-        )
-        small = self._small_by_group()
+        candidates = [
+            Candidates(
+                group=s.samples.group,
+                sample=s.samples.sample,
+                step=torch.full((len(s.samples),), s.step),
+                granularity=torch.full((len(s.samples),), s.granularity),
+                scores=scores,
+            )
+            for s, scores in done
+        ]
+        small = self._thumbnails_by_group()
         evaluations, decodes = self._before
         number = len(self.groups)
         return Experience(
             groups=self.groups,
             transition=self.transition,
             actions=Actions.concatenate(self._actions),
-            candidates=candidates,
+            candidates=Candidates.concatenate(candidates),
             cost=Cost(
                 nfe=(self.policy.num_evaluations - evaluations) / number,
                 decodes=(self.policy.num_decodes - decodes) / number,
-                rewards=self._num_judged / number,
+                rewards=self._num_scored / number,
             ),
-            all_rewards=candidates.reward,
             diversity=torch.stack([s.std(0, correction=0).mean() for s in small]),
             duplicates=torch.tensor([float(len(s) - len(s.unique(dim=0))) for s in small]),
             step_std=dict(sorted(self._step_std.items())),
-            weights={r.label: r.weight_at(self.scorer.iteration) for r in self.scorer.rewards},
             media=torch.cat([s.media for s, _ in done if s.media is not None])
             if self.scorer.keeps_media
             else None,
-            shapes={r.label: r.shaped for r in self.scorer.rewards},
         )
 
-    def _note(
+    def _add(
         self,
         samples: Samples,
         record: StepRecord,
@@ -282,7 +287,8 @@ class Collection:
         gaussian: Gaussian,
         x_next: Float[Tensor, "samples *latent"],
     ) -> None:
-        assert isinstance(gaussian.std, float), "a step of the denoiser has one"
+        """Record a step of each sample from the row ``state`` of the recorded states."""
+        assert isinstance(gaussian.std, float), "a denoising step has one standard deviation"
         self._step_std[record.step] = gaussian.std
         self._actions.append(
             Actions(
@@ -297,7 +303,7 @@ class Collection:
             )
         )
 
-    def _small_by_group(self) -> list[Tensor]:
+    def _thumbnails_by_group(self) -> list[Tensor]:
         """The thumbnails of each group's compared candidates."""
         group = torch.cat([g for g, _ in self._thumbnails])
         small = torch.cat([t for _, t in self._thumbnails])
@@ -307,18 +313,19 @@ class Collection:
 def subgrids(
     node: int, num_steps: int, granularities: Sequence[int], strides: Strides = "even"
 ) -> Mapping[tuple[int, ...], list[int]]:
-    """The grid nodes from ``node`` to the data by each granularity, equal ones once.
+    """The grid nodes from ``node`` to the data for each granularity; equal sub-grids appear once.
 
     Args:
-        node: Where they begin.
+        node: The first node.
         num_steps: The node of the data.
         granularities: Intervals per step.
-        strides: ``even`` takes steps of ``g`` intervals from ``node``; where they do not divide what
-            is left, the last step is shorter. ``released`` is G2RPO's code: one interval first, then
-            steps of ``g``; where they do not divide what is left, the last step is longer.
+        strides: ``even`` takes steps of ``g`` intervals from ``node`` on; if ``g`` does not divide
+            the rest of the grid, the last step is shorter. ``released`` is G2RPO's released code:
+            one interval first, then steps of ``g``; if ``g`` does not divide the rest, the last step
+            is longer.
 
     Returns:
-        The granularities that lead over each sub-grid, in the order in which they are given.
+        For each sub-grid the granularities that use it, in the given order.
     """
     found: dict[tuple[int, ...], list[int]] = {}
     for granularity in granularities:
@@ -333,6 +340,6 @@ def subgrids(
 def thumbnail(
     media: Float[Tensor, "batch *frames channels height width"],
 ) -> Float[Tensor, "batch pixels"]:
-    """8x8 averages of an image, or of the middle frame of a video, to compare samples by."""
+    """8x8 averages of an image, or of a video's middle frame, by which samples are compared."""
     image = media[:, media.shape[1] // 2] if media.ndim == 5 else media
-    return F.adaptive_avg_pool2d(image, 8).flatten(1)
+    return torch.nn.functional.adaptive_avg_pool2d(image, 8).flatten(1)

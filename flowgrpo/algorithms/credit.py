@@ -1,22 +1,74 @@
-"""Numbers by trajectory and step: from candidates to tables, from tables to advantages and actions."""
+"""Credit: from the scores of candidates to one advantage per action.
+
+Three ways, by which candidates judge an action:
+
+- :func:`trajectory_advantages`: the sample's one candidate judges all actions of its trajectory.
+- :func:`branch_advantages`: a branch's candidates judge the step at which it branched.
+- :func:`step_advantages`: numbers by trajectory and step (:class:`StepTable`) are derived from the
+  candidates, such as differences between steps, and compared step by step.
+"""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-import torch
-from jaxtyping import Float, Int
-from torch import Tensor
-
-from flowgrpo.core.advantages import (
-    Advantage,
-    BetaAdvantage,
-    LogTamed,
-    Scored,
-    VirtualBest,
-    numbers,
-    of_scored,
-)
+from flowgrpo.core.advantages import AdvantageKind, candidate_advantages
+from flowgrpo.core.tensors import Float, Int, Tensor, torch
 from flowgrpo.data.experience import Actions, Candidates, Experience
+
+
+def trajectory_advantages(
+    advantage: AdvantageKind, experience: Experience
+) -> Float[Tensor, " actions"]:
+    """The advantage of each sample's candidate, for all actions of its trajectory.
+
+    Args:
+        advantage: The kind; its statistics are over the candidates of all processes.
+        experience: With one candidate per sample.
+    """
+    own = own_advantages(advantage, experience)
+    return credit_trajectories(experience.actions, experience.candidates, own)
+
+
+def own_advantages(
+    advantage: AdvantageKind, experience: Experience
+) -> Float[Tensor, " candidates"]:
+    """The advantage of each of this process's candidates, with statistics over all processes."""
+    everything = experience.all_candidates
+    # A group is whole on one process, and gathering keeps the order of its candidates.
+    mine = torch.isin(everything.group, experience.candidates.group.unique())
+    return candidate_advantages(advantage, everything.scores, everything.group)[mine]
+
+
+def credit_trajectories(
+    actions: Actions, candidates: Candidates, advantage: Float[Tensor, " candidates"]
+) -> Float[Tensor, " actions"]:
+    """Give every action of a trajectory the advantage of the trajectory's one candidate."""
+    row = {
+        (int(g), int(s)): i
+        for i, (g, s) in enumerate(zip(candidates.group, candidates.sample, strict=True))
+    }
+    rows = [row[int(g), int(s)] for g, s in zip(actions.group, actions.sample, strict=True)]
+    return advantage[torch.tensor(rows)]
+
+
+def branch_advantages(
+    advantage: AdvantageKind, experience: Experience, branches_per_seed: int
+) -> Float[Tensor, " actions"]:
+    """For each branch, the sum over granularities of its advantages over branches from its state.
+
+    Each comparison is among the branches of one seed at one step and granularity. A candidate whose
+    reward failed adds nothing. Kinds of advantage with statistics over the batch take them over all
+    candidates, of every step and granularity.
+    """
+    a, c = experience.actions, experience.all_candidates
+    rivals = torch.stack([c.group, c.sample // branches_per_seed, c.step, c.granularity])
+    labels = torch.unique(rivals, dim=1, return_inverse=True)[1]
+    found = candidate_advantages(advantage, c.scores, labels)
+    sums: dict[tuple[int, ...], float] = {}
+    for *key, value in zip(*(v.tolist() for v in (c.group, c.sample, c.step, found)), strict=True):
+        sums[tuple(key)] = sums.get(tuple(key), 0.0) + value
+    keys = zip(a.group.tolist(), a.sample.tolist(), a.step.tolist(), strict=True)
+    return torch.tensor([sums[key] for key in keys])
 
 
 @dataclass(frozen=True)
@@ -25,7 +77,7 @@ class StepTable:
 
     Attributes:
         group: The group of each row's trajectory.
-        sample: Its index in the group.
+        sample: The index of each row's sample in its group.
         steps: The step of each column, ascending.
         values: NaN where there is no number.
     """
@@ -42,7 +94,7 @@ class StepTable:
         numbers: Float[Tensor, " candidates"],
         steps: Sequence[int],
     ) -> "StepTable":
-        """A number of each candidate after some steps; a row for each sample, by group and sample."""
+        """The candidates' numbers at some steps; one row per sample, sorted by group and sample."""
         c = candidates
         keys = sorted(set(zip(c.group.tolist(), c.sample.tolist(), strict=True)))
         row = {key: i for i, key in enumerate(keys)}
@@ -59,17 +111,17 @@ class StepTable:
     def with_values(
         self, values: Float[Tensor, "rows columns"], steps: Sequence[int] | None = None
     ) -> "StepTable":
-        """Other numbers for the same trajectories, and for the same steps unless others are given."""
+        """The same trajectories with other values, and with other steps if these are given."""
         return replace(self, values=values, steps=self.steps if steps is None else steps)
 
     @property
     def rivals(self) -> Int[Tensor, " cells"]:
-        """A label for each cell, row by row: equal for one group at one step."""
+        """A label for each cell, row by row; cells of one group at one step have the same label."""
         number = len(self.steps)
         return (self.group[:, None] * number + torch.arange(number)).flatten()
 
     def of(self, actions: Actions) -> Float[Tensor, " actions"]:
-        """The number of each action, by its trajectory and its step."""
+        """The value of each action, by its trajectory and its step."""
         row = {
             key: i
             for i, key in enumerate(zip(self.group.tolist(), self.sample.tolist(), strict=True))
@@ -81,63 +133,50 @@ class StepTable:
 
 
 Derive = Callable[[Float[Tensor, " candidates"]], StepTable]
-"""From a number of each candidate of all ranks, such as its reward, to one for each trajectory and
+"""From a number of each candidate of all processes, such as its reward, to a table by trajectory and
 step."""
 
 
-def scored_of(experience: Experience) -> Scored:
-    """The candidates of all ranks as advantages see them."""
-    everyone, shapes = candidates_of(experience), experience.shapes
-    scores = {k: shapes[k](v) if k in shapes else v for k, v in everyone.scores.items()}
-    return Scored(everyone.reward, everyone.group, scores, experience.weights)
+def step_advantages(advantage: AdvantageKind, experience: Experience, derive: Derive) -> StepTable:
+    """The advantage of each trajectory in its group at each step, for any kind of advantage.
 
-
-def candidates_of(experience: Experience) -> Candidates:
-    """The candidates of all ranks."""
-    return experience.everyone or experience.candidates
-
-
-def standings(advantage: Advantage, experience: Experience, derive: Derive) -> StepTable:
-    """Where each trajectory stands in its group at each step, by any kind of advantage.
-
-    What is compared is derived from the reward, from the tamed sum of scores, or from each reward by
-    itself, as the kind has it. Zero where there is no number.
+    ``derive`` is applied to each number that the kind normalises: the reward, the tamed sum of
+    scores, or each reward by itself. The derived numbers of a group are compared step by step; cells
+    without a number get zero.
     """
-    scored = scored_of(experience)
-    tables = {name: derive(values) for name, values in numbers(advantage, scored).items()}
+    scores = experience.all_candidates.scores
+    tables = {name: derive(values) for name, values in advantage.inputs(scores).items()}
     table = next(iter(tables.values()))
-    flat = {name: t.values.flatten() for name, t in tables.items()}
-    one = flat.get("", table.values.flatten())
-    kind = advantage.of_sum if isinstance(advantage, LogTamed) else advantage
-    compared = Scored(one, table.rivals, flat, scored.weights)
-    return table.with_values(of_scored(kind, compared).view_as(table.values))
+    cells = {name: t.values.flatten() for name, t in tables.items()}
+    found = advantage.combine(cells, table.rivals, scores.weights)
+    return table.with_values(found.view_as(table.values))
 
 
-def check_kind(advantage: Advantage, what: str, bounded: bool = True) -> None:
-    """Raise ValueError if a kind of advantage is senseless for what an algorithm compares.
+def check_kind(advantage: AdvantageKind, compared: str, bounded: bool = True) -> None:
+    """Raise ValueError if a kind of advantage has no meaning for the numbers that are compared.
 
     Args:
         advantage: The kind.
-        what: That which is compared, in words.
-        bounded: Whether a perfect candidate has a known value of it.
+        compared: The numbers in words, for the message.
+        bounded: Whether these numbers have a largest possible value.
     """
     advantage.check()
     if getattr(advantage, "std", "") == "batch":
         raise ValueError(
-            f"algorithm.advantage.std = 'batch' is the deviation of raw rewards, but here {what} are "
+            f"algorithm.advantage.std = 'batch' is the deviation of raw rewards, but here {compared} are "
             "standardised: use 'group' or 'none'"
         )
-    refuse_beta(advantage, what)
-    if isinstance(advantage, VirtualBest) and not bounded:
+    refuse_binary(advantage, compared)
+    if advantage.adds_best and not bounded:
         raise ValueError(
             f"algorithm.advantage.kind = 'virtual_best' adds a candidate with the largest reward, but "
-            f"here {what} are compared, of which there is no largest"
+            f"here {compared} are compared, of which there is no largest"
         )
 
 
-def refuse_beta(advantage: Advantage, what: str) -> None:
-    """Raise ValueError if a kind for rewards of 0 and 1 would compare something between."""
-    if isinstance(advantage, BetaAdvantage):
+def refuse_binary(advantage: AdvantageKind, compared: str) -> None:
+    """Raise ValueError if a kind for rewards of 0 and 1 would compare other numbers."""
+    if advantage.is_binary:
         raise ValueError(
-            f"algorithm.advantage.kind = 'beta' is for rewards of 0 and 1, but here {what} are compared"
+            f"algorithm.advantage.kind = 'beta' is for rewards of 0 and 1, but here {compared} are compared"
         )

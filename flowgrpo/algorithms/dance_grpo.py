@@ -1,37 +1,33 @@
 """DanceGRPO (arXiv:2505.07818), for rectified flows and for diffusion models.
 
-All steps are stochastic; a group shares its initial noise; each sample trains on a random part of
-its steps. For Stable Diffusion the transition is ``ddim``.
+All steps are stochastic, a group shares its initial noise, and each sample trains on a random part of
+its steps; optionally only the best and the worst samples of a group are trained on. For Stable
+Diffusion the transition is ``ddim``.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-import torch
-from jaxtyping import Float, Int
-from torch import Tensor
-
+from flowgrpo.algorithms.base import AlgorithmBase, Policy, Scorer
+from flowgrpo.algorithms.credit import credit_trajectories, own_advantages
 from flowgrpo.algorithms.trajectories import (
     TrajectoryPlan,
-    candidate_advantages,
     check_fraction,
     collect_trajectories,
-    credit_trajectories,
-    random_part,
+    random_fraction,
 )
 from flowgrpo.core.advantages import Advantage, GroupAdvantage
 from flowgrpo.core.random import Random
 from flowgrpo.core.steps import AllSteps, StepSelection
+from flowgrpo.core.tensors import Float, Int, Tensor, torch
 from flowgrpo.core.transitions import DanceSDE, Transition, require_noise
-from flowgrpo.data.experience import Cost, Experience
+from flowgrpo.data.experience import Experience
 from flowgrpo.data.prompts import Group
-from flowgrpo.policy import PipelinePolicy
-from flowgrpo.rewards.scorer import RewardScorer
 
 
 @dataclass(frozen=True, kw_only=True)
-class DanceGRPO:
+class DanceGRPO(AlgorithmBase):
     """Trajectory-level credit on a random fraction of the steps, best and worst of a group."""
 
     kind: Literal["dance_grpo"] = "dance_grpo"
@@ -50,23 +46,31 @@ class DanceGRPO:
     advantage: Advantage = field(default_factory=lambda: GroupAdvantage(ddof=1, epsilon=1e-8))
     """From rewards to advantages."""
 
+    def plan(self, num_steps: int, iteration: int, random: Random) -> TrajectoryPlan:
+        """Trajectories with the iteration's stochastic steps, the same for every group."""
+        steps = self.steps.select(num_steps, iteration, random.at("steps"))
+        return TrajectoryPlan(self.group_size, self.transition, steps, self.shared_noise)
+
     def collect(
-        self, policy: PipelinePolicy, groups: Sequence[Group], scorer: RewardScorer, random: Random
+        self,
+        policy: Policy,
+        groups: Sequence[Group],
+        scorer: Scorer,
+        random: Random,
+        iteration: int,
     ) -> Experience:
-        """Trajectories; of each sample's actions a random part, of each group the extremes."""
-        iteration = random.path[-1]
-        assert isinstance(iteration, int)
-        stochastic = self.steps.select(policy.num_steps(), iteration, random.generator("steps"))
-        plan = self._plan(stochastic)
+        """Sample whole trajectories, and keep a random part of each sample's actions."""
+        plan = self.plan(policy.num_steps(), iteration, random)
         experience = collect_trajectories(policy, groups, scorer, random, plan)
-        kept = random_part(experience.actions, stochastic, self.timestep_fraction, random)
+        kept = random_fraction(experience.actions, plan.steps, self.timestep_fraction, random)
         return replace(experience, actions=experience.actions.select(kept))
 
     def advantages(self, experience: Experience) -> Float[Tensor, " actions"]:
         """The trajectory's advantage for each of its actions; zero between best and worst."""
         c = experience.candidates
-        advantage = candidate_advantages(self.advantage, experience)
+        advantage = own_advantages(self.advantage, experience)
         if self.best_of:
+            # Statistics are over the whole group; only then are the samples between dropped.
             advantage = extremes(advantage, c.group, self.best_of)
         return credit_trajectories(experience.actions, c, advantage)
 
@@ -74,25 +78,18 @@ class DanceGRPO:
         """Raise ValueError if the settings contradict each other or the grid."""
         require_noise(self.transition)
         self.advantage.check()
-        self.steps.select(num_steps, 0, Random(0).generator())
+        self.steps.check(num_steps)
         check_fraction(self.timestep_fraction)
         if self.best_of % 2 or not 0 <= self.best_of <= self.group_size:
             raise ValueError(
                 f"algorithm.best_of must be even and at most group_size = {self.group_size}, got {self.best_of}"
             )
 
-    def cost(self, num_steps: int, stochastic: Sequence[int]) -> Cost:
-        """Work per prompt with these stochastic steps; see :meth:`TrajectoryPlan.cost`."""
-        return self._plan(stochastic).cost(num_steps)
-
-    def _plan(self, stochastic: Sequence[int]) -> TrajectoryPlan:
-        return TrajectoryPlan(self.group_size, self.transition, stochastic, self.shared_noise)
-
 
 def extremes(
     advantage: Float[Tensor, " candidates"], group: Int[Tensor, " candidates"], number: int
 ) -> Float[Tensor, " candidates"]:
-    """Zero all but the ``number / 2`` largest and smallest advantages of each group."""
+    """Set all but the ``number / 2`` largest and smallest advantages of each group to zero."""
     kept = torch.zeros_like(advantage)
     for g in group.unique():
         rows = (group == g).nonzero().squeeze(1)

@@ -1,40 +1,37 @@
 """FIND (arXiv:2407.19453): the distribution of the initial noise is the policy.
 
-The sampler is deterministic and the model frozen, so a sample is one action: its initial noise. No
-gradient goes through the model, and training costs next to nothing. It belongs to
+The sampler is deterministic and the model frozen, so a sample has one action: the draw of its initial
+noise. No gradient passes through the model, and an update costs almost nothing. The algorithm needs
 ``model.weights.kind = "noise"``.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import ClassVar, Literal
 
-import torch
-from jaxtyping import Float
-from torch import Tensor
-
-from flowgrpo.algorithms.collection import Collection, Samples
-from flowgrpo.algorithms.trajectories import candidate_advantages, credit_trajectories
+from flowgrpo.algorithms.base import ActionKind, AlgorithmBase, Policy, Scorer
+from flowgrpo.algorithms.collection import Collection
+from flowgrpo.algorithms.credit import trajectory_advantages
+from flowgrpo.algorithms.trajectories import TrajectoryPlan, sample_trajectories
 from flowgrpo.core.advantages import Advantage, GroupAdvantage
 from flowgrpo.core.random import Random
 from flowgrpo.core.solvers import Solver
+from flowgrpo.core.tensors import Float, Tensor, torch
 from flowgrpo.core.transitions import ODE
-from flowgrpo.data.experience import Actions, Cost, Experience
+from flowgrpo.data.experience import INITIAL, Actions, Experience
 from flowgrpo.data.prompts import Group
-from flowgrpo.policy import PipelinePolicy
-from flowgrpo.policy.step_plan import INITIAL
-from flowgrpo.rewards.scorer import RewardScorer
 
 
 @dataclass(frozen=True, kw_only=True)
-class FIND:
+class FIND(AlgorithmBase):
     """Credit for the initial noise.
 
-    Differs from the paper in what rewards are compared with: the group's own mean here, a value
-    function of distribution and prompt that is trained beside it there (its dynamic reward
-    calibration), since it draws one sample at a time.
+    Differs from the paper in the baseline that rewards are compared with: here the group's own mean;
+    there a value function of distribution and prompt that is trained along with the policy (dynamic
+    reward calibration), because the paper draws one sample at a time.
     """
 
+    action_kind: ClassVar[ActionKind] = "initial_noise"
     kind: Literal["find"] = "find"
     group_size: int = 12
     """Samples per prompt, at least 2."""
@@ -45,44 +42,47 @@ class FIND:
     advantage: Advantage = field(default_factory=GroupAdvantage)
     """From rewards to advantages."""
 
+    def plan(self, num_steps: int, iteration: int, random: Random) -> TrajectoryPlan:
+        """Deterministic samples, each from a noise of its own."""
+        return TrajectoryPlan(self.group_size, self.transition, [], solver=self.solver)
+
     def collect(
-        self, policy: PipelinePolicy, groups: Sequence[Group], scorer: RewardScorer, random: Random
+        self,
+        policy: Policy,
+        groups: Sequence[Group],
+        scorer: Scorer,
+        random: Random,
+        iteration: int,
     ) -> Experience:
-        """Samples, and as actions the noise that each began with."""
+        """Sample, and record the noise that each sample began with as its action.
+
+        An action's ``x_next`` is the initial noise; all actions share one empty state.
+        """
         collection = Collection(policy, groups, scorer, self.transition)
-        samples, end = Samples.of(groups, self.group_size, random), policy.num_steps()
+        plan = self.plan(policy.num_steps(), iteration, random)
         gaussian = policy.replay([], torch.zeros(1), INITIAL, self.transition).gaussian
-        for rollout in policy.run(samples.prompts, samples.noise, record=[0], solver=self.solver):
-            assert rollout.media is not None
-            part = samples[rollout.rows.start : rollout.rows.stop]
-            collection.submit(part, rollout.media, end - 1)
-            (first,) = rollout.records
-            size = len(part)
-            collection.add(
+        for samples, records in sample_trajectories(collection, random, plan, record=[0]):
+            (first,) = records
+            size = len(samples)
+            collection.add_actions(
                 Actions(
                     states=torch.zeros_like(first.x[:1]),
                     state=torch.zeros(size, dtype=torch.long),
                     x_next=first.x,
                     step=torch.full((size,), INITIAL),
                     old_log_prob=gaussian.log_prob(first.x).detach().cpu(),
-                    group=part.group,
-                    sample=part.sample,
+                    group=samples.group,
+                    sample=samples.sample,
                 )
             )
         return collection.experience()
 
     def advantages(self, experience: Experience) -> Float[Tensor, " actions"]:
-        """The sample's advantage for its initial noise."""
-        advantage = candidate_advantages(self.advantage, experience)
-        return credit_trajectories(experience.actions, experience.candidates, advantage)
+        """The sample's advantage, for its initial noise."""
+        return trajectory_advantages(self.advantage, experience)
 
     def check(self, num_steps: int) -> None:
-        """Raise ValueError if a setting makes no sense."""
+        """Raise ValueError if a setting is out of range."""
         self.advantage.check()
         if self.group_size < 2:
             raise ValueError(f"algorithm.group_size must be at least 2, got {self.group_size}")
-
-    def cost(self, num_steps: int, stochastic: Sequence[int]) -> Cost:
-        """Work per prompt: ``G T`` evaluations and ``G`` decodes; training evaluates nothing."""
-        size = float(self.group_size)
-        return Cost(nfe=size * num_steps, decodes=size, rewards=size)

@@ -1,36 +1,30 @@
 """Flow-GRPO (arXiv:2505.05470) and its Fast variant.
 
-A group of trajectories per prompt; each trajectory's reward, relative to its group, is the
-advantage of all its stochastic steps. *Fast* makes only a few steps stochastic: a group follows the
-ODE from one shared noise, parts in a random window, and follows the ODE again.
+A group of trajectories per prompt: each trajectory's reward, relative to its group, is the advantage
+of all its stochastic steps (eq. 4). *Fast* makes only a few steps stochastic: a group follows the ODE
+from one shared noise, its samples diverge in a random window of stochastic steps, and each follows
+the ODE again to the data.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from jaxtyping import Float
-from torch import Tensor
-
-from flowgrpo.algorithms.trajectories import (
-    TrajectoryPlan,
-    candidate_advantages,
-    collect_trajectories,
-    credit_trajectories,
-)
+from flowgrpo.algorithms.base import AlgorithmBase, Policy, Scorer
+from flowgrpo.algorithms.credit import trajectory_advantages
+from flowgrpo.algorithms.trajectories import TrajectoryPlan, collect_trajectories
 from flowgrpo.core.advantages import Advantage, GroupAdvantage
 from flowgrpo.core.random import Random
 from flowgrpo.core.steps import AllSteps, StepSelection
+from flowgrpo.core.tensors import Float, Tensor
 from flowgrpo.core.transitions import FlowSDE, Transition, require_noise
-from flowgrpo.data.experience import Cost, Experience
+from flowgrpo.data.experience import Experience
 from flowgrpo.data.prompts import Group
-from flowgrpo.policy import PipelinePolicy
-from flowgrpo.rewards.scorer import RewardScorer
 
 
 @dataclass(frozen=True, kw_only=True)
-class FlowGRPO:
-    """Trajectory-level credit; which steps are stochastic is free to choose."""
+class FlowGRPO(AlgorithmBase):
+    """Trajectory-level credit, with a free choice of the stochastic steps."""
 
     kind: Literal["flow_grpo"] = "flow_grpo"
     group_size: int = 24
@@ -40,35 +34,33 @@ class FlowGRPO:
     steps: StepSelection = field(default_factory=AllSteps)
     """Which steps are stochastic and trained."""
     shared_noise: bool = False
-    """Whether a group starts from one noise. What its samples share is then computed once."""
+    """Whether a group starts from one noise. The steps that its samples share are computed once."""
     advantage: Advantage = field(default_factory=lambda: GroupAdvantage(std="batch"))
     """From rewards to advantages."""
 
-    def collect(
-        self, policy: PipelinePolicy, groups: Sequence[Group], scorer: RewardScorer, random: Random
-    ) -> Experience:
+    def plan(self, num_steps: int, iteration: int, random: Random) -> TrajectoryPlan:
         """Trajectories with the iteration's stochastic steps, the same for every group."""
-        iteration = random.path[-1]
-        assert isinstance(iteration, int)
-        stochastic = self.steps.select(policy.num_steps(), iteration, random.generator("steps"))
-        plan = self._plan(stochastic)
+        steps = self.steps.select(num_steps, iteration, random.at("steps"))
+        return TrajectoryPlan(self.group_size, self.transition, steps, self.shared_noise)
+
+    def collect(
+        self,
+        policy: Policy,
+        groups: Sequence[Group],
+        scorer: Scorer,
+        random: Random,
+        iteration: int,
+    ) -> Experience:
+        """Sample whole trajectories."""
+        plan = self.plan(policy.num_steps(), iteration, random)
         return collect_trajectories(policy, groups, scorer, random, plan)
 
     def advantages(self, experience: Experience) -> Float[Tensor, " actions"]:
-        """The trajectory's advantage for each of its actions."""
-        c = experience.candidates
-        advantage = candidate_advantages(self.advantage, experience)
-        return credit_trajectories(experience.actions, c, advantage)
+        """The trajectory's advantage, for each of its actions."""
+        return trajectory_advantages(self.advantage, experience)
 
     def check(self, num_steps: int) -> None:
-        """Raise ValueError if no step of such a grid can be stochastic."""
+        """Raise ValueError if no step of the grid can be stochastic."""
         require_noise(self.transition)
         self.advantage.check()
-        self.steps.select(num_steps, 0, Random(0).generator())
-
-    def cost(self, num_steps: int, stochastic: Sequence[int]) -> Cost:
-        """Work per prompt with these stochastic steps; see :meth:`TrajectoryPlan.cost`."""
-        return self._plan(stochastic).cost(num_steps)
-
-    def _plan(self, stochastic: Sequence[int]) -> TrajectoryPlan:
-        return TrajectoryPlan(self.group_size, self.transition, stochastic, self.shared_noise)
+        self.steps.check(num_steps)

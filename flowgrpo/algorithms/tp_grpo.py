@@ -1,41 +1,33 @@
-"""TP-GRPO, TurningPoint-GRPO (arXiv:2602.06422): each step is worth what it changed.
+"""TP-GRPO, TurningPoint-GRPO (arXiv:2602.06422): a step's reward is the change that it makes.
 
-The state before every stochastic step is completed by the ODE and judged. A step's reward is the
-difference that it made. Where a trajectory turns, from steps against its overall trend to one with
-it, the step gets all that follows: its effect on later steps is more than its own difference.
+The state before every stochastic step is completed by the ODE and scored, which gives rewards
+``R_0, ..., R_n`` along a trajectory (``R_n`` is that of its image). The reward of step ``k`` is the
+increment ``R_{k+1} - R_k``. At a turning point, where a trajectory changes from a step against its
+overall trend to a step with it, the reward is the aggregate ``R_n - R_k`` instead: the step's effect
+on later steps is larger than its own increment.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-import torch
-from jaxtyping import Bool, Float, Int
-from torch import Tensor
-
+from flowgrpo.algorithms.base import AlgorithmBase, CreditView, Policy, Scorer
 from flowgrpo.algorithms.collection import Collection
-from flowgrpo.algorithms.credit import (
-    StepTable,
-    candidates_of,
-    check_kind,
-    scored_of,
-    standings,
-)
-from flowgrpo.algorithms.trajectories import TrajectoryPlan, walk
-from flowgrpo.core.advantages import RELATIVE_FLOOR, Advantage, GroupAdvantage, numbers
+from flowgrpo.algorithms.credit import StepTable, check_kind, step_advantages
+from flowgrpo.algorithms.trajectories import TrajectoryPlan, sample_trajectories
+from flowgrpo.core.advantages import RELATIVE_FLOOR, Advantage, GroupAdvantage
 from flowgrpo.core.random import Random
 from flowgrpo.core.steps import AllSteps, StepSelection
+from flowgrpo.core.tensors import Bool, Float, Int, Tensor, torch
 from flowgrpo.core.transitions import CPS, ODE, Transition, require_noise
-from flowgrpo.data.experience import Cost, Experience
+from flowgrpo.data.experience import INITIAL, Cost, Experience
 from flowgrpo.data.prompts import Group
-from flowgrpo.policy import PipelinePolicy
-from flowgrpo.rewards.scorer import RewardScorer
 
 TurningPoints = Literal["consistent", "plain", "none"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class TPGRPO:
+class TPGRPO(AlgorithmBase):
     """Step-level credit by incremental rewards, aggregated at turning points."""
 
     kind: Literal["tp_grpo"] = "tp_grpo"
@@ -46,36 +38,46 @@ class TPGRPO:
     steps: StepSelection = field(default_factory=AllSteps)
     """Which steps are stochastic and trained."""
     shared_noise: bool = False
-    """Whether a group starts from one noise. What its samples share is then computed once."""
+    """Whether a group starts from one noise. The steps that its samples share are computed once."""
     turning_points: TurningPoints = "consistent"
     """``plain`` is definition 4.1, ``consistent`` the stricter 5.1 that the paper recommends;
-    ``none`` leaves every step its own difference."""
+    ``none`` gives every step its increment."""
     balance: Literal["batch", "group", "none"] = "batch"
-    """Among what equal numbers of turning points that go up and down are kept: all trajectories of
-    the iteration on all processes (appendix D), those of each group, or nothing."""
+    """Where equal numbers of turning points with rising and with falling rewards are kept: ``batch``
+    among all trajectories of the iteration on all processes (appendix D), ``group`` in each group,
+    ``none`` nowhere."""
     advantage: Advantage = field(default_factory=GroupAdvantage)
-    """From the step rewards of a group, step by step, to advantages. Kinds that look at each reward
-    have the step rewards and turning points of each."""
+    """From the step rewards of a group, step by step, to advantages. Multi-reward kinds use the step
+    rewards and turning points of each reward."""
+
+    def plan(self, num_steps: int, iteration: int, random: Random) -> "CompletedTrajectories":
+        """Trajectories with the iteration's stochastic steps, and completions from each of them."""
+        steps = self.steps.select(num_steps, iteration, random.at("steps"))
+        return CompletedTrajectories(self.group_size, self.transition, steps, self.shared_noise)
 
     def collect(
-        self, policy: PipelinePolicy, groups: Sequence[Group], scorer: RewardScorer, random: Random
+        self,
+        policy: Policy,
+        groups: Sequence[Group],
+        scorer: Scorer,
+        random: Random,
+        iteration: int,
     ) -> Experience:
-        """Trajectories, and the ODE completion of the state before each stochastic step.
+        """Sample trajectories, and complete the state before each stochastic step by the ODE.
 
-        The forward pass that a stochastic step was drawn from also gives the ODE step, so that a
-        completion costs one evaluation less than there are steps left. A completion from before an
-        ODE step is that from after it, and the last state's is the trajectory's image: neither is
-        done twice.
+        The forward pass of a stochastic step also gives the ODE step from the same state, so a
+        completion costs one evaluation less than the number of steps left. Completions that would
+        repeat another are not computed: the completion from before an ODE step equals that from
+        after it, and the completion of the last state is the trajectory's image.
         """
-        iteration = random.path[-1]
-        assert isinstance(iteration, int)
-        stochastic = self.steps.select(policy.num_steps(), iteration, random.generator("steps"))
+        plan = self.plan(policy.num_steps(), iteration, random)
         collection = Collection(policy, groups, scorer, self.transition)
-        for samples, records in walk(collection, random, self._plan(stochastic)):
+        for samples, records in sample_trajectories(collection, random, plan):
             for record in records:
-                ahead = ODE()(record.x, record.prediction, record.interval).mean
+                # The ODE step from the same state; the completion judges the step before.
+                x_next = ODE()(record.x, record.prediction, record.interval).mean
                 collection.complete(
-                    samples, ahead, record.step + 1, step=record.step - 1, compare=False
+                    samples, x_next, record.step + 1, step=record.step - 1, compare=False
                 )
         return collection.experience()
 
@@ -86,12 +88,12 @@ class TPGRPO:
             states, steps = self._states(experience, numbers)
             return states.with_values(self.step_rewards(states.values, states.group), steps)
 
-        return standings(self.advantage, experience, derive).of(experience.actions)
+        return step_advantages(self.advantage, experience, derive).of(experience.actions)
 
     def turns(self, experience: Experience) -> StepTable:
-        """1 where a step is credited as a turning point, of any reward that is looked at; else 0."""
+        """1 where a step is credited as a turning point of any normalised reward; else 0."""
         found = []
-        for values in numbers(self.advantage, scored_of(experience)).values():
+        for values in self.advantage.inputs(experience.all_candidates.scores).values():
             states, steps = self._states(experience, values)
             found.append(self._turning(states.values, states.group))
         return states.with_values(torch.stack(found).any(0).double(), steps)
@@ -101,10 +103,10 @@ class TPGRPO:
         rewards: Float[Tensor, "trajectories states"],
         group: Int[Tensor, " trajectories"],
     ) -> Float[Tensor, "trajectories states-1"]:
-        """What each step is credited with: its difference, or at a turning point all that follows.
+        """The reward of each step: its increment, or the aggregate at a turning point.
 
         Args:
-            rewards: Of the completions before each step, and last of the trajectory's image.
+            rewards: Rewards of the completions before each step, and last that of the image.
             group: The group of each trajectory.
         """
         increment, aggregate = differences(rewards)
@@ -116,28 +118,38 @@ class TPGRPO:
         check_kind(self.advantage, "differences of rewards", bounded=False)
         if self.group_size < 2:
             raise ValueError(f"algorithm.group_size must be at least 2, got {self.group_size}")
-        self.steps.select(num_steps, 0, Random(0).generator())
+        self.steps.check(num_steps)
 
-    def cost(self, num_steps: int, stochastic: Sequence[int]) -> Cost:
-        """Work per prompt: that of the trajectories, and for each sample and stochastic step ``s``
-        a completion in ``T - s - 1`` evaluations; the first of them once if noise is shared."""
-        plain = self._plan(stochastic).cost(num_steps)
-        first, *later = (num_steps - s - 1 for s in stochastic)
-        number = 1 if self.shared_noise else self.group_size
-        candidates = plain.decodes + number + self.group_size * len(later)
-        nfe = plain.nfe + number * first + self.group_size * sum(later)
-        return Cost(nfe, candidates, candidates)
+    def credit_view(self, experience: Experience) -> CreditView:
+        """Candidates are the states of one trajectory.
+
+        A completion is shown at the last stochastic step before it, as the ODE steps between lead to
+        the same image.
+        """
+        trained = sorted(set(experience.actions.step.tolist()))
+        steps = set(experience.candidates.step.tolist())
+        turns = self.turns(experience)
+        return CreditView(
+            rivals=self.group_size,
+            candidates="states",
+            column={s: max((t for t in trained if t <= s), default=INITIAL) for s in steps},
+            shares_baseline=self.shared_noise,
+            turning_points={
+                (int(g), int(s)): [turns.steps[int(j)] for j in row.nonzero().flatten()]
+                for g, s, row in zip(turns.group, turns.sample, turns.values, strict=True)
+            },
+        )
 
     def _states(
         self, experience: Experience, numbers: Float[Tensor, " candidates"]
     ) -> tuple[StepTable, Sequence[int]]:
-        """The numbers of the states before each trained step and of the image; and those steps."""
-        c, steps = candidates_of(experience), sorted(set(experience.actions.step.tolist()))
-        # The candidate before a step has the step's number less one; the last is the image itself.
+        """A table of the states before each trained step and the image, and the trained steps."""
+        c, steps = experience.all_candidates, sorted(set(experience.actions.step.tolist()))
+        # The candidate before step s has the step s - 1; the last column is the image.
         table = StepTable.of_candidates(c, numbers, [*(s - 1 for s in steps), int(c.step.max())])
         values = table.values
         if self.shared_noise:
-            # One baseline serves the group; it was completed for the first sample.
+            # The group has one completion of its first state, recorded for sample 0.
             first = {
                 int(g): values[i, 0].clone()
                 for i, g in enumerate(table.group)
@@ -149,7 +161,7 @@ class TPGRPO:
     def _turning(
         self, rewards: Float[Tensor, "trajectories states"], group: Int[Tensor, " trajectories"]
     ) -> Bool[Tensor, "trajectories states-1"]:
-        """The turning points that are credited as such."""
+        """The steps that are credited as turning points."""
         _, aggregate = differences(rewards)
         if self.turning_points == "none":
             return torch.zeros_like(aggregate, dtype=torch.bool)
@@ -159,20 +171,31 @@ class TPGRPO:
         over = group if self.balance == "group" else torch.zeros_like(group)
         return balance(turning, aggregate, over)
 
-    def _plan(self, stochastic: Sequence[int]) -> TrajectoryPlan:
-        return TrajectoryPlan(self.group_size, self.transition, stochastic, self.shared_noise)
+
+@dataclass(frozen=True)
+class CompletedTrajectories(TrajectoryPlan):
+    """Trajectories, with a completion of the state before each stochastic step."""
+
+    def cost(self, num_steps: int) -> Cost:
+        """Work per prompt: that of the trajectories, and for each sample and stochastic step ``s``
+        a completion in ``T - s - 1`` evaluations; with shared noise the first step has only one."""
+        plain = super().cost(num_steps)
+        first, *later = (num_steps - s - 1 for s in self.steps)
+        number = 1 if self.shared_noise else self.group_size
+        candidates = plain.decodes + number + self.group_size * len(later)
+        nfe = plain.nfe + number * first + self.group_size * sum(later)
+        return Cost(nfe, candidates, candidates)
 
 
 def differences(
     rewards: Float[Tensor, "trajectories states"],
 ) -> tuple[Float[Tensor, "trajectories states-1"], Float[Tensor, "trajectories states-1"]]:
-    """Incremental rewards ``R_{k+1} - R_k`` and aggregated ones ``R_n - R_k``.
+    """Increments ``R_{k+1} - R_k`` and aggregates ``R_n - R_k``.
 
     Differences of rewards that are equal up to rounding are exactly zero.
     """
-    return _difference(rewards[:, 1:], rewards[:, :-1]), _difference(
-        rewards[:, -1:], rewards[:, :-1]
-    )
+    before = rewards[:, :-1]
+    return _difference(rewards[:, 1:], before), _difference(rewards[:, -1:], before)
 
 
 def _difference(
@@ -186,13 +209,17 @@ def _difference(
 def turning_points(
     rewards: Float[Tensor, "trajectories states"], consistent: bool
 ) -> Bool[Tensor, "trajectories states-1"]:
-    """Steps with the overall trend after a step against it (definition 4.1).
+    """Steps with the overall trend that follow a step against it (definition 4.1).
 
     With ``s_k = sign(R_{k+1} - R_k) sign(R_n - R_0)``: ``s_{k-1} < 0`` and ``s_k > 0``; the first
-    step has no predecessor and needs only ``s_0 > 0``. Consistent ones also go the way that remains
-    after them, ``sign(R_{k+1} - R_k) = sign(R_n - R_{k+1})``, neither of them zero (definition 5.1).
-    The last step, after which nothing remains, is never one of these. Where a reward is missing
-    that this needs, there is no turning point.
+    step has no predecessor and needs only ``s_0 > 0``. Consistent turning points (definition 5.1)
+    also have the direction of the steps after them: ``sign(R_{k+1} - R_k) = sign(R_n - R_{k+1})``,
+    neither of them zero. The last step has no steps after it and is never consistent. A step for
+    which one of these rewards is missing is not a turning point.
+
+    Args:
+        rewards: ``R_0`` to ``R_n`` of each trajectory.
+        consistent: Whether to use definition 5.1.
     """
     increment, aggregate = differences(rewards)
     direction = increment.sign()
@@ -210,9 +237,15 @@ def balance(
     aggregate: Float[Tensor, "trajectories steps"],
     group: Int[Tensor, " trajectories"],
 ) -> Bool[Tensor, "trajectories steps"]:
-    """As many turning points up as down in each group: those with the smallest aggregates go.
+    """Keep as many turning points with rising as with falling rewards in each group.
 
-    ``group`` says what is balanced with what. A group that has only one kind keeps all of them, as in the released code.
+    Those with the smallest aggregates are dropped. A group that has only rising or only falling ones
+    keeps all of them, as in the released code.
+
+    Args:
+        turning: The turning points.
+        aggregate: Their aggregates ``R_n - R_k``; a turning point with 0 is always dropped.
+        group: Trajectories with the same label are balanced with each other.
     """
     kept = turning & (aggregate != 0)
     for g in group.unique():

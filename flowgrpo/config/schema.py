@@ -23,13 +23,13 @@ from flowgrpo.algorithms import (
     PrefGRPO,
     TempFlowGRPO,
 )
+from flowgrpo.algorithms.base import check_interface
 from flowgrpo.config.reader import override, read, to_table
-from flowgrpo.core.advantages import BetaAdvantage
 from flowgrpo.core.errors import ConfigError
 from flowgrpo.core.imports import suggest
 from flowgrpo.core.random import Random
 from flowgrpo.data.prompt_files import HUB
-from flowgrpo.losses.base import ActionKind, Loss
+from flowgrpo.losses.base import Loss
 from flowgrpo.losses.clipped import ClippedLoss
 from flowgrpo.losses.nft import NFTLoss
 from flowgrpo.policy import Full, LoRA, Memory, Noise, Sampling
@@ -37,11 +37,6 @@ from flowgrpo.rewards.loading import check_rewards
 from flowgrpo.rewards.scorer import Failures, Reward
 
 __all__ = ["Config", "ConfigError", "find", "load", "override", "save"]
-
-COUNTED = (
-    FlowGRPO, DanceGRPO, MixGRPO, PrefGRPO, TempFlowGRPO, G2RPO, TPGRPO, VGPO, BranchGRPO,
-)  # fmt: skip
-"""Algorithms that choose their steps and know beforehand what they cost."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -200,10 +195,17 @@ class Config:
         betas = self.train.betas
         if len(betas) != 2 or not all(0 <= b < 1 for b in betas):
             raise ConfigError(f"train.betas must be two numbers in [0, 1), got {list(betas)}")
-        # A preference is something to train on beside the rewards.
-        alone = not isinstance(self.algorithm, PrefGRPO)
-        binary = isinstance(getattr(self.algorithm, "advantage", None), BetaAdvantage)
-        check_rewards(self.rewards, self.train.iterations, alone, binary)
+        algorithm = self.algorithm
+        try:
+            check_interface(algorithm)
+        except ValueError as error:
+            raise ConfigError(f"algorithm: {error}") from error
+        check_rewards(
+            self.rewards,
+            self.train.iterations,
+            alone=algorithm.needs_rewards,
+            binary=algorithm.needs_binary_rewards,
+        )
         train = self.train
         if train.groups % (train.updates * num_processes):
             step = train.updates * num_processes
@@ -214,15 +216,14 @@ class Config:
                 f"the nearest that can is train.groups = {nearest}"
             )
         try:
-            self.algorithm.check(self.sampling.num_steps)
-            if isinstance(self.algorithm, PrefGRPO):
-                self.algorithm.check_rewards([r.label for r in self.rewards])
+            algorithm.check(self.sampling.num_steps)
+            algorithm.check_rewards([r.label for r in self.rewards])
         except ValueError as error:
             raise ConfigError(f"algorithm: {error}") from error
         try:
             self.memory.check(isinstance(self.model.weights, Full))
             self.loss.check()
-            self.loss.check_algorithm(self._action_kind(), self.algorithm.transition)
+            self.loss.check_algorithm(self.algorithm.action_kind, self.algorithm.transition)
         except ValueError as error:
             raise ConfigError(str(error)) from error
         if self.loss.needs.average and not self.train.ema_decay:
@@ -233,19 +234,14 @@ class Config:
         self._check_kinds()
 
     def _check_kinds(self) -> None:
-        """Raise ConfigError if an algorithm is without what belongs to it."""
+        """Raise ConfigError if the weights do not match the algorithm's kind of action."""
         algorithm, weights = self.algorithm, self.model.weights
-        if isinstance(algorithm, FIND) != isinstance(weights, Noise):
+        trains_noise = algorithm.action_kind == "initial_noise"
+        if trains_noise != isinstance(weights, Noise):
             raise ConfigError(
                 "algorithm.kind = 'find' and model.weights.kind = 'noise' belong together, but these "
                 f"are {type(algorithm).__name__} and {type(weights).__name__}"
             )
-
-    def _action_kind(self) -> ActionKind:
-        """The kind of action that the algorithm collects."""
-        if isinstance(self.algorithm, DiffusionNFT):
-            return "noised_sample"
-        return "initial_noise" if isinstance(self.algorithm, FIND) else "step"
 
     def _bounds(self) -> Sequence[tuple[str, int | float, int | float]]:
         t, e, tiny = self.train, self.evaluation, 1e-12
@@ -286,17 +282,15 @@ class Config:
         """
         algorithm, loss = self.algorithm, self.loss
         if (
-            not isinstance(algorithm, COUNTED)
-            or isinstance(algorithm, TempFlowGRPO)
+            algorithm.scales_steps
             or not loss.needs.balanced_steps
             or getattr(algorithm.transition, "log_prob", "") == "unnormalised"
         ):
             return []
-        found = set(getattr(algorithm, "splits", ()))
+        found = set[int]()
         for iteration in range(self.train.iterations):
             random = Random(self.run.seed).at("train", iteration)
-            generator = random.generator("steps")
-            found.update(algorithm.steps.select(self.sampling.num_steps, iteration, generator))
+            found.update(algorithm.trained_steps(self.sampling.num_steps, iteration, random))
         return sorted(found)
 
     def evaluation_sampling(self) -> Sampling:
@@ -322,16 +316,9 @@ class Config:
         }
 
     def _work(self) -> str:
-        """What the first iteration costs per prompt, in words."""
-        algorithm, num_steps = self.algorithm, self.sampling.num_steps
-        if isinstance(algorithm, DiffusionNFT | FIND):
-            cost = algorithm.cost(num_steps, [])
-        elif isinstance(algorithm, COUNTED):
-            random = Random(self.run.seed).at("train", 0)
-            steps = algorithm.steps.select(num_steps, 0, random.generator("steps"))
-            cost = algorithm.cost(num_steps, steps)
-        else:
-            return "unknown before it is done; metrics.jsonl has it"
+        """The cost of the first iteration per prompt, in words."""
+        random = Random(self.run.seed).at("train", 0)
+        cost = self.algorithm.cost(self.sampling.num_steps, 0, random)
         return f"{cost.nfe:,.0f} denoiser evaluations, {cost.decodes:,.0f} decodes, {cost.rewards:,.0f} calls of each reward in the first iteration"
 
 

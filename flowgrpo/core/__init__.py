@@ -1,1 +1,3 @@
-"""Pure mathematics: torch only, no diffusers, no input or output."""
+"""Pure mathematics, with torch as the only dependency: transitions, solvers, step selections, random
+streams, scores and advantages, win rates, GenEval's rule. Nothing here knows diffusers, reads or
+writes files, or talks to a network."""

@@ -1,63 +1,148 @@
-"""Rewards to advantages: how much better a candidate is than its group.
+"""Advantages: how much better a candidate is than the others of its group.
 
-First come the statistics of one reward, then the kinds that combine several: rewards on different scales, added up, are
-dominated by the one that varies most, and different mixtures of scores with equal sums get equal advantages, so these kinds
-normalise each reward before they combine them.
+A kind of advantage answers two questions. :meth:`Advantage.inputs`: which numbers of the candidates
+does it normalise? The kinds for a single reward (``group``, ``beta``, ``virtual_best``) take the
+weighted sum of all rewards. The multi-reward kinds take each reward by itself (``per_reward``,
+``gdpo``), or tame some before they are summed (``log_tamed``): rewards on different scales, added up,
+are dominated by the one that varies most, and different mixtures of scores with equal sums get equal
+advantages. :meth:`Advantage.combine`: how do these numbers become advantages? Step-level algorithms
+call ``combine`` on numbers that they derive from ``inputs``, such as differences between steps
+(:func:`flowgrpo.algorithms.credit.step_advantages`); others call :func:`candidate_advantages`.
 
-A group without variance gets exactly zero. Dividing its rounding errors by a small epsilon would
-make large advantages out of nothing; see ``docs/algorithms.md``. What decides is a kind's own
-statistics: a group of nothing but failures does vary for :class:`VirtualBest`.
+All arithmetic is in fp64. A group without variance gets exactly zero: dividing its rounding errors
+by a small epsilon would make large advantages out of nothing (see ``docs/algorithms.md``). Whether a
+group has variance is decided on the numbers that a kind normalises; a group of nothing but failures
+does vary for :class:`VirtualBest`.
 """
 
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from statistics import mean, median
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, Protocol, runtime_checkable
 
-import torch
-from jaxtyping import Bool, Float, Int
-from torch import Tensor
+from flowgrpo.core.scores import Scores, complete
+from flowgrpo.core.tensors import Bool, Float, Int, Tensor, torch
 
 RELATIVE_FLOOR = 1e-6
 """A standard deviation below this share of the rewards' magnitude is rounding, not signal."""
+REWARD = ""
+"""Name of the single number that the kinds for one reward normalise."""
+UNCLIPPED = float("inf")
+
+
+@runtime_checkable
+class AdvantageKind(Protocol):
+    """The interface of all kinds of advantage, which are frozen dataclasses.
+
+    Attributes:
+        clip: Advantages are clipped to ``[-clip, clip]``.
+        is_binary: Whether the kind takes only rewards of 0 and 1.
+        adds_best: Whether the kind compares with a candidate that has the largest possible reward.
+        over_batch: Whether it has statistics over the whole batch besides those of each group.
+    """
+
+    is_binary: ClassVar[bool]
+    adds_best: ClassVar[bool]
+
+    @property
+    def clip(self) -> float: ...
+
+    @property
+    def over_batch(self) -> bool: ...
+
+    def check(self) -> None:
+        """Raise ValueError if every advantage would be zero, or of the wrong sign."""
+        ...
+
+    def inputs(self, scores: Scores) -> dict[str, Float[Tensor, " candidates"]]:
+        """The numbers of each candidate that this kind normalises, by the name of their reward."""
+        ...
+
+    def combine(
+        self,
+        values: Mapping[str, Float[Tensor, " rows"]],
+        groups: Int[Tensor, " rows"],
+        weights: Mapping[str, float],
+    ) -> Float[Tensor, " rows"]:
+        """Advantages from the numbers of :meth:`inputs`, or from numbers derived from these.
+
+        Args:
+            values: By the names that :meth:`inputs` gave; NaN marks a row that enters no statistic
+                and gets the advantage 0.
+            groups: Rows with the same label are compared.
+            weights: Weight of each reward by its name.
+        """
+        ...
+
+
+class _SingleReward:
+    """What the kinds for a single reward share: they normalise the weighted sum."""
+
+    is_binary: ClassVar[bool] = False
+    adds_best: ClassVar[bool] = False
+
+    @property
+    def over_batch(self) -> bool:
+        return False
+
+    def inputs(self, scores: Scores) -> dict[str, Float[Tensor, " candidates"]]:
+        """The weighted sum."""
+        return {REWARD: scores.reward}
+
+    def combine(
+        self,
+        values: Mapping[str, Float[Tensor, " rows"]],
+        groups: Int[Tensor, " rows"],
+        weights: Mapping[str, float],
+    ) -> Float[Tensor, " rows"]:
+        """Advantages of the one number."""
+        return self(values[REWARD], groups)
+
+    def __call__(
+        self, rewards: Float[Tensor, " candidates"], groups: Int[Tensor, " candidates"]
+    ) -> Float[Tensor, " candidates"]:
+        raise NotImplementedError
 
 
 @dataclass(frozen=True, kw_only=True)
-class GroupAdvantage:
+class GroupAdvantage(_SingleReward):
     """``(reward - mean of the group) / std``, clipped."""
 
     is_default: ClassVar[bool] = True
     kind: Literal["group"] = "group"
     std: Literal["group", "batch", "none"] = "group"
-    """Whose standard deviation divides: the group's own, that of all rewards of the iteration on
-    all ranks (Flow-GRPO's ``global_std``), or nobody's (Dr. GRPO)."""
+    """Which standard deviation divides: ``group`` the group's own; ``batch`` that of all rewards of
+    the iteration on all processes (Flow-GRPO's ``global_std``); ``none`` divides by nothing
+    (Dr. GRPO)."""
     ddof: Literal[0, 1] = 0
     """0 divides by G, 1 by G - 1. Flow-GRPO uses 0, DanceGRPO 1."""
     epsilon: float = 1e-4
     """Added to the standard deviation. Flow-GRPO uses 1e-4, DanceGRPO 1e-8."""
     clip: float = 5.0
-    """Advantages are cut to [-clip, clip]."""
+    """Advantages are clipped to [-clip, clip]."""
+
+    @property
+    def over_batch(self) -> bool:
+        """Whether the standard deviation is that of the whole batch."""
+        return self.std == "batch"
 
     def check(self) -> None:
         """Raise ValueError if every advantage would be zero, or of the wrong sign."""
         check_clip(self.clip, self.epsilon)
 
     def __call__(
-        self,
-        rewards: Float[Tensor, " candidates"],
-        groups: Int[Tensor, " candidates"],
-        all_rewards: Float[Tensor, " all_candidates"],
+        self, rewards: Float[Tensor, " candidates"], groups: Int[Tensor, " candidates"]
     ) -> Float[Tensor, " candidates"]:
-        """Advantages in fp64 arithmetic; zero for candidates without a finite reward.
+        """The advantage of each candidate; zero for candidates without a finite reward.
 
         Args:
-            rewards: NaN marks a candidate whose reward failed; it does not enter any statistic.
+            rewards: The rewards of all processes; NaN marks a candidate whose reward failed, which
+                enters no statistic.
             groups: The group of each candidate.
-            all_rewards: The rewards of all ranks, for ``std = "batch"``.
         """
         result = torch.zeros_like(rewards)
-        finite = all_rewards[all_rewards.isfinite()].double()
+        finite = rewards[rewards.isfinite()].double()
         for rows, values in members(rewards, groups):
             if has_no_variance(values):
                 continue
@@ -70,30 +155,29 @@ class GroupAdvantage:
 
 
 @dataclass(frozen=True, kw_only=True)
-class BetaAdvantage:
+class BetaAdvantage(_SingleReward):
     """For rewards of 0 and 1: ``(reward - p) / f(p)`` with a Beta density f (BNPO, arXiv:2506.02864).
 
-    ``p`` is the group's mean. Over the groups of an iteration it is taken as Beta(a, b), fitted by
-    its mean and variance; ``f`` is the density of Beta(1 + a / 3, 1 + b / 3), with which the gradient
-    varies least. As training moves the distribution of ``p``, so moves ``f``. Beta(3/2, 3/2) is the
-    group's standard deviation up to a factor (GRPO), Beta(1, 1) no normalisation.
+    ``p`` is the group's mean. Over the groups of an iteration it is modelled as Beta(a, b), fitted
+    by its mean and variance; ``f`` is the density of Beta(1 + a / 3, 1 + b / 3), for which the
+    gradient varies least. As training changes the distribution of ``p``, ``f`` changes with it.
+    Beta(3/2, 3/2) is the group's standard deviation up to a factor (GRPO); Beta(1, 1) divides by
+    nothing.
     """
 
+    is_binary: ClassVar[bool] = True
     kind: Literal["beta"] = "beta"
     clip: float = 5.0
-    """Advantages are cut to [-clip, clip]."""
+    """Advantages are clipped to [-clip, clip]."""
 
     def check(self) -> None:
         """Raise ValueError if every advantage would be zero."""
         check_clip(self.clip)
 
     def __call__(
-        self,
-        rewards: Float[Tensor, " candidates"],
-        groups: Int[Tensor, " candidates"],
-        all_rewards: Float[Tensor, " all_candidates"],
+        self, rewards: Float[Tensor, " candidates"], groups: Int[Tensor, " candidates"]
     ) -> Float[Tensor, " candidates"]:
-        """Advantages as :class:`GroupAdvantage` gives them; a group of equal rewards gets zero.
+        """Advantages as those of :class:`GroupAdvantage`; a group of equal rewards gets zero.
 
         Raises:
             ValueError: If a finite reward is neither 0 nor 1.
@@ -102,7 +186,7 @@ class BetaAdvantage:
         if bool(((finite != 0) & (finite != 1)).any()):
             odd = float(finite[(finite != 0) & (finite != 1)][0])
             raise ValueError(
-                f"algorithm.advantage.kind = 'beta' is for rewards of 0 and 1, but one is {odd:g}"
+                f"algorithm.advantage.kind = 'beta' needs rewards of 0 and 1, but one is {odd:g}"
             )
         result = torch.zeros_like(rewards)
         found = list(members(rewards, groups))
@@ -121,48 +205,46 @@ class BetaAdvantage:
 def beta_parameters(means: Float[Tensor, " groups"]) -> tuple[float, float]:
     """BNPO's ``alpha`` and ``beta`` for the mean rewards of groups.
 
-    Where the means are all equal, or there is only one, no Beta distribution fits; then (3/2, 3/2),
-    as in GRPO.
+    If all means are equal, or there is only one, no Beta distribution fits; the result is then
+    (3/2, 3/2), as in GRPO.
     """
     if has_no_variance(means):
         return 1.5, 1.5
     mean, variance = float(means.mean()), float(means.var(correction=0))
-    # 0 if every group is all right or all wrong, which no variance can exceed.
+    # 0 if the mean of every group is 0 or 1: no variance can be larger.
     total = max(0.0, mean * (1 - mean) / variance - 1)
     return 1 + total * mean / 3, 1 + total * (1 - mean) / 3
 
 
 @dataclass(frozen=True, kw_only=True)
-class VirtualBest:
-    """``(reward - mean) / std`` with one perfect candidate more in the statistics (NGRPO, arXiv:2509.18851).
+class VirtualBest(_SingleReward):
+    """``(reward - mean) / std``, with one perfect candidate added to the statistics (NGRPO, arXiv:2509.18851).
 
-    A group in which all fail is not flat any more: each gets ``-1 / sqrt(G)`` (``ddof`` 0), and the
-    model moves away from what it did. A group in which all are perfect gets zero. Advantages sum to
-    less than zero; the paper bounds this with a narrower clip range for falling ratios than for
-    rising ones (``loss.clip_high`` above ``loss.clip_range``).
+    A group in which all candidates fail has variance then: each gets ``-1 / sqrt(G)`` (``ddof`` 0),
+    and the model moves away from them. A group in which all candidates are perfect gets zero.
+    Advantages sum to less than zero; the paper bounds this with a narrower clip range for falling
+    ratios than for rising ones (``loss.clip_high`` above ``loss.clip_range``).
     """
 
+    adds_best: ClassVar[bool] = True
     kind: Literal["virtual_best"] = "virtual_best"
     best: float = 1.0
-    """The largest reward there is. A larger one is an error."""
+    """The largest possible reward. A larger one is an error."""
     ddof: Literal[0, 1] = 0
     """0 divides by G + 1, 1 by G."""
     epsilon: float = 1e-4
     """Added to the standard deviation."""
     clip: float = 5.0
-    """Advantages are cut to [-clip, clip]."""
+    """Advantages are clipped to [-clip, clip]."""
 
     def check(self) -> None:
         """Raise ValueError if every advantage would be zero, or of the wrong sign."""
         check_clip(self.clip, self.epsilon)
 
     def __call__(
-        self,
-        rewards: Float[Tensor, " candidates"],
-        groups: Int[Tensor, " candidates"],
-        all_rewards: Float[Tensor, " all_candidates"],
+        self, rewards: Float[Tensor, " candidates"], groups: Int[Tensor, " candidates"]
     ) -> Float[Tensor, " candidates"]:
-        """Advantages as :class:`GroupAdvantage` gives them.
+        """Advantages as those of :class:`GroupAdvantage`.
 
         Raises:
             ValueError: If a reward exceeds ``best``.
@@ -170,31 +252,197 @@ class VirtualBest:
         finite = rewards[rewards.isfinite()]
         if finite.numel() and float(finite.max()) > self.best * (1 + RELATIVE_FLOOR):
             raise ValueError(
-                f"algorithm.advantage.best = {self.best:g} is to be the largest reward, but one is "
-                f"{float(finite.max()):g}"
+                f"algorithm.advantage.best = {self.best:g} must be the largest possible reward, but "
+                f"one is {float(finite.max()):g}"
             )
         result = torch.zeros_like(rewards)
         for rows, values in members(rewards, groups):
-            known = torch.cat([values, values.new_tensor([self.best])])
-            if len(values) < 2 or has_no_variance(known):
+            with_best = torch.cat([values, values.new_tensor([self.best])])
+            if len(values) < 2 or has_no_variance(with_best):
                 continue
-            advantage = (values - known.mean()) / (known.std(correction=self.ddof) + self.epsilon)
+            std = with_best.std(correction=self.ddof) + self.epsilon
+            advantage = (values - with_best.mean()) / std
             result[rows] = advantage.clamp(-self.clip, self.clip).to(result.dtype)
         return result
 
 
-GroupStatistics = GroupAdvantage | BetaAdvantage | VirtualBest
-"""Advantages of one reward."""
+class _MultiReward:
+    """What the kinds that normalise each reward by itself share."""
+
+    is_binary: ClassVar[bool] = False
+    adds_best: ClassVar[bool] = False
+
+    def inputs(self, scores: Scores) -> dict[str, Float[Tensor, " candidates"]]:
+        """Each reward with a weight."""
+        return scores.trained()
 
 
-def members(
-    rewards: Float[Tensor, " candidates"], groups: Int[Tensor, " candidates"]
-) -> Iterator[tuple[Int[Tensor, " rows"], Float[Tensor, " rows"]]]:
-    """Of each group, in ascending order: the rows with a finite reward, and these in fp64."""
-    for group in groups.unique():
-        rows = ((groups == group) & rewards.isfinite()).nonzero().squeeze(1)
-        if len(rows):
-            yield rows, rewards[rows].double()
+@dataclass(frozen=True, kw_only=True)
+class PerReward(_MultiReward):
+    """``sum over rewards of weight * (score - mean of the group) / std`` (DanceGRPO, MixGRPO, Pref-GRPO).
+
+    Weights are used as they are; published ones mostly sum to 1. For actions within the clip range
+    this equals the weighted sum of one loss per reward, as in DanceGRPO's video code.
+    """
+
+    kind: Literal["per_reward"] = "per_reward"
+    std: Literal["group", "batch", "none"] = "group"
+    """As for ``group``, of each reward."""
+    ddof: Literal[0, 1] = 1
+    """0 divides by G, 1 by G - 1."""
+    epsilon: float = 1e-8
+    """Added to each standard deviation."""
+    clip: float = 5.0
+    """The sum is clipped to [-clip, clip]."""
+
+    @property
+    def over_batch(self) -> bool:
+        """Whether the standard deviations are those of the whole batch."""
+        return self.std == "batch"
+
+    def check(self) -> None:
+        """Raise ValueError if every advantage would be zero, or of the wrong sign."""
+        check_clip(self.clip, self.epsilon)
+
+    def combine(
+        self,
+        values: Mapping[str, Float[Tensor, " rows"]],
+        groups: Int[Tensor, " rows"],
+        weights: Mapping[str, float],
+    ) -> Float[Tensor, " rows"]:
+        """The weighted sum of each reward's advantages; zero where one of them failed."""
+        each = GroupAdvantage(std=self.std, ddof=self.ddof, epsilon=self.epsilon, clip=UNCLIPPED)
+        return _weighted_sum(each, complete(values), groups, weights).clamp(-self.clip, self.clip)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GDPO(_MultiReward):
+    """As ``per_reward``, then normalised over the whole batch (arXiv:2601.05242).
+
+    The second normalisation keeps the size of advantages the same for any number of rewards.
+    """
+
+    kind: Literal["gdpo"] = "gdpo"
+    ddof: Literal[0, 1] = 1
+    """0 divides by the number of values, 1 by one less; in both normalisations."""
+    epsilon: float = 1e-4
+    """Added to each standard deviation."""
+    clip: float = 5.0
+    """Advantages are clipped to [-clip, clip]."""
+
+    @property
+    def over_batch(self) -> bool:
+        """Whether there are statistics over the batch: always, in the second normalisation."""
+        return True
+
+    def check(self) -> None:
+        """Raise ValueError if every advantage would be zero, or of the wrong sign."""
+        check_clip(self.clip, self.epsilon)
+
+    def combine(
+        self,
+        values: Mapping[str, Float[Tensor, " rows"]],
+        groups: Int[Tensor, " rows"],
+        weights: Mapping[str, float],
+    ) -> Float[Tensor, " rows"]:
+        """The normalised sums; zero where a reward failed or no group has variance."""
+        values = complete(values)
+        each = GroupAdvantage(ddof=self.ddof, epsilon=self.epsilon, clip=UNCLIPPED)
+        total = _weighted_sum(each, values, groups, weights)
+        known = total[next(iter(values.values())).isfinite()]
+        if has_no_variance(known):
+            return torch.zeros_like(total)
+        normal = (total - known.mean()) / (known.std(correction=self.ddof) + self.epsilon)
+        # A group without variance is exactly zero before this normalisation and stays so: the mean
+        # that would be subtracted is rounding.
+        normal = torch.where(total == 0, total, normal)
+        return normal.clamp(-self.clip, self.clip)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogTamed:
+    """``log(1 + score)`` for rewards that vary much for their size, then as ``group`` (PaCo-RL, arXiv:2512.04784).
+
+    A reward varies much if ``std / (mean + 1e-6)`` over the whole batch exceeds a threshold.
+    """
+
+    is_binary: ClassVar[bool] = False
+    adds_best: ClassVar[bool] = False
+    kind: Literal["log_tamed"] = "log_tamed"
+    threshold: Literal["mean", "median", "fixed"] = "mean"
+    """The mean or the median of the ratios of all rewards, or ``fixed`` as given by ``above``."""
+    above: float = 1.0
+    """The threshold, if it is fixed."""
+    std: Literal["group", "batch", "none"] = "group"
+    """As for ``group``, of the sum."""
+    ddof: Literal[0, 1] = 0
+    """0 divides by G, 1 by G - 1."""
+    epsilon: float = 1e-4
+    """Added to the standard deviation."""
+    clip: float = 5.0
+    """Advantages are clipped to [-clip, clip]."""
+
+    @property
+    def over_batch(self) -> bool:
+        """Whether the standard deviation is that of the whole batch."""
+        return self.std == "batch"
+
+    def check(self) -> None:
+        """Raise ValueError if every advantage would be zero, or of the wrong sign."""
+        check_clip(self.clip, self.epsilon)
+
+    def inputs(self, scores: Scores) -> dict[str, Float[Tensor, " candidates"]]:
+        """The weighted sum, in which the rewards that vary much are tamed.
+
+        Raises:
+            ValueError: If a score to be tamed is -1 or less.
+        """
+        trained = scores.trained()
+        finite = [v[v.isfinite()] for v in trained.values()]
+        if not len(finite[0]):
+            return {REWARD: torch.full_like(scores.reward, torch.nan).double()}
+        ratios = [float(v.std(correction=0) / (v.mean() + 1e-6)) for v in finite]
+        threshold = {"mean": mean(ratios), "median": median(ratios), "fixed": self.above}
+        total = torch.zeros_like(scores.reward).double()
+        for (name, values), ratio, known in zip(trained.items(), ratios, finite, strict=True):
+            tamed = values
+            if ratio > threshold[self.threshold]:
+                if float(known.min()) <= -1:
+                    raise ValueError(
+                        "algorithm.advantage.kind = 'log_tamed' needs scores above -1, but one is "
+                        f"{float(known.min()):g}; shift the reward"
+                    )
+                tamed = torch.log1p(values)
+            total = total + scores.weights[name] * tamed
+        return {REWARD: total}
+
+    def combine(
+        self,
+        values: Mapping[str, Float[Tensor, " rows"]],
+        groups: Int[Tensor, " rows"],
+        weights: Mapping[str, float],
+    ) -> Float[Tensor, " rows"]:
+        """Advantages of the tamed sum, as :class:`GroupAdvantage` computes them."""
+        of_sum = GroupAdvantage(std=self.std, ddof=self.ddof, epsilon=self.epsilon, clip=self.clip)
+        return of_sum(values[REWARD], groups)
+
+
+Advantage = GroupAdvantage | BetaAdvantage | VirtualBest | PerReward | GDPO | LogTamed
+"""The kinds of advantage that a configuration can name."""
+
+
+def candidate_advantages(
+    advantage: AdvantageKind, scores: Scores, groups: Int[Tensor, " candidates"]
+) -> Float[Tensor, " candidates"]:
+    """The advantage of each candidate within its group; zero where a trained reward failed.
+
+    Args:
+        advantage: The kind.
+        scores: The candidates of all processes.
+        groups: Candidates with the same label are compared.
+    """
+    found = advantage.combine(advantage.inputs(scores), groups, scores.weights)
+    return found.to(scores.reward.dtype)
 
 
 def check_clip(clip: float, epsilon: float = 0.0) -> None:
@@ -216,203 +464,27 @@ def has_no_variance(values: Float[Tensor, " values"]) -> bool:
 def zero_variance_groups(
     rewards: Float[Tensor, " candidates"], groups: Int[Tensor, " candidates"]
 ) -> Bool[Tensor, " groups"]:
-    """For each group, in ascending order, whether it teaches nothing."""
+    """For each group, in ascending order, whether its rewards have no variance."""
     flags = [has_no_variance(rewards[(groups == g) & rewards.isfinite()]) for g in groups.unique()]
     return torch.tensor(flags, dtype=torch.bool)
 
 
-UNCLIPPED = float("inf")
+def members(
+    rewards: Float[Tensor, " candidates"], groups: Int[Tensor, " candidates"]
+) -> Iterator[tuple[Int[Tensor, " rows"], Float[Tensor, " rows"]]]:
+    """For each group, in ascending order: its rows with a finite reward, and these rewards in fp64."""
+    for group in groups.unique():
+        rows = ((groups == group) & rewards.isfinite()).nonzero().squeeze(1)
+        if len(rows):
+            yield rows, rewards[rows].double()
 
 
-@dataclass(frozen=True)
-class Scored:
-    """Candidates of all ranks as advantages see them.
-
-    Attributes:
-        reward: The weighted sum; NaN where a trained reward failed.
-        group: The group of each candidate.
-        scores: Raw scores of each reward.
-        weights: Weight of each reward; those with weight 0 are only measured.
-    """
-
-    reward: Float[Tensor, " candidates"]
-    group: Int[Tensor, " candidates"]
-    scores: Mapping[str, Float[Tensor, " candidates"]]
-    weights: Mapping[str, float]
-
-    def trained(self) -> dict[str, Float[Tensor, " candidates"]]:
-        """Scores of each trained reward, in fp64; NaN for candidates where any of them failed.
-
-        Raises:
-            ValueError: If there is none, or one has no scores.
-        """
-        names = [name for name, weight in self.weights.items() if weight != 0]
-        unknown = [name for name in names if name not in self.scores]
-        if not names or unknown:
-            raise ValueError(
-                f"advantages of several rewards need the weight of each; known weights: "
-                f"{dict(self.weights)}, known scores: {list(self.scores)}"
-            )
-        whole = torch.stack([self.scores[n].isfinite() for n in names]).all(0)
-        return {n: torch.where(whole, self.scores[n].double(), torch.nan) for n in names}
-
-
-@dataclass(frozen=True, kw_only=True)
-class PerReward:
-    """``sum over rewards of weight * (score - mean of the group) / std`` (DanceGRPO, MixGRPO, Pref-GRPO).
-
-    Weights are taken as they are; published ones mostly sum to 1. For actions within the clip range
-    it is the same as the weighted sum of one loss per reward, as DanceGRPO's video code has it.
-    """
-
-    kind: Literal["per_reward"] = "per_reward"
-    std: Literal["group", "batch", "none"] = "group"
-    """As for ``group``, of each reward."""
-    ddof: Literal[0, 1] = 1
-    """0 divides by G, 1 by G - 1."""
-    epsilon: float = 1e-8
-    """Added to each standard deviation."""
-    clip: float = 5.0
-    """The sum is cut to [-clip, clip]."""
-
-    def check(self) -> None:
-        """Raise ValueError if every advantage would be zero, or of the wrong sign."""
-        check_clip(self.clip, self.epsilon)
-
-    def of_scores(self, scored: Scored) -> Float[Tensor, " candidates"]:
-        """Advantages of all candidates; zero where a trained reward failed."""
-        one = GroupAdvantage(
-            std=self.std, ddof=self.ddof, epsilon=self.epsilon, clip=UNCLIPPED
-        )  # fmt: skip
-        total = _weighted(one, scored)
-        return total.clamp(-self.clip, self.clip).to(scored.reward.dtype)
-
-
-@dataclass(frozen=True, kw_only=True)
-class GDPO:
-    """As ``per_reward``, then normalised over the whole batch (arXiv:2601.05242).
-
-    The second normalisation keeps the size of advantages the same whatever the number of rewards.
-    """
-
-    kind: Literal["gdpo"] = "gdpo"
-    ddof: Literal[0, 1] = 1
-    """0 divides by the number of values, 1 by one less; in both normalisations."""
-    epsilon: float = 1e-4
-    """Added to each standard deviation."""
-    clip: float = 5.0
-    """Advantages are cut to [-clip, clip]."""
-
-    def check(self) -> None:
-        """Raise ValueError if every advantage would be zero, or of the wrong sign."""
-        check_clip(self.clip, self.epsilon)
-
-    def of_scores(self, scored: Scored) -> Float[Tensor, " candidates"]:
-        """Advantages of all candidates; zero where a trained reward failed or all are flat."""
-        one = GroupAdvantage(ddof=self.ddof, epsilon=self.epsilon, clip=UNCLIPPED)
-        total = _weighted(one, scored)
-        whole = torch.stack([v.isfinite() for v in scored.trained().values()]).all(0)
-        values = total[whole]
-        if has_no_variance(values):
-            return torch.zeros_like(scored.reward)
-        normal = (total - values.mean()) / (values.std(correction=self.ddof) + self.epsilon)
-        # A flat group is exactly zero before, and stays so: the mean is rounding.
-        normal = torch.where(total == 0, total, normal)
-        return normal.clamp(-self.clip, self.clip).to(scored.reward.dtype)
-
-
-@dataclass(frozen=True, kw_only=True)
-class LogTamed:
-    """``log(1 + score)`` for rewards that vary much for their size, then as ``group`` (PaCo-RL, arXiv:2512.04784).
-
-    A reward varies much if ``std / (mean + 1e-6)`` over the whole batch exceeds a threshold.
-    """
-
-    kind: Literal["log_tamed"] = "log_tamed"
-    threshold: Literal["mean", "median", "fixed"] = "mean"
-    """Of the ratios of all rewards the mean or the median, or ``fixed`` as in ``above``."""
-    above: float = 1.0
-    """The threshold, if it is fixed."""
-    std: Literal["group", "batch", "none"] = "group"
-    """As for ``group``, of the sum."""
-    ddof: Literal[0, 1] = 0
-    """0 divides by G, 1 by G - 1."""
-    epsilon: float = 1e-4
-    """Added to the standard deviation."""
-    clip: float = 5.0
-    """Advantages are cut to [-clip, clip]."""
-
-    def check(self) -> None:
-        """Raise ValueError if every advantage would be zero, or of the wrong sign."""
-        check_clip(self.clip, self.epsilon)
-
-    def of_scores(self, scored: Scored) -> Float[Tensor, " candidates"]:
-        """Advantages of all candidates; zero where a trained reward failed.
-
-        Raises:
-            ValueError: If a score to be tamed is -1 or less.
-        """
-        total = self.tamed(scored)
-        return self.of_sum(total, scored.group, total).to(scored.reward.dtype)
-
-    @property
-    def of_sum(self) -> GroupAdvantage:
-        """What makes advantages of the tamed sum."""
-        return GroupAdvantage(
-            std=self.std, ddof=self.ddof, epsilon=self.epsilon, clip=self.clip
-        )  # fmt: skip
-
-    def tamed(self, scored: Scored) -> Float[Tensor, " candidates"]:
-        """The weighted sum of scores, those tamed that vary much; NaN where a trained reward failed.
-
-        Raises:
-            ValueError: If a score to be tamed is -1 or less.
-        """
-        trained = scored.trained()
-        finite = [v[v.isfinite()] for v in trained.values()]
-        if not len(finite[0]):
-            return torch.full_like(scored.reward, torch.nan).double()
-        spreads = [float(v.std(correction=0) / (v.mean() + 1e-6)) for v in finite]
-        threshold = {"mean": mean(spreads), "median": median(spreads), "fixed": self.above}
-        total = torch.zeros_like(scored.reward).double()
-        for (name, values), spread, known in zip(trained.items(), spreads, finite, strict=True):
-            tamed = values
-            if spread > threshold[self.threshold]:
-                if float(known.min()) <= -1:
-                    raise ValueError(
-                        "algorithm.advantage.kind = 'log_tamed' needs scores above -1, but one is "
-                        f"{float(known.min()):g}; shift the reward"
-                    )
-                tamed = torch.log1p(values)
-            total = total + scored.weights[name] * tamed
-        return total
-
-
-Advantage = GroupStatistics | PerReward | GDPO | LogTamed
-"""From scores to advantages, by whatever is compared: whole samples, or what step-level algorithms
-make of their candidates."""
-
-
-def numbers(advantage: Advantage, scored: Scored) -> dict[str, Float[Tensor, " candidates"]]:
-    """What a kind standardises: each trained reward by its name, or one number of all, named ``""``."""
-    if isinstance(advantage, PerReward | GDPO):
-        return scored.trained()
-    if isinstance(advantage, LogTamed):
-        return {"": advantage.tamed(scored)}
-    return {"": scored.reward}
-
-
-def of_scored(advantage: Advantage, scored: Scored) -> Float[Tensor, " candidates"]:
-    """Advantages of all candidates, of the weighted sum or of each reward as the kind has it."""
-    if isinstance(advantage, PerReward | GDPO | LogTamed):
-        return advantage.of_scores(scored)
-    return advantage(scored.reward, scored.group, scored.reward)
-
-
-def _weighted(one: GroupAdvantage, scored: Scored) -> Float[Tensor, " candidates"]:
-    """The weighted sum of each reward's advantages, in fp64."""
-    parts = [
-        scored.weights[name] * one(values, scored.group, values)
-        for name, values in scored.trained().items()
-    ]
+def _weighted_sum(
+    each: GroupAdvantage,
+    values: Mapping[str, Float[Tensor, " rows"]],
+    groups: Int[Tensor, " rows"],
+    weights: Mapping[str, float],
+) -> Float[Tensor, " rows"]:
+    """The weighted sum of each reward's advantages."""
+    parts = [weights[name] * each(column, groups) for name, column in values.items()]
     return torch.stack(parts).sum(0)

@@ -1,5 +1,5 @@
-"""Errors that several rooms raise."""
+"""Errors that several packages raise."""
 
 
 class ConfigError(ValueError):
-    """A configuration that cannot be run; the message names the key and how to correct it."""
+    """A configuration that cannot be run. The message names the key and how to correct it."""

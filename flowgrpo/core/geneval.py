@@ -1,7 +1,7 @@
-"""GenEval's rule (arXiv:2310.11513): from the objects found in an image to a verdict.
+"""GenEval's rule (arXiv:2310.11513): a verdict on an image from the objects detected in it.
 
-Pure: no model is needed here. The official evaluation is djghosh13/geneval, the graded reward
-Flow-GRPO's server yifan123/reward-server (both MIT); this is written anew after them.
+No model is used here. The official evaluation is djghosh13/geneval, the graded reward is that of
+Flow-GRPO's server yifan123/reward-server (both MIT); this is an independent implementation of both.
 """
 
 from collections.abc import Mapping, Sequence
@@ -31,7 +31,7 @@ _OBJECTS = """
     hair drier, toothbrush
 """
 OBJECTS = tuple(name.strip() for name in _OBJECTS.split(","))
-"""The object names in COCO's order; a few differ from COCO's, so classes go by index."""
+"""The object names in COCO's order. A few names differ from COCO's, so classes are matched by index."""
 COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
 Box = tuple[float, float, float, float]
 Mask = Bool[np.ndarray, "height width"]
@@ -55,7 +55,7 @@ class Detection(NamedTuple):
 class Detector(Protocol):
     """Finds objects of the 80 classes, indexed as in COCO (and as in ``OBJECTS``).
 
-    ``name`` goes into the title of the results: another detector gives other numbers.
+    ``name`` appears in the title of the results, because another detector gives other numbers.
     """
 
     name: str
@@ -69,7 +69,7 @@ class Detector(Protocol):
 
 @dataclass(frozen=True)
 class Found:
-    """One object as the rule sees it: where it is and, if anything asks for it, its colour."""
+    """One detected object: its box and, if the task needs it, its colour."""
 
     box: Box
     color: str = ""
@@ -90,7 +90,7 @@ class Clause:
 
 @dataclass(frozen=True)
 class Task:
-    """What one prompt asks for.
+    """The objects that one prompt asks for.
 
     Example:
         "a photo of two dogs": ``Task("counting", (Clause("dog", 2),), (Clause("dog", 3),))``
@@ -105,7 +105,7 @@ class Task:
         """The task in a prompt's metadata.
 
         Raises:
-            ValueError: Naming the prompt, if the metadata are not GenEval's.
+            ValueError: If the metadata are not GenEval's; the message names the prompt.
         """
         where = f"prompt {prompt!r}"
         tag, include = record.get("tag"), record.get("include")
@@ -123,12 +123,12 @@ class Task:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the rule says about one image.
+    """The rule's result for one image.
 
     Attributes:
         score: 0 or 1 by the official rule; at most 1, possibly negative, by the soft one.
-        correct: Whether everything asked for is there.
-        reasons: What is wrong, one entry for each clause that fails.
+        correct: Whether the image has everything that the prompt asks for.
+        reasons: One entry for each clause that fails, which says why.
     """
 
     score: float
@@ -139,9 +139,14 @@ class Verdict:
 def select(
     detections: Mapping[int, Sequence[Detection]], threshold: float, max_objects: int
 ) -> dict[str, list[Detection]]:
-    """By class name: the detections that score above ``threshold``, the surest first.
+    """The detections that score above ``threshold`` by class name, in order of falling confidence.
 
-    Of equally sure ones the first counts as surer.
+    Detections with equal confidence keep their order.
+
+    Args:
+        detections: By class index.
+        threshold: Lowest confidence, exclusive.
+        max_objects: Most objects to keep per class.
     """
     kept: dict[str, list[Detection]] = {}
     for index, found in detections.items():
@@ -152,7 +157,7 @@ def select(
 
 
 def num_to_color(task: Task, objects: Mapping[str, Sequence[Any]]) -> dict[str, int]:
-    """Of which classes the colour matters, and of how many of their surest objects."""
+    """For each class whose colour matters: how many of its most confident objects need a colour."""
     numbers: dict[str, int] = {}
     for clause in task.include:
         if clause.color is not None and len(objects.get(clause.name, ())) >= clause.count:
@@ -163,14 +168,14 @@ def num_to_color(task: Task, objects: Mapping[str, Sequence[Any]]) -> dict[str, 
 def strict(task: Task, objects: Mapping[str, Sequence[Found]]) -> Verdict:
     """The benchmark's rule: 1 if every ``include`` clause is met and no ``exclude`` clause, else 0.
 
-    Only the ``count`` surest objects of a class are looked at, so further ones do no harm unless an
-    ``exclude`` clause forbids them. All of them must have the colour, and the relation to all
-    objects of the target clause.
+    Only the ``count`` most confident objects of a class count, so further objects matter only to an
+    ``exclude`` clause. All of them must have the colour, and the relation to all objects of the
+    target clause.
 
     Args:
-        task: What the prompt asks for.
-        objects: What was found, by class name, the surest first, coloured as :func:`num_to_color`
-            says.
+        task: The objects that the prompt asks for.
+        objects: The detected objects by class name, most confident first, with colours for as many
+            as :func:`num_to_color` gives.
     """
     reasons: list[str] = []
     matched: list[Sequence[Found]] = []
@@ -192,18 +197,19 @@ def soft(
     objects: Mapping[str, Sequence[Found]],
     compat: Literal["flow_grpo"] | None = None,
 ) -> Verdict:
-    """Flow-GRPO's training reward: the mean credit over all that the ``include`` clauses ask for.
+    """Flow-GRPO's training reward: the mean credit over the requirements of the ``include`` clauses.
 
-    Each clause earns ``1 - |number - count| / count`` for the number of its objects, extra ones
-    included. If the number is right and the clause names a colour, the same for the objects of that
-    colour; if these are right too and it names a position, 1 or 0 for it. If the number is wrong,
-    colour and position together earn one 0. ``correct`` means that everything is exactly right.
+    Each clause earns ``1 - |number - count| / count`` for the number of its objects, extra objects
+    included. If the number is right and the clause names a colour, it earns the same for the objects
+    of that colour; if these are right and it names a position, it earns 1 or 0 for the position. If
+    the number is wrong, colour and position together earn one 0. ``correct`` means that every
+    requirement is met exactly.
 
     Args:
-        task: What the prompt asks for. ``exclude`` plays no part: numbers must be exact.
+        task: The objects that the prompt asks for. ``exclude`` is ignored: numbers must be exact.
         objects: As for :func:`strict`.
-        compat: ``flow_grpo`` repeats a fault of the original: a wrong position earns a 0 *and* a 1
-            there, so the image gets 0.75 where 2/3 is meant.
+        compat: ``flow_grpo`` reproduces a defect of the original: a wrong position earns a 0 *and* a
+            1 there, so the image gets 0.75 where 2/3 is meant.
     """
     credits: list[float] = []
     reasons: list[str] = []
@@ -236,7 +242,7 @@ def _nearness(number: int, count: int) -> float:
 
 
 def _unmet(clause: Clause, found: Sequence[Found], matched: Sequence[Sequence[Found]]) -> str:
-    """Why the official rule fails a clause; empty if it is met."""
+    """The reason why the official rule fails a clause; empty if the clause is met."""
     if len(found) < clause.count:
         return f"{len(found)} {clause.name} instead of {clause.count}"
     return _wrong_color(clause, found) or _wrong_position(clause, found, matched)
@@ -257,15 +263,18 @@ def _wrong_color(clause: Clause, found: Sequence[Found]) -> str:
 def _wrong_position(
     clause: Clause, found: Sequence[Found], matched: Sequence[Sequence[Found]]
 ) -> str:
-    """An unmet target clause counts as a wrong position."""
+    """The reason why a position is wrong; empty if it is right.
+
+    A position relative to a clause that is not met is wrong.
+    """
     if clause.position is None:
         return ""
     relation, target = clause.position
     if not matched[target]:
         return f"nothing there for {clause.name} to be {relation}"
-    for one in found:
+    for item in found:
         for other in matched[target]:
-            relations = relations_between(one.box, other.box)
+            relations = relations_between(item.box, other.box)
             if relation not in relations:
                 seen = (
                     " and ".join(r for r in RELATIONS if r in relations)
@@ -276,7 +285,7 @@ def _wrong_position(
 
 
 def _clause(record: Any, place: int, where: str) -> Clause:
-    """Check and read one clause, the ``place``-th of its list."""
+    """Check and read one clause; ``place`` is its index in its list."""
     if not isinstance(record, Mapping):
         raise ValueError(f"{where}: a clause is an object with 'class' and 'count', got {record!r}")
     name = _known(record.get("class"), OBJECTS, f"{where}: unknown class")
@@ -307,7 +316,8 @@ def _known(value: Any, names: Sequence[str], problem: str) -> str:
 def relations_between(box: Sequence[float], other: Sequence[float]) -> frozenset[str]:
     """The relations that hold for ``box`` with respect to ``other``; empty if the boxes coincide.
 
-    Boxes are ``(x0, y0, x1, y1)`` in pixels, x to the right and y downwards. A pair can satisfy two relations at once ("left of" and "above").
+    Boxes are ``(x0, y0, x1, y1)`` in pixels, x to the right and y downwards. Two relations can hold
+    at once ("left of" and "above").
     """
     a = np.asarray(box, dtype=np.float64).reshape(2, 2)
     b = np.asarray(other, dtype=np.float64).reshape(2, 2)

@@ -1,4 +1,4 @@
-"""Objects by import path, so that a configuration can name code outside of flowgrpo, and hints for misspelt names."""
+"""Objects by import path, and suggestions for misspelt names."""
 
 import difflib
 import importlib
@@ -7,10 +7,10 @@ from typing import Any
 
 
 def import_path(path: str) -> Any:
-    """The object that ``"package.module:name"`` names.
+    """The object at ``"package.module:name"``, so that a configuration can name a user's code.
 
     Raises:
-        ValueError: If there is none.
+        ValueError: If there is no such module or name.
     """
     module, colon, name = path.partition(":")
     if not colon:

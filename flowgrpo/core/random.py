@@ -1,21 +1,23 @@
-"""Random streams keyed by what they are for, never by global state.
+"""Random streams keyed by their purpose; global random state is never used.
 
-A draw depends only on ``(seed, iteration, group, sample, stream)``: the same images come out
-whatever the batch size, the number of ranks or a resume in between.
+A draw depends only on ``(seed, iteration, group, sample, stream)``: the same images come out for any
+batch size and any number of processes, and after a resume.
 """
 
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
-from jaxtyping import Float
-from torch import Tensor
+from flowgrpo.core.tensors import Float, Tensor, torch
 
 
 @dataclass(frozen=True)
 class Random:
-    """A point in the tree of random streams; ``at`` goes one level down.
+    """A node in the tree of random streams; :meth:`at` returns a child.
+
+    Attributes:
+        seed: The seed of the whole tree.
+        path: The keys from the root to this node.
 
     Example:
         ``Random(seed=0).at("train", 12).generator("noise", 3)``
@@ -33,19 +35,20 @@ class Random:
         text = "/".join(f"{type(k).__name__}:{k}" for k in (self.seed, *self.path, *keys))
         return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest()) >> 1
 
-    def generator(self, *keys: int | str) -> torch.Generator:
-        """A fresh CPU generator for some keys."""
+    def generator(self, *keys: int | str) -> "torch.Generator":
+        """A new CPU generator for some keys."""
         return torch.Generator().manual_seed(self.integer(*keys))
 
 
 @dataclass(frozen=True)
 class SampleNoise:
-    """The noise of a batch of samples, one random stream per sample.
+    """The noise of a batch of samples: one random stream per sample.
 
     Attributes:
         streams: The stream of each sample. Two samples with the same stream get the same noise.
-        initial_streams: The streams of the initial latents, where they differ: samples that share
-            one start from the same noise and part at the first stochastic step.
+        initial_streams: The streams of the initial latents, if they differ from ``streams``: samples
+            with the same initial stream start from the same latents and differ from the first
+            stochastic step on.
     """
 
     streams: Sequence[Random]
@@ -58,11 +61,11 @@ class SampleNoise:
         initial = None if self.initial_streams is None else self.initial_streams[rows]
         return SampleNoise(self.streams[rows], initial)
 
-    def initial(self) -> list[torch.Generator]:
-        """Generators for the pipeline's own draws (initial latents), one per sample."""
+    def initial(self) -> "list[torch.Generator]":
+        """Generators for the pipeline's own draws (the initial latents), one per sample."""
         return [stream.generator("initial") for stream in self.initial_streams or self.streams]
 
     def at_step(self, step: int, shape: Sequence[int]) -> Float[Tensor, "batch *latent"]:
-        """The noise that each sample's stochastic step injects; ``shape`` is one sample's."""
+        """The noise that each sample's stochastic step injects; ``shape`` is that of one sample."""
         draws = [torch.randn(*shape, generator=s.generator("step", step)) for s in self.streams]
         return torch.stack(draws)

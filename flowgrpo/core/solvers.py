@@ -1,11 +1,9 @@
-"""Deterministic solvers that remember more than the last state."""
+"""Deterministic solvers that use more than the last state."""
 
 import math
 from typing import Literal
 
-from jaxtyping import Float
-from torch import Tensor
-
+from flowgrpo.core.tensors import Float, Tensor
 from flowgrpo.core.transitions import Gaussian, Prediction, Step
 
 Solver = Literal["euler", "dpm_2m"]
@@ -16,35 +14,35 @@ is :class:`SecondOrder`."""
 class SecondOrder:
     """DPM-Solver++(2M) (arXiv:2211.01095, algorithm 2), for one run of consecutive steps.
 
-    Integrates the predicted data exactly over the log of signal over noise, with a linear guess from
-    the step before: of second order at one evaluation a step. The first step, steps from pure noise
-    and the step to the data are of first order, where it equals the ODE step.
+    It integrates the predicted data exactly over the log of the signal-to-noise ratio, with a linear
+    extrapolation from the previous step: second order at one evaluation per step. The first step,
+    steps from pure noise and the step to the data are of first order and equal the ODE step.
     """
 
     def __init__(self) -> None:
-        self._last: tuple[Tensor, float] | None = None
+        # The predicted data and the log signal-to-noise ratio of the previous step.
+        self._previous: tuple[Tensor, float] | None = None
 
     def __call__(
         self, x: Float[Tensor, "batch *latent"], prediction: Prediction, step: Step
     ) -> Gaussian:
         """The next state, with ``std`` 0."""
-        before, after = (
-            _log_snr(step.signal, step.noise),
-            _log_snr(step.signal_next, step.noise_next),
-        )
+        before = _log_snr(step.signal, step.noise)
+        after = _log_snr(step.signal_next, step.noise_next)
         length, x0 = after - before, prediction.x0
-        if self._last is not None and math.isfinite(length):
-            last_x0, last = self._last
-            # 0 after a step from pure noise, whose length is infinite.
-            x0 = x0 + (x0 - last_x0) * length / (2 * (before - last))
-        self._last = prediction.x0, before
-        # exp(-length) * noise ratio, written so that neither end divides by 0.
+        if self._previous is not None and math.isfinite(length):
+            previous_x0, previous = self._previous
+            # The correction is 0 after a step from pure noise, whose length is infinite.
+            x0 = x0 + (x0 - previous_x0) * length / (2 * (before - previous))
+        self._previous = prediction.x0, before
+        # exp(-length) times the noise ratio, written without a division by 0 at either end.
         kept = step.noise_next / step.noise
         shrunk = step.signal_next - kept * step.signal
         return Gaussian(kept * x + shrunk * x0, 0.0)
 
 
 def _log_snr(signal: float, noise: float) -> float:
+    """``log(signal / noise)``, infinite at the ends of the path."""
     if signal <= 0:
         return -math.inf
     return math.inf if noise <= 0 else math.log(signal / noise)

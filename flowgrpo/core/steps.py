@@ -1,7 +1,11 @@
-"""Which steps of the grid are stochastic and trained; all others follow the ODE.
+"""Which steps of the sampling grid are stochastic; all others follow the ODE.
 
 The last step, which ends at ``sigma = 0``, is never stochastic: coefficients-preserving and DDIM
-steps have no noise there, and what other transitions add stays in the image.
+steps inject no noise there, and the noise of other transitions would stay in the image.
+
+Each kind has ``check(num_steps)``, which raises ValueError if no iteration can select valid steps,
+and ``select(num_steps, iteration, random)``, which returns the steps of an iteration, ascending.
+Only the kinds that draw use ``random``.
 """
 
 import math
@@ -9,7 +13,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
+from flowgrpo.core.random import Random
+from flowgrpo.core.tensors import torch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,10 +25,15 @@ class AllSteps:
     skip_last: int = 1
     """How many steps at the end stay deterministic, at least 1."""
 
-    def select(self, num_steps: int, iteration: int, generator: torch.Generator) -> list[int]:
+    def check(self, num_steps: int) -> None:
+        """Raise ValueError if no step of ``num_steps`` is left."""
+        _check_skip_last(self.skip_last)
+        _check_steps(range(num_steps - self.skip_last), num_steps, self)
+
+    def select(self, num_steps: int, iteration: int, random: Random) -> list[int]:
         """The stochastic steps, ascending."""
-        _check_skip(self.skip_last)
-        return _checked(list(range(num_steps - self.skip_last)), num_steps, self)
+        self.check(num_steps)
+        return list(range(num_steps - self.skip_last))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,14 +46,19 @@ class Window:
     size: int = 2
     """Number of steps in the window."""
 
-    def select(self, num_steps: int, iteration: int, generator: torch.Generator) -> list[int]:
+    def check(self, num_steps: int) -> None:
+        """Raise ValueError if the window does not lie within the steps that can be stochastic."""
+        _check_steps(range(self.start, self.start + self.size), num_steps, self)
+
+    def select(self, num_steps: int, iteration: int, random: Random) -> list[int]:
         """The stochastic steps, ascending."""
-        return _checked(list(range(self.start, self.start + self.size)), num_steps, self)
+        self.check(num_steps)
+        return list(range(self.start, self.start + self.size))
 
 
 @dataclass(frozen=True, kw_only=True)
 class RandomWindow:
-    """A window at a random place in ``[first, last)``, new in every iteration (Flow-GRPO-Fast)."""
+    """A window at a random place in ``[first, last)``, drawn anew in every iteration (Flow-GRPO-Fast)."""
 
     kind: Literal["random_window"] = "random_window"
     size: int = 2
@@ -53,21 +68,26 @@ class RandomWindow:
     last: int = 5
     """The window ends before this step."""
 
-    def select(self, num_steps: int, iteration: int, generator: torch.Generator) -> list[int]:
-        """The stochastic steps, ascending."""
-        places = self.last - self.size - self.first + 1
-        if places < 1:
+    def check(self, num_steps: int) -> None:
+        """Raise ValueError if the window does not fit into the range, or the range into the grid."""
+        if self.last - self.size < self.first:
             raise ValueError(
                 f"steps: no window of {self.size} steps fits into [{self.first}, {self.last})"
             )
-        start = self.first + int(torch.randint(places, (1,), generator=generator))
-        _checked(list(range(self.first, self.last)), num_steps, self)
-        return _checked(list(range(start, start + self.size)), num_steps, self)
+        _check_steps(range(self.first, self.last), num_steps, self)
+        _check_steps(range(self.first, self.first + self.size), num_steps, self)
+
+    def select(self, num_steps: int, iteration: int, random: Random) -> list[int]:
+        """The stochastic steps, ascending."""
+        self.check(num_steps)
+        places = self.last - self.size - self.first + 1
+        start = self.first + int(torch.randint(places, (1,), generator=random.generator()))
+        return list(range(start, start + self.size))
 
 
 @dataclass(frozen=True, kw_only=True)
 class RandomSteps:
-    """A random subset of ``count`` steps of ``[first, last)``, new in every iteration."""
+    """A random subset of ``count`` steps of ``[first, last)``, drawn anew in every iteration."""
 
     kind: Literal["random_steps"] = "random_steps"
     count: int = 3
@@ -77,23 +97,29 @@ class RandomSteps:
     last: int = 6
     """Only steps before this one are drawn."""
 
-    def select(self, num_steps: int, iteration: int, generator: torch.Generator) -> list[int]:
-        """The stochastic steps, ascending."""
-        pool = _checked(list(range(self.first, self.last)), num_steps, self)
+    def check(self, num_steps: int) -> None:
+        """Raise ValueError if the range does not fit into the grid, or has fewer than ``count`` steps."""
+        pool = range(self.first, self.last)
+        _check_steps(pool, num_steps, self)
         if not 1 <= self.count <= len(pool):
             raise ValueError(
                 f"steps: cannot draw {self.count} of the {len(pool)} steps in [{self.first}, {self.last})"
             )
-        chosen = torch.randperm(len(pool), generator=generator)[: self.count]
-        return sorted(pool[int(i)] for i in chosen)
+
+    def select(self, num_steps: int, iteration: int, random: Random) -> list[int]:
+        """The stochastic steps, ascending."""
+        self.check(num_steps)
+        pool = range(self.first, self.last)
+        order = torch.randperm(len(pool), generator=random.generator())
+        return sorted(pool[int(i)] for i in order[: self.count])
 
 
 @dataclass(frozen=True, kw_only=True)
 class SlidingWindow:
-    """A window that moves on by ``stride`` every ``every`` iterations and starts over (MixGRPO).
+    """A window that moves by ``stride`` every ``every`` iterations and then starts over (MixGRPO).
 
-    With ``decay`` above 0 it stays ``ceil(every * exp(-decay * max(0, start - decay_from)))``
-    iterations at a place: late steps, which decide less, take less of the training.
+    With ``decay`` above 0 it stays at a place for ``ceil(every * exp(-decay * max(0, start -
+    decay_from)))`` iterations: late steps, which have less influence on the image, are trained less.
     """
 
     kind: Literal["sliding_window"] = "sliding_window"
@@ -110,22 +136,26 @@ class SlidingWindow:
     decay_from: int = 13
     """The first step of the window from which on it stays shorter."""
     at_end: Literal["restart", "stay"] = "restart"
-    """What the window does after its last place."""
+    """What happens after the last place: ``restart`` begins again at step 0, ``stay`` stays there."""
 
-    def select(self, num_steps: int, iteration: int, generator: torch.Generator) -> list[int]:
-        """The stochastic steps, ascending."""
+    def check(self, num_steps: int) -> None:
+        """Raise ValueError if the window does not fit into the grid, or a setting is out of range."""
         if min(self.size, self.stride, self.every) < 1:
             raise ValueError(f"steps: size, stride and every must be at least 1, got {self}")
-        _check_skip(self.skip_last)
-        last = num_steps - self.skip_last - self.size
-        if last < 0:
+        _check_skip_last(self.skip_last)
+        if num_steps - self.skip_last - self.size < 0:
             raise ValueError(
                 f"steps: a window of {self.size} does not fit into {num_steps} steps without the last {self.skip_last}"
             )
         if self.decay < 0:
             raise ValueError(f"steps: decay must be at least 0, got {self.decay}")
+
+    def select(self, num_steps: int, iteration: int, random: Random) -> list[int]:
+        """The stochastic steps, ascending."""
+        self.check(num_steps)
+        last = num_steps - self.skip_last - self.size
         start = self._start(range(0, last + 1, self.stride), iteration)
-        return _checked(list(range(start, start + self.size)), num_steps, self)
+        return list(range(start, start + self.size))
 
     def _start(self, places: Sequence[int], iteration: int) -> int:
         """The window's first step in an iteration."""
@@ -144,16 +174,18 @@ class SlidingWindow:
 
 
 StepSelection = AllSteps | Window | RandomWindow | RandomSteps | SlidingWindow
+"""The selections of steps that a configuration can name."""
 
 
-def _check_skip(skip_last: int) -> None:
+def _check_skip_last(skip_last: int) -> None:
     if skip_last < 1:
         raise ValueError(
             f"steps: skip_last must be at least 1, as the last step has no noise, got {skip_last}"
         )
 
 
-def _checked(steps: list[int], num_steps: int, selection: object) -> list[int]:
+def _check_steps(steps: range, num_steps: int, selection: object) -> None:
+    """Raise ValueError if there are no steps, or some of them cannot be stochastic."""
     if not steps:
         raise ValueError(f"steps: {selection} selects no step of {num_steps}")
     if steps[0] < 0 or steps[-1] > num_steps - 2:
@@ -161,4 +193,3 @@ def _checked(steps: list[int], num_steps: int, selection: object) -> list[int]:
             f"steps: {selection} asks for steps {steps[0]} to {steps[-1]}, but with num_steps = {num_steps} "
             f"only steps 0 to {num_steps - 2} can be stochastic (the last one ends at sigma 0)"
         )
-    return steps

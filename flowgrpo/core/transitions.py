@@ -1,12 +1,13 @@
-"""One reverse denoising step as a Gaussian: its mean and its standard deviation.
+"""Transitions: one reverse denoising step as a Gaussian distribution of the next state.
 
 A state lies on a path ``x = signal * x0 + noise * x1`` between data ``x0`` and Gaussian noise
 ``x1``. On a rectified-flow path ``signal = 1 - sigma`` and ``noise = sigma``; on a diffusion path
-``signal = sqrt(alpha_bar)`` and ``noise = sqrt(1 - alpha_bar)``. Time runs from noise (``sigma = 1``)
-to data (``sigma = 0``) and ``dt = sigma - sigma_next`` is positive.
+``signal = sqrt(alpha_bar)`` and ``noise = sqrt(1 - alpha_bar)``. Sampling starts at noise (``sigma =
+1``) and ends at data (``sigma = 0``), so ``dt = sigma - sigma_next`` is positive.
 
+A transition maps a state, the model's prediction and the interval to a :class:`Gaussian`. Its
 ``std`` is the standard deviation of ``x_next``: it includes the square root of ``dt``. Every
-``log_prob`` is the MEAN over latent elements, not the sum, as everywhere in this field: a clip range
+``log_prob`` is the MEAN over latent elements, not the sum, as usual for these methods: a clip range
 of 1e-4 on 65,536 elements is 6.6 nats of the true ratio.
 """
 
@@ -14,9 +15,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal, Protocol, runtime_checkable
 
-import torch
-from jaxtyping import Float
-from torch import Tensor
+from flowgrpo.core.tensors import Float, Tensor, torch
 
 Path = Literal["flow", "diffusion"]
 Predicted = Literal["velocity", "noise", "v", "data"]
@@ -27,16 +26,17 @@ class Step:
     """One interval of a sampling grid.
 
     Attributes:
-        path: Which path the numbers belong to.
+        path: The path that the weights belong to.
         signal: Weight of the data before the step.
         noise: Weight of the noise before the step; ``sigma`` on a flow path.
         signal_next: Weight of the data after the step.
         noise_next: Weight of the noise after the step.
-        sigma_max: The second largest ``sigma`` of the grid, where Flow-SDE's noise is capped.
-        noise_scale: Standard deviation of the path's pure noise, 1 for nearly all models. What a step
-            injects has it too: everything is as if states were divided by it.
-        predicted: What the model says: the velocity ``x1 - x0`` on a flow path; on a diffusion path the
-            noise, the data, or ``v = signal * x1 - noise * x0`` (arXiv:2202.00512).
+        sigma_max: The second largest ``sigma`` of the grid, at which Flow-SDE's noise is capped.
+        noise_scale: Standard deviation of the path's pure noise, 1 for nearly all models. The noise
+            that a step injects is scaled by it as well, which is equivalent to dividing all states
+            by it.
+        predicted: The model's output: the velocity ``x1 - x0`` on a flow path; on a diffusion path
+            the noise, the data, or ``v = signal * x1 - noise * x0`` (arXiv:2202.00512).
     """
 
     path: Path
@@ -52,14 +52,14 @@ class Step:
     def flow(
         cls, sigma: float, sigma_next: float, sigma_max: float = 1.0, noise_scale: float = 1.0
     ) -> "Step":
-        """A step on the rectified-flow path."""
+        """A step on the rectified-flow path, from ``sigma`` to ``sigma_next``."""
         return cls("flow", 1 - sigma, sigma, 1 - sigma_next, sigma_next, sigma_max, noise_scale)
 
     @classmethod
     def diffusion(
         cls, alpha_bar: float, alpha_bar_next: float, predicted: Predicted = "noise"
     ) -> "Step":
-        """A step on the variance-preserving path."""
+        """A step on the variance-preserving path, by the cumulative products of ``alpha``."""
         return cls(
             "diffusion",
             math.sqrt(alpha_bar),
@@ -77,12 +77,12 @@ class Step:
 
 @dataclass(frozen=True)
 class Prediction:
-    """What the model says about a state, as the two ends of its path.
+    """The model's prediction at a state, as the two ends of its path.
 
     Attributes:
         x0: The predicted data.
         x1: The predicted noise.
-        output: What the model returned; on a flow path the velocity ``x1 - x0``.
+        output: The model's output as it is; on a flow path the velocity ``x1 - x0``.
     """
 
     x0: Float[Tensor, "batch *latent"]
@@ -96,14 +96,14 @@ class Prediction:
         velocity: Float[Tensor, "batch *latent"],
         sigma: float,
     ) -> "Prediction":
-        """From a rectified-flow model's output."""
+        """From a rectified-flow model's output at ``x = (1 - sigma) x0 + sigma x1``."""
         return cls(x - sigma * velocity, x + (1 - sigma) * velocity, velocity)
 
     @classmethod
     def from_output(
         cls, x: Float[Tensor, "batch *latent"], output: Float[Tensor, "batch *latent"], step: Step
     ) -> "Prediction":
-        """From what a model says before a step, whatever it predicts."""
+        """From a model's output before a step, by ``step.predicted``."""
         signal, noise = step.signal, step.noise
         if step.predicted == "velocity":
             return cls.from_velocity(x, output, noise)
@@ -120,7 +120,7 @@ class Gaussian:
 
     Attributes:
         mean: Carries the gradient of the model.
-        std: One for all latent elements, or (the initial noise of FIND) one for each. Includes the
+        std: One number for all latent elements, or one for each (FIND's initial noise). Includes the
             square root of the step's length; 0 for a deterministic step.
         normalised: False drops the variance and all constants from ``log_prob``, which leaves
             ``-(x_next - mean)^2``, as the released code of Flow-CPS does.
@@ -145,7 +145,7 @@ class Gaussian:
             return -(error / 2 + self.std.log()).flatten(1).mean(1) - 0.5 * math.log(2 * math.pi)
         if self.std <= 0:
             raise ValueError(
-                "a deterministic step (std = 0) has no log-probability; do not train on it"
+                "a deterministic step (std = 0) has no log-probability: do not train on it"
             )
         error = (x_next.detach().float() - self.mean.float()).square().flatten(1).mean(1)
         if not self.normalised:
@@ -182,8 +182,8 @@ def _reverse_sde(
 class FlowSDE:
     """Flow-GRPO's step: ``g = noise_level * sqrt(sigma / (1 - sigma))`` (arXiv:2505.05470, eq. 9).
 
-    At ``sigma = 1``, where ``g`` is infinite, the grid's next sigma stands in for it inside ``g``
-    only, as in the released code: that step's noise is exactly ``noise_level`` on any grid.
+    At ``sigma = 1``, where ``g`` would be infinite, ``1 - sigma`` inside ``g`` uses the grid's next
+    sigma, as in the released code; that step's ``std`` is exactly ``noise_level`` on any grid.
     """
 
     kind: Literal["flow_sde"] = "flow_sde"
@@ -194,7 +194,7 @@ class FlowSDE:
         self, x: Float[Tensor, "batch *latent"], prediction: Prediction, step: Step
     ) -> Gaussian:
         require_path(self, step.path)
-        # Grids such as UniPC's begin at 0.9999 instead of 1, where g would explode as well.
+        # Grids such as UniPC's begin at 0.9999 instead of 1, where g would be as large.
         capped = step.sigma_max if step.noise > 0.9995 else step.noise
         return _reverse_sde(
             x, prediction, step, self.noise_level * math.sqrt(step.noise / (1 - capped))
@@ -218,18 +218,19 @@ class DanceSDE:
 
 @dataclass(frozen=True, kw_only=True)
 class CPS:
-    """Coefficients-preserving sampling: the noise in ``x_next`` is never too much (arXiv:2509.05952).
+    """Coefficients-preserving sampling (Flow-CPS, arXiv:2509.05952).
 
-    ``std = noise_next * sin(noise_level * pi / 2)``; what the injected noise adds is taken from the
-    predicted noise, so that the total stays ``noise_next``.
+    ``std = noise_next * sin(noise_level * pi / 2)``. The predicted noise is scaled by the cosine of
+    the same angle, so that predicted and injected noise together keep the weight ``noise_next``.
     """
 
     kind: Literal["cps"] = "cps"
     noise_level: float = 0.7
-    """Share of the noise that is fresh, as an angle: 0 is the ODE, 1 replaces all of it."""
+    """Share of the noise that is injected, as an angle in units of pi / 2: 0 is the ODE, 1 replaces
+    all noise."""
     log_prob: Literal["gaussian", "unnormalised"] = "gaussian"
-    """``unnormalised`` is the released code's ``-(x_next - mean)^2``. Its ratios are a factor
-    ``2 std^2`` smaller, so clip ranges do not carry over."""
+    """``unnormalised`` is the released code's ``-(x_next - mean)^2``. Its log-ratios are smaller by a
+    factor of ``2 std^2``, so it needs other clip ranges."""
 
     def __call__(
         self, x: Float[Tensor, "batch *latent"], prediction: Prediction, step: Step
@@ -267,7 +268,7 @@ class DDIM:
 
 @runtime_checkable
 class CustomTransition(Protocol):
-    """A transition of your own: a frozen dataclass, named in a configuration by its import path."""
+    """A user's own transition: a frozen dataclass, named in a configuration by its import path."""
 
     def __call__(
         self, x: Float[Tensor, "batch *latent"], prediction: Prediction, step: Step
@@ -292,15 +293,15 @@ def require_path(transition: Transition, path: Path) -> None:
 
 
 def require_noise(transition: Transition) -> None:
-    """Raise ValueError if a transition is deterministic: its steps have no density to optimise.
+    """Raise ValueError if a transition is deterministic, so that its steps have no density to optimise.
 
-    Likewise if it is asked for more noise than its formula has.
+    Also raises it if the noise level is above the maximum of the transition's formula.
     """
-    # A transition of a stranger may be strong in its own way; only what is known to be zero is refused.
+    # A user's own transition may call its strength otherwise; only a known zero is refused.
     strength = getattr(transition, "noise_level", getattr(transition, "eta", 1.0))
     if isinstance(transition, ODE) or not strength > 0:
         raise ValueError(
-            f"transition {transition} injects no noise, so that there is nothing to learn from"
+            f"transition {transition} injects no noise, so that its steps have no density to train on"
         )
     if isinstance(transition, CPS | DDIM) and strength > 1:
         name = "noise_level" if isinstance(transition, CPS) else "eta"
@@ -310,11 +311,14 @@ def require_noise(transition: Transition) -> None:
 
 
 def gaussian_kl(policy: Gaussian, reference: Gaussian) -> Float[Tensor, " batch"]:
-    """KL from the reference to the policy, the mean over latent elements.
+    """KL divergence of the policy's step from the reference's, the mean over latent elements.
 
-    ``(mean - reference)^2 / (2 std^2)`` where both have one standard deviation, as the steps of a
-    denoiser have; else ``log(s' / s) + (s^2 + (mean - reference)^2) / (2 s'^2) - 1/2``, with ``s'``
-    the reference's.
+    ``(mean - reference)^2 / (2 std^2)`` if both have the same number as standard deviation, as a
+    denoiser's steps do; else ``log(s' / s) + (s^2 + (mean - reference)^2) / (2 s'^2) - 1/2``, where
+    ``s'`` is the reference's standard deviation.
+
+    Raises:
+        ValueError: If the standard deviations are two different numbers.
     """
     gap = (policy.mean.float() - reference.mean.float()).square()
     if isinstance(policy.std, Tensor) or isinstance(reference.std, Tensor):
@@ -323,6 +327,6 @@ def gaussian_kl(policy: Gaussian, reference: Gaussian) -> Float[Tensor, " batch"
         return kl.flatten(1).mean(1)
     if policy.std != reference.std:
         raise ValueError(
-            f"the KL of two steps needs one standard deviation, got {policy.std} and {reference.std}"
+            f"the KL of two steps needs equal standard deviations, got {policy.std} and {reference.std}"
         )
     return gap.flatten(1).mean(1) / (2 * policy.std**2)

@@ -1,19 +1,18 @@
-"""From verdicts on pairs to the share of comparisons that each member of a group wins."""
+"""Win rates: the share of pairwise comparisons that each member of a group wins."""
 
-import torch
-from jaxtyping import Float
-from torch import Tensor
+from flowgrpo.core.tensors import Float, Tensor, torch
 
 Pair = tuple[int, int]
 
 
 def pairs_of(size: int, opponents: int = 0) -> list[Pair]:
-    """Which members of a group of ``size`` meet, each pair once and in order.
+    """The pairs of a group's members that are compared, each pair once and in order.
 
     Args:
         size: Members of the group.
-        opponents: If above 0, member ``i`` meets only ``i + 1`` to ``i + opponents``, around a ring,
-            so that each has twice as many comparisons; with enough of them these are all pairs.
+        opponents: If above 0, members are arranged in a ring and member ``i`` is compared with
+            ``i + 1`` to ``i + opponents``, so that each has twice as many comparisons; a number that
+            is large enough gives all pairs.
     """
     reach = opponents if 0 < 2 * opponents < size - 1 else size
     return [
@@ -31,9 +30,9 @@ def win_rates(
 
     Args:
         size: Members of the group.
-        pairs: Who met.
-        verdicts: 1 where the first of a pair won, 0 where the second did, 0.5 for a tie; NaN for no
-            verdict, which counts for neither. Values between are shares of a win.
+        pairs: The members compared.
+        verdicts: 1 if the first of a pair won, 0 if the second did, 0.5 for a tie; values between
+            are shares of a win. NaN is no verdict and counts for neither.
 
     Returns:
         In [0, 1]; NaN for a member without a verdict.
@@ -41,7 +40,7 @@ def win_rates(
     wins = torch.zeros(size, dtype=torch.float64)
     counts = torch.zeros(size, dtype=torch.float64)
     for (i, j), verdict in zip(pairs, verdicts.double().tolist(), strict=True):
-        if verdict == verdict:
+        if verdict == verdict:  # not NaN
             wins[i] += verdict
             wins[j] += 1 - verdict
             counts[i] += 1
@@ -52,7 +51,7 @@ def win_rates(
 def verdicts_by_score(
     scores: Float[Tensor, " size"], pairs: list[Pair], tie_margin: float
 ) -> Float[Tensor, " pairs"]:
-    """Who scores higher; a difference of up to ``tie_margin`` is a tie, NaN has no verdict."""
+    """Verdicts by the higher score; a difference of up to ``tie_margin`` is a tie, NaN no verdict."""
     first, second = (scores[[pair[k] for pair in pairs]] for k in (0, 1))
     gap = first - second
     verdict = torch.where(gap.abs() <= tie_margin, 0.5, (gap > 0).to(gap.dtype))

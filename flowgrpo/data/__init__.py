@@ -1,1 +1,5 @@
-"""The types that flow through the system (prompts, groups, actions, candidates, experience), prompt sets and the files they come from."""
+"""The types that pass between the other packages, and the prompts.
+
+Types: prompts and groups (``prompts``), actions, candidates and experience (``experience``). Prompts:
+reading prompt files and datasets (``prompt_files``), the order in which they are trained on
+(``prompt_sets``), reading and encoding pictures (``pictures``)."""

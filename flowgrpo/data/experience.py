@@ -1,35 +1,37 @@
-"""What a rollout yields: actions, candidates and their scores.
+"""The result of a rollout: actions, candidates with their scores, and both as experience.
 
-An *action* is one stochastic denoising step ``x -> x_next``; a *candidate* is one decoded image or
-video that was scored. An algorithm says which candidates judge which actions.
+An *action* is one stochastic denoising step ``x -> x_next``. A *candidate* is one decoded image or
+video that was scored. An algorithm defines which candidates judge which actions.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-import torch
-from jaxtyping import Bool, Float, Int
-from torch import Tensor
-
+from flowgrpo.core.scores import Scores
+from flowgrpo.core.tensors import Bool, Float, Int, Tensor, torch
 from flowgrpo.core.transitions import Transition
 from flowgrpo.data.prompts import Group
+
+INITIAL = -1
+"""The step index of an action that draws the initial noise, and of candidates decoded from it."""
 
 
 @dataclass(frozen=True)
 class Actions:
-    """The stochastic steps of one rollout, ``A`` of them on ``S`` distinct states.
+    """The stochastic steps of one rollout: ``A`` actions that start from ``S`` distinct states.
 
     Attributes:
-        states: States before the steps, fp32. Actions that start in the same state share a row,
+        states: States before the steps, fp32. Actions that start from the same state share a row,
             and one forward pass of the model serves them all.
         state: Row of ``states`` for each action.
         x_next: States after the steps, fp32.
-        step: Index of the step in the sampling grid.
-        old_log_prob: Log-probability under the policy that acted: the mean over latent elements.
+        step: Index of the step in the sampling grid, or :data:`INITIAL`.
+        old_log_prob: Log-probability under the old policy, which sampled the step: the mean over
+            latent elements.
         group: Index of the :class:`Group`.
         sample: Index of the sample in its group.
-        old_mean: Means of the steps under the policy that acted, kept only where
-            ``policy.keeps_means`` says that the loss needs them.
+        old_mean: Means of the steps under the old policy. They are kept only if
+            ``policy.keeps_means`` is set, which the learner does when the loss needs them.
     """
 
     states: Float[Tensor, "states *latent"]
@@ -45,7 +47,7 @@ class Actions:
         return self.step.shape[0]
 
     def select(self, rows: Int[Tensor, " rows"]) -> "Actions":
-        """The given actions, with only the states that they start in."""
+        """The given actions, with only the states that they start from."""
         used, state = torch.unique(self.state[rows], return_inverse=True)
         return Actions(
             states=self.states[used],
@@ -60,15 +62,20 @@ class Actions:
 
     @staticmethod
     def concatenate(parts: Sequence["Actions"]) -> "Actions":
-        """Join the actions of several batches."""
+        """Join the actions of several batches.
+
+        Raises:
+            ValueError: If only some of them have ``old_mean``.
+        """
         offsets = [0]
         for part in parts:
             offsets.append(offsets[-1] + part.states.shape[0])
         means = [p.old_mean for p in parts if p.old_mean is not None]
         if means and len(means) < len(parts):
-            raise ValueError("some of these actions keep their old_mean, and some do not")
+            raise ValueError("only some of these actions have old_mean")
         return Actions(
             states=torch.cat([p.states for p in parts]),
+            # Rows of ``states`` are counted on over the batches.
             state=torch.cat([p.state + o for p, o in zip(parts, offsets, strict=False)]),
             x_next=torch.cat([p.x_next for p in parts]),
             step=torch.cat([p.step for p in parts]),
@@ -86,38 +93,66 @@ class Candidates:
     Attributes:
         group: Index of the :class:`Group`.
         sample: Index of the sample in its group.
-        step: The step after which the candidate was completed; the last one for a whole trajectory,
-            -1 for the initial noise.
-        granularity: Grid intervals that each step of the completion spans; 1 for a whole trajectory,
-            0 for a jump to the data that the model predicts.
-        scores: Raw score of each reward model; NaN where it failed.
-        reward: The weighted sum that is trained on; NaN where a trained reward failed.
+        step: The step after which the candidate was completed: the last step for a whole trajectory,
+            :data:`INITIAL` for a completion of the initial noise.
+        granularity: Grid intervals that each step of the completion spans: 1 for a whole trajectory,
+            0 for a candidate decoded from the model's prediction of the data.
+        scores: The scores, with the reward that is trained on.
     """
 
     group: Int[Tensor, " candidates"]
     sample: Int[Tensor, " candidates"]
     step: Int[Tensor, " candidates"]
     granularity: Int[Tensor, " candidates"]
-    scores: Mapping[str, Float[Tensor, " candidates"]]
-    reward: Float[Tensor, " candidates"]
+    scores: Scores
 
     def __len__(self) -> int:
-        return self.reward.shape[0]
+        return self.group.shape[0]
+
+    @property
+    def reward(self) -> Float[Tensor, " candidates"]:
+        """The weighted sum of scores; NaN where a trained reward failed."""
+        return self.scores.reward
 
     @property
     def valid(self) -> Bool[Tensor, " candidates"]:
-        """Which candidates have a reward; the others take no part in training."""
-        return self.reward.isfinite()
+        """Which candidates have a reward. The others take no part in training."""
+        return self.scores.valid
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> "Candidates":
+        """Apply a function to each tensor, such as one that gathers it from all processes."""
+        return Candidates(
+            group=function(self.group),
+            sample=function(self.sample),
+            step=function(self.step),
+            granularity=function(self.granularity),
+            scores=self.scores.map(function),
+        )
+
+    def select(self, rows: Int[Tensor, " rows"] | Bool[Tensor, " candidates"]) -> "Candidates":
+        """Some candidates, by their indices or by a mask."""
+        return self.map(lambda values: values[rows])
+
+    @staticmethod
+    def concatenate(parts: Sequence["Candidates"]) -> "Candidates":
+        """Join the candidates of several batches of one iteration."""
+        return Candidates(
+            group=torch.cat([p.group for p in parts]),
+            sample=torch.cat([p.sample for p in parts]),
+            step=torch.cat([p.step for p in parts]),
+            granularity=torch.cat([p.granularity for p in parts]),
+            scores=Scores.concatenate([p.scores for p in parts]),
+        )
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What a rollout costs per prompt.
+    """The work of a rollout per prompt.
 
     Attributes:
-        nfe: Denoiser evaluations, one for each sample and step.
+        nfe: Denoiser evaluations, counted per sample and step.
         decodes: Decoded images or videos.
-        rewards: Calls of each reward model, one for each candidate that was judged.
+        rewards: Calls of each reward model, counted per scored candidate.
     """
 
     nfe: float
@@ -127,23 +162,19 @@ class Cost:
 
 @dataclass(frozen=True)
 class Experience:
-    """What one rank collected in one iteration.
+    """The actions and candidates that one process collected in one iteration.
 
     Attributes:
         groups: The prompts.
-        transition: What the actions are steps of.
-        actions: The steps taken.
-        candidates: What came out, scored.
+        transition: The transition of the actions.
+        actions: The stochastic steps.
+        candidates: The scored candidates of this process.
         cost: Work per prompt.
-        all_rewards: The rewards of all candidates of all ranks, for statistics over the batch.
-        diversity: Of each group: how far its images are apart (mean standard deviation over the
-            group of 8x8 thumbnails).
-        duplicates: Of each group: samples that equal an earlier one of the group.
-        step_std: Of each stochastic step: the standard deviation of the noise that it injects.
-        everyone: The candidates of all ranks; None means that there is only one.
-        weights: Weight of each reward by its name in ``scores``, in this iteration.
-        media: Of each candidate, if the judge was asked to keep it.
-        shapes: From a reward's raw score to what its weight multiplies, where it is not the score.
+        diversity: For each group, the mean standard deviation over the group of 8x8 thumbnails.
+        duplicates: For each group, the number of samples that equal an earlier sample of the group.
+        step_std: Standard deviation of the noise that each stochastic step injects, by step.
+        gathered: The candidates of all processes; None if there is only one process.
+        media: The media of each candidate, if the scorer was asked to keep them.
     """
 
     groups: Sequence[Group]
@@ -151,11 +182,13 @@ class Experience:
     actions: Actions
     candidates: Candidates
     cost: Cost
-    all_rewards: Float[Tensor, " all_candidates"]
     diversity: Float[Tensor, " groups"]
     duplicates: Float[Tensor, " groups"]
     step_std: Mapping[int, float]
-    everyone: Candidates | None = None
-    weights: Mapping[str, float] = field(default_factory=dict)
+    gathered: Candidates | None = None
     media: Float[Tensor, "candidates *media"] | None = None
-    shapes: Mapping[str, Callable[[Tensor], Tensor]] = field(default_factory=dict)
+
+    @property
+    def all_candidates(self) -> Candidates:
+        """The candidates of all processes, over which advantages take their statistics."""
+        return self.candidates if self.gathered is None else self.gathered

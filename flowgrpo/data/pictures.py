@@ -1,4 +1,8 @@
-"""Pictures as they come in from files and go out to others: in one way for all of flowgrpo."""
+"""Reading pictures as RGB and encoding tensors as PNG.
+
+All of flowgrpo converts pictures here, so that prompts, rewards and servers agree on bit depth,
+orientation and transparency.
+"""
 
 import io
 
@@ -8,31 +12,31 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 OVERSHOOT = 0.1
-"""How far decoders may leave [0, 1]; what is further off was never scaled to that range."""
+"""How far a decoder's values may lie outside of [0, 1] by rounding; further off is an error."""
 
 
 def check_depth(image: Image.Image) -> None:
-    """Raise ValueError if a value has more than 8 bits, which a conversion would cut to white."""
+    """Raise ValueError if values have more than 8 bits, which a conversion to RGB would clip to white."""
     if image.mode.startswith(("I", "F")):
         raise ValueError(f"a picture of mode {image.mode!r} has more than 8 bits: save it with 8")
 
 
 def as_rgb(image: Image.Image) -> Image.Image:
-    """RGB of 8 bits, upright, transparency on white.
+    """Convert to RGB with 8 bits: rotated upright, transparent parts on white.
 
     Raises:
         ValueError: If it has more than 8 bits per value.
     """
     check_depth(image)
     upright = ImageOps.exif_transpose(image)
-    if upright.has_transparency_data:  # what lies under it was never meant to be seen
+    if upright.has_transparency_data:  # the colour values of transparent pixels are arbitrary
         layer = upright.convert("RGBA")
         upright = Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer)
     return upright.convert("RGB")
 
 
 def check_pixels(image: Tensor) -> None:
-    """Raise ValueError for what no picture can show, before it is cut to what one can."""
+    """Raise ValueError if a tensor is not an image ``(3, H, W)`` with finite values in [0, 1]."""
     if not image.is_floating_point() or image.ndim != 3 or image.shape[0] != 3:
         raise ValueError(
             f"an image must be floating-point (3, H, W), got {image.dtype} {tuple(image.shape)}"
@@ -47,10 +51,10 @@ def check_pixels(image: Tensor) -> None:
 
 
 def encode_png(image: Float[Tensor, "3 height width"]) -> bytes:
-    """An image in [0, 1] as PNG, rounded to 8 bits.
+    """Encode an image in [0, 1] as PNG, rounded to 8 bits.
 
     Raises:
-        ValueError: If it is no floating-point image, has no pixels, or holds values that are not
+        ValueError: If it is not a floating-point image, has no pixels, or has values that are not
             finite or far outside of [0, 1].
     """
     check_pixels(image)
@@ -59,7 +63,7 @@ def encode_png(image: Float[Tensor, "3 height width"]) -> bytes:
 
 
 def png_of(image: Image.Image) -> bytes:
-    """A picture as PNG."""
+    """Encode a picture as PNG."""
     buffer = io.BytesIO()
     # Level 1 is several times faster than the default, and hardly larger.
     image.save(buffer, "PNG", compress_level=1)

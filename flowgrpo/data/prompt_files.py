@@ -1,4 +1,4 @@
-"""Reads prompts from files and datasets: text, JSON lines, CSV, Parquet, Hugging Face datasets."""
+"""Reading prompts from files and datasets: text, JSON lines, CSV, Parquet, Hugging Face datasets."""
 
 import csv
 import io
@@ -7,44 +7,42 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, UnidentifiedImageError
-
-from flowgrpo.data.pictures import as_rgb, check_depth
-from flowgrpo.data.prompts import Prompt
+from flowgrpo.data.prompts import Image, Prompt
 
 HUB = "hf:"
-"""What the name of a Hugging Face dataset begins with: ``hf:owner/name:split`` or ``hf:folder``."""
+"""Prefix of the name of a Hugging Face dataset: ``hf:owner/name:split`` or ``hf:folder``."""
 SIZES = ("height", "width", "num_frames")
 PICTURES = ("control_image", "mask_image", "last_image")
-"""Arguments of pipelines' calls that take a picture, beside ``image``."""
+"""Arguments of pipelines' calls that take a picture, besides ``image``."""
 FIXED = (
     "prompt", "num_inference_steps", "timesteps", "sigmas", "latents", "strength", "generator",
     "output_type", "return_dict",
 )  # fmt: skip
-"""Arguments that a policy sets itself."""
+"""Arguments that the policy sets itself."""
 OWN_KEYS = (
     "prompt", "negative_prompt", "image", "images", "metadata", "call", *SIZES, *PICTURES,
 )  # fmt: skip
 
 
 class PromptError(ValueError):
-    """A prompt file that cannot be used; the message names the file, the line and why."""
+    """A prompt file that cannot be used. The message names the file, the line and the reason."""
 
 
 def read_prompts(source: Path) -> list[Prompt]:
     """All prompts of a file or dataset.
 
-    ``prompt`` is needed. ``negative_prompt``, ``image`` (one) or ``images`` (several), ``height``,
-    ``width`` and ``num_frames`` go to the pipeline, so do the pictures ``control_image``,
-    ``mask_image`` and ``last_image`` (of ControlNets, inpainting, first-and-last-frame video) and a
-    ``call`` object with any other argument of its call; a ``metadata`` object and all other keys
-    become metadata. Image files are looked for beside the prompt file.
+    The key ``prompt`` is required. ``negative_prompt``, ``image`` (one) or ``images`` (a list),
+    ``height``, ``width`` and ``num_frames`` are passed to the pipeline, and so are the pictures
+    ``control_image``, ``mask_image`` and ``last_image`` (of ControlNets, inpainting,
+    first-and-last-frame video) and a ``call`` object with any other argument of the pipeline's call.
+    A ``metadata`` object and all other keys become metadata. Paths of images are relative to the
+    prompt file.
 
     Raises:
         PromptError: On a broken line, an image that cannot be read, an empty file, or an unknown
-            ending.
+            suffix.
         FileNotFoundError: If there is no such file.
-        ImportError: If a format needs a package that is not installed; says which.
+        ImportError: If a format needs a package that is not installed; the message names it.
     """
     if str(source).startswith(HUB):
         prompts = list(_read_dataset(str(source)))
@@ -90,7 +88,7 @@ def _read_csv(path: Path) -> Iterator[Prompt]:
         rows: Iterable[dict[str, Any]] = csv.DictReader(file)
         for number, row in enumerate(rows, start=2):
             where = f"{path}, line {number}"
-            # Every cell is text, and an empty one says nothing.
+            # Every cell is text; an empty cell of a known key means that it is not set.
             cells = {k: v for k, v in row.items() if k not in OWN_KEYS or v}
             numbers = {k: _number(v, k, where) for k, v in cells.items() if k in SIZES}
             yield _from_record({**cells, **numbers}, where, path.parent)
@@ -108,7 +106,7 @@ def _read_parquet(path: Path) -> Iterator[Prompt]:
 
 
 def _read_dataset(source: str) -> Iterator[Prompt]:
-    """Rows of a dataset on the hub, or of a folder that ``Dataset.save_to_disk`` wrote."""
+    """Read a dataset on the hub, or a folder that ``Dataset.save_to_disk`` wrote."""
     try:
         from datasets import load_dataset, load_from_disk
     except ImportError as error:
@@ -165,24 +163,29 @@ def _size(value: Any, key: str, where: str) -> int:
     return value
 
 
-def _images(record: Mapping[str, Any], where: str, folder: Path) -> Sequence[Path | Image.Image]:
-    """The condition images of a record, each found readable."""
-    one, several = record.get("image"), record.get("images")
-    if one is not None and several is not None:
+def _images(record: Mapping[str, Any], where: str, folder: Path) -> Sequence[Path | Image]:
+    """The input images of a record; each is checked to be readable."""
+    image, images = record.get("image"), record.get("images")
+    if image is not None and images is not None:
         raise PromptError(f"{where}: give 'image' or 'images', not both")
-    if several is not None and not isinstance(several, list):
-        raise PromptError(f"{where}: 'images' must be a list, got {several!r}")
-    values = several if several is not None else [one] if one is not None else []
+    if images is not None and not isinstance(images, list):
+        raise PromptError(f"{where}: 'images' must be a list, got {images!r}")
+    values = images if images is not None else [image] if image is not None else []
     return tuple(_image(v, where, folder) for v in values)
 
 
-def _image(value: Any, where: str, folder: Path) -> Path | Image.Image:
-    """An image by its file, by its bytes (as Parquet files hold them), or in memory."""
-    if isinstance(value, Image.Image):
+def _image(value: Any, where: str, folder: Path) -> "Path | Image":
+    """An image given by its file, by its bytes (as in Parquet files), or in memory."""
+    from PIL import Image as pil
+    from PIL import UnidentifiedImageError
+
+    from flowgrpo.data.pictures import as_rgb, check_depth
+
+    if isinstance(value, pil.Image):
         return value
     if isinstance(value, dict) and value.get("bytes"):
         try:
-            return as_rgb(Image.open(io.BytesIO(value["bytes"])))
+            return as_rgb(pil.open(io.BytesIO(value["bytes"])))
         except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
             raise PromptError(f"{where}: the image in it cannot be read: {error}") from error
     name = value.get("path") if isinstance(value, dict) else value
@@ -190,7 +193,7 @@ def _image(value: Any, where: str, folder: Path) -> Path | Image.Image:
         raise PromptError(f"{where}: an image must be the name of a file, got {value!r}")
     path = folder / name
     try:
-        with Image.open(path) as image:
+        with pil.open(path) as image:
             check_depth(image)
             image.verify()
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:

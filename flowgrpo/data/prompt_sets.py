@@ -1,4 +1,4 @@
-"""Prompt sets, and the reproducible order in which they are trained on."""
+"""The prompts of a run, and the reproducible order in which they are trained on."""
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
@@ -6,9 +6,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from flowgrpo.core.random import Random
+from flowgrpo.core.tensors import torch
 from flowgrpo.data.prompt_files import PromptError, read_prompts
 from flowgrpo.data.prompts import Group, Prompt
 
@@ -22,8 +21,8 @@ class PromptSet:
     Attributes:
         prompts: At least one.
         balance: Metadata key whose values are drawn equally often; empty for none.
-        fixed_size: Whether the configuration gives a size to all that have none of their own. If
-            not, what is made of a condition image may have the image's size.
+        fixed_size: Whether the configuration gives a size to the prompts that have none of their
+            own. If not, the size of a sample may follow from its input image.
     """
 
     prompts: Sequence[Prompt]
@@ -32,10 +31,10 @@ class PromptSet:
 
     @classmethod
     def load(cls, path: Path, balance: str = "", fixed_size: bool = True) -> "PromptSet":
-        """Read a prompt file or dataset; :mod:`flowgrpo.data.prompt_files` says which there are.
+        """Read a prompt file or dataset; see :mod:`flowgrpo.data.prompt_files` for the formats.
 
         Raises:
-            PromptError: If it cannot be used, or a prompt lacks the balance key.
+            PromptError: If the file cannot be used, or a prompt lacks the balance key.
         """
         prompts = read_prompts(path)
         if balance:
@@ -60,7 +59,7 @@ class PromptSet:
 
     @cached_property
     def buckets(self) -> list[list[Prompt]]:
-        """The prompts by the size of what is made of them."""
+        """The prompts by the size of their samples; one batch holds samples of one size."""
         sizes: dict[Hashable, list[Prompt]] = {}
         for prompt in self.prompts:
             follows_image = prompt.height is None and not self.fixed_size
@@ -71,9 +70,14 @@ class PromptSet:
     def groups(self, iteration: int, number: int, random: Random) -> list[Group]:
         """The prompts of an iteration, indexed from 0; all of one size.
 
-        Sizes take turns in proportion to their prompts. Each class is taken in a shuffled order,
-        over and over, and the classes by turns. The result depends only on the arguments, so that a
-        resumed run goes on with the right prompts.
+        Sizes alternate in proportion to their numbers of prompts. Within a size the classes
+        alternate, and each class is read in shuffled order, shuffled anew in every epoch. The result
+        depends only on the arguments, so that a resumed run continues with the right prompts.
+
+        Args:
+            iteration: Counted from 0.
+            number: Groups of the iteration, over all processes.
+            random: Keyed by the seed alone.
         """
         buckets = self.buckets
         bucket, before = _turn([len(b) for b in buckets], iteration)
@@ -92,7 +96,7 @@ class PromptSet:
     def spread(self, number: int) -> list[tuple[Prompt, int]]:
         """``number`` (prompt, sample) pairs for an evaluation, spread evenly over the classes.
 
-        Sample 0 of every prompt comes before sample 1 of any prompt of its class.
+        Within a class, sample 0 of every prompt comes before sample 1 of any prompt.
         """
         classes = self.classes()
         pairs = []
@@ -104,12 +108,12 @@ class PromptSet:
 
 
 def _turn(weights: Sequence[int], iteration: int) -> tuple[int, int]:
-    """Whose turn an iteration is, in proportion to the weights, and how many turns it had before."""
+    """The index whose turn an iteration is, in proportion to the weights, and its number of turns before."""
     if len(weights) == 1:
         return 0, iteration
     total, used = sum(weights), [0] * len(weights)
     for i in range(iteration + 1):
-        # The one that is furthest behind its share.
+        # The index that is furthest behind its share.
         chosen = max(range(len(weights)), key=lambda w: weights[w] * (i + 1) / total - used[w])
         used[chosen] += 1
     return chosen, used[chosen] - 1

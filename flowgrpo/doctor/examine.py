@@ -143,7 +143,7 @@ def _examine(
         )
     flow = isinstance(policy.scheduler, FlowPolicyScheduler)
     transition: Transition = CPS(noise_level=0.7) if flow else DDIM(eta=1.0)
-    steps = AllSteps().select(trial.sampling.num_steps, 0, torch.Generator())
+    steps = AllSteps().select(trial.sampling.num_steps, 0, Random(0))
     with explained("a stochastic rollout"):
         (rollout,) = policy.run(
             trial.prompts, noise, stochastic=steps, transition=transition, record=steps

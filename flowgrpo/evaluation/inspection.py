@@ -1,8 +1,9 @@
-"""What an algorithm rewards: trajectories with their candidates, rewards and credit, step by step.
+"""Inspection of an algorithm's credit: trajectories with candidates, rewards and advantages by step.
 
-For each trajectory a film strip: the candidates that judge it after each step (completions,
-projections, or the image alone), their rewards, how much each step changed them or how they compare
-with their rivals, and the advantage that the step's action is trained with.
+Each trajectory is shown as a film strip: the candidates that judge it after each step (completions,
+projections, or the image alone), their rewards, the change of the reward by each step or the distance
+to the candidates that they are compared with, and the advantage of each action. How candidates are
+arranged is declared by the algorithm (:class:`flowgrpo.algorithms.base.CreditView`).
 """
 
 import base64
@@ -18,7 +19,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torchvision.transforms.functional import to_pil_image
 
-from flowgrpo.algorithms import G2RPO, TPGRPO, VGPO, Algorithm, BranchGRPO, TempFlowGRPO
+from flowgrpo.algorithms.base import Algorithm, CreditView
 from flowgrpo.core.random import Random
 from flowgrpo.data.experience import Experience
 from flowgrpo.data.prompts import Group, Prompt
@@ -28,7 +29,7 @@ from flowgrpo.policy import PipelinePolicy
 from flowgrpo.rewards.scorer import RewardScorer
 
 FILE = "inspection.html"
-"""Name of the fragment in a run directory that the report takes in."""
+"""Name of the fragment in a run directory that the report includes."""
 THUMBNAIL = 96
 """Pixels of the longer side of a picture on a strip."""
 
@@ -38,7 +39,7 @@ class Frame:
     """One candidate on a strip.
 
     Attributes:
-        step: The last step that made it what it is; -1 for the initial noise.
+        step: The step under which it is shown; -1 for the initial noise.
         granularity: Grid intervals per step of its completion; 0 for a projection.
         reward: NaN if its reward failed.
         media: An image ``(C, H, W)`` or a video ``(F, C, H, W)`` in [0, 1].
@@ -55,15 +56,16 @@ class Strip:
     """One trajectory.
 
     Attributes:
-        prompt: What was asked for.
+        prompt: The caption.
         sample: Its index in the group.
         frames: Its candidates, by step.
-        advantages: Of its trained actions, by step.
-        turning: The steps that are turning points, where the algorithm knows any.
-        differences: Of each frame of a step: if ``is_path``, from the frame before; else from the mean
-            of its rivals.
-        is_path: Whether the frames are states of one trajectory, and so follow from each other.
-        are_branches: Whether each step's frames are of a branch of its own from a shared path.
+        advantages: The advantages of its trained actions, by step.
+        turning: The steps that are turning points, for algorithms that have them.
+        differences: For each frame of a step, the difference of its reward: to the frame before if
+            ``is_path``, else to the mean of the candidates that it is compared with.
+        is_path: Whether the frames are states of one trajectory.
+        are_branches: Whether the frames of each step belong to a branch of its own from a shared
+            path.
     """
 
     prompt: str
@@ -84,15 +86,15 @@ def inspect(
     samples: int = 3,
     seed: int = 0,
 ) -> list[Strip]:
-    """Collect one iteration on a few prompts, and take out some trajectories of each.
+    """Collect one iteration on a few prompts, and return some trajectories of each.
 
     Args:
-        policy: With the weights to look at.
-        algorithm: Collects and credits as in training.
-        judge: Scores the candidates.
+        policy: With the weights to inspect.
+        algorithm: Collects and computes advantages as in training.
+        scorer: Scores the candidates.
         prompts: One group each.
         samples: Trajectories of each group to show: the best, the worst, and others between.
-        seed: For the noise.
+        seed: Seed of the noise.
 
     Raises:
         ValueError: If there are no prompts.
@@ -103,13 +105,13 @@ def inspect(
     scorer.keeps_media, before = True, scorer.iteration
     scorer.iteration = None
     try:
-        experience = algorithm.collect(policy, groups, scorer, Random(seed).at("train", 0))
+        random = Random(seed).at("train", 0)
+        experience = algorithm.collect(policy, groups, scorer, random, 0)
     finally:
         scorer.keeps_media, scorer.iteration = False, before
-    advantages = algorithm.advantages(experience)
-    turning = _turning(algorithm, experience)
+    advantages, view = algorithm.advantages(experience), algorithm.credit_view(experience)
     return [
-        _strip(algorithm, experience, advantages, turning, group, sample)
+        _strip(view, experience, advantages, group, sample)
         for group in groups
         for sample in _chosen(experience, group.index, samples)
     ]
@@ -129,96 +131,62 @@ def _chosen(experience: Experience, group: int, number: int) -> list[int]:
 
 
 def _strip(
-    algorithm: Algorithm,
+    view: CreditView,
     experience: Experience,
     advantages: Float[Tensor, " actions"],
-    turning: dict[tuple[int, int], list[int]],
     group: Group,
     sample: int,
 ) -> Strip:
     c, a = experience.candidates, experience.actions
     assert experience.media is not None
     own = c.sample == sample
-    if isinstance(algorithm, TPGRPO) and algorithm.shared_noise:
-        # The group's one baseline was completed for its first sample.
+    if view.shares_baseline:
         own |= (c.sample == 0) & (c.step == c.step.min())
     rows = ((c.group == group.index) & own).nonzero().squeeze(1)
     order = sorted(rows.tolist(), key=lambda i: (int(c.step[i]), int(c.granularity[i])))
-    shown = _shown_after(algorithm, experience)
     frames = [
-        Frame(shown[int(c.step[i])], int(c.granularity[i]), float(c.reward[i]), experience.media[i])
+        Frame(
+            view.column.get(int(c.step[i]), int(c.step[i])),
+            int(c.granularity[i]),
+            float(c.reward[i]),
+            experience.media[i],
+        )
         for i in order
     ]
     credit = {
         int(step): float(advantage)
         for g, s, step, advantage in zip(a.group, a.sample, a.step, advantages, strict=True)
-        if g == group.index and s == _actor(algorithm, sample, int(step))
+        if g == group.index and s == view.action_sample(sample, int(step))
     }
-    is_path = isinstance(algorithm, TPGRPO | VGPO)
+    is_path = view.candidates == "states"
     return Strip(
         group.prompt.text,
         sample,
         frames,
         dict(sorted(credit.items())),
-        turning.get((group.index, sample), []),
-        _changes(frames) if is_path else _against_rivals(algorithm, experience, order),
+        view.turning_points.get((group.index, sample), []),
+        _changes(frames) if is_path else _against_rivals(view.rivals, experience, order),
         is_path,
-        isinstance(algorithm, G2RPO | TempFlowGRPO),
+        view.candidates == "branches",
     )
 
 
-def _shown_after(algorithm: Algorithm, experience: Experience) -> dict[int, int]:
-    """For the step of each candidate the one that made it what it is.
-
-    What follows the ODE leads to the same image: a completion belongs to the last stochastic step
-    before it, and an image without a projection before it to the step where that would be.
-    """
-    steps = sorted(set(experience.candidates.step.tolist()))
-    trained = sorted(set(experience.actions.step.tolist()))
-    if isinstance(algorithm, TPGRPO):
-        return {s: max((t for t in trained if t <= s), default=-1) for s in steps}
-    last = steps[-1]
-    if isinstance(algorithm, VGPO) and last - 1 not in steps:
-        return {s: s - (s == last) for s in steps}
-    return {s: s for s in steps}
-
-
-def _actor(algorithm: Algorithm, sample: int, step: int) -> int:
-    """Under whose number a step of a sample was noted: in a tree, its branch's first leaf."""
-    return algorithm.branch_of(sample, step) if isinstance(algorithm, BranchGRPO) else sample
-
-
 def _changes(frames: Sequence[Frame]) -> dict[int, list[float]]:
-    """By how much each step changed the reward of what its state leads to."""
+    """The change of the reward from each frame to the next."""
     return {b.step: [b.reward - a.reward] for a, b in pairwise(frames)}
 
 
 def _against_rivals(
-    algorithm: Algorithm, experience: Experience, rows: Sequence[int]
+    rivals: int, experience: Experience, rows: Sequence[int]
 ) -> dict[int, list[float]]:
-    """How far each candidate's reward is from the mean of those that it is compared with."""
+    """The distance of each candidate's reward to the mean of those that it is compared with."""
     c, found = experience.candidates, dict[int, list[float]]()
-    share = algorithm.group_size
-    if isinstance(algorithm, TempFlowGRPO):
-        share //= algorithm.seeds
     for i in rows:
         same = (c.group == c.group[i]) & (c.step == c.step[i]) & (c.granularity == c.granularity[i])
-        same &= c.sample // share == c.sample[i] // share
-        rivals = c.reward[same]
-        gap = c.reward[i] - rivals[rivals.isfinite()].mean()
+        same &= c.sample // rivals == c.sample[i] // rivals
+        gap = c.reward[i] - c.reward[same & c.valid].mean()
         found.setdefault(int(c.step[i]), []).append(float(gap))
     return found
-
-
-def _turning(algorithm: Algorithm, experience: Experience) -> dict[tuple[int, int], list[int]]:
-    """The turning points of each trajectory; none for algorithms without such a notion."""
-    if not isinstance(algorithm, TPGRPO):
-        return {}
-    table = algorithm.turns(experience)
-    return {
-        (int(g), int(s)): [table.steps[int(j)] for j in row.nonzero().flatten()]
-        for g, s, row in zip(table.group, table.sample, table.values, strict=True)
-    }
 
 
 def fragment(strips: Sequence[Strip]) -> str:
@@ -229,7 +197,7 @@ def fragment(strips: Sequence[Strip]) -> str:
 
 
 def _notes(strips: Sequence[Strip]) -> list[str]:
-    """How to read the strips; only what they have."""
+    """How to read the strips; only notes that apply to them."""
     first = strips[0]
     if first.are_branches:
         shown = (
@@ -239,21 +207,21 @@ def _notes(strips: Sequence[Strip]) -> list[str]:
     elif any(f.granularity == 0 for f in first.frames):
         shown = "A picture is the image that the model predicts from the state after a step."
     elif first.is_path:
-        shown = "A picture is what the state after a step leads to without further noise."
+        shown = "A picture is the image that the state after a step leads to without further noise."
     else:
         shown = "The picture is the image at the end, which judges all steps."
     notes = [
         "Samples of one iteration, each prompt's best first.",
         shown,
-        "<b>change</b> is what a step made of the reward."
+        "<b>change</b> is the change of the reward by a step."
         if first.is_path
-        else "<b>vs. others</b> is the distance from the mean of those that a sample is compared with.",
+        else "<b>vs. others</b> is the distance to the mean of the samples that it is compared with.",
         "Green steps are made more likely, red ones less; the darker, the more.",
     ]
     if any(f.granularity > 1 for s in strips for f in s.frames):
         notes.append("Pictures below each other were completed in strides of 1, 2, … intervals.")
     if any(s.turning for s in strips):
-        notes.append("◆ marks a turning point, which gets all that follows from it.")
+        notes.append("◆ marks a turning point, whose credit includes the steps after it.")
     return notes
 
 
@@ -277,7 +245,7 @@ def _group(prompt: str, strips: Sequence[Strip]) -> str:
 
 
 def _table(strip: Strip) -> str:
-    """One trajectory: a column per step, rows for pictures, rewards, changes and advantages."""
+    """One trajectory: a column per step, and rows for pictures, rewards, changes and advantages."""
     steps = sorted({f.step for f in strip.frames} | set(strip.advantages))
     by_step = {s: [f for f in strip.frames if f.step == s] for s in steps}
     heads = "".join(f"<th>{'noise' if s < 0 else f'step {s}'}</th>" for s in steps)
@@ -321,7 +289,7 @@ def _credit(value: float, most: float, turning: bool) -> str:
 
 
 def _picture(frame: Frame) -> str:
-    """A thumbnail, of a video's middle frame, with its granularity on hovering."""
+    """A thumbnail (of a video's middle frame), with its granularity as tooltip."""
     image = frame.media[len(frame.media) // 2] if frame.media.ndim == 4 else frame.media
     picture = to_pil_image(image.float().clamp(0, 1))
     picture.thumbnail((THUMBNAIL, THUMBNAIL))
@@ -335,7 +303,7 @@ def _picture(frame: Frame) -> str:
 
 
 def keep(strips: Sequence[Strip], folder: Path) -> Path:
-    """Write the fragment into a run directory, where the report finds it."""
+    """Write the fragment into a run directory, for the report."""
     path = folder / FILE
     path.write_text(fragment(strips), "utf-8")
     return path

@@ -22,6 +22,7 @@ from torch import Tensor
 from flowgrpo.core.random import SampleNoise
 from flowgrpo.core.solvers import Solver
 from flowgrpo.core.transitions import ODE, Transition
+from flowgrpo.data.experience import INITIAL
 from flowgrpo.data.prompts import Prompt
 from flowgrpo.policy.arguments import (
     Calling,
@@ -41,7 +42,7 @@ from flowgrpo.policy.prompt_cache import ENCODING_METHODS, REWRITING_METHODS
 from flowgrpo.policy.scheduler import policy_scheduler
 from flowgrpo.policy.settings import Full, Memory, Noise, Sampling, Weights
 from flowgrpo.policy.step_counter import counted
-from flowgrpo.policy.step_plan import INITIAL, StepPlan, StepRecord
+from flowgrpo.policy.step_plan import StepPlan, StepRecord
 from flowgrpo.policy.weights import InitialNoise, Trainable
 
 

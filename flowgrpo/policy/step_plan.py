@@ -8,9 +8,6 @@ from flowgrpo.core.solvers import Solver
 from flowgrpo.core.tensors import Float, Tensor
 from flowgrpo.core.transitions import ODE, Gaussian, Prediction, Step, Transition
 
-INITIAL = -1
-"""Index of the step that draws the initial noise. The steps of the sampling grid count from 0."""
-
 
 @dataclass(frozen=True)
 class StepRecord:

@@ -15,8 +15,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from flowgrpo.core.transitions import Gaussian, Prediction, Step
+from flowgrpo.data.experience import INITIAL
 from flowgrpo.policy.settings import Full, LoRA, Noise, Weights
-from flowgrpo.policy.step_plan import INITIAL, StepRecord
+from flowgrpo.policy.step_plan import StepRecord
 
 ATTENTION_PROJECTIONS = (
     "to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out",

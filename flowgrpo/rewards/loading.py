@@ -19,12 +19,9 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
-import torch
-from jaxtyping import Float
-from torch import Tensor
-
 from flowgrpo.core.errors import ConfigError
 from flowgrpo.core.imports import import_path, suggest
+from flowgrpo.core.tensors import Float, Tensor, torch
 from flowgrpo.rewards.protocols import PairwiseJudge, RewardModel
 
 

@@ -6,11 +6,8 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-import torch
-from jaxtyping import Float
-from torch import Tensor
-
 from flowgrpo.core.imports import import_path, suggest
+from flowgrpo.core.tensors import Float, Tensor, torch
 from flowgrpo.core.win_rates import pairs_of, win_rates
 from flowgrpo.data.prompts import Prompt
 from flowgrpo.rewards.protocols import PairwiseJudge

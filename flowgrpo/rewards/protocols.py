@@ -3,9 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Protocol, runtime_checkable
 
-from jaxtyping import Float
-from torch import Tensor
-
+from flowgrpo.core.tensors import Float, Tensor
 from flowgrpo.data.prompts import Prompt
 
 

@@ -12,10 +12,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import torch
-from jaxtyping import Float
-from torch import Tensor
-
+from flowgrpo.core.scores import Scores
+from flowgrpo.core.tensors import Float, Tensor, torch
 from flowgrpo.data.prompts import Prompt
 from flowgrpo.rewards.loading import (
     Reward,
@@ -56,14 +54,6 @@ class Failures:
     score. A rare binary reward can be constant for honest reasons."""
     max_rate: float = 0.2
     """Share of failed scores in one iteration above which the run stops all the same."""
-
-
-@dataclass
-class Scores:
-    """What one batch of candidates got; collected when scoring is done."""
-
-    raw: Mapping[str, Float[Tensor, " batch"]]
-    reward: Float[Tensor, " batch"]
 
 
 class RewardScorer:
@@ -137,8 +127,7 @@ class RewardScorer:
         size = self.batch or len(prompts)
         starts = range(0, len(prompts), size)
         parts = [self.score(media[i : i + size], prompts[i : i + size]) for i in starts]
-        raw = {name: torch.cat([p.raw[name] for p in parts]) for name in parts[0].raw}
-        return Scores(raw, torch.cat([p.reward for p in parts]))
+        return Scores.concatenate(parts)
 
     def learn(self, gather: Callable[[list[Any]], list[Any]] = lambda own: own) -> dict[str, float]:
         """Let rewards that learn do so, from all that was scored since the last call.
@@ -182,6 +171,12 @@ class RewardScorer:
             self._others[model.label] = load_model(model)
         return self._others[model.label]
 
+    def referee(self, preference: Any) -> Any:
+        """A :class:`flowgrpo.rewards.pairs.Referee` for a preference, on this scorer's thread."""
+        from flowgrpo.rewards.pairs import Referee
+
+        return Referee(self, preference)
+
     def score(self, media: Tensor, prompts: Sequence[Prompt]) -> Scores:
         """Score a batch now. Failed scores are NaN, and so are rewards that need them.
 
@@ -197,7 +192,8 @@ class RewardScorer:
         self.scored += len(prompts)
         self.failures_seen += int((~torch.stack(list(raw.values())).isfinite()).any(0).sum())
         self.seconds += time.perf_counter() - began
-        return Scores(raw, reward)
+        weights = {r.label: r.weight_at(self.iteration) for r in self.rewards if r.weight != 0}
+        return Scores(raw, reward, weights, {r.label: r.shaped for r in self.rewards})
 
     def probe(self, media: Tensor, prompts: Sequence[Prompt]) -> None:
         """Score a few different images before the long work, to refuse an unfit reward.
@@ -237,16 +233,6 @@ class RewardScorer:
                     raise RewardError(problem)
                 log.warning(problem)
         self.reset()
-
-    def parts(
-        self, raw: Mapping[str, Float[Tensor, " batch"]]
-    ) -> dict[str, Float[Tensor, " batch"]]:
-        """What each reward with a weight adds to the sum in this iteration, by its name."""
-        return {
-            r.label: r.weight_at(self.iteration) * r.shaped(raw[r.label])
-            for r in self.rewards
-            if r.weight != 0
-        }
 
     def check_rate(self) -> None:
         """Raise RewardError if too many scores failed since the last :meth:`reset`."""

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 from flowgrpo.config import Config
 from flowgrpo.core.random import Random
-from flowgrpo.data.experience import Candidates, Experience
+from flowgrpo.data.experience import Experience
 from flowgrpo.training.ending import Result, finish
 from flowgrpo.training.metrics import rollout_metrics
 from flowgrpo.training.session import Session
@@ -36,7 +36,7 @@ def train(config: Config) -> Result:
             session.phase("rollout"),
             learner.behaviour_policy(),
         ):
-            experience = config.algorithm.collect(run.policy, groups, scorer, random)
+            experience = config.algorithm.collect(run.policy, groups, scorer, random, iteration)
             scorer.check_rate()
             reward_metrics = scorer.learn(session.gather_objects)
 
@@ -48,7 +48,7 @@ def train(config: Config) -> Result:
         with session.phase("train"):
             update_metrics = learner.update(experience, advantages, random)
 
-        metrics = rollout_metrics(experience, scorer, session.gather)
+        metrics = rollout_metrics(experience, session.gather)
         session.log(iteration, metrics | reward_metrics | update_metrics, scorer.seconds)
         stopping = session.should_stop()
         if stopping or session.checkpoint_due(iteration + 1):
@@ -59,14 +59,5 @@ def train(config: Config) -> Result:
 
 
 def _with_everyone(session: Session, experience: Experience) -> Experience:
-    """The experience with the candidates and rewards of all processes, which advantages may need."""
-    c = experience.candidates
-    everyone = Candidates(
-        group=session.gather(c.group),
-        sample=session.gather(c.sample),
-        step=session.gather(c.step),
-        granularity=session.gather(c.granularity),
-        scores={name: session.gather(values) for name, values in c.scores.items()},
-        reward=session.gather(c.reward),
-    )
-    return replace(experience, everyone=everyone, all_rewards=everyone.reward)
+    """The experience with the candidates of all processes, whose rewards advantages may need."""
+    return replace(experience, gathered=experience.candidates.map(session.gather))

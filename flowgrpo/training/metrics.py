@@ -10,34 +10,27 @@ from torch import Tensor
 from flowgrpo.core.advantages import zero_variance_groups
 from flowgrpo.data.experience import Experience
 from flowgrpo.losses.base import LossMetric
-from flowgrpo.rewards.scorer import RewardScorer
 
 
-def rollout_metrics(
-    experience: Experience, scorer: RewardScorer, gather: Callable[[Tensor], Tensor]
-) -> dict[str, float]:
+def rollout_metrics(experience: Experience, gather: Callable[[Tensor], Tensor]) -> dict[str, float]:
     """Rewards, scores, diversity and cost of an iteration's rollouts.
 
     Args:
-        experience: The experience of this process, with the candidates of all in ``everyone``.
-        scorer: Names the parts of composed rewards.
+        experience: The experience of this process, with the candidates of all in ``gathered``.
         gather: Concatenates a tensor of each process.
     """
-    c, everyone = experience.candidates, experience.everyone or experience.candidates
-    finite = experience.all_rewards[experience.all_rewards.isfinite()]
+    c, everyone = experience.candidates, experience.all_candidates
+    finite = everyone.reward[everyone.valid]
     flat = gather(zero_variance_groups(c.reward, c.group).float())
     return {
         "reward": float(finite.mean()),
         "reward_std": float(finite.std(correction=0)),
-        **{f"score/{k}": float(v[v.isfinite()].mean()) for k, v in everyone.scores.items()},
-        **{
-            f"part/{k}": float(v[v.isfinite()].mean())
-            for k, v in scorer.parts(everyone.scores).items()
-        },
+        **{f"score/{k}": float(v[v.isfinite()].mean()) for k, v in everyone.scores.raw.items()},
+        **{f"part/{k}": float(v[v.isfinite()].mean()) for k, v in everyone.scores.parts().items()},
         "group/zero_variance": float(flat.mean()),
         "group/diversity": float(gather(experience.diversity).mean()),
         "group/duplicates": float(gather(experience.duplicates).sum()),
-        "failures": float((~experience.all_rewards.isfinite()).sum()),
+        "failures": float((~everyone.valid).sum()),
         "nfe_per_prompt": experience.cost.nfe,
         "decodes_per_prompt": experience.cost.decodes,
     }
