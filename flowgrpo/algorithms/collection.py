@@ -9,13 +9,14 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Literal
 
-from flowgrpo.algorithms.base import Policy, Scorer, StepRecord
+from flowgrpo.algorithms.base import Policy, Scorer
 from flowgrpo.core.random import Random, SampleNoise
 from flowgrpo.core.scores import Scores
 from flowgrpo.core.tensors import Float, Int, Tensor, torch
 from flowgrpo.core.transitions import ODE, Gaussian, Transition
 from flowgrpo.data.experience import Actions, Candidates, Cost, Experience
 from flowgrpo.data.prompts import Group, Prompt
+from flowgrpo.policy.step_plan import StepRecord
 
 Strides = Literal["even", "released"]
 

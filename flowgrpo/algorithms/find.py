@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
-from flowgrpo.algorithms.base import ActionKind, AlgorithmBase, Policy, Scorer
+from flowgrpo.algorithms.base import AlgorithmBase, Policy, Scorer
 from flowgrpo.algorithms.collection import Collection
 from flowgrpo.algorithms.credit import trajectory_advantages
 from flowgrpo.algorithms.trajectories import TrajectoryPlan, sample_trajectories
@@ -20,6 +20,7 @@ from flowgrpo.core.tensors import Float, Tensor, torch
 from flowgrpo.core.transitions import ODE
 from flowgrpo.data.experience import INITIAL, Actions, Experience
 from flowgrpo.data.prompts import Group
+from flowgrpo.losses.base import ActionKind
 
 
 @dataclass(frozen=True, kw_only=True)

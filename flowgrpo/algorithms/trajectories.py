@@ -5,7 +5,7 @@ from collections.abc import Collection as Container
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from flowgrpo.algorithms.base import Policy, Scorer, StepRecord
+from flowgrpo.algorithms.base import Policy, Scorer
 from flowgrpo.algorithms.collection import Collection, OnBatch, Samples
 from flowgrpo.core.random import Random
 from flowgrpo.core.solvers import Solver
@@ -13,6 +13,7 @@ from flowgrpo.core.tensors import Int, Tensor, torch
 from flowgrpo.core.transitions import Transition
 from flowgrpo.data.experience import Actions, Cost, Experience
 from flowgrpo.data.prompts import Group
+from flowgrpo.policy.step_plan import StepRecord
 
 
 @dataclass(frozen=True)
