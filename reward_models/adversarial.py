@@ -12,17 +12,19 @@ from torchvision.transforms import functional as TF
 from transformers import Dinov2Model
 
 from flowgrpo.data.prompts import Prompt
-from reward_models._loading import (
-    IMAGENET_MEAN,
-    IMAGENET_STD,
+from reward_models.shared.checkpoints import (
     Precision,
-    check_media,
-    check_references,
-    finite_only,
     from_pretrained,
     load_strictly,
     pick_device,
     pick_dtype,
+)
+from reward_models.shared.pictures import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    check_media,
+    check_references,
+    finite_only,
     pictures,
     read_image,
     reference_paths,

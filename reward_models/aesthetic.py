@@ -10,21 +10,23 @@ from torch import Tensor, nn
 from transformers import CLIPModel
 
 from flowgrpo.data.prompts import Prompt
-from reward_models._loading import (
-    CLIP_MEAN,
-    CLIP_STD,
+from reward_models.shared.checkpoints import (
     Precision,
-    check_media,
     find_file,
-    finite_only,
     from_pretrained,
     load_strictly,
     numbered,
     pick_device,
     pick_dtype,
-    pictures,
     read_state,
     refuse,
+)
+from reward_models.shared.pictures import (
+    CLIP_MEAN,
+    CLIP_STD,
+    check_media,
+    finite_only,
+    pictures,
     shrunk_and_cropped,
 )
 

@@ -10,14 +10,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from flowgrpo.data.prompts import Prompt
-from reward_models._loading import (
-    Precision,
-    check_media,
-    finite_only,
-    pick_device,
-    pick_dtype,
-    pictures,
-)
+from reward_models.shared.checkpoints import Precision, pick_device, pick_dtype
+from reward_models.shared.pictures import check_media, finite_only, pictures
 
 __all__ = ["CLIPScore"]
 

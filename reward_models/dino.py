@@ -12,16 +12,13 @@ from torch import Tensor
 from transformers import Dinov2Model
 
 from flowgrpo.data.prompts import Prompt
-from reward_models._loading import (
+from reward_models.shared.checkpoints import Precision, from_pretrained, pick_device, pick_dtype
+from reward_models.shared.pictures import (
     IMAGENET_MEAN,
     IMAGENET_STD,
-    Precision,
     check_media,
     check_references,
     finite_only,
-    from_pretrained,
-    pick_device,
-    pick_dtype,
     pictures,
     read_image,
     reference_paths,

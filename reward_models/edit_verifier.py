@@ -16,8 +16,8 @@ from torch import Tensor
 
 from flowgrpo.data.pictures import as_rgb
 from flowgrpo.data.prompts import Prompt
-from reward_models._chat import Answer, Chat
-from reward_models._templates import Content, Template, check_pictures, pictures_of
+from reward_models.shared.chat import Answer, Chat
+from reward_models.shared.templates import Content, Template, check_pictures, pictures_of
 
 __all__ = ["EditVerifier"]
 
@@ -89,7 +89,7 @@ class EditVerifier:
             longest_side: Shrink larger pictures to this; 0 does not.
             max_tokens: Longest answer.
             api_key_env, timeout, patience, concurrency, cache, extra: As for
-                :class:`reward_models._chat.Chat`.
+                :class:`reward_models.shared.chat.Chat`.
 
         Raises:
             ValueError: If an option or a template is of no use, the key is refused, or the server

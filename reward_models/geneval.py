@@ -29,7 +29,8 @@ from flowgrpo.core.geneval import (
     strict,
 )
 from flowgrpo.data.prompts import Prompt
-from reward_models._loading import Precision, check_media, eight_bits, pick_device, pick_dtype
+from reward_models.shared.checkpoints import Precision, pick_device, pick_dtype
+from reward_models.shared.pictures import check_media, eight_bits
 
 __all__ = ["GenEval"]
 

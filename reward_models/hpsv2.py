@@ -10,19 +10,15 @@ from torch import Tensor
 from torchvision.transforms import functional as TF
 
 from flowgrpo.data.prompts import Prompt
-from reward_models._loading import (
-    CLIP_MEAN,
-    CLIP_STD,
+from reward_models.shared.checkpoints import (
     Precision,
-    check_media,
-    eight_bits,
     find_file,
-    finite_only,
     load_strictly,
     pick_device,
     pick_dtype,
     read_state,
 )
+from reward_models.shared.pictures import CLIP_MEAN, CLIP_STD, check_media, eight_bits, finite_only
 
 __all__ = ["HPSv2"]
 

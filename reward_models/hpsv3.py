@@ -9,20 +9,18 @@ from torch import Tensor, nn
 from torchvision.transforms.functional import pil_to_tensor
 
 from flowgrpo.data.prompts import Prompt
-from reward_models._loading import (
+from reward_models.shared.checkpoints import (
     Precision,
-    check_media,
     find_file,
-    finite_only,
     load_strictly,
     pick_device,
     pick_dtype,
-    pictures,
     read_state,
     refuse,
-    template,
 )
-from reward_models._qwen import QwenReader, chunks, head_part, modern_names, seen_size
+from reward_models.shared.pictures import check_media, finite_only, pictures
+from reward_models.shared.qwen2_vl import QwenReader, chunks, head_part, modern_names, seen_size
+from reward_models.shared.templates import template
 
 __all__ = ["HPSv3"]
 

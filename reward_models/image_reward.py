@@ -16,20 +16,22 @@ from transformers import (
 )
 
 from flowgrpo.data.prompts import Prompt
-from reward_models._loading import (
-    CLIP_MEAN,
-    CLIP_STD,
+from reward_models.shared.checkpoints import (
     Precision,
-    check_media,
     find_file,
-    finite_only,
     load_strictly,
     numbered,
     pick_device,
     pick_dtype,
-    pictures,
     read_state,
     refuse,
+)
+from reward_models.shared.pictures import (
+    CLIP_MEAN,
+    CLIP_STD,
+    check_media,
+    finite_only,
+    pictures,
     shrunk_and_cropped,
 )
 

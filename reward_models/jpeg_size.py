@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from flowgrpo.data.prompts import Prompt
-from reward_models._loading import check_media, finite_only, pictures
+from reward_models.shared.pictures import check_media, finite_only, pictures
 
 __all__ = ["JPEGSize"]
 

@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from flowgrpo.data.prompts import Prompt
-from reward_models._loading import check_media, eight_bits, finite_only, luma
+from reward_models.shared.pictures import check_media, eight_bits, finite_only, luma
 
 __all__ = ["Motion"]
 

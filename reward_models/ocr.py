@@ -11,7 +11,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from flowgrpo.data.prompts import Prompt
-from reward_models._loading import check_media, eight_bits, finite_only
+from reward_models.shared.pictures import check_media, eight_bits, finite_only
 
 __all__ = ["OCR"]
 

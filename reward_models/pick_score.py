@@ -9,15 +9,8 @@ from torch import Tensor
 from transformers import AutoProcessor, CLIPModel
 
 from flowgrpo.data.prompts import Prompt
-from reward_models._loading import (
-    Precision,
-    check_media,
-    eight_bits,
-    finite_only,
-    from_pretrained,
-    pick_device,
-    pick_dtype,
-)
+from reward_models.shared.checkpoints import Precision, from_pretrained, pick_device, pick_dtype
+from reward_models.shared.pictures import check_media, eight_bits, finite_only
 
 __all__ = ["PickScore"]
 

@@ -13,17 +13,10 @@ from torch import Tensor
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from flowgrpo.data.prompts import Prompt
-from reward_models._answers import answer_batch
-from reward_models._loading import (
-    Precision,
-    check_media,
-    finite_only,
-    from_pretrained,
-    pick_device,
-    pick_dtype,
-    pictures,
-    template,
-)
+from reward_models.shared.checkpoints import Precision, from_pretrained, pick_device, pick_dtype
+from reward_models.shared.generation import answer_batch
+from reward_models.shared.pictures import check_media, finite_only, pictures
+from reward_models.shared.templates import template
 
 __all__ = ["UnifiedReward"]
 

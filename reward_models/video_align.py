@@ -8,19 +8,16 @@ from jaxtyping import Float
 from torch import Tensor
 
 from flowgrpo.data.prompts import Prompt
-from reward_models._loading import (
+from reward_models.shared.checkpoints import (
     Precision,
-    check_media,
-    eight_bits,
     find_file,
-    finite_only,
     pick_device,
     pick_dtype,
     read_state,
     refuse,
-    template,
 )
-from reward_models._qwen import (
+from reward_models.shared.pictures import check_media, eight_bits, finite_only
+from reward_models.shared.qwen2_vl import (
     QwenReader,
     chunks,
     frame_rates,
@@ -29,6 +26,7 @@ from reward_models._qwen import (
     modern_names,
     shown_frames,
 )
+from reward_models.shared.templates import template
 
 __all__ = ["VideoAlign"]
 

@@ -13,18 +13,11 @@ from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLProcessor
 from transformers.video_utils import VideoMetadata
 
 from flowgrpo.data.prompts import Prompt
-from reward_models._answers import DigitRecorder, answer_batch, token_at
-from reward_models._loading import (
-    Precision,
-    check_media,
-    eight_bits,
-    finite_only,
-    from_pretrained,
-    pick_device,
-    pick_dtype,
-    template,
-)
-from reward_models._qwen import chunks, frame_rates, shown_frames
+from reward_models.shared.checkpoints import Precision, from_pretrained, pick_device, pick_dtype
+from reward_models.shared.generation import DigitRecorder, answer_batch, token_at
+from reward_models.shared.pictures import check_media, eight_bits, finite_only
+from reward_models.shared.qwen2_vl import chunks, frame_rates, shown_frames
+from reward_models.shared.templates import template
 
 __all__ = ["VideoScore2"]
 

@@ -10,9 +10,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from flowgrpo.data.prompts import Prompt
-from reward_models._chat import Answer, Chat
-from reward_models._rubrics import Rubric, read_rubrics
-from reward_models._templates import Template, check_pictures, pictures_of
+from flowgrpo.data.rubrics import Rubric, read_rubrics
+from reward_models.shared.chat import Answer, Chat
+from reward_models.shared.templates import Template, check_pictures, pictures_of
 
 __all__ = ["VLMJudge"]
 
@@ -74,7 +74,7 @@ class VLMJudge:
             longest_side: Shrink larger pictures to this; 0 does not.
             max_tokens: Longest ``written`` answer.
             api_key_env, timeout, patience, concurrency, cache, extra: As for
-                :class:`reward_models._chat.Chat`.
+                :class:`reward_models.shared.chat.Chat`.
 
         Raises:
             ValueError: If an option, the template or a rubric is of no use, the key is refused, or

@@ -11,8 +11,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from flowgrpo.data.prompts import Prompt
-from reward_models._chat import Answer, Chat
-from reward_models._templates import Template, check_pictures, pictures_of
+from reward_models.shared.chat import Answer, Chat
+from reward_models.shared.templates import Template, check_pictures, pictures_of
 
 __all__ = ["VLMPairwise"]
 
@@ -76,7 +76,7 @@ class VLMPairwise:
             longest_side: Shrink larger pictures to this; 0 does not.
             max_tokens: Longest ``think`` and ``flex`` answer.
             api_key_env, timeout, patience, concurrency, cache, extra: As for
-                :class:`reward_models._chat.Chat`.
+                :class:`reward_models.shared.chat.Chat`.
 
         Raises:
             ValueError: If an option or the template is of no use, the key is refused, or the server

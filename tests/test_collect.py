@@ -20,7 +20,8 @@ from flowgrpo.data.prompts import Group, Prompt
 from flowgrpo.losses.losses import ClippedLoss, Loss
 from flowgrpo.policy import Full, LoRA, PipelinePolicy
 from flowgrpo.policy.weights import Weights
-from flowgrpo.rewards.scorer import Failures, Reward, RewardScorer
+from flowgrpo.rewards.scorer import RewardScorer
+from flowgrpo.rewards.settings import Failures, Reward
 from flowgrpo.training.learner import Learner
 from tests.conftest import MakePolicy, sampling_of
 

@@ -16,7 +16,8 @@ from flowgrpo.core.transitions import CPS, DDIM, FlowSDE
 from flowgrpo.data.experience import Actions, Experience
 from flowgrpo.data.prompts import Group, Prompt
 from flowgrpo.losses.losses import ClippedLoss, Loss, guard_weight, guarded_log_ratio
-from flowgrpo.rewards.scorer import Reward, RewardScorer
+from flowgrpo.rewards.scorer import RewardScorer
+from flowgrpo.rewards.settings import Reward
 from flowgrpo.training.learner import Learner
 from tests.conftest import MakePolicy, sampling_of
 

@@ -26,10 +26,12 @@ from torch import Tensor
 
 from flowgrpo.data.pictures import encode_png
 from flowgrpo.data.prompts import Prompt
-from flowgrpo.rewards.scorer import Failures, Reward, RewardScorer
-from flowgrpo.rewards.serving import Batcher, RewardServer
+from flowgrpo.rewards.scorer import RewardScorer
+from flowgrpo.rewards.serving.batching import Batcher
 from flowgrpo.rewards.serving.client import Endpoints, Refused
 from flowgrpo.rewards.serving.protocol import Limits, Sample, decode_image, pack, unpack
+from flowgrpo.rewards.serving.server import RewardServer
+from flowgrpo.rewards.settings import Failures, Reward
 from reward_models.jpeg_size import JPEGSize
 from reward_models.remote import Remote
 
@@ -166,7 +168,7 @@ def test_if_nothing_is_scored_the_reason_is_raised(server):
         remote(server.url)(IMAGES, [Prompt("error")] * 8)  # fmt: skip
 
 
-def test_the_judge_uses_a_server_like_any_reward(server):
+def test_the_reward_scorer_uses_a_server_like_any_reward(server):
     reward = Reward(model="remote", name="mean", options={"url": server.url, "part": 3})
     scorer = RewardScorer([reward], Failures(retries=0))
     assert torch.allclose(
@@ -311,10 +313,10 @@ def test_a_token_is_asked_for_and_checked(monkeypatch):
         assert post(running, body, {"Content-Type": kind})[0] == 401
         assert json.loads(Endpoints(running.url).request("/healthz")) == {"status": "ok"}
         monkeypatch.delenv("FLOWGRPO_TOKEN", raising=False)
-        with pytest.raises(ValueError, match=r"asks for a token.*'FLOWGRPO_TOKEN'"):
+        with pytest.raises(ValueError, match=r"requires a token.*'FLOWGRPO_TOKEN'"):
             remote(running.url)
         monkeypatch.setenv("FLOWGRPO_TOKEN", "guess")
-        with pytest.raises(ValueError, match=r"status 401: wrong token \(it is taken from"):
+        with pytest.raises(ValueError, match=r"status 401: wrong token \(the token is read from"):
             remote(running.url)
         monkeypatch.setenv("MINE", "secret")
         assert remote(running.url, token_env="MINE")(IMAGES, PROMPTS).isfinite().all()
@@ -337,8 +339,9 @@ def test_what_is_no_request_gets_an_error_in_json_too(server):
     connection = http.client.HTTPConnection(urlsplit(server.url).netloc, timeout=20)
     connection.request("PUT", "/score", b"x")
     response = connection.getresponse()
-    assert response.status == 501
-    assert json.loads(response.read()) == {"error": "Unsupported method ('PUT')"}
+    assert response.status == 405
+    message = "PUT /score: Method Not Allowed; the server has GET /healthz, POST /score and POST"
+    assert message in json.loads(response.read())["error"]
 
 
 # Several servers, and servers that go away.
@@ -397,9 +400,9 @@ def test_a_server_that_stays_away_is_an_error_within_the_patience():
 
 
 def test_what_is_no_reward_server_is_refused():
-    with pytest.raises(ValueError, match=r"'127.0.0.1:8500' is no URL of the form http://host"):
+    with pytest.raises(ValueError, match=r"'127.0.0.1:8500' is not a URL of the form http://host"):
         remote("127.0.0.1:8500")
-    with RewardServer(Mean()) as running, pytest.raises(ValueError, match=r"no reward server: .*404"):  # fmt: skip
+    with RewardServer(Mean()) as running, pytest.raises(ValueError, match=r"not a reward server: .*404"):  # fmt: skip
         remote(running.url + "/v1")
 
 

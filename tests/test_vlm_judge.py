@@ -13,11 +13,12 @@ import pytest
 import torch
 
 from flowgrpo.data.prompts import Prompt
+from flowgrpo.data.rubrics import read_rubrics
 from flowgrpo.rewards.protocols import PairwiseJudge
-from flowgrpo.rewards.scorer import Failures, Reward, RewardScorer
-from reward_models._chat import Answer
-from reward_models._rubrics import read_rubrics
-from reward_models._templates import Template
+from flowgrpo.rewards.scorer import RewardScorer
+from flowgrpo.rewards.settings import Failures, Reward
+from reward_models.shared.chat import Answer
+from reward_models.shared.templates import Template
 from reward_models.vlm_judge import VLMJudge
 from reward_models.vlm_pairwise import VLMPairwise, flex_verdict, think_verdict
 from tests.stub_vlm import Question, Reply, Stub, said

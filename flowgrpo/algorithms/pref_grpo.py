@@ -31,7 +31,12 @@ from flowgrpo.core.win_rates import pairs_of, verdicts_by_score, win_rates
 from flowgrpo.data.experience import Candidates, Cost, Experience
 from flowgrpo.data.prompts import Group
 from flowgrpo.policy import PipelinePolicy
-from flowgrpo.rewards.pairs import Compared, Judged, Preference, Referee
+from flowgrpo.rewards.pairs import (
+    PairwisePreference,
+    PairwiseScorer,
+    PointwisePreference,
+    Preference,
+)
 from flowgrpo.rewards.scorer import RewardScorer
 
 WIN_RATE = "win_rate"
@@ -53,7 +58,7 @@ class PrefGRPO:
     """Share of the stochastic steps that each sample trains on, in (0, 1]."""
     shared_noise: bool = True
     """Whether a group starts from one noise. What its samples share is then computed once."""
-    preference: Preference = field(default_factory=Compared)
+    preference: Preference = field(default_factory=PointwisePreference)
     """Who says which of two samples is better."""
     advantage: Advantage = field(default_factory=PerReward)
     """From win rates and rewards to advantages. With ``per_reward``, the released code's, the weights
@@ -71,8 +76,8 @@ class PrefGRPO:
         assert isinstance(iteration, int)
         stochastic = self.steps.select(policy.num_steps(), iteration, random.generator("steps"))
         plan = self._plan(stochastic)
-        if isinstance(self.preference, Judged):
-            whole = WholeGroups(Referee(scorer, self.preference), self.group_size)
+        if isinstance(self.preference, PairwisePreference):
+            whole = WholeGroups(PairwiseScorer(scorer, self.preference), self.group_size)
             experience = collect_trajectories(policy, groups, scorer, random, plan, whole.watch)
             rates = whole.rates()
         else:
@@ -104,7 +109,7 @@ class PrefGRPO:
             raise ValueError(
                 f"a reward is called {WIN_RATE!r}, as the win rate is; give it another name"
             )
-        if isinstance(self.preference, Compared):
+        if isinstance(self.preference, PointwisePreference):
             self.preference.chosen(labels)
 
     def cost(self, num_steps: int, stochastic: Sequence[int]) -> Cost:
@@ -118,8 +123,8 @@ class PrefGRPO:
 class WholeGroups:
     """Collects the media of batches until a group is whole, and has its pairs judged."""
 
-    def __init__(self, referee: Referee, size: int):
-        self.referee, self.size = referee, size
+    def __init__(self, pairwise: PairwiseScorer, size: int):
+        self.pairwise, self.size = pairwise, size
         self._waiting: list[tuple[Group, Tensor]] = []
         self._rates: list[Future[Tensor]] = []
 
@@ -131,7 +136,7 @@ class WholeGroups:
             group = whole[0][0]
             assert all(g.index == group.index for g, _ in whole)
             self._rates.append(
-                self.referee.submit(torch.stack([m for _, m in whole]), group.prompt)
+                self.pairwise.submit(torch.stack([m for _, m in whole]), group.prompt)
             )
 
     def rates(self) -> Float[Tensor, " candidates"]:
@@ -141,7 +146,7 @@ class WholeGroups:
             RewardError: If too many comparisons got no verdict.
         """
         found = torch.cat([r.result() for r in self._rates])
-        self.referee.check_rate()
+        self.pairwise.check_rate()
         return found
 
 

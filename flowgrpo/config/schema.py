@@ -31,8 +31,7 @@ from flowgrpo.core.random import Random
 from flowgrpo.data.prompt_files import HUB
 from flowgrpo.losses.losses import ClippedLoss, Loss, NFTLoss
 from flowgrpo.policy import Full, LoRA, Memory, Noise, Sampling
-from flowgrpo.rewards.loading import check_rewards
-from flowgrpo.rewards.scorer import Failures, Reward
+from flowgrpo.rewards.settings import Failures, Reward, check_rewards
 
 __all__ = ["Config", "ConfigError", "find", "load", "override", "save"]
 

@@ -20,7 +20,7 @@ from flowgrpo.policy.calls import own_arguments
 from flowgrpo.policy.initial_noise import Noise
 from flowgrpo.policy.loading import DTYPES, denoisers
 from flowgrpo.policy.weights import Full, Trainable, Weights
-from flowgrpo.rewards.scorer import Reward
+from flowgrpo.rewards.settings import Reward
 
 REWARDS = {
     "clip_score": 4 * 427_616_513,

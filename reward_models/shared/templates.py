@@ -14,7 +14,7 @@ from jaxtyping import Float
 
 from flowgrpo.data.pictures import encode_png
 
-FOLDER = Path(__file__).parent / "templates"
+FOLDER = Path(__file__).parents[1] / "templates"
 PLACEHOLDER = re.compile(r"\$(\$|\w+)")
 
 Content = list[str | bytes]
@@ -112,3 +112,8 @@ def pictures_of(
         size = [max(1, round(height * ratio)), max(1, round(width * ratio))]
         images = F.interpolate(images, size, mode="bicubic", antialias=True).clamp(0, 1)
     return [encode_png(i) for i in images]
+
+
+def template(name: str) -> str:
+    """A text that a model was trained to be asked with; ``{prompt}`` stands for the caption."""
+    return (FOLDER / f"{name}.txt").read_text(encoding="utf-8")

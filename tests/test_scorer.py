@@ -11,9 +11,11 @@ from torch import Tensor
 
 from flowgrpo.core.imports import import_path
 from flowgrpo.data.prompts import Prompt
-from flowgrpo.rewards.scorer import Failures, Reward, RewardError, RewardScorer, load_reward
+from flowgrpo.rewards.loading import load_reward
+from flowgrpo.rewards.scorer import RewardScorer
+from flowgrpo.rewards.settings import Failures, Reward, RewardError
 
-HERE = "tests.test_judge"
+HERE = "tests.test_scorer"
 PROMPTS = [Prompt(f"prompt {i}") for i in range(4)]
 IMAGES = torch.linspace(0, 1, 4).view(4, 1, 1, 1).expand(4, 3, 8, 8).clone()
 calls: list[str] = []

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from flowgrpo.rewards.serving.client import Endpoints, Refused
-from reward_models._templates import Content
+from reward_models.shared.templates import Content
 
 log = logging.getLogger(__name__)
 

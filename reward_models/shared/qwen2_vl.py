@@ -17,7 +17,7 @@ from torchvision.transforms import functional as TF
 from transformers import Qwen2VLConfig, Qwen2VLModel, Qwen2VLProcessor
 
 from flowgrpo.data.prompts import Prompt
-from reward_models._loading import refuse
+from reward_models.shared.checkpoints import refuse
 
 PATCH = 28
 """Pixels per side of what becomes one token."""
