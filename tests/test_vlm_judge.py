@@ -218,6 +218,17 @@ def test_a_wrong_model_or_key_is_found_at_the_start(monkeypatch):
     assert stub.questions[0].request["top_k"] == 1
 
 
+def test_a_judge_sends_no_key_that_was_not_given_and_nothing_about_this_machine(monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "of another account")
+    monkeypatch.setenv("OPENAI_ORG_ID", "an organisation")
+    with Stub(by_light) as stub:
+        judge(stub)(IMAGES[:1], PROMPTS[:1])
+    sent = stub.questions[0].headers
+    assert "Authorization" not in sent
+    assert not [k for k in sent if k.startswith("Openai-")]
+    assert [k for k in sent if k.startswith("X-Stainless-")] == ["X-Stainless-Raw-Response"]
+
+
 @pytest.mark.parametrize(
     "body",
     [
