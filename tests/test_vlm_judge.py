@@ -16,6 +16,7 @@ from flowgrpo.data.prompts import Prompt
 from flowgrpo.data.rubrics import read_rubrics
 from flowgrpo.rewards.protocols import PairwiseJudge
 from flowgrpo.rewards.scorer import RewardScorer
+from flowgrpo.rewards.serving import client
 from flowgrpo.rewards.settings import Failures, Reward
 from reward_models.shared.chat import Answer
 from reward_models.shared.templates import Template
@@ -339,6 +340,24 @@ def test_scores_do_not_depend_on_order_or_batch():
         broken = IMAGES.clone()
         broken[1, 0, 0, 0] = math.nan
         assert subject(broken, PROMPTS).isnan().tolist() == [False, True, False, False, False]
+
+
+def test_redirects_are_not_followed():
+    with Stub(by_light) as elsewhere:
+        redirect = (302, {"Location": f"{elsewhere.url}/chat/completions"}, b"")
+        with Stub(lambda _: redirect) as stub, pytest.raises(RuntimeError, match="status 302"):
+            judge(stub)(IMAGES[:1], PROMPTS[:1])
+    assert not elsewhere.questions
+
+
+def test_an_answer_without_end_is_refused(monkeypatch):
+    monkeypatch.setattr(client, "LARGEST_ANSWER", 1000)
+    with (
+        Stub(lambda _: said("x" * 2000)) as stub,
+        pytest.raises(RuntimeError, match="an answer of more than 1000 bytes"),
+    ):
+        judge(stub)(IMAGES[:1], PROMPTS[:1])
+    assert len(stub.questions) == 1
 
 
 # The cache.

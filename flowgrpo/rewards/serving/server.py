@@ -104,20 +104,7 @@ class RewardServer:
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.batcher = Batcher(reward, max_batch=max_batch, wait=wait)
         self.url = f"http://{f'[{host}]' if six else host}:{listener.getsockname()[1]}"
-        config = uvicorn.Config(
-            make_app(self),
-            loop="asyncio",
-            http=_Protocol,
-            ws="none",
-            lifespan="off",
-            log_config=None,
-            log_level="warning",
-            access_log=False,
-            server_header=False,
-            headers=[("Server", f"flowgrpo/{__version__}")],
-            timeout_keep_alive=int(SILENT_SECONDS),
-        )
-        self._server = uvicorn.Server(config)
+        self._server = uvicorn.Server(_settings(make_app(self)))
         # Connections queue in the listening socket until the thread accepts them.
         self._thread = threading.Thread(
             target=self._server.run, args=([listener],), name="reward-server", daemon=True
@@ -148,6 +135,22 @@ class RewardServer:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _settings(app: FastAPI) -> uvicorn.Config:
+    return uvicorn.Config(
+        app,
+        loop="asyncio",
+        http=_Protocol,
+        ws="none",
+        lifespan="off",
+        log_config=None,
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        headers=[("Server", f"flowgrpo/{__version__}")],
+        timeout_keep_alive=int(SILENT_SECONDS),
+    )
 
 
 def make_app(server: RewardServer) -> FastAPI:
