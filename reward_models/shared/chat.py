@@ -121,7 +121,8 @@ class Chat:
             base_url, headers=headers, timeout=timeout, patience=patience, concurrency=concurrency
         )
         self._clients = {
-            url: _openai_client(url, key, client) for url, client in self.endpoints.clients.items()
+            url: _openai_client(url, key, client, timeout)
+            for url, client in self.endpoints.clients.items()
         }
         self.asked, self.cached, self.unparsed = 0, 0, 0
         self._lock = threading.Lock()
@@ -256,7 +257,7 @@ class Chat:
                     raise ValueError(f"{url} has no model {self.model!r}; it has {names[:20]}")
 
 
-def _openai_client(url: str, key: str, client: httpx.Client) -> openai.OpenAI:
+def _openai_client(url: str, key: str, client: httpx.Client, timeout: float) -> openai.OpenAI:
     """The openai client of one server, over our httpx client, without retries of its own."""
 
     def remove_headers(request: httpx.Request) -> None:
@@ -269,12 +270,10 @@ def _openai_client(url: str, key: str, client: httpx.Client) -> openai.OpenAI:
             request.headers.pop("authorization", None)
 
     client.event_hooks["request"].append(remove_headers)
+    # Typed for httpx or its successor httpx2, as the version of openai has it; it accepts both.
+    any_client: Any = client
     return openai.OpenAI(
-        base_url=url,
-        api_key=key or "none",
-        http_client=client,
-        timeout=client.timeout,
-        max_retries=0,
+        base_url=url, api_key=key or "none", http_client=any_client, timeout=timeout, max_retries=0
     )
 
 
