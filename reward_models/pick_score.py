@@ -1,4 +1,4 @@
-"""PickScore: which image of a prompt people prefer, learnt by a CLIP model (arXiv:2305.01569)."""
+"""PickScore: a CLIP model trained on human preferences between images of a prompt (arXiv:2305.01569)."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,10 +20,10 @@ PROCESSOR = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
 class PickScore:
     """``exp(logit_scale) * cos(image, text)``, the raw PickScore: usually 18 to 26.
 
-    Papers also give the cosine, a hundredth of it (``weight = 0.01``); Flow-GRPO trained on a 26th.
-    The default is ``yuvalkirstain/PickScore_v1`` (a CLIP ViT-H/14, 3.9 GB in fp32, half of that in
-    16 bits; no licence was found on its card) with the processor that it was trained with, LAION's
-    (224x224, bicubic resize and centre crop). Prompts are cut after 77 tokens.
+    Papers also report the cosine, which is 1/100 of it (``weight = 0.01``); Flow-GRPO divides it by
+    26. The default is ``yuvalkirstain/PickScore_v1`` (a CLIP ViT-H/14, 3.9 GB in fp32, half of that
+    in 16 bits; no licence was found on its card) with the processor that it was trained with,
+    LAION's (224x224, bicubic resize and centre crop). Prompts are cut after 77 tokens.
 
     Images are rounded to 8 bits first, so a saved image scores as the one in training did. An image
     with NaN scores NaN.

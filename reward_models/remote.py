@@ -25,8 +25,8 @@ class Remote:
     """The scores of a reward server, or of several equal servers that share each batch.
 
     The range is that of the served reward. Images are sent as PNG, rounded to 8 bits, with prompts,
-    metadata and condition images. A server that does not answer, for instance because it restarts, is
-    tried again for ``patience`` seconds, while the other servers continue.
+    metadata and condition images. A server that does not answer, for instance because it restarts,
+    is tried again for ``patience`` seconds, while the other servers continue.
 
     A score is NaN, and so counts as failed, if the server's score is null, if the sample has pixels
     that are not finite, or if the reward raised an error on the request that held the sample.

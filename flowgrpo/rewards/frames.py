@@ -31,8 +31,8 @@ class FrameScore:
         Args:
             model: An image reward, by file name or import path.
             every: Stride over the frames, from the first one.
-            frames: Indices of the frames to score, instead of a stride; negative ones count from the
-                end.
+            frames: Indices of the frames to score, instead of a stride; negative ones count from
+                the end.
             reduce: Mean or minimum of the frames' scores.
             batch_size: Most frames in one call of the image reward.
             options: Arguments for the image reward.

@@ -1,9 +1,9 @@
 """Finds and constructs the reward model that a configuration names.
 
 The rewards that ship with flowgrpo are the package ``reward_models``, installed beside the package
-``flowgrpo``. Its modules are listed from that folder and imported by path, so that ``flowgrpo`` does
-not depend on ``reward_models``, and a folder of the same name in the working directory cannot take its
-place.
+``flowgrpo``. Its modules are listed from that folder and imported by path, so that ``flowgrpo``
+does not depend on ``reward_models``, and a folder of the same name in the working directory cannot
+take its place.
 """
 
 import importlib
@@ -40,7 +40,8 @@ def check_name(model: str, key: str = "reward") -> None:
         key: How the message calls it, such as ``algorithm.preference.model``.
 
     Raises:
-        ValueError: If there is no such reward; names the nearest one, or the replacement of a reward
+        ValueError: If there is no such reward; names the nearest one, or the replacement of a
+        reward
             that was removed.
     """
     if model in REMOVED:

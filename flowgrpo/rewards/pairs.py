@@ -1,8 +1,8 @@
 """Preferences within a group: settings, and the pairwise scorer that turns verdicts into win rates.
 
-A preference replaces distances between scores by win rates (Pref-GRPO, arXiv:2508.20751): the win rate
-of a sample is the mean, over its comparisons with other samples of the group, of the probability that
-it is better.
+A preference replaces distances between scores by win rates (Pref-GRPO, arXiv:2508.20751): the win
+rate of a sample is the mean, over its comparisons with other samples of the group, of the
+probability that it is better.
 """
 
 import logging
@@ -137,8 +137,9 @@ class PairwiseScorer:
     ) -> Float[Tensor, " group"]:
         """The win rates of a group, each in [0, 1].
 
-        With ``swap`` the result of a pair is ``(p(first beats second) + 1 - p(second beats first)) / 2``.
-        A pair without a verdict, or with a verdict in one order only, counts for neither sample.
+        With ``swap`` the result of a pair is
+        ``(p(first beats second) + 1 - p(second beats first)) / 2``. A pair without a verdict, or
+        with a verdict in one order only, counts for neither sample.
 
         Raises:
             RewardError: If verdicts fail and the configuration says to stop.

@@ -14,8 +14,8 @@ class RewardModel(Protocol):
     """Scores media: a plain function, or an object with ``__call__``.
 
     ``media`` holds images ``(B, C, H, W)`` or videos ``(B, F, C, H, W)`` in [0, 1], fp32, and
-    ``prompts`` one prompt per sample. The result holds one score per sample, where higher is better;
-    NaN marks a sample that could not be scored.
+    ``prompts`` one prompt per sample. The result holds one score per sample, where higher is
+    better; NaN marks a sample that could not be scored.
     """
 
     def __call__(
@@ -46,9 +46,9 @@ class LearningReward(RewardModel, Protocol):
 class PairwiseJudge(Protocol):
     """Compares two media of the same prompt.
 
-    ``first`` and ``second`` hold media as for :class:`RewardModel`. The result holds, for each pair,
-    the probability that the first one is better: 1 if it is, 0 if the second is, 0.5 for a tie; NaN
-    where the judge gave no verdict.
+    ``first`` and ``second`` hold media as for :class:`RewardModel`. The result holds, for each
+    pair, the probability that the first one is better: 1 if it is, 0 if the second is, 0.5 for a
+    tie; NaN where the judge gave no verdict.
     """
 
     def compare(

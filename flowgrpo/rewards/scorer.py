@@ -1,8 +1,8 @@
 """The reward scorer: runs reward models in the background while sampling continues.
 
-A reward model that fails is retried. If it keeps failing, the sample is dropped from its group or the
-run stops, as :class:`~flowgrpo.rewards.settings.Failures` says. A missing score is never replaced by a
-number.
+A reward model that fails is retried. If it keeps failing, the sample is dropped from its group or
+the run stops, as :class:`~flowgrpo.rewards.settings.Failures` says. A missing score is never
+replaced by a number.
 """
 
 import logging

@@ -8,8 +8,8 @@ The raw score ``r`` of a model is shaped in this order; a setting at its default
     r = 1 if r > threshold else 0      threshold (DanceGRPO's binary reward, arXiv:2505.07818)
     term = weight * schedule(i) * r    in iteration i
 
-The reward of a sample is the sum of the terms (:func:`weighted_sum`). Nothing here imports torch until
-a score is shaped, so that configurations can be read quickly.
+The reward of a sample is the sum of the terms (:func:`weighted_sum`). Nothing here imports torch
+until a score is shaped, so that configurations can be read quickly.
 """
 
 from collections.abc import Mapping, Sequence

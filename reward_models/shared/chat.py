@@ -1,8 +1,9 @@
 """Questions to vision-language models behind an OpenAI-compatible endpoint: vLLM, SGLang or a cloud.
 
 Requests go through the ``openai`` client. It is given an httpx client of ours, so that redirects,
-proxies, timeouts and the size of answers follow the same rules as for reward servers; its own retries
-are off, because :class:`~flowgrpo.rewards.serving.client.Endpoints` retries across several servers.
+proxies, timeouts and the size of answers follow the same rules as for reward servers; its own
+retries are off, because :class:`~flowgrpo.rewards.serving.client.Endpoints` retries across several
+servers.
 """
 
 import base64
@@ -57,8 +58,8 @@ class Answer:
             words: In lower case, such as ``["yes", "no"]``.
 
         Returns:
-            Shares that add up to 1; None if the words have less than half of the probability, because
-            the model was then about to answer something else and the ratio means nothing.
+            Shares that add up to 1; None if the words have less than half of the probability,
+            because the model was then about to answer something else and the ratio means nothing.
         """
         masses = dict.fromkeys(words, 0.0)
         for token, probability in self.first.items():
@@ -73,7 +74,8 @@ class Answer:
 class Chat:
     """Asks many questions in parallel and caches the answers on disk.
 
-    An answer that cannot be parsed is counted, logged and not cached; it is never replaced by a number.
+    An answer that cannot be parsed is counted, logged and not cached; it is never replaced by a
+    number.
 
     Attributes:
         asked: Questions that a server answered.
@@ -100,8 +102,8 @@ class Chat:
             timeout: Seconds that one attempt may take.
             patience: Seconds over which a question is tried again, with growing pauses.
             concurrency: Most questions in progress at one server.
-            cache: Folder for answers, keyed by pictures, prompt, template, model and settings; empty
-                for no cache.
+            cache: Folder for answers, keyed by pictures, prompt, template, model and settings;
+                empty for no cache.
             extra: Further keys of the request, such as ``chat_template_kwargs``.
 
         Raises:

@@ -85,7 +85,7 @@ def refuse(
 
 
 def load_strictly(module: nn.Module, state: Mapping[str, Tensor], source: str, what: str) -> None:
-    """Load weights of which none may be missing, left over or of another shape.
+    """Load weights; none may be missing, left over or of another shape.
 
     Raises:
         ValueError: If they do not fit.
@@ -102,7 +102,7 @@ def load_strictly(module: nn.Module, state: Mapping[str, Tensor], source: str, w
 
 
 def numbered(shapes: Mapping[int, Sequence[int]]) -> nn.Sequential:
-    """Linear layers of weights of these shapes, under the numbers they had between dropouts."""
+    """Linear layers for weights of these shapes, named by their indices in the published head."""
     layers = {str(n): nn.Linear(inputs, outputs) for n, (outputs, inputs) in shapes.items()}
     return nn.Sequential(OrderedDict(layers))
 
@@ -110,15 +110,15 @@ def numbered(shapes: Mapping[int, Sequence[int]]) -> nn.Sequential:
 def from_pretrained(
     kind: type, model: str, what: str, dtype: torch.dtype, parts: Sequence[str] = (), **options: Any
 ) -> Any:
-    """A model of transformers, if every weight in it comes from the checkpoint.
+    """Load a model of transformers and refuse it unless every weight comes from the checkpoint.
 
     Args:
         kind: The class.
         model: Hub id or folder.
-        what: What it should be, for the message.
+        what: Name of the expected model, for the message.
         dtype: Precision.
-        parts: Beginnings of names that the checkpoint may hold beside the weights of ``kind``.
-        options: More for ``from_pretrained``.
+        parts: Prefixes of further weights that the checkpoint may hold.
+        options: Further arguments of ``from_pretrained``.
 
     Raises:
         ValueError: If weights are missing or left over.
@@ -128,7 +128,7 @@ def from_pretrained(
     loaded, info = kind.from_pretrained(  # type: ignore[attr-defined]
         model, dtype=dtype, output_loading_info=True, **options
     )
-    # Old checkpoints hold position tables too, which are computed nowadays: no weights.
+    # Old checkpoints also hold position tables, which transformers computes: they are no weights.
     tables = {name.rsplit(".", 1)[-1] for name, _ in loaded.named_buffers()}
     left_over = {
         k

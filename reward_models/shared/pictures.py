@@ -15,12 +15,12 @@ from flowgrpo.data.pictures import OVERSHOOT, as_rgb
 from flowgrpo.data.prompts import Prompt
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-"""OpenAI's, which BLIP, Qwen-VL and the preference models took over."""
+"""Normalisation of OpenAI's CLIP, also used by BLIP, Qwen-VL and the preference models."""
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 def check_media(media: Tensor, prompts: Sequence[Prompt], video: bool = False) -> None:
-    """Refuse what cannot be meant. NaN pixels pass: their image has no score, the others have one.
+    """Check shape, type and range. NaN pixels are allowed: their image gets the score NaN.
 
     Raises:
         ValueError: If the shape, the type or the range is wrong.
@@ -41,19 +41,19 @@ def check_media(media: Tensor, prompts: Sequence[Prompt], video: bool = False) -
 
 
 def eight_bits(media: Float[Tensor, "*any"]) -> UInt8[Tensor, "*any"]:
-    """As a saved picture holds it, so that training and files score alike; NaN becomes black."""
+    """Round to 8 bits as in a saved file, so that training and files score alike; NaN becomes black."""
     return (media.nan_to_num() * 255).round().clamp(0, 255).to(torch.uint8)
 
 
 def finite_only(
     scores: Float[Tensor, " batch"], media: Float[Tensor, "batch *any"]
 ) -> Float[Tensor, " batch"]:
-    """The scores in fp32 on the CPU, NaN where a picture holds NaN or infinity."""
+    """The scores in fp32 on the CPU, NaN where a picture has NaN or infinite pixels."""
     return scores.float().cpu().where(media.isfinite().flatten(1).all(1).cpu(), math.nan)
 
 
 def pictures(media: Float[Tensor, "batch 3 height width"]) -> list[Image.Image]:
-    """The images as PIL has them when read from a file."""
+    """The images as 8-bit PIL images, as if read from a file."""
     return [Image.fromarray(p) for p in eight_bits(media).permute(0, 2, 3, 1).cpu().numpy()]
 
 
@@ -73,8 +73,8 @@ def shrunk_and_cropped(
 ) -> Float[Tensor, "batch 3 crop crop"]:
     """CLIP's preprocessing: shorter side by Pillow's bicubic filter, centre crop, normalised.
 
-    ``odd`` says where the crop begins if the margin is odd: torchvision rounds half of it, the
-    processors of transformers round down, which moves some crops by a pixel.
+    ``odd`` sets the start of the crop for an odd margin: torchvision rounds half the margin, the
+    processors of transformers round it down, which shifts some crops by a pixel.
     """
     tensors = []
     for image in images:

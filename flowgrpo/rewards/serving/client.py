@@ -90,9 +90,9 @@ class _Server:
 class Endpoints:
     """Equal servers behind several URLs.
 
-    A request goes to the server with the fewest failures and requests in progress. After a failure a
-    server is paused, 0.25 s at first and doubling to 10 s (or as long as its ``Retry-After`` says),
-    while the other servers take its requests.
+    A request goes to the server with the fewest failures and requests in progress. After a failure
+    a server is paused, 0.25 s at first and doubling to 10 s (or as long as its ``Retry-After``
+    says), while the other servers take its requests.
 
     Attributes:
         clients: The httpx client of each URL.

@@ -1,11 +1,13 @@
 """The HTTP server of one reward model, on FastAPI and uvicorn.
 
 ``POST /score`` scores media (:mod:`flowgrpo.rewards.serving.protocol` defines the format), ``POST
-/check`` tells whether prompts have what the reward needs, ``GET /healthz`` reports counts and limits.
+/check`` tells whether prompts have what the reward needs, ``GET /healthz`` reports counts and
+limits.
 
 FastAPI routes requests; uvicorn speaks HTTP, keeps connections open and drains them on shutdown;
-python-multipart reads forms. This module adds what they do not guarantee: the token, the size and the
-origin of a request are checked before its body is read, and a client that stalls is disconnected.
+python-multipart reads forms. This module adds what they do not guarantee: the token, the size and
+the origin of a request are checked before its body is read, and a client that stalls is
+disconnected.
 """
 
 import asyncio
@@ -79,7 +81,8 @@ class RewardServer:
             name: Its name in ``/healthz``.
             host: Address to listen on. Any other than loopback requires a token.
             port: 0 takes a free port.
-            token: Token that requests must bear; without one, every user of this machine has access.
+            token: Token that requests must bear; without one, every user of this machine has
+                access.
             limits: How much a request may hold.
             max_batch: Most samples in one call of the model.
             wait: Seconds to wait for more requests after the first one.
