@@ -14,7 +14,8 @@ from flowgrpo.config import find
 from flowgrpo.data.prompt_sets import PromptSet
 from flowgrpo.evaluation.held_out import evaluate, plan
 from flowgrpo.policy import PipelinePolicy, Sampling
-from flowgrpo.rewards.scorer import Reward, RewardScorer
+from flowgrpo.rewards.scorer import RewardScorer
+from flowgrpo.rewards.settings import Reward
 from flowgrpo.shapes.captions import TASKS
 from flowgrpo.shapes.rewards import Diversity
 

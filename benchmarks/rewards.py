@@ -30,10 +30,12 @@ import flowgrpo
 from benchmarks.bench_runs import between
 from benchmarks.reward_cases import REAL, SIZE, TINY, Make
 from flowgrpo.cli.commands import quiet
+from flowgrpo.core.scores import Scores
 from flowgrpo.data.prompts import Prompt
-from flowgrpo.rewards.loading import Reward, load_reward
+from flowgrpo.rewards.loading import load_reward
 from flowgrpo.rewards.protocols import LearningReward
-from flowgrpo.rewards.scorer import RewardScorer, Scores
+from flowgrpo.rewards.scorer import RewardScorer
+from flowgrpo.rewards.settings import Reward
 from flowgrpo.training import observer
 from reward_models.remote import Remote
 from tests import zoo

@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from flowgrpo.data.prompts import Prompt
     from flowgrpo.policy import EMA, Full, LoRA, PipelinePolicy, Sampling
     from flowgrpo.rewards.protocols import RewardModel
-    from flowgrpo.rewards.scorer import Reward, RewardScorer
+    from flowgrpo.rewards.scorer import RewardScorer
+    from flowgrpo.rewards.settings import Reward
     from flowgrpo.training.loop import Result, train
 
 _HOMES = {

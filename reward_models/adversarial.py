@@ -1,4 +1,4 @@
-"""Adversarial reward: a head that learns to tell generated from reference images (arXiv:2511.20256)."""
+"""Adversarial reward: a head that learns to distinguish generated from reference images (arXiv:2511.20256)."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,17 +12,19 @@ from torchvision.transforms import functional as TF
 from transformers import Dinov2Model
 
 from flowgrpo.data.prompts import Prompt
-from reward_models._loading import (
-    IMAGENET_MEAN,
-    IMAGENET_STD,
+from reward_models.shared.checkpoints import (
     Precision,
-    check_media,
-    check_references,
-    finite_only,
     from_pretrained,
     load_strictly,
     pick_device,
     pick_dtype,
+)
+from reward_models.shared.pictures import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    check_media,
+    check_references,
+    finite_only,
     pictures,
     read_image,
     reference_paths,
@@ -34,30 +36,31 @@ HIDDEN = 512
 
 
 class Adversarial:
-    """``share * head(c) + (1 - share) * mean head(p)``: how real an image looks to a trained head.
+    """``share * head(c) + (1 - share) * mean head(p)``: the output of a trained discriminator head.
 
     ``c`` is the class token and ``p`` the patch tokens of a frozen DINOv2, each of length 1; the
-    head is Linear-GELU-Linear, in fp32. While a run goes on, :meth:`update` trains it to say at
-    least 1 of reference images and at most -1 of generated ones, by the hinge loss
-    ``L(c) + patch_loss * L(p)`` with ``L = (mean relu(1 - head(real)) + mean relu(1 +
-    head(generated))) / 2``. So scores have no fixed range (usually -2 to 2) and compare only within
-    an iteration. What fools the head today is penalised tomorrow, so the reward is hard to hack.
+    head is Linear-GELU-Linear, in fp32. During the run, :meth:`update` trains it towards at least 1
+    for reference images and at most -1 for generated ones, by the hinge loss
+    ``L(c) + patch_loss * L(p)`` with
+    ``L = (mean relu(1 - head(real)) + mean relu(1 + head(generated))) / 2``. Scores have no fixed
+    range (usually -2 to 2) and are comparable only within an iteration. Because the head keeps
+    learning, it comes to penalise the artefacts that raise its score, which makes the reward hard
+    to hack.
 
-    Reference images are files: of each prompt, by ``metadata["reference"]``, one path or a list
-    of which one is drawn; or ``references``, a folder for all prompts.
+    Reference images are files: ``metadata["reference"]`` of each prompt, a path or a list from
+    which one is drawn; or the folder ``references``, for all prompts.
 
-    Differs from the released code: it trains on tokens as they are and scores tokens of length 1
-    (here both have length 1); it scores by 64 random patches (here by all, so the same image scores
-    the same); its rate is in a configuration of the run (here 1e-4 with Adam).
+    Differences from the released code: it trains on unnormalised tokens and scores normalised ones
+    (here both are normalised); it scores 64 random patches (here all patches, so that scoring is
+    deterministic); its learning rate is part of a run's configuration (here Adam with 1e-4).
 
-    The trainer should, in each iteration: score all candidates (the head at rest), then call
-    ``update(media, prompts)`` with them once, on the thread that scores; put :meth:`state` into
-    every checkpoint and give it to :meth:`restore` when the run goes on. With several processes each
-    must make the same updates: gather media and prompts first, or let one update and broadcast the
-    state.
+    In each iteration the trainer scores all candidates with the head fixed, then calls
+    ``update(media, prompts)`` once, on the scoring thread. It saves :meth:`state` in every
+    checkpoint and passes it to :meth:`restore` on resume. With several processes all must make the
+    same updates, so media and prompts are gathered first.
 
-    Images are rounded to 8 bits and squashed to ``side`` x ``side`` by Pillow's bicubic filter; one
-    with NaN scores NaN and is left out of updates.
+    Images are rounded to 8 bits and resized to ``side`` x ``side``, without keeping the aspect
+    ratio, by Pillow's bicubic filter; one with NaN scores NaN and is left out of updates.
     """
 
     def __init__(
@@ -80,17 +83,17 @@ class Adversarial:
         """
         Args:
             model: Hub id or folder of a ``Dinov2Model``.
-            key: Where a prompt's metadata name its reference images.
+            key: Metadata key of a prompt's reference images.
             root: Folder that relative paths start from; by default the working directory.
             references: Folder of reference images for all prompts, instead of the metadata.
-            side: What the model sees, a multiple of its patches.
-            share: Of the class token in the score; the rest is the patches'.
+            side: Side of the model's input, a multiple of its patch size.
+            share: Share of the class token in the score; the patches have the rest.
             patches: Patches drawn from each image in an update.
             patch_loss: Weight of the patches in the loss.
             lr: Learning rate of the head.
-            steps: Steps of the optimiser in an update.
-            batch_size: Images that DINOv2 sees at once.
-            seed: Of the head's weights and of what is drawn.
+            steps: Optimizer steps in an update.
+            batch_size: Images in one forward pass of DINOv2.
+            seed: Seed of the head's weights and of random draws.
             dtype: Precision of DINOv2.
             device: ``auto`` takes a GPU if there is one.
 
@@ -122,7 +125,7 @@ class Adversarial:
         self.random = torch.Generator().manual_seed(seed)
 
     def check(self, prompts: Sequence[Prompt]) -> None:
-        """Whether prompts say all that is needed, to be asked before the long work.
+        """Check that prompts have what the reward needs; called before training starts.
 
         Raises:
             ValueError: If one names no reference, or one that is no file.
@@ -146,8 +149,8 @@ class Adversarial:
         """Train the head on as many reference images as generated ones.
 
         Returns:
-            The last step's ``loss`` and ``accuracy``, the share of images that it tells right by
-            the sign at the class token, both kinds counting half.
+            ``loss`` and ``accuracy`` of the last step. The accuracy is the share of images that the
+            sign at the class token classifies correctly, averaged over real and generated images.
 
         Raises:
             ValueError: If a prompt names no reference, or no image is finite.
@@ -173,7 +176,7 @@ class Adversarial:
         return measured
 
     def state(self) -> dict[str, Tensor]:
-        """All that training changes, as copies on the CPU: head, optimiser, random state."""
+        """Everything that updates change, copied to the CPU: head, optimizer, random state."""
         state = {f"head.{k}": v for k, v in self.head.state_dict().items()}
         for number, kept in self.optimizer.state_dict()["state"].items():
             state |= {f"optimizer.{number}.{k}": v for k, v in kept.items()}
@@ -181,7 +184,7 @@ class Adversarial:
         return {k: v.detach().cpu().clone() for k, v in state.items()}
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
-        """Go on from :meth:`state`.
+        """Resume from the result of :meth:`state`.
 
         Raises:
             ValueError: If the state is of another head, or incomplete.
@@ -217,7 +220,7 @@ class Adversarial:
     def _heads(
         self, tokens: Float[Tensor, "images tokens width"]
     ) -> Float[Tensor, "images class_and_patches"]:
-        """What the head says of the class token and of some random patches."""
+        """Outputs of the head for the class token and for random patches."""
         images, all_patches, width = len(tokens), tokens.shape[1] - 1, tokens.shape[2]
         number = min(self.patches, all_patches)
         drawn = torch.rand(images, all_patches, generator=self.random).argsort(1)[:, :number]

@@ -1,4 +1,4 @@
-"""LAION's aesthetic predictor v2: how good people find an image, whatever its prompt."""
+"""LAION's aesthetic predictor v2: how much people like an image, independent of its prompt."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,21 +10,23 @@ from torch import Tensor, nn
 from transformers import CLIPModel
 
 from flowgrpo.data.prompts import Prompt
-from reward_models._loading import (
-    CLIP_MEAN,
-    CLIP_STD,
+from reward_models.shared.checkpoints import (
     Precision,
-    check_media,
     find_file,
-    finite_only,
     from_pretrained,
     load_strictly,
     numbered,
     pick_device,
     pick_dtype,
-    pictures,
     read_state,
     refuse,
+)
+from reward_models.shared.pictures import (
+    CLIP_MEAN,
+    CLIP_STD,
+    check_media,
+    finite_only,
+    pictures,
     shrunk_and_cropped,
 )
 
@@ -32,7 +34,7 @@ __all__ = ["Aesthetic"]
 
 FILES = ("aesthetic-model.pth", "sac+logos+ava1-l14-linearMSE.pth")
 LAYERS = (0, 2, 4, 6, 7)
-"""Places of the linear layers in the published head; between them was dropout."""
+"""Indices of the linear layers in the published head; the others were dropout."""
 
 
 class Aesthetic:
@@ -40,12 +42,12 @@ class Aesthetic:
 
     Usually 4 to 7. Source: christophschuhmann/improved-aesthetic-predictor (Apache-2.0), file
     ``sac+logos+ava1-l14-linearMSE.pth``; as a download, ``trl-lib/ddpo-aesthetic-predictor``. Five
-    linear layers (768-1024-128-64-16-1, nothing between them) on ``openai/clip-vit-large-patch14``
+    linear layers (768-1024-128-64-16-1, without activations) on ``openai/clip-vit-large-patch14``
     (MIT; 1.7 GB in fp32, half of that in 16 bits). Input 224x224: bicubic resize of the shorter
     side and centre crop by Pillow, as CLIP does it. The head runs in fp32.
 
-    The published weights could not be loaded where this was written. Images are rounded to 8 bits
-    first; an image with NaN scores NaN.
+    It was not tested with the published weights, which were not available. Images are rounded to 8
+    bits first; an image with NaN scores NaN.
     """
 
     def __init__(
@@ -76,7 +78,7 @@ class Aesthetic:
         self.side: int = self.model.config.vision_config.image_size
 
     def preprocess(self, media: Float[Tensor, "batch 3 h w"]) -> Float[Tensor, "batch 3 side side"]:
-        """What the model sees."""
+        """The preprocessed images: the input of the model."""
         return shrunk_and_cropped(pictures(media), self.side, self.side, CLIP_MEAN, CLIP_STD)
 
     @torch.no_grad()
@@ -90,7 +92,7 @@ class Aesthetic:
 
 
 def _head(path: Path, source: str) -> nn.Sequential:
-    """The linear layers, of the widths that the file has."""
+    """The linear layers; their widths are read from the file."""
     state = read_state(path)
     expected = {f"layers.{n}.{kind}" for n in LAYERS for kind in ("weight", "bias")}
     refuse(source, "aesthetic head", expected - state.keys(), state.keys() - expected)

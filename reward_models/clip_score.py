@@ -1,4 +1,4 @@
-"""CLIPScore: how well an image fits its prompt, by the cosine of CLIP embeddings (arXiv:2104.08718)."""
+"""CLIPScore: cosine similarity of the CLIP embeddings of image and prompt (arXiv:2104.08718)."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,14 +10,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from flowgrpo.data.prompts import Prompt
-from reward_models._loading import (
-    Precision,
-    check_media,
-    finite_only,
-    pick_device,
-    pick_dtype,
-    pictures,
-)
+from reward_models.shared.checkpoints import Precision, pick_device, pick_dtype
+from reward_models.shared.pictures import check_media, finite_only, pictures
 
 __all__ = ["CLIPScore"]
 
@@ -73,7 +67,7 @@ class CLIPScore:
         self.tokenizer = open_clip.get_tokenizer(model)
 
     def preprocess(self, media: Float[Tensor, "batch 3 h w"]) -> Float[Tensor, "batch 3 side side"]:
-        """What the model sees: open_clip's own transform of the images as 8-bit pictures."""
+        """The input of the model: open_clip's own transform of the images, rounded to 8 bits."""
         return torch.stack([self._preprocess(image) for image in pictures(media)])
 
     @torch.no_grad()

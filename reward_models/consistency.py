@@ -9,42 +9,43 @@ from jaxtyping import Float
 from torch import Tensor
 
 from flowgrpo.data.prompts import Prompt
-from reward_models._loading import check_media, eight_bits, finite_only, luma
+from reward_models.shared.pictures import check_media, eight_bits, finite_only, luma
 
 __all__ = ["TemporalConsistency"]
 
 FEWEST = {"flicker": 2, "smoothness": 3, "ssim": 2}
-"""Frames that each measure needs."""
+"""Frames that each metric needs."""
 WINDOW, SIGMA = 11, 1.5
 C1, C2 = 0.01**2, 0.03**2
 """SSIM's usual window and constants (Wang et al. 2004), for values in [0, 1]."""
 
 
 class TemporalConsistency:
-    """How little a video jumps from frame to frame, by one of three measures.
+    """Similarity of consecutive frames, by one of three metrics.
 
     ``flicker``: ``1 - mean |x[t+1] - x[t]|`` over the RGB values of consecutive frames, in [0, 1].
     This is VBench's temporal flickering (arXiv:2311.17982) without its choice of static prompts.
     1 for a still; usually 0.93 to 0.99.
 
-    ``smoothness``: ``1 - mean |x[t] - (x[t-1] + x[t+1]) / 2|``, in [0, 1]: what cannot be
-    interpolated from the neighbours. Slow motion costs little, shaking and flashing much. 1 for a
-    still and for linear fades; usually 0.96 to 0.995.
+    ``smoothness``: ``1 - mean |x[t] - (x[t-1] + x[t+1]) / 2|``, in [0, 1]: one minus the mean error
+    of interpolating a frame from its neighbours. Slow motion lowers it little, shaking and flashing
+    lower it much. 1 for a still and for linear fades; usually 0.96 to 0.995.
 
     ``ssim``: mean structural similarity of the luma of consecutive frames, window 11x11, Gaussian
     of standard deviation 1.5, without the border; in [-1, 1], usually 0.6 to 0.98.
 
-    A still video is best by all of them: balance them with :class:`Motion`, or measure only. Videos
-    are rounded to 8 bits first; one with NaN scores NaN. No weights.
+    A still video has the highest score under all three: combine it with :class:`Motion`, or use
+    weight 0 to log it only. Videos are rounded to 8 bits first; one with NaN scores NaN. No
+    weights.
     """
 
     def __init__(self, measure: Literal["flicker", "smoothness", "ssim"] = "smoothness"):
         """
         Args:
-            measure: Which of the three.
+            measure: Which of the three metrics.
 
         Raises:
-            ValueError: If there is no such measure.
+            ValueError: If there is no such metric.
         """
         if measure not in FEWEST:
             raise ValueError(f"measure must be one of {', '.join(FEWEST)}, got {measure!r}")

@@ -1,4 +1,4 @@
-"""DINO similarity: how much an image looks like a reference image (arXiv:2304.07193)."""
+"""DINO similarity: similarity of an image to a reference image (arXiv:2304.07193)."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,16 +12,13 @@ from torch import Tensor
 from transformers import Dinov2Model
 
 from flowgrpo.data.prompts import Prompt
-from reward_models._loading import (
+from reward_models.shared.checkpoints import Precision, from_pretrained, pick_device, pick_dtype
+from reward_models.shared.pictures import (
     IMAGENET_MEAN,
     IMAGENET_STD,
-    Precision,
     check_media,
     check_references,
     finite_only,
-    from_pretrained,
-    pick_device,
-    pick_dtype,
     pictures,
     read_image,
     reference_paths,
@@ -36,13 +33,13 @@ UNTRAINED = ("embeddings.mask_token",)
 class DINOSimilarity:
     """Cosine between the class tokens of an image and of its references, in [-1, 1].
 
-    Usually 0.1 for unrelated images to 0.9 for near copies. Several references give the nearest
-    (Adv-GRPO, arXiv:2511.20256) or the mean. They are files, named by the prompt's
-    ``metadata["reference"]``: one path or a list.
+    Usually 0.1 for unrelated images to 0.9 for near copies. With several references, the highest
+    cosine counts (Adv-GRPO, arXiv:2511.20256) or the mean. References are files, named by the
+    prompt's ``metadata["reference"]``: one path or a list.
 
     The default is ``facebook/dinov2-base`` (Apache-2.0, 0.35 GB in fp32) with the preprocessing on
     its card: shorter side to 256 by Pillow's bicubic filter, centre crop 224, ImageNet's
-    normalisation. Adv-GRPO saw 518x518: ``resize = 518, crop = 518``.
+    normalisation. Adv-GRPO used 518x518: ``resize = 518, crop = 518``.
 
     Images are rounded to 8 bits first; an image with NaN scores NaN.
     """
@@ -61,11 +58,11 @@ class DINOSimilarity:
         """
         Args:
             model: Hub id or folder of a ``Dinov2Model``.
-            key: Where a prompt's metadata name its reference images.
+            key: Metadata key of a prompt's reference images.
             root: Folder that relative paths start from; by default the working directory.
-            several: What counts where a prompt has several references.
+            several: How the cosines with several references are combined.
             resize: Length of the shorter side before the crop.
-            crop: Side of what the model sees, a multiple of its patches.
+            crop: Side of the model's input, a multiple of its patch size.
             dtype: Precision of the model.
             device: ``auto`` takes a GPU if there is one.
 
@@ -92,7 +89,7 @@ class DINOSimilarity:
         self._references: dict[Path, Tensor] = {}
 
     def check(self, prompts: Sequence[Prompt]) -> None:
-        """Whether prompts say all that is needed, to be asked before the long work.
+        """Check that prompts have what the reward needs; called before training starts.
 
         Raises:
             ValueError: If one names no reference, or one that is no file.

@@ -1,4 +1,4 @@
-"""Edited pictures, checked point by point: the verifier of Edit-R1 (arXiv:2604.27505) on any model."""
+"""Edits verified principle by principle with any vision-language model, after Edit-R1 (arXiv:2604.27505)."""
 
 import json
 import math
@@ -16,8 +16,8 @@ from torch import Tensor
 
 from flowgrpo.data.pictures import as_rgb
 from flowgrpo.data.prompts import Prompt
-from reward_models._chat import Answer, Chat
-from reward_models._templates import Content, Template, check_pictures, pictures_of
+from reward_models.shared.chat import Answer, Chat
+from reward_models.shared.templates import Content, Template, check_pictures, pictures_of
 
 __all__ = ["EditVerifier"]
 
@@ -27,7 +27,7 @@ VERDICT = re.compile(r"verdict\W*\b(yes|no)\b", re.IGNORECASE)
 
 @dataclass(frozen=True)
 class Principle:
-    """Something that a good edit fulfils: ``follow`` the instruction, ``keep`` the rest, ``quality``."""
+    """A condition on an edit, of one kind: ``follow`` the instruction, ``keep`` the rest, ``quality``."""
 
     kind: str
     text: str
@@ -35,7 +35,7 @@ class Principle:
 
 @dataclass(frozen=True)
 class Check:
-    """What the model found about one principle."""
+    """The model's verdict on one principle."""
 
     kind: str
     text: str
@@ -46,15 +46,17 @@ class Check:
 class EditVerifier:
     """The share of an edit's principles that hold, in [0, 1].
 
-    The instruction is split into principles, once for each instruction; each is checked on the
-    picture before and after by a question of its own, which the model answers with a reason and a
-    verdict. ``aggregate``: ``mean`` of all, ``kinds`` (the mean over kinds of the mean within each, so
-    that many small wishes do not outweigh what must be kept), or ``all`` (1 if all hold, else 0).
+    The model splits an instruction into principles, once for each instruction. Each principle is
+    one question about the pictures before and after the edit, which the model answers with a reason
+    and a verdict. ``aggregate``: ``mean`` of all, ``kinds`` (the mean over kinds of the mean within
+    each, so that a kind with many principles does not outweigh the others), or ``all`` (1 if all
+    hold, else 0).
 
-    NaN if the instruction could not be split or a check has no verdict. ``last`` holds the checks of
-    the last batch, and ``reasons`` is a file to which those of all batches are appended.
+    The score is NaN if the instruction could not be split or a check has no verdict. ``last`` holds
+    the checks of the last batch; the checks of all batches are appended to the file ``reasons``.
 
-    Edit-R1 trains a model for this; here any vision-language model does it, untrained.
+    Edit-R1 trains a model for this task; this reward uses a vision-language model without such
+    training.
     """
 
     def __init__(
@@ -77,22 +79,22 @@ class EditVerifier:
     ):
         """
         Args:
-            model: As the server calls it.
+            model: Name of the model at the server.
             base_url: One server or several equal ones.
-            aggregate: How checks become a score; see above.
-            source_key: Metadata key of the file with the picture before the edit, for prompts without
-                a condition image.
+            aggregate: How checks are combined; see above.
+            source_key: Metadata key of the file with the picture before the edit, for prompts
+                without a condition image.
             reasons: A ``.jsonl`` file for instructions, checks, reasons and scores; empty for none.
-            split_template: A template with ``$prompt``. Prompts with metadata ``principles`` (a list
-                of objects with ``kind`` and ``text``) are not split by the model.
+            split_template: A template with ``$prompt``. Prompts with metadata ``principles`` (a
+                list of objects with ``kind`` and ``text``) are not split by the model.
             check_template: A template with ``$source``, ``$edited``, ``$prompt`` and ``$rubric``.
-            longest_side: Shrink larger pictures to this; 0 does not.
+            longest_side: Larger pictures are shrunk to this length; 0 keeps them.
             max_tokens: Longest answer.
             api_key_env, timeout, patience, concurrency, cache, extra: As for
-                :class:`reward_models._chat.Chat`.
+                :class:`reward_models.shared.chat.Chat`.
 
         Raises:
-            ValueError: If an option or a template is of no use, the key is refused, or the server
+            ValueError: If an option or a template is invalid, the key is refused, or the server
                 does not have the model.
             FileNotFoundError: If there is no such template.
         """
@@ -111,7 +113,7 @@ class EditVerifier:
         self._known: dict[str, list[Principle]] = {}
 
     def check(self, prompts: Sequence[Prompt]) -> None:
-        """Whether prompts say all that is needed, to be asked before the long work.
+        """Check that prompts have what the reward needs; called before training starts.
 
         Raises:
             ValueError: If one has no picture before the edit, or principles of a wrong form.
@@ -128,7 +130,7 @@ class EditVerifier:
         Raises:
             ValueError: If a prompt does not name its picture, or has principles of a wrong form.
             FileNotFoundError: If the picture is not there.
-            RuntimeError: If no question at all could be asked; says why.
+            RuntimeError: If every question failed; names the first error.
         """
         principles = self._principles(prompts)
         questions: list[Content] = []
@@ -166,7 +168,7 @@ class EditVerifier:
         return sum(sum(k) / len(k) for k in kinds.values()) / len(kinds)
 
     def _principles(self, prompts: Sequence[Prompt]) -> list[list[Principle]]:
-        """Those of each prompt; none where the model's answer is of no use."""
+        """The principles of each prompt; empty if the model's answer could not be parsed."""
         given = [_own_principles(p) for p in prompts]
         texts = [p.text for p, own in zip(prompts, given, strict=True) if own is None]
         new = [t for t in dict.fromkeys(texts) if t not in self._known]
@@ -193,7 +195,7 @@ class EditVerifier:
 
 
 def _own_principles(prompt: Prompt) -> list[Principle] | None:
-    """Those in the prompt's metadata, if it has any.
+    """The principles in the prompt's metadata; None if it has none.
 
     Raises:
         ValueError: If they have another form.
@@ -232,7 +234,7 @@ def _split(answer: Answer) -> list[Principle] | None:
 
 
 def _verdict(answer: Answer) -> tuple[bool, str] | None:
-    """The last verdict and what was said before it."""
+    """The last verdict in an answer, and the text before it as its reason."""
     found = list(VERDICT.finditer(answer.text))
     if not found:
         return None

@@ -1,4 +1,4 @@
-"""GenEval: are the objects there, in number, colour and place, by a detector (arXiv:2310.11513)."""
+"""GenEval: a detector checks the objects, their number, colours and positions (arXiv:2310.11513)."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -29,7 +29,8 @@ from flowgrpo.core.geneval import (
     strict,
 )
 from flowgrpo.data.prompts import Prompt
-from reward_models._loading import Precision, check_media, eight_bits, pick_device, pick_dtype
+from reward_models.shared.checkpoints import Precision, pick_device, pick_dtype
+from reward_models.shared.pictures import check_media, eight_bits
 
 __all__ = ["GenEval"]
 
@@ -47,7 +48,7 @@ COLOR_TEMPLATES = (
 
 
 class GenEval:
-    """GenEval by our own scorer: "GenEval (HF detector)", not the official number.
+    """GenEval with another detector than the official one; reports should call it "GenEval (HF detector)".
 
     ``strict`` is the benchmark's rule, 0 or 1. ``soft`` is Flow-GRPO's training reward, the mean
     credit over what a prompt asks for: at most 1, negative where there are far too many objects.
@@ -57,9 +58,9 @@ class GenEval:
     trained on COCO), colours from OpenAI's CLIP ViT-L/14 (MIT) as in the benchmark: the object on
     grey, cropped, against three phrases per colour. The official weights are another training of
     that detector, in mmdet, so scores come near the published ones but do not equal them; compare
-    like with like. About 1.5 GB of memory. Images are rounded to 8 bits first, as saved ones are.
-    Flow-GRPO's server also swapped colour channels before detection and re-coded images as JPEG;
-    that is not repeated.
+    only scores of the same detector. About 1.5 GB of memory. Images are rounded to 8 bits first, as
+    saved ones are. Flow-GRPO's server also swapped colour channels before detection and re-coded
+    images as JPEG; this reward does neither.
 
     An image with NaN scores NaN.
     """
@@ -79,13 +80,13 @@ class GenEval:
     ):
         """
         Args:
-            mode: Which rule.
-            compat: ``flow_grpo`` repeats a fault in its rule for positions (``soft`` only).
+            mode: The rule; see above.
+            compat: ``flow_grpo`` reproduces an error in its rule for positions (``soft`` only).
             detector: Hub id or folder of a Mask2Former for COCO instances, or any detector.
             color_model: Architecture name of open_clip, or ``hf-hub:...`` / ``local-dir:...``.
             color_pretrained: Weights of that architecture: a tag of open_clip or a file.
-            threshold: Detections must score above it.
-            counting_threshold: The same for prompts of the task ``counting``.
+            threshold: Lowest score of a detection, exclusive.
+            counting_threshold: The threshold for prompts of the task ``counting``.
             max_objects: Most objects of one class.
             dtype: Precision of both models.
             device: ``auto`` takes a GPU if there is one.
@@ -121,11 +122,11 @@ class GenEval:
 
     @property
     def title(self) -> str:
-        """What to call the results."""
+        """The name of the metric in reports."""
         return f"GenEval ({self.detector.name})"
 
     def check(self, prompts: Sequence[Prompt]) -> None:
-        """Whether prompts say all that is needed, to be asked before the long work.
+        """Check that prompts have what the reward needs; called before training starts.
 
         Raises:
             ValueError: If one has no GenEval metadata.
@@ -146,7 +147,7 @@ class GenEval:
     def verdicts(
         self, media: Float[Tensor, "batch 3 h w"], prompts: Sequence[Prompt]
     ) -> list[Verdict]:
-        """The scores with their reasons."""
+        """The score of each image with its reasons."""
         check_media(media, prompts)
         tasks = [Task.read(p.metadata, p.text) for p in prompts]
         pixels = eight_bits(media)
@@ -194,7 +195,7 @@ class GenEval:
 
 
 class Mask2FormerDetector:
-    """COCO instances by a ``Mask2FormerForUniversalSegmentation``, read out as mmdet does it."""
+    """COCO instances from a ``Mask2FormerForUniversalSegmentation``, post-processed as in mmdet."""
 
     name = "HF detector"
 
@@ -253,7 +254,7 @@ class Mask2FormerDetector:
 
 
 def detector_size(height: int, width: int) -> tuple[int, int]:
-    """The size at which the detector sees an image, its aspect kept."""
+    """The size of an image in the detector; the aspect ratio is kept."""
     scale = min(SHORTEST_EDGE / min(height, width), LONGEST_EDGE / max(height, width))
     return int(height * scale + 0.5), int(width * scale + 0.5)
 
@@ -286,7 +287,7 @@ def instances(
     probabilities = classes.softmax(-1)[:, :-1]
     number = min(MAX_INSTANCES, probabilities.numel())
     likely, places = probabilities.flatten().topk(number)
-    # A mask can only lower the score, so what is too weak already needs none.
+    # A mask can only lower the score, so weaker candidates need none.
     likely, places = likely[likely > min_score], places[likely > min_score]
     if not len(likely):
         return {}
@@ -312,7 +313,7 @@ def box_of(mask: Bool[np.ndarray, "height width"]) -> Box:
 
 
 def crop(image: Image.Image, detection: Detection) -> Image.Image:
-    """The object on grey, as the colour classifier sees it."""
+    """The object on grey, cropped: the input of the colour classifier."""
     if detection.mask is not None:
         mask = Image.fromarray(np.where(detection.mask, 255, 0).astype(np.uint8))
         image = Image.composite(image, Image.new("RGB", image.size, BACKGROUND), mask)
@@ -387,7 +388,7 @@ def _load(model: str, dtype: torch.dtype) -> Mask2FormerForUniversalSegmentation
     loaded, info = Mask2FormerForUniversalSegmentation.from_pretrained(
         model, dtype=dtype, output_loading_info=True
     )
-    # Old checkpoints hold tables that are computed nowadays, and the loss is not needed here.
+    # Old checkpoints hold tables that transformers computes, and weights of the loss.
     tables = {name.rsplit(".", 1)[-1] for name, _ in loaded.named_buffers()}
     left_over = {k for k in info["unexpected_keys"] if k.rsplit(".", 1)[-1] not in tables}
     missing = {k for k in info["missing_keys"] if not k.startswith("criterion.")}

@@ -10,19 +10,15 @@ from torch import Tensor
 from torchvision.transforms import functional as TF
 
 from flowgrpo.data.prompts import Prompt
-from reward_models._loading import (
-    CLIP_MEAN,
-    CLIP_STD,
+from reward_models.shared.checkpoints import (
     Precision,
-    check_media,
-    eight_bits,
     find_file,
-    finite_only,
     load_strictly,
     pick_device,
     pick_dtype,
     read_state,
 )
+from reward_models.shared.pictures import CLIP_MEAN, CLIP_STD, check_media, eight_bits, finite_only
 
 __all__ = ["HPSv2"]
 
@@ -38,8 +34,8 @@ class HPSv2:
     after 77 tokens. Published: 0.25 for SD 1.4, 0.30 for SDXL, 0.30 to 0.31 for FLUX.1-dev.
 
     The released code resizes tensors by whatever filter its torchvision has. Ours is today's, with
-    antialiasing, so scores may differ by some thousandths from those of old environments. The
-    published weights could not be loaded where this was written.
+    antialiasing, so scores may differ by some thousandths from those of old environments. It was
+    not tested with the published weights, which were not available.
 
     Images are rounded to 8 bits first, so a saved image scores as the one in training did. An image
     with NaN scores NaN.
@@ -78,7 +74,7 @@ class HPSv2:
         self.side = size if isinstance(size, int) else size[0]
 
     def preprocess(self, media: Float[Tensor, "batch 3 h w"]) -> Float[Tensor, "batch 3 side side"]:
-        """What the model sees."""
+        """The preprocessed images: the input of the model."""
         scale = self.side / max(media.shape[-2:])
         height, width = (max(1, round(length * scale)) for length in media.shape[-2:])
         pixels = eight_bits(media).float() / 255

@@ -1,4 +1,4 @@
-"""HPSv3: human preferences learnt by Qwen2-VL (arXiv:2508.03789)."""
+"""HPSv3: a Qwen2-VL trained on human preferences (arXiv:2508.03789)."""
 
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -9,40 +9,39 @@ from torch import Tensor, nn
 from torchvision.transforms.functional import pil_to_tensor
 
 from flowgrpo.data.prompts import Prompt
-from reward_models._loading import (
+from reward_models.shared.checkpoints import (
     Precision,
-    check_media,
     find_file,
-    finite_only,
     load_strictly,
     pick_device,
     pick_dtype,
-    pictures,
     read_state,
     refuse,
-    template,
 )
-from reward_models._qwen import QwenReader, chunks, head_part, modern_names, seen_size
+from reward_models.shared.pictures import check_media, finite_only, pictures
+from reward_models.shared.qwen2_vl import QwenReader, chunks, head_part, modern_names, seen_size
+from reward_models.shared.templates import template
 
 __all__ = ["HPSv3"]
 
 FILES = ("HPSv3.safetensors",)
 PIXELS = 256 * 28 * 28
 HEAD = (0, 3, 5)
-"""Places of the linear layers in the published head; ReLUs and a dropout lie between them."""
+"""Indices of the linear layers in the published head; between them are ReLUs and a dropout."""
 
 
 class HPSv3:
     """The mean of the predicted preference; its standard deviation is not used. Usually -2 to 12.
 
-    The default is ``MizzenAI/HPSv3`` (MIT), 17 GB in bfloat16: Qwen2-VL-7B, asked by the authors'
-    template, and ``linear(relu(linear(relu(linear(h)))))`` in fp32 on the last hidden state of the
-    token ``<|Reward|>``. Images are seen at about 448x448 (200,704 pixels, whole tokens of 28x28,
-    the aspect kept), resized by Pillow's bicubic filter. Published means: SDXL 8.2, FLUX.1-dev 10.4.
+    The default is ``MizzenAI/HPSv3`` (MIT), 17 GB in bfloat16: Qwen2-VL-7B with the authors'
+    question, and ``linear(relu(linear(relu(linear(h)))))`` in fp32 on the last hidden state of the
+    token ``<|Reward|>``. Images are resized to about 448x448 (200,704 pixels, whole tokens of
+    28x28, aspect ratio kept) by Pillow's bicubic filter. Published means: SDXL 8.2, FLUX.1-dev
+    10.4.
 
     Configuration and processor come from ``Qwen/Qwen2-VL-7B-Instruct``, whose weights are not
-    loaded. Template, preprocessing and the count of positions follow the released code; the
-    published weights could not be loaded where this was written.
+    loaded. Template, preprocessing and the count of positions follow the released code; it was not
+    tested with the published weights, which were not available.
 
     Images are rounded to 8 bits first; an image with NaN scores NaN.
     """
@@ -97,7 +96,7 @@ class HPSv3:
 
 
 def _head(state: dict[str, Tensor], source: str) -> nn.Sequential:
-    """The head, of the widths that the weights have."""
+    """The head; its widths are read from the weights."""
     refuse(source, "HPSv3 model", {f"{n}.weight" for n in HEAD} - state.keys())
     shapes = [state[f"{n}.weight"].shape for n in HEAD]
     first, second, third = (nn.Linear(inputs, outputs) for outputs, inputs in shapes)

@@ -16,20 +16,22 @@ from transformers import (
 )
 
 from flowgrpo.data.prompts import Prompt
-from reward_models._loading import (
-    CLIP_MEAN,
-    CLIP_STD,
+from reward_models.shared.checkpoints import (
     Precision,
-    check_media,
     find_file,
-    finite_only,
     load_strictly,
     numbered,
     pick_device,
     pick_dtype,
-    pictures,
     read_state,
     refuse,
+)
+from reward_models.shared.pictures import (
+    CLIP_MEAN,
+    CLIP_STD,
+    check_media,
+    finite_only,
+    pictures,
     shrunk_and_cropped,
 )
 
@@ -37,7 +39,7 @@ __all__ = ["ImageReward"]
 
 FILES = ("ImageReward.pt",)
 MEAN, STD = 0.16717362830052426, 1.0333394966054072
-"""Of the raw scores on the authors' validation set."""
+"""Mean and standard deviation of the raw scores on the authors' validation set."""
 MAX_TOKENS = 35
 HEAD_WIDTH = 64
 """Width of an attention head in all published ViTs and BERTs of this kind."""
@@ -54,23 +56,23 @@ RENAMED = (
     (r"^blip\.text_encoder\.", "text."),
     (r"^mlp\.layers\.", "head."),
 )
-"""From the published names to those of transformers, in this order."""
+"""Replacements, in order, from the published names of weights to those of transformers."""
 UNUSED = ("blip.vision_proj.", "blip.text_proj.", "blip.text_encoder.embeddings.position_ids")
-"""What pre-training needed, and a table that is computed nowadays."""
+"""Weights of pre-training, and a table that transformers computes."""
 
 
 class ImageReward:
     """``(mlp(text token 0) - 0.1672) / 1.0333``: standard deviations from the mean, usually -2 to 2.
 
     The default is ``zai-org/ImageReward`` (Apache-2.0, once THUDM), the file ``ImageReward.pt``,
-    1.8 GB in fp32, half of that in 16 bits: BLIP's ViT-L/16 at 224x224, and a BERT that attends to
-    it while it reads the prompt. The MLP on top (768-1024-128-64-16-1) has nothing between its
-    layers and runs in fp32. Images: bicubic resize of the shorter side and centre crop by Pillow.
-    Prompts are cut after 35 tokens of ``bert-base-uncased``.
+    1.8 GB in fp32, half of that in 16 bits: BLIP's ViT-L/16 at 224x224, and a BERT that reads the
+    prompt with cross-attention to the image. The MLP on top (768-1024-128-64-16-1) has no
+    activations and runs in fp32. Images: bicubic resize of the shorter side and centre crop by
+    Pillow. Prompts are cut after 35 tokens of ``bert-base-uncased``.
 
-    The original code breaks on current libraries; here the same weights run in transformers' BLIP
-    classes. The sizes are read from the checkpoint. The published weights could not be loaded where
-    this was written; the classes were compared with the original layers on random weights.
+    The original code does not run with current libraries; here transformers' BLIP classes load the
+    same weights. The sizes are read from the checkpoint. Tests compare the classes with the
+    original layers on random weights; the published weights were not available for a test.
 
     Images are rounded to 8 bits first; an image with NaN scores NaN.
     """
@@ -110,7 +112,7 @@ class ImageReward:
         self.tokenizer = AutoTokenizer.from_pretrained(tokenizer)
 
     def preprocess(self, media: Float[Tensor, "batch 3 h w"]) -> Float[Tensor, "batch 3 side side"]:
-        """What the model sees."""
+        """The preprocessed images: the input of the model."""
         return shrunk_and_cropped(pictures(media), self.side, self.side, CLIP_MEAN, CLIP_STD)
 
     def tokenize(self, texts: Sequence[str]) -> dict[str, Int[Tensor, "batch tokens"]]:
@@ -143,7 +145,7 @@ def _renamed(key: str) -> str:
 
 
 def _empty(state: Mapping[str, Tensor], source: str) -> nn.ModuleDict:
-    """The model without weights, of the sizes that the (renamed) weights have."""
+    """The model without weights; its sizes are read from the renamed weights."""
     needed = {
         "vision.embeddings.patch_embedding.weight",
         "vision.embeddings.position_embedding",

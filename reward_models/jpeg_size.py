@@ -1,4 +1,4 @@
-"""Size of an image as a JPEG: the classic reward to try a setup with (arXiv:2305.13301)."""
+"""Size of an image as a JPEG: a reward without weights, to try out a setup (arXiv:2305.13301)."""
 
 import io
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from flowgrpo.data.prompts import Prompt
-from reward_models._loading import check_media, finite_only, pictures
+from reward_models.shared.pictures import check_media, finite_only, pictures
 
 __all__ = ["JPEGSize"]
 
@@ -17,9 +17,9 @@ __all__ = ["JPEGSize"]
 class JPEGSize:
     """Kilobytes of the image as a JPEG, positive or negative; about 1 to 300 at 512x512.
 
-    No weights and no randomness; a model learns within minutes to draw busy or empty images. An
-    image with NaN scores NaN. Flow-GRPO's compressibility is a 500th of ``small``'s, DDPO's is the
-    same as ours.
+    Deterministic; a model learns within minutes to draw detailed or empty images. An
+    image with NaN scores NaN. Flow-GRPO's compressibility reward is 1/500 of ``small``; DDPO's is
+    equal to it.
     """
 
     def __init__(self, goal: Literal["large", "small"] = "small", quality: int = 95):

@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from flowgrpo.data.prompts import Prompt
-from reward_models._loading import check_media, eight_bits, finite_only, luma
+from reward_models.shared.pictures import check_media, eight_bits, finite_only, luma
 
 __all__ = ["Motion"]
 
@@ -16,13 +16,13 @@ class Motion:
     """``min(ceiling, rate * mean |Y[t+1] - Y[t]|)`` over pixels and pairs of consecutive frames.
 
     ``Y`` is the luma (0.299 R + 0.587 G + 0.114 B) in [0, 1], averaged over tiles of ``tile`` x
-    ``tile`` pixels so that noise does not pass for motion; what is left of a tile at the border is
-    dropped. ``rate`` is 1, or the frames per second if they are given, which makes the score a
-    change per second and so comparable between frame rates. From 0 (a still) to ``ceiling``;
-    without rate at most 1, usually 0.005 to 0.05.
+    ``tile`` pixels so that noise does not count as motion; incomplete tiles at the border are
+    dropped. ``rate`` is ``fps`` if it is given, which makes the score a change per second and
+    comparable between frame rates, and 1 otherwise. The range is 0 (a still) to ``ceiling``;
+    without ``fps`` at most 1, usually 0.005 to 0.05.
 
-    Flicker and cuts count as motion. Train on it together with :class:`TemporalConsistency` or with
-    a low ceiling, above which more is worth nothing.
+    Flicker and cuts count as motion. Combine it with :class:`TemporalConsistency`, or use a low
+    ceiling.
 
     Videos are rounded to 8 bits first; one with NaN scores NaN. No weights.
     """

@@ -1,4 +1,4 @@
-"""Text rendering: how much of the wanted text optical character recognition reads in the image."""
+"""Text rendering: agreement of the text that OCR reads in the image with the wanted text."""
 
 import re
 from collections.abc import Callable, Sequence
@@ -11,7 +11,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from flowgrpo.data.prompts import Prompt
-from reward_models._loading import check_media, eight_bits, finite_only
+from reward_models.shared.pictures import check_media, eight_bits, finite_only
 
 __all__ = ["OCR"]
 
@@ -23,17 +23,17 @@ class OCR:
     """Flow-GRPO's text reward (arXiv:2505.05470), in [0, 1].
 
     ``edit``: ``1 - min(d, n) / n`` with ``n`` the length of the wanted text and ``d`` its
-    Levenshtein distance from all that was read, or 0 if the wanted text occurs in that; so further
-    text costs nothing once the wanted one is there. ``exact``: 1 if just the wanted text was read,
-    else 0. Both ignore case and blanks.
+    Levenshtein distance from all that was read, or 0 if the read text contains the wanted text;
+    further text then has no cost. ``exact``: 1 if the read text equals the wanted text, else 0.
+    Both ignore case and blanks.
 
-    The wanted text is the prompt's ``metadata["text"]``, or else the one part of the prompt in
+    The wanted text is the prompt's ``metadata["text"]``, or else the only part of the prompt in
     double quotes. An image with NaN scores NaN; an error of the engine is an error here.
 
     The default engine is rapidocr with the PP-OCRv6 models that come in its wheel (code and models
-    Apache-2.0, no download; 0.07 to 0.1 s per 512x512 image on one core of the CPU). It leaves out
-    text that is upside down and text that it is less than 50 % sure of. Another engine, such as
-    Flow-GRPO's PaddleOCR, gives other scores.
+    Apache-2.0, no download; 0.07 to 0.1 s per 512x512 image on one core of the CPU). It skips text
+    that is upside down and text with a confidence below 50 %. Another engine, such as Flow-GRPO's
+    PaddleOCR, gives other scores.
     """
 
     def __init__(
@@ -46,10 +46,10 @@ class OCR:
         """
         Args:
             mode: Partial credit by edit distance, or all or nothing.
-            longest_side: Size to which an image is shrunk to find the text, which is then read at
-                full size. 320 suits 256 to 512 pixels; raise it for small print in large images.
-            threads: Threads of the engine; 0 leaves it to onnxruntime.
-            reader: Another engine; the two options above do not concern it.
+            longest_side: Longest side of the image in text detection; recognition uses the full
+                size. 320 suits 256 to 512 pixels; raise it for small print in large images.
+            threads: Threads of the engine; 0 for onnxruntime's default.
+            reader: Another engine, which ignores the two options above.
 
         Raises:
             ValueError: If an option is out of range.
@@ -64,7 +64,7 @@ class OCR:
         self.read = reader or _rapidocr(longest_side, threads)
 
     def check(self, prompts: Sequence[Prompt]) -> None:
-        """Whether prompts say all that is needed, to be asked before the long work.
+        """Check that prompts have what the reward needs; called before training starts.
 
         Raises:
             ValueError: If one does not say which text is wanted.
@@ -89,7 +89,7 @@ class OCR:
         return finite_only(torch.tensor(scores, dtype=torch.float32), media)
 
     def score(self, read: str, target: str) -> float:
-        """The score for a text that was read, both without blanks and in lower case."""
+        """The score of a read text. Both texts are without blanks and in lower case."""
         if self.mode == "exact":
             return float(read == target)
         distance = 0 if target in read else edit_distance(read, target)

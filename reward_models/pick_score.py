@@ -1,4 +1,4 @@
-"""PickScore: which image of a prompt people prefer, learnt by a CLIP model (arXiv:2305.01569)."""
+"""PickScore: a CLIP model trained on human preferences between images of a prompt (arXiv:2305.01569)."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,15 +9,8 @@ from torch import Tensor
 from transformers import AutoProcessor, CLIPModel
 
 from flowgrpo.data.prompts import Prompt
-from reward_models._loading import (
-    Precision,
-    check_media,
-    eight_bits,
-    finite_only,
-    from_pretrained,
-    pick_device,
-    pick_dtype,
-)
+from reward_models.shared.checkpoints import Precision, from_pretrained, pick_device, pick_dtype
+from reward_models.shared.pictures import check_media, eight_bits, finite_only
 
 __all__ = ["PickScore"]
 
@@ -27,10 +20,10 @@ PROCESSOR = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
 class PickScore:
     """``exp(logit_scale) * cos(image, text)``, the raw PickScore: usually 18 to 26.
 
-    Papers also give the cosine, a hundredth of it (``weight = 0.01``); Flow-GRPO trained on a 26th.
-    The default is ``yuvalkirstain/PickScore_v1`` (a CLIP ViT-H/14, 3.9 GB in fp32, half of that in
-    16 bits; no licence was found on its card) with the processor that it was trained with, LAION's
-    (224x224, bicubic resize and centre crop). Prompts are cut after 77 tokens.
+    Papers also report the cosine, which is 1/100 of it (``weight = 0.01``); Flow-GRPO divides it by
+    26. The default is ``yuvalkirstain/PickScore_v1`` (a CLIP ViT-H/14, 3.9 GB in fp32, half of that
+    in 16 bits; no licence was found on its card) with the processor that it was trained with,
+    LAION's (224x224, bicubic resize and centre crop). Prompts are cut after 77 tokens.
 
     Images are rounded to 8 bits first, so a saved image scores as the one in training did. An image
     with NaN scores NaN.

@@ -1,17 +1,18 @@
-"""A reward on another machine or in another environment, served by ``flowgrpo serve-reward``."""
+"""A reward that ``flowgrpo serve-reward`` serves from another machine or environment."""
 
 import json
 import logging
+import math
 import os
 from collections.abc import Sequence
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from flowgrpo.data.prompts import Prompt
 from flowgrpo.rewards.serving.client import Endpoints, Refused
 from flowgrpo.rewards.serving.protocol import pack, pack_prompts, unpack_problem, unpack_scores
-from reward_models._parts import scored_in_parts
 
 __all__ = ["Remote"]
 
@@ -21,14 +22,14 @@ CHECKED_AT_ONCE = 1000
 
 
 class Remote:
-    """The scores of a reward server, or of several equal ones among which a batch is divided.
+    """The scores of a reward server, or of several equal servers that share each batch.
 
-    The range is that of the reward served. Images travel as PNG, rounded to 8 bits, with their
-    prompts, metadata and condition images. A server that is away, for instance to restart, is asked
-    again for ``patience`` seconds while the others go on.
+    The range is that of the served reward. Images are sent as PNG, rounded to 8 bits, with prompts,
+    metadata and condition images. A server that does not answer, for instance because it restarts,
+    is tried again for ``patience`` seconds, while the other servers continue.
 
-    NaN, and so a failed score, where the server's score is null, where a sample has pixels that are
-    not finite, and where the reward refused the part of the batch that the sample was in.
+    A score is NaN, and so counts as failed, if the server's score is null, if the sample has pixels
+    that are not finite, or if the reward raised an error on the request that held the sample.
     """
 
     def __init__(
@@ -43,17 +44,18 @@ class Remote:
         """
         Args:
             url: One server or several, such as ``http://127.0.0.1:8500``.
-            token_env: Environment variable that holds the token, if the servers ask for one. The
-                token itself would end up in the run's ``config.toml``.
+            token_env: Environment variable that holds the token, if the servers require one. The
+                token itself must not be in the configuration, which is saved with the run.
             timeout: Seconds that one attempt may take.
-            patience: Seconds over which a request is tried again, the first one at the start too.
-            concurrency: Requests under way at one server.
+            patience: Seconds over which a request is tried again before it fails.
+            concurrency: Most requests in progress at one server.
             part: Samples in one request.
 
         Raises:
-            ValueError: If a server asks for another token or is no reward server, or an option is
-                out of range.
-            ConnectionError: If none of the servers answers.
+            ValueError: If a server requires another token or is not a reward server, or an option
+                is out of range.
+            ConnectionError: If no server answers.
+            ImportError: If httpx is not installed.
         """
         if part < 1:
             raise ValueError(f"part must be at least 1, got {part}")
@@ -66,10 +68,10 @@ class Remote:
         self._check(token_env)
 
     def check(self, prompts: Sequence[Prompt]) -> None:
-        """Ask the reward that is served whether prompts say all that it needs.
+        """Check prompts with the served reward.
 
         Raises:
-            ValueError: If they do not.
+            ValueError: If they lack something that it needs.
         """
         for start in range(0, len(prompts), CHECKED_AT_ONCE):
             body = pack_prompts(prompts[start : start + CHECKED_AT_ONCE])
@@ -82,17 +84,30 @@ class Remote:
     ) -> Float[Tensor, " batch"]:
         """
         Raises:
-            RuntimeError: If no part of the batch was scored; says why.
+            RuntimeError: If no sample of the batch was scored; names the first error.
         """
+        scores = torch.full((len(prompts),), math.nan)
+        # Only finite media are sent; each element holds the rows of one request.
+        parts = media.isfinite().flatten(1).all(1).nonzero().squeeze(1).split(self.part)
 
-        def ask(part: Tensor, owners: Sequence[Prompt]) -> list[float]:
-            kind, body = pack(part, owners)
-            return unpack_scores(self.endpoints.request("/score", kind, body), len(owners))
+        def ask(index: int) -> list[float]:
+            rows = parts[index]
+            kind, body = pack(media[rows], [prompts[int(r)] for r in rows])
+            return unpack_scores(self.endpoints.request("/score", kind, body), len(rows))
 
-        return scored_in_parts(self.endpoints, media, prompts, self.part, ask)
+        answers = self.endpoints.ask_all(len(parts), ask)
+        errors = [a for a in answers if isinstance(a, Exception)]
+        if errors and len(errors) == len(answers):
+            raise RuntimeError(f"the reward server failed: {errors[0]}") from errors[0]
+        for rows, answer in zip(parts, answers, strict=True):
+            if isinstance(answer, Exception):
+                log.warning("%d of %d samples have no score: %s", len(rows), len(prompts), answer)
+            else:
+                scores[rows] = torch.tensor(answer)
+        return scores
 
     def _check(self, token_env: str) -> None:
-        """Ask the servers who they are, so that a wrong token or address shows at once."""
+        """Ask all servers for their reward, so that a wrong token or address is found at the start."""
         names = {}
         for url in self.endpoints.urls:
             one = Endpoints(url, headers=self.endpoints.headers, timeout=10.0, patience=0.0)
@@ -103,22 +118,22 @@ class Remote:
         if not names:
             names["any"] = _reward_at(", ".join(self.endpoints.urls), self.endpoints, token_env)
         if len(set(names.values())) != 1:
-            raise ValueError(f"the servers have different rewards: {names}")
+            raise ValueError(f"the servers serve different rewards: {names}")
 
 
 def _reward_at(where: str, endpoints: Endpoints, token_env: str) -> str:
-    """The name of the reward that is served."""
+    """The name of the served reward, from ``/healthz``."""
     token = f"the environment variable {token_env!r}" if token_env else "what token_env names"
     try:
         health = json.loads(endpoints.request("/healthz"))
     except Refused as error:
         if error.status == 401:
-            raise ValueError(f"{error} (it is taken from {token})") from error
-        raise ValueError(f"no reward server: {error}") from error
+            raise ValueError(f"{error} (the token is read from {token})") from error
+        raise ValueError(f"not a reward server: {error}") from error
     except ValueError as error:
-        raise ValueError(f"no reward server at {where}: {error}") from error
+        raise ValueError(f"not a reward server at {where}: {error}") from error
     if not isinstance(health, dict) or "status" not in health:
-        raise ValueError(f"no reward server at {where}: /healthz says {health!r}")
+        raise ValueError(f"not a reward server at {where}: /healthz answers {health!r}")
     if "reward" not in health:
-        raise ValueError(f"{where} asks for a token, which is taken from {token}")
+        raise ValueError(f"{where} requires a token, which is read from {token}")
     return str(health["reward"])

@@ -13,17 +13,10 @@ from torch import Tensor
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from flowgrpo.data.prompts import Prompt
-from reward_models._answers import answer_batch
-from reward_models._loading import (
-    Precision,
-    check_media,
-    finite_only,
-    from_pretrained,
-    pick_device,
-    pick_dtype,
-    pictures,
-    template,
-)
+from reward_models.shared.checkpoints import Precision, from_pretrained, pick_device, pick_dtype
+from reward_models.shared.generation import answer_batch
+from reward_models.shared.pictures import check_media, finite_only, pictures
+from reward_models.shared.templates import template
 
 __all__ = ["UnifiedReward"]
 
@@ -34,7 +27,7 @@ GRADES = {
     "unified_reward_2_image": ("Alignment Score", "Coherence Score", "Style Score"),
     "unified_reward_2_video": ("Alignment Score", "Physics Score", "Style Score"),
 }
-"""What each template asks for, in the order of the answer."""
+"""Grades that each template asks for, in the order of the answer."""
 LOWEST, HIGHEST = 1.0, 5.0
 
 
@@ -49,12 +42,12 @@ class UnifiedReward:
     The default is ``CodeGoat24/UnifiedReward-2.0-qwen-7b`` (MIT; a Qwen2.5-VL-7B, 16 GB in
     bfloat16); for version 1 take ``CodeGoat24/UnifiedReward-qwen-7b``. Any image-text-to-text model
     of transformers with a chat template runs, also the Qwen3-VL ones. Decoding is greedy. The
-    templates are the authors'. The processor resizes as the model's card says. The published
-    weights could not be loaded where this was written.
+    templates are the authors'. The processor resizes as the model's card says. It was not tested
+    with the published weights, which were not available.
 
-    An answer without every grade in 1..5 scores NaN, and the log says so: the released trainings
-    put a 0 or the group's mean there. Images are rounded to 8 bits first; one with NaN scores NaN.
-    To serve a large one, use vLLM and the judge over an endpoint instead.
+    An answer without every grade in 1..5 scores NaN, and the log says so: the released training
+    scripts use 0 or the group's mean instead. Images are rounded to 8 bits first; one with NaN
+    scores NaN. A large model is faster behind vLLM, with the reward ``vlm_judge``.
     """
 
     def __init__(
@@ -71,7 +64,7 @@ class UnifiedReward:
         """
         Args:
             model: Hub id or folder of the model with its processor.
-            version: Whose template is used.
+            version: Version of the authors' template.
             weights: Factors of ``alignment``, ``coherence``, ``physics`` and ``style``, where 0 is
                 the default; they are divided by the sum of those that apply. All equal if unset.
             num_frames: Frames of a video that are shown.

@@ -8,19 +8,16 @@ from jaxtyping import Float
 from torch import Tensor
 
 from flowgrpo.data.prompts import Prompt
-from reward_models._loading import (
+from reward_models.shared.checkpoints import (
     Precision,
-    check_media,
-    eight_bits,
     find_file,
-    finite_only,
     pick_device,
     pick_dtype,
     read_state,
     refuse,
-    template,
 )
-from reward_models._qwen import (
+from reward_models.shared.pictures import check_media, eight_bits, finite_only
+from reward_models.shared.qwen2_vl import (
     QwenReader,
     chunks,
     frame_rates,
@@ -29,6 +26,7 @@ from reward_models._qwen import (
     modern_names,
     shown_frames,
 )
+from reward_models.shared.templates import template
 
 __all__ = ["VideoAlign"]
 
@@ -49,14 +47,14 @@ class VideoAlign:
     trained on VQ alone and found TA unstable.
 
     The default is ``KwaiVGI/VideoReward`` (code MIT, card Apache-2.0; about 5 GB in bfloat16):
-    Qwen2-VL-2B with a LoRA, which is merged here, asked by the authors' template. Videos are shown
-    at 2 frames per second (an even number, at least 4), frames of 100,352 to 200,704 pixels in whole
-    tokens of 28x28, resized by the antialiased bicubic filter. So the frame rate matters: 33 frames
-    at 16 per second show 4 frames, 53 at 8 show 14.
+    Qwen2-VL-2B with a LoRA, which is merged here, with the authors' question. Videos are shown
+    at 2 frames per second (an even number, at least 4), frames of 100,352 to 200,704 pixels in
+    whole tokens of 28x28, resized by the antialiased bicubic filter. The score therefore depends on
+    the frame rate: 33 frames at 16 per second show 4 frames, 53 at 8 show 14.
 
     Configuration and processor come from ``Qwen/Qwen2-VL-2B-Instruct``, whose weights are not
-    loaded. Template, sampling and the count of positions follow the released code; the published
-    weights could not be loaded where this was written.
+    loaded. Template, sampling and the count of positions follow the released code; it was not
+    tested with the published weights, which were not available.
 
     Videos are rounded to 8 bits first; one with NaN scores NaN.
     """
@@ -76,11 +74,11 @@ class VideoAlign:
         """
         Args:
             model: Hub id, folder or file of the checkpoint.
-            file: Its name on the hub or in the folder.
+            file: Name of the weights on the hub or in the folder.
             base: Hub id or folder of the configuration and the processor.
             weights: Factors of ``VQ``, ``MQ`` and ``TA``, where 0 is the default; all 1 if unset.
             fps: Frames per second of videos whose prompts' metadata have no ``fps``.
-            normalize: Scores in standard deviations.
+            normalize: Whether scores are in standard deviations from the authors' mean.
             batch_size: Videos in one forward pass.
             dtype: Precision of all but the head.
             device: ``auto`` takes a GPU if there is one.
@@ -117,7 +115,7 @@ class VideoAlign:
         self.template = template("video_align")
 
     def check(self, prompts: Sequence[Prompt]) -> None:
-        """Whether prompts say all that is needed, to be asked before the long work.
+        """Check that prompts have what the reward needs; called before training starts.
 
         Raises:
             ValueError: If the frame rate of one is unknown.

@@ -1,4 +1,4 @@
-"""VideoScore2: a video judged in words by Qwen2.5-VL, then in three scores (arXiv:2509.22799)."""
+"""VideoScore2: Qwen2.5-VL describes a video and gives three scores (arXiv:2509.22799)."""
 
 import logging
 import math
@@ -13,18 +13,11 @@ from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLProcessor
 from transformers.video_utils import VideoMetadata
 
 from flowgrpo.data.prompts import Prompt
-from reward_models._answers import DigitRecorder, answer_batch, token_at
-from reward_models._loading import (
-    Precision,
-    check_media,
-    eight_bits,
-    finite_only,
-    from_pretrained,
-    pick_device,
-    pick_dtype,
-    template,
-)
-from reward_models._qwen import chunks, frame_rates, shown_frames
+from reward_models.shared.checkpoints import Precision, from_pretrained, pick_device, pick_dtype
+from reward_models.shared.generation import DigitRecorder, answer_batch, token_at
+from reward_models.shared.pictures import check_media, eight_bits, finite_only
+from reward_models.shared.qwen2_vl import chunks, frame_rates, shown_frames
+from reward_models.shared.templates import template
 
 __all__ = ["VideoScore2"]
 
@@ -36,7 +29,7 @@ DIMENSIONS = {
     "physics": "physical/common-sense consistency",
 }
 BETWEEN = r"(?:(?!visual|text-to-video|physical)[^\d\n(;])*"
-"""From a dimension's name to its score: perhaps its description, but no other dimension."""
+"""Text between a dimension's name and its score: its description, but no other dimension."""
 FRAME_PIXELS = 768 * 28 * 28
 TOTAL_PIXELS = int(128_000 * 28 * 28 * 0.9)
 
@@ -50,14 +43,15 @@ class VideoScore2:
     digit that it wrote. An answer without all three scores scores NaN; the log says so.
 
     The default is ``TIGER-Lab/VideoScore2`` (Apache-2.0; a Qwen2.5-VL-7B, 16 GB in bfloat16). It
-    thinks in words first, so it costs seconds per video. Videos are shown at 2 frames per second
-    (an even number, at least 4), frames of 100,352 to 602,112 pixels. Decoding is greedy, where the
-    released script samples at temperature 0.7: a reward should not change from call to call.
+    writes its reasoning first, which takes seconds per video. Videos are shown at 2 frames per
+    second (an even number, at least 4), frames of 100,352 to 602,112 pixels. Decoding is greedy,
+    where the released script samples at temperature 0.7: a reward should not change from call to
+    call.
 
     The released model repeats the descriptions of the dimensions before its scores, which the
     released script does not find; here both forms are read, after the thoughts. The template is the
-    released script's, with its blanks. The published weights could not be loaded where this was
-    written.
+    released script's, with its blanks. It was not tested with the published weights, which were not
+    available.
 
     Videos are rounded to 8 bits first; one with NaN scores NaN.
     """
@@ -111,7 +105,7 @@ class VideoScore2:
         self.template = template("video_score2")
 
     def check(self, prompts: Sequence[Prompt]) -> None:
-        """Whether prompts say all that is needed, to be asked before the long work.
+        """Check that prompts have what the reward needs; called before training starts.
 
         Raises:
             ValueError: If the frame rate of one is unknown.

@@ -1,4 +1,4 @@
-"""A model that sees pictures as a reward: yes or no, grades, rubrics; behind an OpenAI-compatible endpoint."""
+"""A vision-language model behind an OpenAI-compatible endpoint as a reward: yes or no, grades, rubrics."""
 
 import math
 import re
@@ -10,9 +10,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from flowgrpo.data.prompts import Prompt
-from reward_models._chat import Answer, Chat
-from reward_models._rubrics import Rubric, read_rubrics
-from reward_models._templates import Template, check_pictures, pictures_of
+from flowgrpo.data.rubrics import Rubric, read_rubrics
+from reward_models.shared.chat import Answer, Chat
+from reward_models.shared.templates import Template, check_pictures, pictures_of
 
 __all__ = ["VLMJudge"]
 
@@ -22,21 +22,22 @@ GRADE = re.compile(r"score[\s:=*_>\"]*(-?\d+(?:\.\d+)?)(?!\d)", re.IGNORECASE)
 
 
 class VLMJudge:
-    """What a vision-language model thinks of a picture, in [0, 1] if no weight is negative.
+    """A vision-language model's rating of a picture, in [0, 1] if no weight is negative.
 
     Each rubric is one question. With ``w`` their weights and ``s`` their scores the reward is
     ``sum(w * s) / sum(|w|)``. The score of a question, by ``answer``:
 
     - ``yes_no``: ``P(yes) / (P(yes) + P(no))`` from the probabilities of the answer's first token,
       summed over the spellings among the 20 most likely.
-    - ``grade``: the mean of the grade under those probabilities, ``sum(v * P(v)) / sum(P(v))``, moved
+    - ``grade``: the expected grade under those probabilities, ``sum(v * P(v)) / sum(P(v))``, moved
       to [0, 1]: ``(v - low) / (high - low)``. Needs grades of one digit.
     - ``written``: the number after the last "Score" in the text, moved to [0, 1]; for models that
-      think first, and servers without log-probabilities.
+      reason first, and for servers without log-probabilities.
 
-    A sample has no score (NaN) if a question about it got no answer of use: less than half of the
-    first token's probability on the expected words, no number or one outside the scale, or no answer
-    in time. Attributes ``chat.asked``, ``chat.cached`` and ``chat.unparsed`` count.
+    A sample has no score (NaN) if an answer about it cannot be used: the expected words have less
+    than half of the first token's probability, there is no number or one outside the scale, or no
+    answer came in time. The attributes ``chat.asked``, ``chat.cached`` and ``chat.unparsed`` count
+    questions.
 
     Works with vLLM, SGLang and clouds; the first two modes need log-probabilities. Of a video,
     ``frames`` evenly spaced frames are shown in order.
@@ -62,7 +63,7 @@ class VLMJudge:
     ):
         """
         Args:
-            model: As the server calls it.
+            model: Name of the model at the server.
             base_url: One server or several equal ones.
             answer: How a question is answered; see above.
             rubrics: A ``.txt`` or ``.jsonl`` file, or a list of questions or of tables with
@@ -71,13 +72,13 @@ class VLMJudge:
                 ``$high`` as needed; by default the one that comes with ``answer``.
             scale: Lowest and highest grade.
             frames: Most frames of a video that are shown.
-            longest_side: Shrink larger pictures to this; 0 does not.
+            longest_side: Larger pictures are shrunk to this length; 0 keeps them.
             max_tokens: Longest ``written`` answer.
             api_key_env, timeout, patience, concurrency, cache, extra: As for
-                :class:`reward_models._chat.Chat`.
+                :class:`reward_models.shared.chat.Chat`.
 
         Raises:
-            ValueError: If an option, the template or a rubric is of no use, the key is refused, or
+            ValueError: If an option, the template or a rubric is invalid, the key is refused, or
                 the server does not have the model.
             FileNotFoundError: If there is no such template or rubric file.
         """
@@ -104,10 +105,10 @@ class VLMJudge:
     ) -> Float[Tensor, " batch"]:
         """
         Raises:
-            RuntimeError: If no question at all could be asked; says why.
+            RuntimeError: If every question failed; names the first error.
         """
         weights = torch.tensor([r.weight for r in self.rubrics])
-        # A rubric without answer leaves its sample without a score: NaN stays NaN in the sum.
+        # (B, rubrics) -> (B,). One rubric without an answer leaves its sample without a score: NaN.
         return (self.by_rubric(media, prompts) * weights).sum(1) / weights.abs().sum()
 
     def by_rubric(

@@ -1,4 +1,4 @@
-"""A model that sees pictures as a judge of pairs, for Pref-GRPO (arXiv:2508.20751)."""
+"""A vision-language model behind an endpoint as a pairwise judge, as in Pref-GRPO (arXiv:2508.20751)."""
 
 import json
 import math
@@ -11,8 +11,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from flowgrpo.data.prompts import Prompt
-from reward_models._chat import Answer, Chat
-from reward_models._templates import Template, check_pictures, pictures_of
+from reward_models.shared.chat import Answer, Chat
+from reward_models.shared.templates import Template, check_pictures, pictures_of
 
 __all__ = ["VLMPairwise"]
 
@@ -23,24 +23,24 @@ NUM_CATEGORIES = 3
 
 
 class VLMPairwise:
-    """Which of two pictures a vision-language model prefers, in [0, 1]; a ``PairwiseJudge``.
+    """The probability that the first of two pictures is better, in [0, 1]; a ``PairwiseJudge``.
 
     By ``answer``:
 
     - ``choice``: ``P("1") / (P("1") + P("2"))`` of the answer's first token; any model.
-    - ``think``: UnifiedReward-Think. 1 or 0 by ``<answer>Image 1 is better</answer>`` after the
+    - ``think``: UnifiedReward-Think. 1 or 0 from ``<answer>Image 1 is better</answer>`` after the
       reasoning, 0.5 for an explicit tie.
-    - ``flex``: UnifiedReward-Flex. Each winner in its JSON is worth 1, 0 or 0.5; the result is ``(o *
-      winner + d * mean(first three categories)) / (o + d)`` with ``(o, d) = flex_weights``, and
-      ``winner`` alone if there are no categories.
+    - ``flex``: UnifiedReward-Flex. Each winner in its JSON is worth 1, 0 or 0.5; the result is
+      ``(o * winner + d * mean(first three categories)) / (o + d)`` with ``(o, d) = flex_weights``,
+      and ``winner`` alone if there are no categories.
 
-    NaN where no verdict came: Pref-GRPO's released code counts such a pair as a tie. With ``swap``
-    each pair is also shown the other way round, and the result is ``(a + 1 - b) / 2``: twice the
-    cost, and no advantage of the first place.
+    A pair without a verdict is NaN; Pref-GRPO's released code counts it as a tie. With ``swap``
+    each pair is also shown in the other order, and the result is ``(a + 1 - b) / 2``, which costs
+    twice as much and cancels a preference for the first place.
 
-    The templates ask in our own words for the answers in the form that these models give. For
-    UnifiedReward's own wording (MIT licence, on which its models were trained) save it from its
-    repository as a file, with ``$first``, ``$second`` and ``$prompt`` in place, and give its path.
+    The templates request answers in the form of these models, in a wording of their own. For the
+    wording that UnifiedReward was trained with (MIT licence), save it from its repository as a file
+    with ``$first``, ``$second`` and ``$prompt`` in place, and give its path.
     """
 
     def __init__(
@@ -64,22 +64,22 @@ class VLMPairwise:
     ):
         """
         Args:
-            model: As the server calls it.
+            model: Name of the model at the server.
             base_url: One server or several equal ones.
             answer: The form of the verdict; see above.
-            swap: Also show each pair the other way round.
-            rubric: What better means; stands for ``$rubric``.
-            template: A ``.txt`` file with ``$first``, ``$second``, and ``$prompt`` and ``$rubric`` as
-                needed; by default the one that comes with ``answer``.
-            flex_weights: Of the overall winner and of the categories.
+            swap: Also show each pair in the other order.
+            rubric: Definition of better; replaces ``$rubric``.
+            template: A ``.txt`` file with ``$first``, ``$second``, and ``$prompt`` and ``$rubric``
+                as needed; by default the one that comes with ``answer``.
+            flex_weights: Weights of the overall winner and of the categories.
             frames: Most frames of each video that are shown.
-            longest_side: Shrink larger pictures to this; 0 does not.
+            longest_side: Larger pictures are shrunk to this length; 0 keeps them.
             max_tokens: Longest ``think`` and ``flex`` answer.
             api_key_env, timeout, patience, concurrency, cache, extra: As for
-                :class:`reward_models._chat.Chat`.
+                :class:`reward_models.shared.chat.Chat`.
 
         Raises:
-            ValueError: If an option or the template is of no use, the key is refused, or the server
+            ValueError: If an option or the template is invalid, the key is refused, or the server
                 does not have the model.
             FileNotFoundError: If there is no such template.
         """
@@ -109,7 +109,7 @@ class VLMPairwise:
     ) -> Float[Tensor, " batch"]:
         """
         Raises:
-            RuntimeError: If no question at all could be asked; says why.
+            RuntimeError: If every question failed; names the first error.
         """
         sound = first.isfinite().flatten(1).all(1) & second.isfinite().flatten(1).all(1)
         rows = sound.nonzero().flatten().tolist()
@@ -143,7 +143,7 @@ def _choice(answer: Answer) -> float | None:
 
 
 def think_verdict(answer: Answer) -> float | None:
-    """What the last ``<answer>`` says."""
+    """The verdict in the last ``<answer>``; None if there is none."""
     blocks = re.findall(r"<answer>(.*?)</answer>", answer.text, re.IGNORECASE | re.DOTALL)
     if not blocks:
         return None
@@ -173,7 +173,7 @@ def flex_verdict(answer: Answer, weights: tuple[float, float]) -> float | None:
 
 
 def _object_with_winner(text: str) -> dict[str, Any] | None:
-    """The last JSON object that names a winner, whatever stands around it."""
+    """The last JSON object with the key ``winner``, which other text may surround."""
     decoder, found, place = json.JSONDecoder(), None, text.find("{")
     while place >= 0:
         end = place + 1

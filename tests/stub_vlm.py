@@ -30,7 +30,8 @@ class Question:
     """What a client asked: the request, its texts joined and its pictures decoded."""
 
     def __init__(self, body: bytes, headers: Mapping[str, str]):
-        self.request, self.headers = json.loads(body), dict(headers)
+        self.request = json.loads(body)
+        self.headers = {k.title(): v for k, v in headers.items()}
         parts = self.request["messages"][-1]["content"]
         self.parts = [p["type"] for p in parts]
         self.text = "\n".join(p["text"] for p in parts if p["type"] == "text")

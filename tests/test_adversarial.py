@@ -16,8 +16,8 @@ from torchvision.transforms import functional as TF
 from transformers import Dinov2Model
 
 from flowgrpo.data.prompts import Prompt
-from reward_models._loading import IMAGENET_MEAN, IMAGENET_STD
 from reward_models.adversarial import Adversarial
+from reward_models.shared.pictures import IMAGENET_MEAN, IMAGENET_STD
 from tests import zoo
 from tests.zoo import noise
 

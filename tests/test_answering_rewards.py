@@ -12,8 +12,8 @@ from torch import Tensor
 from torchvision.transforms import functional as TF
 
 from flowgrpo.data.prompts import Prompt
-from reward_models._answers import token_at
-from reward_models._loading import template
+from reward_models.shared.generation import token_at
+from reward_models.shared.templates import template
 from reward_models.unified_reward import UnifiedReward, read_grades
 from reward_models.video_score2 import VideoScore2
 from tests import zoo

@@ -14,6 +14,12 @@ ORDER = [
     "doctor", "memory", "cli", "__main__",
 ]  # fmt: skip
 """A module may import only from earlier ones, or from its own package."""
+SHARED_WITH_REWARDS = {
+    "flowgrpo.data.prompts", "flowgrpo.data.pictures", "flowgrpo.data.rubrics", "flowgrpo.core.geneval",
+    "flowgrpo.rewards.serving.protocol", "flowgrpo.rewards.serving.client",
+}  # fmt: skip
+"""What reward models may import: types and pictures, a scoring rule that has tests of its own, and the
+wire format with its client, because both ends must agree on every byte."""
 HEAVY = {"diffusers", "transformers", "accelerate", "peft"}
 MODULES = sorted(p for d in ("flowgrpo", "reward_models") for p in (ROOT / d).rglob("*.py"))
 NAMES = [str(p.relative_to(ROOT)) for p in MODULES]
@@ -53,18 +59,43 @@ def test_every_module_has_a_place_in_the_order():
 def test_imports_point_up(path):
     own = module_name(path)
     for name in imported(path):
+        if own.startswith("flowgrpo"):  # which finds reward models by import path
+            assert name.split(".")[0] != "reward_models", f"{own} imports {name}"
         if name.split(".")[0] != "flowgrpo":
             continue
         if own.startswith("reward_models"):
-            # Its types, pictures, a scoring rule that is tested apart, and how to reach a
-            # server: both ends must speak of the same bytes.
-            allowed = (
-                "flowgrpo.data.prompts", "flowgrpo.core.geneval", "flowgrpo.data.pictures",
-                "flowgrpo.rewards.serving.protocol", "flowgrpo.rewards.serving.client",
-            )  # fmt: skip
-            assert name.startswith(allowed), f"{own} imports {name}"
+            assert name in SHARED_WITH_REWARDS, f"{own} imports {name}"
         elif part(own):  # The package itself passes on names from everywhere, on demand.
             assert ORDER.index(part(name)) <= ORDER.index(part(own)), f"{own} imports {name}"
+
+
+def test_modules_that_reward_models_use_know_no_rewards():
+    files = {module_name(p): p for p in MODULES}
+    reached, left = set(), sorted(SHARED_WITH_REWARDS)
+    while left:
+        name = left.pop()
+        # A name imported from a package may be one of its modules, and loads the packages above it.
+        above = [".".join(name.split(".")[:i]) for i in range(1, name.count(".") + 1)]
+        for found in {name, *above} - reached:
+            reached.add(found)
+            if found in files and found != "flowgrpo":
+                left += [n for n in imported(files[found]) if n.split(".")[0] == "flowgrpo"]
+    others = {n for n in reached if n.startswith("flowgrpo.rewards.")}
+    assert all(n.startswith("flowgrpo.rewards.serving") for n in others), others
+    assert {part(n) for n in reached} <= {"", "core", "data", "rewards"}
+
+
+@pytest.mark.parametrize(
+    ("modules", "absent"),
+    [
+        ("flowgrpo.rewards.scorer, flowgrpo.rewards.pairs, flowgrpo.rewards.frames", "httpx reward_models"),
+        ("flowgrpo.training.loop", ""),
+    ],
+)  # fmt: skip
+def test_training_loads_no_library_of_servers_and_judges(modules, absent):
+    names = {"fastapi", "starlette", "uvicorn", "python_multipart", "openai", *absent.split()}
+    code = f"import {modules}, sys; found = {names} & set(sys.modules); assert not found, found"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
 def test_importing_the_package_imports_nothing_heavy():

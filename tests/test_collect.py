@@ -21,7 +21,8 @@ from flowgrpo.losses.base import Loss
 from flowgrpo.losses.clipped import ClippedLoss
 from flowgrpo.policy import Full, LoRA, PipelinePolicy
 from flowgrpo.policy.settings import Weights
-from flowgrpo.rewards.scorer import Failures, Reward, RewardScorer
+from flowgrpo.rewards.scorer import RewardScorer
+from flowgrpo.rewards.settings import Failures, Reward
 from flowgrpo.training.learner import Learner
 from tests.conftest import MakePolicy, sampling_of
 

@@ -41,8 +41,9 @@ from flowgrpo.data.prompts import Group, Prompt
 from flowgrpo.losses.clipped import ClippedLoss
 from flowgrpo.losses.nft import NFTLoss
 from flowgrpo.policy import LoRA, PipelinePolicy
-from flowgrpo.rewards.pairs import Compared
-from flowgrpo.rewards.scorer import Failures, Reward, RewardScorer
+from flowgrpo.rewards.pairs import PointwisePreference
+from flowgrpo.rewards.scorer import RewardScorer
+from flowgrpo.rewards.settings import Failures, Reward
 from flowgrpo.training.learner import Learner
 from tests.conftest import MakePolicy, sampling_of
 
@@ -68,7 +69,7 @@ ALGORITHMS: dict[str, Any] = {
     "flow_grpo": FlowGRPO(group_size=G),
     "dance_grpo": DanceGRPO(group_size=G),
     "mix_grpo": MixGRPO(group_size=G, steps=Window(size=2), flash=0.5, solver="dpm_2m"),
-    "pref_grpo": PrefGRPO(group_size=G, preference=Compared(reward="odd")),
+    "pref_grpo": PrefGRPO(group_size=G, preference=PointwisePreference(reward="odd")),
     "diffusion_nft": DiffusionNFT(group_size=G),
     "tempflow_grpo": TempFlowGRPO(group_size=G, seeds=2),
     "g2rpo": G2RPO(group_size=G, steps=Window(size=2), granularities=(1, 2)),

@@ -11,11 +11,11 @@ from torch import Tensor
 import flowgrpo
 from flowgrpo.config import Config, load, save
 from flowgrpo.core.errors import ConfigError
-from flowgrpo.rewards.loading import check_rewards, total
-from flowgrpo.rewards.scorer import Reward, RewardError, RewardScorer
+from flowgrpo.rewards.scorer import RewardScorer
+from flowgrpo.rewards.settings import Reward, RewardError, check_rewards, weighted_sum
 from flowgrpo.shapes.architecture import build_pipeline
 from tests.test_docs import TINY
-from tests.test_judge import HERE, IMAGES, PROMPTS
+from tests.test_scorer import HERE, IMAGES, PROMPTS
 
 SCORES = torch.tensor([-0.5, 0.0, 0.5, 2.0, math.nan])
 
@@ -66,9 +66,9 @@ def test_a_reward_whose_weight_is_still_0_fails_nobody():
     late = Reward(model="late", schedule=((5.0, 0.0), (6.0, 1.0)))
     rewards = [Reward(model="early"), late]
     raw = {"early": torch.ones(2), "late": torch.tensor([math.nan, 1.0])}
-    assert total(rewards, raw, 5).tolist() == [1, 1]
-    assert total(rewards, raw, 6).isnan().tolist() == [True, False]
-    assert total(rewards, raw, 6)[1] == 2
+    assert weighted_sum(rewards, raw, 5).tolist() == [1, 1]
+    assert weighted_sum(rewards, raw, 6).isnan().tolist() == [True, False]
+    assert weighted_sum(rewards, raw, 6)[1] == 2
 
 
 def test_the_judge_goes_by_the_iteration_and_its_parts_add_up():
@@ -114,7 +114,7 @@ def test_values_that_exclude_each_other():
         ({"log": True, "clip": (-2.0, 1.0)}, r"rewards.0.log needs scores above -1, but .* -2.0"),
         (
             {"weight": 0.0, "schedule": ((0.0, 1.0),)},
-            "never counts; a weight of 0 without a schedule",
+            "never counts; to log a reward without training on it",
         ),
     ):
         with pytest.raises(ConfigError, match=message):

@@ -16,7 +16,8 @@ from flowgrpo.losses.clipped import ClippedLoss
 from flowgrpo.policy import PipelinePolicy, Sampling
 from flowgrpo.policy.arguments import batches
 from flowgrpo.policy.probe import check_sizes
-from flowgrpo.rewards.scorer import Reward, RewardScorer
+from flowgrpo.rewards.scorer import RewardScorer
+from flowgrpo.rewards.settings import Reward
 from flowgrpo.training.learner import Learner
 from tests.conftest import MakePolicy, noise_of, sampling_of
 from tests.tiny import FAMILIES

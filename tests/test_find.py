@@ -28,7 +28,8 @@ from flowgrpo.policy import InitialNoise, Noise, PipelinePolicy
 from flowgrpo.policy.call import UnsupportedPipelineError
 from flowgrpo.policy.probe import fit_noise
 from flowgrpo.policy.weights import LOG_STD, MEAN, NOISE_FILE
-from flowgrpo.rewards.scorer import Failures, Reward, RewardScorer
+from flowgrpo.rewards.scorer import RewardScorer
+from flowgrpo.rewards.settings import Failures, Reward
 from flowgrpo.training.learner import Learner
 from tests.conftest import MakePolicy, noise_of, sampling_of
 from tests.test_train import reward_settings, small

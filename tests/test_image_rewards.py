@@ -16,12 +16,12 @@ from torchvision import transforms
 from transformers import CLIPModel, Dinov2Model
 
 from flowgrpo.data.prompts import Prompt
-from flowgrpo.rewards.scorer import available_rewards
-from reward_models._loading import CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD
+from flowgrpo.rewards.loading import available_rewards
 from reward_models.aesthetic import Aesthetic
 from reward_models.dino import DINOSimilarity
 from reward_models.hpsv2 import HPSv2
 from reward_models.image_reward import ImageReward
+from reward_models.shared.pictures import CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD
 from tests import zoo
 from tests.zoo import TEXTS, noise
 from tests.zoo import TINY_HPS as TINY

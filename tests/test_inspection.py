@@ -21,7 +21,8 @@ from flowgrpo.core.steps import Window
 from flowgrpo.core.transitions import CPS
 from flowgrpo.data.prompts import Group, Prompt
 from flowgrpo.evaluation.inspection import fragment, inspect, keep
-from flowgrpo.rewards.scorer import Reward, RewardScorer
+from flowgrpo.rewards.scorer import RewardScorer
+from flowgrpo.rewards.settings import Reward
 from tests.conftest import MakePolicy, sampling_of
 
 PROMPTS = [Prompt("a cat"), Prompt("two <dogs>")]

@@ -31,7 +31,8 @@ from flowgrpo.losses.base import (
 )
 from flowgrpo.losses.clipped import ClippedLoss, guard_weight, guarded_log_ratio
 from flowgrpo.policy.weights import swapped
-from flowgrpo.rewards.scorer import Reward, RewardScorer
+from flowgrpo.rewards.scorer import RewardScorer
+from flowgrpo.rewards.settings import Reward
 from flowgrpo.training.learner import Learner
 from tests.conftest import MakePolicy, sampling_of
 

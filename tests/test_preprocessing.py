@@ -28,7 +28,6 @@ from transformers.image_transforms import convert_to_rgb
 from flowgrpo.cli.parser import main
 from flowgrpo.cli.rewards import find_media, read_medium
 from flowgrpo.data.prompts import Prompt
-from reward_models._loading import CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD
 from reward_models.adversarial import Adversarial
 from reward_models.aesthetic import Aesthetic
 from reward_models.clip_score import CLIPScore
@@ -40,6 +39,7 @@ from reward_models.image_reward import ImageReward
 from reward_models.jpeg_size import JPEGSize
 from reward_models.ocr import OCR
 from reward_models.pick_score import PickScore
+from reward_models.shared.pictures import CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD
 from reward_models.unified_reward import UnifiedReward
 from tests import zoo
 from tests.test_image_rewards import hps_pixels

@@ -16,9 +16,10 @@ from torchvision.transforms import functional as TF
 from transformers import Qwen2VLForConditionalGeneration, Qwen2VLProcessor
 
 from flowgrpo.data.prompts import Prompt
-from reward_models._loading import CLIP_MEAN, CLIP_STD, template
-from reward_models._qwen import seen_size, shown_frames
 from reward_models.hpsv3 import HPSv3
+from reward_models.shared.pictures import CLIP_MEAN, CLIP_STD
+from reward_models.shared.qwen2_vl import seen_size, shown_frames
+from reward_models.shared.templates import template
 from reward_models.video_align import VideoAlign
 from tests import zoo
 from tests.zoo import PROMPTS, films, noise

@@ -14,8 +14,9 @@ from scipy.special import expit
 from flowgrpo.cli.parser import main
 from flowgrpo.data.prompt_sets import PromptSet
 from flowgrpo.data.prompts import Prompt
-from flowgrpo.rewards.scorer import Reward, RewardScorer
-from reward_models._rubrics import Rubric, _solve, fit_rubrics, read_rubrics, write_rubrics
+from flowgrpo.data.rubrics import Rubric, _solve, fit_rubrics, read_rubrics, write_rubrics
+from flowgrpo.rewards.scorer import RewardScorer
+from flowgrpo.rewards.settings import Reward
 from reward_models.edit_verifier import EditVerifier
 from tests.stub_vlm import Question, Reply, Stub, said
 

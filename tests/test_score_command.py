@@ -51,7 +51,7 @@ def test_tables_as_json_lines_and_csv(images, tmp_path):
 def test_failed_scores_are_empty_and_not_zero(images, tmp_path, capsys):
     for i in range(3):
         draw(images / f"{i}.png", i)
-    command = ["score", str(images), "--reward", "tests.test_judge:second_is_nan"]
+    command = ["score", str(images), "--reward", "tests.test_scorer:second_is_nan"]
     for name in ("t.jsonl", "t.csv"):
         assert main([*command, "--out", str(tmp_path / name)]) == 0
     assert "failed 1 of 3" in capsys.readouterr().out
@@ -61,7 +61,7 @@ def test_failed_scores_are_empty_and_not_zero(images, tmp_path, capsys):
 
 
 def test_if_nothing_was_scored_the_command_fails(images, capsys):
-    assert main(["score", str(images), "--reward", "tests.test_judge:broken"]) == 1
+    assert main(["score", str(images), "--reward", "tests.test_scorer:broken"]) == 1
     assert "failed 3 of 3" in capsys.readouterr().out
 
 

@@ -18,8 +18,7 @@ from torch import Tensor
 from transformers.image_transforms import convert_to_rgb
 
 from flowgrpo.data.prompts import Prompt
-from flowgrpo.rewards.scorer import Reward, RewardScorer
-from flowgrpo.rewards.serving import RewardServer
+from flowgrpo.rewards.scorer import RewardScorer
 from flowgrpo.rewards.serving.protocol import (
     Limits,
     WireError,
@@ -29,6 +28,8 @@ from flowgrpo.rewards.serving.protocol import (
     unpack,
     unpack_prompts,
 )
+from flowgrpo.rewards.serving.server import RewardServer
+from flowgrpo.rewards.settings import Reward
 from reward_models.edit_verifier import EditVerifier
 from reward_models.ocr import OCR
 from reward_models.remote import Remote

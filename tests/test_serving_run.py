@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import flowgrpo
-from flowgrpo.rewards.scorer import RewardError
+from flowgrpo.rewards.settings import RewardError
 from tests.test_serving import start
 from tests.test_train import SMALL
 

@@ -31,7 +31,8 @@ from flowgrpo.data.experience import Candidates, Experience
 from flowgrpo.data.prompts import Group, Prompt
 from flowgrpo.losses.clipped import ClippedLoss
 from flowgrpo.policy import LoRA, PipelinePolicy, Sampling
-from flowgrpo.rewards.scorer import Failures, Reward, RewardScorer
+from flowgrpo.rewards.scorer import RewardScorer
+from flowgrpo.rewards.settings import Failures, Reward
 from flowgrpo.shapes.rewards import Graded
 from flowgrpo.training.learner import Learner
 from scripts.cost_table import BEGIN, END, SETTINGS, table, with_table

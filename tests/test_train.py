@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 import flowgrpo
 from flowgrpo.config import ConfigError
 from flowgrpo.policy import PipelinePolicy
-from flowgrpo.rewards.scorer import RewardError
+from flowgrpo.rewards.settings import RewardError
 from flowgrpo.training.checkpoints import CheckpointError
 
 SMALL = [

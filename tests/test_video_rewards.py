@@ -12,7 +12,8 @@ from torch import Tensor
 
 from flowgrpo.data.prompts import Prompt
 from flowgrpo.rewards.frames import FrameMean, FrameScore
-from flowgrpo.rewards.scorer import Reward, RewardScorer
+from flowgrpo.rewards.scorer import RewardScorer
+from flowgrpo.rewards.settings import Reward
 from reward_models.consistency import TemporalConsistency
 from reward_models.jpeg_size import JPEGSize
 from reward_models.motion import Motion

@@ -13,11 +13,13 @@ import pytest
 import torch
 
 from flowgrpo.data.prompts import Prompt
+from flowgrpo.data.rubrics import read_rubrics
 from flowgrpo.rewards.protocols import PairwiseJudge
-from flowgrpo.rewards.scorer import Failures, Reward, RewardScorer
-from reward_models._chat import Answer
-from reward_models._rubrics import read_rubrics
-from reward_models._templates import Template
+from flowgrpo.rewards.scorer import RewardScorer
+from flowgrpo.rewards.serving import client
+from flowgrpo.rewards.settings import Failures, Reward
+from reward_models.shared.chat import Answer
+from reward_models.shared.templates import Template
 from reward_models.vlm_judge import VLMJudge
 from reward_models.vlm_pairwise import VLMPairwise, flex_verdict, think_verdict
 from tests.stub_vlm import Question, Reply, Stub, said
@@ -217,6 +219,17 @@ def test_a_wrong_model_or_key_is_found_at_the_start(monkeypatch):
     assert stub.questions[0].request["top_k"] == 1
 
 
+def test_a_judge_sends_no_key_that_was_not_given_and_nothing_about_this_machine(monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "of another account")
+    monkeypatch.setenv("OPENAI_ORG_ID", "an organisation")
+    with Stub(by_light) as stub:
+        judge(stub)(IMAGES[:1], PROMPTS[:1])
+    sent = stub.questions[0].headers
+    assert "Authorization" not in sent
+    assert not [k for k in sent if k.startswith("Openai-")]
+    assert [k for k in sent if k.startswith("X-Stainless-")] == ["X-Stainless-Raw-Response"]
+
+
 @pytest.mark.parametrize(
     "body",
     [
@@ -327,6 +340,24 @@ def test_scores_do_not_depend_on_order_or_batch():
         broken = IMAGES.clone()
         broken[1, 0, 0, 0] = math.nan
         assert subject(broken, PROMPTS).isnan().tolist() == [False, True, False, False, False]
+
+
+def test_redirects_are_not_followed():
+    with Stub(by_light) as elsewhere:
+        redirect = (302, {"Location": f"{elsewhere.url}/chat/completions"}, b"")
+        with Stub(lambda _: redirect) as stub, pytest.raises(RuntimeError, match="status 302"):
+            judge(stub)(IMAGES[:1], PROMPTS[:1])
+    assert not elsewhere.questions
+
+
+def test_an_answer_without_end_is_refused(monkeypatch):
+    monkeypatch.setattr(client, "LARGEST_ANSWER", 1000)
+    with (
+        Stub(lambda _: said("x" * 2000)) as stub,
+        pytest.raises(RuntimeError, match="an answer of more than 1000 bytes"),
+    ):
+        judge(stub)(IMAGES[:1], PROMPTS[:1])
+    assert len(stub.questions) == 1
 
 
 # The cache.

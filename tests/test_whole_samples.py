@@ -25,8 +25,9 @@ from flowgrpo.losses.base import Loss
 from flowgrpo.losses.clipped import ClippedLoss
 from flowgrpo.losses.nft import NFTLoss
 from flowgrpo.policy import PipelinePolicy
-from flowgrpo.rewards.pairs import Compared, Judged
-from flowgrpo.rewards.scorer import Failures, Reward, RewardError, RewardScorer
+from flowgrpo.rewards.pairs import PairwisePreference
+from flowgrpo.rewards.scorer import RewardScorer
+from flowgrpo.rewards.settings import Failures, Reward, RewardError
 from flowgrpo.training.learner import Learner
 from tests.conftest import MakePolicy, sampling_of
 
@@ -91,7 +92,7 @@ BOTH = (
     Reward(model=f"{HERE}:redness", weight=0.3),
 )
 MIX = MixGRPO(group_size=G, steps=Window(start=1, size=1), flash=0.7, solver="dpm_2m")
-JUDGED = PrefGRPO(group_size=G, preference=Judged(model=f"{HERE}:Brighter", weight=0.7))
+JUDGED = PrefGRPO(group_size=G, preference=PairwisePreference(model=f"{HERE}:Brighter", weight=0.7))
 NFT = DiffusionNFT(group_size=G)
 
 
@@ -166,7 +167,7 @@ def test_win_rates_are_judged_over_whole_groups_whatever_the_batches(policies, s
 def test_comparing_scores_is_judging_by_them(policies, scorer):
     policy = policies("sd3")
     judged = JUDGED.collect(policy, GROUPS, scorer(*BOTH), RANDOM, ITERATION)
-    compared = replace(JUDGED, preference=Compared(reward="brightness", weight=0.7))
+    compared = replace(JUDGED, preference=PointwisePreference(reward="brightness", weight=0.7))
     other = compared.collect(policy, GROUPS, scorer(*BOTH), RANDOM, ITERATION)
     torch.testing.assert_close(other.candidates.reward, judged.candidates.reward)
 

@@ -11,8 +11,9 @@ from flowgrpo.algorithms.pref_grpo import rates_by_score
 from flowgrpo.core.advantages import GroupAdvantage
 from flowgrpo.core.win_rates import pairs_of, verdicts_by_score, win_rates
 from flowgrpo.data.prompts import Prompt
-from flowgrpo.rewards.pairs import Compared, Judged, Referee
-from flowgrpo.rewards.scorer import Failures, Reward, RewardError, RewardScorer
+from flowgrpo.rewards.pairs import PairwisePreference, PairwiseScorer, PointwisePreference
+from flowgrpo.rewards.scorer import RewardScorer
+from flowgrpo.rewards.settings import Failures, Reward, RewardError
 
 HERE = "tests.test_win_rates"
 PROMPT = Prompt("a red cube")
@@ -53,21 +54,21 @@ class Overconfident:
         return [2.0] * len(prompts)
 
 
-MakeReferee = Callable[..., Referee]
+MakeScorer = Callable[..., PairwiseScorer]
 
 
 @pytest.fixture
-def referee() -> Iterator[MakeReferee]:
+def pairwise() -> Iterator[MakeScorer]:
     judges: list[RewardScorer] = []
     calls.clear()
 
-    def make(failures: Failures | None = None, model: str = "Brighter", **settings: object) -> Referee:  # fmt: skip
-        kind = Judged(model=f"{HERE}:{model}", **settings)  # type: ignore[arg-type]
+    def make(failures: Failures | None = None, model: str = "Brighter", **settings: object) -> PairwiseScorer:  # fmt: skip
+        kind = PairwisePreference(model=f"{HERE}:{model}", **settings)  # type: ignore[arg-type]
         rewards = [Reward(model=f"{HERE}:brightness")]
         judges.append(
             RewardScorer(rewards, failures or Failures(retries=0, wait=0.0, max_rate=1.0))
         )
-        return Referee(judges[-1], kind)
+        return PairwiseScorer(judges[-1], kind)
 
     yield make
     for scorer in judges:
@@ -89,9 +90,9 @@ def test_on_a_ring_all_meet_equally_many(size, opponents):
 
 
 @pytest.mark.parametrize("size", [2, 4, 9])
-def test_a_transitive_judge_gives_a_ladder(size, referee: MakeReferee):
+def test_a_transitive_judge_gives_a_ladder(size, pairwise: MakeScorer):
     order = torch.randperm(size, generator=torch.Generator().manual_seed(size))
-    rates = referee().rates(ladder(size)[order], PROMPT)
+    rates = pairwise().rates(ladder(size)[order], PROMPT)
     assert rates.tolist() == pytest.approx([int(i) / (size - 1) for i in order])
     # Of decisive, transitive verdicts: |A| is at most sqrt(3 (G - 1) / (G + 1)).
     group = torch.zeros(size, dtype=torch.long)
@@ -107,86 +108,86 @@ def test_the_papers_example():
     assert found.tolist() == pytest.approx([-1.34, 0.45, 1.34, -0.45], abs=0.005)
 
 
-def test_ties_are_half_a_win_and_all_ties_teach_nothing(referee: MakeReferee):
+def test_ties_are_half_a_win_and_all_ties_teach_nothing(pairwise: MakeScorer):
     media = ladder(3)[[0, 2, 2]]
-    assert referee().rates(media, PROMPT).tolist() == pytest.approx([0, 0.75, 0.75])
-    rates = referee().rates(media[[1, 1, 1, 1]], PROMPT)
+    assert pairwise().rates(media, PROMPT).tolist() == pytest.approx([0, 0.75, 0.75])
+    rates = pairwise().rates(media[[1, 1, 1, 1]], PROMPT)
     assert rates.tolist() == [0.5] * 4
     group = torch.zeros(4, dtype=torch.long)
     assert GroupAdvantage()(rates, group).tolist() == [0.0] * 4
 
 
-def test_a_pair_without_verdict_counts_for_neither(referee: MakeReferee):
+def test_a_pair_without_verdict_counts_for_neither(pairwise: MakeScorer):
     verdicts = torch.tensor([math.nan, 1.0, 0.0])  # 0-1 none, 0 beats 2, 2 beats 1
     assert win_rates(3, pairs_of(3), verdicts).tolist() == [1.0, 0.0, 0.5]
-    silent = referee(options={"silent": 1})
+    silent = pairwise(options={"silent": 1})
     rates = silent.rates(ladder(4), PROMPT)
     assert math.isnan(rates[0])  # the darkest met nobody
     assert rates[1:].tolist() == pytest.approx([0, 0.5, 1])
     assert (silent.asked, silent.missing) == (6, 3)
 
 
-def test_a_judge_that_fails_too_often_stops_the_run_with_the_count(referee: MakeReferee):
-    silent = referee(Failures(retries=0, wait=0.0, max_rate=0.4), options={"silent": 1})
+def test_a_judge_that_fails_too_often_stops_the_run_with_the_count(pairwise: MakeScorer):
+    silent = pairwise(Failures(retries=0, wait=0.0, max_rate=0.4), options={"silent": 1})
     silent.rates(ladder(4), PROMPT)
     with pytest.raises(
         RewardError, match=r"3 of 6 comparisons got no verdict from .*max_rate = 0\.4"
     ):
         silent.check_rate()
-    stopping = referee(Failures(retries=0, wait=0.0, then="stop"), options={"silent": 1})
+    stopping = pairwise(Failures(retries=0, wait=0.0, then="stop"), options={"silent": 1})
     with pytest.raises(RewardError, match="gave no verdict on 3 of 6 pairs"):
         stopping.rates(ladder(4), PROMPT)
 
 
-def test_only_what_is_missing_is_asked_again(referee: MakeReferee):
-    silent = referee(Failures(retries=1, wait=0.0, max_rate=1.0), options={"silent": 1})
+def test_only_what_is_missing_is_asked_again(pairwise: MakeScorer):
+    silent = pairwise(Failures(retries=1, wait=0.0, max_rate=1.0), options={"silent": 1})
     silent.rates(ladder(4), PROMPT)
     assert calls == [6, 3]
     calls.clear()
-    mended = referee(Failures(retries=1, wait=0.0), options={"broken": 1})
+    mended = pairwise(Failures(retries=1, wait=0.0), options={"broken": 1})
     assert mended.rates(ladder(4), PROMPT).isfinite().all()
     assert mended.missing == 0
     mended.check_rate()
 
 
-def test_swapping_takes_away_the_advantage_of_a_place(referee: MakeReferee):
+def test_swapping_takes_away_the_advantage_of_a_place(pairwise: MakeScorer):
     media = ladder(5)[[3, 1, 4, 0, 2]]
     # So biased that the first always wins.
-    biased = referee(options={"bias": 9.0}).rates(media, PROMPT)
+    biased = pairwise(options={"bias": 9.0}).rates(media, PROMPT)
     assert biased.tolist() == pytest.approx([1, 0.75, 0.5, 0.25, 0])
-    assert referee(options={"bias": 9.0}, swap=True).rates(media, PROMPT).tolist() == [0.5] * 5
+    assert pairwise(options={"bias": 9.0}, swap=True).rates(media, PROMPT).tolist() == [0.5] * 5
     # Biased a little: what is decided in both orders stays, the rest becomes a tie.
-    mixed = referee(options={"bias": 0.3}, swap=True).rates(media, PROMPT)
+    mixed = pairwise(options={"bias": 0.3}, swap=True).rates(media, PROMPT)
     brightness_order = [3, 1, 4, 0, 2]
     wanted = [
         sum(1.0 if a - b > 1 else 0.5 if abs(a - b) <= 1 else 0.0 for b in brightness_order if b != a) / 4
         for a in brightness_order
     ]  # fmt: skip
     assert mixed.tolist() == pytest.approx(wanted)
-    assert Judged(model="x", swap=True).comparisons(8) == 56
-    assert Judged(model="x", opponents=2).comparisons(8) == 16
+    assert PairwisePreference(model="x", swap=True).comparisons(8) == 56
+    assert PairwisePreference(model="x", opponents=2).comparisons(8) == 16
 
 
-def test_nonsense_is_refused(referee: MakeReferee):
+def test_nonsense_is_refused(pairwise: MakeScorer):
     with pytest.raises(RewardError, match=r"one number in \[0, 1\], or NaN, for each of 3 pairs"):
-        referee(model="Overconfident").rates(ladder(3), PROMPT)
+        pairwise(model="Overconfident").rates(ladder(3), PROMPT)
     with pytest.raises(ValueError, match="has no method 'compare'"):
-        referee(model="brightness")
+        pairwise(model="brightness")
     with pytest.raises(ValueError, match=r"weight must be above 0, got 0\.0"):
-        Judged(model="x", weight=0.0).check()
+        PairwisePreference(model="x", weight=0.0).check()
     with pytest.raises(ValueError, match="opponents must be at least 0"):
-        Judged(model="x", opponents=-1).check()
+        PairwisePreference(model="x", opponents=-1).check()
     with pytest.raises(
         ValueError, match=r"unknown algorithm\.preference\.model 'pick_scor'; did you"
     ):
-        Judged(model="pick_scor").check()
+        PairwisePreference(model="pick_scor").check()
     with pytest.raises(ValueError, match="has no 'Brightr'"):
-        Judged(model=f"{HERE}:Brightr").check()
+        PairwisePreference(model=f"{HERE}:Brightr").check()
     with pytest.raises(ValueError, match="tie_margin must be at least 0"):
-        Compared(tie_margin=-1.0).check()
+        PointwisePreference(tie_margin=-1.0).check()
     with pytest.raises(ValueError, match="must be the name of one of the rewards: a, b"):
-        Compared().chosen(["a", "b"])
-    assert Compared().chosen(["a"]) == "a"
+        PointwisePreference().chosen(["a", "b"])
+    assert PointwisePreference().chosen(["a"]) == "a"
 
 
 def test_scores_can_be_compared_with_a_margin():

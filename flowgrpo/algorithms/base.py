@@ -305,7 +305,7 @@ class Policy(Protocol):
 
 
 @runtime_checkable
-class PairReferee(Protocol):
+class PairwiseScorer(Protocol):
     """Has the pairs of whole groups compared by a pairwise judge."""
 
     def submit(
@@ -338,6 +338,6 @@ class Scorer(Protocol):
         """Score a batch in the background. Media are ``(B, ...)`` in [0, 1]."""
         ...
 
-    def referee(self, preference: Any) -> PairReferee:
-        """A referee that compares pairs with the judge of a preference, on this scorer's thread."""
+    def pairwise_scorer(self, preference: Any) -> PairwiseScorer:
+        """Make a scorer that compares pairs with a preference's judge, on this scorer's thread."""
         ...

@@ -9,7 +9,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal
 
-from flowgrpo.algorithms.base import AlgorithmBase, PairReferee, Policy, Scorer
+from flowgrpo.algorithms.base import AlgorithmBase, PairwiseScorer, Policy, Scorer
 from flowgrpo.algorithms.collection import Samples
 from flowgrpo.algorithms.credit import refuse_binary, trajectory_advantages
 from flowgrpo.algorithms.trajectories import (
@@ -26,7 +26,7 @@ from flowgrpo.core.transitions import FlowSDE, Transition, require_noise
 from flowgrpo.core.win_rates import pairs_of, verdicts_by_score, win_rates
 from flowgrpo.data.experience import Experience
 from flowgrpo.data.prompts import Group
-from flowgrpo.rewards.pairs import Compared, Judged, Preference
+from flowgrpo.rewards.pairs import PairwisePreference, PointwisePreference, Preference
 
 WIN_RATE = "win_rate"
 """Name of the win rate among the scores."""
@@ -48,7 +48,7 @@ class PrefGRPO(AlgorithmBase):
     """Share of the stochastic steps that each sample trains on, in (0, 1]."""
     shared_noise: bool = True
     """Whether a group starts from one noise. The steps that its samples share are computed once."""
-    preference: Preference = field(default_factory=Compared)
+    preference: Preference = field(default_factory=PointwisePreference)
     """How it is decided which of two samples is better."""
     advantage: Advantage = field(default_factory=PerReward)
     """From win rates and rewards to advantages. With ``per_reward``, as in the released code, the
@@ -73,8 +73,8 @@ class PrefGRPO(AlgorithmBase):
             RewardError: If too many comparisons get no verdict.
         """
         plan = self.plan(policy.num_steps(), iteration, random)
-        if isinstance(self.preference, Judged):
-            whole = WholeGroups(scorer.referee(self.preference), self.group_size)
+        if isinstance(self.preference, PairwisePreference):
+            whole = WholeGroups(scorer.pairwise_scorer(self.preference), self.group_size)
             experience = collect_trajectories(policy, groups, scorer, random, plan, whole.add)
             rates = whole.rates()
         else:
@@ -110,21 +110,21 @@ class PrefGRPO(AlgorithmBase):
             raise ValueError(
                 f"a reward is called {WIN_RATE!r}, as the win rate is; give it another name"
             )
-        if isinstance(self.preference, Compared):
+        if isinstance(self.preference, PointwisePreference):
             self.preference.chosen(list(names))
 
 
 class WholeGroups:
     """Keeps the media of batches until a group is whole, and then has its pairs compared."""
 
-    def __init__(self, referee: PairReferee, size: int):
+    def __init__(self, pairwise: PairwiseScorer, size: int):
         """Start with no group.
 
         Args:
-            referee: Compares the pairs in the background.
+            pairwise: Compares the pairs in the background.
             size: Samples per group.
         """
-        self.referee, self.size = referee, size
+        self.pairwise, self.size = pairwise, size
         self._waiting: list[tuple[Group, Tensor]] = []
         self._rates: list[Future[Tensor]] = []
 
@@ -136,7 +136,7 @@ class WholeGroups:
             group = whole[0][0]
             assert all(g.index == group.index for g, _ in whole)
             self._rates.append(
-                self.referee.submit(torch.stack([m for _, m in whole]), group.prompt)
+                self.pairwise.submit(torch.stack([m for _, m in whole]), group.prompt)
             )
 
     def rates(self) -> Float[Tensor, " candidates"]:
@@ -146,7 +146,7 @@ class WholeGroups:
             RewardError: If too many comparisons got no verdict.
         """
         found = torch.cat([r.result() for r in self._rates])
-        self.referee.check_rate()
+        self.pairwise.check_rate()
         return found
 
 

@@ -39,7 +39,7 @@ def _dry_run(config: "Config", num_processes: int, memory_gb: float | None) -> i
     from flowgrpo.core.imports import import_path, suggest
     from flowgrpo.data.prompt_sets import PromptSet
     from flowgrpo.memory.show import say_memory
-    from flowgrpo.rewards.scorer import available_rewards
+    from flowgrpo.rewards.loading import available_rewards
     from flowgrpo.training.console import Console
 
     rows = list(config.geometry(num_processes).items())

@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from flowgrpo.data.prompts import Prompt
-    from flowgrpo.rewards.scorer import Reward, RewardScorer
+    from flowgrpo.rewards.scorer import RewardScorer
+    from flowgrpo.rewards.settings import Reward
 
 DEFAULT_URL = "http://127.0.0.1:8000/v1"
 IMAGES = (".png", ".jpg", ".jpeg", ".webp")
@@ -44,7 +45,8 @@ class Medium:
 def score(options: argparse.Namespace) -> int:
     """``flowgrpo score``. Fails if a reward gave no score at all."""
     from flowgrpo.cli.commands import quiet
-    from flowgrpo.rewards.scorer import Failures, RewardScorer
+    from flowgrpo.rewards.scorer import RewardScorer
+    from flowgrpo.rewards.settings import Failures
     from flowgrpo.training.console import Console
 
     quiet()
@@ -85,10 +87,11 @@ def score(options: argparse.Namespace) -> int:
 
 def serve_reward(options: argparse.Namespace) -> int:
     """``flowgrpo serve-reward``."""
-    from flowgrpo.rewards.loading import Reward, load_reward
+    from flowgrpo.rewards.loading import load_reward
     from flowgrpo.rewards.protocols import LearningReward
-    from flowgrpo.rewards.serving import RewardServer
     from flowgrpo.rewards.serving.protocol import Limits
+    from flowgrpo.rewards.serving.server import RewardServer
+    from flowgrpo.rewards.settings import Reward
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     settings = Reward(model=options.reward, options=dict(map(parse_setting, options.option)))
@@ -127,9 +130,10 @@ def learn_rubrics(options: argparse.Namespace) -> int:
     import numpy as np
     import torch
 
-    from flowgrpo.rewards.loading import Reward, load_reward
+    from flowgrpo.data.rubrics import Rubric, fit_rubrics, read_rubrics, write_rubrics
+    from flowgrpo.rewards.loading import load_reward
+    from flowgrpo.rewards.settings import Reward
     from flowgrpo.training.console import Console
-    from reward_models._rubrics import Rubric, fit_rubrics, read_rubrics, write_rubrics
 
     if options.most < 0 or not options.out.endswith(".jsonl"):
         raise ValueError(
@@ -230,7 +234,7 @@ def named_rewards(names: Sequence[str], settings: Sequence[str]) -> "list[Reward
 
 def _named(text: str) -> "Reward":
     """The reward of ``MODEL`` or ``NAME=MODEL``."""
-    from flowgrpo.rewards.loading import Reward
+    from flowgrpo.rewards.settings import Reward
 
     name, equals, model = text.rpartition("=")
     if equals and (not name or not model):

@@ -33,8 +33,7 @@ from flowgrpo.losses.base import Loss
 from flowgrpo.losses.clipped import ClippedLoss
 from flowgrpo.losses.nft import NFTLoss
 from flowgrpo.policy import Full, LoRA, Memory, Noise, Sampling
-from flowgrpo.rewards.loading import check_rewards
-from flowgrpo.rewards.scorer import Failures, Reward
+from flowgrpo.rewards.settings import Failures, Reward, check_rewards
 
 __all__ = ["Config", "ConfigError", "find", "load", "override", "save"]
 

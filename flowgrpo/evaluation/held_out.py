@@ -10,10 +10,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from flowgrpo.core.random import Random, SampleNoise
+from flowgrpo.core.scores import Scores
 from flowgrpo.data.prompt_sets import PromptSet
 from flowgrpo.data.prompts import Prompt
 from flowgrpo.policy import PipelinePolicy, Sampling
-from flowgrpo.rewards.scorer import RewardScorer, Scores
+from flowgrpo.rewards.scorer import RewardScorer
 
 Measure = Callable[[Sequence[Prompt], Sequence[Float[Tensor, "_ *_"]]], Mapping[str, float]]
 """Something that needs all samples of a prompt at once, such as a diversity: prompts and, for each,

@@ -19,7 +19,7 @@ from flowgrpo.policy.arguments import Calling, own_arguments
 from flowgrpo.policy.loading import DTYPES, denoisers
 from flowgrpo.policy.settings import Full, Noise, Weights
 from flowgrpo.policy.weights import Trainable
-from flowgrpo.rewards.scorer import Reward
+from flowgrpo.rewards.settings import Reward
 
 REWARDS = {
     "clip_score": 4 * 427_616_513,

@@ -1,23 +1,21 @@
-"""Any image reward on videos: its mean or minimum over frames."""
+"""Image rewards applied to videos: the mean or the minimum over frames."""
 
 from collections.abc import Sequence
 from typing import Any, Literal
 
-import torch
-from jaxtyping import Float
-from torch import Tensor
-
+from flowgrpo.core.tensors import Float, Tensor, torch
 from flowgrpo.data.prompts import Prompt
+from flowgrpo.rewards.loading import load_reward
 from flowgrpo.rewards.protocols import LearningReward
-from flowgrpo.rewards.scorer import Reward, load_reward
+from flowgrpo.rewards.settings import Reward
 
 __all__ = ["FrameMean", "FrameScore"]
 
 
 class FrameScore:
-    """The mean or the minimum of an image reward over frames; the reward's own range.
+    """The mean or the minimum of an image reward over frames, in the range of that reward.
 
-    The minimum punishes a single broken frame. A video with a frame without a score has none.
+    The minimum penalises a single bad frame. If one frame has no score, the video has none (NaN).
     """
 
     def __init__(
@@ -33,9 +31,10 @@ class FrameScore:
         Args:
             model: An image reward, by file name or import path.
             every: Stride over the frames, from the first one.
-            frames: Instead of a stride, the frames that count; negative ones from the end.
-            reduce: What becomes of their scores.
-            batch_size: Most frames that the image reward gets at once.
+            frames: Indices of the frames to score, instead of a stride; negative ones count from
+                the end.
+            reduce: Mean or minimum of the frames' scores.
+            batch_size: Most frames in one call of the image reward.
             options: Arguments for the image reward.
 
         Raises:
@@ -47,18 +46,18 @@ class FrameScore:
                 f"got {every}, {batch_size}, {reduce!r}"
             )
         if frames and every != 1:
-            raise ValueError(f"either every or frames, got {every} and {list(frames)}")
+            raise ValueError(f"give either every or frames, got {every} and {list(frames)}")
         self.reward = load_reward(Reward(model=model, options=options or {}))
         if isinstance(self.reward, LearningReward):
-            raise ValueError(f"{model!r} learns from whole samples and cannot score frames")
+            raise ValueError(f"{model!r} learns from whole samples, so it cannot score frames")
         self.every, self.frames = every, list(frames)
         self.reduce, self.batch_size = reduce, batch_size
 
     def check(self, prompts: Sequence[Prompt]) -> None:
-        """What the image reward says of the prompts, before the long work.
+        """Check the prompts with the image reward.
 
         Raises:
-            ValueError: If they lack what it needs.
+            ValueError: If they lack something that it needs.
         """
         check = getattr(self.reward, "check", None)
         if check is not None:
@@ -69,11 +68,12 @@ class FrameScore:
     ) -> Float[Tensor, " batch"]:
         """
         Raises:
-            ValueError: If a chosen frame is not there.
+            ValueError: If the video has no frame of a given index.
         """
         number = media.shape[1]
         if wrong := [f for f in self.frames if not -number <= f < number]:
             raise ValueError(f"there is no frame {wrong[0]} in a video of {number}")
+        # (B, F, C, H, W) -> (B, chosen, C, H, W); each frame is scored with its video's prompt.
         chosen = media[:, self.frames or slice(None, None, self.every)]
         owners = [p for p in prompts for _ in range(chosen.shape[1])]
         scores = [
@@ -89,7 +89,7 @@ class FrameScore:
 
 
 class FrameMean(FrameScore):
-    """The mean of an image reward over every ``every``-th frame; the reward's own range."""
+    """The mean of an image reward over every ``every``-th frame, in the range of that reward."""
 
     def __init__(self, model: str, every: int = 1, options: dict[str, Any] | None = None):
         """

@@ -1,4 +1,9 @@
-"""Preferences within a group: who says which of two is better, and what becomes of failed verdicts."""
+"""Preferences within a group: settings, and the pairwise scorer that turns verdicts into win rates.
+
+A preference replaces distances between scores by win rates (Pref-GRPO, arXiv:2508.20751): the win
+rate of a sample is the mean, over its comparisons with other samples of the group, of the
+probability that it is better.
+"""
 
 import logging
 import time
@@ -6,65 +11,60 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from flowgrpo.core.imports import import_path, suggest
 from flowgrpo.core.tensors import Float, Tensor, torch
 from flowgrpo.core.win_rates import pairs_of, win_rates
 from flowgrpo.data.prompts import Prompt
+from flowgrpo.rewards.loading import check_name
 from flowgrpo.rewards.protocols import PairwiseJudge
-from flowgrpo.rewards.scorer import Reward, RewardError, RewardScorer, available_rewards
+from flowgrpo.rewards.scorer import RewardScorer
+from flowgrpo.rewards.settings import Reward, RewardError
 
 log = logging.getLogger(__name__)
 
 PAIRS_PER_CALL = 32
-"""Pairs that a judge is handed at once."""
+"""Pairs in one call of a judge."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Judged:
-    """A judge looks at two samples and says which fits the prompt better."""
+class PairwisePreference:
+    """A pairwise judge compares two samples at a time."""
 
     kind: Literal["judged"] = "judged"
     model: str
-    """File name in ``reward_models``, or an import path ``"package.module:name"``, of something with
-    ``compare``."""
+    """File name in ``reward_models``, or an import path ``"package.module:name"``, of a pairwise judge:
+    an object with the method ``compare``."""
     options: dict[str, Any] = field(default_factory=dict)
     """Arguments for the class."""
     weight: float = 1.0
     """Weight of the win rate among the rewards."""
     opponents: int = 0
-    """Each sample meets this many next ones around a ring, and so twice as many in all; 0 lets all
-    meet, in G (G - 1) / 2 comparisons."""
+    """Each sample is compared with this many next samples on a ring, so with twice as many in all; 0
+    compares all pairs, which are G (G - 1) / 2."""
     swap: bool = False
-    """Whether each pair is shown in both orders, at twice the cost. A judge that prefers a place then
-    prefers nobody."""
+    """Whether each pair is shown in both orders, at twice the cost, which cancels a judge's preference
+    for the first or the second place."""
 
     def check(self) -> None:
-        """Raise ValueError if the settings make no sense, or name no judge; nothing is loaded."""
+        """Raise ValueError if a setting is out of range or there is no such judge; loads no model."""
         if self.weight <= 0:
             raise ValueError(f"algorithm.preference.weight must be above 0, got {self.weight}")
         if self.opponents < 0:
             raise ValueError(
                 f"algorithm.preference.opponents must be at least 0, got {self.opponents}"
             )
-        if ":" in self.model:
-            import_path(self.model)
-        elif self.model not in available_rewards():
-            raise ValueError(
-                f"unknown algorithm.preference.model {self.model!r}"
-                f"{suggest(self.model, available_rewards())}"
-            )
+        check_name(self.model, "algorithm.preference.model")
 
     def comparisons(self, group_size: int) -> int:
-        """Verdicts that a group costs."""
+        """Number of verdicts that a group needs."""
         return len(pairs_of(group_size, self.opponents)) * (2 if self.swap else 1)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Compared:
-    """A pointwise reward says which is better: the one that scores higher.
+class PointwisePreference:
+    """Of two samples, the one with the higher score of a pointwise reward wins.
 
-    Win rates keep the order of the scores and forget their distances, so that tiny differences in a
-    group weigh no more than they can bear.
+    Win rates keep the order of the scores and drop the distances, so that tiny differences within a
+    group are not amplified.
     """
 
     kind: Literal["compared"] = "compared"
@@ -73,10 +73,10 @@ class Compared:
     weight: float = 1.0
     """Weight of the win rate among the rewards."""
     tie_margin: float = 0.0
-    """Scores that differ by no more are a tie."""
+    """Scores that differ by no more than this are a tie."""
 
     def check(self) -> None:
-        """Raise ValueError if the settings make no sense."""
+        """Raise ValueError if a setting is out of range."""
         if self.weight <= 0:
             raise ValueError(f"algorithm.preference.weight must be above 0, got {self.weight}")
         if self.tie_margin < 0:
@@ -85,7 +85,11 @@ class Compared:
             )
 
     def chosen(self, labels: list[str]) -> str:
-        """The reward's name. Raises ValueError if there is none of that name, or too many."""
+        """Name of the reward that is compared, one of ``labels``.
+
+        Raises:
+            ValueError: If there is no reward of that name, or none is named and there are several.
+        """
         if self.reward in labels:
             return self.reward
         if self.reward or len(labels) != 1:
@@ -96,25 +100,25 @@ class Compared:
         return labels[0]
 
 
-Preference = Judged | Compared
+Preference = PairwisePreference | PointwisePreference
 
 
-class Referee:
-    """Has the pairs of whole groups judged, in the background thread of a :class:`RewardScorer`.
+class PairwiseScorer:
+    """Compares the pairs of whole groups, in the background thread of a :class:`RewardScorer`.
 
     Attributes:
-        asked: Comparisons asked for so far.
-        missing: Those that got no verdict.
+        asked: Comparisons so far.
+        missing: Comparisons without a verdict, after all retries.
     """
 
-    def __init__(self, judge: RewardScorer, settings: Judged):
-        """Load the judge of pairs, once for each :class:`RewardScorer`.
+    def __init__(self, scorer: RewardScorer, settings: PairwisePreference):
+        """Load the pairwise judge, once for each :class:`RewardScorer`.
 
         Raises:
-            ValueError: If there is no such judge, or it cannot compare.
+            ValueError: If there is no such judge, or it has no method ``compare``.
         """
-        self.judge, self.settings = judge, settings
-        model = judge.loaded(Reward(model=settings.model, options=settings.options))
+        self.scorer, self.settings = scorer, settings
+        model = scorer.loaded(Reward(model=settings.model, options=settings.options))
         if not isinstance(model, PairwiseJudge):
             raise ValueError(
                 f"algorithm.preference.model = {settings.model!r} has no method 'compare'"
@@ -125,13 +129,17 @@ class Referee:
     def submit(
         self, media: Float[Tensor, "group *frames channels height width"], prompt: Prompt
     ) -> "Future[Tensor]":
-        """The win rates of a whole group; its media are kept until then."""
-        return self.judge.run(lambda: self.rates(media, prompt))
+        """The win rates of a whole group, computed in the background; media are held until then."""
+        return self.scorer.run(lambda: self.rates(media, prompt))
 
     def rates(
         self, media: Float[Tensor, "group *frames channels height width"], prompt: Prompt
     ) -> Float[Tensor, " group"]:
-        """The win rates of a group now. A pair counts if it has a verdict in every order asked for.
+        """The win rates of a group, each in [0, 1].
+
+        With ``swap`` the result of a pair is
+        ``(p(first beats second) + 1 - p(second beats first)) / 2``. A pair without a verdict, or
+        with a verdict in one order only, counts for neither sample.
 
         Raises:
             RewardError: If verdicts fail and the configuration says to stop.
@@ -141,12 +149,12 @@ class Referee:
         verdicts = self._verdicts(media, first, second, prompt)
         if self.settings.swap:
             verdicts = (verdicts + 1 - self._verdicts(media, second, first, prompt)) / 2
-        self.judge.seconds += time.perf_counter() - began
+        self.scorer.seconds += time.perf_counter() - began
         return win_rates(len(media), pairs, verdicts)
 
     def check_rate(self) -> None:
-        """Raise RewardError if too many comparisons got no verdict."""
-        most = self.judge.failures.max_rate
+        """Raise RewardError if a larger share than ``failures.max_rate`` has no verdict."""
+        most = self.scorer.failures.max_rate
         if self.missing > most * self.asked:
             raise RewardError(
                 f"{self.missing} of {self.asked} comparisons got no verdict from {self.settings.model!r}, "
@@ -156,8 +164,8 @@ class Referee:
     def _verdicts(
         self, media: Tensor, first: Tensor, second: Tensor, prompt: Prompt
     ) -> Float[Tensor, " pairs"]:
-        """One verdict per pair; NaN where none came however often it was asked for."""
-        failures = self.judge.failures
+        """One verdict per pair, in [0, 1]; NaN where the judge gave none in any attempt."""
+        failures = self.scorer.failures
         verdicts = torch.full((len(first),), torch.nan)
         problem: object = "it gave no verdict"
         for attempt in range(failures.retries + 1):
@@ -188,7 +196,7 @@ class Referee:
         return verdicts
 
     def _checked(self, found: Any, number: int) -> Float[Tensor, " pairs"]:
-        """Verdicts as a CPU tensor. Raises RewardError on what no retry mends."""
+        """Verdicts as a CPU tensor. Raises RewardError on a wrong shape or range, where no retry helps."""
         verdicts = torch.as_tensor(found, dtype=torch.float32).detach().cpu()
         given = verdicts[~verdicts.isnan()]
         if verdicts.shape != (number,) or bool(((given < 0) | (given > 1)).any()):

@@ -1,18 +1,21 @@
-"""What a reward is: anything that scores media, learns while it scores, or compares two media."""
+"""Protocols of rewards: models that score media, models that learn while they score, pairwise judges."""
 
+import math
 from collections.abc import Mapping, Sequence
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
-from flowgrpo.core.tensors import Float, Tensor
+from flowgrpo.core.tensors import Float, Tensor, torch
 from flowgrpo.data.prompts import Prompt
+from flowgrpo.rewards.settings import RewardError
 
 
 @runtime_checkable
 class RewardModel(Protocol):
-    """Anything that scores media: a class with ``__call__`` or a plain function.
+    """Scores media: a plain function, or an object with ``__call__``.
 
-    ``media`` holds images ``(B, C, H, W)`` or videos ``(B, F, C, H, W)`` in [0, 1], fp32; the result
-    holds one finite score per sample, higher is better.
+    ``media`` holds images ``(B, C, H, W)`` or videos ``(B, F, C, H, W)`` in [0, 1], fp32, and
+    ``prompts`` one prompt per sample. The result holds one score per sample, where higher is
+    better; NaN marks a sample that could not be scored.
     """
 
     def __call__(
@@ -22,29 +25,30 @@ class RewardModel(Protocol):
 
 @runtime_checkable
 class LearningReward(RewardModel, Protocol):
-    """A reward that learns during the run, such as a discriminator; its state goes with the run's."""
+    """A reward that learns during the run, such as a discriminator. Its state is in checkpoints."""
 
     def update(
         self, media: Float[Tensor, "batch *frames channels height width"], prompts: Sequence[Prompt]
     ) -> Mapping[str, float]:
-        """Learn from an iteration's media, after they were scored; returns what to log."""
+        """Learn from an iteration's media after they were scored; returns metrics to log."""
         ...
 
     def state(self) -> Mapping[str, Tensor]:
-        """All that learning changes."""
+        """Everything that learning changes."""
         ...
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
-        """Go on from :meth:`state`."""
+        """Resume from the result of :meth:`state`."""
         ...
 
 
 @runtime_checkable
 class PairwiseJudge(Protocol):
-    """Anything that says which of two media fits a prompt better.
+    """Compares two media of the same prompt.
 
-    ``first`` and ``second`` hold media as for :class:`RewardModel`. The result holds, per pair, how
-    surely the first one is better: 1 it is, 0 the second is, 0.5 neither; NaN where no verdict came.
+    ``first`` and ``second`` hold media as for :class:`RewardModel`. The result holds, for each
+    pair, the probability that the first one is better: 1 if it is, 0 if the second is, 0.5 for a
+    tie; NaN where the judge gave no verdict.
     """
 
     def compare(
@@ -53,3 +57,27 @@ class PairwiseJudge(Protocol):
         second: Float[Tensor, "batch *frames channels height width"],
         prompts: Sequence[Prompt],
     ) -> Float[Tensor, " batch"]: ...
+
+
+def checked_scores(label: str, values: Any, number: int) -> Float[Tensor, " batch"]:
+    """Convert the result of a reward model to fp32 scores on the CPU; infinity becomes NaN.
+
+    Args:
+        label: Name of the reward, for messages.
+        values: The result: a tensor, an array or a list.
+        number: Samples that were scored.
+
+    Raises:
+        RewardError: If the result has another shape or holds no numbers. Retries cannot help then.
+    """
+    try:
+        tensor = torch.as_tensor(values, dtype=torch.float32).detach().cpu()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise RewardError(
+            f"reward {label!r} returned {values!r}; expected {number} numbers"
+        ) from error
+    if tensor.shape != (number,):
+        raise RewardError(
+            f"reward {label!r} returned shape {tuple(tensor.shape)} for {number} samples; expected ({number},)"
+        )
+    return torch.where(tensor.isfinite(), tensor, math.nan)

@@ -22,7 +22,8 @@ from flowgrpo import config as configuration
 from flowgrpo.config import Config, ConfigError
 from flowgrpo.config.reader import to_table
 from flowgrpo.data.prompts import Group
-from flowgrpo.rewards.scorer import RewardError, RewardScorer
+from flowgrpo.rewards.scorer import RewardScorer
+from flowgrpo.rewards.settings import RewardError
 from flowgrpo.training import checkpoints
 from flowgrpo.training.console import Console
 from flowgrpo.training.cpu import prepare_cpu

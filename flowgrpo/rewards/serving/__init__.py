@@ -1,6 +1,6 @@
-"""Reward models behind HTTP, each in an environment of its own: ``flowgrpo serve-reward``."""
+"""Reward models behind HTTP: the wire format, the server (``flowgrpo serve-reward``) and the client.
 
-from flowgrpo.rewards.serving.batching import Batcher, Overloaded
-from flowgrpo.rewards.serving.server import RewardServer
-
-__all__ = ["Batcher", "Overloaded", "RewardServer"]
+``protocol`` and ``client`` are used by both ends and import only ``flowgrpo.data``, so that
+``reward_models.remote`` and other rewards can use them; ``server`` and ``batching`` call the
+reward.
+"""

@@ -1,4 +1,4 @@
-"""Requests that arrive together are scored together."""
+"""Dynamic batching: requests that arrive at about the same time share a call of the reward model."""
 
 import logging
 import queue
@@ -11,15 +11,14 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from flowgrpo.rewards.loading import checked
-from flowgrpo.rewards.protocols import RewardModel
+from flowgrpo.rewards.protocols import RewardModel, checked_scores
 from flowgrpo.rewards.serving.protocol import Sample
 
 log = logging.getLogger(__name__)
 
 
 class Overloaded(RuntimeError):
-    """More samples wait than the server is ready to hold."""
+    """Too many samples are waiting, or the server is stopping; the client should try again."""
 
 
 @dataclass
@@ -31,16 +30,16 @@ class _Job:
 
 
 class Batcher:
-    """Calls a reward model from one thread, with as many samples at a time as have come in.
+    """Calls a reward model from one thread, with the samples of all requests that are waiting.
 
-    Samples of one shape share a call, whichever requests they came with. If a call that serves
-    several requests fails, each of them is tried alone, so that only those at fault fail.
+    Samples of equal shape share a call, whichever request they belong to. If a call that serves
+    several requests fails, each request is scored alone, so that only the requests at fault fail.
 
     Attributes:
         num_calls: Calls of the model so far.
         num_scored: Samples scored so far.
-        num_failed: Of these, samples whose score is not finite.
-        num_waiting: Samples that wait or are being scored.
+        num_failed: Samples among these whose score is not finite.
+        num_waiting: Samples that are waiting or being scored.
     """
 
     def __init__(
@@ -48,7 +47,7 @@ class Batcher:
     ):  # fmt: skip
         """
         Args:
-            reward: The model; it need not be safe for several threads.
+            reward: The model; it need not be thread-safe.
             max_batch: Most samples in one call.
             wait: Seconds to wait for more requests after the first one.
             max_waiting: Samples that may wait before further requests are refused.
@@ -70,7 +69,7 @@ class Batcher:
         self._thread.start()
 
     def submit(self, samples: Sequence[Sample]) -> "Future[list[float]]":
-        """The scores of a request, NaN where one is not finite; or the model's error.
+        """Queue a request. The future holds its scores, NaN where scoring failed, or the model's error.
 
         Raises:
             Overloaded: If too many samples wait already, or the batcher is closed.
@@ -78,7 +77,7 @@ class Batcher:
         with self._lock:
             if self._closed:
                 raise Overloaded("the server is stopping")
-            # One request alone may be larger than the limit: it could never be answered otherwise.
+            # A single request may exceed the limit: otherwise it could never be answered.
             if self.num_waiting and self.num_waiting + len(samples) > self.max_waiting:
                 raise Overloaded(f"{self.num_waiting} samples are waiting")
             self.num_waiting += len(samples)
@@ -87,7 +86,7 @@ class Batcher:
         return job.done
 
     def close(self) -> None:
-        """Finish what waits, then stop."""
+        """Score the requests that are waiting, then stop."""
         with self._lock:
             self._closed = True
             self._jobs.put(None)
@@ -117,7 +116,7 @@ class Batcher:
     def _answer(self, jobs: Sequence[_Job]) -> None:
         try:
             scores = self._score([s for j in jobs for s in j.samples])
-        except BaseException as error:  # or all who wait would wait for ever
+        except BaseException as error:  # otherwise the requests would wait for ever
             if len(jobs) == 1:
                 log.warning("the reward failed: %s: %s", type(error).__name__, error)
                 jobs[0].done.set_exception(error)
@@ -130,7 +129,7 @@ class Batcher:
             scores = scores[len(job.samples) :]
 
     def _score(self, samples: Sequence[Sample]) -> list[float]:
-        """The scores in order; one call per shape and ``max_batch`` samples."""
+        """Score samples, grouped by shape into calls of at most ``max_batch``; scores keep their order."""
         scores = torch.full((len(samples),), torch.nan)
         shapes: dict[torch.Size, list[int]] = {}
         for row, sample in enumerate(samples):
@@ -147,4 +146,4 @@ class Batcher:
         self.num_calls += 1
         media = torch.stack([s.media for s in samples])
         values = self.reward(media, [s.prompt for s in samples])
-        return checked(type(self.reward).__name__, values, len(samples))
+        return checked_scores(type(self.reward).__name__, values, len(samples))

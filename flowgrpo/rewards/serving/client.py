@@ -1,37 +1,51 @@
-"""HTTP servers that may be slow, busy or about to restart: shared work, retries, back-off.
+"""HTTP client for one or several equal servers: load balancing, retries, back-off, timeouts.
 
-The standard library's client, so that rewards need no web framework. Redirects are not followed:
-they would carry the token to strangers.
+Built on httpx: one client with a pool of connections per server, HTTP/1.1 only. Redirects are not
+followed, because they would send the token to another host. Environment proxies (``HTTPS_PROXY``,
+``NO_PROXY``) apply to other machines and not to this one.
+
+The back-off is ours and not tenacity's: a pause belongs to a server and is shared by all requests,
+which meanwhile go to the other servers, whereas tenacity keeps it per call.
 """
 
-import http.client
+import contextlib
 import logging
 import random
+import ssl
 import threading
 import time
-import urllib.error
-import urllib.parse
-import urllib.request
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
-from email.message import Message
+from dataclasses import dataclass
 from typing import TypeVar
+from urllib.parse import urlsplit
 
 from flowgrpo.rewards.serving.protocol import unpack_error
+
+try:
+    import httpx
+except ModuleNotFoundError as error:
+    raise ImportError(
+        "rewards behind a server need httpx: pip install 'flowgrpo[remote]'"
+    ) from error
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
 RETRIED = (408, 425, 429, 500, 502, 503, 504)
-"""Statuses of a server that may answer later."""
-LONGEST_REST = 10.0
+"""Statuses after which the same request can succeed later."""
+FIRST_PAUSE, LONGEST_PAUSE = 0.25, 10.0
+"""Seconds that a server is left alone after its first failure, doubling up to the longest pause."""
 LARGEST_ANSWER = 64 * 2**20
+"""Bytes of the largest answer that is read."""
+KEPT_SECONDS = 15.0
+"""How long an idle connection is kept. Reward servers keep it longer, so that they do not close it
+while a request is on its way."""
 
 
 class Refused(Exception):
-    """A server answered that it will not, and would say so again.
+    """A server refused a request and would refuse it again.
 
     Attributes:
         status: The HTTP status.
@@ -42,20 +56,46 @@ class Refused(Exception):
         self.status = status
 
 
+class Unavailable(Exception):
+    """A server did not answer, or asked for a later attempt.
+
+    Attributes:
+        retry_after: Seconds that it asked to wait; None if it did not say.
+    """
+
+    def __init__(self, message: str, retry_after: float | None = None):
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
 @dataclass
 class _Server:
+    """State of one server.
+
+    Attributes:
+        url: Without a slash at the end.
+        busy: Requests in progress.
+        failures: Consecutive failed attempts.
+        paused_until: Time, by ``time.monotonic``, before which it gets no request.
+        problem: The last failure, for messages.
+    """
+
     url: str
     busy: int = 0
     failures: int = 0
-    rests_until: float = 0.0
-    problem: str = field(default="")
+    paused_until: float = 0.0
+    problem: str = ""
 
 
 class Endpoints:
     """Equal servers behind several URLs.
 
-    A request goes to the server that has least to do. One that fails rests, longer each time (0.25 s
-    doubling to 10 s, or what its ``Retry-After`` says), while the others go on.
+    A request goes to the server with the fewest failures and requests in progress. After a failure
+    a server is paused, 0.25 s at first and doubling to 10 s (or as long as its ``Retry-After``
+    says), while the other servers take its requests.
+
+    Attributes:
+        clients: The httpx client of each URL.
     """
 
     def __init__(
@@ -73,18 +113,19 @@ class Endpoints:
             headers: Sent with each request.
             timeout: Seconds that one attempt may take.
             patience: Seconds over which a request is tried again before it fails.
-            concurrency: Requests under way at one server.
+            concurrency: Most requests in progress at one server.
 
         Raises:
-            ValueError: If there is no URL, one is no ``http(s)://`` URL, or a number is out of range.
+            ValueError: If there is no URL, a URL does not start with ``http(s)://``, or a number is
+                out of range.
         """
         urls = [urls] if isinstance(urls, str) else list(urls)
         for url in urls:
-            parts = urllib.parse.urlsplit(url)
+            parts = urlsplit(url)
             if parts.scheme not in ("http", "https") or not parts.hostname:
-                raise ValueError(f"{url!r} is no URL of the form http://host:port")
+                raise ValueError(f"{url!r} is not a URL of the form http://host:port")
         if not urls or len(set(urls)) != len(urls):
-            raise ValueError(f"at least one URL, each of them once; got {urls}")
+            raise ValueError(f"give at least one URL, each of them once; got {urls}")
         if timeout <= 0 or patience < 0 or concurrency < 1:
             raise ValueError(
                 "timeout must be positive, patience at least 0 and concurrency at least 1, got "
@@ -93,19 +134,45 @@ class Endpoints:
         self.headers = dict(headers or {})
         self.timeout, self.patience, self.concurrency = timeout, patience, concurrency
         self._servers = [_Server(url.rstrip("/")) for url in urls]
-        self._free = threading.Condition()
+        self.clients = {
+            url: make_client(url, self.headers, timeout, concurrency) for url in self.urls
+        }
+        self._changed = threading.Condition()
         self._workers = ThreadPoolExecutor(concurrency * len(urls), thread_name_prefix="endpoints")
 
     @property
     def urls(self) -> list[str]:
-        """The servers."""
+        """The servers' URLs, without a slash at the end."""
         return [s.url for s in self._servers]
 
     def request(self, path: str, content_type: str = "", body: bytes | None = None) -> bytes:
-        """GET, or POST if there is a body; the answer's body.
+        """Send a GET, or a POST if there is a body, to one of the servers; returns the answer's body.
 
         Raises:
-            Refused: If a server says that the request itself is at fault.
+            Refused: If a server answers that the request itself is wrong.
+            ConnectionError: If no server answered for ``patience`` seconds.
+        """
+        headers = {"Content-Type": content_type} if content_type else {}
+
+        def send(url: str) -> bytes:
+            try:
+                response = self.clients[url].request(
+                    "GET" if body is None else "POST", url + path, content=body, headers=headers
+                )
+            except httpx.HTTPError as error:
+                raise Unavailable(str(error) or type(error).__name__) from error
+            return checked_answer(response)
+
+        return self.call(send)
+
+    def call(self, send: Callable[[str], T]) -> T:
+        """Call ``send`` with the URL of a server until one answers.
+
+        Args:
+            send: Makes one attempt at the server of that URL. It raises :class:`Unavailable` if
+                another attempt can succeed; any other exception ends the call.
+
+        Raises:
             ConnectionError: If no server answered for ``patience`` seconds.
         """
         deadline = time.monotonic() + self.patience
@@ -114,22 +181,16 @@ class Endpoints:
             if server is None:
                 problems = "; ".join(f"{s.url}: {s.problem or 'busy'}" for s in self._servers)
                 raise ConnectionError(f"no answer for {self.patience:g} s ({problems})")
-            problem, pause = "", None
+            failure: Unavailable | None = None
             try:
-                status, after, answer = self._once(server.url + path, content_type, body)
-                if 200 <= status < 300:
-                    return answer
-                message = f"status {status}: {unpack_error(answer)}"
-                if status not in RETRIED:
-                    raise Refused(status, f"{server.url}{path}: {message}")
-                problem, pause = message, after
-            except (OSError, http.client.HTTPException) as error:
-                problem = str(getattr(error, "reason", error)) or type(error).__name__
+                return send(server.url)
+            except Unavailable as error:
+                failure = error
             finally:
-                self._give_back(server, problem, pause)
+                self._give_back(server, failure)
 
     def ask_all(self, number: int, ask: Callable[[int], T]) -> list[T | Exception]:
-        """``ask(0), ask(1), ...``, as many at a time as the servers may have; errors as values."""
+        """Call ``ask(0), ask(1), ...`` in parallel; an exception is returned in place of a result."""
 
         def safely(index: int) -> T | Exception:
             try:
@@ -139,86 +200,113 @@ class Endpoints:
 
         return list(self._workers.map(safely, range(number)))
 
-    def ready(self) -> Iterable[str]:
-        """The URLs that are not resting."""
-        now = time.monotonic()
-        return [s.url for s in self._servers if s.rests_until <= now]
-
     def _take(self, deadline: float) -> _Server | None:
-        """The server with least to do, as soon as there is one; none after the deadline."""
-        with self._free:
+        """Wait for a server that is neither paused nor full; None if there is none by the deadline."""
+        with self._changed:
             while True:
                 now = time.monotonic()
                 free = [s for s in self._servers if s.busy < self.concurrency]
-                awake = [s for s in free if s.rests_until <= now]
+                awake = [s for s in free if s.paused_until <= now]
                 if awake:
                     server = min(awake, key=lambda s: (s.failures, s.busy))
                     server.busy += 1
                     return server
-                wakes = min((s.rests_until for s in free), default=deadline)
-                if now >= deadline or min(s.rests_until for s in self._servers) > deadline:
+                wakes = min((s.paused_until for s in free), default=deadline)
+                if now >= deadline or min(s.paused_until for s in self._servers) > deadline:
                     return None
-                self._free.wait(max(0.01, min(wakes, deadline) - now))
+                self._changed.wait(max(0.01, min(wakes, deadline) - now))
 
-    def _give_back(self, server: _Server, problem: str, pause: float | None) -> None:
-        with self._free:
+    def _give_back(self, server: _Server, failure: Unavailable | None) -> None:
+        """Record the result of an attempt and pause the server after a failure."""
+        with self._changed:
             server.busy -= 1
-            if not problem:
+            if failure is None:
                 if server.failures:
                     log.warning("%s answers again", server.url)
                 server.failures, server.problem = 0, ""
             else:
                 if not server.failures:
-                    log.warning("%s does not answer (%s); trying again", server.url, problem)
-                # Clients that failed together should not come back together.
-                jitter = random.uniform(0.8, 1.2)
-                rest = min(LONGEST_REST, 0.25 * 2 ** min(server.failures, 10)) * jitter
-                server.rests_until = time.monotonic() + (rest if pause is None else pause)
-                server.failures, server.problem = server.failures + 1, problem
-            self._free.notify_all()
-
-    def _once(
-        self, url: str, content_type: str, body: bytes | None
-    ) -> tuple[int, float | None, bytes]:
-        """Status, seconds to wait if it says so, and body of one attempt."""
-        headers = self.headers | ({"Content-Type": content_type} if content_type else {})
-        request = urllib.request.Request(url, data=body, headers=headers)
-        try:
-            with _opener(url).open(request, timeout=self.timeout) as response:
-                answer = _limited(response)
-                if not answer:  # cut off in its head, perhaps: no answer of ours is empty
-                    raise http.client.IncompleteRead(answer)
-                return response.status, None, answer
-        except urllib.error.HTTPError as error:
-            with error:
-                return error.code, _retry_after(error.headers), _limited(error)
+                    log.warning("%s does not answer (%s); trying again", server.url, failure)
+                # Jitter, so that clients that failed together do not all return at once.
+                pause = min(LONGEST_PAUSE, FIRST_PAUSE * 2 ** min(server.failures, 10))
+                pause *= random.uniform(0.8, 1.2)
+                if failure.retry_after is not None:
+                    pause = failure.retry_after
+                server.paused_until = time.monotonic() + pause
+                server.failures, server.problem = server.failures + 1, str(failure)
+            self._changed.notify_all()
 
 
-class _NoRedirects(urllib.request.HTTPRedirectHandler):
-    def redirect_request(self, *_: object) -> None:
-        return None
+def make_client(
+    url: str, headers: Mapping[str, str], timeout: float, concurrency: int
+) -> httpx.Client:
+    """An httpx client for one server, whose answers are limited in size and in time."""
+    host = urlsplit(url).hostname or ""
+    local = host in ("localhost", "::1") or host.startswith("127.")
+    return httpx.Client(
+        # Compressed answers could unpack to any size.
+        headers={"Accept-Encoding": "identity", **headers},
+        timeout=timeout,
+        limits=httpx.Limits(
+            max_connections=concurrency,
+            max_keepalive_connections=concurrency,
+            keepalive_expiry=KEPT_SECONDS,
+        ),
+        http2=False,
+        follow_redirects=False,
+        trust_env=not local,
+        # The system's certificates, so that a private authority that is installed there is trusted.
+        verify=ssl.create_default_context(),
+        event_hooks={"response": [lambda response: _limit(response, timeout)]},
+    )
 
 
-def _opener(url: str) -> urllib.request.OpenerDirector:
-    """A client that reaches this machine directly, whatever proxy the environment names."""
-    host = urllib.parse.urlsplit(url).hostname or ""
-    here = host in ("localhost", "::1") or host.startswith("127.")
-    proxies = urllib.request.ProxyHandler({} if here else None)
-    return urllib.request.build_opener(proxies, _NoRedirects())
+def checked_answer(response: httpx.Response) -> bytes:
+    """The body of an answer.
+
+    Raises:
+        Unavailable: If the status says that another attempt can succeed, or a 2xx answer is empty,
+            which no server of ours sends: its connection was cut.
+        Refused: If any other status but 2xx was sent.
+    """
+    if response.is_success:
+        if not response.content:
+            raise Unavailable("an empty answer")
+        return response.content
+    message = f"status {response.status_code}: {unpack_error(response.content)}"
+    if response.status_code in RETRIED:
+        raise Unavailable(message, retry_after(response.headers))
+    raise Refused(response.status_code, f"{response.url}: {message}")
 
 
-def _limited(response: "http.client.HTTPResponse | urllib.error.HTTPError") -> bytes:
-    body = response.read(LARGEST_ANSWER + 1)
-    # Asked for a number of bytes, the library takes an answer that was cut off for a whole one.
-    promised = response.headers.get("Content-Length", "")
-    if promised.isdigit() and len(body) < min(int(promised), LARGEST_ANSWER + 1):
-        raise http.client.IncompleteRead(body, int(promised) - len(body))
-    if len(body) > LARGEST_ANSWER:
-        raise Refused(200, f"an answer of more than {LARGEST_ANSWER} bytes")
-    return body
-
-
-def _retry_after(headers: Message) -> float | None:
-    """Seconds, if the server names them; dates are rare and left to the usual back-off."""
+def retry_after(headers: Mapping[str, str]) -> float | None:
+    """Seconds of a ``Retry-After`` header; None if there is none, or it names a date."""
     text = headers.get("Retry-After", "").strip()
     return float(text) if text.replace(".", "", 1).isdigit() else None
+
+
+def _limit(response: httpx.Response, timeout: float) -> None:
+    """Limit the body that is about to be read. httpx's own timeout is for each read, not for all."""
+    assert isinstance(response.stream, httpx.SyncByteStream)
+    response.stream = _LimitedStream(response.stream, response.request, timeout)
+
+
+class _LimitedStream(httpx.SyncByteStream):
+    def __init__(self, stream: httpx.SyncByteStream, request: httpx.Request, timeout: float):
+        self.stream, self.request, self.timeout = stream, request, timeout
+
+    def __iter__(self) -> Iterator[bytes]:
+        size, deadline = 0, time.monotonic() + self.timeout
+        for piece in self.stream:
+            size += len(piece)
+            if size > LARGEST_ANSWER:
+                raise Refused(200, f"an answer of more than {LARGEST_ANSWER} bytes")
+            if time.monotonic() > deadline:
+                raise httpx.ReadTimeout(
+                    f"the answer took more than {self.timeout:g} s", request=self.request
+                )
+            yield piece
+
+    def close(self) -> None:
+        with contextlib.suppress(httpx.HTTPError):
+            self.stream.close()

@@ -1,19 +1,20 @@
-"""Bodies of several parts, as forms with files are sent (RFC 7578). Parts are taken as bytes."""
+"""Forms with files, ``multipart/form-data`` (RFC 7578): written by httpx, read by python-multipart.
 
-import re
-import secrets
-from collections.abc import Iterator, Sequence
+Both work on bytes in memory, whose size the server limits before it reads them.
+"""
+
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class Part:
-    """One field.
+    """One field of a form.
 
     Attributes:
-        name: Of the field.
+        name: Name of the field.
         kind: Content type.
-        content: As it is.
+        content: Bytes of the field.
     """
 
     name: str
@@ -22,35 +23,85 @@ class Part:
 
 
 def join(parts: Sequence[Part]) -> tuple[str, bytes]:
-    """The content type and the body that hold the parts."""
-    boundary = secrets.token_hex(24)
-    pieces = [piece for part in parts for piece in (_head(part, boundary), part.content, b"\r\n")]
-    body = b"".join([*pieces, f"--{boundary}--\r\n".encode()])
-    return f"multipart/form-data; boundary={boundary}", body
+    """Encode a form; returns its content type and its body.
+
+    Images get a file name, because some servers accept a field as a file only with one.
+    """
+    from httpx import Request
+
+    files = [
+        (p.name, ("image.png" if p.kind.startswith("image/") else None, p.content, p.kind))
+        for p in parts
+    ]
+    request = Request("POST", "http://localhost", files=files)
+    return request.headers["Content-Type"], request.read()
 
 
-def split(content_type: str, body: bytes) -> Iterator[tuple[str, bytes]]:
-    """Name and content of each part.
+def split(content_type: str, body: bytes) -> list[tuple[str, bytes]]:
+    """Decode a form; returns name and content of each field, in order.
 
     Raises:
-        ValueError: If the body is cut off or has another form.
+        ValueError: If the body is cut off or is not a form.
     """
-    match = re.search(r'boundary="?([^";,\s]{1,70})"?', content_type)
-    if match is None:
+    from python_multipart.exceptions import FormParserError
+    from python_multipart.multipart import MultipartParser, parse_options_header
+
+    boundary = parse_options_header(content_type)[1].get(b"boundary")
+    if not boundary:
         raise ValueError("multipart/form-data without a boundary")
-    pieces = (b"\r\n" + body).split(b"\r\n--" + match[1].encode())
-    if len(pieces) < 2 or not pieces[-1].startswith(b"--"):
+    reader = _Reader()
+    try:
+        parser = MultipartParser(boundary, reader.callbacks())  # type: ignore[arg-type]
+        parser.write(body)
+        parser.finalize()
+    except FormParserError as error:
+        raise ValueError(f"the multipart body is malformed: {error}") from error
+    if not reader.ended:  # python-multipart takes a body that was cut off for a whole one
         raise ValueError("the multipart body does not end with its boundary")
-    for piece in pieces[1:-1]:
-        head, _, content = piece.removeprefix(b"\r\n").partition(b"\r\n\r\n")
-        name = re.search(rb'name="([^"]*)"', head)
+    return reader.fields
+
+
+class _Reader:
+    """Collects the fields that python-multipart finds."""
+
+    def __init__(self) -> None:
+        self.fields: list[tuple[str, bytes]] = []
+        self.ended = False
+        self._key, self._value, self._disposition = b"", b"", b""
+        self._pieces: list[bytes] = []
+
+    def callbacks(self) -> dict[str, object]:
+        return {
+            "on_part_begin": self._begin,
+            "on_header_field": self._header_field,
+            "on_header_value": self._header_value,
+            "on_header_end": self._header_end,
+            "on_part_data": lambda data, start, end: self._pieces.append(data[start:end]),
+            "on_part_end": self._end,
+            "on_end": self._finish,
+        }
+
+    def _begin(self) -> None:
+        self._pieces, self._disposition = [], b""
+
+    def _header_field(self, data: bytes, start: int, end: int) -> None:
+        self._key += data[start:end]
+
+    def _header_value(self, data: bytes, start: int, end: int) -> None:
+        self._value += data[start:end]
+
+    def _header_end(self) -> None:
+        if self._key.lower() == b"content-disposition":
+            self._disposition = self._value
+        self._key, self._value = b"", b""
+
+    def _end(self) -> None:
+        from python_multipart.multipart import parse_options_header
+
+        name = parse_options_header(self._disposition)[1].get(b"name")
         if name is None:
-            raise ValueError("a part of the multipart body has no name")
-        yield name[1].decode(errors="replace"), content
+            raise ValueError("a field of the multipart body has no name")
+        self.fields.append((name.decode(errors="replace"), b"".join(self._pieces)))
 
-
-def _head(part: Part, boundary: str) -> bytes:
-    # Some servers take a part for a file only if it has a file name.
-    file = '; filename="image.png"' if part.kind.startswith("image/") else ""
-    place = f'Content-Disposition: form-data; name="{part.name}"{file}'
-    return f"--{boundary}\r\n{place}\r\nContent-Type: {part.kind}\r\n\r\n".encode()
+    def _finish(self) -> None:
+        self.ended = True

@@ -1,25 +1,26 @@
-"""What flowgrpo and its reward servers say to each other: multipart or JSON, images as PNG.
+"""The wire format between flowgrpo and its reward servers: multipart or JSON, images as PNG.
 
-Nothing here can run code of the other side, as pickle would. A request holds samples, in order::
+Unlike pickle, the format cannot carry code. A request holds samples, in order::
 
     POST /score   multipart/form-data
-        request   {"samples": [{"prompt": "a cat", "metadata": {...}, "frames": 2, "conditions": [0]}, ...]}
-        image     a PNG for each sample, or ``frames`` of them for a video
-        condition a PNG for each different condition image, which samples name by their places
+        request   {"samples": [{"prompt": "a cat", "metadata": {...}, "frames": 2, "conditions":
+        [0]}, ...]} image     a PNG for each sample, or ``frames`` of them for a video condition a
+        PNG for each different condition image; samples give indices of these
 
     POST /score   application/json
         {"samples": [{"prompt": "a cat", "image": "<base64>", "conditions": ["<base64>"]},
                      {"prompt": "a dog", "frames": ["<base64>", ...]}]}
 
 The answer is ``{"scores": [0.3, null]}``, ``null`` where scoring failed; every error is
-``{"error": "..."}``. By hand, without ``request``: ``curl -F "prompt=a cat" -F image=@cat.png URL/score``,
-for an edit also ``-F condition=@before.png``.
+``{"error": "..."}``. By hand, without ``request``:
+``curl -F "prompt=a cat" -F image=@cat.png URL/score``, for an edit also
+``-F condition=@before.png``.
 
     POST /check   application/json
         {"samples": [{"prompt": "a cat", "metadata": {...}, "conditions": 1}, ...]}
 
-asks before the long work whether prompts have what the reward needs. Condition images are only
-counted there. The answer is ``{"problem": ""}``, or says what they lack.
+checks before training whether prompts have what the reward needs. It holds numbers of condition
+images instead of the images. The answer is ``{"problem": ""}`` or describes what is missing.
 """
 
 import base64
@@ -41,14 +42,14 @@ from flowgrpo.data.prompts import Prompt
 from flowgrpo.rewards.serving.multipart import Part, join, split
 
 FORMATS = ("PNG", "JPEG", "WEBP")
-"""What a server reads. PNG keeps every 8-bit value; the others are for requests made by hand."""
+"""Image formats that a server reads. PNG is lossless; the others are for requests made by hand."""
 
 
 class WireError(ValueError):
-    """A request that cannot be answered.
+    """A request that is refused.
 
     Attributes:
-        status: The HTTP status that says so.
+        status: HTTP status of the answer.
     """
 
     def __init__(self, status: int, message: str):
@@ -61,9 +62,9 @@ class Limits:
     """How much one request may hold.
 
     Attributes:
-        num_bytes: Of the whole body.
-        num_images: Images, or frames of videos, in all.
-        num_pixels: Of one image. It is checked before the image is unpacked.
+        num_bytes: Bytes of the body.
+        num_images: Images, frames of videos and condition images in total.
+        num_pixels: Pixels of one image, checked before the image is decoded.
     """
 
     num_bytes: int = 256 * 2**20
@@ -81,7 +82,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class _Packed:
-    """A sample as it travels: its record, the files of its media and of its condition images."""
+    """A sample in a request: its record, the files of its media and of its condition images."""
 
     record: Mapping[str, Any]
     media: Sequence[bytes]
@@ -111,7 +112,7 @@ def open_image(data: bytes, limits: Limits | None = None) -> Image.Image:
         raise
     except Image.DecompressionBombError as error:
         raise WireError(413, f"an image is too large: {error}") from error
-    except Exception as error:  # what decoders raise on damaged files is not documented
+    except Exception as error:  # decoders raise undocumented exceptions on damaged files
         raise WireError(
             400, f"no readable image ({', '.join(FORMATS)}), {len(data)} bytes: {error}"
         ) from error
@@ -136,7 +137,7 @@ def pack(
             record["frames"] = len(frames)
         images += [encode_png(f) for f in frames]
         if prompt.images:
-            # A group has one prompt: its images are encoded once, and travel once.
+            # All samples of a group share a prompt: its images are encoded and sent once.
             if id(prompt) not in encoded:
                 encoded[id(prompt)] = [png_of(i) for i in prompt.open_images()]
             own = encoded[id(prompt)]
@@ -192,7 +193,7 @@ def pack_prompts(prompts: Sequence[Prompt]) -> bytes:
 
 
 def unpack_prompts(body: bytes, limits: Limits) -> list[Prompt]:
-    """The prompts in a request of ``/check``, with blank pictures for their condition images.
+    """The prompts in a request of ``/check``, with blank pictures in place of condition images.
 
     Raises:
         WireError: If it is malformed, or counts more images than a request may hold.
@@ -209,12 +210,12 @@ def unpack_prompts(body: bytes, limits: Limits) -> list[Prompt]:
 
 
 def pack_problem(problem: str) -> bytes:
-    """An answer of ``/check``; empty if prompts lack nothing."""
+    """An answer of ``/check``; ``problem`` is empty if nothing is missing."""
     return _json({"problem": problem})
 
 
 def unpack_problem(body: bytes) -> str:
-    """What prompts lack. Raises ValueError if the body is no answer of ``/check``."""
+    """The problem in an answer of ``/check``. Raises ValueError if the body is no such answer."""
     try:
         problem = json.loads(body)["problem"]
     except (ValueError, KeyError, TypeError) as error:
@@ -253,7 +254,7 @@ def pack_error(message: str) -> bytes:
 
 
 def unpack_error(body: bytes) -> str:
-    """What an error's body says: our own, that of an OpenAI-compatible server, or its beginning."""
+    """The message in an error's body, of a reward server or an OpenAI-compatible one, or its beginning."""
     try:
         error = json.loads(body)["error"]
     except (ValueError, KeyError, TypeError):
@@ -331,7 +332,7 @@ def _from_multipart(content_type: str, body: bytes) -> list[_Packed]:
 
 
 def _owners(records: Sequence[Mapping[str, Any]], conditions: Sequence[bytes]) -> list[list[bytes]]:
-    """The condition images of each record, which names them by their places."""
+    """The condition images of each record, which gives their indices."""
     places = [r.get("conditions", []) for r in records]
     for i, own in enumerate(places):
         if not isinstance(own, list) or not all(_is_count(p) and p < len(conditions) for p in own):

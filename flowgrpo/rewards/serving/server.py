@@ -1,17 +1,22 @@
-"""The HTTP server of one reward model, on the standard library.
+"""The HTTP server of one reward model, on FastAPI and uvicorn.
 
-``POST /score`` scores (:mod:`flowgrpo.rewards.serving.protocol` says in what form), ``POST /check`` asks whether prompts
-have what the reward needs, ``GET /healthz`` answers while it can.
+``POST /score`` scores media (:mod:`flowgrpo.rewards.serving.protocol` defines the format), ``POST
+/check`` tells whether prompts have what the reward needs, ``GET /healthz`` reports counts and
+limits.
+
+FastAPI routes requests; uvicorn speaks HTTP, keeps connections open and drains them on shutdown;
+python-multipart reads forms. This module adds what they do not guarantee: the token, the size and
+the origin of a request are checked before its body is read, and a client that stalls is
+disconnected.
 """
 
+import asyncio
 import hmac
 import ipaddress
-import json
 import logging
 import socket
 import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any
+from typing import Annotated, Any
 
 from flowgrpo import __version__
 from flowgrpo.rewards.protocols import RewardModel
@@ -26,19 +31,35 @@ from flowgrpo.rewards.serving.protocol import (
     unpack_prompts,
 )
 
+try:
+    import python_multipart  # noqa: F401  (protocol.unpack needs it)
+    import uvicorn
+    from fastapi import Depends, FastAPI, Request, Response
+    from fastapi.concurrency import run_in_threadpool
+    from fastapi.responses import JSONResponse
+    from starlette.exceptions import HTTPException
+    from starlette.requests import ClientDisconnect
+    from uvicorn.protocols.http.h11_impl import H11Protocol
+except ModuleNotFoundError as error:
+    raise ImportError(
+        "serving a reward needs FastAPI, uvicorn and python-multipart: pip install 'flowgrpo[serve]'"
+    ) from error
+
 log = logging.getLogger(__name__)
 
-PATHS = "there are GET /healthz, POST /score and POST /check"
-SOCKET_SECONDS = 60.0
-"""How long a client may be silent in the middle of a request."""
+PATHS = "the server has GET /healthz, POST /score and POST /check"
+SILENT_SECONDS = 60.0
+"""How long a client may send nothing in the middle of a request, or keep an idle connection."""
+DISCARDED_BYTES = 2**24
+"""Bytes of a refused body that are still read, so that its sender gets to read the answer."""
 
 
 class RewardServer:
-    """Serves a reward model until it is closed. Use as a context manager, or call :meth:`close`.
+    """Serves a reward model from a background thread. Use as a context manager, or call :meth:`close`.
 
     Attributes:
-        url: Where it is reached from this machine.
-        batcher: What calls the model.
+        url: Address for clients on this machine.
+        batcher: Calls the model.
     """
 
     def __init__(
@@ -53,21 +74,22 @@ class RewardServer:
         max_batch: int = 64,
         wait: float = 0.01,
     ):
-        """Start to listen.
+        """Listen and start serving.
 
         Args:
             reward: The model.
-            name: What ``/healthz`` calls it.
-            host: Address to listen on. Beyond loopback a token is required.
-            port: 0 takes a free one.
-            token: What requests must bear; none on loopback lets every user of this machine in.
+            name: Its name in ``/healthz``.
+            host: Address to listen on. Any other than loopback requires a token.
+            port: 0 takes a free port.
+            token: Token that requests must bear; without one, every user of this machine has
+                access.
             limits: How much a request may hold.
             max_batch: Most samples in one call of the model.
             wait: Seconds to wait for more requests after the first one.
 
         Raises:
-            ValueError: If the address is open to others and there is no token.
-            OSError: If the address is taken or not ours.
+            ValueError: If other machines can reach the address and there is no token.
+            OSError: If the address is in use or does not belong to this machine.
         """
         if not token and not _is_loopback(host):
             raise ValueError(
@@ -75,18 +97,25 @@ class RewardServer:
                 "or listen on 127.0.0.1"
             )
         self.token, self.limits = token, limits or Limits()
-        self.name = name or type(reward).__name__
+        self.name = name or getattr(reward, "__name__", type(reward).__name__)
         six = ":" in host
-        self._http = (_Server6 if six else _Server)((host, port), _handler(self))
+        listener = socket.create_server(
+            (host, port), family=socket.AF_INET6 if six else socket.AF_INET, backlog=128
+        )
+        # asyncio does this for its own sockets only. Without it, the two writes of an answer on a
+        # connection that is kept open take 40 ms (Nagle's algorithm with delayed acknowledgements).
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.batcher = Batcher(reward, max_batch=max_batch, wait=wait)
-        self.url = f"http://{f'[{host}]' if six else host}:{self._http.server_address[1]}"
+        self.url = f"http://{f'[{host}]' if six else host}:{listener.getsockname()[1]}"
+        self._server = uvicorn.Server(_settings(make_app(self)))
+        # Connections queue in the listening socket until the thread accepts them.
         self._thread = threading.Thread(
-            target=self._http.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True
+            target=self._server.run, args=([listener],), name="reward-server", daemon=True
         )
         self._thread.start()
 
     def health(self) -> dict[str, Any]:
-        """What ``/healthz`` tells those who bear the token; others learn the status only."""
+        """The answer of ``/healthz`` to clients with the token; others get the status only."""
         return {
             "status": "ok",
             "reward": self.name,
@@ -99,17 +128,161 @@ class RewardServer:
         }
 
     def close(self) -> None:
-        """Take no more requests, answer those that wait, and stop."""
-        self._http.shutdown()
-        self.batcher.close()
-        self._http.server_close()
+        """Accept no more requests, answer those in progress, and stop."""
+        self._server.should_exit = True
         self._thread.join()
+        self.batcher.close()
 
     def __enter__(self) -> "RewardServer":
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _settings(app: FastAPI) -> uvicorn.Config:
+    return uvicorn.Config(
+        app,
+        loop="asyncio",
+        http=_Protocol,
+        ws="none",
+        lifespan="off",
+        log_config=None,
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        headers=[("Server", f"flowgrpo/{__version__}")],
+        timeout_keep_alive=int(SILENT_SECONDS),
+    )
+
+
+def make_app(server: RewardServer) -> FastAPI:
+    """The FastAPI application of a server, without pages that describe it to strangers."""
+    app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
+
+    async def checked_body(request: Request) -> bytes:
+        return await _read_body(request, server)
+
+    @app.get("/healthz")
+    async def healthz(request: Request) -> JSONResponse:
+        if _authorised(request, server.token):
+            return JSONResponse(server.health())
+        if "Authorization" in request.headers:
+            raise WireError(401, "wrong token")
+        return JSONResponse({"status": "ok"})
+
+    @app.post("/score")
+    async def score(request: Request, body: Annotated[bytes, Depends(checked_body)]) -> Response:
+        kind = request.headers.get("Content-Type", "")
+        # Decoding images takes long: in a thread, so that the server keeps answering.
+        samples = await run_in_threadpool(unpack, kind, body, server.limits)
+        try:
+            scores = await asyncio.wrap_future(server.batcher.submit(samples))
+        except Overloaded:
+            raise
+        except Exception as error:
+            # Not status 500: the server works, and the same request would fail again.
+            problem = f"the reward failed: {type(error).__name__}: {error}"
+            raise WireError(422, problem) from error
+        return _json(200, pack_scores(scores))
+
+    @app.post("/check")
+    def check(body: Annotated[bytes, Depends(checked_body)]) -> Response:
+        """Checks look at prompts only, so they do not wait for the model."""
+        prompts = unpack_prompts(body, server.limits)
+        check = getattr(server.batcher.reward, "check", None)
+        problem = ""
+        try:
+            if check is not None:
+                check(prompts)
+        except Exception as error:
+            problem = str(error) or type(error).__name__
+        return _json(200, pack_problem(problem))
+
+    _add_error_handlers(app)
+    return app
+
+
+def _add_error_handlers(app: FastAPI) -> None:
+    """Answer every error as ``{"error": "..."}``."""
+
+    @app.exception_handler(WireError)
+    async def refuse(request: Request, error: WireError) -> Response:
+        return _refusal(request, error.status, str(error))
+
+    @app.exception_handler(Overloaded)
+    async def overloaded(request: Request, error: Overloaded) -> Response:
+        return _refusal(request, 503, str(error), {"Retry-After": "1"})
+
+    @app.exception_handler(HTTPException)
+    async def unknown(request: Request, error: HTTPException) -> Response:
+        message = f"{request.method} {request.url.path}: {error.detail}; {PATHS}"
+        return _refusal(request, error.status_code, message, error.headers)
+
+
+async def _read_body(request: Request, server: RewardServer) -> bytes:
+    """The body of a request that passes all checks, which come before it is read.
+
+    Raises:
+        WireError: If the token is wrong, the request comes from a web page or is too large, or the
+            client stops sending.
+    """
+    length = request.headers.get("Content-Length", "")
+    size = int(length) if length.isdigit() else -1
+    limit = server.limits.num_bytes
+    refusals = [
+        (
+            not _authorised(request, server.token),
+            401,
+            "wrong or missing token (Authorization: Bearer ...)",
+        ),
+        # Only browsers send it: a web page must not reach a server on its reader's machine.
+        ("Origin" in request.headers, 403, "requests of web pages are refused"),
+        (size < 0, 411, "a request needs a Content-Length"),
+        (size > limit, 413, f"{size} bytes exceed the {limit} of one request"),
+    ]
+    for applies, status, message in refusals:
+        if applies:
+            # A client that expects "100 Continue" has not sent its body and need not do so.
+            if size > 0 and "Expect" not in request.headers:
+                await _receive(request, min(size, DISCARDED_BYTES), keep=False)
+            raise WireError(status, message)
+    return await _receive(request, size)
+
+
+async def _receive(request: Request, size: int, keep: bool = True) -> bytes:
+    """Read up to ``size`` bytes of a body, each piece within :data:`SILENT_SECONDS`."""
+    pieces, left = [], size
+    stream = request.stream()
+    try:
+        while left > 0:
+            piece = await asyncio.wait_for(anext(stream), SILENT_SECONDS)
+            left -= len(piece)
+            if keep:
+                pieces.append(piece)
+    except StopAsyncIteration:
+        pass
+    except TimeoutError as error:
+        raise WireError(408, f"no data for {SILENT_SECONDS:g} s; {left} bytes are missing") from error  # fmt: skip
+    except ClientDisconnect as error:
+        raise WireError(400, f"the client left; {left} bytes are missing") from error
+    return b"".join(pieces)
+
+
+def _authorised(request: Request, token: str) -> bool:
+    given = request.headers.get("Authorization", "")
+    return not token or hmac.compare_digest(given.encode(), f"Bearer {token}".encode())
+
+
+def _json(status: int, body: bytes, headers: Any = None) -> Response:
+    return Response(body, status, headers, media_type="application/json")
+
+
+def _refusal(request: Request, status: int, message: str, headers: Any = None) -> Response:
+    client = request.client.host if request.client else "?"
+    log.info("%s: %s %s", client, status, message)
+    # The rest of a refused body may still be on its way: it must not be taken for a next request.
+    return _json(status, pack_error(message), {**(headers or {}), "Connection": "close"})
 
 
 def _is_loopback(host: str) -> bool:
@@ -119,133 +292,23 @@ def _is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
-class _Server(ThreadingHTTPServer):
-    daemon_threads = False  # so that close waits for answers under way
-    request_queue_size = 128
+class _Protocol(H11Protocol):
+    """Disconnects clients that stall before a request's head is complete.
 
+    uvicorn limits the time between two requests, and :func:`_receive` that within a body.
+    """
 
-class _Server6(_Server):
-    address_family = socket.AF_INET6
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._limit_silence()
 
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        if self.cycle is None or self.cycle.response_complete:
+            self._limit_silence()
 
-def _handler(owner: RewardServer) -> type[BaseHTTPRequestHandler]:
-    """A handler class for one server."""
-
-    class Handler(_Handler):
-        server_of = owner
-
-    return Handler
-
-
-class _Handler(BaseHTTPRequestHandler):
-    server_of: RewardServer
-    timeout = SOCKET_SECONDS
-    protocol_version = "HTTP/1.1"  # so that a client may ask before it sends a large body
-    server_version = f"flowgrpo/{__version__}"
-    sys_version = ""
-
-    def do_GET(self) -> None:
-        if self.path != "/healthz":
-            self._refuse(404, PATHS)
-        elif self._authorised():
-            self._reply(200, json.dumps(self.server_of.health()).encode())
-        elif "Authorization" in self.headers:
-            self._refuse(401, "wrong token")
-        else:
-            self._reply(200, b'{"status": "ok"}')
-
-    def do_POST(self) -> None:
-        try:
-            body = self._body()
-            if self.path == "/check":
-                self._check(body)
-            else:
-                self._score(body)
-        except WireError as error:
-            self._refuse(error.status, str(error))
-        except Overloaded as error:
-            self._refuse(503, str(error), {"Retry-After": "1"})
-
-    def _score(self, body: bytes) -> None:
-        samples = unpack(self.headers.get("Content-Type", ""), body, self.server_of.limits)
-        pending = self.server_of.batcher.submit(samples)
-        failure = pending.exception()
-        if failure is None:
-            self._reply(200, pack_scores(pending.result()))
-        else:
-            # Not 500: the server is well, and the same request would fail again.
-            self._refuse(422, f"the reward failed: {type(failure).__name__}: {failure}")
-
-    def _check(self, body: bytes) -> None:
-        """Rewards look at nothing but the prompts for this, so it need not wait for the model."""
-        prompts = unpack_prompts(body, self.server_of.limits)
-        check = getattr(self.server_of.batcher.reward, "check", None)
-        problem = ""
-        try:
-            if check is not None:
-                check(prompts)
-        except Exception as error:
-            problem = str(error) or type(error).__name__
-        self._reply(200, pack_problem(problem))
-
-    def _body(self) -> bytes:
-        """The body of a request that may be answered, not read before that is known."""
-        length = self.headers.get("Content-Length", "")
-        size = int(length) if length.isdigit() else -1
-        limit = self.server_of.limits.num_bytes
-        refusals = [
-            (self.path not in ("/score", "/check"), 404, PATHS),
-            (not self._authorised(), 401, "wrong or missing token (Authorization: Bearer ...)"),
-            # Only browsers send it: no web page shall reach a server on its user's machine.
-            ("Origin" in self.headers, 403, "requests of web pages are refused"),
-            (size < 0, 411, "needs a Content-Length"),
-            (size > limit, 413, f"{size} bytes exceed the {limit} of one request"),
-        ]
-        for applies, status, message in refusals:
-            if applies:
-                self._discard(size)
-                raise WireError(status, message)
-        body = self.rfile.read(size)
-        if len(body) < size:
-            raise WireError(400, f"the body ended after {len(body)} of {size} bytes")
-        return body
-
-    def _discard(self, size: int) -> None:
-        """Read a little of an unwanted body, so that its sender gets to see the answer."""
-        self.close_connection = True
-        left = min(size, 2**24)
-        while left > 0:
-            piece = self.rfile.read(min(left, 2**16))
-            if not piece:
-                return
-            left -= len(piece)
-
-    def _authorised(self) -> bool:
-        token = self.server_of.token
-        given = self.headers.get("Authorization", "")
-        return not token or hmac.compare_digest(given.encode(), f"Bearer {token}".encode())
-
-    def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
-        """What the standard library finds wrong, such as an unknown method, in our form."""
-        self._refuse(int(code), message or "bad request")
-
-    def _refuse(self, status: int, message: str, headers: dict[str, str] | None = None) -> None:
-        log.info("%s: %s %s", self.client_address[0], status, message)
-        self._reply(status, pack_error(message), headers)
-
-    def _reply(self, status: int, body: bytes, headers: dict[str, str] | None = None) -> None:
-        # One request per connection: an idle one would keep a thread, and close waiting.
-        self.close_connection = True
-        self.send_response(status)
-        for key, value in {
-            "Content-Type": "application/json",
-            "Content-Length": str(len(body)),
-            "Connection": "close",
-            **(headers or {}),
-        }.items():
-            self.send_header(key, value)
-        self.end_headers()
-        self.wfile.write(body)
-
-    def log_message(self, format: str, *args: object) -> None:
-        log.debug(format, *args)
+    def _limit_silence(self) -> None:
+        if self.timeout_keep_alive_task is None:
+            self.timeout_keep_alive_task = self.loop.call_later(
+                SILENT_SECONDS, self.timeout_keep_alive_handler
+            )

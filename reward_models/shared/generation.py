@@ -1,4 +1,4 @@
-"""Answers of vision-language models in this process: ask, decode greedily, look at the digits."""
+"""Answers of vision-language models in this process: batched greedy decoding, probabilities of digits."""
 
 from bisect import bisect_right
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ from transformers import LogitsProcessor, LogitsProcessorList
 
 
 class DigitRecorder(LogitsProcessor):
-    """Keeps, for every token that is generated, how likely each of the digits 1 to 5 was."""
+    """Records the logits of the digits 1 to 5 at every generated token."""
 
     def __init__(self, tokenizer: Any):
         """
@@ -20,7 +20,7 @@ class DigitRecorder(LogitsProcessor):
         """
         ids = [tokenizer.encode(str(n), add_special_tokens=False) for n in range(1, 6)]
         if any(len(i) != 1 for i in ids):
-            raise ValueError(f"the digits 1 to 5 must be a token each, got {ids}")
+            raise ValueError(f"each of the digits 1 to 5 must be one token, got {ids}")
         self.ids = [i[0] for i in ids]
         self._kept: list[Tensor] = []
 
@@ -29,7 +29,7 @@ class DigitRecorder(LogitsProcessor):
         return scores
 
     def shares(self, row: int) -> Float[Tensor, "tokens digits"]:
-        """Of one answer: the probability of each digit among the five."""
+        """Probability of each digit among the five, at every token of one answer."""
         return torch.stack([kept[row] for kept in self._kept]).softmax(-1)
 
 
@@ -42,15 +42,15 @@ def answer_batch(
     watcher: LogitsProcessor | None = None,
     **media: Any,
 ) -> list[list[int]]:
-    """The tokens of each answer, decoded greedily, without the end.
+    """Decode answers greedily; returns the tokens of each answer, without the end token.
 
     Args:
         model: A model that generates.
         processor: Its processor.
-        kinds: Of each question: ``image`` or ``video``, as often as it has them.
-        questions: What is asked.
+        kinds: For each question, ``image`` or ``video`` once per medium.
+        questions: Text of each question.
         max_new_tokens: Length of the longest answer.
-        watcher: Sees the scores of all tokens at every step.
+        watcher: Receives the logits of all tokens at every step.
         media: ``images`` or ``videos`` and their options, for the processor.
     """
     texts = [
@@ -61,7 +61,7 @@ def answer_batch(
         )
         for own, question in zip(kinds, questions, strict=True)
     ]
-    processor.tokenizer.padding_side = "left"  # answers begin where questions end
+    processor.tokenizer.padding_side = "left"  # so that every answer begins at the same column
     inputs = processor(text=texts, padding=True, return_tensors="pt", **media).to(model.device)
     for name, values in inputs.items():
         if torch.is_tensor(values) and values.is_floating_point() and "pixel" in name:
@@ -83,10 +83,10 @@ def answer_batch(
 
 
 def text_part(question: str) -> dict[str, str]:
-    """A question as a part of a message."""
+    """A text as a part of a chat message."""
     return {"type": "text", "text": question}
 
 
 def token_at(tokenizer: Any, ids: Sequence[int], place: int) -> int:
-    """Which token the character at ``place`` of the decoded text comes from."""
+    """Index of the token that holds the character at ``place`` of the decoded text."""
     return bisect_right(range(1, len(ids) + 1), place, key=lambda n: len(tokenizer.decode(ids[:n])))

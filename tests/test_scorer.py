@@ -1,9 +1,13 @@
-"""The judge: what rewards may do wrong, and that no score is ever made up."""
+"""The reward scorer: finding rewards, how they can fail, and that no missing score becomes a number."""
 
 import logging
 import math
+import os
+import subprocess
+import sys
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,9 +15,11 @@ from torch import Tensor
 
 from flowgrpo.core.imports import import_path
 from flowgrpo.data.prompts import Prompt
-from flowgrpo.rewards.scorer import Failures, Reward, RewardError, RewardScorer, load_reward
+from flowgrpo.rewards.loading import load_reward
+from flowgrpo.rewards.scorer import RewardScorer
+from flowgrpo.rewards.settings import Failures, Reward, RewardError
 
-HERE = "tests.test_judge"
+HERE = "tests.test_scorer"
 PROMPTS = [Prompt(f"prompt {i}") for i in range(4)]
 IMAGES = torch.linspace(0, 1, 4).view(4, 1, 1, 1).expand(4, 3, 8, 8).clone()
 calls: list[str] = []
@@ -103,6 +109,7 @@ def flaky(times: int, how: str = "raise") -> Reward:
     ("reward", "message"),
     [
         (Reward(model="jpegsize"), r"unknown reward 'jpegsize'; did you mean 'jpeg_size'\?.*known:"),
+        (Reward(model="flow_grpo_server"), r"was removed: .*model = \"remote\"; docs/serving.md, section"),
         (Reward(model="no_such_package:x"), "there is no module 'no_such_package'"),
         (Reward(model=f"{HERE}:brightnes"), r"no 'brightnes'; did you mean 'brightness'\?"),
         (Reward(model="jpeg_size", options={"size": 3}), r"'jpeg_size': .*'size'; it takes \(goal"),
@@ -114,6 +121,25 @@ def flaky(times: int, how: str = "raise") -> Reward:
 def test_rewards_that_cannot_be_loaded(reward, message):
     with pytest.raises(ValueError, match=message):
         load_reward(reward)
+
+
+def test_a_folder_of_the_same_name_does_not_hide_the_rewards(tmp_path: Path):
+    (tmp_path / "reward_models").mkdir()
+    (tmp_path / "reward_models" / "__init__.py").write_text("mine = True")
+    (tmp_path / "reward_models" / "jpeg_size.py").write_text("__all__ = ['int']")
+    root = Path(__file__).parents[1]
+    code = """
+from flowgrpo.rewards.loading import Reward, available_rewards, load_reward
+assert "jpeg_size" in available_rewards() and "shared" not in available_rewards()
+for model in ("jpeg_size", "reward_models.jpeg_size:JPEGSize"):
+    assert type(load_reward(Reward(model=model))).__name__ == "JPEGSize"
+"""
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{root}"}
+    run = [sys.executable, "-c", code]
+    subprocess.run(run, cwd=tmp_path, env=environment, check=True)
+    hidden = [sys.executable, "-c", f"import reward_models; assert reward_models.mine\n{code}"]
+    failed = subprocess.run(hidden, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert "ValueError: another package 'reward_models' is imported, from" in failed.stderr
 
 
 def test_import_path_needs_a_colon():

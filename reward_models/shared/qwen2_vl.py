@@ -1,8 +1,8 @@
-"""Qwen2-VL as the body of a reward: scores are read from the hidden states of special tokens.
+"""Qwen2-VL as the backbone of a reward, which is read from the hidden states of special tokens.
 
-Checkpoints of such rewards are state dicts of subclasses that only their authors have. Loaded into a
-subclass of today's transformers they would lose their language model with no more than a warning;
-so the weights are renamed and loaded strictly into the plain model here.
+Checkpoints of such rewards are state dicts of subclasses that only their authors have. Current
+versions of transformers would skip their language model with no more than a warning, so the weights
+are renamed and loaded strictly into the plain model.
 """
 
 import math
@@ -17,10 +17,10 @@ from torchvision.transforms import functional as TF
 from transformers import Qwen2VLConfig, Qwen2VLModel, Qwen2VLProcessor
 
 from flowgrpo.data.prompts import Prompt
-from reward_models._loading import refuse
+from reward_models.shared.checkpoints import refuse
 
 PATCH = 28
-"""Pixels per side of what becomes one token."""
+"""Side in pixels of the area of one token."""
 LONGEST_RATIO = 200
 FRAMES_AT_LEAST, FRAMES_AT_MOST, FRAMES_PER_TOKEN = 4, 768, 2
 FRAME_PIXELS_AT_LEAST = 128 * PATCH**2
@@ -33,7 +33,7 @@ RENAMED = (
 
 
 class QwenReader:
-    """A Qwen2-VL without its head for words, and the processor with the reward's special tokens."""
+    """A Qwen2-VL without the language-model head, and the processor with the reward's special tokens."""
 
     def __init__(
         self,
@@ -52,8 +52,8 @@ class QwenReader:
             tokens: The special tokens, in the order in which the template has them.
             dtype: Precision.
             device: Where it runs.
-            source: Where the weights come from, for messages.
-            what: What they should be, for messages.
+            source: Source of the weights, for messages.
+            what: Name of the expected model, for messages.
 
         Raises:
             ValueError: If weights are missing or left over, or tokens have none.
@@ -91,9 +91,9 @@ class QwenReader:
 
         Args:
             kind: ``image`` or ``video``.
-            media: One each, at the size at which the model should see it.
-            questions: What is asked of them.
-            prompts: What the questions are about, for messages.
+            media: One image or video per question, already resized.
+            questions: Text of each question.
+            prompts: Prompt of each question, for messages.
 
         Raises:
             ValueError: If a prompt contains special tokens.
@@ -124,9 +124,9 @@ class QwenReader:
                 raise ValueError(f"prompt {prompt.text!r} contains a special token of the reward")
         pixels = "pixel_values" if kind == "image" else "pixel_values_videos"
         inputs[pixels] = inputs[pixels].to(self.model.dtype)
-        # The transformers that these models were trained with counted tokens one by one in
-        # a forward pass, also those of a picture; rows and columns came into play in generation
-        # only. Padding is on the right, so it moves nothing.
+        # The version of transformers that these models were trained with numbered all tokens of a
+        # forward pass one by one, also those of a picture, and used rows and columns in generation
+        # only. Padding is on the right, so it shifts no position.
         length = inputs["input_ids"].shape[1]
         positions = torch.arange(length, device=self.model.device).expand(3, len(texts), -1)
         hidden = self.model(**inputs, position_ids=positions, use_cache=False).last_hidden_state
@@ -134,7 +134,7 @@ class QwenReader:
 
 
 def modern_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The weights under the names of ``Qwen2VLModel``; the head for words, unused, is left out."""
+    """The weights under the names of ``Qwen2VLModel``; the language-model head is dropped."""
     renamed = {}
     for key, tensor in state.items():
         for pattern, replacement in RENAMED:
@@ -147,10 +147,10 @@ def modern_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def merge_lora(
     state: Mapping[str, Tensor], alpha: float, source: str, what: str
 ) -> dict[str, Tensor]:
-    """``W + (alpha / rank) B A`` for every weight that has a LoRA beside it.
+    """``W + (alpha / rank) B A`` for every weight that has a LoRA.
 
     Raises:
-        ValueError: If half of a LoRA, or what it is added to, is missing.
+        ValueError: If a factor of a LoRA, or the weight that it belongs to, is missing.
     """
     merged = {k: v for k, v in state.items() if ".lora_" not in k}
     for key in (k for k in state if ".lora_" in k):
@@ -166,7 +166,7 @@ def merge_lora(
 
 
 def seen_size(size: tuple[int, int], least: int, most: int) -> tuple[int, int]:
-    """The size, in whole tokens, at which Qwen-VL's own tools show a picture to the model.
+    """The size to which Qwen-VL's own tools resize a picture, a multiple of :data:`PATCH`.
 
     Args:
         size: Height and width of the picture.
@@ -192,12 +192,12 @@ def seen_size(size: tuple[int, int], least: int, most: int) -> tuple[int, int]:
 def shown_frames(
     video: UInt8[Tensor, "frames 3 h w"], fps: float, rate: float, most: int, nearest: bool
 ) -> UInt8[Tensor, "shown 3 height width"]:
-    """The frames that Qwen-VL's tools choose, an even number at ``rate`` per second, and resized.
+    """The frames that Qwen-VL's own tools select, an even number at ``rate`` per second, resized.
 
     Args:
         video: All frames.
         fps: Their number per second.
-        rate: How many per second are shown.
+        rate: Frames per second to select.
         most: Pixels of a frame at most.
         nearest: Round the number to the nearest even one, as older tools do, or down.
 
@@ -232,11 +232,11 @@ def frame_rates(prompts: Sequence[Prompt], fps: float) -> list[float]:
 
 
 def head_part(weights: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """Take the weights that begin with ``prefix`` out, without it."""
+    """Remove the weights with this prefix from ``weights`` and return them without it."""
     keys = [k for k in weights if k.startswith(prefix)]
     return {k.removeprefix(prefix): weights.pop(k) for k in keys}
 
 
 def chunks(number: int, size: int) -> list[slice]:
-    """Batches of at most ``size``."""
+    """Slices that divide ``number`` items into batches of at most ``size``."""
     return [slice(start, start + size) for start in range(0, number, size)]

@@ -1,4 +1,4 @@
-"""Rubrics: the questions of a judge and their weights, in a file; and which of many are worth asking."""
+"""Rubrics, the weighted questions of a judge: their files, and sparse weights fitted to preferences."""
 
 import json
 import math
@@ -20,9 +20,9 @@ class Rubric:
     """One question about a picture, such as "Is the picture free of garbled text?".
 
     Attributes:
-        text: The question; more is better.
+        text: The question; a higher score is better.
         weight: Its share in the score; not 0.
-        note: For people.
+        note: A comment for readers of the file.
     """
 
     text: str
@@ -31,7 +31,7 @@ class Rubric:
 
 
 def read_rubrics(given: str | Sequence[str | Mapping[str, Any]]) -> list[Rubric]:
-    """Rubrics from a file or from a configuration.
+    """Read rubrics from a file or from a configuration.
 
     A ``.txt`` file has one question per line; a ``.jsonl`` file and a list have questions, or
     objects ``{"rubric": "...", "weight": 1.0, "note": "..."}``.
@@ -65,7 +65,7 @@ def read_rubrics(given: str | Sequence[str | Mapping[str, Any]]) -> list[Rubric]
 
 
 def write_rubrics(path: Path, rubrics: Sequence[Rubric]) -> None:
-    """A ``.jsonl`` file that :func:`read_rubrics` reads."""
+    """Write a ``.jsonl`` file for :func:`read_rubrics`."""
     records = [{"rubric": r.text, "weight": r.weight, "note": r.note} for r in rubrics]
     path.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records))
 
@@ -99,13 +99,13 @@ def _distinct(rubrics: list[Rubric], where: str) -> list[Rubric]:
 
 @dataclass(frozen=True)
 class Fit:
-    """What sparse logistic regression keeps.
+    """Result of a sparse logistic regression.
 
     Attributes:
-        weights: Of each candidate, 0 for those that are left out; they sum to 1.
-        penalty: The strength of the L1 norm that was chosen.
-        accuracy: Share of held-out pairs that the weights order as people did, by cross-validation.
-        pairs: Pairs in which every candidate has an answer.
+        weights: Weight of each candidate, 0 for those that are left out; they sum to 1.
+        penalty: The chosen strength of the L1 penalty.
+        accuracy: Share of held-out pairs that the weights order as people did, in cross-validation.
+        pairs: Number of pairs in which every candidate has an answer.
     """
 
     weights: Float[np.ndarray, " rubrics"]
@@ -121,21 +121,22 @@ def fit_rubrics(
     folds: int = 5,
     seed: int = 0,
 ) -> Fit:
-    """Choose the rubrics that tell preferred pictures from others (arXiv:2605.17602).
+    """Fit weights of rubrics to preferences between pictures (arXiv:2605.17602).
 
-    Minimises ``mean(log(1 + exp(-d @ w))) + penalty * sum(w)`` over ``w >= 0``, with ``d`` divided by
-    each rubric's root mean square. There is no intercept, as a pair has no order; and no negative
-    weight, as a question whose answer speaks against people's taste was put the wrong way round.
-    The penalty is the strongest whose cross-validated loss is within a standard error of the best.
+    Minimises ``mean(log(1 + exp(-d @ w))) + penalty * sum(w)`` over ``w >= 0``, with ``d`` divided
+    by each rubric's root mean square. There is no intercept, as a pair has no order; and no
+    negative weight, as a question whose answer speaks against people's taste was put the wrong way
+    round. The penalty is the strongest whose cross-validated loss is within a standard error of the
+    best.
 
     Args:
         differences: Score of the preferred picture less that of the other, by rubric.
         most: Keep no more than this many, those with the largest weights; 0 for no limit.
-        folds: Of the cross-validation.
-        seed: For the folds.
+        folds: Number of folds of the cross-validation.
+        seed: Seed of the division into folds.
 
     Raises:
-        ValueError: If there are too few pairs, or no candidate tells anything.
+        ValueError: If there are too few pairs, or no candidate agrees with the preferences.
     """
     x = differences[np.isfinite(differences).all(axis=1)]
     if folds < 2 or len(x) < 2 * folds:
@@ -148,7 +149,7 @@ def fit_rubrics(
     strongest = float((x.mean(axis=0) / 2).max())
     if strongest <= 0:
         raise ValueError(
-            "no candidate prefers what people prefer: nothing can be learned from them"
+            "no candidate agrees with the preferences more often than not: give other candidates"
         )
     fold = np.random.default_rng(seed).permutation(len(x)) % folds
     penalties = strongest * np.logspace(-0.05, -2.5, 16)
@@ -168,14 +169,16 @@ def fit_rubrics(
     if most and (weights > 0).sum() > most:
         weights[weights < np.sort(weights)[-most]] = 0
     if weights.sum() <= 0:
-        raise ValueError("no rubric survives the penalty: give more pairs or other candidates")
+        raise ValueError(
+            "every weight is 0 at the chosen penalty: give more pairs or other candidates"
+        )
     return Fit(
         weights / weights.sum(), float(penalties[chosen]), float(hits[chosen].mean()), len(x)
     )
 
 
 def _solve(x: np.ndarray, penalty: float) -> np.ndarray:
-    """The weights of one penalty. On ``w >= 0`` the L1 norm is a sum, so the problem is smooth."""
+    """The weights for one penalty. For ``w >= 0`` the L1 norm is a sum, so the problem is smooth."""
 
     def objective(w: np.ndarray) -> tuple[float, np.ndarray]:
         margin = x @ w

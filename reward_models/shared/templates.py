@@ -1,6 +1,6 @@
-"""Questions to a model that sees pictures, as text files that users can replace.
+"""Questions to vision-language models, as text files that users can replace.
 
-``$name`` stands for a text such as the prompt, or for pictures; ``$$`` for a dollar sign.
+``$name`` is replaced by a text such as the prompt, or by pictures; ``$$`` is a dollar sign.
 """
 
 import re
@@ -14,7 +14,7 @@ from jaxtyping import Float
 
 from flowgrpo.data.pictures import encode_png
 
-FOLDER = Path(__file__).parent / "templates"
+FOLDER = Path(__file__).parents[1] / "templates"
 PLACEHOLDER = re.compile(r"\$(\$|\w+)")
 
 Content = list[str | bytes]
@@ -23,11 +23,11 @@ Content = list[str | bytes]
 
 @dataclass(frozen=True)
 class Template:
-    """A question with gaps.
+    """A question with placeholders.
 
     Attributes:
         text: As in the file.
-        pictures: The names that stand for pictures; each occurs once.
+        pictures: Names of the placeholders for pictures; each occurs once.
     """
 
     text: str
@@ -71,7 +71,7 @@ class Template:
         return cls(text, pictures)
 
     def fill(self, texts: Mapping[str, str], pictures: Mapping[str, Sequence[bytes]]) -> Content:
-        """The question about some pictures. What is filled in is not read as a template again."""
+        """Fill in texts and pictures. Placeholders within the filled-in text are not replaced."""
         content: Content = []
         line = ""
         for i, piece in enumerate(PLACEHOLDER.split(self.text)):
@@ -112,3 +112,8 @@ def pictures_of(
         size = [max(1, round(height * ratio)), max(1, round(width * ratio))]
         images = F.interpolate(images, size, mode="bicubic", antialias=True).clamp(0, 1)
     return [encode_png(i) for i in images]
+
+
+def template(name: str) -> str:
+    """A text that a model was trained to be asked with; ``{prompt}`` stands for the caption."""
+    return (FOLDER / f"{name}.txt").read_text(encoding="utf-8")
