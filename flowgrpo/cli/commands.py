@@ -59,7 +59,7 @@ def _dry_run(config: "Config", num_processes: int, memory_gb: float | None) -> i
                 f"unknown reward {reward.model!r}{suggest(reward.model, available_rewards())}"
             )
         rows.append((f"reward {reward.label}", f"weight {reward.weight:g} ({reward.model})"))
-    for measure in config.evaluation.measures:
+    for measure in config.evaluation.metrics:
         import_path(measure)
         rows.append(("measure", measure))
     rows.append(("run directory", config.run.folder))
@@ -170,7 +170,7 @@ def config(options: argparse.Namespace) -> int:
     import tomli_w
 
     from flowgrpo import config as configuration
-    from flowgrpo.config.reader import explain, to_table
+    from flowgrpo.config.reference import explain, to_table
 
     if options.action == "list":
         for file in sorted(configuration.find("quickstart").parent.glob("*.toml")):

@@ -1,13 +1,8 @@
 """The configuration of a run: one TOML file, read strictly, checked before any model is loaded."""
 
-import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from importlib import resources
-from pathlib import Path
 from typing import Any, Literal
-
-import tomli_w
 
 from flowgrpo.algorithms import (
     FIND,
@@ -23,18 +18,13 @@ from flowgrpo.algorithms import (
     PrefGRPO,
     TempFlowGRPO,
 )
-from flowgrpo.config.reader import override, read, to_table
 from flowgrpo.core.advantages import BetaAdvantage
 from flowgrpo.core.errors import ConfigError
-from flowgrpo.core.imports import suggest
 from flowgrpo.core.random import Random
-from flowgrpo.data.prompt_files import HUB
 from flowgrpo.losses.losses import ClippedLoss, Loss, NFTLoss
 from flowgrpo.policy import Full, LoRA, Memory, Noise, Sampling
 from flowgrpo.rewards.loading import check_rewards
 from flowgrpo.rewards.scorer import Failures, Reward
-
-__all__ = ["Config", "ConfigError", "find", "load", "override", "save"]
 
 COUNTED = (
     FlowGRPO, DanceGRPO, MixGRPO, PrefGRPO, TempFlowGRPO, G2RPO, TPGRPO, VGPO, BranchGRPO,
@@ -120,8 +110,8 @@ class Evaluation:
     over the held-out prompts of each. Fewer than 200 mislead."""
     images_during: int = 0
     """The same for evaluations during training, which may be fewer; 0 as ``images``."""
-    measures: tuple[str, ...] = ()
-    """Import paths of measures that see all images of a prompt, such as a diversity."""
+    metrics: tuple[str, ...] = ()
+    """Import paths of metrics that need all images of a prompt, such as a diversity."""
     num_steps: int | None = None
     """Denoising steps; unset as in ``sampling``."""
     guidance_scale: float | None = None
@@ -334,68 +324,3 @@ class Config:
         else:
             return "unknown before it is done; metrics.jsonl has it"
         return f"{cost.nfe:,.0f} denoiser evaluations, {cost.decodes:,.0f} decodes, {cost.rewards:,.0f} calls of each reward in the first iteration"
-
-
-def find(name: str) -> Path:
-    """A file by its path, or by the name of one that comes with flowgrpo.
-
-    ``quickstart`` and ``configs/quickstart.toml`` name the same configuration.
-
-    Raises:
-        FileNotFoundError: With the nearest name.
-    """
-    if Path(name).is_file() or name.startswith(HUB):
-        return Path(name)
-    package = Path(str(resources.files("flowgrpo")))
-    roots = [package.parent, package / "data"]
-    for root in roots:
-        for candidate in (root / name, root / "configs" / f"{name}.toml"):
-            if candidate.is_file():
-                return candidate
-    known = {
-        f"{p.parent.name}/{p.name}"
-        for r in roots
-        for d in ("configs", "prompts")
-        for p in (r / d).glob("*.*")
-    }
-    raise FileNotFoundError(
-        f"no such file: {name}{suggest(name, known | {Path(k).stem for k in known})}"
-    )
-
-
-def load(name: str, settings: Sequence[str] = ()) -> Config:
-    """Read a configuration file and apply ``key=value`` settings to it.
-
-    Raises:
-        ConfigError: On a wrong key, type or value, with the file's name.
-        FileNotFoundError: If there is no such file.
-    """
-    path = find(name)
-    try:
-        table = tomllib.loads(path.read_text())
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"{path}: not valid TOML: {error}") from error
-    try:
-        return read(Config, override(table, settings))
-    except ConfigError as error:
-        at_fault = f"--set on {path}" if settings and _is_sound(table) else str(path)
-        raise ConfigError(f"{at_fault}: {error}") from error
-
-
-def _is_sound(table: dict[str, Any]) -> bool:
-    """Whether a configuration can be read from a table."""
-    try:
-        read(Config, table)
-    except ConfigError:
-        return False
-    return True
-
-
-def dump(config: Config) -> str:
-    """A configuration as TOML; :func:`load` gives an equal one."""
-    return tomli_w.dumps(to_table(config))
-
-
-def save(config: Config, path: Path) -> None:
-    """Write a configuration so that :func:`load` gives an equal one."""
-    path.write_text(dump(config))

@@ -9,11 +9,10 @@ from typing import Any
 
 from PIL import Image, UnidentifiedImageError
 
+from flowgrpo.data.formats import HUB
 from flowgrpo.data.pictures import as_rgb, check_depth
 from flowgrpo.data.prompts import Prompt
 
-HUB = "hf:"
-"""What the name of a Hugging Face dataset begins with: ``hf:owner/name:split`` or ``hf:folder``."""
 SIZES = ("height", "width", "num_frames")
 PICTURES = ("control_image", "mask_image", "last_image")
 """Arguments of pipelines' calls that take a picture, beside ``image``."""

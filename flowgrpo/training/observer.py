@@ -52,7 +52,7 @@ class Observer:
     ):
         self.config, self.session, self.scorer, self.policy = config, session, scorer, policy
         self.prompts, self.trained_on = prompts, trained_on
-        self.measures = [_instance(import_path(m)) for m in config.evaluation.measures]
+        self.measures = [_instance(import_path(m)) for m in config.evaluation.metrics]
         self.sampling = config.evaluation_sampling()
         self.evaluations: list[Mapping[str, Any]] = []
         e = config.evaluation
