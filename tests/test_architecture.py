@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+import flowgrpo
+
 ROOT = Path(__file__).parents[1]
 ORDER = [
     "core", "losses", "data", "policy", "rewards", "algorithms", "config", "shapes", "evaluation", "training",
@@ -70,6 +72,12 @@ def test_imports_point_up(path):
 def test_importing_the_package_imports_nothing_heavy():
     code = "import flowgrpo, sys; assert not {'torch', 'diffusers'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+def test_the_package_lists_its_names_and_is_typed():
+    assert {*flowgrpo.__all__} <= {*dir(flowgrpo)}
+    assert all(getattr(flowgrpo, name) is not None for name in flowgrpo.__all__)
+    assert (ROOT / "flowgrpo" / "py.typed").is_file()
 
 
 @pytest.mark.parametrize("path", [p for p in MODULES if p.parent.name == "core"], ids=lambda p: p.stem)  # fmt: skip
