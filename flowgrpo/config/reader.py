@@ -87,13 +87,18 @@ def read(cls: type[T], table: Any, path: str = "") -> T:
         sentence = f"{path or 'the configuration'} must be a table, got {table!r}"
         raise TableError([Fault(prefix, sentence)])
     try:
-        return cls(**_adapter(cls).validate_python(dict(table)))
+        result: T = _build(cls, dict(table))
     except ValidationError as error:
         raise TableError(_faults(cls, table, error, prefix)) from None
+    return result
+
+
+def _build(cls: Any, table: dict[str, Any]) -> Any:
+    return cls(**_adapter(cls).validate_python(table))
 
 
 @cache
-def _adapter(cls: type) -> TypeAdapter:
+def _adapter(cls: Any) -> TypeAdapter:
     """The validator of a dataclass's table; its nested tables are validated into dataclasses."""
     hints = get_type_hints(cls)
     keys: dict[str, Any] = {}
@@ -101,8 +106,8 @@ def _adapter(cls: type) -> TypeAdapter:
         kind = _type(hints[field.name])
         keys[field.name] = Required[kind] if is_required(field) else NotRequired[kind]
     strict = with_config(ConfigDict(strict=True, extra="forbid", allow_inf_nan=False))
-    table: Any = TypedDict(cls.__name__, keys)  # type: ignore[operator]
-    return TypeAdapter(strict(table))
+    made_of: Any = TypedDict  # Type checkers know it only with literal arguments.
+    return TypeAdapter(strict(made_of(cls.__name__, keys)))
 
 
 def _type(hint: Any) -> Any:
@@ -113,7 +118,8 @@ def _type(hint: Any) -> Any:
     if get_origin(hint) is Literal:
         return Annotated[Any, PlainValidator(partial(_one_of, get_args(hint)))]
     if get_origin(hint) is tuple:
-        return Annotated[tuple[_type(get_args(hint)[0]), ...], Strict(False)]
+        item: Any = _type(get_args(hint)[0])
+        return Annotated[tuple[item, ...], Strict(False)]
     return hint
 
 
@@ -128,7 +134,7 @@ def _one_of(allowed: Sequence[Any], value: Any) -> Any:
 def members_of(hint: Any) -> list[type]:
     """The dataclasses of a type: itself, or the members of a union."""
     if get_origin(hint) in (Union, types.UnionType):
-        return [m for m in get_args(hint) if dataclasses.is_dataclass(m)]
+        return [m for m in get_args(hint) if isinstance(m, type) and dataclasses.is_dataclass(m)]
     return [hint] if dataclasses.is_dataclass(hint) and isinstance(hint, type) else []
 
 
@@ -145,8 +151,7 @@ def default_member(members: Sequence[type]) -> type | None:
 def _read_member(members: Sequence[type], value: Any) -> Any:
     """A nested dataclass from its table."""
     cls = _member(members, value)
-    table = {k: v for k, v in value.items() if k != "kind" or cls in members}
-    return cls(**_adapter(cls).validate_python(table))
+    return _build(cls, {k: v for k, v in value.items() if k != "kind" or cls in members})
 
 
 def _member(members: Sequence[type], value: Any) -> type[Any]:
@@ -250,7 +255,7 @@ def _sentence(cls: type, table: Mapping[str, Any], detail: ErrorDetails, key: st
     return f"{key}: {detail['msg']}"
 
 
-def _class_at(cls: type[Any], table: Any, location: Location) -> type[Any]:
+def _class_at(cls: Any, table: Any, location: Location) -> Any:
     """The dataclass of the nested table at a location."""
     hint: Any = cls
     for part in location:
