@@ -14,8 +14,7 @@ from flowgrpo.cli.common import prompts_of
 from flowgrpo.cli.main import commands, parser
 from flowgrpo.config import Config
 from flowgrpo.config.reference import json_schema
-from flowgrpo.data.formats import SUFFIXES
-from flowgrpo.data.prompt_files import PromptError
+from flowgrpo.data.prompt_files import SUFFIXES, PromptError
 
 ROOT = Path(__file__).parents[1]
 

@@ -230,7 +230,7 @@ def prompts_of(values: Sequence[str]) -> "list[Prompt]":
         PromptError: If a file or a dataset cannot be read.
     """
     from flowgrpo.config import find
-    from flowgrpo.data.formats import names_prompts
+    from flowgrpo.data.prompt_files import names_prompts
     from flowgrpo.data.prompt_sets import PromptSet
     from flowgrpo.data.prompts import Prompt
 

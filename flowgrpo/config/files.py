@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from flowgrpo.core.errors import ConfigError
 from flowgrpo.core.imports import suggest
-from flowgrpo.data.formats import HUB
+from flowgrpo.data.prompt_files import HUB
 
 if TYPE_CHECKING:
     from flowgrpo.config.reader import Location

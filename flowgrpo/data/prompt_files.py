@@ -9,10 +9,11 @@ from typing import Any
 
 from PIL import Image, UnidentifiedImageError
 
-from flowgrpo.data.formats import HUB
 from flowgrpo.data.pictures import as_rgb, check_depth
 from flowgrpo.data.prompts import Prompt
 
+HUB = "hf:"
+"""What the name of a Hugging Face dataset begins with: ``hf:owner/name:split`` or ``hf:folder``."""
 SIZES = ("height", "width", "num_frames")
 PICTURES = ("control_image", "mask_image", "last_image")
 """Arguments of pipelines' calls that take a picture, beside ``image``."""
@@ -24,6 +25,8 @@ FIXED = (
 OWN_KEYS = (
     "prompt", "negative_prompt", "image", "images", "metadata", "call", *SIZES, *PICTURES,
 )  # fmt: skip
+SUFFIXES = (".txt", ".jsonl", ".csv", ".parquet")
+"""Suffixes of prompt files."""
 
 
 class PromptError(ValueError):
@@ -195,3 +198,8 @@ def _image(value: Any, where: str, folder: Path) -> Path | Image.Image:
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
         raise PromptError(f"{where}: image {path} cannot be read: {error}") from error
     return path
+
+
+def names_prompts(text: str) -> bool:
+    """Whether a text is the name of a prompt file or of a dataset, rather than a prompt."""
+    return text.startswith(HUB) or text.endswith(SUFFIXES)
