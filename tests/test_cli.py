@@ -104,12 +104,15 @@ assert not found, found
     [
         (
             [["--help"], ["train", "--help"], ["sample", "--help"], ["trian"], ["config", "list"]],
-            "'torch', 'diffusers', 'transformers', 'numpy', 'PIL', 'rich', 'pydantic', 'flowgrpo.config.schema'",
+            "'torch', 'diffusers', 'transformers', 'numpy', 'PIL', 'rich', 'pydantic_core', 'flowgrpo.config.schema'",
         ),
-        ([["config", "explain", "train.lr"]], "'torch', 'diffusers', 'numpy', 'rich', 'pydantic'"),
+        (
+            [["config", "explain", "train.lr"]],
+            "'torch', 'diffusers', 'numpy', 'rich', 'pydantic_core'",
+        ),
         (
             [["config", "show", "quickstart"], ["train", "quickstart", "--set", "x=1"]],
-            "'torch', 'diffusers', 'transformers', 'jaxtyping', 'numpy', 'PIL', 'rich'",
+            "'torch', 'diffusers', 'transformers', 'jaxtyping', 'numpy', 'PIL', 'rich', 'pydantic'",
         ),
     ],
     ids=["help", "explain", "read"],

@@ -1,9 +1,10 @@
-"""Reads nested tables into frozen dataclasses, changes them by ``key=value`` settings, writes them back.
+"""Reads nested tables into frozen dataclasses, and changes them by ``key=value`` settings.
 
-pydantic checks keys and types: each dataclass becomes a strict typed dictionary, built when a table
-of that class is first read. This file adds what pydantic has not: a union member may be named by an
-import path (``kind = "package.module:Name"``), and errors name the key as it is written in the file,
-what is allowed, and the nearest known name.
+pydantic-core, the validator of pydantic, checks keys and types. A dataclass's validator is built when
+a table of that class is first read, straight from the dataclass: settings need not know pydantic, and
+a command does not wait for pydantic's models (a tenth of a second). This file adds two things: a union
+member may be named by an import path (``kind = "package.module:Name"``), and errors name the key as it
+is written in the file, what is allowed, and the nearest known name.
 """
 
 import copy
@@ -13,22 +14,15 @@ import types
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
-from typing import (
-    Annotated,
-    Any,
-    Literal,
-    NotRequired,
-    Required,
-    TypeVar,
-    Union,
-    get_args,
-    get_origin,
-    get_type_hints,
-)  # fmt: skip
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from pydantic import ConfigDict, PlainValidator, Strict, TypeAdapter, ValidationError, with_config
-from pydantic_core import ErrorDetails, PydanticCustomError
-from typing_extensions import TypedDict
+from pydantic_core import (
+    ErrorDetails,
+    PydanticCustomError,
+    SchemaValidator,
+    ValidationError,
+    core_schema,
+)
 
 from flowgrpo.config.reference import documentation, is_required
 from flowgrpo.config.renamed import RENAMED_KEYS, moved_paths
@@ -94,33 +88,46 @@ def read(cls: type[T], table: Any, path: str = "") -> T:
 
 
 def _build(cls: Any, table: dict[str, Any]) -> Any:
-    return cls(**_adapter(cls).validate_python(table))
+    return cls(**_validator(cls).validate_python(table))
 
 
 @cache
-def _adapter(cls: Any) -> TypeAdapter:
+def _validator(cls: Any) -> SchemaValidator:
     """The validator of a dataclass's table; its nested tables are validated into dataclasses."""
     hints = get_type_hints(cls)
-    keys: dict[str, Any] = {}
-    for field in dataclasses.fields(cls):
-        kind = _type(hints[field.name])
-        keys[field.name] = Required[kind] if is_required(field) else NotRequired[kind]
-    strict = with_config(ConfigDict(strict=True, extra="forbid", allow_inf_nan=False))
-    made_of: Any = TypedDict  # Type checkers know it only with literal arguments.
-    return TypeAdapter(strict(made_of(cls.__name__, keys)))
+    keys = {
+        f.name: core_schema.typed_dict_field(_schema(hints[f.name]), required=is_required(f))
+        for f in dataclasses.fields(cls)
+    }
+    return SchemaValidator(core_schema.typed_dict_schema(keys, extra_behavior="forbid"))
 
 
-def _type(hint: Any) -> Any:
-    """A field's type as pydantic shall read it; TOML has lists where dataclasses have tuples."""
-    members = members_of(hint)
+def _schema(hint: Any) -> core_schema.CoreSchema:
+    """The pydantic-core schema of a field's type."""
+    members, arguments = members_of(hint), get_args(hint)
     if members:
-        return Annotated[Any, PlainValidator(partial(_read_member, members))]
+        return core_schema.no_info_plain_validator_function(partial(_read_member, members))
     if get_origin(hint) is Literal:
-        return Annotated[Any, PlainValidator(partial(_one_of, get_args(hint)))]
+        return core_schema.no_info_plain_validator_function(partial(_one_of, arguments))
     if get_origin(hint) is tuple:
-        item: Any = _type(get_args(hint)[0])
-        return Annotated[tuple[item, ...], Strict(False)]
-    return hint
+        # Not strict: TOML has lists where dataclasses have tuples. Entries stay strict.
+        return core_schema.tuple_schema(
+            [_schema(arguments[0])], variadic_item_index=0, strict=False
+        )
+    if get_origin(hint) is dict:
+        return core_schema.dict_schema(strict=True)
+    if get_origin(hint) in (Union, types.UnionType):
+        (inner,) = (a for a in arguments if a is not types.NoneType)
+        return core_schema.nullable_schema(_schema(inner))
+    return _PLAIN[hint]
+
+
+_PLAIN: Mapping[Any, core_schema.CoreSchema] = {
+    int: core_schema.int_schema(strict=True),
+    float: core_schema.float_schema(strict=True, allow_inf_nan=False),
+    str: core_schema.str_schema(strict=True),
+    bool: core_schema.bool_schema(strict=True),
+}
 
 
 def _one_of(allowed: Sequence[Any], value: Any) -> Any:
