@@ -338,8 +338,10 @@ def test_settings_that_lead_nowhere_are_refused(minimal, setting):
 
 # Classes from outside.
 OUTSIDE = """
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from flowgrpo.core.transitions import CPS, Gaussian, Transition
+from flowgrpo.algorithms import FlowGRPO
+from flowgrpo.core.transitions import Gaussian
 
 @dataclass(frozen=True, kw_only=True)
 class Half:
@@ -348,13 +350,11 @@ class Half:
         return Gaussian(x, self.noise_level)
 
 @dataclass(frozen=True, kw_only=True)
-class Mine:
+class Mine(FlowGRPO):
     kind: str = "mine"
-    group_size: int = 4
-    transition: Transition = field(default_factory=CPS)
-    def collect(self, policy, groups, judge, random): ...
-    def advantages(self, experience): ...
-    def check(self, num_steps): ...
+    sizes: list[int | float] = ()
+    names: Mapping[str, int] = field(default_factory=dict)
+    anything: object = None
 """
 
 
@@ -371,8 +371,16 @@ def test_algorithms_and_transitions_from_outside_are_named_by_their_path(
     assert config.algorithm.transition.noise_level == 0.25
     save(config, tmp_path / "config.toml")
     assert load(str(tmp_path / "config.toml")) == config
-    with pytest.raises(ConfigError, match=r"unknown key 'algorithm.grup_size'; did you mean"):
-        load(minimal, ["algorithm={kind = 'outside_flowgrpo:Mine', grup_size = 6}"])
+    given = "sizes = [1, 2.5], names = {a = 1}, anything = 3"
+    config = load(minimal, [f"algorithm={{kind = 'outside_flowgrpo:Mine', {given}}}"])
+    assert (config.algorithm.sizes, config.algorithm.names) == ((1, 2.5), {"a": 1})
+    for wrong, message in (
+        ("grup_size = 6", r"unknown key 'algorithm.grup_size'; did you mean"),
+        ("sizes = [1, 'b']", r"algorithm.sizes\[1\]"),
+        ("names = 3", "algorithm.names must be a table, got 3"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            load(minimal, [f"algorithm={{kind = 'outside_flowgrpo:Mine', {wrong}}}"])
 
 
 # Explanations.
@@ -465,8 +473,9 @@ def test_the_schema_is_imported_without_heavy_packages():
 def config_classes() -> list[type]:
     found: list[type] = [Config]
     for cls in found:
-        for hint in get_type_hints(cls).values():
-            found += [c for c in dataclasses_in(hint) if c not in found]
+        hints = get_type_hints(cls)
+        for field in dataclasses.fields(cls):
+            found += [c for c in dataclasses_in(hints[field.name]) if c not in found]
     return found
 
 

@@ -104,22 +104,24 @@ def _validator(cls: Any) -> SchemaValidator:
 
 def _schema(hint: Any) -> core_schema.CoreSchema:
     """The pydantic-core schema of a field's type."""
-    members, arguments = members_of(hint), get_args(hint)
+    members, origin, arguments = members_of(hint), get_origin(hint), get_args(hint)
     if members:
         return core_schema.no_info_plain_validator_function(partial(_read_member, members))
-    if get_origin(hint) is Literal:
+    if origin is Literal:
         return core_schema.no_info_plain_validator_function(partial(_one_of, arguments))
-    if get_origin(hint) is tuple:
+    if origin in (tuple, list, Sequence):
         # Not strict: TOML has lists where dataclasses have tuples. Entries stay strict.
         return core_schema.tuple_schema(
             [_schema(arguments[0])], variadic_item_index=0, strict=False
         )
-    if get_origin(hint) is dict:
+    if origin in (dict, Mapping):
         return core_schema.dict_schema(strict=True)
-    if get_origin(hint) in (Union, types.UnionType):
-        (inner,) = (a for a in arguments if a is not types.NoneType)
-        return core_schema.nullable_schema(_schema(inner))
-    return _PLAIN[hint]
+    if origin in (Union, types.UnionType):
+        choices = [_schema(a) for a in arguments if a is not types.NoneType]
+        either = choices[0] if len(choices) == 1 else core_schema.union_schema(choices)
+        return core_schema.nullable_schema(either) if types.NoneType in arguments else either
+    # Another type, in a dataclass from outside: its own code has to check it.
+    return _PLAIN.get(hint, core_schema.any_schema())
 
 
 _PLAIN: Mapping[Any, core_schema.CoreSchema] = {

@@ -168,10 +168,11 @@ def _schema(hint: Any, definitions: dict[str, Any]) -> dict[str, Any]:
     if dataclasses.is_dataclass(hint) and isinstance(hint, type):
         return _reference(hint, definitions)
     if origin in (Union, types.UnionType):
-        members = [a for a in arguments if a is not types.NoneType]
-        if len(members) == 1:
-            return _schema(members[0], definitions)
-        return _union([m for m in members if dataclasses.is_dataclass(m)], definitions)
+        members = [m for m in arguments if dataclasses.is_dataclass(m)]
+        if members:
+            return _union(members, definitions)
+        choices = [_schema(a, definitions) for a in arguments if a is not types.NoneType]
+        return choices[0] if len(choices) == 1 else {"anyOf": choices}
     if origin is Literal:
         return {"const": arguments[0]} if len(arguments) == 1 else {"enum": list(arguments)}
     if origin is tuple:
