@@ -16,7 +16,7 @@ from flowgrpo.config import Config, ConfigError, find, load, override, save
 from flowgrpo.config.files import line_of
 from flowgrpo.config.reader import read
 from flowgrpo.config.reference import dataclasses_in, documentation, explain, json_schema
-from flowgrpo.config.renamed import MOVED_MODULES, RENAMED_KEYS
+from flowgrpo.config.renamed import MOVED_MODULES, RENAMED_KEYS, old_names
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted(p.name for p in (ROOT / "configs").glob("*.toml"))
@@ -204,6 +204,12 @@ def test_old_names_are_answered_with_the_new_ones(minimal):
         f"{minimal}:8: rewards[0].model: 'flowgrpo.frames:FrameMean' has moved; "
         "write 'flowgrpo.rewards.frames:FrameMean'"
     )
+    with pytest.raises(
+        ConfigError, match=r"rewards\[0\].model: 'flow_grpo_server' was removed; docs"
+    ):
+        load(minimal, ["rewards=[{model = 'flow_grpo_server'}]"])
+    # Only a reward model has such a name.
+    assert not [*old_names({"run": {"folder": "flow_grpo_server"}})]
 
 
 def test_renamed_keys_and_modules_exist():

@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from flowgrpo.cli import main
+from flowgrpo.cli.common import UsageError
 from flowgrpo.cli.score import find_media, named_rewards, read_medium
 from flowgrpo.data.prompts import Prompt
 from reward_models.jpeg_size import JPEGSize
@@ -93,6 +94,8 @@ def test_options_go_to_their_reward():
         named_rewards(["a:x", "b"], ["xx.n=3"])
     with pytest.raises(ValueError, match=r"expected KEY=VALUE, got 'b\.s'"):
         named_rewards(["b"], ["b.s"])
+    with pytest.raises(UsageError, match=r"has moved; write 'flowgrpo.rewards.frames:FrameMean'"):
+        named_rewards(["x=flowgrpo.frames:FrameMean"], [])
 
 
 @pytest.mark.parametrize(

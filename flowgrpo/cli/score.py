@@ -138,11 +138,14 @@ def named_rewards(names: Sequence[str], settings: Sequence[str]) -> "list[Reward
 
 def _named(text: str) -> "Reward":
     """The reward of ``MODEL`` or ``NAME=MODEL``."""
+    from flowgrpo.config.renamed import old_names
     from flowgrpo.rewards.loading import Reward
 
     name, equals, model = text.rpartition("=")
     if equals and (not name or not model):
         raise UsageError(f"--reward {text!r}: expected MODEL or NAME=MODEL")
+    for _, message in old_names({"model": model}):
+        raise UsageError(f"--reward {text!r}: {message}")
     return Reward(model=model, name=name)
 
 

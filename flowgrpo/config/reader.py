@@ -25,7 +25,7 @@ from pydantic_core import (
 )
 
 from flowgrpo.config.reference import documentation, is_required
-from flowgrpo.config.renamed import RENAMED_KEYS, moved_paths
+from flowgrpo.config.renamed import RENAMED_KEYS, old_names
 from flowgrpo.core.errors import ConfigError
 from flowgrpo.core.imports import import_path, suggest
 
@@ -71,12 +71,12 @@ def read(cls: type[T], table: Any, path: str = "") -> T:
         TableError: If keys are unknown or missing, or values have the wrong type.
     """
     prefix = (path,) if path else ()
-    moved = [
+    old = [
         Fault(prefix + location, f"{dotted(prefix + location)}: {text}")
-        for location, text in moved_paths(table)
+        for location, text in old_names(table)
     ]
-    if moved:
-        raise TableError(moved)
+    if old:
+        raise TableError(old)
     if not isinstance(table, Mapping):
         sentence = f"{path or 'the configuration'} must be a table, got {table!r}"
         raise TableError([Fault(prefix, sentence)])
@@ -117,8 +117,9 @@ def _schema(hint: Any) -> core_schema.CoreSchema:
     if origin in (dict, Mapping):
         return core_schema.dict_schema(strict=True)
     if origin in (Union, types.UnionType):
-        choices = [_schema(a) for a in arguments if a is not types.NoneType]
-        either = choices[0] if len(choices) == 1 else core_schema.union_schema(choices)
+        either = core_schema.union_schema(
+            [_schema(a) for a in arguments if a is not types.NoneType]
+        )
         return core_schema.nullable_schema(either) if types.NoneType in arguments else either
     # Another type, in a dataclass from outside: its own code has to check it.
     return _PLAIN.get(hint, core_schema.any_schema())
