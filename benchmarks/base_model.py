@@ -9,7 +9,7 @@ import argparse
 
 from bench_runs import percent, table
 
-from flowgrpo.cli.commands import quiet
+from flowgrpo.cli.common import quiet
 from flowgrpo.config import find
 from flowgrpo.data.prompt_sets import PromptSet
 from flowgrpo.evaluation.held_out import evaluate, plan

@@ -21,7 +21,7 @@ from torch import Tensor
 
 import flowgrpo
 from flowgrpo.algorithms import Algorithm
-from flowgrpo.cli.commands import quiet
+from flowgrpo.cli.common import quiet
 from flowgrpo.config import Config, find
 from flowgrpo.core import transitions
 from flowgrpo.core.advantages import zero_variance_groups

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 import flowgrpo
-from flowgrpo.cli.commands import quiet
+from flowgrpo.cli.common import quiet
 from flowgrpo.policy import PipelinePolicy
 
 

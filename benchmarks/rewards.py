@@ -29,7 +29,7 @@ from torch import Tensor
 import flowgrpo
 from benchmarks.bench_runs import between
 from benchmarks.reward_cases import REAL, SIZE, TINY, Make
-from flowgrpo.cli.commands import quiet
+from flowgrpo.cli.common import quiet
 from flowgrpo.core.scores import Scores
 from flowgrpo.data.prompts import Prompt
 from flowgrpo.rewards.loading import load_reward

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+import flowgrpo
+
 ROOT = Path(__file__).parents[1]
 ORDER = [
     "core", "losses", "data", "policy", "rewards", "algorithms", "config", "shapes", "evaluation", "training",
@@ -126,7 +128,14 @@ def test_algorithms_are_checked_and_counted_without_torch():
 @pytest.mark.parametrize("path", [p for p in MODULES if p.parent.name == "algorithms"], ids=lambda p: p.stem)  # fmt: skip
 def test_algorithms_know_no_concrete_policy_or_scorer(path):
     concrete = ("flowgrpo.policy", "flowgrpo.rewards.scorer")
-    assert not [name for name in imported(path) if name.startswith(concrete)]
+    found = {name for name in imported(path) if name.startswith(concrete)}
+    assert found <= {"flowgrpo.policy.step_plan"}, found
+
+
+def test_the_package_lists_its_names_and_is_typed():
+    assert {*flowgrpo.__all__} <= {*dir(flowgrpo)}
+    assert all(getattr(flowgrpo, name) is not None for name in flowgrpo.__all__)
+    assert (ROOT / "flowgrpo" / "py.typed").is_file()
 
 
 @pytest.mark.parametrize("path", [p for p in MODULES if p.parent.name == "core"], ids=lambda p: p.stem)  # fmt: skip

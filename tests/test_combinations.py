@@ -25,7 +25,7 @@ from flowgrpo.algorithms import (
     TempFlowGRPO,
 )
 from flowgrpo.config import Config, ConfigError, Model, Prompts, Run, Train
-from flowgrpo.config.reader import to_table
+from flowgrpo.config.reference import to_table
 from flowgrpo.core.advantages import (
     GDPO,
     BetaAdvantage,

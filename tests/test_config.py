@@ -1,13 +1,22 @@
 """Configuration files: all that come with flowgrpo are sound, and wrong ones are refused clearly."""
 
 import dataclasses
+import importlib.util
+import json
+import subprocess
+import sys
+import tomllib
 from pathlib import Path
 from typing import Any, get_type_hints
 
 import pytest
+from jsonschema import Draft202012Validator
 
 from flowgrpo.config import Config, ConfigError, find, load, override, save
-from flowgrpo.config.reader import _dataclasses_in, documentation, explain
+from flowgrpo.config.files import line_of
+from flowgrpo.config.reader import read
+from flowgrpo.config.reference import dataclasses_in, documentation, explain, json_schema
+from flowgrpo.config.renamed import MOVED_MODULES, RENAMED_KEYS, old_names
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted(p.name for p in (ROOT / "configs").glob("*.toml"))
@@ -105,14 +114,74 @@ def test_a_round_trip_keeps_what_is_not_default(minimal, tmp_path):
 def test_wrong_keys_types_and_values(minimal, setting, message):
     with pytest.raises(ConfigError, match=message) as caught:
         load(minimal, [setting])
-    assert str(caught.value).startswith(f"--set on {minimal}: ")
+    assert str(caught.value).startswith(f"--set {setting}: ")
 
 
 def test_a_fault_of_the_file_is_not_the_settings(minimal):
     Path(minimal).write_text(MINIMAL.replace("iterations = 3", "iteration = 3"))
     with pytest.raises(ConfigError) as caught:
         load(minimal, ["train.lr=1e-4"])
-    assert str(caught.value).startswith(f"{minimal}: ")
+    assert str(caught.value).startswith(f"{minimal}:13: ")
+    # The missing key is the misspelt one, which is not reported a second time.
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_all_faults_are_reported_each_with_its_line_or_setting(minimal):
+    text = MINIMAL.replace("groups = 6", "groups = 6.5").replace('folder = "runs/x"', "sed = 1")
+    Path(minimal).write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        load(minimal, ["loss.kl=velocty"])
+    assert [line.partition(": ")[0] for line in str(caught.value).splitlines()] == [
+        f"{minimal}:16",
+        "--set loss.kl=velocty",
+        f"{minimal}:14",
+        f"{minimal}:15",
+    ]
+    assert "unknown key 'run.sed'; did you mean 'seed'?" in str(caught.value)
+    assert "key 'run.folder' is missing" in str(caught.value)
+
+
+SPREAD = """\
+# A comment with a.b = 1.
+a = 1
+
+[table]  # text = 3
+text = \"\"\"
+b = 2
+\"\"\"
+list = [
+    {b = 1},
+    # c = 5
+    {c = 2},
+]
+inner.x.y = 1
+[[entries]]
+name = "first"
+[[entries]]
+name = "second"
+[entries.options]
+z = 3
+"""
+
+
+@pytest.mark.parametrize(
+    ("location", "line"),
+    [
+        (("a",), 2),
+        (("table",), 4),
+        (("table", "text"), 5),
+        (("table", "list", 0, "b"), 9),
+        (("table", "inner", "x", "y"), 13),
+        (("entries", 0, "name"), 15),
+        (("entries", 1, "name"), 17),
+        (("entries", 1, "options", "z"), 19),
+        (("entries", 1, "options", "absent"), 18),
+        (("table", "absent"), 4),
+        (("absent",), 1),
+    ],
+)
+def test_the_line_of_a_key(location, line):
+    assert line_of(SPREAD, location) == line
 
 
 def test_a_missing_key_is_named_with_its_meaning(minimal):
@@ -122,6 +191,36 @@ def test_a_missing_key_is_named_with_its_meaning(minimal):
     Path(minimal).write_text(MINIMAL.replace('[run]\nfolder = "runs/x"', ""))
     with pytest.raises(ConfigError, match="'run' is missing"):
         load(minimal)
+
+
+def test_old_names_are_answered_with_the_new_ones(minimal):
+    diversity = "flowgrpo.shapes.rewards:Diversity"
+    with pytest.raises(ConfigError, match=r"'evaluation.measures': it is .*'evaluation.metrics'"):
+        load(minimal, [f"evaluation.measures=['{diversity}']"])
+    Path(minimal).write_text(MINIMAL.replace("jpeg_size", "flowgrpo.frames:FrameMean"))
+    with pytest.raises(ConfigError) as caught:
+        load(minimal, ["train.lr=1e-4"])
+    assert str(caught.value) == (
+        f"{minimal}:8: rewards[0].model: 'flowgrpo.frames:FrameMean' has moved; "
+        "write 'flowgrpo.rewards.frames:FrameMean'"
+    )
+    with pytest.raises(
+        ConfigError, match=r"rewards\[0\].model: 'flow_grpo_server' was removed; docs"
+    ):
+        load(minimal, ["rewards=[{model = 'flow_grpo_server'}]"])
+    # Only a reward model has such a name.
+    assert not [*old_names({"run": {"folder": "flow_grpo_server"}})]
+
+
+def test_renamed_keys_and_modules_exist():
+    for old, new in RENAMED_KEYS.items():
+        assert explain(Config, new)
+        with pytest.raises(ConfigError):
+            explain(Config, old)
+    for old, new in MOVED_MODULES.items():
+        assert importlib.util.find_spec(new)
+        with pytest.raises(ModuleNotFoundError):
+            importlib.import_module(old)
 
 
 def test_bad_toml_names_the_file_and_the_line(minimal):
@@ -245,8 +344,10 @@ def test_settings_that_lead_nowhere_are_refused(minimal, setting):
 
 # Classes from outside.
 OUTSIDE = """
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from flowgrpo.core.transitions import CPS, Gaussian, Transition
+from flowgrpo.algorithms import FlowGRPO
+from flowgrpo.core.transitions import Gaussian
 
 @dataclass(frozen=True, kw_only=True)
 class Half:
@@ -255,13 +356,11 @@ class Half:
         return Gaussian(x, self.noise_level)
 
 @dataclass(frozen=True, kw_only=True)
-class Mine:
+class Mine(FlowGRPO):
     kind: str = "mine"
-    group_size: int = 4
-    transition: Transition = field(default_factory=CPS)
-    def collect(self, policy, groups, judge, random): ...
-    def advantages(self, experience): ...
-    def check(self, num_steps): ...
+    sizes: list[int | float] = ()
+    names: Mapping[str, int] = field(default_factory=dict)
+    anything: object = None
 """
 
 
@@ -278,8 +377,16 @@ def test_algorithms_and_transitions_from_outside_are_named_by_their_path(
     assert config.algorithm.transition.noise_level == 0.25
     save(config, tmp_path / "config.toml")
     assert load(str(tmp_path / "config.toml")) == config
-    with pytest.raises(ConfigError, match=r"unknown key 'algorithm.grup_size'; did you mean"):
-        load(minimal, ["algorithm={kind = 'outside_flowgrpo:Mine', grup_size = 6}"])
+    given = "sizes = [1, 2.5], names = {a = 1}, anything = 3"
+    config = load(minimal, [f"algorithm={{kind = 'outside_flowgrpo:Mine', {given}}}"])
+    assert (config.algorithm.sizes, config.algorithm.names) == ((1, 2.5), {"a": 1})
+    for wrong, message in (
+        ("grup_size = 6", r"unknown key 'algorithm.grup_size'; did you mean"),
+        ("sizes = [1, 'b']", r"algorithm.sizes\[1\]"),
+        ("names = 3", "algorithm.names must be a table, got 3"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            load(minimal, [f"algorithm={{kind = 'outside_flowgrpo:Mine', {wrong}}}"])
 
 
 # Explanations.
@@ -300,11 +407,81 @@ def test_explain_an_unknown_key():
         explain(Config, "x")
 
 
+# The JSON schema for editors.
+@pytest.fixture(scope="module")
+def validator() -> Draft202012Validator:
+    schema = json_schema(Config)
+    Draft202012Validator.check_schema(schema)
+    return Draft202012Validator(schema)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_file_is_valid_by_the_json_schema(name, validator):
+    validator.validate(tomllib.loads((ROOT / "configs" / name).read_text()))
+
+
+@pytest.mark.parametrize(
+    ("setting", "valid"),
+    [
+        ("train.lr=1", True),
+        ("algorithm={kind = 'mine:Own', whatever = 1}", True),
+        ("algorithm.advantage.std='group'", True),  # without a kind, as its union has a default
+        ("algorithm.transition={kind = 'cps', noise_level = 0.5}", True),
+        ("train.iteration=3", False),
+        ("train.lr='fast'", False),
+        ("train.groups=2.5", False),
+        ("loss.kl='velocty'", False),
+        ("algorithm.kind='flow_grop'", False),
+        ("algorithm.grup_size=3", False),
+        ("algorithm.transition={noise_level = 0.5}", False),
+        ("algorithm.transition={kind = 'cps', noise = 0.5}", False),
+        ("rewards.0.wieght=1.0", False),
+        ("rewards={model = 'jpeg_size'}", False),
+    ],
+)
+def test_the_json_schema_is_as_strict_as_the_reader(minimal, setting, valid, validator):
+    table = override(tomllib.loads(MINIMAL), [setting])
+    assert validator.is_valid(table) == valid
+    if "mine:Own" not in setting:
+        try:
+            read(Config, table)
+        except ConfigError:
+            assert not valid
+        else:
+            assert valid
+
+
+def test_the_json_schema_explains_keys_and_gives_defaults():
+    schema = json_schema(Config)
+    train = schema["$defs"]["Train"]
+    assert train["properties"]["lr"] == {
+        "type": "number",
+        "description": "Peak learning rate of AdamW.",
+        "default": 1e-4,
+    }
+    assert set(train["required"]) == {"iterations", "groups"}
+    assert schema["$defs"]["Evaluation"]["properties"]["num_steps"]["type"] == "integer"
+    json.dumps(schema)
+
+
+def test_the_schema_is_imported_without_heavy_packages():
+    code = (
+        "import sys, flowgrpo.config.schema\n"
+        "heavy = {'torch', 'diffusers', 'transformers', 'jaxtyping', 'numpy', 'PIL'} & {*sys.modules}\n"
+        "assert not heavy, heavy\n"
+        "from flowgrpo.config import dump, load\n"
+        "dump(load('quickstart', ['algorithm.kind=vgpo']))\n"
+        "assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
 def config_classes() -> list[type]:
     found: list[type] = [Config]
     for cls in found:
-        for hint in get_type_hints(cls).values():
-            found += [c for c in _dataclasses_in(hint) if c not in found]
+        hints = get_type_hints(cls)
+        for field in dataclasses.fields(cls):
+            found += [c for c in dataclasses_in(hints[field.name]) if c not in found]
     return found
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 import flowgrpo
 from flowgrpo.config import Config
-from flowgrpo.config.reader import documentation, explain
+from flowgrpo.config.reference import documentation, explain
 from flowgrpo.data.prompts import Prompt
 from flowgrpo.shapes.architecture import build_pipeline
 

@@ -14,7 +14,7 @@ from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
 import flowgrpo
-from flowgrpo.cli.parser import main
+from flowgrpo.cli import main
 from flowgrpo.core.transitions import CPS
 from flowgrpo.data.prompts import Prompt
 from flowgrpo.memory import GB, Choice, Measured, NoEstimate, advise, budget, measure

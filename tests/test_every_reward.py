@@ -16,7 +16,7 @@ from torch import Tensor
 
 from benchmarks.reward_cases import TINY, Case
 from benchmarks.rewards import PROMPT
-from flowgrpo.cli.parser import main
+from flowgrpo.cli import main
 from flowgrpo.data.pictures import encode_png
 from flowgrpo.data.prompts import Prompt
 from flowgrpo.rewards.loading import load_reward

@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import flowgrpo
-from flowgrpo.cli.exports import push_run
-from flowgrpo.cli.parser import main
+from flowgrpo.cli import main
+from flowgrpo.cli.push import push_run
 from flowgrpo.core.random import Random
 from flowgrpo.data.prompts import Prompt
 from flowgrpo.policy import Full, LoRA, PipelinePolicy
@@ -188,7 +188,7 @@ def test_without_a_format_what_was_trained_is_exported(
     policy = PipelinePolicy.from_pretrained(
         tiny("sd3"), sampling=sampling_of("sd3"), weights=Full()
     )
-    monkeypatch.setattr("flowgrpo.cli.commands.load_run", lambda run, weights: (policy, 1))
+    monkeypatch.setattr("flowgrpo.cli.export.load_run", lambda run, weights: (policy, 1))
     assert main(["export", str(finished), "--out", str(tmp_path / "whole")]) == 0
     assert (tmp_path / "whole" / "model_index.json").exists()
 

@@ -15,7 +15,7 @@ from torch.distributions import Normal, kl_divergence
 
 import flowgrpo
 from flowgrpo.algorithms import FIND
-from flowgrpo.cli.parser import main
+from flowgrpo.cli import main
 from flowgrpo.config import Config, ConfigError, Model, Prompts, Run, Train
 from flowgrpo.core.advantages import GDPO, GroupAdvantage, LogTamed, PerReward, VirtualBest
 from flowgrpo.core.random import Random

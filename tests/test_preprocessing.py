@@ -25,8 +25,8 @@ from transformers import (
 )
 from transformers.image_transforms import convert_to_rgb
 
-from flowgrpo.cli.parser import main
-from flowgrpo.cli.rewards import find_media, read_medium
+from flowgrpo.cli import main
+from flowgrpo.cli.score import find_media, read_medium
 from flowgrpo.data.prompts import Prompt
 from reward_models.adversarial import Adversarial
 from reward_models.aesthetic import Aesthetic

@@ -7,7 +7,7 @@ import pytest
 
 import flowgrpo
 from flowgrpo.config import find
-from flowgrpo.config.reader import to_table
+from flowgrpo.config.reference import to_table
 from flowgrpo.losses.clipped import ClippedLoss
 from tests.tiny import FAMILIES, save
 

@@ -28,7 +28,7 @@ from diffusers import (
 )
 from PIL import Image
 
-from flowgrpo.cli.parser import main
+from flowgrpo.cli import main
 from flowgrpo.core.random import Random, SampleNoise
 from flowgrpo.data.prompts import Prompt
 from flowgrpo.doctor import Settings, examine

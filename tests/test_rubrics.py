@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from scipy.special import expit
 
-from flowgrpo.cli.parser import main
+from flowgrpo.cli import main
 from flowgrpo.data.prompt_sets import PromptSet
 from flowgrpo.data.prompts import Prompt
 from flowgrpo.data.rubrics import Rubric, _solve, fit_rubrics, read_rubrics, write_rubrics

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from flowgrpo.cli.parser import main
-from flowgrpo.cli.rewards import find_media, named_rewards, read_medium
+from flowgrpo.cli import main
+from flowgrpo.cli.common import UsageError
+from flowgrpo.cli.score import find_media, named_rewards, read_medium
 from flowgrpo.data.prompts import Prompt
 from reward_models.jpeg_size import JPEGSize
 
@@ -93,19 +94,21 @@ def test_options_go_to_their_reward():
         named_rewards(["a:x", "b"], ["xx.n=3"])
     with pytest.raises(ValueError, match=r"expected KEY=VALUE, got 'b\.s'"):
         named_rewards(["b"], ["b.s"])
+    with pytest.raises(UsageError, match=r"has moved; write 'flowgrpo.rewards.frames:FrameMean'"):
+        named_rewards(["x=flowgrpo.frames:FrameMean"], [])
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("arguments", "status", "message"),
     [
-        (["--out", "t.txt"], "--out must end in .jsonl or .csv, got 't.txt'"),
-        (["--batch", "0"], "--batch must be at least 1"),
-        (["--reward-option", "quality=3"], "expected NAME.KEY=VALUE"),
-        (["--reward-option", "jpeg_size.quality=0"], "quality in 1..100"),
+        (["--out", "t.txt"], 2, "--out must end in .jsonl or .csv, got 't.txt'"),
+        (["--batch", "0"], 2, "--batch must be at least 1"),
+        (["--reward-option", "quality=3"], 2, "expected NAME.KEY=VALUE"),
+        (["--reward-option", "jpeg_size.quality=0"], 1, "quality in 1..100"),
     ],
 )
-def test_bad_arguments(images, arguments, message, capsys):
-    assert main(["score", str(images), "--reward", "jpeg_size", *arguments]) == 1
+def test_bad_arguments(images, arguments, status, message, capsys):
+    assert main(["score", str(images), "--reward", "jpeg_size", *arguments]) == status
     assert message in capsys.readouterr().err
 
 

@@ -17,7 +17,8 @@ from flowgrpo.algorithms.collection import subgrids
 from flowgrpo.algorithms.tempflow_grpo import noise_weights
 from flowgrpo.algorithms.tp_grpo import balance, differences, turning_points
 from flowgrpo.algorithms.vgpo import temporal_weights, values
-from flowgrpo.config.reader import read, to_table
+from flowgrpo.config.reader import read
+from flowgrpo.config.reference import to_table
 from flowgrpo.core.advantages import GroupAdvantage
 from flowgrpo.core.errors import ConfigError
 from flowgrpo.core.random import Random

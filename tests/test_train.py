@@ -330,7 +330,7 @@ def test_mistakes_on_the_command_line_are_one_line(tmp_path):
 
 
 def test_sample_score_and_grid(straight, tmp_path):
-    from flowgrpo.cli.parser import main
+    from flowgrpo.cli import main
 
     out = tmp_path / "images"
     assert (

@@ -1,5 +1,11 @@
-"""The command line: one file per command."""
+"""The command line: one file per command, with its arguments and what it does.
 
-from flowgrpo.cli.parser import main
+A module here is a command if it has ``SUMMARY`` (a phrase for the help), ``EXAMPLE`` (a command line),
+``add_arguments(parser)`` and ``run(options)``, which returns the exit status; ``main`` finds it by its
+file name. ``--help`` imports all of them, so they import torch, diffusers and the rooms that need
+them inside functions. ``common`` has what several commands share.
+"""
+
+from flowgrpo.cli.main import main
 
 __all__ = ["main"]

@@ -1,137 +1,297 @@
-"""Strict reading of nested tables into frozen dataclasses, and writing them back.
+"""Reads nested tables into frozen dataclasses, and changes them by ``key=value`` settings.
 
-Every error names the key, the value and what is allowed. A union of dataclasses is chosen by the
-table's ``kind``, which may also be the import path of a dataclass from outside: ``package.module:Name``.
+pydantic-core, the validator of pydantic, checks keys and types. A dataclass's validator is built when
+a table of that class is first read, straight from the dataclass: settings need not know pydantic, and
+a command does not wait for pydantic's models (a tenth of a second). This file adds two things: a union
+member may be named by an import path (``kind = "package.module:Name"``), and errors name the key as it
+is written in the file, what is allowed, and the nearest known name.
 """
 
-import ast
+import copy
 import dataclasses
-import inspect
-import math
-import textwrap
 import tomllib
 import types
 from collections.abc import Mapping, Sequence
-from functools import cache
+from dataclasses import dataclass
+from functools import cache, partial
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
+from pydantic_core import (
+    ErrorDetails,
+    PydanticCustomError,
+    SchemaValidator,
+    ValidationError,
+    core_schema,
+)
+
+from flowgrpo.config.reference import documentation, is_required
+from flowgrpo.config.renamed import RENAMED_KEYS, old_names
 from flowgrpo.core.errors import ConfigError
 from flowgrpo.core.imports import import_path, suggest
 
 T = TypeVar("T")
+Location = tuple[str | int, ...]
+"""A key's place in nested tables, such as ``("rewards", 0, "weight")``."""
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One thing that is wrong in a table.
+
+    Attributes:
+        location: The key.
+        sentence: The error message; it names the key.
+    """
+
+    location: Location
+    sentence: str
+
+
+class TableError(ConfigError):
+    """A table that cannot be read.
+
+    Attributes:
+        faults: All that is wrong in it: unknown keys first, missing keys last.
+    """
+
+    def __init__(self, faults: Sequence[Fault]):
+        super().__init__("\n".join(f.sentence for f in faults))
+        self.faults = faults
 
 
 def read(cls: type[T], table: Any, path: str = "") -> T:
-    """A dataclass from a table as TOML gives it. Raises ConfigError at the first wrong key."""
-    if not isinstance(table, Mapping):
-        raise ConfigError(f"{path or 'the configuration'} must be a table, got {table!r}")
-    fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
-    hints = get_type_hints(cls)
-    for key in table:
-        if key not in fields:
-            known = ", ".join(fields)
-            raise ConfigError(
-                f"unknown key {_join(path, key)!r}{suggest(key, fields)} (known here: {known})"
-            )
-    values = {k: _value(hints[k], v, _join(path, k)) for k, v in table.items()}
-    for name, field in fields.items():
-        required = (
-            field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
-        )
-        if required and name not in values:
-            raise ConfigError(f"key {_join(path, name)!r} is missing: {documentation(cls)[name]}")  # type: ignore[arg-type]
-    return cls(**values)
+    """Build a dataclass from a table as TOML gives it.
 
+    Args:
+        cls: The dataclass. Its fields may be dataclasses, unions of them, and tuples of both.
+        table: Keys and values.
+        path: Where the table lies, for messages; empty at the top.
 
-def _value(kind: Any, value: Any, path: str) -> Any:
-    origin, arguments = get_origin(kind), get_args(kind)
-    if origin in (Union, types.UnionType):
-        members = [a for a in arguments if a is not type(None)]
-        return (
-            _value(members[0], value, path) if len(members) == 1 else _tagged(members, value, path)
-        )
-    if origin is Literal:
-        if value not in arguments or isinstance(value, bool):
-            allowed = ", ".join(repr(a) for a in arguments)
-            raise ConfigError(
-                f"{path} must be one of {allowed}, got {value!r}{suggest(str(value), map(str, arguments))}"
-            )
-        return value
-    if dataclasses.is_dataclass(kind):
-        return read(kind, value, path)  # type: ignore[arg-type]
-    if origin in (tuple, list):
-        if not isinstance(value, list | tuple):
-            raise ConfigError(f"{path} must be a list, got {value!r}")
-        return tuple(_value(arguments[0], v, f"{path}[{i}]") for i, v in enumerate(value))
-    if origin is dict:
-        if not isinstance(value, Mapping):
-            raise ConfigError(f"{path} must be a table, got {value!r}")
-        return dict(value)
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
-    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-        raise ConfigError(f"{path} must be {_NAMES[kind]}, got {value!r} ({type(value).__name__})")
-    if kind is float and not math.isfinite(value):
-        raise ConfigError(f"{path} must be finite, got {value!r}")
-    return value
-
-
-_NAMES = {int: "a whole number", float: "a number", str: "a string", bool: "true or false"}
-
-
-def _tagged(members: list[Any], value: Any, path: str) -> Any:
-    """The member of a union of dataclasses that the table's ``kind`` names, or a class from outside.
-
-    Without a kind it is the member with ``is_default``, where the union has one.
+    Raises:
+        TableError: If keys are unknown or missing, or values have the wrong type.
     """
-    by_kind: dict[str, Any] = {_kind(m): m for m in members if dataclasses.is_dataclass(m)}
-    allowed = ", ".join(repr(k) for k in by_kind)
-    if not isinstance(value, Mapping):
-        raise ConfigError(f"{path} must be a table with a kind ({allowed}), got {value!r}")
-    defaults = [m for m in by_kind.values() if getattr(m, "is_default", False)]
-    if "kind" not in value and defaults:
-        return read(defaults[0], value, path)
-    if "kind" not in value:
-        raise ConfigError(f"{path} needs a kind: one of {allowed}, or an import path")
-    kind = value["kind"]
-    if isinstance(kind, str) and ":" in kind:
-        return _from_outside(kind, value, path)
-    if not isinstance(kind, str) or kind not in by_kind:
-        raise ConfigError(
-            f"{path}.kind must be one of {allowed}, or an import path 'package.module:name', "
-            f"got {kind!r}{suggest(str(kind), by_kind)}"
+    prefix = (path,) if path else ()
+    old = [
+        Fault(prefix + location, f"{dotted(prefix + location)}: {text}")
+        for location, text in old_names(table)
+    ]
+    if old:
+        raise TableError(old)
+    if not isinstance(table, Mapping):
+        sentence = f"{path or 'the configuration'} must be a table, got {table!r}"
+        raise TableError([Fault(prefix, sentence)])
+    try:
+        result: T = _build(cls, dict(table))
+    except ValidationError as error:
+        raise TableError(_faults(cls, table, error, prefix)) from None
+    return result
+
+
+def _build(cls: Any, table: dict[str, Any]) -> Any:
+    return cls(**_validator(cls).validate_python(table))
+
+
+@cache
+def _validator(cls: Any) -> SchemaValidator:
+    """The validator of a dataclass's table; its nested tables are validated into dataclasses."""
+    hints = get_type_hints(cls)
+    keys = {
+        f.name: core_schema.typed_dict_field(_schema(hints[f.name]), required=is_required(f))
+        for f in dataclasses.fields(cls)
+    }
+    return SchemaValidator(core_schema.typed_dict_schema(keys, extra_behavior="forbid"))
+
+
+def _schema(hint: Any) -> core_schema.CoreSchema:
+    """The pydantic-core schema of a field's type."""
+    members, origin, arguments = members_of(hint), get_origin(hint), get_args(hint)
+    if members:
+        return core_schema.no_info_plain_validator_function(partial(_read_member, members))
+    if origin is Literal:
+        return core_schema.no_info_plain_validator_function(partial(_one_of, arguments))
+    if origin in (tuple, list, Sequence):
+        # Not strict: TOML has lists where dataclasses have tuples. Entries stay strict.
+        return core_schema.tuple_schema(
+            [_schema(arguments[0])], variadic_item_index=0, strict=False
         )
-    return read(by_kind[kind], value, path)
+    if origin in (dict, Mapping):
+        return core_schema.dict_schema(strict=True)
+    if origin in (Union, types.UnionType):
+        either = core_schema.union_schema(
+            [_schema(a) for a in arguments if a is not types.NoneType]
+        )
+        return core_schema.nullable_schema(either) if types.NoneType in arguments else either
+    # Another type, in a dataclass from outside: its own code has to check it.
+    return _PLAIN.get(hint, core_schema.any_schema())
 
 
-def _kind(cls: Any) -> str:
+_PLAIN: Mapping[Any, core_schema.CoreSchema] = {
+    int: core_schema.int_schema(strict=True),
+    float: core_schema.float_schema(strict=True, allow_inf_nan=False),
+    str: core_schema.str_schema(strict=True),
+    bool: core_schema.bool_schema(strict=True),
+}
+
+
+def _one_of(allowed: Sequence[Any], value: Any) -> Any:
+    # True equals 1, but is no number in a configuration.
+    if value in allowed and not isinstance(value, bool):
+        return value
+    names = ", ".join(repr(a) for a in allowed)
+    raise _wrong(f"must be one of {names}, got {value!r}{suggest(str(value), map(str, allowed))}")
+
+
+def members_of(hint: Any) -> list[type]:
+    """The dataclasses of a type: itself, or the members of a union."""
+    if get_origin(hint) in (Union, types.UnionType):
+        return [m for m in get_args(hint) if isinstance(m, type) and dataclasses.is_dataclass(m)]
+    return [hint] if dataclasses.is_dataclass(hint) and isinstance(hint, type) else []
+
+
+def kind_of(cls: type) -> str:
+    """The ``kind`` that names a member of a union."""
     return str(get_args(get_type_hints(cls)["kind"])[0])
 
 
-def _from_outside(kind: str, value: Mapping[str, Any], path: str) -> Any:
-    """A dataclass by its import path; its own ``kind``, if it has one, keeps its default."""
+def default_member(members: Sequence[type]) -> type | None:
+    """The member of a union that a table without a ``kind`` means, if there is one."""
+    return next((m for m in members if getattr(m, "is_default", False)), None)
+
+
+def _read_member(members: Sequence[type], value: Any) -> Any:
+    """A nested dataclass from its table."""
+    cls = _member(members, value)
+    return _build(cls, {k: v for k, v in value.items() if k != "kind" or cls in members})
+
+
+def _member(members: Sequence[type], value: Any) -> type[Any]:
+    """The class of a nested table: the union member that its ``kind`` names, or an imported one.
+
+    Raises:
+        PydanticCustomError: If there is no such class, or ``value`` is no table.
+    """
+    if len(members) == 1:
+        if not isinstance(value, Mapping):
+            raise _wrong(f"must be a table, got {value!r}")
+        return members[0]
+    by_kind = {kind_of(m): m for m in members}
+    allowed = ", ".join(repr(k) for k in by_kind)
+    if not isinstance(value, Mapping):
+        raise _wrong(f"must be a table with a kind ({allowed}), got {value!r}")
+    if "kind" not in value:
+        default = default_member(members)
+        if default is None:
+            raise _wrong(f"needs a kind: one of {allowed}, or an import path 'package.module:name'")
+        return default
+    kind = value["kind"]
+    if isinstance(kind, str) and ":" in kind:
+        return _imported(kind)
+    if not isinstance(kind, str) or kind not in by_kind:
+        raise _wrong(
+            f"must be one of {allowed}, or an import path 'package.module:name', "
+            f"got {kind!r}{suggest(str(kind), by_kind)}",
+            key=".kind",
+        )
+    return by_kind[kind]
+
+
+def _imported(kind: str) -> type[Any]:
+    """A dataclass by its import path."""
     try:
         cls = import_path(kind)
     except ValueError as error:
-        raise ConfigError(f"{path}.kind: {error}") from error
+        raise _wrong(f": {error}", key=".kind") from None
     if not (isinstance(cls, type) and dataclasses.is_dataclass(cls)):
-        raise ConfigError(
-            f"{path}.kind: {kind!r} is no dataclass, so that no table can describe it"
-        )
-    outside: Any = cls
-    return read(outside, {k: v for k, v in value.items() if k != "kind"}, path)
+        message = f": {kind!r} is no dataclass, so no table can describe it"
+        raise _wrong(message, key=".kind")
+    return cls
 
 
-def _join(path: str, key: str) -> str:
-    return f"{path}.{key}" if path else key
+def _wrong(predicate: str, key: str = "") -> PydanticCustomError:
+    """An error whose sentence begins with the key; ``key`` is appended to it."""
+    space = "" if predicate.startswith(":") else " "
+    context = {"predicate": f"{key}{space}{predicate}"}
+    return PydanticCustomError("flowgrpo", "{predicate}", context)
+
+
+_EXPECTED = {
+    "int_type": "a whole number",
+    "float_type": "a number",
+    "string_type": "a string",
+    "bool_type": "true or false",
+}
+_CONTAINERS = {"tuple_type": "a list", "dict_type": "a table"}
+
+
+def _faults(
+    cls: type, table: Mapping[str, Any], error: ValidationError, prefix: Location
+) -> list[Fault]:
+    """pydantic's errors in our words."""
+    order = {"extra_forbidden": 0, "missing": 2}
+    details = sorted(error.errors(include_url=False), key=lambda d: order.get(d["type"], 1))
+    found: list[Fault] = []
+    for detail in details:
+        location = detail["loc"]
+        if detail["type"] == "missing":
+            # The unknown key beside it is this one, misspelt: one error is enough.
+            near = f"did you mean {location[-1]!r}?"
+            if any(f.location[:-1] == prefix + location[:-1] and near in f.sentence for f in found):
+                continue
+        sentence = _sentence(cls, table, detail, dotted(prefix + location))
+        found.append(Fault(prefix + location, sentence))
+    return found
+
+
+def _sentence(cls: type, table: Mapping[str, Any], detail: ErrorDetails, key: str) -> str:
+    """The message of one of pydantic's errors; ``key`` is the dotted key from the top."""
+    kind, location, value = detail["type"], detail["loc"], detail["input"]
+    if kind == "flowgrpo":
+        return key + str(detail["ctx"]["predicate"])
+    if kind in _EXPECTED:
+        return f"{key} must be {_EXPECTED[kind]}, got {value!r} ({type(value).__name__})"
+    if kind in _CONTAINERS:
+        return f"{key} must be {_CONTAINERS[kind]}, got {value!r}"
+    if kind == "finite_number":
+        return f"{key} must be finite, got {value!r}"
+    name = str(location[-1])
+    if kind == "missing":
+        meaning = documentation(_class_at(cls, table, location[:-1]))[name]
+        return f"key {key!r} is missing: {meaning}"
+    if kind == "extra_forbidden":
+        if key in RENAMED_KEYS:
+            return f"unknown key {key!r}: it is called {RENAMED_KEYS[key]!r} now"
+        known = [f.name for f in dataclasses.fields(_class_at(cls, table, location[:-1]))]
+        return f"unknown key {key!r}{suggest(name, known)} (known here: {', '.join(known)})"
+    return f"{key}: {detail['msg']}"
+
+
+def _class_at(cls: Any, table: Any, location: Location) -> Any:
+    """The dataclass of the nested table at a location."""
+    hint: Any = cls
+    for part in location:
+        hint = get_args(hint)[0] if isinstance(part, int) else get_type_hints(cls)[part]
+        table = table[part]
+        members = members_of(hint)
+        if members:
+            cls = _member(members, table)
+    return cls
+
+
+def dotted(location: Location) -> str:
+    """``rewards[0].weight`` for ``("rewards", 0, "weight")``."""
+    text = "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in location)
+    return text.removeprefix(".")
 
 
 def override(table: dict[str, Any], settings: Sequence[str]) -> dict[str, Any]:
     """A copy of a table with ``a.b=value`` settings; values are TOML, or else strings.
 
     A setting of a ``kind`` drops the other keys of its table, which belong to the old kind.
+
+    Raises:
+        ConfigError: If a setting has no ``=``, or its key leads through something that is no table.
     """
-    result = _copy(table)
+    result = copy.deepcopy(table)
     for setting in settings:
         key, equals, text = setting.partition("=")
         if not equals:
@@ -165,95 +325,3 @@ def _inner(here: Any, part: str, key: str) -> Any:
     if not isinstance(inner, dict | list):
         raise ConfigError(f"--set {key}: {part} is not a table")
     return inner
-
-
-def _copy(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {k: _copy(v) for k, v in value.items()}
-    return [_copy(v) for v in value] if isinstance(value, list) else value
-
-
-def to_table(value: Any) -> Any:
-    """Back to what TOML can hold: unset optional keys are left out."""
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        hints = get_type_hints(type(value))
-        pairs = (
-            (f.name, _to_table(hints[f.name], getattr(value, f.name)))
-            for f in dataclasses.fields(value)
-        )
-        return {k: v for k, v in pairs if v is not None}
-    if isinstance(value, list | tuple):
-        return [to_table(v) for v in value]
-    if isinstance(value, Mapping):
-        return {k: to_table(v) for k, v in value.items() if v is not None}
-    return value
-
-
-def _to_table(hint: Any, value: Any) -> Any:
-    """The table of a field's value; a class from outside of the field's union is named by its path."""
-    members = [m for m in get_args(hint) if dataclasses.is_dataclass(m)]
-    if members and dataclasses.is_dataclass(value) and type(value) not in members:
-        cls = type(value)
-        return {**to_table(value), "kind": f"{cls.__module__}:{cls.__qualname__}"}
-    return to_table(value)
-
-
-@cache
-def documentation(cls: Any) -> Mapping[str, str]:
-    """The docstring below each field of a dataclass, on one line."""
-    (body,) = ast.parse(textwrap.dedent(inspect.getsource(cls))).body
-    assert isinstance(body, ast.ClassDef)
-    found = {f.name: "" for f in dataclasses.fields(cls)}
-    for field, text in zip(body.body, body.body[1:], strict=False):
-        if (
-            isinstance(field, ast.AnnAssign)
-            and isinstance(field.target, ast.Name)
-            and isinstance(text, ast.Expr)
-            and isinstance(text.value, ast.Constant)
-        ):
-            found[field.target.id] = " ".join(str(text.value.value).split())
-    return found
-
-
-def explain(cls: type, key: str) -> str:
-    """What a dotted key means, its type and default. Raises ConfigError if there is none."""
-    here: list[type] = [cls]
-    parts = key.split(".")
-    for depth, part in enumerate(parts):
-        owners = [c for c in here if part in get_type_hints(c) and part in documentation(c)]
-        if not owners:
-            known = sorted({f.name for c in here for f in dataclasses.fields(c)})
-            raise ConfigError(
-                f"unknown key {key!r}{suggest(part, known)} (known below {'.'.join(parts[:depth]) or 'the top'}: {', '.join(known)})"
-            )
-        if depth == len(parts) - 1:
-            return "\n".join(_explanation(c, part, key) for c in owners)
-        here = [m for c in owners for m in _dataclasses_in(get_type_hints(c)[part])]
-    return ""
-
-
-def _explanation(cls: type, name: str, key: str) -> str:
-    field = next(f for f in dataclasses.fields(cls) if f.name == name)
-    hint = get_type_hints(cls)[name]
-    default = "required"
-    if field.default is not dataclasses.MISSING:
-        default = f"default {field.default!r}"
-    elif field.default_factory is not dataclasses.MISSING:
-        default = f"default {to_table(field.default_factory())!r}"
-    inner = _dataclasses_in(hint)
-    lines = [f"{key}  ({cls.__name__}; {default})", f"    {documentation(cls)[name]}"]
-    for member in inner:
-        kind = next((repr(f.default) for f in dataclasses.fields(member) if f.name == "kind"), "")
-        lines.append(
-            f"    {'kind = ' + kind if kind else 'keys'}: {(member.__doc__ or '').strip().splitlines()[0]}"
-        )
-        lines += [f"        {k}: {v}" for k, v in documentation(member).items() if k != "kind"]
-    if not inner and get_origin(hint) is Literal:
-        lines.append(f"    allowed: {', '.join(repr(a) for a in get_args(hint))}")
-    return "\n".join(lines)
-
-
-def _dataclasses_in(hint: Any) -> list[type]:
-    if dataclasses.is_dataclass(hint) and isinstance(hint, type):
-        return [hint]
-    return [c for a in get_args(hint) for c in _dataclasses_in(a)]

@@ -1,13 +1,12 @@
-"""The configuration of a run: one TOML file, read strictly, checked before any model is loaded."""
+"""The tables of a configuration file, and what can be checked about them before a model is loaded.
 
-import tomllib
+Each table is a frozen dataclass. The docstring below a field is its help text: ``flowgrpo config
+explain`` prints it, and the JSON schema shows it in editors.
+"""
+
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from importlib import resources
-from pathlib import Path
 from typing import Any, Literal
-
-import tomli_w
 
 from flowgrpo.algorithms import (
     FIND,
@@ -24,58 +23,53 @@ from flowgrpo.algorithms import (
     TempFlowGRPO,
 )
 from flowgrpo.algorithms.base import check_interface
-from flowgrpo.config.reader import override, read, to_table
 from flowgrpo.core.errors import ConfigError
-from flowgrpo.core.imports import suggest
 from flowgrpo.core.random import Random
-from flowgrpo.data.prompt_files import HUB
 from flowgrpo.losses.base import Loss
 from flowgrpo.losses.clipped import ClippedLoss
 from flowgrpo.losses.nft import NFTLoss
-from flowgrpo.policy import Full, LoRA, Memory, Noise, Sampling
+from flowgrpo.policy.settings import Full, LoRA, Memory, Noise, Sampling
 from flowgrpo.rewards.settings import Failures, Reward, check_rewards
-
-__all__ = ["Config", "ConfigError", "find", "load", "override", "save"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Model:
-    """The pipeline that is trained."""
+    """The pipeline, its precision, and which of its weights are trained."""
 
     path: str
     """Hub id or folder of a diffusers pipeline, or ``shapes`` for the model in the package."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Precision of the denoiser's arithmetic. Trained weights are fp32 whatever it is."""
+    """Precision of the denoiser's arithmetic. Trained weights are always kept in fp32."""
     weights: LoRA | Full | Noise = field(default_factory=LoRA)
-    """What is trained."""
+    """The weights that are trained: adapters, all weights, or the initial noise."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Prompts:
-    """What is generated."""
+    """Files of training prompts and of held-out prompts."""
 
     train: str
     """File of training prompts (``.txt`` with one per line, ``.jsonl``, ``.csv``, ``.parquet``), or a
     Hugging Face dataset as ``hf:owner/name:split``. Besides ``prompt`` it may give
     ``negative_prompt``, ``image`` or ``images``, ``height``, ``width`` and ``num_frames``."""
     held_out: str
-    """File of prompts that are only evaluated on."""
+    """File of prompts for evaluations; they are never trained on."""
     balance: str = ""
-    """Metadata key whose values are drawn equally often, such as GenEval's ``tag``; empty takes the
-    file in a shuffled order, over and over."""
+    """Metadata key whose values are drawn equally often, such as GenEval's ``tag``. If empty, the whole
+    file is drawn in a shuffled order, again and again."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Train:
-    """How long, how large, how fast."""
+    """Length of the run, batch geometry and optimizer."""
 
     iterations: int
-    """Rollouts; each is followed by ``updates`` optimizer steps."""
+    """Rollouts of the run; each is followed by ``updates`` optimizer steps."""
     groups: int
     """Prompts per iteration, over all processes. Each is sampled ``algorithm.group_size`` times."""
     updates: int = 1
-    """Optimizer steps per iteration; ``groups`` is divided among them. From the second on they are
-    off-policy, which is what the clip range acts on."""
+    """Optimizer steps per iteration; ``groups`` is divided among them. All but the first are
+    off-policy, so the clip range takes effect."""
     rollout_batch: int = 64
     """Samples in one call of the pipeline."""
     train_batch: int = 64
@@ -87,104 +81,110 @@ class Train:
     warmup: int = 0
     """Optimizer steps over which the learning rate rises to its peak."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """How the learning rate falls to a tenth at the end."""
+    """Curve on which the learning rate falls to a tenth of its peak by the end of the run."""
     weight_decay: float = 1e-4
     """AdamW's decoupled weight decay."""
     betas: tuple[float, ...] = (0.9, 0.999)
     """AdamW's moment decays."""
     max_grad_norm: float = 1.0
-    """Gradients are scaled down to this norm."""
+    """Gradients with a larger norm are scaled down to this norm."""
     spike_factor: float = 20.0
-    """An update whose gradient norm exceeds the running median this many times is skipped; 0 never
-    skips."""
+    """An update is skipped if its gradient norm exceeds the running median by this factor; 0 skips
+    none."""
     monitor_states: int = 16
-    """States per iteration on which the distance to the reference model is measured (the metric
-    ``kl/velocity``), at most ``train_batch``; 0 for none, which saves the copy of the weights that
-    full fine-tuning then keeps."""
+    """States per iteration on which the distance to the reference policy is computed (the metric
+    ``kl/velocity``), at most ``train_batch``. With 0 the metric is left out, and full fine-tuning
+    keeps no copy of the initial weights for it."""
     ema_decay: float = 0.0
-    """Decay of the moving average of the weights that is evaluated and exported; 0 for none."""
+    """Decay of the moving average of the weights, which is then evaluated and exported instead of the
+    weights; 0 for no average."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """Measured with the deterministic sampler at fixed seeds, before, during and after training."""
+    """Evaluations on held-out prompts before, during and after training.
+
+    They use the deterministic sampler and the same noise every time.
+    """
 
     every: int = 50
     """Iterations between evaluations; 0 evaluates only before and after."""
     images: int = 240
-    """Images before and after training, spread evenly over the classes of ``prompts.balance`` and
-    over the held-out prompts of each. Fewer than 200 mislead."""
+    """Images of the evaluations before and after training, spread evenly over the classes of
+    ``prompts.balance`` and over the held-out prompts of each class. Below 200 the standard errors are
+    too large to compare models."""
     images_during: int = 0
-    """The same for evaluations during training, which may be fewer; 0 as ``images``."""
-    measures: tuple[str, ...] = ()
-    """Import paths of measures that see all images of a prompt, such as a diversity."""
+    """Images of the evaluations during training; 0 for as many as ``images``."""
+    metrics: tuple[str, ...] = ()
+    """Import paths of metrics that need all images of a prompt, such as a diversity."""
     num_steps: int | None = None
-    """Denoising steps; unset as in ``sampling``."""
+    """Denoising steps; if unset, as in ``sampling``."""
     guidance_scale: float | None = None
-    """Guidance; unset as in ``sampling``."""
+    """Guidance scale; if unset, as in ``sampling``."""
     grid_prompts: int = 6
-    """Prompts on the before/after grid."""
+    """Prompts on the comparison grid."""
     grid_samples: int = 4
     """Images per prompt and model on the grid."""
     inspected_prompts: int = 1
-    """Training prompts whose credit, step by step, the report shows at the end; 0 for none."""
+    """Training prompts for which the report shows the advantage of every denoising step; 0 for none."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """Where things go, and what does not change the result."""
+    """The run directory, the seed, the device, checkpoints and trackers."""
 
     folder: str
-    """The run directory. The same command again goes on where it stopped."""
+    """The run directory. The same command with the same folder resumes the run."""
     seed: int = 0
-    """Every random draw follows from it."""
+    """Seed of all random draws."""
     device: str = "auto"
-    """``auto`` takes a GPU if there is one."""
+    """Device such as ``cpu`` or ``cuda:1``; ``auto`` uses a GPU if there is one."""
     threads: int = 0
-    """CPU threads for torch; 0 takes all cores."""
+    """CPU threads of torch; 0 for one per core."""
     checkpoint_every: int = 25
-    """Iterations between checkpoints; the last iteration always has one."""
+    """Iterations between checkpoints. The last iteration always writes one."""
     keep_checkpoints: int = 2
-    """Number of newest checkpoints to keep, besides the best."""
+    """Number of newest checkpoints to keep, in addition to the best one."""
     trackers: tuple[str, ...] = ("tensorboard",)
-    """accelerate trackers: tensorboard, wandb, trackio, mlflow, comet_ml, aim, clearml, swanlab."""
+    """Experiment trackers of accelerate: tensorboard, wandb, trackio, mlflow, comet_ml, aim, clearml, swanlab."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """Everything that decides a run."""
+    """All settings of a run."""
 
     model: Model
-    """The pipeline."""
+    """The pipeline, its precision, and which of its weights are trained."""
     sampling: Sampling = field(default_factory=Sampling)
-    """How the pipeline is called in rollouts."""
+    """Arguments of the pipeline's call in rollouts."""
     memory: Memory = field(default_factory=Memory)
-    """What trades memory for time."""
+    """Settings that save memory at the cost of time."""
     algorithm: (
         FlowGRPO | DanceGRPO | MixGRPO | PrefGRPO | DiffusionNFT
         | TempFlowGRPO | G2RPO | TPGRPO | VGPO | BranchGRPO | FIND | Algorithm
     )  # fmt: skip
-    """Who judges which denoising step; ``kind`` may be the import path of an algorithm of your own."""
+    """What is sampled, and which candidates give each action its advantage; ``kind`` may be the import
+    path of an algorithm of your own."""
     loss: ClippedLoss | NFTLoss | Loss = field(default_factory=ClippedLoss)
     """The objective of an update; ``kind`` may be the import path of a loss of your own."""
     rewards: tuple[Reward, ...]
-    """What is rewarded: the weighted sum is trained on."""
+    """The reward models; training maximises the weighted sum of their scores."""
     failures: Failures = field(default_factory=Failures)
-    """What happens when a reward fails."""
+    """Retries of a reward that fails, and what happens to the sample afterwards."""
     prompts: Prompts
-    """What is generated."""
+    """Files of training prompts and of held-out prompts."""
     train: Train
-    """Batch geometry and optimizer."""
+    """Length of the run, batch geometry and optimizer."""
     evaluation: Evaluation = field(default_factory=Evaluation)
-    """What is measured on held-out prompts."""
+    """Evaluations on held-out prompts."""
     run: Run
-    """Where things go."""
+    """The run directory, the seed, the device, checkpoints and trackers."""
 
     def check(self, num_processes: int = 1) -> None:
-        """Find contradictions before any long work.
+        """Find contradictions between settings before any model is loaded.
 
         Raises:
-            ConfigError: Naming the keys, their values and what is possible.
+            ConfigError: With the keys, their values and what is allowed.
         """
         for key, value, least in self._bounds():
             if value < least:
@@ -222,7 +222,7 @@ class Config:
         try:
             self.memory.check(isinstance(self.model.weights, Full))
             self.loss.check()
-            self.loss.check_algorithm(self.algorithm.action_kind, self.algorithm.transition)
+            self.loss.check_algorithm(algorithm.action_kind, algorithm.transition)
         except ValueError as error:
             raise ConfigError(str(error)) from error
         if self.loss.needs.average and not self.train.ema_decay:
@@ -233,16 +233,16 @@ class Config:
         self._check_kinds()
 
     def _check_kinds(self) -> None:
-        """Raise ConfigError if the weights do not match the algorithm's kind of action."""
+        """Raise ConfigError if the trained weights do not match the algorithm's kind of action."""
         algorithm, weights = self.algorithm, self.model.weights
-        trains_noise = algorithm.action_kind == "initial_noise"
-        if trains_noise != isinstance(weights, Noise):
+        if (algorithm.action_kind == "initial_noise") != isinstance(weights, Noise):
             raise ConfigError(
                 "algorithm.kind = 'find' and model.weights.kind = 'noise' belong together, but these "
                 f"are {type(algorithm).__name__} and {type(weights).__name__}"
             )
 
     def _bounds(self) -> Sequence[tuple[str, int | float, int | float]]:
+        """Keys with their values and the smallest allowed values."""
         t, e, tiny = self.train, self.evaluation, 1e-12
         return [
             ("sampling.num_steps", self.sampling.num_steps, 2),
@@ -274,10 +274,11 @@ class Config:
         ]
 
     def steps_by_density(self) -> list[int]:
-        """The steps that are trained in any iteration by the ratio of their densities as it is.
+        """The steps that are trained in any iteration by the plain ratio of their densities.
 
         GRPO-Guard's ratio, TempFlow-GRPO's weights, densities without their variance and the
-        likelihood-free objective bring the gradients of all steps to one size by themselves.
+        likelihood-free objective already give the gradients of all steps the same scale, so with them
+        the list is empty.
         """
         algorithm, loss = self.algorithm, self.loss
         if (
@@ -293,7 +294,7 @@ class Config:
         return sorted(found)
 
     def evaluation_sampling(self) -> Sampling:
-        """How the pipeline is called in evaluations."""
+        """Arguments of the pipeline's call in evaluations."""
         changed: dict[str, Any] = {
             "num_steps": self.evaluation.num_steps,
             "guidance_scale": self.evaluation.guidance_scale,
@@ -301,7 +302,7 @@ class Config:
         return replace(self.sampling, **{k: v for k, v in changed.items() if v is not None})
 
     def geometry(self, num_processes: int = 1) -> dict[str, str]:
-        """The batch geometry in words, for people to check before a long run."""
+        """The batch geometry in words, to be checked before a long run."""
         t, size = self.train, self.algorithm.group_size
         samples = t.groups * size
         return {
@@ -319,68 +320,3 @@ class Config:
         random = Random(self.run.seed).at("train", 0)
         cost = self.algorithm.cost(self.sampling.num_steps, 0, random)
         return f"{cost.nfe:,.0f} denoiser evaluations, {cost.decodes:,.0f} decodes, {cost.rewards:,.0f} calls of each reward in the first iteration"
-
-
-def find(name: str) -> Path:
-    """A file by its path, or by the name of one that comes with flowgrpo.
-
-    ``quickstart`` and ``configs/quickstart.toml`` name the same configuration.
-
-    Raises:
-        FileNotFoundError: With the nearest name.
-    """
-    if Path(name).is_file() or name.startswith(HUB):
-        return Path(name)
-    package = Path(str(resources.files("flowgrpo")))
-    roots = [package.parent, package / "data"]
-    for root in roots:
-        for candidate in (root / name, root / "configs" / f"{name}.toml"):
-            if candidate.is_file():
-                return candidate
-    known = {
-        f"{p.parent.name}/{p.name}"
-        for r in roots
-        for d in ("configs", "prompts")
-        for p in (r / d).glob("*.*")
-    }
-    raise FileNotFoundError(
-        f"no such file: {name}{suggest(name, known | {Path(k).stem for k in known})}"
-    )
-
-
-def load(name: str, settings: Sequence[str] = ()) -> Config:
-    """Read a configuration file and apply ``key=value`` settings to it.
-
-    Raises:
-        ConfigError: On a wrong key, type or value, with the file's name.
-        FileNotFoundError: If there is no such file.
-    """
-    path = find(name)
-    try:
-        table = tomllib.loads(path.read_text())
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"{path}: not valid TOML: {error}") from error
-    try:
-        return read(Config, override(table, settings))
-    except ConfigError as error:
-        at_fault = f"--set on {path}" if settings and _is_sound(table) else str(path)
-        raise ConfigError(f"{at_fault}: {error}") from error
-
-
-def _is_sound(table: dict[str, Any]) -> bool:
-    """Whether a configuration can be read from a table."""
-    try:
-        read(Config, table)
-    except ConfigError:
-        return False
-    return True
-
-
-def dump(config: Config) -> str:
-    """A configuration as TOML; :func:`load` gives an equal one."""
-    return tomli_w.dumps(to_table(config))
-
-
-def save(config: Config, path: Path) -> None:
-    """Write a configuration so that :func:`load` gives an equal one."""
-    path.write_text(dump(config))

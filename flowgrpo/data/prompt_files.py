@@ -22,6 +22,8 @@ FIXED = (
 OWN_KEYS = (
     "prompt", "negative_prompt", "image", "images", "metadata", "call", *SIZES, *PICTURES,
 )  # fmt: skip
+SUFFIXES = (".txt", ".jsonl", ".csv", ".parquet")
+"""Suffixes of prompt files."""
 
 
 class PromptError(ValueError):
@@ -199,3 +201,8 @@ def _image(value: Any, where: str, folder: Path) -> "Path | Image":
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
         raise PromptError(f"{where}: image {path} cannot be read: {error}") from error
     return path
+
+
+def names_prompts(text: str) -> bool:
+    """Whether a text is the name of a prompt file or of a dataset, rather than a prompt."""
+    return text.startswith(HUB) or text.endswith(SUFFIXES)

@@ -39,7 +39,7 @@ class Evaluator:
         self.settings, self.session, self.scorer = settings, session, scorer
         self.policy, self.learner, self.prompts = policy, learner, prompts
         self.sampling, self.seed, self.model_name = sampling, seed, model_name
-        self.metrics = [_instance(import_path(path)) for path in settings.measures]
+        self.metrics = [_instance(import_path(path)) for path in settings.metrics]
         self.evaluations: list[Mapping[str, Any]] = []
         self.comparison_grid = ComparisonGrid.of(
             prompts, settings.grid_prompts, settings.grid_samples, seed

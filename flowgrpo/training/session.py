@@ -20,7 +20,7 @@ from torch import Tensor
 
 from flowgrpo import config as configuration
 from flowgrpo.config import Config, ConfigError
-from flowgrpo.config.reader import to_table
+from flowgrpo.config.reference import to_table
 from flowgrpo.data.prompts import Group
 from flowgrpo.rewards.scorer import RewardScorer
 from flowgrpo.rewards.settings import RewardError

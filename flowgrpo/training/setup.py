@@ -111,7 +111,7 @@ def check_inputs(config: Config, num_processes: int) -> tuple[PromptSet, PromptS
         PromptSet.load(find(file), config.prompts.balance, fixed_size)
         for file in (config.prompts.train, config.prompts.held_out)
     )
-    for path in config.evaluation.measures:
+    for path in config.evaluation.metrics:
         import_path(path)
     return prompts, held_out
 

@@ -1,19 +1,16 @@
-"""The commands about rewards: ``score``, ``serve-reward``, ``learn-rubrics``."""
+"""``flowgrpo score``."""
 
 import argparse
 import csv
 import json
-import logging
 import math
-import os
 import re
-import signal
-import threading
-import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from flowgrpo.cli.common import UsageError, parse_setting, quiet, read_image
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -22,7 +19,10 @@ if TYPE_CHECKING:
     from flowgrpo.rewards.scorer import RewardScorer
     from flowgrpo.rewards.settings import Reward
 
-DEFAULT_URL = "http://127.0.0.1:8000/v1"
+SUMMARY = "score images or videos with reward models"
+EXAMPLE = (
+    "flowgrpo score images --reward jpeg_size --reward-option jpeg_size.quality=80 --out scores.csv"
+)
 IMAGES = (".png", ".jpg", ".jpeg", ".webp")
 FRAME = re.compile(r"(.+)_frame(\d+)")
 
@@ -42,21 +42,51 @@ class Medium:
     is_video: bool
 
 
-def score(options: argparse.Namespace) -> int:
-    """``flowgrpo score``. Fails if a reward gave no score at all."""
-    from flowgrpo.cli.commands import quiet
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of the command."""
+    parser.add_argument(
+        "images",
+        help="folder of images, or of videos as folders of frames (or NAME_frame000.png, ...); with "
+        "index.jsonl as 'sample' writes it, prompts are known",
+    )
+    parser.add_argument(
+        "--reward",
+        required=True,
+        action="append",
+        metavar="[NAME=]MODEL",
+        help="name in reward_models or import path; can be given again, the same one too under "
+        "another NAME",
+    )
+    parser.add_argument(
+        "--reward-option",
+        action="append",
+        default=[],
+        metavar="NAME.KEY=VALUE",
+        help="an option of one of the rewards, by the name in its column; can be given again",
+    )
+    parser.add_argument(
+        "--prompts", help="file of prompts, one for each image in the order of file names"
+    )
+    parser.add_argument("--out", help="file for a table (.jsonl or .csv)")
+    parser.add_argument(
+        "--batch", type=int, default=32, help="images scored at a time (default: %(default)s)"
+    )
+
+
+def run(options: argparse.Namespace) -> int:
+    """Score the images and write the table. Fails if a reward gave no score at all."""
     from flowgrpo.rewards.scorer import RewardScorer
     from flowgrpo.rewards.settings import Failures
     from flowgrpo.training.console import Console
 
-    quiet()
     writers = {".jsonl": _write_jsonl, ".csv": _write_csv}
     out = Path(options.out) if options.out else None
     if out is not None and out.suffix not in writers:
-        raise ValueError(f"--out must end in {' or '.join(writers)}, got {options.out!r}")
+        raise UsageError(f"--out must end in {' or '.join(writers)}, got {options.out!r}")
     if options.batch < 1:
-        raise ValueError(f"--batch must be at least 1, got {options.batch}")
+        raise UsageError(f"--batch must be at least 1, got {options.batch}")
     media = find_media(Path(options.images))
+    quiet()
     prompts = _prompts_of(media, Path(options.images), options.prompts)
     scorer = RewardScorer(named_rewards(options.reward, options.reward_option), Failures(retries=0))
     console = Console()
@@ -85,146 +115,22 @@ def score(options: argparse.Namespace) -> int:
     return int(useless)
 
 
-def serve_reward(options: argparse.Namespace) -> int:
-    """``flowgrpo serve-reward``."""
-    from flowgrpo.rewards.loading import load_reward
-    from flowgrpo.rewards.protocols import LearningReward
-    from flowgrpo.rewards.serving.protocol import Limits
-    from flowgrpo.rewards.serving.server import RewardServer
-    from flowgrpo.rewards.settings import Reward
-
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    settings = Reward(model=options.reward, options=dict(map(parse_setting, options.option)))
-    reward = load_reward(settings)
-    if isinstance(reward, LearningReward):
-        raise ValueError(
-            f"reward {settings.label!r} learns during a run, and its state belongs to the run: behind "
-            "a server it would stay as it was made; use it in the run's own process"
-        )
-    server = RewardServer(
-        reward,
-        name=settings.label,
-        host=options.host,
-        port=options.port,
-        token=options.token or os.environ.get("FLOWGRPO_TOKEN", ""),
-        limits=Limits(
-            num_bytes=int(options.max_megabytes * 2**20),
-            num_images=options.max_images,
-            num_pixels=options.max_pixels,
-        ),
-        max_batch=options.max_batch,
-        wait=options.wait,
-    )
-    stopped = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stopped.set())
-    guard = "a token" if server.token else "no token"
-    print(f"serving {settings.label} at {server.url} ({guard}); Ctrl-C stops", flush=True)
-    stopped.wait()
-    server.close()
-    return 0
-
-
-def learn_rubrics(options: argparse.Namespace) -> int:
-    """``flowgrpo learn-rubrics``."""
-    import numpy as np
-    import torch
-
-    from flowgrpo.data.rubrics import Rubric, fit_rubrics, read_rubrics, write_rubrics
-    from flowgrpo.rewards.loading import load_reward
-    from flowgrpo.rewards.settings import Reward
-    from flowgrpo.training.console import Console
-
-    if options.most < 0 or not options.out.endswith(".jsonl"):
-        raise ValueError(
-            f"--most must be at least 0 and --out end in .jsonl, got {options.most}, {options.out!r}"
-        )
-    pairs = _pairs(Path(options.pairs))
-    candidates = read_rubrics(options.rubrics)
-    settings = {"model": options.model, "base_url": options.base_url or DEFAULT_URL}
-    settings |= {"rubrics": [c.text for c in candidates]}
-    settings |= dict(map(parse_setting, options.judge_option))
-    scorer: Any = load_reward(Reward(model="vlm_judge", options=settings))
-    console = Console()
-    rows = []
-    for prompt, files in console.track(pairs, "judging", total=len(pairs)):
-        scores = torch.cat([scorer.by_rubric(_read(f)[None], [prompt]) for f in files])
-        rows.append((scores[0] - scores[1]).double().numpy())
-    differences = np.stack(rows)
-    fit = fit_rubrics(differences, most=options.most)
-    kept = []
-    for i in np.argsort(-fit.weights):
-        if fit.weights[i] > 0:
-            column = differences[np.isfinite(differences[:, i]), i]
-            agreed = ((column > 0) + 0.5 * (column == 0)).mean()
-            note = f"alone agrees with {agreed:.0%} of {len(column)} pairs"
-            kept.append(Rubric(candidates[i].text, round(float(fit.weights[i]), 4), note))
-    write_rubrics(Path(options.out), kept)
-    console.table(
-        f"{len(kept)} of {len(candidates)} rubrics kept; together they order {fit.accuracy:.0%} of "
-        f"held-out pairs as people did ({fit.pairs} of {len(pairs)} pairs could be used)",
-        ["rubric", "weight", ""],
-        [[r.text, f"{r.weight:.3f}", r.note] for r in kept],
-    )
-    return 0
-
-
-def _pairs(path: Path) -> "list[tuple[Prompt, tuple[Path, Path]]]":
-    """Prompts with the preferred picture and the other one."""
-    from flowgrpo.data.prompts import Prompt
-
-    if not path.is_file():
-        raise FileNotFoundError(f"no file of pairs {path}")
-    pairs = []
-    for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-            text, files = record["prompt"], (record["preferred"], record["other"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(
-                f"{path}, line {number}: expected an object with prompt, preferred and other"
-            ) from error
-        first, second = (path.parent / str(f) for f in files)
-        for file in (first, second):
-            if not file.is_file():
-                raise FileNotFoundError(f"{path}, line {number}: no picture {file}")
-        pairs.append((Prompt(str(text)), (first, second)))
-    return pairs
-
-
-def parse_setting(text: str) -> tuple[str, Any]:
-    """Key and value of ``key=value``; the value is TOML, or else a string.
-
-    Raises:
-        ValueError: If there is no ``=``.
-    """
-    key, equals, value = text.partition("=")
-    if not equals or not key.strip():
-        raise ValueError(f"expected KEY=VALUE, got {text!r}")
-    try:
-        return key.strip(), tomllib.loads(f"value = {value}")["value"]
-    except tomllib.TOMLDecodeError:
-        return key.strip(), value
-
-
 def named_rewards(names: Sequence[str], settings: Sequence[str]) -> "list[Reward]":
     """Rewards with the options that ``name.key=value`` settings give them.
 
     Raises:
-        ValueError: If a setting names none of them.
+        UsageError: If a setting names none of them.
     """
     from flowgrpo.core.imports import suggest
 
     named = [_named(n) for n in names]
     options: dict[str, dict[str, Any]] = {r.label: {} for r in named}
     for setting in settings:
-        key, value = parse_setting(setting)
+        key, value = parse_setting(setting, "--reward-option")
         name, dot, option = key.rpartition(".")
         if not dot or name not in options:
             known = ", ".join(options)
-            raise ValueError(
+            raise UsageError(
                 f"--reward-option {setting!r}: expected NAME.KEY=VALUE with the name of a --reward "
                 f"({known}){suggest(name, options)}"
             )
@@ -234,11 +140,14 @@ def named_rewards(names: Sequence[str], settings: Sequence[str]) -> "list[Reward
 
 def _named(text: str) -> "Reward":
     """The reward of ``MODEL`` or ``NAME=MODEL``."""
+    from flowgrpo.config.renamed import old_names
     from flowgrpo.rewards.settings import Reward
 
     name, equals, model = text.rpartition("=")
     if equals and (not name or not model):
-        raise ValueError(f"--reward {text!r}: expected MODEL or NAME=MODEL")
+        raise UsageError(f"--reward {text!r}: expected MODEL or NAME=MODEL")
+    for _, message in old_names({"model": model}):
+        raise UsageError(f"--reward {text!r}: {message}")
     return Reward(model=model, name=name)
 
 
@@ -286,24 +195,10 @@ def read_medium(medium: Medium) -> "Tensor":
     """
     import torch
 
-    frames = [_read(f) for f in medium.files]
+    frames = [read_image(f) for f in medium.files]
     if len({f.shape for f in frames}) != 1:
         raise ValueError(f"the frames of {medium.name} differ in size")
     return torch.stack(frames) if medium.is_video else frames[0]
-
-
-def _read(file: Path) -> "Tensor":
-    import torch
-    from PIL import Image
-    from torchvision.transforms.functional import pil_to_tensor
-
-    from flowgrpo.data.pictures import as_rgb
-
-    try:
-        with Image.open(file) as image:
-            return pil_to_tensor(as_rgb(image)).to(torch.float32) / 255
-    except (OSError, ValueError, SyntaxError) as error:
-        raise ValueError(f"{file} is no image that can be read: {error}") from error
 
 
 def _prompts_of(

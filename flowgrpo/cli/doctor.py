@@ -1,0 +1,76 @@
+"""``flowgrpo doctor``."""
+
+import argparse
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from flowgrpo.cli.common import add_model_arguments, device_of, quiet, sampling_of
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+SUMMARY = "prove on a model that it can be trained"
+EXAMPLE = "flowgrpo doctor stabilityai/stable-diffusion-3.5-medium --dtype bfloat16"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of the command."""
+    add_model_arguments(parser)
+    parser.add_argument("--full", action="store_true", help="full fine-tuning instead of LoRA")
+    parser.add_argument(
+        "--clip-range",
+        type=float,
+        default=1e-4,
+        help="compared with the numerical noise of ratios (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--image",
+        metavar="FILE",
+        help="condition image for editing and image-to-video (default: a gradient where one is needed)",
+    )
+    parser.add_argument("--json", metavar="FILE", help="file for the result")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Examine the model and print the checks. Fails if a check fails."""
+    from flowgrpo.doctor import Settings, examine, show
+    from flowgrpo.policy import Full
+    from flowgrpo.training.console import Console
+
+    quiet()
+    sampling = sampling_of(options, 4)
+    if options.image:
+        sampling = replace(sampling, call=sampling.call | {"image": _open(options.image)})
+    settings = Settings(
+        sampling=sampling,
+        weights=Full() if options.full else None,
+        dtype=options.dtype,
+        device=device_of(options.device),
+        clip_range=options.clip_range,
+    )
+    try:
+        diagnosis = examine(options.model, settings)
+    except ValueError as error:
+        _write_json(options.json, {"model": options.model, "passed": False, "refused": str(error)})
+        raise
+    show(diagnosis, Console())
+    _write_json(options.json, diagnosis.to_json())
+    return 0 if diagnosis.passed else 1
+
+
+def _write_json(file: str | None, table: dict[str, Any]) -> None:
+    if file:
+        Path(file).write_text(json.dumps(table, indent=1) + "\n")
+
+
+def _open(file: str) -> "Image":
+    """An image in RGB."""
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        with Image.open(file) as image:
+            return image.convert("RGB")
+    except UnidentifiedImageError as error:
+        raise ValueError(f"{file} is no image that can be read") from error

@@ -1,0 +1,91 @@
+"""Builds the parser from the command files, and runs a command."""
+
+import argparse
+import os
+import pkgutil
+import sys
+from collections.abc import Mapping, Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from flowgrpo import __version__
+from flowgrpo.cli.common import UsageError
+from flowgrpo.core.imports import suggest
+
+EPILOG = """\
+first steps:
+  flowgrpo train quickstart              teach the model in the package; minutes on two CPU cores
+  flowgrpo train quickstart --dry-run    what that would do, without loading a model
+  flowgrpo doctor shapes                 prove that a model can be trained
+  flowgrpo config explain train.lr       what a key of a configuration means
+  flowgrpo serve-reward pick_score       a reward in an environment of its own
+"""
+
+EXPECTED = (ValueError, OSError, RuntimeError, ImportError, OverflowError)
+"""Errors that users can correct; the message says how. Any other error is a defect and shows its
+traceback."""
+
+SHARED = ("common", "main")
+"""Modules of this package that are no commands."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command. Returns the exit status: 0 done, 1 failed, 2 misused, 130 interrupted."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    known = commands()
+    top = parser(known)
+    command = next((a for a in arguments if not a.startswith("-")), None)
+    if command is not None and command not in known:
+        top.error(f"unknown command {command!r}{suggest(command, known)} (known: {', '.join(known)})")  # fmt: skip
+    options = top.parse_args(arguments)
+    if command is None:
+        top.print_help()
+        return 2
+    # Threads that spin while they wait take time from those that work.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # So that import paths in a configuration find modules in the working directory, as with
+    # python -m flowgrpo.
+    sys.path.insert(0, os.getcwd())
+    try:
+        return int(known[command].run(options))
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except EXPECTED as error:
+        print(f"flowgrpo: {error}", file=sys.stderr)
+        return 2 if isinstance(error, UsageError) else 1
+
+
+def commands() -> Mapping[str, Any]:
+    """The module of each command, by the command's name: ``serve_reward.py`` is ``serve-reward``."""
+    folder = str(Path(__file__).parent)
+    names = sorted(m.name for m in pkgutil.iter_modules([folder]) if m.name not in SHARED)
+    return {n.replace("_", "-"): import_module(f"flowgrpo.cli.{n}") for n in names}
+
+
+def parser(known: Mapping[str, Any]) -> argparse.ArgumentParser:
+    """The parser of all commands."""
+    top = argparse.ArgumentParser(
+        prog="flowgrpo",
+        description="Reinforcement learning for image and video generators: any diffusers pipeline is a policy.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    top.add_argument("--version", action="version", version=f"flowgrpo {__version__}")
+    subparsers = top.add_subparsers(metavar="COMMAND")
+    for name, command in known.items():
+        sub = subparsers.add_parser(
+            name,
+            help=command.SUMMARY,
+            description=command.SUMMARY[0].upper() + command.SUMMARY[1:] + ".",
+            epilog=f"example:\n  {command.EXAMPLE}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        command.add_arguments(sub)
+    return top
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,64 @@
+"""``flowgrpo push``."""
+
+import argparse
+import shutil
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+SUMMARY = "upload a finished run's weights to the Hugging Face hub, with a model card"
+EXAMPLE = "flowgrpo push runs/quickstart me/shapes-tuned"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of the command."""
+    parser.add_argument("run", help="run directory")
+    parser.add_argument("repo_id", help="repository, as USER/NAME; made if it is not there")
+    parser.add_argument(
+        "--public", action="store_true", help="make a new repository public (default: private)"
+    )
+
+
+def run(options: argparse.Namespace) -> int:
+    """Upload the run and print the address of the repository."""
+    from huggingface_hub import HfApi
+
+    print(push_run(Path(options.run), options.repo_id, HfApi(), private=not options.public))
+    return 0
+
+
+def push_run(run: Path, repo_id: str, api: Any, private: bool = True) -> str:
+    """Upload a finished run's export with a model card, its grid and its configuration.
+
+    Args:
+        run: The run directory.
+        repo_id: ``user/name`` on the hub; made if it is not there.
+        api: A ``huggingface_hub.HfApi``.
+        private: Whether a new repository is private.
+
+    Returns:
+        The address of the repository.
+
+    Raises:
+        FileNotFoundError: If the run has no export, because it is not finished.
+    """
+    from flowgrpo.evaluation.card import GRID, model_card, newest_grid
+
+    weights = run / "export"
+    if not weights.is_dir() or not any(weights.iterdir()):
+        raise FileNotFoundError(
+            f"{run} has nothing to push: its export is written when it finishes"
+        )
+    with TemporaryDirectory() as temporary:
+        folder = Path(temporary) / "repository"
+        shutil.copytree(weights, folder)
+        shutil.copyfile(run / "config.toml", folder / "config.toml")
+        grid = newest_grid(run)
+        if grid is not None:
+            shutil.copyfile(grid, folder / GRID)
+        model_card(run, repo_id).save(folder / "README.md")
+        address = api.create_repo(repo_id, private=private, exist_ok=True, repo_type="model")
+        api.upload_folder(
+            repo_id=repo_id, folder_path=str(folder), commit_message=f"{run.name}, by flowgrpo"
+        )
+    return str(address)

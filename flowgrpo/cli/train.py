@@ -1,0 +1,84 @@
+"""``flowgrpo train``."""
+
+import argparse
+import os
+from typing import TYPE_CHECKING
+
+from flowgrpo.cli.common import CONFIG_HELP, add_set_argument, quiet
+
+if TYPE_CHECKING:
+    from flowgrpo.config import Config
+
+SUMMARY = "fine-tune a model, or resume a run"
+EXAMPLE = "flowgrpo train quickstart --set run.seed=1"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of the command."""
+    parser.add_argument("config", help=CONFIG_HELP)
+    add_set_argument(parser)
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="check everything that can be checked without the model, print the plan and the memory "
+        "that it takes, stop",
+    )
+    parser.add_argument(
+        "--memory-gb",
+        type=float,
+        metavar="N",
+        help="with --dry-run: the device's memory to compare with (default: that of the GPU here)",
+    )
+
+
+def run(options: argparse.Namespace) -> int:
+    """Check the configuration, then train or print the plan."""
+    from flowgrpo.config import load
+
+    config = load(options.config, options.set)
+    num_processes = int(os.environ.get("WORLD_SIZE", "1"))
+    config.check(num_processes)
+    quiet()
+    if options.dry_run:
+        return _dry_run(config, num_processes, options.memory_gb)
+    from flowgrpo.training.loop import train
+
+    return 0 if train(config).finished else 130
+
+
+def _dry_run(config: "Config", num_processes: int, memory_gb: float | None) -> int:
+    """Check everything that can be checked without the model, and print the plan."""
+    from flowgrpo.config import find
+    from flowgrpo.core.imports import import_path, suggest
+    from flowgrpo.data.prompt_sets import PromptSet
+    from flowgrpo.memory.printing import print_estimate
+    from flowgrpo.rewards.loading import available_rewards
+    from flowgrpo.training.console import Console
+
+    rows = list(config.geometry(num_processes).items())
+    for label, file in (
+        ("training prompts", config.prompts.train),
+        ("held-out prompts", config.prompts.held_out),
+    ):
+        prompts = PromptSet.load(find(file), config.prompts.balance)
+        classes = f" in {len(prompts.classes())} classes" if config.prompts.balance else ""
+        rows.append((label, f"{len(prompts.prompts)}{classes} ({file})"))
+    for reward in config.rewards:
+        # Reward models are not loaded: they may be large, or need weights that are not here.
+        if ":" in reward.model:
+            import_path(reward.model)
+        elif reward.model not in available_rewards():
+            raise ValueError(
+                f"unknown reward {reward.model!r}{suggest(reward.model, available_rewards())}"
+            )
+        rows.append((f"reward {reward.label}", f"weight {reward.weight:g} ({reward.model})"))
+    for metric in config.evaluation.metrics:
+        import_path(metric)
+        rows.append(("metric", metric))
+    rows.append(("run directory", config.run.folder))
+    console = Console()
+    for name, value in rows:
+        console.say(f"{name:>20}  {value}")
+    print_estimate(config, num_processes, memory_gb, console)
+    console.say("the configuration is valid; nothing was loaded")
+    return 0

@@ -1,0 +1,137 @@
+"""Configuration files: where they lie, how they are loaded and saved, and which line is at fault."""
+
+import re
+import tomllib
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from flowgrpo.core.errors import ConfigError
+from flowgrpo.core.imports import suggest
+from flowgrpo.data.prompt_files import HUB
+
+if TYPE_CHECKING:
+    from flowgrpo.config.reader import Location
+    from flowgrpo.config.schema import Config
+
+
+def find(name: str) -> Path:
+    """A file by its path, or by the name of one that comes with flowgrpo.
+
+    ``quickstart`` and ``configs/quickstart.toml`` name the same configuration.
+
+    Raises:
+        FileNotFoundError: With the nearest name.
+    """
+    if Path(name).is_file() or name.startswith(HUB):
+        return Path(name)
+    package = Path(str(resources.files("flowgrpo")))
+    roots = [package.parent, package / "data"]
+    for root in roots:
+        for candidate in (root / name, root / "configs" / f"{name}.toml"):
+            if candidate.is_file():
+                return candidate
+    known = {
+        f"{p.parent.name}/{p.name}"
+        for r in roots
+        for d in ("configs", "prompts")
+        for p in (r / d).glob("*.*")
+    }
+    raise FileNotFoundError(
+        f"no such file: {name}{suggest(name, known | {Path(k).stem for k in known})}"
+    )
+
+
+def load(name: str, settings: Sequence[str] = ()) -> "Config":
+    """Read a configuration file and apply ``key=value`` settings to it.
+
+    Raises:
+        ConfigError: On wrong keys, types or values. Each line of the message names the file and the
+            line, or the setting.
+        FileNotFoundError: If there is no such file.
+    """
+    from flowgrpo.config.reader import TableError, override, read
+    from flowgrpo.config.schema import Config
+
+    path = find(name)
+    text = path.read_text(encoding="utf-8")
+    try:
+        table = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{path}: not valid TOML: {error}") from error
+    try:
+        return read(Config, override(table, settings))
+    except TableError as error:
+        messages = []
+        for fault in error.faults:
+            setting = _setting_of(fault.location, settings)
+            place = f"--set {setting}" if setting else f"{path}:{line_of(text, fault.location)}"
+            messages.append(f"{place}: {fault.sentence}")
+        raise ConfigError("\n".join(messages)) from None
+
+
+def _setting_of(location: "Location", settings: Sequence[str]) -> str | None:
+    """The last setting that decides a key: it sets the key itself, a table around it, or its kind."""
+    parts = [str(p) for p in location]
+    for setting in reversed(settings):
+        key = setting.partition("=")[0].strip().removesuffix(".kind").split(".")
+        if parts[: len(key)] == key:
+            return setting
+    return None
+
+
+def line_of(text: str, location: "Location") -> int:
+    """The line of a TOML text, counted from 1, that gives a key, or else the nearest table around it.
+
+    TOML parsers do not report lines, so ever longer parts of the text are parsed: the statement after
+    which a key is there for the first time is the one that gives it. A part that cannot be parsed
+    ends within a value of several lines.
+    """
+    lines = text.splitlines()
+    found, depth, start = 1, 0, 0
+    for end in range(1, len(lines) + 1):
+        try:
+            table = tomllib.loads("\n".join(lines[:end]))
+        except tomllib.TOMLDecodeError:
+            continue
+        reached = _depth(table, location)
+        if reached > depth:
+            names = [str(p) for p in location[:reached] if isinstance(p, str)]
+            found = start + 1 + _row(lines[start:end], names[-1])
+            depth = reached
+        start = end
+    return found
+
+
+def _depth(table: Any, location: "Location") -> int:
+    """How many parts of a location exist."""
+    for depth, part in enumerate(location):
+        try:
+            table = table[part]
+        except (KeyError, IndexError, TypeError):
+            return depth
+    return len(location)
+
+
+def _row(statement: Sequence[str], name: str) -> int:
+    """The row of a statement that assigns to a name; the first that is no comment, if that is unclear."""
+    assigning = [i for i, line in enumerate(statement) if re.search(rf"\b{name}\b.*=", line)]
+    if len(assigning) == 1:
+        return assigning[0]
+    rows = [i for i, line in enumerate(statement) if line.strip() and not line.lstrip().startswith("#")]  # fmt: skip
+    return rows[0] if rows else 0
+
+
+def dump(config: "Config") -> str:
+    """A configuration as TOML; :func:`load` gives an equal one."""
+    import tomli_w
+
+    from flowgrpo.config.reference import to_table
+
+    return tomli_w.dumps(to_table(config))
+
+
+def save(config: "Config", path: Path) -> None:
+    """Write a configuration so that :func:`load` gives an equal one."""
+    path.write_text(dump(config), encoding="utf-8")

@@ -1,0 +1,179 @@
+"""The command line as a whole: commands are found, misuse is answered, and help is quick."""
+
+import json
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import flowgrpo
+from flowgrpo.cli import main
+from flowgrpo.cli.common import prompts_of
+from flowgrpo.cli.main import commands, parser
+from flowgrpo.config import Config
+from flowgrpo.config.reference import json_schema
+from flowgrpo.data.prompt_files import SUFFIXES, PromptError
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_every_file_is_a_command_and_explains_itself(capsys):
+    names = {p.stem.replace("_", "-") for p in (ROOT / "flowgrpo" / "cli").glob("*.py")}
+    assert {*commands()} == names - {"--init--", "common", "main"}
+    with pytest.raises(SystemExit) as caught:
+        main(["--help"])
+    assert caught.value.code == 0
+    text = " ".join(capsys.readouterr().out.split())
+    for name, command in commands().items():
+        assert f" {name} {command.SUMMARY}" in text
+        line = command.EXAMPLE.splitlines()[0]
+        program, *arguments = shlex.split(line)
+        assert program == "flowgrpo"
+        assert parser(commands()).parse_args(arguments)
+
+
+def test_without_a_command_there_is_help(capsys):
+    assert main([]) == 2
+    assert "first steps:" in capsys.readouterr().out
+
+
+def test_the_version(capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(["--version"])
+    assert caught.value.code == 0
+    assert capsys.readouterr().out == f"flowgrpo {flowgrpo.__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["trian", "quickstart"], "unknown command 'trian'; did you mean 'train'?"),
+        (["serve_reward", "x"], "unknown command 'serve_reward'; did you mean 'serve-reward'?"),
+        (["train"], "required: config"),
+        (["train", "quickstart", "--dryrun"], "unrecognized arguments: --dryrun"),
+        (["export", "run", "--out", "x", "--format", "onnx"], "invalid choice: 'onnx'"),
+    ],
+)
+def test_arguments_that_cannot_be_parsed(arguments, message, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(arguments)
+    assert caught.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["config", "show"], "config show needs a configuration"),
+        (["config", "explain"], "config explain needs a key"),
+        (["sample", "shapes", "a cat", "--out", "x", "--samples", "0"], "--samples must be at"),
+        (["sample", "shapes", "a cat", "--out", "x", "--size", "big"], "--size must be WIDTHxHEI"),
+        (["doctor", "shapes", "--call", "eta"], "--call expected KEY=VALUE, got 'eta'"),
+    ],
+)
+def test_arguments_that_make_no_sense(arguments, message, capsys):
+    assert main(arguments) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_wrong_configuration_is_answered_with_status_1(capsys):
+    assert main(["train", "quickstart", "--set", "train.iteration=3"]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("flowgrpo: --set train.iteration=3: unknown key 'train.iteration'; did")
+
+
+QUICK = """
+import io, sys
+from contextlib import redirect_stderr, redirect_stdout
+from flowgrpo.cli import main
+with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+    for command in {commands!r}:
+        try:
+            main(command)
+        except SystemExit:
+            pass
+found = {{{packages}}} & {{*sys.modules}}
+assert not found, found
+"""
+
+
+@pytest.mark.parametrize(
+    ("commands", "packages"),
+    [
+        (
+            [["--help"], ["train", "--help"], ["sample", "--help"], ["trian"], ["config", "list"]],
+            "'torch', 'diffusers', 'transformers', 'numpy', 'PIL', 'rich', 'pydantic_core', 'flowgrpo.config.schema'",
+        ),
+        (
+            [["config", "explain", "train.lr"]],
+            "'torch', 'diffusers', 'numpy', 'rich', 'pydantic_core'",
+        ),
+        (
+            [["config", "show", "quickstart"], ["train", "quickstart", "--set", "x=1"]],
+            "'torch', 'diffusers', 'transformers', 'jaxtyping', 'numpy', 'PIL', 'rich', 'pydantic'",
+        ),
+    ],
+    ids=["help", "explain", "read"],
+)
+def test_answers_without_a_model_import_nothing_heavy(commands, packages):
+    code = QUICK.format(commands=commands, packages=packages)
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_config_list_show_explain_and_schema(tmp_path, capsys):
+    assert main(["config", "list"]) == 0
+    assert "quickstart               Teaches the model" in capsys.readouterr().out
+    assert main(["config", "show", "quickstart", "--set", "train.lr=0.5"]) == 0
+    (tmp_path / "shown.toml").write_text(capsys.readouterr().out)
+    assert flowgrpo.load(str(tmp_path / "shown.toml")) == flowgrpo.load("quickstart", ["train.lr=0.5"])  # fmt: skip
+    assert main(["config", "explain", "train.lr"]) == 0
+    assert "Peak learning rate" in capsys.readouterr().out
+    assert main(["config", "schema", "--out", str(tmp_path / "schema.json")]) == 0
+    assert json.loads((tmp_path / "schema.json").read_text()) == json_schema(Config)
+    capsys.readouterr()
+    assert main(["config", "schema"]) == 0
+    assert json.loads(capsys.readouterr().out) == json_schema(Config)
+
+
+# Prompts on the command line.
+def write_prompts(path: Path) -> Path:
+    rows = [{"prompt": "a red cube", "tag": "colors"}, {"prompt": "two dogs", "tag": "counting"}]
+    if path.suffix == ".txt":
+        path.write_text("a red cube\ntwo dogs\n")
+    elif path.suffix == ".jsonl":
+        path.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    elif path.suffix == ".csv":
+        path.write_text("prompt,tag\na red cube,colors\ntwo dogs,counting\n")
+    else:
+        arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+        parquet.write_table(arrow.Table.from_pylist(rows), path)
+    return path
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_every_kind_of_prompt_file_is_read(suffix, tmp_path):
+    path = write_prompts(tmp_path / f"prompts{suffix}")
+    prompts = prompts_of(["a blue ball", str(path)])
+    assert [p.text for p in prompts] == ["a blue ball", "a red cube", "two dogs"]
+
+
+def test_a_dataset_is_read(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    datasets.Dataset.from_list([{"prompt": "a red cube"}]).save_to_disk(tmp_path / "saved")
+    assert [p.text for p in prompts_of([f"hf:{tmp_path / 'saved'}"])] == ["a red cube"]
+
+
+@pytest.mark.parametrize("name", [*(f"nowhere{s}" for s in SUFFIXES), "hf:/no/such/dataset:train"])
+def test_a_missing_prompt_file_is_no_prompt(name):
+    with pytest.raises((FileNotFoundError, PromptError), match=r"nowhere|cannot be loaded"):
+        prompts_of([name])
+
+
+def test_sample_refuses_a_missing_prompt_file_before_it_loads_a_model(tmp_path, capsys):
+    out = tmp_path / "images"
+    assert main(["sample", "no-such-model", "nowhere.parquet", "--out", str(out)]) == 1
+    assert "no such file: nowhere.parquet" in capsys.readouterr().err
+    assert not out.exists()
