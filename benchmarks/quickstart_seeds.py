@@ -36,8 +36,8 @@ def main() -> None:
                     f"{before['graded']:.3f} → {after['graded']:.3f}",
                 ]
             )
-        for name, value in last["measures"].items():
-            rows.append([str(seed), name, f"{first['measures'][name]:.3f}", f"{value:.3f}", "", ""])
+        for name, value in last["metrics"].items():
+            rows.append([str(seed), name, f"{first['metrics'][name]:.3f}", f"{value:.3f}", "", ""])
         rows.append([str(seed), "minutes", "", f"{seconds / 60:.1f}", "", ""])
     print(table(["seed", "", "before", "after", "points", "graded"], rows))
 

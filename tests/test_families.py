@@ -3,8 +3,8 @@
 from pathlib import Path
 
 import pytest
-
 from benchmarks.families import END, PAGES, START, row, write
+
 from tests.tiny import FAMILIES
 
 

@@ -5,8 +5,8 @@ import pytest
 import torch
 from PIL import Image
 
-from flowgrpo.evaluation.comparison_grid import keep, kept
-from flowgrpo.evaluation.grid import GridRow, draw_grid
+from flowgrpo.evaluation.comparison_grid import load_images, save_images
+from flowgrpo.evaluation.grid_drawing import GridRow, draw_grid
 
 RED, BLUE = (1.0, 0.0, 0.0), (0.0, 0.0, 1.0)
 
@@ -179,9 +179,9 @@ def test_result_is_an_rgb_picture():
 def test_kept_images_come_back_whatever_their_layout(tmp_path):
     shown = images(RED, BLUE).to(memory_format=torch.channels_last)
     assert not shown.is_contiguous()
-    keep(tmp_path / "deep" / "base.safetensors", shown)
-    assert torch.equal(kept(tmp_path / "deep" / "base.safetensors"), shown)
-    assert kept(tmp_path / "none.safetensors") is None
+    save_images(tmp_path / "deep" / "base.safetensors", shown)
+    assert torch.equal(load_images(tmp_path / "deep" / "base.safetensors"), shown)
+    assert load_images(tmp_path / "none.safetensors") is None
 
 
 def test_condition_images_stand_below_the_label():

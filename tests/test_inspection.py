@@ -103,7 +103,7 @@ def test_branches_are_compared_with_those_of_their_seed(
             assert gap == pytest.approx(half, abs=1e-6)
     page = fragment(strips)
     assert "vs. others" in page
-    assert "a branch of its own" in page
+    assert "a separate branch" in page
     assert "<svg" not in page, "no line joins images that do not follow from each other"
 
 

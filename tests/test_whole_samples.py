@@ -434,7 +434,7 @@ class Novelty:
 RUN = [
     "train.iterations=2", "train.groups=2", "train.updates=2", "train.lr=1e-3", "sampling.num_steps=4",
     "prompts.balance=''", f"rewards=[{{model='{HERE}:brightness'}}]", "evaluation.images=2",
-    "evaluation.every=0", "evaluation.measures=[]", "evaluation.grid_prompts=1", "evaluation.grid_samples=2", "run.checkpoint_every=1",
+    "evaluation.every=0", "evaluation.metrics=[]", "evaluation.grid_prompts=1", "evaluation.grid_samples=2", "run.checkpoint_every=1",
     "run.threads=1", "run.device=cpu", "run.trackers=[]", "failures.probe=off",
 ]  # fmt: skip
 RUNS = {

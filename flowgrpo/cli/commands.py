@@ -38,7 +38,7 @@ def _dry_run(config: "Config", num_processes: int, memory_gb: float | None) -> i
     from flowgrpo.config import find
     from flowgrpo.core.imports import import_path, suggest
     from flowgrpo.data.prompt_sets import PromptSet
-    from flowgrpo.memory.show import say_memory
+    from flowgrpo.memory.printing import print_estimate
     from flowgrpo.rewards.scorer import available_rewards
     from flowgrpo.training.console import Console
 
@@ -59,14 +59,14 @@ def _dry_run(config: "Config", num_processes: int, memory_gb: float | None) -> i
                 f"unknown reward {reward.model!r}{suggest(reward.model, available_rewards())}"
             )
         rows.append((f"reward {reward.label}", f"weight {reward.weight:g} ({reward.model})"))
-    for measure in config.evaluation.measures:
-        import_path(measure)
-        rows.append(("measure", measure))
+    for metric in config.evaluation.metrics:
+        import_path(metric)
+        rows.append(("metric", metric))
     rows.append(("run directory", config.run.folder))
     console = Console()
     for name, value in rows:
         console.say(f"{name:>20}  {value}")
-    say_memory(config, num_processes, memory_gb, console)
+    print_estimate(config, num_processes, memory_gb, console)
     console.say("the configuration is valid; nothing was loaded")
     return 0
 

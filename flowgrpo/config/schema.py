@@ -120,8 +120,8 @@ class Evaluation:
     over the held-out prompts of each. Fewer than 200 mislead."""
     images_during: int = 0
     """The same for evaluations during training, which may be fewer; 0 as ``images``."""
-    measures: tuple[str, ...] = ()
-    """Import paths of measures that see all images of a prompt, such as a diversity."""
+    metrics: tuple[str, ...] = ()
+    """Import paths of metrics that see all images of a prompt, such as a diversity."""
     num_steps: int | None = None
     """Denoising steps; unset as in ``sampling``."""
     guidance_scale: float | None = None

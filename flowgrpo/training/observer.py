@@ -12,7 +12,7 @@ from flowgrpo.core.random import Random
 from flowgrpo.core.transitions import require_path
 from flowgrpo.data.prompt_sets import PromptSet
 from flowgrpo.evaluation import held_out, inspection
-from flowgrpo.evaluation.comparison_grid import ComparisonGrid, keep, kept
+from flowgrpo.evaluation.comparison_grid import ComparisonGrid, load_images, save_images
 from flowgrpo.evaluation.report import write_report
 from flowgrpo.policy import Full, LoRA, PipelinePolicy
 from flowgrpo.policy.export import export
@@ -52,7 +52,7 @@ class Observer:
     ):
         self.config, self.session, self.scorer, self.policy = config, session, scorer, policy
         self.prompts, self.trained_on = prompts, trained_on
-        self.measures = [_instance(import_path(m)) for m in config.evaluation.measures]
+        self.metrics = [_instance(import_path(m)) for m in config.evaluation.metrics]
         self.sampling = config.evaluation_sampling()
         self.evaluations: list[Mapping[str, Any]] = []
         e = config.evaluation
@@ -97,10 +97,10 @@ class Observer:
         self.learner, session = learner, self.session
         base = session.folder / "grids" / "base.safetensors"
         if not base.exists() and session.is_main:
-            keep(base, self.comparison_grid.generate(self.policy, self.sampling))
+            save_images(base, self.comparison_grid.generate(self.policy, self.sampling))
         session.restore(learner)
         self.evaluations = session.past_evaluations()
-        images = kept(base)
+        images = load_images(base)
         if images is not None and session.is_main:
             self.scorer.probe(images, self.comparison_grid.expanded)
             self.base_images = images
@@ -125,7 +125,7 @@ class Observer:
                 seed=self.config.run.seed,
                 sampling=self.sampling,
                 balance=self.prompts.balance,
-                measures=self.measures,
+                metrics=self.metrics,
                 gather=session.gather_objects,
                 rank=session.accelerator.process_index,
                 num_ranks=session.accelerator.num_processes,
@@ -218,8 +218,8 @@ class Observer:
             ]
             heads = [h for n in names for h in (f"{n}: before", "after", "change")]
             console.table(title, ["", *heads], cells)
-        for name, value in after["measures"].items():
-            console.say(f"{name}: {before['measures'][name]:.3f} before, {value:.3f} after")
+        for name, value in after["metrics"].items():
+            console.say(f"{name}: {before['metrics'][name]:.3f} before, {value:.3f} after")
         grid = folder / "grids" / f"{after['iteration']:06d}.png"
         console.say(f"report:  {folder / 'report.html'}")
         console.say(f"grid:    {grid}")

@@ -161,7 +161,7 @@ class Session:
             # Times are no results: two runs of one configuration write the same lines.
             record = {k: v for k, v in result.items() if k != "seconds"}
             _append(self.folder / "evaluations.jsonl", record)
-        flat = {f"held_out/{k}": v for k, v in result["scores"].items()} | result["measures"]
+        flat = {f"held_out/{k}": v for k, v in result["scores"].items()} | result["metrics"]
         self.accelerator.log(flat, step=result["iteration"])
 
     def drop_phases(self) -> None:

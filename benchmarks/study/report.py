@@ -94,7 +94,7 @@ class Study:
 
 
 def _curve(lines: Sequence[dict]) -> Curve:
-    rows = {line["iteration"]: {**line["scores"], **line["measures"]} for line in lines}
+    rows = {line["iteration"]: {**line["scores"], **line["metrics"]} for line in lines}
     names = next(iter(rows.values()))
     return Curve(list(rows), {n: [row[n] for row in rows.values()] for n in names})
 

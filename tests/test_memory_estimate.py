@@ -17,10 +17,18 @@ import flowgrpo
 from flowgrpo.cli.parser import main
 from flowgrpo.core.transitions import CPS
 from flowgrpo.data.prompts import Prompt
-from flowgrpo.memory import GB, Choice, Measured, NoEstimate, advise, budget, measure
-from flowgrpo.memory.blueprint import build, config_folder
-from flowgrpo.memory.live import Live
-from flowgrpo.memory.trace import Activations, Tracer, bytes_of
+from flowgrpo.memory import (
+    GB,
+    EstimateError,
+    Footprint,
+    MemoryOptions,
+    advise,
+    budget,
+    estimate_footprint,
+)
+from flowgrpo.memory.dispatch_modes import MemoryCounter
+from flowgrpo.memory.meta_pipeline import build, config_folder
+from flowgrpo.memory.tracer import Activations, Tracer, bytes_of
 from flowgrpo.policy import Full, LoRA, PipelinePolicy
 from flowgrpo.policy.loading import DTYPES, denoisers, load_pipeline
 from flowgrpo.policy.weights import Trainable, Weights
@@ -73,7 +81,7 @@ def taken(
         # The budget counts gradients of weights apart, in full; at the peak few may be there.
         parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
     # The models alone: at these sizes the states around them would outweigh a block.
-    with Live(known) as live:
+    with MemoryCounter(known) as live:
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
             outputs = [model(*args, **kwargs)[0] for model, args, kwargs in step]
         size = sum(t.untyped_storage().nbytes() for t in saved.values())
@@ -141,13 +149,13 @@ def test_values_that_decide_on_shapes_are_known(name: str, tiny: Tiny) -> None:
 
 def test_what_cannot_be_had_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(NoEstimate, match="config files of nobody/nothing cannot be had"):
+    with pytest.raises(EstimateError, match="config files of nobody/nothing cannot be downloaded"):
         config_folder("nobody/nothing")
-    with pytest.raises(NoEstimate, match=r"no model_index\.json"):
+    with pytest.raises(EstimateError, match=r"no model_index\.json"):
         config_folder(tmp_path)
 
 
-MEASURED = Measured(
+FOOTPRINT = Footprint(
     denoisers={"transformer": 4 * GB},
     linear=2 * GB,
     linear_bytes=4 * GB,
@@ -166,47 +174,47 @@ MEASURED = Measured(
     kl=False,
     batches=(4, 4),
 )
-CHOICE = Choice(rollout_batch=4, train_batch=4)
+OPTIONS = MemoryOptions(rollout_batch=4, train_batch=4)
 
 
 def test_a_budget_adds_the_largest_phase() -> None:
-    found = budget(MEASURED, CHOICE)
+    found = budget(FOOTPRINT, OPTIONS)
     assert found.phase == "training"
     always = 4 + 8 + 1 / 16 + 8 / 64 + 4
     assert found.peak == round((always + 4 / 64 + 17) * GB)
-    eight_bit = budget(MEASURED, replace(CHOICE, optimizer="adamw8bit"))
+    eight_bit = budget(FOOTPRINT, replace(OPTIONS, optimizer="adamw8bit"))
     assert found.peak - eight_bit.peak == pytest.approx((8 - 2 - 8 / 256) / 64 * GB)
-    smaller = budget(MEASURED, replace(CHOICE, quantize="nf4"))
+    smaller = budget(FOOTPRINT, replace(OPTIONS, quantize="nf4"))
     assert found.peak - smaller.peak == pytest.approx((4 - 2 * 0.5625) * GB)
-    offloaded = budget(MEASURED, replace(CHOICE, offload_text_encoders=True))
+    offloaded = budget(FOOTPRINT, replace(OPTIONS, offload_text_encoders=True))
     assert found.peak - offloaded.peak == 8 * GB
     assert offloaded.phases["text encoding"] == 8 * GB
-    heavy = replace(MEASURED, vae=GB)
-    there = budget(heavy, CHOICE)
-    visiting = budget(heavy, replace(CHOICE, offload_vae=True))
+    heavy = replace(FOOTPRINT, vae=GB)
+    there = budget(heavy, OPTIONS)
+    visiting = budget(heavy, replace(OPTIONS, offload_vae=True))
     assert there.peak - visiting.peak == GB
     assert visiting.phases["decoding"] - there.phases["decoding"] == GB
     assert "weights of vae" not in visiting.resident
-    kept = replace(MEASURED, kl=True)
-    assert budget(kept, CHOICE).phases["training"] == found.phases["training"]
+    kept = replace(FOOTPRINT, kl=True)
+    assert budget(kept, OPTIONS).phases["training"] == found.phases["training"]
     wide = replace(kept, rollout=6 * GB)
-    assert budget(wide, CHOICE).phases["training"] == round((4 / 64 + 16 + 6) * GB)
+    assert budget(wide, OPTIONS).phases["training"] == round((4 / 64 + 16 + 6) * GB)
 
 
 def test_advice_fits_when_followed() -> None:
-    assert advise(MEASURED, CHOICE, 80 * GB) == ([], True)
-    changes, fits = advise(MEASURED, CHOICE, 24 * GB)
+    assert advise(FOOTPRINT, OPTIONS, 80 * GB) == ([], True)
+    changes, fits = advise(FOOTPRINT, OPTIONS, 24 * GB)
     assert fits
     assert changes[0].setting == "memory.offload_text_encoders = true"
     assert [c.peak for c in changes] == sorted((c.peak for c in changes), reverse=True)
     assert changes[-1].peak < 24 * GB
     assert len({c.setting.partition(" ")[0] for c in changes}) == len(changes)
-    assert not advise(MEASURED, CHOICE, 2 * GB)[1]
+    assert not advise(FOOTPRINT, OPTIONS, 2 * GB)[1]
 
 
 def test_unknown_kinds_are_refused() -> None:
     with pytest.raises(ValueError, match=r"quantize must be one of none, nf4.* got 'q2'"):
-        replace(CHOICE, quantize="q2")
+        replace(OPTIONS, quantize="q2")
 
 
 def test_batches_scale_what_is_traced(tiny: Tiny) -> None:
@@ -217,9 +225,9 @@ def test_batches_scale_what_is_traced(tiny: Tiny) -> None:
     for batch in (2, 4):
         more = [f"train.rollout_batch={batch}", f"train.train_batch={batch}"]
         config = flowgrpo.load("sd35_medium_pickscore", [*settings, *more])
-        found.append(measure(config, [Prompt("a red cube")]))
+        found.append(estimate_footprint(config, [Prompt("a red cube")]))
     two, four = found
-    choice = Choice(rollout_batch=4, train_batch=4)
+    choice = MemoryOptions(rollout_batch=4, train_batch=4)
     assert math.isclose(budget(two, choice).peak, budget(four, choice).peak, rel_tol=0.03)
     assert two.rewards == {"pick_score": 4 * 986_109_441}
 
@@ -235,13 +243,13 @@ def test_what_prompts_bring_is_counted(name: str, tiny: Tiny) -> None:
     config = replace(config, sampling=replace(sampling, call=call))
     more = {"sd3": {"height": 64, "width": 64}, "flux_kontext": {"images": [GRADIENT]}}[name]
     plain = [Prompt("a red cube"), Prompt("a blue one")]
-    usual = measure(config, plain)
-    found = measure(config, [plain[0], replace(plain[1], **more)])
+    usual = estimate_footprint(config, plain)
+    found = estimate_footprint(config, [plain[0], replace(plain[1], **more)])
     assert found.rollout > 1.2 * usual.rollout
     assert found.training.peak(checkpointing=False) > 1.2 * usual.training.peak(checkpointing=False)
     guided = call | {"negative_prompt": "blurry"}
     config = replace(config, sampling=replace(sampling, call=guided))
-    assert measure(config, plain).rollout >= usual.rollout
+    assert estimate_footprint(config, plain).rollout >= usual.rollout
 
 
 def test_a_second_autoencoder_is_no_obstacle(tiny: Tiny) -> None:
@@ -249,7 +257,7 @@ def test_a_second_autoencoder_is_no_obstacle(tiny: Tiny) -> None:
     settings = [f"model.path='{tiny('ltx2')}'", "train.rollout_batch=2", "train.train_batch=2"]
     config = flowgrpo.load("wan21_t2v", [*settings, "model.dtype='bfloat16'"])
     config = replace(config, sampling=sampling_of("ltx2"))
-    found = measure(config, [Prompt("a red cube")])
+    found = estimate_footprint(config, [Prompt("a red cube")])
     assert found.decode > 0
     assert found.training.saved > 0
 
@@ -263,7 +271,7 @@ def test_what_cannot_be_built_is_told(tiny: Tiny, tmp_path: Path) -> None:
     with pytest.raises(TypeError, match="layers"):
         build(tmp_path / "sd3", torch.float32)
     file.write_text(json.dumps(index | {"vae": ["diffusers", "Nothing"]}))
-    with pytest.raises(NoEstimate, match="the component vae cannot be built"):
+    with pytest.raises(EstimateError, match="the component vae cannot be built"):
         build(tmp_path / "sd3", torch.float32)
 
 
@@ -286,13 +294,13 @@ def test_a_dry_run_goes_on_without(
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     assert main(["train", "sd35_medium_pickscore", "--dry-run", "--set=model.path=no/such"]) == 0
     said = capsys.readouterr().out
-    assert "no estimate of the memory: the config files of no/such" in said
+    assert "the memory cannot be estimated: the config files of no/such" in said
     assert "the configuration is valid" in said
 
 
 def test_live_counts_births_and_deaths() -> None:
     known = torch.ones(4)
-    with Live([known], block=512) as live:
+    with MemoryCounter([known], block=512) as live:
         a = torch.ones(256) + 1
         assert (live.live, live.peak) == (1024, 2048)
         view = a[:4]

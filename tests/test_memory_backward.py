@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from flowgrpo.memory.backward import again, backward, roots_of
-from flowgrpo.memory.live import Live
+from flowgrpo.memory.dispatch_modes import MemoryCounter
 
 
 def test_gradients_are_autograds() -> None:
@@ -47,7 +47,7 @@ def test_a_block_computed_again_gives_its_inputs_their_gradients() -> None:
 
 def test_what_was_saved_is_freed_on_the_way() -> None:
     weight = torch.ones(64, 64, requires_grad=True)
-    with Live([weight]) as live:
+    with MemoryCounter([weight]) as live:
         x = torch.ones(64, 64)
         for _ in range(8):
             x = (x @ weight).relu()

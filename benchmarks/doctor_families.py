@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.bench_runs import between
+
 from flowgrpo.cli.commands import quiet
 from flowgrpo.doctor import Settings, examine
 from tests.conftest import sampling_of

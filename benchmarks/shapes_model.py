@@ -49,7 +49,7 @@ def main() -> None:
             seed=0,
             sampling=sampling,
             balance="tag",
-            measures=[Diversity()],
+            metrics=[Diversity()],
         )
         tasks = [f"{100 * result['by_class'][t]['strict']:.0f}" for t in TASKS]
         rows.append(
@@ -59,7 +59,7 @@ def main() -> None:
                 percent(result["scores"]["strict"], result["images"]),
                 *tasks,
                 f"{result['scores']['graded']:.3f}",
-                f"{result['measures']['diversity/color']:.2f}",
+                f"{result['metrics']['diversity/color']:.2f}",
             ]
         )
     print(table(["steps", "guidance", "strict, %", *TASKS, "graded", "colour entropy"], rows))

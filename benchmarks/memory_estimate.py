@@ -17,9 +17,9 @@ import torch
 from torch import nn
 
 from flowgrpo.memory import GB
-from flowgrpo.memory.blueprint import build
-from flowgrpo.memory.live import Live
-from flowgrpo.memory.trace import Tracer, bytes_of
+from flowgrpo.memory.dispatch_modes import MemoryCounter
+from flowgrpo.memory.meta_pipeline import build
+from flowgrpo.memory.tracer import Tracer, bytes_of
 from flowgrpo.policy import LoRA
 from flowgrpo.policy.loading import denoisers, load_pipeline
 from flowgrpo.policy.weights import Trainable
@@ -83,7 +83,7 @@ def on_cpu(name: str) -> None:
         for checkpointing in (False, True):
             if checkpointing:
                 model.enable_gradient_checkpointing()
-            with Live([*model.parameters(), *model.buffers()]) as live:
+            with MemoryCounter([*model.parameters(), *model.buffers()]) as live:
                 # All that one step asks for: some pipelines guide with a second call of the model.
                 outputs = [model(*args, **kwargs)[0] for args, kwargs in inputs.kept]
                 sum(o.square().mean() for o in outputs).backward()
@@ -99,7 +99,7 @@ def on_gpu(name: str, side: int, batch: int) -> None:
     Trainable(denoisers(pipeline), LORA, seed=0, with_reference=False)
     tracer = Tracer(pipeline, torch.bfloat16)
     calls: list[tuple[Any, Any]] = []
-    inner = tracer._enter
+    inner = tracer._to_fake
 
     def noting(part: str, values: Any) -> Any:
         entered = inner(part, values)
@@ -107,7 +107,7 @@ def on_gpu(name: str, side: int, batch: int) -> None:
             calls.append(entered)
         return entered
 
-    tracer._enter = noting  # type: ignore[method-assign]
+    tracer._to_fake = noting  # type: ignore[method-assign]
     found = tracer.training(arguments)
     args, kwargs = (_on_gpu(v) for v in calls[:2])
     config = pipeline.transformer.config

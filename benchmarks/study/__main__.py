@@ -104,7 +104,7 @@ def train(study: Study, entry: Entry, budgets: Budgets, seed: int, settings: Seq
         f"evaluation.every={max(1, round(iterations / POINTS))}",
         f"evaluation.images={IMAGES}",
         f"evaluation.images_during={IMAGES}",
-        "evaluation.measures=['flowgrpo.shapes.rewards:Diversity', 'inked:Ink']",
+        "evaluation.metrics=['flowgrpo.shapes.rewards:Diversity', 'inked:Ink']",
     ]
     run("quickstart", place, [*entry.settings, *QUIET, *chosen, *settings])
 

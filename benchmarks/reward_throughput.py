@@ -24,10 +24,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from benchmarks.bench_runs import between
 from torch import Tensor
 
 import flowgrpo
-from benchmarks.bench_runs import between
 from benchmarks.reward_cases import REAL, SIZE, TINY, Make
 from flowgrpo.cli.commands import quiet
 from flowgrpo.data.prompts import Prompt
@@ -185,7 +185,7 @@ def overlap(kind: str, batch: int, iterations: int = 2) -> dict[str, float]:
             f"rewards=[{{model='{model}', options={{{option}={cost}}}}}]",
             f"run.folder={folder}/run", f"train.iterations={iterations}", "train.groups=6",
             "train.train_batch=48", f"train.rollout_batch={batch}", "evaluation.every=0",
-            "evaluation.images=6", "evaluation.measures=[]", "evaluation.grid_prompts=2",
+            "evaluation.images=6", "evaluation.metrics=[]", "evaluation.grid_prompts=2",
             "evaluation.grid_samples=1", "failures.probe=off", "run.checkpoint_every=100",
         ]  # fmt: skip
         flowgrpo.train(flowgrpo.load("quickstart", settings))
