@@ -1,4 +1,4 @@
-"""Starting runs and reading what they wrote; shared by the benchmarks."""
+"""Starts training runs in processes of their own, and reads the files that they write."""
 
 import json
 import math
@@ -10,13 +10,24 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+ROOT = Path(__file__).parents[1]
+
 
 def run(config: str, folder: Path, settings: Sequence[str]) -> float:
-    """Train in a process of its own, if it has not finished before. Returns the seconds it took."""
+    """Train in a separate process, which resumes an unfinished run and leaves a finished one alone.
+
+    Args:
+        config: Name or path of a configuration.
+        folder: The run directory.
+        settings: Arguments of ``--set``.
+
+    Returns:
+        The seconds that the process took.
+    """
     began = time.time()
     arguments = [f"--set={s}" for s in (*settings, f"run.folder={folder}")]
-    # Rewards and measures of the benchmarks' own lie beside this file.
-    paths = [str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+    # Rewards and metrics of the benchmarks are given as "benchmarks.module:name".
+    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     subprocess.run(
         [sys.executable, "-m", "flowgrpo", "train", config, *arguments],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
@@ -26,35 +37,18 @@ def run(config: str, folder: Path, settings: Sequence[str]) -> float:
 
 
 def evaluations(folder: Path) -> list[dict[str, Any]]:
-    """The held-out evaluations of a run, the first before training."""
+    """The held-out evaluations of a run, in order; the first is of the base model."""
     return [json.loads(line) for line in (folder / "evaluations.jsonl").read_text().splitlines()]
 
 
 def seconds_per_iteration(folder: Path) -> float:
-    """The median time of an iteration, evaluations aside."""
-    rows = [
-        json.loads(line)["total"] for line in (folder / "timings.jsonl").read_text().splitlines()
-    ]
+    """The median time of an iteration in seconds, without evaluations."""
+    lines = (folder / "timings.jsonl").read_text().splitlines()
+    rows = [json.loads(line)["total"] for line in lines]
     return sorted(rows)[len(rows) // 2]
 
 
 def percent(value: float, images: int) -> str:
-    """A share in per cent with its standard error."""
+    """A share in per cent with its standard error, that of a proportion of ``images``."""
     error = math.sqrt(max(value * (1 - value), 1e-9) / images)
     return f"{100 * value:.1f} ± {100 * error:.1f}"
-
-
-def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table."""
-    lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
-    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
-
-
-def between(path: Path, name: str, text: str) -> None:
-    """Put a text between a page's markers. Raises ValueError if it has none."""
-    begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
-    before, start, rest = path.read_text().partition(begin)
-    _, stop, after = rest.partition(end)
-    if not start or not stop:
-        raise ValueError(f"{path} has no {begin} ... {end}")
-    path.write_text(f"{before}{begin}\n{text}\n{end}{after}")

@@ -25,15 +25,15 @@ from tests.tiny.parts import GRADIENT
 Tiny = Callable[[str], Path]
 
 NO_ADAPTERS = ("pixart_sigma", "prx", "prx_pixel")
-FINITE = "what the denoiser says is finite"
-STOCK = "noise 0 gives the stock image"
-VARIANCE = "injected noise is as large as log_prob has it"
+FINITE = "the denoiser's output is finite"
+STOCK = "noise level 0 equals the stock sampler"
+VARIANCE = "sampled noise has the variance of its density"
 SAME_BATCH = "replay equals rollout (same batch)"
 SAME_BATCH_RATIO = "ratio is 1 before an update (same batch)"
 ONE = "replay equals rollout (batch of 1)"
-GRADIENTS = "gradients reach what is trained"
-BRANCH = "a branch from the middle agrees"
-DECODE = "decoding a last state agrees"
+GRADIENTS = "gradients reach the trained weights"
+BRANCH = "a branch equals its rollout"
+DECODE = "decoding final latents equals the rollout"
 EXPORT = "an export loads back to the same image"
 
 
@@ -188,7 +188,7 @@ def test_weights_that_change_nothing_need_no_gradient(
         diagnosis = examine(tiny("sd3"), Settings(sampling=sampling_of("sd3")))
     (check,) = (c for c in diagnosis.checks if c.name == GRADIENTS)
     assert check.passed
-    assert check.value.endswith("(1 change nothing)")
+    assert check.value.endswith("(1 do not change the output)")
 
     def cut(policy: PipelinePolicy) -> None:
         norm = policy.denoisers["transformer"].norm_out

@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 import torch
-from benchmarks.rewards import PROMPT
 from jaxtyping import TypeCheckError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from benchmarks.reward_cases import TINY, Case
+from benchmarks.reward_throughput import PROMPT
 from flowgrpo.cli.parser import main
 from flowgrpo.data.pictures import encode_png
 from flowgrpo.data.prompts import Prompt

@@ -20,7 +20,7 @@ from flowgrpo.core.random import Random
 from flowgrpo.core.steps import Window
 from flowgrpo.core.transitions import CPS
 from flowgrpo.data.prompts import Group, Prompt
-from flowgrpo.evaluation.inspection import fragment, inspect, keep
+from flowgrpo.evaluation.inspection import fragment, inspect, write_fragment
 from flowgrpo.rewards.scorer import Reward, RewardScorer
 from tests.conftest import MakePolicy, sampling_of
 
@@ -137,7 +137,7 @@ def test_the_page_escapes_prompts_and_shows_credit(
         len(set(s.turning) & set(s.advantages)) for s in strips
     )
     assert any(s.turning for s in strips)
-    assert keep(strips, tmp_path).read_text() == page
+    assert write_fragment(strips, tmp_path).read_text() == page
 
 
 def test_nothing_to_inspect(make_policy: MakePolicy, scorer: Callable[[], RewardScorer]) -> None:

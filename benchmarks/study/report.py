@@ -1,135 +1,21 @@
-"""Reads what the study's runs came to: curves, tables, plots."""
+"""The study's tables, and the page with tables and plots."""
 
-import json
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 
-import numpy as np
-from bench_runs import between, evaluations, table
-from scipy import stats
-from study_runs import ALGORITHMS, OVEROPTIMISED, PROMPTS, Entry
+from benchmarks.study.entries import ALGORITHMS, OVEROPTIMISED, PROMPTS
+from benchmarks.study.plots import draw
+from benchmarks.study.results import COLOUR, Budgets, Study, difference, interval
+from scripts.page_tables import markdown_table, write_marked_text
 
 ITERATIONS = 8
-"""At which algorithms are compared iteration by iteration."""
-COLOUR = "diversity/color"
-
-
-@dataclass(frozen=True)
-class Cost:
-    """What an iteration of an algorithm takes."""
-
-    seconds: float
-    evaluations: float
-
-
-@dataclass(frozen=True)
-class Budgets:
-    """What every algorithm may use.
-
-    Attributes:
-        seconds: Training time, evaluations aside.
-        evaluations: Denoiser evaluations of the rollouts.
-    """
-
-    seconds: float
-    evaluations: float
-
-    def iterations(self, cost: Cost) -> tuple[float, float]:
-        """How many iterations each budget pays for."""
-        return self.seconds / cost.seconds, self.evaluations / cost.evaluations
-
-
-@dataclass(frozen=True)
-class Curve:
-    """The held-out evaluations of one run.
-
-    Attributes:
-        iterations: At which they took place, from 0.
-        values: By name of score or measure.
-    """
-
-    iterations: Sequence[float]
-    values: Mapping[str, Sequence[float]]
-
-    def at(self, name: str, iteration: float) -> float:
-        """A value between two evaluations, linearly; NaN beyond the last."""
-        return float(np.interp(iteration, self.iterations, self.values[name], right=math.nan))
-
-    def gain(self, name: str, iteration: float) -> float:
-        """What changed since the start."""
-        return self.at(name, iteration) - self.values[name][0]
-
-
-@dataclass(frozen=True)
-class Study:
-    """The folder of all runs."""
-
-    folder: Path
-    _file: str = field(default="costs.json", repr=False)
-
-    def place(self, entry: Entry, seed: int) -> Path:
-        """The run directory of one algorithm and seed."""
-        return self.folder / "runs" / entry.slug / str(seed)
-
-    def costs(self) -> dict[str, Cost]:
-        """What was measured, by slug."""
-        file = self.folder / self._file
-        found = json.loads(file.read_text()) if file.exists() else {}
-        return {slug: Cost(**cost) for slug, cost in found.items()}
-
-    def keep_cost(self, entry: Entry, seconds: float, evaluations: float) -> None:
-        """Remember what an iteration takes."""
-        costs = {**self.costs(), entry.slug: Cost(seconds, evaluations)}
-        self.folder.mkdir(parents=True, exist_ok=True)
-        plain = {slug: vars(cost) for slug, cost in costs.items()}
-        (self.folder / self._file).write_text(json.dumps(plain, indent=1))
-
-    def curves(self, entry: Entry) -> list[Curve]:
-        """Of the finished runs of an algorithm, a curve per seed."""
-        places = sorted((self.folder / "runs" / entry.slug).glob("*/report.html"))
-        return [_curve(evaluations(p.parent)) for p in places]
-
-
-def _curve(lines: Sequence[dict]) -> Curve:
-    rows = {line["iteration"]: {**line["scores"], **line["metrics"]} for line in lines}
-    names = next(iter(rows.values()))
-    return Curve(list(rows), {n: [row[n] for row in rows.values()] for n in names})
-
-
-def interval(values: Sequence[float]) -> float:
-    """Half of Student's 95 % confidence interval of a mean; NaN for one value."""
-    if len(values) < 2:
-        return math.nan
-    return float(stats.t.ppf(0.975, len(values) - 1)) * stdev(values) / math.sqrt(len(values))
-
-
-def difference(gains: Sequence[Sequence[float]]) -> float:
-    """Half of the 95 % interval of a difference between two algorithms' mean gains.
-
-    What is left of the gains after each algorithm's and each seed's own mean (two-way analysis of
-    variance) is taken to vary alike for all algorithms, which gives it many more degrees of freedom
-    than three seeds of one algorithm have. NaN unless all have the same two seeds or more.
-    """
-    table = np.asarray([g for g in gains if not any(math.isnan(v) for v in g)])
-    if table.ndim != 2 or min(table.shape) < 2:
-        return math.nan
-    deviation, freedom = residual(table)
-    return float(stats.t.ppf(0.975, freedom)) * deviation * math.sqrt(2 / table.shape[1])
-
-
-def residual(table: np.ndarray) -> tuple[float, int]:
-    """What is left of gains ``(algorithms, seeds)`` after the means of both, and its degrees of freedom."""
-    rows, columns = table.shape
-    left = table - table.mean(0) - table.mean(1, keepdims=True) + table.mean()
-    freedom = (rows - 1) * (columns - 1)
-    return math.sqrt(float((left**2).sum()) / freedom), freedom
+"""Number of iterations at which algorithms are compared iteration by iteration."""
 
 
 def points(values: Sequence[float]) -> str:
-    """A mean of shares as points, with its interval if there are several."""
+    """The mean of shares in points out of 100, with its confidence interval if there are several."""
     if not values or any(math.isnan(v) for v in values):
         return "not reached"
     half = interval(values)
@@ -137,20 +23,25 @@ def points(values: Sequence[float]) -> str:
 
 
 def write_report(study: Study, budgets: Budgets, page: Path | None) -> str:
-    """The tables as Markdown; also into a page, with the plots beside it."""
+    """The study's tables in Markdown.
+
+    Args:
+        study: The finished runs.
+        budgets: Budgets at which they are compared.
+        page: Page that gets the tables between its markers, and plots in a folder of its name; ``None``
+            writes nothing.
+    """
     parts = [comparison(study, budgets), overoptimisation(study)]
     text = "\n\n".join(p for p in parts if p)
     if page is not None:
-        from study_plots import draw
-
         plots = draw(study, budgets, page.parent / page.stem)
-        between(page, "study", text)
+        write_marked_text(page, "study", text)
         print(f"wrote {page}, {', '.join(str(p) for p in plots)}")
     return text
 
 
 def comparison(study: Study, budgets: Budgets) -> str:
-    """All algorithms by the three budgets, the largest gain in equal time first."""
+    """Gains of all algorithms at three budgets; the largest gain in equal time comes first."""
     costs, rows = study.costs(), []
     every: list[list[list[float]]] = []
     for entry in ALGORITHMS:
@@ -180,10 +71,10 @@ def comparison(study: Study, budgets: Budgets) -> str:
         return ""
     common = min(len(gains[0]) for gains in every)
     halves = [difference([gains[budget][:common] for gains in every]) for budget in range(3)]
-    words = [f"two differ by chance by less than ({common} seeds)", "", "", "", ""]
+    words = [f"chance difference of two entries, at most ({common} seeds)", "", "", "", ""]
     words += ["" if math.isnan(half) else f"{100 * half:.1f}" for half in halves]
     shown = [cells for _, cells in sorted(rows, key=_descending)]
-    return table(heads, [*shown, [*words, ""]])
+    return markdown_table(heads, [*shown, [*words, ""]])
 
 
 def _descending(row: tuple[float, object]) -> float:
@@ -191,7 +82,7 @@ def _descending(row: tuple[float, object]) -> float:
 
 
 def overoptimisation(study: Study) -> str:
-    """What training on a flawed reward did to it, to its flaw and to the true ones, at the end."""
+    """Changes of a flawed reward, of its flaw and of the true scores at the end of training on it."""
     rows = []
     for entry in OVEROPTIMISED:
         curves = study.curves(entry)
@@ -208,4 +99,4 @@ def overoptimisation(study: Study) -> str:
         "advantage", "seeds", "iterations", "flawed reward", "graded", "strict", "ink",
         "colour entropy",
     ]  # fmt: skip
-    return f"### A flawed reward\n\n{table(heads, rows)}" if rows else ""
+    return f"### A flawed reward\n\n{markdown_table(heads, rows)}" if rows else ""

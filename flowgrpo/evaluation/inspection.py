@@ -333,7 +333,7 @@ def _picture(frame: Frame) -> str:
     return f'<img alt="{title}" title="{title}" src="data:image/png;base64,{source}">'
 
 
-def keep(strips: Sequence[Strip], folder: Path) -> Path:
+def write_fragment(strips: Sequence[Strip], folder: Path) -> Path:
     """Write the strips into a run directory as an HTML fragment, which the report includes."""
     path = folder / INSPECTION_FILE
     path.write_text(fragment(strips), "utf-8")

@@ -178,7 +178,7 @@ class Observer:
                     prompts,
                     seed=self.config.run.seed,
                 )
-            inspection.keep(strips, self.session.folder)
+            inspection.write_fragment(strips, self.session.folder)
 
     def _save_grid(self, iteration: int) -> None:
         tuned = self.comparison_grid.generate(self.policy, self.sampling)
