@@ -3,10 +3,11 @@
 import ast
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from scripts.rooms import cycles, entries, import_graph, imported_names, longest_chain, module_name
 
 ROOT = Path(__file__).parents[1]
 ORDER = [
@@ -24,36 +25,17 @@ def part(module: str) -> str:
     return module.removeprefix("flowgrpo").strip(".").split(".")[0]
 
 
-def module_name(path: Path) -> str:
-    names = path.relative_to(ROOT).with_suffix("").parts
-    return ".".join(names[:-1] if names[-1] == "__init__" else names)
-
-
-def imported(path: Path) -> Iterator[str]:
-    """Every module that a file imports, anywhere in it; ``from flowgrpo import x`` as flowgrpo.x."""
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path}: relative import"
-            assert node.module
-            if node.module == "flowgrpo":
-                names = [alias.name for alias in node.names]
-                yield from (f"flowgrpo.{n}" for n in names if not n.startswith("__version"))
-            else:
-                yield node.module
-
-
 def test_every_module_has_a_place_in_the_order():
-    names = [module_name(p) for p in MODULES]
+    names = [module_name(ROOT, p) for p in MODULES]
     assert {part(n) for n in names if n.startswith("flowgrpo")} <= {"", *ORDER}
 
 
 @pytest.mark.parametrize("path", MODULES, ids=NAMES)
 def test_imports_point_up(path):
-    own = module_name(path)
-    for name in imported(path):
-        if name.split(".")[0] != "flowgrpo":
+    own = module_name(ROOT, path)
+    for name in imported_names(path):
+        # The package itself passes on names from everywhere, on demand, so nothing may import it.
+        if name.split(".")[0] != "flowgrpo" or name == "flowgrpo.__version__":
             continue
         if own.startswith("reward_models"):
             # Its types, pictures, a scoring rule that is tested apart, and how to reach a
@@ -63,8 +45,43 @@ def test_imports_point_up(path):
                 "flowgrpo.rewards.serving.protocol", "flowgrpo.rewards.serving.client",
             )  # fmt: skip
             assert name.startswith(allowed), f"{own} imports {name}"
-        elif part(own):  # The package itself passes on names from everywhere, on demand.
+        elif part(own):
             assert ORDER.index(part(name)) <= ORDER.index(part(own)), f"{own} imports {name}"
+
+
+def test_there_are_few_rooms():
+    """A newcomer reads the list at one glance."""
+    assert len(entries(ROOT / "flowgrpo")) <= 14
+
+
+@pytest.mark.parametrize("room", sorted(p.parent.name for p in (ROOT / "flowgrpo").glob("*/__init__.py")))  # fmt: skip
+def test_every_room_says_what_belongs_in_it(room):
+    source = (ROOT / "flowgrpo" / room / "__init__.py").read_text()
+    docstring = ast.get_docstring(ast.parse(source)) or ""
+    assert len(docstring) >= 80, f"flowgrpo/{room}/__init__.py: {docstring!r}"
+
+
+@pytest.mark.parametrize("package", ["flowgrpo", "reward_models", "benchmarks", "scripts"])
+def test_no_modules_import_each_other(package):
+    assert cycles(import_graph(ROOT, package)) == []
+
+
+def test_cycles_and_chains_are_found(tmp_path):
+    """Also those through an import inside of a function, and through a third module."""
+    sources = {
+        "__init__": "",
+        "a": "from package.b import one",
+        "b": "def one():\n    import package.c",
+        "c": "from package import a",
+        "d": "from package.a import x\nimport package.e",
+        "e": "import os",
+    }
+    (tmp_path / "package").mkdir()
+    for name, source in sources.items():
+        (tmp_path / "package" / f"{name}.py").write_text(source)
+    graph = import_graph(tmp_path, "package")
+    assert cycles(graph) == [["package.a", "package.b", "package.c"]]
+    assert longest_chain(graph)[:2] == ["package.d", "package.a"]
 
 
 def test_importing_the_package_imports_nothing_heavy():
@@ -74,7 +91,7 @@ def test_importing_the_package_imports_nothing_heavy():
 
 @pytest.mark.parametrize("path", [p for p in MODULES if p.parent.name == "core"], ids=lambda p: p.stem)  # fmt: skip
 def test_the_core_is_pure_mathematics(path):
-    roots = {name.split(".")[0] for name in imported(path)}
+    roots = {name.split(".")[0] for name in imported_names(path)}
     assert not roots & (HEAVY | {"os", "pathlib", "PIL", "json"})
 
 
