@@ -14,6 +14,25 @@ def test_chart_breaks_its_path_at_a_gap():
     assert (path.count("M"), path.count("L")) == (2, 1)
 
 
+def test_values_of_unmarked_curves_are_shown_on_hovering():
+    lines = [
+        Line("a & b", [(float(i), i / 10) for i in range(100)]),
+        Line("raw", [(float(i), 1.0) for i in range(100)], faint=True),
+    ]
+    chart = line_chart(lines)
+    titles = re.findall(r'class="hover"[^>]*><title>([^<]*)</title>', chart)
+    assert titles[:2] == ["iteration 0\na &amp; b: 0", "iteration 3\na &amp; b: 0.3"]
+    assert len(titles) == 34
+    boxes = re.findall(r'class="hover" x="([^"]*)" y="[^"]*" width="([^"]*)"', chart)
+    starts, widths = ([float(v) for v in column] for column in zip(*boxes, strict=True))
+    ends = [x + w for x, w in zip(starts, widths, strict=True)]
+    # The columns cover the whole width without gaps.
+    assert (starts[0], ends[-1]) == (48, 410)
+    assert ends[:-1] == pytest.approx(starts[1:], abs=0.2)
+    assert "hover" not in line_chart([Line("a", [(0, 1.0), (1, 2.0)], dots=True)])
+    assert "no finite values" in line_chart([Line("a", [(0, math.nan)])])
+
+
 @pytest.mark.parametrize(
     "values", [[0.0], [5.0] * 3, [1e-9, 2e-9], [-3e6, 4e6], [0.1, 0.1 + 1e-12]]
 )
