@@ -42,11 +42,11 @@ class Inputs:
     """Records the arguments of a denoiser's calls, so that its forward can be repeated alone."""
 
     def __init__(self, model: nn.Module):
-        self.kept: list[tuple[Any, Any]] = []
+        self.calls: list[tuple[Any, Any]] = []
         self.handle = model.register_forward_pre_hook(self, with_kwargs=True)
 
     def __call__(self, model: nn.Module, args: Any, kwargs: Any) -> None:
-        self.kept.append((args, kwargs))
+        self.calls.append((args, kwargs))
 
 
 def widened(name: str, folder: Path) -> Path:
@@ -85,7 +85,7 @@ def on_cpu(name: str) -> None:
                 model.enable_gradient_checkpointing()
             with MemoryCounter([*model.parameters(), *model.buffers()]) as live:
                 # All calls of one step; some pipelines call the model twice for guidance.
-                outputs = [model(*args, **kwargs)[0] for args, kwargs in inputs.kept]
+                outputs = [model(*args, **kwargs)[0] for args, kwargs in inputs.calls]
                 sum(o.square().mean() for o in outputs).backward()
             report(f"{name}, cpu", checkpointing, found.peak(checkpointing), live.peak)
             model.zero_grad(set_to_none=True)

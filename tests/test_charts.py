@@ -36,7 +36,7 @@ def test_values_of_unmarked_curves_are_shown_on_hovering():
 @pytest.mark.parametrize(
     "values", [[0.0], [5.0] * 3, [1e-9, 2e-9], [-3e6, 4e6], [0.1, 0.1 + 1e-12]]
 )
-def test_charts_stand_any_range(values):
+def test_charts_support_any_range(values):
     chart = line_chart([Line("a", list(enumerate(values)), errors=[None] * len(values), dots=True)])
     numbers = [float(v) for v in re.findall(r'c[xy]="([^"]*)"', chart)]
     assert all(0 <= v <= 420 for v in numbers)
@@ -71,7 +71,7 @@ def test_numbers_are_short(value, text):
     ("seconds", "text"),
     [(0.0123, "12 ms"), (1.25, "1.2 s"), (59.99, "1 min 0 s"), (605, "10 min 5 s"), (7300, "2 h 1 min")],
 )  # fmt: skip
-def test_durations_have_a_fitting_unit(seconds, text):
+def test_durations_have_a_suitable_unit(seconds, text):
     assert duration(seconds) == text
 
 

@@ -1,4 +1,4 @@
-"""The inspection shows what an algorithm collected, and credits as training does."""
+"""The inspection shows the collected candidates, and the advantages of training."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -50,12 +50,12 @@ def scorer() -> Callable[[], RewardScorer]:
 def test_strips_hold_what_was_collected(
     algorithm: Algorithm, frames: int, make_policy: MakePolicy, scorer: Callable[[], RewardScorer]
 ) -> None:
-    policy, seen = make_policy("sd3"), scorer()
-    strips = inspect(policy, algorithm, seen, PROMPTS, samples=2)
+    policy, reward_scorer = make_policy("sd3"), scorer()
+    strips = inspect(policy, algorithm, reward_scorer, PROMPTS, samples=2)
     assert [s.prompt for s in strips] == ["a cat"] * 2 + ["two <dogs>"] * 2
     random = Random(0).at("train", 0)
     groups = [Group(i, p) for i, p in enumerate(PROMPTS)]
-    experience = algorithm.collect(policy, groups, seen, random)
+    experience = algorithm.collect(policy, groups, reward_scorer, random)
     assert experience.media is None, "media is kept for inspections only"
     advantages, a = algorithm.advantages(experience), experience.actions
     for strip in strips:
@@ -68,16 +68,16 @@ def test_strips_hold_what_was_collected(
         assert strip.advantages == pytest.approx(expected)
     best, worst = strips[0].frames[-1].reward, strips[1].frames[-1].reward
     assert best >= worst
-    seen.close()
+    reward_scorer.close()
 
 
 def test_a_leaf_shows_the_steps_of_all_branches_that_lead_to_it(
     make_policy: MakePolicy, scorer: Callable[[], RewardScorer]
 ) -> None:
-    policy, seen = make_policy("sd3", sampling=sampling_of("sd3", num_steps=4)), scorer()
+    policy, reward_scorer = make_policy("sd3", sampling=sampling_of("sd3", num_steps=4)), scorer()
     algorithm = BranchGRPO(group_size=4, splits=(0, 2), transition=CPS())
-    strips = inspect(policy, algorithm, seen, PROMPTS[:1], samples=4)
-    seen.close()
+    strips = inspect(policy, algorithm, reward_scorer, PROMPTS[:1], samples=4)
+    reward_scorer.close()
     by_leaf = {s.sample: s.advantages for s in strips}
     assert {tuple(credit) for credit in by_leaf.values()} == {(0, 1, 2)}
     for early in (0, 1):
@@ -91,10 +91,10 @@ def test_a_leaf_shows_the_steps_of_all_branches_that_lead_to_it(
 def test_branches_are_compared_with_those_of_their_seed(
     make_policy: MakePolicy, scorer: Callable[[], RewardScorer]
 ) -> None:
-    policy, seen = make_policy("sd3", sampling=sampling_of("sd3", num_steps=3)), scorer()
+    policy, reward_scorer = make_policy("sd3", sampling=sampling_of("sd3", num_steps=3)), scorer()
     algorithm = TempFlowGRPO(group_size=4, seeds=2, transition=CPS())
-    strips = inspect(policy, algorithm, seen, PROMPTS[:1], samples=4)
-    seen.close()
+    strips = inspect(policy, algorithm, reward_scorer, PROMPTS[:1], samples=4)
+    reward_scorer.close()
     reward = {(s.sample, f.step): f.reward for s in strips for f in s.frames}
     for strip in strips:
         other = strip.sample ^ 1
@@ -110,10 +110,10 @@ def test_branches_are_compared_with_those_of_their_seed(
 def test_a_shared_baseline_is_on_every_strip(
     make_policy: MakePolicy, scorer: Callable[[], RewardScorer]
 ) -> None:
-    policy, seen = make_policy("sd3", sampling=sampling_of("sd3", num_steps=4)), scorer()
+    policy, reward_scorer = make_policy("sd3", sampling=sampling_of("sd3", num_steps=4)), scorer()
     algorithm = TPGRPO(group_size=3, steps=STEPS, shared_noise=True, turning_points="plain")
-    strips = inspect(policy, algorithm, seen, PROMPTS[:1])
-    seen.close()
+    strips = inspect(policy, algorithm, reward_scorer, PROMPTS[:1])
+    reward_scorer.close()
     assert len(strips) == 3
     assert len({s.frames[0].reward for s in strips}) == 1
     for strip in strips:
@@ -126,9 +126,9 @@ def test_the_page_escapes_prompts_and_shows_credit(
     make_policy: MakePolicy, scorer: Callable[[], RewardScorer], tmp_path: Path
 ) -> None:
     algorithm = TPGRPO(group_size=3, transition=CPS(), steps=STEPS, turning_points="plain")
-    seen = scorer()
-    strips = inspect(make_policy("sd3"), algorithm, seen, PROMPTS)
-    seen.close()
+    reward_scorer = scorer()
+    strips = inspect(make_policy("sd3"), algorithm, reward_scorer, PROMPTS)
+    reward_scorer.close()
     page = fragment(strips)
     assert "two &lt;dogs&gt;" in page
     assert page.count("<h4>sample") == 6
@@ -141,9 +141,9 @@ def test_the_page_escapes_prompts_and_shows_credit(
 
 
 def test_nothing_to_inspect(make_policy: MakePolicy, scorer: Callable[[], RewardScorer]) -> None:
-    seen = scorer()
+    reward_scorer = scorer()
     with pytest.raises(ValueError, match="at least one prompt"):
-        inspect(make_policy("sd3"), FlowGRPO(group_size=2, transition=CPS()), seen, [])
-    assert not seen.keeps_media
+        inspect(make_policy("sd3"), FlowGRPO(group_size=2, transition=CPS()), reward_scorer, [])
+    assert not reward_scorer.keeps_media
     assert torch.is_grad_enabled()
-    seen.close()
+    reward_scorer.close()

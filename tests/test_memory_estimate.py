@@ -1,4 +1,4 @@
-"""The memory estimate against what real tensors take, and what it advises."""
+"""The memory estimate agrees with the memory of real tensors, and its advice is right."""
 
 import json
 import math
@@ -39,11 +39,11 @@ from tests.tiny.parts import GRADIENT
 Tiny = Callable[[str], Path]
 PUBLISHED = Path(__file__).parent / "published_configs"
 LARGER = {"height": 64, "width": 64}
-"""So that activations outweigh the arithmetic around the model, as they do at real sizes."""
+"""A size at which activations outweigh the arithmetic around the model, as at real sizes."""
 
 
 def traced(folder: Path, call: dict[str, Any], dtype: str, weights: Weights) -> Activations:
-    """What the estimator says of a training forward of two samples."""
+    """The estimate for a training step of two samples."""
     pipeline = build(folder, DTYPES[dtype])
     Trainable(denoisers(pipeline), weights, seed=0, with_reference=False)
     full = isinstance(weights, Full)
@@ -51,10 +51,10 @@ def traced(folder: Path, call: dict[str, Any], dtype: str, weights: Weights) -> 
     return tracer.training({"prompt": ["a red cube"] * 2, "num_inference_steps": 4, **call})
 
 
-def taken(
+def measured(
     folder: Path, name: str, dtype: str, weights: Weights, checkpointing: bool
 ) -> tuple[int, int]:
-    """What autograd saves in a real replay, and the most that is alive until its backward ends."""
+    """Bytes that autograd saves in a real replay, and most bytes alive until its backward ends."""
     sampling = replace(sampling_of(name), height=64, width=64)
     policy = PipelinePolicy.from_pretrained(folder, sampling=sampling, weights=weights, dtype=dtype)
     assert policy.trainable is not None
@@ -78,9 +78,9 @@ def taken(
         return tensor
 
     for parameter in policy.trainable.parameters.values():
-        # The budget counts gradients of weights apart, in full; at the peak few may be there.
+        # The budget counts gradients of weights separately, so they are dropped here.
         parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
-    # The models alone: at these sizes the states around them would outweigh a block.
+    # Only the models: at these sizes the latents would outweigh the activations of a block.
     with MemoryCounter(known) as live:
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
             outputs = [model(*args, **kwargs)[0] for model, args, kwargs in step]
@@ -104,11 +104,11 @@ def test_activations_are_those_of_a_real_replay(
     name: str, dtype: str, weights: Weights, tiny: Tiny
 ) -> None:
     found = traced(tiny(name), FAMILIES[name].call | LARGER, dtype, weights)
-    saved, peak = taken(tiny(name), name, dtype, weights, checkpointing=False)
+    saved, peak = measured(tiny(name), name, dtype, weights, checkpointing=False)
     assert found.saved == pytest.approx(saved, rel=0.15)
     assert found.peak(False) == pytest.approx(peak, rel=0.15)
     assert found.checkpointed is not None
-    _, peak = taken(tiny(name), name, dtype, weights, checkpointing=True)
+    _, peak = measured(tiny(name), name, dtype, weights, checkpointing=True)
     assert found.peak(True) == pytest.approx(peak, rel=0.15)
     assert found.peak(True) < found.peak(False)
 
@@ -136,8 +136,8 @@ def test_published_models_have_their_size() -> None:
 
 
 @pytest.mark.parametrize("name", ["lumina2", "mochi", "flux_kontext", "flux2_klein"])
-def test_values_that_decide_on_shapes_are_known(name: str, tiny: Tiny) -> None:
-    """Masks and lengths, condition images, statistics that the pipeline reads from its VAE."""
+def test_values_that_shapes_depend_on_are_known(name: str, tiny: Tiny) -> None:
+    """Masks and lengths, condition images, and statistics that the pipeline reads from its VAE."""
     pipeline = build(tiny(name), torch.bfloat16)
     Trainable(denoisers(pipeline), LoRA(rank=4), seed=0, with_reference=False)
     tracer = Tracer(pipeline, torch.bfloat16)
@@ -147,7 +147,7 @@ def test_values_that_decide_on_shapes_are_known(name: str, tiny: Tiny) -> None:
     assert tracer.training(call).saved > tracer.peaks["transformer"] / 10
 
 
-def test_what_cannot_be_had_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_config_files_are_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(EstimateError, match="config files of nobody/nothing cannot be downloaded"):
         config_folder("nobody/nothing")
@@ -190,11 +190,11 @@ def test_a_budget_adds_the_largest_phase() -> None:
     assert found.peak - offloaded.peak == 8 * GB
     assert offloaded.phases["text encoding"] == 8 * GB
     heavy = replace(FOOTPRINT, vae=GB)
-    there = budget(heavy, OPTIONS)
-    visiting = budget(heavy, replace(OPTIONS, offload_vae=True))
-    assert there.peak - visiting.peak == GB
-    assert visiting.phases["decoding"] - there.phases["decoding"] == GB
-    assert "weights of vae" not in visiting.resident
+    resident = budget(heavy, OPTIONS)
+    offloaded_vae = budget(heavy, replace(OPTIONS, offload_vae=True))
+    assert resident.peak - offloaded_vae.peak == GB
+    assert offloaded_vae.phases["decoding"] - resident.phases["decoding"] == GB
+    assert "weights of vae" not in offloaded_vae.resident
     kept = replace(FOOTPRINT, kl=True)
     assert budget(kept, OPTIONS).phases["training"] == found.phases["training"]
     wide = replace(kept, rollout=6 * GB)
@@ -217,8 +217,8 @@ def test_unknown_kinds_are_refused() -> None:
         replace(OPTIONS, quantize="q2")
 
 
-def test_batches_scale_what_is_traced(tiny: Tiny) -> None:
-    """The budget multiplies what was traced; tracing the other batch must agree."""
+def test_activations_scale_with_the_batch(tiny: Tiny) -> None:
+    """The budget scales the traced activations; tracing with the other batch size must agree."""
     sizes = ["sampling.height=64", "sampling.width=64", "sampling.num_steps=4"]
     settings = [f"model.path='{tiny('sd3')}'", "model.dtype='bfloat16'", *sizes]
     found = []
@@ -233,8 +233,8 @@ def test_batches_scale_what_is_traced(tiny: Tiny) -> None:
 
 
 @pytest.mark.parametrize("name", ["sd3", "flux_kontext"])
-def test_what_prompts_bring_is_counted(name: str, tiny: Tiny) -> None:
-    """Their sizes, their condition images, and a negative prompt that all share."""
+def test_sizes_and_conditions_of_prompts_are_counted(name: str, tiny: Tiny) -> None:
+    """Sizes of their own, condition images, and a negative prompt for all."""
     settings = [f"model.path='{tiny(name)}'", "model.dtype='bfloat16'"]
     batches = ["train.rollout_batch=2", "train.train_batch=2"]
     config = flowgrpo.load("flux_dance", [*settings, *batches])
@@ -252,8 +252,8 @@ def test_what_prompts_bring_is_counted(name: str, tiny: Tiny) -> None:
     assert estimate_footprint(config, plain).rollout >= usual.rollout
 
 
-def test_a_second_autoencoder_is_no_obstacle(tiny: Tiny) -> None:
-    """LTX-2 reads the statistics of its sound's latents itself."""
+def test_a_second_autoencoder_is_supported(tiny: Tiny) -> None:
+    """LTX-2 reads the statistics of its audio latents from the autoencoder's buffers."""
     settings = [f"model.path='{tiny('ltx2')}'", "train.rollout_batch=2", "train.train_batch=2"]
     config = flowgrpo.load("wan21_t2v", [*settings, "model.dtype='bfloat16'"])
     config = replace(config, sampling=sampling_of("ltx2"))
@@ -262,11 +262,11 @@ def test_a_second_autoencoder_is_no_obstacle(tiny: Tiny) -> None:
     assert found.training.saved > 0
 
 
-def test_what_cannot_be_built_is_told(tiny: Tiny, tmp_path: Path) -> None:
+def test_a_component_that_cannot_be_built_is_named(tiny: Tiny, tmp_path: Path) -> None:
     shutil.copytree(tiny("sd3"), tmp_path / "sd3")
     file = tmp_path / "sd3" / "model_index.json"
     index = json.loads(file.read_text())
-    # A plain value that is a list is no component.
+    # A list that is a plain value is not taken for a component.
     file.write_text(json.dumps(index | {"layers": [1, 2]}))
     with pytest.raises(TypeError, match="layers"):
         build(tmp_path / "sd3", torch.float32)
@@ -275,7 +275,7 @@ def test_what_cannot_be_built_is_told(tiny: Tiny, tmp_path: Path) -> None:
         build(tmp_path / "sd3", torch.float32)
 
 
-def test_a_dry_run_prints_it(tiny: Tiny, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_dry_run_prints_the_estimate(tiny: Tiny, capsys: pytest.CaptureFixture[str]) -> None:
     settings = ["sampling.num_steps=4", "sampling.height=32", "sampling.width=32"]
     options = [f"--set={s}" for s in (f"model.path={tiny('sd3')}", *settings)]
     assert main(["train", "sd35_medium_pickscore", "--dry-run", "--memory-gb=4.5", *options]) == 0
@@ -288,7 +288,7 @@ def test_a_dry_run_prints_it(tiny: Tiny, capsys: pytest.CaptureFixture[str]) -> 
     assert "of 9.00 GB: fits" in capsys.readouterr().out
 
 
-def test_a_dry_run_goes_on_without(
+def test_a_dry_run_works_without_an_estimate(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
@@ -298,7 +298,7 @@ def test_a_dry_run_goes_on_without(
     assert "the configuration is valid" in said
 
 
-def test_live_counts_births_and_deaths() -> None:
+def test_the_counter_follows_the_lifetime_of_storages() -> None:
     known = torch.ones(4)
     with MemoryCounter([known], block=512) as live:
         a = torch.ones(256) + 1
@@ -313,7 +313,7 @@ def test_live_counts_births_and_deaths() -> None:
 
 
 def test_a_real_pipeline_is_left_alone(tiny: Tiny) -> None:
-    """Classes are made anew, not changed: other pipelines of the class go on as before."""
+    """The tracer makes subclasses; other pipelines of the same class do not change."""
     pipeline = build(tiny("sd3"), torch.float32)
     Tracer(pipeline, torch.float32)
     real = DiffusionPipeline.from_pretrained(tiny("sd3"))

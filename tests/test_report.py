@@ -1,4 +1,4 @@
-"""The report of a run: its verdict, its warnings, and that it is a sound page by itself."""
+"""The report of a run: its verdict, its warnings, and that it is a valid page without dependencies."""
 
 import json
 import math
@@ -93,7 +93,7 @@ def verdict(folder):
 
 
 class Checker(HTMLParser):
-    """Tags that are opened and closed in order."""
+    """Checks that tags are opened and closed in order."""
 
     def __init__(self):
         super().__init__()
@@ -136,7 +136,7 @@ def full(tmp_path):
     return folder
 
 
-def test_page_is_well_formed_and_needs_nothing_from_outside(full):
+def test_page_is_well_formed_and_has_no_external_resources(full):
     page = report(full)
     checker = Checker()
     checker.feed(page)
@@ -160,7 +160,7 @@ def test_report_holds_every_part(full):
     assert f"flowgrpo train '{full}/config.toml'" in text.replace("&#x27;", "'")
 
 
-def test_only_the_newest_pictures_are_embedded(full):
+def test_only_the_newest_grid_is_embedded(full):
     page = report(full)
     assert page.count("data:image/png;base64,") == 1
     assert 'alt="Comparison grid 000040"' in page

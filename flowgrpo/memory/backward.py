@@ -151,7 +151,7 @@ def _computed_again(node: Any, gradients: list[Tensor | None]) -> Sequence[Tenso
     gradients.clear()
     wanted = [v for v, n in zip(tensors, needed, strict=True) if n]
     found = iter(backward(roots, wanted))
-    # `Again.apply` has one edge per tensor argument; the first belongs to the anchor.
+    # `Again.apply` has one edge per tensor argument; the first belongs to the dummy tensor.
     return (None, *(next(found) if n else None for n in needed))
 
 
@@ -186,15 +186,15 @@ class Again(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, job: _Job, anchor: Tensor, *tensors: Tensor) -> tuple[Any, ...]:
-        """Run the block. ``anchor`` requires a gradient, so that the results require one too."""
+    def forward(ctx: Any, job: _Job, dummy: Tensor, *tensors: Tensor) -> tuple[Any, ...]:
+        """Run the block. ``dummy`` requires a gradient, so that the results require one too."""
         ctx.job, ctx.tensors = job, tensors
         return tuple(job.run(tensors))
 
 
 def again(
     around: Callable[[], AbstractContextManager[Any]],
-    anchor: Tensor,
+    dummy: Tensor,
     module: Callable[..., Any],
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
@@ -203,7 +203,7 @@ def again(
 
     Args:
         around: Makes the context manager under which the block is recomputed, such as autocast.
-        anchor: Any tensor that requires a gradient.
+        dummy: Any tensor that requires a gradient.
         module: A block of a model.
         args: Its positional arguments.
         kwargs: Its keyword arguments.
@@ -218,4 +218,4 @@ def again(
         del result
     others = [_Slot() if isinstance(v, Tensor) else v for v in leaves]
     job = _Job(around, module, others, spec)
-    return tree_unflatten(list(Again.apply(job, anchor, *tensors)), job.form)
+    return tree_unflatten(list(Again.apply(job, dummy, *tensors)), job.form)

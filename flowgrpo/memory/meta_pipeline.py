@@ -101,8 +101,8 @@ def _component(folder: Path, name: str, entry: list[str], dtype: torch.dtype) ->
         # large, and go on the meta device with the parameters.
         with init_empty_weights() if hasattr(cls, "decode") else torch.device("meta"):
             model = cls.from_config(cls.load_config(place))
-        kept: Mapping[str, Any] | list[str] = cls._keep_in_fp32_modules or []
-        return _cast(model, own, kept)
+        in_fp32: Mapping[str, Any] | list[str] = cls._keep_in_fp32_modules or []
+        return _cast(model, own, in_fp32)
     if issubclass(cls, PreTrainedModel):
         with init_empty_weights():
             model = cls(cls.config_class.from_pretrained(place))
@@ -110,8 +110,8 @@ def _component(folder: Path, name: str, entry: list[str], dtype: torch.dtype) ->
         model.tie_weights()
         # transformers keeps the modules of the first list in fp32 for fp16 only, of the second always.
         loose, strict = model._keep_in_fp32_modules, model._keep_in_fp32_modules_strict
-        kept = [*(loose or ()), *(strict or ())] if own == torch.float16 else [*(strict or ())]
-        return _cast(model, own, kept)
+        in_fp32 = [*(loose or ()), *(strict or ())] if own == torch.float16 else [*(strict or ())]
+        return _cast(model, own, in_fp32)
     if "Tokenizer" in cls.__name__:
         return _tokenizer(cls, place)
     return cls.from_pretrained(place)
@@ -125,15 +125,17 @@ def _class(library: str, name: str) -> Any:
         return getattr(importlib.import_module(f"diffusers.pipelines.{library}"), name)
 
 
-def _cast(model: nn.Module, dtype: torch.dtype, kept: Any) -> nn.Module:
-    """Cast a model to a dtype, except tensors with one of ``kept`` in their dotted name."""
+def _cast(model: nn.Module, dtype: torch.dtype, in_fp32: Any) -> nn.Module:
+    """Cast a model to a dtype, except tensors with one of ``in_fp32`` in their dotted name."""
     for prefix, module in model.named_modules():
         for tensors in (module._parameters, module._buffers):
             for name, tensor in tensors.items():
                 full = f"{prefix}.{name}".split(".")
                 # from_pretrained does not cast buffers that are stored in no file.
-                spared = name in module._non_persistent_buffers_set or any(k in full for k in kept)
-                if tensor is None or not tensor.is_floating_point() or spared:
+                excluded = name in module._non_persistent_buffers_set or any(
+                    k in full for k in in_fp32
+                )
+                if tensor is None or not tensor.is_floating_point() or excluded:
                     continue
                 tensor.data = tensor.data.to(dtype)
     return model.eval().requires_grad_(False)

@@ -100,7 +100,7 @@ class Tracer:
         self._cache: dict[str, Any] = {}
         # The counter of a training step; None during a rollout.
         self._training: MemoryCounter | None = None
-        self._anchor: Tensor | None = None
+        self._dummy: Tensor | None = None
         self.pipeline = pipeline
         self._call = inspect.unwrap(type(pipeline).__call__)
         self.denoisers = denoisers(pipeline)
@@ -277,11 +277,11 @@ class Tracer:
         """Gradient checkpointing of a block, in place of ``torch.utils.checkpoint.checkpoint``."""
         if self._training is None:
             return module(*args, **kwargs)
-        if self._anchor is None:
+        if self._dummy is None:
             with self._mode:
-                self._anchor = torch.empty(1, device=self.device, requires_grad=True)
+                self._dummy = torch.empty(1, device=self.device, requires_grad=True)
         around = functools.partial(autocast_as_on, self.device, self.dtype)
-        return again(around, self._anchor, module, args, kwargs)
+        return again(around, self._dummy, module, args, kwargs)
 
 
 def bytes_of(model: nn.Module) -> int:
