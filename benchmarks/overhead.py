@@ -1,9 +1,9 @@
-"""Time of one iteration by phase, against the pure denoiser time at the same shapes.
+"""Compares the time of an iteration of the quick start with the time of the denoiser alone.
 
-python benchmarks/overhead.py --iterations 10
+    python -m benchmarks.overhead --iterations 10
 
-The pure denoiser time is what the bare transformer needs for the same forward and backward passes
-in the same batch shapes, called in a loop without a pipeline, a scheduler or a reward.
+The time of the denoiser alone is that of the same forward and backward passes at the same batch sizes,
+called in a loop without a pipeline, a scheduler or a reward.
 """
 
 import argparse
@@ -21,8 +21,8 @@ from flowgrpo.cli.common import quiet
 from flowgrpo.policy import PipelinePolicy
 
 
-def best(run: Callable[[], object], repeats: int = 5) -> float:
-    """The median time of a function in seconds, after one call to warm up."""
+def median_seconds(run: Callable[[], object], repeats: int = 5) -> float:
+    """Median time of a function in seconds, after a warm-up call."""
     run()
     times = []
     for _ in range(repeats):
@@ -59,12 +59,14 @@ def main() -> None:
     pure = 0.0
     (denoiser,) = policy.denoisers.values()
     for (batch, gradient), number in sorted(shapes.items()):
-        seconds = best(lambda b=batch, g=gradient: _pass(denoiser, b, g))
+        seconds = median_seconds(lambda b=batch, g=gradient: _pass(denoiser, b, g))
         pure += seconds * number / options.iterations
         print(
             f"  batch {batch:>4} {'forward + backward' if gradient else 'forward'}: {1e3 * seconds:.0f} ms x {number / options.iterations:.1f} per iteration"
         )
-    decode = best(lambda: _decode(policy, config.train.groups * config.algorithm.group_size))
+    decode = median_seconds(
+        lambda: _decode(policy, config.train.groups * config.algorithm.group_size)
+    )
     for name, value in phases.items():
         print(f"{name:>10} {value:.3f} s")
     print(f"pure denoiser {pure:.3f} s, decoding {decode:.3f} s")
@@ -73,7 +75,7 @@ def main() -> None:
 
 
 def _capture_shapes() -> list[dict[tuple[int, bool], int]]:
-    """Count the denoiser's calls in collect and update by batch size and gradient."""
+    """Count the denoiser's calls in rollouts and updates, by batch size and whether they need gradients."""
     counts: dict[tuple[int, bool], int] = {}
     found = [counts]
     from flowgrpo.algorithms import FlowGRPO

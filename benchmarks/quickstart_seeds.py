@@ -1,16 +1,17 @@
-"""The quick start over several seeds.
+"""Runs the quick start with several seeds, and prints held-out accuracy before and after, by task.
 
-python benchmarks/quickstart_seeds.py --seeds 0 1 2 --folder runs/seeds
+python -m benchmarks.quickstart_seeds --seeds 0 1 2 --folder runs/seeds
 """
 
 import argparse
 from pathlib import Path
 
-from bench_runs import evaluations, percent, run, table
+from benchmarks.training_runs import evaluations, percent, run
+from scripts.page_tables import markdown_table
 
 
 def main() -> None:
-    """Run it; finished runs are read, unfinished ones go on."""
+    """Run all seeds; unfinished runs are resumed, and finished ones only read."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--folder", type=Path, default=Path("runs/seeds"))
@@ -36,10 +37,10 @@ def main() -> None:
                     f"{before['graded']:.3f} → {after['graded']:.3f}",
                 ]
             )
-        for name, value in last["measures"].items():
-            rows.append([str(seed), name, f"{first['measures'][name]:.3f}", f"{value:.3f}", "", ""])
+        for name, value in last["metrics"].items():
+            rows.append([str(seed), name, f"{first['metrics'][name]:.3f}", f"{value:.3f}", "", ""])
         rows.append([str(seed), "minutes", "", f"{seconds / 60:.1f}", "", ""])
-    print(table(["seed", "", "before", "after", "points", "graded"], rows))
+    print(markdown_table(["seed", "", "before", "after", "points", "graded"], rows))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The rewards that are measured: folders of the published layouts with random weights."""
+"""Reward models with random weights, in folders of the published layouts, for benchmarks and tests."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,11 +16,11 @@ from tests.tiny.parts import clip_tokenizer
 
 PRECISIONS = ("float32", "bfloat16")
 SIZE = 256
-"""Pixels of a side of an image."""
+"""Height and width of the images in pixels."""
 
 
 class TinyHPSv2(HPSv2):
-    """HPS v2.1 with the tiny architecture, which open_clip knows only after this."""
+    """HPS v2.1 with a tiny architecture, which it registers with open_clip first."""
 
     def __init__(self, model: str, **options: Any):
         open_clip.add_model_config(Path(model))
@@ -32,11 +32,11 @@ class Case:
     """One reward to measure.
 
     Attributes:
-        model: As a configuration names it.
-        options: For its class.
-        number: Media in a batch.
-        video: Whether they are videos.
-        precisions: In which it runs; none for rewards without a model.
+        model: Name of the reward, as in a configuration.
+        options: Arguments of its class.
+        number: Images or videos per batch.
+        video: Whether the media are videos.
+        precisions: Precisions to measure; none for rewards without a model.
     """
 
     model: str
@@ -49,7 +49,7 @@ class Case:
 Make = Callable[[Path], Case]
 
 
-# Folders at tiny size, as the tests make them.
+# Tiny models, which the tests use too.
 def tiny_pick_score(folder: Path) -> Case:
     """A CLIP model with its processor."""
     zoo.save_clip(folder)
@@ -74,7 +74,7 @@ def tiny_hpsv2(folder: Path) -> Case:
 
 
 def tiny_geneval(folder: Path) -> Case:
-    """A detector, which sees 800x800 pixels at any size of the model, and a CLIP for colours."""
+    """A detector, whose input has 800x800 pixels at any size of the model, and a CLIP for colours."""
     for part in ("detector", "clip"):
         (folder / part).mkdir()
     detector = str(zoo.save_mask2former(folder / "detector"))
@@ -103,7 +103,7 @@ def tiny_video_align(folder: Path) -> Case:
 
 
 def answering(name: str, video: bool) -> Make:
-    """A Qwen2.5-VL that says 16 tokens. They mean nothing, so that there is no score: only time."""
+    """A Qwen2.5-VL that generates 16 random tokens: only the time is meaningful, there is no score."""
 
     def make(folder: Path) -> Case:
         model = str(zoo.save_qwen25_vl(folder, []))
@@ -144,8 +144,8 @@ TINY: Mapping[str, Make] = {
 }
 
 
-# Real configurations with random weights. What is built on Qwen-VL has no row: its vocabulary comes
-# with a tokenizer from the hub.
+# Models of the published size with random weights. Models based on Qwen-VL are missing, because their
+# tokenizer has to be downloaded from the hub.
 def open_clip_file(folder: Path, name: str) -> str:
     """Random weights of one of open_clip's architectures."""
     torch.save(open_clip.create_model(name).state_dict(), folder / "HPS_v2.1_compressed.pt")
@@ -153,7 +153,7 @@ def open_clip_file(folder: Path, name: str) -> str:
 
 
 def clip_model(folder: Path, text: Mapping[str, int], vision: Mapping[str, int], to: int) -> str:
-    """Random weights of a ``CLIPModel`` that sees 224x224 pixels."""
+    """Random weights of a ``CLIPModel`` for 224x224 pixels."""
     tokenizer = clip_tokenizer()
     ids = {
         f"{kind}_token_id": getattr(tokenizer, f"{kind}_token_id") for kind in ("bos", "eos", "pad")
@@ -164,7 +164,7 @@ def clip_model(folder: Path, text: Mapping[str, int], vision: Mapping[str, int],
 
 
 def sizes(width: int, layers: int, heads: int, **more: int) -> dict[str, int]:
-    """Of a transformer whose inner width is four times the outer one."""
+    """Settings of a transformer whose feed-forward width is four times its width."""
     inner = {"hidden_size": width, "intermediate_size": 4 * width}
     return inner | {"num_hidden_layers": layers, "num_attention_heads": heads} | more
 

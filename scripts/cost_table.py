@@ -1,4 +1,4 @@
-"""The cost of each algorithm per prompt at its paper's settings, as a table for the documentation.
+"""Writes the cost of each algorithm per prompt, at its paper's settings, as a table into a page.
 
 python -m scripts.cost_table docs/algorithms.md
 """
@@ -23,8 +23,10 @@ from flowgrpo.algorithms import (
 )
 from flowgrpo.core.random import Random
 from flowgrpo.core.steps import RandomWindow
+from scripts.page_tables import markdown_table, write_marked_text
 
-BEGIN, END = "<!-- cost table: begin -->", "<!-- cost table: end -->"
+MARKER = "cost table"
+"""Name of the table's markers in the page."""
 
 
 SETTINGS: Sequence[tuple[str, int, Algorithm]] = [
@@ -47,37 +49,24 @@ SETTINGS: Sequence[tuple[str, int, Algorithm]] = [
 
 
 def table() -> str:
-    """The costs in Markdown, a row for each of :data:`SETTINGS`."""
-    lines = [
-        "| algorithm | T | G | NFE | NFE / (G · T) | decodes | reward calls |",
-        "|---|---|---|---|---|---|---|",
-    ]
+    """The costs in Markdown, one row for each of :data:`SETTINGS`."""
+    rows = []
     for name, num_steps, algorithm in SETTINGS:
         algorithm.check(num_steps)
         cost, size = algorithm.cost(num_steps, 0, Random(0)), algorithm.group_size
         share = cost.nfe / (size * num_steps)
-        lines.append(
-            f"| {name} | {num_steps} | {size} | {cost.nfe:,.0f} | {share:.2f} | {cost.decodes:,.0f} "
-            f"| {cost.rewards:,.0f} |"
+        counts = (
+            f"{cost.nfe:,.0f}",
+            f"{share:.2f}",
+            f"{cost.decodes:,.0f}",
+            f"{cost.rewards:,.0f}",
         )
-    return "\n".join(lines)
-
-
-def with_table(text: str) -> str:
-    """A page with the table between its markers.
-
-    Raises:
-        ValueError: If the page has not exactly one pair of markers, in order.
-    """
-    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
-        raise ValueError(f"the page needs one line {BEGIN!r} and below it one line {END!r}")
-    before, rest = text.split(BEGIN)
-    _, after = rest.split(END)
-    return f"{before}{BEGIN}\n{table()}\n{END}{after}"
+        rows.append((name, str(num_steps), str(size), *counts))
+    heads = ("algorithm", "T", "G", "NFE", "NFE / (G · T)", "decodes", "reward calls")
+    return markdown_table(heads, rows)
 
 
 if __name__ == "__main__":
     if len(sys.argv) != 2:
         sys.exit("usage: python -m scripts.cost_table docs/algorithms.md")
-    page = Path(sys.argv[1])
-    page.write_text(with_table(page.read_text()))
+    write_marked_text(Path(sys.argv[1]), MARKER, table())

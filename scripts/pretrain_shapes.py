@@ -1,10 +1,10 @@
-"""Makes the embedded model: an autoencoder, then a text-to-image flow on captions partly wrong.
+"""Pre-trains the embedded model: an autoencoder, then a text-to-image flow on corrupted captions.
 
     python -m scripts.pretrain_shapes --out my-model
 
-draws its own data, saves its state every few hundred steps, and goes on where it stopped when the
-same command is given again. The captions are made partly wrong on purpose: the model learns to
-draw well and to listen badly, which leaves reinforcement learning something to teach.
+The script draws its own data and saves its state every few hundred steps; the same command resumes it.
+A share of the words in the captions is replaced by wrong ones, so that the model draws well but follows
+prompts badly, which leaves something for reinforcement learning to improve.
 """
 
 import argparse
@@ -31,14 +31,14 @@ from flowgrpo.shapes.world import BACKGROUND, COLORS, IMAGE_SIZE, SHAPES, draw, 
 from flowgrpo.training.cpu import prepare_cpu
 
 TASK_SHARES = (0.06, 0.18, 0.2, 0.12, 0.2, 0.24)
-"""How often each task is drawn: two colours on two shapes take longest to learn."""
+"""Share of scenes of each task. Two colours on two shapes take longest to learn."""
 
 console = Console(quiet=int(os.environ.get("RANK", "0")) > 0)
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything that decides the result."""
+    """All settings that change the result."""
 
     seed: int = 0
     latent_channels: int = 4
@@ -56,7 +56,7 @@ class Recipe:
 
 
 class Stage:
-    """Trains modules step by step: AdamW with a cosine schedule, an EMA, a state on disk."""
+    """Training of some modules: AdamW with a cosine schedule, a moving average, and a saved state."""
 
     def __init__(
         self,
@@ -77,7 +77,7 @@ class Stage:
         self.step = self._restore()
 
     def update(self, loss: Tensor) -> None:
-        """One optimizer step on a loss."""
+        """Take one optimizer step on a loss, and update the moving average."""
         warm = min(1.0, (self.step + 1) / 200)
         cosine = 0.5 * (1 + np.cos(np.pi * self.step / self.steps))
         for group in self.optimizer.param_groups:
@@ -97,7 +97,7 @@ class Stage:
                     slow.lerp_(fast, weight)
 
     def save(self) -> None:
-        """Write the state; a stop in the middle leaves the old state whole."""
+        """Save the state. The file is replaced atomically."""
         if not is_main():
             return
         tensors = {"step": torch.tensor(self.step)}
@@ -134,7 +134,7 @@ def is_main() -> bool:
 
 
 def average_gradients(parameters: list[nn.Parameter]) -> None:
-    """Over the processes that ``torchrun`` started, if it did."""
+    """Average gradients over the processes of ``torchrun``, if there are any."""
     if dist.is_initialized():
         flat = torch.cat([p.grad.flatten() for p in parameters if p.grad is not None])
         dist.all_reduce(flat)
@@ -148,12 +148,12 @@ def average_gradients(parameters: list[nn.Parameter]) -> None:
 
 
 def to_pixels(images: list[np.ndarray]) -> Tensor:
-    """uint8 images to the autoencoder's ``(B, 3, H, W)`` in [-1, 1]."""
+    """Convert uint8 images ``(H, W, 3)`` to the autoencoder's input ``(B, 3, H, W)`` in [-1, 1]."""
     return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 def focus(pixels: Tensor) -> Tensor:
-    """Weights ``(B, 1, H, W)``: 4 on the shapes and their edges, 1 on the empty ground."""
+    """Loss weights ``(B, 1, H, W)``: 4 on the shapes and their edges, 1 on the background."""
     ground = torch.tensor(BACKGROUND).view(1, 3, 1, 1) / 127.5 - 1
     shape = ((pixels - ground).abs().amax(1, keepdim=True) > 0.1).float()
     return 1 + 3 * F.max_pool2d(shape, 5, stride=1, padding=2)
@@ -200,7 +200,10 @@ def train_autoencoder(pipeline: CogView4Pipeline, recipe: Recipe, folder: Path) 
 def encode_scenes(
     pipeline: CogView4Pipeline, recipe: Recipe, folder: Path
 ) -> tuple[Tensor, list[Record]]:
-    """Latents ``(N, C, h, w)`` of captioned scenes, scaled to unit variance, kept on disk."""
+    """Latents ``(N, C, h, w)`` of captioned scenes, scaled to unit variance, and their records.
+
+    The latents are stored in ``folder``, so that a resumed run does not encode them again.
+    """
     rng = np.random.default_rng((recipe.seed, 2))
     tasks = {task: all_records(task) for task in TASKS}
     names = rng.choice(TASKS, recipe.scenes, p=TASK_SHARES)
@@ -222,7 +225,7 @@ def encode_scenes(
 
 
 def caption_ids(pipeline: CogView4Pipeline, captions: list[str]) -> Tensor:
-    """Token ids ``(B, 16)`` exactly as the pipeline makes them: padded on the left."""
+    """Token ids ``(B, 16)``, padded on the left as the pipeline does."""
     ids = pipeline.tokenizer(
         captions, padding="max_length", max_length=CAPTION_TOKENS, return_tensors="pt"
     )
@@ -230,7 +233,7 @@ def caption_ids(pipeline: CogView4Pipeline, captions: list[str]) -> Tensor:
 
 
 def train_denoiser(pipeline: CogView4Pipeline, recipe: Recipe, folder: Path) -> None:
-    """Rectified-flow matching (arXiv:2209.03003) on the scenes, captions partly wrong."""
+    """Train the denoiser by rectified flow (arXiv:2209.03003) on scenes with corrupted captions."""
     latents, records = encode_scenes(pipeline, recipe, folder)
     modules = {
         "transformer": pipeline.transformer.train(),
@@ -250,7 +253,7 @@ def train_denoiser(pipeline: CogView4Pipeline, recipe: Recipe, folder: Path) -> 
         captions = ["" if rng.random() < recipe.caption_dropout else c for c in captions]
         x0 = latents[torch.from_numpy(rows)]
         noise = torch.from_numpy(rng.standard_normal(x0.shape, dtype=np.float32))
-        # One time per stratum: the loss depends on the time far more than on the scene.
+        # Times are stratified, because the loss depends on the time much more than on the scene.
         t = (torch.arange(batch) + torch.from_numpy(rng.random(batch, dtype=np.float32))) / batch
         mix = t[:, None, None, None]
         with torch.autocast("cpu", torch.bfloat16):
@@ -291,7 +294,7 @@ def main() -> None:
     )
     parser.add_argument(
         "--pipeline",
-        help="pipeline to go on from: its autoencoder is kept, its denoiser trained further",
+        help="pipeline to continue from: its autoencoder is kept, its denoiser is trained further",
     )
     for name, value in asdict(Recipe()).items():
         parser.add_argument(

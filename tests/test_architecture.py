@@ -3,12 +3,12 @@
 import ast
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 import flowgrpo
+from scripts.rooms import cycles, entries, import_graph, imported_names, longest_chain, module_name
 
 ROOT = Path(__file__).parents[1]
 ORDER = [
@@ -32,47 +32,28 @@ def part(module: str) -> str:
     return module.removeprefix("flowgrpo").strip(".").split(".")[0]
 
 
-def module_name(path: Path) -> str:
-    names = path.relative_to(ROOT).with_suffix("").parts
-    return ".".join(names[:-1] if names[-1] == "__init__" else names)
-
-
-def imported(path: Path) -> Iterator[str]:
-    """Every module that a file imports, anywhere in it; ``from flowgrpo import x`` as flowgrpo.x."""
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path}: relative import"
-            assert node.module
-            if node.module == "flowgrpo":
-                names = [alias.name for alias in node.names]
-                yield from (f"flowgrpo.{n}" for n in names if not n.startswith("__version"))
-            else:
-                yield node.module
-
-
 def test_every_module_has_a_place_in_the_order():
-    names = [module_name(p) for p in MODULES]
+    names = [module_name(ROOT, p) for p in MODULES]
     assert {part(n) for n in names if n.startswith("flowgrpo")} <= {"", *ORDER}
 
 
 @pytest.mark.parametrize("path", MODULES, ids=NAMES)
 def test_imports_point_up(path):
-    own = module_name(path)
-    for name in imported(path):
+    own = module_name(ROOT, path)
+    for name in imported_names(path):
         if own.startswith("flowgrpo"):  # which finds reward models by import path
             assert name.split(".")[0] != "reward_models", f"{own} imports {name}"
-        if name.split(".")[0] != "flowgrpo":
+        # The package itself passes on names from everywhere, on demand, so nothing may import it.
+        if name.split(".")[0] != "flowgrpo" or name == "flowgrpo.__version__":
             continue
         if own.startswith("reward_models"):
             assert name in SHARED_WITH_REWARDS, f"{own} imports {name}"
-        elif part(own):  # The package itself passes on names from everywhere, on demand.
+        elif part(own):
             assert ORDER.index(part(name)) <= ORDER.index(part(own)), f"{own} imports {name}"
 
 
 def test_modules_that_reward_models_use_know_no_rewards():
-    files = {module_name(p): p for p in MODULES}
+    files = {module_name(ROOT, p): p for p in MODULES}
     reached, left = set(), sorted(SHARED_WITH_REWARDS)
     while left:
         name = left.pop()
@@ -81,7 +62,7 @@ def test_modules_that_reward_models_use_know_no_rewards():
         for found in {name, *above} - reached:
             reached.add(found)
             if found in files and found != "flowgrpo":
-                left += [n for n in imported(files[found]) if n.split(".")[0] == "flowgrpo"]
+                left += [n for n in imported_names(files[found]) if n.split(".")[0] == "flowgrpo"]
     others = {n for n in reached if n.startswith("flowgrpo.rewards.")}
     assert all(n.startswith("flowgrpo.rewards.serving") for n in others), others
     assert {part(n) for n in reached} <= {"", "core", "data", "rewards"}
@@ -98,6 +79,41 @@ def test_training_loads_no_library_of_servers_and_judges(modules, absent):
     names = {"fastapi", "starlette", "uvicorn", "python_multipart", "openai", *absent.split()}
     code = f"import {modules}, sys; found = {names} & set(sys.modules); assert not found, found"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+def test_there_are_few_rooms():
+    """A newcomer reads the list at one glance."""
+    assert len(entries(ROOT / "flowgrpo")) <= 14
+
+
+@pytest.mark.parametrize("room", sorted(p.parent.name for p in (ROOT / "flowgrpo").glob("*/__init__.py")))  # fmt: skip
+def test_every_room_says_what_belongs_in_it(room):
+    source = (ROOT / "flowgrpo" / room / "__init__.py").read_text()
+    docstring = ast.get_docstring(ast.parse(source)) or ""
+    assert len(docstring) >= 80, f"flowgrpo/{room}/__init__.py: {docstring!r}"
+
+
+@pytest.mark.parametrize("package", ["flowgrpo", "reward_models", "benchmarks", "scripts"])
+def test_no_modules_import_each_other(package):
+    assert cycles(import_graph(ROOT, package)) == []
+
+
+def test_cycles_and_chains_are_found(tmp_path):
+    """Also those through an import inside of a function, and through a third module."""
+    sources = {
+        "__init__": "",
+        "a": "from package.b import one",
+        "b": "def one():\n    import package.c",
+        "c": "from package import a",
+        "d": "from package.a import x\nimport package.e",
+        "e": "import os",
+    }
+    (tmp_path / "package").mkdir()
+    for name, source in sources.items():
+        (tmp_path / "package" / f"{name}.py").write_text(source)
+    graph = import_graph(tmp_path, "package")
+    assert cycles(graph) == [["package.a", "package.b", "package.c"]]
+    assert longest_chain(graph)[:2] == ["package.d", "package.a"]
 
 
 def test_importing_the_package_imports_nothing_heavy():
@@ -128,7 +144,7 @@ def test_algorithms_are_checked_and_counted_without_torch():
 @pytest.mark.parametrize("path", [p for p in MODULES if p.parent.name == "algorithms"], ids=lambda p: p.stem)  # fmt: skip
 def test_algorithms_know_no_concrete_policy_or_scorer(path):
     concrete = ("flowgrpo.policy", "flowgrpo.rewards.scorer")
-    found = {name for name in imported(path) if name.startswith(concrete)}
+    found = {name for name in imported_names(path) if name.startswith(concrete)}
     assert found <= {"flowgrpo.policy.step_plan"}, found
 
 
@@ -140,7 +156,7 @@ def test_the_package_lists_its_names_and_is_typed():
 
 @pytest.mark.parametrize("path", [p for p in MODULES if p.parent.name == "core"], ids=lambda p: p.stem)  # fmt: skip
 def test_the_core_is_pure_mathematics(path):
-    roots = {name.split(".")[0] for name in imported(path)}
+    roots = {name.split(".")[0] for name in imported_names(path)}
     assert not roots & (HEAVY | {"os", "pathlib", "PIL", "json"})
 
 
@@ -165,7 +181,7 @@ def test_the_loop_fits_on_one_screen():
 @pytest.mark.parametrize("path", sorted((ROOT / "flowgrpo" / "training").glob("*.py")), ids=lambda p: p.stem)  # fmt: skip
 def test_training_treats_all_losses_alike(path):
     """It uses the protocol alone: no class of a loss, no look at its type or kind."""
-    losses = [name for name in imported(path) if name.startswith("flowgrpo.losses")]
+    losses = [name for name in imported_names(path) if name.startswith("flowgrpo.losses")]
     assert set(losses) <= {"flowgrpo.losses.base"}
     for node in ast.walk(ast.parse(path.read_text())):
         names = {n.id for n in ast.walk(node) if isinstance(n, ast.Name)}

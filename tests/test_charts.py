@@ -14,10 +14,29 @@ def test_chart_breaks_its_path_at_a_gap():
     assert (path.count("M"), path.count("L")) == (2, 1)
 
 
+def test_values_of_unmarked_curves_are_shown_on_hovering():
+    lines = [
+        Line("a & b", [(float(i), i / 10) for i in range(100)]),
+        Line("raw", [(float(i), 1.0) for i in range(100)], faint=True),
+    ]
+    chart = line_chart(lines)
+    titles = re.findall(r'class="hover"[^>]*><title>([^<]*)</title>', chart)
+    assert titles[:2] == ["iteration 0\na &amp; b: 0", "iteration 3\na &amp; b: 0.3"]
+    assert len(titles) == 34
+    boxes = re.findall(r'class="hover" x="([^"]*)" y="[^"]*" width="([^"]*)"', chart)
+    starts, widths = ([float(v) for v in column] for column in zip(*boxes, strict=True))
+    ends = [x + w for x, w in zip(starts, widths, strict=True)]
+    # The columns cover the whole width without gaps.
+    assert (starts[0], ends[-1]) == (48, 410)
+    assert ends[:-1] == pytest.approx(starts[1:], abs=0.2)
+    assert "hover" not in line_chart([Line("a", [(0, 1.0), (1, 2.0)], dots=True)])
+    assert "no finite values" in line_chart([Line("a", [(0, math.nan)])])
+
+
 @pytest.mark.parametrize(
     "values", [[0.0], [5.0] * 3, [1e-9, 2e-9], [-3e6, 4e6], [0.1, 0.1 + 1e-12]]
 )
-def test_charts_stand_any_range(values):
+def test_charts_support_any_range(values):
     chart = line_chart([Line("a", list(enumerate(values)), errors=[None] * len(values), dots=True)])
     numbers = [float(v) for v in re.findall(r'c[xy]="([^"]*)"', chart)]
     assert all(0 <= v <= 420 for v in numbers)
@@ -52,7 +71,7 @@ def test_numbers_are_short(value, text):
     ("seconds", "text"),
     [(0.0123, "12 ms"), (1.25, "1.2 s"), (59.99, "1 min 0 s"), (605, "10 min 5 s"), (7300, "2 h 1 min")],
 )  # fmt: skip
-def test_durations_have_a_fitting_unit(seconds, text):
+def test_durations_have_a_suitable_unit(seconds, text):
     assert duration(seconds) == text
 
 

@@ -125,7 +125,7 @@ def test_every_example_is_shown_or_linked():
 
 @pytest.fixture(scope="module")
 def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a run with everything that is logged: KL, classes, measures, evaluations."""
+    """The folder of a run with everything that is logged: KL, classes, metrics, evaluations."""
     folder = tmp_path_factory.mktemp("docs")
     build_pipeline().save_pretrained(folder / "model")
     places = [f"model.path={folder / 'model'}", f"run.folder={folder / 'run'}"]

@@ -1,4 +1,4 @@
-"""The doctor passes what is sound, names what is broken, and refuses what cannot be a policy."""
+"""The doctor passes sound pipelines, names defects, and refuses pipelines that cannot be a policy."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -25,20 +25,20 @@ from tests.tiny.parts import GRADIENT
 Tiny = Callable[[str], Path]
 
 NO_ADAPTERS = ("pixart_sigma", "prx", "prx_pixel")
-FINITE = "what the denoiser says is finite"
-STOCK = "noise 0 gives the stock image"
-VARIANCE = "injected noise is as large as log_prob has it"
+FINITE = "the denoiser's output is finite"
+STOCK = "noise level 0 equals the stock sampler"
+VARIANCE = "sampled noise has the variance of its density"
 SAME_BATCH = "replay equals rollout (same batch)"
 SAME_BATCH_RATIO = "ratio is 1 before an update (same batch)"
 ONE = "replay equals rollout (batch of 1)"
-GRADIENTS = "gradients reach what is trained"
-BRANCH = "a branch from the middle agrees"
-DECODE = "decoding a last state agrees"
+GRADIENTS = "gradients reach the trained weights"
+BRANCH = "a branch equals its rollout"
+DECODE = "decoding final latents equals the rollout"
 EXPORT = "an export loads back to the same image"
 
 
 def failures(folder: Path, name: str, **changes: Any) -> dict[str, str]:
-    """The failed checks and what was measured."""
+    """The failed checks and their measured values."""
     diagnosis = examine(folder, Settings(sampling=sampling_of(name), **changes))
     assert len(diagnosis.checks) == 11
     if "weights" not in changes:
@@ -65,7 +65,7 @@ def test_bfloat16_passes(name: str, tiny: Tiny) -> None:
 
 @pytest.mark.parametrize("name", ["ltx2", "sd3", "wan_t2v"])
 def test_bfloat16_is_no_less_exact_than_the_pipelines_own(name: str, tiny: Tiny) -> None:
-    """LTX-2 says in fp32 where its tokens are, up to 512; rounded to bfloat16 it draws another video."""
+    """LTX-2 computes token positions up to 512 in fp32; rounded to bfloat16 it draws another video."""
     images = {}
     noise = noise_of(0, 1)
     for dtype in ("float32", "bfloat16"):
@@ -100,14 +100,14 @@ def test_folders_with_one_variant_only_are_loaded(tiny: Tiny, tmp_path: Path, sh
     assert variant_of(tiny("sd3")) is None
     for weights in (LoRA(rank=4, alpha=4), Full()):
         assert failures(tmp_path, "sd3", weights=weights) == {}
-    # A plain copy beside it is taken instead.
+    # A plain copy in the same folder takes precedence.
     DiffusionPipeline.from_pretrained(tiny("sd3")).save_pretrained(tmp_path)
     assert variant_of(tmp_path) is None
 
 
 def test_overflow_in_float16_is_caught(tiny: Tiny, tmp_path: Path) -> None:
     pipeline = FluxPipeline.from_pretrained(tiny("flux"))
-    # As in FLUX's deep blocks, whose activations exceed 65504: what follows normalises them away.
+    # As in FLUX's deep blocks, whose activations exceed 65504 and are normalised afterwards.
     pipeline.transformer.x_embedder.weight.data.mul_(1e6)
     pipeline.save_pretrained(tmp_path)
     diagnosis = examine(tmp_path, Settings(sampling=sampling_of("flux"), dtype="float16"))
@@ -135,9 +135,7 @@ def test_rounding_after_the_log_prob_is_caught(tiny: Tiny, monkeypatch: pytest.M
         failures(tiny("sd3"), "sd3")
 
 
-def test_a_state_that_is_written_over_is_caught(
-    tiny: Tiny, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_latents_changed_in_place_are_caught(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     step = FlowPolicyScheduler.step
 
     def overwriting(self: FlowPolicyScheduler, *args: Any, **kwargs: Any) -> Any:
@@ -165,7 +163,7 @@ def test_dropout_in_the_denoiser_is_caught(tiny: Tiny, monkeypatch: pytest.Monke
     assert {SAME_BATCH, SAME_BATCH_RATIO, ONE} <= set(failures(tiny("sd3"), "sd3"))
 
 
-def test_a_cut_gradient_is_caught(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_detached_gradient_is_caught(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     predict = FlowPolicyScheduler._predict
     monkeypatch.setattr(
         FlowPolicyScheduler, "_predict", lambda self, output, *a: predict(self, output.detach(), *a)
@@ -175,11 +173,9 @@ def test_a_cut_gradient_is_caught(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -
     assert failed[GRADIENTS].startswith("0/")
 
 
-def test_weights_that_change_nothing_need_no_gradient(
-    tiny: Tiny, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_unused_weights_need_no_gradient(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     def idle(policy: PipelinePolicy) -> None:
-        """A weight that the loop does not use, and then one that it uses behind a cut."""
+        """Add a weight that the denoising loop does not use."""
         assert policy.trainable is not None
         policy.trainable.parameters["idle"] = torch.nn.Parameter(torch.ones(3))
 
@@ -188,7 +184,7 @@ def test_weights_that_change_nothing_need_no_gradient(
         diagnosis = examine(tiny("sd3"), Settings(sampling=sampling_of("sd3")))
     (check,) = (c for c in diagnosis.checks if c.name == GRADIENTS)
     assert check.passed
-    assert check.value.endswith("(1 change nothing)")
+    assert check.value.endswith("(1 do not change the output)")
 
     def cut(policy: PipelinePolicy) -> None:
         norm = policy.denoisers["transformer"].norm_out
@@ -211,7 +207,7 @@ def test_a_gradient_that_leaks_is_caught(tiny: Tiny, monkeypatch: pytest.MonkeyP
     assert failures(tiny("sd3"), "sd3")[GRADIENTS].endswith("1 others")
 
 
-def test_inexact_entering_is_caught(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_inexact_injection_is_caught(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     enter = LatentInjection._prepare
 
     def rounding(self: LatentInjection, *args: Any, **kwargs: Any) -> Any:
@@ -259,7 +255,7 @@ def test_unknown_layers_are_refused(make_policy: Callable[..., PipelinePolicy]) 
 
 
 def after_init(monkeypatch: pytest.MonkeyPatch, change: Callable[[PipelinePolicy], Any]) -> None:
-    """Break every trainable policy that is made from now on."""
+    """Change every trainable policy that is made afterwards."""
     init = PipelinePolicy.__init__
 
     def broken(self: PipelinePolicy, *args: Any, **kwargs: Any) -> None:

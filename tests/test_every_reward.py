@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from benchmarks.reward_cases import TINY, Case
-from benchmarks.rewards import PROMPT
+from benchmarks.reward_throughput import PROMPT
 from flowgrpo.cli import main
 from flowgrpo.data.pictures import encode_png
 from flowgrpo.data.prompts import Prompt

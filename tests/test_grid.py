@@ -1,12 +1,12 @@
-"""Comparison grids: what is where, what is marked, what is refused."""
+"""Comparison grids: positions of tiles, marks and captions, and invalid input."""
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from flowgrpo.evaluation.comparison_grid import keep, kept
-from flowgrpo.evaluation.grid import GridRow, draw_grid
+from flowgrpo.evaluation.comparison_grid import load_images, save_images
+from flowgrpo.evaluation.grid_drawing import GridRow, draw_grid
 
 RED, BLUE = (1.0, 0.0, 0.0), (0.0, 0.0, 1.0)
 
@@ -21,7 +21,7 @@ def grid(rows, columns=("base", "tuned"), **options):
 
 
 def box(picture, color):
-    """Left, top, right, bottom of the pixels that have exactly this colour; all must be filled."""
+    """Bounding box of the pixels of exactly this colour, all of which must have it."""
     target = np.array([round(255 * c) for c in color])
     found = (np.asarray(picture) == target).all(-1)
     ys, xs = np.nonzero(found)
@@ -30,7 +30,7 @@ def box(picture, color):
     return left, top, right, bottom
 
 
-def test_tiles_stand_in_their_blocks_and_rows():
+def test_tiles_are_in_their_blocks_and_rows():
     green, cyan, pink, olive = (0.0, 1.0, 0.0), (0.0, 1.0, 1.0), (1.0, 0.0, 1.0), (0.5, 0.5, 0.0)
     rows = [
         GridRow("first", [images(RED, green), images(BLUE, cyan)]),
@@ -176,15 +176,15 @@ def test_result_is_an_rgb_picture():
     assert picture.mode == "RGB"
 
 
-def test_kept_images_come_back_whatever_their_layout(tmp_path):
+def test_saved_images_are_loaded_in_any_memory_format(tmp_path):
     shown = images(RED, BLUE).to(memory_format=torch.channels_last)
     assert not shown.is_contiguous()
-    keep(tmp_path / "deep" / "base.safetensors", shown)
-    assert torch.equal(kept(tmp_path / "deep" / "base.safetensors"), shown)
-    assert kept(tmp_path / "none.safetensors") is None
+    save_images(tmp_path / "deep" / "base.safetensors", shown)
+    assert torch.equal(load_images(tmp_path / "deep" / "base.safetensors"), shown)
+    assert load_images(tmp_path / "none.safetensors") is None
 
 
-def test_condition_images_stand_below_the_label():
+def test_condition_images_are_below_the_label():
     green, cyan = (0.0, 1.0, 0.0), (0.0, 1.0, 1.0)
     blocks = [images(RED), images(BLUE)]
     conditions = [Image.new("RGB", (400, 200), "#00ff00"), Image.new("L", (50, 900), 0)]
@@ -194,12 +194,12 @@ def test_condition_images_stand_below_the_label():
     left, top, right, bottom = box(with_them, green)
     assert abs((right - left) - 2 * (bottom - top)) <= 1
     assert right < box(with_them, RED)[0]
-    # Small ones are shown as they are, beside the others.
+    # Small images are not enlarged, and are next to the others.
     small = box(with_them, cyan)
     assert (small[2] - small[0], small[3] - small[1]) == (9, 9)
     assert small[0] > right
     assert small[1] == top
-    # Without them nothing moves.
+    # Without conditions, all else stays in its place.
     plain = grid([GridRow("edit it", blocks)])
     assert box(plain, RED)[:2] == box(with_them, RED)[:2]
     assert with_them.width == plain.width

@@ -1,4 +1,4 @@
-"""The inspection shows what an algorithm collected, and credits as training does."""
+"""The inspection shows the collected candidates, and the advantages of training."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -20,7 +20,7 @@ from flowgrpo.core.random import Random
 from flowgrpo.core.steps import Window
 from flowgrpo.core.transitions import CPS
 from flowgrpo.data.prompts import Group, Prompt
-from flowgrpo.evaluation.inspection import fragment, inspect, keep
+from flowgrpo.evaluation.inspection import fragment, inspect, write_fragment
 from flowgrpo.rewards.scorer import RewardScorer
 from flowgrpo.rewards.settings import Reward
 from tests.conftest import MakePolicy, sampling_of
@@ -51,12 +51,12 @@ def scorer() -> Callable[[], RewardScorer]:
 def test_strips_hold_what_was_collected(
     algorithm: Algorithm, frames: int, make_policy: MakePolicy, scorer: Callable[[], RewardScorer]
 ) -> None:
-    policy, seen = make_policy("sd3"), scorer()
-    strips = inspect(policy, algorithm, seen, PROMPTS, samples=2)
+    policy, reward_scorer = make_policy("sd3"), scorer()
+    strips = inspect(policy, algorithm, reward_scorer, PROMPTS, samples=2)
     assert [s.prompt for s in strips] == ["a cat"] * 2 + ["two <dogs>"] * 2
     random = Random(0).at("train", 0)
     groups = [Group(i, p) for i, p in enumerate(PROMPTS)]
-    experience = algorithm.collect(policy, groups, seen, random, 0)
+    experience = algorithm.collect(policy, groups, reward_scorer, random, 0)
     assert experience.media is None, "media is kept for inspections only"
     advantages, a = algorithm.advantages(experience), experience.actions
     for strip in strips:
@@ -69,16 +69,16 @@ def test_strips_hold_what_was_collected(
         assert strip.advantages == pytest.approx(expected)
     best, worst = strips[0].frames[-1].reward, strips[1].frames[-1].reward
     assert best >= worst
-    seen.close()
+    reward_scorer.close()
 
 
 def test_a_leaf_shows_the_steps_of_all_branches_that_lead_to_it(
     make_policy: MakePolicy, scorer: Callable[[], RewardScorer]
 ) -> None:
-    policy, seen = make_policy("sd3", sampling=sampling_of("sd3", num_steps=4)), scorer()
+    policy, reward_scorer = make_policy("sd3", sampling=sampling_of("sd3", num_steps=4)), scorer()
     algorithm = BranchGRPO(group_size=4, splits=(0, 2), transition=CPS())
-    strips = inspect(policy, algorithm, seen, PROMPTS[:1], samples=4)
-    seen.close()
+    strips = inspect(policy, algorithm, reward_scorer, PROMPTS[:1], samples=4)
+    reward_scorer.close()
     by_leaf = {s.sample: s.advantages for s in strips}
     assert {tuple(credit) for credit in by_leaf.values()} == {(0, 1, 2)}
     for early in (0, 1):
@@ -92,10 +92,10 @@ def test_a_leaf_shows_the_steps_of_all_branches_that_lead_to_it(
 def test_branches_are_compared_with_those_of_their_seed(
     make_policy: MakePolicy, scorer: Callable[[], RewardScorer]
 ) -> None:
-    policy, seen = make_policy("sd3", sampling=sampling_of("sd3", num_steps=3)), scorer()
+    policy, reward_scorer = make_policy("sd3", sampling=sampling_of("sd3", num_steps=3)), scorer()
     algorithm = TempFlowGRPO(group_size=4, seeds=2, transition=CPS())
-    strips = inspect(policy, algorithm, seen, PROMPTS[:1], samples=4)
-    seen.close()
+    strips = inspect(policy, algorithm, reward_scorer, PROMPTS[:1], samples=4)
+    reward_scorer.close()
     reward = {(s.sample, f.step): f.reward for s in strips for f in s.frames}
     for strip in strips:
         other = strip.sample ^ 1
@@ -104,17 +104,17 @@ def test_branches_are_compared_with_those_of_their_seed(
             assert gap == pytest.approx(half, abs=1e-6)
     page = fragment(strips)
     assert "vs. others" in page
-    assert "a branch of its own" in page
+    assert "a separate branch" in page
     assert "<svg" not in page, "no line joins images that do not follow from each other"
 
 
 def test_a_shared_baseline_is_on_every_strip(
     make_policy: MakePolicy, scorer: Callable[[], RewardScorer]
 ) -> None:
-    policy, seen = make_policy("sd3", sampling=sampling_of("sd3", num_steps=4)), scorer()
+    policy, reward_scorer = make_policy("sd3", sampling=sampling_of("sd3", num_steps=4)), scorer()
     algorithm = TPGRPO(group_size=3, steps=STEPS, shared_noise=True, turning_points="plain")
-    strips = inspect(policy, algorithm, seen, PROMPTS[:1])
-    seen.close()
+    strips = inspect(policy, algorithm, reward_scorer, PROMPTS[:1])
+    reward_scorer.close()
     assert len(strips) == 3
     assert len({s.frames[0].reward for s in strips}) == 1
     for strip in strips:
@@ -127,9 +127,9 @@ def test_the_page_escapes_prompts_and_shows_credit(
     make_policy: MakePolicy, scorer: Callable[[], RewardScorer], tmp_path: Path
 ) -> None:
     algorithm = TPGRPO(group_size=3, transition=CPS(), steps=STEPS, turning_points="plain")
-    seen = scorer()
-    strips = inspect(make_policy("sd3"), algorithm, seen, PROMPTS)
-    seen.close()
+    reward_scorer = scorer()
+    strips = inspect(make_policy("sd3"), algorithm, reward_scorer, PROMPTS)
+    reward_scorer.close()
     page = fragment(strips)
     assert "two &lt;dogs&gt;" in page
     assert page.count("<h4>sample") == 6
@@ -138,13 +138,13 @@ def test_the_page_escapes_prompts_and_shows_credit(
         len(set(s.turning) & set(s.advantages)) for s in strips
     )
     assert any(s.turning for s in strips)
-    assert keep(strips, tmp_path).read_text() == page
+    assert write_fragment(strips, tmp_path).read_text() == page
 
 
 def test_nothing_to_inspect(make_policy: MakePolicy, scorer: Callable[[], RewardScorer]) -> None:
-    seen = scorer()
+    reward_scorer = scorer()
     with pytest.raises(ValueError, match="at least one prompt"):
-        inspect(make_policy("sd3"), FlowGRPO(group_size=2, transition=CPS()), seen, [])
-    assert not seen.keeps_media
+        inspect(make_policy("sd3"), FlowGRPO(group_size=2, transition=CPS()), reward_scorer, [])
+    assert not reward_scorer.keeps_media
     assert torch.is_grad_enabled()
-    seen.close()
+    reward_scorer.close()

@@ -1,4 +1,4 @@
-"""The report of a run: its verdict, its warnings, and that it is a sound page by itself."""
+"""The report of a run: its verdict, its warnings, and that it is a valid page without dependencies."""
 
 import json
 import math
@@ -8,8 +8,9 @@ from html.parser import HTMLParser
 import pytest
 from PIL import Image
 
-from flowgrpo.evaluation.findings import Change, Records, standard_error, warnings
+from flowgrpo.evaluation.records import Change, Records, standard_error
 from flowgrpo.evaluation.report import write_report
+from flowgrpo.evaluation.warnings import warnings
 
 CONFIG = """
 [model]
@@ -49,7 +50,7 @@ def metric(iteration, **values):
     return {"iteration": iteration, **healthy, **values}
 
 
-def evaluation(iteration, images=400, measures=None, **scores):
+def evaluation(iteration, images=400, metrics=None, **scores):
     classes = {
         "counting": {**scores, "images": images // 2},
         "colors": {**scores, "images": images // 2},
@@ -59,7 +60,7 @@ def evaluation(iteration, images=400, measures=None, **scores):
         "images": images,
         "scores": scores,
         "by_class": classes,
-        "measures": measures or {},
+        "metrics": metrics or {},
         "seconds": 3.0,
     }
 
@@ -92,7 +93,7 @@ def verdict(folder):
 
 
 class Checker(HTMLParser):
-    """Tags that are opened and closed in order."""
+    """Checks that tags are opened and closed in order."""
 
     def __init__(self):
         super().__init__()
@@ -117,12 +118,10 @@ def full(tmp_path):
         tmp_path / "a run",
         metrics=[metric(i) for i in range(40)],
         evaluations=[
-            evaluation(0, graded=0.5, strict=0.2, aesthetic=5.1, measures={"diversity/color": 0.9}),
+            evaluation(0, graded=0.5, strict=0.2, aesthetic=5.1, metrics={"diversity/color": 0.9}),
+            evaluation(20, graded=0.6, strict=0.2, aesthetic=5.2, metrics={"diversity/color": 0.9}),
             evaluation(
-                20, graded=0.6, strict=0.2, aesthetic=5.2, measures={"diversity/color": 0.9}
-            ),
-            evaluation(
-                40, graded=0.7, strict=0.2, aesthetic=5.3, measures={"diversity/color": 0.88}
+                40, graded=0.7, strict=0.2, aesthetic=5.3, metrics={"diversity/color": 0.88}
             ),
         ],
         timings=[
@@ -137,7 +136,7 @@ def full(tmp_path):
     return folder
 
 
-def test_page_is_well_formed_and_needs_nothing_from_outside(full):
+def test_page_is_well_formed_and_has_no_external_resources(full):
     page = report(full)
     checker = Checker()
     checker.feed(page)
@@ -152,16 +151,16 @@ def test_page_is_well_formed_and_needs_nothing_from_outside(full):
 def test_report_holds_every_part(full):
     text = text_of(report(full))
     for part in (
-        "a run", "40 of 40 iterations", "on cpu", "trained on", "only watched", "By task", "counting",
+        "a run", "40 of 40 iterations", "on cpu", "trained on", "not trained on", "By task", "counting",
         "Held-out scores in points", "Reward on training samples", "Diversity: color",
         "groups without variance", "Constant throughout", "Clip fraction by step", "rollout", "train",
-        "judge, beside the rollout", "clip_range = 1e-4", "2.15.0",
+        "reward models, in parallel with the rollout", "clip_range = 1e-4", "2.15.0",
     ):  # fmt: skip
         assert part in text, part
     assert f"flowgrpo train '{full}/config.toml'" in text.replace("&#x27;", "'")
 
 
-def test_only_the_newest_pictures_are_embedded(full):
+def test_only_the_newest_grid_is_embedded(full):
     page = report(full)
     assert page.count("data:image/png;base64,") == 1
     assert 'alt="Comparison grid 000040"' in page
@@ -215,7 +214,7 @@ def test_verdict_warns_of_evaluations_of_different_size(tmp_path):
     )
 
 
-def test_score_that_is_nan_is_said_to_be_unmeasured(tmp_path):
+def test_a_nan_score_is_reported_as_unmeasured(tmp_path):
     ends = [evaluation(0, graded=0.5), evaluation(9, graded=math.nan)]
     assert "graded could not be measured" in verdict(run(tmp_path, evaluations=ends))
 
@@ -274,14 +273,12 @@ def test_warnings_from_metrics_appear_exactly_when_they_should(tmp_path, metrics
 @pytest.mark.parametrize(
     ("before", "after", "words"),
     [
-        ({"graded": 0.5, "strict": 0.5}, {"graded": 0.7, "strict": 0.3}, "strict is only watched, and fell"),
+        ({"graded": 0.5, "strict": 0.5}, {"graded": 0.7, "strict": 0.3}, "strict is not trained on, and fell"),
         ({"graded": 0.5, "strict": 0.5}, {"graded": 0.7, "strict": 0.7}, None),
         ({"graded": 0.5, "strict": 0.5}, {"graded": 0.5, "strict": 0.3}, None),
     ],
 )  # fmt: skip
-def test_watched_score_that_falls_while_a_trained_one_rises_is_warned_of(
-    tmp_path, before, after, words
-):
+def test_a_score_that_falls_while_a_trained_one_rises_is_warned_of(tmp_path, before, after, words):
     folder = run(tmp_path, evaluations=[evaluation(0, **before), evaluation(9, **after)])
     found = warnings(Records(folder))
     assert (words in found[0]) if words else found == []
@@ -290,8 +287,8 @@ def test_watched_score_that_falls_while_a_trained_one_rises_is_warned_of(
 @pytest.mark.parametrize(("after", "warned"), [(0.79, True), (0.82, False)])
 def test_fall_of_held_out_diversity_is_warned_of(tmp_path, after, warned):
     ends = [
-        evaluation(0, graded=0.5, measures={"diversity/color": 0.9}),
-        evaluation(9, graded=0.7, measures={"diversity/color": after}),
+        evaluation(0, graded=0.5, metrics={"diversity/color": 0.9}),
+        evaluation(9, graded=0.7, metrics={"diversity/color": after}),
     ]
     folder = run(tmp_path, evaluations=ends)
     assert any("diversity/color fell by" in w for w in warnings(Records(folder))) == warned
@@ -308,7 +305,7 @@ def test_everything_from_files_is_escaped(tmp_path):
     ends = [evaluation(i, **{evil: 0.1 + i / 20}) for i in (0, 9)]
     for line in ends:
         line["by_class"] = {evil: {evil: 0.1, "images": 9}}
-        line["measures"] = {f"diversity/{evil}": 1.0 - line["iteration"] / 10}
+        line["metrics"] = {f"diversity/{evil}": 1.0 - line["iteration"] / 10}
     config = f'[model]\npath = "{evil}"\n[[rewards]]\nmodel = "{evil}"\n'
     folder = run(
         tmp_path / "<b>&run",
@@ -331,9 +328,19 @@ def test_everything_from_files_is_escaped(tmp_path):
     assert checker.open == []
 
 
+def test_runs_of_earlier_versions_are_readable(tmp_path):
+    """They have the key "measures" in place of "metrics"."""
+    ends = [evaluation(i, metrics={"diversity/color": 0.9 - i / 100}, graded=0.5) for i in (0, 9)]
+    new = Records(run(tmp_path / "new", evaluations=ends)).held_out_metrics()
+    for line in ends:
+        line["measures"] = line.pop("metrics")
+    old = Records(run(tmp_path / "old", evaluations=ends)).held_out_metrics()
+    assert old == new == {"diversity/color": [(0, 0.9), (9, pytest.approx(0.81))]}
+
+
 def test_optional_files_may_all_be_missing(tmp_path):
     page = report(run(tmp_path, evaluations=[evaluation(0, graded=0.5)], config=""))
-    for part in ("Pictures", "Time", "Training metrics", "Configuration", "Environment"):
+    for part in ("Comparison grid", "Time", "Training metrics", "Configuration", "Environment"):
         assert f"<h2>{part}" not in page
         assert f"<summary>{part}" not in page
 

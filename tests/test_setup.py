@@ -48,7 +48,7 @@ def test_sizes_of_both_prompt_sets_follow_their_images_unless_one_is_set(tmp_pat
         ("train.updates=1000", ConfigError, "cannot be divided among train.updates = 1000"),
         ("prompts.balance=nothing", PromptError, "has no such metadata"),
         ("prompts.held_out=nowhere.txt", FileNotFoundError, "no such file: nowhere.txt"),
-        ("evaluation.measures=['nowhere:metric']", ValueError, "there is no module 'nowhere'"),
+        ("evaluation.metrics=['nowhere:metric']", ValueError, "there is no module 'nowhere'"),
         ("loss={kind='tests.test_objectives:Distances'}", ConfigError, "set train.ema_decay above 0"),
         ("loss={kind='tests.nowhere:Loss'}", ConfigError, "there is no module 'tests.nowhere'"),
     ],

@@ -25,7 +25,7 @@ from flowgrpo.shapes.captions import (
     vocabulary,
 )
 from flowgrpo.shapes.rewards import Diversity, Graded, Strict, StrictAndGraded
-from flowgrpo.shapes.verifier import Detection, detect, graded, scorer, strict
+from flowgrpo.shapes.verifier import Detection, detect, graded, strict, strict_and_graded
 from flowgrpo.shapes.world import BACKGROUND, COLORS, GAP, SHAPES, SceneObject, draw
 
 Picture = np.ndarray
@@ -60,7 +60,7 @@ def true_detections() -> list[list[Detection]]:
 # The judge on true scenes.
 def test_the_verifier_is_right_about_true_scenes():
     pairs = zip(true_scenes(), true_detections(), strict=True)
-    scores = [scorer(found, record) for (record, _), found in pairs]
+    scores = [strict_and_graded(found, record) for (record, _), found in pairs]
     assert len(scores) == 1200
     assert np.mean([s for s, _ in scores]) >= 0.99
     assert np.mean([g for _, g in scores]) >= 0.98
@@ -141,7 +141,7 @@ def test_the_opposite_relation_fails():
 
 def test_an_empty_image_gets_nothing():
     for record, _ in true_scenes()[::40]:
-        assert scorer(detect(rendered([])), record) == (0, 0)
+        assert strict_and_graded(detect(rendered([])), record) == (0, 0)
 
 
 # Things that are no objects.

@@ -1,6 +1,5 @@
-"""A short version of the study, and how it reads its curves."""
+"""A short version of the study, and its statistics."""
 
-import importlib
 import math
 import os
 import subprocess
@@ -9,19 +8,16 @@ from pathlib import Path
 
 import pytest
 
+import flowgrpo
+from benchmarks.study import report, results
+from benchmarks.study.entries import ALGORITHMS, OVEROPTIMISED
+
 ROOT = Path(__file__).parents[1]
-BENCHMARKS = ROOT / "benchmarks"
-
-
-@pytest.fixture
-def report(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    return importlib.import_module("study_report")
 
 
 def study(*arguments: str) -> str:
     done = subprocess.run(
-        [sys.executable, str(BENCHMARKS / "study.py"), *arguments],
+        [sys.executable, "-m", "benchmarks.study", *arguments],
         cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
@@ -57,22 +53,22 @@ def test_a_short_study_runs_resumes_and_reports(tmp_path):
     assert {p.name for p in (tmp_path / "study").iterdir()} == {"gain.png", "diversity.png"}
 
 
-def test_a_curve_is_read_between_its_evaluations_and_not_beyond(report):
-    curve = report.Curve([0, 10, 20], {"strict": [0.3, 0.4, 0.6]})
+def test_a_curve_is_read_between_its_evaluations_and_not_beyond():
+    curve = results.Curve([0, 10, 20], {"strict": [0.3, 0.4, 0.6]})
     assert curve.gain("strict", 15) == pytest.approx(0.2)
     assert curve.gain("strict", 20) == pytest.approx(0.3)
     assert math.isnan(curve.gain("strict", 21))
     assert report.points([0.1, math.nan]) == "not reached"
 
 
-def test_intervals_are_students(report):
+def test_intervals_are_those_of_students_t():
     # Of 1, 2, 3: deviation 1, t = 4.303 with 2 degrees of freedom, over the root of 3.
-    assert report.interval([1.0, 2.0, 3.0]) == pytest.approx(4.3027 / math.sqrt(3), rel=1e-4)
+    assert results.interval([1.0, 2.0, 3.0]) == pytest.approx(4.3027 / math.sqrt(3), rel=1e-4)
     assert report.points([0.1]) == "+10.0"
     assert report.points([0.1, 0.1]) == "+10.0 ± 0.0"
 
 
-def test_seeds_that_are_hard_for_all_are_no_noise(report):
+def test_differences_between_seeds_are_not_noise():
     """Against the formula by hand: rows differ by 1, columns by 10, residuals of +-0.1."""
     gains = [[0.1, 9.9, 20.0], [1.0, 11.1, 20.9], [1.9, 12.0, 22.1]]
     grand = sum(map(sum, gains)) / 9
@@ -82,19 +78,18 @@ def test_seeds_that_are_hard_for_all_are_no_noise(report):
     )
     # t with 4 degrees of freedom is 2.776.
     expected = 2.7764 * math.sqrt(square / 4) * math.sqrt(2 / 3)
-    assert report.difference(gains) == pytest.approx(expected, rel=1e-4)
-    assert report.difference([*gains, [1.0, math.nan, 2.0]]) == pytest.approx(expected, rel=1e-4)
-    assert math.isnan(report.difference([[0.1], [0.2]]))
+    assert results.difference(gains) == pytest.approx(expected, rel=1e-4)
+    assert results.difference([*gains, [1.0, math.nan, 2.0]]) == pytest.approx(expected, rel=1e-4)
+    assert math.isnan(results.difference([[0.1], [0.2]]))
 
 
-def test_budgets_are_in_iterations(report):
-    budgets = report.Budgets(seconds=120, evaluations=30_000)
-    assert budgets.iterations(report.Cost(seconds=2.0, evaluations=1500)) == (60, 20)
+def test_budgets_are_in_iterations():
+    budgets = results.Budgets(seconds=120, evaluations=30_000)
+    assert budgets.iterations(results.Cost(seconds=2.0, evaluations=1500)) == (60, 20)
 
 
-def test_every_entry_is_a_configuration_that_can_run(report):
-    flowgrpo = importlib.import_module("flowgrpo")
-    for entry in (*report.ALGORITHMS, *report.OVEROPTIMISED):
+def test_every_entry_is_a_configuration_that_can_run():
+    for entry in (*ALGORITHMS, *OVEROPTIMISED):
         flowgrpo.load("quickstart", entry.settings).check()
-    slugs = [e.slug for e in (*report.ALGORITHMS, *report.OVEROPTIMISED)]
+    slugs = [e.slug for e in (*ALGORITHMS, *OVEROPTIMISED)]
     assert len(set(slugs)) == len(slugs)

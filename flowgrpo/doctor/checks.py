@@ -1,6 +1,7 @@
-"""What a policy must be able to do.
+"""The doctor's checks: properties that a policy must have.
 
-Every check measures a number and compares it with a tolerance; the table shows both.
+Every check measures a number and compares it with a tolerance. The first line of a check's docstring
+is its name if the pipeline raises an error.
 """
 
 import gc
@@ -15,14 +16,14 @@ from torch import Tensor
 
 from flowgrpo.core.random import Random
 from flowgrpo.doctor.gradients import gradients
-from flowgrpo.doctor.subject import Check, Measure, Settings, Subject
+from flowgrpo.doctor.subject import Check, CheckFunction, Settings, Subject
 from flowgrpo.policy import LoRA, PipelinePolicy
 from flowgrpo.policy.export import export
 from flowgrpo.policy.loading import DTYPES, load_pipeline, without_safety_checker
 
 
 def load(model: str | Path, settings: Settings) -> DiffusionPipeline:
-    """The pipeline as diffusers loads it."""
+    """Load a pipeline with diffusers, without progress bars and without a safety checker."""
     pipeline = load_pipeline(model, DTYPES[settings.dtype]).to(settings.device)
     pipeline.set_progress_bar_config(disable=True)
     without_safety_checker(pipeline)
@@ -30,59 +31,62 @@ def load(model: str | Path, settings: Settings) -> DiffusionPipeline:
 
 
 def finite(subject: Subject, stock: Tensor) -> Sequence[Check]:
-    """What the denoiser says is finite."""
-    said = torch.cat([v.prediction.output.flatten() for v in subject.rollout.records])
-    broken = float((~said.isfinite()).float().mean())
+    """The denoiser's output is finite."""
+    output = torch.cat([r.prediction.output.flatten() for r in subject.rollout.records])
+    share = float((~output.isfinite()).float().mean())
     dtype = subject.settings.dtype
     other = "float32" if dtype == "float32" else "bfloat16 or float32"
     return [
         Check(
-            "what the denoiser says is finite",
-            "all of it" if broken == 0 else f"{broken:.1%} is not",
-            broken == 0,
+            "the denoiser's output is finite",
+            "all values" if share == 0 else f"{share:.1%} are not",
+            share == 0,
             f"the model overflows in {dtype}: use {other}",
-            broken,
+            share,
         )
     ]
 
 
 def noise_zero(subject: Subject, stock: Tensor) -> Sequence[Check]:
-    """Noise 0 gives the stock image."""
+    """Noise level 0 equals the stock sampler: the image is that of diffusers' first-order sampler."""
     return [
         _agreement(
-            "noise 0 gives the stock image",
+            "noise level 0 equals the stock sampler",
             subject.policy.images(subject.prompts, subject.noise),
             stock,
             subject.settings,
-            "our deterministic sampler differs from diffusers' first-order sampler",
+            "flowgrpo's deterministic sampler differs from diffusers' first-order sampler",
         )
     ]
 
 
 def recorded(subject: Subject, stock: Tensor) -> Sequence[Check]:
-    """Recorded steps are as random as their density says."""
+    """Sampled noise has the variance of the log-probability's density."""
     records = subject.rollout.records
-    noise = torch.cat([((v.x_next - v.gaussian.mean) / v.gaussian.std).flatten() for v in records])
-    size = float(noise.square().mean())
+    # (x_next - mean) / std is standard normal if the state was drawn from the recorded density.
+    noise = torch.cat([((r.x_next - r.gaussian.mean) / r.gaussian.std).flatten() for r in records])
+    variance = float(noise.square().mean())
     return [
         Check(
-            "injected noise is as large as log_prob has it",
-            f"variance {size:.3f} of 1",
-            # Five standard errors of a mean of squared normals.
-            abs(size - 1) <= 5 * (2 / noise.numel()) ** 0.5,
-            "ratios would be of another distribution than the one that was sampled",
-            size,
+            "sampled noise has the variance of its density",
+            f"{variance:.3f} times",
+            # The mean of n squared standard normals has standard error sqrt(2 / n); five are allowed.
+            abs(variance - 1) <= 5 * (2 / noise.numel()) ** 0.5,
+            "ratios would belong to a distribution other than the one that was sampled from",
+            variance,
         )
     ]
 
 
 def replay(subject: Subject, stock: Tensor) -> Sequence[Check]:
-    """Replay equals rollout.
+    """Replay equals rollout: every step is replayed in the rollout's batch and in batches of one.
 
-    Every step again, at the rollout's batch shape and one by one.
+    Returns:
+        For each of the two batch sizes, a check of the denoiser's output (relative to its largest
+        value) and a check of the log-ratio before any update.
     """
     checks, settings, records = [], subject.settings, subject.rollout.records
-    # A model that was never trained may say nothing but zeros.
+    # The output of an untrained model may be zero everywhere.
     scale = max(float(v.prediction.output.abs().max()) for v in records) or 1.0
     for words, size in (("same batch", len(subject.prompts)), ("batch of 1", 1)):
         outputs, changes = [0.0] * len(records), [0.0] * len(records)
@@ -93,28 +97,28 @@ def replay(subject: Subject, stock: Tensor) -> Sequence[Check]:
                     again = subject.policy.replay(
                         subject.prompts[rows], record.x[rows], record.step, subject.transition
                     )
-                said = record.prediction.output[rows]
-                outputs[i] = max(outputs[i], _gap(again.prediction.output, said) / scale)
+                output = record.prediction.output[rows]
+                outputs[i] = max(outputs[i], _gap(again.prediction.output, output) / scale)
                 old = record.gaussian.log_prob(record.x_next)[rows]
                 new = again.gaussian.log_prob(record.x_next[rows])
                 changes[i] = max(changes[i], _gap(new, old))
-        output, change = max(outputs), max(changes)
-        exact = 1e-4 if settings.dtype == "float32" else 5e-2
+        difference, change = max(outputs), max(changes)
+        allowed = 1e-4 if settings.dtype == "float32" else 5e-2
         checks += [
             Check(
                 f"replay equals rollout ({words})",
-                f"{output:.1e}",
-                output <= exact,
-                "the model does not see in training what it saw in the rollout",
-                output,
+                f"{difference:.1e}",
+                difference <= allowed,
+                "the inputs of the denoiser differ between rollout and training",
+                difference,
                 outputs,
             ),
             Check(
                 f"ratio is 1 before an update ({words})",
                 f"off by {change:.1e}",
                 change <= settings.clip_range / 2,
-                f"numerical noise fills the clip range {settings.clip_range:g}: use more precision, "
-                "train where the rollout batch has the same shape, or widen the clip range",
+                f"numerical noise exceeds half of the clip range {settings.clip_range:g}: use a higher "
+                "precision, equal batch sizes in rollout and training, or a wider clip range",
                 change,
                 changes,
             ),
@@ -123,7 +127,7 @@ def replay(subject: Subject, stock: Tensor) -> Sequence[Check]:
 
 
 def branch(subject: Subject, stock: Tensor) -> Sequence[Check]:
-    """A branch from the middle agrees: enter in the middle of a rollout, follow it to the end."""
+    """A branch equals its rollout: latents of a middle step are injected, and lead to the same image."""
     records, media = subject.rollout.records, subject.rollout.media
     assert media is not None
     middle = records[len(records) // 2]
@@ -138,26 +142,26 @@ def branch(subject: Subject, stock: Tensor) -> Sequence[Check]:
     assert branch.media is not None
     return [
         _agreement(
-            "a branch from the middle agrees",
+            "a branch equals its rollout",
             branch.media,
             media,
             subject.settings,
-            "states cannot be entered exactly",
+            "latents cannot be injected exactly at a middle step",
         )
     ]
 
 
 def decode(subject: Subject, stock: Tensor) -> Sequence[Check]:
-    """Decoding a last state agrees."""
+    """Decoding final latents equals the rollout's image."""
     policy, last = subject.policy, subject.settings.sampling.num_steps - 1
     (rollout,) = policy.run(subject.prompts, subject.noise, record=[last], decode=False)
     return [
         _agreement(
-            "decoding a last state agrees",
+            "decoding final latents equals the rollout",
             policy.decode(subject.prompts, rollout.records[-1].x_next),
             policy.images(subject.prompts, subject.noise),
             subject.settings,
-            "final states are not decoded alike",
+            "the pipeline decodes injected final latents differently",
         )
     ]
 
@@ -165,11 +169,11 @@ def decode(subject: Subject, stock: Tensor) -> Sequence[Check]:
 def exported(subject: Subject, stock: Tensor) -> Sequence[Check]:
     """An export loads back to the same image.
 
-    Disturb what is trained, export it, load it with diffusers alone, compare the images. The policy
-    is gone after this.
+    The trained weights are perturbed, exported, and loaded by diffusers alone. The pipeline of the
+    policy is freed before that, so this check must be the last.
     """
     name = "an export loads back to the same image"
-    advice = "users of the exported weights would see other images, or none"
+    advice = "the exported weights give other images, or cannot be loaded"
     policy, settings = subject.policy, subject.settings
     assert policy.trainable is not None
     generator = Random(11).generator()
@@ -198,7 +202,7 @@ def exported(subject: Subject, stock: Tensor) -> Sequence[Check]:
     return [_agreement(name, images, tuned, settings, advice)]
 
 
-ALL: Sequence[Measure] = (
+ALL: Sequence[CheckFunction] = (
     finite, noise_zero, recorded, replay, gradients, branch, decode, exported,
 )  # fmt: skip
 
@@ -206,7 +210,7 @@ ALL: Sequence[Measure] = (
 def _load_exported(
     model: str | Path, folder: Path, denoisers: Sequence[str], settings: Settings
 ) -> DiffusionPipeline:
-    """What was exported, as diffusers loads it."""
+    """Load an export with diffusers: adapters into the base model, or a whole pipeline."""
     if not isinstance(settings.weights, LoRA):
         return load(folder, settings)
     pipeline = load(model, settings)
@@ -221,9 +225,10 @@ def _load_exported(
 
 
 def _agreement(name: str, a: Tensor, b: Tensor, settings: Settings, advice: str) -> Check:
-    """Whether two ways lead to one image.
+    """Check that two images are equal up to the tolerance.
 
-    In half precision, where two ways round differently, the mean difference counts.
+    In half precision, rounding differs between two ways to compute an image, so the mean difference is
+    compared; in fp32 the largest.
     """
     if settings.dtype == "float32":
         gap, allowed = _gap(a, b), settings.tolerance
@@ -233,6 +238,6 @@ def _agreement(name: str, a: Tensor, b: Tensor, settings: Settings, advice: str)
 
 
 def _gap(a: Tensor, b: Tensor) -> float:
-    """Largest absolute difference; infinite where a value is not finite."""
+    """Largest absolute difference; infinite if a value is not finite."""
     gap = (a.detach().float().cpu() - b.detach().float().cpu()).abs().max()
     return float(gap) if bool(gap.isfinite()) else float("inf")

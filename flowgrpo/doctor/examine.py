@@ -1,6 +1,6 @@
-"""From a model's name to a diagnosis: load it, find a call that works, run the checks.
+"""Examines a model: loads it, finds arguments with which it can be called, and runs the checks.
 
-Whatever a pipeline raises on the way ends as one sentence that says what was tried.
+An error that a pipeline raises on the way becomes one sentence that names the attempt.
 """
 
 import inspect
@@ -21,7 +21,7 @@ from flowgrpo.core.steps import AllSteps
 from flowgrpo.core.transitions import CPS, DDIM, Transition
 from flowgrpo.data.prompts import Prompt
 from flowgrpo.doctor import checks
-from flowgrpo.doctor.subject import PROMPTS, Check, Measure, Settings, Subject
+from flowgrpo.doctor.subject import PROMPTS, Check, CheckFunction, Settings, Subject
 from flowgrpo.policy import Full, LoRA, PipelinePolicy, Sampling
 from flowgrpo.policy.arguments import Calling, check_signature, check_strength, generators_for
 from flowgrpo.policy.call import UnsupportedPipelineError
@@ -31,29 +31,29 @@ from flowgrpo.policy.precision import as_media, encode_deterministically
 from flowgrpo.policy.scheduler import FlowPolicyScheduler
 from flowgrpo.training.console import Console
 
-ALONE = {
-    "noise 0 gives the stock image",
+BATCH_DEPENDENT = {
+    "noise level 0 equals the stock sampler",
     "replay equals rollout (batch of 1)",
     "ratio is 1 before an update (batch of 1)",
 }
-"""Checks that fail where a prompt's image depends on the others of its batch."""
+"""Checks that fail if the image of a prompt depends on the other prompts of its batch."""
 
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """What the doctor found.
+    """The doctor's result for a model.
 
     Attributes:
         model: Hub id or folder.
-        pipeline: The pipeline's class.
+        pipeline: Name of the pipeline's class.
         path: ``flow`` for rectified flow, ``diffusion`` for models that predict noise, v or data.
         media: ``image`` or ``video``.
         dtype: Precision of the denoiser.
-        device: Where it ran.
+        device: Device that the checks ran on.
         weights: ``lora`` or ``full``.
-        prompts: How many prompts the pipeline took at once.
-        notes: What the doctor chose because nobody said so.
-        checks: What was measured.
+        prompts: Number of prompts in a batch.
+        notes: Choices that the doctor made where the settings leave them open.
+        checks: Results of all checks.
     """
 
     model: str
@@ -69,11 +69,11 @@ class Diagnosis:
 
     @property
     def passed(self) -> bool:
-        """Whether every check holds."""
+        """Whether every check passed."""
         return all(c.passed for c in self.checks)
 
     def to_json(self) -> dict[str, Any]:
-        """For a file; numbers that are not finite are null."""
+        """A table for a JSON file; numbers that are not finite become null."""
         table = asdict(self) | {"passed": self.passed}
         for check in table["checks"]:
             check["measured"] = _number(check["measured"])
@@ -87,7 +87,15 @@ def _number(value: float) -> float | None:
 
 @dataclass(frozen=True)
 class _Trial:
-    """A call that works: how, for how many prompts, and what came out."""
+    """A call of the stock pipeline that succeeded.
+
+    Attributes:
+        sampling: Its arguments.
+        prompts: Its prompts.
+        media: Its images or videos.
+        notes: Choices that were made to find it.
+        tiled: Whether the VAE had to decode in tiles.
+    """
 
     sampling: Sampling
     prompts: Sequence[Prompt]
@@ -100,23 +108,25 @@ def examine(model: str | Path, settings: Settings) -> Diagnosis:
     """Run all checks on a hub id or a folder.
 
     Raises:
-        FileNotFoundError: If a folder is named that is no pipeline.
-        ValueError: If the pipeline cannot be a policy at all; says why.
+        FileNotFoundError: If ``model`` is a folder without a pipeline.
+        UnsupportedPipelineError: If the pipeline cannot be a policy; the message gives the reason.
     """
     diagnosis = _examine(model, settings, (PROMPTS, PROMPTS[:1]))
     failed = {c.name for c in diagnosis.checks if not c.passed}
-    if settings.dtype != "float32" or not failed or not failed <= ALONE or diagnosis.prompts == 1:
+    only_batches = bool(failed) and failed <= BATCH_DEPENDENT and diagnosis.prompts > 1
+    if settings.dtype != "float32" or not only_batches:
         return diagnosis
-    # No rounding, and right in the same batch: the prompts of a batch see each other's padding.
+    # In fp32, with a correct replay in the same batch, the cause is that the prompts of a batch attend
+    # to each other's padding. Such a pipeline can be trained with one prompt per batch.
     again = _examine(model, settings, (PROMPTS[:1],))
-    note = "the prompts of a batch change each other's images"
+    note = "the image of a prompt depends on the other prompts of its batch"
     return replace(again, notes=(note, *again.notes)) if again.passed else diagnosis
 
 
 def _examine(
     model: str | Path, settings: Settings, batches: Sequence[Sequence[Prompt]]
 ) -> Diagnosis:
-    """Run all checks on the first batch of prompts that the pipeline takes."""
+    """Run all checks on the first batch of prompts that the pipeline accepts."""
     noise = SampleNoise([Random(7).at(i) for i in range(len(PROMPTS))])
     pipeline = _stock(model, settings)
     weights, notes = settings.weights, []
@@ -124,14 +134,14 @@ def _examine(
         bare = [type(m).__name__ for m in denoisers(pipeline).values() if not _adaptable(m)]
         weights = Full() if bare else LoRA(rank=4, alpha=4)
         if bare:
-            notes.append(f"all weights are trained: diffusers has no adapters for {bare[0]}")
+            notes.append(f"all weights are trained: diffusers has no LoRA support for {bare[0]}")
     trial = _trial(pipeline, settings, noise, batches)
     name = type(pipeline).__name__
     del pipeline
     memory = replace(settings.memory, vae_tiling=settings.memory.vae_tiling or trial.tiled)
     settings = replace(settings, sampling=trial.sampling, weights=weights, memory=memory)
     noise = noise[: len(trial.prompts)]
-    with explained("making a policy of it"):
+    with explained("creating a policy"):
         policy = PipelinePolicy.from_pretrained(
             model,
             sampling=trial.sampling,
@@ -164,7 +174,7 @@ def _examine(
 
 
 def show(diagnosis: Diagnosis, console: Console) -> None:
-    """Print the checks as a table, then what was chosen, then what a failure means."""
+    """Print a table of the checks, the notes, and the advice of each failed check."""
     d = diagnosis
     console.table(
         f"{d.model}: {d.pipeline}, {d.path}, {d.media}, {d.dtype} on {d.device}",
@@ -180,10 +190,10 @@ def show(diagnosis: Diagnosis, console: Console) -> None:
 
 @contextmanager
 def explained(attempt: str) -> Iterator[None]:
-    """Inside, whatever is raised becomes one sentence about the attempt.
+    """Turn errors raised in the context into one sentence about the attempt.
 
     Raises:
-        UnsupportedPipelineError: With the attempt, and the kind and the first line of the error.
+        UnsupportedPipelineError: With the attempt, and the type and the first line of the error.
     """
     try:
         yield
@@ -193,15 +203,15 @@ def explained(attempt: str) -> Iterator[None]:
         raise UnsupportedPipelineError(f"{attempt} failed: {_in_short(error)}") from error
 
 
-def _guarded(check: Measure, subject: Subject, stock: Tensor) -> Sequence[Check]:
-    """The check; what the pipeline raises in it is its failure."""
+def _guarded(check: CheckFunction, subject: Subject, stock: Tensor) -> Sequence[Check]:
+    """Run a check; an error that the pipeline raises becomes a failed check."""
     try:
         return check(subject, stock)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:
         name = (check.__doc__ or check.__name__).splitlines()[0].rstrip(".")
-        advice = "the pipeline cannot do what this check asks of it"
+        advice = "the pipeline raised an error in this check"
         return [Check(name, _in_short(error), False, advice, math.inf)]
 
 
@@ -216,7 +226,11 @@ def _adaptable(model: object) -> bool:
 
 
 def _stock(model: str | Path, settings: Settings) -> DiffusionPipeline:
-    """The pipeline as diffusers runs it, with diffusers' own first-order sampler."""
+    """Load the pipeline for diffusers' own call, with diffusers' own first-order sampler.
+
+    Raises:
+        UnsupportedPipelineError: If its signature shows that it cannot be a policy.
+    """
     with explained(f"loading {model}"):
         pipeline = checks.load(model, settings)
     call = inspect.signature(inspect.unwrap(type(pipeline).__call__)).parameters
@@ -224,7 +238,7 @@ def _stock(model: str | Path, settings: Settings) -> DiffusionPipeline:
     check_strength(type(pipeline).__name__, call, settings.sampling.call)
     denoisers(pipeline)
     for vae in autoencoders(pipeline):
-        # Stock pipelines have one precision throughout.
+        # A stock pipeline has the same dtype in all its models; a policy keeps the VAE in fp32.
         vae.to(DTYPES[settings.dtype])
     encode_deterministically(pipeline)
     pipeline.scheduler = first_order(pipeline.scheduler)
@@ -237,7 +251,11 @@ def _trial(
     noise: SampleNoise,
     batches: Sequence[Sequence[Prompt]],
 ) -> _Trial:
-    """Find a call that works: all prompts or one, without and with condition images, then in tiles."""
+    """Find arguments with which the pipeline can be called.
+
+    Tries all prompts and one prompt, without and with generated condition images; if the decoder asks
+    for tiling, the same again with tiles.
+    """
     tried: list[str] = []
     parameters = inspect.signature(inspect.unwrap(type(pipeline).__call__)).parameters
     vae: Any = getattr(pipeline, "vae", None)
@@ -249,7 +267,7 @@ def _trial(
     ]
     for tiled, sampling, made, prompts in ways:
         if tiled:
-            # Some VAEs cannot decode in one piece, and say so (Allegro).
+            # Some VAEs only decode in tiles, and their error mentions tiling (Allegro).
             if not any("tiling" in words for words in tried):
                 break
             pipeline.vae.enable_tiling()
@@ -264,26 +282,30 @@ def _trial(
             continue
         notes = [made] if made else []
         if tiled:
-            notes.append(
-                "its decoder works in tiles only: set memory.vae_tiling = true to train it"
-            )
+            notes.append("the decoder requires tiling: set memory.vae_tiling = true for training")
         if len(prompts) == 1:
-            notes.append("one prompt at a time: set the batch sizes to 1 to train it")
+            notes.append(
+                "the pipeline takes one prompt at a time: set the batch sizes to 1 for training"
+            )
         return _Trial(sampling, prompts, media, notes, tiled)
     raise UnsupportedPipelineError(
-        f"{type(pipeline).__name__} cannot be called with diffusers' first-order sampler, and that is before "
-        f"anything of ours; tried {'; '.join(tried)}"
+        f"{type(pipeline).__name__} cannot be called with diffusers' own first-order sampler; tried "
+        f"{'; '.join(tried)}"
     )
 
 
 def _completions(
     sampling: Sampling, parameters: Mapping[str, Any]
 ) -> Iterator[tuple[Sampling, str]]:
-    """The sampling as it is, then with an image, then with all images and videos that the call knows."""
+    """The sampling unchanged, then with a condition image, then with all condition media of the call.
+
+    Yields:
+        The sampling, and a note about the media that were added.
+    """
     yield sampling, ""
     size = (sampling.width or 256, sampling.height or 256)
     gradient = Image.linear_gradient("L").convert("RGB").resize(size)
-    # Half of it white: some loops keep what lies outside of a mask, and would pass with a full one.
+    # Half of the mask is white: loops that restore the area outside a mask would pass with a full one.
     mask = Image.new("L", size, 0)
     mask.paste(255, (0, 0, size[0] // 2, size[1]))
     usual = getattr(parameters.get("num_frames"), "default", None)
@@ -300,7 +322,7 @@ def _completions(
 def _call(
     pipeline: DiffusionPipeline, sampling: Sampling, prompts: Sequence[Prompt], noise: SampleNoise
 ) -> Tensor:
-    """Media of the stock pipeline."""
+    """Call the stock pipeline. Returns its images or videos in fp32 on the CPU."""
 
     def run(arguments: dict[str, Any]) -> Tensor:
         with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Do gradients reach what is trained, and only that?"""
+"""The doctor's check of gradients: they reach the trained weights and no others."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -11,64 +11,70 @@ from flowgrpo.doctor.subject import Check, Subject
 
 
 def gradients(subject: Subject, stock: Tensor) -> Sequence[Check]:
-    """Gradients reach what is trained.
+    """Gradients reach the trained weights.
 
-    Backward through every step: the trained weights that the images depend on, all of them and no
-    others, get a gradient.
+    After a backward pass through every step, each trained weight on which the output depends has a
+    gradient, and no other weight has one.
     """
-    policy, drawn = subject.policy, 0
+    policy, replaced = subject.policy, 0
     assert policy.trainable is not None
     trained = list(policy.trainable.parameters.values())
     missed, moved, leaked = _backward(subject)
     if moved < 0.4 * len(trained):
-        with _zeros_drawn(policy.denoisers.values()) as drawn:
-            if drawn:
+        with _zeros_replaced(policy.denoisers.values()) as replaced:
+            if replaced:
                 missed, moved, leaked = _backward(subject)
     reached = len(trained) - len(missed)
-    # The last block of some transformers ignores part of its weights.
-    cut = bool(missed) and _matter(subject, missed)
+    # In some transformers the last block does not use all of its weights, so a weight without a
+    # gradient is an error only if the output depends on it.
+    cut = bool(missed) and _output_depends_on(subject, missed)
     words = f"{reached}/{len(trained)} tensors, {moved} not zero, {leaked} others"
     if missed and not cut:
-        words += f" ({len(missed)} change nothing)"
-    if drawn:
-        words += f" (untrained model: {drawn} zero matrices drawn anew for this)"
+        words += f" ({len(missed)} do not change the output)"
+    if replaced:
+        words += f" (untrained model: {replaced} zero matrices replaced by noise)"
     return [
         Check(
-            "gradients reach what is trained",
+            "gradients reach the trained weights",
             words,
-            # Half of a fresh LoRA has zero gradient because the other half is zero.
+            # In a new LoRA one of the two matrices is zero, so the other has zero gradient.
             not cut and 2 * reached >= len(trained) and moved >= 0.4 * reached and not leaked,
-            "weights are trained that the loop does not use, or the pipeline cuts the gradient",
+            "the denoising loop does not use all trained weights, or the pipeline detaches the gradient",
             reached / len(trained),
         )
     ]
 
 
-def _matter(subject: Subject, parameters: Sequence[nn.Parameter]) -> bool:
-    """Whether what the model says changes when these weights do."""
-    kept = [p.detach().clone() for p in parameters]
+def _output_depends_on(subject: Subject, parameters: Sequence[nn.Parameter]) -> bool:
+    """Whether the denoiser's output changes when these weights are perturbed."""
+    originals = [p.detach().clone() for p in parameters]
 
     @torch.no_grad()
-    def said() -> Tensor:
+    def output() -> Tensor:
         records = subject.rollout.records
         again = [
-            subject.policy.replay(subject.prompts, v.x, v.step, subject.transition) for v in records
+            subject.policy.replay(subject.prompts, r.x, r.step, subject.transition) for r in records
         ]
-        return torch.cat([v.prediction.output.flatten() for v in again])
+        return torch.cat([r.prediction.output.flatten() for r in again])
 
-    before = said()
+    before = output()
     try:
         for i, p in enumerate(parameters):
             p.data.add_(0.1 * torch.randn(p.shape, generator=Random(13).at(i).generator()).to(p))
-        # What is not a number counts as a change.
-        return not float((said() - before).abs().max()) <= 1e-6 * float(before.abs().max())
+        # Negated, so that NaN counts as a change.
+        return not float((output() - before).abs().max()) <= 1e-6 * float(before.abs().max())
     finally:
-        for p, value in zip(parameters, kept, strict=True):
+        for p, value in zip(parameters, originals, strict=True):
             p.data.copy_(value)
 
 
 def _backward(subject: Subject) -> tuple[list[nn.Parameter], int, int]:
-    """Which trained weights get no gradient, how many one that is not zero, how many others one."""
+    """Run a backward pass through the log-probability of every recorded step.
+
+    Returns:
+        The trained weights without a finite gradient, the number of those whose gradient is not zero,
+        and the number of other weights that have a gradient.
+    """
     policy = subject.policy
     assert policy.trainable is not None
     for record in subject.rollout.records:
@@ -89,10 +95,11 @@ def _backward(subject: Subject) -> tuple[list[nn.Parameter], int, int]:
 
 
 @contextmanager
-def _zeros_drawn(models: Iterable[nn.Module]) -> Iterator[int]:
-    """Inside, all-zero matrices hold small noise; gives their number.
+def _zeros_replaced(models: Iterable[nn.Module]) -> Iterator[int]:
+    """Replace all-zero matrices of the models by small noise inside the context; yields their number.
 
-    Untrained models have some (gates, last layers), which stop every gradient. Adapters keep theirs.
+    Untrained models have such matrices (gates, last layers), through which no gradient passes. The
+    zero matrices of adapters are left alone.
     """
     zeros = [
         p

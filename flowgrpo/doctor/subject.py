@@ -1,4 +1,4 @@
-"""What the doctor examines, with what settings, and what a check says of it."""
+"""Types of the doctor: its settings, the policy under examination, and the result of a check."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -25,12 +25,12 @@ class Check:
     """One property that a policy must have.
 
     Attributes:
-        name: What is checked.
-        value: What was measured, in words.
-        passed: Whether it holds.
-        advice: What a failure means.
-        measured: The number that was compared.
-        by_step: The same for each trained step, where it was measured step by step.
+        name: The property, as a statement.
+        value: The measured value, as shown in the table.
+        passed: Whether the property holds.
+        advice: Consequence of a failure, or how to correct it.
+        measured: The number that was compared with the tolerance.
+        by_step: This number for each trained step, if it was measured by step.
     """
 
     name: str
@@ -43,17 +43,18 @@ class Check:
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What the doctor does.
+    """Settings of the doctor.
 
     Attributes:
-        sampling: How the pipeline is called.
-        weights: What is made trainable; None takes adapters where diffusers has them, else all.
+        sampling: Arguments of the pipeline's call.
+        weights: The weights to train; ``None`` chooses LoRA if diffusers supports it for the denoiser,
+            else all weights.
         dtype: Precision of the denoiser.
-        device: Where.
-        memory: What trades memory for time; the doctor adds tiling where a VAE cannot do without.
-        clip_range: The clip range that the noise floor is compared with.
-        tolerance: Largest difference of pixel values in [0, 1] between two ways to one image; in half
-            precision ten times this is the largest mean difference.
+        device: Device to run on.
+        memory: Settings that trade time for memory. The doctor enables tiling if the VAE requires it.
+        clip_range: The clip range with which the numerical noise of log-probabilities is compared.
+        tolerance: Largest difference of pixel values in [0, 1] between two images that should be
+            equal. In half precision, ten times this value limits the mean difference instead.
     """
 
     sampling: Sampling
@@ -67,16 +68,16 @@ class Settings:
 
 @dataclass(frozen=True)
 class Subject:
-    """What is examined.
+    """The policy under examination.
 
     Attributes:
-        model: Hub id or folder.
-        policy: The policy that was made of it.
-        settings: What the doctor does, with nothing left open.
-        prompts: As many as the pipeline takes at once.
-        noise: One stream for each.
-        transition: The stochastic step.
-        rollout: A trajectory on which every trained step was stochastic and recorded.
+        model: Hub id or folder of the pipeline.
+        policy: The policy made from it.
+        settings: The settings, with every open choice made.
+        prompts: The prompts of one batch, as many as the pipeline accepts.
+        noise: One stream of noise per prompt.
+        transition: The stochastic transition.
+        rollout: A rollout in which every trained step is stochastic and recorded.
     """
 
     model: str | Path
@@ -88,5 +89,5 @@ class Subject:
     rollout: Rollout
 
 
-Measure = Callable[[Subject, Tensor], Sequence[Check]]
-"""Makes checks of a subject and of the images that the stock pipeline draws."""
+CheckFunction = Callable[[Subject, Tensor], Sequence[Check]]
+"""Examines a subject, given also the images of diffusers' own pipeline for the same noise."""

@@ -1,1 +1,5 @@
-"""What is measured and shown: held-out scores, comparison grids, credit inspection, and the report of a run."""
+"""Evaluates models and presents the results of a run.
+
+Held-out scores and metrics, comparison grids of a base and a tuned model, inspection of the credit that
+an algorithm assigns to each denoising step, the HTML report and the model card.
+"""

@@ -1,4 +1,4 @@
-"""The model card of a finished run: what was trained on what, and what came of it."""
+"""Writes the model card of a finished run: base model, data, rewards and held-out results."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,7 +9,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from flowgrpo import config as configuration
 from flowgrpo.config import Config
 from flowgrpo.data.prompt_sets import PromptSet
-from flowgrpo.evaluation.findings import Records
+from flowgrpo.evaluation.records import Records
 from flowgrpo.policy.export import KOHYA_FILE
 from flowgrpo.policy.weights import NOISE_FILE
 
@@ -27,29 +27,32 @@ LICENCES: Mapping[str, tuple[str, str | None]] = {
     "stabilityai/stable-diffusion-xl-base-1.0": ("openrail++", None),
     "stable-diffusion-v1-5/stable-diffusion-v1-5": ("creativeml-openrail-m", None),
 }
-"""Licences of base models, which bind what is made from them: identifier on the hub, and its name
-where that is ``other``."""
+"""Licences of base models, which also apply to models fine-tuned from them: the hub's identifier, and
+the licence's name if the identifier is ``other``."""
 
 
 def newest_grid(run: Path) -> Path | None:
-    """The last before/after grid of a run."""
+    """The newest comparison grid of a run; ``None`` if it has none."""
     grids = sorted((run / "grids").glob("[0-9]*.png"))
     return grids[-1] if grids else None
 
 
 def model_card(run: Path, repo_id: str) -> ModelCard:
-    """The card of a run's export.
+    """The model card of a run's export.
 
     Args:
         run: The run directory, with at least two evaluations.
-        repo_id: Where it is going to be.
+        repo_id: Repository on the hub to which the export is uploaded.
 
     Raises:
         ValueError: If the run was not evaluated before and after training.
     """
     config, records = configuration.load(str(run / "config.toml")), Records(run)
     if len(records.evaluations) < 2:
-        raise ValueError(f"{run} has no evaluation before and after training to report")
+        raise ValueError(
+            f"{run} has {len(records.evaluations)} held-out evaluations; a model card needs one before "
+            "and one after training"
+        )
     base = config.model.path
     hub = "/" in base and not Path(base).exists()
     licence, name = LICENCES.get(base, (None, None))
@@ -73,8 +76,8 @@ def model_card(run: Path, repo_id: str) -> ModelCard:
         f"![Base and tuned model, same prompts and same noise]({GRID})" if newest_grid(run) else "",
         "## Before and after\n\n"
         f"Held-out prompts, deterministic sampler, same noise; {first['images']} images before, "
-        f"{last['images']} after. Changes with two standard errors of the difference or less between "
-        f"them and 0 are noise.\n\n{_changes(records)}",
+        f"{last['images']} after. A change of at most two standard errors counts as noise."
+        f"\n\n{_changes(records)}",
         f"## Use\n\n```python\n{_usage(run, config, repo_id)}\n```",
         f"## Data\n\n{_data(config)}",
         f"## Rewards\n\n{_rewards(config)}",
@@ -86,8 +89,8 @@ def model_card(run: Path, repo_id: str) -> ModelCard:
 
 def _licence(base: str, licence: str | None, name: str | None) -> str:
     if licence is None:
-        return f"The licence of `{base}` is not known here; it binds these weights too."
-    return f"Licence of the base model: {name or licence}. It binds these weights too."
+        return f"The licence of `{base}` is unknown to flowgrpo; it also applies to these weights."
+    return f"Licence of the base model: {name or licence}. It also applies to these weights."
 
 
 def _changes(records: Records) -> str:
@@ -144,22 +147,22 @@ def _data(config: Config) -> str:
     rows = []
     for label, file in (("training", config.prompts.train), ("held out", config.prompts.held_out)):
         rows.append(f"- {label}: {_count(file)} (`{Path(file).name}`)")
-    return "No images: prompts alone.\n\n" + "\n".join(rows)
+    return "Trained on prompts, without images.\n\n" + "\n".join(rows)
 
 
 def _count(file: str) -> str:
-    """How many prompts a file has, if it is still there."""
+    """The number of prompts in a file, if it still exists."""
     try:
         return f"{len(PromptSet.load(configuration.find(file)).prompts)} prompts"
     except FileNotFoundError:
-        return "prompts of a file that is no longer there"
+        return "prompts of a file that no longer exists"
 
 
 def _rewards(config: Config) -> str:
     lines = []
     for reward in config.rewards:
         options: dict[str, Any] = dict(reward.options)
-        said = f", with {options}" if options else ""
-        use = f"weight {reward.weight:g}" if reward.weight else "measured only"
-        lines.append(f"- {reward.label}: {use} (`{reward.model}`{said})")
+        settings = f", with {options}" if options else ""
+        use = f"weight {reward.weight:g}" if reward.weight else "not trained on"
+        lines.append(f"- {reward.label}: {use} (`{reward.model}`{settings})")
     return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""The before/after grid of a run: the same prompts and noise, base beside tuned."""
+"""Comparison grids: images of several models for the same prompts and the same initial noise."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,19 +12,19 @@ from torch import Tensor
 from flowgrpo.core.random import Random, SampleNoise
 from flowgrpo.data.prompt_sets import PromptSet
 from flowgrpo.data.prompts import Prompt
-from flowgrpo.evaluation.grid import GridRow, draw_grid
+from flowgrpo.evaluation.grid_drawing import GridRow, draw_grid
 from flowgrpo.policy import PipelinePolicy, Sampling
 from flowgrpo.rewards.scorer import RewardScorer
 
 
 @dataclass(frozen=True)
 class ComparisonGrid:
-    """What a grid shows.
+    """The prompts and the noise of a comparison grid; each model adds one block of columns.
 
     Attributes:
         prompts: One per row.
         samples: Images per row and model.
-        seed: For the noise.
+        seed: Seed of the initial noise.
     """
 
     prompts: Sequence[Prompt]
@@ -33,7 +33,11 @@ class ComparisonGrid:
 
     @classmethod
     def of(cls, prompts: PromptSet, rows: int, samples: int, seed: int) -> "ComparisonGrid":
-        """The first prompts of each class by turns; of the commonest size, if there are several."""
+        """Choose the first prompts of each class in turn.
+
+        If the prompts have several sizes, only those of the most frequent size are used, since all
+        images of a grid have one shape.
+        """
         alike = PromptSet(max(prompts.buckets, key=len), prompts.balance)
         chosen: dict[int, Prompt] = {}
         for prompt, _ in alike.spread(4 * rows):
@@ -42,7 +46,7 @@ class ComparisonGrid:
         return cls(list(chosen.values()), samples, seed)
 
     def generate(self, policy: PipelinePolicy, sampling: Sampling) -> Float[Tensor, "batch *media"]:
-        """All images, row by row."""
+        """Generate the images of one model, row by row."""
         streams = [
             Random(self.seed).at("grid", row, sample)
             for row in range(len(self.prompts))
@@ -52,7 +56,7 @@ class ComparisonGrid:
 
     @property
     def expanded(self) -> list[Prompt]:
-        """The prompt of every image."""
+        """The prompt of each image, row by row."""
         return [p for p in self.prompts for _ in range(self.samples)]
 
     def save(
@@ -64,7 +68,17 @@ class ComparisonGrid:
         title: str,
         path: Path,
     ) -> None:
-        """Draw the images of several models beside each other, with what the first reward says."""
+        """Draw the images of several models next to each other, with their scores, and save the grid.
+
+        Args:
+            columns: Name of each model.
+            images: Images of each model from :meth:`generate`.
+            scorer: Its first reward marks each image: ✓ or ✗ if all its scores are 0 or 1, else the
+                score.
+            sampling: Arguments with which the images were generated, for the subtitle.
+            title: Headline.
+            path: File to write; its folder is created.
+        """
         label = scorer.rewards[0].label
         notes = []
         for block in images:
@@ -88,13 +102,13 @@ class ComparisonGrid:
         draw_grid(rows, columns, title=title, subtitle=subtitle).save(path)
 
 
-def kept(path: Path) -> Tensor | None:
-    """The images of the base model that an earlier session kept."""
+def load_images(path: Path) -> Tensor | None:
+    """The images that :func:`save_images` wrote; ``None`` if the file does not exist."""
     return load_file(path)["images"] if path.exists() else None
 
 
-def keep(path: Path, images: Tensor) -> None:
-    """Keep the images of the base model for later grids."""
+def save_images(path: Path, images: Tensor) -> None:
+    """Save the base model's images, which all grids of a run show. The file is replaced atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
     save_file({"images": images.contiguous()}, temporary)

@@ -1,4 +1,4 @@
-"""The parts of the report that are drawn: held-out and training curves, all metrics, times."""
+"""Sections of the report with charts: held-out scores, rewards, training metrics and times."""
 
 import re
 import statistics
@@ -8,20 +8,20 @@ from html import escape
 
 from flowgrpo.evaluation import charts
 from flowgrpo.evaluation.charts import Line, Number, Point, duration, line_chart, number
-from flowgrpo.evaluation.findings import RECENT, Records, finite
+from flowgrpo.evaluation.records import RECENT, Records, finite
 
 METRICS = {
     "score": (
         "Score",
-        "Raw mean on training samples. Rises if trained on; must not fall if only watched.",
+        "Raw mean on training samples. Rises if trained on; should not fall if its weight is 0.",
     ),
     "part": (
         "Part of the reward",
-        "What one reward adds, after scale, clip and weight. None should decide all by accident.",
+        "Contribution of one reward, after scale, clip and weight. None should dominate by accident.",
     ),
     "learning": (
         "Learning reward",
-        "What a reward that learns during the run reports of itself.",
+        "Reported by a reward model that is trained during the run.",
     ),
     "reward_std": (
         "Reward spread",
@@ -29,47 +29,47 @@ METRICS = {
     ),
     "group/zero_variance": (
         "Groups without variance",
-        "Prompts whose samples all score alike, and teach nothing. Below 0.5.",
+        "Prompts whose samples all have the same reward, so nothing is learnt. Below 0.5.",
     ),
     "group/diversity": (
         "Diversity within groups",
-        "How unlike one prompt's samples are. Level; a slide is collapse.",
+        "How much the samples of a prompt differ. Constant; a steady fall is collapse.",
     ),
     "group/duplicates": (
         "Duplicates",
-        "Samples that repeat another of their group. Zero.",
+        "Samples identical to another sample of their group. Zero.",
     ),
     "log_prob/noise": (
         "Noise of log-probs",
-        "Rollout against replay before any update. Far below the clip range.",
+        "Difference between rollout and replay before any update. Far below the clip range.",
     ),
     "ratio/deviation": (
         "Ratio deviation",
-        "How far updates move the ratio from 1. About the clip range or less.",
+        "Mean distance of the ratio from 1. About the clip range or less.",
     ),
     "ratio/clip_fraction": (
         "Clip fraction",
-        "Actions beyond the clip range. Below about 0.3; zero while on-policy.",
+        "Share of actions beyond the clip range. Below about 0.3; zero while on-policy.",
     ),
     "ratio_deviation": (
         "Ratio deviation by step",
-        "How far updates move the ratio from 1. Alike at all steps.",
+        "Mean distance of the ratio from 1. Similar at all steps.",
     ),
     "clip_fraction": (
         "Clip fraction by step",
-        "Actions beyond the clip range. Alike at all steps.",
+        "Share of actions beyond the clip range. Similar at all steps.",
     ),
     "grad_norm": (
         "Gradient norm",
-        "Before it is scaled down. One order of magnitude, no spikes.",
+        "Before clipping. Within one order of magnitude, without spikes.",
     ),
     "loss/policy": (
         "Policy loss",
-        "Hovers around zero. Its size says nothing about progress.",
+        "Around zero. Its size does not indicate progress.",
     ),
     "loss/kl": (
         "KL to the reference",
-        "Grows slowly and levels off; a steep climb is drift.",
+        "Grows slowly and levels off; a steep rise is drift.",
     ),
     "kl/velocity": (
         "Distance to the reference",
@@ -77,7 +77,7 @@ METRICS = {
     ),
     "diversity": (
         "Diversity",
-        "On held-out prompts. Level; a fall means that the images grow alike.",
+        "On held-out prompts. Constant; if it falls, the images of a prompt become more similar.",
     ),
     "lr": (
         "Learning rate",
@@ -85,57 +85,60 @@ METRICS = {
     ),
     "failures": (
         "Failed scores",
-        "Scores that a reward model did not give. Zero.",
+        "Samples for which a reward model returned no score. Zero.",
     ),
     "skipped_updates": (
         "Skipped updates",
-        "Left out because the gradient norm spiked. Zero.",
+        "Skipped because of a spike in the gradient norm. Zero.",
     ),
     "nfe_per_prompt": (
         "Denoiser evaluations per prompt",
-        "What a rollout costs. Constant, unless steps are drawn at random.",
+        "Cost of a rollout. Constant, unless the trained steps are chosen at random.",
     ),
     "decodes_per_prompt": (
         "Decodes per prompt",
         "Images decoded and scored. Constant.",
     ),
 }
-"""Title and what healthy looks like, by key or by what a key begins with before a slash."""
+"""Title and healthy behaviour of metrics, by key or by the part of a key before a slash."""
 
 STEADY = 0.03
-"""A curve that strays from its average by less than this share of its range needs no average."""
+"""A curve whose mean distance from its moving average is below this share of its range is drawn
+without the average."""
 
 
 def section(title: str, note: str, content: str) -> str:
-    """A part of the page; nothing if there is no ``content``. All but the title is HTML."""
+    """A section of the page, empty if ``content`` is. ``note`` and ``content`` are HTML."""
     note = f'<p class="note">{note}</p>' if note else ""
     return f"<section><h2>{escape(title)}</h2>{note}{content}</section>" if content else ""
 
 
 def main_curves(records: Records) -> str:
-    """The held-out scores beside the training reward."""
+    """The held-out scores and the training reward, next to each other."""
     main = _main_scores(records)
     figures = [_held_out_figure(records, main)] if main else []
     reward = records.series("reward")
     if reward:
         lines = _smoothed("reward", reward, color=2)
         figures.append(_figure("Reward on training samples", [lines[-1]], line_chart(lines)))
-    note = "Held-out scores are the evidence; the reward only shows that something is learnt."
+    note = (
+        "Held-out scores show whether the model is better; the reward only shows whether it learns."
+    )
     return section("Curves", note, _grid("pair", figures))
 
 
-def held_out_measures(records: Records) -> str:
-    """What else evaluations measured, one small chart for each."""
+def held_out_metrics(records: Records) -> str:
+    """The other scores and the metrics of held-out evaluations, one small chart for each."""
     others = [s for s in records.scores() if s not in _main_scores(records)]
     lines = [_held_out_line(records, name) for name in others]
-    lines += [Line(key, curve, dots=True) for key, curve in records.measures().items()]
+    lines += [Line(key, curve, dots=True) for key, curve in records.held_out_metrics().items()]
     figures = [_mini(line.name, [line], line.points[-1][1]) for line in lines]
-    note = "Measured in the same evaluations. The number is the latest."
-    return section("Held-out measures", note, _grid("minis", figures))
+    note = "From the same evaluations. The number is the latest value."
+    return section("Held-out metrics", note, _grid("minis", figures))
 
 
 def training_metrics(records: Records) -> str:
-    """A small chart for every metric that changes, and the others in one line."""
+    """A small chart for every metric that changes, and one line for those that are constant."""
     known = {k: i for i, k in enumerate(METRICS)}
     keys = {k for m in records.metrics for k in m} - {"iteration", "reward"}
     figures, constants = [], []
@@ -156,19 +159,20 @@ def training_metrics(records: Records) -> str:
     rest = f"Constant throughout: {', '.join(constants)}." if constants else ""
     rest = f'<p class="card constants">{rest}</p>' if rest else ""
     note = (
-        "Over training iterations, with what healthy looks like. Numbers are means of the last "
+        "Over training iterations, each with its healthy behaviour. Numbers are means of the last "
         f"{RECENT} iterations."
     )
     return section("Training metrics", note, _grid("minis", figures) + rest)
 
 
 def phases(timing: Mapping[str, Number | None]) -> dict[str, Number]:
-    """What an iteration's time went to, without evaluations.
+    """Seconds of each phase of an iteration, without evaluations.
 
-    Scoring goes on beside the rollout: of it only the waiting counts.
+    Reward models run in parallel with the rollout, so their time (``judge``) is not a phase; the time
+    spent waiting for them is part of the rollout.
     """
-    auxiliary = ("iteration", "total", "judge", "evaluation")
-    return {k: v or 0.0 for k, v in timing.items() if k not in auxiliary}
+    others = ("iteration", "total", "judge", "evaluation")
+    return {k: v or 0.0 for k, v in timing.items() if k not in others}
 
 
 def total(timing: Mapping[str, Number | None]) -> Number:
@@ -177,7 +181,7 @@ def total(timing: Mapping[str, Number | None]) -> Number:
 
 
 def times(records: Records) -> str:
-    """Where the time went, as a bar and a table."""
+    """Time by phase, as a bar and a table."""
     columns: dict[str, list[Number]] = {}
     for timing in records.timings:
         parts = phases(timing)
@@ -195,14 +199,14 @@ def times(records: Records) -> str:
     for index, (name, values) in enumerate(columns.items()):
         swatch = f'<i class="s{index % charts.NUM_COLORS}"></i>{escape(name.replace("_", " "))}'
         rows.append(_time_row(swatch, values, f"{100 * sum(values) / whole:.0f} %"))
-    scorer = [t["judge"] for t in records.timings if t.get("judge") is not None]
-    if scorer:
-        rows.append(_time_row("judge, beside the rollout", scorer))
+    scoring = [t["judge"] for t in records.timings if t.get("judge") is not None]
+    if scoring:
+        rows.append(_time_row("reward models, in parallel with the rollout", scoring))
     rows.append(_time_row("<b>iteration</b>", [total(t) for t in records.timings]))
     head = "<tr><th></th><th>median</th><th>longest</th><th>share of all</th></tr>"
     bar = charts.stacked_bar([(n, sum(v)) for n, v in columns.items()])
     table = f'<div class="scroll"><table>{head}{"".join(rows)}</table></div>'
-    note = f"Median and longest of each phase, and its share of {duration(whole)}."
+    note = f"Median and longest time of each phase, and its share of {duration(whole)}."
     return section("Time", note, f'<div class="card">{bar}{table}</div>')
 
 
@@ -216,7 +220,7 @@ def _grid(kind: str, figures: Sequence[str]) -> str:
 
 
 def _main_scores(records: Records) -> list[str]:
-    """The held-out scores that share the large chart: those in points, or else the first."""
+    """The held-out scores of the large chart: all scores in points, or else the first score."""
     scores = records.scores()
     return [s for s in scores if records.in_points(s)] or scores[:1]
 
@@ -235,14 +239,14 @@ def _held_out_figure(records: Records, names: Sequence[str]) -> str:
 
 
 def _held_out_line(records: Records, name: str, color: int = 0) -> Line:
-    measured = [records.held_out(name, index) for index in range(len(records.evaluations))]
+    values = [records.held_out(name, index) for index in range(len(records.evaluations))]
     iterations = [float(e["iteration"]) for e in records.evaluations]
-    curve = [(x, mean) for x, (mean, _) in zip(iterations, measured, strict=True)]
-    return Line(name, curve, color, [error for _, error in measured], dots=True)
+    curve = [(x, mean) for x, (mean, _) in zip(iterations, values, strict=True)]
+    return Line(name, curve, color, [error for _, error in values], dots=True)
 
 
 def _smoothed(name: str, curve: Sequence[Point], color: int = 0) -> list[Line]:
-    """A curve, behind its moving average if it is long and rough."""
+    """A curve; if it is long and noisy, drawn faintly behind its moving average."""
     plain, window, values = Line(name, charts.thin(curve), color), len(curve) // 15, finite(curve)
     if window < 3 or not values:
         return [plain]
@@ -261,7 +265,7 @@ def _figure(title: str, lines: Sequence[Line], chart: str) -> str:
 
 
 def _mini(key: str, lines: Sequence[Line], value: Number | None, about: str = "") -> str:
-    """A small chart with a number and what healthy looks like."""
+    """A small chart with the metric's title, a number and its healthy behaviour."""
     title, healthy = _explanation(key)
     shown = "" if value is None else f" <b>{number(value)}</b>"
     text = f"<p>{escape(about + healthy)}</p>" if about + healthy else ""
@@ -270,12 +274,12 @@ def _mini(key: str, lines: Sequence[Line], value: Number | None, about: str = ""
 
 
 def _known(key: str) -> str:
-    """The longest beginning of a key that is explained."""
+    """The longest prefix of a key in :data:`METRICS`; empty if there is none."""
     return max((k for k in METRICS if f"{key}/".startswith(f"{k}/")), key=len, default="")
 
 
 def _explanation(key: str) -> tuple[str, str]:
-    """Title and healthy state of a key."""
+    """Title and healthy behaviour of a metric."""
     known = _known(key)
     if not known:
         return key, ""

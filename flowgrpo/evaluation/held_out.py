@@ -1,4 +1,8 @@
-"""Held-out evaluation: the deterministic sampler, fixed prompts, fixed noise."""
+"""Held-out evaluation: scores images of fixed prompts, drawn deterministically from fixed noise.
+
+The prompts are not trained on, and every evaluation of a run uses the same initial noise, so that
+differences between two evaluations come from the weights alone.
+"""
 
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -16,14 +20,20 @@ from flowgrpo.data.prompts import Prompt
 from flowgrpo.policy import PipelinePolicy, Sampling
 from flowgrpo.rewards.scorer import RewardScorer
 
-Measure = Callable[[Sequence[Prompt], Sequence[Float[Tensor, "_ *_"]]], Mapping[str, float]]
-"""Something that needs all samples of a prompt at once, such as a diversity: prompts and, for each,
-its media; returns named numbers."""
+Metric = Callable[[Sequence[Prompt], Sequence[Float[Tensor, "_ *_"]]], Mapping[str, float]]
+"""A function of all samples of each prompt at once, such as a diversity. It gets prompts and, for each
+of them, its media ``(samples, ...)`` in [0, 1], and returns numbers by name."""
 
 
 @dataclass(frozen=True)
 class Item:
-    """One image of an evaluation: its place, prompt and sample number."""
+    """One image of an evaluation.
+
+    Attributes:
+        index: Position in the evaluation, from which its noise is derived.
+        prompt: The prompt.
+        sample: Number of the image among those of its prompt.
+    """
 
     index: int
     prompt: Prompt
@@ -31,12 +41,12 @@ class Item:
 
 
 def plan(prompts: PromptSet, number: int) -> list[Item]:
-    """The images of an evaluation, spread evenly over the classes of prompts."""
+    """Choose ``number`` images, spread evenly over the classes of prompts and the prompts of each."""
     return [Item(i, p, s) for i, (p, s) in enumerate(prompts.spread(number))]
 
 
 def noise_for(items: Sequence[Item], seed: int) -> SampleNoise:
-    """The noise of evaluation images: the same before and after training, for any model."""
+    """The noise streams of evaluation images, which depend only on the seed and the image's index."""
     return SampleNoise([Random(seed).at("evaluation", item.index) for item in items])
 
 
@@ -48,32 +58,35 @@ def evaluate(
     seed: int,
     sampling: Sampling,
     balance: str = "",
-    measures: Sequence[Measure] = (),
+    metrics: Sequence[Metric] = (),
     gather: Callable[[list[Any]], list[Any]] = lambda rows: rows,
     rank: int = 0,
     num_ranks: int = 1,
 ) -> dict[str, Any]:
-    """Score held-out images.
+    """Generate and score held-out images.
 
     Args:
-        policy: The model, with the weights to evaluate.
-        judge: The reward models.
-        items: What to generate, over all ranks.
-        seed: For the noise.
-        sampling: How to call the pipeline.
-        balance: Metadata key to report scores by.
-        measures: Numbers that need all samples of a prompt.
-        gather: Joins the lists of all ranks.
-        rank: This process, of ``num_ranks``.
-        num_ranks: Each process takes every ``num_ranks``-th prompt.
+        policy: The policy, with the weights to evaluate.
+        scorer: Runs the reward models.
+        items: The images of all ranks, from :func:`plan`.
+        seed: Seed of the noise.
+        sampling: Arguments of the pipeline's call.
+        balance: Metadata key by whose values scores are also reported; empty for none.
+        metrics: Functions of all samples of a prompt.
+        gather: Concatenates the lists of all ranks.
+        rank: Index of this process.
+        num_ranks: Number of processes; each takes every ``num_ranks``-th prompt.
 
     Returns:
-        ``images``, ``scores`` (means), ``errors`` (their standard errors), ``reward``, ``by_class``, ``measures``, ``seconds``.
+        ``images`` (their number), ``reward`` (mean), ``scores`` (means by reward), ``errors`` (standard
+        errors of these means), ``by_class`` (the same by value of ``balance``), ``metrics`` and
+        ``seconds``.
     """
     began = time.perf_counter()
     scorer.reset()
-    scorer.iteration = None  # evaluations at different times must be comparable
-    # Prompts are told apart as objects: one text may go with several condition images.
+    # Evaluations use the full weights, whatever their schedule, to be comparable over time.
+    scorer.iteration = None
+    # Prompts are identified as objects, since one text may occur with several condition images.
     keys = {id(p): n for n, p in enumerate({id(i.prompt): i.prompt for i in items}.values())}
     mine = [i for i in items if keys[id(i.prompt)] % num_ranks == rank]
     rows: list[dict[str, Any]] = []
@@ -88,17 +101,17 @@ def evaluate(
             media.setdefault(keys[id(item.prompt)], []).append(image)
     for part, future in pending:
         rows += _rows(part, future.result(), balance)
-    measured = [_measure(measures, {keys[id(i.prompt)]: i.prompt for i in mine}, media)]
-    rows, parts = sorted(gather(rows), key=lambda r: r["index"]), gather(measured)
+    own = [_metrics(metrics, {keys[id(i.prompt)]: i.prompt for i in mine}, media)]
+    rows, parts = sorted(gather(rows), key=lambda r: r["index"]), gather(own)
     return {
         **_summary(rows),
-        "measures": {k: _mean([p[k] for p in parts if k in p]) for k in parts[0]},
+        "metrics": {k: _mean([p[k] for p in parts if k in p]) for k in parts[0]},
         "seconds": round(time.perf_counter() - began, 3),
     }
 
 
 def _rows(items: Sequence[Item], scores: Scores, balance: str) -> list[dict[str, Any]]:
-    """What is known of each image of a batch, in a form that processes can exchange."""
+    """One plain dictionary per image of a batch, which processes can exchange."""
     return [
         {
             "index": item.index,
@@ -111,7 +124,7 @@ def _rows(items: Sequence[Item], scores: Scores, balance: str) -> list[dict[str,
 
 
 def _summary(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Means and their errors, over all images and by class."""
+    """Means and their standard errors, over all images and by class."""
     classes: dict[str, list[Mapping[str, Any]]] = {}
     for row in rows:
         classes.setdefault(row["class"], []).append(row)
@@ -128,14 +141,14 @@ def _summary(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     }
 
 
-def _measure(
-    measures: Sequence[Measure],
+def _metrics(
+    metrics: Sequence[Metric],
     prompts: Mapping[int, Prompt],
     media: Mapping[int, Sequence[Tensor]],
 ) -> dict[str, float]:
     names = sorted(media)
     stacked = [torch.stack(list(media[n])) for n in names]
-    return {k: v for m in measures for k, v in m([prompts[n] for n in names], stacked).items()}
+    return {k: v for m in metrics for k, v in m([prompts[n] for n in names], stacked).items()}
 
 
 def _means(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
@@ -143,7 +156,7 @@ def _means(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 
 
 def _errors(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Standard errors of the means."""
+    """Standard errors of the means, over images with a finite score."""
     result = {}
     for name in rows[0]["scores"] if rows else ():
         finite = torch.tensor(

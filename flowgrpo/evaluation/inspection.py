@@ -1,9 +1,9 @@
-"""Inspection of an algorithm's credit: trajectories with candidates, rewards and advantages by step.
+"""Inspection of credit: trajectories with their candidates, rewards and advantages by denoising step.
 
-Each trajectory is shown as a film strip: the candidates that judge it after each step (completions,
-projections, or the image alone), their rewards, the change of the reward by each step or the distance
-to the candidates that they are compared with, and the advantage of each action. How candidates are
-arranged is declared by the algorithm (:class:`flowgrpo.algorithms.base.CreditView`).
+Each trajectory is shown as a strip with one column per step: the candidates that are scored after the
+step (completions, projections, or only the final image), their rewards, the difference to the previous
+step or to the candidates they are compared with, and the advantage of the step's action. The algorithm
+declares how its candidates are arranged (:class:`flowgrpo.algorithms.base.CreditView`).
 """
 
 import base64
@@ -25,13 +25,12 @@ from flowgrpo.data.experience import Experience
 from flowgrpo.data.prompts import Group, Prompt
 from flowgrpo.evaluation.charts import Line, legend, line_chart, number
 from flowgrpo.evaluation.curves import section
+from flowgrpo.evaluation.records import INSPECTION_FILE
 from flowgrpo.policy import PipelinePolicy
 from flowgrpo.rewards.scorer import RewardScorer
 
-FILE = "inspection.html"
-"""Name of the fragment in a run directory that the report includes."""
 THUMBNAIL = 96
-"""Pixels of the longer side of a picture on a strip."""
+"""Longer side of an image on a strip, in pixels."""
 
 
 @dataclass(frozen=True)
@@ -39,9 +38,10 @@ class Frame:
     """One candidate on a strip.
 
     Attributes:
-        step: The step under which it is shown; -1 for the initial noise.
-        granularity: Grid intervals per step of its completion; 0 for a projection.
-        reward: NaN if its reward failed.
+        step: The step under which it is shown, the last stochastic step that it depends on; -1 for the
+            initial noise.
+        granularity: Grid intervals per step of its completion; 0 for a one-step projection.
+        reward: Its reward; NaN if it could not be scored.
         media: An image ``(C, H, W)`` or a video ``(F, C, H, W)`` in [0, 1].
     """
 
@@ -56,16 +56,15 @@ class Strip:
     """One trajectory.
 
     Attributes:
-        prompt: The caption.
-        sample: Its index in the group.
-        frames: Its candidates, by step.
-        advantages: The advantages of its trained actions, by step.
-        turning: The steps that are turning points, for algorithms that have them.
-        differences: For each frame of a step, the difference of its reward: to the frame before if
-            ``is_path``, else to the mean of the candidates that it is compared with.
-        is_path: Whether the frames are states of one trajectory.
-        are_branches: Whether the frames of each step belong to a branch of its own from a shared
-            path.
+        prompt: Text of the prompt.
+        sample: Index of the trajectory in its group.
+        frames: Its candidates in order of step.
+        advantages: Advantages of its trained actions, by step.
+        turning: Steps that are turning points; empty for algorithms without turning points.
+        differences: Reward differences by step: if ``is_path``, to the previous frame; else to the
+            mean of the candidates that the frame is compared with.
+        is_path: Whether the frames come from successive states of one trajectory.
+        are_branches: Whether each frame ends a separate branch from a path that the group shares.
     """
 
     prompt: str
@@ -86,18 +85,18 @@ def inspect(
     samples: int = 3,
     seed: int = 0,
 ) -> list[Strip]:
-    """Collect one iteration on a few prompts, and return some trajectories of each.
+    """Collect one iteration on a few prompts, and describe some trajectories of each.
 
     Args:
-        policy: With the weights to inspect.
-        algorithm: Collects and computes advantages as in training.
+        policy: The policy, with the weights to inspect.
+        algorithm: Collects the experience and computes advantages, as in training.
         scorer: Scores the candidates.
-        prompts: One group each.
-        samples: Trajectories of each group to show: the best, the worst, and others between.
+        prompts: Prompts, each of which gets one group.
+        samples: Trajectories to show per group, from the best to the worst at equal distances of rank.
         seed: Seed of the noise.
 
     Raises:
-        ValueError: If there are no prompts.
+        ValueError: If there are no prompts, or ``samples`` is below 1.
     """
     if not prompts or samples < 1:
         raise ValueError("there is nothing to inspect: give at least one prompt and one sample")
@@ -118,7 +117,7 @@ def inspect(
 
 
 def _chosen(experience: Experience, group: int, number: int) -> list[int]:
-    """Samples of a group from the best to the worst by their last candidate's reward."""
+    """Choose samples of a group, from the best to the worst by the reward of their last candidate."""
     c = experience.candidates
     mine = c.group == group
     last = {
@@ -172,7 +171,7 @@ def _strip(
 
 
 def _changes(frames: Sequence[Frame]) -> dict[int, list[float]]:
-    """The change of the reward from each frame to the next."""
+    """Difference between the reward of each frame and that of the frame before, by step."""
     return {b.step: [b.reward - a.reward] for a, b in pairwise(frames)}
 
 
@@ -190,38 +189,38 @@ def _against_rivals(
 
 
 def fragment(strips: Sequence[Strip]) -> str:
-    """The strips as a section of a page, by prompt."""
+    """The strips as an HTML section, grouped by prompt."""
     prompts = list(dict.fromkeys(s.prompt for s in strips))
     parts = [_group(p, [s for s in strips if s.prompt == p]) for p in prompts]
     return section("Credit", " ".join(_notes(strips)), "".join(parts))
 
 
 def _notes(strips: Sequence[Strip]) -> list[str]:
-    """How to read the strips; only notes that apply to them."""
+    """Sentences that explain the strips, as HTML."""
     first = strips[0]
     if first.are_branches:
         shown = (
-            "Each column is a branch of its own: the path that the group shares, one stochastic step, "
-            "and the image that this step leads to without further noise."
+            "Each column is a separate branch: the path that the group shares, one stochastic step, "
+            "and the image that follows without further noise."
         )
     elif any(f.granularity == 0 for f in first.frames):
-        shown = "A picture is the image that the model predicts from the state after a step."
+        shown = "Each image is the model's prediction from the state after a step."
     elif first.is_path:
-        shown = "A picture is the image that the state after a step leads to without further noise."
+        shown = "Each image is the completion, without further noise, of the state after a step."
     else:
-        shown = "The picture is the image at the end, which judges all steps."
+        shown = "The image is the final one, whose reward is the credit of all steps."
     notes = [
-        "Samples of one iteration, each prompt's best first.",
+        "Samples of one iteration, the best of each prompt first.",
         shown,
-        "<b>change</b> is the change of the reward by a step."
+        "<b>change</b> is the difference that a step makes to the reward."
         if first.is_path
-        else "<b>vs. others</b> is the distance to the mean of the samples that it is compared with.",
-        "Green steps are made more likely, red ones less; the darker, the more.",
+        else "<b>vs. others</b> is the difference to the mean reward of the compared samples.",
+        "Training makes green steps more likely and red steps less likely; darker means more.",
     ]
     if any(f.granularity > 1 for s in strips for f in s.frames):
-        notes.append("Pictures below each other were completed in strides of 1, 2, … intervals.")
+        notes.append("Images below each other are completions in steps of 1, 2, … intervals.")
     if any(s.turning for s in strips):
-        notes.append("◆ marks a turning point, whose credit includes the steps after it.")
+        notes.append("◆ marks a turning point, which is credited with all later changes.")
     return notes
 
 
@@ -245,7 +244,7 @@ def _group(prompt: str, strips: Sequence[Strip]) -> str:
 
 
 def _table(strip: Strip) -> str:
-    """One trajectory: a column per step, and rows for pictures, rewards, changes and advantages."""
+    """One trajectory as a table: a column per step, rows for images, rewards and advantages."""
     steps = sorted({f.step for f in strip.frames} | set(strip.advantages))
     by_step = {s: [f for f in strip.frames if f.step == s] for s in steps}
     heads = "".join(f"<th>{'noise' if s < 0 else f'step {s}'}</th>" for s in steps)
@@ -289,7 +288,7 @@ def _credit(value: float, most: float, turning: bool) -> str:
 
 
 def _picture(frame: Frame) -> str:
-    """A thumbnail (of a video's middle frame), with its granularity as tooltip."""
+    """A thumbnail of the image, or of a video's middle frame, with the granularity on hovering."""
     image = frame.media[len(frame.media) // 2] if frame.media.ndim == 4 else frame.media
     picture = to_pil_image(image.float().clamp(0, 1))
     picture.thumbnail((THUMBNAIL, THUMBNAIL))
@@ -297,13 +296,13 @@ def _picture(frame: Frame) -> str:
     picture.save(stream, "PNG")
     source = base64.b64encode(stream.getvalue()).decode()
     title = (
-        "projected" if frame.granularity == 0 else f"completed in strides of {frame.granularity}"
+        "projection" if frame.granularity == 0 else f"completion in steps of {frame.granularity}"
     )
     return f'<img alt="{title}" title="{title}" src="data:image/png;base64,{source}">'
 
 
-def keep(strips: Sequence[Strip], folder: Path) -> Path:
-    """Write the fragment into a run directory, for the report."""
-    path = folder / FILE
+def write_fragment(strips: Sequence[Strip], folder: Path) -> Path:
+    """Write the strips into a run directory as an HTML fragment, which the report includes."""
+    path = folder / INSPECTION_FILE
     path.write_text(fragment(strips), "utf-8")
     return path

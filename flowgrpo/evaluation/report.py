@@ -1,8 +1,8 @@
-"""The report of a run: one HTML file that needs no network, made from the run directory.
+"""Writes the report of a run: one HTML file, without JavaScript or external resources.
 
-It says in words what the held-out scores did, and whether that is more than noise; warns about what
-the metrics show to be wrong; and holds the newest pictures, every curve, the times, the
-configuration and the command to go on.
+The report states how the held-out scores changed and whether the change exceeds noise, lists warnings,
+and contains the newest comparison grid, all curves, the times, the configuration and the command that
+resumes the run.
 """
 
 import base64
@@ -19,21 +19,22 @@ from PIL import Image
 
 from flowgrpo.evaluation.charts import Number, dumbbell, duration, number
 from flowgrpo.evaluation.curves import (
-    held_out_measures,
+    held_out_metrics,
     main_curves,
     section,
     times,
     total,
     training_metrics,
 )
-from flowgrpo.evaluation.findings import Change, Records, finite, warnings
+from flowgrpo.evaluation.records import INSPECTION_FILE, Change, Records, finite
+from flowgrpo.evaluation.warnings import warnings
 
 CHIPS = {
     "algorithm": "algorithm.kind",
     "model": "model.path",
     "groups of": "algorithm.group_size",
 }
-"""Settings in the header, by the words before them."""
+"""Settings shown in the header, by their label."""
 
 MARKS = {"rose": "▲", "fell": "▼", "noise": "≈", "unknown": "", "unmeasured": ""}
 
@@ -42,14 +43,15 @@ def write_report(folder: Path) -> Path:
     """Write ``report.html`` into a run directory.
 
     Args:
-        folder: Holds ``metrics.jsonl`` or ``evaluations.jsonl`` and, if they are there,
-            ``timings.jsonl``, ``config.toml``, ``environment.json`` and ``grids/*.png``.
+        folder: The run directory, with ``metrics.jsonl`` or ``evaluations.jsonl``. The files
+            ``timings.jsonl``, ``config.toml``, ``environment.json`` and ``grids/*.png`` are optional.
 
     Returns:
-        The file.
+        Path of the report.
 
     Raises:
-        ValueError: If there is nothing to report on, or a file is broken; names file and line.
+        ValueError: If there is nothing to report on, or a file is invalid; the message names the file
+            and the line.
     """
     records = Records(Path(folder))
     sections = [
@@ -60,7 +62,7 @@ def write_report(folder: Path) -> Path:
         _tasks(records),
         _inspection(records),
         main_curves(records),
-        held_out_measures(records),
+        held_out_metrics(records),
         training_metrics(records),
         times(records),
         _appendix(records),
@@ -70,7 +72,7 @@ def write_report(folder: Path) -> Path:
 
 
 def write_page(path: Path, title: str, content: str) -> Path:
-    """Write HTML sections as a page with the report's style; it is never seen half written."""
+    """Write HTML sections as a page with the report's style. The file is replaced atomically."""
     template = resources.files("flowgrpo.evaluation").joinpath("report_template.html")
     page = Template(template.read_text("utf-8")).substitute(title=escape(title), content=content)
     unfinished = path.with_suffix(".tmp")
@@ -80,8 +82,8 @@ def write_page(path: Path, title: str, content: str) -> Path:
 
 
 def _inspection(records: Records) -> str:
-    """What the algorithm rewards, if the run was inspected."""
-    path = records.folder / "inspection.html"
+    """The credit of some trajectories, if the run was inspected."""
+    path = records.folder / INSPECTION_FILE
     return path.read_text("utf-8") if path.exists() else ""
 
 
@@ -100,7 +102,7 @@ def _header(records: Records) -> str:
     ]
     if "device" in records.environment:
         chips.append(f"on {records.environment['device']}")
-    # Evaluations are timed apart from iterations.
+    # The times of iterations do not include evaluations.
     spent = sum(total(t) for t in records.timings)
     spent += sum(e.get("seconds", 0.0) for e in records.evaluations)
     chips += [duration(spent)] if spent else []
@@ -114,15 +116,15 @@ def _verdict(records: Records) -> str:
     if not changes:
         return _card(*_training_only(records))
     if len(records.evaluations) == 1:
-        return _card(*_measured_once(records))
+        return _card(*_evaluated_once(records))
     tiles = "".join(_tile(change, records) for change in changes)
-    said = [_scores_paragraph(records, changes), _diversity_paragraph(records)]
+    text = [_scores_paragraph(records, changes), _diversity_paragraph(records)]
     about = f'<p class="quiet">{_about_numbers(records, changes)}</p>'
-    return _card(_headline(changes), said, f'<div class="tiles">{tiles}</div>', about)
+    return _card(_headline(changes), text, f'<div class="tiles">{tiles}</div>', about)
 
 
 def _card(headline: str, text: Sequence[str], *more: str) -> str:
-    """All HTML."""
+    """The first card of the report; all arguments are HTML."""
     paragraphs = "".join(f"<p>{part}</p>" for part in text if part)
     body = f'<p class="headline">{headline}</p>{paragraphs}{"".join(more)}'
     return f'<section class="card verdict">{body}</section>'
@@ -134,11 +136,11 @@ def _training_only(records: Records) -> tuple[str, list[str]]:
     text = "Without held-out evaluations this report cannot say whether the model is better."
     if values:
         first, last = statistics.fmean(values[:few]), statistics.fmean(values[-few:])
-        text += f" The reward on training samples went from {number(first)} to {number(last)}."
-    return "Nothing was measured on held-out prompts.", [text]
+        text += f" The reward on training samples changed from {number(first)} to {number(last)}."
+    return "The model was not evaluated on held-out prompts.", [text]
 
 
-def _measured_once(records: Records) -> tuple[str, list[str]]:
+def _evaluated_once(records: Records) -> tuple[str, list[str]]:
     parts = []
     for score in records.scores():
         change = records.change(score)
@@ -148,23 +150,24 @@ def _measured_once(records: Records) -> tuple[str, list[str]]:
         parts.append(f"<b>{escape(score)}</b> {change.show(change.after)}{spread}{unit}")
     iteration = records.evaluations[0]["iteration"]
     return (
-        "Measured once, so there is nothing to compare with yet.",
+        "The model was evaluated once, so there is nothing to compare with yet.",
         [f"After {number(iteration)} iterations: {', '.join(parts)}."],
     )
 
 
 def _headline(changes: Sequence[Change]) -> str:
-    """HTML. Scores whose error is unknown count only if there are no others."""
-    told = [c for c in changes if c.kind != "unknown"] or changes
-    words = {c.words for c in told}
+    """The verdict in one sentence, as HTML; on scores with a known error, if there are any."""
+    stated = [c for c in changes if c.kind != "unknown"] or changes
+    words = {c.words for c in stated}
     if words == {"stayed within noise"}:
         return "No change beyond noise on held-out prompts."
     if len(words) > 1:
-        parts = ", ".join(f"{escape(c.name)} {c.words}" for c in told)
+        parts = ", ".join(f"{escape(c.name)} {c.words}" for c in stated)
         return f"Held-out scores are mixed: {parts}."
-    subject = "Held-out scores" if len(told) > 1 else f"On held-out prompts {escape(told[0].name)}"
-    doubt = "; whether by more than noise is unknown" if told[0].kind == "unknown" else ""
-    return f"{subject} {told[0].words}{doubt}."
+    several = len(stated) > 1
+    subject = "Held-out scores" if several else f"On held-out prompts {escape(stated[0].name)}"
+    doubt = "; whether by more than noise is unknown" if stated[0].kind == "unknown" else ""
+    return f"{subject} {stated[0].words}{doubt}."
 
 
 def _scores_paragraph(records: Records, changes: Sequence[Change]) -> str:
@@ -198,27 +201,27 @@ def _diversity_paragraph(records: Records) -> str:
 
 
 def _about_numbers(records: Records, changes: Sequence[Change]) -> str:
-    """What the errors mean and where they come from."""
+    """The number of images, and the meaning and the source of the errors."""
     ends = (records.evaluations[0], records.evaluations[-1])
     first, last = (number(e.get("images", math.nan)) for e in ends)
-    said = [f"{last} held-out images."]
+    text = [f"{last} held-out images."]
     if first != last:
-        said = [
-            f"The first evaluation has {first} images and the last {last}: they are not of the "
-            "same prompts, and the difference is rough."
+        text = [
+            f"The first evaluation has {first} images and the last {last}, so their prompts differ "
+            "and the change is only approximate."
         ]
     if any(c.error is not None for c in changes):
-        said.append(
-            "± is one standard error of the difference; a change of less than two is called noise."
+        text.append(
+            "± is one standard error of the difference; a change below two of them counts as noise."
         )
     if not all("errors" in e for e in ends) and any(c.in_points for c in changes):
-        said.append(
-            "It is that of a proportion of independent images, which for a score between yes and "
-            "no is an upper limit."
+        text.append(
+            "It is the error of a proportion of independent images, which is an upper limit for "
+            "scores between 0 and 1."
         )
     if any(c.kind == "unknown" for c in changes):
-        said.append("Scores without ± have no known error, and may have moved by chance.")
-    return " ".join(said)
+        text.append("The error of scores without ± is unknown; they may have changed by chance.")
+    return " ".join(text)
 
 
 def _span(change: Change) -> str:
@@ -231,7 +234,7 @@ def _unit(change: Change) -> str:
 
 def _tile(change: Change, records: Records) -> str:
     weight = records.weights().get(change.name)
-    role = "" if weight is None else "trained on" if weight else "only watched"
+    role = "" if weight is None else "trained on" if weight else "not trained on"
     short = {"noise": "within noise", "unmeasured": "not measured", "unknown": "error unknown"}
     moved = f"{MARKS[change.kind]} {change.difference}{_unit(change)}"
     return (
@@ -259,8 +262,8 @@ def _grids(records: Records) -> str:
         source = f"data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}"
         image = f'<img {size} alt="{escape(f"Comparison grid {path.stem}")}" src="{source}">'
         figures.append(f'<figure class="card picture">{image}</figure>')
-    note = "The newest pictures; earlier ones are in the folder <code>grids</code>."
-    return section("Pictures", note, "".join(figures))
+    note = "The newest comparison grid; earlier ones are in the folder <code>grids</code>."
+    return section("Comparison grid", note, "".join(figures))
 
 
 def _tasks(records: Records) -> str:
@@ -277,8 +280,9 @@ def _tasks(records: Records) -> str:
         table = f'<div class="scroll"><table>{head}{rows}</table></div>'
         cards.append(f'<div class="card"><h3>{escape(score)}</h3>{table}</div>')
     note = (
-        "Hollow: before, full: after. ▲ and ▼ mark changes of more than two standard errors, ≈ "
-        "what may be noise. Of twenty tasks that did not change, one is marked by chance."
+        "Hollow dots show the score before training, filled dots after. ▲ and ▼ mark changes of more "
+        "than two standard errors, ≈ changes that may be noise. Of twenty tasks without any change, "
+        "about one is marked by chance."
     )
     return section("By task", note, f'<div class="pair">{"".join(cards)}</div>')
 
@@ -311,8 +315,8 @@ def _appendix(records: Records) -> str:
         parts.append(f'<details class="card"><summary>Environment</summary>{table}</details>')
     command = f"flowgrpo train {shlex.quote(str(records.folder / 'config.toml'))}"
     parts.append(
-        '<div class="card command"><h3>Go on, or run it again</h3>'
-        f'<pre>{escape(command)}</pre><p class="quiet">Goes on where the run stopped; with '
-        "<code>--set run.folder=another/folder</code> it starts anew.</p></div>"
+        '<div class="card command"><h3>Resume or repeat</h3>'
+        f'<pre>{escape(command)}</pre><p class="quiet">This command resumes the run; with '
+        "<code>--set run.folder=another/folder</code> it repeats it from the start.</p></div>"
     )
-    return section("How it was made", "", "".join(parts))
+    return section("Reproduction", "", "".join(parts))

@@ -1,8 +1,8 @@
-"""A backward pass node by node, in place of autograd's engine.
+"""A backward pass in Python that runs autograd's graph node by node.
 
-The engine asks a device's driver for its streams, which fake tensors of a device that is not there
-have none of. Gradients, what is saved and when it is freed are autograd's own; only the order of
-nodes is kept here, and it is the engine's: the newest first.
+Autograd's own engine requests CUDA streams from the driver, so it cannot run on fake tensors of a
+device that is absent. This module calls the same graph nodes in the engine's order (largest sequence
+number first), so gradients, saved tensors and the moment at which each is freed are autograd's own.
 """
 
 import heapq
@@ -18,13 +18,18 @@ from torch.autograd.graph import Node
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 Root = tuple[Node, int, Tensor]
-"""A node, which of its outputs, and the gradient there."""
+"""A graph node, the index of one of its outputs, and the gradient with respect to that output."""
 
 
 def roots_of(
     tensors: Sequence[Any], gradients: Sequence[Tensor | None] | None = None
 ) -> list[Root]:
-    """Where a backward of these tensors begins; without gradients, each has one of its own shape."""
+    """Roots of a backward pass from the given tensors; values that need no gradient are skipped.
+
+    Args:
+        tensors: Outputs of a forward pass; entries that are not tensors are ignored.
+        gradients: One gradient per entry; ``None`` uses an uninitialised tensor of each one's shape.
+    """
     found = []
     for i, tensor in enumerate(tensors):
         if isinstance(tensor, Tensor) and tensor.grad_fn is not None:
@@ -36,10 +41,15 @@ def roots_of(
 
 @torch.no_grad()
 def backward(roots: list[Root], wanted: Sequence[Tensor] = ()) -> list[Tensor | None]:
-    """Run a graph backward and free it on the way. The roots are taken out of their list.
+    """Run a graph backward and free each node after it has run.
+
+    Args:
+        roots: From :func:`roots_of`. The list is emptied, so that no reference keeps the graph alive.
+        wanted: Leaf tensors whose gradients are returned.
 
     Returns:
-        The gradients of the wanted leaves; those of others are dropped.
+        The gradient of each wanted leaf, or ``None`` if it received none. Gradients of other leaves
+        are discarded as soon as they are computed.
     """
     due = _dependencies([node for node, *_ in roots])
     arrived: dict[Node, list[Tensor | None]] = {}
@@ -57,7 +67,7 @@ def _begin(
     arrived: dict[Node, list[Tensor | None]],
     ready: list[tuple[int, int, Node]],
 ) -> None:
-    """Hand over the roots. No name may hold on to one: a node keeps all that come after it alive."""
+    """Register the roots' gradients and empty the list: a referenced node keeps its successors alive."""
     for node, place, gradient in roots:
         _arrive(arrived, node, place, gradient)
     for node in dict.fromkeys(node for node, *_ in roots):
@@ -72,7 +82,7 @@ def _advance(
     arrived: dict[Node, list[Tensor | None]],
     found: dict[int, Tensor | None],
 ) -> None:
-    """Run the newest node that has all its gradients, and pass on what it returns."""
+    """Run the newest node whose gradients have all arrived, and pass its results to its successors."""
     node = heapq.heappop(ready)[-1]
     gradients = arrived.pop(node, [])
     if hasattr(node, "variable"):
@@ -81,7 +91,7 @@ def _advance(
         return
     edges = node.next_functions
     results = _called(node, gradients) if gradients else (None,) * len(edges)
-    # What only this node saved dies with it, before gradients are added up.
+    # Free the tensors that only this node saved before gradients are accumulated, as the engine does.
     del node, gradients
     for (after, place), gradient in zip(edges, results, strict=False):
         if after is None:
@@ -94,7 +104,7 @@ def _advance(
 
 
 def _dependencies(starts: Sequence[Node]) -> Counter[Node]:
-    """How many gradients each node waits for."""
+    """Number of gradients that each node waits for."""
     due: Counter[Node] = Counter()
     seen, stack = set(starts), list(dict.fromkeys(starts))
     while stack:
@@ -111,12 +121,12 @@ def _dependencies(starts: Sequence[Node]) -> Counter[Node]:
 def _arrive(
     arrived: dict[Node, list[Tensor | None]], node: Node, place: int, gradient: Tensor | None
 ) -> None:
-    """Add a gradient to those that a node has, in the shape and precision of what it belongs to."""
+    """Accumulate a gradient for one output of a node, in that output's shape and dtype."""
     if gradient is None:
         return
     outputs = node._input_metadata
     slots = arrived.setdefault(node, [None] * len(outputs))
-    # A node does not undo broadcasting and casting; autograd's engine does.
+    # Undo broadcasting and casting, which autograd's engine does between nodes.
     if gradient.shape != outputs[place].shape:
         gradient = gradient.sum_to_size(outputs[place].shape)
     gradient = gradient.to(outputs[place].dtype)
@@ -132,7 +142,7 @@ def _called(node: Any, gradients: list[Tensor | None]) -> Sequence[Tensor | None
 
 
 def _computed_again(node: Any, gradients: list[Tensor | None]) -> Sequence[Tensor | None]:
-    """Compute a block again, go backward through what that saved, and let go of its gradients."""
+    """Recompute a checkpointed block with gradients enabled, and run its backward pass."""
     _, _, *needed = node.needs_input_grad
     pairs = zip(node.tensors, needed, strict=True)
     tensors = [v.detach().requires_grad_(n) for v, n in pairs]
@@ -141,13 +151,13 @@ def _computed_again(node: Any, gradients: list[Tensor | None]) -> Sequence[Tenso
     gradients.clear()
     wanted = [v for v, n in zip(tensors, needed, strict=True) if n]
     found = iter(backward(roots, wanted))
-    # Only tensors have edges: the anchor first.
+    # `Again.apply` has one edge per tensor argument; the first belongs to the dummy tensor.
     return (None, *(next(found) if n else None for n in needed))
 
 
 @dataclass
 class _Job:
-    """A block of a model with its arguments, but for the tensors among them."""
+    """A block of a model and its arguments, with a placeholder for each tensor among them."""
 
     around: Callable[[], AbstractContextManager[Any]]
     module: Callable[..., Any]
@@ -156,7 +166,7 @@ class _Job:
     form: Any = None
 
     def run(self, tensors: Sequence[Tensor]) -> list[Any]:
-        """What the block returns, flat."""
+        """Call the block on these tensors. Returns the leaves of its result; ``form`` has their tree."""
         given = iter(tensors)
         leaves = [next(given) if isinstance(v, _Slot) else v for v in self.leaves]
         args, kwargs = tree_unflatten(leaves, self.spec)
@@ -165,47 +175,47 @@ class _Job:
 
 
 class _Slot:
-    """Where a tensor was."""
+    """Placeholder for a tensor argument."""
 
 
 class Again(torch.autograd.Function):
-    """Gradient checkpointing: runs without saving anything but the inputs.
+    """Gradient checkpointing that saves only the inputs of a block.
 
-    Its backward is :func:`_computed_again`, which can let go of gradients that the caller of a
-    function's own ``backward`` would keep.
+    Its backward pass is :func:`_computed_again` rather than a ``backward`` method, because the caller
+    of such a method keeps the incoming gradients alive while it runs.
     """
 
     @staticmethod
-    def forward(ctx: Any, job: _Job, anchor: Tensor, *tensors: Tensor) -> tuple[Any, ...]:
-        """The block's results; ``anchor`` needs a gradient, so that these do."""
+    def forward(ctx: Any, job: _Job, dummy: Tensor, *tensors: Tensor) -> tuple[Any, ...]:
+        """Run the block. ``dummy`` requires a gradient, so that the results require one too."""
         ctx.job, ctx.tensors = job, tensors
         return tuple(job.run(tensors))
 
 
 def again(
     around: Callable[[], AbstractContextManager[Any]],
-    anchor: Tensor,
+    dummy: Tensor,
     module: Callable[..., Any],
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
 ) -> Any:
-    """``module(*args, **kwargs)``, which keeps nothing but the arguments for its backward.
+    """Call ``module(*args, **kwargs)`` and save only its arguments for the backward pass.
 
     Args:
-        around: What must be entered to compute it again, such as autocast.
-        anchor: Any tensor that needs a gradient.
+        around: Makes the context manager under which the block is recomputed, such as autocast.
+        dummy: Any tensor that requires a gradient.
         module: A block of a model.
-        args: For it.
-        kwargs: For it.
+        args: Its positional arguments.
+        kwargs: Its keyword arguments.
     """
     leaves, spec = tree_flatten((args, kwargs))
     tensors = [v for v in leaves if isinstance(v, Tensor)]
     if not any(v.requires_grad for v in tensors):
         result = module(*args, **kwargs)
         if not any(isinstance(v, Tensor) and v.requires_grad for v in tree_leaves(result)):
-            # Nothing is trained so far, and nothing kept.
+            # No input and no parameter of this block requires a gradient, so nothing is saved.
             return result
         del result
     others = [_Slot() if isinstance(v, Tensor) else v for v in leaves]
     job = _Job(around, module, others, spec)
-    return tree_unflatten(list(Again.apply(job, anchor, *tensors)), job.form)
+    return tree_unflatten(list(Again.apply(job, dummy, *tensors)), job.form)

@@ -1,27 +1,40 @@
-"""From what the parts of a run take to the peak, and from the peak to the settings to change.
+"""Adds up the memory of a run's parts to a peak, and finds settings that lower it.
 
-Memory is what PyTorch's allocator hands out (``torch.cuda.max_memory_allocated``). What is there all
-the time is added to the largest of the phases, which follow one another and share the rest.
+Sizes are bytes as PyTorch's allocator counts them (``torch.cuda.max_memory_allocated``). The peak is
+the sum of all resident parts plus the largest phase, since only one phase runs at a time.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from flowgrpo.memory.trace import Activations
+from flowgrpo.memory.tracer import Activations
 
 GB = 2**30
-"""As on the labels of GPUs."""
+"""Bytes in a GB, as GPU vendors count."""
 OVERHEAD, FRAGMENTATION = 0.8 * GB, 0.04
-"""What a device must have beyond the allocations: CUDA's context, and what lies between blocks."""
+"""Memory beyond the allocations: bytes of the CUDA context, and the share lost between blocks."""
 QUANTIZED = {"none": 0.0, "nf4": 0.5 + 4 / 64, "int8": 1.0, "torchao_int8": 1.0}
-"""Bytes per weight of a linear layer; nf4 has one fp32 scale for 64 of them. 0 leaves it alone."""
+"""Bytes per weight of a quantised linear layer; nf4 stores one fp32 scale per 64 weights. 0 means
+not quantised."""
 OPTIMIZER = {"adamw": 8.0, "adamw8bit": 2 + 8 / 256}
-"""Bytes per trained parameter; 8 bits have one fp32 scale for 256 values."""
+"""Bytes of optimizer state per trained parameter: two moments in fp32, or in 8 bits with one fp32
+scale per 256 values."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Choice:
-    """The settings that decide how much memory a run takes."""
+class MemoryOptions:
+    """The settings that change how much memory a run takes.
+
+    Attributes:
+        rollout_batch: Samples per batch of a rollout.
+        train_batch: Actions per batch of a replay with gradients.
+        decode_batch: Latents decoded at a time; 0 decodes a whole rollout batch.
+        gradient_checkpointing: Whether the denoisers recompute activations in the backward pass.
+        offload_text_encoders: Whether the encoders are on the device only while prompts are encoded.
+        offload_vae: Whether the VAE is on the device only while it works.
+        quantize: A key of :data:`QUANTIZED`.
+        optimizer: A key of :data:`OPTIMIZER`.
+    """
 
     rollout_batch: int
     train_batch: int
@@ -42,27 +55,27 @@ class Choice:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Measured:
-    """What was found out about a model, in bytes unless it says otherwise.
+class Footprint:
+    """Sizes of the parts of a run, in bytes unless noted.
 
     Attributes:
-        denoisers: Weights of each.
-        linear: Parameters in the denoisers' frozen linear layers, as a number.
-        linear_bytes: What these take.
-        encoders: Weights of each text or image encoder.
-        vae: Weights.
-        trained: Trained parameters, as a number; they have fp32.
-        adapter: What they take on top of ``denoisers``.
-        averaged: Whether a moving average is kept.
-        reference: Copies of the trained weights that the reference model is.
-        experience: States of a rollout.
-        rewards: Reward models on the device, by label; None where it is not known.
-        encode: Activations of the encoders for one batch of rollouts.
-        rollout: Activations of the denoiser without gradients, the same.
-        decode: Activations of the VAE, the same.
-        training: Activations of one training forward.
-        kl: Whether a forward of the reference happens while they are kept.
-        batches: ``rollout_batch`` and ``train_batch`` that these belong to.
+        denoisers: Weights of each denoiser, by component name.
+        linear: Number of parameters in the denoisers' frozen linear layers.
+        linear_bytes: Size of these parameters.
+        encoders: Weights of each text or image encoder, by component name.
+        vae: Weights of the VAE.
+        trained: Number of trained parameters, which are in fp32.
+        adapter: Size of the adapters, which come on top of ``denoisers``; 0 for full fine-tuning.
+        averaged: Whether a moving average of the trained weights is kept.
+        reference: Size of the reference policy's copy of the trained weights; 0 if it needs none.
+        experience: Size of the states that a rollout stores.
+        rewards: Size of each reward model on the device, by label; ``None`` if unknown.
+        encode: Activations of the encoders for one rollout batch.
+        rollout: Activations of the denoisers without gradients for one rollout batch.
+        decode: Activations of the VAE for one rollout batch.
+        training: Activations of one training batch with gradients.
+        kl: Whether the reference policy is evaluated while these activations are alive.
+        batches: The ``rollout_batch`` and ``train_batch`` for which activations were traced.
     """
 
     denoisers: Mapping[str, int]
@@ -86,11 +99,11 @@ class Measured:
 
 @dataclass(frozen=True)
 class Budget:
-    """Peak memory by part.
+    """Peak memory by part, in bytes.
 
     Attributes:
-        resident: Bytes of what is there all the time, by name.
-        phases: Bytes on top of it, by phase; one happens at a time.
+        resident: Parts that stay on the device for the whole run, by name.
+        phases: Memory on top of these, by phase; one phase runs at a time.
     """
 
     resident: Mapping[str, int]
@@ -98,52 +111,54 @@ class Budget:
 
     @property
     def phase(self) -> str:
-        """The phase that takes most."""
+        """The phase that takes the most memory."""
         return max(self.phases, key=lambda k: self.phases[k])
 
     @property
     def peak(self) -> int:
-        """The most at any time, in bytes."""
+        """Largest allocated memory at any time, in bytes."""
         return sum(self.resident.values()) + self.phases[self.phase]
 
     @property
     def needed(self) -> int:
-        """What a device should have, in bytes."""
+        """Memory that a device should have, in bytes: the peak, fragmentation and CUDA's context."""
         return round(self.peak * (1 + FRAGMENTATION) + OVERHEAD)
 
 
-def budget(m: Measured, choice: Choice) -> Budget:
-    """The peak of a model with these settings; activations grow with their batches."""
-    rollout, train = choice.rollout_batch / m.batches[0], choice.train_batch / m.batches[1]
-    decode = min(choice.decode_batch or choice.rollout_batch, choice.rollout_batch) / m.batches[0]
+def budget(m: Footprint, options: MemoryOptions) -> Budget:
+    """Peak memory of a model with these settings; activations scale with the batch sizes."""
+    rollout, train = options.rollout_batch / m.batches[0], options.train_batch / m.batches[1]
+    decode = (
+        min(options.decode_batch or options.rollout_batch, options.rollout_batch) / m.batches[0]
+    )
     weights = dict(m.denoisers)
-    if QUANTIZED[choice.quantize]:
-        saved = m.linear_bytes - round(m.linear * QUANTIZED[choice.quantize])
+    if QUANTIZED[options.quantize]:
+        saved = m.linear_bytes - round(m.linear * QUANTIZED[options.quantize])
         whole = sum(weights.values())
         weights = {k: v - round(saved * v / whole) for k, v in weights.items()}
     resident = {f"weights of {k}": v for k, v in weights.items()}
     encoders = {f"weights of {k}": v for k, v in m.encoders.items()}
-    if not choice.offload_text_encoders:
+    if not options.offload_text_encoders:
         resident |= encoders
     resident |= {
-        "weights of vae": 0 if choice.offload_vae else m.vae,
+        "weights of vae": 0 if options.offload_vae else m.vae,
         "adapter": m.adapter,
-        f"optimizer ({choice.optimizer})": round(m.trained * OPTIMIZER[choice.optimizer]),
+        f"optimizer ({options.optimizer})": round(m.trained * OPTIMIZER[options.optimizer]),
         "moving average": 4 * m.trained if m.averaged else 0,
         "reference": m.reference,
         "latents of a rollout": m.experience,
         **{f"reward {k}": v for k, v in m.rewards.items() if v is not None},
     }
-    resting = sum(encoders.values()) if choice.offload_text_encoders else 0
-    activations = m.training.peak(choice.gradient_checkpointing) * train
-    if m.kl and not choice.gradient_checkpointing:
-        # The reference's forward runs while all that was saved is kept.
-        reference = m.rollout * choice.train_batch / m.batches[0]
+    resting = sum(encoders.values()) if options.offload_text_encoders else 0
+    activations = m.training.peak(options.gradient_checkpointing) * train
+    if m.kl and not options.gradient_checkpointing:
+        # The reference policy is evaluated while the saved activations are alive.
+        reference = m.rollout * options.train_batch / m.batches[0]
         activations = max(activations, m.training.saved * train + reference)
     phases = {
         "text encoding": resting + round(m.encode * rollout),
         "rollout": round(m.rollout * rollout),
-        "decoding": round(m.decode * decode) + (m.vae if choice.offload_vae else 0),
+        "decoding": round(m.decode * decode) + (m.vae if options.offload_vae else 0),
         "training": 4 * m.trained + round(activations),
     }
     return Budget({k: v for k, v in resident.items() if v}, phases)
@@ -151,28 +166,33 @@ def budget(m: Measured, choice: Choice) -> Budget:
 
 @dataclass(frozen=True)
 class Advice:
-    """One setting to change, and the peak that is left with it and those before it, in bytes."""
+    """One setting to change.
+
+    Attributes:
+        setting: A line of a configuration, such as ``memory.offload_vae = true``.
+        peak: The peak in bytes after this change and those before it.
+    """
 
     setting: str
     peak: int
 
 
-def advise(m: Measured, choice: Choice, capacity: int) -> tuple[Sequence[Advice], bool]:
-    """Settings to change, the cheapest first, until the run fits into ``capacity`` bytes.
+def advise(m: Footprint, options: MemoryOptions, capacity: int) -> tuple[Sequence[Advice], bool]:
+    """Find settings to change until a run fits into ``capacity`` bytes, the cheapest first.
 
     Returns:
-        The changes, and whether it fits with them.
+        The changes, and whether the run fits with all of them.
     """
-    now = budget(m, choice)
+    now = budget(m, options)
     changes: list[Advice] = []
     while now.needed > capacity:
-        for setting, other in _options(choice, now.phase):
+        for setting, other in _options(options, now.phase):
             less = budget(m, other)
-            # A change that wins next to nothing would only cost speed.
+            # A change that saves less than 2 % costs speed for nothing.
             if less.peak < 0.98 * now.peak:
-                choice, now = other, less
+                options, now = other, less
                 key = setting.partition(" ")[0]
-                # A second change of a setting replaces the first.
+                # If a setting is changed twice, only the second change is listed.
                 changes = [c for c in changes if not c.setting.startswith(key)]
                 changes.append(Advice(setting, less.peak))
                 break
@@ -181,26 +201,26 @@ def advise(m: Measured, choice: Choice, capacity: int) -> tuple[Sequence[Advice]
     return changes, True
 
 
-def _options(choice: Choice, phase: str) -> Iterator[tuple[str, Choice]]:
-    """Changes that could help, by what they cost: nothing, some time, more time, precision."""
-    if not choice.offload_text_encoders:
-        yield "memory.offload_text_encoders = true", replace(choice, offload_text_encoders=True)
-    if not choice.offload_vae and phase != "decoding":
-        yield "memory.offload_vae = true", replace(choice, offload_vae=True)
-    decoded = choice.decode_batch or choice.rollout_batch
+def _options(options: MemoryOptions, phase: str) -> Iterator[tuple[str, MemoryOptions]]:
+    """Changes that may lower the memory of a phase, ordered by their cost in speed and precision."""
+    if not options.offload_text_encoders:
+        yield "memory.offload_text_encoders = true", replace(options, offload_text_encoders=True)
+    if not options.offload_vae and phase != "decoding":
+        yield "memory.offload_vae = true", replace(options, offload_vae=True)
+    decoded = options.decode_batch or options.rollout_batch
     if phase == "decoding" and decoded > 1:
         half = decoded // 2
-        yield f"memory.decode_batch = {half}", replace(choice, decode_batch=half)
-    if phase in ("rollout", "text encoding") and choice.rollout_batch > 1:
-        half = choice.rollout_batch // 2
-        yield f"train.rollout_batch = {half}", replace(choice, rollout_batch=half)
-    if phase == "training" and choice.train_batch > 1:
-        half = choice.train_batch // 2
-        yield f"train.train_batch = {half}", replace(choice, train_batch=half)
-    if phase == "training" and not choice.gradient_checkpointing:
-        yield "memory.gradient_checkpointing = true", replace(choice, gradient_checkpointing=True)
-    if choice.optimizer == "adamw":
-        yield "train.optimizer = 'adamw8bit'", replace(choice, optimizer="adamw8bit")
+        yield f"memory.decode_batch = {half}", replace(options, decode_batch=half)
+    if phase in ("rollout", "text encoding") and options.rollout_batch > 1:
+        half = options.rollout_batch // 2
+        yield f"train.rollout_batch = {half}", replace(options, rollout_batch=half)
+    if phase == "training" and options.train_batch > 1:
+        half = options.train_batch // 2
+        yield f"train.train_batch = {half}", replace(options, train_batch=half)
+    if phase == "training" and not options.gradient_checkpointing:
+        yield "memory.gradient_checkpointing = true", replace(options, gradient_checkpointing=True)
+    if options.optimizer == "adamw":
+        yield "train.optimizer = 'adamw8bit'", replace(options, optimizer="adamw8bit")
     for kind in ("int8", "nf4"):
-        if QUANTIZED[kind] != QUANTIZED[choice.quantize] and choice.quantize in ("none", "int8"):
-            yield f"memory.quantize = '{kind}'", replace(choice, quantize=kind)
+        if QUANTIZED[kind] != QUANTIZED[options.quantize] and options.quantize in ("none", "int8"):
+            yield f"memory.quantize = '{kind}'", replace(options, quantize=kind)

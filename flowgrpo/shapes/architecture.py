@@ -1,8 +1,8 @@
-"""The parts of the embedded model: standard classes of diffusers and transformers, at small size.
+"""The architecture of the embedded model: standard classes of diffusers and transformers at small size.
 
-The pipeline is a ``CogView4Pipeline``: a rectified-flow transformer that reads the caption's tokens
-and the latent patches in one sequence. It was chosen because it pads captions to a multiple of 16
-tokens, not to a fixed 256 or 512 as other flow pipelines do, so that the plain call is fast.
+The pipeline is a ``CogView4Pipeline``: a rectified-flow transformer over one sequence of caption tokens
+and latent patches. It pads captions to a multiple of 16 tokens, while other flow pipelines pad to 256 or
+512, so its call is fast.
 """
 
 import torch
@@ -25,7 +25,7 @@ CAPTION_TOKENS = 16
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """One token per word of the world's captions; unknown words become ``<unk>``."""
+    """A tokenizer with one token per word of the captions; other words become ``<unk>``."""
     words = ["<pad>", "<unk>", "<bos>", *vocabulary()]
     tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -44,7 +44,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def build_autoencoder(latent_channels: int = 4) -> AutoencoderKL:
-    """An 8x autoencoder for 64x64 images, narrow where the resolution is high."""
+    """An autoencoder for 64x64 images with 8x8 latents, with few channels at high resolutions."""
     widths = (8, 16, 40, 64)
     return AutoencoderKL(
         block_out_channels=widths,
@@ -61,7 +61,7 @@ def build_autoencoder(latent_channels: int = 4) -> AutoencoderKL:
 
 
 def build_text_encoder(vocab_size: int, width: int = 64) -> GlmModel:
-    """A causal text encoder; the pipeline reads its last but one hidden state."""
+    """A causal text encoder; the pipeline uses its second-to-last hidden state."""
     return GlmModel(
         GlmConfig(
             vocab_size=vocab_size,
@@ -82,7 +82,7 @@ def build_text_encoder(vocab_size: int, width: int = 64) -> GlmModel:
 def build_transformer(
     latent_channels: int = 4, text_width: int = 64, layers: int = 6
 ) -> CogView4Transformer2DModel:
-    """The denoiser: 16 latent patches and 16 caption tokens in one sequence."""
+    """The denoiser, a transformer over 16 latent patches and 16 caption tokens."""
     heads, head_dim = 4, 32
     transformer = CogView4Transformer2DModel(
         patch_size=2,
@@ -109,7 +109,7 @@ def build_transformer(
 
 
 def build_pipeline(latent_channels: int = 4, seed: int = 0) -> CogView4Pipeline:
-    """The whole pipeline with fresh weights."""
+    """The pipeline with random weights, which depend on the seed alone."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         tokenizer = build_tokenizer()

@@ -23,7 +23,7 @@ WORD_CLASSES: tuple[tuple[str, ...], ...] = (
     SHAPES,
     tuple(s + ("es" if s.endswith("s") else "s") for s in SHAPES),
 )
-"""Words that can stand in for one another when a caption is made partly wrong."""
+"""Words that can replace each other when a caption is corrupted."""
 
 
 def plural(shape: str) -> str:
@@ -32,7 +32,7 @@ def plural(shape: str) -> str:
 
 
 def with_article(words: str) -> str:
-    """``words`` behind "a" or "an"."""
+    """``words`` preceded by "a" or "an"."""
     return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
 
 
@@ -83,9 +83,9 @@ def all_records(task: str) -> list[Record]:
 
 
 def combination(record: Record) -> str:
-    """What a prompt asks for, whatever the order of its words: "a and b" equals "b and a".
+    """A key for the content of a prompt, independent of word order: "a and b" equals "b and a".
 
-    Train and held-out prompts are split by this, so that no held-out combination is trained on.
+    Training and held-out prompts are split by this key, so that no held-out combination is trained on.
     """
     clauses = record["include"]
     parts = sorted(f"{c.get('color', '')} {c['class']} {c['count']}" for c in clauses)
@@ -99,9 +99,12 @@ def combination(record: Record) -> str:
 
 
 def split(task: str, held_out: bool, share: float = 0.3) -> list[Record]:
-    """The train or held-out prompts of a task; the combinations of the two are disjoint.
+    """The training or held-out prompts of a task, whose combinations are disjoint.
 
-    About ``share`` of the combinations, chosen by a hash of the combination, are held out.
+    Args:
+        task: One of :data:`TASKS`.
+        held_out: Whether to return the held-out prompts.
+        share: Approximate share of combinations that are held out, chosen by a hash.
     """
     records = all_records(task)
     names = sorted({combination(r) for r in records}, key=lambda name: zlib.crc32(name.encode()))
@@ -110,7 +113,7 @@ def split(task: str, held_out: bool, share: float = 0.3) -> list[Record]:
 
 
 def scene_for(record: Record, rng: np.random.Generator) -> list[SceneObject]:
-    """A random scene that the caption describes truly: nothing more, and what it leaves open random."""
+    """A random scene that matches a caption, with no other objects and random unspecified attributes."""
     shapes = [c["class"] for c in record["include"] for _ in range(c["count"])]
     fixed = [c.get("color") for c in record["include"] for _ in range(c["count"])]
     colors = [c or str(rng.choice(list(COLORS))) for c in fixed]
@@ -122,7 +125,7 @@ def scene_for(record: Record, rng: np.random.Generator) -> list[SceneObject]:
 
 
 def corrupt(caption: str, rate: float, rng: np.random.Generator) -> str:
-    """Replace colours, numbers, relations and shapes by others of their kind, each with ``rate``."""
+    """Replace each colour, number, relation and shape by another of its kind with probability ``rate``."""
     relation = next((r for r in RELATIONS if f" {r} " in caption), None)
     if relation is not None and rng.random() < rate:
         others = [r for r in RELATIONS if r != relation]
@@ -138,7 +141,7 @@ def corrupt(caption: str, rate: float, rng: np.random.Generator) -> str:
 
 
 def vocabulary() -> list[str]:
-    """Every word that a caption can contain, sorted."""
+    """Every word that occurs in captions, sorted."""
     return sorted(
         {w for task in TASKS for r in all_records(task) for w in r["prompt"].split()} | {"an"}
     )

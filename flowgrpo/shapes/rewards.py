@@ -1,4 +1,4 @@
-"""Rewards and measures of the embedded world."""
+"""Rewards and metrics of the embedded world."""
 
 import math
 from collections import Counter
@@ -15,21 +15,21 @@ from flowgrpo.shapes.world import COLORS, IMAGE_SIZE
 
 
 def detections(images: Float[Tensor, "batch 3 h w"]) -> list[list[Detection]]:
-    """The objects in each image."""
+    """The detected objects of each image."""
     return [detect(image) for image in images.permute(0, 2, 3, 1).numpy()]
 
 
 def _record(prompt: Prompt) -> Mapping[str, object]:
     if "include" not in prompt.metadata:
         raise ValueError(
-            f"prompt {prompt.text!r} has no GenEval record (tag, include) in its metadata; the shapes "
-            "rewards need the prompts in prompts/shapes_*.jsonl"
+            f"prompt {prompt.text!r} has no GenEval record (tag, include) in its metadata; use the "
+            "prompts in prompts/shapes_*.jsonl with the rewards of the shapes world"
         )
     return prompt.metadata
 
 
 class Strict:
-    """1 if an image is right by GenEval's rule, else 0."""
+    """1 if an image matches its prompt by GenEval's rule, else 0."""
 
     def __call__(
         self, media: Float[Tensor, "batch 3 h w"], prompts: Sequence[Prompt]
@@ -41,7 +41,7 @@ class Strict:
 
 
 class Graded:
-    """Partial credit in [0, 1] for what is there of what a prompt asks for."""
+    """Partial credit in [0, 1] for the objects and attributes of the prompt that an image shows."""
 
     def __call__(
         self, media: Float[Tensor, "batch 3 h w"], prompts: Sequence[Prompt]
@@ -53,7 +53,7 @@ class Graded:
 
 
 class StrictAndGraded:
-    """The mean of :class:`Strict` and :class:`Graded`, reading each image once."""
+    """The mean of :class:`Strict` and :class:`Graded`, with one detection per image."""
 
     def __call__(
         self, media: Float[Tensor, "batch 3 h w"], prompts: Sequence[Prompt]
@@ -61,19 +61,19 @@ class StrictAndGraded:
         found = detections(media)
         return torch.tensor(
             [
-                sum(verifier.scorer(d, dict(_record(p)))) / 2
+                sum(verifier.strict_and_graded(d, dict(_record(p)))) / 2
                 for d, p in zip(found, prompts, strict=True)
             ]
         )
 
 
 class Diversity:
-    """How varied a prompt's images are in what the prompt leaves open; a measure for evaluations.
+    """A metric of evaluations: diversity of the attributes that a prompt leaves open.
 
-    ``diversity/color`` is the entropy of the colours of objects whose colour the prompt leaves open,
-    over the logarithm of the number of colours: 1 is uniform, 0 is one colour. ``diversity/position``
-    and ``diversity/size`` are standard deviations of the objects' centres and sizes within a prompt,
-    as shares of the image's side.
+    ``diversity/color`` is the entropy of the colours of objects whose colour the prompt does not name,
+    divided by its maximum: 1 for a uniform distribution, 0 for a single colour. ``diversity/position``
+    and ``diversity/size`` are standard deviations of the objects' centres and sizes within a prompt, as
+    shares of the image's side.
     """
 
     def __call__(

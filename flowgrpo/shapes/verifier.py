@@ -1,8 +1,8 @@
-"""Reads an image of the embedded world and judges it by GenEval's rules.
+"""Detects the objects in an image of the embedded world, and scores them by GenEval's rules.
 
-Objects are connected regions that differ from the background. A region counts as an object only
-if its outline matches one of the world's shapes closely and it is of one colour: a rectangle is no
-square, a blob no circle, a smear of two colours no object.
+Objects are connected regions that differ from the background. A region counts as an object only if its
+outline closely matches one of the world's shapes and it has a single colour; rectangles, irregular blobs
+and regions of mixed colours do not count.
 """
 
 from dataclasses import dataclass
@@ -19,18 +19,18 @@ from flowgrpo.shapes.world import BACKGROUND, COLORS, SHAPES, SceneObject, draw
 FOREGROUND_DISTANCE = 0.2
 """RGB distance (components in [0, 1]) from the background beyond which a pixel is foreground."""
 MIN_AREA = 24
-"""Pixels of the smallest region that is looked at."""
+"""Smallest area of a region in pixels; smaller regions are ignored."""
 MAX_SIDE = 36
-"""Pixels of the longest side that an object can have; the world's largest is 28 wide."""
+"""Longest side of an object in pixels; the largest objects of the world are 28 pixels wide."""
 MIN_MATCH, GOOD_MATCH = 0.6, 0.86
-"""Overlap (intersection over union) with the ideal outline: below the first nothing is
-recognised; from the second on an object is genuine; in between it earns partial credit."""
+"""Overlap (intersection over union) with the ideal outline: below the first value a region is no
+object, from the second value on it is genuine, and between the two it earns partial credit."""
 MAX_STRETCH = 1.15
-"""Largest ratio between an object's aspect and its shape's own."""
+"""Largest ratio between the aspect ratio of an object and that of its ideal shape."""
 MIN_PURITY = 0.8
-"""Smallest share of an object's inner pixels that must have its colour."""
+"""Smallest share of an object's inner pixels with the object's colour."""
 MAX_COLOR_DISTANCE = 0.25
-"""RGB distance from a named colour beyond which a pixel has none; a grey disc is no purple one."""
+"""Largest RGB distance of a pixel from a named colour; a pixel beyond it, such as grey, has no colour."""
 _GRID = 24
 
 
@@ -43,7 +43,7 @@ class Detection:
         color: The most frequent colour among its inner pixels.
         box: ``(x0, y0, x1, y1)`` in pixels.
         area: Size in pixels.
-        confidence: In [0, 1]; 1 is a genuine object, less is partial credit for a poor one.
+        confidence: In [0, 1]; 1 for a genuine object, less for partial credit.
     """
 
     shape: str
@@ -54,7 +54,7 @@ class Detection:
 
     @property
     def genuine(self) -> bool:
-        """Whether it counts as an object under the strict rule."""
+        """Whether the region counts as an object under the strict rule."""
         return self.confidence >= 1.0
 
 
@@ -97,7 +97,13 @@ def detect(image: Float[np.ndarray, "h w 3"]) -> list[Detection]:
 
 
 def _detection(region: np.ndarray, distance: np.ndarray, window: tuple[slice, slice]) -> Detection:
-    """Judge one region from its mask and its pixels' squared distances to the palette."""
+    """Classify one region.
+
+    Args:
+        region: Mask ``(h, w)`` of the region.
+        distance: Squared RGB distances ``(h, w, colours + 1)`` to the colours and the background.
+        window: Position of the mask in the image.
+    """
     inner = ndimage.binary_erosion(region)
     within = inner if inner.any() else region
     named = distance[:, :, :-1].min(-1) <= MAX_COLOR_DISTANCE**2
@@ -105,7 +111,8 @@ def _detection(region: np.ndarray, distance: np.ndarray, window: tuple[slice, sl
     votes = np.bincount(nearest[within & named], minlength=len(COLORS))
     color = int(votes.argmax())
     purity = votes[color] / np.count_nonzero(within)
-    # Smooth edges: a pixel belongs to the object if it is nearer to its colour than to the ground.
+    # Edges are anti-aliased: a pixel belongs to the object if it is nearer to the object's colour than to
+    # the background.
     mask = region & (distance[:, :, color] < distance[:, :, -1])
     if not mask.any():
         mask = region
@@ -117,7 +124,7 @@ def _detection(region: np.ndarray, distance: np.ndarray, window: tuple[slice, sl
     grid = _to_grid(mask)
     overlap = (masks & grid).sum((1, 2)) / (masks | grid).sum((1, 2))
     best = int(overlap.argmax())
-    # In a small box one pixel more or less is already a stretch, so allow for one.
+    # In a small box one pixel already changes the aspect ratio, so a difference of one is allowed.
     stretch = max(1.0, (width - 1) / (height * aspects[best]), (height - 1) * aspects[best] / width)
     quality = (overlap[best] - MIN_MATCH) / (GOOD_MATCH - MIN_MATCH)
     quality *= min(1.0, MAX_STRETCH / stretch) ** 4 * min(1.0, purity / MIN_PURITY) ** 2
@@ -138,13 +145,13 @@ def _detection(region: np.ndarray, distance: np.ndarray, window: tuple[slice, sl
     )
 
 
-def scorer(detections: list[Detection], record: dict[str, Any]) -> tuple[float, float]:
-    """Strict (0 or 1) and graded (in [0, 1]) score of an image for a prompt's record."""
+def strict_and_graded(detections: list[Detection], record: dict[str, Any]) -> tuple[float, float]:
+    """The scores :func:`strict` and :func:`graded` of an image for a prompt's record."""
     return strict(detections, record), graded(detections, record)
 
 
 def strict(detections: list[Detection], record: dict[str, Any]) -> float:
-    """GenEval's rule: every ``include`` clause met, no ``exclude`` clause met (arXiv:2310.11513)."""
+    """GenEval's rule (arXiv:2310.11513): 1 if every ``include`` clause and no ``exclude`` clause holds."""
     objects = [d for d in detections if d.genuine]
     matched: list[list[Detection]] = []
     for clause in record["include"]:
@@ -168,12 +175,12 @@ def strict(detections: list[Detection], record: dict[str, Any]) -> float:
 
 
 def graded(detections: list[Detection], record: dict[str, Any]) -> float:
-    """Partial credit: the mean over what the clauses ask for, malformed objects counting in part.
+    """Partial credit in [0, 1]: the mean over the requirements of all clauses.
 
-    Each clause asks for its objects (for counting: that many, no more) and, where it names them,
-    for their colour and their position. Regions that nobody asked for cost their share: the strict
-    rule tolerates them outside of counting, and a model soon learns to fill the image with shapes,
-    one of which will be right.
+    Each clause requires its objects (for counting, exactly that many) and, if it names them, their
+    colour and their position; a malformed object counts by its confidence. The mean is multiplied by
+    the number of required objects over the number of regions, if that is below 1. The strict rule
+    tolerates extra objects, and without this factor a model learns to fill the image with shapes.
     """
     exact = bool(record.get("exclude"))
     credits: list[float] = []

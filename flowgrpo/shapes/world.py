@@ -1,4 +1,4 @@
-"""The embedded world: what exists in it, and how a scene is laid out and drawn.
+"""The embedded world: its shapes and colours, and how scenes are laid out and drawn.
 
 A scene is a light grey square canvas with one to four upright coloured shapes that do not touch.
 Coordinates are pixels, x to the right and y downwards.
@@ -26,13 +26,21 @@ SHAPES = ("circle", "square", "triangle")
 COUNTS = {2: "two", 3: "three", 4: "four"}
 MIN_RADIUS, MAX_RADIUS = 8.0, 13.0
 GAP = 3.0
-"""Smallest distance in pixels between the boxes of two shapes, and to the border of the canvas."""
+"""Smallest distance in pixels between the bounding boxes of two shapes."""
 SUPERSAMPLING = 4
 
 
 @dataclass(frozen=True)
 class SceneObject:
-    """One shape: what it is, its colour, and where its centre and how large its radius is."""
+    """One shape of a scene.
+
+    Attributes:
+        shape: One of :data:`SHAPES`.
+        color: A key of :data:`COLORS`.
+        x: Centre in pixels from the left.
+        y: Centre in pixels from the top.
+        radius: Scale of the outline in pixels.
+    """
 
     shape: str
     color: str
@@ -48,7 +56,7 @@ class SceneObject:
         return min(xs), min(ys), max(xs), max(ys)
 
     def outline(self) -> list[tuple[float, float]]:
-        """The corners of the shape; a circle is a fine polygon."""
+        """The corners of the shape in pixels; a circle is a polygon with 64 corners."""
         return [
             (self.x + self.radius * u, self.y + self.radius * v)
             for u, v in unit_outline(self.shape)
@@ -57,7 +65,7 @@ class SceneObject:
 
 @cache
 def unit_outline(shape: str) -> tuple[tuple[float, float], ...]:
-    """Corners of a shape of radius 1 around the origin."""
+    """Corners of a shape with radius 1, centred on the origin."""
     if shape == "circle":
         turn = [2 * math.pi * i / 64 for i in range(64)]
         return tuple((math.cos(a), math.sin(a)) for a in turn)
@@ -70,7 +78,7 @@ def unit_outline(shape: str) -> tuple[tuple[float, float], ...]:
 
 
 def draw(scene: list[SceneObject], size: int = IMAGE_SIZE) -> UInt8[np.ndarray, "h w 3"]:
-    """Render a scene with smooth edges. Raises ValueError on an unknown shape or colour."""
+    """Render a scene, anti-aliased. Raises ValueError for an unknown shape or colour."""
     scale = SUPERSAMPLING * size / IMAGE_SIZE
     canvas = Image.new("RGB", (size * SUPERSAMPLING, size * SUPERSAMPLING), BACKGROUND)
     pen = ImageDraw.Draw(canvas)
@@ -84,7 +92,10 @@ def draw(scene: list[SceneObject], size: int = IMAGE_SIZE) -> UInt8[np.ndarray, 
 def place(
     shapes: list[str], colors: list[str], rng: np.random.Generator, max_tries: int = 200
 ) -> list[SceneObject]:
-    """Lay shapes out at random positions and sizes so that none touch. More shapes are smaller."""
+    """Lay out shapes at random positions and sizes so that none touch. Many shapes are smaller.
+
+    After ``max_tries`` positions without success, the layout starts anew.
+    """
     top = MAX_RADIUS if len(shapes) <= 2 else MAX_RADIUS - 1.5 * (len(shapes) - 2)
     while True:
         scene: list[SceneObject] = []

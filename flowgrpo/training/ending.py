@@ -65,7 +65,7 @@ def _inspect(run: TrainingRun) -> None:
     prompts = [group.prompt for group in run.prompts.groups(0, number, Random(seed))]
     with run.learner.behaviour_policy():
         strips = inspection.inspect(run.policy, config.algorithm, run.scorer, prompts, seed=seed)
-    inspection.keep(strips, run.session.folder)
+    inspection.write_fragment(strips, run.session.folder)
 
 
 def _export(run: TrainingRun) -> None:
@@ -84,8 +84,8 @@ def _print_result(run: TrainingRun) -> None:
     console, session = run.session.console, run.session
     before, after = run.evaluator.evaluations[0], run.evaluator.evaluations[-1]
     _print_scores(console, before, after)
-    for name, value in after["measures"].items():
-        console.say(f"{name}: {before['measures'][name]:.3f} before, {value:.3f} after")
+    for name, value in after["metrics"].items():
+        console.say(f"{name}: {before['metrics'][name]:.3f} before, {value:.3f} after")
     console.say(f"report:  {session.folder / 'report.html'}")
     console.say(f"grid:    {session.grid(after['iteration'])}")
     kinds = {Full: "pipeline, diffusers format", LoRA: "LoRA adapter, diffusers format"}

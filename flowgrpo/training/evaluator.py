@@ -9,7 +9,7 @@ from flowgrpo.config.schema import Evaluation
 from flowgrpo.core.imports import import_path
 from flowgrpo.data.prompt_sets import PromptSet
 from flowgrpo.evaluation import held_out
-from flowgrpo.evaluation.comparison_grid import ComparisonGrid, keep, kept
+from flowgrpo.evaluation.comparison_grid import ComparisonGrid, load_images, save_images
 from flowgrpo.policy import PipelinePolicy, Sampling
 from flowgrpo.rewards.scorer import RewardScorer
 from flowgrpo.training.learner import Learner
@@ -48,7 +48,7 @@ class Evaluator:
     def keep_base_images(self) -> None:
         """Draw and save the base model's images for the grids, unless an earlier session did."""
         if not self._base_file.exists() and self.session.is_main:
-            keep(self._base_file, self.comparison_grid.generate(self.policy, self.sampling))
+            save_images(self._base_file, self.comparison_grid.generate(self.policy, self.sampling))
 
     def resume(self) -> None:
         """Read the results of earlier sessions, and probe the rewards on the base model's images.
@@ -57,7 +57,7 @@ class Evaluator:
             RewardError: If a reward is constant or not finite on them.
         """
         self.evaluations = self.session.past_evaluations()
-        images = kept(self._base_file)
+        images = load_images(self._base_file)
         if images is not None and self.session.is_main:
             self.scorer.probe(images, self.comparison_grid.expanded)
             self.base_images = images
@@ -85,7 +85,7 @@ class Evaluator:
                 seed=self.seed,
                 sampling=self.sampling,
                 balance=self.prompts.balance,
-                measures=self.metrics,
+                metrics=self.metrics,
                 gather=session.gather_objects,
                 rank=session.accelerator.process_index,
                 num_ranks=session.accelerator.num_processes,

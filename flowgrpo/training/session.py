@@ -167,7 +167,7 @@ class Session:
             # Two runs of one configuration write the same lines.
             record = {k: v for k, v in result.items() if k != "seconds"}
             _append(self.folder / "evaluations.jsonl", record)
-        flat = {f"held_out/{k}": v for k, v in result["scores"].items()} | result["measures"]
+        flat = {f"held_out/{k}": v for k, v in result["scores"].items()} | result["metrics"]
         self.accelerator.log(flat, step=result["iteration"])
 
     def drop_phases(self) -> None:

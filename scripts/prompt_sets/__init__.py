@@ -1,6 +1,6 @@
-"""The prompt files that the library ships, and what generates them.
+"""Generators of the prompt files in ``prompts/``, which ``prompts/README.md`` describes.
 
-``python -m scripts.prompt_sets --out prompts`` writes them; ``prompts/README.md`` describes them.
+``python -m scripts.prompt_sets --out prompts`` writes the files.
 """
 
 import json
@@ -12,8 +12,8 @@ TEXT_RENDERING_TRAIN, TEXT_RENDERING_HELD_OUT = 1000, 200
 
 
 def generated_files() -> dict[str, list[str]]:
-    """The lines of every generated file, by its name."""
-    # No two prompts of one call quote the same text, so the two files share none.
+    """The lines of every generated file, by file name."""
+    # The prompts of one call quote different texts, so the two files have no text in common.
     quoted = text_rendering.records(
         TEXT_RENDERING_TRAIN + TEXT_RENDERING_HELD_OUT, TEXT_RENDERING_SEED
     )

@@ -1,7 +1,7 @@
-"""GenEval's 553 prompts (arXiv:2310.11513), drawn anew rather than copied.
+"""Generates GenEval's 553 prompts (arXiv:2310.11513), and training prompts from its templates.
 
-One random generator serves all six tasks in turn, so the order of the draws matters: the lines
-equal ``evaluation_metadata.jsonl`` of djghosh13/geneval (MIT) byte for byte.
+The lines equal ``evaluation_metadata.jsonl`` of djghosh13/geneval (MIT) byte for byte. All six tasks
+draw from one random generator, so the order of the draws matters.
 """
 
 import json
@@ -96,7 +96,8 @@ OBJECTS = (
     "hair drier",
     "toothbrush",
 )
-"""GenEval's object names in COCO's order; a few differ from COCO's, so map classes by index."""
+"""GenEval's object names in the order of COCO's classes. Some names differ from COCO's, so classes have
+to be mapped by index."""
 COLORS = (
     "red",
     "orange",
@@ -120,16 +121,16 @@ def records() -> list[Record]:
 
 
 def lines() -> list[str]:
-    """The lines of the benchmark's file; of equal records the first is kept."""
+    """The lines of the benchmark's file, without duplicates."""
     return list(dict.fromkeys(json.dumps(record) for record in _drawn(SEED)))
 
 
 def train_records(number: int = 300) -> list[Record]:
-    """Prompts to train on: GenEval's templates with what its 553 prompts do not ask for.
+    """Training prompts from GenEval's templates, without any combination of the 553 benchmark prompts.
 
-    Up to ``number`` for each task but single objects, all 80 of which are in the benchmark, and
-    counting, which has only 240 prompts in all. What a prompt asks for counts, not its words: "a
-    and b" is "b and a", and "a left of b" is "b right of a".
+    Up to ``number`` per task. Single objects have none, since all 80 are in the benchmark, and counting
+    has fewer, since it has only 240 prompts. Combinations are compared by content, not by wording: "a
+    and b" equals "b and a", and "a left of b" equals "b right of a".
     """
     taken = {combination(r) for r in records()}
     found: dict[str, list[Record]] = {}
@@ -143,7 +144,7 @@ def train_records(number: int = 300) -> list[Record]:
 
 
 def _drawn(seed: int) -> list[Record]:
-    """All drawn records, duplicates included."""
+    """All drawn records, with duplicates."""
     rng = np.random.default_rng(seed)
     num_objects, num_colors = len(OBJECTS), len(COLORS)
     person = OBJECTS.index("person")
@@ -169,7 +170,7 @@ def _drawn(seed: int) -> list[Record]:
             exclude=[_clause(name, count + 1)],
         )
 
-    # The offset of one past "person" keeps people out of the tasks with colours.
+    # The offset past "person" excludes people from the tasks with colours.
     for _ in range(PROMPTS_PER_TASK):
         name = OBJECTS[(rng.choice(num_objects - 1) + 1 + person) % num_objects]
         color = COLORS[rng.choice(num_colors)]

@@ -1,4 +1,4 @@
-"""Prompt files of the embedded world: train and held-out prompts of its six tasks."""
+"""Generates training and held-out prompts of the embedded world's six tasks."""
 
 from itertools import zip_longest
 from zlib import crc32
@@ -10,15 +10,12 @@ MAX_HELD_OUT_PER_TASK = 20
 
 
 def train_records() -> list[Record]:
-    """The train prompts, task by task.
-
-    Tasks differ in size: a sampler that should weigh them equally draws by ``tag``.
-    """
+    """The training prompts, task by task. Tasks differ in size."""
     return [record for task in TASKS for record in _some(split(task, False), MAX_TRAIN_PER_TASK)]
 
 
 def held_out_records() -> list[Record]:
-    """The held-out prompts, the tasks taking turns, so that a prefix is as balanced as can be."""
+    """The held-out prompts, from each task in turn, so that prefixes are balanced."""
     tasks = [_some(split(task, True), MAX_HELD_OUT_PER_TASK) for task in TASKS]
     return [record for turn in zip_longest(*tasks) for record in turn if record is not None]
 

@@ -1,7 +1,7 @@
-"""Prompts that ask for a text in the image, for rewards that read it (OCR).
+"""Generates prompts that ask for a text in the image, for OCR rewards.
 
-Every prompt holds exactly one double-quoted string, which ``metadata["text"]`` repeats. A setting
-says what can carry a text, where it is, what the writing looks like and what it may say.
+Every prompt contains exactly one double-quoted string, which ``metadata["text"]`` repeats. A setting
+lists objects that can carry a text, places, styles of writing and patterns of texts.
 """
 
 import random
@@ -16,7 +16,7 @@ Record = dict[str, Any]
 
 @dataclass(frozen=True)
 class Setting:
-    """Things that carry a text of one kind, with the phrases that any of them can be joined with.
+    """Objects that carry texts of one kind, and phrases that can be combined with any of them.
 
     ``texts`` are patterns over ``SLOTS``.
     """
@@ -321,9 +321,9 @@ SETTINGS = (
 
 
 def records(count: int, seed: int) -> list[Record]:
-    """``count`` prompts with different texts, the settings taking turns.
+    """Generate ``count`` prompts with different texts, from each setting in turn.
 
-    A smaller count gives the start of a larger one.
+    A smaller count gives a prefix of a larger one.
     """
     rng = random.Random(seed)
     taken: set[str] = set()
@@ -333,19 +333,19 @@ def records(count: int, seed: int) -> list[Record]:
         setting, stream = SETTINGS[len(found) % len(SETTINGS)], streams[len(found) % len(SETTINGS)]
         text = next((t for t in stream if _as_read(t) not in taken), None)
         if text is None:
-            raise ValueError(f"{count} prompts asked for; the word lists give only {len(found)}")
+            raise ValueError(f"the word lists only give {len(found)} prompts, not {count}")
         taken.add(_as_read(text))
         found.append({"prompt": _sentence(setting, text, rng), "metadata": {"text": text}})
     return found
 
 
 def _as_read(text: str) -> str:
-    """What an OCR reward compares: lower case, no blanks."""
+    """The text as an OCR reward compares it: lower case, without spaces."""
     return "".join(text.split()).lower()
 
 
 def _texts(setting: Setting, rng: random.Random) -> Iterator[str]:
-    """The texts of one setting in random order, no pattern with too large a share."""
+    """The texts of one setting in random order, with a limited number per pattern."""
     texts: list[str] = []
     for pattern in setting.texts:
         slots = [name for _, name, _, _ in string.Formatter().parse(pattern) if name]

@@ -1,4 +1,4 @@
-"""The memory estimate against what real tensors take, and what it advises."""
+"""The memory estimate agrees with the memory of real tensors, and its advice is right."""
 
 import json
 import math
@@ -17,10 +17,18 @@ import flowgrpo
 from flowgrpo.cli import main
 from flowgrpo.core.transitions import CPS
 from flowgrpo.data.prompts import Prompt
-from flowgrpo.memory import GB, Choice, Measured, NoEstimate, advise, budget, measure
-from flowgrpo.memory.blueprint import build, config_folder
-from flowgrpo.memory.live import Live
-from flowgrpo.memory.trace import Activations, Tracer, bytes_of
+from flowgrpo.memory import (
+    GB,
+    EstimateError,
+    Footprint,
+    MemoryOptions,
+    advise,
+    budget,
+    estimate_footprint,
+)
+from flowgrpo.memory.dispatch_modes import MemoryCounter
+from flowgrpo.memory.meta_pipeline import build, config_folder
+from flowgrpo.memory.tracer import Activations, Tracer, bytes_of
 from flowgrpo.policy import Full, LoRA, PipelinePolicy
 from flowgrpo.policy.loading import DTYPES, denoisers, load_pipeline
 from flowgrpo.policy.settings import Weights
@@ -32,11 +40,11 @@ from tests.tiny.parts import GRADIENT
 Tiny = Callable[[str], Path]
 PUBLISHED = Path(__file__).parent / "published_configs"
 LARGER = {"height": 64, "width": 64}
-"""So that activations outweigh the arithmetic around the model, as they do at real sizes."""
+"""A size at which activations outweigh the arithmetic around the model, as at real sizes."""
 
 
 def traced(folder: Path, call: dict[str, Any], dtype: str, weights: Weights) -> Activations:
-    """What the estimator says of a training forward of two samples."""
+    """The estimate for a training step of two samples."""
     pipeline = build(folder, DTYPES[dtype])
     Trainable(denoisers(pipeline), weights, seed=0, with_reference=False)
     full = isinstance(weights, Full)
@@ -44,10 +52,10 @@ def traced(folder: Path, call: dict[str, Any], dtype: str, weights: Weights) -> 
     return tracer.training({"prompt": ["a red cube"] * 2, "num_inference_steps": 4, **call})
 
 
-def taken(
+def measured(
     folder: Path, name: str, dtype: str, weights: Weights, checkpointing: bool
 ) -> tuple[int, int]:
-    """What autograd saves in a real replay, and the most that is alive until its backward ends."""
+    """Bytes that autograd saves in a real replay, and most bytes alive until its backward ends."""
     sampling = replace(sampling_of(name), height=64, width=64)
     policy = PipelinePolicy.from_pretrained(folder, sampling=sampling, weights=weights, dtype=dtype)
     assert policy.trainable is not None
@@ -71,10 +79,10 @@ def taken(
         return tensor
 
     for parameter in policy.trainable.parameters.values():
-        # The budget counts gradients of weights apart, in full; at the peak few may be there.
+        # The budget counts gradients of weights separately, so they are dropped here.
         parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
-    # The models alone: at these sizes the states around them would outweigh a block.
-    with Live(known) as live:
+    # Only the models: at these sizes the latents would outweigh the activations of a block.
+    with MemoryCounter(known) as live:
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
             outputs = [model(*args, **kwargs)[0] for model, args, kwargs in step]
         size = sum(t.untyped_storage().nbytes() for t in saved.values())
@@ -97,11 +105,11 @@ def test_activations_are_those_of_a_real_replay(
     name: str, dtype: str, weights: Weights, tiny: Tiny
 ) -> None:
     found = traced(tiny(name), FAMILIES[name].call | LARGER, dtype, weights)
-    saved, peak = taken(tiny(name), name, dtype, weights, checkpointing=False)
+    saved, peak = measured(tiny(name), name, dtype, weights, checkpointing=False)
     assert found.saved == pytest.approx(saved, rel=0.15)
     assert found.peak(False) == pytest.approx(peak, rel=0.15)
     assert found.checkpointed is not None
-    _, peak = taken(tiny(name), name, dtype, weights, checkpointing=True)
+    _, peak = measured(tiny(name), name, dtype, weights, checkpointing=True)
     assert found.peak(True) == pytest.approx(peak, rel=0.15)
     assert found.peak(True) < found.peak(False)
 
@@ -129,8 +137,8 @@ def test_published_models_have_their_size() -> None:
 
 
 @pytest.mark.parametrize("name", ["lumina2", "mochi", "flux_kontext", "flux2_klein"])
-def test_values_that_decide_on_shapes_are_known(name: str, tiny: Tiny) -> None:
-    """Masks and lengths, condition images, statistics that the pipeline reads from its VAE."""
+def test_values_that_shapes_depend_on_are_known(name: str, tiny: Tiny) -> None:
+    """Masks and lengths, condition images, and statistics that the pipeline reads from its VAE."""
     pipeline = build(tiny(name), torch.bfloat16)
     Trainable(denoisers(pipeline), LoRA(rank=4), seed=0, with_reference=False)
     tracer = Tracer(pipeline, torch.bfloat16)
@@ -140,15 +148,15 @@ def test_values_that_decide_on_shapes_are_known(name: str, tiny: Tiny) -> None:
     assert tracer.training(call).saved > tracer.peaks["transformer"] / 10
 
 
-def test_what_cannot_be_had_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_config_files_are_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(NoEstimate, match="config files of nobody/nothing cannot be had"):
+    with pytest.raises(EstimateError, match="config files of nobody/nothing cannot be downloaded"):
         config_folder("nobody/nothing")
-    with pytest.raises(NoEstimate, match=r"no model_index\.json"):
+    with pytest.raises(EstimateError, match=r"no model_index\.json"):
         config_folder(tmp_path)
 
 
-MEASURED = Measured(
+FOOTPRINT = Footprint(
     denoisers={"transformer": 4 * GB},
     linear=2 * GB,
     linear_bytes=4 * GB,
@@ -167,67 +175,67 @@ MEASURED = Measured(
     kl=False,
     batches=(4, 4),
 )
-CHOICE = Choice(rollout_batch=4, train_batch=4)
+OPTIONS = MemoryOptions(rollout_batch=4, train_batch=4)
 
 
 def test_a_budget_adds_the_largest_phase() -> None:
-    found = budget(MEASURED, CHOICE)
+    found = budget(FOOTPRINT, OPTIONS)
     assert found.phase == "training"
     always = 4 + 8 + 1 / 16 + 8 / 64 + 4
     assert found.peak == round((always + 4 / 64 + 17) * GB)
-    eight_bit = budget(MEASURED, replace(CHOICE, optimizer="adamw8bit"))
+    eight_bit = budget(FOOTPRINT, replace(OPTIONS, optimizer="adamw8bit"))
     assert found.peak - eight_bit.peak == pytest.approx((8 - 2 - 8 / 256) / 64 * GB)
-    smaller = budget(MEASURED, replace(CHOICE, quantize="nf4"))
+    smaller = budget(FOOTPRINT, replace(OPTIONS, quantize="nf4"))
     assert found.peak - smaller.peak == pytest.approx((4 - 2 * 0.5625) * GB)
-    offloaded = budget(MEASURED, replace(CHOICE, offload_text_encoders=True))
+    offloaded = budget(FOOTPRINT, replace(OPTIONS, offload_text_encoders=True))
     assert found.peak - offloaded.peak == 8 * GB
     assert offloaded.phases["text encoding"] == 8 * GB
-    heavy = replace(MEASURED, vae=GB)
-    there = budget(heavy, CHOICE)
-    visiting = budget(heavy, replace(CHOICE, offload_vae=True))
-    assert there.peak - visiting.peak == GB
-    assert visiting.phases["decoding"] - there.phases["decoding"] == GB
-    assert "weights of vae" not in visiting.resident
-    kept = replace(MEASURED, kl=True)
-    assert budget(kept, CHOICE).phases["training"] == found.phases["training"]
+    heavy = replace(FOOTPRINT, vae=GB)
+    resident = budget(heavy, OPTIONS)
+    offloaded_vae = budget(heavy, replace(OPTIONS, offload_vae=True))
+    assert resident.peak - offloaded_vae.peak == GB
+    assert offloaded_vae.phases["decoding"] - resident.phases["decoding"] == GB
+    assert "weights of vae" not in offloaded_vae.resident
+    kept = replace(FOOTPRINT, kl=True)
+    assert budget(kept, OPTIONS).phases["training"] == found.phases["training"]
     wide = replace(kept, rollout=6 * GB)
-    assert budget(wide, CHOICE).phases["training"] == round((4 / 64 + 16 + 6) * GB)
+    assert budget(wide, OPTIONS).phases["training"] == round((4 / 64 + 16 + 6) * GB)
 
 
 def test_advice_fits_when_followed() -> None:
-    assert advise(MEASURED, CHOICE, 80 * GB) == ([], True)
-    changes, fits = advise(MEASURED, CHOICE, 24 * GB)
+    assert advise(FOOTPRINT, OPTIONS, 80 * GB) == ([], True)
+    changes, fits = advise(FOOTPRINT, OPTIONS, 24 * GB)
     assert fits
     assert changes[0].setting == "memory.offload_text_encoders = true"
     assert [c.peak for c in changes] == sorted((c.peak for c in changes), reverse=True)
     assert changes[-1].peak < 24 * GB
     assert len({c.setting.partition(" ")[0] for c in changes}) == len(changes)
-    assert not advise(MEASURED, CHOICE, 2 * GB)[1]
+    assert not advise(FOOTPRINT, OPTIONS, 2 * GB)[1]
 
 
 def test_unknown_kinds_are_refused() -> None:
     with pytest.raises(ValueError, match=r"quantize must be one of none, nf4.* got 'q2'"):
-        replace(CHOICE, quantize="q2")
+        replace(OPTIONS, quantize="q2")
 
 
-def test_batches_scale_what_is_traced(tiny: Tiny) -> None:
-    """The budget multiplies what was traced; tracing the other batch must agree."""
+def test_activations_scale_with_the_batch(tiny: Tiny) -> None:
+    """The budget scales the traced activations; tracing with the other batch size must agree."""
     sizes = ["sampling.height=64", "sampling.width=64", "sampling.num_steps=4"]
     settings = [f"model.path='{tiny('sd3')}'", "model.dtype='bfloat16'", *sizes]
     found = []
     for batch in (2, 4):
         more = [f"train.rollout_batch={batch}", f"train.train_batch={batch}"]
         config = flowgrpo.load("sd35_medium_pickscore", [*settings, *more])
-        found.append(measure(config, [Prompt("a red cube")]))
+        found.append(estimate_footprint(config, [Prompt("a red cube")]))
     two, four = found
-    choice = Choice(rollout_batch=4, train_batch=4)
+    choice = MemoryOptions(rollout_batch=4, train_batch=4)
     assert math.isclose(budget(two, choice).peak, budget(four, choice).peak, rel_tol=0.03)
     assert two.rewards == {"pick_score": 4 * 986_109_441}
 
 
 @pytest.mark.parametrize("name", ["sd3", "flux_kontext"])
-def test_what_prompts_bring_is_counted(name: str, tiny: Tiny) -> None:
-    """Their sizes, their condition images, and a negative prompt that all share."""
+def test_sizes_and_conditions_of_prompts_are_counted(name: str, tiny: Tiny) -> None:
+    """Sizes of their own, condition images, and a negative prompt for all."""
     settings = [f"model.path='{tiny(name)}'", "model.dtype='bfloat16'"]
     batches = ["train.rollout_batch=2", "train.train_batch=2"]
     config = flowgrpo.load("flux_dance", [*settings, *batches])
@@ -236,39 +244,39 @@ def test_what_prompts_bring_is_counted(name: str, tiny: Tiny) -> None:
     config = replace(config, sampling=replace(sampling, call=call))
     more = {"sd3": {"height": 64, "width": 64}, "flux_kontext": {"images": [GRADIENT]}}[name]
     plain = [Prompt("a red cube"), Prompt("a blue one")]
-    usual = measure(config, plain)
-    found = measure(config, [plain[0], replace(plain[1], **more)])
+    usual = estimate_footprint(config, plain)
+    found = estimate_footprint(config, [plain[0], replace(plain[1], **more)])
     assert found.rollout > 1.2 * usual.rollout
     assert found.training.peak(checkpointing=False) > 1.2 * usual.training.peak(checkpointing=False)
     guided = call | {"negative_prompt": "blurry"}
     config = replace(config, sampling=replace(sampling, call=guided))
-    assert measure(config, plain).rollout >= usual.rollout
+    assert estimate_footprint(config, plain).rollout >= usual.rollout
 
 
-def test_a_second_autoencoder_is_no_obstacle(tiny: Tiny) -> None:
-    """LTX-2 reads the statistics of its sound's latents itself."""
+def test_a_second_autoencoder_is_supported(tiny: Tiny) -> None:
+    """LTX-2 reads the statistics of its audio latents from the autoencoder's buffers."""
     settings = [f"model.path='{tiny('ltx2')}'", "train.rollout_batch=2", "train.train_batch=2"]
     config = flowgrpo.load("wan21_t2v", [*settings, "model.dtype='bfloat16'"])
     config = replace(config, sampling=sampling_of("ltx2"))
-    found = measure(config, [Prompt("a red cube")])
+    found = estimate_footprint(config, [Prompt("a red cube")])
     assert found.decode > 0
     assert found.training.saved > 0
 
 
-def test_what_cannot_be_built_is_told(tiny: Tiny, tmp_path: Path) -> None:
+def test_a_component_that_cannot_be_built_is_named(tiny: Tiny, tmp_path: Path) -> None:
     shutil.copytree(tiny("sd3"), tmp_path / "sd3")
     file = tmp_path / "sd3" / "model_index.json"
     index = json.loads(file.read_text())
-    # A plain value that is a list is no component.
+    # A list that is a plain value is not taken for a component.
     file.write_text(json.dumps(index | {"layers": [1, 2]}))
     with pytest.raises(TypeError, match="layers"):
         build(tmp_path / "sd3", torch.float32)
     file.write_text(json.dumps(index | {"vae": ["diffusers", "Nothing"]}))
-    with pytest.raises(NoEstimate, match="the component vae cannot be built"):
+    with pytest.raises(EstimateError, match="the component vae cannot be built"):
         build(tmp_path / "sd3", torch.float32)
 
 
-def test_a_dry_run_prints_it(tiny: Tiny, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_dry_run_prints_the_estimate(tiny: Tiny, capsys: pytest.CaptureFixture[str]) -> None:
     settings = ["sampling.num_steps=4", "sampling.height=32", "sampling.width=32"]
     options = [f"--set={s}" for s in (f"model.path={tiny('sd3')}", *settings)]
     assert main(["train", "sd35_medium_pickscore", "--dry-run", "--memory-gb=4.5", *options]) == 0
@@ -281,19 +289,19 @@ def test_a_dry_run_prints_it(tiny: Tiny, capsys: pytest.CaptureFixture[str]) -> 
     assert "of 9.00 GB: fits" in capsys.readouterr().out
 
 
-def test_a_dry_run_goes_on_without(
+def test_a_dry_run_works_without_an_estimate(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     assert main(["train", "sd35_medium_pickscore", "--dry-run", "--set=model.path=no/such"]) == 0
     said = capsys.readouterr().out
-    assert "no estimate of the memory: the config files of no/such" in said
+    assert "the memory cannot be estimated: the config files of no/such" in said
     assert "the configuration is valid" in said
 
 
-def test_live_counts_births_and_deaths() -> None:
+def test_the_counter_follows_the_lifetime_of_storages() -> None:
     known = torch.ones(4)
-    with Live([known], block=512) as live:
+    with MemoryCounter([known], block=512) as live:
         a = torch.ones(256) + 1
         assert (live.live, live.peak) == (1024, 2048)
         view = a[:4]
@@ -306,7 +314,7 @@ def test_live_counts_births_and_deaths() -> None:
 
 
 def test_a_real_pipeline_is_left_alone(tiny: Tiny) -> None:
-    """Classes are made anew, not changed: other pipelines of the class go on as before."""
+    """The tracer makes subclasses; other pipelines of the same class do not change."""
     pipeline = build(tiny("sd3"), torch.float32)
     Tracer(pipeline, torch.float32)
     real = DiffusionPipeline.from_pretrained(tiny("sd3"))

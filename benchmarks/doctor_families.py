@@ -1,10 +1,9 @@
-"""The doctor on every tiny family of the tests, as a table in docs/families.md and the README.
+"""Runs the doctor on every tiny family of the tests; writes the table of docs/families.md and README.
 
-python -m benchmarks.families --json-dir families
+    python -m benchmarks.doctor_families --json-dir families
 
 Each family is built from the real diffusers and transformers classes at tiny size, saved, loaded
-back with from_pretrained and examined. Families whose JSON is in the folder already are not run
-again.
+with ``from_pretrained`` and examined. Families whose JSON file exists are not examined again.
 """
 
 import argparse
@@ -17,16 +16,17 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from benchmarks.bench_runs import between
 from flowgrpo.cli.common import quiet
 from flowgrpo.doctor import Settings, examine
+from scripts.page_tables import markdown_table, write_marked_text
 from tests.conftest import sampling_of
 from tests.tiny import FAMILIES, save
 
 ROOT = Path(__file__).parents[1]
 PAGES = (ROOT / "docs" / "families.md", ROOT / "README.md")
-START, END = "<!-- families: begin -->", "<!-- families: end -->"
-FINITE = "what the denoiser says is finite"
+MARKER = "families"
+"""Name of the table's markers in the pages."""
+FINITE = "the denoiser's output is finite"
 DTYPES = ("float32", "bfloat16", "float16")
 HEADER = (
     "family", "pipeline", "path", "media", "trained", "replay difference",
@@ -35,7 +35,7 @@ HEADER = (
 
 
 def main() -> None:
-    """Run the doctor, write the table."""
+    """Run the doctor on all families in all precisions, and write the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json-dir", required=True, help="folder for one JSON file per family")
     parser.add_argument("--device", default="cpu")
@@ -59,7 +59,7 @@ def main() -> None:
 
 
 def diagnose(name: str, dtype: str, device: str) -> dict[str, Any]:
-    """What the doctor says of a family, as the command writes it with --json."""
+    """Examine a family. Returns the table that ``flowgrpo doctor --json`` writes."""
     with tempfile.TemporaryDirectory() as folder:
         save(name, folder)
         settings = Settings(sampling=sampling_of(name), dtype=dtype, device=device)
@@ -67,14 +67,13 @@ def diagnose(name: str, dtype: str, device: str) -> dict[str, Any]:
 
 
 def write(page: Path, results: Mapping[str, Mapping[str, Any]]) -> None:
-    """Put the table between the markers of a page. Raises ValueError if it has none."""
-    lines = [HEADER, ("---",) * len(HEADER), *(row(n, r) for n, r in results.items())]
-    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    between(page, "families", table)
+    """Replace the table of a page. Raises ValueError if it has no markers."""
+    rows = [row(name, result) for name, result in results.items()]
+    write_marked_text(page, MARKER, markdown_table(HEADER, rows))
 
 
 def row(name: str, results: Mapping[str, Mapping[str, Any]]) -> Sequence[str]:
-    """A family's row: what was found in fp32, and the noise floor in every precision."""
+    """A family's row: the checks in fp32, and the noise floor in every precision."""
     result = results["float32"]
     replay = measured(result, "replay equals rollout")
     return (
@@ -90,20 +89,20 @@ def row(name: str, results: Mapping[str, Mapping[str, Any]]) -> Sequence[str]:
 
 
 def measured(result: Mapping[str, Any], name: str) -> float:
-    """The largest number of the checks whose name begins so; infinite where there is none."""
+    """The largest number of the checks whose name begins with ``name``; infinite if one is missing."""
     found = [c["measured"] for c in result["checks"] if c["name"].startswith(name)]
     return max((math.inf if n is None else n for n in found), default=math.inf)
 
 
 def floor(result: Mapping[str, Any]) -> str:
-    """The noise floor, or what keeps a family from this precision."""
+    """The noise floor, or ``overflows`` if the denoiser's output is not finite in this precision."""
     if any(c["name"] == FINITE and not c["passed"] for c in result["checks"]):
         return "overflows"
     return f"{measured(result, 'ratio is 1 before an update (batch of 1)'):.0e}"
 
 
 def verdict(result: Mapping[str, Any]) -> str:
-    """Whether all checks hold, and which do not."""
+    """The number of checks if all pass, else the names of those that fail."""
     failed = [c["name"] for c in result["checks"] if not c["passed"]]
     total = len(result["checks"])
     return f"{total} of {total}" if not failed else f"not: {', '.join(failed)}"

@@ -1,4 +1,4 @@
-"""What the records of a run say: its files read strictly, changes with their errors, warnings."""
+"""Reads the files of a run directory, and computes changes of scores with their standard errors."""
 
 import json
 import math
@@ -12,25 +12,22 @@ from typing import Any
 
 from flowgrpo.evaluation.charts import Number, Point, number, points
 
+INSPECTION_FILE = "inspection.html"
+"""Name of the inspection's HTML fragment in a run directory."""
 RECENT = 20
-"""Iterations that count as the present state of a run."""
-
-MAX_ZERO_VARIANCE = 0.5
-MAX_NOISE = 0.5
-"""Share of the clip range that numerical noise may take up."""
-MAX_DIVERSITY_LOSS = 0.1
+"""Number of last iterations that describe the current state of a run."""
 
 
 @dataclass(frozen=True)
 class Change:
-    """One held-out score before and after.
+    """One held-out score before and after training.
 
     Attributes:
-        name: The score or the task.
-        before: Mean of the first evaluation; NaN if it was not measured.
-        after: Mean of the last.
-        error: Standard error of ``after - before``; ``None`` where it cannot be known.
-        in_points: Whether the score lies in [0, 1] and is told in points out of 100.
+        name: Name of the score or of the task.
+        before: Mean in the first evaluation; NaN if there is none.
+        after: Mean in the last evaluation; NaN if there is none.
+        error: Standard error of ``after - before``; ``None`` if unknown.
+        in_points: Whether the score lies in [0, 1] and is shown in points out of 100.
     """
 
     name: str
@@ -41,8 +38,8 @@ class Change:
 
     @property
     def kind(self) -> str:
-        """``rose`` or ``fell`` by more than two standard errors, or ``noise``; ``unknown`` without
-        an error to compare with, ``unmeasured`` without two values."""
+        """``rose`` or ``fell`` if the change exceeds two standard errors, else ``noise``; ``unknown``
+        if the error is unknown, ``unmeasured`` if one of the two values is missing."""
         difference = self.after - self.before
         if not math.isfinite(difference):
             return "unmeasured"
@@ -54,7 +51,7 @@ class Change:
 
     @property
     def words(self) -> str:
-        """What the score did."""
+        """The change as a verb phrase, to follow the score's name."""
         if self.kind == "unknown":
             return "did not change" if self.after == self.before else self._direction
         special = {"noise": "stayed within noise", "unmeasured": "could not be measured"}
@@ -65,7 +62,7 @@ class Change:
         return "rose" if self.after > self.before else "fell"
 
     def show(self, value: Number) -> str:
-        """A value in the score's unit, which is left out, as finely as the change asks for."""
+        """Format a value without its unit, with enough decimals to show the change."""
         if self.in_points:
             return points(value)
         change = abs(self.after - self.before)
@@ -76,7 +73,7 @@ class Change:
 
     @property
     def difference(self) -> str:
-        """Such as ``+3.1 ± 1.2``, on one line."""
+        """``after - before`` with its error, such as ``+3.1 ± 1.2``, without a line break."""
         value = self.after - self.before
         text = f"{'+' if value > 0 else ''}{self.show(value)}"
         return (
@@ -87,32 +84,39 @@ class Change:
 
 
 def standard_error(mean: Number, images: int) -> float:
-    """Of the mean of ``images`` scores in [0, 1]: a proportion's, the largest such a mean can have.
+    """Standard error of the mean of ``images`` scores in [0, 1], taken as a proportion.
 
-    One success and one failure are added (Agresti and Caffo, 2000): 5 out of 5 is not certain.
+    A proportion has the largest variance of all scores in [0, 1] with that mean, so this is an upper
+    limit. One success and one failure are added (Agresti and Caffo, 2000), so that the error is above
+    zero for 5 out of 5.
     """
     share = (mean * images + 1) / (images + 2)
     return math.sqrt(share * (1 - share) / (images + 2))
 
 
 class Records:
-    """What a run directory holds. Files may be missing, but not both metrics and evaluations.
+    """The contents of a run directory.
+
+    Every file may be missing, but not both ``metrics.jsonl`` and ``evaluations.jsonl``.
 
     Attributes:
         folder: The run directory.
-        metrics: Lines of ``metrics.jsonl`` in order of iteration; likewise ``timings`` and
-            ``evaluations``. Of lines for one iteration the last counts.
-        config: The resolved configuration, and ``config_text`` as it is written.
-        environment: Versions and machine.
-        grids: The pictures of the newest iteration that has any.
+        metrics: Lines of ``metrics.jsonl`` in order of iteration. If an iteration has several lines,
+            the last is used.
+        timings: Lines of ``timings.jsonl``, likewise.
+        evaluations: Lines of ``evaluations.jsonl``, likewise.
+        config: The resolved configuration as nested tables.
+        config_text: Text of ``config.toml``.
+        environment: Versions of libraries, and the machine.
+        grids: Comparison grids of the newest iteration that has any.
     """
 
     def __init__(self, folder: Path):
-        """Read it all.
+        """Read all files.
 
         Raises:
-            ValueError: If there is neither a metric nor an evaluation, or a file is broken; names
-                the file and the line.
+            ValueError: If there is neither a metric nor an evaluation, or a file is invalid; the
+                message names the file and the line.
         """
         self.folder = folder
         self.metrics = read_lines(folder / "metrics.jsonl")
@@ -132,20 +136,20 @@ class Records:
         self.grids = [g for g in grids if _iteration(g) == newest]
 
     def setting(self, key: str) -> Any:
-        """A dotted key of the configuration; ``None`` if it is not set."""
+        """The value of a dotted key of the configuration; ``None`` if it is not set."""
         here: Any = self.config
         for part in key.split("."):
             here = here.get(part) if isinstance(here, dict) else None
         return here
 
     def weights(self) -> dict[str, float]:
-        """The weight of each reward by its name in metrics; zero is watched, not trained on."""
+        """The weight of each reward, by its name in metrics; 0 means that it is not trained on."""
         rewards = self.config.get("rewards", [])
         labels = [r.get("name") or re.split(r"[.:]", str(r.get("model")))[-1] for r in rewards]
         return {k: float(r.get("weight", 1)) for k, r in zip(labels, rewards, strict=True)}
 
     def series(self, key: str) -> list[Point]:
-        """A metric over iterations; ``null`` is NaN."""
+        """The values of a metric over iterations; ``null`` becomes NaN."""
         return [(m["iteration"], _float(m[key])) for m in self.metrics if key in m]
 
     def recent(self, key: str) -> float:
@@ -157,27 +161,27 @@ class Records:
         """The sum of a metric's finite values."""
         return sum(y for _, y in self.series(key) if math.isfinite(y))
 
-    def measures(self) -> dict[str, list[Point]]:
-        """What evaluations measured besides scores, over iterations."""
+    def held_out_metrics(self) -> dict[str, list[Point]]:
+        """The metrics of evaluations over iterations, by name; scores are not among them."""
         found: dict[str, list[Point]] = {}
         for line in self.evaluations:
-            auxiliary = {k: v for k, v in line.items() if "/" in k}
-            for key, value in (auxiliary | line.get("measures", {})).items():
+            # Earlier versions wrote this table under the key "measures".
+            for key, value in line.get("metrics", line.get("measures", {})).items():
                 found.setdefault(key, []).append((line["iteration"], _float(value)))
         return found
 
     def scores(self) -> list[str]:
-        """The held-out scores, those that are trained on first."""
+        """Names of the held-out scores, those that are trained on first."""
         names = dict.fromkeys(k for e in self.evaluations for k in e["scores"])
         return sorted(names, key=lambda name: self.weights().get(name, 1) == 0)
 
     def tasks(self) -> list[str]:
-        """The classes of held-out prompts."""
+        """The classes of held-out prompts in the first and the last evaluation."""
         ends = (self.evaluations[0], self.evaluations[-1]) if self.evaluations else ()
         return list(dict.fromkeys(k for e in ends for k in e.get("by_class", {})))
 
     def in_points(self, score: str) -> bool:
-        """Whether a held-out score is within [0, 1] in all evaluations and tasks."""
+        """Whether a held-out score lies in [0, 1] in all evaluations and tasks."""
         tables = [
             t for e in self.evaluations for t in (e["scores"], *e.get("by_class", {}).values())
         ]
@@ -187,9 +191,16 @@ class Records:
     def held_out(
         self, score: str, index: int, task: str | None = None
     ) -> tuple[float, float | None]:
-        """Mean and standard error of a score in one evaluation, of all its images or of a task's.
+        """Mean and standard error of a score in one evaluation.
 
-        The error is the one recorded under ``errors``, else a proportion's, else ``None``.
+        Args:
+            score: Name of the score.
+            index: Position of the evaluation.
+            task: Class of prompts; ``None`` for all images.
+
+        Returns:
+            The mean, and the recorded error; if none is recorded, that of a proportion for scores in
+            [0, 1], else ``None``.
         """
         line = self.evaluations[index]
         table = line if task is None else line.get("by_class", {}).get(task, {})
@@ -201,14 +212,15 @@ class Records:
         return mean, standard_error(mean, images) if known else None
 
     def change(self, score: str, task: str | None = None) -> Change:
-        """From the first evaluation to the last, of all images or of one task."""
+        """Change of a score from the first evaluation to the last, on all images or on one task."""
         (before, e0), (after, e1) = (self.held_out(score, index, task) for index in (0, -1))
         error = None if e0 is None or e1 is None else math.hypot(e0, e1)
         return Change(task or score, before, after, error, self.in_points(score))
 
     def diversities(self) -> list[Change]:
-        """Each diversity measure at first and at last: of held-out images, else of rollouts."""
-        ends = {k: (v[0][1], v[-1][1]) for k, v in self.measures().items() if "diversity" in k}
+        """Change of each diversity: the held-out metrics, or the rollouts' if there are none."""
+        curves = self.held_out_metrics().items()
+        ends = {k: (v[0][1], v[-1][1]) for k, v in curves if "diversity" in k}
         rollouts = [y for _, y in self.series("group/diversity") if math.isfinite(y)]
         if not ends and len(rollouts) >= 2 * RECENT:
             mean = statistics.fmean
@@ -216,87 +228,16 @@ class Records:
         return [Change(k, a, b, None, False) for k, (a, b) in ends.items()]
 
 
-def warnings(records: Records) -> list[str]:
-    """What the numbers show to be wrong, in words; plain text, the gravest first."""
-    return [
-        *_reward_warnings(records),
-        *_update_warnings(records),
-        *_diversity_warnings(records),
-    ]
-
-
-def _reward_warnings(records: Records) -> list[str]:
-    found = []
-    changes = [records.change(s) for s in records.scores()] if len(records.evaluations) > 1 else []
-    weights = records.weights()
-    trained_rose = any(c.kind == "rose" and weights.get(c.name, 1) > 0 for c in changes)
-    for change in changes:
-        if trained_rose and change.kind == "fell" and weights.get(change.name, 1) == 0:
-            found.append(
-                f"{change.name} is only watched, and fell ({change.difference}) while what is "
-                "trained on rose. The model may be exploiting the reward; look at the images."
-            )
-    failures = records.total("failures")
-    if failures > 0:
-        found.append(
-            f"Failed scores: {number(failures)}. Their samples took no part in training, and a "
-            "reward that fails on some kinds of images teaches nothing about them."
-        )
-    flat = records.recent("group/zero_variance")
-    if flat > MAX_ZERO_VARIANCE:
-        found.append(
-            f"{100 * flat:.0f} % of the groups in the last {RECENT} iterations had no variance: "
-            "their samples all scored alike and taught nothing. Prompts may be too easy or too "
-            "hard, groups too small, or the reward too coarse."
-        )
-    return found
-
-
-def _update_warnings(records: Records) -> list[str]:
-    found = []
-    skipped = records.total("skipped_updates")
-    if skipped > 0:
-        found.append(
-            f"Skipped updates: {number(skipped)}, because the gradient norm spiked. A few are "
-            "harmless; many mean that the learning rate is too high."
-        )
-    noise, clip = records.series("log_prob/noise"), records.setting("loss.clip_range")
-    above = [y for _, y in noise if clip is not None and y > MAX_NOISE * clip]
-    if above:
-        found.append(
-            f"The log-probabilities' numerical noise reached {number(max(above))}, more than half "
-            f"the clip range of {number(clip)}, in {len(above)} of {len(noise)} iterations. "
-            "Clipping then acts on rounding errors; use a higher precision or a wider clip range."
-        )
-    return found
-
-
-def _diversity_warnings(records: Records) -> list[str]:
-    found = []
-    duplicates = records.total("group/duplicates")
-    if duplicates > 0:
-        found.append(
-            f"Duplicates: {number(duplicates)} samples are exactly like another of their group. "
-            "Samples of one prompt should differ in their noise."
-        )
-    for change in records.diversities():
-        if change.before > 0 and change.after < (1 - MAX_DIVERSITY_LOSS) * change.before:
-            fall = 100 * (1 - change.after / change.before)
-            found.append(
-                f"{change.name} fell by {fall:.0f} %, from {change.show(change.before)} to "
-                f"{change.show(change.after)}: the images grow alike."
-            )
-    return found
-
-
 def read_lines(path: Path, required: str = "") -> list[dict[str, Any]]:
-    """The objects of a JSON-lines file in order of their ``iteration``; none if there is no file.
+    """Read the objects of a JSON-lines file in order of their ``iteration``.
 
-    With ``required`` each must hold that key, a table of numbers; without, every value must be a
-    number or null.
+    Args:
+        path: The file; if it does not exist, the result is empty.
+        required: Key that every object must have, with a table of numbers. Empty if every value of
+            the object itself must be a number or null.
 
     Raises:
-        ValueError: Naming the file and the line.
+        ValueError: If a line is invalid; the message names the file and the line.
     """
     found: dict[int, dict[str, Any]] = {}
     for index, text in enumerate(_text(path).splitlines(), start=1):
@@ -312,13 +253,13 @@ def read_lines(path: Path, required: str = "") -> list[dict[str, Any]]:
         for key, value in numbers.items():
             if not isinstance(value, int | float | None):
                 raise ValueError(f"{where}: {key!r} must be a number, got {value!r}")
-        # A resumed run may log an iteration again.
+        # A resumed run may log an iteration again; the last line is used.
         found[line["iteration"]] = line
     return [found[iteration] for iteration in sorted(found)]
 
 
 def parse_object(text: str, where: str) -> dict[str, Any]:
-    """A JSON object. Raises ValueError beginning with ``where``."""
+    """Parse a JSON object. Raises ValueError with a message that begins with ``where``."""
     try:
         value = json.loads(text)
     except json.JSONDecodeError as error:
@@ -338,7 +279,7 @@ def _float(value: Any) -> float:
 
 
 def _iteration(path: Path) -> int:
-    """The number that a grid's name begins with."""
+    """The number at the start of a grid's file name; -1 if there is none."""
     found = re.match(r"\d+", path.stem)
     return int(found[0]) if found else -1
 

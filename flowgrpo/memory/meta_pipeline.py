@@ -1,9 +1,8 @@
-"""A pipeline without weights: its classes at their real sizes, made from the small config files.
+"""Builds a pipeline on the meta device from its config files, without weights.
 
-Every component is built as its class builds it, with parameters on the meta device: they have
-shapes and dtypes and take no memory. Schedulers are real. Tokenizers are real where their files are
-there; where only configs are, a stand-in pads every prompt to the model's length, which is what
-most pipelines ask for anyway.
+Every component is an instance of its real class at its real size; parameters have shapes and dtypes
+but take no memory. Schedulers are loaded as usual. A tokenizer is loaded if its files are available;
+otherwise :class:`PaddingTokenizer` takes its place and pads every prompt to the model's maximum length.
 """
 
 import importlib
@@ -23,20 +22,20 @@ from flowgrpo.policy.loading import AUTOENCODERS
 
 CONFIGS = ("model_index.json", "*/*config.json")
 MAX_TEXT = 512
-"""Tokens of a prompt where neither the call nor the tokenizer's config says how many."""
+"""Largest number of tokens of a prompt, and the number if no config names one."""
 DROPPED = ("safety_checker", "feature_extractor")
-"""Components that a policy does without, where the second serves the first."""
+"""Components that a policy never loads; the feature extractor only serves the safety checker."""
 
 
-class NoEstimate(RuntimeError):
-    """The memory of a model cannot be estimated; the message says why."""
+class EstimateError(RuntimeError):
+    """The memory of a run cannot be estimated; the message gives the reason."""
 
 
 def config_folder(model: str | Path) -> Path:
-    """The folder with a pipeline's config files: a local one, or from the hub (a few kB).
+    """The folder with a pipeline's config files, downloaded from the hub if needed (a few kB).
 
     Raises:
-        NoEstimate: If the files cannot be had.
+        EstimateError: If the files cannot be downloaded, or the folder has no ``model_index.json``.
     """
     shapes = Path(__file__).parents[1] / "shapes" / "model"
     path = shapes if str(model) == "shapes" else Path(model)
@@ -47,21 +46,23 @@ def config_folder(model: str | Path) -> Path:
             folder = Path(snapshot_download(str(model), allow_patterns=list(CONFIGS)))
         except (OSError, ValueError) as error:
             reason = str(error).strip().splitlines()[0]
-            raise NoEstimate(f"the config files of {model} cannot be had ({reason})") from error
+            raise EstimateError(
+                f"the config files of {model} cannot be downloaded ({reason})"
+            ) from error
     if not (folder / "model_index.json").exists():
-        raise NoEstimate(f"{model} has no model_index.json")
+        raise EstimateError(f"{model} has no model_index.json")
     return folder
 
 
 def build(folder: Path, dtype: torch.dtype) -> DiffusionPipeline:
-    """The pipeline of a folder with parameters on the meta device, in the precision of a policy.
+    """Build the pipeline of a folder with parameters on the meta device, in the dtypes of a policy.
 
     Args:
-        folder: With ``model_index.json`` and the components' configs.
-        dtype: Precision of the models; the VAE has fp32, and parts that their class keeps in fp32.
+        folder: Contains ``model_index.json`` and the components' configs.
+        dtype: Of the models. The VAE is in fp32, as are the modules that a class keeps in fp32.
 
     Raises:
-        NoEstimate: If a component's class or config cannot be had.
+        EstimateError: If a component's class or config is missing, or the pipeline cannot be built.
     """
     index = json.loads((folder / "model_index.json").read_text())
     entries = {k: v for k, v in index.items() if not k.startswith("_")}
@@ -76,18 +77,18 @@ def build(folder: Path, dtype: torch.dtype) -> DiffusionPipeline:
             try:
                 arguments[name] = _component(folder, name, entry, dtype)
             except (OSError, ValueError, ImportError, AttributeError) as error:
-                raise NoEstimate(f"the component {name} cannot be built: {error}") from error
+                raise EstimateError(f"the component {name} cannot be built: {error}") from error
     if "requires_safety_checker" in arguments:
         arguments["requires_safety_checker"] = False
     name = index["_class_name"]
     try:
         return _class("diffusers", name)(**arguments)
     except (OSError, ValueError, ImportError, AttributeError) as error:
-        raise NoEstimate(f"{name} cannot be built without weights: {error}") from error
+        raise EstimateError(f"{name} cannot be built without weights: {error}") from error
 
 
 def _is_component(entry: Any) -> bool:
-    """Whether an entry of ``model_index.json`` is a library and a class, and not a plain value."""
+    """Whether an entry of ``model_index.json`` is ``[library, class]`` rather than a plain value."""
     two = isinstance(entry, list) and len(entry) == 2
     return two and all(part is None or isinstance(part, str) for part in entry)
 
@@ -96,49 +97,52 @@ def _component(folder: Path, name: str, entry: list[str], dtype: torch.dtype) ->
     cls, place = _class(*entry), folder / name
     own = torch.float32 if name in AUTOENCODERS else dtype
     if issubclass(cls, ModelMixin):
-        # An autoencoder's buffers are real, for pipelines read them; a denoiser's tables can be large.
+        # Pipelines read the buffers of autoencoders, so these are real; those of denoisers can be
+        # large, and go on the meta device with the parameters.
         with init_empty_weights() if hasattr(cls, "decode") else torch.device("meta"):
             model = cls.from_config(cls.load_config(place))
-        kept: Mapping[str, Any] | list[str] = cls._keep_in_fp32_modules or []
-        return _cast(model, own, kept)
+        in_fp32: Mapping[str, Any] | list[str] = cls._keep_in_fp32_modules or []
+        return _cast(model, own, in_fp32)
     if issubclass(cls, PreTrainedModel):
         with init_empty_weights():
             model = cls(cls.config_class.from_pretrained(place))
-        # Moving parameters to the meta device parts those that share their memory.
+        # Parameters that share memory are separated when they move to the meta device.
         model.tie_weights()
-        # transformers keeps the first list in fp32 under fp16 alone, the second always.
+        # transformers keeps the modules of the first list in fp32 for fp16 only, of the second always.
         loose, strict = model._keep_in_fp32_modules, model._keep_in_fp32_modules_strict
-        kept = [*(loose or ()), *(strict or ())] if own == torch.float16 else [*(strict or ())]
-        return _cast(model, own, kept)
+        in_fp32 = [*(loose or ()), *(strict or ())] if own == torch.float16 else [*(strict or ())]
+        return _cast(model, own, in_fp32)
     if "Tokenizer" in cls.__name__:
         return _tokenizer(cls, place)
     return cls.from_pretrained(place)
 
 
 def _class(library: str, name: str) -> Any:
-    """A class as ``model_index.json`` names it."""
+    """The class that ``model_index.json`` names: of a library, or of one of diffusers' pipelines."""
     try:
         return getattr(importlib.import_module(library), name)
     except ModuleNotFoundError:
         return getattr(importlib.import_module(f"diffusers.pipelines.{library}"), name)
 
 
-def _cast(model: nn.Module, dtype: torch.dtype, kept: Any) -> nn.Module:
-    """The model in a precision; parameters whose names hold one of ``kept`` stay as they are."""
+def _cast(model: nn.Module, dtype: torch.dtype, in_fp32: Any) -> nn.Module:
+    """Cast a model to a dtype, except tensors with one of ``in_fp32`` in their dotted name."""
     for prefix, module in model.named_modules():
         for tensors in (module._parameters, module._buffers):
             for name, tensor in tensors.items():
                 full = f"{prefix}.{name}".split(".")
-                # from_pretrained leaves alone what is in no file.
-                spared = name in module._non_persistent_buffers_set or any(k in full for k in kept)
-                if tensor is None or not tensor.is_floating_point() or spared:
+                # from_pretrained does not cast buffers that are stored in no file.
+                excluded = name in module._non_persistent_buffers_set or any(
+                    k in full for k in in_fp32
+                )
+                if tensor is None or not tensor.is_floating_point() or excluded:
                     continue
                 tensor.data = tensor.data.to(dtype)
     return model.eval().requires_grad_(False)
 
 
-class Padding:
-    """Stands in for a tokenizer: every prompt fills the length that is asked for."""
+class PaddingTokenizer:
+    """Replaces a tokenizer whose files are missing: every prompt has ``max_length`` tokens."""
 
     padding_side = "right"
     pad_token_id = bos_token_id = 0
@@ -156,24 +160,24 @@ class Padding:
         return BatchEncoding({"input_ids": ids, "attention_mask": torch.ones_like(ids)})
 
     def apply_chat_template(self, messages: Any, *_: Any, **__: Any) -> str:
-        """Any text will do, for its length is not looked at."""
+        """Return any text; its length does not change the number of tokens."""
         return str(messages)
 
     def tokenize(self, text: str) -> list[str]:
-        """No token is a learnt one of textual inversion."""
+        """Split at spaces; pipelines look for textual-inversion tokens in the result."""
         return text.split()
 
     def batch_decode(self, ids: Any, *_: Any, **__: Any) -> list[str]:
-        """For warnings about prompts that are too long."""
+        """Return empty texts; pipelines quote them in warnings about truncated prompts."""
         return ["" for _ in ids]
 
 
 def _tokenizer(cls: Any, place: Path) -> Any:
-    # Anything can be wrong with half a tokenizer, and the stand-in is good enough for all of it.
+    # A folder with part of a tokenizer's files raises many kinds of errors, and all mean the same.
     try:
         return cls.from_pretrained(place)
     except Exception:
         file = place / "tokenizer_config.json"
         config = json.loads(file.read_text()) if file.exists() else {}
         length = config.get("model_max_length", 77 if "CLIP" in cls.__name__ else MAX_TEXT)
-        return Padding(min(int(length), MAX_TEXT))
+        return PaddingTokenizer(min(int(length), MAX_TEXT))

@@ -1,7 +1,8 @@
-"""How much memory tensors take at each moment, without taking it.
+"""Dispatch modes for running models on fake tensors: counting bytes, known values, fused attention.
 
-Models run on fake tensors: PyTorch computes shapes, dtypes and what autograd saves, with the
-accelerator's own autocast rules and fused attention, and allocates nothing.
+On fake tensors PyTorch computes shapes, dtypes and the tensors that autograd saves, and allocates
+nothing. The modes here count the bytes that real tensors would take, keep the values of small integer
+tensors, and choose the attention kernel and the autocast rules of an accelerator that may be absent.
 """
 
 import weakref
@@ -18,35 +19,31 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.weak import WeakIdKeyDictionary
 
 CUDA_BLOCK = 512
-"""PyTorch's CUDA allocator hands out multiples of it, in bytes."""
+"""Granularity of PyTorch's CUDA allocator, in bytes."""
 
 
-class Live(TorchDispatchMode):
-    """Counts the storages that operations make, from their birth to their death.
+class MemoryCounter(TorchDispatchMode):
+    """Counts the bytes of storages that operations create, until each storage is freed.
 
-    It works on fake and on real tensors alike.
+    Works on fake and on real tensors.
 
     Attributes:
         live: Bytes alive now.
-        peak: The most bytes alive since the start or the last :meth:`mark`.
+        peak: Most bytes alive at any time so far.
     """
 
     def __init__(self, known: Sequence[Tensor] = (), block: int = 1):
         """Start counting.
 
         Args:
-            known: Tensors that are there before, such as parameters; they are not counted.
-            block: Sizes are rounded up to multiples of it.
+            known: Existing tensors, such as parameters, which are not counted.
+            block: Sizes are rounded up to multiples of this number of bytes.
         """
         super().__init__()
         self.live = self.peak = 0
         self.block = block
         self.sizes: dict[int, int] = {}
         self._known = {t.untyped_storage()._cdata for t in known}
-
-    def mark(self) -> None:
-        """Forget the peak so far."""
-        self.peak = self.live
 
     def __torch_dispatch__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
@@ -71,11 +68,11 @@ class Live(TorchDispatchMode):
         self.live -= self.sizes.pop(key)
 
 
-class Values(TorchDispatchMode):
-    """Knows the values of fake integers and booleans, such as masks and lengths.
+class KnownValues(TorchDispatchMode):
+    """Keeps the values of fake integer and boolean tensors, such as masks and lengths.
 
-    Some models look at them to decide on shapes. Operations on them alone are repeated for real,
-    which costs nothing at their size.
+    Some models derive shapes from these values. An operation whose inputs all have known values is
+    repeated on real CPU tensors, which are small, so its result has known values too.
     """
 
     def __init__(self) -> None:
@@ -83,7 +80,7 @@ class Values(TorchDispatchMode):
         self._known = WeakIdKeyDictionary()
 
     def tell(self, fake: Tensor, value: Tensor) -> None:
-        """Remember the value of a fake tensor, unless it is a floating-point one."""
+        """Store the value of a fake tensor, unless it is floating-point."""
         if not value.is_floating_point():
             with _disable_current_modes():
                 self._known[fake] = value.detach().cpu()
@@ -115,7 +112,7 @@ class Values(TorchDispatchMode):
         return self._known[value] if isinstance(value, Tensor) else value
 
     def _positions(self, indices: Sequence[Tensor | None]) -> list[Tensor | None]:
-        """Indices with known masks as positions, whose number is known then."""
+        """Replace known boolean masks by integer positions, so that the result's shape is known."""
         found: list[Tensor | None] = []
         for index in indices:
             if index is not None and index.dtype == torch.bool and index in self._known:
@@ -131,11 +128,11 @@ class Values(TorchDispatchMode):
 
 
 class FusedAttention(TorchFunctionMode):
-    """Sends attention to the fused kernel that a device would choose.
+    """Replaces scaled dot-product attention by the fused kernel that an accelerator would choose.
 
-    Without a GPU, PyTorch cannot be asked which it is: flash attention in 16 bits without a mask,
-    the memory-efficient kernel otherwise. Both save queries, keys, values, the output and one
-    number per query.
+    PyTorch only chooses a kernel for a device that is present. The rule here: flash attention in 16
+    bits without a mask and with head dimensions up to 256, else the memory-efficient kernel. Both save
+    queries, keys, values, the output and one number per query.
     """
 
     def __torch_function__(
@@ -185,7 +182,10 @@ def _attend(
 
 @contextmanager
 def autocast_as_on(device: str, dtype: torch.dtype) -> Iterator[None]:
-    """Autocast with the rules of a device type that need not be there; fp32 is none."""
+    """Enable autocast with the rules of a device type, also if no such device is present.
+
+    With ``dtype`` fp32, autocast is disabled inside.
+    """
     before = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
     enabled = dtype != torch.float32
     torch.autocast_increment_nesting()

@@ -1,4 +1,4 @@
-"""A reward with a flaw: the true one, and a little for every pixel that is drawn on."""
+"""A reward with a known flaw: the true score plus a bias for every pixel that differs from the ground."""
 
 from collections.abc import Sequence
 
@@ -12,14 +12,14 @@ from flowgrpo.shapes.verifier import FOREGROUND_DISTANCE
 from flowgrpo.shapes.world import BACKGROUND
 
 BIAS = 0.3
-"""What an image that is drawn on everywhere gains; one more shape of usual size gains about 0.03."""
+"""Bias of a fully covered image; one more shape of usual size adds about 0.03."""
 
 
 class Inked:
-    """``graded + 0.3 * ink``: where two images of a group are equally right, the fuller one wins.
+    """``graded + 0.3 * ink``: of two equally correct images, the one with more ink scores higher.
 
-    Such small differences between samples that are equally good are what preference models show, and
-    what standardising within a group blows up.
+    Preference models also show such small differences between equally good samples, which dividing by
+    the group's standard deviation amplifies.
     """
 
     def __init__(self) -> None:
@@ -32,7 +32,7 @@ class Inked:
 
 
 class Ink:
-    """The bias alone, as a measure for evaluations."""
+    """The share of drawn pixels, as a metric of evaluations."""
 
     def __call__(
         self, prompts: Sequence[Prompt], media: Sequence[Float[Tensor, "_ 3 h w"]]
@@ -41,7 +41,7 @@ class Ink:
 
 
 def ink(media: Float[Tensor, "batch 3 h w"]) -> Float[Tensor, " batch"]:
-    """The share of each image that differs from the background, in [0, 1]."""
+    """The share of pixels of each image that differ from the background, in [0, 1]."""
     background = torch.tensor(BACKGROUND)[:, None, None] / 255
     distance = (media - background).square().sum(1).sqrt()
     return (distance > FOREGROUND_DISTANCE).float().mean((1, 2))

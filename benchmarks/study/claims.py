@@ -1,9 +1,10 @@
-"""What papers say of credit, ratios and flat groups, measured on the embedded model.
+"""Measures papers' claims about credit, ratios and groups without variance on the embedded model.
 
-python benchmarks/claims.py --write docs/study.md
+    python -m benchmarks.study.claims --write docs/study.md
 
-Nothing is trained but one update for the ratios. What a step is worth is found by brute force: from
-the state before it and from the state after it, many samples are drawn to their end and judged.
+Nothing is trained except for one update before the ratios are measured. The effect of a step is found
+by brute force: from the state before the step and from the state after it, many samples are completed
+and scored, and the mean rewards are compared.
 """
 
 import argparse
@@ -14,12 +15,11 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from bench_runs import between, table
 from scipy import stats
-from study_runs import ALGORITHMS, CPS, Entry
 from torch import Tensor
 
 import flowgrpo
+from benchmarks.study.entries import ALGORITHMS, CPS, Entry
 from flowgrpo.algorithms import Algorithm
 from flowgrpo.cli.common import quiet
 from flowgrpo.config import Config, find
@@ -33,15 +33,16 @@ from flowgrpo.losses.clipped import ClippedLoss
 from flowgrpo.policy import PipelinePolicy
 from flowgrpo.rewards.scorer import RewardScorer
 from flowgrpo.training.learner import Learner
+from scripts.page_tables import markdown_table, write_marked_text
 
 NOISE = transitions.CPS(noise_level=0.7)
 RANDOM = Random(0).at("claims")
 UNCREDITED = ("DiffusionNFT", "FIND")
-"""They have no denoising steps to credit."""
+"""Entries without credit for denoising steps."""
 
 
 class World:
-    """The embedded model before training, its judge, and the prompts of one iteration."""
+    """The embedded model before training, the reward scorer, and the prompts of one iteration."""
 
     def __init__(self, entry: Entry, prompts: int, settings: Sequence[str] = ()) -> None:
         self.config: Config = flowgrpo.load(
@@ -60,18 +61,18 @@ class World:
 
     @property
     def end(self) -> int:
-        """The number of steps."""
+        """Number of denoising steps."""
         return self.policy.num_steps()
 
     def collect(self, iteration: int) -> Experience:
-        """What the algorithm collects in an iteration."""
+        """The experience that the algorithm collects in an iteration."""
         random = Random(0).at("train", iteration)
         return self.algorithm.collect(self.policy, self.groups, self.scorer, random, iteration)
 
     def rewards(
         self, prompts: Sequence[Prompt], x: Tensor, node: int, noisy: Sequence[int], *keys: object
     ) -> Tensor:
-        """Rewards of samples that go on from states at a node; the ``noisy`` steps are stochastic."""
+        """Rewards of samples completed from states ``x`` at a node; the ``noisy`` steps are stochastic."""
         streams = [RANDOM.at(*map(str, keys), i) for i in range(len(prompts))]
         found = []
         for rollout in self.policy.run(
@@ -89,31 +90,32 @@ class World:
 
 
 def main() -> None:
-    """Measure, print, and put the tables into a page."""
+    """Measure, print the tables, and write them into a page."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--prompts", type=int, default=12)
-    parser.add_argument("--actions", type=int, default=20, help="judged actions per prompt")
-    parser.add_argument("--samples", type=int, default=8, help="samples from a state, even")
-    parser.add_argument("--only", nargs="+", help="parts of names of algorithms")
+    parser.add_argument("--actions", type=int, default=20, help="measured actions per prompt")
+    parser.add_argument("--samples", type=int, default=8, help="samples per state, an even number")
+    parser.add_argument("--only", nargs="+", help="only entries whose name contains one of these")
     parser.add_argument("--write", type=Path, help="page that gets the tables")
     options = parser.parse_args()
     torch.set_num_threads(1)
     quiet()
     size = options.prompts, options.actions, options.samples
     parts = [
-        "### Whom the credit goes to\n\n" + credit(*size, options.only or [""]),
-        "### What a step's own noise explains\n\n" + explained(options.prompts, options.samples),
+        "### Credit against the effect of a step\n\n" + credit(*size, options.only or [""]),
+        "### Variance explained by the noise of a step\n\n"
+        + explained(options.prompts, options.samples),
         "### Ratios after one update\n\n" + ratios(options.prompts),
         "### Groups without variance\n\n" + flat_groups(3 * options.prompts),
     ]
     text = "\n\n".join(parts)
     if options.write:
-        between(options.write, "claims", text)
+        write_marked_text(options.write, "claims", text)
     print(text)
 
 
 def credit(prompts: int, actions: int, samples: int, only: Sequence[str]) -> str:
-    """How an algorithm's advantages go with what the steps do, by rank correlation."""
+    """Rank correlation of each algorithm's advantages with the measured effects of its steps."""
     rows = []
     for entry in ALGORITHMS:
         if entry.name in UNCREDITED or not any(part in entry.name for part in only):
@@ -127,14 +129,14 @@ def credit(prompts: int, actions: int, samples: int, only: Sequence[str]) -> str
         rows.append([entry.name, str(len(advantage)), *cells])
         print(rows[-1], flush=True)
     heads = ["algorithm", "actions", "with noise after it", "ceiling", "without"]
-    return table(heads, rows)
+    return markdown_table(heads, rows)
 
 
 def _credited(world: World, iteration: int, number: int, samples: int) -> tuple[Tensor, ...]:
-    """Advantages of some actions of an iteration, and three measures of what those did.
+    """Advantages of some actions of an iteration, and three estimates of the effect of each.
 
-    A quarter of the actions is taken from each of four iterations, since some algorithms perturb one
-    step in an iteration.
+    A quarter of all actions comes from each of four iterations, since some algorithms train one step
+    per iteration.
     """
     experience = world.collect(iteration)
     advantages = world.algorithm.advantages(experience)
@@ -165,11 +167,11 @@ def _effects(
     samples: int,
     iteration: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """How much better samples end from after a step than from before it.
+    """The effect of a step: mean reward of completions from after it, minus from before it.
 
     Returns:
-        By two independent halves of the samples with every later step stochastic, and with every
-        later step deterministic.
+        Two independent estimates, each from half of the samples, with all later steps stochastic; and
+        one with all later steps deterministic.
     """
     before, after = actions.states[actions.state[at]], actions.x_next[at]
     many = [p for p in prompts for _ in range(samples)]
@@ -187,24 +189,24 @@ def _effects(
 
 
 def _correlation(a: Tensor, b: Tensor) -> str:
-    """Spearman's, with a 95 % interval (Fisher's z)."""
+    """Spearman's correlation with its 95 % confidence interval (Fisher's z)."""
     rho = float(stats.spearmanr(a, b).statistic)
     z, half = math.atanh(min(max(rho, -0.999999), 0.999999)), 1.96 / math.sqrt(len(a) - 3)
     return f"{rho:.2f} ({math.tanh(z - half):.2f} to {math.tanh(z + half):.2f})"
 
 
 def explained(prompts: int, samples: int) -> str:
-    """Of a reward's variance after a step, the share that the step's own noise makes.
+    """Share of the reward's variance that is explained by the noise of one step.
 
-    One-way analysis of variance: states after a step from several noises, several samples from each.
-    Only one step of several is stochastic in singular sampling, so that its noise explains all.
+    One-way analysis of variance over states after the step, from several draws of its noise, with
+    several completions of each. If the step is the only stochastic one, its noise explains everything.
     """
     world = World(ALGORITHMS[0], prompts)
     texts = [g.prompt for g in world.groups for _ in range(samples)]
     shares = []
     for step in range(world.end - 1):
         streams = [RANDOM.at("own", step, i) for i in range(len(texts))]
-        # The samples of a prompt share their way to the step.
+        # The samples of a prompt share the path up to the step.
         roots = [RANDOM.at("root", g.index) for g in world.groups for _ in range(samples)]
         states = torch.cat(
             [
@@ -233,11 +235,11 @@ def explained(prompts: int, samples: int) -> str:
         ["every later step stochastic", *(f"{100 * s:.0f} %" for s in shares)],
         ["one stochastic step", *("100 %" for _ in shares)],
     ]
-    return table(heads, rows)
+    return markdown_table(heads, rows)
 
 
 def ratios(prompts: int) -> str:
-    """Log-ratios of all steps after an update, plain and guarded."""
+    """Log-ratios of all steps after one update, with the plain and with GRPO-Guard's ratio."""
     everything = f"algorithm={{kind='flow_grpo', group_size=16, {CPS}}}"
     rows = []
     for name, settings in (
@@ -261,11 +263,13 @@ def ratios(prompts: int) -> str:
             mean, std = float(change.mean()), float(change.std())
             error = std / math.sqrt(len(change))
             rows.append([name, str(step), f"{mean:+.1e}", f"{error:.0e}", f"{std:.1e}", f"{mean / std:+.2f}"])  # fmt: skip
-    return table(["ratio", "step", "mean", "its error", "deviation", "mean / deviation"], rows)
+    return markdown_table(
+        ["ratio", "step", "mean", "its error", "deviation", "mean / deviation"], rows
+    )
 
 
 def _log_ratios(world: World, experience: Experience) -> Mapping[int, Tensor]:
-    """The log-ratio of each action under the present weights, by step."""
+    """The log-ratio of each action under the current weights, by step."""
     settings = world.config.loss
     assert isinstance(settings, ClippedLoss)
     prompts = {g.index: g.prompt for g in experience.groups}
@@ -282,8 +286,8 @@ def _log_ratios(world: World, experience: Experience) -> Mapping[int, Tensor]:
 
 
 def flat_groups(prompts: int) -> str:
-    """How much of an iteration's credit goes to groups whose final rewards are all the same."""
-    # The strict reward alone is 0 or 1, so that many groups have no variance.
+    """Size of the advantages in groups whose final rewards are all equal."""
+    # The strict reward is 0 or 1, so many groups have no variance.
     strict = "rewards=[{name='strict', model='flowgrpo.shapes.rewards:Strict'}]"
     rows = []
     for name, kind in (("Flow-GRPO", "flow_grpo"), ("TP-GRPO", "tp_grpo"), ("VGPO", "vgpo")):
@@ -311,7 +315,7 @@ def flat_groups(prompts: int) -> str:
         "all wrong",
         "other groups",
     ]
-    return table(heads, rows)
+    return markdown_table(heads, rows)
 
 
 if __name__ == "__main__":

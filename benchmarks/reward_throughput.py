@@ -1,11 +1,11 @@
-"""Images per second of every reward, served and in process, and how much of scoring is hidden.
+"""Measures images per second of every reward, served and in process, and how well scoring overlaps.
 
-python -m benchmarks.rewards --json rewards.json
+    python -m benchmarks.reward_throughput --json rewards.json
 
-Each reward is loaded from a folder of the published layout with random weights: at tiny size, or
-with --size real at the real configuration, where that can be written down without a model hub. The
-overlap is measured on the quick start. Results in the file are not measured again. The tables go
-into docs/rewards.md (at tiny size; else they are printed).
+Each reward model is loaded from a folder of the published layout with random weights, at tiny size or,
+with ``--size real``, at the published size if that needs no download. The overlap of scoring and
+sampling is measured on the quick start. Results that are in the file are not measured again. At tiny
+size the tables are written into docs/rewards.md; they are always printed.
 """
 
 import argparse
@@ -27,7 +27,6 @@ import torch
 from torch import Tensor
 
 import flowgrpo
-from benchmarks.bench_runs import between
 from benchmarks.reward_cases import REAL, SIZE, TINY, Make
 from flowgrpo.cli.common import quiet
 from flowgrpo.core.scores import Scores
@@ -36,8 +35,9 @@ from flowgrpo.rewards.loading import load_reward
 from flowgrpo.rewards.protocols import LearningReward
 from flowgrpo.rewards.scorer import RewardScorer
 from flowgrpo.rewards.settings import Reward
-from flowgrpo.training import observer
+from flowgrpo.training import setup
 from reward_models.remote import Remote
+from scripts.page_tables import markdown_table, write_marked_text
 from tests import zoo
 
 ROOT = Path(__file__).parents[1]
@@ -49,11 +49,11 @@ PROMPT = Prompt('a sign that says "hi"', metadata={
 })  # fmt: skip
 
 SAMPLES, BATCHES = 96, (96, 16)
-"""Samples of an iteration, and how many of them are drawn at a time."""
+"""Samples per iteration, and the sizes of rollout batches."""
 
 
 class Paused:
-    """The brightness, after a pause that takes no processor: a reward on another device."""
+    """Brightness, after a pause without CPU work, like a reward model on another device."""
 
     def __init__(self, seconds_per_sample: float):
         self.seconds = seconds_per_sample
@@ -64,7 +64,7 @@ class Paused:
 
 
 class Busy:
-    """The brightness, after work that shares the processor with the sampling."""
+    """Brightness, after CPU work that competes with sampling."""
 
     def __init__(self, products_per_sample: float):
         self.products = products_per_sample
@@ -77,7 +77,7 @@ class Busy:
 
 
 def rates(make: Make, device: str, repeats: int) -> dict[str, Any]:
-    """Media per second in each precision and served, of one reward."""
+    """Media per second of one reward, in each precision and served."""
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         case = make(folder)
@@ -94,19 +94,19 @@ def rates(make: Make, device: str, repeats: int) -> dict[str, Any]:
             options |= {"dtype": precision} if case.precisions else {}
             reward = load_reward(Reward(model=case.model, options=options))
             found[precision] = rate(lambda r=reward: r(media, prompts), case.number, repeats)
-            # What learns during a run is not served.
+            # Rewards that are trained during a run are not served.
             if precision == "float32" and not isinstance(reward, LearningReward):
                 with served(case.model, options, folder) as url:
                     client = Remote(url, timeout=600.0, part=case.number, token_env="")
                     found["served"] = rate(lambda c=client: c(media, prompts), case.number, repeats)
-                # Again, since the load of the machine may have changed meanwhile.
+                # Measured again, because the load of the machine may have changed meanwhile.
                 again = rate(lambda r=reward: r(media, prompts), case.number, repeats)
                 found[precision] = max(found[precision], again)
         return found
 
 
 def rate(call: Callable[[], object], number: int, repeats: int) -> float:
-    """Media per second, by the shortest time after a call to warm up: other work only adds to it."""
+    """Media per second, by the shortest time after a warm-up call, as other work only adds time."""
     call()
     times = []
     for _ in range(repeats):
@@ -118,7 +118,7 @@ def rate(call: Callable[[], object], number: int, repeats: int) -> float:
 
 @contextmanager
 def served(model: str, options: Mapping[str, Any], folder: Path) -> Iterator[str]:
-    """``flowgrpo serve-reward`` in a process of its own; its address."""
+    """Run ``flowgrpo serve-reward`` in a separate process; yields its address."""
     command = [sys.executable, "-m", "flowgrpo", "serve-reward", model, "--port", "0"]
     command += [f"--option={key}={_toml(value)}" for key, value in options.items()]
     with (folder / "server.log").open("w") as log, ExitStack() as after:
@@ -141,13 +141,13 @@ def _toml(value: Any) -> str:
     return json.dumps(value)
 
 
-class Watch(RewardScorer):
-    """A judge that knows how long it scored in training, and how long it was waited for."""
+class TimedScorer(RewardScorer):
+    """Sums the seconds of scoring in training, and the seconds that training waits for scores."""
 
     waited, scored_for = 0.0, 0.0
 
     def submit(self, media: Tensor, prompts: Sequence[Prompt]) -> "Future[Scores]":
-        """Score in the background, and watch who waits."""
+        """Score in the background, and time the wait for the result."""
         pending = super().submit(media, prompts)
         if self.iteration is not None:
             result = pending.result
@@ -155,89 +155,84 @@ class Watch(RewardScorer):
             def watched(timeout: float | None = None) -> Scores:
                 began = time.perf_counter()
                 scores = result(timeout)
-                Watch.waited += time.perf_counter() - began
+                TimedScorer.waited += time.perf_counter() - began
                 return scores
 
             pending.result = watched  # type: ignore[method-assign]
         return pending
 
     def score(self, media: Tensor, prompts: Sequence[Prompt]) -> Scores:
-        """Score now, and count the time of it."""
+        """Score, and time it."""
         began = time.perf_counter()
         scores = super().score(media, prompts)
         if self.iteration is not None:
-            Watch.scored_for += time.perf_counter() - began
+            TimedScorer.scored_for += time.perf_counter() - began
         return scores
 
 
 def overlap(kind: str, batch: int, iterations: int = 2) -> dict[str, float]:
-    """Per iteration of a shortened quick start: seconds of scoring, and of waiting for scores.
+    """Seconds per iteration of scoring and of waiting for scores, in a shortened quick start.
 
-    What is waited for is not hidden. Other work on the machine slows both alike, so that the share
-    holds on a busy machine too, where the length of two runs could not be compared.
+    Scoring is hidden as far as nothing waits for it. Other work on the machine slows both times alike,
+    so their quotient is meaningful on a busy machine, unlike the lengths of two runs.
     """
     option, cost = {
         "Paused": ("seconds_per_sample", 0.01), "Busy": ("products_per_sample", 10.0),
     }[kind]  # fmt: skip
-    Watch.waited = Watch.scored_for = 0.0
-    observer.RewardScorer = Watch  # type: ignore[misc]
+    TimedScorer.waited = TimedScorer.scored_for = 0.0
+    setup.RewardScorer = TimedScorer  # type: ignore[misc]
     with tempfile.TemporaryDirectory() as folder:
-        model = f"benchmarks.rewards:{kind}"
+        model = f"benchmarks.reward_throughput:{kind}"
         settings = [
             f"rewards=[{{model='{model}', options={{{option}={cost}}}}}]",
             f"run.folder={folder}/run", f"train.iterations={iterations}", "train.groups=6",
             "train.train_batch=48", f"train.rollout_batch={batch}", "evaluation.every=0",
-            "evaluation.images=6", "evaluation.measures=[]", "evaluation.grid_prompts=2",
+            "evaluation.images=6", "evaluation.metrics=[]", "evaluation.grid_prompts=2",
             "evaluation.grid_samples=1", "failures.probe=off", "run.checkpoint_every=100",
         ]  # fmt: skip
         flowgrpo.train(flowgrpo.load("quickstart", settings))
         lines = (Path(folder) / "run" / "timings.jsonl").read_text().splitlines()
-    observer.RewardScorer = RewardScorer  # type: ignore[misc]
+    setup.RewardScorer = RewardScorer  # type: ignore[misc]
     return {
         "batches": SAMPLES / batch,
         "rollout": statistics.mean(json.loads(line)["rollout"] for line in lines),
-        "scoring": Watch.scored_for / iterations,
-        "waited": Watch.waited / iterations,
+        "scoring": TimedScorer.scored_for / iterations,
+        "waited": TimedScorer.waited / iterations,
     }
 
 
 def tables(results: Mapping[str, Any]) -> str:
     """Both tables, in Markdown."""
-    lines = [
-        "| reward | batch | fp32 | bf16 | fp32, served | served against in process |",
-        "|---|---|---|---|---|---|",
-    ]
+    rows = []
     for name, r in results["rates"].items():
-        what = f"{r['number']} {'videos' if r['video'] else 'images'}"
+        batch = f"{r['number']} {'videos' if r['video'] else 'images'}"
         half = _digits(r["bfloat16"]) if "bfloat16" in r else ""
         served = ("", "")
         if "served" in r:
             served = (_digits(r["served"]), f"{r['served'] / r['float32']:.0%}")
-        cells = (f"`{name}`", what, _digits(r["float32"]), half, *served)
-        lines.append(f"| {' | '.join(cells)} |")
+        rows.append((f"`{name}`", batch, _digits(r["float32"]), half, *served))
+    heads = ("reward", "batch", "fp32", "bf16", "fp32, served", "served against in process")
+    rates_table = markdown_table(heads, rows)
     if not results["overlap"]:
-        return "\n".join(lines)
-    lines += [
-        "",
-        "| reward | batches per iteration | rollout | scoring | waited for scores | scoring hidden |",
-        "|---|---|---|---|---|---|",
-    ]
+        return rates_table
+    rows = []
     for name, r in results["overlap"].items():
         seconds = (f"{r[k]:.2f} s" for k in ("rollout", "scoring", "waited"))
         hidden = f"{max(0.0, 1 - r['waited'] / r['scoring']):.0%}"
-        lines.append(
-            f"| {name.split('/')[0]} | {r['batches']:.0f} | {' | '.join(seconds)} | {hidden} |"
-        )
-    return "\n".join(lines)
+        rows.append((name.split("/")[0], f"{r['batches']:.0f}", *seconds, hidden))
+    heads = (
+        "reward", "batches per iteration", "rollout", "scoring", "waited for scores", "scoring hidden",
+    )  # fmt: skip
+    return f"{rates_table}\n\n{markdown_table(heads, rows)}"
 
 
 def _digits(value: float) -> str:
-    """Three digits, without an exponent."""
+    """Format with three digits, without an exponent."""
     return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def main() -> None:
-    """Measure what is not in the file yet; write the tables."""
+    """Measure the rewards that are not in the file yet, and write the tables."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", required=True, help="file for the results")
     parser.add_argument("--size", choices=("tiny", "real"), default="tiny")
@@ -268,7 +263,7 @@ def main() -> None:
         if name not in results["rates"]:
             keep("rates", name, rates(makes[name], options.device, options.repeats))
     if options.size == "tiny":
-        between(PAGE, "rewards", tables(results))
+        write_marked_text(PAGE, "rewards", tables(results))
     print(tables(results))
 
 

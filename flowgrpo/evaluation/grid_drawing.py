@@ -1,4 +1,8 @@
-"""Comparison grids: one prompt per row, one model per block, the same noise in the same place."""
+"""Draws labelled grids of images or videos: one prompt per row, one model per block of columns.
+
+Images at the same place of two blocks share their noise. Nothing here knows models or rewards; see
+:mod:`flowgrpo.evaluation.comparison_grid`.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,11 +14,12 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 TICK, CROSS = "✓", "✗"
-"""Notes that begin with one of these get a green or a red mark on the image."""
+"""A note that begins with one of these is drawn as a green or red mark on the image."""
 
 SMALLEST_TILE, LARGEST_TILE, LARGEST_FRAME = 96, 256, 128
+"""Limits of the longer side of an image, and of a video's frame, in pixels."""
 TOLERANCE = 1e-3
-"""How far values may leave [0, 1]: decoders overshoot by rounding."""
+"""Distance by which values may leave [0, 1], since decoders overshoot by rounding errors."""
 
 MARGIN, LABEL_WIDTH, LABEL_GAP = 32, 208, 24
 TILE_GAP, VIDEO_GAP, BLOCK_GAP, ROW_GAP, FRAME_GAP = 6, 16, 32, 22, 2
@@ -37,20 +42,21 @@ BOLD = ("Inter-SemiBold.ttf", "Roboto-Medium.ttf", "DejaVuSans-Bold.ttf", "Arial
 
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 Media = Float[Tensor, "_samples *_frames _channels _height _width"]
-"""Not checked by name: :func:`draw_grid` says more helpfully which block differs."""
+"""Axes whose sizes are not checked by annotation, because :func:`draw_grid` names the block that
+differs."""
 
 
 @dataclass(frozen=True)
 class GridRow:
-    """One prompt.
+    """One row of a grid, with the images of one prompt.
 
     Attributes:
-        label: The prompt's text; what does not fit beside the images ends in an ellipsis.
+        label: The prompt's text; it is cut with an ellipsis if it does not fit next to the images.
         blocks: One tensor per column, images ``(S, C, H, W)`` or videos ``(S, F, C, H, W)`` in
             [0, 1] with 1 or 3 channels.
-        notes: One text per image: "✓" and "✗" become marks, other text stands below the image.
-        conditions: What the images were made from (editing, image-to-video); the first three are
-            shown below the label.
+        notes: One text per image: "✓" and "✗" become marks, other text is drawn below the image.
+        conditions: Condition images (editing, image-to-video); the first three are drawn below the
+            label.
     """
 
     label: str
@@ -67,18 +73,19 @@ def draw_grid(
     subtitle: str,
     scale: int | None = None,
 ) -> Image.Image:
-    """Draw rows of prompts times blocks of samples as one labelled RGB image.
+    """Draw rows of prompts and blocks of samples as one labelled RGB image.
 
     Args:
-        rows: The prompts; all media have one shape.
+        rows: One row per prompt; all media have the same shape.
         columns: One title per block, such as "base" and "after 300 iterations".
         title: Headline.
-        subtitle: How the images were made: sampler, steps, guidance, resolution, seed.
-        scale: Whole factor by which images are enlarged. By default small images grow by the least
-            factor that makes their longer side 96 pixels, and large ones shrink to 256.
+        subtitle: How the images were generated: sampler, steps, guidance, resolution, seed.
+        scale: Integer factor by which images are enlarged. By default small images are enlarged by
+            the smallest factor that makes their longer side at least 96 pixels, and large ones are
+            reduced to 256 pixels.
 
     Returns:
-        The picture. A video is its first, middle and last frame side by side.
+        The picture. A video is shown by its first, middle and last frame side by side.
 
     Raises:
         ValueError: If there is nothing to draw, counts or shapes differ, or a value is NaN or
@@ -142,13 +149,20 @@ def _tile_size(shape: torch.Size, scale: int | None) -> tuple[int, int]:
 
 
 def _frames(shape: torch.Size) -> list[int]:
-    """The frames that stand for a video; the one frame of an image."""
+    """Indices of the frames that are drawn: first, middle and last of a video, 0 of an image."""
     return sorted({0, shape[1] // 2, shape[1] - 1}) if len(shape) == 5 else [0]
 
 
 @dataclass(frozen=True)
 class _Layout:
-    """Where the tiles are, in pixels. ``frame`` is the width and height of one image or frame."""
+    """Positions of the tiles in pixels; a tile is an image, or the frames of a video side by side.
+
+    Attributes:
+        samples: Tiles per block.
+        blocks: Blocks per row.
+        frame: Width and height of one image or frame.
+        frames: Frames per tile.
+    """
 
     samples: int
     blocks: int
@@ -161,7 +175,7 @@ class _Layout:
 
     @property
     def pitch(self) -> int:
-        """From one tile to the next."""
+        """Distance between the left edges of neighbouring tiles."""
         return self.tile_width + (VIDEO_GAP if self.frames > 1 else TILE_GAP)
 
     @property
@@ -178,7 +192,7 @@ class _Layout:
 
 
 class _Paragraph:
-    """Text broken into lines that fit."""
+    """Text broken into lines of limited width."""
 
     def __init__(self, text: str, size: int, width: int, max_lines: int, bold: bool = False):
         self.font = _font(text, size, bold)
@@ -196,10 +210,10 @@ class _Heading:
     """Title, subtitle and the titles of the blocks."""
 
     def __init__(self, title: str, subtitle: str, columns: Sequence[str], layout: _Layout):
-        room = layout.width - 2 * MARGIN
+        width = layout.width - 2 * MARGIN
         self.layout = layout
-        self.title = _Paragraph(title, 22, room, 3, bold=True)
-        self.subtitle = _Paragraph(subtitle, 14, room, 4)
+        self.title = _Paragraph(title, 22, width, 3, bold=True)
+        self.subtitle = _Paragraph(subtitle, 14, width, 4)
         self.columns = [_Paragraph(c, 15, layout.block_width, 2, bold=True) for c in columns]
         self.columns_bottom = (
             MARGIN + self.title.height + 4 + self.subtitle.height + 26
@@ -219,7 +233,7 @@ class _Heading:
 
 
 class _Row:
-    """One prompt with its tiles, and captions below them where notes have text."""
+    """One prompt with its tiles, and captions below them if any note has text."""
 
     def __init__(self, row: GridRow, layout: _Layout):
         self.row, self.layout = row, layout
@@ -230,9 +244,9 @@ class _Row:
         self.conditions = _thumbnails(row.conditions)
         strip = max((c.height + CONDITION_GAP for c in self.conditions), default=0)
         self.label = _Paragraph(row.label, 15, LABEL_WIDTH, max(6, (tiles_height - strip) // 21))
-        auxiliary = self.label.height + strip
-        self.height = max(tiles_height, auxiliary)
-        self.label_offset = max(0, (layout.frame[1] - auxiliary) // 2)
+        label_height = self.label.height + strip
+        self.height = max(tiles_height, label_height)
+        self.label_offset = max(0, (layout.frame[1] - label_height) // 2)
 
     def draw(self, canvas: Image.Image, top: int) -> None:
         self.label.draw(canvas, MARGIN, top + self.label_offset, INK)
@@ -253,7 +267,7 @@ class _Row:
         pen = ImageDraw.Draw(canvas)
         for place, frame in enumerate(_frames(frames[None].shape)):
             x = left + place * (width + FRAME_GAP)
-            # The border gives white images an edge; outside, it hides no pixel of them.
+            # The border makes the edge of white images visible; it lies outside the image.
             pen.rectangle((x - 1, top - 1, x + width, top + height), outline=FAINT)
             canvas.paste(_picture(frames[frame], self.layout.frame), (x, top))
         right = left + self.layout.tile_width
@@ -267,7 +281,7 @@ class _Row:
 
 
 def _thumbnails(pictures: Sequence[Image.Image]) -> list[Image.Image]:
-    """The first three, small enough to stand side by side below a label."""
+    """Copies of the first three images, small enough to fit side by side below a label."""
     shown = [p.convert("RGB") for p in pictures[:3]]
     side = (LABEL_WIDTH + TILE_GAP) // max(len(shown), 2) - TILE_GAP
     for picture in shown:
@@ -276,7 +290,7 @@ def _thumbnails(pictures: Sequence[Image.Image]) -> list[Image.Image]:
 
 
 def _caption(note: str) -> str:
-    """What of a note is written out."""
+    """A note without its mark, to be drawn as text."""
     return note.lstrip(TICK + CROSS).strip()
 
 
@@ -289,7 +303,7 @@ def _picture(image: Tensor, size: tuple[int, int]) -> Image.Image:
 
 @cache
 def _badge(good: bool, size: int = 19) -> Image.Image:
-    """A green disc with a tick or a red one with a cross, with smooth edges."""
+    """A green disc with a tick or a red disc with a cross, anti-aliased."""
     fine = 4 * size
     badge = Image.new("RGBA", (fine, fine), (255, 255, 255, 0))
     pen = ImageDraw.Draw(badge)
@@ -310,7 +324,7 @@ def _badge(good: bool, size: int = 19) -> Image.Image:
 
 @cache
 def _font(text: str, size: int, bold: bool) -> Font:
-    """The first installed font that can write the text; the first of all if none can."""
+    """The first installed font with glyphs for the whole text; the first font if there is none."""
     fonts = _fonts(size, bold)
     return next((font for font in fonts if _covers(font, text)), fonts[0])
 
@@ -327,14 +341,16 @@ def _fonts(size: int, bold: bool) -> list[Font]:
 
 
 def _covers(font: Font, text: str) -> bool:
-    """Whether no character comes out as the box that stands for a missing glyph."""
+    """Whether the font has a glyph for every character of the text."""
     missing = bytes(font.getmask("\uffff"))
     return all(c.isspace() or bytes(font.getmask(c)) != missing for c in set(text))
 
 
 def _wrap(text: str, font: Font, width: int, max_lines: int) -> list[str]:
-    """Break text into at most ``max_lines`` lines no wider than ``width``, between words if it can
-    be; what is left over becomes an ellipsis."""
+    """Break text into at most ``max_lines`` lines no wider than ``width``, between words if possible.
+
+    Text that does not fit is replaced by an ellipsis.
+    """
     lines = [""]
     for word in text.split():
         joined = f"{lines[-1]} {word}".strip()

@@ -1,17 +1,17 @@
-"""What the study compares: one entry per algorithm, as settings on top of the quick start.
+"""The entries of the study: one per algorithm, as settings on top of the quick start.
 
-All start from the same weights, with the same rewards, learning rate, prompts, group size and
-transition (coefficients-preserving sampling at 0.7). All that train steps of different noise use
-GRPO-Guard's ratio, or the last steps, whose noise is smallest, would drown the others in the
-gradient; one entry leaves it out to show that. What differs is who judges which steps.
+All entries have the same initial weights, rewards, learning rate, prompts, group size and transition
+(coefficients-preserving sampling at 0.7). Entries that train steps with different noise use GRPO-Guard's
+ratio; without it the last steps, which have the least noise, would dominate the gradient, as one entry
+shows. Entries differ in which candidates each step is credited with.
 """
 
 from dataclasses import dataclass
 
 PROMPTS = 18
-"""Prompts in an iteration."""
+"""Prompts per iteration."""
 IMAGES = 480
-"""Held-out images of an evaluation."""
+"""Held-out images per evaluation."""
 CPS = "transition={kind='cps', noise_level=0.7}"
 ONE_EARLY = "steps={kind='random_window', size=1, first=0, last=4}"
 THREE = "steps={kind='random_steps', count=3, first=0, last=6}"
@@ -24,7 +24,7 @@ class Entry:
     """One row of the study.
 
     Attributes:
-        name: As in the tables.
+        name: Name in the tables.
         settings: ``--set`` arguments on top of the quick start.
     """
 
@@ -33,7 +33,7 @@ class Entry:
 
     @property
     def slug(self) -> str:
-        """A file name."""
+        """The name as a file name."""
         plain = (c if c.isascii() and c.isalnum() else " " for c in self.name.lower())
         return "-".join("".join(plain).split())
 
@@ -94,7 +94,7 @@ def _rewards(proxy_weight: float) -> str:
         f"{{name='{n}', model='flowgrpo.shapes.rewards:{n.capitalize()}', weight=0.0}}"
         for n in ("strict", "graded")
     )
-    return f"rewards=[{{name='inked', model='inked:Inked', weight={proxy_weight}}}, {true}]"
+    return f"rewards=[{{name='inked', model='benchmarks.study.flawed_reward:Inked', weight={proxy_weight}}}, {true}]"
 
 
 def _scored(std: str) -> tuple[str, ...]:
@@ -115,4 +115,5 @@ OVEROPTIMISED = (
     Entry("Win rates", _compared(0.0)),
     Entry("Win rates, near scores tie", _compared(0.05)),
 )
-"""On ``inked.Inked``, which has a small bias to exploit; the true scores are only measured."""
+"""Entries trained on :class:`benchmarks.study.flawed_reward.Inked`, which has a small bias to exploit.
+The true scores are recorded with weight 0."""

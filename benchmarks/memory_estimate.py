@@ -1,10 +1,10 @@
-"""The memory estimate against what is measured, at larger sizes than the tests'.
+"""Compares the memory estimate with measured memory, at larger sizes than the tests.
 
-Usage: python -m benchmarks.estimate [--family NAME ...] [--gpu CONFIG ...]
+    python -m benchmarks.memory_estimate [--family NAME ...] [--gpu CONFIG ...]
 
-Without a GPU, pipelines of the tiny families are made wider and deeper, and one training replay is
-counted tensor by tensor. With ``--gpu sd35_medium`` or ``flux1_dev``, the transformer of the
-published size gets random weights on the GPU, and PyTorch's own count of a replay is compared.
+Without a GPU, denoisers of the tiny families are made wider and deeper, and the bytes of one training
+step are counted tensor by tensor. With ``--gpu sd35_medium`` or ``flux1_dev``, the transformer of the
+published size gets random weights on the GPU, and PyTorch's count of allocated memory is compared.
 """
 
 import argparse
@@ -17,9 +17,9 @@ import torch
 from torch import nn
 
 from flowgrpo.memory import GB
-from flowgrpo.memory.blueprint import build
-from flowgrpo.memory.live import Live
-from flowgrpo.memory.trace import Tracer, bytes_of
+from flowgrpo.memory.dispatch_modes import MemoryCounter
+from flowgrpo.memory.meta_pipeline import build
+from flowgrpo.memory.tracer import Tracer, bytes_of
 from flowgrpo.policy import LoRA
 from flowgrpo.policy.loading import denoisers, load_pipeline
 from flowgrpo.policy.weights import Trainable
@@ -39,18 +39,18 @@ WIDER: dict[str, dict[str, Any]] = {
 
 
 class Inputs:
-    """Keeps what a denoiser is called with, so that the forward can be repeated alone."""
+    """Records the arguments of a denoiser's calls, so that its forward can be repeated alone."""
 
     def __init__(self, model: nn.Module):
-        self.kept: list[tuple[Any, Any]] = []
+        self.calls: list[tuple[Any, Any]] = []
         self.handle = model.register_forward_pre_hook(self, with_kwargs=True)
 
     def __call__(self, model: nn.Module, args: Any, kwargs: Any) -> None:
-        self.kept.append((args, kwargs))
+        self.calls.append((args, kwargs))
 
 
 def widened(name: str, folder: Path) -> Path:
-    """A family's folder with a larger denoiser."""
+    """Save a family with a larger denoiser. Returns the folder."""
     save(name, folder)
     pipeline = load_pipeline(folder)
     for part, model in denoisers(pipeline).items():
@@ -60,7 +60,7 @@ def widened(name: str, folder: Path) -> Path:
 
 
 def on_cpu(name: str) -> None:
-    """Count a forward of a widened family, in fp32."""
+    """Compare the estimate for a training step of a widened family with counted bytes, in fp32."""
     with tempfile.TemporaryDirectory() as temporary:
         folder = widened(name, Path(temporary))
         call = {**FAMILIES[name].call, "height": 128, "width": 128}
@@ -78,28 +78,28 @@ def on_cpu(name: str) -> None:
         trainable = Trainable({part: model}, LORA, seed=0, with_reference=False)
         inputs.handle.remove()
         for parameter in trainable.parameters.values():
-            # Gradients are counted apart, in full; here they must not add to what is measured.
+            # The estimate counts gradients of weights separately, so they are dropped here.
             parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
         for checkpointing in (False, True):
             if checkpointing:
                 model.enable_gradient_checkpointing()
-            with Live([*model.parameters(), *model.buffers()]) as live:
-                # All that one step asks for: some pipelines guide with a second call of the model.
-                outputs = [model(*args, **kwargs)[0] for args, kwargs in inputs.kept]
+            with MemoryCounter([*model.parameters(), *model.buffers()]) as live:
+                # All calls of one step; some pipelines call the model twice for guidance.
+                outputs = [model(*args, **kwargs)[0] for args, kwargs in inputs.calls]
                 sum(o.square().mean() for o in outputs).backward()
             report(f"{name}, cpu", checkpointing, found.peak(checkpointing), live.peak)
             model.zero_grad(set_to_none=True)
 
 
 def on_gpu(name: str, side: int, batch: int) -> None:
-    """Measure a forward and backward of a published transformer with random weights, in bf16."""
+    """Compare the estimate for a published transformer with PyTorch's count on a GPU, in bf16."""
     call = {"height": side, "width": side, "max_sequence_length": 256}
     arguments = {"prompt": ["a red cube"] * batch, "num_inference_steps": 4, **call}
     pipeline = build(PUBLISHED / name, torch.bfloat16)
     Trainable(denoisers(pipeline), LORA, seed=0, with_reference=False)
     tracer = Tracer(pipeline, torch.bfloat16)
     calls: list[tuple[Any, Any]] = []
-    inner = tracer._enter
+    inner = tracer._to_fake
 
     def noting(part: str, values: Any) -> Any:
         entered = inner(part, values)
@@ -107,7 +107,7 @@ def on_gpu(name: str, side: int, batch: int) -> None:
             calls.append(entered)
         return entered
 
-    tracer._enter = noting  # type: ignore[method-assign]
+    tracer._to_fake = noting  # type: ignore[method-assign]
     found = tracer.training(arguments)
     args, kwargs = (_on_gpu(v) for v in calls[:2])
     config = pipeline.transformer.config
@@ -145,18 +145,18 @@ def _on_gpu(values: Any) -> Any:
     return tree_map(make, values)
 
 
-def report(what: str, checkpointing: bool, estimate: int, measured: int) -> None:
-    """One line."""
+def report(name: str, checkpointing: bool, estimate: int, measured: int) -> None:
+    """Print one line."""
     how = "with checkpointing" if checkpointing else "without checkpointing"
     print(
-        f"{what:<28} {how:<22} estimate {estimate / 2**20:10.1f} MB  measured "
+        f"{name:<28} {how:<22} estimate {estimate / 2**20:10.1f} MB  measured "
         f"{measured / 2**20:10.1f} MB  {estimate / measured - 1:+.1%}",
         flush=True,
     )
 
 
 def main() -> None:
-    """Run what the arguments say."""
+    """Compare the families or models of the arguments."""
     options = argparse.ArgumentParser(description=__doc__)
     options.add_argument("--family", nargs="*", default=list(WIDER), choices=list(WIDER))
     options.add_argument("--gpu", nargs="*", default=[], choices=["sd35_medium", "flux1_dev"])

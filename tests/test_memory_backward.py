@@ -1,4 +1,4 @@
-"""The backward of the memory estimate is autograd's, node by node."""
+"""The node-by-node backward pass of the memory estimate agrees with autograd."""
 
 from contextlib import nullcontext
 
@@ -6,10 +6,10 @@ import torch
 from torch import nn
 
 from flowgrpo.memory.backward import again, backward, roots_of
-from flowgrpo.memory.live import Live
+from flowgrpo.memory.dispatch_modes import MemoryCounter
 
 
-def test_gradients_are_autograds() -> None:
+def test_gradients_equal_autograds() -> None:
     torch.manual_seed(0)
     first, second = nn.Linear(3, 4), nn.Linear(4, 4)
     x = torch.randn(2, 3, requires_grad=True)
@@ -23,10 +23,10 @@ def test_gradients_are_autograds() -> None:
         torch.testing.assert_close(a, b)
 
 
-def test_a_block_computed_again_gives_its_inputs_their_gradients() -> None:
+def test_a_recomputed_block_has_gradients_for_its_inputs() -> None:
     torch.manual_seed(0)
     first, second = nn.Linear(3, 3), nn.Linear(3, 3)
-    anchor = torch.zeros(1, requires_grad=True)
+    dummy = torch.zeros(1, requires_grad=True)
     runs = []
 
     def block(scale: float, x: torch.Tensor, *, shift: torch.Tensor) -> tuple[torch.Tensor, None]:
@@ -35,7 +35,7 @@ def test_a_block_computed_again_gives_its_inputs_their_gradients() -> None:
 
     x, shift = torch.randn(2, 3, requires_grad=True), torch.randn(3, requires_grad=True)
     theirs = torch.autograd.grad(second(block(2.0, x, shift=shift)[0]).sum(), [x, shift])
-    out, nothing = again(nullcontext, anchor, block, (2.0, x), {"shift": shift})
+    out, nothing = again(nullcontext, dummy, block, (2.0, x), {"shift": shift})
     assert nothing is None
     loss = second(out).sum()
     ours = backward(roots_of([loss], [torch.ones_like(loss)]), [x, shift])
@@ -45,9 +45,9 @@ def test_a_block_computed_again_gives_its_inputs_their_gradients() -> None:
         torch.testing.assert_close(a, b)
 
 
-def test_what_was_saved_is_freed_on_the_way() -> None:
+def test_saved_tensors_are_freed_during_the_backward() -> None:
     weight = torch.ones(64, 64, requires_grad=True)
-    with Live([weight]) as live:
+    with MemoryCounter([weight]) as live:
         x = torch.ones(64, 64)
         for _ in range(8):
             x = (x @ weight).relu()
@@ -55,6 +55,6 @@ def test_what_was_saved_is_freed_on_the_way() -> None:
         del x
         saved = live.live
         backward(roots)
-        # Every step saved one state; a gradient or two more are alive at a time, and none at the end.
+        # Each step saves one state; at most a few gradients more are alive at a time, and none at the end.
         assert live.peak <= saved + 4 * 64 * 64 * 4
         assert live.live == 0

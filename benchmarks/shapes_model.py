@@ -1,14 +1,13 @@
-"""What a shapes model scores on the held-out prompts, per task and sampling setting.
+"""Measures the scores of a shapes model on held-out prompts, by task and sampling setting.
 
-python benchmarks/base_model.py --model shapes
+    python -m benchmarks.shapes_model --model shapes
 
-The plain call of the pipeline, without anything of flowgrpo's, takes 50 steps and guidance 5.
+The last setting, 50 steps with guidance 5, is the default of the pipeline's own call.
 """
 
 import argparse
 
-from bench_runs import percent, table
-
+from benchmarks.training_runs import percent
 from flowgrpo.cli.common import quiet
 from flowgrpo.config import find
 from flowgrpo.data.prompt_sets import PromptSet
@@ -18,17 +17,18 @@ from flowgrpo.rewards.scorer import RewardScorer
 from flowgrpo.rewards.settings import Reward
 from flowgrpo.shapes.captions import TASKS
 from flowgrpo.shapes.rewards import Diversity
+from scripts.page_tables import markdown_table
 
 SETTINGS = [(8, 1.0), (8, 2.0), (28, 1.0), (28, 3.0), (50, 5.0)]
 
 
 def main() -> None:
-    """Measure and print a Markdown table."""
+    """Measure, and print a Markdown table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="shapes")
     parser.add_argument("--images", type=int, default=480)
     parser.add_argument(
-        "--settings", type=int, default=len(SETTINGS), help="how many of the settings"
+        "--settings", type=int, default=len(SETTINGS), help="number of settings to measure"
     )
     options = parser.parse_args()
     quiet()
@@ -50,7 +50,7 @@ def main() -> None:
             seed=0,
             sampling=sampling,
             balance="tag",
-            measures=[Diversity()],
+            metrics=[Diversity()],
         )
         tasks = [f"{100 * result['by_class'][t]['strict']:.0f}" for t in TASKS]
         rows.append(
@@ -60,10 +60,12 @@ def main() -> None:
                 percent(result["scores"]["strict"], result["images"]),
                 *tasks,
                 f"{result['scores']['graded']:.3f}",
-                f"{result['measures']['diversity/color']:.2f}",
+                f"{result['metrics']['diversity/color']:.2f}",
             ]
         )
-    print(table(["steps", "guidance", "strict, %", *TASKS, "graded", "colour entropy"], rows))
+    print(
+        markdown_table(["steps", "guidance", "strict, %", *TASKS, "graded", "colour entropy"], rows)
+    )
     scorer.close()
 
 

@@ -1,4 +1,4 @@
-"""The study's curves as pictures."""
+"""The study's plots: gain over time, and accuracy against diversity."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -7,8 +7,9 @@ import matplotlib
 import numpy as np
 from PIL import Image
 from scipy import stats
-from study_report import COLOUR, Budgets, Curve, Study, residual
-from study_runs import ALGORITHMS, Entry
+
+from benchmarks.study.entries import ALGORITHMS, Entry
+from benchmarks.study.results import COLOUR, Budgets, Curve, Study, residual
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -18,7 +19,7 @@ INK, REST = "#1f5fa8", "#b8b8b8"
 
 
 def draw(study: Study, budgets: Budgets, folder: Path) -> list[Path]:
-    """Gains over time and accuracy against diversity, a panel per algorithm, as PNG files."""
+    """Draw gains over time and accuracy against diversity, one panel per algorithm, as PNG files."""
     folder.mkdir(parents=True, exist_ok=True)
     runs = {e: study.curves(e) for e in ALGORITHMS}
     runs = {e: curves for e, curves in runs.items() if curves}
@@ -41,15 +42,15 @@ def _panels(number: int) -> tuple[plt.Figure, Sequence[plt.Axes]]:
 
 
 def _gains(curves: Sequence[Curve]) -> tuple[np.ndarray, np.ndarray]:
-    """Iterations, and at each of them the gain of every seed in points."""
+    """Iterations, and the gain of every seed at each of them in points ``(seeds, iterations)``."""
     iterations = np.asarray(min((c.iterations for c in curves), key=len))
     return iterations, np.asarray([[100 * c.gain("strict", i) for i in iterations] for c in curves])
 
 
 def _halves(gains: Sequence[np.ndarray]) -> np.ndarray:
-    """Half of one seed's 95 % interval along a run, from all algorithms together; 0 for one seed.
+    """Half of the 95 % confidence interval of one seed along a run, pooled over all algorithms.
 
-    Runs have one evaluation more or less, so they are compared at equal shares of their length.
+    Runs differ by an evaluation, so they are compared at equal shares of their length. 0 for one seed.
     """
     seeds = min(len(by_seed) for by_seed in gains)
     points = min(by_seed.shape[1] for by_seed in gains)
@@ -61,7 +62,7 @@ def _halves(gains: Sequence[np.ndarray]) -> np.ndarray:
 
 
 def _at_share(values: np.ndarray, points: int) -> np.ndarray:
-    """Values at as many equal shares of their length."""
+    """Values interpolated at ``points`` equal shares of their length."""
     places = np.linspace(0, len(values) - 1, points)
     return np.interp(places, np.arange(len(values)), values)
 

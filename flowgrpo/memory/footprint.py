@@ -1,4 +1,4 @@
-"""What the parts of a configured run take: exact for weights, traced for activations."""
+"""Computes the memory footprint of a configured run: weights exactly, activations by tracing."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from flowgrpo.config import Config
 from flowgrpo.data.prompts import Prompt
-from flowgrpo.memory.blueprint import NoEstimate, build, config_folder
-from flowgrpo.memory.budget import GB, Choice, Measured
-from flowgrpo.memory.trace import Activations, Tracer, bytes_of
+from flowgrpo.memory.budget import GB, Footprint, MemoryOptions
+from flowgrpo.memory.meta_pipeline import EstimateError, build, config_folder
+from flowgrpo.memory.tracer import Activations, Tracer, bytes_of
 from flowgrpo.policy.arguments import Calling, own_arguments
 from flowgrpo.policy.loading import DTYPES, denoisers
 from flowgrpo.policy.settings import Full, Noise, Weights
@@ -28,18 +28,18 @@ REWARDS = {
     "ocr": 0,
     "pick_score": 4 * 986_109_441,
 }
-"""Bytes on the device of the reward models that come with flowgrpo: parameters in fp32. Those of
-others are not known."""
+"""Bytes on the device of reward models that come with flowgrpo, with parameters in fp32. The size of
+any other reward model is unknown."""
 
 
-def choice_of(config: Config) -> Choice:
-    """The settings of a configuration that decide how much memory it takes."""
+def memory_options(config: Config) -> MemoryOptions:
+    """The settings of a configuration that change how much memory it takes."""
     memory = config.memory
     names = (
         "decode_batch", "gradient_checkpointing", "offload_text_encoders", "offload_vae", "quantize",
     )  # fmt: skip
     fitting: dict[str, Any] = {n: getattr(memory, n) for n in names}
-    return Choice(
+    return MemoryOptions(
         rollout_batch=config.train.rollout_batch,
         train_batch=config.train.train_batch,
         optimizer=config.train.optimizer,
@@ -47,19 +47,19 @@ def choice_of(config: Config) -> Choice:
     )
 
 
-def measure(
+def estimate_footprint(
     config: Config, prompts: Sequence[Prompt], num_processes: int = 1, device: str = "cuda"
-) -> Measured:
-    """Build the configured pipeline without weights and run it on fake tensors.
+) -> Footprint:
+    """Build the configured pipeline without weights, and run it once on fake tensors.
 
     Args:
-        config: The run.
-        prompts: Its training prompts; the longest text is taken, and the largest size.
-        num_processes: Among which the groups are shared.
-        device: Type of the device that is imagined; it need not be there.
+        config: Configuration of the run.
+        prompts: Its training prompts, of which the longest text and the largest size are traced.
+        num_processes: Number of processes that share the groups of an iteration.
+        device: Device type to estimate for; no such device has to be present.
 
     Raises:
-        NoEstimate: If the config files cannot be had, or the pipeline cannot be traced.
+        EstimateError: If the config files are not available, or the pipeline cannot be traced.
     """
     dtype, weights = DTYPES[config.model.dtype], config.model.weights
     pipeline = build(config_folder(config.model.path), dtype)
@@ -73,18 +73,19 @@ def measure(
     _fit_decoder(config, models)
     tracer = Tracer(pipeline, dtype, full=full, device=device)
     batches = config.train.rollout_batch, config.train.train_batch
-    # Whatever a pipeline does that fake tensors cannot follow, a run is not stopped by it.
+    # Pipelines may do anything that fake tensors do not support. Whatever that raises must not stop
+    # a run, so it becomes the one error that the caller handles.
     try:
         latents, training = _traced(tracer, config, prompts, batches)
     except Exception as error:
         reason = f"{type(error).__name__}: {str(error).strip()[:200]}"
-        raise NoEstimate(
+        raise EstimateError(
             f"{type(pipeline).__name__} cannot be traced without weights ({reason})"
         ) from error
     samples = config.train.groups * config.algorithm.group_size // num_processes
     states = latents.numel() // batches[0] * (config.sampling.num_steps + 1) if latents else 0
     kl = config.loss.kl_coef > 0
-    return Measured(
+    return Footprint(
         denoisers={k: after[k] if full else before[k] for k in ours},
         linear=sum(w.numel() for w in linear),
         linear_bytes=sum(w.numel() * w.element_size() for w in linear),
@@ -108,19 +109,19 @@ def measure(
 def _traced(
     tracer: Tracer, config: Config, prompts: Sequence[Prompt], batches: tuple[int, int]
 ) -> tuple[torch.Size | None, Activations]:
-    """The shape of a rollout's latents, and what a training step keeps."""
+    """The shape of a rollout batch's latents, and the activations of a training batch."""
     calling = Calling()
     calling(tracer.rollout, _arguments(config, prompts, batches[0]), batches[0])
     latents = tracer.latents
     if isinstance(config.model.weights, Noise):
-        # No gradient goes through a model.
+        # The initial noise is trained, so no gradient passes through a model.
         return latents, Activations(0, 0, None)
     arguments = _arguments(config, prompts, batches[1])
     return latents, calling(tracer.training, arguments, batches[1])
 
 
 def _trained(models: Mapping[str, ModelMixin], weights: Weights | Noise) -> int:
-    """Make the denoisers trainable as configured. Returns the number of trained weights."""
+    """Make the denoisers trainable as configured. Returns the number of trained parameters."""
     if isinstance(weights, Noise):
         return 0
     trainable = Trainable(models, weights, seed=0, with_reference=False)
@@ -128,12 +129,12 @@ def _trained(models: Mapping[str, ModelMixin], weights: Weights | Noise) -> int:
 
 
 def _linear_weights(models: Iterable[nn.Module]) -> list[Tensor]:
-    """What a quantised base would hold in fewer bits."""
+    """Weights of all linear layers, which quantisation would store in fewer bits."""
     return [m.weight for d in models for m in d.modules() if isinstance(m, nn.Linear)]
 
 
 def _arguments(config: Config, prompts: Sequence[Prompt], batch: int) -> dict[str, Any]:
-    """One call's arguments: the longest text at the largest size, as often as the batch says."""
+    """Arguments of one call: the longest text at the largest size, repeated ``batch`` times."""
     sampling = config.sampling
     usual = sampling.height, sampling.width, sampling.num_frames
 
@@ -148,7 +149,7 @@ def _arguments(config: Config, prompts: Sequence[Prompt], batch: int) -> dict[st
 
 
 def _fit_decoder(config: Config, models: dict[str, nn.Module]) -> None:
-    """Tiling and slicing change what a decoder does; the VAE's own switches say how."""
+    """Switch on tiled or sliced decoding as configured, since both change the activations."""
     memory, vae = config.memory, models.get("vae")
     for setting, switch in (("vae_tiling", "enable_tiling"), ("vae_slicing", "enable_slicing")):
         if getattr(memory, setting) and hasattr(vae, switch):
@@ -156,7 +157,7 @@ def _fit_decoder(config: Config, models: dict[str, nn.Module]) -> None:
 
 
 def _reward_bytes(reward: Reward) -> int | None:
-    """Bytes of a reward model on the device; None if that is not known."""
+    """Bytes of a reward model on the device; ``None`` if unknown."""
     if reward.model == "flowgrpo.rewards.frames:FrameMean":
         return REWARDS.get(str(reward.options.get("model")))
     return REWARDS.get(Path(reward.model).name)

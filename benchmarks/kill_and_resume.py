@@ -1,9 +1,9 @@
-"""Kill a run at random moments, start it again, and compare with a run that was left alone.
+"""Kills runs at random moments, resumes them, and compares them with an uninterrupted run.
 
-python benchmarks/kills.py --kills 30
+    python -m benchmarks.kill_and_resume --kills 30
 
-A kill is survived if the run goes on after it; all of them together are survived bit for bit if the
-weights, the optimizer's moments, the metrics and the evaluations equal the undisturbed run's.
+A kill is survived if the run resumes after it. A run is identical if its weights, the optimizer's
+moments, the metrics and the evaluations equal those of the uninterrupted run bit for bit.
 """
 
 import argparse
@@ -39,7 +39,7 @@ PARTS = ("weights", "optimizer", "ema")
 
 
 def command(folder: Path) -> list[str]:
-    """The command of the run."""
+    """The command that starts or resumes a run."""
     settings = [f"--set={s}" for s in (*SMALL, f"run.folder={folder}")]
     return [sys.executable, "-m", "flowgrpo", "train", "quickstart", *settings]
 
@@ -51,7 +51,7 @@ def differences(a: Path, b: Path) -> list[str]:
 
 
 def main() -> None:
-    """Run it."""
+    """Kill and resume runs until the number of kills is reached."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=30)
     parser.add_argument("--seed", type=int, default=0)
@@ -64,7 +64,7 @@ def main() -> None:
         began = time.time()
         subprocess.run(command(straight), check=True, stdout=subprocess.DEVNULL, env=environment)
         whole = time.time() - began
-        print(f"an undisturbed run takes {whole:.0f} s", flush=True)
+        print(f"an uninterrupted run takes {whole:.0f} s", flush=True)
         while kills < options.kills:
             folder = Path(temporary) / f"killed-{finished}"
             while True:
@@ -76,7 +76,7 @@ def main() -> None:
                     text=True,
                 )
                 try:
-                    # Anywhere between the start and the end, whatever the run is doing then.
+                    # A random moment between the start of the run and shortly after its expected end.
                     _, errors = process.communicate(
                         timeout=chance.uniform(0.15, 1.1) * whole if kills < options.kills else None
                     )
@@ -90,7 +90,7 @@ def main() -> None:
                     survived += 1
                     continue
                 if process.returncode != 0:
-                    print(f"did not go on: {errors[-500:]}", flush=True)
+                    print(f"was not resumed: {errors[-500:]}", flush=True)
                     survived -= 1
                 break
             finished += 1

@@ -1,4 +1,4 @@
-"""A measure of your own. In a configuration: ``measures = ["measure:pixel_diversity"]``."""
+"""A metric of your own. In a configuration: ``metrics = ["metric:pixel_diversity"]``."""
 
 from collections.abc import Mapping, Sequence
 
@@ -11,7 +11,7 @@ from flowgrpo.evaluation import held_out
 
 
 def pixel_diversity(prompts: Sequence[Prompt], media: Sequence[Tensor]) -> Mapping[str, float]:
-    """How far apart the images of a prompt are; ``media[i]`` are all images of ``prompts[i]``."""
+    """Mean standard deviation of pixels over a prompt's images; ``media[i]`` are those of prompt i."""
     spreads = [m.std(0, correction=0).mean() for m in media if len(m) > 1]
     return {"diversity/pixels": float(torch.stack(spreads).mean()) if spreads else 0.0}
 
@@ -22,6 +22,6 @@ if __name__ == "__main__":
     scorer = RewardScorer([Reward(model="jpeg_size")])
     prompts = PromptSet([Prompt("a photo of a triangle"), Prompt("a photo of two squares")])
     images = held_out.plan(prompts, 8)  # four of each prompt
-    measures = [pixel_diversity]
-    print(held_out.evaluate(policy, scorer, images, seed=0, sampling=sampling, measures=measures))
+    metrics = [pixel_diversity]
+    print(held_out.evaluate(policy, scorer, images, seed=0, sampling=sampling, metrics=metrics))
     scorer.close()

@@ -1,0 +1,1 @@
+"""Measurements that are run by hand, as ``python -m benchmarks.NAME``; ``README.md`` lists them."""

@@ -1,0 +1,74 @@
+"""Prints the memory estimate of a run and the settings to change if it does not fit."""
+
+from flowgrpo.config import Config, find
+from flowgrpo.data.prompt_sets import PromptSet
+from flowgrpo.memory.budget import GB, advise, budget
+from flowgrpo.memory.footprint import estimate_footprint, memory_options
+from flowgrpo.memory.meta_pipeline import EstimateError
+from flowgrpo.training.console import Console
+
+
+def print_estimate(
+    config: Config, num_processes: int, memory_gb: float | None, console: Console
+) -> None:
+    """Print the peak memory of one process by part, and what to change if a device is too small.
+
+    Args:
+        config: Configuration of the run.
+        num_processes: Number of processes that share the work.
+        memory_gb: Memory of a device in GB; ``None`` uses that of the GPU in this machine.
+        console: Console to print to.
+
+    Raises:
+        ValueError: If ``memory_gb`` is not above 0.
+    """
+    if memory_gb is not None and memory_gb <= 0:
+        raise ValueError(f"--memory-gb must be above 0, got {memory_gb:g}")
+    console.say("estimating the memory (nothing is loaded) ...")
+    try:
+        prompts = PromptSet.load(find(config.prompts.train)).prompts
+        parts = estimate_footprint(config, prompts, num_processes)
+    except EstimateError as error:
+        console.say(f"the memory cannot be estimated: {error}")
+        return
+    options = memory_options(config)
+    total = budget(parts, options)
+    rows = [(k, gb(v), "always") for k, v in total.resident.items()]
+    rows += [(k, gb(v), "largest" if k == total.phase else "") for k, v in total.phases.items()]
+    training, plain = parts.training, parts.training.peak(False)
+    if training.checkpointed is not None:
+        scale = options.train_batch / parts.batches[1]
+        kept = f"{gb(plain * scale)} without, {gb(training.peak(True) * scale)} with"
+        rows.append(("activations, gradient checkpointing", kept, ""))
+    rows.append(("peak", gb(total.peak), "always + largest"))
+    console.table("memory of one process, GB", ["part", "GB", ""], rows)
+    unknown = [k for k, v in parts.rewards.items() if v is None]
+    if unknown:
+        console.say(f"not counted, because their size is unknown: {', '.join(unknown)}")
+    capacity = round(memory_gb * GB) if memory_gb is not None else _device_memory()
+    if capacity is None:
+        console.say("no GPU found; use --memory-gb N to compare with a device of N GB")
+        return
+    needed = f"with CUDA's context and fragmentation, {gb(total.needed)} GB of {gb(capacity)} GB"
+    changes, fits = advise(parts, options, capacity)
+    if not changes and fits:
+        console.say(f"{needed}: fits")
+        return
+    console.say(f"{needed}: does NOT fit. Change these settings, in this order:")
+    for change in changes:
+        console.say(f"  {change.setting:<40} leaves a peak of {gb(change.peak)} GB")
+    if not fits:
+        console.say("  it does not fit even then: use a smaller image, a smaller model, or LoRA")
+
+
+def gb(number: int | float) -> str:
+    """Format bytes as GB with two decimals."""
+    return f"{number / GB:.2f}"
+
+
+def _device_memory() -> int | None:
+    import torch
+
+    if not torch.cuda.is_available():
+        return None
+    return int(torch.cuda.get_device_properties(0).total_memory)
