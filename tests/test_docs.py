@@ -19,6 +19,7 @@ from flowgrpo.config import Config
 from flowgrpo.config.reader import documentation, explain
 from flowgrpo.data.prompts import Prompt
 from flowgrpo.shapes.architecture import build_pipeline
+from scripts import credit_picture
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -173,6 +174,10 @@ def mentions(expression: str) -> list[tuple[str, str]]:
         found += [(page.name, s) for s in spans if re.fullmatch(expression, s)]
     assert found
     return found
+
+
+def test_the_picture_of_credit_shows_what_the_algorithms_collect():
+    assert (DOCS / "credit.svg").read_text() == credit_picture.picture()
 
 
 def test_every_name_exists():
