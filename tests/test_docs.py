@@ -26,7 +26,7 @@ from scripts import credit_picture
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 EXAMPLES = sorted((DOCS / "examples").glob("*.py"))
-PAGES = sorted([*DOCS.glob("*.md"), ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"])
+PAGES = sorted([*DOCS.glob("*.md"), *ROOT.glob("*.md"), ROOT / "prompts" / "README.md"])
 MODEL = ROOT / "flowgrpo" / "shapes" / "model"
 
 WRITTEN = ("metrics.jsonl", "timings.jsonl", "evaluations.jsonl")
