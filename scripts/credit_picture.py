@@ -38,9 +38,9 @@ from flowgrpo.shapes.architecture import build_pipeline
 
 T = 8
 """Denoising steps of every row."""
-LEFT, PITCH, RIGHT = 180, 57, 724
+LEFT, PITCH, RIGHT = 180, 54, 686
 """x of the initial noise, the width of a step, and x of the sentences."""
-TOP, ROW, WIDTH = 146, 104, 1000
+TOP, ROW, WIDTH = 146, 104, 950
 """y of the first row, the height of a row, and the width of the picture."""
 LANES = (-22.0, 0.0, 22.0)
 """y of the samples of a group, relative to the middle of a row."""
@@ -121,7 +121,7 @@ def words(node: float, y: float, text: str, kind: str = "small mid") -> str:
 
 def credit(first: int, last: int, text: str, y: float = 43.0) -> str:
     """One advantage for all actions at the steps ``first`` to ``last``."""
-    left, width = x(first) + 3, (last - first + 1) * PITCH - 6
+    left, width = x(first) + 2, (last - first + 1) * PITCH - 4
     return (
         f'<rect class="credit" x="{left:.1f}" y="{y - 9:.1f}" width="{width:.1f}" height="17" rx="4"/>'
         f'<text class="small mid bold" x="{left + width / 2:.1f}" y="{y + 4:.1f}">{text}</text>'
@@ -199,8 +199,8 @@ def completions(facts: Facts) -> list[str]:
     before = [step + 1 for step in facts.decoded_after(0) if step < T - 1]
     for node in before:
         shapes += [
-            f'<path class="complete" d="M{x(node):.1f} {y}Q{x(node):.1f} {top} {x(node) + 24:.1f} {top}"/>',
-            candidate(node, top, 29), words(node + 0.65, top + 4, f"R{sub(node)}", "small"),
+            f'<path class="complete" d="M{x(node):.1f} {y}Q{x(node):.1f} {top} {x(node) + 20:.1f} {top}"/>',
+            candidate(node, top, 25), words(node + 0.6, top + 4, f"R{sub(node)}", "small"),
         ]  # fmt: skip
     for step in range(T):
         shapes.append(line("act" if step in facts.trained[0] else "ode", (step, y), (step + 1, y)))
@@ -390,7 +390,7 @@ def legend() -> list[str]:
     """The meaning of lines, squares and bars."""
 
     def entry(column: int, row: int, shape: str, text: str) -> str:
-        left, y = 24 + 242 * column, 50 + 22 * row
+        left, y = 24 + 231 * column, 50 + 22 * row
         return f'<g transform="translate({left} {y})">{shape}<text class="text" x="44" y="4">{text}</text></g>'
 
     def stroke(kind: str) -> str:
@@ -404,7 +404,7 @@ def legend() -> list[str]:
         entry(2, 0, '<rect class="image" x="13" y="-5" width="10" height="10" rx="2"/>', "candidate: decoded, scored"),
         entry(2, 1, stroke("predict"), "image predicted in one step"),
         entry(3, 0, '<rect class="credit" x="2" y="-8" width="32" height="16" rx="4"/>', "one advantage, and from"),
-        f'<text class="text" x="{24 + 242 * 3 + 44}" y="76">which rewards R it is made</text>',
+        f'<text class="text" x="{24 + 231 * 3 + 44}" y="76">which rewards R it is made</text>',
     ]  # fmt: skip
 
 
