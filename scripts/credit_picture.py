@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from flowgrpo import PipelinePolicy, Prompt, Random, Reward, RewardScorer, Sampling
 from flowgrpo.algorithms import (
     FIND,
     G2RPO,
@@ -27,13 +28,11 @@ from flowgrpo.algorithms import (
     MixGRPO,
     TempFlowGRPO,
 )
-from flowgrpo.core.random import Random
 from flowgrpo.core.steps import RandomSteps, RandomWindow, SlidingWindow, Window
 from flowgrpo.data.experience import Experience
-from flowgrpo.data.prompts import Group, Prompt
-from flowgrpo.policy import Noise, PipelinePolicy, Sampling
+from flowgrpo.data.prompts import Group
+from flowgrpo.policy import Noise
 from flowgrpo.policy.probe import fit_noise
-from flowgrpo.rewards.scorer import Reward, RewardScorer
 from flowgrpo.shapes.architecture import build_pipeline
 
 T = 8
