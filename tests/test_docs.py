@@ -1,6 +1,7 @@
 """The documentation is true: examples run, code blocks equal them, every metric, name and link exists."""
 
 import importlib
+import inspect
 import json
 import os
 import re
@@ -8,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import CodeType, FrameType
 from typing import Any, get_args, get_type_hints
 
 import pytest
@@ -19,11 +21,12 @@ from flowgrpo.config import Config
 from flowgrpo.config.reference import documentation, explain
 from flowgrpo.data.prompts import Prompt
 from flowgrpo.shapes.architecture import build_pipeline
+from scripts import credit_picture
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 EXAMPLES = sorted((DOCS / "examples").glob("*.py"))
-PAGES = sorted([*DOCS.glob("*.md"), ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"])
+PAGES = sorted([*DOCS.glob("*.md"), *ROOT.glob("*.md"), ROOT / "prompts" / "README.md"])
 MODEL = ROOT / "flowgrpo" / "shapes" / "model"
 
 WRITTEN = ("metrics.jsonl", "timings.jsonl", "evaluations.jsonl")
@@ -123,13 +126,64 @@ def test_every_example_is_shown_or_linked():
     assert {*shown(), "python_api"} == {p.stem for p in EXAMPLES}
 
 
+def data_flow() -> list[str]:
+    """The functions in the tables of data_flow.md, from top to bottom."""
+    text = (DOCS / "data_flow.md").read_text()
+    rows = re.findall(r"^\| `(flowgrpo[\w.]+)` \|(.*)\|$", text, re.MULTILINE)
+    return [name for name, columns in rows if columns.count(" | ") == 2]
+
+
 @pytest.fixture(scope="module")
-def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a run with everything that is logged: KL, classes, metrics, evaluations."""
+def watched_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Sequence[CodeType]]:
+    """A run with everything that is logged: its folder, and its calls of functions of the data flow."""
     folder = tmp_path_factory.mktemp("docs")
     build_pipeline().save_pretrained(folder / "model")
     places = [f"model.path={folder / 'model'}", f"run.folder={folder / 'run'}"]
-    return flowgrpo.train(flowgrpo.load("quickstart", [*TINY, *places])).folder
+    watched = {code_of(name) for name in data_flow()}
+    calls: list[CodeType] = []
+
+    def profile(frame: FrameType, event: str, _: object) -> None:
+        if event == "call" and frame.f_code in watched:
+            calls.append(frame.f_code)
+
+    sys.setprofile(profile)
+    try:
+        result = flowgrpo.train(flowgrpo.load("quickstart", [*TINY, *places]))
+    finally:
+        sys.setprofile(None)
+    return result.folder, calls
+
+
+@pytest.fixture(scope="module")
+def tiny_run(watched_run: tuple[Path, Sequence[CodeType]]) -> Path:
+    return watched_run[0]
+
+
+def test_a_run_calls_the_functions_of_the_data_flow_in_the_order_of_the_page(watched_run):
+    names, calls = data_flow(), watched_run[1]
+    assert len(names) > 15
+    (collect,) = (code_of(name) for name in names if name.endswith(".collect"))
+    second = calls.index(collect, calls.index(collect) + 1)
+    rest = iter(calls[:second])  # Loading, the first iteration, and the evaluation after it.
+    for name in names:
+        assert code_of(name) in rest, f"docs/data_flow.md: {name} is not called where the page says"
+
+
+def code_of(name: str) -> CodeType:
+    """The code of a dotted function, or of a dotted class's ``__call__``."""
+    found: Any = resolve(name)
+    found = found.__call__ if isinstance(found, type) else found
+    code: CodeType = inspect.unwrap(found).__code__
+    return code
+
+
+def resolve(name: str) -> Any:
+    """What a dotted name stands for."""
+    module, _, rest = name.rpartition(".")
+    try:
+        return getattr(importlib.import_module(module), rest)
+    except ModuleNotFoundError:
+        return getattr(resolve(module), rest)
 
 
 @pytest.mark.parametrize("name", WRITTEN)
@@ -173,6 +227,10 @@ def mentions(expression: str) -> list[tuple[str, str]]:
         found += [(page.name, s) for s in spans if re.fullmatch(expression, s)]
     assert found
     return found
+
+
+def test_the_picture_of_credit_shows_what_the_algorithms_collect():
+    assert (DOCS / "credit.svg").read_text() == credit_picture.picture()
 
 
 def test_every_name_exists():
