@@ -417,7 +417,7 @@ def collect(row: Row) -> Facts:
     groups = [Group(0, Prompt("a photo of a circle"))]
     fit_noise(policy, [g.prompt for g in groups])
     random = Random(0).at("train", row.iteration)
-    experience = row.algorithm.collect(policy, groups, scorer, random)
+    experience = row.algorithm.collect(policy, groups, scorer, random, row.iteration)
     scorer.close()
     return Facts.of(experience)
 
