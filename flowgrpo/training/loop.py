@@ -53,8 +53,7 @@ def train(config: Config) -> Result:
         with session.phase("train"):
             metrics = learner.update(experience, advantages, random)
 
-        summary = _summary(session, experience)
-        session.log(iteration, summary | learnt | metrics, scorer.seconds)
+        session.log(iteration, _summary(session, experience) | learnt | metrics, scorer.seconds)
         stopping = session.should_stop()
         if stopping or session.checkpoint_due(iteration + 1):
             session.save(learner, iteration + 1)
