@@ -154,7 +154,7 @@ def test_means_are_kept_only_for_a_loss_that_will_need_them(name, algorithm, lea
         assert torch.equal(one.old_mean[0], a.old_mean[row])
         noise = (a.x_next[row] - a.old_mean[row]).flatten()
         assert 0.5 < float(noise.std() / (a.x_next - a.old_mean)[a.step == a.step[row]].std()) < 2
-    with pytest.raises(ValueError, match="some of these actions keep their old_mean"):
+    with pytest.raises(ValueError, match="only some of these actions have old_mean"):
         Actions.concatenate([a, replace(a, old_mean=None)])
 
 

@@ -126,7 +126,7 @@ def test_flash_takes_fewer_larger_steps_to_the_data(policies, scorer):
 
 @pytest.mark.parametrize(("flash", "after"), [(0.4, [5, 8]), (0.01, [8]), (1.0, [4, 5, 6, 7, 8])])
 def test_after_the_window_steps_are_about_equal(flash, after):
-    plan = replace(MIX, flash=flash)._plan(8, [1, 2])
+    plan = replace(MIX, flash=flash, steps=Window(start=1)).plan(8, 0, RANDOM)
     assert plan.nodes(8) == [0, 1, 2, 3, *after]
 
 
