@@ -120,7 +120,7 @@ def test_values_that_exclude_each_other():
         with pytest.raises(ConfigError, match=message):
             Reward(model="m", **how).check("rewards.0")
     late = Reward(model="m", schedule=((5.0, 0.0), (6.0, 1.0)))
-    with pytest.raises(ConfigError, match="by their schedules every weight is 0 in iteration 0"):
+    with pytest.raises(ConfigError, match="the schedules make every weight 0 in iteration 0"):
         check_rewards([late, Reward(model="n", weight=0.0)], 100)
     check_rewards([late, Reward(model="n")], 100)
     with pytest.raises(ConfigError, match=r"reward 'brightness'.clip must be"):

@@ -71,7 +71,7 @@ def test_pairs_without_an_answer_are_left_out():
     assert fit_rubrics(x).pairs == 40
     with pytest.raises(ValueError, match=r"9 of 60 pairs have an answer to every rubric; 5 folds"):
         fit_rubrics(np.where(np.arange(60)[:, None] < 9, np.nan_to_num(x), math.nan))
-    with pytest.raises(ValueError, match="no candidate prefers what people prefer"):
+    with pytest.raises(ValueError, match="no candidate scores preferred pictures higher"):
         fit_rubrics(-np.abs(np.nan_to_num(x)))
 
 

@@ -124,10 +124,9 @@ def fit_rubrics(
     """Fit weights of rubrics to preferences between pictures (arXiv:2605.17602).
 
     Minimises ``mean(log(1 + exp(-d @ w))) + penalty * sum(w)`` over ``w >= 0``, with ``d`` divided
-    by each rubric's root mean square. There is no intercept, as a pair has no order; and no
-    negative weight, as a question whose answer speaks against people's taste was put the wrong way
-    round. The penalty is the strongest whose cross-validated loss is within a standard error of the
-    best.
+    by each rubric's root mean square. There is no intercept, because a pair has no order,
+    and no negative weight, because rubrics are phrased so that a higher score is better. The penalty
+    is the strongest whose cross-validated loss is within a standard error of the best.
 
     Args:
         differences: Score of the preferred picture less that of the other, by rubric.
@@ -149,7 +148,7 @@ def fit_rubrics(
     strongest = float((x.mean(axis=0) / 2).max())
     if strongest <= 0:
         raise ValueError(
-            "no candidate agrees with the preferences more often than not: give other candidates"
+            "no candidate scores preferred pictures higher on average: give other candidates"
         )
     fold = np.random.default_rng(seed).permutation(len(x)) % folds
     penalties = strongest * np.logspace(-0.05, -2.5, 16)

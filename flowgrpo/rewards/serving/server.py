@@ -176,15 +176,14 @@ def make_app(server: RewardServer) -> FastAPI:
         kind = request.headers.get("Content-Type", "")
         # Decoding images takes long: in a thread, so that the server keeps answering.
         samples = await run_in_threadpool(unpack, kind, body, server.limits)
-        try:
-            scores = await asyncio.wrap_future(server.batcher.submit(samples))
-        except Overloaded:
-            raise
-        except Exception as error:
+        pending = asyncio.wrap_future(server.batcher.submit(samples))
+        # Not awaited itself: a reward that raises SystemExit would end the event loop.
+        await asyncio.wait([pending])
+        failure = pending.exception()
+        if failure is not None:
             # Not status 500: the server works, and the same request would fail again.
-            problem = f"the reward failed: {type(error).__name__}: {error}"
-            raise WireError(422, problem) from error
-        return _json(200, pack_scores(scores))
+            raise WireError(422, f"the reward failed: {type(failure).__name__}: {failure}")
+        return _json(200, pack_scores(pending.result()))
 
     @app.post("/check")
     def check(body: Annotated[bytes, Depends(checked_body)]) -> Response:
