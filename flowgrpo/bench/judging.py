@@ -1,0 +1,88 @@
+"""Two ways to judge pictures: in batches by a model in this process, or many requests in flight."""
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from flowgrpo.bench.base import BenchError, Failure, Json, Judged, Picture
+from flowgrpo.bench.pictures import read_image
+
+READERS = 2
+"""Threads that decode images while a model judges."""
+
+Batch = Callable[[Float[Tensor, "batch 3 height width"], Sequence[Picture]], Sequence[Json | Failure]]  # fmt: skip
+
+
+def in_batches(pictures: Iterable[Picture], size: int, judge: Batch) -> Iterator[Judged]:
+    """Judge pictures in batches of one size in pixels; the next images are read meanwhile.
+
+    Args:
+        pictures: Read lazily, in order.
+        size: Most images in one batch.
+        judge: From images in [0, 1] and their pictures to judgements in the same order. What it
+            raises ends the benchmark; a picture that cannot be read is a failure of its own.
+    """
+    batch: list[tuple[Picture, Tensor]] = []
+
+    def judged() -> Iterator[Judged]:
+        if batch:
+            own = [p for p, _ in batch]
+            yield from zip(own, judge(torch.stack([i for _, i in batch]), own), strict=True)
+            batch.clear()
+
+    with ThreadPoolExecutor(READERS, thread_name_prefix="reader") as readers:
+        for picture, future in _ahead(readers, pictures, 2 * size):
+            try:
+                image = future.result()
+            except BenchError as error:
+                yield picture, Failure(str(error))
+                continue
+            if batch and (len(batch) == size or batch[0][1].shape != image.shape):
+                yield from judged()
+            batch.append((picture, image))
+        yield from judged()
+
+
+def _ahead(
+    readers: ThreadPoolExecutor, pictures: Iterable[Picture], number: int
+) -> Iterator[tuple[Picture, "Future[Tensor]"]]:
+    """Every picture with its image, which is read up to ``number`` pictures ahead."""
+    waiting: deque[tuple[Picture, Future[Tensor]]] = deque()
+    for picture in pictures:
+        waiting.append((picture, readers.submit(read_image, picture.path)))
+        if len(waiting) > number:
+            yield waiting.popleft()
+    yield from waiting
+
+
+def in_flight(
+    pictures: Iterable[Picture],
+    concurrency: int,
+    judge: Callable[[Picture], Json | Failure],
+) -> Iterator[Judged]:
+    """Judge pictures with ``concurrency`` calls at a time; each comes out as soon as it is done.
+
+    A slow call holds back no other one. When the caller stops early, calls in flight are waited for
+    and dropped.
+    """
+    workers = ThreadPoolExecutor(concurrency, thread_name_prefix="judge")
+    source = iter(pictures)
+    running: dict[Future[Json | Failure], Picture] = {}
+    try:
+        while True:
+            # A few more than there are threads, so that none waits for this one.
+            for picture in source:
+                running[workers.submit(judge, picture)] = picture
+                if len(running) >= 2 * concurrency:
+                    break
+            if not running:
+                return
+            done, _ = wait(running, return_when=FIRST_COMPLETED)
+            for future in done:
+                yield running.pop(future), future.result()
+    finally:
+        workers.shutdown(wait=True, cancel_futures=True)
