@@ -102,12 +102,14 @@ class Metric:
             the mean over points; several parts give the unweighted mean of their means.
         headline: Whether it is a main result.
         percent: Whether it is printed times 100.
+        radar: Whether it is a spoke of the report's radar plot.
     """
 
     name: str
     parts: tuple[tuple[str, ...], ...]
     headline: bool = False
     percent: bool = True
+    radar: bool = False
 
 
 @dataclass(frozen=True)

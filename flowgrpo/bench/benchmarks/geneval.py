@@ -161,7 +161,7 @@ def task_points(entry: Entry, judgements: Sequence[Json]) -> Points:
 def task_metrics() -> Sequence[Metric]:
     """GenEval's summary: tasks, both overall means, and prompts with a correct image."""
     return (
-        *(Metric(t, ((t,),)) for t in TASKS),
+        *(Metric(t, ((t,),), radar=True) for t in TASKS),
         Metric(OVERALL, tuple((t,) for t in TASKS), headline=True),
         Metric(SAMPLES, (TASKS,), headline=True),
         Metric(ANY, ((IMAGES,),)),

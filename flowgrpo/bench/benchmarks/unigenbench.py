@@ -176,7 +176,7 @@ class UniGenBench:
         themes = sorted({str(e.prompt.metadata["theme"]) for e in entries})
         return [
             Metric(OVERALL, tuple(parts.values()), headline=True),
-            *(Metric(p, (s,)) for p, s in parts.items()),
+            *(Metric(p, (s,), radar=True) for p, s in parts.items()),
             *(Metric(s, ((s,),)) for p in parts for s in parts[p] if "-" in s),
             *(Metric(f"theme: {t}", ((f"theme: {t}",),)) for t in themes),
         ]
