@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from flowgrpo.cli import commands, exports, inspection
+from flowgrpo.cli.bench import add_bench
 from flowgrpo.cli.parser_rewards import add_learn_rubrics, add_score, add_serve_reward
 
 EPILOG = """\
@@ -81,6 +82,7 @@ def parser() -> argparse.ArgumentParser:
     _export(add)
     _push(add)
     _doctor(add)
+    add_bench(add)
     _config(add)
     return top
 
