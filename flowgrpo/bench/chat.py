@@ -3,6 +3,7 @@
 This is the only file of the benchmarks that knows the chat client of the rewards.
 """
 
+import contextlib
 import io
 import json
 import os
@@ -108,12 +109,10 @@ def _look(url: str, server: Server) -> str:
     parts = list(dict.fromkeys(parts))
     # vLLM says its version beside the API's root.
     place = urlsplit(url)
-    try:
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         parts.append(
             "vllm " + json.loads(_get(f"{place.scheme}://{place.netloc}/version", ""))["version"]
         )
-    except (OSError, ValueError, KeyError, TypeError):
-        pass
     return " ".join(parts)
 
 
@@ -138,7 +137,9 @@ def picture_bytes(path: Path, form: Literal["file", "jpeg"]) -> bytes:
         buffer = io.BytesIO()
         with Image.open(path) as image:
             rgb = as_rgb(image)
-        rgb.save(buffer, "PNG") if form == "file" else rgb.save(buffer, "JPEG", quality=JPEG_QUALITY)
+        rgb.save(buffer, "PNG") if form == "file" else rgb.save(
+            buffer, "JPEG", quality=JPEG_QUALITY
+        )
         return buffer.getvalue()
     except (OSError, SyntaxError, ValueError) as error:
         raise BenchError(f"{path} cannot be read: {error}") from error

@@ -182,8 +182,7 @@ def check_settings(plan: Plan, settings: dict[str, Any]) -> None:
         time.sleep(0.1)
     if path.exists():
         kept = read_json(path).get("settings", {})
-        flat = [{**s, **{f"call.{k}": v for k, v in s.get("call", {}).items()}} for s in (kept, settings)]  # fmt: skip
-        refuse_changes(path, *flat, ignored=("call",))
+        refuse_changes(path, _flat(kept), _flat(settings), ignored=("call",))
         return
     if any(item.path.exists() for batch in plan.items() for item in batch):
         raise BenchError(
@@ -193,6 +192,11 @@ def check_settings(plan: Plan, settings: dict[str, Any]) -> None:
     command = shlex.join(["flowgrpo", *sys.argv[1:]])
     table = {"settings": settings, "batch": plan.batch, "versions": versions(), "command": command}
     write_json(path, table)
+
+
+def _flat(settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings with the call's arguments beside them, so that an error names the argument."""
+    return {**settings, **{f"call.{k}": v for k, v in settings.get("call", {}).items()}}
 
 
 def record_sampler(plan: Plan, policy: PipelinePolicy) -> None:

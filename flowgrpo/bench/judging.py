@@ -4,12 +4,9 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 
-import torch
-from jaxtyping import Float
-from torch import Tensor
-
 from flowgrpo.bench.base import BenchError, Failure, Json, Judged, Picture
 from flowgrpo.bench.pictures import read_image
+from flowgrpo.core.tensors import Float, Tensor, torch
 
 READERS = 2
 """Threads that decode images while a model judges."""

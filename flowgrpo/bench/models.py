@@ -108,7 +108,10 @@ def load_any(model: str, dtype: str) -> Any:
     if path.suffix not in WEIGHTS or not path.is_file():
         return load_pipeline(model, DTYPES[dtype])
     import diffusers
-    from diffusers.loaders.single_file_utils import infer_diffusers_model_type, load_single_file_checkpoint  # fmt: skip
+    from diffusers.loaders.single_file_utils import (  # fmt: skip
+        infer_diffusers_model_type,
+        load_single_file_checkpoint,
+    )
 
     kind = infer_diffusers_model_type(load_single_file_checkpoint(str(path)))
     name = next((v for k, v in SINGLE_FILES.items() if kind.startswith(k)), None)
@@ -249,7 +252,13 @@ def sampler_settings(policy: PipelinePolicy) -> dict[str, Any]:
     kind = next((c.__name__ for c in ours.__mro__ if c.__module__.startswith("diffusers")), "")
     schedule = {
         k: _plain(policy.scheduler.config.get(k))
-        for k in ("shift", "use_dynamic_shifting", "prediction_type", "beta_schedule", "timestep_spacing")  # fmt: skip
+        for k in (
+            "shift",
+            "use_dynamic_shifting",
+            "prediction_type",
+            "beta_schedule",
+            "timestep_spacing",
+        )
         if policy.scheduler.config.get(k) is not None
     }
     return {

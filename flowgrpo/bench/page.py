@@ -96,7 +96,9 @@ def _comparison(first: Path, second: Path) -> str:
         cells += [show(row["value"], percent), interval(row), row["verdict"]]
         rows.append(_row(cells, "all" if row["headline"] else ""))
     head = _head(["metric", *labels, "difference", "95 % interval", ""])
-    note = "Same prompts, paired resamples of prompts. A difference whose interval holds 0 is noise."
+    note = (
+        "Same prompts, paired resamples of prompts. A difference whose interval holds 0 is noise."
+    )
     return (
         f'<h2>{html.escape(" → ".join(labels))}</h2><section class="card"><div class="scroll"><table>'
         f'{head}{"".join(rows)}</table></div><p class="quiet">{note}</p></section>'

@@ -4,13 +4,10 @@ import struct
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
-import torch
-from jaxtyping import Float
 from PIL import Image, UnidentifiedImageError
-from torch import Tensor
 
 from flowgrpo.bench.base import BenchError
+from flowgrpo.core.tensors import Float, Tensor, torch
 from flowgrpo.data.pictures import as_rgb
 
 PNG, PNG_END = b"\x89PNG\r\n\x1a\n", b"IEND\xaeB`\x82"
@@ -65,6 +62,8 @@ def read_image(path: Path) -> Float[Tensor, "3 height width"]:
     Raises:
         BenchError: If it is missing, truncated or no image.
     """
+    import numpy as np
+
     try:
         with Image.open(path) as image:
             pixels = np.asarray(as_rgb(image))

@@ -138,7 +138,14 @@ def _metrics(
         values = all_points.values(headlines, np.ones((1, len(all_points.keys))))[0]
         strict = {m.name: float(v) for m, v in zip(headlines, values, strict=True)}
     return [
-        {**_scaled(e), **({"strict": _number(strict[e.metric.name], e.metric)} if e.metric.name in strict else {})}  # fmt: skip
+        {
+            **_scaled(e),
+            **(
+                {"strict": _number(strict[e.metric.name], e.metric)}
+                if e.metric.name in strict
+                else {}
+            ),
+        }
         for e in estimate(table, metrics)
         if e.points
     ]
@@ -248,8 +255,8 @@ def read_points(folder: Path) -> tuple[Table, list[Metric]]:
     ]
     shape = (len(table["keys"]), len(table["dimensions"]))
     sums, counts = (np.asarray(table[k], float).reshape(shape) for k in ("sums", "counts"))
-    names = (tuple(table[k]) for k in ("keys", "strata", "dimensions"))
-    return Table(*names, sums, counts), metrics
+    keys, strata, dimensions = (tuple(table[k]) for k in ("keys", "strata", "dimensions"))
+    return Table(keys, strata, dimensions, sums, counts), metrics
 
 
 def differences(first: Path, second: Path) -> list[Estimate]:

@@ -2,14 +2,14 @@
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
-from typing import Any
-
-from jaxtyping import Float
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from flowgrpo.bench.base import Failure, Json, Judged, Picture
 from flowgrpo.bench.judging import in_batches
-from flowgrpo.rewards.scorer import Failures, Reward, RewardScorer
+from flowgrpo.core.tensors import Float, Tensor
+
+if TYPE_CHECKING:
+    from flowgrpo.rewards.scorer import Reward
 
 
 class RewardJudge:
@@ -18,7 +18,7 @@ class RewardJudge:
     A picture that one of the rewards fails on is a failure as a whole: it is judged again on resume.
     """
 
-    def __init__(self, rewards: Sequence[Reward], batch: int, title: str = ""):
+    def __init__(self, rewards: "Sequence[Reward]", batch: int, title: str = ""):
         """
         Args:
             rewards: What to score with; weights play no part.
@@ -28,6 +28,8 @@ class RewardJudge:
         Raises:
             ValueError: If a reward does not exist or its options are wrong.
         """
+        from flowgrpo.rewards.scorer import Failures, RewardScorer
+
         self.rewards, self.batch = list(rewards), batch
         self._title = title or ", ".join(r.label for r in rewards)
         self.scorer = RewardScorer(self.rewards, Failures(retries=2, then="drop", probe="off"))
@@ -74,12 +76,14 @@ class RewardJudge:
         return found
 
 
-def rewards_of(values: Sequence[str | Mapping[str, Any]]) -> list[Reward]:
+def rewards_of(values: Sequence[str | Mapping[str, Any]]) -> "list[Reward]":
     """Rewards by name or as tables with the keys of ``[[rewards]]``.
 
     Raises:
         ValueError: If a table has an unknown key.
     """
+    from flowgrpo.rewards.scorer import Reward
+
     found = []
     for value in values:
         table = {"model": value} if isinstance(value, str) else dict(value)
@@ -94,6 +98,4 @@ def rewards_of(values: Sequence[str | Mapping[str, Any]]) -> list[Reward]:
 
 
 def _plain(options: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        k: v if isinstance(v, str | int | float | bool) else str(v) for k, v in options.items()
-    }
+    return {k: v if isinstance(v, str | int | float | bool) else str(v) for k, v in options.items()}

@@ -46,7 +46,8 @@ def made_by(benchmark: Benchmark, label: str) -> dict[str, Any]:
     """The benchmark's name and settings in a form that JSON holds."""
     from dataclasses import asdict, is_dataclass
 
-    assert is_dataclass(benchmark) and not isinstance(benchmark, type)
+    assert is_dataclass(benchmark)
+    assert not isinstance(benchmark, type)
     kind = type(benchmark)
     builtin = kind.__module__.startswith("flowgrpo.bench.benchmarks.")
     name = kind.__module__.rsplit(".", 1)[-1] if builtin else f"{kind.__module__}:{kind.__name__}"

@@ -6,13 +6,13 @@ often each prompt was drawn), sums ``S`` and counts ``N`` of points per prompt a
 means are ``(W @ S) / (W @ N)``.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Float
 
-from flowgrpo.bench.base import Benchmark, Entry, Json, Metric, Points
+from flowgrpo.bench.base import Entry, Metric, Points
 
 RESAMPLES = 2000
 CONFIDENCE = 0.95
@@ -88,7 +88,7 @@ class Estimate:
     Attributes:
         metric: What was measured.
         value: From all prompts; NaN if there are no points.
-        low: Lower end of the interval; NaN with fewer than two prompts. Likewise ``high``.
+        low: Lower end of the interval; NaN if it rests on fewer than two prompts. Likewise ``high``.
         points: Number of points that it rests on.
     """
 
@@ -102,12 +102,6 @@ class Estimate:
     def is_noise(self) -> bool:
         """For a difference: whether 0 lies within the interval, or there is none."""
         return not (self.low > 0 or self.high < 0)
-
-
-def collect(benchmark: Benchmark, judgements: Mapping[str, Sequence[Json]], entries: Sequence[Entry]) -> Table:  # fmt: skip
-    """The table of all entries that have a judgement; by key in ``judgements``."""
-    judged = [e for e in entries if judgements.get(e.key)]
-    return Table.of(judged, [benchmark.points(e, judgements[e.key]) for e in judged])
 
 
 def draws(
@@ -156,14 +150,22 @@ def _estimates(tables: Sequence[Table], metrics: Sequence[Metric], seed: int) ->
     found = []
     for i, metric in enumerate(metrics):
         finite = sampled[np.isfinite(sampled[:, i]), i]
-        enough = number > 1 and len(finite) > 0 and np.isfinite(whole[i])
+        enough = _prompts(tables[0], metric) > 1 and len(finite) > 0 and np.isfinite(whole[i])
         low, high = np.percentile(finite, [tail, 100 - tail]) if enough else (np.nan, np.nan)
         points = sum(_points(t, metric) for t in tables)
         found.append(Estimate(metric, float(whole[i]), float(low), float(high), points))
     return found
 
 
-def _points(table: Table, metric: Metric) -> int:
+def _prompts(table: Table, metric: Metric) -> int:
+    """Number of prompts that a metric rests on."""
+    return int((table.counts[:, _columns(table, metric)].sum(1) > 0).sum())
+
+
+def _columns(table: Table, metric: Metric) -> list[int]:
     wanted = {d for part in metric.parts for d in part}
-    columns = [i for i, d in enumerate(table.dimensions) if d in wanted]
-    return int(table.counts[:, columns].sum())
+    return [i for i, d in enumerate(table.dimensions) if d in wanted]
+
+
+def _points(table: Table, metric: Metric) -> int:
+    return int(table.counts[:, _columns(table, metric)].sum())

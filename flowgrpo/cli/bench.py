@@ -35,8 +35,12 @@ def add_bench(add: Add) -> None:
         help="a benchmark by name or import path; or generate NAME, score FOLDER, report FOLDER ..., list",
     )
     part = bench.add_argument_group("what")
-    part.add_argument("--data", metavar="FILE", help="the benchmark's data: a path or hf:owner/name:file")
-    part.add_argument("--samples", type=int, help="images per prompt (default: the official number)")
+    part.add_argument(
+        "--data", metavar="FILE", help="the benchmark's data: a path or hf:owner/name:file"
+    )
+    part.add_argument(
+        "--samples", type=int, help="images per prompt (default: the official number)"
+    )
     part.add_argument("--limit", type=int, metavar="N", help="only N prompts, spread evenly")
     part.add_argument("--dimension", action="append", default=[], metavar="NAME", help="only prompts of a task or test point; can be given again")  # fmt: skip
     part.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="any other setting of the benchmark; 'bench list NAME' shows them")  # fmt: skip
@@ -112,7 +116,9 @@ def _plan(benchmark: "Benchmark", part: "Part", options: argparse.Namespace) -> 
     from flowgrpo.bench.generation import Plan
 
     if not options.model:
-        raise ValueError("bench needs --model: a hub id, a folder, a file, a run directory or 'shapes'")
+        raise ValueError(
+            "bench needs --model: a hub id, a folder, a file, a run directory or 'shapes'"
+        )
     if options.batch < 1:
         raise ValueError(f"--batch must be at least 1, got {options.batch}")
     _quiet()
@@ -183,7 +189,9 @@ def _run_subject(run: Path, adapters: Sequence[Any], options: argparse.Namespace
 
     config = run_config(run)
     if options.dtype and options.dtype != config.model.dtype:
-        raise ValueError(f"--dtype: a run has its own, {config.model.dtype!r}; export it to change that")
+        raise ValueError(
+            f"--dtype: a run has its own, {config.model.dtype!r}; export it to change that"
+        )
     folder = run / "checkpoints"
     place = folder / "best" if options.weights == "best" else checkpoints.newest(folder)
     if place is None or not place.exists():
@@ -279,7 +287,9 @@ def _score(words: Sequence[str], options: argparse.Namespace) -> int:
         raise FileNotFoundError(f"no such folder or file: {source}")
     made = stored(source) if source.is_dir() else None
     if made is None and not options.benchmark:
-        raise ValueError(f"{source} was not made by flowgrpo: say what it is of with --benchmark NAME")
+        raise ValueError(
+            f"{source} was not made by flowgrpo: say what it is of with --benchmark NAME"
+        )
     settings = settings_of(options)
     if made is not None and options.benchmark in (None, made["name"]):
         settings = {**made["settings"], **settings}
@@ -346,7 +356,9 @@ def _estimate(plan: "Plan", benchmark: "Benchmark") -> int:
     batches = plan.items()
     images = sum(map(len, batches))
     absent = sum(not i.path.exists() for b in batches for i in b)
-    print(f"{benchmark.title}: {len(plan.entries)} prompts, {images} images, {absent} of them to be made")
+    print(
+        f"{benchmark.title}: {len(plan.entries)} prompts, {images} images, {absent} of them to be made"
+    )
     print(f"judge: {type(benchmark).about.judge}")
     print(f"judge calls: {images} at most, one per image and only for images not judged yet")
     in_flight = getattr(benchmark, "concurrency", 0)

@@ -78,7 +78,9 @@ def read_entries(
                 )
             points, texts = table.get(points_key), table.get(texts_key)
             if not points or not isinstance(texts, list) or len(points) != len(texts):
-                raise BenchError(f"{where}: {points_key} and {texts_key} must be lists of one length")
+                raise BenchError(
+                    f"{where}: {points_key} and {texts_key} must be lists of one length"
+                )
             if unknown := [p for p in points if primary(p) not in DIMENSIONS]:
                 raise BenchError(f"{where}: unknown test point {unknown[0]!r}")
             points = [p.strip() for p in points]
@@ -233,7 +235,9 @@ def read_official(path: Path, entries: Sequence[Entry]) -> Iterator[tuple[Entry,
             where = f"{path}, line {number}"
             entry = by_key.get(str(row.get("index", "")).split(".")[0])
             if entry is None or row.get("prompt") != entry.prompt.text:
-                raise BenchError(f"{where}: row {row.get('index')!r} is of another version of the set")
+                raise BenchError(
+                    f"{where}: row {row.get('index')!r} is of another version of the set"
+                )
             match = re.search(rf"(?:^|[/\\]){entry.key}_(\d+)\.\w+$", row.get("img_path") or "")
             sample = int(match[1]) if match else seen.get(entry.key, 0)
             seen[entry.key] = sample + 1
@@ -241,7 +245,9 @@ def read_official(path: Path, entries: Sequence[Entry]) -> Iterator[tuple[Entry,
                 continue
             score = _scores(row["result_json"], where)
             if len(score) != len(entry.dimensions):
-                raise BenchError(f"{where}: {len(score)} scores for {len(entry.dimensions)} test points")
+                raise BenchError(
+                    f"{where}: {len(score)} scores for {len(entry.dimensions)} test points"
+                )
             yield entry, sample, {"score": score, "output": row.get("output") or ""}
 
 

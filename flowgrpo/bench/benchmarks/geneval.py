@@ -12,9 +12,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from jaxtyping import Float
-from torch import Tensor
-
 from flowgrpo.bench.base import (
     About,
     BenchError,
@@ -33,6 +30,7 @@ from flowgrpo.bench.data import open_data, read_jsonl
 from flowgrpo.bench.files import write_atomically
 from flowgrpo.bench.judging import in_batches
 from flowgrpo.core.imports import import_path
+from flowgrpo.core.tensors import Float, Tensor
 from flowgrpo.data.prompts import Prompt
 
 __all__ = ["GenEval"]
@@ -194,7 +192,9 @@ class DetectorJudge:
     def notes(self) -> Sequence[str]:
         """What differs from the official judge."""
         if isinstance(self.reward.detector.name, str) and self.title == "HF detector":
-            return ("the official detector is another training of this one: scores are near the official ones, not equal",)
+            return (
+                "the official detector is another training of this one: scores are near the official ones, not equal",
+            )
         return ("the detector is not the official one",)
 
     def identity(self) -> Json:
@@ -301,7 +301,9 @@ def read_official(path: Path, entries: Sequence[Entry]) -> Iterator[tuple[Entry,
         yield entry, sample, {**judgement, "details": row.get("details", "{}")}
 
 
-def _reference(model: str, overall: float, *tasks: float, source: str, **settings: Any) -> Reference:
+def _reference(
+    model: str, overall: float, *tasks: float, source: str, **settings: Any
+) -> Reference:
     values = {OVERALL: 100 * overall} | {t: 100 * v for t, v in zip(TASKS, tasks, strict=False)}
     return Reference(model, values, source, settings, "official detector")
 

@@ -5,7 +5,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flowgrpo.bench.base import About, BenchError, Data, Entry, Json, Metric, Points, Reference, Result
+from flowgrpo.bench.base import (
+    About,
+    BenchError,
+    Data,
+    Entry,
+    Json,
+    Metric,
+    Points,
+    Reference,
+    Result,
+)
 from flowgrpo.bench.data import HUB, open_data
 from flowgrpo.bench.files import write_json
 from flowgrpo.bench.reward_judge import RewardJudge, rewards_of
@@ -77,7 +87,11 @@ class Preference:
     def files(self, entry: Entry, sample: int) -> Sequence[str]:
         """Ours, UniRL's, and plain numbers where there is one image per prompt."""
         number = int(entry.key)
-        names = [f"{number:05d}_{sample}.png", f"p{number:05d}_s{sample}.png", f"{number}_{sample}.png"]
+        names = [
+            f"{number:05d}_{sample}.png",
+            f"p{number:05d}_s{sample}.png",
+            f"{number}_{sample}.png",
+        ]
         return [*names, f"{number:05d}.png", f"{number}.png"] if self.samples == 1 else names
 
     def sidecars(self, entry: Entry) -> Mapping[str, str]:
@@ -98,7 +112,9 @@ class Preference:
     def metrics(self) -> Sequence[Metric]:
         """The mean of each reward, and by category."""
         labels = [r.label for r in rewards_of(self.rewards)]
-        categories = sorted({d for e in self.entries() for d in e.dimensions}) if self.category else []
+        categories = (
+            sorted({d for e in self.entries() for d in e.dimensions}) if self.category else []
+        )
         return [
             *(Metric(r, ((r,),), headline=True, percent=False) for r in labels),
             *(

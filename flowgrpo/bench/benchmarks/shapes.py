@@ -9,9 +9,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from jaxtyping import Float
-from torch import Tensor
-
 from flowgrpo.bench.base import (
     About,
     Data,
@@ -37,8 +34,7 @@ from flowgrpo.bench.benchmarks.geneval import (
 from flowgrpo.bench.data import open_data
 from flowgrpo.bench.files import write_atomically
 from flowgrpo.bench.judging import in_batches
-from flowgrpo.shapes.rewards import detections
-from flowgrpo.shapes.verifier import strict
+from flowgrpo.core.tensors import Float, Tensor
 
 __all__ = ["Shapes"]
 
@@ -133,6 +129,9 @@ class Verifier:
     def _verdicts(
         self, images: Float[Tensor, "batch 3 height width"], pictures: Sequence[Picture]
     ) -> Sequence[Json | Failure]:
+        from flowgrpo.shapes.rewards import detections
+        from flowgrpo.shapes.verifier import strict
+
         return [
             {
                 "correct": strict(found, dict(picture.entry.prompt.metadata)) == 1.0,

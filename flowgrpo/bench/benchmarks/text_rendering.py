@@ -9,9 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jaxtyping import Float
-from torch import Tensor
-
 from flowgrpo.bench.base import (
     About,
     Data,
@@ -29,6 +26,7 @@ from flowgrpo.bench.data import open_data
 from flowgrpo.bench.files import write_json
 from flowgrpo.bench.judging import in_batches
 from flowgrpo.core.imports import import_path
+from flowgrpo.core.tensors import Float, Tensor
 from flowgrpo.data.prompt_files import read_prompts
 
 __all__ = ["TextRendering"]
@@ -83,7 +81,11 @@ class TextRendering:
     def files(self, entry: Entry, sample: int) -> Sequence[str]:
         """Ours, and those of other generators."""
         number = int(entry.key)
-        return (f"{number:05d}_{sample}.png", f"{number}_{sample}.png", f"p{number:05d}_s{sample}.png")
+        return (
+            f"{number:05d}_{sample}.png",
+            f"{number}_{sample}.png",
+            f"p{number:05d}_s{sample}.png",
+        )
 
     def sidecars(self, entry: Entry) -> Mapping[str, str]:
         """None."""
@@ -194,5 +196,7 @@ REFERENCES = (
     _reference("SD3.5-M without guidance", 0.12, NFT, guidance_scale=1.0, height=512, width=512),
     _reference("SD3.5-L", 0.68, NFT),
     _reference("FLUX.1-dev", 0.59, NFT),
-    _reference("SD3.5-M + Flow-GRPO", 0.92, PAPER, num_steps=40, guidance_scale=4.5, height=512, width=512),
+    _reference(
+        "SD3.5-M + Flow-GRPO", 0.92, PAPER, num_steps=40, guidance_scale=4.5, height=512, width=512
+    ),
 )

@@ -7,7 +7,6 @@ unweighted mean of the ten dimensions.
 """
 
 import ast
-import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -277,7 +276,7 @@ class PointJudge:
         reason = ""
         try:
             image = picture_bytes(picture.path, "file" if self.text_first else "jpeg")
-            content = [self._question(entry), image]
+            content: list[str | bytes] = [self._question(entry), image]
             for _ in range(self.settings.attempts):
                 found = self.model.ask(
                     content if self.text_first else content[::-1], parse, self.settings.max_tokens
@@ -328,10 +327,3 @@ def parse_scores(text: str, number: int) -> list[float] | None:
     if not all(isinstance(v, bool | int | float) for v in values):
         return None
     return [float(v) for v in values]
-
-
-def summary_json(results: Sequence[Result]) -> str:
-    """The official JSON summary as text, for tests."""
-    from flowgrpo.bench.benchmarks._unigenbench_files import official_summary
-
-    return json.dumps(official_summary(results), ensure_ascii=False)
