@@ -166,7 +166,10 @@ class About:
 
 @runtime_checkable
 class Benchmark(Protocol):
-    """A benchmark; its dataclass fields are its settings."""
+    """A benchmark; its dataclass fields are its settings.
+
+    A class that inherits from this protocol explicitly gets the methods that have a body here.
+    """
 
     about: About
 
@@ -199,15 +202,15 @@ class Benchmark(Protocol):
 
     def root(self, label: str) -> str:
         """The folder of images below a benchmark folder; ``label`` names the model."""
-        ...
+        return "images"
 
     def files(self, entry: Entry, sample: int) -> Sequence[str]:
         """Names of an image below the root: first the official one, then others that are read."""
-        ...
+        return (f"{entry.key}_{sample}.png",)
 
     def sidecars(self, entry: Entry) -> Mapping[str, str]:
         """Text files that the official layout holds for a prompt: name below the root -> content."""
-        ...
+        return {}
 
     def judge(self) -> Judge:
         """Load the judge."""
@@ -223,11 +226,11 @@ class Benchmark(Protocol):
 
     def references(self) -> Sequence[Reference]:
         """Published results to print beside."""
-        ...
+        return ()
 
     def official(self, folder: Path, label: str, results: Sequence["Result"]) -> Sequence[Path]:
         """Write results in the official formats into ``folder``; returns the files."""
-        ...
+        return ()
 
 
 @dataclass(frozen=True)

@@ -112,11 +112,11 @@ def radar(results: Sequence[Mapping[str, Any]]) -> str:
         return ""
     size = 2 * (RADIUS + MARGIN)
     parts = [f'<svg viewBox="0 0 {size:g} {size:g}" role="img" aria-label="scores by dimension">']
-    for level in (25, 50, 75, 100):
+    for level in (25.0, 50.0, 75.0, 100.0):
         points = " ".join(_place(i, len(spokes), level) for i in range(len(spokes)))
         parts.append(f'<polygon class="grid" fill="none" points="{points}"/>')
     for i, name in enumerate(spokes):
-        x, y = _place(i, len(spokes), 112).split(",")
+        x, y = _place(i, len(spokes), 112.0).split(",")
         side = math.sin(2 * math.pi * i / len(spokes))
         anchor = "middle" if abs(side) < 0.2 else "start" if side > 0 else "end"
         parts.append(f'<text class="tick" style="text-anchor:{anchor}" x="{x}" y="{y}">{html.escape(name)}</text>')  # fmt: skip

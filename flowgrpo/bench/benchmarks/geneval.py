@@ -15,6 +15,7 @@ from typing import Any
 from flowgrpo.bench.base import (
     About,
     BenchError,
+    Benchmark,
     Data,
     Entry,
     Failure,
@@ -44,7 +45,7 @@ PUBLISHED = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class GenEval:
+class GenEval(Benchmark):
     """The settings of a GenEval run."""
 
     data_file: str = "prompts/geneval.jsonl"
@@ -79,10 +80,6 @@ class GenEval:
     def entries(self) -> Sequence[Entry]:
         """The prompts; an entry's key is its line, counted from 0, as five digits."""
         return read_entries(open_data(self.data_file, PUBLISHED, self.any_data)[0])
-
-    def root(self, label: str) -> str:
-        """Images lie in ``images/00000/samples/0000.png``."""
-        return "images"
 
     def files(self, entry: Entry, sample: int) -> Sequence[str]:
         """The official name, and those of other generators."""

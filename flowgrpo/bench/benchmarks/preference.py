@@ -8,12 +8,12 @@ from typing import Any
 from flowgrpo.bench.base import (
     About,
     BenchError,
+    Benchmark,
     Data,
     Entry,
     Json,
     Metric,
     Points,
-    Reference,
     Result,
 )
 from flowgrpo.bench.data import HUB, open_data
@@ -30,7 +30,7 @@ COLUMNS = ("Prompt", "prompt", "caption", "text")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Preference:
+class Preference(Benchmark):
     """The settings of a preference run."""
 
     data_file: str = ""
@@ -80,10 +80,6 @@ class Preference:
             raise BenchError(f"prompt {prompt.text!r} has no metadata {self.category!r}")
         return (str(prompt.metadata[self.category]),)
 
-    def root(self, label: str) -> str:
-        """Images lie in ``images/00000_0.png``."""
-        return "images"
-
     def files(self, entry: Entry, sample: int) -> Sequence[str]:
         """Ours, UniRL's, and plain numbers where there is one image per prompt."""
         number = int(entry.key)
@@ -93,10 +89,6 @@ class Preference:
             f"{number}_{sample}.png",
         ]
         return [*names, f"{number:05d}.png", f"{number}.png"] if self.samples == 1 else names
-
-    def sidecars(self, entry: Entry) -> Mapping[str, str]:
-        """None."""
-        return {}
 
     def judge(self) -> RewardJudge:
         """Load the rewards."""
@@ -123,10 +115,6 @@ class Preference:
                 for c in categories
             ),
         ]
-
-    def references(self) -> Sequence[Reference]:
-        """None: tables differ in prompts and settings; docs/benchmarks.md lists protocols."""
-        return ()
 
     def official(self, folder: Path, label: str, results: Sequence[Result]) -> Sequence[Path]:
         """``scores.json``: image -> scores."""

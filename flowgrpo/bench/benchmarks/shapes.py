@@ -11,6 +11,7 @@ from pathlib import Path
 
 from flowgrpo.bench.base import (
     About,
+    Benchmark,
     Data,
     Entry,
     Failure,
@@ -19,7 +20,6 @@ from flowgrpo.bench.base import (
     Metric,
     Picture,
     Points,
-    Reference,
     Result,
 )
 from flowgrpo.bench.benchmarks.geneval import (
@@ -42,7 +42,7 @@ DATA = "prompts/shapes_held_out.jsonl"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Shapes:
+class Shapes(Benchmark):
     """The settings of a run on the embedded world."""
 
     data_file: str = DATA
@@ -69,10 +69,6 @@ class Shapes:
         """The held-out prompts."""
         return read_entries(open_data(self.data_file, {})[0])
 
-    def root(self, label: str) -> str:
-        """As GenEval."""
-        return "images"
-
     def files(self, entry: Entry, sample: int) -> Sequence[str]:
         """As GenEval."""
         return image_names(entry, sample)
@@ -92,10 +88,6 @@ class Shapes:
     def metrics(self) -> Sequence[Metric]:
         """As GenEval."""
         return task_metrics()
-
-    def references(self) -> Sequence[Reference]:
-        """None were published."""
-        return ()
 
     def official(self, folder: Path, label: str, results: Sequence[Result]) -> Sequence[Path]:
         """A summary in GenEval's form."""

@@ -4,13 +4,14 @@ The accuracy counts a text as right as soon as it occurs in all that was read, s
 text score high. ``exact`` and ``similarity`` do not: they compare with all that was read.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from flowgrpo.bench.base import (
     About,
+    Benchmark,
     Data,
     Entry,
     Failure,
@@ -35,7 +36,7 @@ ACCURACY, EXACT, SIMILARITY = "OCR accuracy", "exact", "similarity"
 
 
 @dataclass(frozen=True, kw_only=True)
-class TextRendering:
+class TextRendering(Benchmark):
     """The settings of a text-rendering run."""
 
     data_file: str = "prompts/text_rendering_held_out.jsonl"
@@ -74,10 +75,6 @@ class TextRendering:
             wanted_text(prompt)
         return [Entry(f"{i:05d}", p, (ACCURACY, EXACT, SIMILARITY)) for i, p in enumerate(prompts)]
 
-    def root(self, label: str) -> str:
-        """Images lie in ``images/00000_0.png``."""
-        return "images"
-
     def files(self, entry: Entry, sample: int) -> Sequence[str]:
         """Ours, and those of other generators."""
         number = int(entry.key)
@@ -86,10 +83,6 @@ class TextRendering:
             f"{number}_{sample}.png",
             f"p{number:05d}_s{sample}.png",
         )
-
-    def sidecars(self, entry: Entry) -> Mapping[str, str]:
-        """None."""
-        return {}
 
     def judge(self) -> "OCRJudge":
         """Load the OCR engine."""

@@ -17,6 +17,7 @@ from typing import Any, Literal
 from flowgrpo.bench.base import (
     About,
     BenchError,
+    Benchmark,
     Data,
     Entry,
     Failure,
@@ -61,7 +62,7 @@ TUNED = ("UniGenBench-EvalModel-qwen-72b-v1", "UniGenBench-EvalModel-qwen3vl-32b
 
 
 @dataclass(frozen=True, kw_only=True)
-class UniGenBench:
+class UniGenBench(Benchmark):
     """The settings of a UniGenBench run."""
 
     split: Split = "en"
@@ -144,10 +145,6 @@ class UniGenBench:
     def files(self, entry: Entry, sample: int) -> Sequence[str]:
         """``{index}_{sample}.png``."""
         return (f"{entry.key}_{sample}.png", f"p{int(entry.key):05d}_s{sample}.png")
-
-    def sidecars(self, entry: Entry) -> Mapping[str, str]:
-        """None."""
-        return {}
 
     def judge(self) -> "PointJudge":
         """Connect to the judge."""
