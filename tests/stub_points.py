@@ -1,7 +1,6 @@
-"""A judge of test points on a real server: reads a picture's grey, and can be slow, wrong or away.
+"""A judge of test points for a real server: reads a picture's grey, and can be slow or wrong.
 
-``python -m tests.stub_points PORT MODE SECONDS`` prints its address. The scores of a picture are
-:func:`scores_for` its shade, whatever the mode:
+The scores of a picture are :func:`scores_for` its shade, whatever the mode:
 
 - ``good`` answers everything;
 - ``moody`` is slow for some pictures, says 503 or nonsense to the first question about others, and
@@ -9,12 +8,11 @@
 """
 
 import re
-import sys
 import threading
 import time
 from collections import Counter
 
-from tests.stub_vlm import Question, Reply, Stub, said
+from tests.stub_vlm import Question, Reply, said
 
 STEP = 8
 """Grey levels per shade, so that JPEG does not change it."""
@@ -59,9 +57,3 @@ class Judge:
                 return said("<score>[1, 0, 1, 0, 1, 0, 1, 0, 1, 0, 1, 0]</score>")
         scores = scores_for(shade, number_of(question.text))
         return said(f'<analysis>["it\'s \\"fine\\""]</analysis> <score>{scores}</score>')
-
-
-if __name__ == "__main__":
-    with Stub(Judge(sys.argv[2]), port=int(sys.argv[1]), seconds=float(sys.argv[3])) as server:
-        print(server.url, flush=True)
-        threading.Event().wait()
