@@ -18,9 +18,11 @@ from urllib.parse import urlsplit
 from PIL import Image
 
 from flowgrpo.bench.base import BenchError
+from flowgrpo.core.imports import import_path
 from flowgrpo.data.pictures import as_rgb
 
 T = TypeVar("T")
+CHAT = "reward_models._chat:Chat"
 JPEG_QUALITY = 95
 LOOK = 5.0
 """Seconds to wait for a server that is asked what it is."""
@@ -64,11 +66,9 @@ class ChatModel:
         Raises:
             BenchError: If the key is missing or refused, or the server does not have the model.
         """
-        from reward_models._chat import Chat
-
         self.server = server
         try:
-            self._chat = Chat(
+            self._chat = import_path(CHAT)(
                 server.model,
                 server.url,
                 server.key_env,

@@ -15,9 +15,9 @@ if TYPE_CHECKING:
     from flowgrpo.bench.run import Part
 
 Add = Callable[[str, Callable[[argparse.Namespace], int], str, str], argparse.ArgumentParser]
-VERBS = ("generate", "score", "report", "list")
-ALL = """\
-  flowgrpo bench geneval --model MODEL              generate, judge and report
+SUMMARY = "measure a model on a benchmark"
+EXAMPLE = """\
+flowgrpo bench geneval --model MODEL              generate, judge and report
   flowgrpo bench generate geneval --model MODEL     the images only
   flowgrpo bench score FOLDER                       judge images, of ours or made elsewhere (--benchmark NAME)
   flowgrpo bench score results.jsonl --benchmark geneval    summarise an official results file
@@ -27,14 +27,18 @@ ALL = """\
 
 def add_bench(add: Add) -> None:
     """Add the command ``bench`` to the parser."""
-    bench = add("bench", bench_command, "measure a model on a benchmark", ALL.strip())
-    bench.add_argument(
+    add_arguments(add("bench", run, SUMMARY, EXAMPLE))
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of the command."""
+    parser.add_argument(
         "words",
         nargs="+",
         metavar="NAME | VERB ...",
         help="a benchmark by name or import path; or generate NAME, score FOLDER, report FOLDER ..., list",
     )
-    part = bench.add_argument_group("what")
+    part = parser.add_argument_group("what")
     part.add_argument(
         "--data", metavar="FILE", help="the benchmark's data: a path or hf:owner/name:file"
     )
@@ -47,8 +51,8 @@ def add_bench(add: Add) -> None:
     part.add_argument("--out", help="folder (default: bench/NAME/LABEL)")
     part.add_argument("--label", help="name of the model in paths and tables")
     part.add_argument("--estimate", action="store_true", help="print images, judge calls and time; make nothing")  # fmt: skip
-    _model_arguments(bench.add_argument_group("model"))
-    judge = bench.add_argument_group("judging")
+    _model_arguments(parser.add_argument_group("model"))
+    judge = parser.add_argument_group("judging")
     judge.add_argument("--judge", metavar="MODEL", help="judge model, as its server calls it")
     judge.add_argument("--judge-url", action="append", metavar="URL", help="OpenAI-compatible server; can be given again for equal servers")  # fmt: skip
     judge.add_argument("--judge-key-env", metavar="NAME", help="environment variable with the judge's key")  # fmt: skip
@@ -71,8 +75,8 @@ def _model_arguments(group: "argparse._ArgumentGroup") -> None:
     group.set_defaults(frames=None)
 
 
-def bench_command(options: argparse.Namespace) -> int:
-    """``flowgrpo bench``: dispatch to a verb, or run a whole benchmark."""
+def run(options: argparse.Namespace) -> int:
+    """Dispatch to a verb, or run a whole benchmark."""
     verb, *rest = options.words
     if verb == "list":
         return _list(rest)
@@ -83,10 +87,10 @@ def bench_command(options: argparse.Namespace) -> int:
     names = rest if verb == "generate" else options.words
     if len(names) != 1:
         raise ValueError(f"bench {verb}: one benchmark at a time, got {' '.join(names) or 'none'}")
-    return _run(names[0], options, judge=verb != "generate")
+    return _whole(names[0], options, judge=verb != "generate")
 
 
-def _run(name: str, options: argparse.Namespace, judge: bool) -> int:
+def _whole(name: str, options: argparse.Namespace, judge: bool) -> int:
     """Generate, and judge unless only images are wanted."""
     from flowgrpo.bench.base import load_benchmark
     from flowgrpo.bench.run import Part, generate_folder, score_folder

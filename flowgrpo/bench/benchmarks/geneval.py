@@ -39,6 +39,7 @@ __all__ = ["GenEval"]
 TASKS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 OVERALL, SAMPLES = "overall (mean over tasks)", "overall (mean over samples)"
 ANY, IMAGES = "% correct prompts (any image)", "any image correct"
+REWARD = "reward_models.geneval:GenEval"
 PUBLISHED = {
     "md5:9a0ed515640279a48ed3380d90aec0ed": "evaluation_metadata.jsonl of djghosh13/geneval",
 }
@@ -171,28 +172,25 @@ class DetectorJudge:
         Raises:
             ValueError: If the detector or an option does not exist.
         """
-        from reward_models.geneval import GenEval as Reward
-
         given: Any = detector
         if re.fullmatch(r"[A-Za-z_][\w.]*:\w+", detector):
             given = import_path(detector)
             given = given() if isinstance(given, type) else given
         self.detector, self.options, self.batch = detector, dict(options), batch
-        self.reward = Reward(mode="strict", detector=given, **self.options)
+        self.reward: Any = import_path(REWARD)(mode="strict", detector=given, **self.options)
 
     @property
     def title(self) -> str:
         """The detector's name, such as ``HF detector``."""
-        return self.reward.detector.name
+        return str(self.reward.detector.name)
 
     @property
     def notes(self) -> Sequence[str]:
         """What differs from the official judge."""
-        if isinstance(self.reward.detector.name, str) and self.title == "HF detector":
-            return (
-                "the official detector is another training of this one: scores are near the official ones, not equal",
-            )
-        return ("the detector is not the official one",)
+        return (
+            "the official detector is mmdet's Mask2Former; this one is another, so scores come near the "
+            "official ones but do not equal them",
+        )
 
     def identity(self) -> Json:
         """The detector, the colour model and the rule's thresholds."""

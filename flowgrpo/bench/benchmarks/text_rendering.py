@@ -33,6 +33,9 @@ from flowgrpo.data.prompt_files import read_prompts
 __all__ = ["TextRendering"]
 
 ACCURACY, EXACT, SIMILARITY = "OCR accuracy", "exact", "similarity"
+OCR, WANTED_TEXT, EDIT_DISTANCE = (
+    f"reward_models.ocr:{name}" for name in ("OCR", "wanted_text", "edit_distance")
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,8 +71,7 @@ class TextRendering(Benchmark):
 
     def entries(self) -> Sequence[Entry]:
         """The prompts, numbered from 0."""
-        from reward_models.ocr import wanted_text
-
+        wanted_text = import_path(WANTED_TEXT)
         prompts = read_prompts(open_data(self.data_file, {})[0])
         for prompt in prompts:
             wanted_text(prompt)
@@ -120,11 +122,10 @@ class OCRJudge:
         Raises:
             ImportError: If the default engine is not installed.
         """
-        from reward_models.ocr import OCR
-
         self.reader, self.longest_side, self.batch = reader, longest_side, batch
         own: Any = import_path(reader) if reader else None
-        self.ocr = OCR(reader=own) if own else OCR(longest_side=longest_side)
+        ocr: Any = import_path(OCR)
+        self.ocr: Any = ocr(reader=own) if own else ocr(longest_side=longest_side)
 
     @property
     def title(self) -> str:
@@ -160,8 +161,7 @@ class OCRJudge:
         return [self._one(a, p) for a, p in zip(arrays, pictures, strict=True)]
 
     def _one(self, image: Any, picture: Picture) -> Json | Failure:
-        from reward_models.ocr import edit_distance, wanted_text
-
+        edit_distance, wanted_text = import_path(EDIT_DISTANCE), import_path(WANTED_TEXT)
         try:
             lines = list(self.ocr.read(image))
         except Exception as error:  # engines raise anything
