@@ -98,6 +98,19 @@ def test_prompts_are_drawn_within_their_strata() -> None:
     assert (drawn.max(0) > 1).all()
 
 
+@pytest.mark.parametrize("value", [0.0, 1.0])
+def test_all_wrong_or_all_right_has_the_exact_interval(value: float) -> None:
+    (found,) = estimate(table_of([[value] * 3] * 20), METRIC)
+    exact = stats.binomtest(int(20 * value), 20).proportion_ci(method="exact")
+    assert (found.low, found.high) == pytest.approx((exact.low, exact.high))
+
+
+def test_parts_without_points_are_left_out() -> None:
+    (found,) = estimate(table_of([[1.0], [0.0]]), [Metric("m", (("x",), ("absent",)))])
+    assert found.value == pytest.approx(0.5)
+    assert found.low < found.high
+
+
 def test_one_prompt_has_no_interval() -> None:
     (found,) = estimate(table_of([[1.0, 0.0, 1.0]]), METRIC)
     assert found.value == pytest.approx(2 / 3)

@@ -15,11 +15,8 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 from urllib.parse import urlsplit
 
-from PIL import Image
-
 from flowgrpo.bench.base import BenchError
 from flowgrpo.core.imports import import_path
-from flowgrpo.data.pictures import as_rgb
 
 T = TypeVar("T")
 CHAT = "reward_models._chat:Chat"
@@ -131,6 +128,10 @@ def picture_bytes(path: Path, form: Literal["file", "jpeg"]) -> bytes:
     Raises:
         BenchError: If it cannot be read.
     """
+    from PIL import Image
+
+    from flowgrpo.data.pictures import as_rgb
+
     try:
         if form == "file" and path.suffix.lower() == ".png":
             return path.read_bytes()

@@ -4,11 +4,8 @@ import struct
 from collections.abc import Sequence
 from pathlib import Path
 
-from PIL import Image, UnidentifiedImageError
-
 from flowgrpo.bench.base import BenchError
 from flowgrpo.core.tensors import Float, Tensor, torch
-from flowgrpo.data.pictures import as_rgb
 
 PNG, PNG_END = b"\x89PNG\r\n\x1a\n", b"IEND\xaeB`\x82"
 JPEG, JPEG_END = b"\xff\xd8\xff", b"\xff\xd9"
@@ -63,6 +60,9 @@ def read_image(path: Path) -> Float[Tensor, "3 height width"]:
         BenchError: If it is missing, truncated or no image.
     """
     import numpy as np
+    from PIL import Image, UnidentifiedImageError
+
+    from flowgrpo.data.pictures import as_rgb
 
     try:
         with Image.open(path) as image:

@@ -203,6 +203,12 @@ def warnings_of(result: Mapping[str, Any]) -> list[str]:
         found.append(f"measured with other sampler settings: {', '.join(differing)}")
     if any(not r["settings"] for r in result["references"]):
         found.append("the sampler settings of some published scores are not known; steps, guidance and size alone move scores")  # fmt: skip
+    sampler = (result["generation"] or {}).get("sampler", {})
+    if sampler.get("sampler") != sampler.get("shipped_sampler"):
+        found.append(
+            f"sampled with {sampler['sampler']}, as in training; the pipeline ships with "
+            f"{sampler['shipped_sampler']}"
+        )
     if result["generation"] is None:
         found.append("the images were made elsewhere: their model and settings are not known")
     return found

@@ -65,10 +65,14 @@ class Table:
     def values(
         self, metrics: Sequence[Metric], weights: Float[np.ndarray, "resamples prompts"]
     ) -> Float[np.ndarray, "resamples metrics"]:
-        """Each metric, for prompts that count ``weights`` times. NaN where a part has no points."""
+        """Each metric, for prompts that count ``weights`` times.
+
+        Parts of a metric that no prompt of the table has points in are left out, as in the official
+        scripts. NaN if none is left, or if none of a part's prompts was drawn.
+        """
         column = {d: i for i, d in enumerate(self.dimensions)}
         parts = [
-            [[column[d] for d in part if d in column] for part in metric.parts]
+            [own for part in metric.parts if (own := [column[d] for d in part if d in column])]
             for metric in metrics
         ]
         sums, counts = weights @ self.sums, weights @ self.counts
@@ -152,9 +156,22 @@ def _estimates(tables: Sequence[Table], metrics: Sequence[Metric], seed: int) ->
         finite = sampled[np.isfinite(sampled[:, i]), i]
         enough = _prompts(tables[0], metric) > 1 and len(finite) > 0 and np.isfinite(whole[i])
         low, high = np.percentile(finite, [tail, 100 - tail]) if enough else (np.nan, np.nan)
+        if len(tables) == 1 and enough and low == high and metric.percent:
+            low, high = _exact(float(whole[i]), _prompts(tables[0], metric))
         points = sum(_points(t, metric) for t in tables)
         found.append(Estimate(metric, float(whole[i]), float(low), float(high), points))
     return found
+
+
+def _exact(share: float, number: int) -> tuple[float, float]:
+    """The interval where all points are 0 or all are 1, of which resampling knows nothing.
+
+    The exact (Clopper-Pearson) interval of a proportion, with every prompt counted once.
+    """
+    bound = ((1 - CONFIDENCE) / 2) ** (1 / number)
+    if share == 0:
+        return 0.0, 1 - bound
+    return (bound, 1.0) if share == 1 else (share, share)
 
 
 def _prompts(table: Table, metric: Metric) -> int:
