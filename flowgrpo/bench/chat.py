@@ -89,6 +89,17 @@ class ChatModel:
         (found,) = self._chat.ask_all([content], lambda a: parse(a.text), max_tokens=max_tokens)
         return found
 
+    def first_token(self, content: list[str | bytes]) -> Mapping[str, float] | None:
+        """Probabilities of the 20 most likely first tokens; None if the server gives none.
+
+        Raises:
+            RuntimeError: If the server does not answer; says why.
+        """
+        (found,) = self._chat.ask_all(
+            [content], lambda a: dict(a.first) or None, max_tokens=1, first=True
+        )
+        return found
+
     def version(self) -> str:
         """The model that the servers run under that name, and their version; empty if unknown."""
         found = {_look(url, self.server) for url in self.server.urls} - {""}

@@ -36,7 +36,11 @@ def open_data(
     path = _download(source) if source.startswith(HUB) else _local(source, how)
     sha256, md5 = _hashes(path, path.stat().st_mtime_ns)
     name = next(
-        (n for h, n in published.items() if f"sha256:{sha256}".startswith(h) or f"md5:{md5}" == h),
+        (
+            name
+            for beginning, name in published.items()
+            if f"sha256:{sha256}".startswith(beginning) or f"md5:{md5}".startswith(beginning)
+        ),
         "",
     )
     notes: tuple[str, ...] = ()

@@ -364,8 +364,10 @@ def _estimate(plan: "Plan", benchmark: "Benchmark") -> int:
         f"{benchmark.title}: {len(plan.entries)} prompts, {images} images, {absent} of them to be made"
     )
     print(f"judge: {type(benchmark).about.judge}")
-    print(f"judge calls: {images} at most, one per image and only for images not judged yet")
-    in_flight = getattr(benchmark, "concurrency", 0)
+    print(
+        f"judge calls: {type(benchmark).about.calls} in a full run; images already judged need none"
+    )
+    in_flight = getattr(benchmark, "concurrency", 0) if _is_remote(benchmark) else 0
     if in_flight:
         each = clock(images / in_flight)
         print(f"judging: {each} for every second that an answer takes, {in_flight} at a time")
