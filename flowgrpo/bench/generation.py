@@ -11,7 +11,7 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -190,8 +190,23 @@ def check_settings(plan: Plan, settings: dict[str, Any]) -> None:
             "score them with 'flowgrpo bench score', or choose another --out"
         )
     command = shlex.join(["flowgrpo", *sys.argv[1:]])
-    table = {"settings": settings, "batch": plan.batch, "versions": versions(), "command": command}
+    table = {
+        "settings": settings,
+        "benchmark": made_by(plan.benchmark, plan.subject.label),
+        "batch": plan.batch,
+        "versions": versions(),
+        "command": command,
+    }
     write_json(path, table)
+
+
+def made_by(benchmark: Benchmark, label: str) -> dict[str, Any]:
+    """The benchmark's name and settings, from which ``bench score`` makes it again."""
+    assert is_dataclass(benchmark)
+    kind = type(benchmark)
+    builtin = kind.__module__.startswith("flowgrpo.bench.benchmarks.")
+    name = kind.__module__.rsplit(".", 1)[-1] if builtin else f"{kind.__module__}:{kind.__name__}"
+    return {"name": name, "settings": asdict(benchmark), "label": label}
 
 
 def _flat(settings: dict[str, Any]) -> dict[str, Any]:

@@ -11,7 +11,9 @@ from flowgrpo.core.tensors import Float, Tensor, torch
 READERS = 2
 """Threads that decode images while a model judges."""
 
-Batch = Callable[[Float[Tensor, "batch 3 height width"], Sequence[Picture]], Sequence[Json | Failure]]  # fmt: skip
+Batch = Callable[
+    [Float[Tensor, "batch 3 height width"], Sequence[Picture]], Sequence[Json | Failure]
+]
 
 
 def in_batches(pictures: Iterable[Picture], size: int, judge: Batch) -> Iterator[Judged]:

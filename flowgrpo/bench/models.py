@@ -108,7 +108,7 @@ def load_any(model: str, dtype: str) -> Any:
     if path.suffix not in WEIGHTS or not path.is_file():
         return load_pipeline(model, DTYPES[dtype])
     import diffusers
-    from diffusers.loaders.single_file_utils import (  # fmt: skip
+    from diffusers.loaders.single_file_utils import (
         infer_diffusers_model_type,
         load_single_file_checkpoint,
     )

@@ -1,6 +1,7 @@
 """The HTML page of one or several benchmark folders; it needs no network."""
 
 import base64
+import contextlib
 import html
 import io
 import json
@@ -11,6 +12,7 @@ from typing import Any
 
 from PIL import Image
 
+from flowgrpo.bench.base import BenchError
 from flowgrpo.bench.report import compared, interval, read_result, settings_line, show
 from flowgrpo.evaluation.report import write_page
 
@@ -28,9 +30,15 @@ def write_html(folders: Sequence[Path], out: Path) -> Path:
     title = " and ".join(dict.fromkeys(r["title"] for r in results))
     parts = [f'<header><p class="brand">flowgrpo bench</p><h1>{html.escape(title)}</h1></header>']
     for folder, result in zip(folders, results, strict=True):
-        parts += [_chips(result), _warnings(result), _table(result), radar([result]), _images(folder, result)]  # fmt: skip
+        parts += [
+            _chips(result),
+            _warnings(result),
+            _table(result),
+            radar([result]),
+            _images(folder, result),
+        ]
     for other in folders[1:]:
-        if results[0]["benchmark"] == read_result(other)["benchmark"]:
+        with contextlib.suppress(BenchError):  # of another benchmark, other data or another judge
             parts.append(_comparison(folders[0], other))
     parts += [_settings(r) for r in results]
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -119,7 +127,9 @@ def radar(results: Sequence[Mapping[str, Any]]) -> str:
         x, y = _place(i, len(spokes), 112.0).split(",")
         side = math.sin(2 * math.pi * i / len(spokes))
         anchor = "middle" if abs(side) < 0.2 else "start" if side > 0 else "end"
-        parts.append(f'<text class="tick" style="text-anchor:{anchor}" x="{x}" y="{y}">{html.escape(name)}</text>')  # fmt: skip
+        parts.append(
+            f'<text class="tick" style="text-anchor:{anchor}" x="{x}" y="{y}">{html.escape(name)}</text>'
+        )
     for number, result in enumerate(results):
         values = {m["name"]: m["value"] or 0.0 for m in result["metrics"]}
         places = [_place(i, len(spokes), values.get(s, 0.0)) for i, s in enumerate(spokes)]
@@ -150,7 +160,9 @@ def _images(folder: Path, result: Mapping[str, Any]) -> str:
         small.save(buffer, "JPEG", quality=85)
         data = base64.b64encode(buffer.getvalue()).decode()
         prompt = html.escape(example["prompt"], quote=True)
-        shown.append(f'<img src="data:image/jpeg;base64,{data}" alt="{prompt}" title="{prompt}" style="margin:2px;border-radius:4px">')  # fmt: skip
+        shown.append(
+            f'<img src="data:image/jpeg;base64,{data}" alt="{prompt}" title="{prompt}" style="margin:2px;border-radius:4px">'
+        )
     return f'<section class="card">{"".join(shown)}</section>' if shown else ""
 
 

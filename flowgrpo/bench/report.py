@@ -189,7 +189,9 @@ def warnings_of(result: Mapping[str, Any]) -> list[str]:
             "benchmark, not its score"
         )
     if counts["missing"]:
-        found.append(f"{counts['missing']} images are missing and count for nothing; strict counts them as wrong")  # fmt: skip
+        found.append(
+            f"{counts['missing']} images are missing and count for nothing; the strict score counts them as wrong"
+        )
     if counts["failed"]:
         found.append(
             f"{counts['failed']} images could not be judged and count for nothing; strict counts them as "
@@ -197,12 +199,16 @@ def warnings_of(result: Mapping[str, Any]) -> list[str]:
         )
     judges = {r["judge"] for r in result["references"]} - {result["judge"]["title"]}
     if judges:
-        found.append(f"published scores are by {', '.join(sorted(judges))}, these by {result['judge']['title']}")  # fmt: skip
+        found.append(
+            f"published scores are by {', '.join(sorted(judges))}, these by {result['judge']['title']}"
+        )
     differing = [r["model"] for r in result["references"] if r["differs"]]
     if differing:
         found.append(f"measured with other sampler settings: {', '.join(differing)}")
     if any(not r["settings"] for r in result["references"]):
-        found.append("the sampler settings of some published scores are not known; steps, guidance and size alone move scores")  # fmt: skip
+        found.append(
+            "the sampler settings of some published scores are not known; steps, guidance and size alone move scores"
+        )
     sampler = (result["generation"] or {}).get("sampler", {})
     if sampler.get("sampler") != sampler.get("shipped_sampler"):
         found.append(
@@ -276,13 +282,22 @@ def differences(first: Path, second: Path) -> list[Estimate]:
         ("benchmark", one["title"], other["title"]),
         ("data", one["data"]["sha256"], other["data"]["sha256"]),
         ("judge", one["judge"]["identity"], other["judge"]["identity"]),
+        ("judge's version", *versions_of(one, other)),
     ):
         if a != b:
-            raise BenchError(f"{first} and {second} differ in {name} ({a} and {b}), so their scores cannot be compared")  # fmt: skip
+            raise BenchError(
+                f"{first} and {second} differ in {name} ({a} and {b}), so their scores cannot be compared"
+            )
     (a_table, metrics), (b_table, _) = read_points(first), read_points(second)
     if not set(a_table.keys) & set(b_table.keys):
         raise BenchError(f"{first} and {second} have no prompt in common")
     return [e for e in compare(a_table, b_table, metrics) if e.points]
+
+
+def versions_of(one: Mapping[str, Any], other: Mapping[str, Any]) -> tuple[str, str]:
+    """The versions of both judges; equal if one of them is unknown."""
+    a, b = one["judge"]["version"], other["judge"]["version"]
+    return (a, b) if a and b else ("", "")
 
 
 def show(value: float | None, percent: bool) -> str:
@@ -308,7 +323,13 @@ def settings_line(result: Mapping[str, Any]) -> str:
     call = {**sampler.get("call_defaults", {}), **settings["call"]}
     parts = [f"{k} {json.dumps(v, ensure_ascii=False)}" for k, v in call.items()]
     adapters = [f"{a['adapter']} x {a['scale']:g}" for a in settings["adapters"]]
-    known = [sampler.get("sampler", ""), *parts, settings["dtype"], f"seed {settings['seed']}", *adapters]  # fmt: skip
+    known = [
+        sampler.get("sampler", ""),
+        *parts,
+        settings["dtype"],
+        f"seed {settings['seed']}",
+        *adapters,
+    ]
     return ", ".join(filter(None, known))
 
 

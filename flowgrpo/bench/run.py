@@ -12,9 +12,6 @@ from flowgrpo.bench.page import NUM_THUMBNAILS, write_html
 from flowgrpo.bench.report import FILE, write_results
 from flowgrpo.bench.scoring import Scores, check_sidecars, score
 
-MADE_BY = "benchmark.json"
-"""The benchmark's name and settings, beside the images, so that ``bench score`` knows them."""
-
 
 @dataclass(frozen=True)
 class Part:
@@ -35,23 +32,9 @@ def generate_folder(plan: Plan) -> None:
         BenchError: If another process works on the folder, or see :func:`.generation.generate`.
     """
     with locked(plan.folder):
-        if plan.rank == 0:
-            write_json(plan.folder / MADE_BY, made_by(plan.benchmark, plan.subject.label))
         generate(plan)
         if plan.rank == 0:
             wait_for_others(plan)
-
-
-def made_by(benchmark: Benchmark, label: str) -> dict[str, Any]:
-    """The benchmark's name and settings in a form that JSON holds."""
-    from dataclasses import asdict, is_dataclass
-
-    assert is_dataclass(benchmark)
-    assert not isinstance(benchmark, type)
-    kind = type(benchmark)
-    builtin = kind.__module__.startswith("flowgrpo.bench.benchmarks.")
-    name = kind.__module__.rsplit(".", 1)[-1] if builtin else f"{kind.__module__}:{kind.__name__}"
-    return {"name": name, "settings": asdict(benchmark), "label": label}
 
 
 def score_folder(
@@ -158,6 +141,6 @@ def _examples(out: Path, scores: Scores) -> list[dict[str, str]]:
 
 
 def stored(folder: Path) -> dict[str, Any] | None:
-    """The benchmark that a folder of ours was made for: name, settings, label."""
-    path = folder / MADE_BY
-    return read_json(path) if path.exists() and (folder / SETTINGS).exists() else None
+    """The benchmark that a folder of ours was made for: name, settings, label; None for others."""
+    path = folder / SETTINGS
+    return read_json(path)["benchmark"] if path.exists() else None

@@ -104,7 +104,11 @@ def score(
         todo = [p for p in pictures if "judgement" not in known.get(_key(p), {})]
         progress = Progress("judged", len(pictures), len(pictures) - len(todo))
         for picture, outcome in _watched(judge, version, todo, progress):
-            kept = {"failed": outcome.reason} if isinstance(outcome, Failure) else {"judgement": dict(outcome)}  # fmt: skip
+            kept = (
+                {"failed": outcome.reason}
+                if isinstance(outcome, Failure)
+                else {"judgement": dict(outcome)}
+            )
             record = {
                 "key": picture.entry.key,
                 "sample": picture.sample,

@@ -38,41 +38,48 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME | VERB ...",
         help="a benchmark by name or import path; or generate NAME, score FOLDER, report FOLDER ..., list",
     )
-    part = parser.add_argument_group("what")
-    part.add_argument(
-        "--data", metavar="FILE", help="the benchmark's data: a path or hf:owner/name:file"
-    )
-    part.add_argument(
-        "--samples", type=int, help="images per prompt (default: the official number)"
-    )
-    part.add_argument("--limit", type=int, metavar="N", help="only N prompts, spread evenly")
-    part.add_argument("--dimension", action="append", default=[], metavar="NAME", help="only prompts of a task or test point; can be given again")  # fmt: skip
-    part.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="any other setting of the benchmark; 'bench list NAME' shows them")  # fmt: skip
-    part.add_argument("--out", help="folder (default: bench/NAME/LABEL)")
-    part.add_argument("--label", help="name of the model in paths and tables")
-    part.add_argument("--estimate", action="store_true", help="print images, judge calls and time; make nothing")  # fmt: skip
-    _model_arguments(parser.add_argument_group("model"))
-    judge = parser.add_argument_group("judging")
-    judge.add_argument("--judge", metavar="MODEL", help="judge model, as its server calls it")
-    judge.add_argument("--judge-url", action="append", metavar="URL", help="OpenAI-compatible server; can be given again for equal servers")  # fmt: skip
-    judge.add_argument("--judge-key-env", metavar="NAME", help="environment variable with the judge's key")  # fmt: skip
-    judge.add_argument("--benchmark", metavar="NAME", help="with score: what a folder made elsewhere is of")  # fmt: skip
-    judge.add_argument("--allow-missing", action="store_true", help="score although images are missing")  # fmt: skip
+    for title, options in OPTIONS.items():
+        group = parser.add_argument_group(title)
+        for name, text, more in options:
+            group.add_argument(name, help=text, **more)
+    parser.set_defaults(frames=None)
 
 
-def _model_arguments(group: "argparse._ArgumentGroup") -> None:
-    group.add_argument("--model", help="hub id, pipeline folder, single file, run directory, or 'shapes'")  # fmt: skip
-    group.add_argument("--adapter", action="append", default=[], metavar="PATH[:SCALE]", help="LoRA adapter: folder, file or hub id; can be given again")  # fmt: skip
-    group.add_argument("--weights", choices=("best", "last", "base"), default="last", help="of a run: which checkpoint, or the model before training (default: %(default)s)")  # fmt: skip
-    group.add_argument("--steps", type=int, help="denoising steps (default: 28; of a run: as in its evaluations)")  # fmt: skip
-    group.add_argument("--guidance", type=float, help="guidance scale (default: the pipeline's)")
-    group.add_argument("--size", help="WIDTHxHEIGHT in pixels (default: the pipeline's)")
-    group.add_argument("--call", action="append", default=[], metavar="NAME=VALUE", help="any other argument of the pipeline's call")  # fmt: skip
-    group.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="precision of the denoiser (default: float32; of a run: its own)")  # fmt: skip
-    group.add_argument("--device", default="auto", help="cpu, cuda, ... (default: a GPU if there is one)")  # fmt: skip
-    group.add_argument("--seed", type=int, default=0, help="for the noise (default: %(default)s)")
-    group.add_argument("--batch", type=int, default=16, help="images in one call of the pipeline (default: %(default)s)")  # fmt: skip
-    group.set_defaults(frames=None)
+AGAIN: dict[str, Any] = {"action": "append", "default": []}
+FLAG: dict[str, Any] = {"action": "store_true"}
+OPTIONS: Mapping[str, Sequence[tuple[str, str, dict[str, Any]]]] = {
+    "what": [
+        ("--data", "the benchmark's data: a path or hf:owner/name:file", {"metavar": "FILE"}),
+        ("--samples", "images per prompt (default: the official number)", {"type": int}),
+        ("--limit", "only N prompts, spread evenly", {"type": int, "metavar": "N"}),
+        ("--dimension", "only prompts of a task or test point; can be given again", {**AGAIN, "metavar": "NAME"}),
+        ("--set", "any other setting of the benchmark; 'bench list NAME' shows them", {**AGAIN, "metavar": "KEY=VALUE"}),
+        ("--out", "folder (default: bench/NAME/LABEL)", {}),
+        ("--label", "name of the model in paths and tables", {}),
+        ("--estimate", "print images, judge calls and time; make nothing", FLAG),
+    ],
+    "model": [
+        ("--model", "hub id, pipeline folder, single file, run directory, or 'shapes'", {}),
+        ("--adapter", "LoRA adapter: folder, file or hub id; can be given again", {**AGAIN, "metavar": "PATH[:SCALE]"}),
+        ("--weights", "of a run: which checkpoint, or the model before training (default: %(default)s)", {"choices": ("best", "last", "base"), "default": "last"}),
+        ("--steps", "denoising steps (default: 28; of a run: as in its evaluations)", {"type": int}),
+        ("--guidance", "guidance scale (default: the pipeline's; of a run: as in its evaluations)", {"type": float}),
+        ("--size", "WIDTHxHEIGHT in pixels (default: the pipeline's)", {}),
+        ("--call", "any other argument of the pipeline's call", {**AGAIN, "metavar": "NAME=VALUE"}),
+        ("--dtype", "precision of the denoiser (default: float32; of a run: its own)", {"choices": ("float32", "bfloat16", "float16")}),
+        ("--device", "cpu, cuda, ... (default: a GPU if there is one)", {"default": "auto"}),
+        ("--seed", "for the noise (default: %(default)s)", {"type": int, "default": 0}),
+        ("--batch", "images in one call of the pipeline (default: %(default)s)", {"type": int, "default": 16}),
+    ],
+    "judging": [
+        ("--judge", "judge model, as its server calls it", {"metavar": "MODEL"}),
+        ("--judge-url", "OpenAI-compatible server; can be given again for equal servers", {"action": "append", "metavar": "URL"}),
+        ("--judge-key-env", "environment variable with the judge's key", {"metavar": "NAME"}),
+        ("--benchmark", "with score: what a folder made elsewhere is of", {"metavar": "NAME"}),
+        ("--allow-missing", "score although images are missing", FLAG),
+    ],
+}  # fmt: skip
+"""Name, help and further arguments of each option, by group."""
 
 
 def run(options: argparse.Namespace) -> int:
@@ -163,7 +170,10 @@ def _subject(options: argparse.Namespace) -> "Subject":
     if is_run:
         config = run_config(run)
         model, sampling = config.model.path, _merged(config.evaluation_sampling(), options)
-        label, dtype = label_of(f"{run.resolve().name}-base", adapters), options.dtype or config.model.dtype  # fmt: skip
+        label, dtype = (
+            label_of(f"{run.resolve().name}-base", adapters),
+            options.dtype or config.model.dtype,
+        )
     return subject(
         model,
         adapters=adapters,
@@ -305,8 +315,16 @@ def _score(words: Sequence[str], options: argparse.Namespace) -> int:
         result = import_results(out, benchmark, source, label)
     else:
         _quiet()
-        out = Path(options.out) if options.out else source if made else Path("bench") / benchmark.name / label  # fmt: skip
-        images = None if made and out == source else source / benchmark.root(label) if made else source  # fmt: skip
+        out = (
+            Path(options.out)
+            if options.out
+            else source
+            if made
+            else Path("bench") / benchmark.name / label
+        )
+        images = (
+            None if made and out == source else source / benchmark.root(label) if made else source
+        )
         result = score_folder(out, benchmark, part, label, images, options.allow_missing)
     _show(result, out)
     return 0
@@ -314,6 +332,7 @@ def _score(words: Sequence[str], options: argparse.Namespace) -> int:
 
 def _report(words: Sequence[str], out: str | None) -> int:
     """Print results, and compare the first folder with the others."""
+    from flowgrpo.bench.base import BenchError
     from flowgrpo.bench.page import write_html
     from flowgrpo.bench.report import read_result
 
@@ -323,8 +342,12 @@ def _report(words: Sequence[str], out: str | None) -> int:
     for folder in folders:
         _show(read_result(folder), folder)
     for other in folders[1:]:
-        _show_comparison(folders[0], other)
-    print(write_html(folders, Path(out) if out else folders[-1] / "report.html"))
+        try:
+            _show_comparison(folders[0], other)
+        except BenchError as error:
+            print(f"not compared: {error}")
+    name = "report.html" if len(folders) == 1 else "comparison.html"
+    print(write_html(folders, Path(out) if out else folders[-1] / name))
     return 0
 
 

@@ -231,14 +231,20 @@ class PointJudge:
         """Why scores are not comparable, where they are not."""
         notes = []
         if not self.official:
-            notes.append("the judge's instructions are ours, not the official ones: scores are not comparable with published ones; give --set judge_prompt=eval/src/eval_common.py")  # fmt: skip
+            notes.append(
+                "the judge's instructions are ours, not the official ones: scores are not comparable with published ones; give --set judge_prompt=eval/src/eval_common.py"
+            )
         known = self.settings.judge_model == LEADERBOARD_JUDGE or any(
             t in f"{self.settings.judge_model} {self.version()}" for t in TUNED
         )
         if not known:
-            notes.append(f"{self.settings.judge_model} is none of the published judges: scores are not comparable with published ones")  # fmt: skip
+            notes.append(
+                f"{self.settings.judge_model} is none of the published judges: scores are not comparable with published ones"
+            )
         elif self.settings.judge_model != LEADERBOARD_JUDGE:
-            notes.append("the leaderboard's scores are by Gemini 2.5 Pro; the tuned judge agrees with it in about 94 % of the points")  # fmt: skip
+            notes.append(
+                "the leaderboard's scores are by Gemini 2.5 Pro; the tuned judge agrees with it in about 94 % of the points"
+            )
         return notes
 
     def identity(self) -> Json:
