@@ -323,6 +323,18 @@ def test_adapters_change_the_images_by_their_scale(
     assert one["adapters"][0]["sha256"] == half["adapters"][0]["sha256"]
 
 
+def test_a_single_file_of_unknown_kind_is_refused(tmp_path: Path) -> None:
+    import torch
+    from safetensors.torch import save_file
+
+    file = tmp_path / "model.safetensors"
+    # What tells an image-editing model from Stable Diffusion 1: eight channels come in.
+    save_file({"model.diffusion_model.input_blocks.0.0.weight": torch.zeros(4, 8, 3, 3)}, file)
+    with pytest.raises(BenchError, match=r"instruct-pix2pix.*convert it"):
+        subject(str(file), sampling=SAMPLING).load()
+    assert subject(str(file), sampling=SAMPLING).identity()["model"] == "model.safetensors"
+
+
 def test_settings_are_stored(whole: Path) -> None:
     table = json.loads((whole / SETTINGS).read_text())
     assert table["settings"]["call"] == {"num_inference_steps": 2, "guidance_scale": 1.0}

@@ -471,3 +471,36 @@ def test_a_slow_call_holds_back_no_other() -> None:
     assert order[-1] == "0"
     assert sorted(order, key=int) == [str(i) for i in range(40)]
     assert time.perf_counter() - began < 1.0
+
+
+# T2I-CompBench++.
+
+
+def test_compbenchs_layout_and_results(tmp_path: Path) -> None:
+    """An independent reader: the prompt before the first underscore, a running number after it."""
+    data = tmp_path / "dataset"
+    data.mkdir()
+    prompts = [f"a red cup and {i} blue books." for i in range(5)]
+    (data / "color_val.txt").write_text("\n".join(prompts) + "\n")
+    benchmark = load_benchmark("t2i_compbench", {"data_file": str(data), "samples": 3})
+    names = [benchmark.files(e, s)[0] for e in benchmark.entries() for s in range(3)]
+    assert sorted(names, key=lambda n: int(n[:-4].split("_")[-1])) == names
+    assert [n.split("_")[0] for n in names] == [p for p in prompts for _ in range(3)]
+    assert [int(n[:-4].split("_")[-1]) for n in names] == list(range(15))
+    assert benchmark.root("x") == "images/color/samples"
+    with pytest.raises(BenchError, match="judged by the official scorer"):
+        benchmark.judge()
+    (tmp_path / "clip").mkdir()
+    clip = {"model": f"local-dir:{zoo.save_open_clip(tmp_path / 'clip')}"}
+    assert replace(benchmark, category="non_spatial", clip=clip).judge().title == "CLIP ViT-B/32"
+    file = tmp_path / "vqa_result.json"
+    scores = [i / 20 for i in range(15)]
+    rows = [{"question_id": i, "answer": str(v)} for i, v in enumerate(scores)]
+    file.write_text(json.dumps(rows[::-1]))
+    result = import_results(tmp_path / "out", benchmark, file, "mine")
+    assert value(result, "mean over images") == pytest.approx(sum(scores) / 15)
+    assert result["counts"]["judged"] == 15
+    assert result["metrics"][0]["low"] < result["metrics"][0]["value"]
+    file.write_text(json.dumps([{"question_id": 15, "answer": "1"}]))
+    with pytest.raises(BenchError, match="image 15 is beyond the 5 prompts x 3 images"):
+        import_results(tmp_path / "x", benchmark, file, "mine")

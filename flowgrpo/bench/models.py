@@ -101,8 +101,10 @@ def subject(
 def load_any(model: str, dtype: str) -> Any:
     """A pipeline from a hub id, a folder, ``"shapes"`` or one checkpoint file.
 
+    Parts that a single file lacks, such as text encoders, come from the hub.
+
     Raises:
-        BenchError: If a single file's pipeline class is unknown.
+        BenchError: If a single file's pipeline class is unknown, or parts of it are not to be had.
     """
     path = Path(model)
     if path.suffix not in WEIGHTS or not path.is_file():
@@ -114,25 +116,32 @@ def load_any(model: str, dtype: str) -> Any:
     )
 
     kind = infer_diffusers_model_type(load_single_file_checkpoint(str(path)))
-    name = next((v for k, v in SINGLE_FILES.items() if kind.startswith(k)), None)
+    name = SINGLE_FILES.get(kind)
     if name is None:
         raise BenchError(
             f"{model} holds a model of the kind {kind!r}, whose pipeline is not known here: convert it "
             "to a pipeline folder with diffusers"
         )
-    return getattr(diffusers, name).from_single_file(model, torch_dtype=DTYPES[dtype])
+    try:
+        return getattr(diffusers, name).from_single_file(model, torch_dtype=DTYPES[dtype])
+    except (OSError, ValueError) as error:
+        raise BenchError(f"{model} cannot be loaded as a {name}: {error}") from error
 
 
 SINGLE_FILES = {
-    "xl_inpaint": "StableDiffusionXLInpaintPipeline",
-    "xl_": "StableDiffusionXLPipeline",
-    "sd3": "StableDiffusion3Pipeline",
-    "flux-2": "Flux2Pipeline",
-    "flux": "FluxPipeline",
     "v1": "StableDiffusionPipeline",
     "v2": "StableDiffusionPipeline",
+    "xl_base": "StableDiffusionXLPipeline",
+    "playground-v2-5": "StableDiffusionXLPipeline",
+    "sd3": "StableDiffusion3Pipeline",
+    "sd35_large": "StableDiffusion3Pipeline",
+    "sd35_medium": "StableDiffusion3Pipeline",
+    "chroma": "ChromaPipeline",
+    "z-image-turbo": "ZImagePipeline",
+    "flux-dev": "FluxPipeline",
+    "flux-schnell": "FluxPipeline",
 }
-"""Pipelines of the model kinds that diffusers infers from a single file, by the kind's beginning."""
+"""Pipelines of the model kinds that diffusers infers from a single file."""
 
 
 def add_adapters(pipeline: Any, adapters: Sequence[Adapter], trained: Sequence[str] = ()) -> None:
