@@ -11,8 +11,12 @@ import re
 import threading
 import time
 from collections import Counter
+from http.server import ThreadingHTTPServer
 
 from tests.stub_vlm import Question, Reply, said
+
+# By default 5 connections may wait to be accepted; more are reset, and a client rests after that.
+ThreadingHTTPServer.request_queue_size = 128
 
 STEP = 8
 """Grey levels per shade, so that JPEG does not change it."""

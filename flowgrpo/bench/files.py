@@ -106,7 +106,7 @@ class Log:
         lines, end = read_lines(path) if path.exists() else ([], 0)
         if lines and lines[0] != self.header:
             raise BenchError(f"{path} begins with another header; move it away to begin anew")
-        self.records = lines[1:]
+        self.records, self._end = lines[1:], end
         try:
             self._file = path.open("ab", buffering=0)
             self._file.truncate(end)
@@ -123,14 +123,14 @@ class Log:
             BenchError: If the disk is full.
         """
         line = (json.dumps({**record, "crc": checksum(record)}, ensure_ascii=False) + "\n").encode()
-        before = self._file.seek(0, os.SEEK_END)
         try:
             if self._file.write(line) != len(line):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         except OSError as error:
             with contextlib.suppress(OSError):
-                self._file.truncate(before)
+                self._file.truncate(self._end)
             raise _explained(error, self.path) from error
+        self._end += len(line)
         self.records.append(dict(record))
 
     def close(self) -> None:

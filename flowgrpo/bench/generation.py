@@ -285,6 +285,10 @@ class Writer:
 
 def _write(images: Sequence[tuple[Path, Tensor]]) -> None:
     for path, image in images:
+        if not bool(image.isfinite().all()):
+            raise BenchError(
+                f"the image for {path} holds values that are not finite: try --dtype bfloat16 or float32"
+            )
         write_atomically(path, encode_png(image.clamp(0, 1)))
 
 

@@ -2,7 +2,9 @@
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice
+from queue import SimpleQueue
 
 from flowgrpo.bench.base import BenchError, Failure, Json, Judged, Picture
 from flowgrpo.bench.pictures import read_image
@@ -68,20 +70,28 @@ def in_flight(
     A slow call holds back no other one. When the caller stops early, calls in flight are waited for
     and dropped.
     """
+    done: SimpleQueue[tuple[Picture, Json | Failure | BaseException]] = SimpleQueue()
+
+    def call(picture: Picture) -> None:
+        try:
+            done.put((picture, judge(picture)))
+        except BaseException as error:
+            done.put((picture, error))
+
     workers = ThreadPoolExecutor(concurrency, thread_name_prefix="judge")
-    source = iter(pictures)
-    running: dict[Future[Json | Failure], Picture] = {}
+    source, running = iter(pictures), 0
     try:
         while True:
             # A few more than there are threads, so that none waits for this one.
-            for picture in source:
-                running[workers.submit(judge, picture)] = picture
-                if len(running) >= 2 * concurrency:
-                    break
+            for picture in islice(source, 2 * concurrency - running):
+                workers.submit(call, picture)
+                running += 1
             if not running:
                 return
-            done, _ = wait(running, return_when=FIRST_COMPLETED)
-            for future in done:
-                yield running.pop(future), future.result()
+            picture, outcome = done.get()
+            running -= 1
+            if isinstance(outcome, BaseException):
+                raise outcome
+            yield picture, outcome
     finally:
         workers.shutdown(wait=True, cancel_futures=True)

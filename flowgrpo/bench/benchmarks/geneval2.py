@@ -253,7 +253,8 @@ class EndpointJudge:
                     return Failure("an answer without log-probabilities")
                 forms = accepted(answer)
                 # Tokenizers mark a leading blank as U+2581 or U+0120.
-                atoms.append(sum(p for t, p in found.items() if t.lstrip(" \u2581\u0120") in forms))
+                right = [p for t, p in found.items() if t.lstrip(" \u2581\u0120") in forms]
+                atoms.append(float(sum(right)))
         except (BenchError, RuntimeError, OSError) as error:
             return Failure(str(error))
         return {"atoms": atoms}
