@@ -31,7 +31,7 @@ class Entry:
 
     Attributes:
         key: The prompt's id in the benchmark, unique; noise and file names depend on it.
-        prompt: What to generate, with the metadata that the judge needs.
+        prompt: The caption, with the metadata that the judge needs.
         dimensions: The dimensions that an image of this prompt is judged on, with repetitions: a
             binary judgement that fails for good counts as wrong on each of them in the strict score.
         stratum: Prompts are resampled within strata; empty for none.
@@ -73,7 +73,7 @@ class Judge(Protocol):
 
     @property
     def notes(self) -> Sequence[str]:
-        """What makes its judgements differ from the official ones, to be printed beside them."""
+        """Differences from the official judge, printed with the results."""
         ...
 
     def identity(self) -> Json:
@@ -81,7 +81,7 @@ class Judge(Protocol):
         ...
 
     def version(self) -> str:
-        """What runs behind the identity, such as a server's model and version; empty if unknown.
+        """The version of the model or server that answers; empty if unknown.
 
         Asked again while pictures are judged: a change ends the benchmark.
         """
@@ -140,7 +140,7 @@ class Data:
         source: As the user named it.
         sha256: Of its bytes.
         name: The published file that it equals; empty if it is another one.
-        notes: What was repaired or differs, to be printed beside the results.
+        notes: Repairs and differences from the published file, printed with the results.
     """
 
     source: str
@@ -151,11 +151,11 @@ class Data:
 
 @dataclass(frozen=True)
 class About:
-    """What ``flowgrpo bench list`` says about a benchmark."""
+    """The description of a benchmark in ``flowgrpo bench list``."""
 
     summary: str
     judge: str
-    """What judges the images, and what it needs to run."""
+    """The judge and its requirements."""
     calls: str
     """Judgements of a full run, such as ``2,212 detections``."""
     licence: str
@@ -225,7 +225,7 @@ class Benchmark(Protocol):
         ...
 
     def references(self) -> Sequence[Reference]:
-        """Published results to print beside."""
+        """Published results, printed next to those of the model."""
         return ()
 
     def official(self, folder: Path, label: str, results: Sequence["Result"]) -> Sequence[Path]:

@@ -36,7 +36,7 @@ class Server:
         concurrency: Requests in flight at each server.
         timeout: Seconds that one attempt may take.
         patience: Seconds over which a request is tried again before it fails.
-        cache: Folder for answers, by request; empty keeps none beside the results.
+        cache: Folder for answers, keyed by request; empty for no cache.
         extra: More keys of the request, such as ``temperature``.
     """
 
@@ -107,7 +107,7 @@ class ChatModel:
 
 
 def _look(url: str, server: Server) -> str:
-    """What one server says about its model."""
+    """Name, path and version of the model at one server; empty if it does not answer."""
     try:
         listed = json.loads(_get(f"{url.rstrip('/')}/models", server.key_env))["data"]
         (model,) = [m for m in listed if m["id"] == server.model]
@@ -115,7 +115,7 @@ def _look(url: str, server: Server) -> str:
         return ""
     parts = [str(model["id"]), *(str(model[k]) for k in ("root", "version") if model.get(k))]
     parts = list(dict.fromkeys(parts))
-    # vLLM says its version beside the API's root.
+    # vLLM answers with its version at /version, outside of /v1.
     place = urlsplit(url)
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         parts.append(

@@ -48,7 +48,7 @@ class Item:
 
 @dataclass(frozen=True)
 class Plan:
-    """What to generate into a benchmark folder.
+    """The images to generate into a benchmark folder.
 
     Attributes:
         folder: The benchmark folder.
@@ -186,7 +186,7 @@ def check_settings(plan: Plan, settings: dict[str, Any]) -> None:
         return
     if any(item.path.exists() for batch in plan.items() for item in batch):
         raise BenchError(
-            f"{plan.folder} holds images but no {SETTINGS}, so that nobody knows how they were made: "
+            f"{plan.folder} holds images but no {SETTINGS}, so the settings that they were made with are unknown: "
             "score them with 'flowgrpo bench score', or choose another --out"
         )
     command = shlex.join(["flowgrpo", *sys.argv[1:]])
@@ -210,7 +210,7 @@ def made_by(benchmark: Benchmark, label: str) -> dict[str, Any]:
 
 
 def _flat(settings: dict[str, Any]) -> dict[str, Any]:
-    """The settings with the call's arguments beside them, so that an error names the argument."""
+    """The settings with each argument of the call as a key, so that an error names the argument."""
     return {**settings, **{f"call.{k}": v for k, v in settings.get("call", {}).items()}}
 
 

@@ -149,7 +149,7 @@ def add_adapters(pipeline: Any, adapters: Sequence[Adapter], trained: Sequence[s
 
     Args:
         pipeline: A pipeline of diffusers.
-        adapters: What to load.
+        adapters: The adapters to load.
         trained: Adapters that are in it already, which stay at scale 1.
 
     Raises:

@@ -9,7 +9,7 @@ EVERY = 10.0
 
 
 class Progress:
-    """Counts what is done and prints the share, the rate and the time left.
+    """Counts finished units and prints the share, the rate and the remaining time.
 
     Work that was done before this process began counts towards the share, not towards the rate.
     """
@@ -19,9 +19,9 @@ class Progress:
     ):
         """
         Args:
-            title: What is done, such as ``images``.
+            title: The unit of work, such as ``images``.
             total: Of the whole task.
-            done: What was done before.
+            done: Units that were finished before.
             say: Prints a line; by default standard error.
         """
         self.title, self.total, self.before, self.done = title, total, done, done

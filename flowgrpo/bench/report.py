@@ -35,7 +35,7 @@ def write_results(
 
     Args:
         out: The benchmark folder.
-        benchmark: What was measured.
+        benchmark: The benchmark.
         scores: The judgements.
         label: Names the model.
         num_prompts: Prompts of the whole benchmark; ``scores`` may be about a part.
@@ -166,7 +166,7 @@ def _scaled(found: Estimate) -> dict[str, Any]:
 
 
 def _number(value: float, metric: Metric) -> float | None:
-    """In the units of the table; None stands for what is not a number, which JSON lacks."""
+    """The value in the units of the table; None for NaN, which JSON cannot represent."""
     return None if not math.isfinite(value) else round(value * (100 if metric.percent else 1), 6)
 
 
@@ -181,7 +181,7 @@ def _reference(reference: Reference, call: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def warnings_of(result: Mapping[str, Any]) -> list[str]:
-    """What a reader must know before comparing the numbers."""
+    """Reasons why the numbers may not be comparable with others."""
     counts, found = result["counts"], [*result["data"]["notes"], *result["judge"]["notes"]]
     if counts["prompts"] < counts["prompts_of_benchmark"]:
         found.append(

@@ -21,7 +21,7 @@ class RewardJudge:
     def __init__(self, rewards: "Sequence[Reward]", batch: int, title: str = ""):
         """
         Args:
-            rewards: What to score with; weights play no part.
+            rewards: The reward models; their weights are ignored.
             batch: Pictures in one call of a reward.
             title: Name in tables; by default the rewards' names.
 
@@ -41,7 +41,7 @@ class RewardJudge:
 
     @property
     def notes(self) -> Sequence[str]:
-        """What differs from the official judge."""
+        """Differences from the official judge."""
         return ()
 
     def identity(self) -> Json:

@@ -50,7 +50,7 @@ def score_folder(
 
     Args:
         out: Where results go; a folder of ours, or any folder for images made elsewhere.
-        benchmark: What the images are of.
+        benchmark: The benchmark that the images were made for.
         part: Which prompts.
         label: Names the model.
         images: The root of the images, if they were made elsewhere.

@@ -1,4 +1,4 @@
-"""Judges a folder of images; every judgement is kept the moment it is made.
+"""Judges a folder of images; every judgement is written as soon as it is made.
 
 Judgements of one judge go to ``scores/<judge>-<fingerprint>.jsonl``. Another judge, or the same one
 with other settings, writes another file, so judgements never mix. A picture is judged again only if
@@ -30,12 +30,12 @@ FORMAT = 1
 FAILURES_IN_A_ROW = 20
 """After so many failures and no success in between, the judge is taken to be broken."""
 LOOK_AGAIN = 60.0
-"""Seconds between two looks at what the judge says it is."""
+"""Seconds between two checks of the judge's version."""
 
 
 @dataclass
 class Scores:
-    """What a judge said about the images of a benchmark.
+    """The judgements of a benchmark's images.
 
     Attributes:
         entries: The prompts that were asked for.
@@ -44,8 +44,8 @@ class Scores:
         missing: Images that are not there.
         title: The judge's title.
         identity: The judge's identity.
-        version: What runs behind it.
-        notes: What makes its judgements differ from the official ones.
+        version: The judge's version; empty if unknown.
+        notes: Differences from the official judge.
         files: The images that were judged, by prompt id and sample.
     """
 
@@ -85,11 +85,11 @@ def score(
     pictures: Sequence[Picture],
     missing: Sequence[tuple[Entry, int]] = (),
 ) -> Scores:
-    """Judge pictures that were not judged before. ``out`` must be locked.
+    """Judge the pictures that have no judgement yet. ``out`` must be locked.
 
     Raises:
-        BenchError: If the judge changes or keeps failing, or the disk is full; what was judged is
-            kept.
+        BenchError: If the judge changes or keeps failing, or the disk is full. Judgements made
+            before are kept.
     """
     identity = dict(judge.identity())
     log = Log(score_file(out, judge.title, identity), header_of(benchmark, judge.title, identity))

@@ -90,7 +90,7 @@ class Estimate:
     """A metric with its 95 % interval.
 
     Attributes:
-        metric: What was measured.
+        metric: The metric.
         value: From all prompts; NaN if there are no points.
         low: Lower end of the interval; NaN if it rests on fewer than two prompts. Likewise ``high``.
         points: Number of points that it rests on.

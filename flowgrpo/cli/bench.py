@@ -22,7 +22,7 @@ flowgrpo bench geneval --model MODEL              generate, judge and report
   flowgrpo bench score FOLDER                       judge images, of ours or made elsewhere (--benchmark NAME)
   flowgrpo bench score results.jsonl --benchmark geneval    summarise an official results file
   flowgrpo bench report FOLDER [FOLDER ...]         tables and a page; compares the first with the others
-  flowgrpo bench list [NAME]                        what there is, and what each needs"""
+  flowgrpo bench list [NAME]                        the benchmarks and their requirements"""
 
 
 def add_bench(add: Add) -> None:
@@ -234,7 +234,7 @@ def _run_subject(run: Path, adapters: Sequence[Any], options: argparse.Namespace
 
 
 def _merged(sampling: Any, options: argparse.Namespace) -> Any:
-    """A run's evaluation sampling with what the command line changes."""
+    """A run's evaluation sampling with the changes of the command line."""
     from dataclasses import replace
 
     from flowgrpo.cli.commands import _sampling
@@ -352,7 +352,7 @@ def _report(words: Sequence[str], out: str | None) -> int:
 
 
 def _list(words: Sequence[str]) -> int:
-    """Print what there is, or the settings of one benchmark."""
+    """Print the benchmarks, or the settings of one."""
     from dataclasses import MISSING, fields
 
     from flowgrpo.bench.base import available, benchmark_class

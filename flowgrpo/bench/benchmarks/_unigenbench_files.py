@@ -49,7 +49,7 @@ def primary(point: str) -> str:
 def read_entries(
     path: Path, language: Literal["en", "zh"]
 ) -> tuple[Sequence[Entry], Sequence[str]]:
-    """The prompts of a set, and what was repaired.
+    """The prompts of a set, and notes on repaired rows.
 
     One row of the published ``en_long`` lacks a comma. It is repaired, because the leaderboard
     counted it. A prompt can have the same test point twice; both count.

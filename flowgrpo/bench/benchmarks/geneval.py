@@ -186,7 +186,7 @@ class DetectorJudge:
 
     @property
     def notes(self) -> Sequence[str]:
-        """What differs from the official judge."""
+        """Differences from the official judge."""
         return (
             "the official detector is mmdet's Mask2Former; this one is another, so scores come near the "
             "official ones but do not equal them",

@@ -235,7 +235,7 @@ class EndpointJudge:
         }
 
     def version(self) -> str:
-        """What the servers say that they run."""
+        """Model and version as the servers report them."""
         return self.model.version()
 
     def judge(self, pictures: Iterable[Picture]) -> Iterator[Judged]:

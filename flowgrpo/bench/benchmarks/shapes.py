@@ -103,7 +103,7 @@ class Verifier:
 
     @property
     def notes(self) -> Sequence[str]:
-        """What differs from the official judge."""
+        """Differences from the official judge."""
         return ()
 
     def identity(self) -> Json:

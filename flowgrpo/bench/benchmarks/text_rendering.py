@@ -1,4 +1,4 @@
-"""Text rendering: OCR accuracy as in Flow-GRPO (arXiv:2505.05470), and two checks beside it.
+"""Text rendering: OCR accuracy as in Flow-GRPO (arXiv:2505.05470), and two further metrics.
 
 The accuracy counts a text as right as soon as it occurs in all that was read, so that pages full of
 text score high. ``exact`` and ``similarity`` do not: they compare with all that was read.
@@ -134,7 +134,7 @@ class OCRJudge:
 
     @property
     def notes(self) -> Sequence[str]:
-        """What differs from the official judge."""
+        """Differences from the official judge."""
         return ("Flow-GRPO's numbers are by PaddleOCR 2.9.1; another engine reads other texts",)
 
     def identity(self) -> Json:
@@ -151,7 +151,7 @@ class OCRJudge:
         return ""
 
     def judge(self, pictures: Iterable[Picture]) -> Iterator[Judged]:
-        """What was read, and its scores in [0, 1]."""
+        """The recognised text and its scores in [0, 1]."""
         return in_batches(pictures, self.batch, self._read)
 
     def _read(

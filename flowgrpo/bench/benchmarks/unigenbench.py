@@ -260,7 +260,7 @@ class PointJudge:
         }
 
     def version(self) -> str:
-        """What the servers say that they run."""
+        """Model and version as the servers report them."""
         return self.model.version()
 
     def judge(self, pictures: Iterable[Picture]) -> Iterator[Judged]:
