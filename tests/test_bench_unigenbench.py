@@ -182,6 +182,33 @@ def test_many_requests_are_in_flight(small: UniGenBench, tmp_path: Path) -> None
     assert len(stub.questions) == 48
 
 
+def test_answers_are_cached_across_folders_and_keys_are_checked(
+    small: UniGenBench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("JUDGE_KEY", "right")
+    with Stub(Judge("good")) as stub:
+        benchmark = replace(
+            small, judge_url=stub.url, cache=str(tmp_path / "cache"), judge_key_env="JUDGE_KEY"
+        )
+        results = [
+            score_folder(tmp_path / f"out{i}", benchmark, Part(), "mine", tmp_path / "images")
+            for i in range(2)
+        ]
+        assert numbers(results[0]) == numbers(results[1])
+        assert len(stub.questions) == 48
+        headers = {k.lower(): v for k, v in stub.questions[0].headers.items()}
+        assert headers["authorization"] == "Bearer right"
+        content = stub.questions[0].request["messages"][0]["content"]
+        assert [c["type"] for c in content] == ["image_url", "text"]
+        assert content[0]["image_url"]["url"].startswith("data:image/jpeg;")
+        monkeypatch.setenv("JUDGE_KEY", "wrong")
+        with pytest.raises(BenchError, match="refuses the key"):
+            benchmark.judge()
+        monkeypatch.setenv("JUDGE_KEY", "")
+        with pytest.raises(BenchError, match="'JUDGE_KEY' has no key"):
+            benchmark.judge()
+
+
 def test_the_official_files_give_the_same_numbers(small: UniGenBench, tmp_path: Path) -> None:
     """A reader written from the protocol, and our importer."""
     with Stub(Judge("moody")) as stub:
