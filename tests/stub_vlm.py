@@ -36,7 +36,7 @@ class Question:
         self.parts = [p["type"] for p in parts]
         self.text = "\n".join(p["text"] for p in parts if p["type"] == "text")
         urls = [p["image_url"]["url"] for p in parts if p["type"] == "image_url"]
-        assert all(u.startswith("data:image/png;base64,") for u in urls)
+        assert all(u.startswith("data:image/") for u in urls)
         self.pictures: list[Tensor] = [
             decode_image(base64.b64decode(u.split(",", 1)[1])) for u in urls
         ]

@@ -12,7 +12,7 @@ from scripts.rooms import cycles, entries, import_graph, imported_names, longest
 
 ROOT = Path(__file__).parents[1]
 ORDER = [
-    "core", "losses", "data", "policy", "rewards", "algorithms", "config", "shapes", "evaluation", "training",
+    "core", "losses", "data", "policy", "rewards", "algorithms", "config", "shapes", "evaluation", "bench", "training",
     "doctor", "memory", "cli", "__main__",
 ]  # fmt: skip
 """A module may import only from earlier ones, or from its own package."""

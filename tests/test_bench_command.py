@@ -1,0 +1,147 @@
+"""``flowgrpo bench`` from the command line, and the page's benchmark of one's own."""
+
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+from flowgrpo.bench.base import available, benchmark_class, load_benchmark
+from flowgrpo.cli import main
+from flowgrpo.config import load
+from flowgrpo.training.loop import train
+from tests.test_docs import TINY
+
+ROOT = Path(__file__).parents[1]
+QUICK = ["--steps", "2", "--guidance", "1", "--samples", "2", "--limit", "6", "--device", "cpu"]
+
+
+def bench(*words: str) -> int:
+    return main(["bench", *words])
+
+
+def result(folder: Path) -> dict:
+    return json.loads((folder / "bench.json").read_text())
+
+
+def test_one_command_does_all_and_its_parts_do_the_same(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert bench("shapes", "--model", "shapes", "--out", str(whole), *QUICK) == 0
+    printed = capsys.readouterr().out
+    assert "shapes (embedded verifier): shapes" in printed
+    assert "overall (mean over tasks)" in printed
+    assert "only 6 of 39 prompts" in printed
+    assert bench("generate", "shapes", "--model", "shapes", "--out", str(parts), *QUICK) == 0
+    assert not (parts / "bench.json").exists()
+    assert bench("score", str(parts), "--limit", "6") == 0
+    assert result(parts)["metrics"] == result(whole)["metrics"]
+    assert result(parts)["generation"]["settings"] == result(whole)["generation"]["settings"]
+    index = result(whole)["model_index"][0]
+    assert index["results"][0]["metrics"][0]["value"] == next(
+        m["value"] for m in result(whole)["metrics"] if m["headline"]
+    )
+    assert bench("report", str(whole), str(parts), "--out", str(tmp_path / "page.html")) == 0
+    assert "noise" in capsys.readouterr().out
+    assert (tmp_path / "page.html").read_text().count("<table>") == 3
+
+
+def test_a_run_is_measured_before_and_after(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "mine"
+    train(load("quickstart", [*TINY, "train.lr=0.01", f'run.folder="{run}"']))
+    monkeypatch.chdir(tmp_path)
+    common = ["--samples", "1", "--limit", "6", "--device", "cpu"]
+    assert bench("shapes", "--model", str(run), "--weights", "base", *common) == 0
+    assert bench("shapes", "--model", str(run), *common) == 0
+    base, last = (Path("bench/shapes") / f"mine-{w}" for w in ("base", "last"))
+    assert bench("report", str(base), str(last)) == 0
+    assert "second minus first" in capsys.readouterr().out
+    settings = [result(f)["generation"]["settings"] for f in (base, last)]
+    assert (
+        settings[0]["call"]
+        == settings[1]["call"]
+        == {"num_inference_steps": 3, "guidance_scale": 1.0}
+    )
+    assert settings[0]["sha256"] == settings[1]["sha256"]
+    assert len(settings[1]["checkpoint_sha256"]) == 64
+    images = [(f / "images/00000/samples/0000.png").read_bytes() for f in (base, last)]
+    assert images[0] != images[1]
+
+
+def test_estimate_makes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    assert bench("shapes", "--model", "shapes", "--out", str(out), "--estimate", *QUICK) == 0
+    printed = capsys.readouterr().out
+    assert "6 prompts, 12 images, 12 of them to be made" in printed
+    assert "s per image" in printed
+    assert not list(tmp_path.rglob("*.png"))
+
+
+def test_list_says_what_each_needs(capsys: pytest.CaptureFixture[str]) -> None:
+    assert bench("list") == 0
+    printed = capsys.readouterr().out
+    for name in available():
+        assert name in printed
+        assert benchmark_class(name).about.licence in printed
+    assert bench("list", "unigenbench") == 0
+    assert "judge_url = 'http://127.0.0.1:8080/v1'" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "problem"),
+    [
+        (["shapes"], "needs --model"),
+        (["genevl", "--model", "shapes"], "did you mean 'geneval'"),
+        (["shapes", "--model", "shapes", "--set", "sample=1"], "did you mean 'samples'"),
+        (["shapes", "--model", "shapes", "--samples", "0"], "--samples must be at least 1"),
+        (["shapes", "--model", "shapes", "--dimension", "color"], "did you mean 'colors'"),
+        (["shapes", "--model", "shapes", "--label", "a/b"], "--label"),
+        (["unigenbench", "--model", "shapes"], "needs its data"),
+        (["score", "absent"], "no such folder"),
+        (["score", str(ROOT / "docs")], "--benchmark NAME"),
+        (["report", str(ROOT / "docs")], "bench.json"),
+        (["shapes", "geneval", "--model", "shapes"], "one benchmark at a time"),
+    ],
+)  # fmt: skip
+def test_mistakes_are_said(
+    words: list[str], problem: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    assert bench(*words) in (1, 2)
+    assert problem in capsys.readouterr().err
+    assert not any(tmp_path.iterdir())
+
+
+def test_the_pages_own_benchmark_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (code,) = re.findall(
+        r"```python\n(.*?)```", (ROOT / "docs/benchmarks.md").read_text(), re.DOTALL
+    )
+    (tmp_path / "detail.py").write_text(code)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert bench("detail:Detail", "--model", "shapes", *QUICK) == 0
+    found = result(tmp_path / "bench/detail/shapes")
+    values = {m["name"]: m["value"] for m in found["metrics"]}
+    assert list(values) == ["fog", "city", "crowd", "mean"]
+    assert values["mean"] == pytest.approx(sum(list(values.values())[:3]) / 3)
+    assert sorted(p.name for p in (tmp_path / "bench/detail/shapes/images").iterdir()) == [
+        f"{k}_{s}.png" for k in ("city", "crowd", "fog") for s in range(2)
+    ]
+    sys.modules.pop("detail")
+
+
+def test_the_page_names_every_benchmark_and_setting() -> None:
+    page = (ROOT / "docs" / "benchmarks.md").read_text()
+    for name in available():
+        assert f"`{name}`" in page
+    for key, value in re.findall(r"--set '?([a-z_]+)[.\w]*=([^\s`']+)", page):
+        owners = [n for n in available() if key in benchmark_class(n).__dataclass_fields__]
+        assert owners, key
+        if key == "split":
+            load_benchmark("unigenbench", {"split": value})
