@@ -9,7 +9,7 @@ from flowgrpo.bench.judging import in_batches
 from flowgrpo.core.tensors import Float, Tensor
 
 if TYPE_CHECKING:
-    from flowgrpo.rewards.scorer import Reward
+    from flowgrpo.rewards.settings import Reward
 
 
 class RewardJudge:
@@ -28,7 +28,8 @@ class RewardJudge:
         Raises:
             ValueError: If a reward does not exist or its options are wrong.
         """
-        from flowgrpo.rewards.scorer import Failures, RewardScorer
+        from flowgrpo.rewards.scorer import RewardScorer
+        from flowgrpo.rewards.settings import Failures
 
         self.rewards, self.batch = list(rewards), batch
         self._title = title or ", ".join(r.label for r in rewards)
@@ -82,7 +83,7 @@ def rewards_of(values: Sequence[str | Mapping[str, Any]]) -> "list[Reward]":
     Raises:
         ValueError: If a table has an unknown key.
     """
-    from flowgrpo.rewards.scorer import Reward
+    from flowgrpo.rewards.settings import Reward
 
     found = []
     for value in values:

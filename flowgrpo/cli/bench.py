@@ -350,7 +350,7 @@ def _list(words: Sequence[str]) -> int:
     from dataclasses import MISSING, fields
 
     from flowgrpo.bench.base import available, benchmark_class
-    from flowgrpo.config.reader import documentation
+    from flowgrpo.config.reference import documentation
 
     for name in words or available():
         kind = benchmark_class(name)
