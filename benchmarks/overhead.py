@@ -51,7 +51,7 @@ def main() -> None:
     rows = [json.loads(line) for line in lines][2:]
     shapes = captured[-1] if captured else {}
     phases = {
-        k: statistics.median(r[k] for r in rows) for k in ("rollout", "judge", "train", "total")
+        k: statistics.median(r[k] for r in rows) for k in ("rollout", "scoring", "train", "total")
     }
     policy = PipelinePolicy.from_pretrained(
         "shapes", sampling=config.sampling, weights=config.model.weights

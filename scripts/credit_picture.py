@@ -318,7 +318,7 @@ ROWS = [
     Row(
         "TempFlow-GRPO", TempFlowGRPO(group_size=2, seeds=1, steps=RandomSteps(count=3, first=0, last=T - 1)),
         fan(lambda step: f"w{sub(step)} R"),
-        ["Branches leave the ODE path with", "one stochastic step each. A branch’s", "image judges that step, weight w."],
+        ["Branches leave the ODE path with", "one stochastic step each. A branch’s", "image judges it; w weights the step."],
         iteration=4,
     ),
     Row(
@@ -402,8 +402,8 @@ def legend() -> list[str]:
         entry(1, 1, stroke("complete"), "completion by the ODE"),
         entry(2, 0, '<rect class="image" x="13" y="-5" width="10" height="10" rx="2"/>', "candidate: decoded, scored"),
         entry(2, 1, stroke("predict"), "image predicted in one step"),
-        entry(3, 0, '<rect class="credit" x="2" y="-8" width="32" height="16" rx="4"/>', "one advantage, and from"),
-        f'<text class="text" x="{24 + 231 * 3 + 44}" y="76">which rewards R it is made</text>',
+        entry(3, 0, '<rect class="credit" x="2" y="-8" width="32" height="16" rx="4"/>', "one advantage, computed"),
+        f'<text class="text" x="{24 + 231 * 3 + 44}" y="76">from the rewards R</text>',
     ]  # fmt: skip
 
 

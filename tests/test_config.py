@@ -106,7 +106,7 @@ def test_a_round_trip_keeps_what_is_not_default(minimal, tmp_path):
         ("algorithm.transition={noise_level = 1.0}", "algorithm.transition needs a kind: one of"),
         ("algorithm.kind=5", "algorithm.kind must be one of .* got 5"),
         ("algorithm.kind='nowhere:X'", "algorithm.kind: 'nowhere:X': there is no module"),
-        ("algorithm.kind='math:pi'", "algorithm.kind: 'math:pi' is no dataclass"),
+        ("algorithm.kind='math:pi'", "algorithm.kind: 'math:pi' is not a dataclass"),
         ("algorithm.transition=cps", r"transition must be a table with a kind \('flow_sde'"),
         ("sampling.guidance_scale=high", "sampling.guidance_scale must be a number, got 'high'"),
     ],

@@ -26,7 +26,8 @@ from scripts import credit_picture
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 EXAMPLES = sorted((DOCS / "examples").glob("*.py"))
-PAGES = sorted([*DOCS.glob("*.md"), *ROOT.glob("*.md"), ROOT / "prompts" / "README.md"])
+READMES = [ROOT / folder / "README.md" for folder in ("prompts", "benchmarks", "scripts")]
+PAGES = sorted([*DOCS.glob("*.md"), *ROOT.glob("*.md"), *READMES])
 MODEL = ROOT / "flowgrpo" / "shapes" / "model"
 
 WRITTEN = ("metrics.jsonl", "timings.jsonl", "evaluations.jsonl")
@@ -257,7 +258,7 @@ def exists(name: str) -> bool:
 
 
 def test_every_path_exists():
-    folders = "flowgrpo|reward_models|configs|prompts|docs|tests|benchmarks"
+    folders = "flowgrpo|reward_models|configs|prompts|docs|tests|benchmarks|scripts"
     missing = [
         m for m in mentions(rf"(?:{folders}|\.ci)/[\w./]*") if not (ROOT / m[1]).exists()
     ]  # fmt: skip
@@ -293,7 +294,7 @@ def kinds(hint: Any) -> set[str]:
     return inside | ({field.default} if field is not None else set())
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_relative_links_resolve(page):
     prose = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
     for target in re.findall(r"\]\(([^)\s]+)\)", prose):

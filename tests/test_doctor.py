@@ -1,5 +1,6 @@
 """The doctor passes sound pipelines, names defects, and refuses pipelines that cannot be a policy."""
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from tests.tiny.parts import GRADIENT
 
 Tiny = Callable[[str], Path]
 
+FAMILIES_PAGE = Path(__file__).parents[1] / "docs" / "families.md"
 NO_ADAPTERS = ("pixart_sigma", "prx", "prx_pixel")
 FINITE = "the denoiser's output is finite"
 STOCK = "noise level 0 equals the stock sampler"
@@ -41,6 +43,8 @@ def failures(folder: Path, name: str, **changes: Any) -> dict[str, str]:
     """The failed checks and their measured values."""
     diagnosis = examine(folder, Settings(sampling=sampling_of(name), **changes))
     assert len(diagnosis.checks) == 11
+    documented = re.findall(r"^\| (.+?)(?: \(.*)? \|", FAMILIES_PAGE.read_text(), re.MULTILINE)
+    assert {c.name.partition(" (")[0] for c in diagnosis.checks} <= set(documented)
     if "weights" not in changes:
         assert diagnosis.weights == ("full" if name in NO_ADAPTERS else "lora")
     assert diagnosis.path == ("flow" if FAMILIES[name].prediction == "flow" else "diffusion")

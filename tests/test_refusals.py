@@ -251,7 +251,7 @@ def test_the_command_takes_an_image_and_writes_json(
 
     image.write_text("no image")
     assert main([*command, "--image", str(image)]) == 1
-    assert f"{image} is no image that can be read" in capsys.readouterr().err
+    assert f"{image} is not an image that can be read" in capsys.readouterr().err
 
 
 def test_the_form_that_works_is_kept() -> None:

@@ -8,6 +8,7 @@ from html.parser import HTMLParser
 import pytest
 from PIL import Image
 
+from flowgrpo.evaluation import curves
 from flowgrpo.evaluation.records import Change, Records, standard_error
 from flowgrpo.evaluation.report import write_report
 from flowgrpo.evaluation.warnings import warnings
@@ -125,7 +126,7 @@ def full(tmp_path):
             ),
         ],
         timings=[
-            {"iteration": i, "rollout": 1.0, "judge": 0.3, "train": 0.5, "total": 1.6}
+            {"iteration": i, "rollout": 1.0, "scoring": 0.3, "train": 0.5, "total": 1.6}
             for i in range(40)
         ],
         environment={"torch": "2.15.0", "device": "cpu", "processes": 1},
@@ -329,13 +330,18 @@ def test_everything_from_files_is_escaped(tmp_path):
 
 
 def test_runs_of_earlier_versions_are_readable(tmp_path):
-    """They have the key "measures" in place of "metrics"."""
+    """They have the key "measures" in place of "metrics", and "judge" in place of "scoring"."""
     ends = [evaluation(i, metrics={"diversity/color": 0.9 - i / 100}, graded=0.5) for i in (0, 9)]
     new = Records(run(tmp_path / "new", evaluations=ends)).held_out_metrics()
     for line in ends:
         line["measures"] = line.pop("metrics")
     old = Records(run(tmp_path / "old", evaluations=ends)).held_out_metrics()
     assert old == new == {"diversity/color": [(0, 0.9), (9, pytest.approx(0.81))]}
+    timing = {"iteration": 0, "rollout": 1.0, "total": 1.6}
+    new = run(tmp_path / "c", evaluations=ends, timings=[timing | {"scoring": 0.3}])
+    old = run(tmp_path / "d", evaluations=ends, timings=[timing | {"judge": 0.3}])
+    assert curves.times(Records(old)) == curves.times(Records(new))
+    assert "reward models, in parallel" in curves.times(Records(old))
 
 
 def test_optional_files_may_all_be_missing(tmp_path):

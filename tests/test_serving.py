@@ -121,7 +121,7 @@ def test_videos_arrive_as_their_frames():
 def test_what_cannot_be_sent_is_refused():
     with pytest.raises(ValueError, match="not finite"):
         encode_png(torch.full((3, 4, 4), math.nan))
-    with pytest.raises(ValueError, match=r"metadata of prompt 'p' is no JSON"):
+    with pytest.raises(ValueError, match=r"metadata of prompt 'p' is not JSON"):
         pack(IMAGES[:1], [Prompt("p", metadata={"x": object()})])
 
 

@@ -321,7 +321,7 @@ def test_mistakes_on_the_command_line_are_one_line(tmp_path):
             "no model_index.json",
         ),
         (["score", str(tmp_path), "--reward", "jpeg_size"], "has no images"),
-        (["inspect", str(tmp_path / "none")], "is no run directory: it has no config.toml"),
+        (["inspect", str(tmp_path / "none")], "is not a run directory: it has no config.toml"),
     ]:
         code, error = run(*arguments)
         assert code == 1, (arguments, error)

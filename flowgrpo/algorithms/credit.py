@@ -79,7 +79,7 @@ class StepTable:
         group: The group of each row's trajectory.
         sample: The index of each row's sample in its group.
         steps: The step of each column, ascending.
-        values: NaN where there is no number.
+        values: NaN where a number is missing.
     """
 
     group: Int[Tensor, " rows"]

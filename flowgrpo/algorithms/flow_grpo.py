@@ -1,9 +1,12 @@
 """Flow-GRPO (arXiv:2505.05470) and its Fast variant.
 
-A group of trajectories per prompt: each trajectory's reward, relative to its group, is the advantage
-of all its stochastic steps (eq. 4). *Fast* makes only a few steps stochastic: a group follows the ODE
-from one shared noise, its samples diverge in a random window of stochastic steps, and each follows
-the ODE again to the data.
+A group of ``G`` trajectories is sampled per prompt. The reward of a trajectory's image, relative to its
+group, is the advantage of all stochastic steps of the trajectory (eq. 4)::
+
+    A_i = (r_i - mean(r_1 ... r_G)) / std(r)
+
+*Fast* makes only a few steps stochastic: the samples of a group follow the ODE from one shared noise,
+diverge in a random window of stochastic steps, and follow the ODE again to the data.
 """
 
 from collections.abc import Sequence

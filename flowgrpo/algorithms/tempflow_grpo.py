@@ -1,7 +1,10 @@
 """TempFlow-GRPO (arXiv:2508.04324): branches from the deterministic path, weighted by their noise.
 
-A candidate follows the ODE except for one stochastic step, and judges that step alone. Steps that
-inject more noise have more influence on the image, and get a larger weight in the loss.
+A candidate follows the ODE except for one stochastic step ``k``, and judges that step alone. Steps that
+inject more noise have more influence on the image, and get a larger weight in the loss::
+
+    A_k^i = w_k * (R_k^i - mean) / std        mean and std over the branches of one seed at step k
+    w_k   = std_k / mean over k of std_k      std_k is the standard deviation of the injected noise
 """
 
 from collections.abc import Sequence

@@ -171,12 +171,12 @@ def run_config(folder: Path) -> "Config":
     """The configuration of a run.
 
     Raises:
-        FileNotFoundError: If a folder is no run directory.
+        FileNotFoundError: If a folder is not a run directory.
     """
     from flowgrpo.config import load
 
     if not (folder / "config.toml").is_file():
-        raise FileNotFoundError(f"{folder} is no run directory: it has no config.toml")
+        raise FileNotFoundError(f"{folder} is not a run directory: it has no config.toml")
     return load(str(folder / "config.toml"))
 
 
@@ -192,7 +192,7 @@ def load_run(
         sampling: How the pipeline is called; by default as in the run's evaluations.
 
     Raises:
-        FileNotFoundError: If the folder is no run directory or has no checkpoint.
+        FileNotFoundError: If the folder is not a run directory or has no checkpoint.
     """
     from flowgrpo.policy import PipelinePolicy
     from flowgrpo.training import checkpoints
@@ -247,7 +247,7 @@ def read_image(file: Path) -> "Tensor":
     """``(3, H, W)`` in [0, 1].
 
     Raises:
-        ValueError: If the file is no image.
+        ValueError: If the file is not an image.
     """
     import torch
     from PIL import Image
@@ -259,4 +259,4 @@ def read_image(file: Path) -> "Tensor":
         with Image.open(file) as image:
             return pil_to_tensor(as_rgb(image)).to(torch.float32) / 255
     except (OSError, ValueError, SyntaxError) as error:
-        raise ValueError(f"{file} is no image that can be read: {error}") from error
+        raise ValueError(f"{file} is not an image that can be read: {error}") from error

@@ -11,7 +11,7 @@ from flowgrpo.cli.common import add_model_arguments, device_of, quiet, sampling_
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-SUMMARY = "prove on a model that it can be trained"
+SUMMARY = "check that a model can be trained"
 EXAMPLE = "flowgrpo doctor stabilityai/stable-diffusion-3.5-medium --dtype bfloat16"
 
 
@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--image",
         metavar="FILE",
-        help="condition image for editing and image-to-video (default: a gradient where one is needed)",
+        help="condition image for editing and image-to-video (default: a generated gradient if the call needs an image)",
     )
     parser.add_argument("--json", metavar="FILE", help="file for the result")
 
@@ -73,4 +73,4 @@ def _open(file: str) -> "Image":
         with Image.open(file) as image:
             return image.convert("RGB")
     except UnidentifiedImageError as error:
-        raise ValueError(f"{file} is no image that can be read") from error
+        raise ValueError(f"{file} is not an image that can be read") from error

@@ -15,7 +15,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--format",
         choices=("diffusers", "kohya", "merged"),
-        help="an adapter for diffusers, or for ComfyUI and its kin; or a whole pipeline with the "
+        help="an adapter for diffusers, or for ComfyUI and similar programs; or a whole pipeline with the "
         "adapter added to its weights (default: an adapter for diffusers, or the whole pipeline where "
         "all weights were trained)",
     )

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from flowgrpo.cli.common import add_weights_argument, load_run, quiet, run_config
 
-SUMMARY = "draw a labelled comparison grid: base beside tuned, same noise"
+SUMMARY = "draw a comparison grid: base model and trained model, same noise"
 EXAMPLE = "flowgrpo grid runs/quickstart --out grid.png"
 
 

@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--seed", type=int, default=0, help="for the noise (default: %(default)s)")
     add_weights_argument(parser)
-    parser.add_argument("--base", action="store_true", help="the model as it was before training")
+    parser.add_argument("--base", action="store_true", help="show the model before training")
     parser.add_argument("--out", help="HTML file (default: inspect.html in the run directory)")
 
 

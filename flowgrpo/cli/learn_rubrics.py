@@ -10,7 +10,7 @@ from flowgrpo.cli.common import UsageError, parse_setting, read_image
 if TYPE_CHECKING:
     from flowgrpo.data.prompts import Prompt
 
-SUMMARY = "find out which questions to a model tell the pictures that people prefer"
+SUMMARY = "select the questions to a vision-language model that predict human preferences"
 EXAMPLE = (
     "flowgrpo learn-rubrics pairs.jsonl --rubrics candidates.txt --model Qwen/Qwen3-VL-8B-Instruct --out rubrics.jsonl\n"
     '  pairs.jsonl: {"prompt": "a cat", "preferred": "a.png", "other": "b.png"} on each line\n'
@@ -22,7 +22,7 @@ DEFAULT_URL = "http://127.0.0.1:8000/v1"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of the command."""
-    parser.add_argument("pairs", help="a .jsonl file; its pictures are found beside it")
+    parser.add_argument("pairs", help="a .jsonl file; paths of its images are relative to it")
     parser.add_argument(
         "--rubrics", required=True, help="candidates: a question per line (.txt), or .jsonl"
     )

@@ -15,11 +15,11 @@ from flowgrpo.core.imports import suggest
 
 EPILOG = """\
 first steps:
-  flowgrpo train quickstart              teach the model in the package; minutes on two CPU cores
-  flowgrpo train quickstart --dry-run    what that would do, without loading a model
-  flowgrpo doctor shapes                 prove that a model can be trained
-  flowgrpo config explain train.lr       what a key of a configuration means
-  flowgrpo serve-reward pick_score       a reward in an environment of its own
+  flowgrpo train quickstart              train the model in the package; minutes on two CPU cores
+  flowgrpo train quickstart --dry-run    print the plan without loading a model
+  flowgrpo doctor shapes                 check that a model can be trained
+  flowgrpo config explain train.lr       explain a key of a configuration
+  flowgrpo serve-reward pick_score       serve a reward from an environment of its own
 """
 
 EXPECTED = (ValueError, OSError, RuntimeError, ImportError, OverflowError)

@@ -13,7 +13,7 @@ EXAMPLE = "flowgrpo push runs/quickstart me/shapes-tuned"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of the command."""
     parser.add_argument("run", help="run directory")
-    parser.add_argument("repo_id", help="repository, as USER/NAME; made if it is not there")
+    parser.add_argument("repo_id", help="repository, as USER/NAME; created if it does not exist")
     parser.add_argument(
         "--public", action="store_true", help="make a new repository public (default: private)"
     )
@@ -32,7 +32,7 @@ def push_run(run: Path, repo_id: str, api: Any, private: bool = True) -> str:
 
     Args:
         run: The run directory.
-        repo_id: ``user/name`` on the hub; made if it is not there.
+        repo_id: ``user/name`` on the hub; created if it does not exist.
         api: A ``huggingface_hub.HfApi``.
         private: Whether a new repository is private.
 

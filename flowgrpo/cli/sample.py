@@ -10,7 +10,7 @@ from flowgrpo.cli.common import UsageError, add_model_arguments, load_policy, pr
 if TYPE_CHECKING:
     from torch import Tensor
 
-SUMMARY = "draw images of prompts, with the deterministic sampler"
+SUMMARY = "generate images of prompts with the deterministic sampler"
 EXAMPLE = 'flowgrpo sample shapes "a photo of two circles" --out images'
 
 

@@ -191,7 +191,7 @@ def read_medium(medium: Medium) -> "Tensor":
     """``(3, H, W)`` or ``(F, 3, H, W)`` in [0, 1].
 
     Raises:
-        ValueError: If a file is no image, or frames differ in size.
+        ValueError: If a file is not an image, or frames differ in size.
     """
     import torch
 

@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--token",
         default="",
-        help="secret that requests must carry; better in FLOWGRPO_TOKEN, since command lines can be "
+        help="secret that requests must carry; FLOWGRPO_TOKEN is safer, since command lines can be "
         "seen",
     )
     parser.add_argument(

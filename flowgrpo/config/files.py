@@ -115,7 +115,7 @@ def _depth(table: Any, location: "Location") -> int:
 
 
 def _row(statement: Sequence[str], name: str) -> int:
-    """The row of a statement that assigns to a name; the first that is no comment, if that is unclear."""
+    """The row of a statement that assigns to a name; the first that is not a comment, if that is unclear."""
     assigning = [i for i, line in enumerate(statement) if re.search(rf"\b{name}\b.*=", line)]
     if len(assigning) == 1:
         return assigning[0]

@@ -134,7 +134,7 @@ _PLAIN: Mapping[Any, core_schema.CoreSchema] = {
 
 
 def _one_of(allowed: Sequence[Any], value: Any) -> Any:
-    # True equals 1, but is no number in a configuration.
+    # True equals 1, but is not a number in a configuration.
     if value in allowed and not isinstance(value, bool):
         return value
     names = ", ".join(repr(a) for a in allowed)
@@ -168,7 +168,7 @@ def _member(members: Sequence[type], value: Any) -> type[Any]:
     """The class of a nested table: the union member that its ``kind`` names, or an imported one.
 
     Raises:
-        PydanticCustomError: If there is no such class, or ``value`` is no table.
+        PydanticCustomError: If there is no such class, or ``value`` is not a table.
     """
     if len(members) == 1:
         if not isinstance(value, Mapping):
@@ -202,7 +202,7 @@ def _imported(kind: str) -> type[Any]:
     except ValueError as error:
         raise _wrong(f": {error}", key=".kind") from None
     if not (isinstance(cls, type) and dataclasses.is_dataclass(cls)):
-        message = f": {kind!r} is no dataclass, so no table can describe it"
+        message = f": {kind!r} is not a dataclass, so no table can describe it"
         raise _wrong(message, key=".kind")
     return cls
 
@@ -233,7 +233,7 @@ def _faults(
     for detail in details:
         location = detail["loc"]
         if detail["type"] == "missing":
-            # The unknown key beside it is this one, misspelt: one error is enough.
+            # An unknown key in the same table is this one, misspelt: one error is enough.
             near = f"did you mean {location[-1]!r}?"
             if any(f.location[:-1] == prefix + location[:-1] and near in f.sentence for f in found):
                 continue
@@ -289,7 +289,7 @@ def override(table: dict[str, Any], settings: Sequence[str]) -> dict[str, Any]:
     A setting of a ``kind`` drops the other keys of its table, which belong to the old kind.
 
     Raises:
-        ConfigError: If a setting has no ``=``, or its key leads through something that is no table.
+        ConfigError: If a setting has no ``=``, or its key leads through something that is not a table.
     """
     result = copy.deepcopy(table)
     for setting in settings:
@@ -317,7 +317,7 @@ def _inner(here: Any, part: str, key: str) -> Any:
     if isinstance(here, list):
         if not part.isdigit() or int(part) >= len(here):
             raise ConfigError(
-                f"--set {key}: {part!r} is no entry of a list of {len(here)}, counted from 0"
+                f"--set {key}: {part!r} is not an entry of a list of {len(here)}, counted from 0"
             )
         inner = here[int(part)]
     else:

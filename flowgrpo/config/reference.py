@@ -42,7 +42,7 @@ def to_table(value: Any) -> Any:
 
 
 def _to_table(hint: Any, value: Any) -> Any:
-    """The table of a field's value; a class that is no member of the field's union is named by its path."""
+    """The table of a field's value; a class that is not a member of the field's union is named by its path."""
     members = [m for m in get_args(hint) if dataclasses.is_dataclass(m)]
     if members and dataclasses.is_dataclass(value) and type(value) not in members:
         cls = type(value)

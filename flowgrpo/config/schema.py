@@ -305,10 +305,11 @@ class Config:
         """The batch geometry in words, to be checked before a long run."""
         t, size = self.train, self.algorithm.group_size
         samples = t.groups * size
+        calls = -(-samples // num_processes // t.rollout_batch)
         return {
             "groups x samples": f"{t.groups} prompts x {size} samples = {samples} per iteration",
             "processes": f"{num_processes}, {t.groups // num_processes} groups on each",
-            "rollout": f"{-(-samples // num_processes // t.rollout_batch)} calls of {min(t.rollout_batch, samples)} samples on each process",
+            "rollout": f"{calls} call{'s' * (calls > 1)} of {min(t.rollout_batch, samples)} samples on each process",
             "per prompt": self._work(),
             "optimizer steps": f"{t.updates} per iteration, {t.groups // t.updates} groups in each",
             "in all": f"{t.iterations} iterations, {t.iterations * samples:,} samples, {t.iterations * t.updates:,} optimizer steps",

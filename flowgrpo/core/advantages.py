@@ -77,7 +77,7 @@ class AdvantageKind(Protocol):
 
 
 class _SingleReward:
-    """What the kinds for a single reward share: they normalise the weighted sum."""
+    """The shared part of the kinds for a single reward, which normalise the weighted sum."""
 
     is_binary: ClassVar[bool] = False
     adds_best: ClassVar[bool] = False
@@ -267,7 +267,7 @@ class VirtualBest(_SingleReward):
 
 
 class _MultiReward:
-    """What the kinds that normalise each reward by itself share."""
+    """The shared part of the kinds that normalise each reward by itself."""
 
     is_binary: ClassVar[bool] = False
     adds_best: ClassVar[bool] = False

@@ -58,7 +58,7 @@ class Window:
 
 @dataclass(frozen=True, kw_only=True)
 class RandomWindow:
-    """A window at a random place in ``[first, last)``, drawn anew in every iteration (Flow-GRPO-Fast)."""
+    """A window at a random place in ``[first, last)``, drawn in every iteration (Flow-GRPO-Fast)."""
 
     kind: Literal["random_window"] = "random_window"
     size: int = 2
@@ -87,7 +87,7 @@ class RandomWindow:
 
 @dataclass(frozen=True, kw_only=True)
 class RandomSteps:
-    """A random subset of ``count`` steps of ``[first, last)``, drawn anew in every iteration."""
+    """A random subset of ``count`` steps of ``[first, last)``, drawn in every iteration."""
 
     kind: Literal["random_steps"] = "random_steps"
     count: int = 3

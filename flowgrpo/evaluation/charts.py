@@ -5,7 +5,7 @@ dark colours, and ``<title>`` elements for values on hovering, so they need no J
 escaped here.
 
 Why not a plotting library: for the 19 charts of the quick start's report this module writes about 0.1 MB
-in 0.3 s. Plotly 7 adds 4.8 MB of JavaScript, Bokeh 3.9 3.9 MB, and Altair 6 1.2 MB and 18 s; all three
+in 0.3 s. Plotly 7 adds 4.8 MB of JavaScript, Bokeh 3.9 adds 3.9 MB, and Altair 6 adds 1.2 MB and 18 s; all three
 set colours in the figure, so that each chart would need code to follow the page's colour scheme, and
 need scripts, which the page's content security policy forbids. The SVG of Matplotlib 3.11 (0.25 MB, 6 s)
 has fixed colours and no values on hovering; Pygal 3.1 shows values with a script from a server.

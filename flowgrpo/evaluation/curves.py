@@ -168,10 +168,10 @@ def training_metrics(records: Records) -> str:
 def phases(timing: Mapping[str, Number | None]) -> dict[str, Number]:
     """Seconds of each phase of an iteration, without evaluations.
 
-    Reward models run in parallel with the rollout, so their time (``judge``) is not a phase; the time
-    spent waiting for them is part of the rollout.
+    Reward models run in parallel with the rollout, so their time (``scoring``) is not a phase; the
+    time spent waiting for them is part of the rollout.
     """
-    others = ("iteration", "total", "judge", "evaluation")
+    others = ("iteration", "total", "scoring", "evaluation")
     return {k: v or 0.0 for k, v in timing.items() if k not in others}
 
 
@@ -199,7 +199,7 @@ def times(records: Records) -> str:
     for index, (name, values) in enumerate(columns.items()):
         swatch = f'<i class="s{index % charts.NUM_COLORS}"></i>{escape(name.replace("_", " "))}'
         rows.append(_time_row(swatch, values, f"{100 * sum(values) / whole:.0f} %"))
-    scoring = [t["judge"] for t in records.timings if t.get("judge") is not None]
+    scoring = [t["scoring"] for t in records.timings if t.get("scoring") is not None]
     if scoring:
         rows.append(_time_row("reward models, in parallel with the rollout", scoring))
     rows.append(_time_row("<b>iteration</b>", [total(t) for t in records.timings]))

@@ -121,6 +121,10 @@ class Records:
         self.folder = folder
         self.metrics = read_lines(folder / "metrics.jsonl")
         self.timings = read_lines(folder / "timings.jsonl")
+        for line in self.timings:
+            # Earlier versions wrote the time of reward models under the key "judge".
+            if "judge" in line:
+                line["scoring"] = line.pop("judge")
         self.evaluations = read_lines(folder / "evaluations.jsonl", required="scores")
         if not self.metrics and not self.evaluations:
             raise ValueError(f"{folder}: neither metrics.jsonl nor evaluations.jsonl has a line")

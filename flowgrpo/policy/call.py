@@ -137,7 +137,7 @@ class Loop:
         """Fix the nodes of the plan on a grid of ``num_steps`` steps.
 
         Raises:
-            ValueError: If the nodes are no ascending part of the grid.
+            ValueError: If the nodes are not an ascending part of the grid.
         """
         nodes = range(num_steps + 1) if self.plan.nodes is None else self.plan.nodes
         self.nodes, self._started = list(nodes), True

@@ -63,7 +63,7 @@ def export_diffusers(pipeline: DiffusionPipeline, trainable: Trainable, folder: 
     """Write an adapter for ``pipe.load_lora_weights(folder)``.
 
     Raises:
-        ValueError: If the trained parameters are no adapter.
+        ValueError: If the trained parameters are not an adapter.
     """
     _lora_of(trainable)
     folder.mkdir(parents=True, exist_ok=True)
@@ -88,7 +88,7 @@ def export_kohya(trainable: Trainable, folder: Path) -> Path:
     """Write an adapter in the kohya format, as ``kohya/lora.safetensors`` below ``folder``.
 
     Raises:
-        ValueError: If the format has no names for the model, or the trained parameters are no adapter.
+        ValueError: If the format has no names for the model, or the trained parameters are not an adapter.
     """
     lora = _lora_of(trainable)
     tensors: dict[str, Tensor] = {}

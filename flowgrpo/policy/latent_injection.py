@@ -165,7 +165,7 @@ class Layouts:
                 return
         shapes = [tuple(s) for s in shapes_of(prepared) if s]
         raise UnsupportedPipelineError(
-            f"{name} cannot be a policy: the state that it steps, {tuple(state)}, is no part of the "
+            f"{name} cannot be a policy: the state that it steps, {tuple(state)}, is not a part of the "
             f"tensors that it prepares, {shapes}"
         )
 

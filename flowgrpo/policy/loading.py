@@ -28,7 +28,7 @@ def load_pipeline(
         quantize: Quantisation of the denoisers.
 
     Raises:
-        FileNotFoundError: If the folder does not exist or is no pipeline.
+        FileNotFoundError: If the folder does not exist or is not a pipeline.
     """
     path = Path(__file__).parents[1] / "shapes" / "model" if str(model) == "shapes" else Path(model)
     if (path / "modular_model_index.json").exists():

@@ -172,7 +172,7 @@ class PipelinePolicy:
             options: Arguments of the constructor.
 
         Raises:
-            FileNotFoundError: If the folder is no pipeline.
+            FileNotFoundError: If the folder is not a pipeline.
         """
         memory: Memory = options.get("memory") or Memory()
         dtype = DTYPES[options.get("dtype", "float32")]

@@ -183,6 +183,8 @@ class FlowPolicyScheduler(_PlannedSteps, FlowMatchEulerDiscreteScheduler):
     source: SchedulerMixin | None = None
     init_noise_sigma = 1.0
     """Initial latents are standard normal. Some pipelines read this attribute."""
+    _grid_sigmas: list[float]
+    """``sigma`` at the nodes of the whole grid, from 1 (noise) to 0 (data)."""
 
     # Pipelines inspect the parameter names of this method to see which arguments it takes.
     def set_timesteps(
@@ -244,6 +246,11 @@ class DiffusionPolicyScheduler(_PlannedSteps, DDIMScheduler):
     """
 
     source: SchedulerMixin
+    _alpha_bars: list[float]
+    """``alpha_bar`` at the nodes of the whole grid."""
+    _landings: list[float]
+    """For each step of the grid, the ``alpha_bar`` at which it ends: that of the next node, except on
+    some grids of DDIM."""
 
     def set_timesteps(
         self, num_inference_steps: int, device: str | torch.device | None = None

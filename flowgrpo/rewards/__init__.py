@@ -4,6 +4,6 @@
 ``loading`` finds and constructs reward models; ``scorer`` runs them in the background with retries;
 ``pairs`` computes win rates from pairwise judges; ``frames`` applies an image reward to videos;
 ``serving`` holds the reward server, its client and their wire format. The reward models that ship
-with flowgrpo are the separate package ``reward_models``: this room finds them by import path and
-never imports them. Importing this room loads neither torch nor a reward model.
+with flowgrpo are the separate package ``reward_models``: this package finds them by import path and
+never imports them itself. Importing it loads neither torch nor a reward model.
 """

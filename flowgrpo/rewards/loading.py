@@ -1,6 +1,6 @@
 """Finds and constructs the reward model that a configuration names.
 
-The rewards that ship with flowgrpo are the package ``reward_models``, installed beside the package
+The rewards that ship with flowgrpo are the package ``reward_models``, installed next to the package
 ``flowgrpo``. Its modules are listed from that folder and imported by path, so that ``flowgrpo``
 does not depend on ``reward_models``, and a folder of the same name in the working directory cannot
 take its place.
@@ -18,7 +18,7 @@ from flowgrpo.rewards.settings import Reward
 
 PACKAGE = "reward_models"
 FOLDER = Path(__file__).resolve().parents[2] / PACKAGE
-"""The folder beside the ``flowgrpo`` package, in a checkout and in site-packages alike."""
+"""The folder next to the ``flowgrpo`` package, both in a checkout and in site-packages."""
 REMOVED = {
     "flow_grpo_server": "it spoke pickle, which lets a server run code in the training process. Serve "
     "that reward with 'flowgrpo serve-reward' and set model = \"remote\"; docs/serving.md, section "

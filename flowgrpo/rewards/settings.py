@@ -179,7 +179,7 @@ def check_rewards(
     Args:
         rewards: All of them.
         num_iterations: Length of the run.
-        alone: Whether the rewards are the only training signal, with no preference beside them.
+        alone: Whether the rewards are the only training signal, without a preference in addition.
         binary: Whether the advantage needs a single reward of 0 and 1.
 
     Raises:

@@ -1,4 +1,12 @@
-"""From experience and advantages to new weights: loss, gradients, optimizer, moving average."""
+"""From experience and advantages to new weights: loss, gradients, optimizer, moving average.
+
+With ``A`` actions in the groups of an optimizer step, over all processes, the gradient is that of::
+
+    (1 / A) * sum over actions of (loss + kl_coef * kl)
+
+Each process replays its own actions in batches, backpropagates the part of the sum that belongs to each
+batch, and the gradients of all processes are added.
+"""
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -79,9 +87,16 @@ class Learner:
         Each optimizer step trains on a part of the groups. Its loss is the mean over all their
         actions on all processes. Actions with advantage 0 count in this mean, but are computed only
         if the loss needs them (``all_actions``): without a KL they would not change the gradient.
+
+        Args:
+            experience: The actions of this process, and the states before them.
+            advantages: One per action of ``experience.actions``, on the CPU.
+            random: Keyed by the iteration; draws which groups an optimizer step trains on, equal in
+                all processes.
         """
         statistics, needs = UpdateStatistics(self.loss.metrics), self.loss.needs
         updates = self.train.updates
+        # Group indices in random order; the optimizer step u trains on every ``updates``-th from u on.
         order = torch.randperm(self.train.groups, generator=random.generator("updates"))
         for update in range(updates):
             # The actions of this optimizer step, and their number on all processes.
@@ -90,6 +105,7 @@ class Learner:
             computes_all = needs.all_actions or needs.whole_groups
             trained = chosen if computes_all else chosen & (advantages != 0)
             batches = list(self.replay.batches(experience, advantages, trained))
+            # The reference's outputs for all batches at once, so that its weights move only once.
             referred = [actions for actions, _ in batches] if needs.reference else []
             references = self.replay.references(experience, referred)
             for (actions, advantage), reference in zip_longest(batches, references):
@@ -120,10 +136,15 @@ class Learner:
         return total
 
     def _drift(self, experience: Experience) -> dict[str, float]:
-        """The distance of the policy from the reference, on a few of the iteration's states."""
+        """The distance of the policy from the reference, on a few of the iteration's states.
+
+        It is the metric ``kl/velocity``: the mean squared difference of the models' outputs. One forward
+        pass serves all the states, so they share the step and the call of the first action.
+        """
         train, actions = self.train, experience.actions
         if train.monitor_states == 0:
             return {}
+        # Groups whose prompts can share a call with that of the first action.
         key = {g.index: call_key(g.prompt) for g in experience.groups}
         alike = [i for i, k in key.items() if k == key[int(actions.group[0])]]
         same = (actions.step == actions.step[0]) & torch.isin(actions.group, torch.tensor(alike))
@@ -138,7 +159,10 @@ class Learner:
         return {"kl/velocity": float(mean)}
 
     def _follow(self) -> None:
-        """After an iteration, move the behaviour weights towards the trained weights."""
+        """After an iteration, move the behaviour weights towards the trained weights.
+
+        ``behaviour <- d * behaviour + (1 - d) * trained``, with ``d`` by the number of optimizer steps.
+        """
         remaining = self.loss.needs.old_policy
         if self.behaviour is not None and remaining is not None:
             trained = [p.detach() for p in self.parameters]
@@ -169,7 +193,10 @@ class Learner:
         statistics.stepped(norm, self.learning_rate(self.num_updates - 1), skipped)
 
     def learning_rate(self, update: int) -> float:
-        """The learning rate of an optimizer step, counted from 0 over the whole run."""
+        """The learning rate of an optimizer step, counted from 0 over the whole run.
+
+        It rises linearly over ``warmup`` steps. ``linear`` and ``cosine`` fall from ``lr`` to a tenth of it.
+        """
         train = self.train
         warm = min(1.0, (update + 1) / (train.warmup + 1))
         done = update / max(1, train.iterations * train.updates)

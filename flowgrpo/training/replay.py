@@ -1,4 +1,9 @@
-"""Replays recorded actions in batches with gradients, and supplies a loss with its inputs."""
+"""Replays recorded actions in batches with gradients, and supplies a loss with its inputs.
+
+A replay runs the pipeline from a recorded state ``x`` for one step, and returns the distribution of
+``x_next`` under the present weights. Several actions can share a state, so a batch of ``A`` actions is
+replayed with ``S <= A`` states, in one forward pass.
+"""
 
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager

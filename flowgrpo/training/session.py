@@ -133,14 +133,14 @@ class Session:
             or iterations % self.config.run.checkpoint_every == 0
         )
 
-    def log(self, iteration: int, metrics: Mapping[str, float], judge_seconds: float) -> None:
+    def log(self, iteration: int, metrics: Mapping[str, float], scoring_seconds: float) -> None:
         """Write an iteration's metrics and, to another file, its times.
 
         Times are kept apart because metrics are equal in every repetition of a run.
         """
         timings = {
             **self._phases,
-            "judge": judge_seconds,
+            "scoring": scoring_seconds,
             "total": sum(v for k, v in self._phases.items() if k != "evaluation"),
         }
         self._phases = {}

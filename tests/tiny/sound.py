@@ -1,4 +1,4 @@
-"""A tiny family whose loop steps sound beside the video."""
+"""A tiny family whose loop steps sound and video."""
 
 from diffusers import (
     AutoencoderKLLTX2Audio,

@@ -94,7 +94,7 @@ def wan22() -> WanPipeline:
 
 
 def wan_i2v() -> WanImageToVideoPipeline:
-    """Wan 2.1: the image's latents beside the noisy ones, and CLIP's view of it in the attention."""
+    """Wan 2.1: the image's latents concatenated with the noisy ones, and CLIP's view of it in the attention."""
     tokenizer = t5_tokenizer()
     image_encoder, image_processor = clip_vision(16)
     latents_mask_image = 16 + 4 + 16
@@ -234,7 +234,7 @@ def cogvideox() -> CogVideoXPipeline:
 
 
 def cogvideox_i2v() -> CogVideoXImageToVideoPipeline:
-    """CogVideoX-5b-I2V: rotary and learned positions, the image's latents beside the noisy ones."""
+    """CogVideoX-5b-I2V: rotary and learned positions, the image's latents with the noisy ones."""
     return CogVideoXImageToVideoPipeline(
         **cogvideox_parts(
             in_channels=8,

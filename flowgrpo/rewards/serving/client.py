@@ -266,7 +266,7 @@ def checked_answer(response: httpx.Response) -> bytes:
 
     Raises:
         Unavailable: If the status says that another attempt can succeed, or a 2xx answer is empty,
-            which no server of ours sends: its connection was cut.
+            which reward servers never send: its connection was cut.
         Refused: If any other status but 2xx was sent.
     """
     if response.is_success:

@@ -3,9 +3,10 @@
 Unlike pickle, the format cannot carry code. A request holds samples, in order::
 
     POST /score   multipart/form-data
-        request   {"samples": [{"prompt": "a cat", "metadata": {...}, "frames": 2, "conditions":
-        [0]}, ...]} image     a PNG for each sample, or ``frames`` of them for a video condition a
-        PNG for each different condition image; samples give indices of these
+        request    {"samples": [{"prompt": "a cat", "metadata": {...}, "frames": 2,
+                                 "conditions": [0]}, ...]}
+        image      a PNG for each sample, or ``frames`` of them for a video
+        condition  a PNG for each different condition image; samples give indices of these
 
     POST /score   application/json
         {"samples": [{"prompt": "a cat", "image": "<base64>", "conditions": ["<base64>"]},
@@ -124,7 +125,7 @@ def pack(
     """A multipart request: its content type and its body.
 
     Raises:
-        ValueError: If pixels are not finite, or metadata is no JSON.
+        ValueError: If pixels are not finite, or metadata is not JSON.
         OSError: If a condition image cannot be read.
     """
     records = [_record(p) for p in prompts]
@@ -186,7 +187,7 @@ def unpack(content_type: str, body: bytes, limits: Limits) -> list[Sample]:
 
 
 def pack_prompts(prompts: Sequence[Prompt]) -> bytes:
-    """A request of ``/check``. Raises ValueError if metadata is no JSON."""
+    """A request of ``/check``. Raises ValueError if metadata is not JSON."""
     counted = [{"conditions": len(p.images)} if p.images else {} for p in prompts]
     records = [_record(p) | c for p, c in zip(prompts, counted, strict=True)]
     return _json({"samples": records})
@@ -234,7 +235,7 @@ def unpack_scores(body: bytes, number: int) -> list[float]:
     """The scores in an answer, NaN for ``null``.
 
     Raises:
-        ValueError: If it is no answer to a request with ``number`` samples.
+        ValueError: If it is not an answer to a request with ``number`` samples.
     """
     try:
         scores = json.loads(body)["scores"]
@@ -274,7 +275,7 @@ def _record(prompt: Prompt) -> dict[str, Any]:
         try:
             record["metadata"] = json.loads(json.dumps(dict(prompt.metadata), allow_nan=False))
         except (TypeError, ValueError) as error:
-            raise ValueError(f"metadata of prompt {prompt.text!r} is no JSON: {error}") from error
+            raise ValueError(f"metadata of prompt {prompt.text!r} is not JSON: {error}") from error
     return record
 
 

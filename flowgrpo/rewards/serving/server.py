@@ -157,7 +157,7 @@ def _settings(app: FastAPI) -> uvicorn.Config:
 
 
 def make_app(server: RewardServer) -> FastAPI:
-    """The FastAPI application of a server, without pages that describe it to strangers."""
+    """The FastAPI application of a server, without the pages that document it."""
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
 
     async def checked_body(request: Request) -> bytes:
