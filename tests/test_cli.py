@@ -123,6 +123,47 @@ def test_answers_without_a_model_import_nothing_heavy(commands, packages):
     assert done.returncode == 0, done.stderr
 
 
+FOREIGN = """
+from dataclasses import dataclass
+from flowgrpo.losses.base import Loss
+
+@dataclass(frozen=True)
+class NoPart:
+    size: int = 1
+
+@dataclass(frozen=True)
+class NoFormula(Loss):
+    pass
+"""
+ANSWERS = {
+    "algorithm={kind = 'foreign:NoPart'}": "flowgrpo: algorithm: NoPart has no group_size, transition, ",
+    "algorithm.transition={kind = 'foreign:NoPart'}": "flowgrpo: algorithm.transition: NoPart has no __call__",
+    "loss={kind = 'foreign:NoPart'}": "flowgrpo: loss: NoPart has no __call__, metrics, ",
+    "loss={kind = 'foreign:NoFormula'}": "flowgrpo: loss: NoFormula has no __call__; inherit from ",
+    "rewards=[{model = 'jpeg_siz'}]": "flowgrpo: rewards[0].model: unknown reward 'jpeg_siz'; did you mean",
+    "prompts.train=nowhere.txt": "flowgrpo: prompts.train: no such file: nowhere.txt",
+}
+
+
+def test_mistakes_in_training_are_answered_in_one_line_before_torch_is_imported(tmp_path):
+    # In a process of its own, where no type checker of the tests comes first.
+    (tmp_path / "foreign.py").write_text(FOREIGN)
+    code = (
+        f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
+        "from flowgrpo.cli import main\n"
+        f"for setting in {[*ANSWERS]}:\n"
+        "    assert main(['train', 'quickstart', '--set', setting]) == 1\n"
+        "assert not {'torch', 'diffusers', 'numpy'} & {*sys.modules}\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    lines = done.stderr.splitlines()
+    for line, start in zip(lines, ANSWERS.values(), strict=True):
+        assert line.startswith(start)
+
+
 def test_config_list_show_explain_and_schema(tmp_path, capsys):
     assert main(["config", "list"]) == 0
     assert "quickstart               Trains the model" in capsys.readouterr().out

@@ -17,6 +17,7 @@ from flowgrpo.config.files import line_of
 from flowgrpo.config.reader import read
 from flowgrpo.config.reference import dataclasses_in, documentation, explain, json_schema
 from flowgrpo.config.renamed import MOVED_MODULES, RENAMED_KEYS, old_names
+from flowgrpo.core.imports import import_path
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted(p.name for p in (ROOT / "configs").glob("*.toml"))
@@ -205,7 +206,7 @@ def test_old_names_are_answered_with_the_new_ones(minimal):
         "write 'flowgrpo.rewards.frames:FrameMean'"
     )
     with pytest.raises(
-        ConfigError, match=r"rewards\[0\].model: 'flow_grpo_server' was removed; docs"
+        ConfigError, match=r"rewards\[0\].model: 'flow_grpo_server' was removed: .*; docs"
     ):
         load(minimal, ["rewards=[{model = 'flow_grpo_server'}]"])
     # Only a reward model has such a name.
@@ -227,6 +228,47 @@ def test_bad_toml_names_the_file_and_the_line(minimal):
     Path(minimal).write_text("[model]\npath = shapes\n")
     with pytest.raises(ConfigError, match=r"minimal.toml: not valid TOML: .*line 2"):
         load(minimal)
+    Path(minimal).write_text("# one\n# caf\u00e9\n", encoding="latin-1")
+    with pytest.raises(ConfigError, match=r"minimal.toml:2: not UTF-8"):
+        load(minimal)
+
+
+def test_a_setting_that_makes_a_new_table_is_named(minimal):
+    for setting in ("trian.lr.peak=1", ".lr=1"):
+        with pytest.raises(ConfigError, match=rf"^--set {setting}: unknown key"):
+            load(minimal, ["train.lr=1e-4", setting])
+
+
+def test_a_run_directory_is_answered_with_its_configuration(minimal):
+    folder = Path(minimal).parent / "run"
+    folder.mkdir()
+    (folder / "config.toml").write_text("")
+    with pytest.raises(IsADirectoryError, match=r"run is a folder; .* is .*run/config.toml"):
+        load(str(folder))
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("def f(:", "module faulty cannot be imported: SyntaxError: .*faulty.py, line 1"),
+        ("\n1 / 0", r"cannot be imported: ZeroDivisionError: .*\(.*faulty.py, line 2\)"),
+        ("import not_here", "there is no module 'not_here', which faulty imports"),
+        ("from json import nothing", "cannot import name 'nothing'"),
+    ],
+)
+def test_a_module_that_cannot_be_imported_is_one_sentence(
+    minimal, tmp_path, monkeypatch, source, message
+):
+    (tmp_path / "faulty.py").write_text(source)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(ConfigError, match=rf"^--set algorithm=.*algorithm.kind: .*{message}"):
+        load(minimal, ["algorithm={kind = 'faulty:Mine'}"])
+
+
+@pytest.mark.parametrize("path", ["faulty", "faulty:", ":Mine"])
+def test_a_half_import_path_is_refused(path):
+    with pytest.raises(ValueError, match=r"is no import path; write 'package.module:name'"):
+        import_path(path)
 
 
 def test_files_are_found_by_name_from_any_folder_and_nearly_by_name(tmp_path, monkeypatch):

@@ -13,14 +13,12 @@ from flowgrpo.core.transitions import CPS
 from flowgrpo.data.prompts import Prompt
 from flowgrpo.policy import Full, LoRA, Memory, PipelinePolicy
 from flowgrpo.policy.placement import (
-    PACKAGES,
     Encoders,
     offload_autoencoder,
     repeated_blocks,
-    require_installed,
 )
 from flowgrpo.policy.prompt_cache import fingerprint
-from flowgrpo.policy.settings import Quantization
+from flowgrpo.policy.settings import PACKAGES, Quantization, require_installed
 from tests.conftest import MakePolicy, noise_of, transition_of
 
 PROMPTS = [Prompt("a"), Prompt("two red dogs"), Prompt("a")]

@@ -10,7 +10,8 @@ import flowgrpo
 from flowgrpo.config import Config, ConfigError
 from flowgrpo.data.prompt_files import PromptError
 from flowgrpo.evaluation.comparison_grid import ComparisonGrid
-from flowgrpo.training.setup import build, check_inputs
+from flowgrpo.training.inputs import check_inputs
+from flowgrpo.training.setup import build
 
 
 def config(folder: Path, *settings: str) -> Config:
@@ -47,8 +48,10 @@ def test_sizes_of_both_prompt_sets_follow_their_images_unless_one_is_set(tmp_pat
     [
         ("train.updates=1000", ConfigError, "cannot be divided among train.updates = 1000"),
         ("prompts.balance=nothing", PromptError, "has no such metadata"),
-        ("prompts.held_out=nowhere.txt", FileNotFoundError, "no such file: nowhere.txt"),
-        ("evaluation.metrics=['nowhere:metric']", ValueError, "there is no module 'nowhere'"),
+        ("prompts.held_out=nowhere.txt", ConfigError, "prompts.held_out: no such file: nowhere.txt"),
+        ("evaluation.metrics=['nowhere:metric']", ConfigError, r"metrics\[0\]: .* no module 'nowhere'"),
+        ("rewards=[{model = 'jpeg_siz'}]", ConfigError, r"rewards\[0\].model: .* mean 'jpeg_size'"),
+        ("rewards=[{model = 'nowhere:R'}]", ConfigError, r"rewards\[0\].model: .* no module 'nowhere'"),
         ("loss={kind='tests.test_objectives:Distances'}", ConfigError, "set train.ema_decay above 0"),
         ("loss={kind='tests.nowhere:Loss'}", ConfigError, "there is no module 'tests.nowhere'"),
     ],

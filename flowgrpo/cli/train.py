@@ -34,13 +34,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Check the configuration, then train or print the plan."""
     from flowgrpo.config import load
+    from flowgrpo.training.inputs import check_names
 
     config = load(options.config, options.set)
     num_processes = int(os.environ.get("WORLD_SIZE", "1"))
-    config.check(num_processes)
-    quiet()
     if options.dry_run:
         return _dry_run(config, num_processes, options.memory_gb)
+    # Before torch and diffusers are imported, which takes seconds.
+    check_names(config, num_processes)
+    quiet()
     from flowgrpo.training.loop import train
 
     return 0 if train(config).finished else 130
@@ -48,34 +50,25 @@ def run(options: argparse.Namespace) -> int:
 
 def _dry_run(config: "Config", num_processes: int, memory_gb: float | None) -> int:
     """Check everything that can be checked without the model, and print the plan."""
-    from flowgrpo.config import find
-    from flowgrpo.core.imports import import_path, suggest
-    from flowgrpo.data.prompt_sets import PromptSet
-    from flowgrpo.memory.printing import print_estimate
-    from flowgrpo.rewards.loading import available_rewards
-    from flowgrpo.training.console import Console
+    from flowgrpo.training.inputs import check_inputs
 
+    train, held_out = check_inputs(config, num_processes)
     rows = list(config.geometry(num_processes).items())
-    for label, file in (
-        ("training prompts", config.prompts.train),
-        ("held-out prompts", config.prompts.held_out),
+    for label, prompts, file in (
+        ("training prompts", train, config.prompts.train),
+        ("held-out prompts", held_out, config.prompts.held_out),
     ):
-        prompts = PromptSet.load(find(file), config.prompts.balance)
         classes = f" in {len(prompts.classes())} classes" if config.prompts.balance else ""
         rows.append((label, f"{len(prompts.prompts)}{classes} ({file})"))
+    # Reward models are not loaded: they may be large, or need weights that are not here.
     for reward in config.rewards:
-        # Reward models are not loaded: they may be large, or need weights that are not here.
-        if ":" in reward.model:
-            import_path(reward.model)
-        elif reward.model not in available_rewards():
-            raise ValueError(
-                f"unknown reward {reward.model!r}{suggest(reward.model, available_rewards())}"
-            )
         rows.append((f"reward {reward.label}", f"weight {reward.weight:g} ({reward.model})"))
-    for metric in config.evaluation.metrics:
-        import_path(metric)
-        rows.append(("metric", metric))
+    rows += [("metric", metric) for metric in config.evaluation.metrics]
     rows.append(("run directory", config.run.folder))
+    quiet()
+    from flowgrpo.memory.printing import print_estimate
+    from flowgrpo.training.console import Console
+
     console = Console()
     for name, value in rows:
         console.say(f"{name:>20}  {value}")

@@ -23,6 +23,7 @@ def find(name: str) -> Path:
 
     Raises:
         FileNotFoundError: With the nearest name.
+        IsADirectoryError: If it is a run directory.
     """
     if Path(name).is_file() or name.startswith(HUB):
         return Path(name)
@@ -32,6 +33,8 @@ def find(name: str) -> Path:
         for candidate in (root / name, root / "configs" / f"{name}.toml"):
             if candidate.is_file():
                 return candidate
+    if (Path(name) / "config.toml").is_file():
+        raise IsADirectoryError(f"{name} is a folder; its configuration is {name}/config.toml")
     known = {
         f"{p.parent.name}/{p.name}"
         for r in roots
@@ -55,9 +58,12 @@ def load(name: str, settings: Sequence[str] = ()) -> "Config":
     from flowgrpo.config.schema import Config
 
     path = find(name)
-    text = path.read_text(encoding="utf-8")
     try:
+        text = path.read_text(encoding="utf-8")
         table = tomllib.loads(text)
+    except UnicodeDecodeError as error:
+        line = error.object.count(b"\n", 0, error.start) + 1
+        raise ConfigError(f"{path}:{line}: not UTF-8; save the file in this encoding") from error
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{path}: not valid TOML: {error}") from error
     try:
@@ -65,18 +71,23 @@ def load(name: str, settings: Sequence[str] = ()) -> "Config":
     except TableError as error:
         messages = []
         for fault in error.faults:
-            setting = _setting_of(fault.location, settings)
+            setting = _setting_of(fault.location, table, settings)
             place = f"--set {setting}" if setting else f"{path}:{line_of(text, fault.location)}"
             messages.append(f"{place}: {fault.sentence}")
         raise ConfigError("\n".join(messages)) from None
 
 
-def _setting_of(location: "Location", settings: Sequence[str]) -> str | None:
-    """The last setting that decides a key: it sets the key itself, a table around it, or its kind."""
+def _setting_of(location: "Location", table: Any, settings: Sequence[str]) -> str | None:
+    """The last setting that decides a key.
+
+    It sets the key itself, a table around it, or its kind; or a key below it, if the file does not
+    have the key, so that the setting has created it.
+    """
     parts = [str(p) for p in location]
+    is_new = _depth(table, location) < len(location)
     for setting in reversed(settings):
         key = setting.partition("=")[0].strip().removesuffix(".kind").split(".")
-        if parts[: len(key)] == key:
+        if parts[: len(key)] == key or (is_new and key[: len(parts)] == parts):
             return setting
     return None
 

@@ -199,7 +199,7 @@ def _imported(kind: str) -> type[Any]:
     """A dataclass by its import path."""
     try:
         cls = import_path(kind)
-    except ValueError as error:
+    except (ValueError, ImportError) as error:
         raise _wrong(f": {error}", key=".kind") from None
     if not (isinstance(cls, type) and dataclasses.is_dataclass(cls)):
         message = f": {kind!r} is not a dataclass, so no table can describe it"

@@ -4,6 +4,8 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from flowgrpo.rewards.loading import REMOVED
+
 RENAMED_KEYS = {"evaluation.measures": "evaluation.metrics"}
 """From old dotted keys to new ones."""
 
@@ -13,11 +15,6 @@ MOVED_MODULES = {
     "flowgrpo.pairwise": "flowgrpo.rewards.pairs",
 }
 """From old modules to new ones, for modules that an import path in a configuration may name."""
-
-REMOVED_MODELS = {
-    "flow_grpo_server": "was removed; docs/serving.md explains how to serve such a reward",
-}
-"""Reward models that no longer exist, and what to use instead."""
 
 _PATH = re.compile(r"(flowgrpo[\w.]*):\w+")
 
@@ -36,5 +33,5 @@ def old_names(value: Any, key: str = "") -> Iterator[tuple[tuple[str | int, ...]
         module = MOVED_MODULES.get(match[1])
         if module is not None:
             yield (), f"{value!r} has moved; write {value.replace(match[1], module, 1)!r}"
-    elif key == "model" and value in REMOVED_MODELS:
-        yield (), f"{value!r} {REMOVED_MODELS[value]}"
+    elif key == "model" and value in REMOVED:
+        yield (), f"{value!r} was removed: {REMOVED[value]}"

@@ -22,9 +22,10 @@ from flowgrpo.algorithms import (
     PrefGRPO,
     TempFlowGRPO,
 )
-from flowgrpo.algorithms.base import check_interface
+from flowgrpo.algorithms import base as algorithms
 from flowgrpo.core.errors import ConfigError
 from flowgrpo.core.random import Random
+from flowgrpo.losses import base as losses
 from flowgrpo.losses.base import Loss
 from flowgrpo.losses.clipped import ClippedLoss
 from flowgrpo.losses.nft import NFTLoss
@@ -186,6 +187,7 @@ class Config:
         Raises:
             ConfigError: With the keys, their values and what is allowed.
         """
+        self._check_interfaces()
         for key, value, least in self._bounds():
             if value < least:
                 raise ConfigError(f"{key} must be at least {least}, got {value}")
@@ -195,10 +197,6 @@ class Config:
         if len(betas) != 2 or not all(0 <= b < 1 for b in betas):
             raise ConfigError(f"train.betas must be two numbers in [0, 1), got {list(betas)}")
         algorithm = self.algorithm
-        try:
-            check_interface(algorithm)
-        except ValueError as error:
-            raise ConfigError(f"algorithm: {error}") from error
         check_rewards(
             self.rewards,
             self.train.iterations,
@@ -231,6 +229,22 @@ class Config:
                 "train.ema_decay above 0"
             )
         self._check_kinds()
+
+    def _check_interfaces(self) -> None:
+        """Raise ConfigError if the algorithm, its transition or the loss lacks a part that is called."""
+        transition = getattr(self.algorithm, "transition", None)
+        try:
+            key = "algorithm"
+            algorithms.check_interface(self.algorithm)
+            key = "loss"
+            losses.check_interface(self.loss)
+        except ValueError as error:
+            raise ConfigError(f"{key}: {error}") from error
+        if not callable(transition):
+            raise ConfigError(
+                f"algorithm.transition: {type(transition).__name__} has no __call__(x, prediction, step), so "
+                "it is no transition"
+            )
 
     def _check_kinds(self) -> None:
         """Raise ConfigError if the trained weights do not match the algorithm's kind of action."""

@@ -2,6 +2,7 @@
 
 import difflib
 import importlib
+import traceback
 from collections.abc import Iterable
 from typing import Any
 
@@ -10,15 +11,30 @@ def import_path(path: str) -> Any:
     """The object at ``"package.module:name"``, so that a configuration can name a user's code.
 
     Raises:
-        ValueError: If there is no such module or name.
+        ValueError: If there is no such module or name, or the module fails while it is imported.
+        ImportError: If the module itself raises one, such as a reward without its extra.
     """
-    module, colon, name = path.partition(":")
-    if not colon:
+    module, _, name = path.partition(":")
+    if not module or not name:
         raise ValueError(f"{path!r} is no import path; write 'package.module:name'")
     try:
         imported = importlib.import_module(module)
     except ModuleNotFoundError as error:
-        raise ValueError(f"{path!r}: there is no module {error.name!r}") from error
+        missing = f"{path!r}: there is no module {error.name!r}"
+        # A module on the way to ``module``, or one that it imports.
+        if f"{module}.".startswith(f"{error.name}."):
+            raise ValueError(missing) from error
+        raise ValueError(f"{missing}, which {module} imports") from error
+    except ImportError:
+        raise
+    except Exception as error:
+        # The innermost line is in the user's code, or in a library that it called.
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        place = f" ({last.filename}, line {last.lineno})"
+        raise ValueError(
+            f"{path!r}: module {module} cannot be imported: {type(error).__name__}: {error}"
+            + ("" if isinstance(error, SyntaxError) else place)
+        ) from error
     if not hasattr(imported, name):
         raise ValueError(f"{path!r}: module {module} has no {name!r}{suggest(name, dir(imported))}")
     return getattr(imported, name)

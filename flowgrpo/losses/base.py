@@ -204,6 +204,19 @@ class Loss(Protocol):
         return ""
 
 
+def check_interface(loss: object) -> None:
+    """Raise ValueError if an object lacks a part of :class:`Loss`."""
+    names = ["__call__", *(name for name in vars(Loss) if not name.startswith("_"))]
+    missing = [n for n in names if not hasattr(loss, n)]
+    if type(loss).__call__ is Loss.__call__:  # inherited, and returns nothing
+        missing = ["__call__"]
+    if missing:
+        raise ValueError(
+            f"{type(loss).__name__} has no {', '.join(missing)}; inherit from flowgrpo.losses.base.Loss, "
+            "which has all parts but __call__"
+        )
+
+
 def velocity_kl(policy: PolicyOutputs, reference: PolicyOutputs) -> Float[Tensor, " states"]:
     """Mean square of the difference of two policies' model outputs."""
     gap = policy.prediction.output - reference.prediction.output

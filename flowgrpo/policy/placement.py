@@ -7,7 +7,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import wraps
-from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -20,9 +19,6 @@ from flowgrpo.policy.loading import autoencoders, denoisers
 from flowgrpo.policy.precision import guarded, wrap_helpers
 from flowgrpo.policy.prompt_cache import cache_encodings
 from flowgrpo.policy.settings import Memory
-
-PACKAGES = {"nf4": "bitsandbytes", "int8": "bitsandbytes", "torchao_int8": "torchao"}
-"""The package that each quantisation needs."""
 
 
 def models_of(pipeline: DiffusionPipeline) -> dict[str, nn.Module]:
@@ -66,24 +62,6 @@ def prepare(
     for model in offloaded:
         offload_autoencoder(model, device)
     cache_encodings(pipeline, placed.loaded, memory, device)
-
-
-def require_installed(memory: Memory, optimizer: str) -> None:
-    """Check that the packages of the settings are installed.
-
-    Args:
-        memory: The memory settings.
-        optimizer: Name of the optimizer.
-
-    Raises:
-        ImportError: With the setting and the command that installs its package.
-    """
-    wanted = {f"memory.quantize = {memory.quantize!r}": PACKAGES.get(memory.quantize, "")}
-    if optimizer == "adamw8bit":
-        wanted["train.optimizer = 'adamw8bit'"] = "bitsandbytes"
-    for setting, package in wanted.items():
-        if package and find_spec(package) is None:
-            raise ImportError(f"{setting} needs {package}: pip install 'flowgrpo[quant]'")
 
 
 def is_quantized(model: ModelMixin) -> bool:

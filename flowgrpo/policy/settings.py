@@ -6,11 +6,14 @@ neither torch nor diffusers.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from typing import Any, Literal
 
 from flowgrpo.core.imports import suggest
 
 Quantization = Literal["none", "nf4", "int8", "torchao_int8"]
+PACKAGES = {"nf4": "bitsandbytes", "int8": "bitsandbytes", "torchao_int8": "torchao"}
+"""The package that each quantisation needs."""
 Bounds = Sequence[tuple[str, int, int]]
 """Configuration keys with their values and the smallest allowed value."""
 
@@ -165,3 +168,21 @@ class Memory:
                 f"memory.attention must be one of {', '.join(known)}, got {self.attention!r}"
                 f"{suggest(self.attention, known)}"
             )
+
+
+def require_installed(memory: Memory, optimizer: str) -> None:
+    """Check that the packages of the settings are installed.
+
+    Args:
+        memory: The memory settings.
+        optimizer: Name of the optimizer.
+
+    Raises:
+        ImportError: With the setting and the command that installs its package.
+    """
+    wanted = {f"memory.quantize = {memory.quantize!r}": PACKAGES.get(memory.quantize, "")}
+    if optimizer == "adamw8bit":
+        wanted["train.optimizer = 'adamw8bit'"] = "bitsandbytes"
+    for setting, package in wanted.items():
+        if package and find_spec(package) is None:
+            raise ImportError(f"{setting} needs {package}: pip install 'flowgrpo[quant]'")

@@ -40,8 +40,7 @@ def check_name(model: str, key: str = "reward") -> None:
         key: How the message calls it, such as ``algorithm.preference.model``.
 
     Raises:
-        ValueError: If there is no such reward; names the nearest one, or the replacement of a
-        reward
+        ValueError: If there is no such reward; names the nearest one, or the replacement of a reward
             that was removed.
     """
     if model in REMOVED:

@@ -3,15 +3,14 @@
 import os
 from dataclasses import dataclass
 
-from flowgrpo.config import Config, ConfigError, find
-from flowgrpo.core.imports import import_path
+from flowgrpo.config import Config, ConfigError
 from flowgrpo.core.transitions import require_path
 from flowgrpo.data.prompt_sets import PromptSet
 from flowgrpo.policy import PipelinePolicy
-from flowgrpo.policy.placement import require_installed
 from flowgrpo.policy.probe import check_scales, check_sizes, fit_noise
 from flowgrpo.rewards.scorer import RewardScorer
 from flowgrpo.training.evaluator import Evaluator
+from flowgrpo.training.inputs import check_inputs
 from flowgrpo.training.learner import Learner
 from flowgrpo.training.session import Session
 
@@ -45,7 +44,7 @@ def build(config: Config) -> TrainingRun:
     Fails as early as possible. In this order:
 
     1. Nothing is loaded: the configuration, optional packages, prompt files and the import paths of
-       metrics (:func:`check_inputs`); then the run directory (:class:`Session`).
+       rewards and metrics (:func:`check_inputs`); then the run directory (:class:`Session`).
     2. The rewards are loaded: whether they can use the prompts.
     3. The pipeline is loaded: sizes, initial noise and transition (:func:`_check_policy`).
     4. The base model has drawn the images of the grid: whether the rewards are finite and vary.
@@ -91,29 +90,6 @@ def build(config: Config) -> TrainingRun:
     evaluator.resume()
     session.start_trackers()
     return TrainingRun(config, prompts, session, scorer, policy, learner, evaluator)
-
-
-def check_inputs(config: Config, num_processes: int) -> tuple[PromptSet, PromptSet]:
-    """Check everything that can be checked before anything is loaded or written.
-
-    - The configuration is free of contradictions and fits the number of processes.
-    - The optional packages that it needs are installed.
-    - The prompt files can be read, and have the metadata to balance by.
-    - The metrics of evaluations can be imported.
-
-    Returns:
-        The training prompts and the held-out prompts.
-    """
-    config.check(num_processes)
-    require_installed(config.memory, config.train.optimizer)
-    fixed_size = config.sampling.height is not None
-    prompts, held_out = (
-        PromptSet.load(find(file), config.prompts.balance, fixed_size)
-        for file in (config.prompts.train, config.prompts.held_out)
-    )
-    for path in config.evaluation.metrics:
-        import_path(path)
-    return prompts, held_out
 
 
 def _check_policy(
