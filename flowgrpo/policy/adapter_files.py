@@ -7,6 +7,7 @@ reads alpha and one that ignores it apply the same adapter. The multiplication i
 """
 
 import inspect
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -151,7 +152,7 @@ def comfyui_tensors(model: ModelMixin) -> dict[str, Tensor]:
     """
     family = _family(model, "ComfyUI", list(FAMILIES.values()))
     if not family.names:
-        return kohya_tensors(model)
+        return _unet_tensors(model)
     layers: dict[str, Matrices] = {}
     for name, (place, parts) in _places(model).items():
         if place.joined and family.comfyui_parts:
@@ -170,15 +171,28 @@ def kohya_tensors(model: ModelMixin) -> dict[str, Tensor]:
     Raises:
         ValueError: If sd-scripts has no names for the model or for an adapted layer.
     """
-    _family(model, "sd-scripts", [f for f in FAMILIES.values() if f.sd_scripts])
-    if type(model).__name__ == "UNet2DConditionModel" and not is_sdxl(model):
-        layers = {f"lora_unet_{_flat(path)}": pair for path, pair in _matrices(model).items()}
-    else:
-        layers = {
-            f"lora_unet_{_flat(name)}": _joined(model, place, parts)
-            for name, (place, parts) in _places(model).items()
-        }
-    return _tensors(layers, down="lora_down", up="lora_up")
+    family = _family(model, "sd-scripts", [f for f in FAMILIES.values() if f.sd_scripts])
+    ignored = [p for p in _matrices(model) if re.fullmatch(family.sd_scripts_ignores, p)]
+    if ignored:
+        raise ValueError(
+            f"sd-scripts loads no adapter of {ignored[0]} and would ignore it; train other layers "
+            "(model.weights.targets) or use --format diffusers, comfyui or merged"
+        )
+    if not family.names:
+        return _unet_tensors(model)
+    return _kohya_tensors({n: _joined(model, *found) for n, found in _places(model).items()})
+
+
+def _unet_tensors(model: ModelMixin) -> dict[str, Tensor]:
+    """The tensors of a UNet's adapter: names of the original checkpoint for SDXL, else diffusers'."""
+    if is_sdxl(model):
+        return _kohya_tensors({n: _joined(model, *found) for n, found in _places(model).items()})
+    return _kohya_tensors(_matrices(model))
+
+
+def _kohya_tensors(layers: Mapping[str, Matrices]) -> dict[str, Tensor]:
+    flat = {f"lora_unet_{name.replace('.', '_')}": pair for name, pair in layers.items()}
+    return _tensors(flat, down="lora_down", up="lora_up")
 
 
 def is_sdxl(model: ModelMixin) -> bool:
@@ -257,10 +271,6 @@ def _tensors(layers: Mapping[str, Matrices], *, down: str, up: str) -> dict[str,
         tensors[f"{name}.{up}.weight"] = pair.up
         tensors[f"{name}.alpha"] = torch.tensor(float(pair.rank))
     return tensors
-
-
-def _flat(path: str) -> str:
-    return path.replace(".", "_")
 
 
 def _kohya_metadata(model: ModelMixin) -> dict[str, str]:

@@ -256,6 +256,8 @@ class Family:
         comfyui_parts: Whether ComfyUI finds the parts of a joined layer under diffusers' names.
         sd_scripts: sd-scripts' module for the adapters of these models; empty if it has none.
         readers: Programs that load the file in sd-scripts' format.
+        sd_scripts_ignores: Pattern of the layers, by their names in diffusers, for which sd-scripts
+            makes no adapter, so that it would pass over them without a word.
     """
 
     title: str
@@ -263,6 +265,7 @@ class Family:
     comfyui_parts: bool = False
     sd_scripts: str = ""
     readers: tuple[str, ...] = ()
+    sd_scripts_ignores: str = ""
 
 
 FAMILIES: Mapping[str, Family] = {
@@ -270,6 +273,7 @@ FAMILIES: Mapping[str, Family] = {
         "Stable Diffusion 1.5, 2 and XL",
         sd_scripts="networks.lora",
         readers=("sd-scripts", "AUTOMATIC1111"),
+        sd_scripts_ignores=r"(conv_in|conv_out|time_embedding|add_embedding)(\..*)?",
     ),
     "SD3Transformer2DModel": Family(
         "SD3 and SD3.5",
@@ -284,6 +288,7 @@ FAMILIES: Mapping[str, Family] = {
         comfyui_parts=True,
         sd_scripts="networks.lora_flux",
         readers=("sd-scripts",),
+        sd_scripts_ignores=r"proj_out|norm_out\.linear",
     ),
     "ChromaTransformer2DModel": Family(
         "Chroma",
@@ -291,6 +296,7 @@ FAMILIES: Mapping[str, Family] = {
         comfyui_parts=True,
         sd_scripts="networks.lora_flux",
         readers=("sd-scripts",),
+        sd_scripts_ignores=r"proj_out|distilled_guidance_layer\..*",
     ),
     "Flux2Transformer2DModel": Family("FLUX.2", _FLUX2, comfyui_parts=True),
     "QwenImageTransformer2DModel": Family("Qwen-Image", _QWEN),
