@@ -14,10 +14,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", help="run directory")
     parser.add_argument(
         "--format",
-        choices=("diffusers", "kohya", "merged"),
-        help="an adapter for diffusers, or for ComfyUI and similar programs; or a whole pipeline with the "
-        "adapter added to its weights (default: an adapter for diffusers, or the whole pipeline where "
-        "all weights were trained)",
+        choices=("diffusers", "comfyui", "kohya", "merged"),
+        help="an adapter for diffusers, for ComfyUI, or for sd-scripts and AUTOMATIC1111; or a whole "
+        "pipeline with the adapter added to its weights (default: every adapter that exists for the "
+        "model, or the whole pipeline if all weights were trained)",
     )
     parser.add_argument("--out", required=True, help="new or empty folder")
     add_weights_argument(parser)
@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Load the run's weights and write them."""
-    from flowgrpo.policy import Full, InitialNoise
+    from flowgrpo.policy import InitialNoise
     from flowgrpo.policy import export as formats
 
     out = Path(options.out)
@@ -35,21 +35,21 @@ def run(options: argparse.Namespace) -> int:
     policy, iteration = load_run(Path(options.run), options.weights)
     assert policy.trainable is not None
     pipeline, trainable = policy.stock_pipeline(), policy.trainable
-    if isinstance(trainable, InitialNoise):
-        if options.format not in (None, "diffusers"):
-            raise ValueError(
-                f"--format {options.format} is for weights; this run trained the initial noise, which "
-                "is written without --format"
-            )
-        print(f"{trainable.export(out)} (noise, after {iteration} iterations)")
-        return 0
-    whole = isinstance(trainable.weights, Full)
-    kind = options.format or ("merged" if whole else "diffusers")
-    if kind == "kohya":
-        place = formats.export_kohya(trainable, out)
-    elif kind == "merged":
-        place = formats.export_merged(pipeline, trainable, out)
+    if isinstance(trainable, InitialNoise) and options.format not in (None, "diffusers"):
+        raise ValueError(
+            f"--format {options.format} is for weights; this run trained the initial noise, which "
+            "is written without --format"
+        )
+    if options.format is None or isinstance(trainable, InitialNoise):
+        exported = formats.export(pipeline, trainable, out)
     else:
-        place = formats.export_diffusers(pipeline, trainable, out)
-    print(f"{place} ({kind}, after {iteration} iterations)")
+        write = {
+            "diffusers": formats.export_diffusers,
+            "comfyui": formats.export_comfyui,
+            "kohya": formats.export_kohya,
+            "merged": formats.export_merged,
+        }[options.format]
+        exported = write(pipeline, trainable, out)
+    print(f"weights after {iteration} iterations:")
+    print("\n".join(exported.lines()))
     return 0

@@ -10,7 +10,7 @@ from flowgrpo import config as configuration
 from flowgrpo.config import Config
 from flowgrpo.data.prompt_sets import PromptSet
 from flowgrpo.evaluation.records import Records
-from flowgrpo.policy.export import KOHYA_FILE
+from flowgrpo.policy.adapter_files import COMFYUI_FOLDER, DIFFUSERS_FILE, KOHYA_FOLDER
 from flowgrpo.policy.weights import NOISE_FILE
 
 GRID = "grid.png"
@@ -131,15 +131,17 @@ def _usage(run: Path, config: Config, repo_id: str) -> str:
         "from diffusers import DiffusionPipeline",
         "",
         f'pipe = DiffusionPipeline.from_pretrained("{config.model.path}")',
-        f'pipe.load_lora_weights("{repo_id}", weight_name="pytorch_lora_weights.safetensors")',
+        f'pipe.load_lora_weights("{repo_id}", weight_name="{DIFFUSERS_FILE}")',
     ]
     for folder in sorted(f.name for f in (run / "export").glob("*_2") if f.is_dir()):
         lines.append(
             f'pipe.{folder}.load_lora_adapter("{repo_id}", prefix=None, subfolder="{folder}", '
-            'weight_name="pytorch_lora_weights.safetensors")'
+            f'weight_name="{DIFFUSERS_FILE}")'
         )
-    if (run / "export" / KOHYA_FILE).exists():
-        lines.append(f"# For ComfyUI and others: {KOHYA_FILE}")
+    programs = {COMFYUI_FOLDER: "ComfyUI", KOHYA_FOLDER: "sd-scripts"}
+    for folder, program in programs.items():
+        for file in sorted((run / "export" / folder).glob("*.safetensors")):
+            lines.append(f"# For {program}: {folder}/{file.name}")
     return "\n".join(lines)
 
 

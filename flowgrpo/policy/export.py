@@ -1,45 +1,64 @@
-"""Exports trained parameters: adapters in the formats that other software reads, and merged weights.
+"""Exports trained parameters: adapters in the formats that other programs read, and merged weights."""
 
-An adapter has the same numbers in both formats. Diffusers' format has a pair of matrices for each layer,
-and rank and alpha in the file's metadata. The kohya format, which ComfyUI and web user interfaces read,
-writes the path of a layer with underscores, and has its alpha as a tensor.
-"""
-
-import inspect
+import re
 import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-import torch
 from diffusers import DiffusionPipeline, ModelMixin
 from huggingface_hub import snapshot_download
-from peft import get_peft_model_state_dict
-from safetensors.torch import save_file
-from torch import Tensor
 
+from flowgrpo.policy import adapter_files
+from flowgrpo.policy.loading import VARIANT
 from flowgrpo.policy.settings import Full, LoRA
-from flowgrpo.policy.weights import ADAPTER, InitialNoise, Trainable
+from flowgrpo.policy.weights import ADAPTER, NOISE_FILE, InitialNoise, Trainable
 
-KOHYA_PREFIX = {
-    "UNet2DConditionModel": "lora_unet_",
-    "FluxTransformer2DModel": "lora_transformer_",
-    "QwenImageTransformer2DModel": "lora_unet_",
-    "SD3Transformer2DModel": "lora_transformer_",
-    "ZImageTransformer2DModel": "lora_unet_",
-}
-"""Prefix of the keys, by class of denoiser. Diffusers reads all of these formats but SD3's."""
 INDEX = "model_index.json"
-KOHYA_FILE = "kohya/lora.safetensors"
-"""In a folder of its own, because diffusers would not know which of two files to load."""
+INDEX_VARIANT = re.compile(r"\.index\.(\w+)\.json$")
+"""Finds ``fp16`` in ``model.safetensors.index.fp16.json``."""
 
 
-def export(pipeline: DiffusionPipeline, trainable: Trainable | InitialNoise, folder: Path) -> Path:
+@dataclass(frozen=True)
+class ExportedFile:
+    """A file or folder of an export.
+
+    Attributes:
+        path: The file, or the folder of a pipeline.
+        readers: The programs that read it, and how.
+    """
+
+    path: Path
+    readers: str
+
+
+@dataclass(frozen=True)
+class Exported:
+    """An export.
+
+    Attributes:
+        files: What was written.
+        missing: A sentence for each format that was not written, with the reason.
+    """
+
+    files: list[ExportedFile] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+
+    def lines(self) -> list[str]:
+        """A line for each file with its readers, and one for each format that was not written."""
+        width = max((len(str(f.path)) for f in self.files), default=0)
+        written = [f"{f.path!s:{width}}  {f.readers}" for f in self.files]
+        return [*written, *(f"not written: {reason}" for reason in self.missing)]
+
+
+def export(
+    pipeline: DiffusionPipeline, trainable: Trainable | InitialNoise, folder: Path
+) -> Exported:
     """Write the trained parameters in all formats that exist for them.
 
-    An adapter is written as ``pytorch_lora_weights.safetensors`` for ``pipe.load_lora_weights(folder)``
-    and, for the models of KOHYA_PREFIX, in the kohya format. Full weights are written as a pipeline
-    folder for ``from_pretrained(folder)``. The initial noise is written as
-    ``initial_noise.safetensors``.
+    An adapter is written for diffusers and, if they load adapters of the model, for ComfyUI and for
+    sd-scripts. Full weights are written as a pipeline folder for ``from_pretrained(folder)``. The initial
+    noise is written as ``initial_noise.safetensors``.
 
     Args:
         pipeline: The pipeline with its shipped scheduler.
@@ -47,120 +66,129 @@ def export(pipeline: DiffusionPipeline, trainable: Trainable | InitialNoise, fol
         folder: Folder to write to; created if missing.
 
     Returns:
-        The folder.
+        What was written, and what was not.
     """
     if isinstance(trainable, InitialNoise):
-        return trainable.export(folder)
+        return export_noise(trainable, folder)
     if isinstance(trainable.weights, Full):
         return _write_pipeline(pipeline, trainable, folder)
-    export_diffusers(pipeline, trainable, folder)
-    if all(type(m).__name__ in KOHYA_PREFIX for m in trainable.denoisers.values()):
-        export_kohya(trainable, folder)
-    return folder
+    exported = export_diffusers(pipeline, trainable, folder)
+    for write in (export_comfyui, export_kohya):
+        try:
+            exported.files.extend(write(pipeline, trainable, folder).files)
+        except ValueError as error:
+            exported.missing.append(str(error))
+    return exported
 
 
-def export_diffusers(pipeline: DiffusionPipeline, trainable: Trainable, folder: Path) -> Path:
+def export_noise(noise: InitialNoise, folder: Path) -> Exported:
+    """Write the distribution of the initial noise as ``initial_noise.safetensors``."""
+    noise.export(folder)
+    reader = (
+        "diffusers: latents=mean + std * torch.randn(batch, *mean.shape) in the pipeline's call"
+    )
+    return Exported([ExportedFile(folder / NOISE_FILE, reader)])
+
+
+def export_diffusers(pipeline: DiffusionPipeline, trainable: Trainable, folder: Path) -> Exported:
     """Write an adapter for ``pipe.load_lora_weights(folder)``.
 
     Raises:
-        ValueError: If the trained parameters are not an adapter.
+        ValueError: If the trained parameters are no adapter.
     """
-    _lora_of(trainable)
-    folder.mkdir(parents=True, exist_ok=True)
-    save = getattr(type(pipeline), "save_lora_weights", None)
-    accepted = inspect.signature(save).parameters if save is not None else {}
-    arguments: dict[str, Any] = {}
-    for name, model in trainable.denoisers.items():
-        if f"{name}_lora_layers" in accepted:
-            arguments[f"{name}_lora_layers"] = get_peft_model_state_dict(
-                model, adapter_name=ADAPTER
-            )
-            arguments[f"{name}_lora_adapter_metadata"] = model.peft_config[ADAPTER].to_dict()
-        else:
-            # Such as Wan 2.2's second transformer; docs/export.md shows how to load it.
-            model.save_lora_adapter(folder / name, adapter_name=ADAPTER)
-    if arguments and save is not None:
-        save(folder, **{k: v for k, v in arguments.items() if k in accepted})
-    return folder
+    models = _adapted(trainable)
+    exported = Exported()
+    for file in adapter_files.write_diffusers(pipeline, models, folder):
+        own = file.parent != folder
+        call = f"pipe.{file.parent.name}.load_lora_adapter" if own else "pipe.load_lora_weights"
+        exported.files.append(ExportedFile(file, f"diffusers: {call}"))
+    return exported
 
 
-def export_kohya(trainable: Trainable, folder: Path) -> Path:
-    """Write an adapter in the kohya format, as ``kohya/lora.safetensors`` below ``folder``.
+def export_comfyui(pipeline: DiffusionPipeline, trainable: Trainable, folder: Path) -> Exported:
+    """Write an adapter for ComfyUI, below ``folder / "comfyui"``.
 
     Raises:
-        ValueError: If the format has no names for the model, or the trained parameters are not an adapter.
+        ValueError: If ComfyUI has no names for the model or for an adapted layer, or the trained
+            parameters are no adapter.
     """
-    lora = _lora_of(trainable)
-    tensors: dict[str, Tensor] = {}
-    for model in trainable.denoisers.values():
-        tensors |= kohya_tensors(model, lora.alpha)
-    file = folder / KOHYA_FILE
-    file.parent.mkdir(parents=True, exist_ok=True)
-    metadata = {
-        "ss_network_module": "networks.lora",
-        "ss_network_dim": str(lora.rank),
-        "ss_network_alpha": str(lora.alpha),
-    }
-    save_file(tensors, file, metadata=metadata)
-    return file
+    files = adapter_files.write_comfyui(pipeline, _adapted(trainable), folder)
+    return Exported([ExportedFile(f, "ComfyUI: models/loras") for f in files])
 
 
-def kohya_tensors(model: ModelMixin, alpha: int | float) -> dict[str, Tensor]:
-    """The tensors of an adapter under kohya's names.
-
-    ``diffusers.utils.convert_state_dict_to_kohya`` is not used: it supports UNets only, and writes the
-    rank in place of alpha, which changes the strength of the adapter.
+def export_kohya(pipeline: DiffusionPipeline, trainable: Trainable, folder: Path) -> Exported:
+    """Write an adapter for sd-scripts, and for AUTOMATIC1111 if it loads the model, below
+    ``folder / "kohya"``.
 
     Raises:
-        ValueError: If the format has no names for the model.
+        ValueError: If sd-scripts has no names for the model or for an adapted layer, or the trained
+            parameters are no adapter.
     """
-    kind = type(model).__name__
-    if kind not in KOHYA_PREFIX:
-        raise ValueError(
-            f"there is no kohya format for {kind}; there is one for {', '.join(KOHYA_PREFIX)}"
-        )
-    tensors: dict[str, Tensor] = {}
-    for key, value in get_peft_model_state_dict(model, adapter_name=ADAPTER).items():
-        path, _, matrix = key.removesuffix(".weight").rpartition(".")
-        name = KOHYA_PREFIX[kind] + path.replace(".", "_")
-        half = {"lora_A": "lora_down", "lora_B": "lora_up"}[matrix]
-        tensors[f"{name}.{half}.weight"] = value.detach().cpu().contiguous()
-        tensors[f"{name}.alpha"] = torch.tensor(float(alpha))
-    return tensors
+    models = _adapted(trainable)
+    files = adapter_files.write_kohya(pipeline, models, folder)
+    programs = ", ".join(adapter_files.readers(models))
+    return Exported([ExportedFile(f, programs) for f in files])
 
 
-def export_merged(pipeline: DiffusionPipeline, trainable: Trainable, folder: Path) -> Path:
+def export_merged(pipeline: DiffusionPipeline, trainable: Trainable, folder: Path) -> Exported:
     """Write a pipeline folder with the adapter added to the weights, for ``from_pretrained(folder)``.
 
     The adapter is removed from the pipeline. The weights are rounded to the precision in which the model
     was loaded.
     """
+    merge(trainable)
+    return _write_pipeline(pipeline, trainable, folder)
+
+
+def merge(trainable: Trainable) -> None:
+    """Add the adapter to the weights and remove it; nothing to do after full fine-tuning."""
     if isinstance(trainable.weights, LoRA):
         for model in trainable.denoisers.values():
             model.fuse_lora(adapter_names=[ADAPTER], safe_fusing=True)
             model.unload_lora()
-    return _write_pipeline(pipeline, trainable, folder)
 
 
-def _write_pipeline(pipeline: DiffusionPipeline, trainable: Trainable, folder: Path) -> Path:
+def _write_pipeline(pipeline: DiffusionPipeline, trainable: Trainable, folder: Path) -> Exported:
     """Write a pipeline folder with the trained denoisers, and copies of all other files.
 
     Saving the other components would change their precision, and some cannot be loaded again after
     diffusers has saved them (PRX's text encoder).
     """
     folder.mkdir(parents=True, exist_ok=True)
+    exported = Exported([ExportedFile(folder, "diffusers: DiffusionPipeline.from_pretrained")])
     source = _source(pipeline)
     if source is None:
         pipeline.save_pretrained(folder)
-        return folder
+        return exported
     parts = [p for p in pipeline.components if (source / p).is_dir()]
     for part in parts:
         if part not in trainable.denoisers:
-            shutil.copytree(source / part, folder / part, dirs_exist_ok=True)
+            _copy_part(source / part, folder / part)
     for name, model in trainable.denoisers.items():
         model.save_pretrained(folder / name)
-    shutil.copy(source / INDEX, folder / INDEX)
-    return folder
+    shutil.copyfile(source / INDEX, folder / INDEX)
+    return exported
+
+
+def _copy_part(source: Path, target: Path) -> None:
+    """Copy a component's files without their permissions, its weights without their variant's name.
+
+    ``from_pretrained`` would look for the variant in all components, also in the one that was trained.
+    The copies of a read-only folder can be written to.
+    """
+    for file in sorted(f for f in source.rglob("*") if f.is_file()):
+        to = target / file.relative_to(source)
+        found = VARIANT.search(file.name) or INDEX_VARIANT.search(file.name)
+        if found is not None:
+            mark = f".{found[1]}"
+            to = to.with_name(file.name.replace(mark, "", 1))
+            if (source / to.relative_to(target)).exists():
+                continue
+        to.parent.mkdir(parents=True, exist_ok=True)
+        if found is not None and file.suffix == ".json":
+            to.write_text(file.read_text().replace(mark, ""))
+        else:
+            shutil.copyfile(file, to)
 
 
 def _source(pipeline: DiffusionPipeline) -> Path | None:
@@ -175,9 +203,14 @@ def _source(pipeline: DiffusionPipeline) -> Path | None:
     return found if (found / INDEX).exists() else None
 
 
-def _lora_of(trainable: Trainable) -> LoRA:
+def _adapted(trainable: Trainable) -> Mapping[str, ModelMixin]:
+    """The denoisers with an adapter.
+
+    Raises:
+        ValueError: If full weights were trained.
+    """
     if isinstance(trainable.weights, Full):
         raise ValueError(
             "full weights were trained, so there is no adapter; export them as 'merged'"
         )
-    return trainable.weights
+    return trainable.denoisers

@@ -8,8 +8,7 @@ from typing import Any
 from flowgrpo.core.random import Random
 from flowgrpo.evaluation import inspection
 from flowgrpo.evaluation.report import write_report
-from flowgrpo.policy import Full, LoRA
-from flowgrpo.policy.export import export
+from flowgrpo.policy.export import Exported, export
 from flowgrpo.training.console import Console
 from flowgrpo.training.setup import TrainingRun
 
@@ -41,11 +40,11 @@ def finish(run: TrainingRun) -> Result:
         session.drop_phases()
         if session.is_main:
             _inspect(run)
-            _export(run)
+            exported = _export(run)
     if session.is_main:
         write_report(session.folder)
         if finished:
-            _print_result(run)
+            _print_result(run, exported)
         else:
             file = session.folder / "config.toml"
             session.console.say(
@@ -68,19 +67,16 @@ def _inspect(run: TrainingRun) -> None:
     inspection.write_fragment(strips, run.session.folder)
 
 
-def _export(run: TrainingRun) -> None:
-    """Write the evaluated weights in diffusers' format."""
+def _export(run: TrainingRun) -> Exported:
+    """Write the evaluated weights in all formats that exist for them."""
     assert run.policy.trainable is not None
+    folder = run.session.folder / "export"
     with run.evaluator.evaluated_weights():
-        export(run.policy.stock_pipeline(), run.policy.trainable, _export_folder(run))
+        return export(run.policy.stock_pipeline(), run.policy.trainable, folder)
 
 
-def _export_folder(run: TrainingRun) -> Path:
-    return run.session.folder / "export"
-
-
-def _print_result(run: TrainingRun) -> None:
-    """Print the scores before and after training, and the paths of the results."""
+def _print_result(run: TrainingRun, exported: Exported) -> None:
+    """Print the scores before and after training, and the paths of the results with their readers."""
     console, session = run.session.console, run.session
     before, after = run.evaluator.evaluations[0], run.evaluator.evaluations[-1]
     _print_scores(console, before, after)
@@ -88,9 +84,8 @@ def _print_result(run: TrainingRun) -> None:
         console.say(f"{name}: {before['metrics'][name]:.3f} before, {value:.3f} after")
     console.say(f"report:  {session.folder / 'report.html'}")
     console.say(f"grid:    {session.grid(after['iteration'])}")
-    kinds = {Full: "pipeline, diffusers format", LoRA: "LoRA adapter, diffusers format"}
-    kind = kinds.get(type(run.config.model.weights), "mean and std of the initial noise")
-    console.say(f"weights: {_export_folder(run)} ({kind})")
+    for line in exported.lines():
+        console.say(f"weights: {line}")
 
 
 def _print_scores(console: Console, before: Mapping[str, Any], after: Mapping[str, Any]) -> None:
