@@ -61,4 +61,6 @@ def _flat(value: Any, path: str = "") -> dict[str, Any]:
         items = list(enumerate(value))
     else:
         return {path: value}
-    return {k: v for key, part in items for k, v in _flat(part, f"{path}.{key}".lstrip(".")).items()}
+    return {
+        k: v for key, part in items for k, v in _flat(part, f"{path}.{key}".lstrip(".")).items()
+    }

@@ -7,6 +7,7 @@ at any moment the last complete checkpoint remains.
 
 import hashlib
 import json
+import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -68,8 +69,9 @@ def _write(folder: Path, parts: Mapping[str, Tensors], state: Mapping[str, Any])
         files.reached("write", file)
         try:
             save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, file)
-        except SafetensorError as error:  # A full disk, without an error number.
-            raise OSError(f"{file} cannot be written: {error}") from error
+        except SafetensorError as error:  # It has the system's error number in its text only.
+            number = re.search(r"os error (\d+)", str(error))
+            raise OSError(int(number[1]) if number else 0, str(error), str(file)) from error
         digests[file.name] = _digest(file)
         files.sync(file)
     body = {**state, "sha256": digests}
@@ -106,7 +108,7 @@ def load(folder: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
 
 def newest(folder: Path) -> Path | None:
     """The newest complete checkpoint in a folder, or None."""
-    found = _numbered(folder)
+    found = complete(folder)
     return found[-1] if found else None
 
 
@@ -134,14 +136,15 @@ def tidy(folder: Path) -> None:
 def prune(folder: Path, keep: int) -> None:
     """Delete all but the ``keep`` newest checkpoints, and incomplete ones."""
     tidy(folder)
-    for old in _numbered(folder)[:-keep]:
+    for old in complete(folder)[:-keep]:
         # Under this name a checkpoint that is only half deleted is not taken for one.
         unwanted = old.with_name(f".{old.name}.tmp")
         files.rename(old, unwanted)
         files.delete(unwanted)
 
 
-def _numbered(folder: Path) -> list[Path]:
+def complete(folder: Path) -> list[Path]:
+    """The complete checkpoints in a folder, oldest first; ``best`` is not among them."""
     return sorted(p for p in folder.glob("[0-9]*") if (p / STATE).exists())
 
 

@@ -1,6 +1,5 @@
 """Builds a run from a configuration: checks it, loads its parts, and resumes from a checkpoint."""
 
-import os
 from dataclasses import dataclass
 
 from flowgrpo.config import Config, ConfigError, find
@@ -8,7 +7,7 @@ from flowgrpo.core.imports import import_path
 from flowgrpo.core.transitions import require_path
 from flowgrpo.data.prompt_sets import PromptSet
 from flowgrpo.policy import PipelinePolicy
-from flowgrpo.policy.placement import require_installed
+from flowgrpo.policy.placement import require_installed, resolve_device
 from flowgrpo.policy.probe import check_scales, check_sizes, fit_noise
 from flowgrpo.rewards.scorer import RewardScorer
 from flowgrpo.training.evaluator import Evaluator
@@ -39,13 +38,13 @@ class TrainingRun:
     evaluator: Evaluator
 
 
-def build(config: Config) -> TrainingRun:
-    """Check a configuration, load the parts of its run, and restore the newest checkpoint.
+def build(config: Config, session: Session, prompts: PromptSet, held_out: PromptSet) -> TrainingRun:
+    """Load the parts of a run, and restore the newest checkpoint.
 
-    Fails as early as possible. In this order:
+    A run fails as early as possible. In this order:
 
-    1. Nothing is loaded: the configuration, optional packages, prompt files and the import paths of
-       metrics (:func:`check_inputs`); then the run directory (:class:`Session`).
+    1. Nothing is loaded: the configuration, the device, optional packages, prompt files and the import
+       paths of metrics (:func:`check_inputs`); then the run directory (:class:`Session`).
     2. The rewards are loaded: whether they can use the prompts.
     3. The pipeline is loaded: sizes, initial noise and transition (:func:`_check_policy`).
     4. The base model has drawn the images of the grid: whether the rewards are finite and vary.
@@ -55,10 +54,8 @@ def build(config: Config) -> TrainingRun:
         RewardError: If a reward cannot be trained on.
         CheckpointError: If the newest checkpoint is damaged.
     """
-    prompts, held_out = check_inputs(config, int(os.environ.get("WORLD_SIZE", "1")))
-    session = Session(config)
     scorer = RewardScorer(config.rewards, config.failures, config.memory.score_batch)
-    session.scorer = scorer
+    session.scorer, scorer.safe_point = scorer, session.signals.check
     for some in (prompts, held_out):
         scorer.check_prompts(some.prompts)
     policy = PipelinePolicy.from_pretrained(
@@ -97,6 +94,7 @@ def check_inputs(config: Config, num_processes: int) -> tuple[PromptSet, PromptS
     """Check everything that can be checked before anything is loaded or written.
 
     - The configuration is free of contradictions and fits the number of processes.
+    - The device is there.
     - The optional packages that it needs are installed.
     - The prompt files can be read, and have the metadata to balance by.
     - The metrics of evaluations can be imported.
@@ -105,6 +103,10 @@ def check_inputs(config: Config, num_processes: int) -> tuple[PromptSet, PromptS
         The training prompts and the held-out prompts.
     """
     config.check(num_processes)
+    try:
+        resolve_device(config.run.device, num_processes)
+    except ValueError as error:
+        raise ConfigError(f"run.device: {error}") from error
     require_installed(config.memory, config.train.optimizer)
     fixed_size = config.sampling.height is not None
     prompts, held_out = (
