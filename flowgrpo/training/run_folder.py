@@ -46,11 +46,13 @@ def claim(
     try:
         inputs = _digests(config)
         changed = _changes(folder, config, inputs) if file.exists() else {}
+        if is_finished(config):
+            return held, ""
         _record(folder, processes, changed)
         files.write_whole(file, configuration.dump(config))
         files.write_whole(folder / INPUTS, json.dumps(inputs, indent=1))
         files.write_whole(folder / "environment.json", json.dumps(environment, indent=1))
-        if (folder / FINISHED).exists() and not is_finished(config):
+        if (folder / FINISHED).exists():
             files.delete(folder / FINISHED)
     except BaseException:
         held.release()
