@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import traceback
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from flowgrpo.config import ConfigError
 from flowgrpo.config.changes import CHANGEABLE, differences, may_change
 from flowgrpo.training import checkpoints, files, lock, run_folder
 from flowgrpo.training.explained import explained
+from flowgrpo.training.learner import Learner
 from flowgrpo.training.lock import RunLock
 from flowgrpo.training.logs import LogError
 from flowgrpo.training.session import Session
@@ -24,7 +26,7 @@ METRICS = {"reward": 0.5, "group/zero_variance": 0.0, "group/diversity": 0.1, "g
 SETTINGS = ["train.iterations=3", "run.checkpoint_every=1", "run.device=cpu", "run.trackers=[]"]
 
 
-class Counter:
+class Counter(Learner):
     """In place of a learner: its weights are the number of its updates."""
 
     def __init__(self):
@@ -74,6 +76,8 @@ def in_a_process(folder, failpoint=None):
             status = 0
         except OSError as error:
             status = 28 if "is full." in str(error) else 1
+        except BaseException:
+            traceback.print_exc()
         finally:
             os._exit(status)
     _, status = os.waitpid(child, 0)
