@@ -1,5 +1,6 @@
 """Checkpoints: complete or not there, and never silently wrong."""
 
+import errno
 import json
 import shutil
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from flowgrpo.training import files
 from flowgrpo.training.checkpoints import CheckpointError, load, newest, prune, save, tidy
 
 PARTS = {
@@ -73,6 +75,32 @@ def test_missing_and_cut_files_are_found(folder):
         load(folder)
 
 
+def test_a_changed_digit_of_the_state_is_found(folder):
+    file = folder / "state.json"
+    file.write_text(file.read_text().replace('"iteration": 12', '"iteration": 13'))
+    with pytest.raises(CheckpointError, match=r"state\.json is damaged: its SHA-256 differs"):
+        load(folder)
+
+
+def test_a_part_may_have_any_name(tmp_path):
+    parts = {"reward-owner/model %2F": {"w": torch.ones(2)}, "reward-..": {"w": torch.zeros(2)}}
+    save(tmp_path / "1", parts, {})
+    assert load(tmp_path / "1")[0].keys() == parts.keys()
+    assert {p.name for p in tmp_path.iterdir()} == {"1"}
+
+
+def test_a_full_disk_leaves_the_last_one_and_frees_its_space(folder, monkeypatch):
+    def full(operation, path):
+        if path.name == "b.safetensors":
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    monkeypatch.setattr(files, "failpoint", full)
+    with pytest.raises(OSError, match="No space left"):
+        save(folder, {"a": {"x": torch.ones(9)}, "b": {"x": torch.ones(9)}}, {"iteration": 13})
+    assert [p.name for p in folder.parent.iterdir()] == ["000012"]
+    assert load(folder)[1] == STATE
+
+
 @pytest.mark.parametrize("text", ["", '{"iteration": 1', "{}", "[]"])
 def test_a_broken_state_is_found(folder, text):
     (folder / "state.json").write_text(text)
@@ -109,8 +137,10 @@ def test_a_process_killed_while_it_replaced_a_checkpoint_loses_nothing(tmp_path)
     tidy(tmp_path)
     assert load(best)[1] == {"iteration": 1}
     assert not old.exists()
-    shutil.copytree(best, old)  # Killed before the old one was deleted: the new one stays.
-    (best / "state.json").write_text('{"iteration": 2, "sha256": {}}')
+    # Killed before the old one was deleted: the new one stays.
+    shutil.rmtree(best)
+    save(best, {}, {"iteration": 2})
+    shutil.copytree(best, old)
     tidy(tmp_path)
     assert load(best)[1] == {"iteration": 2}
     assert [p.name for p in tmp_path.iterdir()] == ["best"]

@@ -11,7 +11,6 @@ from flowgrpo.config import Config, ConfigError
 from flowgrpo.data.prompt_files import PromptError
 from flowgrpo.evaluation.comparison_grid import ComparisonGrid
 from flowgrpo.training.inputs import check_inputs
-from flowgrpo.training.setup import build
 
 
 def config(folder: Path, *settings: str) -> Config:
@@ -47,6 +46,8 @@ def test_sizes_of_both_prompt_sets_follow_their_images_unless_one_is_set(tmp_pat
     ("setting", "error", "message"),
     [
         ("train.updates=1000", ConfigError, "cannot be divided among train.updates = 1000"),
+        ("run.device=gpu", ConfigError, "run.device: there is no device 'gpu'; use 'auto', 'cpu', 'cuda'"),
+        ("run.device=xpu", ConfigError, "run.device: 'xpu' is not available here"),
         ("prompts.balance=nothing", PromptError, "has no such metadata"),
         ("prompts.held_out=nowhere.txt", ConfigError, "prompts.held_out: no such file: nowhere.txt"),
         ("evaluation.metrics=['nowhere:metric']", ConfigError, r"metrics\[0\]: .* no module 'nowhere'"),
@@ -58,5 +59,5 @@ def test_sizes_of_both_prompt_sets_follow_their_images_unless_one_is_set(tmp_pat
 )  # fmt: skip
 def test_mistakes_are_found_before_anything_is_written_or_loaded(tmp_path, setting, error, message):
     with pytest.raises(error, match=message):
-        build(config(tmp_path, setting, "model.path=/nowhere"))
+        flowgrpo.train(config(tmp_path, setting, "model.path=/nowhere"))
     assert not (tmp_path / "run").exists()

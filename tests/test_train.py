@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,9 +15,10 @@ from safetensors.torch import load_file
 
 import flowgrpo
 from flowgrpo.config import ConfigError
+from flowgrpo.core.errors import DivergenceError
 from flowgrpo.policy import PipelinePolicy
 from flowgrpo.rewards.settings import RewardError
-from flowgrpo.training.checkpoints import CheckpointError
+from flowgrpo.training.learner import Learner
 
 SMALL = [
     "train.iterations=4",
@@ -241,8 +243,17 @@ def test_ctrl_c_saves_and_says_how_to_resume(straight, tmp_path):
 
 
 def test_a_directory_of_another_configuration_is_refused(straight):
-    with pytest.raises(ConfigError, match=r"train\.lr is 0\.00015 there and 0\.001 now"):
-        flowgrpo.train(small(straight, "train.lr=1e-3"))
+    with pytest.raises(ConfigError, match=r"train\.groups is 6 there and 8 now"):
+        flowgrpo.train(small(straight, "train.groups=8"))
+
+
+def test_a_finished_run_does_nothing(straight, capsys):
+    before = {p: p.stat().st_mtime_ns for p in straight.rglob("*") if p.name != "run.lock"}
+    result = flowgrpo.train(small(straight))
+    assert result.finished
+    assert [e["iteration"] for e in result.evaluations] == [0, 2, 4]
+    assert "has finished its 4 iterations: nothing to do" in capsys.readouterr().out
+    assert {p: p.stat().st_mtime_ns for p in straight.rglob("*") if p.name != "run.lock"} == before
 
 
 def test_a_directory_with_other_things_is_refused(tmp_path):
@@ -251,17 +262,111 @@ def test_a_directory_with_other_things_is_refused(tmp_path):
         flowgrpo.train(small(tmp_path))
 
 
-def test_a_flipped_byte_is_found(straight, tmp_path):
-    import shutil
-
+def test_a_damaged_checkpoint_costs_an_iteration_and_a_loud_line(straight, tmp_path, capsys):
     folder = tmp_path / "flipped"
     shutil.copytree(straight, folder)
+    (folder / "finished.json").unlink()
+    # A killed process may have left half a picture file; a finished one has no such file.
+    base = folder / "grids" / "base.safetensors"
+    base.write_bytes(base.read_bytes()[:100])
     file = folder / "checkpoints" / "000004" / "weights.safetensors"
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
     file.write_bytes(content)
-    with pytest.raises(CheckpointError, match=r"weights\.safetensors is damaged"):
-        flowgrpo.train(small(folder))
+    assert flowgrpo.train(small(folder)).finished
+    said = " ".join(capsys.readouterr().out.split())
+    assert "weights.safetensors is damaged" in said
+    assert (
+        "was renamed to damaged-000004, and the run resumes from the checkpoint before it" in said
+    )
+    assert "base.safetensors with the base model's images is damaged" in said
+    for name in (
+        "metrics.jsonl",
+        "checkpoints/000004/weights.safetensors",
+        "grids/base.safetensors",
+    ):
+        assert (folder / name).read_bytes() == (straight / name).read_bytes()
+
+
+def slow(media, prompts):
+    """A reward that keeps a rollout waiting."""
+    time.sleep(30)
+    return 1 - media.mean((1, 2, 3))
+
+
+def leaves(media, prompts):
+    sys.exit(0)
+
+
+def zero_for_anything(media, prompts):
+    """A reward that hides broken images."""
+    return torch.nan_to_num(media, nan=0.0).mean((1, 2, 3))
+
+
+def wait_for(file, number=1):
+    deadline = time.time() + 240
+    while not (file.exists() and len(file.read_text().splitlines()) >= number):
+        assert time.time() < deadline
+        time.sleep(0.01)
+
+
+def test_a_termination_saves_the_last_iteration_and_asks_to_be_started_again(straight, tmp_path):
+    folder = tmp_path / "terminated"
+    process = start(folder, "run.checkpoint_every=100")
+    wait_for(folder / "metrics.jsonl")
+    process.send_signal(signal.SIGUSR1)
+    wait_for(folder / "metrics.jsonl", 2)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=240)
+    assert process.returncode == 75, output
+    saved = sorted(p.name for p in (folder / "checkpoints").glob("0*"))
+    assert len(saved) == 2, output  # One for each signal.
+    finish(start(folder))
+    for name in ("metrics.jsonl", "evaluations.jsonl"):
+        assert (folder / name).read_bytes() == (straight / name).read_bytes()
+
+
+@pytest.mark.parametrize(("number", "times", "status"), [("SIGTERM", 1, 75), ("SIGINT", 2, 130)])
+def test_a_slow_reward_does_not_hold_a_run_that_is_told_to_stop(tmp_path, number, times, status):
+    folder = tmp_path / "slow"
+    process = start(folder, *reward_settings("slow"))
+    wait_for(folder / "grids" / "base.safetensors", 0)
+    time.sleep(1)
+    began = time.time()
+    for _ in range(times):
+        process.send_signal(getattr(signal, number))
+        time.sleep(0.5)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == status, output
+    assert time.time() - began < 15
+
+
+def test_a_reward_that_ends_the_process_fails_the_run(tmp_path):
+    process = start(tmp_path / "left", *reward_settings("leaves"), "failures.retries=0")
+    output, _ = process.communicate(timeout=240)
+    assert process.returncode == 1, output
+    assert "called sys.exit" in output
+    assert not (tmp_path / "left" / "finished.json").exists()
+
+
+def test_a_policy_that_diverges_stops_the_run_and_is_not_saved(tmp_path, monkeypatch):
+    settings = [*reward_settings("zero_for_anything"), "evaluation.every=0", "evaluation.images=6"]
+    with pytest.raises(DivergenceError, match=r"distance of its output .* Nothing was trained yet"):
+        flowgrpo.train(small(tmp_path / "fast", *settings, "train.lr=1"))
+
+    update, calls = Learner.update, []
+
+    def breaks(self, *arguments):
+        metrics = update(self, *arguments)
+        calls.append(1)
+        if len(calls) == 2:
+            self.parameters[0].data.fill_(float("nan"))
+        return metrics
+
+    monkeypatch.setattr(Learner, "update", breaks)
+    with pytest.raises(DivergenceError, match=r"weights contains NaN.*000001 is safe.*train\.lr="):
+        flowgrpo.train(small(tmp_path / "nan", *settings))
+    assert {p.name for p in (tmp_path / "nan" / "checkpoints").iterdir()} == {"000001", "best"}
 
 
 @pytest.mark.parametrize(

@@ -107,12 +107,10 @@ def quiet() -> None:
 
 
 def device_of(name: str) -> str:
-    """The device that ``auto`` means here; any other name is returned as it is."""
-    import torch
+    """The device that a name means here; ValueError if there is none."""
+    from flowgrpo.policy.placement import resolve_device
 
-    if name != "auto":
-        return name
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    return resolve_device(name)
 
 
 def sampling_of(options: argparse.Namespace, steps: int) -> "Sampling":

@@ -12,6 +12,7 @@ from typing import Any
 from flowgrpo import __version__
 from flowgrpo.cli.common import UsageError
 from flowgrpo.core.imports import suggest
+from flowgrpo.core.text import plain
 
 EPILOG = """\
 first steps:
@@ -53,8 +54,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+    except SystemExit as error:
+        # Code of the user's ended the process; 0 would say that the command's work is done.
+        print(f"flowgrpo: {command} was ended by sys.exit({error.code!r})", file=sys.stderr)
+        return error.code if isinstance(error.code, int) and error.code else 1
     except EXPECTED as error:
-        print(f"flowgrpo: {error}", file=sys.stderr)
+        print(plain(f"flowgrpo: {error}"), file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1
 
 

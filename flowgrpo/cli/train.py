@@ -2,7 +2,8 @@
 
 import argparse
 import os
-from typing import TYPE_CHECKING
+import sys
+from typing import TYPE_CHECKING, NoReturn
 
 from flowgrpo.cli.common import CONFIG_HELP, add_set_argument, quiet
 
@@ -45,7 +46,23 @@ def run(options: argparse.Namespace) -> int:
     quiet()
     from flowgrpo.training.loop import train
 
-    return 0 if train(config).finished else 130
+    try:
+        result = train(config)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        _leave(130)
+    if result.finished:
+        return 0
+    from flowgrpo.training.signals import EXIT_STATUS
+
+    _leave(EXIT_STATUS[result.stopped_by])
+
+
+def _leave(status: int) -> NoReturn:
+    """End the process at once: Python's own end would wait for a reward that is still scoring."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def _dry_run(config: "Config", num_processes: int, memory_gb: float | None) -> int:

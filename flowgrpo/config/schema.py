@@ -144,6 +144,9 @@ class Run:
     """CPU threads of torch; 0 for one per core."""
     checkpoint_every: int = 25
     """Iterations between checkpoints. The last iteration always writes one."""
+    checkpoint_minutes: float = 0.0
+    """Minutes after which the next iteration writes a checkpoint, in addition to ``checkpoint_every``;
+    0 for none."""
     keep_checkpoints: int = 2
     """Number of newest checkpoints to keep, in addition to the best one."""
     trackers: tuple[str, ...] = ("tensorboard",)
@@ -284,6 +287,7 @@ class Config:
             ("failures.max_rate", self.failures.max_rate, 0),
             *self.model.weights.bounds(),
             ("run.checkpoint_every", self.run.checkpoint_every, 1),
+            ("run.checkpoint_minutes", self.run.checkpoint_minutes, 0),
             ("run.keep_checkpoints", self.run.keep_checkpoints, 1),
         ]
 

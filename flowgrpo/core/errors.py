@@ -3,3 +3,7 @@
 
 class ConfigError(ValueError):
     """A configuration that cannot be run. The message names the key and how to correct it."""
+
+
+class DivergenceError(RuntimeError):
+    """Training has destroyed the policy. The message says what shows it."""

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from jaxtyping import Float
 from PIL import Image
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -103,8 +104,17 @@ class ComparisonGrid:
 
 
 def load_images(path: Path) -> Tensor | None:
-    """The images that :func:`save_images` wrote; ``None`` if the file does not exist."""
-    return load_file(path)["images"] if path.exists() else None
+    """The images that :func:`save_images` wrote; ``None`` if the file does not exist.
+
+    Raises:
+        ValueError: If the file is damaged.
+    """
+    if not path.exists():
+        return None
+    try:
+        return load_file(path)["images"]
+    except (SafetensorError, KeyError) as error:
+        raise ValueError(f"{path} with the base model's images is damaged ({error})") from error
 
 
 def save_images(path: Path, images: Tensor) -> None:

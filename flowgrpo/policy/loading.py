@@ -1,11 +1,14 @@
 """Loads pipelines, and finds their denoisers, autoencoders and helper models."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline, ModelMixin, PipelineQuantizationConfig
+from transformers import PreTrainedModel
 
 from flowgrpo.policy.settings import Quantization
 
@@ -14,6 +17,8 @@ AUTOENCODERS = ("vae", "movq")
 VARIANT = re.compile(r"(?:model|-of-\d+)\.(?!safetensors|bin)(\w+)[.-]")
 """Finds ``fp16`` in ``model.fp16.safetensors``, ``model.fp16-00001-of-00002.safetensors`` and
 ``model-00001-of-00002.fp16.safetensors``."""
+HARMLESS = ("position_ids",)
+"""Ends of names in old files that hold no trained weights: the numbers 0, 1, 2, ... of positions."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -47,12 +52,54 @@ def load_pipeline(
     if quantize != "none":
         names = [n for n in DiffusionPipeline.load_config(source) if _is_denoiser(n)]
         config = _quantization(quantize, dtype, names)
-    return DiffusionPipeline.from_pretrained(
-        source,
-        dtype={"default": dtype, **exact},
-        quantization_config=config,
-        variant=variant_of(path) if path.is_dir() else None,
-    )
+    with _complete_weights(source):
+        return DiffusionPipeline.from_pretrained(
+            source,
+            dtype={"default": dtype, **exact},
+            quantization_config=config,
+            variant=variant_of(path) if path.is_dir() else None,
+        )
+
+
+@contextmanager
+def _complete_weights(source: str) -> Iterator[None]:
+    """Refuse models, loaded inside, whose files lack weights or have others.
+
+    Diffusers and transformers only log a warning, and give missing weights random values. Both report
+    the names through ``output_loading_info`` of ``from_pretrained``, which a pipeline does not pass on,
+    so it is added here to each call. What their classes declare to be ignored is not reported.
+
+    Raises:
+        ValueError: With the class and the first names.
+    """
+    owners = (ModelMixin, PreTrainedModel)
+    originals = [owner.__dict__["from_pretrained"] for owner in owners]
+
+    def checked(original: Any) -> Any:
+        def from_pretrained(cls: Any, *args: Any, **kwargs: Any) -> Any:
+            if kwargs.get("output_loading_info"):
+                return original.__func__(cls, *args, **kwargs)
+            model, info = original.__func__(cls, *args, output_loading_info=True, **kwargs)
+            for kind in ("missing", "unexpected", "mismatched"):
+                found = sorted(map(str, info.get(f"{kind}_keys") or ()))
+                names = [n for n in found if not n.endswith(HARMLESS)]
+                if names:
+                    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+                    raise ValueError(
+                        f"the weights of {cls.__name__} in {source} do not fit: {len(names)} {kind} "
+                        f"({', '.join(names[:3])}{more}); download the model again, or correct its config.json"
+                    )
+            return model
+
+        return classmethod(from_pretrained)
+
+    for owner, original in zip(owners, originals, strict=True):
+        owner.from_pretrained = checked(original)
+    try:
+        yield
+    finally:
+        for owner, original in zip(owners, originals, strict=True):
+            owner.from_pretrained = original
 
 
 def _quantization(

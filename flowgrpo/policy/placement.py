@@ -21,6 +21,36 @@ from flowgrpo.policy.prompt_cache import cache_encodings
 from flowgrpo.policy.settings import Memory
 
 
+def resolve_device(name: str, num_processes: int = 1) -> str:
+    """The device that a name means here; ``auto`` is a GPU if there is one.
+
+    Raises:
+        ValueError: If there is no such device, or one device is named for several processes.
+    """
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(
+            f"there is no device {name!r}; use 'auto', 'cpu', 'cuda' or 'cuda:1'"
+        ) from None
+    if device.type == "cpu":
+        return name
+    backend = torch.get_device_module(device) if hasattr(torch, device.type) else None
+    if backend is None or not backend.is_available():
+        raise ValueError(
+            f"{name!r} is not available here; use 'auto' or 'cpu', or install a torch for it"
+        )
+    if device.index is not None and device.index >= backend.device_count():
+        raise ValueError(f"{name!r} is not available here: there are {backend.device_count()}")
+    if device.index is not None and num_processes > 1:
+        raise ValueError(
+            f"{name!r} is one device, but there are {num_processes} processes; use {device.type!r}"
+        )
+    return name
+
+
 def models_of(pipeline: DiffusionPipeline) -> dict[str, nn.Module]:
     """Every model of a pipeline, by its name there."""
     return {k: m for k, m in pipeline.components.items() if isinstance(m, nn.Module)}

@@ -9,9 +9,10 @@ import logging
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any
 
+from flowgrpo.core.errors import DivergenceError
 from flowgrpo.core.scores import Scores
 from flowgrpo.core.tensors import Float, Tensor, torch
 from flowgrpo.data.prompts import Prompt
@@ -28,6 +29,9 @@ __all__ = ["RewardScorer"]
 
 log = logging.getLogger(__name__)
 
+WATCH_SECONDS = 0.2
+"""Seconds between two calls of :attr:`RewardScorer.safe_point` while a result is awaited."""
+
 
 class RewardScorer:
     """Scores candidates in the background, in the order in which they are submitted.
@@ -37,6 +41,10 @@ class RewardScorer:
             (evaluation) uses full weights.
         scored: Samples scored since the last :meth:`reset`.
         failures_seen: Samples without a score, after all retries, since the last :meth:`reset`.
+        broken_media: Samples whose media are not finite, since the last :meth:`reset`; they count as
+            failures, whatever a reward makes of them.
+        safe_point: Called before each submission and while its result is awaited; it may raise to stop
+            the run.
         seconds: Time spent scoring since the last :meth:`reset`.
         keeps_media: Whether experience keeps the media of its candidates, for inspection.
     """
@@ -72,6 +80,7 @@ class RewardScorer:
             for r, m in zip(rewards, self.models, strict=True)
             if isinstance(m, LearningReward)
         }
+        self.safe_point: Callable[[], None] = lambda: None
         self._seen: list[tuple[Tensor, list[Prompt]]] = []
         self._judges: dict[str, RewardModel | PairwiseJudge] = {}
         # One worker: reward models need not be thread-safe, and results must not depend on timing.
@@ -81,6 +90,7 @@ class RewardScorer:
     def reset(self) -> None:
         """Set the counters to 0."""
         self.failures_seen, self.scored, self.seconds = 0, 0, 0.0
+        self.broken_media = 0
 
     def check_prompts(self, prompts: Sequence[Prompt]) -> None:
         """Call ``check(prompts)`` of every reward that has it; ValueError if prompts lack something."""
@@ -94,9 +104,11 @@ class RewardScorer:
 
     def submit(self, media: Tensor, prompts: Sequence[Prompt]) -> "Future[Scores]":
         """Score a batch in the background, in the order of submission. Media ``(B, ...)`` in [0, 1]."""
+        self.safe_point()
         if self._learners and self.iteration is not None:
             self._seen.append((media, list(prompts)))
-        return self._worker.submit(self._score_in_parts, media, list(prompts))
+        scores = self._worker.submit(self._score_in_parts, media, list(prompts))
+        return _Watched(scores, self.safe_point)
 
     def _score_in_parts(self, media: Tensor, prompts: Sequence[Prompt]) -> Scores:
         size = self.batch or len(prompts)
@@ -138,7 +150,7 @@ class RewardScorer:
 
     def run(self, work: Callable[[], Tensor]) -> "Future[Tensor]":
         """Run other scoring work, such as comparisons, in the background after earlier submissions."""
-        return self._worker.submit(work)
+        return _Watched(self._worker.submit(work), self.safe_point)
 
     def loaded(self, model: Reward) -> RewardModel | PairwiseJudge:
         """A model that is not one of the rewards, such as a pairwise judge; loaded once, at first use."""
@@ -168,6 +180,7 @@ class RewardScorer:
             for r, m in zip(self.rewards, self.models, strict=True)
         }
         reward = weighted_sum(self.rewards, raw, self.iteration)
+        self.broken_media += int((~sound(media)).sum())
         self.scored += len(prompts)
         self.failures_seen += int((~torch.stack(list(raw.values())).isfinite()).any(0).sum())
         self.seconds += time.perf_counter() - began
@@ -218,16 +231,29 @@ class RewardScorer:
         self.reset()
 
     def check_rate(self) -> None:
-        """Raise RewardError if too many scores failed since the last :meth:`reset`."""
+        """Check how many scores failed since the last :meth:`reset`.
+
+        Raises:
+            DivergenceError: If the media themselves are to blame.
+            RewardError: If there are too many failures.
+        """
+        self.check_media()
         if self.scored and self.failures_seen > self.failures.max_rate * self.scored:
             raise RewardError(
                 f"{self.failures_seen} of {self.scored} scores failed, more than failures.max_rate = "
                 f"{self.failures.max_rate} allows; the log has the errors"
             )
 
-    def close(self) -> None:
-        """Stop the background worker."""
-        self._worker.shutdown(wait=True, cancel_futures=True)
+    def check_media(self) -> None:
+        """Raise DivergenceError if too many media since the last :meth:`reset` were not finite."""
+        if self.broken_media > self.failures.max_rate * self.scored:
+            raise DivergenceError(
+                f"{self.broken_media} of {self.scored} images of the policy contain NaN or infinity"
+            )
+
+    def close(self, wait: bool = True) -> None:
+        """Stop the background worker, after the score that it computes if ``wait``."""
+        self._worker.shutdown(wait=wait, cancel_futures=True)
 
     def _attempt(
         self, reward: Reward, model: RewardModel, media: Tensor, prompts: Sequence[Prompt]
@@ -236,7 +262,7 @@ class RewardScorer:
 
         A score of an earlier attempt is kept if a later attempt returns NaN for that sample.
         """
-        scores = torch.full((len(prompts),), math.nan)
+        scores, fit = torch.full((len(prompts),), math.nan), sound(media)
         for attempt in range(self.failures.retries + 1):
             if attempt:
                 time.sleep(self.failures.wait * 2 ** (attempt - 1))
@@ -244,17 +270,50 @@ class RewardScorer:
                 values = model(media, prompts)
             except (RewardError, KeyboardInterrupt):
                 raise
-            except Exception as error:
-                log.warning("reward %r failed (attempt %d): %s", reward.label, attempt + 1, error)
-                problem: object = error
+            except (Exception, SystemExit) as error:
+                # sys.exit() in a reward would end the whole run, with exit status 0.
+                problem: object = "it called sys.exit" if isinstance(error, SystemExit) else error
+                log.warning("reward %r failed (attempt %d): %s", reward.label, attempt + 1, problem)
                 continue
             values = checked_scores(reward.label, values, len(prompts))
+            values = values.where(fit, math.nan)
             scores = torch.where(values.isfinite(), values, scores)
             problem = "it returned NaN or infinity"
-            if bool(scores.isfinite().all()):
+            if bool((scores.isfinite() | ~fit).all()):
                 return scores
         if self.failures.then == "stop":
             raise RewardError(
                 f"reward {reward.label!r} failed {self.failures.retries + 1} times: {problem}"
             )
         return scores
+
+
+class _Watched(Future[Any]):
+    """The result of another future; whoever waits for it calls a function now and then."""
+
+    def __init__(self, inner: Future[Any], watch: Callable[[], None]):
+        super().__init__()
+        self._watch = watch
+        inner.add_done_callback(self._settle)
+
+    def _settle(self, inner: Future[Any]) -> None:
+        if inner.cancelled():
+            self.cancel()
+        elif (error := inner.exception()) is not None:
+            self.set_exception(error)
+        else:
+            self.set_result(inner.result())
+
+    def result(self, timeout: float | None = None) -> Any:
+        """The result, as of any future."""
+        if timeout is not None:
+            return super().result(timeout)
+        while not self.done():
+            self._watch()
+            wait([self], timeout=WATCH_SECONDS)
+        return super().result()
+
+
+def sound(media: Tensor) -> Tensor:
+    """Which samples of a batch of media are finite, as a boolean vector on the CPU."""
+    return media.flatten(1).isfinite().all(1).cpu()

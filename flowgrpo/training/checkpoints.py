@@ -1,22 +1,29 @@
 """Checkpoints: atomic, checked, without pickle.
 
-A checkpoint is a folder of safetensors files and one ``state.json`` with their SHA-256 digests. It is
-written under a temporary name and renamed when complete, so that after a process is killed at any
-moment the last complete checkpoint remains.
+A checkpoint is a folder of safetensors files and one ``state.json`` with their SHA-256 digests and its
+own. It is written under a temporary name and renamed when complete, so that after a process is killed
+at any moment the last complete checkpoint remains.
 """
 
 import hashlib
 import json
-import os
+import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote, unquote
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from flowgrpo.training import files
+
 STATE = "state.json"
+OWN_DIGEST = "state_sha256"
+DAMAGED = "damaged-"
+"""Prefix of the names to which :func:`set_aside` renames damaged checkpoints."""
 Tensors = Mapping[str, Tensor]
 
 
@@ -29,26 +36,47 @@ def save(folder: Path, parts: Mapping[str, Tensors], state: Mapping[str, Any]) -
 
     Args:
         folder: Its final path.
-        parts: Tensors by file name without suffix, then by tensor name.
-        state: Values that JSON can hold; the key ``sha256`` is reserved.
+        parts: Tensors by part, then by tensor name. A part may have any name; its file is
+            percent-encoded.
+        state: Values that JSON can hold; the keys ``sha256`` and ``state_sha256`` are reserved.
+
+    Raises:
+        OSError: If the disk is full, for instance; what was there before remains.
     """
     temporary = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
+    if temporary.exists():
+        files.delete(temporary)
     temporary.mkdir(parents=True)
-    digests = {}
-    for name, tensors in parts.items():
-        file = temporary / f"{name}.safetensors"
-        save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, file)
-        digests[file.name] = _digest(file)
-        _sync(file)
-    (temporary / STATE).write_text(json.dumps({**state, "sha256": digests}, indent=1))
-    _sync(temporary / STATE)
+    try:
+        _write(temporary, parts, state)
+    except BaseException:
+        # Frees the space on a full disk.
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
     old = folder.with_name(f".{folder.name}.old")
     if folder.exists():
-        folder.rename(old)
-    temporary.rename(folder)
-    _sync(folder.parent)
-    shutil.rmtree(old, ignore_errors=True)
+        files.rename(folder, old)
+    files.rename(temporary, folder)
+    files.sync(folder.parent)
+    if old.exists():
+        files.delete(old)
+
+
+def _write(folder: Path, parts: Mapping[str, Tensors], state: Mapping[str, Any]) -> None:
+    digests = {}
+    for name, tensors in parts.items():
+        file = folder / f"{quote(name, safe='')}.safetensors"
+        files.reached("write", file)
+        try:
+            save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, file)
+        except SafetensorError as error:  # It has the system's error number in its text only.
+            number = re.search(r"os error (\d+)", str(error))
+            raise OSError(int(number[1]) if number else 0, str(error), str(file)) from error
+        digests[file.name] = _digest(file)
+        files.sync(file)
+    body = {**state, "sha256": digests}
+    files.write(folder / STATE, json.dumps({**body, OWN_DIGEST: _state_digest(body)}, indent=1))
+    files.sync(folder)
 
 
 def load(folder: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
@@ -60,9 +88,13 @@ def load(folder: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
     advice = f"delete {folder} to resume from the previous checkpoint, or restore the file"
     try:
         state = json.loads((folder / STATE).read_text())
+        own = state.pop(OWN_DIGEST)
+        is_sound = own == _state_digest(state)
         digests = state.pop("sha256")
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{folder / STATE} cannot be read ({error}); {advice}") from error
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{folder / STATE} cannot be read ({error!r}); {advice}") from error
+    if not is_sound:
+        raise CheckpointError(f"{folder / STATE} is damaged: its SHA-256 differs; {advice}")
     parts = {}
     for name, digest in digests.items():
         file = folder / name
@@ -70,47 +102,58 @@ def load(folder: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
             raise CheckpointError(
                 f"{file} is damaged: its SHA-256 is not the one in {STATE}; {advice}"
             )
-        parts[file.stem] = load_file(file)
+        parts[unquote(file.stem)] = load_file(file)
     return parts, state
 
 
 def newest(folder: Path) -> Path | None:
     """The newest complete checkpoint in a folder, or None."""
-    found = _numbered(folder)
+    found = complete(folder)
     return found[-1] if found else None
+
+
+def set_aside(folder: Path) -> Path:
+    """Rename a damaged checkpoint so that it is no longer found. Returns its new path."""
+    target = folder.with_name(f"{DAMAGED}{folder.name}")
+    if target.exists():
+        files.delete(target)
+    files.rename(folder, target)
+    return target
 
 
 def tidy(folder: Path) -> None:
     """Remove the remains of a process that was killed while it wrote or replaced a checkpoint."""
     for unfinished in folder.glob(".*.tmp"):
-        shutil.rmtree(unfinished)
+        files.delete(unfinished)
     for old in folder.glob(".*.old"):
         replaced = folder / old.name[1 : -len(".old")]
         if replaced.exists():
-            shutil.rmtree(old)
+            files.delete(old)
         else:
-            old.rename(replaced)
+            files.rename(old, replaced)
 
 
 def prune(folder: Path, keep: int) -> None:
     """Delete all but the ``keep`` newest checkpoints, and incomplete ones."""
     tidy(folder)
-    for old in _numbered(folder)[:-keep]:
-        shutil.rmtree(old)
+    for old in complete(folder)[:-keep]:
+        # Under this name a checkpoint that is only half deleted is not taken for one.
+        unwanted = old.with_name(f".{old.name}.tmp")
+        files.rename(old, unwanted)
+        files.delete(unwanted)
 
 
-def _numbered(folder: Path) -> list[Path]:
+def complete(folder: Path) -> list[Path]:
+    """The complete checkpoints in a folder, oldest first; ``best`` is not among them."""
     return sorted(p for p in folder.glob("[0-9]*") if (p / STATE).exists())
+
+
+def _state_digest(body: Any) -> str:
+    """The SHA-256 of a state, independent of its formatting."""
+    plain = json.dumps(json.loads(json.dumps(body)), sort_keys=True)
+    return hashlib.sha256(plain.encode()).hexdigest()
 
 
 def _digest(file: Path) -> str:
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -7,6 +7,9 @@ from rich import box
 from rich.console import Console as RichConsole
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
+
+from flowgrpo.core.text import plain
 
 T = TypeVar("T")
 
@@ -20,18 +23,30 @@ class Console:
 
     def say(self, text: str) -> None:
         """Print one line."""
-        self.rich.print(text, markup=False, soft_wrap=True)
+        self.rich.print(self._plain(text), markup=False, soft_wrap=True)
 
     def table(self, title: str, columns: Iterable[str], rows: Iterable[Iterable[object]]) -> None:
         """Print a small table; the caller formats the numbers."""
-        table = Table(title=title, title_justify="left", header_style="bold", box=box.SIMPLE)
+        table = Table(
+            title=self._text(title), title_justify="left", header_style="bold", box=box.SIMPLE
+        )
         for i, column in enumerate(columns):
             table.add_column(
-                column, justify="left" if i == 0 else "right", overflow="fold", no_wrap=i == 0
+                self._text(column),
+                justify="left" if i == 0 else "right",
+                overflow="fold",
+                no_wrap=i == 0,
             )
         for row in rows:
-            table.add_row(*(str(cell) for cell in row))
+            table.add_row(*(self._text(str(cell)) for cell in row))
         self.rich.print(table)
+
+    def _plain(self, text: str) -> str:
+        return plain(text, self.rich.encoding)
+
+    def _text(self, text: str) -> Text:
+        """A cell; as a string it would be read as markup."""
+        return Text(self._plain(text))
 
     def track(self, values: Iterable[T], description: str, total: int) -> Iterable[T]:
         """Iterate with a progress bar that shows the remaining time, if the output is a terminal."""

@@ -10,6 +10,8 @@ from flowgrpo.evaluation import inspection
 from flowgrpo.evaluation.report import write_report
 from flowgrpo.policy.export import Exported, export
 from flowgrpo.training.console import Console
+from flowgrpo.training.run_folder import mark_finished
+from flowgrpo.training.session import Session
 from flowgrpo.training.setup import TrainingRun
 
 
@@ -21,11 +23,24 @@ class Result:
         folder: The run directory.
         evaluations: The held-out evaluations; the first is of the base model.
         finished: False if the run was interrupted. The same command resumes it.
+        stopped_by: The signal that interrupted the run, such as ``SIGTERM``; empty if none did.
     """
 
     folder: Path
     evaluations: list[Mapping[str, Any]]
     finished: bool
+    stopped_by: str = ""
+
+
+def already_finished(session: Session) -> Result:
+    """Say that the run had finished before this session, and return its result."""
+    more = session.config.train.iterations * 2
+    session.console.say(
+        f"{session.folder} has finished its {session.config.train.iterations} iterations: nothing to do. "
+        f"Report: {session.folder / 'report.html'}. To train further: --set train.iterations={more}"
+    )
+    session.close()
+    return Result(session.folder, session.past_evaluations(), True)
 
 
 def finish(run: TrainingRun) -> Result:
@@ -34,7 +49,8 @@ def finish(run: TrainingRun) -> Result:
     Of a run that was interrupted only the report is written.
     """
     session, evaluator = run.session, run.evaluator
-    finished = not session.stopping
+    stopped_by = session.signals.stopping
+    finished = not stopped_by
     if finished:
         evaluator.evaluate(run.config.train.iterations, full=True)
         session.drop_phases()
@@ -44,6 +60,7 @@ def finish(run: TrainingRun) -> Result:
     if session.is_main:
         write_report(session.folder)
         if finished:
+            mark_finished(run.config)
             _print_result(run, exported)
         else:
             file = session.folder / "config.toml"
@@ -52,7 +69,7 @@ def finish(run: TrainingRun) -> Result:
             )
     run.scorer.close()
     session.close()
-    return Result(session.folder, evaluator.evaluations, finished)
+    return Result(session.folder, evaluator.evaluations, finished, stopped_by)
 
 
 def _inspect(run: TrainingRun) -> None:
@@ -81,7 +98,8 @@ def _print_result(run: TrainingRun, exported: Exported) -> None:
     before, after = run.evaluator.evaluations[0], run.evaluator.evaluations[-1]
     _print_scores(console, before, after)
     for name, value in after["metrics"].items():
-        console.say(f"{name}: {before['metrics'][name]:.3f} before, {value:.3f} after")
+        if name in before["metrics"]:  # Metrics may be added when a run is resumed.
+            console.say(f"{name}: {before['metrics'][name]:.3f} before, {value:.3f} after")
     console.say(f"report:  {session.folder / 'report.html'}")
     console.say(f"grid:    {session.grid(after['iteration'])}")
     for line in exported.lines():

@@ -47,7 +47,14 @@ class Evaluator:
 
     def keep_base_images(self) -> None:
         """Draw and save the base model's images for the grids, unless an earlier session did."""
-        if not self._base_file.exists() and self.session.is_main:
+        if not self.session.is_main:
+            return
+        try:
+            is_there = load_images(self._base_file) is not None
+        except ValueError as error:
+            self.session.console.say(f"WARNING: {error}; the base model draws them again")
+            is_there = False
+        if not is_there:
             save_images(self._base_file, self.comparison_grid.generate(self.policy, self.sampling))
 
     def resume(self) -> None:
@@ -92,6 +99,7 @@ class Evaluator:
             )
             if session.is_main:
                 self._save_grid(iteration)
+        self.scorer.check_media()
         result = {"iteration": iteration, **result}
         self.evaluations.append(result)
         session.log_evaluation(result)

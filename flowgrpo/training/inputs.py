@@ -35,6 +35,7 @@ def check_inputs(config: Config, num_processes: int) -> tuple[PromptSet, PromptS
     """Check everything that can be checked before anything is loaded or written.
 
     - The names of files, packages and rewards (:func:`check_names`).
+    - The device exists.
     - The prompt files can be read, and have the metadata to balance by.
     - The rewards and metrics that are named by an import path can be imported.
 
@@ -47,6 +48,11 @@ def check_inputs(config: Config, num_processes: int) -> tuple[PromptSet, PromptS
         PromptError: If a prompt file cannot be used.
     """
     check_names(config, num_processes)
+    with _setting("run.device"):
+        # Imports torch, which the checks above do without.
+        from flowgrpo.policy.placement import resolve_device
+
+        resolve_device(config.run.device, num_processes)
     fixed_size = config.sampling.height is not None
     prompts, held_out = (
         PromptSet.load(find(file), config.prompts.balance, fixed_size)

@@ -11,6 +11,7 @@ batch, and the gradients of all processes are added.
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from itertools import zip_longest
+from math import isfinite
 from statistics import median
 from typing import Any
 
@@ -20,12 +21,14 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from flowgrpo.config import Train
+from flowgrpo.core.errors import DivergenceError
 from flowgrpo.core.random import Random
 from flowgrpo.data.experience import Experience
 from flowgrpo.losses.base import Loss, LossInputs, LossOutputs
 from flowgrpo.policy import EMA, PipelinePolicy
 from flowgrpo.policy.arguments import call_key
 from flowgrpo.policy.weights import swapped
+from flowgrpo.training.divergence import MAX_DRIFT, MAX_SKIPPED, are_finite
 from flowgrpo.training.metrics import UpdateStatistics
 from flowgrpo.training.replay import Replay
 
@@ -74,6 +77,7 @@ class Learner:
         )
         self.num_updates = 0
         self.gradient_norms: list[float] = []
+        self._lost_iterations = 0
 
     def behaviour_policy(self) -> AbstractContextManager[None]:
         """Inside, the policy has the weights that sample: the behaviour weights, if there are any."""
@@ -116,8 +120,26 @@ class Learner:
                 if loss.requires_grad:
                     self.accelerator.backward(loss / number)
             self._step(statistics)
+        self._check_finite(statistics.norms)
         self._follow()
         return statistics.summary(self.accelerator) | self._drift(experience)
+
+    def _check_finite(self, norms: Sequence[float]) -> None:
+        """Check the weights and the gradients of an iteration.
+
+        Raises:
+            DivergenceError: If weights are not finite, or gradients were not for several iterations. The
+                gradient scaler of fp16 finds its scale by such gradients, so with it they do not count.
+        """
+        if not are_finite(self.named):
+            raise DivergenceError("the policy diverged: its weights contain NaN or infinity")
+        is_lost = self.accelerator.scaler is None and not any(map(isfinite, norms))
+        self._lost_iterations = self._lost_iterations + 1 if is_lost else 0
+        if self._lost_iterations >= MAX_SKIPPED:
+            raise DivergenceError(
+                f"the policy diverged: the loss or its gradient was NaN or infinite in all updates of "
+                f"{MAX_SKIPPED} iterations in a row"
+            )
 
     def _loss(self, inputs: LossInputs, statistics: UpdateStatistics) -> Float[Tensor, ""]:
         """The summed loss of a batch, with the KL term.
@@ -140,6 +162,9 @@ class Learner:
 
         It is the metric ``kl/velocity``: the mean squared difference of the models' outputs. One forward
         pass serves all the states, so they share the step and the call of the first action.
+
+        Raises:
+            DivergenceError: If it is above MAX_DRIFT.
         """
         train, actions = self.train, experience.actions
         if train.monitor_states == 0:
@@ -155,8 +180,19 @@ class Learner:
         with torch.no_grad():
             output = self.replay.record(experience, few).prediction.output.cpu()
         squares = (output - reference.output).float().square().flatten(1).mean(1)
-        mean = self.accelerator.gather(squares.mean().reshape(1).to(self.policy.device)).mean()
-        return {"kl/velocity": float(mean)}
+        mean = self._mean_of_all(squares)
+        usual = self._mean_of_all(reference.output.float().square().flatten(1).mean(1))
+        if not mean <= MAX_DRIFT * usual:
+            raise DivergenceError(
+                f"the policy diverged: the mean squared distance of its output from the reference policy's is "
+                f"{mean:.3g}, more than {MAX_DRIFT:g} times the mean square of that output, {usual:.3g}"
+            )
+        return {"kl/velocity": mean}
+
+    def _mean_of_all(self, values: Tensor) -> float:
+        """The mean over all processes of their means."""
+        own = values.mean().reshape(1).to(self.policy.device)
+        return float(self.accelerator.gather(own).mean())
 
     def _follow(self) -> None:
         """After an iteration, move the behaviour weights towards the trained weights.

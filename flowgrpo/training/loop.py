@@ -1,14 +1,19 @@
 """The training loop: sample and score, assign credit, update."""
 
+import os
 from dataclasses import replace
+from pathlib import Path
 
 from flowgrpo.config import Config
 from flowgrpo.core.random import Random
 from flowgrpo.data.experience import Experience
-from flowgrpo.training.ending import Result, finish
+from flowgrpo.training.ending import Result, already_finished, finish
+from flowgrpo.training.explained import explained
+from flowgrpo.training.inputs import check_inputs
 from flowgrpo.training.metrics import rollout_metrics
 from flowgrpo.training.session import Session
-from flowgrpo.training.setup import build
+from flowgrpo.training.setup import TrainingRun, build
+from flowgrpo.training.signals import StopRequested
 
 __all__ = ["Result", "train"]
 
@@ -16,29 +21,42 @@ __all__ = ["Result", "train"]
 def train(config: Config) -> Result:
     """Fine-tune a pipeline with a configuration. Resumes a run that was interrupted.
 
+    A run that has finished is not touched. Signals are described in
+    :class:`flowgrpo.training.signals.Signals`.
+
     Raises:
         ConfigError: If the configuration cannot be run; before the model is loaded, where possible.
         RewardError: If a reward cannot be trained on, or fails too often.
-        CheckpointError: If the checkpoint to resume from is damaged.
+        DivergenceError: If training has destroyed the policy.
+        CheckpointError: If all checkpoints to resume from are damaged.
     """
-    run = build(config)
-    session, scorer, learner, seed = run.session, run.scorer, run.learner, Random(config.run.seed)
+    prompts, held_out = check_inputs(config, int(os.environ.get("WORLD_SIZE", "1")))
+    try:
+        with Session(config) as session, explained(session):
+            if session.is_finished:
+                return already_finished(session)
+            return iterate(build(config, session, prompts, held_out))
+    except StopRequested as signal:
+        return Result(Path(config.run.folder), [], False, str(signal))
+
+
+def iterate(run: TrainingRun) -> Result:
+    """Train a run that is set up until it has finished or is stopped."""
+    config, session, scorer, learner = run.config, run.session, run.scorer, run.learner
+    seed = Random(config.run.seed)
     iterations = range(session.iteration, config.train.iterations)
     for iteration in session.console.track(iterations, "training", total=len(iterations)):
-        run.evaluator.evaluate_if_due(iteration)
         random = seed.at("train", iteration)
-        groups = session.share(run.prompts.groups(iteration, config.train.groups, seed))
+        with session.rescue(learner, iteration):
+            run.evaluator.evaluate_if_due(iteration)
+            groups = session.share(run.prompts.groups(iteration, config.train.groups, seed))
 
-        # 1. Sample candidates. The scorer scores each batch while the next one is sampled.
-        scorer.iteration = iteration
-        with (
-            session.rescue(learner, iteration),
-            session.phase("rollout"),
-            learner.behaviour_policy(),
-        ):
-            experience = config.algorithm.collect(run.policy, groups, scorer, random, iteration)
-            scorer.check_rate()
-            reward_metrics = scorer.learn(session.gather_objects)
+            # 1. Sample candidates. The scorer scores each batch while the next one is sampled.
+            scorer.iteration = iteration
+            with session.phase("rollout"), learner.behaviour_policy():
+                experience = config.algorithm.collect(run.policy, groups, scorer, random, iteration)
+                scorer.check_rate()
+                reward_metrics = scorer.learn(session.gather_objects)
 
         # 2. Assign credit. Each group is on one process; statistics over the batch need all rewards.
         experience = _with_everyone(session, experience)
@@ -50,10 +68,7 @@ def train(config: Config) -> Result:
 
         metrics = rollout_metrics(experience, session.gather)
         session.log(iteration, metrics | reward_metrics | update_metrics, scorer.seconds)
-        stopping = session.should_stop()
-        if stopping or session.checkpoint_due(iteration + 1):
-            session.save(learner, iteration + 1)
-        if stopping:
+        if session.save_if_due(learner, iteration + 1):
             break
     return finish(run)
 

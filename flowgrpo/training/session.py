@@ -1,14 +1,11 @@
 """A session of a run: its processes, the run directory, logs, checkpoints and resuming."""
 
-import json
 import os
 import platform
-import signal
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import replace
+from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -18,19 +15,20 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor
 
-from flowgrpo import config as configuration
-from flowgrpo.config import Config, ConfigError
-from flowgrpo.config.reference import to_table
+from flowgrpo.config import Config
 from flowgrpo.data.prompts import Group
+from flowgrpo.policy.placement import resolve_device
 from flowgrpo.rewards.scorer import RewardScorer
 from flowgrpo.rewards.settings import RewardError
-from flowgrpo.training import checkpoints
+from flowgrpo.training import checkpoints, run_folder
+from flowgrpo.training.checkpoints import CheckpointError
 from flowgrpo.training.console import Console
 from flowgrpo.training.cpu import prepare_cpu
+from flowgrpo.training.divergence import require_finite
 from flowgrpo.training.learner import Learner
-
-LOGS = ("metrics", "timings", "evaluations")
-"""Files of one JSON object per line; a checkpoint records how many lines each had."""
+from flowgrpo.training.lock import RunLock
+from flowgrpo.training.logs import Logs
+from flowgrpo.training.signals import Signals, StopRequested
 
 
 class Session:
@@ -43,19 +41,23 @@ class Session:
         scorer: The rewards, whose state (of rewards that learn) checkpoints contain; set by the setup.
         iteration: The first iteration of this session; above 0 if it resumes a run.
         best: The best held-out reward so far.
-        stopping: Whether Ctrl-C was pressed; the current iteration is finished and saved.
+        signals: The signals that this process has received.
+        is_finished: Whether the run had finished before this session; there is nothing to do then.
     """
 
     def __init__(self, config: Config):
         """Start the process group and claim the run directory.
 
         Raises:
-            ConfigError: If the directory belongs to another configuration.
+            ConfigError: If the directory belongs to another configuration or is in use.
             RuntimeError: If a launcher started processes that are not connected to each other.
         """
         prepare_cpu(config.run.threads)
         self.config, self.folder = config, Path(config.run.folder)
-        cpu = config.run.device == "cpu" or not torch.cuda.is_available()
+        device = torch.device(resolve_device(config.run.device))
+        cpu = device.type == "cpu"
+        if device.index is not None:
+            torch.get_device_module(device).set_device(device)
         self.accelerator = Accelerator(
             cpu=cpu,
             mixed_precision="fp16" if config.model.dtype == "float16" and not cpu else "no",
@@ -64,14 +66,35 @@ class Session:
         )
         self._check_world()
         self.console = Console(enabled=self.is_main)
-        self.iteration, self.best, self.stopping = 0, float("-inf"), False
+        self.iteration, self.best = 0, float("-inf")
         self.scorer: RewardScorer | None = None
+        self.logs = Logs(self.folder)
         self._phases: dict[str, float] = {}
         self._warned = False
+        self._saved_at = time.monotonic()
+        self._lines: Mapping[str, int] = {}
+        self._lock: RunLock | None = None
         if self.is_main:
             self._claim()
         self.accelerator.wait_for_everyone()
-        signal.signal(signal.SIGINT, self._interrupt)
+        self.is_finished = run_folder.is_finished(config)
+        launched = self.accelerator.num_processes > 1
+        self.signals = Signals(self.console.say, self.is_main, launched)
+
+    def __enter__(self) -> "Session":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Stop the scorer without waiting, end the trackers, release the signals and the lock."""
+        self.signals.restore()
+        if self.scorer is not None:
+            self.scorer.close(wait=False)
+        for tracker in self.accelerator.trackers:
+            # After close() they have ended already; an error here must not hide another one.
+            with suppress(Exception):
+                tracker.finish()
+        if self._lock is not None:
+            self._lock.release()
 
     @property
     def is_main(self) -> bool:
@@ -109,29 +132,50 @@ class Session:
 
     @contextmanager
     def rescue(self, learner: Learner, iteration: int) -> Iterator[None]:
-        """Save a checkpoint if a reward fails permanently inside, and raise the error again."""
+        """Save the state of the last iteration if the rollout inside ends early, and raise again.
+
+        That happens if a reward fails permanently, or a signal asks to stop.
+        """
+        self._lines = self.logs.counts() if self.is_main else {}
+        self.signals.loading = False
         try:
+            self.signals.check()
             yield
-        except RewardError:
-            if self.accelerator.num_processes == 1:
-                self.save(learner, iteration)
+        except (RewardError, StopRequested) as error:
+            alone = self.accelerator.num_processes == 1
+            if iteration > 0 and (alone or isinstance(error, StopRequested)):
+                self._write(learner, iteration, self._lines)
                 self.console.say(
                     f"saved after {iteration} iterations; the same command resumes from there"
                 )
             raise
 
-    def should_stop(self) -> bool:
-        """Whether Ctrl-C was pressed in any process."""
-        flag = torch.tensor([float(self.stopping)])
-        self.stopping = bool(self.gather(flag).any())
-        return self.stopping
+    @property
+    def stopping(self) -> bool:
+        """Whether the run ends before its last iteration."""
+        return bool(self.signals.stopping)
 
-    def checkpoint_due(self, iterations: int) -> bool:
-        """Whether a checkpoint is due after this many iterations; after the last one always."""
-        return (
+    def save_if_due(self, learner: Learner, iterations: int) -> bool:
+        """Save after this many iterations if it is time or a signal asks for it.
+
+        All processes must call this. Returns whether the run stops.
+        """
+        run = self.config.run
+        minutes = (time.monotonic() - self._saved_at) / 60
+        due = (
             iterations == self.config.train.iterations
-            or iterations % self.config.run.checkpoint_every == 0
+            or iterations % run.checkpoint_every == 0
+            or self.signals.saving
+            or (run.checkpoint_minutes > 0 and minutes >= run.checkpoint_minutes)
         )
+        flags = torch.tensor([[float(self.stopping), float(due and self.is_main)]])
+        stopping, save = self.gather(flags).bool().any(0).tolist()
+        if stopping and not self.stopping:
+            self.signals.stopping = "SIGTERM"  # Another process received it.
+        if stopping or save:
+            self.signals.saving = False
+            self.save(learner, iterations)
+        return bool(stopping)
 
     def log(self, iteration: int, metrics: Mapping[str, float], scoring_seconds: float) -> None:
         """Write an iteration's metrics and, to another file, its times.
@@ -145,8 +189,8 @@ class Session:
         }
         self._phases = {}
         if self.is_main:
-            _append(self.folder / "metrics.jsonl", {"iteration": iteration, **metrics})
-            _append(self.folder / "timings.jsonl", {"iteration": iteration, **timings})
+            self.logs.append("metrics", {"iteration": iteration, **metrics})
+            self.logs.append("timings", {"iteration": iteration, **timings})
             self.console.iteration(iteration, self.config.train.iterations, metrics, timings)
             self._warn(metrics)
         self.accelerator.log(dict(metrics), step=iteration)
@@ -166,7 +210,7 @@ class Session:
         if self.is_main:
             # Two runs of one configuration write the same lines.
             record = {k: v for k, v in result.items() if k != "seconds"}
-            _append(self.folder / "evaluations.jsonl", record)
+            self.logs.append("evaluations", record)
         flat = {f"held_out/{k}": v for k, v in result["scores"].items()} | result["metrics"]
         self.accelerator.log(flat, step=result["iteration"])
 
@@ -176,49 +220,94 @@ class Session:
 
     def past_evaluations(self) -> list[Mapping[str, Any]]:
         """The evaluations of earlier sessions of this run."""
-        file = self.folder / "evaluations.jsonl"
-        return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+        return self.logs.read("evaluations")
 
     def restore(self, learner: Learner) -> None:
-        """Load the newest checkpoint, if there is one."""
+        """Load the newest checkpoint that is not damaged, if there is one.
+
+        A damaged one is set aside with a warning, because the previous one gives the same run: the
+        iterations in between are repeated with the same numbers.
+
+        Raises:
+            CheckpointError: If all checkpoints are damaged.
+            LogError: If log lines that the checkpoint counts are lost or broken.
+        """
         if self.is_main:
             checkpoints.tidy(self.checkpoints)
+            self._set_damaged_aside()
         self.accelerator.wait_for_everyone()
         found = checkpoints.newest(self.checkpoints)
         lines: Mapping[str, int] = {}
         if found is not None:
             parts, state = checkpoints.load(found)
+            lines = state["lines"]
+            if self.is_main:
+                self.logs.check(lines, str(found))
             learner.restore(parts, state["learner"])
             if self.scorer is not None:
                 self.scorer.restore(parts)
-            self.iteration, self.best, lines = state["iteration"], state["best"], state["lines"]
+            self.iteration, self.best = state["iteration"], state["best"]
             self.console.say(f"resuming at iteration {self.iteration} from {found}")
         if self.is_main:
             # The iterations after the checkpoint are repeated and log the same numbers again.
-            for name in LOGS:
-                _truncate(self.folder / f"{name}.jsonl", lines.get(name, 0))
+            self.logs.cut(lines)
+
+    def _set_damaged_aside(self) -> None:
+        """Rename damaged checkpoints until the newest one is sound.
+
+        Raises:
+            CheckpointError: If none is sound; then nothing is renamed.
+        """
+        damaged: list[tuple[Path, CheckpointError]] = []
+        for folder in reversed(checkpoints.complete(self.checkpoints)):
+            try:
+                checkpoints.load(folder)
+                break
+            except CheckpointError as error:
+                damaged.append((folder, error))
+        else:
+            if damaged:
+                raise CheckpointError(
+                    f"{damaged[0][1]}. No earlier checkpoint is sound; to start again, delete {self.folder}"
+                )
+        for folder, problem in damaged:
+            place = checkpoints.set_aside(folder)
+            self.console.say(
+                f"WARNING: {problem}. It was renamed to {place.name}, and the run resumes from the "
+                "checkpoint before it"
+            )
 
     def save(self, learner: Learner, iteration: int) -> None:
-        """Write a checkpoint after ``iteration`` iterations, and delete old ones."""
-        if self.is_main:
-            parts, state = learner.state()
-            parts |= self.scorer.state() if self.scorer is not None else {}
-            lines = {n: _lines(self.folder / f"{n}.jsonl") for n in LOGS}
-            checkpoints.save(
-                self.checkpoints / f"{iteration:06d}",
-                parts,
-                {"iteration": iteration, "best": self.best, "lines": lines, "learner": state},
-            )
-            checkpoints.prune(self.checkpoints, self.config.run.keep_checkpoints)
+        """Write a checkpoint after ``iteration`` iterations, and delete old ones.
+
+        All processes must call this.
+        """
+        self._write(learner, iteration, self.logs.counts() if self.is_main else {})
         self.accelerator.wait_for_everyone()
+
+    def _write(self, learner: Learner, iteration: int, lines: Mapping[str, int]) -> None:
+        """Write a checkpoint, in the main process, that counts these log lines."""
+        if not self.is_main:
+            return
+        parts, state = learner.state()
+        require_finite(parts)
+        parts |= self.scorer.state() if self.scorer is not None else {}
+        checkpoints.save(
+            self.checkpoints / f"{iteration:06d}",
+            parts,
+            {"iteration": iteration, "best": self.best, "lines": dict(lines), "learner": state},
+        )
+        checkpoints.prune(self.checkpoints, self.config.run.keep_checkpoints)
+        self._saved_at = time.monotonic()
 
     def save_best(self, learner: Learner, iteration: int, score: float) -> None:
         """Save the evaluated weights as ``best`` if their held-out reward is the best so far."""
-        if score <= self.best:
+        if not score > self.best:  # NaN is not the best either.
             return
         self.best = score
         if self.is_main:
             parts, _ = learner.state()
+            require_finite(parts)
             weights = parts.get("ema", parts["weights"])
             checkpoints.save(
                 self.checkpoints / "best",
@@ -227,11 +316,11 @@ class Session:
             )
 
     def close(self) -> None:
-        """End the trackers and the process group."""
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        """Wait for the other processes, end the trackers and the process group."""
         # The other processes wait here until the main process has written the export and the report.
         self.accelerator.wait_for_everyone()
         self.accelerator.end_training()
+        self.accelerator.trackers = []
 
     def start_trackers(self) -> None:
         """Open the experiment trackers, such as TensorBoard."""
@@ -248,23 +337,7 @@ class Session:
             )
 
     def _claim(self) -> None:
-        """Write the configuration into the run directory, unless it belongs to another configuration."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        file = self.folder / "config.toml"
-        if file.exists():
-            there = configuration.load(str(file))
-            difference = _difference(to_table(_essence(there)), to_table(_essence(self.config)))
-            # A run that stopped before its first iteration has no results that could be mixed up.
-            if difference and (self.folder / "metrics.jsonl").exists():
-                raise ConfigError(
-                    f"{self.folder} belongs to another configuration: {difference}. Choose another "
-                    "--set run.folder=..., or delete that one"
-                )
-        elif any(self.folder.iterdir()):
-            raise ConfigError(
-                f"{self.folder} is not empty and not a run directory; choose another --set run.folder=..."
-            )
-        write_whole(file, configuration.dump(self.config))
+        """Lock the run directory and write the configuration and the environment into it."""
         packages = ("flowgrpo", "torch", "diffusers", "transformers", "accelerate", "peft")
         environment = {name: version(name) for name in packages} | {
             "python": platform.python_version(),
@@ -274,48 +347,9 @@ class Session:
             "threads": torch.get_num_threads(),
             "command": " ".join(sys.argv),
         }
-        write_whole(self.folder / "environment.json", json.dumps(environment, indent=1))
-
-    def _interrupt(self, *_: object) -> None:
-        if self.stopping:
-            raise KeyboardInterrupt
-        self.stopping = True
-        self.console.say("stopping after this iteration (Ctrl-C again stops at once)")
-
-
-def _essence(config: Config) -> Config:
-    """The part of a configuration that determines the numbers: all but how results are written."""
-    run = configuration.Run(folder="", seed=config.run.seed)
-    return replace(config, run=run)
-
-
-def _difference(there: Any, here: Any, path: str = "") -> str:
-    """The first key in which two tables differ, in words; empty if none."""
-    if isinstance(there, dict) and isinstance(here, dict):
-        for key in [*there, *(k for k in here if k not in there)]:
-            found = _difference(there.get(key), here.get(key), f"{path}.{key}" if path else key)
-            if found:
-                return found
-        return ""
-    return "" if there == here else f"{path} is {there!r} there and {here!r} now"
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a file atomically."""
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(text)
-    temporary.replace(path)
-
-
-def _append(path: Path, record: Mapping[str, Any]) -> None:
-    with path.open("a") as file:
-        file.write(json.dumps(record) + "\n")
-
-
-def _lines(path: Path) -> int:
-    return len(path.read_text().splitlines()) if path.exists() else 0
-
-
-def _truncate(path: Path, lines: int) -> None:
-    if path.exists():
-        write_whole(path, "".join(path.read_text().splitlines(keepends=True)[:lines]))
+        processes = self.accelerator.num_processes
+        self._lock, changed = run_folder.claim(self.config, processes, environment)
+        if self._lock.warning:
+            self.console.say(self._lock.warning)
+        if changed:
+            self.console.say(f"changed since the last session: {changed}")

@@ -1,6 +1,5 @@
 """Builds a run from a configuration: checks it, loads its parts, and resumes from a checkpoint."""
 
-import os
 from dataclasses import dataclass
 
 from flowgrpo.config import Config, ConfigError
@@ -10,7 +9,6 @@ from flowgrpo.policy import PipelinePolicy
 from flowgrpo.policy.probe import check_scales, check_sizes, fit_noise
 from flowgrpo.rewards.scorer import RewardScorer
 from flowgrpo.training.evaluator import Evaluator
-from flowgrpo.training.inputs import check_inputs
 from flowgrpo.training.learner import Learner
 from flowgrpo.training.session import Session
 
@@ -38,13 +36,14 @@ class TrainingRun:
     evaluator: Evaluator
 
 
-def build(config: Config) -> TrainingRun:
-    """Check a configuration, load the parts of its run, and restore the newest checkpoint.
+def build(config: Config, session: Session, prompts: PromptSet, held_out: PromptSet) -> TrainingRun:
+    """Load the parts of a run, and restore the newest checkpoint.
 
-    Fails as early as possible. In this order:
+    A run fails as early as possible. In this order:
 
-    1. Nothing is loaded: the configuration, optional packages, prompt files and the import paths of
-       rewards and metrics (:func:`check_inputs`); then the run directory (:class:`Session`).
+    1. Nothing is loaded: the configuration, the device, optional packages, prompt files and the import
+       paths of rewards and metrics (:func:`flowgrpo.training.inputs.check_inputs`); then the run
+       directory (:class:`Session`).
     2. The rewards are loaded: whether they can use the prompts.
     3. The pipeline is loaded: sizes, initial noise and transition (:func:`_check_policy`).
     4. The base model has drawn the images of the grid: whether the rewards are finite and vary.
@@ -54,10 +53,8 @@ def build(config: Config) -> TrainingRun:
         RewardError: If a reward cannot be trained on.
         CheckpointError: If the newest checkpoint is damaged.
     """
-    prompts, held_out = check_inputs(config, int(os.environ.get("WORLD_SIZE", "1")))
-    session = Session(config)
     scorer = RewardScorer(config.rewards, config.failures, config.memory.score_batch)
-    session.scorer = scorer
+    session.scorer, scorer.safe_point = scorer, session.signals.check
     for some in (prompts, held_out):
         scorer.check_prompts(some.prompts)
     policy = PipelinePolicy.from_pretrained(

@@ -1,0 +1,66 @@
+"""Which keys of a configuration may change when a run is resumed."""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from flowgrpo.config.reference import to_table
+
+if TYPE_CHECKING:
+    from flowgrpo.config.schema import Config
+
+CHANGEABLE: Mapping[str, str] = {
+    "train.iterations": "a longer or shorter run; not below the iterations already trained",
+    "train.lr": "from the next optimizer step on",
+    "train.warmup": "the curve of the learning rate counts from the start of the run",
+    "train.schedule": "the curve of the learning rate counts from the start of the run",
+    "train.max_grad_norm": "from the next optimizer step on",
+    "train.spike_factor": "from the next optimizer step on",
+    "train.rollout_batch": "less memory in sampling; results change by rounding only",
+    "train.train_batch": "less memory in training; results change by rounding only",
+    "memory.*": "less memory or time; `memory.quantize` may not change, because it is another base model",
+    "failures.*": "the response to failing rewards",
+    "evaluation.every": "from the next iteration on",
+    "evaluation.images": "earlier and later evaluations then use different images",
+    "evaluation.images_during": "earlier and later evaluations then use different images",
+    "evaluation.metrics": "earlier evaluations do not have the new metrics",
+    "evaluation.inspected_prompts": "of the report",
+    "prompts.train": "the file may move; its contents may not change",
+    "prompts.held_out": "the file may move; its contents may not change",
+    "run.*": "device, threads, checkpoints, trackers; `run.seed` may not change",
+}
+"""Keys that may change, and the effect. A key that ends with ``.*`` stands for its whole table."""
+FIXED = ("memory.quantize", "run.seed")
+"""Exceptions from the tables in CHANGEABLE."""
+IGNORED = ("run.folder",)
+"""Keys that say where a run is, not what it does."""
+
+
+def may_change(key: str) -> bool:
+    """Whether a key may have another value when a run is resumed."""
+    return key not in FIXED and (key in CHANGEABLE or f"{key.split('.')[0]}.*" in CHANGEABLE)
+
+
+def differences(there: "Config", here: "Config") -> dict[str, tuple[Any, Any]]:
+    """The keys in which two configurations differ, with both values; None where a key is missing.
+
+    Lists are compared as a whole, except lists of tables, whose keys contain the index.
+    """
+    one, other = _flat(to_table(there)), _flat(to_table(here))
+    keys = [*one, *(k for k in other if k not in one)]
+    return {
+        k: (one.get(k), other.get(k))
+        for k in keys
+        if one.get(k) != other.get(k) and k not in IGNORED
+    }
+
+
+def _flat(value: Any, path: str = "") -> dict[str, Any]:
+    if isinstance(value, dict):
+        items = list(value.items())
+    elif isinstance(value, list) and any(isinstance(v, dict) for v in value):
+        items = list(enumerate(value))
+    else:
+        return {path: value}
+    return {
+        k: v for key, part in items for k, v in _flat(part, f"{path}.{key}".lstrip(".")).items()
+    }

@@ -1,0 +1,25 @@
+"""Text from users, such as names and prompts, as a terminal can show it."""
+
+import unicodedata
+
+UNSAFE = ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp")
+"""Unicode categories that are escaped: control and format characters (which move the cursor or reverse
+the direction of text), lone surrogates, unassigned code points, line and paragraph separators."""
+KEPT = "\n\t\u200d\u200c"
+"""Characters of these categories that are shown: line breaks, tabs, and the joiners of emoji and scripts."""
+
+
+def plain(text: str, encoding: str = "utf-8") -> str:
+    """The text with backslash escapes in place of what could disturb a terminal or cannot be encoded.
+
+    Args:
+        text: Any text.
+        encoding: The terminal's.
+    """
+    safe = "".join(
+        c
+        if c in KEPT or unicodedata.category(c) not in UNSAFE
+        else c.encode("unicode_escape", "backslashreplace").decode("ascii")
+        for c in text
+    )
+    return safe.encode(encoding, "backslashreplace").decode(encoding)

@@ -1,0 +1,35 @@
+"""Divergence: weights, gradients or images that are not finite, or a policy far from the reference."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from flowgrpo.core.errors import DivergenceError
+
+MAX_DRIFT = 4.0
+"""Largest mean squared distance from the reference policy's output, in units of the mean square of that
+output. The negated reference has distance 4, and an output of zeros has distance 1."""
+MAX_SKIPPED = 3
+"""Iterations in a row, all of whose gradients are not finite, after which a run stops."""
+
+
+def are_finite(tensors: Mapping[str, Tensor]) -> bool:
+    """Whether all values of all tensors are finite."""
+    floats = [t.detach() for t in tensors.values() if t.is_floating_point() and t.numel()]
+    if not floats:
+        return True
+    # Sums of absolute values can overflow; a maximum cannot, and it keeps NaN.
+    largest = [n.float() for n in torch._foreach_norm(floats, float("inf"))]
+    return bool(torch.stack(largest).isfinite().all())
+
+
+def require_finite(parts: Mapping[str, Mapping[str, Tensor]]) -> None:
+    """Check the parts of a checkpoint.
+
+    Raises:
+        DivergenceError: If a part is not finite.
+    """
+    for name, tensors in parts.items():
+        if not are_finite(tensors):
+            raise DivergenceError(f"the policy diverged: {name} contains NaN or infinity")

@@ -1,0 +1,51 @@
+"""Errors of a run with what is safe and how to go on."""
+
+import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from flowgrpo.core.errors import DivergenceError
+from flowgrpo.training import checkpoints
+from flowgrpo.training.session import Session
+
+NO_SPACE = {errno.ENOSPC, errno.EDQUOT}
+
+
+@contextmanager
+def explained(session: Session) -> Iterator[None]:
+    """Raise errors from inside again with the state of the run in their message.
+
+    Raises:
+        DivergenceError: With the last good checkpoint.
+        OSError: On a full disk, with the last checkpoint.
+        RuntimeError: If code inside calls ``sys.exit``, which would end an unfinished run without an
+            error.
+    """
+    try:
+        yield
+    except DivergenceError as error:
+        lower = f"--set train.lr={session.config.train.lr / 10:g}"
+        raise DivergenceError(
+            f"{error}. The run stopped. {_safe(session)} Lower the learning rate first ({lower})"
+        ) from error
+    except OSError as error:
+        if error.errno not in NO_SPACE:
+            raise
+        raise OSError(
+            f"the disk of {error.filename or session.folder} is full. {_safe(session)} Free some space first"
+        ) from error
+    except SystemExit as error:
+        raise RuntimeError(
+            f"code that the run called, such as a reward, ended the process by sys.exit({error.code!r}). "
+            f"The run has not finished. {_safe(session)}"
+        ) from error
+
+
+def _safe(session: Session) -> str:
+    """The last good checkpoint and the best one, in sentences."""
+    last = checkpoints.newest(session.checkpoints)
+    if last is None:
+        return "Nothing was trained yet; the same command starts again."
+    best = session.checkpoints / "best"
+    also = f" The best weights by held-out reward are in {best}." if best.exists() else ""
+    return f"Everything up to {last} is safe, and the same command resumes from there.{also}"

@@ -1,0 +1,102 @@
+"""An exclusive lock on a run directory, so that two processes cannot write into one run.
+
+The operating system holds the lock (``flock``) and frees it when the process ends, however it ends.
+NFS shares it between hosts unless the mount says otherwise (``local_lock``); Lustre needs the mount
+option ``flock``.
+"""
+
+import json
+import os
+import socket
+import time
+from pathlib import Path
+from typing import Any
+
+from flowgrpo.core.errors import ConfigError
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+NAME = "run.lock"
+
+
+class RunLock:
+    """The lock of a run directory, held from its creation to :meth:`release`.
+
+    Attributes:
+        warning: A sentence for the user if the file system cannot lock, or if an earlier process on
+            another host has not released the lock itself; empty otherwise.
+    """
+
+    def __init__(self, folder: Path):
+        """Take the lock.
+
+        Raises:
+            ConfigError: If another process holds it; the message names its host, process id and the
+                time at which it took the lock.
+        """
+        self.path, self.warning = folder / NAME, ""
+        self._descriptor: int | None = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            if fcntl is None:
+                raise OSError("this platform has no flock")
+            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            holder = self._read()
+            os.close(self._descriptor)
+            self._descriptor = None
+            raise ConfigError(
+                f"{folder} is in use by {_words(holder)}: wait for it, stop it, or choose another "
+                "--set run.folder=..."
+            ) from error
+        except OSError as error:
+            self.warning = (
+                f"WARNING: the file system of {folder} cannot lock ({error}), so nothing prevents a "
+                "second process from writing into this run: start it once only"
+            )
+        earlier = self._read()
+        if earlier and earlier.get("host") != socket.gethostname():
+            self.warning = self.warning or (
+                f"WARNING: the last process in {folder}, {_words(earlier)}, did not end by itself: make "
+                "sure that it is gone, because some network file systems do not share locks between hosts"
+            )
+        self._write(
+            json.dumps(
+                {
+                    "host": socket.gethostname(),
+                    "pid": os.getpid(),
+                    "since": time.strftime("%Y-%m-%d %H:%M:%S"),
+                }
+            )
+        )
+
+    def release(self) -> None:
+        """Free the lock; nothing happens if it has been released before."""
+        if self._descriptor is not None:
+            self._write("")
+            os.close(self._descriptor)
+            self._descriptor = None
+
+    def _read(self) -> dict[str, Any]:
+        assert self._descriptor is not None
+        try:
+            holder = json.loads(os.pread(self._descriptor, 1000, 0))
+        except (OSError, ValueError):
+            return {}
+        return holder if isinstance(holder, dict) else {}
+
+    def _write(self, text: str) -> None:
+        assert self._descriptor is not None
+        try:
+            os.ftruncate(self._descriptor, 0)
+            os.pwrite(self._descriptor, text.encode(), 0)
+        except OSError:  # The name of the holder is a service; the lock holds without it.
+            return
+
+
+def _words(holder: dict[str, Any]) -> str:
+    if not holder:
+        return "another process"
+    return f"process {holder.get('pid')} on {holder.get('host')} since {holder.get('since')}"

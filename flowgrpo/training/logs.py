@@ -1,0 +1,89 @@
+"""The logs of a run: files of one JSON object per line, whose lines a checkpoint counts."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from flowgrpo.training import files
+
+NAMES = ("metrics", "timings", "evaluations")
+
+
+class LogError(RuntimeError):
+    """Log lines that a checkpoint counts are lost or broken."""
+
+
+class Logs:
+    """Appends to the logs, and cuts them to the lines that a checkpoint counts."""
+
+    def __init__(self, folder: Path):
+        """The logs of a run directory; nothing is read or written."""
+        self.folder = folder
+
+    def append(self, name: str, record: Mapping[str, Any]) -> None:
+        """Append a record to a log."""
+        files.append(self._file(name), record)
+
+    def read(self, name: str) -> list[Mapping[str, Any]]:
+        """All records of a log."""
+        return [json.loads(line) for line in self._lines(name)]
+
+    def counts(self) -> dict[str, int]:
+        """The number of lines of each log, all of which are on the disk when this returns."""
+        for name in NAMES:
+            if self._file(name).exists():
+                files.sync(self._file(name))
+        files.sync(self.folder)
+        return {name: len(self._lines(name)) for name in NAMES}
+
+    def check(self, counts: Mapping[str, int], source: str) -> None:
+        """Check that the lines that a checkpoint counts are there and can be read.
+
+        Args:
+            counts: Lines by log, as :meth:`counts` returned them.
+            source: The checkpoint, for the message.
+
+        Raises:
+            LogError: With the file and the line.
+        """
+        advice = f"restore the file, or delete {source} to go back to an earlier checkpoint"
+        for name, number in counts.items():
+            lines = self._lines(name)
+            if len(lines) < number:
+                raise LogError(
+                    f"{self._file(name)} has {len(lines)} lines, but {source} was written after {number}: "
+                    f"lines are lost; {advice}"
+                )
+            for row, line in enumerate(lines[:number], 1):
+                if not _is_object(line):
+                    raise LogError(f"{self._file(name)}, line {row} is broken; {advice}")
+
+    def cut(self, counts: Mapping[str, int]) -> None:
+        """Remove the lines after those of a checkpoint; the iterations are repeated and log them again."""
+        for name in NAMES:
+            lines, number = self._lines(name), counts.get(name, 0)
+            file = self._file(name)
+            if file.exists() and (len(lines) > number or not _ends_with_line(file)):
+                files.write_whole(file, "".join(f"{line}\n" for line in lines[:number]))
+
+    def _file(self, name: str) -> Path:
+        return self.folder / f"{name}.jsonl"
+
+    def _lines(self, name: str) -> list[str]:
+        file = self._file(name)
+        if not file.exists():
+            return []
+        return file.read_bytes().decode("utf-8", errors="replace").removesuffix("\n").split("\n")
+
+
+def _ends_with_line(file: Path) -> bool:
+    content = file.read_bytes()
+    return not content or content.endswith(b"\n")
+
+
+def _is_object(line: str) -> bool:
+    try:
+        return isinstance(json.loads(line), dict)
+    except ValueError:
+        return False

@@ -1,0 +1,144 @@
+"""The run directory: whose it is, which configuration it has, and whether its run has finished."""
+
+import hashlib
+import json
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from flowgrpo import config as configuration
+from flowgrpo.config import Config, ConfigError
+from flowgrpo.config.changes import differences, may_change
+from flowgrpo.training import checkpoints, files, lock
+
+CONFIG, FINISHED, INPUTS, SESSIONS = "config.toml", "finished.json", "inputs.json", "sessions.jsonl"
+EARLY = {lock.NAME, "config" + files.TEMPORARY}
+"""Files that may exist before the configuration is written, if a process was killed that early."""
+PROMPTS = ("prompts.train", "prompts.held_out")
+
+
+def claim(
+    config: Config, processes: int, environment: Mapping[str, Any]
+) -> tuple[lock.RunLock, str]:
+    """Lock the run directory and write the configuration into it.
+
+    Args:
+        config: The configuration of this session.
+        processes: Number of processes, for the record in ``sessions.jsonl``.
+        environment: Versions and devices, for ``environment.json``.
+
+    Returns:
+        The lock, and the changed keys in words; empty if none changed.
+
+    Raises:
+        ConfigError: If another process uses the directory, it belongs to another configuration, or it
+            is not a run directory.
+    """
+    folder = Path(config.run.folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / CONFIG
+    if not file.exists() and {p.name for p in folder.iterdir()} - EARLY:
+        raise ConfigError(
+            f"{folder} is not empty and not a run directory; choose another --set run.folder=..."
+        )
+    held = lock.RunLock(folder)
+    try:
+        inputs = _digests(config)
+        changed = _changes(folder, config, inputs) if file.exists() else {}
+        if is_finished(config):
+            return held, ""
+        _record(folder, processes, changed)
+        files.write_whole(file, configuration.dump(config))
+        files.write_whole(folder / INPUTS, json.dumps(inputs, indent=1))
+        files.write_whole(folder / "environment.json", json.dumps(environment, indent=1))
+        if (folder / FINISHED).exists():
+            files.delete(folder / FINISHED)
+    except BaseException:
+        held.release()
+        raise
+    return held, ", ".join(f"{k} {old!r} -> {new!r}" for k, (old, new) in changed.items())
+
+
+def is_finished(config: Config) -> bool:
+    """Whether the run of a configuration has finished, its export and report included."""
+    try:
+        found = json.loads((Path(config.run.folder) / FINISHED).read_text())
+        return bool(found["iterations"] == config.train.iterations)
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def mark_finished(config: Config) -> None:
+    """Note that the run has finished."""
+    done = {"iterations": config.train.iterations, "at": time.strftime("%Y-%m-%d %H:%M:%S")}
+    files.write_whole(Path(config.run.folder) / FINISHED, json.dumps(done))
+
+
+def _changes(folder: Path, config: Config, inputs: Mapping[str, str]) -> dict[str, tuple[Any, Any]]:
+    """The keys that this session changes.
+
+    Raises:
+        ConfigError: If one of them may not change, and there are results that would be mixed up.
+    """
+    there = configuration.load(str(folder / CONFIG))
+    changed = differences(there, config)
+    newest = checkpoints.newest(folder / "checkpoints")
+    if not (folder / "metrics.jsonl").exists() and newest is None:
+        # A run that stopped before its first iteration has no results; its base images are drawn again.
+        if changed:
+            files.delete(folder / "grids" / "base.safetensors")
+        return {}
+    known = _known_inputs(folder)
+    refused = [k for k in changed if not may_change(k)]
+    refused += [k for k in PROMPTS if k in changed and not (known.get(k) and known[k] == inputs[k])]
+    if refused:
+        old, new = changed[refused[0]]
+        raise ConfigError(
+            f"{folder} belongs to another configuration: {refused[0]} is {old!r} there and {new!r} now. "
+            "Choose another --set run.folder=..., or delete that one"
+        )
+    for key in PROMPTS:
+        if key not in changed and known.get(key, inputs[key]) != inputs[key]:
+            raise ConfigError(
+                f"the contents of {key} have changed since {folder} was started: restore the file, or "
+                "choose another --set run.folder=..."
+            )
+    trained = int(newest.name) if newest is not None and newest.name.isdigit() else 0
+    if trained > config.train.iterations:
+        raise ConfigError(
+            f"{folder} has already trained {trained} iterations, more than train.iterations = "
+            f"{config.train.iterations}"
+        )
+    return changed
+
+
+def _record(folder: Path, processes: int, changed: Mapping[str, tuple[Any, Any]]) -> None:
+    """Append a line about this session to ``sessions.jsonl``."""
+    newest = checkpoints.newest(folder / "checkpoints")
+    files.append(
+        folder / SESSIONS,
+        {
+            "started": time.strftime("%Y-%m-%d %H:%M:%S"),
+            "checkpoint": newest.name if newest is not None else None,
+            "processes": processes,
+            "changed": {k: {"from": old, "to": new} for k, (old, new) in changed.items()},
+        },
+    )
+
+
+def _known_inputs(folder: Path) -> dict[str, str]:
+    try:
+        found = json.loads((folder / INPUTS).read_text())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _digests(config: Config) -> dict[str, str]:
+    """The SHA-256 of the prompt files; empty for a dataset that is not a file."""
+    found = {}
+    for key, name in zip(PROMPTS, (config.prompts.train, config.prompts.held_out), strict=True):
+        path = Path(configuration.find(name))
+        found[key] = hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
+    return found

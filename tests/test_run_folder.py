@@ -1,0 +1,254 @@
+"""A run directory: one process at a time, killed at any operation, resumed with other keys."""
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import traceback
+from pathlib import Path
+
+import pytest
+import torch
+
+import flowgrpo
+from flowgrpo.config import ConfigError
+from flowgrpo.config.changes import CHANGEABLE, differences, may_change
+from flowgrpo.training import checkpoints, files, lock, run_folder
+from flowgrpo.training.explained import explained
+from flowgrpo.training.learner import Learner
+from flowgrpo.training.lock import RunLock
+from flowgrpo.training.logs import LogError
+from flowgrpo.training.session import Session
+
+METRICS = {"reward": 0.5, "group/zero_variance": 0.0, "group/diversity": 0.1, "grad_norm": 1.0}
+SETTINGS = ["train.iterations=3", "run.checkpoint_every=1", "run.device=cpu", "run.trackers=[]"]
+
+
+class Counter(Learner):
+    """In place of a learner: its weights are the number of its updates."""
+
+    def __init__(self):
+        self.weights = torch.zeros(3)
+
+    def state(self):
+        return {"weights": {"w": self.weights}}, {"num_updates": int(self.weights[0])}
+
+    def restore(self, parts, state):
+        self.weights = parts["weights"]["w"].clone()
+        assert state["num_updates"] == int(self.weights[0])
+
+
+def config(folder, *more):
+    return flowgrpo.load("quickstart", [*SETTINGS, f"run.folder={folder}", *more])
+
+
+def run(folder, *more):
+    """All that a run writes, without its model."""
+    settings, learner = config(folder, *more), Counter()
+    with Session(settings) as session, explained(session):
+        session.console.rich.quiet = True
+        if session.is_finished:
+            return
+        session.restore(learner)
+        for iteration in range(session.iteration, settings.train.iterations):
+            with session.rescue(learner, iteration):
+                scores = {"iteration": iteration, "scores": {"a": 0.1 * iteration}, "metrics": {}}
+                session.log_evaluation(scores)
+                session.save_best(learner, iteration, 0.1 * iteration)
+            learner.weights += 1
+            with session.phase("rollout"):
+                pass
+            session.log(iteration, METRICS | {"reward": float(learner.weights[0])}, 0.0)
+            session.save_if_due(learner, iteration + 1)
+        run_folder.mark_finished(settings)
+
+
+def in_a_process(folder, failpoint=None):
+    """Run in a forked process; returns its exit status, negative for a signal."""
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            files.failpoint = failpoint
+            run(folder)
+            status = 0
+        except OSError as error:
+            status = 28 if "is full." in str(error) else 1
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(status)
+    _, status = os.waitpid(child, 0)
+    return os.waitstatus_to_exitcode(status)
+
+
+def contents(folder):
+    names = ("metrics.jsonl", "evaluations.jsonl", "config.toml")
+    found = {n: (folder / n).read_text().replace(str(folder), "") for n in names}
+    for name in ("000002", "000003", "best"):
+        parts, state = checkpoints.load(folder / "checkpoints" / name)
+        found[name] = (parts["weights"]["w"].tolist(), state)
+    found["folders"] = sorted(p.name for p in (folder / "checkpoints").iterdir())
+    return found
+
+
+def at(number, act):
+    """A failpoint that acts at the operation of this number."""
+    seen = []
+
+    def failpoint(operation, path):
+        seen.append(operation)
+        if len(seen) == number + 1:
+            act(operation, path)
+
+    return failpoint
+
+
+def kill(operation, path):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def tear(operation, path):
+    """Write a part of what was to be written, and die."""
+    if operation == "write":
+        with path.open("a") as file:
+            file.write('{"iteration": 1, "rew')
+    kill(operation, path)
+
+
+def fill(operation, path):
+    raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A run that was left alone, and its operations on files."""
+    folder = tmp_path_factory.mktemp("runs") / "whole"
+    listed = folder.with_name("operations")
+
+    def note(operation, path):
+        with listed.open("a") as file:
+            file.write(f"{operation} {path}\n")
+
+    assert in_a_process(folder, note) == 0
+    return folder, listed.read_text().splitlines()
+
+
+def test_the_failpoints_are_at_all_kinds_of_operations(whole):
+    _, operations = whole
+    assert len(operations) > 80
+    assert {o.split()[0] for o in operations} == {"write", "sync", "rename", "delete"}
+    # The lines that a checkpoint counts are on the disk before it is complete.
+    number = next(
+        i for i, o in enumerate(operations) if o.startswith("rename") and ".000001.tmp" in o
+    )
+    assert any(o.startswith("sync") and o.endswith("metrics.jsonl") for o in operations[:number])
+
+
+@pytest.mark.parametrize(("act", "status"), [(kill, -9), (tear, -9), (fill, 28)])
+def test_a_run_that_fails_at_any_operation_ends_like_one_that_was_left_alone(
+    whole, tmp_path, act, status
+):
+    straight, operations = whole
+    expected = contents(straight)
+    for number in range(len(operations)):
+        folder = tmp_path / str(number)
+        assert in_a_process(folder, at(number, act)) == status, operations[number]
+        # The process that recovers may fail as well.
+        assert in_a_process(folder, at(number % 11, act)) in (status, 0)
+        assert in_a_process(folder) == 0, operations[number]
+        assert contents(folder) == expected, operations[number]
+
+
+def test_a_run_is_used_by_one_process_at_a_time(tmp_path):
+    held = RunLock(tmp_path)
+    code = f"from pathlib import Path; from flowgrpo.training.lock import RunLock; RunLock(Path({str(tmp_path)!r}))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert f"is in use by process {os.getpid()} on" in done.stderr
+    with pytest.raises(ConfigError, match="is in use by process"):  # nor by another thread
+        run(tmp_path)
+    held.release()
+    run(tmp_path)
+    assert run_folder.is_finished(config(tmp_path))
+
+
+def test_a_crash_frees_the_lock_and_another_host_is_named(tmp_path, monkeypatch):
+    if os.fork() == 0:
+        RunLock(tmp_path)
+        os._exit(9)
+    os.wait()
+    monkeypatch.setattr(lock.socket, "gethostname", lambda: "elsewhere")
+    assert "did not end by itself" in RunLock(tmp_path).warning
+
+
+def test_a_file_system_that_cannot_lock_is_named(tmp_path, monkeypatch):
+    def cannot(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(lock.fcntl, "flock", cannot)
+    assert "cannot lock ([Errno 37] No locks available)" in RunLock(tmp_path).warning
+
+
+@pytest.mark.parametrize("broken", ["[1", "", "17"])
+def test_lost_and_broken_log_lines_are_found_before_training(whole, tmp_path, broken):
+    run(tmp_path / "a", "train.iterations=2")
+    file = tmp_path / "a" / "metrics.jsonl"
+    lines = file.read_text().splitlines()
+    file.write_text("".join(f"{line}\n" for line in [broken, *lines[1:]]))
+    with pytest.raises(LogError, match=r"metrics\.jsonl, line 1 is broken"):
+        run(tmp_path / "a")
+    file.write_text(lines[0] + "\n")
+    with pytest.raises(LogError, match=r"has 1 lines, but .*000002 was written after 2"):
+        run(tmp_path / "a")
+
+
+def test_keys_that_may_change_are_recorded_and_others_refused_by_name(tmp_path):
+    run(tmp_path / "a", "train.iterations=2")
+    allowed = ["train.lr=3e-5", "train.train_batch=7", "memory.decode_batch=2", "run.threads=1"]
+    run(tmp_path / "a", *allowed)
+    last = json.loads((tmp_path / "a" / "sessions.jsonl").read_text().splitlines()[-1])
+    assert last["checkpoint"] == "000002"
+    assert last["changed"]["train.lr"] == {"from": 1.5e-4, "to": 3e-5}
+    assert last["changed"].keys() == {
+        "train.iterations", "train.lr", "train.train_batch", "memory.decode_batch", "run.threads",
+    }  # fmt: skip
+    for key, value in [("train.groups", 24), ("run.seed", 5), ("rewards.0.weight", 3.0)]:
+        with pytest.raises(ConfigError, match=rf"{key} is .* there and {value} now"):
+            run(tmp_path / "a", *allowed, f"{key}={value}")
+    with pytest.raises(ConfigError, match="has already trained 3 iterations, more than"):
+        run(tmp_path / "a", *allowed, "train.iterations=2")
+
+
+def test_a_prompt_file_may_move_but_not_change(tmp_path):
+    one, other = tmp_path / "one.txt", tmp_path / "other.txt"
+    one.write_text("a circle\na square\n")
+    other.write_text(one.read_text())
+    files_of = "prompts.held_out={}"
+    run(tmp_path / "a", "train.iterations=2", files_of.format(one))
+    run(tmp_path / "a", "train.iterations=3", files_of.format(other))
+    other.write_text("a circle\n")
+    with pytest.raises(ConfigError, match=r"contents of prompts\.held_out have changed"):
+        run(tmp_path / "a", "train.iterations=4", files_of.format(other))
+    with pytest.raises(ConfigError, match=r"prompts\.held_out is "):
+        run(
+            tmp_path / "a",
+            "train.iterations=4",
+            files_of.format(one.with_name("other.txt").rename(tmp_path / "third.txt")),
+        )
+
+
+def test_the_table_of_changeable_keys_names_keys_and_is_in_the_docs():
+    settings = config("nowhere")
+    for key in CHANGEABLE:
+        table, _, name = key.partition(".")
+        assert name == "*" or hasattr(getattr(settings, table), name), key
+    assert not may_change("run.seed")
+    assert not may_change("memory.quantize")
+    assert not may_change("train.groups")
+    assert differences(settings, config("elsewhere")) == {}
+    page = (Path(__file__).parents[1] / "docs" / "configuration.md").read_text()
+    for key, effect in CHANGEABLE.items():
+        assert f"| `{key}` | {effect} |" in page
