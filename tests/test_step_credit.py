@@ -380,6 +380,29 @@ def test_width_pruning_silences_paths(width, extremes, kept):
     assert torch.equal(found, torch.where(silenced, 0.0, full))
 
 
+def test_released_pruning():
+    """Depths are dropped while their window moves to the noise; halves are kept after the last split."""
+    tree = BranchGRPO(pruned=(14, 15, 16, 17), pruned_every=30, pruned_until=8)
+    tree.check(20)
+    every = set(range(19))
+    for iteration, first in ((0, 14), (29, 14), (30, 13), (180, 8), (999, 8)):
+        pruned = every - set(tree.trained_steps(20, iteration, Random(0)))
+        assert pruned == set(range(first, first + 4))
+    # Step 2 is the last split, so only step 3 is halved: there every branch has one action.
+    rewards = leaf_rewards(1.0, 2.0, 6.0, 4.0)
+    full = TREE.advantages(made(BRANCHES, rewards))
+    one_each = replace(TREE, width="half_of_branch").advantages(made(BRANCHES, rewards))
+    assert torch.equal(one_each, full)
+    half = replace(TREE, width="half_of_tree").advantages(made(BRANCHES, rewards))
+    kept = torch.tensor([1, 1, 1, 1, 1, 1, 1, 1, 1, 0, 1, 0])
+    assert torch.equal(half, full * kept)
+    # With splits at steps 0 and 1, steps 2 and 3 are halved: of equal advantages, the first is kept.
+    early = replace(TREE, splits=(0, 1), width="half_of_branch")
+    branches = [(0, s, k) for k, width in ((0, 2), (1, 1), (2, 1), (3, 1)) for s in range(0, 4, width)]  # fmt: skip
+    found = early.advantages(made(branches, rewards))
+    assert (found != 0).tolist() == [True] * 10 + [False] * 4
+
+
 def test_width_pruning_passes_over_failed_leaves():
     algorithm = replace(TREE, width="extremes", extremes=2)
     found = algorithm.advantages(made(BRANCHES, leaf_rewards(math.nan, 2.0, 6.0, 4.0)))

@@ -309,7 +309,7 @@ class BranchGRPO(AlgorithmBase):
     def _kept_of(self, reward: Float[Tensor, " leaves"]) -> Bool[Tensor, " leaves"]:
         """The leaves of one tree that are kept."""
         finite = reward.isfinite()
-        if self.width == "all":
+        if self.width not in ("best_of_siblings", "extremes"):
             return finite
         kept = torch.zeros_like(finite)
         if self.width == "best_of_siblings":
