@@ -316,7 +316,7 @@ def test_nft_trains_on_what_is_neither_good_nor_bad_if_asked():
     x0 = torch.zeros(2, 4, requires_grad=True)
     inputs = noised(x0, old, sample, torch.zeros(2))
     inputs = replace(inputs, has_reward=torch.tensor([True, False]))
-    loss = NFTLoss(zero_advantage="train", kl_coef=0)
+    loss = NFTLoss(zero_advantage="train", kl_coef=0.0)
     assert loss.needs.all_actions
     found = loss(inputs).loss
     wanted = 5 * nft_loss(x0[:1], old[:1], sample[:1], torch.tensor([0.5]), 1.0)
@@ -325,7 +325,7 @@ def test_nft_trains_on_what_is_neither_good_nor_bad_if_asked():
     assert x0.grad is not None
     assert x0.grad[0].abs().max() > 0.1
     assert (x0.grad[1] == 0).all()
-    assert NFTLoss(kl_coef=0)(inputs).loss.tolist() == [0, 0]
+    assert NFTLoss(kl_coef=0.0)(inputs).loss.tolist() == [0, 0]
 
 
 def test_nft_on_the_old_policy_needs_an_opinion():

@@ -5,13 +5,14 @@ import subprocess
 import sys
 import weakref
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from flowgrpo.core.random import SampleNoise
+from flowgrpo.core.random import Random, SampleNoise
 from flowgrpo.core.transitions import CPS, DDIM, ODE, FlowSDE
 from flowgrpo.data.prompts import Prompt
 from flowgrpo.policy import Full, PipelinePolicy
@@ -388,7 +389,9 @@ def test_the_steps_of_every_family_can_be_compared(name: str, make_policy: MakeP
 
 
 @pytest.mark.parametrize("name", ["flux", "wan_t2v"])
-def test_a_fixed_shift_replaces_the_grid_of_the_pipeline(name: str, make_policy: MakePolicy) -> None:
+def test_a_fixed_shift_replaces_the_grid_of_the_pipeline(
+    name: str, make_policy: MakePolicy
+) -> None:
     """DanceGRPO's grid for shift 3 and four steps, by hand: u = 1, 3/4, 1/2, 1/4, 0."""
     policy = make_policy(name, sampling=sampling_of(name, num_steps=4))
     noise = SampleNoise([Random(0)])

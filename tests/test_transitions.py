@@ -362,6 +362,8 @@ def test_the_linear_schedule_is_that_of_the_released_video_script():
     prediction = Prediction.from_velocity(x, velocity, sigma)
     found = FlowSDE(noise_level=1.0, schedule="linear")(x, prediction, step)
     g, dt = 0.72, after - sigma
-    mean = x * (1 + g**2 / (2 * sigma) * dt) + velocity * (1 + g**2 * (1 - sigma) / (2 * sigma)) * dt
+    mean = (
+        x * (1 + g**2 / (2 * sigma) * dt) + velocity * (1 + g**2 * (1 - sigma) / (2 * sigma)) * dt
+    )
     torch.testing.assert_close(found.mean, mean)
     assert found.std == pytest.approx(g * 0.2**0.5)

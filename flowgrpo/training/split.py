@@ -51,7 +51,7 @@ def split_steps(
         updates: Number of optimizer steps.
         steps: The trained steps on all processes, ascending.
     """
-    return torch.searchsorted(steps, actions.step) * updates // len(steps)
+    return torch.searchsorted(steps, actions.step.contiguous()) * updates // len(steps)
 
 
 def split_actions(actions: Actions, updates: int, random: Random) -> Int[Tensor, " actions"]:
