@@ -5,9 +5,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 import flowgrpo
-import torch
 from flowgrpo.config import find
 from flowgrpo.config.reference import to_table
 from flowgrpo.losses.clipped import ClippedLoss
