@@ -320,6 +320,20 @@ def test_the_anchor_is_all_that_is_left_without_variance():
     assert (algorithm.advantages(made(actions, below)) == 0).all()
 
 
+def test_an_anchor_that_saturates_is_told(recwarn):
+    """PickScore's scale, 18 to 26, puts most anchored steps at the clip; 1/26 of it does not."""
+    actions = list(product([0], range(4), range(T - 1)))
+    keys = list(product([0], range(4), range(T)))
+    rewards = {(0, i, s, int(s == T - 1)): 20.0 + i + 0.1 * s for _, i, s in keys}
+    with pytest.warns(UserWarning, match="VGPO's anchor saturates"):
+        found = VGPO(anchor=0.1).advantages(made(actions, rewards))
+    assert (found.view(4, T - 1)[:, 0] == 5).all()
+    recwarn.clear()
+    VGPO(anchor=0.1).advantages(made(actions, {k: r / 26 for k, r in rewards.items()}))
+    VGPO(anchor=0.0).advantages(made(actions, rewards))
+    assert not recwarn.list
+
+
 def test_vgpo_refuses_negative_rewards_if_told_to():
     actions = list(product([0], range(2), range(T - 1)))
     rewards = {(0, i, s, 0): i - 0.25 for i, s in product(range(2), range(T))}
