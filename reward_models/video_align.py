@@ -43,8 +43,8 @@ class VideoAlign:
 
     Each is ``(w . h - mean) / std`` of the last hidden state ``h`` at its special token: standard
     deviations from the mean of the authors' data, usually -3 to 3; their sum is the authors'
-    "Overall". ``normalize = false`` leaves out the mean and the deviation, as DanceGRPO does, which
-    trained on VQ alone and found TA unstable.
+    "Overall". ``normalize = false`` leaves out the mean and the deviation. DanceGRPO's code uses the
+    normalised scores, and VQ alone in its script for HunyuanVideo.
 
     The default is ``KlingTeam/VideoReward`` (code MIT, card Apache-2.0; about 5 GB in bfloat16):
     Qwen2-VL-2B with a LoRA, which is merged here, with the authors' question. Videos are shown

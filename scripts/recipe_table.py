@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from flowgrpo.cli.config import EVIDENCE
 from flowgrpo.config import load
 from flowgrpo.config.files import find
 from flowgrpo.config.reference import to_table
@@ -21,13 +22,6 @@ from scripts.page_tables import markdown_table, write_marked_text
 
 MARKER = "recipes"
 CONFIGS = find("quickstart").parent
-LEVELS = {
-    "tiny": "runs whole on tiny parts",
-    "device": "runs at real size on a device, with random weights",
-    "rises": "its reward rises on real weights",
-    "reproduces": "reproduces the published result",
-}
-"""Evidence that a recipe works, weakest first. Every recipe is also validated: it loads and is checked."""
 WIDTH = 104
 
 
@@ -39,7 +33,7 @@ class Recipe:
         name: Name of its file in ``configs``.
         method: The method and its paper.
         source: The files that the published values come from.
-        evidence: A key of :data:`LEVELS`.
+        evidence: A key of :data:`flowgrpo.cli.config.EVIDENCE`.
         notes: Differences that no key expresses.
         published: Published values by dotted key.
         why: The reason for each key where the recipe differs.
@@ -129,7 +123,7 @@ def table() -> str:
             recipe.source,
             str(len(recipe.published) - len(recipe.different)),
             "<br>".join([*differences, *recipe.notes]),
-            LEVELS[recipe.evidence],
+            EVIDENCE[recipe.evidence],
         )
         rows.append(cells)
     heads = ("recipe", "method", "source", "equal keys", "differences", "evidence")
@@ -139,6 +133,8 @@ def table() -> str:
 def _shown(value: Any) -> str:
     if isinstance(value, bool):
         return str(value).lower()
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{k} = {_shown(v)}" for k, v in value.items()) + "}"
     if isinstance(value, float):
         return f"{value:g}"
     return repr(value).replace("'", '"') if isinstance(value, str | list) else str(value)

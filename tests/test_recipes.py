@@ -8,13 +8,14 @@ import pytest
 import torch
 
 import flowgrpo
+from flowgrpo.cli.config import EVIDENCE
 from flowgrpo.config import find
 from flowgrpo.config.reference import to_table
 from flowgrpo.losses.clipped import ClippedLoss
 from flowgrpo.memory.meta_pipeline import build
 from flowgrpo.policy.weights import Trainable
 from scripts.page_tables import marked_text
-from scripts.recipe_table import CONFIGS, LEVELS, header, recipes, table, value_at
+from scripts.recipe_table import CONFIGS, header, recipes, table, value_at
 from tests.tiny import FAMILIES, save
 
 RECIPES = {
@@ -45,6 +46,7 @@ RECIPES = {
     "sd35_medium_guard": "sd3",
     "sd35_medium_fast": "sd3",
     "qwen_image": "qwen_image",
+    "hunyuan_dance": "hunyuan_video",
 }
 SMALLER = {
     # The judge needs a server.
@@ -52,6 +54,10 @@ SMALLER = {
     "flux_g2rpo": ["algorithm.steps.size=2", "train.updates=2"],
     "flux_branch": ["algorithm.splits=[1]"],
     "sd35_medium_tempflow": ["algorithm.seeds=1"],
+    "hunyuan_dance": [
+        "algorithm.best_of=2",
+        "sampling.call={max_sequence_length=16, prompt_template={template='{}', crop_start=0}}",
+    ],
 }
 """What six steps and a group of two need."""
 
@@ -118,7 +124,7 @@ PUBLISHED = recipes()
 @pytest.mark.parametrize("recipe", PUBLISHED, ids=lambda r: r.name)
 def test_a_recipe_has_the_published_values_or_says_why_not(recipe):
     assert set(recipe.different) == set(recipe.why), "a value drifted, or a reason has become idle"
-    assert recipe.evidence in LEVELS
+    assert recipe.evidence in EVIDENCE
     file = CONFIGS / f"{recipe.name}.toml"
     assert header(recipe) in file.read_text(), "run python -m scripts.recipe_table docs/recipes.md"
 
