@@ -203,8 +203,8 @@ class FlowPolicyScheduler(_PlannedSteps, FlowMatchEulerDiscreteScheduler):
         if mu is not None and not self.config.use_dynamic_shifting:
             mu = None
         if self.fixed_shift is not None:
-            given = timesteps if sigmas is None else sigmas
-            self._set_shifted(num_inference_steps if given is None else len(given), device)
+            grid = timesteps if sigmas is None else sigmas
+            self._set_shifted(num_inference_steps if grid is None else len(grid), device)
         elif self.source is None:
             super().set_timesteps(num_inference_steps, device, sigmas, mu, timesteps)
         else:
