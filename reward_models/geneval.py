@@ -81,7 +81,8 @@ class GenEval:
         """
         Args:
             mode: The rule; see above.
-            compat: ``flow_grpo`` reproduces an error in its rule for positions (``soft`` only).
+            compat: ``flow_grpo`` reproduces an error in its rule for positions (``soft`` only). Results
+                of Flow-GRPO and of methods that use its server have this error.
             detector: Hub id or folder of a Mask2Former for COCO instances, or any detector.
             color_model: Architecture name of open_clip, or ``hf-hub:...`` / ``local-dir:...``.
             color_pretrained: Weights of that architecture: a tag of open_clip or a file.

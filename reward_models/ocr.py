@@ -24,8 +24,8 @@ class OCR:
 
     ``edit``: ``1 - min(d, n) / n`` with ``n`` the length of the wanted text and ``d`` its
     Levenshtein distance from all that was read, or 0 if the read text contains the wanted text;
-    further text then has no cost. ``exact``: 1 if the read text equals the wanted text, else 0.
-    Both ignore case and blanks.
+    further text then has no cost. ``whole``: the same without this rule, as Flow-GRPO's reward for
+    videos. ``exact``: 1 if the read text equals the wanted text, else 0. All ignore case and blanks.
 
     The wanted text is the prompt's ``metadata["text"]``, or else the only part of the prompt in
     double quotes. An image with NaN scores NaN; an error of the engine is an error here.
@@ -38,14 +38,15 @@ class OCR:
 
     def __init__(
         self,
-        mode: Literal["edit", "exact"] = "edit",
+        mode: Literal["edit", "whole", "exact"] = "edit",
         longest_side: int = 320,
         threads: int = 0,
         reader: Reader | None = None,
     ):
         """
         Args:
-            mode: Partial credit by edit distance, or all or nothing.
+            mode: Partial credit by edit distance, with or without the rule for further text, or all or
+                nothing.
             longest_side: Longest side of the image in text detection; recognition uses the full
                 size. 320 suits 256 to 512 pixels; raise it for small print in large images.
             threads: Threads of the engine; 0 for onnxruntime's default.
@@ -55,9 +56,9 @@ class OCR:
             ValueError: If an option is out of range.
             ImportError: If the default engine is not installed.
         """
-        if mode not in ("edit", "exact") or longest_side < 32 or threads < 0:
+        if mode not in ("edit", "whole", "exact") or longest_side < 32 or threads < 0:
             raise ValueError(
-                "mode must be 'edit' or 'exact', longest_side at least 32 and threads at least 0, "
+                "mode must be 'edit', 'whole' or 'exact', longest_side at least 32 and threads at least 0, "
                 f"got {mode!r}, {longest_side}, {threads}"
             )
         self.mode = mode
@@ -92,7 +93,8 @@ class OCR:
         """The score of a read text. Both texts are without blanks and in lower case."""
         if self.mode == "exact":
             return float(read == target)
-        distance = 0 if target in read else edit_distance(read, target)
+        contained = self.mode == "edit" and target in read
+        distance = 0 if contained else edit_distance(read, target)
         return 1 - min(distance, len(target)) / len(target)
 
 

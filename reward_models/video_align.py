@@ -43,10 +43,10 @@ class VideoAlign:
 
     Each is ``(w . h - mean) / std`` of the last hidden state ``h`` at its special token: standard
     deviations from the mean of the authors' data, usually -3 to 3; their sum is the authors'
-    "Overall". ``normalize = false`` leaves out the mean and the deviation, as DanceGRPO does, which
-    trained on VQ alone and found TA unstable.
+    "Overall". ``normalize = false`` leaves out the mean and the deviation. DanceGRPO's code uses the
+    normalised scores, and VQ alone in its script for HunyuanVideo.
 
-    The default is ``KwaiVGI/VideoReward`` (code MIT, card Apache-2.0; about 5 GB in bfloat16):
+    The default is ``KlingTeam/VideoReward`` (code MIT, card Apache-2.0; about 5 GB in bfloat16):
     Qwen2-VL-2B with a LoRA, which is merged here, with the authors' question. Videos are shown
     at 2 frames per second (an even number, at least 4), frames of 100,352 to 200,704 pixels in
     whole tokens of 28x28, resized by the antialiased bicubic filter. The score therefore depends on
@@ -61,7 +61,7 @@ class VideoAlign:
 
     def __init__(
         self,
-        model: str = "KwaiVGI/VideoReward",
+        model: str = "KlingTeam/VideoReward",
         file: str = "checkpoint-11352/model.pth",
         base: str = "Qwen/Qwen2-VL-2B-Instruct",
         weights: Mapping[str, float] | None = None,

@@ -28,6 +28,11 @@ DIMENSIONS = {
     "alignment": "text-to-video alignment",
     "physics": "physical/common-sense consistency",
 }
+NAMES = {
+    **{key: re.escape(name) for key, name in DIMENSIONS.items()},
+    "physics": r"physical(?:\s*/\s*common-sense)? consistency",
+}
+"""Patterns of the dimensions' names; answers shorten the last one."""
 BETWEEN = r"(?:(?!visual|text-to-video|physical)[^\d\n(;])*"
 """Text between a dimension's name and its score: its description, but no other dimension."""
 FRAME_PIXELS = 768 * 28 * 28
@@ -46,10 +51,13 @@ class VideoScore2:
     writes its reasoning first, which takes seconds per video. Videos are shown at 2 frames per
     second (an even number, at least 4), frames of 100,352 to 602,112 pixels. Decoding is greedy,
     where the released script samples at temperature 0.7: a reward should not change from call to
-    call.
+    call. The script also takes its shares after this temperature; ``temperature = 0.7`` does so. A
+    "4" with a share of 0.7, beside another digit with 0.3, has the soft score 2.8 at temperature 1
+    and 3.08 at 0.7.
 
     The released model repeats the descriptions of the dimensions before its scores, which the
-    released script does not find; here both forms are read, after the thoughts. The template is the
+    released script does not find; here both forms are read, after the thoughts, or inside them if
+    there are none after them. The template is the
     released script's, with its blanks. It was not tested with the published weights, which were not
     available.
 
@@ -63,6 +71,7 @@ class VideoScore2:
         weights: Mapping[str, float] | None = None,
         fps: float = 0.0,
         max_new_tokens: int = 1024,
+        temperature: float = 1.0,
         batch_size: int = 4,
         dtype: Precision = "bfloat16",
         device: str = "auto",
@@ -75,6 +84,7 @@ class VideoScore2:
                 all a third if unset.
             fps: Frames per second of videos whose prompts' metadata have no ``fps``.
             max_new_tokens: Longest answer; a longer one has no scores.
+            temperature: Temperature of the shares of the digits, above 0; the released script has 0.7.
             batch_size: Videos in one batch.
             dtype: Precision of the model.
             device: ``auto`` takes a GPU if there is one.
@@ -95,6 +105,9 @@ class VideoScore2:
                 "batch_size and max_new_tokens must be at least 1 and fps at least 0, "
                 f"got {batch_size}, {max_new_tokens}, {fps}"
             )
+        if not 0 < temperature < math.inf:
+            raise ValueError(f"temperature must be above 0, got {temperature}")
+        self.temperature = temperature
         self.factors = torch.tensor([float(factors.get(name, 0)) for name in DIMENSIONS])
         self.score, self.fps, self.batch_size = score, fps, batch_size
         self.max_new_tokens = max_new_tokens
@@ -169,16 +182,23 @@ class VideoScore2:
     ) -> list[float]:
         """The scores in one answer."""
         text = self.processor.tokenizer.decode(ids)
+        patterns = [
+            re.compile(rf"{name}{BETWEEN}([1-5])(?!\d|\.\d)", re.IGNORECASE)
+            for name in NAMES.values()
+        ]
         begin = text.rfind("</think>") + 1
+        if not any(pattern.search(text, begin) for pattern in patterns):
+            begin = 0
         scores = []
-        for name in DIMENSIONS.values():
-            pattern = rf"{re.escape(name)}{BETWEEN}([1-5])(?!\d|\.\d)"
-            found = list(re.compile(pattern, re.IGNORECASE).finditer(text, begin))
+        for name, pattern in zip(DIMENSIONS.values(), patterns, strict=True):
+            found = list(pattern.finditer(text, begin))
             if not found:
                 log.warning("no %s in VideoScore2's answer to %r: %r", name, prompt.text, text)
                 scores.append(math.nan)
                 continue
             at = shares[token_at(self.processor.tokenizer, ids, found[-1].start(1))]
+            if self.temperature != 1:
+                at = sharpened(at, self.temperature)
             scores.append(
                 {
                     "hard": float(found[-1][1]),
@@ -187,3 +207,11 @@ class VideoScore2:
                 }[self.score]
             )
         return scores
+
+
+def sharpened(
+    shares: Float[Tensor, "*tokens digits"], temperature: float
+) -> Float[Tensor, "*tokens digits"]:
+    """The shares of digits that the model's logits have at another temperature than 1."""
+    raised = shares ** (1 / temperature)
+    return raised / raised.sum(-1, keepdim=True)

@@ -32,7 +32,12 @@ class VLMPairwise:
       reasoning, 0.5 for an explicit tie.
     - ``flex``: UnifiedReward-Flex. Each winner in its JSON is worth 1, 0 or 0.5; the result is
       ``(o * winner + d * mean(first three categories)) / (o + d)`` with ``(o, d) = flex_weights``,
-      and ``winner`` alone if there are no categories.
+      and ``winner`` alone if there are no categories. ``category_weights`` are the weights in that
+      mean. In Pref-GRPO's released code the weight of the last category takes the place of ``d``
+      (``flex_rule = "released"``), so that (0.3 o + 0.7 m) can become (0.3 o + 1.0 m) / 1.3 and the
+      winner can change. The code combines win rates of a group, by the names of categories in order
+      of appearance; for answers with the same categories in the same order this is the mean of the
+      verdicts here.
 
     A pair without a verdict is NaN; Pref-GRPO's released code counts it as a tie. With ``swap``
     each pair is also shown in the other order, and the result is ``(a + 1 - b) / 2``, which costs
@@ -52,6 +57,8 @@ class VLMPairwise:
         rubric: str = DEFAULT_RUBRIC,
         template: str = "",
         flex_weights: Sequence[float] = (0.3, 0.7),
+        category_weights: Sequence[float] = (),
+        flex_rule: Literal["weighted", "released"] = "weighted",
         frames: int = 8,
         longest_side: int = 0,
         max_tokens: int = 4096,
@@ -72,6 +79,10 @@ class VLMPairwise:
             template: A ``.txt`` file with ``$first``, ``$second``, and ``$prompt`` and ``$rubric``
                 as needed; by default the one that comes with ``answer``.
             flex_weights: Weights of the overall winner and of the categories.
+            category_weights: Weights of the categories in the order of the answer; 1 where none is
+                given.
+            flex_rule: Whether the second of ``flex_weights`` is used (``weighted``), or in its place
+                the weight of an answer's last category.
             frames: Most frames of each video that are shown.
             longest_side: Larger pictures are shrunk to this length; 0 keeps them.
             max_tokens: Longest ``think`` and ``flex`` answer.
@@ -90,6 +101,13 @@ class VLMPairwise:
                 "flex_weights must be two numbers, not negative and not both 0; got "
                 f"{list(flex_weights)}"
             )
+        if min(category_weights, default=1) <= 0 or flex_rule not in ("weighted", "released"):
+            raise ValueError(
+                "category_weights must be above 0 and flex_rule 'weighted' or 'released', got "
+                f"{list(category_weights)} and {flex_rule!r}"
+            )
+        self.category_weights = [float(w) for w in category_weights]
+        self.flex_rule = flex_rule
         check_pictures(frames, longest_side, max_tokens)
         self.answer, self.swap, self.rubric = answer, swap, rubric
         self.template = Template.load(
@@ -134,7 +152,8 @@ class VLMPairwise:
         return {"choice": _choice, "think": think_verdict, "flex": self._flex}[self.answer]
 
     def _flex(self, answer: Answer) -> float | None:
-        return flex_verdict(answer, self.flex_weights)
+        released = self.flex_rule == "released"
+        return flex_verdict(answer, self.flex_weights, self.category_weights, released)
 
 
 def _choice(answer: Answer) -> float | None:
@@ -153,8 +172,20 @@ def think_verdict(answer: Answer) -> float | None:
     return 0.5 if not named and TIE.search(blocks[-1]) else None
 
 
-def flex_verdict(answer: Answer, weights: tuple[float, float]) -> float | None:
-    """The weighted winners in the JSON object of the answer."""
+def flex_verdict(
+    answer: Answer,
+    weights: tuple[float, float],
+    category_weights: Sequence[float] = (),
+    released: bool = False,
+) -> float | None:
+    """The weighted winners in the JSON object of the answer.
+
+    Args:
+        answer: An answer with a JSON object.
+        weights: Weights of the overall winner and of the mean over categories.
+        category_weights: Weights in that mean, in the order of the answer; 1 where none is given.
+        released: Whether the last category's weight replaces the second of ``weights``.
+    """
     found = _object_with_winner(answer.text)
     if found is None:
         return None
@@ -169,7 +200,11 @@ def flex_verdict(answer: Answer, weights: tuple[float, float]) -> float | None:
         return None
     if not known:
         return overall
-    return (weights[0] * overall + weights[1] * sum(known) / len(known)) / sum(weights)
+    missing = len(known) - len(category_weights)
+    own = [*category_weights, *[1.0] * missing][: len(known)]
+    mean = sum(w * value for w, value in zip(own, known, strict=True)) / sum(own)
+    rest = own[-1] if released else weights[1]
+    return (weights[0] * overall + rest * mean) / (weights[0] + rest)
 
 
 def _object_with_winner(text: str) -> dict[str, Any] | None:

@@ -15,7 +15,7 @@ from flowgrpo.data.prompts import Prompt
 from reward_models.shared.generation import token_at
 from reward_models.shared.templates import template
 from reward_models.unified_reward import UnifiedReward, read_grades
-from reward_models.video_score2 import VideoScore2
+from reward_models.video_score2 import VideoScore2, sharpened
 from tests import zoo
 
 PROMPT = Prompt("a photo of a cat")
@@ -211,6 +211,12 @@ def test_video_score2_soft_expected_and_hard(scorer: Path) -> None:
     assert soft[0] < 2.5
     assert make().dimensions(white, [PROMPT])[0].tolist() == pytest.approx(soft, rel=2e-2)
     assert make()(white, [PROMPT]).item() == pytest.approx(sum(soft) / 3, rel=2e-2)
+    # The released script takes its shares after temperature 0.7: 3.08 in place of 2.8.
+    digits = torch.tensor([[0.0, 0.0, 0.3, 0.7, 0.0]])
+    assert 4 * float(sharpened(digits, 0.7)[0, 3]) == pytest.approx(3.08, abs=5e-3)
+    sharp = [d * share({k: v / 0.7 for k, v in DOUBTS[str(d)].items()}, d) for d in (3, 4, 2)]
+    found = make(temperature=0.7).dimensions(white, [PROMPT])[0].tolist()
+    assert found == pytest.approx(sharp, rel=2e-2)
     hard = make(score="hard")
     assert hard.dimensions(white, [PROMPT]).tolist() == [[3.0, 4.0, 2.0]]
     weighted = make(score="hard", weights={"visual": 2.0, "physics": -1.0})
@@ -260,6 +266,10 @@ def test_video_score2_in_batches_and_without_scores(
         (
             "visual quality: 1 at first sight\nno, visual quality: 3\n"
             "text-to-video alignment: 4\nphysical/common-sense consistency: 2",
+            [3, 4, 2],
+        ),
+        (
+            "<think>visual quality: 3; text-to-video alignment: 4; physical consistency: 2</think>",
             [3, 4, 2],
         ),
         ("visual quality: poor; (2) text-to-video alignment: 4", [math.nan, 4, math.nan]),

@@ -474,3 +474,18 @@ def test_all_steps_end_before_the_last() -> None:
     with pytest.raises(ValueError, match="only steps 0 to 3 can be stochastic"):
         replace(FAST, steps=Window(start=3, size=2)).check(T)
     FlowGRPO(steps=AllSteps()).check(2)
+
+
+def test_noise_in_the_last_step_stays_in_the_image(
+    policies: Callable[[str], PipelinePolicy], scorer: MakeJudge
+) -> None:
+    """The actions are the same; the image has the noise of the last step, which is not an action."""
+    policy = policies("sd3")
+    plain, noisy = (
+        replace(FLOW, noise_last=last).collect(policy, GROUPS[:1], scorer(), RANDOM, ITERATION)
+        for last in (False, True)
+    )
+    assert torch.equal(plain.actions.x_next, noisy.actions.x_next)
+    assert set(noisy.actions.step.tolist()) == set(range(T - 1))
+    half = len(seen) // 2
+    assert not torch.equal(torch.cat(seen[:half]), torch.cat(seen[half:]))

@@ -310,6 +310,24 @@ def test_nft_pulls_to_good_samples_and_from_bad_ones():
     assert (x0.grad[2] == 0).all()
 
 
+def test_nft_trains_on_what_is_neither_good_nor_bad_if_asked():
+    """The gradient is that of r = 1/2 where the reward is known, and none where it failed."""
+    old, sample = torch.tensor([[0.3, -0.5, 0.1, 0.8]]).repeat(2, 1), torch.ones(2, 4)
+    x0 = torch.zeros(2, 4, requires_grad=True)
+    inputs = noised(x0, old, sample, torch.zeros(2))
+    inputs = replace(inputs, has_reward=torch.tensor([True, False]))
+    loss = NFTLoss(zero_advantage="train", kl_coef=0.0)
+    assert loss.needs.all_actions
+    found = loss(inputs).loss
+    wanted = 5 * nft_loss(x0[:1], old[:1], sample[:1], torch.tensor([0.5]), 1.0)
+    torch.testing.assert_close(found, torch.cat([wanted.detach(), torch.zeros(1)]))
+    found.sum().backward()
+    assert x0.grad is not None
+    assert x0.grad[0].abs().max() > 0.1
+    assert (x0.grad[1] == 0).all()
+    assert NFTLoss(kl_coef=0.0)(inputs).loss.tolist() == [0, 0]
+
+
 def test_nft_on_the_old_policy_needs_an_opinion():
     """At r = 1/2 the two implicit policies balance."""
     old, sample = torch.zeros(1, 4), torch.ones(1, 4)

@@ -34,6 +34,7 @@ from flowgrpo.policy.weights import swapped
 from flowgrpo.rewards.scorer import RewardScorer
 from flowgrpo.rewards.settings import Reward
 from flowgrpo.training.learner import Learner
+from flowgrpo.training.split import has_advantage, split_actions, split_samples, split_steps
 from tests.conftest import MakePolicy, sampling_of
 
 HERE = "tests.test_objectives"
@@ -185,15 +186,14 @@ def test_guard_gradient_is_that_of_every_action_alone(name, algorithm, learn: Le
         torch.testing.assert_close(got, want, atol=1e-3 * scale, rtol=0)
 
 
-def slow_gradient(learner: Learner, experience: Experience, advantages: Tensor, groups: Sequence[int]) -> list[Tensor]:  # fmt: skip
-    """The gradient of one optimizer step on some groups, by plain formulas and one action at a time.
+def slow_gradient(learner: Learner, experience: Experience, advantages: Tensor, rows: Sequence[int]) -> list[Tensor]:  # fmt: skip
+    """The gradient of one optimizer step on some actions, by plain formulas and one action at a time.
 
     ``-min(A r, A clip(r))`` for each kind of ratio, or ``-A r`` with a stop beyond the KL bound, plus
     ``kl_coef`` times the KL of normals of one standard deviation.
     """
     loss, a, terms = learner.loss, experience.actions, []
     assert isinstance(loss, ClippedLoss)
-    rows = [i for i in range(len(a)) if int(a.group[i]) in groups]
     for i in rows:
         prompt, step = [GROUPS[int(a.group[i])].prompt], int(a.step[i])
         x, x_next = a.states[a.state[i]][None], a.x_next[i][None]
@@ -245,8 +245,8 @@ def test_every_optimizer_step_follows_the_gradient_of_the_plain_formulas(loss, l
 
     def compute(*_: object) -> None:
         with torch.enable_grad():
-            group = order[len(expected)]
-            expected.append(slow_gradient(learner, experience, advantages, [group]))
+            rows = (experience.actions.group == order[len(expected)]).nonzero().flatten().tolist()
+            expected.append(slow_gradient(learner, experience, advantages, rows))
 
     learner.adam.register_step_pre_hook(compute)
     metrics = learner.update(experience, advantages, RANDOM)
@@ -266,6 +266,101 @@ def test_kept_means_serve_the_second_update(loss, learn: Learn):
     # The first update is on-policy; the second is not, and its ratios are of the kept means.
     assert metrics["log_prob/noise"] < 1e-5 < metrics["ratio/deviation"]
     assert (metrics["ratio/clip_fraction"] > 0) is (loss.clip == "kl")
+
+
+@pytest.mark.parametrize("split", ["samples", "steps", "actions"])
+def test_an_optimizer_step_trains_on_its_part_of_every_group(split, learn: Learn):
+    learner, experience = learn(
+        "sd3", FAST, ClippedLoss(clip_range=1e-3, kl_coef=0.05), updates=2, split=split
+    )
+    advantages, a = FAST.advantages(experience), experience.actions
+    seen: list[set[tuple[int, ...]]] = [set()]
+    inputs_of = learner.replay.inputs
+
+    def noted(experience: Experience, batch: Actions, *rest: object) -> LossInputs:
+        keys = zip(batch.group.tolist(), batch.sample.tolist(), batch.step.tolist(), strict=True)
+        seen[-1].update(keys)
+        return inputs_of(experience, batch, *rest)  # type: ignore[arg-type]
+
+    learner.replay.inputs = noted  # type: ignore[method-assign]
+    all_keys = list(zip(a.group.tolist(), a.sample.tolist(), a.step.tolist(), strict=True))
+    taken, expected = gradients_of(learner), []
+
+    def compute(*_: object) -> None:
+        with torch.enable_grad():
+            rows = [i for i, key in enumerate(all_keys) if key in seen[-1]]
+            expected.append(slow_gradient(learner, experience, advantages, rows))
+        seen.append(set())
+
+    learner.adam.register_step_pre_hook(compute)
+    learner.update(experience, advantages, RANDOM)
+    first, second = seen[:2]
+    assert first.isdisjoint(second)
+    assert first | second == set(all_keys)
+    assert len(first) == len(second)
+    if split == "samples":
+        assert {(g, s) for g, s, _ in first}.isdisjoint({(g, s) for g, s, _ in second})
+        assert {g for g, _, _ in first} == {0, 1}
+    if split == "steps":
+        assert ({k for *_, k in first}, {k for *_, k in second}) == ({1}, {2})
+    for got, want in zip(taken, expected, strict=True):
+        scale = max(float(w.abs().max()) for w in want)
+        assert scale > 0
+        for g, w in zip(got, want, strict=True):
+            torch.testing.assert_close(g, w, atol=1e-3 * scale, rtol=0)
+
+
+def test_the_division_does_not_depend_on_order_or_processes():
+    keys = torch.cartesian_prod(torch.arange(4), torch.arange(6), torch.arange(5))
+    shuffled = keys[torch.randperm(len(keys), generator=torch.Generator().manual_seed(0))]
+
+    def divide(keys: Tensor, function: Callable[..., Tensor]) -> dict[tuple[int, ...], int]:
+        group, sample, step = keys.unbind(1)
+        empty = torch.zeros(len(keys), 1)
+        number = torch.arange(len(keys))
+        actions = Actions(empty, number, empty, step, empty[:, 0], group, sample)
+        found = function(actions, 4, RANDOM).tolist()
+        return dict(zip(map(tuple, keys.tolist()), found, strict=True))
+
+    for function, size in ((split_samples, None), (split_actions, len(keys) // 4)):
+        whole = divide(keys, function)
+        assert divide(shuffled, function) == whole
+        assert divide(keys[keys[:, 0] == 2], function) == {k: v for k, v in whole.items() if k[0] == 2}  # fmt: skip
+        if size:  # 30 actions of a group among 4 updates, and 120 of all: 30 in each
+            assert [list(whole.values()).count(u) for u in range(4)] == [size] * 4
+    uneven = divide(keys, lambda a, n, _: split_steps(a, n, torch.arange(5)))
+    assert [uneven[0, 0, step] for step in range(5)] == [0, 0, 1, 2, 3]
+
+
+def test_dropped_samples_are_in_neither_mean(learn: Learn):
+    """With 1 of 2 groups flat, the policy term doubles, and the KL is that of the other group."""
+    loss = ClippedLoss(clip_range=1e-3, kl_coef=0.05)
+    taken = {}
+    for kept in ("count", "drop"):
+        learner, experience = learn("sd3", FAST, loss, without_advantage=kept)
+        with torch.no_grad():  # away from the reference, where the KL has a gradient
+            for p in learner.parameters:
+                p.add_(0.02)
+        advantages = FAST.advantages(experience) * (experience.actions.group == 0)
+        rows = list(range(len(advantages)))
+        if kept == "drop":
+            rows = (experience.actions.group == 0).nonzero().flatten().tolist()
+        want = slow_gradient(learner, experience, advantages, rows)
+        got = gradients_of(learner)
+        learner.update(experience, advantages, RANDOM)
+        scale = max(float(w.abs().max()) for w in want)
+        for g, w in zip(got[0], want, strict=True):
+            torch.testing.assert_close(g, w, atol=1e-3 * scale, rtol=0)
+        taken[kept] = torch.cat([g.flatten() for g in got[0]])
+    # An action without advantage stays if another one of its sample has some.
+    a = experience.actions
+    one = torch.zeros(len(a))
+    one[0] = 1.0
+    same = (a.group == a.group[0]) & (a.sample == a.sample[0])
+    assert torch.equal(has_advantage(a, one), same)
+    assert same.sum() == 2
+    cosine = torch.cosine_similarity(taken["count"], taken["drop"], dim=0)
+    assert cosine < 0.999
 
 
 def test_missing_old_means_are_refused(learn: Learn):

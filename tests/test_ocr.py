@@ -14,6 +14,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from flowgrpo.data.prompts import Prompt
+from flowgrpo.rewards.frames import FrameScore
 from reward_models.ocr import OCR, edit_distance, wanted_text
 
 WORDS = st.text("abc", max_size=6)
@@ -32,6 +33,10 @@ def page(text: str, size: int = 40, color: str = "navy") -> Tensor:
     font = ImageFont.load_default(size)
     ImageDraw.Draw(image).multiline_text((20, 120), text, fill=color, font=font)
     return torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1) / 255
+
+
+def brightness(media: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+    return media.flatten(1).mean(1)
 
 
 def ask(text: str) -> Prompt:
@@ -193,3 +198,23 @@ def test_says_what_to_install(absent: str, monkeypatch: pytest.MonkeyPatch) -> N
 def test_refuses_wrong_options(options: dict[str, Any]) -> None:
     with pytest.raises((ValueError, TypeError), match=str(next(iter(options.values())))):
         OCR(**options)
+
+
+def test_flow_grpos_video_reward_counts_frames_with_a_score_and_extra_text() -> None:
+    """The released rule's own examples: 1.0 for the text in half the frames, 0.0 beside other text."""
+
+    def score(*frames: str) -> list[float]:
+        read = iter(frames)
+        each = OCR("whole", reader=lambda image: [next(read)])
+        video = FrameScore(model="tests.test_ocr:brightness", every=1, reduce="mean_positive")
+        video.reward = each
+        plain = FrameScore(model="tests.test_ocr:brightness", every=1)
+        plain.reward = OCR(reader=lambda image: [next(again)])
+        again = iter(frames)
+        media = torch.zeros(1, len(frames), 3, 8, 8)
+        return [float(video(media, [ask("HELLO")])), float(plain(media, [ask("HELLO")]))]
+
+    assert score("HELLO", "", "hello", "") == [1.0, 0.5]
+    assert score("HELLO WORLD", "HELLO WORLD") == [0.0, 1.0]
+    assert score("", "") == [0.0, 0.0]
+    assert score("HELL", "") == pytest.approx([0.8, 0.4])

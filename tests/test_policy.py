@@ -5,13 +5,14 @@ import subprocess
 import sys
 import weakref
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from flowgrpo.core.random import SampleNoise
+from flowgrpo.core.random import Random, SampleNoise
 from flowgrpo.core.transitions import CPS, DDIM, ODE, FlowSDE
 from flowgrpo.data.prompts import Prompt
 from flowgrpo.policy import Full, PipelinePolicy
@@ -385,3 +386,28 @@ def test_the_steps_of_every_family_can_be_compared(name: str, make_policy: MakeP
     flow = FAMILIES[name].prediction == "flow"
     transition = FlowSDE(noise_level=0.7) if flow else DDIM(eta=1.0)
     check_scales(policy, transition, range(policy.num_steps() - 1))
+
+
+@pytest.mark.parametrize("name", ["flux", "wan_t2v"])
+def test_a_fixed_shift_replaces_the_grid_of_the_pipeline(
+    name: str, make_policy: MakePolicy
+) -> None:
+    """DanceGRPO's grid for shift 3 and four steps, by hand: u = 1, 3/4, 1/2, 1/4, 0."""
+    policy = make_policy(name, sampling=sampling_of(name, num_steps=4))
+    noise = SampleNoise([Random(0)])
+    prompt = [Prompt("a red cube")]
+    plain = policy.images(prompt, noise)
+    own = [policy.scheduler.interval(k, k + 1).noise for k in range(4)]
+    shifted = replace(policy.sampling, shift=3.0)
+    images = policy.images(prompt, noise, shifted)
+    grid = [policy.scheduler.interval(k, k + 1).noise for k in range(4)]
+    assert grid == pytest.approx([1.0, 0.9, 0.75, 0.5])
+    assert policy.scheduler.interval(3, 4).noise_next == 0
+    assert not torch.equal(images, plain)
+    assert torch.equal(policy.images(prompt, noise), plain)
+    assert [policy.scheduler.interval(k, k + 1).noise for k in range(4)] == own
+
+
+def test_a_fixed_shift_is_for_flows(make_policy: MakePolicy) -> None:
+    with pytest.raises(ValueError, match=r"sampling\.shift = 3 is for rectified-flow pipelines"):
+        make_policy("sd15", sampling=replace(sampling_of("sd15"), shift=3.0))

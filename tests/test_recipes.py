@@ -1,14 +1,21 @@
 """Every configuration for published weights runs its whole path on a tiny pipeline of its class."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 import flowgrpo
+from flowgrpo.cli.config import EVIDENCE
 from flowgrpo.config import find
 from flowgrpo.config.reference import to_table
 from flowgrpo.losses.clipped import ClippedLoss
+from flowgrpo.memory.meta_pipeline import build
+from flowgrpo.policy.weights import Trainable
+from scripts.page_tables import marked_text
+from scripts.recipe_table import CONFIGS, header, recipes, table, value_at
 from tests.tiny import FAMILIES, save
 
 RECIPES = {
@@ -35,13 +42,22 @@ RECIPES = {
     "sd35_medium_vgpo": "sd3",
     "sd35_medium_tempflow": "sd3",
     "sd35_medium_nft": "sd3",
+    "sd35_medium_nft_ocr": "sd3",
+    "sd35_medium_guard": "sd3",
+    "sd35_medium_fast": "sd3",
+    "qwen_image": "qwen_image",
+    "hunyuan_dance": "hunyuan_video",
 }
 SMALLER = {
     # The judge needs a server.
     "flux_pref": ["algorithm.preference={kind='compared', reward='darkness_of_any', weight=0.4}"],
-    "flux_g2rpo": ["algorithm.steps.size=2"],
+    "flux_g2rpo": ["algorithm.steps.size=2", "train.updates=2"],
     "flux_branch": ["algorithm.splits=[1]"],
     "sd35_medium_tempflow": ["algorithm.seeds=1"],
+    "hunyuan_dance": [
+        "algorithm.best_of=2",
+        "sampling.call={max_sequence_length=16, prompt_template={template='{}', crop_start=0}}",
+    ],
 }
 """What six steps and a group of two need."""
 
@@ -56,21 +72,24 @@ def test_recipe_runs_on_a_tiny_pipeline(recipe, tmp_path):
     family = FAMILIES[RECIPES[recipe]]
     folder = save(family.name, tmp_path / "model")
     sizes = {k: v for k, v in family.call.items() if k in ("height", "width", "num_frames")}
-    call = {k: v for k, v in family.call.items() if k == "max_sequence_length"}
     published = flowgrpo.load(recipe)
+    call = {k: v for k, v in published.sampling.call.items() if k != "max_sequence_length"}
+    call |= {k: v for k, v in family.call.items() if k == "max_sequence_length"}
+    train = published.train
     settings = [
         f"model.path='{folder}'",
         "model.dtype='float32'",
         # As many steps as the recipe's windows need.
         f"sampling.num_steps={min(6, published.sampling.num_steps)}",
         *(f"sampling.{k}={v}" for k, v in sizes.items()),
-        f"sampling.call={json.dumps(call).replace(':', '=')}",
+        "sampling.call={" + ", ".join(f"{k}={json.dumps(v)}" for k, v in call.items()) + "}",
         "algorithm.group_size=2",
         *SMALLER.get(recipe, []),
         # The published rewards need weights; what is exercised here is everything else.
         "rewards=[{model='tests.test_train:darkness_of_any'}]",
         "train.iterations=1",
-        f"train.groups={published.train.updates}",
+        f"train.groups={train.updates if train.split == 'groups' else 1}",
+        f"train.updates={min(train.updates, 1 if train.split == 'steps' else 2)}",
         "train.lr=1e-3",
         # These need an accelerator.
         "memory.quantize=none",
@@ -97,3 +116,43 @@ def test_recipe_runs_on_a_tiny_pipeline(recipe, tmp_path):
         assert metrics["log_prob/noise"] < published.loss.clip_range
     assert metrics["grad_norm"] > 0
     assert list(Path(tmp_path / "run" / "export").iterdir())
+
+
+PUBLISHED = recipes()
+
+
+@pytest.mark.parametrize("recipe", PUBLISHED, ids=lambda r: r.name)
+def test_a_recipe_has_the_published_values_or_says_why_not(recipe):
+    assert set(recipe.different) == set(recipe.why), "a value drifted, or a reason has become idle"
+    assert recipe.evidence in EVIDENCE
+    file = CONFIGS / f"{recipe.name}.toml"
+    assert header(recipe) in file.read_text(), "run python -m scripts.recipe_table docs/recipes.md"
+
+
+def test_a_value_that_drifts_is_found():
+    table = to_table(flowgrpo.load("flux_dance", ["train.updates=4"]))
+    assert value_at(table, "train.updates") == 4
+    (dance,) = (r for r in PUBLISHED if r.name == "flux_dance")
+    drifted = replace(dance, here={**dance.here, "train.updates": 4})
+    assert set(drifted.different) - set(drifted.why) == {"train.updates"}
+
+
+def test_the_page_has_the_table_of_the_recipes():
+    assert marked_text(Path("docs/recipes.md").read_text(), "recipes") == table()
+
+
+@pytest.mark.parametrize(
+    ("recipe", "folder", "layers", "millions"),
+    [("sd35_medium_ocr", "sd35_medium", 191, 18.8), ("flux_fast", "flux1_dev", 342, None)],
+)
+def test_adapters_are_on_the_layers_that_the_release_trains(recipe, folder, layers, millions):
+    """On models of the published sizes, without their weights."""
+    pipeline = build(Path("tests/published_configs") / folder, torch.bfloat16)
+    weights = flowgrpo.load(recipe).model.weights
+    trained = Trainable(
+        {"transformer": pipeline.transformer}, weights, seed=0, with_reference=False
+    )
+    number = sum(p.numel() for p in trained.parameters.values()) / 1e6
+    assert len(trained.parameters) == 2 * layers
+    if millions is not None:
+        assert round(number, 1) == millions

@@ -320,6 +320,20 @@ def test_the_anchor_is_all_that_is_left_without_variance():
     assert (algorithm.advantages(made(actions, below)) == 0).all()
 
 
+def test_an_anchor_that_saturates_is_told(recwarn):
+    """PickScore's scale, 18 to 26, puts most anchored steps at the clip; 1/26 of it does not."""
+    actions = list(product([0], range(4), range(T - 1)))
+    keys = list(product([0], range(4), range(T)))
+    rewards = {(0, i, s, int(s == T - 1)): 20.0 + i + 0.1 * s for _, i, s in keys}
+    with pytest.warns(UserWarning, match="VGPO's anchor saturates"):
+        found = VGPO(anchor=0.1).advantages(made(actions, rewards))
+    assert (found.view(4, T - 1)[:, 0] == 5).all()
+    recwarn.clear()
+    VGPO(anchor=0.1).advantages(made(actions, {k: r / 26 for k, r in rewards.items()}))
+    VGPO(anchor=0.0).advantages(made(actions, rewards))
+    assert not recwarn.list
+
+
 def test_vgpo_refuses_negative_rewards_if_told_to():
     actions = list(product([0], range(2), range(T - 1)))
     rewards = {(0, i, s, 0): i - 0.25 for i, s in product(range(2), range(T))}
@@ -378,6 +392,29 @@ def test_width_pruning_silences_paths(width, extremes, kept):
     silenced = torch.tensor([1, 1, 1, 1, *kept, *kept]) == 0
     assert (full != 0).all()
     assert torch.equal(found, torch.where(silenced, 0.0, full))
+
+
+def test_released_pruning():
+    """Depths are dropped while their window moves to the noise; halves are kept after the last split."""
+    tree = BranchGRPO(pruned=(14, 15, 16, 17), pruned_every=30, pruned_until=8)
+    tree.check(20)
+    every = set(range(19))
+    for iteration, first in ((0, 14), (29, 14), (30, 13), (180, 8), (999, 8)):
+        pruned = every - set(tree.trained_steps(20, iteration, Random(0)))
+        assert pruned == set(range(first, first + 4))
+    # Step 2 is the last split, so only step 3 is halved: there every branch has one action.
+    rewards = leaf_rewards(1.0, 2.0, 6.0, 4.0)
+    full = TREE.advantages(made(BRANCHES, rewards))
+    one_each = replace(TREE, width="half_of_branch").advantages(made(BRANCHES, rewards))
+    assert torch.equal(one_each, full)
+    half = replace(TREE, width="half_of_tree").advantages(made(BRANCHES, rewards))
+    kept = torch.tensor([1, 1, 1, 1, 1, 1, 1, 1, 1, 0, 1, 0])
+    assert torch.equal(half, full * kept)
+    # With splits at steps 0 and 1, steps 2 and 3 are halved: of equal advantages, the first is kept.
+    early = replace(TREE, splits=(0, 1), width="half_of_branch")
+    branches = [(0, s, k) for k, width in ((0, 2), (1, 1), (2, 1), (3, 1)) for s in range(0, 4, width)]  # fmt: skip
+    found = early.advantages(made(branches, rewards))
+    assert (found != 0).tolist() == [True] * 10 + [False] * 4
 
 
 def test_width_pruning_passes_over_failed_leaves():

@@ -352,3 +352,18 @@ def test_gradients_flow_through_the_mean_only(transition):
     wanted = slope * (x_next - gaussian.mean).detach() / gaussian.std**2 / 2
     assert torch.allclose(found, wanted, rtol=1e-5)
     assert found.abs().min() > 0
+
+
+def test_the_linear_schedule_is_that_of_the_released_video_script():
+    """Mean and std by the script's own expression, at sigma 0.8 of a grid whose second sigma is 0.9."""
+    sigma, after, second = 0.8, 0.6, 0.9
+    x, velocity = torch.tensor([[0.5, -1.0]]), torch.tensor([[0.25, 2.0]])
+    step = Step.flow(sigma, after, second)
+    prediction = Prediction.from_velocity(x, velocity, sigma)
+    found = FlowSDE(noise_level=1.0, schedule="linear")(x, prediction, step)
+    g, dt = 0.72, after - sigma
+    mean = (
+        x * (1 + g**2 / (2 * sigma) * dt) + velocity * (1 + g**2 * (1 - sigma) / (2 * sigma)) * dt
+    )
+    torch.testing.assert_close(found.mean, mean)
+    assert found.std == pytest.approx(g * 0.2**0.5)

@@ -451,6 +451,21 @@ def test_flex_verdicts(text, verdict):
     )
 
 
+def test_the_released_rule_of_categories_can_change_the_winner():
+    """Overall the first wins; of the categories it wins 0.3 by weight, the last one of weight 1."""
+    answer = Answer(flex("Image 1", "Image 2", "Image 2", "Image 1"))
+    weights = [1.0, 4 / 3, 1.0]
+    assert flex_verdict(answer, (0.3, 0.7), weights) == pytest.approx(0.3 + 0.7 * 0.3)
+    released = flex_verdict(answer, (0.3, 0.7), weights, released=True)
+    assert released == pytest.approx((0.3 + 1.0 * 0.3) / 1.3)
+    assert released < 0.5
+    # With 0.7 as the last weight the two rules agree on the weight of the categories.
+    last = flex_verdict(answer, (0.3, 0.7), [1.0, 1.0, 0.7], released=True)
+    assert last == pytest.approx(0.3 + 0.7 * 0.7 / 2.7)
+    assert last == pytest.approx(flex_verdict(answer, (0.3, 0.7), [1.0, 1.0, 0.7]))
+    assert flex_verdict(Answer(flex("Image 2")), (0.3, 0.7), weights, released=True) == 0.0
+
+
 def test_pairs_without_verdict_are_nan():
     def answer(question: Question) -> Reply:
         text = "hm" if "prompt 1" in question.text else "<answer>Image 2 is better</answer>"

@@ -209,14 +209,17 @@ def test_targets_choose_the_layers(make_policy: MakePolicy) -> None:
     }
 
 
-def test_ema_is_the_slow_one(make_policy: MakePolicy) -> None:
+@pytest.mark.parametrize("every", [1, 4])
+def test_ema_is_the_slow_one(every: int, make_policy: MakePolicy) -> None:
     policy = make_policy("sd3")
     parameters = list(trainable(policy).parameters.values())
-    ema, decay = EMA(parameters, 0.5), 0.5
+    ema, decay = EMA(parameters, 0.5, every), 0.5
     slow = [p.detach().clone() for p in parameters]
     for update in range(1, 13):
         disturb(policy)
         ema.update()
+        if update not in {1: range(13), 4: (3, 7, 11)}[every]:
+            continue
         keep = min(decay, (1 + update) / (10 + update))
         slow = [keep * s + (1 - keep) * p.detach() for s, p in zip(slow, parameters, strict=True)]
     assert ema.updates == 12

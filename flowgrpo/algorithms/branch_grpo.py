@@ -45,14 +45,25 @@ class BranchGRPO(AlgorithmBase):
     fusion: Literal["mean", "path_probability"] = "mean"
     """How a branch's reward follows from its children's rewards at a split: their mean, or their mean
     weighted by the softmax of the log-probabilities of their steps."""
-    width: Literal["all", "best_of_siblings", "extremes"] = "all"
-    """Which leaves' paths are trained (width pruning): ``all``; ``best_of_siblings``, the best child of
-    each last split; or ``extremes``, the best and the worst leaves of the group."""
+    width: Literal["all", "best_of_siblings", "extremes", "half_of_branch", "half_of_tree"] = "all"
+    """What is trained besides (width pruning): ``all``; paths to ``best_of_siblings``, the best child of
+    each last split; or paths to ``extremes``, the best and the worst leaves of the group. The released
+    code prunes only after the last split: ``half_of_branch`` (its mode 1) keeps half of each branch's
+    actions, those of largest advantage, and with equal advantages, as without failures all of them
+    are, the first ones; ``half_of_tree`` (its mode 2) keeps half of all actions, in equal numbers
+    those of the largest and of the smallest advantages."""
     extremes: int = 0
     """Number of leaves that ``width = "extremes"`` keeps, half the best and half the worst; even."""
     depths: StepSelection = field(default_factory=AllSteps)
     """Which of the stochastic steps are trained (depth pruning); with a ``sliding_window`` these change
     during training."""
+    pruned: tuple[int, ...] = ()
+    """Steps that are sampled but not trained (depth pruning as in the released code, whose depth d is
+    step d - 1), ascending."""
+    pruned_every: int = 0
+    """Iterations after which all ``pruned`` steps move one step towards the noise; 0 for never."""
+    pruned_until: int = 0
+    """The step at which the first of the ``pruned`` steps stops moving."""
     advantage: Advantage = field(default_factory=lambda: GroupAdvantage(ddof=1, epsilon=1e-8))
     """From the rewards of a tree's branches, depth by depth, to advantages."""
 
@@ -70,12 +81,12 @@ class BranchGRPO(AlgorithmBase):
         collection = Collection(policy, groups, scorer, self.transition)
         self._grow(collection, groups, random, selected)
         experience = collection.experience()
-        depths = self.depths.select(num_steps, iteration, random.at("depths"))
+        depths = self._depths(num_steps, iteration, random)
         rows = torch.isin(experience.actions.step, torch.tensor(depths)).nonzero().squeeze(1)
         if not len(rows):
             raise ValueError(
-                f"algorithm.depths selects steps {depths}, none of which is stochastic here: "
-                f"{sorted(experience.step_std)}"
+                f"algorithm.depths and algorithm.pruned leave steps {depths}, none of which is stochastic "
+                f"here: {sorted(experience.step_std)}"
             )
         return replace(experience, actions=experience.actions.select(rows))
 
@@ -102,7 +113,10 @@ class BranchGRPO(AlgorithmBase):
 
         found = step_advantages(self.advantage, experience, branches(_expected))
         kept = branches(lambda leaves, _: leaves.amax(-1))(self._kept(c))
-        return found.of(experience.actions) * kept.of(experience.actions)
+        result = found.of(experience.actions) * kept.of(experience.actions)
+        if self.width in ("half_of_branch", "half_of_tree"):
+            result = result * self._half(experience, result)
+        return result
 
     def check(self, num_steps: int) -> None:
         """Raise ValueError if the settings contradict each other or the grid."""
@@ -127,7 +141,7 @@ class BranchGRPO(AlgorithmBase):
     def trained_steps(self, num_steps: int, iteration: int, random: Random) -> Sequence[int]:
         """The splits and the stochastic steps after the first of them, if their depth is trained."""
         selected = self.steps.select(num_steps, iteration, random.at("steps"))
-        depths = self.depths.select(num_steps, iteration, random.at("depths"))
+        depths = self._depths(num_steps, iteration, random)
         stochastic = {*self.splits, *(s for s in selected if s > self.splits[0])}
         return sorted(stochastic & set(depths))
 
@@ -150,7 +164,48 @@ class BranchGRPO(AlgorithmBase):
         below = self._leaves_below(step)
         return leaf // below * below
 
+    def _depths(self, num_steps: int, iteration: int, random: Random) -> list[int]:
+        """The steps whose actions are trained in an iteration, if they are stochastic."""
+        moved = 0
+        if self.pruned and self.pruned_every:
+            moved = min(iteration // self.pruned_every, max(0, self.pruned[0] - self.pruned_until))
+        pruned = {step - moved for step in self.pruned}
+        selected = self.depths.select(num_steps, iteration, random.at("depths"))
+        return [step for step in selected if step not in pruned]
+
+    def _half(
+        self, experience: Experience, advantages: Float[Tensor, " actions"]
+    ) -> Bool[Tensor, " actions"]:
+        """The actions that the released width pruning keeps: all of them up to the last split."""
+        a = experience.actions
+        kept = a.step <= self.splits[-1]
+        later = ~kept & experience.has_reward(a)
+        for group in a.group[later].unique():
+            rows = (later & (a.group == group)).nonzero().squeeze(1)
+            rows = rows[a.step[rows].argsort(stable=True)]
+            rows = rows[
+                a.sample[rows].argsort(stable=True)
+            ]  # leaf by leaf, each from noise to data
+            if self.width == "half_of_tree":
+                order = rows[advantages[rows].argsort(descending=True, stable=True)]
+                number = max(2, len(order) // 2)
+                kept[order[: number // 2]] = kept[order[len(order) - (number - number // 2) :]] = (
+                    True
+                )
+                continue
+            for sample in a.sample[rows].unique():
+                own = rows[a.sample[rows] == sample]
+                order = own[advantages[own].argsort(descending=True, stable=True)]
+                kept[order[: max(1, len(order) // 2)]] = True
+        return kept
+
     def _check_pruning(self) -> None:
+        if list(self.pruned) != sorted(set(self.pruned)) or min(self.pruned, default=0) < 0:
+            raise ValueError(
+                f"algorithm.pruned must be ascending steps from 0, got {list(self.pruned)}"
+            )
+        if min(self.pruned_every, self.pruned_until) < 0:
+            raise ValueError("algorithm.pruned_every and algorithm.pruned_until must be at least 0")
         if self.width == "extremes" and (
             self.extremes % 2 or not 2 <= self.extremes <= self.group_size
         ):
@@ -170,10 +225,11 @@ class BranchGRPO(AlgorithmBase):
                 "algorithm.advantage.kind = 'gdpo' has statistics over all processes: use fusion "
                 "'mean' or advantage 'per_reward'"
             )
-        if self.fusion == "path_probability" and self.depths != AllSteps():
+        if self.fusion == "path_probability" and (self.depths != AllSteps() or self.pruned):
             raise ValueError(
                 "algorithm.fusion = 'path_probability' needs the steps at all splits, which "
-                f"algorithm.depths = {self.depths} may prune: use fusion 'mean' or depths 'all'"
+                f"algorithm.depths = {self.depths} or algorithm.pruned = {list(self.pruned)} may prune: use "
+                "fusion 'mean', or depths 'all' without algorithm.pruned"
             )
 
     def _leaves_below(self, step: int) -> int:
@@ -253,7 +309,7 @@ class BranchGRPO(AlgorithmBase):
     def _kept_of(self, reward: Float[Tensor, " leaves"]) -> Bool[Tensor, " leaves"]:
         """The leaves of one tree that are kept."""
         finite = reward.isfinite()
-        if self.width == "all":
+        if self.width not in ("best_of_siblings", "extremes"):
             return finite
         kept = torch.zeros_like(finite)
         if self.width == "best_of_siblings":

@@ -38,13 +38,22 @@ class FlowGRPO(AlgorithmBase):
     """Which steps are stochastic and trained."""
     shared_noise: bool = False
     """Whether a group starts from one noise. The steps that its samples share are computed once."""
+    noise_last: bool = False
+    """Whether the last step adds noise too, which is not trained and stays in the images of rollouts, as
+    in Flow-GRPO's code when all steps are stochastic. Evaluations are without noise either way."""
     advantage: Advantage = field(default_factory=lambda: GroupAdvantage(std="batch"))
     """From rewards to advantages."""
 
     def plan(self, num_steps: int, iteration: int, random: Random) -> TrajectoryPlan:
         """Trajectories with the iteration's stochastic steps, the same for every group."""
         steps = self.steps.select(num_steps, iteration, random.at("steps"))
-        return TrajectoryPlan(self.group_size, self.transition, steps, self.shared_noise)
+        return TrajectoryPlan(
+            self.group_size,
+            self.transition,
+            steps,
+            self.shared_noise,
+            noise_last=self.noise_last,
+        )
 
     def collect(
         self,

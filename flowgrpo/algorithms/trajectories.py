@@ -29,6 +29,7 @@ class TrajectoryPlan:
         solver: Solver of the steps after the last stochastic one.
         num_after: Number of steps that are taken after the last stochastic one, of about equal parts
             of the grid; None takes all steps of the grid.
+        noise_last: Whether the last step of the grid is stochastic as well; it is not trained.
     """
 
     group_size: int
@@ -37,6 +38,7 @@ class TrajectoryPlan:
     shared_noise: bool = False
     solver: Solver = "euler"
     num_after: int | None = None
+    noise_last: bool = False
 
     def nodes(self, num_steps: int) -> list[int]:
         """The grid nodes of a trajectory, from noise to data."""
@@ -117,7 +119,7 @@ def sample_trajectories(
         samples.noise,
         nodes=nodes,
         x=x,
-        stochastic=later,
+        stochastic={*later, policy.num_steps() - 1} if plan.noise_last else later,
         transition=plan.transition,
         record={*later, *record},
         solver=plan.solver,

@@ -10,6 +10,7 @@ Neither code nor the text of the equations was available: equation 13, the disco
 strength are reconstructed from reviews of the paper (``docs/algorithms.md``).
 """
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -25,6 +26,9 @@ from flowgrpo.core.tensors import Float, Tensor, torch
 from flowgrpo.core.transitions import FlowSDE, Transition, require_noise
 from flowgrpo.data.experience import Cost, Experience
 from flowgrpo.data.prompts import Group
+
+SATURATED = 0.05
+"""Share of anchored advantages at the clip above which the anchor is too strong."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,6 +105,7 @@ class VGPO(AlgorithmBase):
         anchored = torch.tensor([float(s < self.anchor_steps) for s in table.steps])
         found = temporal_weights(value) * (relative.values + self.anchor * anchored * value)
         clipped = found.clamp(-self.advantage.clip, self.advantage.clip).nan_to_num()
+        self._warn_of_saturation(clipped[:, anchored > 0], relative.values[:, anchored > 0])
         return table.with_values(clipped).of(experience.actions)
 
     def check(self, num_steps: int) -> None:
@@ -138,6 +143,28 @@ class VGPO(AlgorithmBase):
         if self.advantage.adds_best:
             value = value / values(torch.ones_like(value), self.discount)
         return rewards.with_values(value)
+
+    def _warn_of_saturation(
+        self,
+        anchored: Float[Tensor, "trajectories steps"],
+        relative: Float[Tensor, "trajectories steps"],
+    ) -> None:
+        """Warn if the anchor puts many advantages at the clip, or leaves none below 0.
+
+        Args:
+            anchored: Advantages of the anchored steps.
+            relative: The same without weights and anchor.
+        """
+        if not self.anchor or not anchored.numel():
+            return
+        clipped = float((anchored >= self.advantage.clip).float().mean())
+        if clipped > SATURATED or (bool((relative < 0).any()) and bool((anchored >= 0).all())):
+            warnings.warn(
+                f"VGPO's anchor saturates: with algorithm.anchor = {self.anchor:g} many advantages are at "
+                "the clip or none is below 0, so that differences between rewards have little effect; "
+                "scale the rewards to about [0, 1] by their weight (1/26 for PickScore) or lower the anchor",
+                stacklevel=2,
+            )
 
     def _not_negative(
         self, rewards: Float[Tensor, "trajectories steps"], all_rewards: Float[Tensor, " _"]

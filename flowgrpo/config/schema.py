@@ -32,6 +32,9 @@ from flowgrpo.losses.nft import NFTLoss
 from flowgrpo.policy.settings import Full, LoRA, Memory, Noise, Sampling
 from flowgrpo.rewards.settings import Failures, Reward, check_rewards
 
+Split = Literal["groups", "samples", "steps", "actions"]
+"""What is divided among the optimizer steps of an iteration."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Model:
@@ -69,8 +72,16 @@ class Train:
     groups: int
     """Prompts per iteration, over all processes. Each is sampled ``algorithm.group_size`` times."""
     updates: int = 1
-    """Optimizer steps per iteration; ``groups`` is divided among them. All but the first are
+    """Optimizer steps per iteration; ``split`` says what is divided among them. All but the first are
     off-policy, so the clip range takes effect."""
+    split: Split = "groups"
+    """What is divided among the iteration's optimizer steps: whole ``groups``; the ``samples`` of every
+    group (DanceGRPO); the denoising ``steps``, from noise to data (G2RPO); or single ``actions`` in
+    random order (BranchGRPO). Advantages are computed before, from whole groups."""
+    without_advantage: Literal["count", "drop"] = "count"
+    """Samples whose actions all have advantage 0, as in groups of equal rewards: ``count`` includes them
+    in the means of loss and KL; ``drop`` leaves them out of both, as Flow-GRPO's code does, so that the
+    policy term keeps its size relative to the KL of the other samples."""
     rollout_batch: int = 64
     """Samples in one call of the pipeline."""
     train_batch: int = 64
@@ -99,6 +110,8 @@ class Train:
     ema_decay: float = 0.0
     """Decay of the moving average of the weights, which is then evaluated and exported instead of the
     weights; 0 for no average."""
+    ema_every: int = 1
+    """Optimizer steps between two moves of the average; Flow-GRPO's code has 8."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -206,20 +219,12 @@ class Config:
             alone=algorithm.needs_rewards,
             binary=algorithm.needs_binary_rewards,
         )
-        train = self.train
-        if train.groups % (train.updates * num_processes):
-            step = train.updates * num_processes
-            nearest = max(step, round(train.groups / step) * step)
-            raise ConfigError(
-                f"train.groups = {train.groups} cannot be divided among train.updates = {train.updates} optimizer "
-                f"steps and {num_processes} processes ({train.updates} x {num_processes} = {step}); "
-                f"the nearest that can is train.groups = {nearest}"
-            )
         try:
             algorithm.check(self.sampling.num_steps)
             algorithm.check_rewards([r.label for r in self.rewards])
         except ValueError as error:
             raise ConfigError(f"algorithm: {error}") from error
+        self._check_split(num_processes)
         try:
             self.memory.check(isinstance(self.model.weights, Full))
             self.loss.check()
@@ -249,6 +254,46 @@ class Config:
                 "it is no transition"
             )
 
+    def _check_split(self, num_processes: int) -> None:
+        """Raise ConfigError if the groups, or what else is split, cannot be divided.
+
+        Groups are divided among the processes, and what ``train.split`` names among the updates.
+        """
+        train, updates = self.train, self.train.updates
+        step, among = num_processes, f"{num_processes} processes"
+        if train.split == "groups":
+            step *= updates
+            among = f"train.updates = {updates} optimizer steps and {among} ({updates} x {num_processes} = {step})"
+        if train.groups % step:
+            nearest = max(step, round(train.groups / step) * step)
+            raise ConfigError(
+                f"train.groups = {train.groups} cannot be divided among {among}; "
+                f"the nearest that can is train.groups = {nearest}"
+            )
+        if train.split == "samples" and self.algorithm.group_size % updates:
+            raise ConfigError(
+                f"algorithm.group_size = {self.algorithm.group_size} cannot be divided among train.updates = "
+                f"{updates} optimizer steps with train.split = 'samples'; use a divisor of the group size"
+            )
+        if train.split == "steps":
+            random = Random(self.run.seed).at("train", 0)
+            steps = self.algorithm.trained_steps(self.sampling.num_steps, 0, random)
+            if not steps:
+                raise ConfigError(
+                    f"train.split = 'steps' needs an algorithm that trains denoising steps, and "
+                    f"{type(self.algorithm).__name__} trains none; use 'groups' or 'samples'"
+                )
+            if len(steps) < updates:
+                raise ConfigError(
+                    f"train.split = 'steps' cannot divide {len(steps)} trained steps among train.updates = "
+                    f"{updates} optimizer steps; use at most {len(steps)}, or another train.split"
+                )
+        if self.loss.needs.whole_groups and train.split in ("samples", "actions"):
+            raise ConfigError(
+                f"the loss {type(self.loss).__name__} compares the samples of a group, which train.split = "
+                f"{train.split!r} divides among optimizer steps; use 'groups' or 'steps'"
+            )
+
     def _check_kinds(self) -> None:
         """Raise ConfigError if the trained weights do not match the algorithm's kind of action."""
         algorithm, weights = self.algorithm, self.model.weights
@@ -263,6 +308,7 @@ class Config:
         t, e, tiny = self.train, self.evaluation, 1e-12
         return [
             ("sampling.num_steps", self.sampling.num_steps, 2),
+            ("sampling.shift", 1.0 if self.sampling.shift is None else self.sampling.shift, tiny),
             ("algorithm.group_size", self.algorithm.group_size, 2),
             ("train.iterations", t.iterations, 1),
             ("train.groups", t.groups, 1),
@@ -272,6 +318,7 @@ class Config:
             ("train.lr", t.lr, tiny),
             ("train.warmup", t.warmup, 0),
             ("train.ema_decay", t.ema_decay, 0),
+            ("train.ema_every", t.ema_every, 1),
             ("train.weight_decay", t.weight_decay, 0),
             ("train.spike_factor", t.spike_factor, 0),
             ("failures.retries", self.failures.retries, 0),
@@ -329,10 +376,20 @@ class Config:
             "processes": f"{num_processes}, {t.groups // num_processes} groups on each",
             "rollout": f"{calls} call{'s' * (calls > 1)} of {min(t.rollout_batch, samples)} samples on each process",
             "per prompt": self._work(),
-            "optimizer steps": f"{t.updates} per iteration, {t.groups // t.updates} groups in each",
+            "optimizer steps": f"{t.updates} per iteration, {self._update_words()} in each",
             "in all": f"{t.iterations} iterations, {t.iterations * samples:,} samples, {t.iterations * t.updates:,} optimizer steps",
             "denoising": f"{self.sampling.num_steps} steps, guidance {self.sampling.guidance_scale if self.sampling.guidance_scale is not None else 'as the pipeline has it'}",
         }
+
+    def _update_words(self) -> str:
+        """The part of an iteration that one optimizer step trains on, in words."""
+        t, size = self.train, self.algorithm.group_size
+        return {
+            "groups": f"{t.groups // t.updates} groups",
+            "samples": f"{size // t.updates} samples of each of the {t.groups} groups",
+            "steps": f"an equal part of the denoising steps of all {t.groups} groups",
+            "actions": f"an equal random part of the actions of all {t.groups} groups",
+        }[t.split]
 
     def _work(self) -> str:
         """The cost of the first iteration per prompt, in words."""

@@ -189,11 +189,16 @@ class FlowSDE:
     kind: Literal["flow_sde"] = "flow_sde"
     noise_level: float = 0.7
     """Strength of the injected noise, above 0; the paper uses 0.7."""
+    schedule: Literal["root", "linear"] = "root"
+    """How ``g`` depends on sigma: ``root`` is the paper's; ``linear`` is ``g = noise_level * sigma_1 *
+    sigma`` with the grid's second sigma, as in Flow-GRPO's Wan script with ``noise_level`` 1."""
 
     def __call__(
         self, x: Float[Tensor, "batch *latent"], prediction: Prediction, step: Step
     ) -> Gaussian:
         require_path(self, step.path)
+        if self.schedule == "linear":
+            return _reverse_sde(x, prediction, step, self.noise_level * step.sigma_max * step.noise)
         # Grids such as UniPC's begin at 0.9999 instead of 1, where g would be as large.
         capped = step.sigma_max if step.noise > 0.9995 else step.noise
         return _reverse_sde(

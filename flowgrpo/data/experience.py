@@ -192,3 +192,10 @@ class Experience:
     def all_candidates(self) -> Candidates:
         """The candidates of all processes, over which advantages take their statistics."""
         return self.candidates if self.gathered is None else self.gathered
+
+    def has_reward(self, actions: Actions) -> Bool[Tensor, " actions"]:
+        """Whether all candidates of each action's sample have a reward."""
+        c = self.candidates
+        failed = set(zip(c.group[~c.valid].tolist(), c.sample[~c.valid].tolist(), strict=True))
+        keys = zip(actions.group.tolist(), actions.sample.tolist(), strict=True)
+        return torch.tensor([key not in failed for key in keys], dtype=torch.bool)

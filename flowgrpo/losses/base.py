@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal, Protocol, runtime_checkable
 
-from flowgrpo.core.tensors import Float, Int, Tensor
+from flowgrpo.core.tensors import Bool, Float, Int, Tensor
 from flowgrpo.core.transitions import Gaussian, Prediction, Step, Transition
 
 ActionKind = Literal["step", "noised_sample", "initial_noise"]
@@ -64,6 +64,8 @@ class LossInputs:
         old_policy: Outputs of the behaviour policy. Supplied for ``LossNeeds.old_policy``.
         average: Outputs of the moving average of the weights. Supplied for ``LossNeeds.average``.
         reference: Outputs of the frozen reference. Supplied for ``LossNeeds.reference``.
+        has_reward: Whether all candidates of each action's sample have a reward; None if the caller
+            does not know, which stands for all. Where it is false, the advantage is 0 for that reason.
     """
 
     policy: PolicyOutputs
@@ -82,6 +84,7 @@ class LossInputs:
     old_policy: PolicyOutputs | None = None
     average: PolicyOutputs | None = None
     reference: PolicyOutputs | None = None
+    has_reward: Bool[Tensor, " actions"] | None = None
 
     def per_action(self, values: Float[Tensor, "states *rest"]) -> Float[Tensor, "actions *rest"]:
         """Values of states, repeated for the actions that start there."""

@@ -7,7 +7,7 @@ these, and moves the prediction towards good samples and away from bad ones.
 from dataclasses import dataclass
 from typing import Literal
 
-from flowgrpo.core.tensors import Float, Tensor
+from flowgrpo.core.tensors import Float, Tensor, torch
 from flowgrpo.losses.base import (
     Loss,
     LossInputs,
@@ -70,6 +70,10 @@ class NFTLoss(Loss):
     min(0.0075 max(n - 75, 0), 0.999); ``none`` samples with the trained weights."""
     kl_coef: float = 1e-4
     """Weight of the squared difference to the reference's output; 0 does not evaluate it at all."""
+    zero_advantage: Literal["skip", "train"] = "skip"
+    """What happens to samples with advantage 0, such as those of a group of equal rewards: ``skip``
+    leaves them out; ``train`` pulls the policy towards the old policy on them (an optimality of 1/2), as
+    the released code does. Samples whose reward failed are left out either way."""
 
     @property
     def needs(self) -> LossNeeds:
@@ -78,15 +82,11 @@ class NFTLoss(Loss):
             action_kinds=("noised_sample",),
             old_policy=self.remaining_share,
             reference=self.kl_coef > 0,
-            all_actions=self.kl_coef > 0,
+            all_actions=self.kl_coef > 0 or self.zero_advantage == "train",
         )
 
     def __call__(self, inputs: LossInputs) -> LossOutputs:
-        """The loss of each noised sample; zero where the advantage is exactly zero.
-
-        An action without advantage would only be pulled towards the old policy. It is left out,
-        because its reward may have failed.
-        """
+        """The loss of each noised sample; zero where the reward failed, or is to be skipped."""
         assert inputs.old_policy is not None
         x0 = inputs.per_action(inputs.policy.prediction.x0)
         old_x0 = inputs.per_action(inputs.old_policy.prediction.x0)
@@ -95,7 +95,11 @@ class NFTLoss(Loss):
         kl = None
         if inputs.reference is not None:
             kl = inputs.per_action(velocity_kl(inputs.policy, inputs.reference))
-        return LossOutputs(self.advantage_scale * loss * (inputs.advantage != 0), kl)
+        trained = inputs.advantage != 0
+        if self.zero_advantage == "train":
+            known = inputs.has_reward
+            trained = torch.ones_like(trained) if known is None else known
+        return LossOutputs(self.advantage_scale * loss * trained, kl)
 
     def remaining_share(self, num_updates: int) -> float:
         """The share of the behaviour weights that remains after this many optimizer steps, in [0, 1)."""

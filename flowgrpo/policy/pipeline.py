@@ -39,7 +39,7 @@ from flowgrpo.policy.loading import DTYPES, denoisers, load_pipeline, without_sa
 from flowgrpo.policy.placement import models_of, prepare
 from flowgrpo.policy.precision import as_batch, as_media
 from flowgrpo.policy.prompt_cache import ENCODING_METHODS, REWRITING_METHODS
-from flowgrpo.policy.scheduler import policy_scheduler
+from flowgrpo.policy.scheduler import FlowPolicyScheduler, policy_scheduler
 from flowgrpo.policy.settings import Full, Memory, Noise, Sampling, Weights
 from flowgrpo.policy.step_counter import counted
 from flowgrpo.policy.step_plan import StepPlan, StepRecord
@@ -184,6 +184,14 @@ class PipelinePolicy:
         Raises:
             ValueError: If it does not take one of them.
         """
+        scheduler = self.scheduler
+        if sampling.shift is not None and (
+            not isinstance(scheduler, FlowPolicyScheduler) or scheduler.config.invert_sigmas
+        ):
+            raise ValueError(
+                f"sampling.shift = {sampling.shift:g} is for rectified-flow pipelines whose sigmas fall from "
+                f"1 to 0, and {type(self.pipeline).__name__} is none; remove it"
+            )
         own = [
             p for p in self._parameters if p not in ("self", "prompt", "generator", "output_type")
         ]
@@ -337,6 +345,8 @@ class PipelinePolicy:
         Returns:
             Media if ``decode``, otherwise the last states; and the recorded steps.
         """
+        if isinstance(self.scheduler, FlowPolicyScheduler):
+            self.scheduler.fixed_shift = sampling.shift
         arguments = sampling.arguments() | own_arguments(prompts)
         if not arguments.keys() <= self._parameters.keys():
             self.check_sampling(sampling, prompts[:1])

@@ -178,9 +178,11 @@ class FlowPolicyScheduler(_PlannedSteps, FlowMatchEulerDiscreteScheduler):
 
     Attributes:
         source: The scheduler that makes the grid, if it is not flow-matching Euler (Wan's UniPC).
+        fixed_shift: Shift of a grid that replaces the pipeline's own; None for the pipeline's.
     """
 
     source: SchedulerMixin | None = None
+    fixed_shift: float | None = None
     init_noise_sigma = 1.0
     """Initial latents are standard normal. Some pipelines read this attribute."""
     _grid_sigmas: list[float]
@@ -202,7 +204,10 @@ class FlowPolicyScheduler(_PlannedSteps, FlowMatchEulerDiscreteScheduler):
         """
         if mu is not None and not self.config.use_dynamic_shifting:
             mu = None
-        if self.source is None:
+        if self.fixed_shift is not None:
+            grid = timesteps if sigmas is None else sigmas
+            self._set_shifted(num_inference_steps if grid is None else len(grid), device)
+        elif self.source is None:
             super().set_timesteps(num_inference_steps, device, sigmas, mu, timesteps)
         else:
             given = {"sigmas": sigmas, "mu": mu, "timesteps": timesteps}
@@ -223,6 +228,15 @@ class FlowPolicyScheduler(_PlannedSteps, FlowMatchEulerDiscreteScheduler):
         if not self.call.whole_grid:
             # Pipelines may read sigmas[i] by the index of their loop.
             self.sigmas = self.sigmas[self.loop.nodes]
+
+    def _set_shifted(self, num_steps: int | None, device: str | torch.device | None) -> None:
+        """Set the grid ``shift u / (1 + (shift - 1) u)``, with ``u`` in equal steps from 1 to 0."""
+        assert num_steps is not None
+        assert self.fixed_shift is not None
+        u = torch.linspace(1, 0, num_steps + 1)
+        self.sigmas = (self.fixed_shift * u / (1 + (self.fixed_shift - 1) * u)).to(device)
+        self.timesteps = self.sigmas[:-1] * self.config.num_train_timesteps
+        self.num_inference_steps = num_steps
 
     def interval(self, node: int, next_node: int) -> Step:
         sigmas = self._grid_sigmas

@@ -32,6 +32,10 @@ class Sampling:
     """Width of the images or frames in pixels. If unset, the pipeline's default applies."""
     num_frames: int | None = None
     """Number of frames of a video. If unset, the pipeline's default applies."""
+    shift: float | None = None
+    """Shift of the grid: sigma = shift u / (1 + (shift - 1) u) with u in equal steps from 1 to 0, as in
+    DanceGRPO's code, whose FLUX scripts have 3. If unset, the pipeline's own grid applies. For
+    rectified-flow pipelines only."""
     call: dict[str, Any] = field(default_factory=dict)
     """Further arguments of the pipeline's call, by their names in its signature."""
 

@@ -223,21 +223,26 @@ class EMA:
     Attributes:
         parameters: The trained parameters.
         decay: Largest decay.
-        updates: Number of updates so far.
+        every: Optimizer steps between two moves of the average.
+        updates: Number of optimizer steps so far.
         average: The averaged tensors, in the order of the parameters.
     """
 
-    def __init__(self, parameters: Sequence[nn.Parameter], decay: float):
-        self.parameters, self.decay, self.updates = list(parameters), decay, 0
+    def __init__(self, parameters: Sequence[nn.Parameter], decay: float, every: int = 1):
+        self.parameters, self.decay, self.every = list(parameters), decay, every
+        self.updates = 0
         self.average = [p.detach().clone() for p in self.parameters]
 
     @torch.no_grad()
     def update(self) -> None:
-        """Set ``average = d * average + (1 - d) * parameter``.
+        """After an optimizer step, set ``average = d * average + (1 - d) * parameter``.
 
-        The decay ``d`` of update ``n`` is ``min(decay, (1 + n) / (10 + n))``, as in Flow-GRPO.
+        After step ``n`` (from 1) the decay ``d`` is ``min(decay, (1 + n) / (10 + n))``, and the average
+        moves only where ``n + 1`` is a multiple of ``every``, as in Flow-GRPO.
         """
         self.updates += 1
+        if (self.updates + 1) % self.every:
+            return
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
         torch._foreach_lerp_(self.average, [p.detach() for p in self.parameters], 1 - decay)
 

@@ -15,7 +15,9 @@ __all__ = ["FrameMean", "FrameScore"]
 class FrameScore:
     """The mean or the minimum of an image reward over frames, in the range of that reward.
 
-    The minimum penalises a single bad frame. If one frame has no score, the video has none (NaN).
+    The minimum penalises a single bad frame. ``mean_positive`` is the mean of the scores above 0, and 0
+    if there are none, as Flow-GRPO's OCR reward for videos has it. If one frame has no score, the
+    video has none (NaN).
     """
 
     def __init__(
@@ -23,7 +25,7 @@ class FrameScore:
         model: str,
         every: int = 1,
         frames: Sequence[int] = (),
-        reduce: Literal["mean", "min"] = "mean",
+        reduce: Literal["mean", "min", "mean_positive"] = "mean",
         batch_size: int = 32,
         options: dict[str, Any] | None = None,
     ):
@@ -33,16 +35,16 @@ class FrameScore:
             every: Stride over the frames, from the first one.
             frames: Indices of the frames to score, instead of a stride; negative ones count from
                 the end.
-            reduce: Mean or minimum of the frames' scores.
+            reduce: Mean or minimum of the frames' scores, or the mean of those above 0.
             batch_size: Most frames in one call of the image reward.
             options: Arguments for the image reward.
 
         Raises:
             ValueError: If an option is wrong.
         """
-        if every < 1 or batch_size < 1 or reduce not in ("mean", "min"):
+        if every < 1 or batch_size < 1 or reduce not in ("mean", "min", "mean_positive"):
             raise ValueError(
-                "every and batch_size must be at least 1 and reduce 'mean' or 'min', "
+                "every and batch_size must be at least 1 and reduce 'mean', 'min' or 'mean_positive', "
                 f"got {every}, {batch_size}, {reduce!r}"
             )
         if frames and every != 1:
@@ -85,6 +87,9 @@ class FrameScore:
             )
         ]
         each = torch.cat([torch.as_tensor(s) for s in scores]).view(len(prompts), -1)
+        if self.reduce == "mean_positive":
+            counted = (each > 0) | each.isnan()
+            return (each * counted).sum(1) / counted.sum(1).clamp(min=1)
         return each.mean(1) if self.reduce == "mean" else each.amin(1)
 
 

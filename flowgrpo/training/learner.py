@@ -17,13 +17,13 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from flowgrpo.config import Train
 from flowgrpo.core.errors import DivergenceError
 from flowgrpo.core.random import Random
-from flowgrpo.data.experience import Experience
+from flowgrpo.data.experience import Actions, Experience
 from flowgrpo.losses.base import Loss, LossInputs, LossOutputs
 from flowgrpo.policy import EMA, PipelinePolicy
 from flowgrpo.policy.arguments import call_key
@@ -31,6 +31,13 @@ from flowgrpo.policy.weights import swapped
 from flowgrpo.training.divergence import MAX_DRIFT, MAX_SKIPPED, are_finite
 from flowgrpo.training.metrics import UpdateStatistics
 from flowgrpo.training.replay import Replay
+from flowgrpo.training.split import (
+    has_advantage,
+    split_actions,
+    split_groups,
+    split_samples,
+    split_steps,
+)
 
 GRADIENT_NORMS_KEPT = 50
 """Gradient norms of past optimizer steps whose median defines a spike."""
@@ -59,7 +66,9 @@ class Learner:
         self.parameters = list(self.named.values())
         self.adam = _adamw(self.parameters, train)
         self.optimizer = accelerator.prepare(self.adam)
-        self.ema = EMA(self.parameters, train.ema_decay) if train.ema_decay > 0 else None
+        self.ema = (
+            EMA(self.parameters, train.ema_decay, train.ema_every) if train.ema_decay > 0 else None
+        )
         needs = loss.needs
         assert self.ema is not None or not needs.average, "refused by the configuration"
         has_old = needs.old_policy is not None
@@ -88,32 +97,34 @@ class Learner:
     ) -> dict[str, float]:
         """Take all optimizer steps of one iteration. Returns the metrics of the iteration.
 
-        Each optimizer step trains on a part of the groups. Its loss is the mean over all their
-        actions on all processes. Actions with advantage 0 count in this mean, but are computed only
-        if the loss needs them (``all_actions``): without a KL they would not change the gradient.
+        Each optimizer step trains on a part of the actions (``train.split``). Its loss is the mean over
+        these actions on all processes. Actions with advantage 0 count in this mean, unless
+        ``train.without_advantage`` drops their samples, but are computed only if the loss needs them
+        (``all_actions``): without a KL they would not change the gradient.
 
         Args:
             experience: The actions of this process, and the states before them.
             advantages: One per action of ``experience.actions``, on the CPU.
-            random: Keyed by the iteration; draws which groups an optimizer step trains on, equal in
-                all processes.
+            random: Keyed by the iteration; draws the parts of the optimizer steps, equal in all processes.
         """
         statistics, needs = UpdateStatistics(self.loss.metrics), self.loss.needs
-        updates = self.train.updates
-        # Group indices in random order; the optimizer step u trains on every ``updates``-th from u on.
-        order = torch.randperm(self.train.groups, generator=random.generator("updates"))
+        updates, actions = self.train.updates, experience.actions
+        update_of = self._update_of(actions, random)
+        kept = torch.ones(len(actions), dtype=torch.bool)
+        if self.train.without_advantage == "drop":
+            kept = has_advantage(actions, advantages)
         for update in range(updates):
             # The actions of this optimizer step, and their number on all processes.
-            chosen = torch.isin(experience.actions.group, order[update::updates])
+            chosen = kept & (update_of == update)
             number = self.accelerator.reduce(chosen.sum().to(self.policy.device), "sum").item()
             computes_all = needs.all_actions or needs.whole_groups
             trained = chosen if computes_all else chosen & (advantages != 0)
             batches = list(self.replay.batches(experience, advantages, trained))
             # The reference's outputs for all batches at once, so that its weights move only once.
-            referred = [actions for actions, _ in batches] if needs.reference else []
+            referred = [batch for batch, _ in batches] if needs.reference else []
             references = self.replay.references(experience, referred)
-            for (actions, advantage), reference in zip_longest(batches, references):
-                inputs = self.replay.inputs(experience, actions, advantage, reference, update == 0)
+            for (batch, advantage), reference in zip_longest(batches, references):
+                inputs = self.replay.inputs(experience, batch, advantage, reference, update == 0)
                 loss = self._loss(inputs, statistics)
                 # Wan 2.2 has two denoisers. If only one is trained, the steps of the other carry no
                 # gradient.
@@ -140,6 +151,20 @@ class Learner:
                 f"the policy diverged: the loss or its gradient was NaN or infinite in all updates of "
                 f"{MAX_SKIPPED} iterations in a row"
             )
+
+    def _update_of(self, actions: Actions, random: Random) -> Int[Tensor, " actions"]:
+        """The optimizer step of the iteration, from 0, that trains on each action."""
+        train = self.train
+        if train.split == "groups":
+            return split_groups(actions, train.updates, train.groups, random)
+        if train.split == "samples":
+            return split_samples(actions, train.updates, random)
+        if train.split == "actions":
+            return split_actions(actions, train.updates, random)
+        # Processes can have trained different steps, and all must divide them alike.
+        counts = torch.bincount(actions.step, minlength=self.policy.num_steps())
+        everywhere = self.accelerator.reduce(counts.to(self.policy.device), "sum")
+        return split_steps(actions, train.updates, everywhere.cpu().nonzero().squeeze(1))
 
     def _loss(self, inputs: LossInputs, statistics: UpdateStatistics) -> Float[Tensor, ""]:
         """The summed loss of a batch, with the KL term.

@@ -155,6 +155,7 @@ class Replay:
             old_policy=old_policy,
             average=average,
             reference=None if reference is None else reference.restored(record),
+            has_reward=experience.has_reward(actions).to(device),
         )
 
     def _old_mean(self, actions: Actions, mean: Tensor) -> Tensor:
