@@ -32,7 +32,16 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
-COPIED = ("flowgrpo", "reward_models", "tests", "benchmarks", "scripts", "configs", "prompts", "docs")
+COPIED = (
+    "flowgrpo",
+    "reward_models",
+    "tests",
+    "benchmarks",
+    "scripts",
+    "configs",
+    "prompts",
+    "docs",
+)
 FILES = ("pyproject.toml", "README.md", "CHANGELOG.md")
 
 
@@ -218,7 +227,9 @@ class _Finder(ast.NodeVisitor):
         self.generic_visit(node)
 
     def visit_Call(self, node: ast.Call) -> None:
-        name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+        name = (
+            node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+        )
         if name in QUIET:
             return
         if name in OPPOSITES:
@@ -486,7 +497,9 @@ def main() -> None:
     parser.add_argument("--per-area", type=int, default=30, help="mutations per area")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--results", type=Path, default=Path("mutations.jsonl"))
-    parser.add_argument("--report", action="store_true", help="print the results so far, run nothing")
+    parser.add_argument(
+        "--report", action="store_true", help="print the results so far, run nothing"
+    )
     parser.add_argument("--list", action="store_true", help="print the mutations, run nothing")
     options = parser.parse_args()
     if options.list:
