@@ -171,7 +171,7 @@ def test_a_folder_with_other_files_is_refused(start: Start, tmp_path: Path) -> N
 def test_processes_that_are_not_connected_are_refused(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
     session = start()
     monkeypatch.setitem(os.environ, "WORLD_SIZE", "2")
-    with pytest.raises(RuntimeError, match="started 2 processes, but torch.distributed sees 1"):
+    with pytest.raises(RuntimeError, match=r"started 2 processes, but torch\.distributed sees 1"):
         session._check_world()
 
 
