@@ -10,12 +10,12 @@ from flowgrpo.algorithms import FlowGRPO
 from flowgrpo.config import Config, Model, Prompts, Run, Train
 from flowgrpo.core.random import Random
 from flowgrpo.core.steps import Window
-from flowgrpo.core.transitions import CPS
+from flowgrpo.core.transitions import CPS, DDIM, FlowSDE
 from flowgrpo.data.prompts import Group, Prompt
 from flowgrpo.losses.clipped import ClippedLoss
 from flowgrpo.policy import PipelinePolicy, Sampling
 from flowgrpo.policy.arguments import batches
-from flowgrpo.policy.probe import check_sizes
+from flowgrpo.policy.probe import check_scales, check_sizes
 from flowgrpo.rewards.scorer import RewardScorer
 from flowgrpo.rewards.settings import Reward
 from flowgrpo.training.learner import Learner
@@ -101,9 +101,16 @@ def test_edits_are_trained_on_with_their_own_image(
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_every_family_makes_the_size_it_is_asked_for(name: str, make_policy: MakePolicy) -> None:
+def test_every_family_passes_the_checks_before_a_run(name: str, make_policy: MakePolicy) -> None:
+    """It makes the size that it is asked for, and gradients of its steps can be compared.
+
+    CogVideoX's grid begins with mere noise.
+    """
     policy = make_policy(name, weights=None)
     check_sizes(policy, [Prompt("a")], policy.sampling)
+    flow = FAMILIES[name].prediction == "flow"
+    transition = FlowSDE(noise_level=0.7) if flow else DDIM(eta=1.0)
+    check_scales(policy, transition, range(policy.num_steps() - 1))
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import importlib.util
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -94,6 +95,34 @@ def test_red_is_not_taken_for_blue() -> None:
     assert OCR(reader=reader)(media, [ask("x")]).tolist() == [1.0]
     assert seen[0].shape == (4, 6, 3)
     assert seen[0][0, 0].tolist() == [255, 128, 0]
+
+
+def test_the_engine_gets_the_colours_as_from_a_file(
+    engine: OCR, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The engine receives what its own loader makes of the saved picture."""
+    from rapidocr.ch_ppocr_det import TextDetector
+    from rapidocr.utils.load_image import LoadImage
+
+    media = page("Red", color="red")
+    pixels = (media * 255).round().byte().permute(1, 2, 0).numpy()
+    Image.fromarray(pixels).save(tmp_path / "page.png")
+    seen: list[np.ndarray] = []
+    detect = TextDetector.__call__
+
+    def noting(self: Any, image: np.ndarray) -> Any:
+        seen.append(image.copy())
+        return detect(self, image)
+
+    monkeypatch.setattr(TextDetector, "__call__", noting)
+    engine(media[None], [ask("Red")])
+    colours = [[int(v) for v in c] for c in np.unique(seen[0].reshape(-1, 3), axis=0)]
+    loaded = LoadImage()(str(tmp_path / "page.png"))
+    assert [int(v) for v in loaded[0, 0]] in colours
+    # Pure red in the engine's order.
+    assert [0, 0, 255] in loaded.reshape(-1, 3).tolist()
+    assert [0, 0, 255] in colours
+    assert [255, 0, 0] not in colours
 
 
 @pytest.mark.parametrize(

@@ -93,6 +93,24 @@ def test_equals_the_processor_on_pil_images(
     torch.testing.assert_close(reward(media, PROMPTS), expected, rtol=0, atol=2e-4)
 
 
+def test_the_whole_text_counts_up_to_77_tokens(folder: Path, reward: PickScore) -> None:
+    """By PIL and the plain tokenizer, which cuts nothing; the last word is the 75th."""
+    tokenizer = clip_tokenizer()
+    words = ["cat", "dog", "bird"] * 24 + ["cat"] * 2
+    texts = [" ".join([*words, last]) for last in ("bird", "dog")]
+    fitting = [t for t in texts if len(tokenizer(t)["input_ids"]) <= 77]
+    while not fitting:
+        words = words[:-1]
+        texts = [" ".join([*words, last]) for last in ("bird", "dog")]
+        fitting = [t for t in texts if len(tokenizer(t)["input_ids"]) <= 77]
+    assert len(tokenizer(texts[0])["input_ids"]) > 70
+    media = noise(1, 32, 32).expand(2, -1, -1, -1)
+    expected = by_pil(folder, media, texts)
+    assert (expected[0] - expected[1]).abs() > 1e-3
+    scores = reward(media, [Prompt(t) for t in texts])
+    torch.testing.assert_close(scores, expected, rtol=0, atol=2e-4)
+
+
 def test_does_not_depend_on_the_batch(reward: PickScore) -> None:
     media = noise(4, 40, 56)
     prompts = [PROMPTS[i] for i in (1, 0, 1, 2)]

@@ -249,6 +249,126 @@ def test_too_many_failures_stop_the_run_all_the_same():
     strict.check_rate()
 
 
+def test_failures_count_samples_not_scores():
+    """Two rewards fail on the same sample, and a third on two others."""
+    same = Reward(model=f"{HERE}:second_is_nan", name="again", weight=0.0)
+    subject = scorer("second_is_nan", same, retries=0)
+    subject.score(IMAGES, PROMPTS)
+    assert (subject.failures_seen, subject.scored) == (1, 4)
+    subject = scorer("second_is_nan", same, flaky(99, "nan"), retries=0)
+    found = subject.score(IMAGES, PROMPTS)
+    assert found.raw["Flaky"].isnan().tolist() == [True, False, True, False]
+    assert found.reward.isnan().tolist() == [True, True, True, False]
+    assert (subject.failures_seen, subject.scored) == (3, 4)
+    subject.score(IMAGES[:2], PROMPTS[:2])
+    assert (subject.failures_seen, subject.scored) == (4, 6)  # the second, by all three
+
+
+@pytest.mark.parametrize(("rate", "stops"), [(0.25, False), (0.2499, True), (0.0, True), (1.0, False)])  # fmt: skip
+def test_the_largest_rate_of_failures_is_allowed(rate, stops):
+    """One sample of four failed."""
+    subject = scorer("second_is_nan", retries=0, max_rate=rate)
+    subject.check_rate()
+    subject.score(IMAGES, PROMPTS)
+    if not stops:
+        return subject.check_rate()
+    with pytest.raises(RewardError, match="1 of 4 scores failed"):
+        subject.check_rate()
+
+
+def test_a_later_attempt_fills_in_and_takes_nothing_back():
+    """The first attempt fails on 0 and 2, the second on 1 and 3: together all have a score."""
+    subject = scorer(flaky(3, "nan"), retries=1)
+    found = subject.score(IMAGES, PROMPTS)
+    assert calls == ["flaky"] * 2
+    assert torch.allclose(found.raw["Flaky"], IMAGES.flatten(1).mean(1))
+    assert subject.failures_seen == 0
+
+
+@pytest.mark.parametrize(("batch", "sizes"), [(0, [4]), (1, [1, 1, 1, 1]), (3, [3, 1]), (9, [4])])
+def test_submissions_are_scored_in_parts(batch, sizes, monkeypatch):
+    subject = RewardScorer([Reward(model=f"{HERE}:brightness")], Failures(), batch)
+    seen, score = [], subject.score
+    monkeypatch.setattr(subject, "score", lambda m, p: seen.append((m, p)) or score(m, p))
+    found = subject.submit(IMAGES, PROMPTS).result()
+    assert [len(m) for m, _ in seen] == sizes
+    assert [p for _, part in seen for p in part] == PROMPTS
+    assert torch.allclose(found.reward, IMAGES.flatten(1).mean(1))
+    subject.close()
+
+
+def test_weights_follow_their_schedule_in_training_and_are_full_in_evaluations():
+    warm = Reward(
+        model=f"{HERE}:a_list", weight=2.0, schedule=((10.0, 0.0), (20.0, 1.0)), scale=3.0
+    )
+    subject = scorer("brightness", warm)
+    light, number = IMAGES.flatten(1).mean(1), torch.arange(4.0)
+    for iteration, factor in ((0, 0.0), (10, 0.0), (15, 0.5), (20, 1.0), (99, 1.0), (None, 1.0)):
+        subject.iteration = iteration
+        found = subject.score(IMAGES, PROMPTS)
+        assert torch.allclose(found.reward, light + 2 * factor * 3 * number)
+        assert found.weights == pytest.approx({"brightness": 1.0, "a_list": 2 * factor})
+        assert found.raw["a_list"].tolist() == number.tolist()
+        assert torch.allclose(found.parts()["a_list"], 6 * factor * number)
+
+
+class Counting:
+    """A reward that learns: its score is the number of samples that it has learned from."""
+
+    def __init__(self) -> None:
+        self.seen = torch.zeros(1)
+
+    def __call__(self, media: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+        return self.seen + torch.zeros(len(prompts))
+
+    def update(self, media: Tensor, prompts: Sequence[Prompt]) -> dict[str, float]:
+        assert len(media) == len(prompts)
+        calls.extend(p.text for p in prompts)
+        self.seen += len(media)
+        return {"samples": float(len(media))}
+
+    def state(self) -> dict[str, Tensor]:
+        return {"seen": self.seen.clone()}
+
+    def restore(self, state: dict[str, Tensor]) -> None:
+        self.seen = state["seen"].clone()
+
+
+def test_a_learning_reward_learns_from_the_iterations_samples_once():
+    counting = Reward(model=f"{HERE}:Counting", name="judge")
+    subject, plain = scorer("brightness", counting), scorer("brightness")
+    assert (plain.learn(), plain.state()) == ({}, {})
+    subject.submit(IMAGES, PROMPTS).result()  # an evaluation
+    subject.iteration = 0
+    for rows in (slice(0, 2), slice(2, 3)):
+        subject.submit(IMAGES[rows], PROMPTS[rows]).result()
+    calls.clear()
+    both = subject.learn(gather=lambda own: [*own, (IMAGES[3:], PROMPTS[3:])])
+    assert both == {"learning/judge/samples": 4.0}
+    assert calls == [p.text for p in PROMPTS]
+    assert subject.state()["reward-judge"]["seen"].tolist() == [4.0]
+    subject.submit(IMAGES[:1], PROMPTS[:1]).result()
+    assert subject.learn() == {"learning/judge/samples": 1.0}
+    assert subject.score(IMAGES, PROMPTS).raw["judge"].tolist() == [5.0] * 4
+    other = scorer("brightness", counting)
+    other.restore({**subject.state(), "weights": {}})
+    assert other.score(IMAGES, PROMPTS).raw["judge"].tolist() == [5.0] * 4
+
+
+def test_prompts_are_checked_by_every_reward_that_can(monkeypatch):
+    def check(prompts):
+        calls.append(f"{len(prompts)} prompts")
+        if len(prompts) < 4:
+            raise ValueError("too few")
+
+    subject = scorer("constant", Reward(model=f"{HERE}:brightness", name="light"))
+    monkeypatch.setattr(brightness, "check", check, raising=False)
+    subject.check_prompts(PROMPTS)
+    assert calls == ["4 prompts"]
+    with pytest.raises(ValueError, match="reward 'light': too few"):
+        subject.check_prompts(PROMPTS[:1])
+
+
 # The probe.
 def test_a_sound_reward_passes_the_probe_and_leaves_no_trace():
     subject = scorer("brightness")
@@ -278,6 +398,32 @@ def test_a_reward_that_is_constant_where_it_is_finite_is_refused():
     same = torch.full_like(IMAGES, 0.25)
     with pytest.raises(RewardError, match="same score"):
         scorer("second_is_nan", retries=0).probe(same, PROMPTS)
+
+
+def fond_of_noise(media: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+    """The spread of an image's pixels; the probe's images are flat."""
+    return media.flatten(1).std(1) + 0.01 * media.flatten(1).mean(1)
+
+
+def noise_is_nan(media: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+    spread = media.flatten(1).std(1)
+    return torch.where(spread > 0.1, math.nan, media.flatten(1).mean(1))
+
+
+@pytest.mark.parametrize(
+    ("name", "weight", "warning"),
+    [
+        ("fond_of_noise", 1.0, "prefers noise"),
+        ("fond_of_noise", -1.0, ""),
+        ("brightness", -1.0, ""),
+        ("noise_is_nan", 1.0, "no finite score to noise"),
+    ],
+)
+def test_noise_is_scored_with_the_probe(name, weight, warning, caplog):
+    with caplog.at_level(logging.WARNING):
+        scorer(Reward(model=f"{HERE}:{name}", weight=weight)).probe(IMAGES, PROMPTS)
+    assert warning in caplog.text
+    assert bool(caplog.text) is bool(warning)
 
 
 def test_probe_modes(caplog):

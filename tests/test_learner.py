@@ -1,0 +1,494 @@
+"""Optimizer steps against plain arithmetic: groups, norms, spikes, rates, averages, checkpoints."""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import pytest
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from flowgrpo.algorithms import FlowGRPO
+from flowgrpo.config import Train
+from flowgrpo.core.random import Random
+from flowgrpo.core.scores import Scores
+from flowgrpo.core.steps import Window
+from flowgrpo.core.transitions import CPS
+from flowgrpo.data.experience import Actions, Candidates, Cost, Experience
+from flowgrpo.data.prompts import Group, Prompt
+from flowgrpo.losses.base import Loss, LossInputs, LossMetric, LossNeeds, LossOutputs
+from flowgrpo.losses.nft import NFTLoss
+from flowgrpo.policy import PipelinePolicy
+from flowgrpo.rewards.scorer import RewardScorer
+from flowgrpo.rewards.settings import Reward
+from flowgrpo.training.learner import Learner
+from flowgrpo.training.metrics import UpdateStatistics, rollout_metrics
+from flowgrpo.training.replay import Replay
+from tests.conftest import MakePolicy, sampling_of
+
+RANDOM = Random(3).at("train", 2)
+TEXTS = ("a red cube", "two dogs", "a cat", "a bus", "a tree", "one hat")
+GROUPS = [Group(i, Prompt(text)) for i, text in enumerate(TEXTS)]
+# One stochastic step, so that an optimizer step is one batch.
+ALGORITHM = FlowGRPO(group_size=2, transition=CPS(), steps=Window(start=1, size=1))
+
+
+def brightness(media: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+    return media.flatten(1).mean(1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scripted(Loss):
+    """Gradients of given norms, one per optimizer step; keeps what it receives and the gradients."""
+
+    kind: str = "scripted"
+    all_actions: bool = True
+    with_old: bool = False
+    norms: ClassVar[list[float]] = []
+    received: ClassVar[list[LossInputs]] = []
+    gradients: ClassVar[list[list[Tensor]]] = []
+    followed: ClassVar[list[int]] = []
+    parameters: ClassVar[list[Tensor]] = []
+
+    @property
+    def needs(self) -> LossNeeds:
+        old = self.remaining if self.with_old else None
+        return LossNeeds(all_actions=self.all_actions, old_policy=old)
+
+    def remaining(self, num_updates: int) -> float:
+        Scripted.followed.append(num_updates)
+        return 0.25
+
+    def __call__(self, inputs: LossInputs) -> LossOutputs:
+        step = len(Scripted.received)
+        Scripted.received.append(inputs)
+        loss = inputs.per_action(inputs.policy.prediction.output.flatten(1).mean(1))
+        found = torch.autograd.grad(
+            loss.mean(), Scripted.parameters, retain_graph=True, allow_unused=True
+        )
+        plain = [
+            torch.zeros_like(p) if g is None else g
+            for p, g in zip(Scripted.parameters, found, strict=True)
+        ]
+        size = torch.cat([g.flatten() for g in plain]).norm()
+        factor = Scripted.norms[step] / float(size)
+        Scripted.gradients.append([factor * g for g in plain])
+        return LossOutputs(factor * loss)
+
+
+@pytest.fixture(autouse=True)
+def _anew() -> None:
+    for kept in (Scripted.received, Scripted.gradients, Scripted.followed):
+        kept.clear()
+
+
+@pytest.fixture(scope="module")
+def shared_policy(make_policy: MakePolicy) -> tuple[PipelinePolicy, Experience]:
+    """A policy and what it collected. Its weights are set back before each test."""
+    sampling = sampling_of("sd3", num_steps=3)
+    policy = make_policy("sd3", sampling=sampling, with_reference=True)
+    scorer = RewardScorer([Reward(model="tests.test_learner:brightness")])
+    experience = ALGORITHM.collect(policy, GROUPS, scorer, RANDOM, 2)
+    scorer.close()
+    return policy, experience
+
+
+Make = Callable[..., Learner]
+
+
+@pytest.fixture
+def make(shared_policy: tuple[PipelinePolicy, Experience], accelerator: Accelerator) -> Iterator[Make]:  # fmt: skip
+    policy, _ = shared_policy
+    assert policy.trainable is not None
+    start = {k: p.detach().clone() for k, p in policy.trainable.parameters.items()}
+
+    def learner(loss: Loss | None = None, *, norms: Sequence[float] = (1.0,) * 9, **train: object) -> Learner:  # fmt: skip
+        Scripted.norms[:] = norms
+        settings = {"iterations": 10, "groups": 6, "lr": 1e-2, "monitor_states": 0} | train
+        found = Learner(policy, Train(**settings), loss or Scripted(), accelerator)  # type: ignore[arg-type]
+        Scripted.parameters[:] = found.parameters
+        return found
+
+    yield learner
+    policy.trainable.load(start)
+    for parameter in policy.trainable.parameters.values():
+        parameter.grad = None
+
+
+@pytest.fixture
+def experience(shared_policy: tuple[PipelinePolicy, Experience]) -> Experience:
+    return shared_policy[1]
+
+
+def ones(experience: Experience) -> Tensor:
+    return torch.ones(len(experience.actions))
+
+
+# Which actions an optimizer step trains on.
+
+
+def test_each_optimizer_step_trains_on_its_own_groups(make: Make, experience: Experience) -> None:
+    learner = make(updates=3)
+    learner.update(experience, ones(experience), RANDOM)
+    order = torch.randperm(6, generator=RANDOM.generator("updates")).tolist()
+    assert order != sorted(order)
+    # Like cards dealt to three players.
+    expected = [sorted([order[i], order[i + 3]]) for i in range(3)]
+    groups = [sorted(set(inputs.group.tolist())) for inputs in Scripted.received]
+    assert groups == expected
+    assert [inputs.first_update for inputs in Scripted.received] == [True, False, False]
+    for inputs in Scripted.received:
+        pairs = sorted(zip(inputs.group.tolist(), inputs.sample.tolist(), strict=True))
+        assert pairs == [(g, s) for g in sorted(set(inputs.group.tolist())) for s in (0, 1)]
+    other = RANDOM.at("another iteration")
+    learner = make(updates=3)
+    Scripted.received.clear()
+    learner.update(experience, ones(experience), other)
+    assert groups != [sorted(set(inputs.group.tolist())) for inputs in Scripted.received]
+
+
+@pytest.mark.parametrize("all_actions", [True, False])
+def test_actions_without_advantage_count_in_the_mean(all_actions: bool, make: Make, experience: Experience) -> None:  # fmt: skip
+    """Half of the actions are left out, unless the loss needs them; the mean stays one over all."""
+    advantages = ones(experience)
+    advantages[experience.actions.group < 3] = 0
+    learner = make(Scripted(all_actions=all_actions), norms=[1.0], max_grad_norm=1e9)
+    taken: list[list[Tensor]] = []
+    learner.adam.register_step_pre_hook(
+        lambda *_: taken.append([p.grad.clone() for p in learner.parameters if p.grad is not None])
+    )
+    metrics = learner.update(experience, advantages, RANDOM)
+    (inputs,) = Scripted.received
+    assert len(inputs.advantage) == (12 if all_actions else 6)
+    assert set(inputs.group.tolist()) == ({*range(6)} if all_actions else {3, 4, 5})
+    expected = 1.0 if all_actions else 0.5
+    assert metrics["grad_norm"] == pytest.approx(expected, rel=1e-4)
+    for got, want in zip(taken[0], Scripted.gradients[0], strict=True):
+        torch.testing.assert_close(got, expected * want, atol=1e-6, rtol=1e-4)
+
+
+# The step.
+
+
+class PlainAdamW:
+    """AdamW as in arXiv:1711.05101, on a gradient of at most a given norm."""
+
+    def __init__(self, weights: Sequence[Tensor], decay: float, betas: tuple[float, float], limit: float):  # fmt: skip
+        self.weights = [w.detach().double().clone() for w in weights]
+        self.first = [torch.zeros_like(w) for w in self.weights]
+        self.second = [torch.zeros_like(w) for w in self.weights]
+        self.decay, self.betas, self.limit, self.steps = decay, betas, limit, 0
+
+    def step(self, gradients: Sequence[Tensor], lr: float) -> None:
+        norm = math.sqrt(sum(float(g.double().square().sum()) for g in gradients))
+        scale = min(1.0, self.limit / norm)
+        self.steps += 1
+        a, b = self.betas
+        for i, raw in enumerate(gradients):
+            g = scale * raw.double()
+            self.first[i] = a * self.first[i] + (1 - a) * g
+            self.second[i] = b * self.second[i] + (1 - b) * g * g
+            m, v = self.first[i] / (1 - a**self.steps), self.second[i] / (1 - b**self.steps)
+            self.weights[i] = self.weights[i] * (1 - lr * self.decay) - lr * m / (v.sqrt() + 1e-8)
+
+
+def test_steps_are_adamw_on_limited_gradients_at_the_scheduled_rate(make: Make, experience: Experience) -> None:  # fmt: skip
+    """Two iterations of three steps; the third gradient is NaN and the fifth has no limit to its size."""
+    norms = [0.5, 4.0, math.nan, 0.3, math.inf, 7.0]
+    learner = make(
+        norms=norms, updates=3, iterations=2, lr=0.02, warmup=3, schedule="linear",
+        weight_decay=0.1, betas=(0.8, 0.95), max_grad_norm=2.0, ema_decay=0.15,
+    )  # fmt: skip
+    plain = PlainAdamW(learner.parameters, 0.1, (0.8, 0.95), 2.0)
+    average = [w.clone() for w in plain.weights]
+    # lr * warm-up in quarters * a fall by 0.15 each step.
+    rates = [0.02 * w * f for w, f in zip((0.25, 0.5, 0.75, 1, 1, 1), (1, 0.85, 0.7, 0.55, 0.4, 0.25), strict=True)]  # fmt: skip
+    for iteration in (0, 1):
+        metrics = learner.update(experience, ones(experience), RANDOM)
+        for step in range(3 * iteration, 3 * iteration + 3):
+            if not math.isfinite(norms[step]):
+                continue
+            plain.step(Scripted.gradients[step], rates[step])
+            decay = min(0.15, (1 + plain.steps) / (10 + plain.steps))
+            average = [decay * a + (1 - decay) * w for a, w in zip(average, plain.weights, strict=True)]  # fmt: skip
+        for parameter, slow, mine, expected in zip(
+            learner.parameters, learner.ema.average, average, plain.weights, strict=True  # type: ignore[union-attr]
+        ):  # fmt: skip
+            # A step moves a weight by up to 0.02; where a gradient is all but 0, rounding shows.
+            torch.testing.assert_close(parameter.detach().double(), expected, atol=3e-5, rtol=1e-4)
+            torch.testing.assert_close(slow.double(), mine, atol=3e-5, rtol=1e-4)
+        assert metrics["skipped_updates"] == 1
+        assert metrics["lr"] == pytest.approx(rates[3 * iteration + 2])
+        assert learner.num_updates == 3 * iteration + 3
+    assert learner.gradient_norms == pytest.approx([0.5, 4.0, 0.3, 7.0], rel=1e-4)
+    assert learner.ema is not None
+    assert learner.ema.updates == 4
+
+
+@pytest.mark.parametrize(
+    ("known", "factor", "norm", "skipped"),
+    [
+        ([1.0] * 9, 20.0, 1e6, False),  # too few to tell
+        ([1.0] * 10, 20.0, 19.9, False),
+        ([1.0] * 10, 20.0, 20.1, True),
+        ([1.0] * 10, 0.0, 1e6, False),  # switched off
+        ([1.0] * 8 + [1000.0] * 3, 20.0, 21.0, True),  # the median, not the mean
+        ([1000.0, 1000.0, 1000.0] + [1.0] * 8, 20.0, 21.0, True),
+        ([0.001] * 5 + [1.0] * 6, 20.0, 19.0, False),
+        ([1.0] * 10, 3.0, 3.1, True),
+        ([], 20.0, math.nan, True),
+        ([], 0.0, math.inf, True),
+        ([float(i) for i in range(1, 51)], 20.0, 5.0, False),
+        ([1.0] * 10, 20.0, 0.0, False),
+    ],
+)
+def test_spikes_are_skipped_and_forgotten(known: list[float], factor: float, norm: float, skipped: bool, make: Make, experience: Experience) -> None:  # fmt: skip
+    learner = make(norms=[norm, 0.5], spike_factor=factor, max_grad_norm=1e9, ema_decay=0.9)
+    assert learner.ema is not None
+    learner.gradient_norms = list(known)
+    before = [p.detach().clone() for p in learner.parameters]
+    metrics = learner.update(experience, ones(experience), RANDOM)
+    same = all(torch.equal(p, b) for p, b in zip(learner.parameters, before, strict=True))
+    assert (metrics["skipped_updates"], learner.num_updates) == (float(skipped), 1)
+    if math.isfinite(norm):
+        assert metrics["grad_norm"] == pytest.approx(norm, rel=1e-4)
+    assert learner.ema.updates == (0 if skipped else 1)
+    if skipped:
+        assert same
+        assert not learner.adam.state
+        assert learner.gradient_norms == known
+    elif norm == 0:
+        assert learner.gradient_norms == known
+    else:
+        assert not same
+        assert learner.gradient_norms == pytest.approx([*known, norm][-50:], rel=1e-4)
+    # Nothing of the skipped gradient is left for the next step.
+    kept = learner.gradient_norms
+    after = learner.update(experience, ones(experience), RANDOM)
+    assert after["grad_norm"] == pytest.approx(0.5, rel=1e-4)
+    assert learner.gradient_norms[:-1] == kept[-49:]
+    assert not all(torch.equal(p, b) for p, b in zip(learner.parameters, before, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("settings", "table"),
+    [
+        ({}, {0: 1, 5: 1, 99: 1}),
+        ({"warmup": 1}, {0: 0.5, 1: 1, 2: 1}),
+        ({"warmup": 4}, {0: 0.2, 1: 0.4, 3: 0.8, 4: 1, 5: 1}),
+        ({"schedule": "linear"}, {0: 1, 5: 0.775, 10: 0.55, 20: 0.1}),
+        ({"schedule": "cosine"}, {0: 1, 5: 0.55 + 0.45 / math.sqrt(2), 10: 0.55, 20: 0.1}),
+        ({"schedule": "linear", "warmup": 10}, {0: 1 / 11, 9: 10 / 11 * 0.595, 10: 0.55}),
+    ],
+)
+def test_learning_rates_by_hand(settings: dict[str, object], table: dict[int, float], make: Make) -> None:  # fmt: skip
+    """20 optimizer steps, at a peak of 0.01."""
+    learner = make(iterations=10, updates=2, **settings)
+    found = {step: learner.learning_rate(step) for step in table}
+    assert found == pytest.approx({step: 0.01 * share for step, share in table.items()})
+
+
+# The behaviour policy.
+
+
+def test_behaviour_weights_follow_once_an_iteration(make: Make, experience: Experience) -> None:
+    learner = make(Scripted(with_old=True), updates=3)
+    first = [p.detach().clone() for p in learner.parameters]
+    learner.update(experience, ones(experience), RANDOM)
+    # All steps of an iteration were sampled by, and are compared with, the same old policy.
+    for inputs in Scripted.received[1:]:
+        assert inputs.old_policy is not None
+        gap = inputs.policy.prediction.output - inputs.old_policy.prediction.output
+        assert float(gap.detach().abs().max()) > 1e-4
+    assert Scripted.followed == [3]
+    assert learner.behaviour is not None
+    expected = [0.25 * b + 0.75 * p.detach() for b, p in zip(first, learner.parameters, strict=True)]  # fmt: skip
+    trained = [p.detach().clone() for p in learner.parameters]
+    for now, want in zip(learner.behaviour, expected, strict=True):
+        torch.testing.assert_close(now, want, atol=1e-7, rtol=1e-5)
+    with learner.behaviour_policy():
+        assert all(torch.equal(p, w) for p, w in zip(learner.parameters, learner.behaviour, strict=True))  # fmt: skip
+    assert all(torch.equal(p, t) for p, t in zip(learner.parameters, trained, strict=True))
+
+
+def test_nft_compares_with_the_behaviour_weights(make: Make, experience: Experience) -> None:
+    """The same loss by hand, with the old prediction of a model that was moved by hand."""
+    loss = NFTLoss(beta=0.5, kl_coef=0.0)
+    learner = make(loss, max_grad_norm=1e9)
+    assert learner.behaviour is not None
+    random = torch.Generator().manual_seed(5)
+    for weight in learner.behaviour:
+        weight += 0.05 * torch.randn(weight.shape, generator=random)
+    trained = [p.detach().clone() for p in learner.parameters]
+    moved = [b.clone() for b in learner.behaviour]
+    a, terms = experience.actions, []
+    advantages = torch.linspace(-6, 6, len(a))
+
+    def predict(weights: Sequence[Tensor], row: int) -> Tensor:
+        with torch.no_grad():
+            for parameter, weight in zip(learner.parameters, weights, strict=True):
+                parameter.copy_(weight)
+            prompt = GROUPS[int(a.group[row])].prompt
+            record = learner.policy.replay([prompt], a.states[a.state[row]][None], 1, experience.transition)  # fmt: skip
+        return record.prediction.x0[0].double()
+
+    for row in range(len(a)):
+        new, old, sample = predict(trained, row), predict(moved, row), a.x_next[row].double()
+        good = min(1.0, max(0.0, float(advantages[row]) / 10 + 0.5))
+        plus, minus = 0.5 * new + 0.5 * old - sample, 1.5 * old - 0.5 * new - sample
+        parts = [float(e.square().mean() / e.abs().mean()) for e in (plus, minus)]
+        terms.append(5 * (good * parts[0] + (1 - good) * parts[1]) / 0.5)
+    predict(trained, 0)
+    metrics = learner.update(experience, advantages, RANDOM)
+    assert metrics["loss/policy"] == pytest.approx(sum(terms) / len(terms), rel=1e-4)
+
+
+# Checkpoints.
+
+
+def test_a_restored_learner_continues_like_the_saved_one(make: Make, experience: Experience) -> None:  # fmt: skip
+    settings = {"updates": 3, "ema_decay": 0.5, "schedule": "linear", "warmup": 8}
+    loss = Scripted(with_old=True)
+    learner = make(loss, norms=[1.0, 2.0, 30.0, 4.0, 0.5, 3.0], **settings)
+    first = [p.detach().clone() for p in learner.parameters]
+    learner.update(experience, ones(experience), RANDOM)
+    parts, state = learner.state()
+    saved = {part: {k: v.detach().clone() for k, v in tensors.items()} for part, tensors in parts.items()}  # fmt: skip
+    assert state["num_updates"] == 3
+    assert state["gradient_norms"] == pytest.approx([1, 2, 30], rel=1e-4)
+    assert state["ema_updates"] == 3
+    last = learner.update(experience, ones(experience), RANDOM)
+    final = [p.detach().clone() for p in learner.parameters]
+    slow, old = [[t.clone() for t in found] for found in (learner.ema.average, learner.behaviour)]  # type: ignore[union-attr]
+
+    with torch.no_grad():
+        for parameter, weight in zip(learner.parameters, first, strict=True):
+            parameter.copy_(weight)
+    Scripted.received.clear()
+    again = make(loss, norms=[4.0, 0.5, 3.0], **settings)
+    again.restore(saved, state)
+    assert (again.num_updates, again.gradient_norms) == (3, state["gradient_norms"])
+    resumed = again.update(experience, ones(experience), RANDOM)
+    assert resumed == last
+    for found, wanted in (
+        (again.parameters, final),
+        (again.ema.average, slow),
+        (again.behaviour, old),
+    ):  # type: ignore[union-attr]
+        assert found is not None
+        assert all(torch.equal(f, w) for f, w in zip(found, wanted, strict=True))
+    assert again.gradient_norms == learner.gradient_norms
+    assert again.ema is not None
+    assert again.ema.updates == 6
+
+
+# Metrics.
+
+
+def test_the_distance_to_the_reference_by_hand(make: Make, experience: Experience) -> None:
+    """Of three states of the first step of the prompts that share a call."""
+    learner = make(norms=[1.0], monitor_states=3, lr=0.1)
+    metrics = learner.update(experience, ones(experience), RANDOM)
+    a, squares = experience.actions, []
+    for state in sorted(set(a.state.tolist()))[:3]:
+        row = a.state.tolist().index(state)
+        prompt = [GROUPS[int(a.group[row])].prompt]
+        arguments = (prompt, a.states[state][None], 1, experience.transition)
+        with torch.no_grad():
+            trained = learner.policy.replay(*arguments).prediction.output
+            with learner.policy.reference():
+                reference = learner.policy.replay(*arguments).prediction.output
+        squares.append(float((trained - reference).square().mean()))
+    assert metrics["kl/velocity"] == pytest.approx(sum(squares) / 3, rel=1e-3)
+    assert metrics["kl/velocity"] > 0
+
+
+def test_update_metrics_by_hand(accelerator: Accelerator) -> None:
+    declared = (
+        LossMetric("a", by_step="a"), LossMetric("b", reduce="max"), LossMetric("c"),
+    )  # fmt: skip
+    found = UpdateStatistics(declared)
+    zeros = torch.zeros(2)
+    found.add(4, torch.tensor([1.0, 3.0]), zeros, {"a": torch.tensor([1.0, 2.0]), "b": torch.tensor([5.0])})  # fmt: skip
+    found.add(1, torch.tensor([8.0]), torch.tensor([0.5]), {"a": torch.tensor([6.0])})
+    found.add(1, torch.tensor([4.0]), torch.tensor([1.5]), {"a": torch.tensor([7.0]), "b": torch.tensor([-1.0])})  # fmt: skip
+    found.stepped(2.0, 0.1, True)
+    found.stepped(4.0, 0.3, False)
+    found.stepped(9.0, 0.2, True)
+    assert found.summary(accelerator) == pytest.approx(
+        {
+            "loss/policy": 4.0, "loss/kl": 0.5, "grad_norm": 5.0, "lr": 0.2, "skipped_updates": 2.0,
+            "a": 4.0, "b": 5.0, "c": 0.0, "step/1/a": 6.5, "step/4/a": 1.5,
+        }
+    )  # fmt: skip
+
+
+def test_rollout_metrics_by_hand(experience: Experience) -> None:
+    """Three groups of two: one without variance, one with a failure."""
+    group, sample = torch.tensor([0, 0, 1, 1, 2, 2]), torch.tensor([0, 1] * 3)
+    nan = math.nan
+    raw = {"x": torch.tensor([1.0, 3.0, 2.0, 2.0, nan, 7.0]), "y": torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0, nan])}  # fmt: skip
+    scores = Scores(raw, 2 * raw["x"], {"x": 2.0})
+    candidates = Candidates(group, sample, torch.full((6,), 2), torch.ones(6, dtype=torch.long), scores)  # fmt: skip
+    some = replace(
+        experience, candidates=candidates, gathered=None, cost=Cost(12.0, 4.0, 2.0),
+        diversity=torch.tensor([0.1, 0.2, 0.6]), duplicates=torch.tensor([0.0, 1.0, 2.0]),
+    )  # fmt: skip
+    found = rollout_metrics(some, lambda tensor: tensor)
+    rewards = [2, 6, 4, 4, 14]
+    spread = math.sqrt(sum((r - 6) ** 2 for r in rewards) / 5)
+    assert found == pytest.approx(
+        {
+            "reward": 6.0, "reward_std": spread, "score/x": 3.0, "score/y": 3.0, "part/x": 6.0,
+            "group/zero_variance": found["group/zero_variance"], "group/diversity": 0.3,
+            "group/duplicates": 3.0, "failures": 1.0, "nfe_per_prompt": 12.0, "decodes_per_prompt": 4.0,
+        }
+    )  # fmt: skip
+    # The group with one reward left has nothing to compare either.
+    assert found["group/zero_variance"] == pytest.approx(2 / 3)
+
+
+# Batches.
+
+
+def test_batches_by_hand(shared_policy: tuple[PipelinePolicy, Experience]) -> None:
+    """Groups 0 and 2 have one size and group 1 another; three actions share a state."""
+    policy, experience = shared_policy
+    groups = [
+        Group(0, Prompt("a")), Group(1, Prompt("b", height=64, width=32)), Group(2, Prompt("c")),
+    ]  # fmt: skip
+    state = torch.tensor([0, 0, 0, 1, 2, 3, 4, 5, 6])
+    group = torch.tensor([0, 0, 0, 0, 1, 1, 2, 2, 2])
+    step = torch.tensor([5, 5, 5, 5, 5, 2, 5, 5, 5])
+    number = len(step)
+    actions = Actions(
+        states=torch.arange(7.0).view(7, 1), state=state, x_next=10 + torch.arange(9.0).view(9, 1),
+        step=step, old_log_prob=torch.zeros(number), group=group, sample=torch.arange(number),
+    )  # fmt: skip
+    some = replace(experience, groups=groups, actions=actions)
+    trained = torch.ones(number, dtype=torch.bool)
+    trained[7] = False
+
+    def batches(limit: int, loss: Loss) -> list[list[int]]:
+        replay = Replay(policy, loss, train_batch=limit, has_one_update=True, behaviour=nullcontext, average=None)  # fmt: skip
+        found = []
+        for part, advantage in replay.batches(some, torch.arange(9.0), trained):
+            assert part.x_next.flatten().tolist() == (10 + advantage).tolist()
+            assert part.states[part.state].flatten().tolist() == state[advantage.long()].tolist()
+            found.append(advantage.long().tolist())
+        return found
+
+    assert batches(2, Scripted()) == [[5], [0, 1, 2, 3], [6, 8], [4]]
+    assert batches(3, Scripted()) == [[5], [0, 1, 2, 3, 6], [8], [4]]
+    assert batches(100, Scripted()) == [[5], [0, 1, 2, 3, 6, 8], [4]]
+
+    class Whole(Scripted):
+        @property
+        def needs(self) -> LossNeeds:
+            return LossNeeds(whole_groups=True)
+
+    assert batches(3, Whole()) == [[5], [0, 1, 2, 3], [6, 8], [4]]
+    assert batches(4, Whole()) == [[5], [0, 1, 2, 3, 6, 8], [4]]

@@ -1,0 +1,271 @@
+"""A session's bookkeeping: what a resume brings back, what a folder accepts, what is logged and when."""
+
+import json
+import os
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+import flowgrpo
+from flowgrpo.config import ConfigError
+from flowgrpo.data.prompts import Group, Prompt
+from flowgrpo.losses.clipped import ClippedLoss
+from flowgrpo.policy import PipelinePolicy
+from flowgrpo.rewards.settings import RewardError
+from flowgrpo.training import checkpoints
+from flowgrpo.training.learner import Learner
+from flowgrpo.training.session import Session
+from tests.conftest import MakePolicy
+
+SMALL = ["run.device=cpu", "run.threads=1", "run.trackers=[]", "train.iterations=9", "run.checkpoint_every=4"]  # fmt: skip
+Start = Callable[..., Session]
+METRICS = {"reward": 0.5, "group/zero_variance": 0.25, "group/diversity": 0.1, "grad_norm": 1.0}
+"""What the line on the console shows of an iteration."""
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Start]:
+    """A session in a folder of the test; by default always the same."""
+    sessions: list[Session] = []
+
+    def make(*settings: str, folder: str = "run") -> Session:
+        config = flowgrpo.load("quickstart", [*SMALL, f"run.folder={tmp_path / folder}", *settings])
+        sessions.append(Session(config))
+        return sessions[-1]
+
+    yield make
+    for session in sessions:
+        session.close()
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+@pytest.fixture(scope="module")
+def policy(make_policy: MakePolicy) -> PipelinePolicy:
+    return make_policy("sd3")
+
+
+class Scorer:
+    """The part of a scorer that a session uses."""
+
+    def __init__(self) -> None:
+        self.restored: Any = None
+
+    def state(self) -> dict[str, dict[str, torch.Tensor]]:
+        return {"reward-judge": {"w": torch.tensor([3.0])}}
+
+    def restore(self, parts: Any) -> None:
+        self.restored = parts
+
+
+def learner_of(session: Session, policy: PipelinePolicy) -> Learner:
+    return Learner(policy, session.config.train, ClippedLoss(), session.accelerator)
+
+
+def lines(session: Session, name: str) -> list[dict[str, Any]]:
+    file = session.folder / f"{name}.jsonl"
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def result(iteration: int) -> dict[str, Any]:
+    return {"iteration": iteration, "scores": {"x": 0.5}, "metrics": {"m": 1.0}, "seconds": 3.0}
+
+
+def test_a_resume_brings_back_everything_that_was_saved(start: Start, policy: PipelinePolicy) -> None:  # fmt: skip
+    first = start()
+    first.scorer = Scorer()  # type: ignore[assignment]
+    learner = learner_of(first, policy)
+    first.restore(learner)
+    assert (first.iteration, first.best) == (0, float("-inf"))
+    learner.num_updates, learner.gradient_norms = 7, [0.25, 3.5]
+    for iteration in range(5):
+        if iteration == 3:
+            first.log_evaluation(result(3))
+        first.log(iteration, METRICS, 0.5)
+    first.save_best(learner, 3, 0.75)
+    first.save(learner, 5)
+    kept = {k: p.detach().clone() for k, p in learner.named.items()}
+    # What comes after the checkpoint is lost, and so are its lines.
+    for iteration in (5, 6):
+        first.log(iteration, METRICS, 0.5)
+    first.log_evaluation(result(6))
+    first.best = 0.9
+    with torch.no_grad():
+        for parameter in learner.parameters:
+            parameter += 1.0
+
+    second = start()
+    second.scorer = scorer = Scorer()  # type: ignore[assignment]
+    again = learner_of(second, policy)
+    second.restore(again)
+    assert (second.iteration, second.best) == (5, 0.75)
+    assert (again.num_updates, again.gradient_norms) == (7, [0.25, 3.5])
+    assert all(torch.equal(p, kept[k]) for k, p in again.named.items())
+    assert scorer.restored["reward-judge"]["w"].tolist() == [3.0]
+    assert [m["iteration"] for m in lines(second, "metrics")] == [0, 1, 2, 3, 4]
+    assert [m["iteration"] for m in lines(second, "timings")] == [0, 1, 2, 3, 4]
+    assert [e["iteration"] for e in second.past_evaluations()] == [3]
+    # The best so far is still to be beaten.
+    second.save_best(again, 5, 0.75)
+    assert checkpoints.load(second.checkpoints / "best")[1]["iteration"] == 3
+    second.save_best(again, 6, 0.76)
+    assert checkpoints.load(second.checkpoints / "best")[1] == {"iteration": 6, "score": 0.76}
+
+
+def test_without_a_checkpoint_lines_are_dropped_and_the_newest_ones_are_kept(start: Start, policy: PipelinePolicy) -> None:  # fmt: skip
+    session = start("run.keep_checkpoints=2")
+    learner = learner_of(session, policy)
+    session.log(0, METRICS, 0.0)
+    session.restore(learner)
+    assert lines(session, "metrics") == []
+    unfinished = session.checkpoints / ".000001.tmp"
+    for iteration in (1, 2, 3, 10):
+        learner.num_updates = iteration
+        session.save(learner, iteration)
+    assert sorted(p.name for p in session.checkpoints.iterdir()) == ["000003", "000010"]
+    unfinished.mkdir()
+    session.restore(learner)
+    assert session.iteration == learner.num_updates == 10
+    assert not unfinished.exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "difference"),
+    [
+        (["run.seed=1"], r"run\.seed is 0 there and 1 now"),
+        (["train.lr=0.5"], r"train\.lr is 0\.\d+ there and 0\.5 now"),
+        (["train.iterations=10"], r"train\.iterations is 9 there and 10 now"),
+        (["run.checkpoint_every=1", "run.keep_checkpoints=5", "run.threads=1"], ""),
+        ([], ""),
+    ],
+)
+def test_a_folder_accepts_the_configuration_that_gives_the_same_numbers(settings: list[str], difference: str, start: Start) -> None:  # fmt: skip
+    first = start()
+    config = (first.folder / "config.toml").read_bytes()
+    first.log(0, METRICS, 0.0)
+    if difference:
+        with pytest.raises(ConfigError, match=f"belongs to another configuration: {difference}"):
+            start(*settings)
+        assert (first.folder / "config.toml").read_bytes() == config
+        # Before the first iteration there is nothing that could be mixed up.
+        (first.folder / "metrics.jsonl").unlink()
+    again = start(*settings)
+    assert flowgrpo.load(str(again.folder / "config.toml")) == again.config
+    environment = json.loads((again.folder / "environment.json").read_text())
+    assert torch.__version__.startswith(environment["torch"])
+    assert (environment["processes"], environment["device"]) == (1, "cpu")
+
+
+def test_a_folder_with_other_files_is_refused(start: Start, tmp_path: Path) -> None:
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter.tex").write_text("precious")
+    with pytest.raises(ConfigError, match="not empty and not a run directory"):
+        start(folder="thesis")
+    assert [p.name for p in (tmp_path / "thesis").iterdir()] == ["chapter.tex"]
+
+
+def test_processes_that_are_not_connected_are_refused(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    session = start()
+    monkeypatch.setitem(os.environ, "WORLD_SIZE", "2")
+    with pytest.raises(RuntimeError, match=r"started 2 processes, but torch\.distributed sees 1"):
+        session._check_world()
+
+
+def test_when_a_checkpoint_is_due(start: Start) -> None:
+    """Every fourth iteration, and after the ninth and last."""
+    session = start()
+    assert [n for n in range(1, 10) if session.checkpoint_due(n)] == [4, 8, 9]
+    assert session.grid(12) == session.folder / "grids" / "000012.png"
+
+
+def test_groups_are_shared_in_order(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    session = start()
+    groups = [Group(i, Prompt(str(i))) for i in range(6)]
+    assert session.share(groups) == groups
+    for rank, own in ((0, [0, 1]), (1, [2, 3]), (2, [4, 5])):
+        with monkeypatch.context() as patch:
+            patch.setattr(session, "accelerator", SimpleNamespace(num_processes=3, process_index=rank))  # fmt: skip
+            assert [g.index for g in session.share(groups)] == own
+
+
+def test_times_are_kept_apart_from_metrics(start: Start) -> None:
+    session = start()
+    for name, parts in (("rollout", 2), ("train", 1), ("evaluation", 1)):
+        for _ in range(parts):
+            with session.phase(name):
+                pass
+    session._phases = {"rollout": 2.0 + session._phases["rollout"] * 0, "train": 3.0, "evaluation": 50.0}  # fmt: skip
+    with session.phase("rollout"):
+        pass
+    session.log(4, METRICS, 1.5)
+    (times,) = lines(session, "timings")
+    assert times == pytest.approx({"iteration": 4, "rollout": 2.0, "train": 3.0, "evaluation": 50.0, "judge": 1.5, "total": 5.0}, abs=0.1)  # fmt: skip
+    assert times["rollout"] > 2
+    assert lines(session, "metrics") == [{"iteration": 4, **METRICS}]
+    with session.phase("train"):
+        pass
+    session.drop_phases()
+    session.log(5, METRICS, 0.0)
+    assert lines(session, "timings")[1] == {"iteration": 5, "judge": 0.0, "total": 0}
+    session.log_evaluation(result(5))
+    assert lines(session, "evaluations") == [{"iteration": 5, "scores": {"x": 0.5}, "metrics": {"m": 1.0}}]  # fmt: skip
+
+
+def test_trackers_get_metrics_and_scores(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    session = start()
+    tracked: list[tuple[dict[str, float], int]] = []
+    monkeypatch.setattr(session.accelerator, "log", lambda values, step: tracked.append((values, step)))  # fmt: skip
+    session.log(2, METRICS, 0.0)
+    session.log_evaluation(result(3))
+    assert tracked == [(METRICS, 2), ({"held_out/x": 0.5, "m": 1.0}, 3)]
+
+
+def test_the_loss_warns_once(start: Start, capsys: pytest.CaptureFixture[str]) -> None:
+    session = start()
+    noise = 2 * session.config.loss.clip_range  # type: ignore[union-attr]
+    for iteration, value in enumerate([noise / 4, noise, noise]):
+        session.log(iteration, METRICS | {"log_prob/noise": value}, 0.0)
+        said = " ".join(capsys.readouterr().out.split())
+        assert ("flowgrpo doctor" in said) is (iteration == 1)
+
+
+def test_a_failed_reward_saves_and_another_error_does_not(start: Start, policy: PipelinePolicy, capsys: pytest.CaptureFixture[str]) -> None:  # fmt: skip
+    session = start()
+    learner = learner_of(session, policy)
+    with pytest.raises(KeyError), session.rescue(learner, 2):
+        raise KeyError
+    assert checkpoints.newest(session.checkpoints) is None
+    with pytest.raises(RewardError, match="no route"), session.rescue(learner, 3):
+        raise RewardError("no route")
+    assert checkpoints.newest(session.checkpoints) == session.checkpoints / "000003"
+    assert "saved after 3 iterations" in capsys.readouterr().out
+
+
+def test_the_second_interrupt_ends_at_once(start: Start) -> None:
+    session = start()
+    assert session.should_stop() is False
+    os.kill(os.getpid(), signal.SIGINT)
+    assert session.stopping
+    assert session.should_stop() is True
+    with pytest.raises(KeyboardInterrupt):
+        os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_the_best_weights_are_the_average_if_there_is_one(start: Start, policy: PipelinePolicy) -> None:  # fmt: skip
+    for decay, folder in ((0.0, "plain"), (0.9, "slow")):
+        session = start(f"train.ema_decay={decay}", folder=folder)
+        learner = learner_of(session, policy)
+        expected = [p.detach().clone() for p in learner.parameters]
+        if learner.ema is not None:
+            for average, weight in zip(learner.ema.average, expected, strict=True):
+                average += 1.0
+                weight += 1.0
+        session.save_best(learner, 2, 0.5)
+        parts, _ = checkpoints.load(session.checkpoints / "best")
+        assert list(parts) == ["weights"]
+        for name, weight in zip(learner.named, expected, strict=True):
+            assert torch.equal(parts["weights"][name], weight)
