@@ -7,17 +7,17 @@ probability that it is better.
 
 import logging
 import time
+from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, Protocol, runtime_checkable
 
 from flowgrpo.core.tensors import Float, Tensor, torch
 from flowgrpo.core.win_rates import pairs_of, win_rates
 from flowgrpo.data.prompts import Prompt
 from flowgrpo.rewards.loading import check_name
-from flowgrpo.rewards.protocols import PairwiseJudge
-from flowgrpo.rewards.scorer import RewardScorer
-from flowgrpo.rewards.settings import Reward, RewardError
+from flowgrpo.rewards.protocols import PairwiseJudge, RewardModel
+from flowgrpo.rewards.settings import Failures, Reward, RewardError
 
 log = logging.getLogger(__name__)
 
@@ -103,6 +103,27 @@ class PointwisePreference:
 Preference = PairwisePreference | PointwisePreference
 
 
+@runtime_checkable
+class Host(Protocol):
+    """The part of a reward scorer that comparisons use: its models, its thread and its counts.
+
+    Attributes:
+        failures: What happens when a model fails.
+        seconds: Time spent scoring; comparisons add theirs.
+    """
+
+    failures: Failures
+    seconds: float
+
+    def loaded(self, model: Reward) -> RewardModel | PairwiseJudge:
+        """A model, loaded at first use."""
+        ...
+
+    def run(self, work: Callable[[], Any]) -> "Future[Any]":
+        """Do work on the scorer's thread."""
+        ...
+
+
 class PairwiseScorer:
     """Compares the pairs of whole groups, in the background thread of a :class:`RewardScorer`.
 
@@ -111,7 +132,7 @@ class PairwiseScorer:
         missing: Comparisons without a verdict, after all retries.
     """
 
-    def __init__(self, scorer: RewardScorer, settings: PairwisePreference):
+    def __init__(self, scorer: Host, settings: PairwisePreference):
         """Load the pairwise judge, once for each :class:`RewardScorer`.
 
         Raises:

@@ -17,6 +17,7 @@ from flowgrpo.core.scores import Scores
 from flowgrpo.core.tensors import Float, Tensor, torch
 from flowgrpo.data.prompts import Prompt
 from flowgrpo.rewards.loading import load_model, load_reward
+from flowgrpo.rewards.pairs import PairwisePreference, PairwiseScorer
 from flowgrpo.rewards.protocols import (
     LearningReward,
     PairwiseJudge,
@@ -158,14 +159,8 @@ class RewardScorer:
             self._judges[model.label] = load_model(model)
         return self._judges[model.label]
 
-    def pairwise_scorer(self, preference: Any) -> Any:
-        """Make a :class:`flowgrpo.rewards.pairs.PairwiseScorer` on this scorer's thread.
-
-        Args:
-            preference: A :class:`flowgrpo.rewards.pairs.PairwisePreference`.
-        """
-        from flowgrpo.rewards.pairs import PairwiseScorer
-
+    def pairwise_scorer(self, preference: PairwisePreference) -> PairwiseScorer:
+        """Make a scorer that compares pairs with a preference's judge, on this scorer's thread."""
         return PairwiseScorer(self, preference)
 
     def score(self, media: Tensor, prompts: Sequence[Prompt]) -> Scores:
