@@ -161,10 +161,10 @@ def test_changed_numbers_are_no_layout(change: float) -> None:
     state[:, 0, 0] = change
     with pytest.raises(
         UnsupportedPipelineError,
-        match=r"state that it steps, \(2, 3, 6\), is no part .*\[\(2, 4, 6\)\]",
+        match=r"state that it steps, \(2, 3, 6\), is not a part .*\[\(2, 4, 6\)\]",
     ):
         Layouts().learn(torch.Size((2, 3, 6)), [torch.zeros(2, 4, 6)], numbered(state), "it")
     # Two elements of a state at one position.
     state[:, 0, 0] = state[:, 0, 1]
-    with pytest.raises(UnsupportedPipelineError, match="is no part"):
+    with pytest.raises(UnsupportedPipelineError, match="is not a part"):
         Layouts().learn(torch.Size((2, 3, 6)), [torch.zeros(2, 4, 6)], numbered(state), "it")
