@@ -288,6 +288,16 @@ def test_files_are_found_by_name_from_any_folder_and_nearly_by_name(tmp_path, mo
             ["train.updates=4"],
             r"train.groups = 6 cannot be .* nearest that can is train.groups = 8",
         ),
+        (
+            ["train.updates=5", "train.split=samples", "algorithm.group_size=4"],
+            "group_size = 4 cannot be divided among train.updates = 5",
+        ),
+        (
+            ["train.updates=9", "train.split=steps", "algorithm.steps={kind='window', size=2}"],
+            "cannot divide 2 trained steps among train.updates = 9",
+        ),
+        (["train.ema_every=0"], "train.ema_every must be at least 1, got 0"),
+        (["sampling.shift=0"], "sampling.shift must be at least"),
         (["algorithm.group_size=1"], "algorithm.group_size must be at least 2, got 1"),
         (["rewards.0.weight=0"], "every weight is 0"),
         (["train.lr=0"], "train.lr must be at least"),
