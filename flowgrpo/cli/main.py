@@ -49,10 +49,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # python -m flowgrpo.
     sys.path.insert(0, os.getcwd())
     try:
-        return int(known[command].run(options))
+        status = int(known[command].run(options))
+        sys.stdout.flush()
+        return status
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # the reader of the output has what it wants, as ``| head`` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except EXPECTED as error:
         print(f"flowgrpo: {error}", file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1
