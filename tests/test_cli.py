@@ -178,7 +178,7 @@ def test_a_reader_that_stops_early_is_no_error():
 
 def test_config_list_show_explain_and_schema(tmp_path, capsys):
     assert main(["config", "list"]) == 0
-    assert "quickstart               Teaches the model" in capsys.readouterr().out
+    assert "quickstart               Trains the model" in capsys.readouterr().out
     assert main(["config", "show", "quickstart", "--set", "train.lr=0.5"]) == 0
     (tmp_path / "shown.toml").write_text(capsys.readouterr().out)
     assert flowgrpo.load(str(tmp_path / "shown.toml")) == flowgrpo.load("quickstart", ["train.lr=0.5"])  # fmt: skip

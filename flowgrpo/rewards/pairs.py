@@ -7,17 +7,17 @@ probability that it is better.
 
 import logging
 import time
+from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, Protocol, runtime_checkable
 
 from flowgrpo.core.tensors import Float, Tensor, torch
 from flowgrpo.core.win_rates import pairs_of, win_rates
 from flowgrpo.data.prompts import Prompt
 from flowgrpo.rewards.loading import check_name
-from flowgrpo.rewards.protocols import PairwiseJudge
-from flowgrpo.rewards.scorer import RewardScorer
-from flowgrpo.rewards.settings import Reward, RewardError
+from flowgrpo.rewards.protocols import PairwiseJudge, RewardModel
+from flowgrpo.rewards.settings import Failures, Reward, RewardError
 
 log = logging.getLogger(__name__)
 
@@ -103,16 +103,32 @@ class PointwisePreference:
 Preference = PairwisePreference | PointwisePreference
 
 
+@runtime_checkable
+class Background(Protocol):
+    """The parts of :class:`flowgrpo.rewards.scorer.RewardScorer` that comparisons use."""
+
+    failures: Failures
+    seconds: float
+
+    def loaded(self, model: Reward) -> RewardModel | PairwiseJudge:
+        """A model, loaded at first use."""
+        ...
+
+    def run(self, work: Callable[[], Tensor]) -> "Future[Tensor]":
+        """Run work in the background."""
+        ...
+
+
 class PairwiseScorer:
-    """Compares the pairs of whole groups, in the background thread of a :class:`RewardScorer`.
+    """Compares the pairs of whole groups, in the background thread of the reward scorer.
 
     Attributes:
         asked: Comparisons so far.
         missing: Comparisons without a verdict, after all retries.
     """
 
-    def __init__(self, scorer: RewardScorer, settings: PairwisePreference):
-        """Load the pairwise judge, once for each :class:`RewardScorer`.
+    def __init__(self, scorer: Background, settings: PairwisePreference):
+        """Load the pairwise judge, once for each reward scorer.
 
         Raises:
             ValueError: If there is no such judge, or it has no method ``compare``.

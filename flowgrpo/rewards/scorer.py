@@ -16,6 +16,7 @@ from flowgrpo.core.scores import Scores
 from flowgrpo.core.tensors import Float, Tensor, torch
 from flowgrpo.data.prompts import Prompt
 from flowgrpo.rewards.loading import load_model, load_reward
+from flowgrpo.rewards.pairs import PairwisePreference, PairwiseScorer
 from flowgrpo.rewards.protocols import (
     LearningReward,
     PairwiseJudge,
@@ -146,14 +147,8 @@ class RewardScorer:
             self._judges[model.label] = load_model(model)
         return self._judges[model.label]
 
-    def pairwise_scorer(self, preference: Any) -> Any:
-        """Make a :class:`flowgrpo.rewards.pairs.PairwiseScorer` on this scorer's thread.
-
-        Args:
-            preference: A :class:`flowgrpo.rewards.pairs.PairwisePreference`.
-        """
-        from flowgrpo.rewards.pairs import PairwiseScorer
-
+    def pairwise_scorer(self, preference: PairwisePreference) -> PairwiseScorer:
+        """A scorer of pairs on this scorer's thread."""
         return PairwiseScorer(self, preference)
 
     def score(self, media: Tensor, prompts: Sequence[Prompt]) -> Scores:

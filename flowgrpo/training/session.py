@@ -50,12 +50,17 @@ class Session:
         """Start the process group and claim the run directory.
 
         Raises:
-            ConfigError: If the directory belongs to another configuration.
+            ConfigError: If the directory belongs to another configuration, or ``run.device`` is a GPU
+                and there is none.
             RuntimeError: If a launcher started processes that are not connected to each other.
         """
         prepare_cpu(config.run.threads)
         self.config, self.folder = config, Path(config.run.folder)
         cpu = config.run.device == "cpu" or not torch.cuda.is_available()
+        if cpu and config.run.device not in ("auto", "cpu"):
+            raise ConfigError(
+                f"run.device = {config.run.device!r}, but torch finds no GPU here; set it to 'auto' or 'cpu'"
+            )
         self.accelerator = Accelerator(
             cpu=cpu,
             mixed_precision="fp16" if config.model.dtype == "float16" and not cpu else "no",
