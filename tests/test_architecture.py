@@ -98,6 +98,29 @@ def test_training_loads_no_library_of_servers_and_judges(modules, absent):
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
+EXTRAS = """
+import sys
+from importlib import import_module
+hidden = dict.fromkeys(("fastapi", "uvicorn", "python_multipart", "httpx", "openai"))
+sys.modules.update(hidden)
+for module, extra in {
+    "flowgrpo.rewards.serving.server": "serve",
+    "flowgrpo.rewards.serving.client": "remote",
+    "reward_models.shared.chat": "judge",
+}.items():
+    try:
+        import_module(module)
+    except ImportError as error:
+        assert f"pip install 'flowgrpo[{extra}]'" in str(error), (module, error)
+    else:
+        raise AssertionError(module)
+"""
+
+
+def test_a_missing_extra_is_answered_with_the_command_that_installs_it():
+    subprocess.run([sys.executable, "-c", EXTRAS], cwd=ROOT, check=True)
+
+
 def test_there_are_few_rooms():
     """A newcomer reads the list at one glance."""
     assert len(entries(ROOT / "flowgrpo")) <= 14

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import flowgrpo
+from flowgrpo.algorithms import VGPO
 from flowgrpo.cli import main
 from flowgrpo.cli.common import prompts_of
 from flowgrpo.cli.main import commands, parser
@@ -164,6 +165,17 @@ def test_mistakes_in_training_are_answered_in_one_line_before_torch_is_imported(
         assert line.startswith(start)
 
 
+def test_a_reader_that_stops_early_is_no_error():
+    code = "import sys; from flowgrpo.cli import main; sys.exit(main(['config', 'schema']))"
+    program = [sys.executable, "-c", code]
+    with subprocess.Popen(program, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as run:
+        assert run.stdout is not None
+        run.stdout.close()
+        assert run.stderr is not None
+        assert run.stderr.read() == b""
+    assert run.returncode == 1
+
+
 def test_config_list_show_explain_and_schema(tmp_path, capsys):
     assert main(["config", "list"]) == 0
     assert "quickstart               Trains the model" in capsys.readouterr().out
@@ -172,6 +184,8 @@ def test_config_list_show_explain_and_schema(tmp_path, capsys):
     assert flowgrpo.load(str(tmp_path / "shown.toml")) == flowgrpo.load("quickstart", ["train.lr=0.5"])  # fmt: skip
     assert main(["config", "explain", "train.lr"]) == 0
     assert "Peak learning rate" in capsys.readouterr().out
+    assert main(["config", "explain", "algorithm.kind"]) == 0
+    assert f"    {VGPO.__doc__.splitlines()[0]}\n    allowed: 'vgpo'" in capsys.readouterr().out
     assert main(["config", "schema", "--out", str(tmp_path / "schema.json")]) == 0
     assert json.loads((tmp_path / "schema.json").read_text()) == json_schema(Config)
     capsys.readouterr()

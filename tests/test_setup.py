@@ -50,6 +50,7 @@ def test_sizes_of_both_prompt_sets_follow_their_images_unless_one_is_set(tmp_pat
         ("run.device=xpu", ConfigError, "run.device: 'xpu' is not available here"),
         ("prompts.balance=nothing", PromptError, "has no such metadata"),
         ("prompts.held_out=nowhere.txt", ConfigError, "prompts.held_out: no such file: nowhere.txt"),
+        ("run.device=cuda:0", ConfigError, "run.device = 'cuda:0', but torch finds no GPU here"),
         ("evaluation.metrics=['nowhere:metric']", ConfigError, r"metrics\[0\]: .* no module 'nowhere'"),
         ("rewards=[{model = 'jpeg_siz'}]", ConfigError, r"rewards\[0\].model: .* mean 'jpeg_size'"),
         ("rewards=[{model = 'nowhere:R'}]", ConfigError, r"rewards\[0\].model: .* no module 'nowhere'"),
@@ -57,7 +58,10 @@ def test_sizes_of_both_prompt_sets_follow_their_images_unless_one_is_set(tmp_pat
         ("loss={kind='tests.nowhere:Loss'}", ConfigError, "there is no module 'tests.nowhere'"),
     ],
 )  # fmt: skip
-def test_mistakes_are_found_before_anything_is_written_or_loaded(tmp_path, setting, error, message):
+def test_mistakes_are_found_before_anything_is_written_or_loaded(
+    tmp_path, monkeypatch, setting, error, message
+):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     with pytest.raises(error, match=message):
         flowgrpo.train(config(tmp_path, setting, "model.path=/nowhere"))
     assert not (tmp_path / "run").exists()

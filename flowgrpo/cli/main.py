@@ -50,7 +50,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # python -m flowgrpo.
     sys.path.insert(0, os.getcwd())
     try:
-        return int(known[command].run(options))
+        status = int(known[command].run(options))
+        sys.stdout.flush()
+        return status
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
@@ -58,6 +60,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # Code of the user's ended the process; 0 would say that the command's work is done.
         print(f"flowgrpo: {command} was ended by sys.exit({error.code!r})", file=sys.stderr)
         return error.code if isinstance(error.code, int) and error.code else 1
+    except BrokenPipeError:  # the reader of the output has what it wants, as ``| head`` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except EXPECTED as error:
         print(plain(f"flowgrpo: {error}"), file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1

@@ -93,7 +93,8 @@ def _explanation(cls: type, name: str, key: str) -> str:
     hint = get_type_hints(cls)[name]
     default = "required" if is_required(field) else f"default {_default(field)!r}"
     inner = dataclasses_in(hint)
-    lines = [f"{key}  ({cls.__name__}; {default})", f"    {documentation(cls)[name]}"]
+    meaning = documentation(cls)[name] or (_summary(cls) if name == "kind" else "")
+    lines = [f"{key}  ({cls.__name__}; {default})", f"    {meaning}"]
     for member in inner:
         kind = next((repr(f.default) for f in dataclasses.fields(member) if f.name == "kind"), "")
         lines.append(f"    {'kind = ' + kind if kind else 'keys'}: {_summary(member)}")
@@ -199,4 +200,5 @@ def _reference(cls: type, definitions: dict[str, Any]) -> dict[str, Any]:
     if cls.__name__ not in definitions:
         definitions[cls.__name__] = {}  # Holds the place while a class below refers to it.
         definitions[cls.__name__] = _definition(cls, definitions)
-    return {"$ref": f"#/$defs/{cls.__name__}"}
+    # Within allOf, because editors that read schemas as draft 7 (Taplo) ignore keys beside a $ref.
+    return {"allOf": [{"$ref": f"#/$defs/{cls.__name__}"}]}

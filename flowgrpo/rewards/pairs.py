@@ -125,7 +125,7 @@ class Host(Protocol):
 
 
 class PairwiseScorer:
-    """Compares the pairs of whole groups, in the background thread of a :class:`RewardScorer`.
+    """Compares the pairs of whole groups, in the background thread of the reward scorer.
 
     Attributes:
         asked: Comparisons so far.
@@ -133,7 +133,7 @@ class PairwiseScorer:
     """
 
     def __init__(self, scorer: Host, settings: PairwisePreference):
-        """Load the pairwise judge, once for each :class:`RewardScorer`.
+        """Load the pairwise judge, once for each reward scorer.
 
         Raises:
             ValueError: If there is no such judge, or it has no method ``compare``.

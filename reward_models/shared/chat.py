@@ -18,18 +18,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-import httpx
-
-from flowgrpo.rewards.serving.client import RETRIED, Endpoints, Refused, Unavailable, retry_after
-from flowgrpo.rewards.serving.protocol import unpack_error
-from reward_models.shared.templates import Content
-
 try:
+    import httpx
     import openai
 except ModuleNotFoundError as error:
     raise ImportError(
         "judges behind an endpoint need the openai client: pip install 'flowgrpo[judge]'"
     ) from error
+
+from flowgrpo.rewards.serving.client import RETRIED, Endpoints, Refused, Unavailable, retry_after
+from flowgrpo.rewards.serving.protocol import unpack_error
+from reward_models.shared.templates import Content
 
 log = logging.getLogger(__name__)
 
