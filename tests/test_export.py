@@ -22,7 +22,7 @@ from flowgrpo.core.random import Random
 from flowgrpo.data.prompts import Prompt
 from flowgrpo.policy import Full, LoRA, PipelinePolicy
 from flowgrpo.policy.adapter_files import COMFYUI_FOLDER, DIFFUSERS_FILE, KOHYA_FOLDER
-from flowgrpo.policy.export import export, export_kohya, export_merged
+from flowgrpo.policy.export import export, export_checkpoint, export_kohya, export_merged
 from tests.conftest import MakePolicy, noise_of, sampling_of
 from tests.tiny import FAMILIES, save
 
@@ -126,6 +126,32 @@ def test_merged_weights_are_a_pipeline(name: str, make_policy: MakePolicy, tmp_p
     assert type(pipeline.scheduler) is shipped
     assert not any("lora" in k for k in pipeline.components["vae"].state_dict())
     torch.testing.assert_close(loaded(pipeline, policy), tuned, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["sd15", "sdxl"])
+def test_a_checkpoint_is_one_file(
+    name: str, make_policy: MakePolicy, tiny: Tiny, tmp_path: Path
+) -> None:
+    policy = tuned_policy(name, make_policy)
+    tuned = images(policy)
+    assert policy.trainable is not None
+    (file,) = export_checkpoint(policy.stock_pipeline(), policy.trainable, tmp_path).files
+    assert "ComfyUI" in file.readers
+    part = file.path.stem
+    kind = type(policy.pipeline.components[part])
+    model = kind.from_single_file(str(file.path), config=str(tiny(name)), subfolder=part)
+    pipeline = DiffusionPipeline.from_pretrained(tiny(name), **{part: model})
+    torch.testing.assert_close(loaded(pipeline, policy), tuned, atol=1e-4, rtol=0)
+
+
+def test_other_checkpoints_are_refused_before_the_merge(
+    make_policy: MakePolicy, tmp_path: Path
+) -> None:
+    policy = make_policy("wan22")
+    assert policy.trainable is not None
+    with pytest.raises(ValueError, match="not of WanTransformer3DModel; use --format merged"):
+        export_checkpoint(policy.stock_pipeline(), policy.trainable, tmp_path)
+    assert all(m.peft_config for m in policy.trainable.denoisers.values())
 
 
 @pytest.mark.parametrize("sharded", [False, True])
