@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from flowgrpo.policy import LoRA
 from flowgrpo.policy.adapter_files import comfyui_tensors, kohya_tensors
+from flowgrpo.policy.checkpoint_file import original_weights
 from flowgrpo.policy.layer_names import place_of
 from flowgrpo.policy.weights import ADAPTER, Trainable
 from tests.original_names import (
@@ -172,6 +173,34 @@ def test_residual_layers_of_sdxl() -> None:
     assert len({k.split(".")[0] for k in kohya_tensors(model)}) == 17 * 3 + 11 + 4
 
 
+@pytest.mark.parametrize(
+    ("kind", "config", "weights", "some"),
+    [
+        ("UNet2DConditionModel", SD15, 686, {"output_blocks.2.1.conv.weight": (1280, 1280, 3, 3)}),
+        ("UNet2DConditionModel", SDXL, 1680, {"output_blocks.2.2.conv.weight": (1280, 1280, 3, 3)}),
+        (
+            "FluxTransformer2DModel",
+            {"guidance_embeds": True},
+            780,
+            {
+                "double_blocks.18.txt_attn.norm.key_norm.scale": (128,),
+                "single_blocks.37.linear1.bias": (21504,),
+                "final_layer.adaLN_modulation.1.weight": (6144, 3072),
+            },
+        ),
+    ],
+)
+def test_every_weight_has_its_original_name(
+    kind: str, config: Mapping[str, Any], weights: int, some: dict[str, tuple[int, ...]]
+) -> None:
+    """As many weights as the published checkpoints have, and ComfyUI's classes."""
+    with torch.device("meta"):
+        model = getattr(diffusers, kind)(**config)
+    found = original_weights(model)
+    assert len(found) == weights
+    assert {k: tuple(found[k].shape) for k in some} == some
+
+
 SMALL: dict[str, Callable[[], ModelMixin]] = {
     "flux": lambda: diffusers.FluxTransformer2DModel(
         num_layers=1,
@@ -233,6 +262,21 @@ def test_scale_and_shift_are_exchanged() -> None:
     change = tensors[f"{name}.lora_B.weight"] @ tensors[f"{name}.lora_A.weight"]
     scale, shift = layer.get_delta_weight(ADAPTER).chunk(2)
     torch.testing.assert_close(change, torch.cat([shift, scale]))
+
+
+def test_weights_of_a_checkpoint_are_in_place() -> None:
+    """Diffusers' own converter has FLUX's published width in its code, so values are compared here."""
+    model = SMALL["flux"]()
+    weights, ours = original_weights(model), model.state_dict()
+    for theirs, rows in {"double_blocks.0.txt_attn.qkv": 3, "single_blocks.0.linear1": 7}.items():
+        assert len(weights[f"{theirs}.weight"]) == len(weights[f"{theirs}.bias"]) == rows * 16
+    for name, (theirs, row, height) in PARTS["flux"].items():
+        for end in ("weight", "bias"):
+            part = weights[f"{theirs}.{end}".replace("*", "0")][row * 16 : (row + height) * 16]
+            assert torch.equal(part, ours[f"{name}.{end}".replace("*", "0")])
+    scale, shift = ours["norm_out.linear.weight"].chunk(2)
+    last = weights["final_layer.adaLN_modulation.1.weight"]
+    assert torch.equal(last, torch.cat([shift, scale]))
 
 
 def test_what_a_program_cannot_load_is_refused() -> None:

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import stat
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 from diffusers import DiffusionPipeline
-from diffusers.utils.state_dict_utils import convert_state_dict_to_kohya
 from peft import get_peft_model_state_dict
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -20,11 +21,13 @@ from flowgrpo.cli.push import push_run
 from flowgrpo.core.random import Random
 from flowgrpo.data.prompts import Prompt
 from flowgrpo.policy import Full, LoRA, PipelinePolicy
-from flowgrpo.policy.export import KOHYA_FILE, export, export_kohya, export_merged
+from flowgrpo.policy.adapter_files import COMFYUI_FOLDER, DIFFUSERS_FILE, KOHYA_FOLDER
+from flowgrpo.policy.export import export, export_checkpoint, export_kohya, export_merged
 from tests.conftest import MakePolicy, noise_of, sampling_of
 from tests.tiny import FAMILIES, save
 
 Tiny = Callable[[str], Path]
+COMFYUI_FILE, KOHYA_FILE = (f"{f}/lora.safetensors" for f in (COMFYUI_FOLDER, KOHYA_FOLDER))
 PROMPTS = [Prompt("a red cube"), Prompt("two dogs")]
 
 
@@ -47,7 +50,7 @@ def loaded(pipeline: DiffusionPipeline, like: PipelinePolicy) -> Tensor:
     return images(PipelinePolicy(pipeline, sampling=like.sampling))
 
 
-@pytest.mark.parametrize("name", ["sd15", "sdxl", "flux", "qwen_image", "z_image"])
+@pytest.mark.parametrize("name", ["sd15", "sdxl"])
 def test_diffusers_loads_kohya_files(
     name: str, make_policy: MakePolicy, tiny: Tiny, tmp_path: Path
 ) -> None:
@@ -56,60 +59,61 @@ def test_diffusers_loads_kohya_files(
     tuned = images(policy)
     assert (tuned - untouched).abs().max() > 0.01
     assert policy.trainable is not None
-    export(policy.stock_pipeline(), policy.trainable, tmp_path)
+    export_kohya(policy.stock_pipeline(), policy.trainable, tmp_path)
     pipeline = DiffusionPipeline.from_pretrained(tiny(name))
     pipeline.load_lora_weights(tmp_path / KOHYA_FILE)
     torch.testing.assert_close(loaded(pipeline, policy), tuned, atol=1e-4, rtol=0)
 
 
-def test_sd3_has_the_names_that_comfyui_looks_for(
-    make_policy: MakePolicy, tiny: Tiny, tmp_path: Path
-) -> None:
-    """ComfyUI adds ``alpha / rank * up @ down`` to the layer of that name."""
-    policy = tuned_policy("sd3", make_policy)
-    tuned = images(policy)
+@pytest.mark.parametrize("name", ["sd3", "wan22"])
+def test_alpha_is_in_the_weights(name: str, make_policy: MakePolicy, tmp_path: Path) -> None:
+    """A program that reads no metadata applies ``up @ down``: alpha / rank = 2 must be in it, exactly."""
+    policy = make_policy(name, weights=LoRA(rank=4, alpha=8))
     assert policy.trainable is not None
-    tensors = load_file(export_kohya(policy.trainable, tmp_path))
-    pipeline = DiffusionPipeline.from_pretrained(tiny("sd3"))
-    used = set()
-    with torch.no_grad():
-        for name, layer in pipeline.transformer.named_modules():
-            key = f"lora_transformer_{name.replace('.', '_')}"
-            if f"{key}.alpha" in tensors:
-                down, up = tensors[f"{key}.lora_down.weight"], tensors[f"{key}.lora_up.weight"]
-                layer.weight += tensors[f"{key}.alpha"] / len(down) * up @ down
-                used |= {f"{key}.alpha", f"{key}.lora_down.weight", f"{key}.lora_up.weight"}
-    assert used == set(tensors)
-    torch.testing.assert_close(loaded(pipeline, policy), tuned, atol=1e-4, rtol=0)
+    before = {k: p.detach().clone() for k, p in policy.trainable.parameters.items()}
+    exported = export(policy.stock_pipeline(), policy.trainable, tmp_path)
+    assert not exported.missing or name == "wan22"
+    for part, model in policy.trainable.denoisers.items():
+        own = tmp_path / part / DIFFUSERS_FILE
+        file, prefix = (own, "") if own.exists() else (tmp_path / DIFFUSERS_FILE, f"{part}.")
+        tensors = load_file(file)
+        for key, value in get_peft_model_state_dict(model, adapter_name="default").items():
+            assert torch.equal(tensors[f"{prefix}{key}"], value * (2 if "lora_B" in key else 1))
+        with safe_open(file, "pt") as opened:
+            metadata = json.loads(opened.metadata()["lora_adapter_metadata"])
+        assert (metadata[f"{prefix}lora_alpha"], metadata[f"{prefix}r"]) == (4, 4)
+        assert model.peft_config["default"].lora_alpha == 8
+    # Nothing of the policy has changed.
+    assert all(torch.equal(p, before[k]) for k, p in policy.trainable.parameters.items())
 
 
-def test_names_are_those_of_diffusers_and_alpha_is_ours(
-    make_policy: MakePolicy, tmp_path: Path
-) -> None:
-    policy = make_policy("sd15", weights=LoRA(rank=8, alpha=4))
-    assert policy.trainable is not None
-    ours = load_file(export_kohya(policy.trainable, tmp_path))
-    layers = get_peft_model_state_dict(policy.pipeline.unet, adapter_name="default")
-    theirs = convert_state_dict_to_kohya({f"unet.{k}": v for k, v in layers.items()})
-    assert ours.keys() == theirs.keys()
-    assert {float(v) for k, v in ours.items() if k.endswith("alpha")} == {4.0}
-    # Why theirs is not used.
-    assert {float(v) for k, v in theirs.items() if k.endswith("alpha")} == {8.0}
-
-
-def test_models_without_kohya_names_are_refused(make_policy: MakePolicy, tmp_path: Path) -> None:
+def test_each_expert_has_a_file_of_its_own(make_policy: MakePolicy, tmp_path: Path) -> None:
     policy = make_policy("wan22")
     assert policy.trainable is not None
-    with pytest.raises(
-        ValueError, match="no kohya format for WanTransformer3DModel; there is one for"
-    ):
-        export_kohya(policy.trainable, tmp_path)
-    export(policy.stock_pipeline(), policy.trainable, tmp_path)
-    assert not (tmp_path / KOHYA_FILE).exists()
+    exported = export(policy.stock_pipeline(), policy.trainable, tmp_path)
+    readers = {str(f.path.relative_to(tmp_path)): f.readers for f in exported.files}
+    assert readers == {
+        DIFFUSERS_FILE: "diffusers: pipe.load_lora_weights",
+        f"transformer_2/{DIFFUSERS_FILE}": "diffusers: pipe.transformer_2.load_lora_adapter",
+        "comfyui/lora_high_noise.safetensors": "ComfyUI: models/loras",
+        "comfyui/lora_low_noise.safetensors": "ComfyUI: models/loras",
+    }
+    (missing,) = exported.missing
+    assert "no names for WanTransformer3DModel in sd-scripts" in missing
+    high = load_file(tmp_path / "comfyui" / "lora_high_noise.safetensors")
+    assert "diffusion_model.blocks.0.self_attn.q.lora_A.weight" in high
+
+
+def test_formats_that_do_not_exist_are_refused(make_policy: MakePolicy, tmp_path: Path) -> None:
+    policy = make_policy("wan22")
+    assert policy.trainable is not None
+    with pytest.raises(ValueError, match="no names for WanTransformer3DModel in sd-scripts"):
+        export_kohya(policy.stock_pipeline(), policy.trainable, tmp_path)
+    assert not list(tmp_path.iterdir())
     full = make_policy("sd15", weights=Full())
     assert full.trainable is not None
     with pytest.raises(ValueError, match="no adapter; export them as 'merged'"):
-        export_kohya(full.trainable, tmp_path)
+        export_kohya(full.stock_pipeline(), full.trainable, tmp_path)
 
 
 @pytest.mark.parametrize("name", ["sd15", "wan22"])
@@ -122,6 +126,58 @@ def test_merged_weights_are_a_pipeline(name: str, make_policy: MakePolicy, tmp_p
     assert type(pipeline.scheduler) is shipped
     assert not any("lora" in k for k in pipeline.components["vae"].state_dict())
     torch.testing.assert_close(loaded(pipeline, policy), tuned, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["sd15", "sdxl"])
+def test_a_checkpoint_is_one_file(
+    name: str, make_policy: MakePolicy, tiny: Tiny, tmp_path: Path
+) -> None:
+    policy = tuned_policy(name, make_policy)
+    tuned = images(policy)
+    assert policy.trainable is not None
+    (file,) = export_checkpoint(policy.stock_pipeline(), policy.trainable, tmp_path).files
+    assert "ComfyUI" in file.readers
+    part = file.path.stem
+    kind = type(policy.pipeline.components[part])
+    model = kind.from_single_file(str(file.path), config=str(tiny(name)), subfolder=part)
+    pipeline = DiffusionPipeline.from_pretrained(tiny(name), **{part: model})
+    torch.testing.assert_close(loaded(pipeline, policy), tuned, atol=1e-4, rtol=0)
+
+
+def test_other_checkpoints_are_refused_before_the_merge(
+    make_policy: MakePolicy, tmp_path: Path
+) -> None:
+    policy = make_policy("wan22")
+    assert policy.trainable is not None
+    with pytest.raises(ValueError, match="not of WanTransformer3DModel; use --format merged"):
+        export_checkpoint(policy.stock_pipeline(), policy.trainable, tmp_path)
+    assert all(m.peft_config for m in policy.trainable.denoisers.values())
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_a_base_in_half_precision_that_is_read_only(
+    sharded: bool, make_policy: MakePolicy, tiny: Tiny, tmp_path: Path
+) -> None:
+    """A base whose files are all named fp16 and read-only is merged into a plain, writable folder."""
+    base, out = tmp_path / "base", tmp_path / "out"
+    pipeline = DiffusionPipeline.from_pretrained(tiny("sd15"))
+    size = {"max_shard_size": "50KB"} if sharded else {}
+    pipeline.save_pretrained(base, variant="fp16", **size)
+    assert bool(list(base.rglob("*.index.fp16.json"))) == sharded
+    for path in [*base.rglob("*"), base]:
+        path.chmod(0o555 if path.is_dir() else 0o444)
+    policy = PipelinePolicy.from_pretrained(base, sampling=sampling_of("sd15"), weights=LoRA())
+    assert policy.trainable is not None
+    with torch.no_grad():
+        for i, p in enumerate(policy.trainable.parameters.values()):
+            p.add_(0.2 * torch.randn(p.shape, generator=Random(i).generator()))
+    tuned = images(policy)
+    export_merged(policy.stock_pipeline(), policy.trainable, out)
+    torch.testing.assert_close(
+        loaded(DiffusionPipeline.from_pretrained(out), policy), tuned, atol=1e-4, rtol=0
+    )
+    assert not [f for f in out.rglob("*") if "fp16" in f.name]
+    assert all(f.stat().st_mode & stat.S_IWUSR for f in out.rglob("*"))
 
 
 @pytest.fixture(scope="module")
@@ -162,6 +218,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ("kind", "file"),
     [
         ("diffusers", "pytorch_lora_weights.safetensors"),
+        ("comfyui", COMFYUI_FILE),
         ("kohya", KOHYA_FILE),
         ("merged", "model_index.json"),
     ],
@@ -172,6 +229,8 @@ def test_a_run_is_exported_by_command(
     command = ["export", str(finished), "--format", kind, "--out", str(tmp_path / "out")]
     assert main(command) == 0
     assert (tmp_path / "out" / file).exists()
+    programs = {"diffusers": "diffusers", "comfyui": "ComfyUI", "kohya": "sd-scripts"}
+    assert programs.get(kind, "from_pretrained") in capsys.readouterr().out
     if kind == "diffusers":
         ours, run = load_file(tmp_path / "out" / file), load_file(finished / "export" / file)
         assert ours.keys() == run.keys()
@@ -215,7 +274,7 @@ def test_a_run_is_pushed_with_its_card(finished: Path, tmp_path: Path) -> None:
     assert hub.created == {"id": "me/darker", "private": True, "type": "model", "ok": True}
     sent = {str(f.relative_to(hub.kept)) for f in hub.kept.rglob("*") if f.is_file()}
     assert sent == {
-        "README.md", "config.toml", "grid.png", KOHYA_FILE, "pytorch_lora_weights.safetensors"
+        "README.md", "config.toml", "grid.png", COMFYUI_FILE, KOHYA_FILE, DIFFUSERS_FILE
     }  # fmt: skip
     card = (hub.kept / "README.md").read_text()
     first, last = (

@@ -10,6 +10,7 @@ from diffusers import DiffusionPipeline, ModelMixin
 from huggingface_hub import snapshot_download
 
 from flowgrpo.policy import adapter_files
+from flowgrpo.policy.checkpoint_file import require_known, write_checkpoint
 from flowgrpo.policy.loading import VARIANT
 from flowgrpo.policy.settings import Full, LoRA
 from flowgrpo.policy.weights import ADAPTER, NOISE_FILE, InitialNoise, Trainable
@@ -138,6 +139,26 @@ def export_merged(pipeline: DiffusionPipeline, trainable: Trainable, folder: Pat
     """
     merge(trainable)
     return _write_pipeline(pipeline, trainable, folder)
+
+
+def export_checkpoint(pipeline: DiffusionPipeline, trainable: Trainable, folder: Path) -> Exported:
+    """Write each trained denoiser as one file with the original checkpoint's names, the adapter added.
+
+    The files contain neither text encoders nor the VAE. The adapter is removed from the pipeline.
+
+    Raises:
+        ValueError: If flowgrpo does not know the original names of all weights of a denoiser.
+    """
+    for model in trainable.denoisers.values():
+        require_known(model)
+    merge(trainable)
+    exported = Exported()
+    for name, model in trainable.denoisers.items():
+        file = write_checkpoint(model, folder / f"{name}.safetensors")
+        call = f"{type(model).__name__}.from_single_file"
+        reader = f"ComfyUI: models/diffusion_models; diffusers: {call}"
+        exported.files.append(ExportedFile(file, reader))
+    return exported
 
 
 def merge(trainable: Trainable) -> None:

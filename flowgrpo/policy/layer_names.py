@@ -340,20 +340,23 @@ def place_of(model: ModelMixin, path: str) -> Place:
         ValueError: If the original has no such layer.
     """
     if type(model).__name__ == "UNet2DConditionModel":
-        return Place(unet_name(path, model.config["layers_per_block"]), (path,))
+        upsampled = re.match(r"up_blocks\.(\d+)\.upsamplers", path)
+        attends = upsampled is None or hasattr(model.up_blocks[int(upsampled[1])], "attentions")
+        number = model.config["layers_per_block"]
+        return Place(unet_name(path, number, upsampler=2 if attends else 1), (path,))
     names = FAMILIES[type(model).__name__].names
     found = NUMBERED.fullmatch(path)
-    number = found[2] if found else ""
+    block = found[2] if found else ""
     target = names.get(f"{found[1]}.*.{found[3]}" if found else path)
     if target is None:
         raise ValueError(
             f"the original checkpoint of {type(model).__name__} has no layer for {path}; train other "
             "layers (model.weights.targets) or export a pipeline folder (--format merged)"
         )
-    parts = tuple(ours.replace("*", number) for ours, theirs in names.items() if theirs == target)
+    parts = tuple(ours.replace("*", block) for ours, theirs in names.items() if theirs == target)
     parent = model.get_submodule(path.rpartition(".")[0])
     swapped = isinstance(parent, AdaLayerNormContinuous) and "adaLN_modulation" in target
-    return Place(target.replace("*", number), parts, swapped)
+    return Place(target.replace("*", block), parts, swapped)
 
 
 _RESNET = {
