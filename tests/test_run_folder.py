@@ -75,7 +75,8 @@ def in_a_process(folder, failpoint=None):
             run(folder)
             status = 0
         except OSError as error:
-            status = 28 if "is full." in str(error) else 1
+            # While the directory is claimed there is no run yet that could be safe.
+            status = 28 if "is full." in str(error) or error.errno == errno.ENOSPC else 1
         except BaseException:
             traceback.print_exc()
         finally:
