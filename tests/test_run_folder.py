@@ -23,7 +23,13 @@ from flowgrpo.training.logs import LogError
 from flowgrpo.training.session import Session
 
 METRICS = {"reward": 0.5, "group/zero_variance": 0.0, "group/diversity": 0.1, "grad_norm": 1.0}
-SETTINGS = ["train.iterations=3", "run.checkpoint_every=1", "run.device=cpu", "run.trackers=[]"]
+SETTINGS = [
+    "train.iterations=2",
+    "run.checkpoint_every=1",
+    "run.keep_checkpoints=1",
+    "run.device=cpu",
+    "run.trackers=[]",
+]
 
 
 class Counter(Learner):
@@ -75,7 +81,8 @@ def in_a_process(folder, failpoint=None):
             run(folder)
             status = 0
         except OSError as error:
-            status = 28 if "is full." in str(error) else 1
+            # While the directory is claimed there is no run yet that could be safe.
+            status = 28 if "is full." in str(error) or error.errno == errno.ENOSPC else 1
         except BaseException:
             traceback.print_exc()
         finally:
@@ -87,7 +94,7 @@ def in_a_process(folder, failpoint=None):
 def contents(folder):
     names = ("metrics.jsonl", "evaluations.jsonl", "config.toml")
     found = {n: (folder / n).read_text().replace(str(folder), "") for n in names}
-    for name in ("000002", "000003", "best"):
+    for name in ("000002", "best"):
         parts, state = checkpoints.load(folder / "checkpoints" / name)
         found[name] = (parts["weights"]["w"].tolist(), state)
     found["folders"] = sorted(p.name for p in (folder / "checkpoints").iterdir())
@@ -138,7 +145,7 @@ def whole(tmp_path_factory):
 
 def test_the_failpoints_are_at_all_kinds_of_operations(whole):
     _, operations = whole
-    assert len(operations) > 80
+    assert len(operations) > 50
     assert {o.split()[0] for o in operations} == {"write", "sync", "rename", "delete"}
     # The lines that a checkpoint counts are on the disk before it is complete.
     number = next(
@@ -147,19 +154,24 @@ def test_the_failpoints_are_at_all_kinds_of_operations(whole):
     assert any(o.startswith("sync") and o.endswith("metrics.jsonl") for o in operations[:number])
 
 
-@pytest.mark.parametrize(("act", "status"), [(kill, -9), (tear, -9), (fill, 28)])
+@pytest.mark.parametrize(
+    ("act", "status", "only"),
+    [(kill, -9, ""), (tear, -9, "write"), (fill, 28, "write")],
+    ids=["killed", "torn", "full"],
+)
 def test_a_run_that_fails_at_any_operation_ends_like_one_that_was_left_alone(
-    whole, tmp_path, act, status
+    whole, tmp_path, act, status, only
 ):
     straight, operations = whole
     expected = contents(straight)
-    for number in range(len(operations)):
-        folder = tmp_path / str(number)
-        assert in_a_process(folder, at(number, act)) == status, operations[number]
-        # The process that recovers may fail as well.
-        assert in_a_process(folder, at(number % 11, act)) in (status, 0)
-        assert in_a_process(folder) == 0, operations[number]
-        assert contents(folder) == expected, operations[number]
+    for number, operation in enumerate(operations):
+        if operation.startswith(only):
+            folder = tmp_path / str(number)
+            assert in_a_process(folder, at(number, act)) == status, operation
+            if number % 4 == 0:  # The process that recovers may fail as well.
+                assert in_a_process(folder, at(number % 23, act)) in (status, 0), operation
+            assert in_a_process(folder) == 0, operation
+            assert contents(folder) == expected, operation
 
 
 def test_a_run_is_used_by_one_process_at_a_time(tmp_path):
@@ -193,21 +205,28 @@ def test_a_file_system_that_cannot_lock_is_named(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("broken", ["[1", "", "17"])
-def test_lost_and_broken_log_lines_are_found_before_training(whole, tmp_path, broken):
-    run(tmp_path / "a", "train.iterations=2")
+def test_lost_and_broken_log_lines_are_found_before_training(tmp_path, broken):
+    run(tmp_path / "a")
     file = tmp_path / "a" / "metrics.jsonl"
     lines = file.read_text().splitlines()
     file.write_text("".join(f"{line}\n" for line in [broken, *lines[1:]]))
+    more = "train.iterations=3"
     with pytest.raises(LogError, match=r"metrics\.jsonl, line 1 is broken"):
-        run(tmp_path / "a")
+        run(tmp_path / "a", more)
     file.write_text(lines[0] + "\n")
     with pytest.raises(LogError, match=r"has 1 lines, but .*000002 was written after 2"):
-        run(tmp_path / "a")
+        run(tmp_path / "a", more)
 
 
 def test_keys_that_may_change_are_recorded_and_others_refused_by_name(tmp_path):
-    run(tmp_path / "a", "train.iterations=2")
-    allowed = ["train.lr=3e-5", "train.train_batch=7", "memory.decode_batch=2", "run.threads=1"]
+    run(tmp_path / "a")
+    allowed = [
+        "train.iterations=3",
+        "train.lr=3e-5",
+        "train.train_batch=7",
+        "memory.decode_batch=2",
+        "run.threads=1",
+    ]
     run(tmp_path / "a", *allowed)
     last = json.loads((tmp_path / "a" / "sessions.jsonl").read_text().splitlines()[-1])
     assert last["checkpoint"] == "000002"
@@ -227,7 +246,7 @@ def test_a_prompt_file_may_move_but_not_change(tmp_path):
     one.write_text("a circle\na square\n")
     other.write_text(one.read_text())
     files_of = "prompts.held_out={}"
-    run(tmp_path / "a", "train.iterations=2", files_of.format(one))
+    run(tmp_path / "a", files_of.format(one))
     run(tmp_path / "a", "train.iterations=3", files_of.format(other))
     other.write_text("a circle\n")
     with pytest.raises(ConfigError, match=r"contents of prompts\.held_out have changed"):
