@@ -73,7 +73,7 @@ AREAS = {
     ),
     "scorer": Area(
         ["flowgrpo/rewards/scorer.py", "flowgrpo/rewards/pairs.py", "flowgrpo/rewards/settings.py"],
-        ["scorer", "rewards", "win_rates", "adversarial", "qwen_rewards"],
+        ["scorer", "win_rates", "combinators"],
     ),
     "evaluation": Area(
         ["flowgrpo/evaluation/*.py", "flowgrpo/training/evaluator.py"],

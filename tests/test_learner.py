@@ -16,17 +16,18 @@ from flowgrpo.config import Train
 from flowgrpo.core.random import Random
 from flowgrpo.core.scores import Scores
 from flowgrpo.core.steps import Window
-from flowgrpo.core.transitions import CPS
+from flowgrpo.core.transitions import CPS, Prediction, Step
 from flowgrpo.data.experience import Actions, Candidates, Cost, Experience
 from flowgrpo.data.prompts import Group, Prompt
 from flowgrpo.losses.base import Loss, LossInputs, LossMetric, LossNeeds, LossOutputs
 from flowgrpo.losses.nft import NFTLoss
 from flowgrpo.policy import PipelinePolicy
+from flowgrpo.policy.step_plan import StepRecord
 from flowgrpo.rewards.scorer import RewardScorer
 from flowgrpo.rewards.settings import Reward
 from flowgrpo.training.learner import Learner
 from flowgrpo.training.metrics import UpdateStatistics, rollout_metrics
-from flowgrpo.training.replay import Replay
+from flowgrpo.training.replay import Replay, StoredOutputs
 from tests.conftest import MakePolicy, sampling_of
 
 RANDOM = Random(3).at("train", 2)
@@ -492,3 +493,23 @@ def test_batches_by_hand(shared_policy: tuple[PipelinePolicy, Experience]) -> No
 
     assert batches(3, Whole()) == [[5], [0, 1, 2, 3], [6, 8], [4]]
     assert batches(4, Whole()) == [[5], [0, 1, 2, 3, 6, 8], [4]]
+
+
+@pytest.mark.parametrize("changed", ["", "x0", "x1"])
+def test_stored_outputs_come_back_whole(changed: str) -> None:
+    """Also where a scheduler clamps the predicted data or noise, so that it does not follow from the output."""
+    random = torch.Generator().manual_seed(0)
+    x, output = torch.randn(2, 3, generator=random), torch.randn(2, 3, generator=random)
+    interval = Step.flow(0.75, 0.5)
+    prediction = Prediction.from_output(x, output, interval)
+    if changed:
+        prediction = replace(prediction, **{changed: getattr(prediction, changed).clamp(-0.1, 0.1)})
+    gaussian = CPS()(x, prediction, interval)
+    record = StepRecord(1, interval, x, x, prediction, gaussian)
+    stored = StoredOutputs.of(record)
+    assert (stored.prediction is None) is (changed == "")
+    restored = stored.restored(record)
+    for name in ("x0", "x1", "output"):
+        assert torch.equal(getattr(restored.prediction, name), getattr(prediction, name))
+    assert torch.equal(restored.gaussian.mean, gaussian.mean)
+    assert restored.gaussian.std == gaussian.std

@@ -192,7 +192,7 @@ def test_groups_are_shared_in_order(start: Start, monkeypatch: pytest.MonkeyPatc
             assert [g.index for g in session.share(groups)] == own
 
 
-def test_times_are_kept_apart_from_metrics(start: Start) -> None:
+def test_times_are_kept_apart_from_metrics(start: Start, capsys: pytest.CaptureFixture[str]) -> None:  # fmt: skip
     session = start()
     for name, parts in (("rollout", 2), ("train", 1), ("evaluation", 1)):
         for _ in range(parts):
@@ -202,6 +202,7 @@ def test_times_are_kept_apart_from_metrics(start: Start) -> None:
     with session.phase("rollout"):
         pass
     session.log(4, METRICS, 1.5)
+    assert "[   5/9] reward 0.500" in capsys.readouterr().out
     (times,) = lines(session, "timings")
     assert times == pytest.approx({"iteration": 4, "rollout": 2.0, "train": 3.0, "evaluation": 50.0, "judge": 1.5, "total": 5.0}, abs=0.1)  # fmt: skip
     assert times["rollout"] > 2
