@@ -10,15 +10,24 @@ def import_path(path: str) -> Any:
     """The object at ``"package.module:name"``, so that a configuration can name a user's code.
 
     Raises:
-        ValueError: If there is no such module or name.
+        ValueError: If there is no such module or name, or importing the module fails.
+        ImportError: If the module needs a package that is not installed.
     """
     module, colon, name = path.partition(":")
-    if not colon:
+    if not colon or not module or module.startswith("."):
         raise ValueError(f"{path!r} is no import path; write 'package.module:name'")
     try:
         imported = importlib.import_module(module)
     except ModuleNotFoundError as error:
         raise ValueError(f"{path!r}: there is no module {error.name!r}") from error
+    except ImportError:
+        # An optional package is missing; the message names the extra to install.
+        raise
+    except (Exception, SystemExit) as error:
+        # The module is a user's file, and importing it runs it.
+        raise ValueError(
+            f"{path!r}: importing {module} failed: {type(error).__name__}: {error}"
+        ) from error
     if not hasattr(imported, name):
         raise ValueError(f"{path!r}: module {module} has no {name!r}{suggest(name, dir(imported))}")
     return getattr(imported, name)
