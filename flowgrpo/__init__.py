@@ -26,7 +26,7 @@ _HOMES = {
     "Prompt": "flowgrpo.data.prompts",
     "RewardModel": "flowgrpo.rewards.protocols",
     "RewardScorer": "flowgrpo.rewards.scorer",
-    "Reward": "flowgrpo.rewards.scorer",
+    "Reward": "flowgrpo.rewards.settings",
     "EMA": "flowgrpo.policy",
     "Full": "flowgrpo.policy",
     "LoRA": "flowgrpo.policy",

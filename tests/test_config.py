@@ -92,6 +92,8 @@ def test_a_round_trip_keeps_what_is_not_default(minimal, tmp_path):
         ("rewards.0.wieght=1", r"unknown key 'rewards\[0\].wieght'; did you mean 'weight'\?"),
         ("train.lr='fast'", r"train.lr must be a number, got 'fast' \(str\)"),
         ("train.groups=2.0", r"train.groups must be a whole number, got 2.0 \(float\)"),
+        (f"run.seed={2**63}", "run.seed must be a whole number of at most 64 bits"),
+        (f"train.lr={10**400}", "train.lr must be "),
         ("train.groups=true", "train.groups must be a whole number, got True"),
         ("train.lr=true", "train.lr must be a number, got True"),
         ("run.folder=3", "run.folder must be a string, got 3"),
@@ -107,6 +109,7 @@ def test_a_round_trip_keeps_what_is_not_default(minimal, tmp_path):
         ("algorithm.transition={noise_level = 1.0}", "algorithm.transition needs a kind: one of"),
         ("algorithm.kind=5", "algorithm.kind must be one of .* got 5"),
         ("algorithm.kind='nowhere:X'", "algorithm.kind: 'nowhere:X': there is no module"),
+        ("algorithm.kind='..math:pi'", "algorithm.kind: '..math:pi' is no import path"),
         ("algorithm.kind='math:pi'", "algorithm.kind: 'math:pi' is not a dataclass"),
         ("algorithm.transition=cps", r"transition must be a table with a kind \('flow_sde'"),
         ("sampling.guidance_scale=high", "sampling.guidance_scale must be a number, got 'high'"),
@@ -387,7 +390,14 @@ def test_override_leaves_its_argument_alone():
 
 @pytest.mark.parametrize(
     "setting",
-    ["train.lr", "run.folder.x=1", "rewards.7.weight=1", "rewards.first.weight=1", "rewards.0=x"],
+    [
+        "train.lr",
+        "run.folder.x=1",
+        "rewards.7.weight=1",
+        "rewards.first.weight=1",
+        "rewards.0=x",
+        "rewards.².weight=1",
+    ],
 )
 def test_settings_that_lead_nowhere_are_refused(minimal, setting):
     with pytest.raises(ConfigError, match="--set"):
@@ -525,6 +535,24 @@ def test_the_schema_is_imported_without_heavy_packages():
         "from flowgrpo.config import dump, load\n"
         "dump(load('quickstart', ['algorithm.kind=vgpo']))\n"
         "assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+def test_torch_is_deferred_and_then_real():
+    """Settings first, torch later: copies, pickles and compiled code get the module itself."""
+    code = (
+        "import copy, pickle, sys\n"
+        "from flowgrpo.core import tensors\n"
+        "from flowgrpo.losses import clipped\n"
+        "deferred = tensors.torch\n"
+        "assert not hasattr(deferred, '__file__') and 'torch' not in sys.modules\n"
+        "x = deferred.zeros(3)\n"
+        "import torch\n"
+        "assert tensors.torch is clipped.torch is torch\n"
+        "assert copy.deepcopy(deferred) is pickle.loads(pickle.dumps(deferred)) is torch\n"
+        "compiled = torch.compile(clipped.clipped_surrogate, backend='eager', fullgraph=True)\n"
+        "assert torch.equal(compiled(x, x + 1, 0.1, 0.1), clipped.clipped_surrogate(x, x + 1, 0.1, 0.1))"
     )
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 

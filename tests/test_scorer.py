@@ -148,6 +148,15 @@ def test_import_path_needs_a_colon():
     assert import_path("math:pi") == math.pi
 
 
+@pytest.mark.parametrize("code", ["1 / 0", "def f(:", "raise SystemExit(3)"])
+def test_a_module_that_cannot_be_imported_is_one_sentence(tmp_path, monkeypatch, code):
+    name = f"broken_{abs(hash(code))}"
+    (tmp_path / f"{name}.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ValueError, match=rf"^'{name}:x': importing {name} failed: \w+: "):
+        import_path(f"{name}:x")
+
+
 def test_two_rewards_need_two_names():
     with pytest.raises(ValueError, match=r"\['brightness', 'brightness'\]"):
         scorer("brightness", "brightness")

@@ -8,6 +8,7 @@ import math
 import os
 import pickle
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -268,6 +269,11 @@ def test_requests_by_hand_in_json_and_as_a_form(server):
         (b'{"samples": [{"image": "AAAA"}]}', "application/json", 400, "no readable image"),
         (b'{"samples": [{"prompt": 1, "image": ""}]}', "application/json", 400, "sample 0: "),
         (b"--x\r\n", "multipart/form-data", 400, "without a boundary"),
+        (
+            b'--x\r\nContent-Disposition: form-data; name="request"\r\n\r\n{"samples": [{"frames": '
+            + b"9" * 4300 + b'}, {"frames": ' + b"9" * 4300 + b"}]}\r\n--x--\r\n",
+            "multipart/form-data; boundary=x", 400, "'frames' must be the number",
+        ),
         (b"--x\r\n", "multipart/form-data; boundary=x", 400, "does not end with its boundary"),
     ],
 )  # fmt: skip
@@ -343,6 +349,37 @@ def test_what_is_no_request_gets_an_error_in_json_too(server):
     assert response.status == 405
     message = "PUT /score: Method Not Allowed; the server has GET /healthz, POST /score and POST"
     assert message in json.loads(response.read())["error"]
+
+
+def test_errors_with_any_text_are_json_and_not_the_servers_fault():
+    """The message of a reward may repeat a prompt, which may hold what UTF-8 cannot encode."""
+
+    class Refusing(Mean):
+        def check(self, prompts: Sequence[Prompt]) -> None:
+            raise ValueError(f"cannot use {prompts[0].text}")
+
+        def __call__(self, media: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+            raise ValueError(f"cannot score {prompts[0].text}")
+
+    record = {"prompt": "\ud800", "image": base64_png(IMAGES[0])}
+    body = json.dumps({"samples": [record]}).encode()
+    with RewardServer(Refusing()) as running:
+        kind = {"Content-Type": "application/json"}
+        status, answer = post(running, body, kind)
+        assert (status, answer["error"][-14:]) == (422, "cannot score \ud800")
+        assert post(running, body, kind, "/check") == (200, {"problem": "cannot use \ud800"})
+
+
+def test_a_failure_of_the_server_itself_is_an_error_in_json(server, monkeypatch):
+    monkeypatch.setattr(serving, "unpack", lambda *_: 1 / 0)
+    status, answer = post(server, b"{}", {"Content-Type": "application/json"})
+    assert status == 500
+    assert answer == {"error": "the server failed: ZeroDivisionError: division by zero"}
+
+
+def test_a_path_with_a_slash_too_many_is_not_redirected(server):
+    """The redirect would name the host that the request claims to want."""
+    assert post(server, b"{}", {"Content-Type": "application/json"}, "/score/")[0] == 404
 
 
 # Several servers, and servers that go away.
@@ -540,6 +577,26 @@ def start(port: int, *options: str, token: str = "") -> "subprocess.Popen[str]":
     line = process.stdout.readline()
     assert line.startswith("serving jpeg_size at http://127.0.0.1:"), line
     return process
+
+
+def test_a_second_signal_ends_a_server_that_waits_for_a_request():
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    process = start(port, "--option", "goal=large")
+    assert process.stdout is not None
+    try:
+        with socket.create_connection(("127.0.0.1", port)) as connection:
+            connection.sendall(b"POST /score HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\n{")
+            time.sleep(0.5)
+            process.terminate()
+            assert process.stdout.readline().startswith("stopping after the requests in progress")
+            assert process.poll() is None
+            process.terminate()
+            assert process.wait(timeout=30) == -signal.SIGTERM
+    finally:
+        process.kill()
+        process.wait()
+        process.stdout.close()
 
 
 def test_a_server_process_is_killed_and_restarted_in_the_middle_of_a_run(monkeypatch, caplog):

@@ -96,5 +96,9 @@ def run(options: argparse.Namespace) -> int:
     guard = "a token" if server.token else "no token"
     print(f"serving {settings.label} at {server.url} ({guard}); Ctrl-C stops", flush=True)
     stopped.wait()
+    # A request or a reward may take for ever: a second signal ends the process at once.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_DFL)
+    print("stopping after the requests in progress (again to stop at once)", flush=True)
     server.close()
     return 0

@@ -126,7 +126,8 @@ def _schema(hint: Any) -> core_schema.CoreSchema:
 
 
 _PLAIN: Mapping[Any, core_schema.CoreSchema] = {
-    int: core_schema.int_schema(strict=True),
+    # TOML's integers have 64 bits; Python's parser reads longer ones.
+    int: core_schema.int_schema(strict=True, ge=-(2**63), le=2**63 - 1),
     float: core_schema.float_schema(strict=True, allow_inf_nan=False),
     str: core_schema.str_schema(strict=True),
     bool: core_schema.bool_schema(strict=True),
@@ -251,6 +252,8 @@ def _sentence(cls: type, table: Mapping[str, Any], detail: ErrorDetails, key: st
         return f"{key} must be {_EXPECTED[kind]}, got {value!r} ({type(value).__name__})"
     if kind in _CONTAINERS:
         return f"{key} must be {_CONTAINERS[kind]}, got {value!r}"
+    if kind in ("greater_than_equal", "less_than_equal"):
+        return f"{key} must be a whole number of at most 64 bits"
     if kind == "finite_number":
         return f"{key} must be finite, got {value!r}"
     name = str(location[-1])
@@ -315,7 +318,7 @@ def override(table: dict[str, Any], settings: Sequence[str]) -> dict[str, Any]:
 def _inner(here: Any, part: str, key: str) -> Any:
     """The table or list below a part of a dotted key."""
     if isinstance(here, list):
-        if not part.isdigit() or int(part) >= len(here):
+        if not part.isdecimal() or int(part) >= len(here):
             raise ConfigError(
                 f"--set {key}: {part!r} is not an entry of a list of {len(here)}, counted from 0"
             )

@@ -15,7 +15,7 @@ def import_path(path: str) -> Any:
         ImportError: If the module itself raises one, such as a reward without its extra.
     """
     module, _, name = path.partition(":")
-    if not module or not name:
+    if not module or not name or module.startswith("."):
         raise ValueError(f"{path!r} is no import path; write 'package.module:name'")
     try:
         imported = importlib.import_module(module)
@@ -26,9 +26,11 @@ def import_path(path: str) -> Any:
             raise ValueError(missing) from error
         raise ValueError(f"{missing}, which {module} imports") from error
     except ImportError:
+        # An optional package is missing; the message names the extra to install.
         raise
-    except Exception as error:
-        # The innermost line is in the user's code, or in a library that it called.
+    except (Exception, SystemExit) as error:
+        # The module is a user's file, and importing it runs it. The innermost line is in that file,
+        # or in a library that it called.
         last = traceback.extract_tb(error.__traceback__)[-1]
         place = f" ({last.filename}, line {last.lineno})"
         raise ValueError(

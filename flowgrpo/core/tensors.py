@@ -22,13 +22,28 @@ if TYPE_CHECKING or "torch" in sys.modules:
 else:
 
     class _DeferredModule:
-        """Imports a module at the first use of one of its names."""
+        """Imports a module at the first use of one of its names, and then gives way to it.
+
+        Modules that imported the stand-in get the real module in its place, so that code which
+        inspects globals (``torch.compile``) finds it there.
+        """
 
         def __init__(self, name: str):
             self._name = name
 
         def __getattr__(self, name: str) -> Any:
-            return getattr(import_module(self._name), name)
+            if name.startswith("__"):
+                # Protocols of copy, pickle and inspect, for which nothing needs to be imported.
+                raise AttributeError(name)
+            real = import_module(self._name)
+            for module in list(sys.modules.values()):
+                names = getattr(module, "__dict__", {})
+                if names.get(self._name) is self:
+                    names[self._name] = real
+            return getattr(real, name)
+
+        def __reduce__(self) -> Any:
+            return import_module, (self._name,)
 
     class _ShapeAnnotation:
         """``Float[Tensor, "batch"]`` without a check."""

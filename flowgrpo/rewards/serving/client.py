@@ -282,7 +282,7 @@ def checked_answer(response: httpx.Response) -> bytes:
 def retry_after(headers: Mapping[str, str]) -> float | None:
     """Seconds of a ``Retry-After`` header; None if there is none, or it names a date."""
     text = headers.get("Retry-After", "").strip()
-    return float(text) if text.replace(".", "", 1).isdigit() else None
+    return float(text) if text.replace(".", "", 1).isdecimal() else None
 
 
 def _limit(response: httpx.Response, timeout: float) -> None:

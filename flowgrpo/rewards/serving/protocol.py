@@ -239,7 +239,7 @@ def unpack_scores(body: bytes, number: int) -> list[float]:
     """
     try:
         scores = json.loads(body)["scores"]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"expected {{'scores': [...]}}, got {body[:200]!r}") from error
     numbers = isinstance(scores, list) and all(
         s is None or (isinstance(s, int | float) and not isinstance(s, bool)) for s in scores
@@ -258,13 +258,14 @@ def unpack_error(body: bytes) -> str:
     """The message in an error's body, of a reward server or an OpenAI-compatible one, or its beginning."""
     try:
         error = json.loads(body)["error"]
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         return body[:300].decode(errors="replace").strip()
     return str(error.get("message", error) if isinstance(error, Mapping) else error)
 
 
 def _json(value: Any) -> bytes:
-    return json.dumps(value, allow_nan=False, ensure_ascii=False).encode()
+    # Text may hold lone surrogates, which JSON can escape but UTF-8 cannot encode.
+    return json.dumps(value, allow_nan=False).encode()
 
 
 def _record(prompt: Prompt) -> dict[str, Any]:
@@ -321,8 +322,11 @@ def _from_multipart(content_type: str, body: bytes) -> list[_Packed]:
     else:
         raise WireError(400, "give one field 'request', or fields 'prompt'")
     sizes = [r.get("frames", 1) for r in records]
-    if any(not _is_count(n) or n < 1 for n in sizes):
-        raise WireError(400, "'frames' must be the number of images that a video consists of")
+    if any(not _is_count(n) or not 1 <= n <= max(1, len(images)) for n in sizes):
+        raise WireError(
+            400,
+            f"'frames' must be the number of images that a video consists of; there are {len(images)}",
+        )
     if sum(sizes) != len(images):
         raise WireError(400, f"{len(images)} images for samples that need {sum(sizes)}")
     rest = iter(images)

@@ -158,7 +158,8 @@ def _settings(app: FastAPI) -> uvicorn.Config:
 
 def make_app(server: RewardServer) -> FastAPI:
     """The FastAPI application of a server, without the pages that document it."""
-    app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
+    # A redirect to a path without its slash would name the host that the request claims.
+    app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
 
     async def checked_body(request: Request) -> bytes:
         return await _read_body(request, server)
@@ -217,6 +218,11 @@ def _add_error_handlers(app: FastAPI) -> None:
     async def unknown(request: Request, error: HTTPException) -> Response:
         message = f"{request.method} {request.url.path}: {error.detail}; {PATHS}"
         return _refusal(request, error.status_code, message, error.headers)
+
+    @app.exception_handler(Exception)
+    async def unforeseen(request: Request, error: Exception) -> Response:
+        # uvicorn logs the traceback.
+        return _refusal(request, 500, f"the server failed: {type(error).__name__}: {error}")
 
 
 async def _read_body(request: Request, server: RewardServer) -> bytes:
