@@ -235,6 +235,7 @@ class Session:
         if self.is_main:
             checkpoints.tidy(self.checkpoints)
             self._set_damaged_aside()
+            checkpoints.prune(self.checkpoints, self.config.run.keep_checkpoints)
         self.accelerator.wait_for_everyone()
         found = checkpoints.newest(self.checkpoints)
         lines: Mapping[str, int] = {}
