@@ -321,3 +321,7 @@ def test_scores_are_selected_and_joined_row_by_row():
     assert all(torch.equal(joined.raw[n], values) for n, values in scores.raw.items())
     torch.testing.assert_close(joined.parts(), scores.parts())
     assert scores.map(lambda v: v.new_full(v.shape, math.nan)).valid.sum() == 0
+
+
+def test_which_advantages_have_statistics_over_the_batch():
+    assert {std: LogTamed(std=std).over_batch for std in ("group", "batch", "none")} == {"group": False, "batch": True, "none": False}  # fmt: skip
