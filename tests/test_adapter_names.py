@@ -15,9 +15,9 @@ from diffusers import ModelMixin
 from torch import Tensor, nn
 
 from flowgrpo.policy import LoRA
-from flowgrpo.policy.adapter_files import comfyui_tensors, kohya_tensors
-from flowgrpo.policy.checkpoint_file import original_weights
-from flowgrpo.policy.layer_names import place_of
+from flowgrpo.policy.export.adapter_files import comfyui_tensors, kohya_tensors
+from flowgrpo.policy.export.checkpoint_file import original_weights
+from flowgrpo.policy.export.layer_names import place_of
 from flowgrpo.policy.weights import ADAPTER, Trainable
 from tests.original_names import (
     LAYERS,

@@ -21,8 +21,8 @@ from flowgrpo.cli.push import push_run
 from flowgrpo.core.random import Random
 from flowgrpo.data.prompts import Prompt
 from flowgrpo.policy import Full, LoRA, PipelinePolicy
-from flowgrpo.policy.adapter_files import COMFYUI_FOLDER, DIFFUSERS_FILE, KOHYA_FOLDER
 from flowgrpo.policy.export import export, export_checkpoint, export_kohya, export_merged
+from flowgrpo.policy.export.adapter_files import COMFYUI_FOLDER, DIFFUSERS_FILE, KOHYA_FOLDER
 from tests.conftest import MakePolicy, noise_of, sampling_of
 from tests.tiny import FAMILIES, save
 

@@ -9,8 +9,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Tensor
 
 from flowgrpo.policy.call import UnsupportedPipelineError
-from flowgrpo.policy.first_order import first_order
-from flowgrpo.policy.scheduler import FlowPolicyScheduler, policy_scheduler
+from flowgrpo.policy.scheduler import FlowPolicyScheduler, first_order, policy_scheduler
 
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 LEADING = BETAS | {"timestep_spacing": "leading", "steps_offset": 1}

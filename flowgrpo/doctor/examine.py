@@ -25,10 +25,9 @@ from flowgrpo.doctor.subject import PROMPTS, Check, CheckFunction, Settings, Sub
 from flowgrpo.policy import Full, LoRA, PipelinePolicy, Sampling
 from flowgrpo.policy.arguments import Calling, check_signature, check_strength, generators_for
 from flowgrpo.policy.call import UnsupportedPipelineError
-from flowgrpo.policy.first_order import first_order
 from flowgrpo.policy.loading import DTYPES, autoencoders, denoisers
-from flowgrpo.policy.precision import as_media, encode_deterministically
-from flowgrpo.policy.scheduler import FlowPolicyScheduler
+from flowgrpo.policy.placement import as_media, encode_deterministically
+from flowgrpo.policy.scheduler import FlowPolicyScheduler, first_order
 from flowgrpo.training.console import Console
 
 BATCH_DEPENDENT = {

@@ -10,7 +10,7 @@ from flowgrpo import config as configuration
 from flowgrpo.config import Config
 from flowgrpo.data.prompt_sets import PromptSet
 from flowgrpo.evaluation.records import Records
-from flowgrpo.policy.adapter_files import COMFYUI_FOLDER, DIFFUSERS_FILE, KOHYA_FOLDER
+from flowgrpo.policy.export.adapter_files import COMFYUI_FOLDER, DIFFUSERS_FILE, KOHYA_FOLDER
 from flowgrpo.policy.weights import NOISE_FILE
 
 GRID = "grid.png"

@@ -28,7 +28,7 @@ from flowgrpo.memory.dispatch_modes import (
     autocast_as_on,
 )
 from flowgrpo.policy.loading import denoisers
-from flowgrpo.policy.precision import as_fp32, cast
+from flowgrpo.policy.placement import as_fp32, cast
 from flowgrpo.policy.scheduler import policy_scheduler
 from flowgrpo.policy.step_plan import StepPlan
 

@@ -32,7 +32,7 @@ from flowgrpo.policy.call import (
     place_by_shape,
     shapes_of,
 )
-from flowgrpo.policy.precision import as_fp32
+from flowgrpo.policy.placement import as_fp32
 from flowgrpo.policy.scheduler import PolicyScheduler
 from flowgrpo.policy.weights import InitialNoise
 

@@ -36,8 +36,7 @@ from flowgrpo.policy.arguments import (
 from flowgrpo.policy.call import PipelineCall, UnsupportedPipelineError
 from flowgrpo.policy.latent_injection import LatentInjection, LatentLocations
 from flowgrpo.policy.loading import DTYPES, denoisers, load_pipeline, without_safety_checker
-from flowgrpo.policy.placement import models_of, prepare
-from flowgrpo.policy.precision import as_batch, as_media
+from flowgrpo.policy.placement import as_batch, as_media, models_of, prepare
 from flowgrpo.policy.prompt_cache import ENCODING_METHODS, REWRITING_METHODS
 from flowgrpo.policy.scheduler import FlowPolicyScheduler, policy_scheduler
 from flowgrpo.policy.settings import Full, Memory, Noise, Sampling, Weights

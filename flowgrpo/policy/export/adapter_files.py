@@ -20,7 +20,7 @@ from peft import get_peft_model_state_dict
 from safetensors.torch import save_file
 from torch import Tensor
 
-from flowgrpo.policy.layer_names import FAMILIES, Family, Place, place_of
+from flowgrpo.policy.export.layer_names import FAMILIES, Family, Place, place_of
 from flowgrpo.policy.weights import ADAPTER, swapped
 
 DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"

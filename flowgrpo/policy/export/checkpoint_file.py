@@ -7,7 +7,7 @@ from diffusers import ModelMixin
 from safetensors.torch import save_file
 from torch import Tensor
 
-from flowgrpo.policy.layer_names import NUMBERED, place_of
+from flowgrpo.policy.export.layer_names import NUMBERED, place_of
 
 PREFIX = "model.diffusion_model."
 """Prefix of the denoiser's weights in original checkpoints."""

@@ -1,4 +1,8 @@
-"""Exports trained parameters: adapters in the formats that other programs read, and merged weights."""
+"""Exports trained parameters: adapters in the formats that other programs read, and merged weights.
+
+``adapter_files`` writes adapters, ``checkpoint_file`` a denoiser in one file, and ``layer_names`` has the
+names that diffusers, ComfyUI and sd-scripts give to the layers of each family.
+"""
 
 import re
 import shutil
@@ -9,8 +13,8 @@ from pathlib import Path
 from diffusers import DiffusionPipeline, ModelMixin
 from huggingface_hub import snapshot_download
 
-from flowgrpo.policy import adapter_files
-from flowgrpo.policy.checkpoint_file import require_known, write_checkpoint
+from flowgrpo.policy.export import adapter_files
+from flowgrpo.policy.export.checkpoint_file import require_known, write_checkpoint
 from flowgrpo.policy.loading import VARIANT
 from flowgrpo.policy.settings import Full, LoRA
 from flowgrpo.policy.weights import ADAPTER, NOISE_FILE, InitialNoise, Trainable
