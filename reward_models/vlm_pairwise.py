@@ -94,18 +94,7 @@ class VLMPairwise:
                 does not have the model.
             FileNotFoundError: If there is no such template.
         """
-        if answer not in ("choice", "think", "flex"):
-            raise ValueError(f"answer must be 'choice', 'think' or 'flex', got {answer!r}")
-        if len(flex_weights) != 2 or min(flex_weights) < 0 or sum(flex_weights) <= 0:
-            raise ValueError(
-                "flex_weights must be two numbers, not negative and not both 0; got "
-                f"{list(flex_weights)}"
-            )
-        if min(category_weights, default=1) <= 0 or flex_rule not in ("weighted", "released"):
-            raise ValueError(
-                "category_weights must be above 0 and flex_rule 'weighted' or 'released', got "
-                f"{list(category_weights)} and {flex_rule!r}"
-            )
+        _check_options(answer, flex_weights, category_weights, flex_rule)
         self.category_weights = [float(w) for w in category_weights]
         self.flex_rule = flex_rule
         check_pictures(frames, longest_side, max_tokens)
@@ -230,3 +219,20 @@ def _worth(winner: Any) -> float | None:
     if len(named) == 1:
         return 1.0 if named == {"1"} else 0.0
     return 0.5 if TIE.search(winner) else None
+
+
+def _check_options(
+    answer: str, flex_weights: Sequence[float], category_weights: Sequence[float], flex_rule: str
+) -> None:
+    """Raise ValueError if the form of the answer, or the weights of a ``flex`` answer, make no sense."""
+    if answer not in ("choice", "think", "flex"):
+        raise ValueError(f"answer must be 'choice', 'think' or 'flex', got {answer!r}")
+    if len(flex_weights) != 2 or min(flex_weights) < 0 or sum(flex_weights) <= 0:
+        raise ValueError(
+            f"flex_weights must be two numbers, not negative and not both 0; got {list(flex_weights)}"
+        )
+    if min(category_weights, default=1) <= 0 or flex_rule not in ("weighted", "released"):
+        raise ValueError(
+            "category_weights must be above 0 and flex_rule 'weighted' or 'released', got "
+            f"{list(category_weights)} and {flex_rule!r}"
+        )

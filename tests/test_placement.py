@@ -165,7 +165,7 @@ def test_what_cannot_go_together_or_is_not_there(make_policy: MakePolicy) -> Non
 
 
 def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("flowgrpo.policy.placement.find_spec", lambda name: None)
+    monkeypatch.setattr("flowgrpo.policy.settings.find_spec", lambda name: None)
     require_installed(Memory(), "adamw")
     with pytest.raises(ImportError, match=r"quantize = 'nf4' needs bitsandbytes: pip install"):
         require_installed(Memory(quantize="nf4"), "adamw")

@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 
 SUMMARY = "measure a model on a benchmark"
 EXAMPLE = """\
-flowgrpo bench geneval --model MODEL              generate, judge and report
+flowgrpo bench shapes --model shapes
+  flowgrpo bench geneval --model MODEL              generate, judge and report
   flowgrpo bench generate geneval --model MODEL     the images only
   flowgrpo bench score FOLDER                       judge images, of ours or made elsewhere (--benchmark NAME)
   flowgrpo bench score results.jsonl --benchmark geneval    summarise an official results file

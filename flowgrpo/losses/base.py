@@ -197,9 +197,9 @@ class Loss(Protocol):
         kinds = self.needs.action_kinds
         if action_kind not in kinds:
             raise ValueError(
-                f"the loss {type(self).__name__} and this algorithm do not belong together: the loss "
-                f"trains on actions of the kind {' or '.join(map(repr, kinds))}, and the algorithm "
-                f"collects {action_kind!r}; change loss.kind or algorithm.kind"
+                f"loss.kind and algorithm.kind do not belong together: {type(self).__name__} trains on "
+                f"actions of the kind {' or '.join(map(repr, kinds))}, and the algorithm collects "
+                f"{action_kind!r}; change one of them"
             )
 
     def warning(self, metrics: Mapping[str, float]) -> str:

@@ -9,7 +9,8 @@ from flowgrpo.core.errors import DivergenceError
 
 MAX_DRIFT = 4.0
 """Largest mean squared distance from the reference policy's output, in units of the mean square of that
-output. The negated reference has distance 4, and an output of zeros has distance 1."""
+output, or of unit noise if that is larger: the last layer of a new model is often zero, and so is the
+mean of an untrained initial noise (FIND). The negated reference has distance 4, an output of zeros 1."""
 MAX_SKIPPED = 3
 """Iterations in a row, all of whose gradients are not finite, after which a run stops."""
 

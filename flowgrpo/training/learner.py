@@ -206,11 +206,11 @@ class Learner:
             output = self.replay.record(experience, few).prediction.output.cpu()
         squares = (output - reference.output).float().square().flatten(1).mean(1)
         mean = self._mean_of_all(squares)
-        usual = self._mean_of_all(reference.output.float().square().flatten(1).mean(1))
+        usual = max(1.0, self._mean_of_all(reference.output.float().square().flatten(1).mean(1)))
         if not mean <= MAX_DRIFT * usual:
             raise DivergenceError(
                 f"the policy diverged: the mean squared distance of its output from the reference policy's is "
-                f"{mean:.3g}, more than {MAX_DRIFT:g} times the mean square of that output, {usual:.3g}"
+                f"{mean:.3g}, more than {MAX_DRIFT:g} times the mean square of that output (at least 1), {usual:.3g}"
             )
         return {"kl/velocity": mean}
 
