@@ -178,12 +178,13 @@ def pngs(folder: Path) -> int:
 
 
 def test_killed_while_generating_it_resumes_to_the_same(whole: Path, tmp_path: Path) -> None:
-    folder, chance = tmp_path / "killed", random.Random(0)
-    for wanted in (1, 3, 6, 9):
-        killed(folder, wanted, chance.uniform(0, 0.004))
+    folder, chance, interrupted = tmp_path / "killed", random.Random(0), 0
+    for wanted in (1, 3, 5, 7):
+        killed(folder, wanted, chance.uniform(0, 0.002))
         made = {n: d for n, d in content(folder).items() if not n.endswith(".tmp")}
-        assert 0 < len(made) < len(content(whole))
-        assert made.items() <= content(whole).items()
+        assert made and made.items() <= content(whole).items()
+        interrupted += len(made) < len(content(whole))
+    assert interrupted >= 2, "the process was too fast to be killed on its way"
     generate_folder(plan_of(folder))
     assert content(folder) == content(whole)
 

@@ -15,6 +15,7 @@ from flowgrpo.core.transitions import Gaussian
 from flowgrpo.doctor import PROMPTS, Settings, checks, examine
 from flowgrpo.doctor.examine import _call, _stock
 from flowgrpo.policy import Full, LoRA, PipelinePolicy
+from flowgrpo.policy.export import Exported
 from flowgrpo.policy.latent_injection import LatentInjection
 from flowgrpo.policy.loading import variant_of
 from flowgrpo.policy.scheduler import FlowPolicyScheduler
@@ -233,10 +234,11 @@ def test_another_sampler_is_caught(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) 
 def test_an_export_of_other_weights_is_caught(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     export = checks.export
 
-    def halving(pipeline: Any, trainable: Any, folder: Path) -> Path:
-        (file,) = export(pipeline, trainable, folder).glob("*.safetensors")
+    def halving(pipeline: Any, trainable: Any, folder: Path) -> Exported:
+        exported = export(pipeline, trainable, folder)
+        (file,) = folder.glob("*.safetensors")
         save_file({k: v / 2 for k, v in load_file(file).items()}, file)
-        return folder
+        return exported
 
     monkeypatch.setattr(checks, "export", halving)
     assert set(failures(tiny("sd3"), "sd3")) == {EXPORT}

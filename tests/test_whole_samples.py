@@ -25,7 +25,7 @@ from flowgrpo.losses.base import Loss
 from flowgrpo.losses.clipped import ClippedLoss
 from flowgrpo.losses.nft import NFTLoss
 from flowgrpo.policy import PipelinePolicy
-from flowgrpo.rewards.pairs import PairwisePreference
+from flowgrpo.rewards.pairs import PairwisePreference, PointwisePreference
 from flowgrpo.rewards.scorer import RewardScorer
 from flowgrpo.rewards.settings import Failures, Reward, RewardError
 from flowgrpo.training.learner import Learner
@@ -465,6 +465,7 @@ def test_a_resumed_run_has_the_same_numbers(name: str, tmp_path: Path):
     assert flowgrpo.train(config).finished
     shutil.copytree(straight, stopped)
     shutil.rmtree(stopped / "checkpoints" / "000002")
+    (stopped / "finished.json").unlink()
     again = flowgrpo.load(str(straight / "config.toml"), [f"run.folder={stopped}"])
     assert again.algorithm == config.algorithm
     assert again.loss == config.loss

@@ -72,9 +72,9 @@ class Logs:
 
     def _lines(self, name: str) -> list[str]:
         file = self._file(name)
-        if not file.exists():
-            return []
-        return file.read_bytes().decode("utf-8", errors="replace").removesuffix("\n").split("\n")
+        text = file.read_bytes().decode("utf-8", errors="replace") if file.exists() else ""
+        # Not splitlines, which also splits at characters that JSON strings may contain.
+        return text.removesuffix("\n").split("\n") if text else []
 
 
 def _ends_with_line(file: Path) -> bool:
