@@ -256,7 +256,7 @@ def test_one_reward_with_several_options(tmp_path: Path) -> None:
     rows = [json.loads(line) for line in out.read_text().splitlines()]
     assert all(r["coarse"] > r["jpeg_size"] for r in rows)
     assert main([*arguments, "jpeg_size"]) == 1
-    assert main([*arguments, "=jpeg_size"]) == 1
+    assert main([*arguments, "=jpeg_size"]) == 2
 
 
 def test_what_learns_is_neither_served_nor_given_frames(

@@ -299,7 +299,7 @@ class _Watched(Future[Any]):
         else:
             self.set_result(inner.result())
 
-    def result(self, timeout: float | None = None) -> Any:
+    def result(self, timeout: float | int | None = None) -> Any:
         """The result, as of any future."""
         if timeout is not None:
             return super().result(timeout)
