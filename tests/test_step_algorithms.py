@@ -365,7 +365,9 @@ def test_depth_pruning_drops_the_steps(
     nowhere = replace(
         CASES["branch late"][1], steps=Window(start=2, size=1), depths=Window(start=3, size=1)
     )
-    with pytest.raises(ValueError, match=r"depths selects steps \[3\], none of which"):
+    with pytest.raises(
+        ValueError, match=r"depths and algorithm.pruned leave steps \[3\], none of which"
+    ):
         nowhere.collect(policies("sd3"), GROUPS, scorer, RANDOM, ITERATION)
 
 
