@@ -1,5 +1,6 @@
 """What the tests of policies share: tiny pipeline folders by family, each saved once."""
 
+import signal
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +21,19 @@ NAMED = ("guidance_scale", "height", "width", "num_frames")
 LORA = LoRA(rank=4, alpha=8)
 
 MakePolicy = Callable[..., PipelinePolicy]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _signals() -> None:
+    """Signals have their usual effect, in the tests and in the processes that they start.
+
+    A shell starts jobs in the background with SIGINT ignored, and nohup does so with SIGHUP; processes
+    inherit that, and a run leaves ignored signals alone.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
+        if signal.getsignal(number) is signal.SIG_IGN:
+            usual = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
+            signal.signal(number, usual)
 
 
 @pytest.fixture(scope="session", autouse=True)
