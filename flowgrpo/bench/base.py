@@ -22,7 +22,7 @@ Points = Iterable[tuple[str, float]]
 
 
 class BenchError(RuntimeError):
-    """A benchmark that cannot go on; the message says why and what to do."""
+    """Raised if a benchmark cannot continue; the message gives the reason and the remedy."""
 
 
 @dataclass(frozen=True)

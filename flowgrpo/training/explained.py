@@ -1,4 +1,4 @@
-"""Errors of a run with what is safe and how to go on."""
+"""Adds to the errors of a run what is safe and how to resume."""
 
 import errno
 from collections.abc import Iterator
