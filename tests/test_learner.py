@@ -13,6 +13,7 @@ from torch import Tensor
 
 from flowgrpo.algorithms import FlowGRPO
 from flowgrpo.config import Train
+from flowgrpo.core.errors import DivergenceError
 from flowgrpo.core.random import Random
 from flowgrpo.core.scores import Scores
 from flowgrpo.core.steps import Window
@@ -25,6 +26,7 @@ from flowgrpo.policy import PipelinePolicy
 from flowgrpo.policy.step_plan import StepRecord
 from flowgrpo.rewards.scorer import RewardScorer
 from flowgrpo.rewards.settings import Reward
+from flowgrpo.training.divergence import check_drift
 from flowgrpo.training.learner import Learner
 from flowgrpo.training.metrics import UpdateStatistics, rollout_metrics
 from flowgrpo.training.replay import Replay, StoredOutputs
@@ -513,3 +515,12 @@ def test_stored_outputs_come_back_whole(changed: str) -> None:
         assert torch.equal(getattr(restored.prediction, name), getattr(prediction, name))
     assert torch.equal(restored.gaussian.mean, gaussian.mean)
     assert restored.gaussian.std == gaussian.std
+
+
+@pytest.mark.parametrize(
+    ("distance", "square", "diverged"),
+    [(1e-6, 0.0, False), (4.0, 0.0, False), (4.1, 1.0, True), (7.9, 2.0, False), (8.1, 2.0, True), (float("nan"), 1.0, True)],
+)  # fmt: skip
+def test_drift_is_measured_against_the_reference_or_unit_noise(distance: float, square: float, diverged: bool) -> None:  # fmt: skip
+    with pytest.raises(DivergenceError, match="diverged") if diverged else nullcontext():
+        check_drift(distance, square)

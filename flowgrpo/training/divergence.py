@@ -34,3 +34,22 @@ def require_finite(parts: Mapping[str, Mapping[str, Tensor]]) -> None:
     for name, tensors in parts.items():
         if not are_finite(tensors):
             raise DivergenceError(f"the policy diverged: {name} contains NaN or infinity")
+
+
+def check_drift(distance: float, reference_square: float) -> None:
+    """Check how far the policy's output is from the reference policy's.
+
+    Args:
+        distance: Mean squared distance of the outputs.
+        reference_square: Mean square of the reference policy's output.
+
+    Raises:
+        DivergenceError: If the distance is above :data:`MAX_DRIFT` in its unit, or not finite.
+    """
+    unit = max(1.0, reference_square)
+    if not distance <= MAX_DRIFT * unit:
+        raise DivergenceError(
+            f"the policy diverged: the mean squared distance of its output from the reference policy's is "
+            f"{distance:.3g}, more than {MAX_DRIFT:g} times the mean square of that output (at least 1), "
+            f"{unit:.3g}"
+        )

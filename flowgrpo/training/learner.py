@@ -28,7 +28,7 @@ from flowgrpo.losses.base import Loss, LossInputs, LossOutputs
 from flowgrpo.policy import EMA, PipelinePolicy
 from flowgrpo.policy.arguments import call_key
 from flowgrpo.policy.weights import swapped
-from flowgrpo.training.divergence import MAX_DRIFT, MAX_SKIPPED, are_finite
+from flowgrpo.training.divergence import MAX_SKIPPED, are_finite, check_drift
 from flowgrpo.training.metrics import UpdateStatistics
 from flowgrpo.training.replay import Replay
 from flowgrpo.training.split import (
@@ -206,12 +206,7 @@ class Learner:
             output = self.replay.record(experience, few).prediction.output.cpu()
         squares = (output - reference.output).float().square().flatten(1).mean(1)
         mean = self._mean_of_all(squares)
-        usual = max(1.0, self._mean_of_all(reference.output.float().square().flatten(1).mean(1)))
-        if not mean <= MAX_DRIFT * usual:
-            raise DivergenceError(
-                f"the policy diverged: the mean squared distance of its output from the reference policy's is "
-                f"{mean:.3g}, more than {MAX_DRIFT:g} times the mean square of that output (at least 1), {usual:.3g}"
-            )
+        check_drift(mean, self._mean_of_all(reference.output.float().square().flatten(1).mean(1)))
         return {"kl/velocity": mean}
 
     def _mean_of_all(self, values: Tensor) -> float:
