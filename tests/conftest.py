@@ -36,6 +36,14 @@ def _signals() -> None:
             signal.signal(number, usual)
 
 
+@pytest.fixture(autouse=True)
+def _signals_given_back() -> Iterator[None]:
+    """No test leaves a run's signal handlers behind, which the tests after it would trip over."""
+    before = signal.getsignal(signal.SIGINT)
+    yield
+    assert signal.getsignal(signal.SIGINT) is before
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _quiet() -> Iterator[None]:
     """One thread, no progress bars, no chatter about truncated prompts."""

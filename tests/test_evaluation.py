@@ -255,22 +255,22 @@ def evaluator(policy: PipelinePolicy, tmp_path: Path, drawn: list[tuple[Any, ...
         "evaluation.grid_prompts=2", "evaluation.grid_samples=1", f"evaluation.metrics=['{HERE}:first_and_last']",
     ]  # fmt: skip
     config = flowgrpo.load("quickstart", settings)
-    session = Session(config)
-    learner = Learner(policy, config.train, ClippedLoss(), session.accelerator)
-    scorer = scorer_of("brightness")
-    subject = Evaluator(
-        config.evaluation, session, scorer, policy, learner, PROMPTS,
-        sampling=policy.sampling, seed=SEED, model_name="the model",
-    )  # fmt: skip
-    subject.keep_base_images()
-    subject.resume()
-    start = [p.detach().clone() for p in learner.parameters]
-    yield subject
-    with torch.no_grad():
-        for parameter, weight in zip(learner.parameters, start, strict=True):
-            parameter.copy_(weight)
-    scorer.close()
-    session.close()
+    with Session(config) as session:
+        learner = Learner(policy, config.train, ClippedLoss(), session.accelerator)
+        scorer = scorer_of("brightness")
+        subject = Evaluator(
+            config.evaluation, session, scorer, policy, learner, PROMPTS,
+            sampling=policy.sampling, seed=SEED, model_name="the model",
+        )  # fmt: skip
+        subject.keep_base_images()
+        subject.resume()
+        start = [p.detach().clone() for p in learner.parameters]
+        yield subject
+        with torch.no_grad():
+            for parameter, weight in zip(learner.parameters, start, strict=True):
+                parameter.copy_(weight)
+        scorer.close()
+        session.close()
 
 
 def move(weights: Sequence[Tensor], by: float) -> None:
