@@ -1,8 +1,9 @@
 """flowgrpo: reinforcement learning for image and video generators.
 
->>> import flowgrpo
->>> config = flowgrpo.load("quickstart", ["run.folder=runs/mine"])
->>> flowgrpo.train(config)  # doctest: +SKIP
+Examples:
+    >>> import flowgrpo
+    >>> config = flowgrpo.load("quickstart", ["run.folder=runs/mine"])
+    >>> flowgrpo.train(config)  # doctest: +SKIP
 """
 
 from importlib import import_module

@@ -1,7 +1,7 @@
 """What the tests of policies share: tiny pipeline folders by family, each saved once."""
 
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,14 @@ NAMED = ("guidance_scale", "height", "width", "num_frames")
 LORA = LoRA(rank=4, alpha=8)
 
 MakePolicy = Callable[..., PipelinePolicy]
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport() -> Generator[None, Any, None]:
+    """What a test printed can be sent to another process, also if it is no text: xdist sends UTF-8."""
+    report = (yield).get_result()
+    sections = [(name, text.encode("utf-8", "replace").decode()) for name, text in report.sections]
+    report.sections = sections
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -12,6 +12,8 @@ from pathlib import Path
 from types import CodeType, FrameType
 from typing import Any, get_args, get_type_hints
 
+import nbclient
+import nbformat
 import pytest
 import torch
 from torch import Tensor
@@ -102,6 +104,33 @@ def errors(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, str]:
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda p: p.stem)
 def test_examples_run(path, errors):
     assert not errors[str(path)], errors[str(path)]
+
+
+def test_the_notebook_runs(tmp_path: Path) -> None:
+    notebook = nbformat.read(DOCS / "examples" / "quickstart.ipynb", as_version=4)
+    assert not any(cell.get("outputs") for cell in notebook.cells), "clear the outputs"
+    (parameters,) = (c for c in notebook.cells if "parameters" in c.metadata.get("tags", ()))
+    assert "settings = []" in parameters.source
+    parameters.source = parameters.source.replace("settings = []", f"settings = {TINY[:-2]}")
+    place = {"metadata": {"path": str(tmp_path)}}
+    nbclient.NotebookClient(notebook, timeout=300, resources=place).execute()
+    shown = [
+        output.get("data", {}) for cell in notebook.cells for output in cell.get("outputs", ())
+    ]
+    assert sum("image/png" in data for data in shown) == 3
+    assert (tmp_path / "runs" / "notebook" / "report.html").exists()
+
+
+def test_the_site_builds(tmp_path: Path) -> None:
+    """Every page is in the navigation, every link leads somewhere, every API page can be rendered."""
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir"]
+    quiet = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
+    done = subprocess.run([*command, tmp_path], cwd=ROOT, env=quiet, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr + done.stdout
+    losses = (tmp_path / "api" / "flowgrpo.losses" / "index.html").read_text()
+    assert "LossInputs" in losses
+    assert ":class:" not in losses
+    assert "quickstart.png" in (tmp_path / "index.html").read_text()
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda p: p.stem)
