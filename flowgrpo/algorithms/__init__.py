@@ -12,6 +12,7 @@ from flowgrpo.algorithms.diffusion_nft import DiffusionNFT
 from flowgrpo.algorithms.find import FIND
 from flowgrpo.algorithms.flow_grpo import FlowGRPO
 from flowgrpo.algorithms.g2rpo import G2RPO
+from flowgrpo.algorithms.matching import Matching
 from flowgrpo.algorithms.mix_grpo import MixGRPO
 from flowgrpo.algorithms.pref_grpo import PrefGRPO
 from flowgrpo.algorithms.tempflow_grpo import TempFlowGRPO
@@ -20,5 +21,5 @@ from flowgrpo.algorithms.vgpo import VGPO
 
 __all__ = [
     "FIND", "G2RPO", "TPGRPO", "VGPO", "Algorithm", "AlgorithmBase", "BranchGRPO", "DanceGRPO",
-    "DiffusionNFT", "FlowGRPO", "MixGRPO", "PrefGRPO", "TempFlowGRPO",
+    "DiffusionNFT", "FlowGRPO", "Matching", "MixGRPO", "PrefGRPO", "TempFlowGRPO",
 ]  # fmt: skip

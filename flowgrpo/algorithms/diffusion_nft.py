@@ -10,15 +10,15 @@ from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 from flowgrpo.algorithms.base import AlgorithmBase, Policy, Scorer
-from flowgrpo.algorithms.collection import Collection, Samples
 from flowgrpo.algorithms.credit import trajectory_advantages
-from flowgrpo.algorithms.trajectories import TrajectoryPlan, check_fraction, sample_trajectories
+from flowgrpo.algorithms.noised_samples import collect_noised_samples
+from flowgrpo.algorithms.trajectories import TrajectoryPlan, check_fraction
 from flowgrpo.core.advantages import Advantage, GroupAdvantage
 from flowgrpo.core.random import Random
 from flowgrpo.core.solvers import Solver
 from flowgrpo.core.tensors import Float, Tensor, torch
 from flowgrpo.core.transitions import ODE
-from flowgrpo.data.experience import Actions, Experience
+from flowgrpo.data.experience import Experience
 from flowgrpo.data.prompts import Group
 from flowgrpo.losses.base import ActionKind
 
@@ -54,21 +54,16 @@ class DiffusionNFT(AlgorithmBase):
     ) -> Experience:
         """Sample, and record noised versions of each sample as its actions.
 
-        An action's state is the sample with noise at time ``step`` of the grid, its ``x_next`` the
-        sample itself. It has no density; ``old_log_prob`` is 0.
+        Each sample is trained at a random part of the grid's times of its own.
         """
-        collection = Collection(policy, groups, scorer, self.transition)
         end = policy.num_steps()
         plan = self.plan(end, iteration, random)
-        for samples, records in sample_trajectories(collection, random, plan, record=[end - 1]):
-            (last,) = records
-            times = [self._times(end, random, g.index, i) for g, i in zip(samples.groups, samples.numbers, strict=True)]  # fmt: skip
-            for step in range(end):
-                rows = [row for row, chosen in enumerate(times) if step in chosen]
-                if rows:
-                    noised = _noised(policy, samples, last.x_next, step, torch.tensor(rows))
-                    collection.add_actions(noised)
-        return collection.experience()
+
+        def times(group: int, sample: int) -> set[int]:
+            order = torch.randperm(end, generator=random.generator("times", group, sample))
+            return set(order[: max(1, int(end * self.timestep_fraction))].tolist())
+
+        return collect_noised_samples(policy, groups, scorer, random, plan, times)
 
     def advantages(self, experience: Experience) -> Float[Tensor, " actions"]:
         """The sample's advantage, at each time that it is trained at."""
@@ -78,31 +73,3 @@ class DiffusionNFT(AlgorithmBase):
         """Raise ValueError if a setting is out of range."""
         self.advantage.check()
         check_fraction(self.timestep_fraction)
-
-    def _times(self, num_steps: int, random: Random, group: int, sample: int) -> set[int]:
-        """The grid nodes that a sample is trained at."""
-        order = torch.randperm(num_steps, generator=random.generator("times", group, sample))
-        return set(order[: max(1, int(num_steps * self.timestep_fraction))].tolist())
-
-
-def _noised(
-    policy: Policy,
-    samples: Samples,
-    x0: Float[Tensor, "samples *latent"],
-    step: int,
-    rows: Tensor,
-) -> Actions:
-    """The samples of some rows, with noise added as at a node of the grid."""
-    interval = policy.scheduler.interval(step, step + 1)
-    # Each sample's stream of this step is unused, as no step of the rollout was stochastic.
-    fresh = samples.noise.at_step(step, x0.shape[1:]).to(x0.device)
-    data = x0[rows]
-    return Actions(
-        states=interval.signal * data + interval.noise * fresh[rows],
-        state=torch.arange(len(rows)),
-        x_next=data,
-        step=torch.full((len(rows),), step),
-        old_log_prob=torch.zeros(len(rows)),
-        group=samples.group[rows],
-        sample=samples.sample[rows],
-    )

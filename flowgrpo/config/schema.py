@@ -18,6 +18,7 @@ from flowgrpo.algorithms import (
     DanceGRPO,
     DiffusionNFT,
     FlowGRPO,
+    Matching,
     MixGRPO,
     PrefGRPO,
     TempFlowGRPO,
@@ -28,6 +29,8 @@ from flowgrpo.core.random import Random
 from flowgrpo.losses import base as losses
 from flowgrpo.losses.base import Loss
 from flowgrpo.losses.clipped import ClippedLoss
+from flowgrpo.losses.group_matching import CRDLoss, DGPOLoss
+from flowgrpo.losses.matching import MatchingLoss
 from flowgrpo.losses.nft import NFTLoss
 from flowgrpo.policy.settings import Full, LoRA, Memory, Noise, Sampling
 from flowgrpo.rewards.settings import Failures, Reward, check_rewards
@@ -177,12 +180,14 @@ class Config:
     memory: Memory = field(default_factory=Memory)
     """Settings that save memory at the cost of time."""
     algorithm: (
-        FlowGRPO | DanceGRPO | MixGRPO | PrefGRPO | DiffusionNFT
+        FlowGRPO | DanceGRPO | MixGRPO | PrefGRPO | DiffusionNFT | Matching
         | TempFlowGRPO | G2RPO | TPGRPO | VGPO | BranchGRPO | FIND | Algorithm
     )  # fmt: skip
     """What is sampled, and which candidates give each action its advantage; ``kind`` may be the import
     path of an algorithm of your own."""
-    loss: ClippedLoss | NFTLoss | Loss = field(default_factory=ClippedLoss)
+    loss: ClippedLoss | NFTLoss | MatchingLoss | DGPOLoss | CRDLoss | Loss = field(
+        default_factory=ClippedLoss
+    )
     """The objective of an update; ``kind`` may be the import path of a loss of your own."""
     rewards: tuple[Reward, ...]
     """The reward models; training maximises the weighted sum of their scores."""
@@ -236,7 +241,29 @@ class Config:
                 f"the loss {type(self.loss).__name__} needs a moving average of the weights; set "
                 "train.ema_decay above 0"
             )
+        self._check_updates()
         self._check_kinds()
+
+    def _check_updates(self) -> None:
+        """Raise ConfigError if the loss is not defined for the batches and updates of an iteration."""
+        loss, train, needs = self.loss, self.train, self.loss.needs
+        size = self.algorithm.group_size
+        if (
+            needs.whole_groups
+            and self.algorithm.action_kind == "noised_sample"
+            and train.train_batch < size
+        ):
+            raise ConfigError(
+                f"the loss {type(loss).__name__} compares the samples of a group in one batch; set "
+                f"train.train_batch to at least algorithm.group_size = {size}, got {train.train_batch} "
+                "(memory.gradient_checkpointing saves memory)"
+            )
+        if needs.single_update and train.updates > 1:
+            raise ConfigError(
+                f"the loss {type(loss).__name__} with these settings is defined in the first update of an "
+                f"iteration only, and train.updates = {train.updates}; set it to 1, or let the old policy "
+                "sample (loss.sampler = 'old')"
+            )
 
     def _check_interfaces(self) -> None:
         """Raise ConfigError if the algorithm, its transition or the loss lacks a part that is called."""

@@ -23,6 +23,29 @@ with fresh noise, which has no log-probability; ``x_next`` is the clean sample. 
 draw of the initial latents, which has a log-probability but no ``interval`` and no step size."""
 
 
+Trail = Literal["none", "third", "half", "late", "rising"]
+"""How slowly the weights of the old policy follow the trained ones; see :func:`remaining_share`."""
+
+
+def remaining_share(trail: Trail, num_updates: int) -> float:
+    """The share of the old policy's weights that remains after an iteration, in [0, 1).
+
+    With ``n`` optimizer steps so far: ``none`` is 0, which copies the trained weights; ``third`` is
+    ``min(0.001 n, 0.3)`` (arXiv:2509.25050), ``half`` ``min(0.001 n, 0.5)`` and ``late``
+    ``min(0.0075 max(n - 75, 0), 0.999)`` (arXiv:2509.16117), ``rising`` ``min(0.25 + 0.005 n, 0.999)``
+    (arXiv:2603.14128).
+    """
+    n = num_updates
+    shares = {
+        "none": 0.0,
+        "third": min(0.001 * n, 0.3),
+        "half": min(0.001 * n, 0.5),
+        "late": min(0.0075 * max(n - 75, 0), 0.999),
+        "rising": min(0.25 + 0.005 * n, 0.999),
+    }
+    return shares[trail]
+
+
 @dataclass(frozen=True)
 class PolicyOutputs:
     """The outputs of one policy at the ``S`` states of a batch.
@@ -90,6 +113,11 @@ class LossInputs:
         """Values of states, repeated for the actions that start there."""
         return values[self.state]
 
+    def prediction(self, policy: PolicyOutputs) -> Prediction:
+        """A policy's prediction at the state of each action."""
+        p = policy.prediction
+        return Prediction(*(self.per_action(part) for part in (p.x0, p.x1, p.output)))
+
     @property
     def gaussian(self) -> Gaussian:
         """The trained policy's distribution of each action's ``x_next``; means have ``A`` rows."""
@@ -139,10 +167,15 @@ class LossNeeds:
         old_mean: The means of the steps under the policy that sampled. Algorithms record them
             where ``policy.keeps_means`` is set.
         old_policy: A second set of weights, the behaviour policy. It samples in place of the trained
-            weights, its outputs become ``LossInputs.old_policy``, and checkpoints contain it. The
+            weights (but see ``old_policy_samples_from``), its outputs become ``LossInputs.old_policy``, and checkpoints contain it. The
             function maps the number of optimizer steps so far to the share of the behaviour weights
             that remains when they follow the trained weights after an iteration: 0 copies the
             trained weights, values near 1 follow slowly.
+        old_policy_samples_from: Number of optimizer steps from which on the behaviour policy samples;
+            before, the trained weights do. Infinite if they always do.
+        old_policy_is_copied: The behaviour policy has the trained weights at the start of every
+            iteration, so that its outputs need no forward pass of their own before the first update.
+        single_update: The loss is defined in the first optimizer step of an iteration only.
         average: Outputs of the moving average of the weights, which ``train.ema_decay`` configures.
         reference: Outputs of the model that training started from.
         all_actions: Actions whose advantage is 0 contribute to the gradient, too. Otherwise the
@@ -156,6 +189,9 @@ class LossNeeds:
     action_kinds: Sequence[ActionKind] = ("step",)
     old_mean: bool = False
     old_policy: Callable[[int], float] | None = None
+    old_policy_samples_from: int | float = 0
+    old_policy_is_copied: bool = False
+    single_update: bool = False
     average: bool = False
     reference: bool = False
     all_actions: bool = False
@@ -226,7 +262,7 @@ def velocity_kl(policy: PolicyOutputs, reference: PolicyOutputs) -> Float[Tensor
     return gap.float().square().flatten(1).mean(1)
 
 
-def require_at_least(key: str, value: float, least: float) -> None:
+def require_at_least(key: str, value: int | float, least: float) -> None:
     """Raise ValueError unless a setting is finite and at least ``least``."""
     if not value >= least or math.isinf(value):
         raise ValueError(f"loss.{key} must be at least {least:g}, got {value}")

@@ -13,6 +13,7 @@ from flowgrpo.losses.base import (
     LossInputs,
     LossNeeds,
     LossOutputs,
+    remaining_share,
     require_at_least,
     velocity_kl,
 )
@@ -103,9 +104,7 @@ class NFTLoss(Loss):
 
     def remaining_share(self, num_updates: int) -> float:
         """The share of the behaviour weights that remains after this many optimizer steps, in [0, 1)."""
-        if self.trail == "half":
-            return min(0.001 * num_updates, 0.5)
-        return min(0.0075 * max(num_updates - 75, 0), 0.999) if self.trail == "late" else 0.0
+        return remaining_share(self.trail, num_updates)
 
     def optimality(self, advantage: Float[Tensor, " actions"]) -> Float[Tensor, " actions"]:
         """How good a sample is, in [0, 1]: ``A / (2 advantage_scale) + 1/2``, clamped."""

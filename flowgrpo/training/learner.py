@@ -81,7 +81,7 @@ class Learner:
             loss,
             train_batch=train.train_batch,
             has_one_update=train.updates == 1,
-            behaviour=self.behaviour_policy,
+            behaviour=self._old_policy,
             average=None if self.ema is None else self.ema.applied,
         )
         self.num_updates = 0
@@ -89,7 +89,12 @@ class Learner:
         self._lost_iterations = 0
 
     def behaviour_policy(self) -> AbstractContextManager[None]:
-        """Inside, the policy has the weights that sample: the behaviour weights, if there are any."""
+        """Inside, the policy has the weights that sample: the behaviour weights, if there are any and
+        their time has come."""
+        waits = self.num_updates < self.loss.needs.old_policy_samples_from
+        return nullcontext() if waits else self._old_policy()
+
+    def _old_policy(self) -> AbstractContextManager[None]:
         return nullcontext() if self.behaviour is None else swapped(self.parameters, self.behaviour)
 
     def update(

@@ -128,7 +128,9 @@ class Replay:
         needs, device = self.loss.needs, self.policy.device
         record = self.record(experience, actions)
         old_policy = average = old_mean = None
-        if needs.old_policy is not None:
+        if needs.old_policy is not None and needs.old_policy_is_copied and first_update:
+            old_policy = _detached(record)
+        elif needs.old_policy is not None:
             with torch.no_grad(), self.behaviour():
                 old_policy = _outputs(self.record(experience, actions))
         if needs.average:
@@ -185,6 +187,15 @@ class Replay:
         owners = [prompts[int(g)] for g in group_of_state]
         step = int(actions.step[0])
         return self.policy.replay(owners, actions.states, step, experience.transition)
+
+
+def _detached(record: StepRecord) -> PolicyOutputs:
+    p, g = record.prediction, record.gaussian
+    std = g.std.detach() if isinstance(g.std, Tensor) else g.std
+    return PolicyOutputs(
+        Prediction(p.x0.detach(), p.x1.detach(), p.output.detach()),
+        Gaussian(g.mean.detach(), std, g.normalised),
+    )
 
 
 def _outputs(record: StepRecord) -> PolicyOutputs:

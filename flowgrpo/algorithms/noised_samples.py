@@ -1,0 +1,81 @@
+"""Training on the forward process: finished samples, and noised versions of them as actions.
+
+DiffusionNFT and the matching methods share it. An action's state is a finished sample with noise at a
+time of the sampling grid, and its ``x_next`` is the sample itself. It has no density.
+"""
+
+from collections.abc import Callable, Collection, Sequence
+from typing import TypeAlias
+
+from flowgrpo.algorithms.base import Policy, Scorer
+from flowgrpo.algorithms.collection import Collection as Recorder
+from flowgrpo.algorithms.collection import Samples
+from flowgrpo.algorithms.trajectories import TrajectoryPlan, sample_trajectories
+from flowgrpo.core.random import Random, SampleNoise
+from flowgrpo.core.tensors import Float, Tensor, torch
+from flowgrpo.data.experience import Actions, Experience
+from flowgrpo.data.prompts import Group
+
+Times: TypeAlias = Callable[[int, int], Collection[int]]
+"""Maps a group's index and a sample's index to the grid nodes at which the sample is trained."""
+
+
+def collect_noised_samples(
+    policy: Policy,
+    groups: Sequence[Group],
+    scorer: Scorer,
+    random: Random,
+    plan: TrajectoryPlan,
+    times: Times,
+    *,
+    shared_noise: bool = False,
+) -> Experience:
+    """Sample, score, and record a noised version of each sample at each of its times.
+
+    Args:
+        policy: The policy that is sampled.
+        groups: The prompts.
+        scorer: Scores the images.
+        random: Keyed by the iteration.
+        plan: How to sample; without stochastic steps.
+        times: The times of each sample.
+        shared_noise: Whether the samples of a group get the same noise at the same time.
+    """
+    recorder = Recorder(policy, groups, scorer, plan.transition)
+    end = policy.num_steps()
+    for samples, records in sample_trajectories(recorder, random, plan, record=[end - 1]):
+        (last,) = records
+        # The step streams of a sample are unused, because no step of the rollout was stochastic.
+        noise = samples.noise
+        if shared_noise:
+            noise = SampleNoise([random.at("shared_noise", g.index) for g in samples.groups])
+        chosen = [times(g.index, i) for g, i in zip(samples.groups, samples.numbers, strict=True)]
+        for step in range(end):
+            rows = [row for row, own in enumerate(chosen) if step in own]
+            if rows:
+                fresh = noise.at_step(step, last.x_next.shape[1:])
+                recorder.add_actions(_noised(policy, samples, last.x_next, fresh, step, rows))
+    return recorder.experience()
+
+
+def _noised(
+    policy: Policy,
+    samples: Samples,
+    x0: Float[Tensor, "samples *latent"],
+    noise: Float[Tensor, "samples *latent"],
+    step: int,
+    rows: Sequence[int],
+) -> Actions:
+    """The samples of some rows, with noise added as at a node of the grid."""
+    interval = policy.scheduler.interval(step, step + 1)
+    index = torch.tensor(rows)
+    data = x0[index]
+    return Actions(
+        states=interval.signal * data + interval.noise * noise.to(x0.device)[index],
+        state=torch.arange(len(index)),
+        x_next=data,
+        step=torch.full((len(index),), step),
+        old_log_prob=torch.zeros(len(index)),
+        group=samples.group[index],
+        sample=samples.sample[index],
+    )
