@@ -43,6 +43,8 @@ RECIPES = {
     "sd35_medium_tempflow": "sd3",
     "sd35_medium_nft": "sd3",
     "sd35_medium_nft_ocr": "sd3",
+    "sd35_medium_awm": "sd3",
+    "sd35_medium_dgpo": "sd3",
     "sd35_medium_guard": "sd3",
     "sd35_medium_fast": "sd3",
     "qwen_image": "qwen_image",
