@@ -35,15 +35,21 @@ class UnifiedReward:
     """A weighted mean of the grades in the model's answer, 1 to 5; usually 2 to 4.
 
     Version ``2`` grades alignment, coherence and style of an image, or alignment, physics and style
-    of a video, each by a number with decimals. Version ``1`` gives images one "Final Score" (what
-    papers report as UnifiedReward; Flow-GRPO divided it by 5 and shrank images to 512x512). Videos
-    are shown as ``num_frames`` images, every F/num_frames-th from the first.
+    of a video, each by a number with decimals. Version ``1`` gives images one "Final Score". Videos
+    are shown as ``num_frames`` images, every F/num_frames-th from the first; the authors' script
+    shows 16.
 
     The default is ``CodeGoat24/UnifiedReward-2.0-qwen-7b`` (MIT; a Qwen2.5-VL-7B, 16 GB in
     bfloat16); for version 1 take ``CodeGoat24/UnifiedReward-qwen-7b``. Any image-text-to-text model
-    of transformers with a chat template runs, also the Qwen3-VL ones. Decoding is greedy. The
-    templates are the authors'. The processor resizes as the model's card says. It was not tested
-    with the published weights, which were not available.
+    of transformers with a chat template runs, also the Qwen3-VL and Qwen3.5 ones; the latter answer
+    without thinking, as the authors serve them. Decoding is greedy. The templates are the authors'.
+    The processor resizes as the model's card says. It was not tested with the published weights,
+    which were not available.
+
+    Differs from Flow-GRPO and DiffusionNFT, which report another UnifiedReward: the LLaVA model
+    ``CodeGoat24/UnifiedReward-7b-v1.5`` with a shorter question, images of 512x512, the first number
+    in the answer, divided by 5. That is the reward ``published_judge`` with
+    ``judge = "unified_reward_1"``.
 
     An answer without every grade in 1..5 scores NaN, and the log says so: the released training
     scripts use 0 or the group's mean instead. Images are rounded to 8 bits first; one with NaN
@@ -55,7 +61,7 @@ class UnifiedReward:
         model: str = "CodeGoat24/UnifiedReward-2.0-qwen-7b",
         version: Literal["1", "2"] = "2",
         weights: Mapping[str, float] | None = None,
-        num_frames: int = 8,
+        num_frames: int = 16,
         max_new_tokens: int = 512,
         batch_size: int = 8,
         dtype: Precision = "bfloat16",

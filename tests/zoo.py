@@ -30,6 +30,8 @@ from transformers import (
     Qwen2VLImageProcessor,
     Qwen2VLProcessor,
     Qwen2VLVideoProcessor,
+    SiglipConfig,
+    SiglipModel,
     SwinConfig,
 )
 
@@ -192,6 +194,25 @@ def save_dino(folder: Path) -> Path:
     )
     with seeded():
         Dinov2Model(config).save_pretrained(folder)
+    return folder
+
+
+def save_siglip(folder: Path) -> Path:
+    """A ``SiglipModel`` of some kilobytes, with its text tower, as on the hub."""
+    sizes = {
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+    }
+    config = SiglipConfig(
+        text_config={**sizes, "vocab_size": 32}, vision_config={**sizes, "image_size": 28, "patch_size": 14}
+    )  # fmt: skip
+    with seeded():
+        model = SiglipModel(config)
+        for parameter in model.parameters():
+            torch.nn.init.normal_(parameter, std=0.3)
+    model.save_pretrained(folder)
     return folder
 
 
