@@ -2,7 +2,6 @@
 
 import logging
 import math
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -13,6 +12,7 @@ from torch import Tensor
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from flowgrpo.data.prompts import Prompt
+from reward_models.shared.answers import read_grades
 from reward_models.shared.checkpoints import Precision, from_pretrained, pick_device, pick_dtype
 from reward_models.shared.generation import answer_batch
 from reward_models.shared.pictures import check_media, finite_only, pictures
@@ -28,7 +28,6 @@ GRADES = {
     "unified_reward_2_video": ("Alignment Score", "Physics Score", "Style Score"),
 }
 """Grades that each template asks for, in the order of the answer."""
-LOWEST, HIGHEST = 1.0, 5.0
 
 
 class UnifiedReward:
@@ -161,16 +160,3 @@ class UnifiedReward:
             return pictures(media[None])
         number = media.shape[0]
         return pictures(media[[i * number // self.num_frames for i in range(self.num_frames)]])
-
-
-def read_grades(text: str, names: Sequence[str]) -> list[float] | None:
-    """The last number in 1..5 after each name, or nothing if one is absent or out of range."""
-    grades = []
-    for name in names:
-        # Possessive, so that no grade is read from the words "(1-5)" themselves.
-        pattern = rf"{name}\s*+(?:\(1-5\))?+[\s:*=]*+(-?\d+(?:\.\d+)?)"
-        found = re.findall(pattern, text, re.IGNORECASE)
-        if not found or not LOWEST <= float(found[-1]) <= HIGHEST:
-            return None
-        grades.append(float(found[-1]))
-    return grades
