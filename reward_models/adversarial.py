@@ -123,17 +123,7 @@ class Adversarial:
                 left over.
             OSError: If there is no such model.
         """
-        if min(patches, steps, batch_size) < 1 or not (lr > 0 and patch_loss >= 0):
-            raise ValueError(
-                "patches, steps and batch_size must be at least 1, lr positive and patch_loss at "
-                f"least 0, got {patches}, {steps}, {batch_size}, {lr}, {patch_loss}"
-            )
-        if not 0 <= share <= 1 or not 0 < top_share <= 1:
-            raise ValueError(
-                f"share must be in [0, 1] and top_share in (0, 1], got {share}, {top_share}"
-            )
-        if len(betas) != 2 or not all(0 <= b < 1 for b in betas):
-            raise ValueError(f"betas must be two numbers in [0, 1), got {[*betas]}")
+        _check_options(patches, steps, batch_size, lr, patch_loss, share, top_share, betas)
         self.key, self.root = key, Path(root)
         self.pool = _images_in(references) if references else []
         self.side, self.share, self.patches = side, share, patches
@@ -145,18 +135,9 @@ class Adversarial:
             raise ValueError(
                 f"side must be a multiple of {self.model.config.patch_size}, got {side}"
             )
-        blocks = self.model.config.num_hidden_layers
-        if len({*layers}) < len(layers) or any(not 0 <= n < blocks for n in layers):
-            raise ValueError(
-                f"layers must be different blocks of {model!r}, 0 to {blocks - 1}, got {[*layers]}"
-            )
+        _check_layers(layers, self.model.config.num_hidden_layers, model)
         self.layers, self.top_share, self.antialias = list(layers), top_share, antialias
-        width = self.model.config.hidden_size
-        self.head: nn.Module = (
-            nn.ModuleList(_new_head(width, seed + n) for n in range(len(layers)))
-            if layers
-            else _new_head(width, seed)
-        )
+        self.head = _new_heads(self.model.config.hidden_size, seed, len(layers))
         self.head.to(self.model.device)
         self.optimizer = torch.optim.Adam(
             self.head.parameters(), lr=lr, betas=(float(betas[0]), float(betas[1]))
@@ -293,6 +274,13 @@ class Adversarial:
         return paths[int(torch.randint(len(paths), (), generator=self.random))]
 
 
+def _new_heads(width: int, seed: int, layers: int) -> nn.Module:
+    """One head for the last block's tokens, or a list of one per layer."""
+    if not layers:
+        return _new_head(width, seed)
+    return nn.ModuleList(_new_head(width, seed + n) for n in range(layers))
+
+
 def _new_head(width: int, seed: int) -> nn.Sequential:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -310,3 +298,35 @@ def _images_in(folder: str) -> list[Path]:
     if not paths:
         raise ValueError(f"references {folder!r} is no folder with images ({', '.join(kinds)})")
     return paths
+
+
+def _check_options(
+    patches: int,
+    steps: int,
+    batch_size: int,
+    lr: float,
+    patch_loss: float,
+    share: float,
+    top_share: float,
+    betas: Sequence[float],
+) -> None:
+    """Raise ValueError if one of these is out of range."""
+    if min(patches, steps, batch_size) < 1 or not (lr > 0 and patch_loss >= 0):
+        raise ValueError(
+            "patches, steps and batch_size must be at least 1, lr positive and patch_loss at "
+            f"least 0, got {patches}, {steps}, {batch_size}, {lr}, {patch_loss}"
+        )
+    if not 0 <= share <= 1 or not 0 < top_share <= 1:
+        raise ValueError(
+            f"share must be in [0, 1] and top_share in (0, 1], got {share}, {top_share}"
+        )
+    if len(betas) != 2 or not all(0 <= b < 1 for b in betas):
+        raise ValueError(f"betas must be two numbers in [0, 1), got {[*betas]}")
+
+
+def _check_layers(layers: Sequence[int], blocks: int, model: str) -> None:
+    """Raise ValueError unless these are different blocks of the model."""
+    if len({*layers}) < len(layers) or any(not 0 <= n < blocks for n in layers):
+        raise ValueError(
+            f"layers must be different blocks of {model!r}, 0 to {blocks - 1}, got {[*layers]}"
+        )

@@ -104,11 +104,7 @@ class VLMPairwise:
         check_pictures(frames, longest_side, max_tokens)
         self.answer, self.swap, self.rubric = answer, swap, rubric
         self.own = answer != "choice" and not template
-        if self.own and rubric != DEFAULT_RUBRIC:
-            raise ValueError(
-                f"the wording of UnifiedReward has no place for a rubric: give template = {answer!r} "
-                "too, which has"
-            )
+        _check_rubric(answer, rubric, self.own)
         self.template = Template.load(
             template or answer, ("prompt", "rubric"), ("first", "second")
         )  # fmt: skip
@@ -255,4 +251,13 @@ def _check_options(
         raise ValueError(
             "category_weights must be above 0 and flex_rule 'weighted' or 'released', got "
             f"{list(category_weights)} and {flex_rule!r}"
+        )
+
+
+def _check_rubric(answer: str, rubric: str, own: bool) -> None:
+    """Raise ValueError if a rubric would be ignored, as UnifiedReward's own wording has none."""
+    if own and rubric != DEFAULT_RUBRIC:
+        raise ValueError(
+            f"the wording of UnifiedReward has no place for a rubric: give template = {answer!r} "
+            "too, which has"
         )

@@ -396,6 +396,19 @@ def hpsv3_state(base: Path) -> dict[str, Tensor]:
     return {k: v.clone().contiguous() for k, v in state.items()}
 
 
+def edit_reward_state(base: Path) -> dict[str, Tensor]:
+    """The published layout: a subclass of Qwen2.5-VL under today's names, and its two heads."""
+    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(base)
+    state = with_rows(dict(model.state_dict()), 1, seed=5)
+    random = torch.Generator().manual_seed(6)
+    for head in (0, 1):
+        for n, (inputs, outputs) in {0: (32, 24), 3: (24, 16), 5: (16, 2)}.items():
+            name = f"rm_heads.head_{head}.{n}"
+            state[f"{name}.weight"] = torch.randn(outputs, inputs, generator=random)
+            state[f"{name}.bias"] = torch.randn(outputs, generator=random)
+    return {k: v.clone().contiguous() for k, v in state.items()}
+
+
 def video_align_state(base: Path) -> dict[str, Tensor]:
     """The published layout: peft around a subclass under the old names, with LoRAs unmerged."""
     model = Qwen2VLForConditionalGeneration.from_pretrained(base)
