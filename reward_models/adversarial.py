@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -98,8 +99,7 @@ class Adversarial:
         """
         Args:
             model: Hub id or folder of a ``Dinov2Model``.
-            key: Metadata key of a prompt's reference images.
-            root: Folder that relative paths start from; by default the working directory.
+            key, root: As for the reward ``dino``.
             references: Folder of reference images for all prompts, instead of the metadata.
             side: Side of the model's input, a multiple of its patch size.
             share: Share of the class token in the score; the patches have the rest.
@@ -108,10 +108,8 @@ class Adversarial:
             lr: Learning rate of the head.
             betas: Adam's decay rates of the head's first and second moments.
             antialias: Whether images are resized with antialiasing, by Pillow's filter.
-            layers: Blocks of DINOv2 whose tokens have a head each; empty for one head on the last
-                block's tokens, after the final norm.
-            top_share: Share of the patches with the highest outputs that count in the score, in
-                (0, 1]; 1 for all.
+            layers: Blocks with a head each; empty for one head, after the final norm.
+            top_share: Share of the patches, by their outputs, that count in the score.
             steps: Optimizer steps in an update.
             batch_size: Images in one forward pass of DINOv2.
             seed: Seed of the head's weights and of random draws.
@@ -131,17 +129,11 @@ class Adversarial:
         self.model = from_pretrained(
             Dinov2Model, model, "DINOv2 model", pick_dtype(dtype), ("embeddings.mask_token",)
         ).to(pick_device(device))
-        if side % self.model.config.patch_size:
-            raise ValueError(
-                f"side must be a multiple of {self.model.config.patch_size}, got {side}"
-            )
-        _check_layers(layers, self.model.config.num_hidden_layers, model)
+        _check_model(side, layers, self.model.config)
         self.layers, self.top_share, self.antialias = list(layers), top_share, antialias
         self.head = _new_heads(self.model.config.hidden_size, seed, len(layers))
         self.head.to(self.model.device)
-        self.optimizer = torch.optim.Adam(
-            self.head.parameters(), lr=lr, betas=(float(betas[0]), float(betas[1]))
-        )
+        self.optimizer = torch.optim.Adam(self.head.parameters(), lr=lr, betas=(betas[0], betas[1]))
         self.random = torch.Generator().manual_seed(seed)
 
     def check(self, prompts: Sequence[Prompt]) -> None:
@@ -324,9 +316,12 @@ def _check_options(
         raise ValueError(f"betas must be two numbers in [0, 1), got {[*betas]}")
 
 
-def _check_layers(layers: Sequence[int], blocks: int, model: str) -> None:
-    """Raise ValueError unless these are different blocks of the model."""
+def _check_model(side: int, layers: Sequence[int], config: Any) -> None:
+    """Raise ValueError if the side or the layers do not fit the model."""
+    if side % config.patch_size:
+        raise ValueError(f"side must be a multiple of {config.patch_size}, got {side}")
+    blocks = config.num_hidden_layers
     if len({*layers}) < len(layers) or any(not 0 <= n < blocks for n in layers):
         raise ValueError(
-            f"layers must be different blocks of {model!r}, 0 to {blocks - 1}, got {[*layers]}"
+            f"layers must be different blocks of the model, 0 to {blocks - 1}, got {[*layers]}"
         )

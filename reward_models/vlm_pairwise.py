@@ -85,8 +85,7 @@ class VLMPairwise:
             flex_weights: Weights of the overall winner and of the categories.
             category_weights: Weights of the categories in the order of the answer; 1 where none is
                 given.
-            flex_rule: Whether the second of ``flex_weights`` is used (``weighted``), or in its place
-                the weight of an answer's last category.
+            flex_rule: ``weighted``, or ``released`` as above.
             frames: Most frames of each video that are shown.
             longest_side: Larger pictures are shrunk to this length; 0 keeps them.
             max_tokens: Longest ``think`` and ``flex`` answer.

@@ -33,6 +33,8 @@ from transformers import (
     SiglipConfig,
     SiglipModel,
     SwinConfig,
+    VJEPA2Config,
+    VJEPA2Model,
 )
 
 from flowgrpo.data.prompts import Prompt
@@ -213,6 +215,26 @@ def save_siglip(folder: Path) -> Path:
         for parameter in model.parameters():
             torch.nn.init.normal_(parameter, std=0.3)
     model.save_pretrained(folder)
+    return folder
+
+
+def save_vjepa2(folder: Path) -> Path:
+    """A ``VJEPA2Model`` with its predictor, of some ten kilobytes."""
+    config = VJEPA2Config(
+        crop_size=32,
+        hidden_size=24,
+        num_attention_heads=2,
+        num_hidden_layers=2,
+        mlp_ratio=2.0,
+        pred_hidden_size=24,
+        pred_num_attention_heads=2,
+        pred_num_hidden_layers=2,
+        pred_num_mask_tokens=2,
+        pred_zero_init_mask_tokens=False,
+        initializer_range=0.2,
+    )
+    with seeded():
+        VJEPA2Model(config).save_pretrained(folder)
     return folder
 
 
