@@ -44,7 +44,7 @@ def test_all_pairs_of_a_grid_are_asked() -> None:
 
     def answer(question: Question) -> Reply:
         gap = abs(float(question.pictures[0].mean() - question.pictures[1].mean()))
-        return said("Yes", {"Yes": 0.5 * gap, " yes": 0.5 * gap, "No": 1 - gap})
+        return said("Yes", {"Yes": 0.5 * gap, " yes": 0.5 * gap, "No": max(1 - gap, 1e-6)})
 
     with Stub(answer) as stub:
         reward = VLMConsistency("tiny", stub.url, patience=5.0)

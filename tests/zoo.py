@@ -21,6 +21,10 @@ from transformers import (
     Dinov2Model,
     Mask2FormerConfig,
     Mask2FormerForUniversalSegmentation,
+    Owlv2Config,
+    Owlv2ForObjectDetection,
+    Owlv2ImageProcessor,
+    Owlv2Processor,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
     Qwen2_5_VLProcessor,
@@ -215,6 +219,30 @@ def save_siglip(folder: Path) -> Path:
         for parameter in model.parameters():
             torch.nn.init.normal_(parameter, std=0.3)
     model.save_pretrained(folder)
+    return folder
+
+
+def save_owlv2(folder: Path) -> Path:
+    """An ``Owlv2ForObjectDetection`` with its processor, of some ten kilobytes."""
+    tokenizer = clip_tokenizer()
+    sizes = {
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+    }
+    ids = {f"{k}_token_id": getattr(tokenizer, f"{k}_token_id") for k in ("bos", "eos", "pad")}
+    text = {**sizes, "vocab_size": len(tokenizer), "max_position_embeddings": 77, **ids}
+    config = Owlv2Config(
+        text_config=text, vision_config={**sizes, "image_size": 32, "patch_size": 8}, projection_dim=16
+    )  # fmt: skip
+    with seeded():
+        model = Owlv2ForObjectDetection(config)
+        for parameter in model.parameters():
+            torch.nn.init.normal_(parameter, std=0.3)
+    model.save_pretrained(folder)
+    images = Owlv2ImageProcessor(size={"height": 32, "width": 32})
+    Owlv2Processor(images, tokenizer).save_pretrained(folder)
     return folder
 
 
