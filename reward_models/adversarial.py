@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +30,7 @@ from reward_models.shared.pictures import (
     read_image,
     reference_paths,
 )
+from reward_models.shared.similarity import squashed
 
 __all__ = ["Adversarial"]
 
@@ -50,9 +52,19 @@ class Adversarial:
     Reference images are files: ``metadata["reference"]`` of each prompt, a path or a list from
     which one is drawn; or the folder ``references``, for all prompts.
 
-    Differences from the released code: it trains on unnormalised tokens and scores normalised ones
+    Differs from the released code: it trains on unnormalised tokens and scores normalised ones
     (here both are normalised); it scores 64 random patches (here all patches, so that scoring is
-    deterministic); its learning rate is part of a run's configuration (here Adam with 1e-4).
+    deterministic); it resizes without antialiasing where it scores (``antialias = false``) and with
+    it where it trains; it trains the head with Adam's betas 0.5 and 0.999 (``betas``); and of ten
+    iterations nine train the head alone, on new images each, and one the policy alone. Here every
+    iteration trains both; ``steps = 9`` gives the head as many steps per update of the policy, on
+    the same images.
+
+    ``layers`` names blocks of DINOv2, counted from 0, whose tokens each get a head of their own; the
+    score is the mean over them, and ``top_share`` replaces the mean over patches by the mean over
+    the patches with the highest outputs. Adv-GRPO's code has such a reward (blocks 2, 5, 8 and 11,
+    or 8 alone, and a fifth of the patches). It adds a trained fusion of the layers and a sigmoid,
+    neither of which is reproduced, because the code that trains them is not released.
 
     In each iteration the trainer scores all candidates with the head fixed, then calls
     ``update(media, prompts)`` once, on the scoring thread. It saves :meth:`state` in every
@@ -74,6 +86,10 @@ class Adversarial:
         patches: int = 64,
         patch_loss: float = 0.3,
         lr: float = 1e-4,
+        betas: Sequence[float] = (0.9, 0.999),
+        antialias: bool = True,
+        layers: Sequence[int] = (),
+        top_share: float = 1.0,
         steps: int = 1,
         batch_size: int = 32,
         seed: int = 0,
@@ -83,14 +99,17 @@ class Adversarial:
         """
         Args:
             model: Hub id or folder of a ``Dinov2Model``.
-            key: Metadata key of a prompt's reference images.
-            root: Folder that relative paths start from; by default the working directory.
+            key, root: As for the reward ``dino``.
             references: Folder of reference images for all prompts, instead of the metadata.
             side: Side of the model's input, a multiple of its patch size.
             share: Share of the class token in the score; the patches have the rest.
             patches: Patches drawn from each image in an update.
             patch_loss: Weight of the patches in the loss.
             lr: Learning rate of the head.
+            betas: Adam's decay rates of the head's first and second moments.
+            antialias: Whether images are resized with antialiasing, by Pillow's filter.
+            layers: Blocks with a head each; empty for one head, after the final norm.
+            top_share: Share of the patches, by their outputs, that count in the score.
             steps: Optimizer steps in an update.
             batch_size: Images in one forward pass of DINOv2.
             seed: Seed of the head's weights and of random draws.
@@ -102,13 +121,7 @@ class Adversarial:
                 left over.
             OSError: If there is no such model.
         """
-        if min(patches, steps, batch_size) < 1 or not (lr > 0 and patch_loss >= 0):
-            raise ValueError(
-                "patches, steps and batch_size must be at least 1, lr positive and patch_loss at "
-                f"least 0, got {patches}, {steps}, {batch_size}, {lr}, {patch_loss}"
-            )
-        if not 0 <= share <= 1:
-            raise ValueError(f"share must be in [0, 1], got {share}")
+        _check_options(patches, steps, batch_size, lr, patch_loss, share, top_share, betas)
         self.key, self.root = key, Path(root)
         self.pool = _images_in(references) if references else []
         self.side, self.share, self.patches = side, share, patches
@@ -116,12 +129,11 @@ class Adversarial:
         self.model = from_pretrained(
             Dinov2Model, model, "DINOv2 model", pick_dtype(dtype), ("embeddings.mask_token",)
         ).to(pick_device(device))
-        if side % self.model.config.patch_size:
-            raise ValueError(
-                f"side must be a multiple of {self.model.config.patch_size}, got {side}"
-            )
-        self.head = _new_head(self.model.config.hidden_size, seed).to(self.model.device)
-        self.optimizer = torch.optim.Adam(self.head.parameters(), lr=lr)
+        _check_model(side, layers, self.model.config)
+        self.layers, self.top_share, self.antialias = list(layers), top_share, antialias
+        self.head = _new_heads(self.model.config.hidden_size, seed, len(layers))
+        self.head.to(self.model.device)
+        self.optimizer = torch.optim.Adam(self.head.parameters(), lr=lr, betas=(betas[0], betas[1]))
         self.random = torch.Generator().manual_seed(seed)
 
     def check(self, prompts: Sequence[Prompt]) -> None:
@@ -139,9 +151,13 @@ class Adversarial:
     ) -> Float[Tensor, " batch"]:
         check_media(media, prompts)
         tokens = self._tokens(pictures(media))
-        heads = self.head(tokens).squeeze(-1)
-        scores = self.share * heads[:, 0] + (1 - self.share) * heads[:, 1:].mean(1)
-        return finite_only(scores, media)
+        heads = self._outputs(tokens)
+        patches = heads[..., 1:]
+        if self.top_share < 1:
+            number = max(1, int(patches.shape[-1] * self.top_share))
+            patches = patches.topk(number, dim=-1).values
+        scores = self.share * heads[..., 0] + (1 - self.share) * patches.mean(-1)
+        return finite_only(scores.mean(1), media)
 
     def update(
         self, media: Float[Tensor, "batch 3 h w"], prompts: Sequence[Prompt]
@@ -166,12 +182,12 @@ class Adversarial:
         measured = {}
         for _ in range(self.steps):
             said = [self._heads(tokens) for tokens in (real, generated)]
-            loss = _hinge(said[0][:, 0], said[1][:, 0])
-            loss = loss + self.patch_loss * _hinge(said[0][:, 1:], said[1][:, 1:])
+            loss = _hinge(said[0][..., 0], said[1][..., 0])
+            loss = loss + self.patch_loss * _hinge(said[0][..., 1:], said[1][..., 1:])
             self.optimizer.zero_grad()
             loss.backward()
             self.optimizer.step()
-            right = (said[0][:, 0] > 0).float().mean() + (said[1][:, 0] < 0).float().mean()
+            right = (said[0][..., 0] > 0).float().mean() + (said[1][..., 0] < 0).float().mean()
             measured = {"loss": loss.item(), "accuracy": right.item() / 2}
         return measured
 
@@ -203,35 +219,58 @@ class Adversarial:
         self.random.set_state(state["random"].cpu())
 
     @torch.no_grad()
-    def _tokens(self, images: Sequence[Image.Image]) -> Float[Tensor, "images tokens width"]:
+    def _tokens(self, images: Sequence[Image.Image]) -> Float[Tensor, "images layers tokens width"]:
         """The class token and the patches of each image, of length 1, in fp32."""
         size = (self.side, self.side)
         tokens = []
         for start in range(0, len(images), self.batch_size):
-            seen = [
-                TF.to_tensor(image.resize(size, Image.Resampling.BICUBIC))
-                for image in images[start : start + self.batch_size]
-            ]
-            pixels = TF.normalize(torch.stack(seen), list(IMAGENET_MEAN), list(IMAGENET_STD))
-            output = self.model(pixel_values=pixels.to(self.model.device, self.model.dtype))
-            tokens.append(F.normalize(output.last_hidden_state.float(), dim=-1))
+            part = images[start : start + self.batch_size]
+            if self.antialias:
+                seen = [TF.to_tensor(i.resize(size, Image.Resampling.BICUBIC)) for i in part]
+                pixels = TF.normalize(torch.stack(seen), list(IMAGENET_MEAN), list(IMAGENET_STD))
+            else:
+                pixels = squashed(part, self.side, IMAGENET_MEAN, IMAGENET_STD, antialias=False)
+            output = self.model(
+                pixel_values=pixels.to(self.model.device, self.model.dtype),
+                output_hidden_states=bool(self.layers),
+            )
+            # hidden_states[0] is the input of block 0.
+            states = (
+                [output.hidden_states[n + 1] for n in self.layers]
+                if self.layers
+                else [output.last_hidden_state]
+            )
+            tokens.append(F.normalize(torch.stack(states, 1).float(), dim=-1))
         return torch.cat(tokens)
 
+    def _outputs(
+        self, tokens: Float[Tensor, "images layers tokens width"]
+    ) -> Float[Tensor, "images layers tokens"]:
+        """The output of each layer's head for its tokens."""
+        heads = self.head if isinstance(self.head, nn.ModuleList) else [self.head]
+        return torch.stack([h(tokens[:, n]).squeeze(-1) for n, h in enumerate(heads)], 1)
+
     def _heads(
-        self, tokens: Float[Tensor, "images tokens width"]
-    ) -> Float[Tensor, "images class_and_patches"]:
-        """Outputs of the head for the class token and for random patches."""
-        images, all_patches, width = len(tokens), tokens.shape[1] - 1, tokens.shape[2]
+        self, tokens: Float[Tensor, "images layers tokens width"]
+    ) -> Float[Tensor, "images layers class_and_patches"]:
+        """Outputs of the heads for the class token and for random patches, the same in all layers."""
+        images, layers, all_patches, width = tokens.shape
+        all_patches -= 1
         number = min(self.patches, all_patches)
         drawn = torch.rand(images, all_patches, generator=self.random).argsort(1)[:, :number]
-        places = drawn.to(tokens.device)[..., None].expand(-1, -1, width)
-        chosen = torch.cat([tokens[:, :1], tokens[:, 1:].gather(1, places)], 1)
-        said: Tensor = self.head(chosen)
-        return said.squeeze(-1)
+        places = drawn.to(tokens.device)[:, None, :, None].expand(-1, layers, -1, width)
+        return self._outputs(torch.cat([tokens[:, :, :1], tokens[:, :, 1:].gather(2, places)], 2))
 
     def _reference(self, prompt: Prompt) -> Path:
         paths = self.pool or reference_paths(prompt, self.key, self.root)
         return paths[int(torch.randint(len(paths), (), generator=self.random))]
+
+
+def _new_heads(width: int, seed: int, layers: int) -> nn.Module:
+    """One head for the last block's tokens, or a list of one per layer."""
+    if not layers:
+        return _new_head(width, seed)
+    return nn.ModuleList(_new_head(width, seed + n) for n in range(layers))
 
 
 def _new_head(width: int, seed: int) -> nn.Sequential:
@@ -251,3 +290,38 @@ def _images_in(folder: str) -> list[Path]:
     if not paths:
         raise ValueError(f"references {folder!r} is no folder with images ({', '.join(kinds)})")
     return paths
+
+
+def _check_options(
+    patches: int,
+    steps: int,
+    batch_size: int,
+    lr: float,
+    patch_loss: float,
+    share: float,
+    top_share: float,
+    betas: Sequence[float],
+) -> None:
+    """Raise ValueError if one of these is out of range."""
+    if min(patches, steps, batch_size) < 1 or not (lr > 0 and patch_loss >= 0):
+        raise ValueError(
+            "patches, steps and batch_size must be at least 1, lr positive and patch_loss at "
+            f"least 0, got {patches}, {steps}, {batch_size}, {lr}, {patch_loss}"
+        )
+    if not 0 <= share <= 1 or not 0 < top_share <= 1:
+        raise ValueError(
+            f"share must be in [0, 1] and top_share in (0, 1], got {share}, {top_share}"
+        )
+    if len(betas) != 2 or not all(0 <= b < 1 for b in betas):
+        raise ValueError(f"betas must be two numbers in [0, 1), got {[*betas]}")
+
+
+def _check_model(side: int, layers: Sequence[int], config: Any) -> None:
+    """Raise ValueError if the side or the layers do not fit the model."""
+    if side % config.patch_size:
+        raise ValueError(f"side must be a multiple of {config.patch_size}, got {side}")
+    blocks = config.num_hidden_layers
+    if len({*layers}) < len(layers) or any(not 0 <= n < blocks for n in layers):
+        raise ValueError(
+            f"layers must be different blocks of the model, 0 to {blocks - 1}, got {[*layers]}"
+        )

@@ -2,16 +2,18 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 import open_clip
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
+from torchvision.transforms import functional as TF
 
 from flowgrpo.data.prompts import Prompt
 from reward_models.shared.checkpoints import Precision, pick_device, pick_dtype
-from reward_models.shared.pictures import check_media, finite_only, pictures
+from reward_models.shared.pictures import check_media, eight_bits, finite_only, pictures
 
 __all__ = ["CLIPScore"]
 
@@ -19,8 +21,19 @@ __all__ = ["CLIPScore"]
 class CLIPScore:
     """Cosine of image and text embedding, in [-1, 1]; usually 0.15 to 0.35.
 
-    The default is OpenAI's ViT-L/14 (MIT, 224x224, bicubic resize and centre crop). Prompts are cut
-    after 77 tokens. About 1.7 GB in fp32.
+    The default is OpenAI's ViT-L/14 (MIT, 224x224). Prompts are cut after 77 tokens. About 1.7 GB in
+    fp32. The shorter side is resized and the centre cropped. Three variants of the resize are in
+    use; the numbers are the mean differences from the first of the pixels that CLIP sees, in 8-bit
+    levels, on the picture ``docs/quickstart.png``:
+
+    - Pillow's bicubic filter (open_clip, the CLIP paper's code): ``filter = "bicubic"``, the default.
+      The processor of transformers differs by less than 0.01.
+    - A tensor, bilinear with antialiasing (DiffusionNFT): ``filter = "bilinear"``; 0.96.
+    - A tensor, bicubic without antialiasing (torchvision before 0.17): not offered; 3.5.
+
+    Papers also scale the cosine: 2.5 times its positive part (arXiv:2104.08718), or 100 times
+    (torchmetrics, and the logits of CLIP). DanceGRPO, MixGRPO and Pref-GRPO call the cosine of
+    another model CLIP score, ``apple/DFN5B-CLIP-ViT-H-14`` (research licence; 0.36 to 0.43).
 
     Images are rounded to 8 bits first; an image with NaN scores NaN.
     """
@@ -29,6 +42,7 @@ class CLIPScore:
         self,
         model: str = "ViT-L-14",
         pretrained: str = "openai",
+        filter: Literal["bicubic", "bilinear"] = "bicubic",
         dtype: Precision = "float32",
         device: str = "auto",
     ):
@@ -36,13 +50,17 @@ class CLIPScore:
         Args:
             model: Architecture name of open_clip, or ``hf-hub:...`` / ``local-dir:...``.
             pretrained: Weights of that architecture: a tag of open_clip or a file.
+            filter: The filter of the resize; see above.
             dtype: Precision of the model.
             device: ``auto`` takes a GPU if there is one.
 
         Raises:
-            ValueError: If open_clip does not know the model or the weights.
+            ValueError: If an option is wrong, or open_clip does not know the model or the weights.
             RuntimeError: If weights are missing or left over.
         """
+        if filter not in ("bicubic", "bilinear"):
+            raise ValueError(f"filter must be 'bicubic' or 'bilinear', got {filter!r}")
+        self.filter = filter
         self.dtype, self.device = pick_dtype(dtype), pick_device(device)
         own_weights = ":" in model
         if not own_weights:
@@ -67,7 +85,13 @@ class CLIPScore:
         self.tokenizer = open_clip.get_tokenizer(model)
 
     def preprocess(self, media: Float[Tensor, "batch 3 h w"]) -> Float[Tensor, "batch 3 side side"]:
-        """The input of the model: open_clip's own transform of the images, rounded to 8 bits."""
+        """The input of the model, from images rounded to 8 bits; by default open_clip's transform."""
+        if self.filter == "bilinear":
+            size = self.model.visual.image_size
+            side = size if isinstance(size, int) else size[0]
+            pixels = TF.resize(eight_bits(media).float() / 255, [side], antialias=True)
+            cropped = TF.center_crop(pixels, [side, side])
+            return TF.normalize(cropped, self.model.visual.image_mean, self.model.visual.image_std)
         return torch.stack([self._preprocess(image) for image in pictures(media)])
 
     @torch.no_grad()

@@ -1,7 +1,6 @@
 """DINO similarity: similarity of an image to a reference image (arXiv:2304.07193)."""
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Literal
 
 import torch
@@ -11,26 +10,16 @@ from PIL import Image
 from torch import Tensor
 from transformers import Dinov2Model
 
-from flowgrpo.data.prompts import Prompt
 from reward_models.shared.checkpoints import Precision, from_pretrained, pick_device, pick_dtype
-from reward_models.shared.pictures import (
-    IMAGENET_MEAN,
-    IMAGENET_STD,
-    check_media,
-    check_references,
-    finite_only,
-    pictures,
-    read_image,
-    reference_paths,
-    shrunk_and_cropped,
-)
+from reward_models.shared.pictures import IMAGENET_MEAN, IMAGENET_STD, shrunk_and_cropped
+from reward_models.shared.similarity import ReferenceSimilarity, Several, squashed
 
 __all__ = ["DINOSimilarity"]
 
 UNTRAINED = ("embeddings.mask_token",)
 
 
-class DINOSimilarity:
+class DINOSimilarity(ReferenceSimilarity):
     """Cosine between the class tokens of an image and of its references, in [-1, 1].
 
     Usually 0.1 for unrelated images to 0.9 for near copies. With several references, the highest
@@ -39,7 +28,10 @@ class DINOSimilarity:
 
     The default is ``facebook/dinov2-base`` (Apache-2.0, 0.35 GB in fp32) with the preprocessing on
     its card: shorter side to 256 by Pillow's bicubic filter, centre crop 224, ImageNet's
-    normalisation. Adv-GRPO used 518x518: ``resize = 518, crop = 518``.
+    normalisation. Adv-GRPO instead resizes to 518x518 without keeping the aspect ratio and without
+    antialiasing: ``fit = "squash", crop = 518, antialias = false``. Differs from it: references are
+    read at their own size, where Adv-GRPO's data loader first resizes them to the size of the
+    images.
 
     Images are rounded to 8 bits first; an image with NaN scores NaN.
     """
@@ -49,9 +41,11 @@ class DINOSimilarity:
         model: str = "facebook/dinov2-base",
         key: str = "reference",
         root: str = "",
-        several: Literal["nearest", "mean"] = "nearest",
+        several: Several = "nearest",
+        fit: Literal["crop", "squash"] = "crop",
         resize: int = 256,
         crop: int = 224,
+        antialias: bool = True,
         dtype: Precision = "float32",
         device: str = "auto",
     ):
@@ -61,8 +55,10 @@ class DINOSimilarity:
             key: Metadata key of a prompt's reference images.
             root: Folder that relative paths start from; by default the working directory.
             several: How the cosines with several references are combined.
-            resize: Length of the shorter side before the crop.
+            fit: Whether images keep their aspect ratio and are cropped, or are resized to a square.
+            resize: Length of the shorter side before the crop; unused with ``squash``.
             crop: Side of the model's input, a multiple of its patch size.
+            antialias: Whether ``squash`` resizes with antialiasing; ``crop`` always does.
             dtype: Precision of the model.
             device: ``auto`` takes a GPU if there is one.
 
@@ -70,11 +66,14 @@ class DINOSimilarity:
             ValueError: If an option is wrong, or weights are missing or left over.
             OSError: If there is no such model.
         """
-        if several not in ("nearest", "mean") or not 0 < crop <= resize:
+        super().__init__(key, root, several)
+        if fit not in ("crop", "squash") or (fit == "crop" and not antialias):
             raise ValueError(
-                "several must be 'nearest' or 'mean' and 0 < crop <= resize, "
-                f"got {several!r}, {crop}, {resize}"
+                f"fit must be 'crop' or 'squash', and antialias = false needs fit = 'squash'; got "
+                f"{fit!r}, {antialias}"
             )
+        if crop <= 0 or (fit == "crop" and crop > resize):
+            raise ValueError(f"crop must be above 0 and at most resize, got {crop}, {resize}")
         precision = pick_dtype(dtype)
         self.model = from_pretrained(Dinov2Model, model, "DINOv2 model", precision, UNTRAINED).to(
             pick_device(device)
@@ -84,45 +83,16 @@ class DINOSimilarity:
                 f"crop must be a multiple of the patches of {model!r}, "
                 f"{self.model.config.patch_size}, got {crop}"
             )
-        self.key, self.root, self.several = key, Path(root), several
-        self.resize, self.crop = resize, crop
-        self._references: dict[Path, Tensor] = {}
-
-    def check(self, prompts: Sequence[Prompt]) -> None:
-        """Check that prompts have what the reward needs; called before training starts.
-
-        Raises:
-            ValueError: If one names no reference, or one that is no file.
-        """
-        check_references(prompts, self.key, self.root)
-
-    def __call__(
-        self, media: Float[Tensor, "batch 3 h w"], prompts: Sequence[Prompt]
-    ) -> Float[Tensor, " batch"]:
-        """
-        Raises:
-            ValueError: If a prompt names no reference.
-            OSError: If a reference cannot be read.
-        """
-        check_media(media, prompts)
-        paths = [reference_paths(p, self.key, self.root) for p in prompts]
-        seen = self.embed(pictures(media))
-        scores = []
-        for embedding, own in zip(seen, paths, strict=True):
-            cosines = torch.stack([self._reference(path) for path in own]) @ embedding
-            scores.append(cosines.max() if self.several == "nearest" else cosines.mean())
-        return finite_only(torch.stack(scores), media)
+        self.fit, self.resize, self.crop, self.antialias = fit, resize, crop, antialias
 
     @torch.no_grad()
     def embed(self, images: Sequence[Image.Image]) -> Float[Tensor, "images width"]:
         """Class tokens of length 1, in fp32."""
-        pixels = shrunk_and_cropped(
-            images, self.resize, self.crop, IMAGENET_MEAN, IMAGENET_STD, odd="floor"
-        )
+        if self.fit == "squash":
+            pixels = squashed(images, self.crop, IMAGENET_MEAN, IMAGENET_STD, self.antialias)
+        else:
+            pixels = shrunk_and_cropped(
+                images, self.resize, self.crop, IMAGENET_MEAN, IMAGENET_STD, odd="floor"
+            )
         output = self.model(pixel_values=pixels.to(self.model.device, self.model.dtype))
         return F.normalize(output.pooler_output.float(), dim=-1)
-
-    def _reference(self, path: Path) -> Float[Tensor, " width"]:
-        if path not in self._references:
-            self._references[path] = self.embed([read_image(path)])[0]
-        return self._references[path]

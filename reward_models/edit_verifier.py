@@ -8,15 +8,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from jaxtyping import Float
-from PIL import Image
 from torch import Tensor
 
-from flowgrpo.data.pictures import as_rgb
 from flowgrpo.data.prompts import Prompt
-from reward_models.shared.chat import Answer, Chat
+from reward_models.shared.answers import Answer
+from reward_models.shared.chat import Chat
+from reward_models.shared.pictures import source_picture
 from reward_models.shared.templates import Content, Template, check_pictures, pictures_of
 
 __all__ = ["EditVerifier"]
@@ -120,7 +119,7 @@ class EditVerifier:
             OSError: If the picture cannot be read.
         """
         for prompt in prompts:
-            _source(prompt, self.source_key)
+            source_picture(prompt, self.source_key)
             _own_principles(prompt)
 
     def __call__(
@@ -136,7 +135,7 @@ class EditVerifier:
         questions: list[Content] = []
         owners: list[tuple[int, Principle]] = []
         for row, prompt in enumerate(prompts):
-            source = pictures_of(_source(prompt, self.source_key), 1, self.longest_side)
+            source = pictures_of(source_picture(prompt, self.source_key), 1, self.longest_side)
             if not bool(media[row].isfinite().all()):
                 continue
             edited = pictures_of(media[row], 1, self.longest_side)
@@ -239,19 +238,3 @@ def _verdict(answer: Answer) -> tuple[bool, str] | None:
     if not found:
         return None
     return found[-1][1].lower() == "yes", answer.text[: found[-1].start()].strip(" *\n")
-
-
-def _source(prompt: Prompt, key: str) -> Float[Tensor, "3 height width"]:
-    """The picture before the edit: the prompt's condition image, or a file named in its metadata."""
-    if prompt.images:
-        picture = prompt.open_images()[0]
-    else:
-        path = prompt.metadata.get(key)
-        if not isinstance(path, str):
-            raise ValueError(
-                f"prompt {prompt.text!r} has no condition image, and its metadata {key!r} names no "
-                f"picture before the edit: {path!r}"
-            )
-        with Image.open(path) as image:
-            picture = as_rgb(image)
-    return torch.from_numpy(np.array(picture)).permute(2, 0, 1).to(torch.float32) / 255

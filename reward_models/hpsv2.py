@@ -31,11 +31,14 @@ class HPSv2:
     The default is ``xswu/HPSv2`` (Apache-2.0), the file ``HPS_v2.1_compressed.pt``: a ViT-H/14 of
     open_clip, 3.9 GB in fp32, half of that in 16 bits. Its input is 224x224: the longer side
     resized to that (bicubic), black bars around the rest, CLIP's normalisation. Prompts are cut
-    after 77 tokens. Published: 0.25 for SD 1.4, 0.30 for SDXL, 0.30 to 0.31 for FLUX.1-dev.
+    after 77 tokens. Published: 0.25 for SD 1.4, 0.30 for SDXL.
 
-    The released code resizes tensors by whatever filter its torchvision has. Ours is today's, with
-    antialiasing, so scores may differ by some thousandths from those of old environments. It was
-    not tested with the published weights, which were not available.
+    The authors' transform converts an image to a tensor and then resizes it, by torchvision's
+    default filter: without antialiasing before torchvision 0.17, with it since. On test pictures
+    the two differ by 0.02 to 0.03 in the score, so compare only scores of one filter. ``antialias = false`` is the older one. For FLUX.1-dev without training, DanceGRPO
+    publishes 0.304 (arXiv:2505.07818) and DiffusionNFT 0.274 (arXiv:2509.16117); prompts, steps and
+    versions of torchvision differ. It was not tested with the published weights, which were not
+    available.
 
     Images are rounded to 8 bits first, so a saved image scores as the one in training did. An image
     with NaN scores NaN.
@@ -45,6 +48,7 @@ class HPSv2:
         self,
         model: str = "xswu/HPSv2",
         architecture: str = "ViT-H-14",
+        antialias: bool = True,
         dtype: Precision = "float32",
         device: str = "auto",
     ):
@@ -52,6 +56,7 @@ class HPSv2:
         Args:
             model: Hub id, folder or file of the checkpoint. In a folder v2.1 goes before v2.0.
             architecture: Its name in open_clip.
+            antialias: Whether images are resized with antialiasing; see above.
             dtype: Precision of the model.
             device: ``auto`` takes a GPU if there is one.
 
@@ -68,7 +73,7 @@ class HPSv2:
         self.model = open_clip.create_model(architecture, pretrained=None, precision="fp32")
         load_strictly(self.model, state, model, f"HPS v2 model of architecture {architecture}")
         self.model.to(self.device, precision).eval().requires_grad_(False)
-        self.dtype = precision
+        self.dtype, self.antialias = precision, antialias
         self.tokenizer = open_clip.get_tokenizer(architecture)
         size = self.model.visual.image_size
         self.side = size if isinstance(size, int) else size[0]
@@ -78,7 +83,9 @@ class HPSv2:
         scale = self.side / max(media.shape[-2:])
         height, width = (max(1, round(length * scale)) for length in media.shape[-2:])
         pixels = eight_bits(media).float() / 255
-        pixels = TF.resize(pixels, [height, width], TF.InterpolationMode.BICUBIC, antialias=True)
+        pixels = TF.resize(
+            pixels, [height, width], TF.InterpolationMode.BICUBIC, antialias=self.antialias
+        )
         right, below = self.side - width, self.side - height
         bars = [right // 2, below // 2, right - right // 2, below - below // 2]
         return TF.normalize(TF.pad(pixels, bars), list(CLIP_MEAN), list(CLIP_STD))

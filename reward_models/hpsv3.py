@@ -1,33 +1,35 @@
 """HPSv3: a Qwen2-VL trained on human preferences (arXiv:2508.03789)."""
 
-from collections import OrderedDict
 from collections.abc import Sequence
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 from torchvision.transforms.functional import pil_to_tensor
 
 from flowgrpo.data.prompts import Prompt
 from reward_models.shared.checkpoints import (
     Precision,
     find_file,
-    load_strictly,
     pick_device,
     pick_dtype,
     read_state,
-    refuse,
 )
 from reward_models.shared.pictures import check_media, finite_only, pictures
-from reward_models.shared.qwen2_vl import QwenReader, chunks, head_part, modern_names, seen_size
+from reward_models.shared.qwen2_vl import (
+    QwenReader,
+    chunks,
+    head_part,
+    modern_names,
+    preference_head,
+    seen_size,
+)
 from reward_models.shared.templates import template
 
 __all__ = ["HPSv3"]
 
 FILES = ("HPSv3.safetensors",)
 PIXELS = 256 * 28 * 28
-HEAD = (0, 3, 5)
-"""Indices of the linear layers in the published head; between them are ReLUs and a dropout."""
 
 
 class HPSv3:
@@ -70,7 +72,8 @@ class HPSv3:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         precision, device = pick_dtype(dtype), pick_device(device)
         weights = modern_names(read_state(find_file(model, FILES)))
-        self.head = _head(head_part(weights, "rm_head."), model).to(device).requires_grad_(False)
+        head = preference_head(head_part(weights, "rm_head."), model, "HPSv3 model")
+        self.head = head.to(device).requires_grad_(False)
         self.reader = QwenReader(
             base, weights, ["<|Reward|>"], precision, device, model, "HPSv3 model"
         )
@@ -93,14 +96,3 @@ class HPSv3:
             hidden = self.reader.read("image", images, questions, prompts[part])
             scores.append(self.head(hidden[:, 0].float())[:, 0])
         return finite_only(torch.cat(scores), media)
-
-
-def _head(state: dict[str, Tensor], source: str) -> nn.Sequential:
-    """The head; its widths are read from the weights."""
-    refuse(source, "HPSv3 model", {f"{n}.weight" for n in HEAD} - state.keys())
-    shapes = [state[f"{n}.weight"].shape for n in HEAD]
-    first, second, third = (nn.Linear(inputs, outputs) for outputs, inputs in shapes)
-    layers = {"0": first, "1": nn.ReLU(), "3": second, "4": nn.ReLU(), "5": third}
-    head = nn.Sequential(OrderedDict(layers))
-    load_strictly(head, state, source, "HPSv3 model")
-    return head

@@ -81,21 +81,26 @@ class OCR:
             ValueError: If a prompt does not say which text is wanted.
         """
         check_media(media, prompts)
-        targets = [_plain(wanted_text(p)) for p in prompts]
+        targets = [plain_text(wanted_text(p)) for p in prompts]
         images = eight_bits(media).permute(0, 2, 3, 1).cpu().numpy()
         scores = [
-            self.score(_plain("".join(self.read(image))), target)
+            self.score(plain_text("".join(self.read(image))), target)
             for image, target in zip(images, targets, strict=True)
         ]
         return finite_only(torch.tensor(scores, dtype=torch.float32), media)
 
     def score(self, read: str, target: str) -> float:
         """The score of a read text. Both texts are without blanks and in lower case."""
-        if self.mode == "exact":
-            return float(read == target)
-        contained = self.mode == "edit" and target in read
-        distance = 0 if contained else edit_distance(read, target)
-        return 1 - min(distance, len(target)) / len(target)
+        return text_score(read, target, self.mode)
+
+
+def text_score(read: str, target: str, mode: str) -> float:
+    """The score of a read text by one of the modes; both texts as from :func:`plain_text`."""
+    if mode == "exact":
+        return float(read == target)
+    contained = mode == "edit" and target in read
+    distance = 0 if contained else edit_distance(read, target)
+    return 1 - min(distance, len(target)) / len(target)
 
 
 def wanted_text(prompt: Prompt) -> str:
@@ -128,7 +133,8 @@ def edit_distance(a: str, b: str) -> int:
     return row[-1]
 
 
-def _plain(text: str) -> str:
+def plain_text(text: str) -> str:
+    """A text without blanks and in lower case."""
     return "".join(text.split()).lower()
 
 

@@ -2,7 +2,6 @@
 
 import logging
 import math
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -13,6 +12,7 @@ from torch import Tensor
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from flowgrpo.data.prompts import Prompt
+from reward_models.shared.answers import read_grades
 from reward_models.shared.checkpoints import Precision, from_pretrained, pick_device, pick_dtype
 from reward_models.shared.generation import answer_batch
 from reward_models.shared.pictures import check_media, finite_only, pictures
@@ -28,22 +28,27 @@ GRADES = {
     "unified_reward_2_video": ("Alignment Score", "Physics Score", "Style Score"),
 }
 """Grades that each template asks for, in the order of the answer."""
-LOWEST, HIGHEST = 1.0, 5.0
 
 
 class UnifiedReward:
     """A weighted mean of the grades in the model's answer, 1 to 5; usually 2 to 4.
 
     Version ``2`` grades alignment, coherence and style of an image, or alignment, physics and style
-    of a video, each by a number with decimals. Version ``1`` gives images one "Final Score" (what
-    papers report as UnifiedReward; Flow-GRPO divided it by 5 and shrank images to 512x512). Videos
-    are shown as ``num_frames`` images, every F/num_frames-th from the first.
+    of a video, each by a number with decimals. Version ``1`` gives images one "Final Score". Videos
+    are shown as ``num_frames`` images, every F/num_frames-th from the first; the authors' script
+    shows 16.
 
     The default is ``CodeGoat24/UnifiedReward-2.0-qwen-7b`` (MIT; a Qwen2.5-VL-7B, 16 GB in
     bfloat16); for version 1 take ``CodeGoat24/UnifiedReward-qwen-7b``. Any image-text-to-text model
-    of transformers with a chat template runs, also the Qwen3-VL ones. Decoding is greedy. The
-    templates are the authors'. The processor resizes as the model's card says. It was not tested
-    with the published weights, which were not available.
+    of transformers with a chat template runs, also the Qwen3-VL and Qwen3.5 ones; the latter answer
+    without thinking, as the authors serve them. Decoding is greedy. The templates are the authors'.
+    The processor resizes as the model's card says. It was not tested with the published weights,
+    which were not available.
+
+    Differs from Flow-GRPO and DiffusionNFT, which report another UnifiedReward: the LLaVA model
+    ``CodeGoat24/UnifiedReward-7b-v1.5`` with a shorter question, images of 512x512, the first number
+    in the answer, divided by 5. That is the reward ``published_judge`` with
+    ``judge = "unified_reward_1"``.
 
     An answer without every grade in 1..5 scores NaN, and the log says so: the released training
     scripts use 0 or the group's mean instead. Images are rounded to 8 bits first; one with NaN
@@ -55,7 +60,7 @@ class UnifiedReward:
         model: str = "CodeGoat24/UnifiedReward-2.0-qwen-7b",
         version: Literal["1", "2"] = "2",
         weights: Mapping[str, float] | None = None,
-        num_frames: int = 8,
+        num_frames: int = 16,
         max_new_tokens: int = 512,
         batch_size: int = 8,
         dtype: Precision = "bfloat16",
@@ -155,16 +160,3 @@ class UnifiedReward:
             return pictures(media[None])
         number = media.shape[0]
         return pictures(media[[i * number // self.num_frames for i in range(self.num_frames)]])
-
-
-def read_grades(text: str, names: Sequence[str]) -> list[float] | None:
-    """The last number in 1..5 after each name, or nothing if one is absent or out of range."""
-    grades = []
-    for name in names:
-        # Possessive, so that no grade is read from the words "(1-5)" themselves.
-        pattern = rf"{name}\s*+(?:\(1-5\))?+[\s:*=]*+(-?\d+(?:\.\d+)?)"
-        found = re.findall(pattern, text, re.IGNORECASE)
-        if not found or not LOWEST <= float(found[-1]) <= HIGHEST:
-            return None
-        grades.append(float(found[-1]))
-    return grades

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from flowgrpo.data.prompts import Prompt
 from flowgrpo.data.rubrics import Rubric, read_rubrics
-from reward_models.shared.chat import Answer, Chat
+from reward_models.shared.answers import Answer
+from reward_models.shared.chat import Chat
 from reward_models.shared.templates import Template, check_pictures, pictures_of
 
 __all__ = ["VLMJudge"]

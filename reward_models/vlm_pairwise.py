@@ -11,8 +11,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from flowgrpo.data.prompts import Prompt
-from reward_models.shared.chat import Answer, Chat
+from reward_models.shared.answers import Answer
+from reward_models.shared.chat import Chat
 from reward_models.shared.templates import Template, check_pictures, pictures_of
+from reward_models.shared.templates import template as published
 
 __all__ = ["VLMPairwise"]
 
@@ -43,9 +45,11 @@ class VLMPairwise:
     each pair is also shown in the other order, and the result is ``(a + 1 - b) / 2``, which costs
     twice as much and cancels a preference for the first place.
 
-    The templates request answers in the form of these models, in a wording of their own. For the
-    wording that UnifiedReward was trained with (MIT licence), save it from its repository as a file
-    with ``$first``, ``$second`` and ``$prompt`` in place, and give its path.
+    ``think`` and ``flex`` ask in the words that UnifiedReward was trained with (for images and for
+    videos, MIT licence), after the pictures. They have no place for a ``rubric``; the templates named
+    ``think`` and ``flex`` do, in a wording of this library. Serve the Qwen3.5 versions of UnifiedReward
+    with ``--default-chat-template-kwargs '{"enable_thinking": false}'``, as the authors do. Of
+    videos, frame ``i`` of ``n`` is at ``floor(i (F - 1) / (n - 1))`` for ``flex``, as in their code.
     """
 
     def __init__(
@@ -77,12 +81,11 @@ class VLMPairwise:
             swap: Also show each pair in the other order.
             rubric: Definition of better; replaces ``$rubric``.
             template: A ``.txt`` file with ``$first``, ``$second``, and ``$prompt`` and ``$rubric``
-                as needed; by default the one that comes with ``answer``.
+                as needed, or a name; by default ``choice``, or UnifiedReward's own wording.
             flex_weights: Weights of the overall winner and of the categories.
             category_weights: Weights of the categories in the order of the answer; 1 where none is
                 given.
-            flex_rule: Whether the second of ``flex_weights`` is used (``weighted``), or in its place
-                the weight of an answer's last category.
+            flex_rule: ``weighted``, or ``released`` as above.
             frames: Most frames of each video that are shown.
             longest_side: Larger pictures are shrunk to this length; 0 keeps them.
             max_tokens: Longest ``think`` and ``flex`` answer.
@@ -99,6 +102,8 @@ class VLMPairwise:
         self.flex_rule = flex_rule
         check_pictures(frames, longest_side, max_tokens)
         self.answer, self.swap, self.rubric = answer, swap, rubric
+        self.own = answer != "choice" and not template
+        _check_rubric(answer, rubric, self.own)
         self.template = Template.load(
             template or answer, ("prompt", "rubric"), ("first", "second")
         )  # fmt: skip
@@ -122,8 +127,18 @@ class VLMPairwise:
         rows = sound.nonzero().flatten().tolist()
         questions = []
         for row in rows:
-            a, b = (pictures_of(m[row], self.frames, self.longest_side) for m in (first, second))
+            a, b = (
+                pictures_of(m[row], self.frames, self.longest_side, floor=self.answer == "flex")
+                for m in (first, second)
+            )
             for pair in ((a, b), (b, a)) if self.swap else ((a, b),):
+                if self.own:
+                    kind = "video" if first.ndim == 5 else "image"
+                    text = published(f"unified_reward_{self.answer}_{kind}")
+                    questions.append(
+                        [*pair[0], *pair[1], text.replace("{prompt}", prompts[row].text)]
+                    )
+                    continue
                 texts = {"prompt": prompts[row].text, "rubric": self.rubric}
                 questions.append(self.template.fill(texts, {"first": pair[0], "second": pair[1]}))
         choice = self.answer == "choice"
@@ -235,4 +250,13 @@ def _check_options(
         raise ValueError(
             "category_weights must be above 0 and flex_rule 'weighted' or 'released', got "
             f"{list(category_weights)} and {flex_rule!r}"
+        )
+
+
+def _check_rubric(answer: str, rubric: str, own: bool) -> None:
+    """Raise ValueError if a rubric would be ignored, as UnifiedReward's own wording has none."""
+    if own and rubric != DEFAULT_RUBRIC:
+        raise ValueError(
+            f"the wording of UnifiedReward has no place for a rubric: give template = {answer!r} "
+            "too, which has"
         )

@@ -32,7 +32,7 @@ class Question:
     def __init__(self, body: bytes, headers: Mapping[str, str]):
         self.request = json.loads(body)
         self.headers = {k.title(): v for k, v in headers.items()}
-        parts = self.request["messages"][-1]["content"]
+        parts = next(m["content"] for m in self.request["messages"] if m["role"] == "user")
         self.parts = [p["type"] for p in parts]
         self.text = "\n".join(p["text"] for p in parts if p["type"] == "text")
         urls = [p["image_url"]["url"] for p in parts if p["type"] == "image_url"]

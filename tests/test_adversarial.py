@@ -175,3 +175,46 @@ def test_precision_and_options(dino: Path) -> None:
     for options in ({"patches": 0}, {"lr": 0.0}, {"share": 1.5}, {"side": 30}):
         with pytest.raises(ValueError, match="got"):
             make(dino, **options)
+
+
+def test_layers_have_a_head_each_and_the_highest_patches_may_count(dino: Path) -> None:
+    media = noise(3, 45, 61)
+    reward = make(dino, layers=[0, 1], top_share=0.5, share=0.25)
+    model = Dinov2Model.from_pretrained(dino).eval()
+    expected = []
+    for image in zoo.pil(media):
+        pixels = TF.to_tensor(image.resize((28, 28), Image.Resampling.BICUBIC))
+        pixels = TF.normalize(pixels, list(IMAGENET_MEAN), list(IMAGENET_STD))
+        with torch.no_grad():
+            states = model(pixel_values=pixels[None], output_hidden_states=True).hidden_states
+        layers = []
+        for head, state in zip(reward.head, states[1:], strict=True):
+            values = said(head, F.normalize(state[0], dim=-1))
+            layers.append(0.25 * values[0] + 0.75 * values[1:].sort().values[-2:].mean())
+        expected.append(torch.stack(layers).mean())
+    torch.testing.assert_close(reward(media, PROMPTS), torch.stack(expected), rtol=0, atol=1e-5)
+    losses = [reward.update(noise(3, 32, 32, seed=i), PROMPTS)["loss"] for i in range(20)]
+    assert losses[-1] < 0.8 * losses[0]
+    again = make(dino, layers=[0, 1], top_share=0.5, share=0.25, seed=3)
+    again.restore(reward.state())
+    assert torch.equal(again(media, PROMPTS), reward(media, PROMPTS))
+    for layers in ([2], [0, 0], [-1]):
+        with pytest.raises(ValueError, match=r"different blocks of .*0 to 1"):
+            make(dino, layers=layers)
+
+
+def test_options_of_the_released_code(dino: Path) -> None:
+    media = noise(2, 60, 90)
+    released = make(dino, betas=[0.5, 0.999], antialias=False)
+    assert released.optimizer.param_groups[0]["betas"] == (0.5, 0.999)
+    # The released code resizes the batch in memory.
+    pixels = F.interpolate((media * 255).round() / 255, (28, 28), mode="bicubic")
+    pixels = TF.normalize(pixels, list(IMAGENET_MEAN), list(IMAGENET_STD))
+    with torch.no_grad():
+        seen = Dinov2Model.from_pretrained(dino).eval()(pixel_values=pixels).last_hidden_state
+    values = said(released.head, F.normalize(seen, dim=-1))
+    expected = 0.7 * values[:, 0] + 0.3 * values[:, 1:].mean(1)
+    torch.testing.assert_close(released(media, PROMPTS[:2]), expected, rtol=0, atol=1e-5)
+    for options in ({"betas": [0.5]}, {"betas": [0.5, 1.0]}, {"top_share": 0.0}):
+        with pytest.raises(ValueError, match="got"):
+            make(dino, **options)

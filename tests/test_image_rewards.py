@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 from torchvision import transforms
-from transformers import CLIPModel, Dinov2Model
+from torchvision.transforms import functional as TF
+from transformers import CLIPModel, Dinov2Model, SiglipModel
 
 from flowgrpo.data.prompts import Prompt
 from flowgrpo.rewards.loading import available_rewards
@@ -22,6 +23,7 @@ from reward_models.dino import DINOSimilarity
 from reward_models.hpsv2 import HPSv2
 from reward_models.image_reward import ImageReward
 from reward_models.shared.pictures import CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD
+from reward_models.siglip import SigLIPSimilarity
 from tests import zoo
 from tests.zoo import TEXTS, noise
 from tests.zoo import TINY_HPS as TINY
@@ -398,3 +400,50 @@ def test_dino_needs_references(made: dict[str, Any], make: Any) -> None:
             made["dino"].check([*prompts(), Prompt("a cat", metadata=metadata)])
     with pytest.raises(ValueError, match="multiple of the patches"):
         make("dino")(crop=30)
+
+
+# Adv-GRPO's similarities: squashed without antialiasing.
+def plain_pixels(media: Tensor, mean: Any, std: Any, antialias: bool = False) -> Tensor:
+    """Adv-GRPO's preprocessing of a batch, at 28x28."""
+    seen = F.interpolate((media * 255).round() / 255, (28, 28), mode="bicubic", antialias=antialias)
+    return (seen - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
+
+
+def test_dino_and_siglip_of_adv_grpo(dino: Path, make: Any, tmp_path: Path) -> None:
+    media = noise(3, 45, 61)
+    own = [Prompt("x", metadata={"reference": [f"reference{i}.png" for i in range(3)]})] * 3
+    files = [torch.from_numpy(np.array(Image.open(dino / f"reference{i}.png"))) for i in range(3)]
+    references = [f.permute(2, 0, 1)[None] / 255 for f in files]
+    models = {
+        "dino": (Dinov2Model.from_pretrained(dino), IMAGENET_MEAN, IMAGENET_STD),
+        "siglip": (SiglipModel.from_pretrained(zoo.save_siglip(tmp_path)).vision_model, (0.5,) * 3, (0.5,) * 3),
+    }  # fmt: skip
+    found = {
+        "dino": make("dino")(fit="squash", antialias=False)(media, own),
+        "siglip": SigLIPSimilarity(str(tmp_path), root=str(dino), antialias=False, device="cpu")(
+            media, own
+        ),
+    }
+    for name, (model, mean, std) in models.items():
+        with torch.no_grad():
+            a, *rest = (
+                F.normalize(model.eval()(plain_pixels(x, mean, std)).pooler_output, dim=-1)
+                for x in (media, *references)
+            )
+        expected = (a @ torch.cat(rest).T).amax(1)
+        assert expected.std() > 1e-3
+        torch.testing.assert_close(found[name], expected, rtol=0, atol=1e-5)
+    for options in ({"antialias": False}, {"crop": 56}):
+        with pytest.raises(ValueError, match="got"):
+            make("dino")(**options)
+    with pytest.raises(ValueError, match="is no SigLIP vision model"):
+        SigLIPSimilarity(str(dino), device="cpu")
+
+
+def test_hpsv2_without_antialiasing_is_the_older_filter(make: Any, made: dict[str, Any]) -> None:
+    media = noise(2, 64, 64)
+    older = make("hpsv2")(antialias=False)
+    pixels = F.interpolate((media * 255).round() / 255, (32, 32), mode="bicubic")
+    pixels = TF.normalize(pixels, list(CLIP_MEAN), list(CLIP_STD))
+    torch.testing.assert_close(older.preprocess(media), pixels, rtol=0, atol=1e-5)
+    assert (older.preprocess(media) - made["hpsv2"].preprocess(media)).abs().mean() > 0.05

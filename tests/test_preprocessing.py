@@ -13,6 +13,7 @@ import numpy as np
 import open_clip
 import pytest
 import torch
+from jaxtyping import TypeCheckError
 from PIL import Image
 from torch import Tensor
 from torchvision import transforms
@@ -123,6 +124,30 @@ def test_clip_score_sees_what_open_clips_transform_makes(
         # open_clip itself resizes before it turns to RGB, palettes without interpolation.
         wanted = transform(convert_to_rgb(image))
         assert torch.equal(reward.preprocess(tensor), wanted[None])
+
+
+def test_variants_of_clip_score_differ_by_the_documented_pixels(tmp_path: Path) -> None:
+    """DiffusionNFT's transform, and the figures in the docstring, on the picture named there."""
+    image = Image.open(Path(__file__).parents[1] / "docs" / "quickstart.png").convert("RGB")
+    tensor = transforms.functional.to_tensor(image)
+    nft = [transforms.Resize(224), transforms.CenterCrop(224), transforms.Normalize(CLIP_MEAN, CLIP_STD)]  # fmt: skip
+    bicubic = transforms.InterpolationMode.BICUBIC
+    older = [transforms.Resize(224, bicubic, antialias=False), *nft[1:]]
+    first = open_clip.image_transform(224, is_train=False, mean=CLIP_MEAN, std=CLIP_STD)(image)
+    levels = 255 * torch.tensor(CLIP_STD).view(3, 1, 1)
+    for steps, figure in ((nft, 0.96), (older, 3.5)):
+        gap = ((transforms.Compose(steps)(tensor) - first).abs() * levels).mean()
+        assert float(gap) == pytest.approx(figure, rel=0.05)
+        assert f"{figure}" in str(CLIPScore.__doc__)
+    theirs = CLIPImageProcessor()(image, return_tensors="pt")["pixel_values"][0]
+    assert float(((theirs - first).abs() * levels).mean()) < 0.01
+    name = f"local-dir:{zoo.save_open_clip(tmp_path)}"
+    reward = CLIPScore(name, filter="bilinear", device="cpu")
+    small = [transforms.Resize(reward.model.visual.image_size[0]), transforms.CenterCrop(reward.model.visual.image_size[0]), nft[2]]  # fmt: skip
+    seen = reward.preprocess(tensor[None])[0]
+    torch.testing.assert_close(seen, transforms.Compose(small)(tensor), rtol=0, atol=1e-5)
+    with pytest.raises((ValueError, TypeCheckError), match="filter"):
+        CLIPScore(name, filter="nearest")  # type: ignore[arg-type]
 
 
 def test_pick_score_sees_what_clips_processor_makes(

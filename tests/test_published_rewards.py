@@ -17,7 +17,10 @@ from reward_models.dino import DINOSimilarity
 from reward_models.hpsv2 import HPSv2
 from reward_models.hpsv3 import HPSv3
 from reward_models.image_reward import ImageReward
+from reward_models.physics import Physics
 from reward_models.pick_score import PickScore
+from reward_models.siglip import SigLIPSimilarity
+from reward_models.subject_identity import SubjectIdentity
 from reward_models.unified_reward import UnifiedReward
 from reward_models.video_align import VideoAlign
 from reward_models.video_score2 import VideoScore2
@@ -27,7 +30,16 @@ pytestmark = [
     pytest.mark.skipif("FLOWGRPO_NETWORK" not in os.environ, reason="needs a model hub"),
 ]
 LARGE: list[Callable[..., Any]] = [HPSv3, UnifiedReward, VideoAlign, VideoScore2]
-SMALL: list[Callable[..., Any]] = [Aesthetic, DINOSimilarity, HPSv2, ImageReward, PickScore]
+SMALL: list[Callable[..., Any]] = [
+    Aesthetic,
+    DINOSimilarity,
+    HPSv2,
+    ImageReward,
+    Physics,
+    PickScore,
+    SigLIPSimilarity,
+    SubjectIdentity,
+]
 EXAMPLES = "https://github.com/zai-org/ImageReward/raw/main/assets/images"
 
 

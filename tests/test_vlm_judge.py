@@ -18,7 +18,7 @@ from flowgrpo.rewards.protocols import PairwiseJudge
 from flowgrpo.rewards.scorer import RewardScorer
 from flowgrpo.rewards.serving import client
 from flowgrpo.rewards.settings import Failures, Reward
-from reward_models.shared.chat import Answer
+from reward_models.shared.answers import Answer
 from reward_models.shared.templates import Template
 from reward_models.vlm_judge import VLMJudge
 from reward_models.vlm_pairwise import VLMPairwise, flex_verdict, think_verdict
@@ -501,13 +501,12 @@ def test_every_template_that_comes_along_is_used():
     import reward_models
 
     package = Path(str(reward_models.__path__[0]))
-    source = "".join(p.read_text() for p in package.glob("*.py"))
+    source = "".join(p.read_text() for p in package.rglob("*.py"))
     for template in (package / "templates").glob("*.txt"):
-        # Families such as unified_reward_2_image are put together from parts.
-        name = template.stem
-        assert any(f'"{part}"' in source or f"{part}_" in source for part in (name, name[:16])), (
-            name
-        )
+        # Families such as unified_reward_2_image are named by a part that is filled in.
+        name, words = template.stem, template.stem.split("_")
+        families = ["_".join(words[:n]) + "_{" for n in range(2, len(words))]
+        assert any(part in source for part in (f'"{name}"', *families)), name
 
 
 def test_a_server_in_a_process_of_its_own():

@@ -21,6 +21,10 @@ from transformers import (
     Dinov2Model,
     Mask2FormerConfig,
     Mask2FormerForUniversalSegmentation,
+    Owlv2Config,
+    Owlv2ForObjectDetection,
+    Owlv2ImageProcessor,
+    Owlv2Processor,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
     Qwen2_5_VLProcessor,
@@ -30,7 +34,11 @@ from transformers import (
     Qwen2VLImageProcessor,
     Qwen2VLProcessor,
     Qwen2VLVideoProcessor,
+    SiglipConfig,
+    SiglipModel,
     SwinConfig,
+    VJEPA2Config,
+    VJEPA2Model,
 )
 
 from flowgrpo.data.prompts import Prompt
@@ -192,6 +200,69 @@ def save_dino(folder: Path) -> Path:
     )
     with seeded():
         Dinov2Model(config).save_pretrained(folder)
+    return folder
+
+
+def save_siglip(folder: Path) -> Path:
+    """A ``SiglipModel`` of some kilobytes, with its text tower, as on the hub."""
+    sizes = {
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+    }
+    config = SiglipConfig(
+        text_config={**sizes, "vocab_size": 32}, vision_config={**sizes, "image_size": 28, "patch_size": 14}
+    )  # fmt: skip
+    with seeded():
+        model = SiglipModel(config)
+        for parameter in model.parameters():
+            torch.nn.init.normal_(parameter, std=0.3)
+    model.save_pretrained(folder)
+    return folder
+
+
+def save_owlv2(folder: Path) -> Path:
+    """An ``Owlv2ForObjectDetection`` with its processor, of some ten kilobytes."""
+    tokenizer = clip_tokenizer()
+    sizes = {
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+    }
+    ids = {f"{k}_token_id": getattr(tokenizer, f"{k}_token_id") for k in ("bos", "eos", "pad")}
+    text = {**sizes, "vocab_size": len(tokenizer), "max_position_embeddings": 77, **ids}
+    config = Owlv2Config(
+        text_config=text, vision_config={**sizes, "image_size": 32, "patch_size": 8}, projection_dim=16
+    )  # fmt: skip
+    with seeded():
+        model = Owlv2ForObjectDetection(config)
+        for parameter in model.parameters():
+            torch.nn.init.normal_(parameter, std=0.3)
+    model.save_pretrained(folder)
+    images = Owlv2ImageProcessor(size={"height": 32, "width": 32})
+    Owlv2Processor(images, tokenizer).save_pretrained(folder)
+    return folder
+
+
+def save_vjepa2(folder: Path) -> Path:
+    """A ``VJEPA2Model`` with its predictor, of some ten kilobytes."""
+    config = VJEPA2Config(
+        crop_size=32,
+        hidden_size=24,
+        num_attention_heads=2,
+        num_hidden_layers=2,
+        mlp_ratio=2.0,
+        pred_hidden_size=24,
+        pred_num_attention_heads=2,
+        pred_num_hidden_layers=2,
+        pred_num_mask_tokens=2,
+        pred_zero_init_mask_tokens=False,
+        initializer_range=0.2,
+    )
+    with seeded():
+        VJEPA2Model(config).save_pretrained(folder)
     return folder
 
 
@@ -372,6 +443,19 @@ def hpsv3_state(base: Path) -> dict[str, Tensor]:
     for n, (inputs, outputs) in {0: (32, 24), 3: (24, 16), 5: (16, 2)}.items():
         state[f"rm_head.{n}.weight"] = torch.randn(outputs, inputs, generator=random)
         state[f"rm_head.{n}.bias"] = torch.randn(outputs, generator=random)
+    return {k: v.clone().contiguous() for k, v in state.items()}
+
+
+def edit_reward_state(base: Path) -> dict[str, Tensor]:
+    """The published layout: a subclass of Qwen2.5-VL under today's names, and its two heads."""
+    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(base)
+    state = with_rows(dict(model.state_dict()), 1, seed=5)
+    random = torch.Generator().manual_seed(6)
+    for head in (0, 1):
+        for n, (inputs, outputs) in {0: (32, 24), 3: (24, 16), 5: (16, 2)}.items():
+            name = f"rm_heads.head_{head}.{n}"
+            state[f"{name}.weight"] = torch.randn(outputs, inputs, generator=random)
+            state[f"{name}.bias"] = torch.randn(outputs, generator=random)
     return {k: v.clone().contiguous() for k, v in state.items()}
 
 

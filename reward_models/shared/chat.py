@@ -14,7 +14,6 @@ import math
 import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -28,46 +27,20 @@ except ModuleNotFoundError as error:
 
 from flowgrpo.rewards.serving.client import RETRIED, Endpoints, Refused, Unavailable, retry_after
 from flowgrpo.rewards.serving.protocol import unpack_error
+from reward_models.shared.answers import Answer
 from reward_models.shared.templates import Content
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+STANDARD = (
+    "model", "messages", "max_completion_tokens", "temperature", "logprobs", "top_logprobs",
+    "top_p", "seed",
+)  # fmt: skip
+"""Keys of a request that the openai client knows; the others go into its extra body."""
 CHECK_SECONDS = 10.0
 """How long the list of a server's models may take at the start."""
-
-
-@dataclass(frozen=True)
-class Answer:
-    """An answer of the model.
-
-    Attributes:
-        text: The whole text.
-        first: Probabilities of the 20 most likely first tokens; empty if they were not requested.
-    """
-
-    text: str
-    first: Mapping[str, float] = field(default_factory=dict)
-
-    def share(self, words: Sequence[str]) -> list[float] | None:
-        """How the probability of the first token is divided among words, summed over spellings.
-
-        Args:
-            words: In lower case, such as ``["yes", "no"]``.
-
-        Returns:
-            Shares that add up to 1; None if the words have less than half of the probability,
-            because the model was then about to answer something else and the ratio means nothing.
-        """
-        masses = dict.fromkeys(words, 0.0)
-        for token, probability in self.first.items():
-            # Tokenizers mark a leading blank as U+2581 or U+0120.
-            word = token.strip(" \n\t\u2581\u0120\"'*.,:!()").lower()
-            if word in masses:
-                masses[word] += probability
-        mass = sum(masses.values())
-        return [m / mass for m in masses.values()] if mass >= 0.5 else None
 
 
 class Chat:
@@ -136,6 +109,9 @@ class Chat:
         *,
         max_tokens: int,
         first: bool = False,
+        system: str = "",
+        begins: str = "",
+        settings: Mapping[str, Any] | None = None,
     ) -> list[T | None]:
         """Ask questions and parse the answers; the results are in order, None where there is none.
 
@@ -144,11 +120,17 @@ class Chat:
             parse: Returns None for an answer that cannot be used.
             max_tokens: Longest answer.
             first: Whether to request the probabilities of the first token.
+            system: Text of the system message; empty for none.
+            begins: Beginning of the answer, which the model continues; empty for none.
+            settings: Keys of the request that replace the usual ones, such as ``temperature``.
 
         Raises:
             RuntimeError: If every question failed; names the first error.
         """
-        payloads = [self._payload(q, max_tokens, first) for q in questions]
+        payloads = [
+            self._payload(q, max_tokens, first, system, begins) | dict(settings or {})
+            for q in questions
+        ]
         found = self.endpoints.ask_all(len(payloads), lambda i: self._ask(payloads[i], parse))
         errors = [f for f in found if isinstance(f, Exception)]
         if errors and len(errors) == len(found):
@@ -157,14 +139,20 @@ class Chat:
             log.warning("%d of %d questions failed: %s", len(errors), len(found), errors[0])
         return [None if isinstance(f, Exception) else f for f in found]
 
-    def _payload(self, question: Content, max_tokens: int, first: bool) -> dict[str, Any]:
-        content = [_part(c) for c in question]
+    def _payload(
+        self, question: Content, max_tokens: int, first: bool, system: str, begins: str
+    ) -> dict[str, Any]:
+        messages: list[dict[str, Any]] = [{"role": "system", "content": system}] if system else []
+        messages.append({"role": "user", "content": [_part(c) for c in question]})
+        if begins:
+            messages.append({"role": "assistant", "content": begins})
         return {
             "model": self.model,
-            "messages": [{"role": "user", "content": content}],
+            "messages": messages,
             "max_completion_tokens": max_tokens,
             "temperature": 0,
             **({"logprobs": True, "top_logprobs": 20} if first else {}),
+            **({"continue_final_message": True, "add_generation_prompt": False} if begins else {}),
             **self.extra,
         }
 
@@ -191,10 +179,11 @@ class Chat:
 
     def _complete(self, url: str, payload: Mapping[str, Any]) -> bytes:
         """One attempt at one server; the answer as it came, because servers differ in its details."""
-        known = {k: v for k, v in payload.items() if k not in self.extra}
+        known = {k: v for k, v in payload.items() if k in STANDARD and k not in self.extra}
+        others = {k: v for k, v in payload.items() if k not in known}
         try:
             response = self._clients[url].chat.completions.with_raw_response.create(
-                **known, extra_body=self.extra
+                **known, extra_body=others
             )
         except openai.APIStatusError as error:
             message = f"status {error.status_code}: {unpack_error(error.response.content)}"

@@ -58,6 +58,7 @@ def answer_batch(
             [{"role": "user", "content": [*({"type": k} for k in own), text_part(question)]}],
             tokenize=False,
             add_generation_prompt=True,
+            enable_thinking=False,  # known to templates of models that can also think first
         )
         for own, question in zip(kinds, questions, strict=True)
     ]

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import torch
 from jaxtyping import Float, UInt8
 from PIL import Image
@@ -121,3 +122,23 @@ def read_image(path: Path) -> Image.Image:
     """
     with Image.open(path) as image:
         return as_rgb(image)
+
+
+def source_picture(prompt: Prompt, key: str) -> Float[Tensor, "3 height width"]:
+    """The picture before the edit: the prompt's condition image, or a file named in its metadata.
+
+    Raises:
+        ValueError: If there is neither.
+        OSError: If the file cannot be read.
+    """
+    if prompt.images:
+        picture = prompt.open_images()[0]
+    else:
+        path = prompt.metadata.get(key)
+        if not isinstance(path, str):
+            raise ValueError(
+                f"prompt {prompt.text!r} has no condition image, and its metadata {key!r} names no "
+                f"picture before the edit: {path!r}"
+            )
+        picture = read_image(Path(path))
+    return torch.from_numpy(np.array(picture)).permute(2, 0, 1).to(torch.float32) / 255

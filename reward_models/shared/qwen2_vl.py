@@ -1,4 +1,4 @@
-"""Qwen2-VL as the backbone of a reward, which is read from the hidden states of special tokens.
+"""Qwen2-VL and Qwen2.5-VL as the backbone of a reward, which is read from the hidden states of special tokens.
 
 Checkpoints of such rewards are state dicts of subclasses that only their authors have. Current
 versions of transformers would skip their language model with no more than a warning, so the weights
@@ -7,17 +7,25 @@ are renamed and loaded strictly into the plain model.
 
 import math
 import re
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, UInt8
-from torch import Tensor
+from torch import Tensor, nn
 from torchvision.transforms import functional as TF
-from transformers import Qwen2VLConfig, Qwen2VLModel, Qwen2VLProcessor
+from transformers import (
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLModel,
+    Qwen2_5_VLProcessor,
+    Qwen2VLConfig,
+    Qwen2VLModel,
+    Qwen2VLProcessor,
+)
 
 from flowgrpo.data.prompts import Prompt
-from reward_models.shared.checkpoints import refuse
+from reward_models.shared.checkpoints import load_strictly, refuse
 
 PATCH = 28
 """Side in pixels of the area of one token."""
@@ -32,8 +40,17 @@ RENAMED = (
 )
 
 
+FAMILIES: Mapping[str, tuple[Any, Any, Any]] = {
+    "2": (Qwen2VLConfig, Qwen2VLModel, Qwen2VLProcessor),
+    "2.5": (Qwen2_5_VLConfig, Qwen2_5_VLModel, Qwen2_5_VLProcessor),
+}
+"""Configuration, model and processor of Qwen2-VL and Qwen2.5-VL."""
+HEAD = (0, 3, 5)
+"""Indices of the linear layers in the published heads; between them are ReLUs and a dropout."""
+
+
 class QwenReader:
-    """A Qwen2-VL without the language-model head, and the processor with the reward's special tokens."""
+    """A Qwen2-VL or Qwen2.5-VL without the language-model head, and the processor with the reward's special tokens."""
 
     def __init__(
         self,
@@ -44,6 +61,7 @@ class QwenReader:
         device: str,
         source: str,
         what: str,
+        family: Literal["2", "2.5"] = "2",
     ):
         """
         Args:
@@ -54,6 +72,7 @@ class QwenReader:
             device: Where it runs.
             source: Source of the weights, for messages.
             what: Name of the expected model, for messages.
+            family: Whether it is a Qwen2-VL or a Qwen2.5-VL.
 
         Raises:
             ValueError: If weights are missing or left over, or tokens have none.
@@ -61,15 +80,16 @@ class QwenReader:
             OSError: If there is no such base model.
         """
         refuse(source, what, {"language_model.embed_tokens.weight"} - weights.keys())
-        config = Qwen2VLConfig.from_pretrained(base)
+        of_config, of_model, of_processor = FAMILIES[family]
+        config = of_config.from_pretrained(base)
         # The authors cut or stretched the vocabulary to that of their tokenizer.
         config.text_config.vocab_size = weights["language_model.embed_tokens.weight"].shape[0]
-        loaded, info = Qwen2VLModel.from_pretrained(
+        loaded, info = of_model.from_pretrained(
             None, config=config, state_dict=dict(weights), dtype=dtype, output_loading_info=True
         )
         refuse(source, what, info["missing_keys"], info["unexpected_keys"])
         self.model = loaded.to(device).eval().requires_grad_(False)
-        self.processor = Qwen2VLProcessor.from_pretrained(base)
+        self.processor: Any = of_processor.from_pretrained(base)
         self.processor.tokenizer.padding_side = "right"
         self.processor.tokenizer.add_tokens(list(tokens), special_tokens=True)
         self.ids = torch.tensor(self.processor.tokenizer.convert_tokens_to_ids(list(tokens)))
@@ -91,23 +111,29 @@ class QwenReader:
 
         Args:
             kind: ``image`` or ``video``.
-            media: One image or video per question, already resized.
+            media: Images or videos, already resized: equally many per question, in order.
             questions: Text of each question.
             prompts: Prompt of each question, for messages.
 
         Raises:
             ValueError: If a prompt contains special tokens.
         """
+        number = len(media) // len(questions)
         texts = [
             self.processor.apply_chat_template(
-                [{"role": "user", "content": [{"type": kind}, {"type": "text", "text": question}]}],
+                [
+                    {
+                        "role": "user",
+                        "content": [{"type": kind}] * number + [{"type": "text", "text": question}],
+                    }
+                ],
                 tokenize=False,
                 add_generation_prompt=True,
             )
             for question in questions
         ]
         for text, prompt in zip(texts, prompts, strict=True):
-            if text.count(f"<|{kind}_pad|>") != 1:
+            if text.count(f"<|{kind}_pad|>") != number:
                 raise ValueError(f"prompt {prompt.text!r} contains a special token of Qwen2-VL")
         as_they_are = {"do_resize": False} | (
             {"do_sample_frames": False} if kind == "video" else {}
@@ -119,8 +145,8 @@ class QwenReader:
             **{f"{kind}s": list(media), f"{kind}s_kwargs": as_they_are},
         ).to(self.model.device)
         here = torch.isin(inputs["input_ids"], self.ids.to(self.model.device))
-        for prompt, number in zip(prompts, here.sum(1).tolist(), strict=True):
-            if number != len(self.ids):
+        for prompt, found in zip(prompts, here.sum(1).tolist(), strict=True):
+            if found != len(self.ids):
                 raise ValueError(f"prompt {prompt.text!r} contains a special token of the reward")
         pixels = "pixel_values" if kind == "image" else "pixel_values_videos"
         inputs[pixels] = inputs[pixels].to(self.model.dtype)
@@ -235,6 +261,21 @@ def head_part(weights: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     """Remove the weights with this prefix from ``weights`` and return them without it."""
     keys = [k for k in weights if k.startswith(prefix)]
     return {k.removeprefix(prefix): weights.pop(k) for k in keys}
+
+
+def preference_head(state: dict[str, Tensor], source: str, what: str) -> nn.Sequential:
+    """HPSv3's head, whose widths are read from the weights.
+
+    Raises:
+        ValueError: If weights are missing, left over or of other shapes.
+    """
+    refuse(source, what, {f"{n}.weight" for n in HEAD} - state.keys())
+    shapes = [state[f"{n}.weight"].shape for n in HEAD]
+    first, second, third = (nn.Linear(inputs, outputs) for outputs, inputs in shapes)
+    layers = {"0": first, "1": nn.ReLU(), "3": second, "4": nn.ReLU(), "5": third}
+    head = nn.Sequential(OrderedDict(layers))
+    load_strictly(head, state, source, what)
+    return head
 
 
 def chunks(number: int, size: int) -> list[slice]:

@@ -96,15 +96,20 @@ def check_pictures(frames: int, longest_side: int, max_tokens: int) -> None:
 
 
 def pictures_of(
-    medium: Float[torch.Tensor, "*frames 3 height width"], frames: int, longest_side: int
+    medium: Float[torch.Tensor, "*frames 3 height width"],
+    frames: int,
+    longest_side: int,
+    floor: bool = False,
 ) -> list[bytes]:
     """An image, or ``frames`` evenly spaced frames of a video, as PNG.
 
-    ``longest_side`` shrinks larger ones to that; 0 leaves them as they are.
+    ``longest_side`` shrinks larger ones to that; 0 leaves them as they are. Places between two frames
+    are rounded to the nearest one, or down with ``floor``.
     """
     images = medium if medium.ndim == 4 else medium[None]
     if len(images) > frames:
-        chosen = torch.linspace(0, len(images) - 1, frames).round().long()
+        places = torch.linspace(0, len(images) - 1, frames, dtype=torch.float64)
+        chosen = (places.floor() if floor else places.float().round()).long()
         images = images[chosen]
     height, width = images.shape[-2:]
     if 0 < longest_side < max(height, width):
