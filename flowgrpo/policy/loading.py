@@ -84,7 +84,10 @@ def _load_folder(
         names = [n for n in DiffusionPipeline.load_config(folder) if _is_denoiser(n)]
         config = _quantization(quantize, dtype, names)
     variant = source.variant or variant_of(folder)
-    if source.variant and not any(f".{source.variant}." in f.name or f".{source.variant}-" in f.name for f in folder.rglob("*")):
+    if source.variant and not any(
+        f".{source.variant}." in f.name or f".{source.variant}-" in f.name
+        for f in folder.rglob("*")
+    ):
         raise ValueError(
             f"model.variant = {source.variant!r}: {source.path} has no weights of this variant; remove it"
         )

@@ -20,7 +20,7 @@ Bounds = Sequence[tuple[str, int, int]]
 """Configuration keys with their values and the smallest allowed value."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Adapter:
     """An earlier LoRA adapter, added to the weights of the model before anything else."""
 
@@ -29,6 +29,8 @@ class Adapter:
     id with one; or the directory of a finished run."""
     scale: float = 1.0
     """Factor of the adapter's effect, which already includes its own ``alpha / rank``."""
+    model: str = ""
+    """``transformer_2`` for an adapter of the second expert of Wan 2.2; empty otherwise."""
 
     @classmethod
     def parse(cls, text: str, option: str = "--lora") -> "Adapter":
@@ -39,7 +41,7 @@ class Adapter:
         """
         path, colon, scale = text.rpartition(":")
         if not colon or Path(text).expanduser().exists() or "/" in scale or "\\" in scale:
-            return cls(path=text)
+            return cls(text)
         try:
             value = float(scale)
         except ValueError:
@@ -48,7 +50,7 @@ class Adapter:
             ) from None
         if not math.isfinite(value):
             raise ValueError(f"{option}: the scale must be finite, got {text!r}")
-        return cls(path=path, scale=value)
+        return cls(path, value)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +62,9 @@ class ModelSource:
     revision: str = ""
     variant: str = ""
     adapters: tuple[Adapter, ...] = ()
+
+    def __str__(self) -> str:
+        return self.path
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,6 +119,10 @@ class LoRA:
     models: tuple[str, ...] = ()
     """Denoisers to adapt, by their names in the pipeline, such as one of Wan 2.2's two transformers.
     If empty, all are adapted."""
+    init: str = ""
+    """An earlier adapter from which training starts: a file, folder, hub id or run directory, as in
+    ``model.adapters``. ``rank`` must be at least its rank, and ``targets`` must include its layers; the
+    model is then the same as with the earlier adapter. The reference policy is the model with it."""
 
     def bounds(self) -> Bounds:
         """Keys, their values and the smallest allowed values."""
