@@ -114,6 +114,8 @@ def pipeline_folder(source: ModelSource) -> Path:
         raise FileNotFoundError(
             f"{path} is not a checkpoint in one file: its name ends in neither {' nor '.join(SUFFIXES)}"
         )
+    if path.suffix in SUFFIXES and not path.is_dir():
+        raise FileNotFoundError(f"no such file: {path}")
     if looks_like_path and not path.is_dir():
         raise FileNotFoundError(f"no such folder: {path}")
     if path.is_dir() and source.revision:
@@ -121,8 +123,6 @@ def pipeline_folder(source: ModelSource) -> Path:
             f"model.revision = {source.revision!r} is for hub ids, and {path} is a folder; remove it"
         )
     if not path.is_dir():
-        if path.suffix in SUFFIXES:
-            raise FileNotFoundError(f"no such file: {path}")
         path = _downloaded(source)
     if (path / "modular_model_index.json").exists():
         raise FileNotFoundError(

@@ -204,14 +204,17 @@ def _component(
         raise ValueError(
             f"model.path: diffusers loads {cls} from no single file; give a pipeline folder or hub id"
         )
+    # Diffusers tells the encoders of one file apart by their widths only.
+    own = {k: v for k, v in weights.items() if k.startswith(CLIP[name])} if name in CLIP else {}
     try:
         # Diffusers takes tensors out of the mapping as it converts them.
         if issubclass(kind, ModelMixin):
             model = kind.from_single_file(dict(weights), **place)
         elif cls == "T5EncoderModel":
             model = create_diffusers_t5_model_from_checkpoint(kind, dict(weights), **place)
+            model.tie_weights()
         else:
-            model = create_diffusers_clip_model_from_ldm(kind, dict(weights), **place)
+            model = create_diffusers_clip_model_from_ldm(kind, own, **place)
     except (SingleFileComponentError, ValueError, RuntimeError, KeyError, TypeError) as error:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ValueError(

@@ -73,7 +73,7 @@ def write_pipeline(pipeline: DiffusionPipeline, denoiser: ModelMixin, file: Path
 
 def _save(tensors: Mapping[str, Tensor], file: Path) -> Path:
     file.parent.mkdir(parents=True, exist_ok=True)
-    ready = {k: v.detach().cpu().clone().contiguous() for k, v in tensors.items()}
+    ready = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
     save_file(ready, file, metadata={"format": "pt"})
     return file
 
