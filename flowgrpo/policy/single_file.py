@@ -198,7 +198,7 @@ def _component(
     Raises:
         ValueError: If diffusers cannot convert the weights, or they do not fit.
     """
-    place: dict[str, Any] = {"config": str(folder), "subfolder": name, "torch_dtype": dtype}
+    place: dict[str, Any] = {"config": str(folder), "subfolder": name}
     kind: Any = getattr(diffusers if hasattr(diffusers, cls) else transformers, cls)
     if issubclass(kind, ModelMixin) and not issubclass(kind, FromOriginalModelMixin):
         raise ValueError(
@@ -206,27 +206,36 @@ def _component(
         )
     # Diffusers tells the encoders of one file apart by their widths only.
     own = {k: v for k, v in weights.items() if k.startswith(CLIP[name])} if name in CLIP else {}
-    try:
+
+    def load(dtype: torch.dtype) -> Any:
         # Diffusers takes tensors out of the mapping as it converts them.
         if issubclass(kind, ModelMixin):
-            model = kind.from_single_file(dict(weights), **place)
-        elif cls == "T5EncoderModel":
-            model = create_diffusers_t5_model_from_checkpoint(kind, dict(weights), **place)
+            return kind.from_single_file(dict(weights), torch_dtype=dtype, **place)
+        if cls == "T5EncoderModel":
+            model = create_diffusers_t5_model_from_checkpoint(
+                kind, dict(weights), torch_dtype=dtype, **place
+            )
             model.tie_weights()
-        else:
-            model = create_diffusers_clip_model_from_ldm(kind, own, **place)
+            return model
+        return create_diffusers_clip_model_from_ldm(kind, own, torch_dtype=dtype, **place)
+
+    def misfit(reason: str) -> ValueError:
+        return ValueError(
+            f"the weights of {cls} in {file} do not fit the configuration in {folder / name}: {reason}; set "
+            "model.base to the pipeline that the file belongs to"
+        )
+
+    try:
+        model = load(dtype)
+    except NotImplementedError as error:
+        # Missing weights are on the meta device, which cannot be converted to a precision.
+        raise misfit("some of its weights are missing in the file") from error
     except (SingleFileComponentError, ValueError, RuntimeError, KeyError, TypeError) as error:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ValueError(
-            f"the weights of {cls} in {file} do not fit the configuration in {folder / name}: {first[:200]}; "
-            "set model.base to the pipeline that the file belongs to"
-        ) from error
+        raise misfit(first[:200]) from error
     missing = [n for n, p in model.named_parameters() if p.is_meta]
     if missing:
-        raise ValueError(
-            f"the weights of {cls} in {file} do not fit the configuration in {folder / name}: {len(missing)} "
-            f"missing ({', '.join(missing[:3])}); set model.base to the pipeline that the file belongs to"
-        )
+        raise misfit(f"{len(missing)} missing ({', '.join(missing[:3])})")
     return model.eval()
 
 
