@@ -188,6 +188,17 @@ def test_residual_layers_of_sdxl() -> None:
                 "final_layer.adaLN_modulation.1.weight": (6144, 3072),
             },
         ),
+        (
+            "SD3Transformer2DModel",
+            SD35_MEDIUM,
+            665,
+            {
+                "pos_embed": (1, 147456, 1536),
+                "joint_blocks.12.x_block.attn2.ln_k.weight": (64,),
+                "joint_blocks.22.context_block.attn.ln_q.weight": (64,),
+                "joint_blocks.23.context_block.adaLN_modulation.1.bias": (3072,),
+            },
+        ),
     ],
 )
 def test_every_weight_has_its_original_name(

@@ -21,8 +21,16 @@ from flowgrpo.cli.push import push_run
 from flowgrpo.core.random import Random
 from flowgrpo.data.prompts import Prompt
 from flowgrpo.policy import Full, LoRA, PipelinePolicy
-from flowgrpo.policy.export import export, export_checkpoint, export_kohya, export_merged
+from flowgrpo.policy.export import (
+    export,
+    export_checkpoint,
+    export_denoiser,
+    export_kohya,
+    export_merged,
+)
 from flowgrpo.policy.export.adapter_files import COMFYUI_FOLDER, DIFFUSERS_FILE, KOHYA_FOLDER
+from flowgrpo.policy.settings import ModelSource
+from flowgrpo.policy.weights import Trainable
 from tests.conftest import MakePolicy, noise_of, sampling_of
 from tests.tiny import FAMILIES, save
 
@@ -48,6 +56,12 @@ def tuned_policy(name: str, make_policy: MakePolicy, **options: Any) -> Pipeline
 
 def loaded(pipeline: DiffusionPipeline, like: PipelinePolicy) -> Tensor:
     return images(PipelinePolicy(pipeline, sampling=like.sampling))
+
+
+def loaded_images(pipeline: DiffusionPipeline, like: PipelinePolicy) -> Tensor:
+    return PipelinePolicy(pipeline, sampling=like.sampling).images(
+        [Prompt("two cats")], noise_of(3)
+    )
 
 
 @pytest.mark.parametrize("name", ["sd15", "sdxl"])
@@ -128,20 +142,58 @@ def test_merged_weights_are_a_pipeline(name: str, make_policy: MakePolicy, tmp_p
     torch.testing.assert_close(loaded(pipeline, policy), tuned, atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("name", ["sd15", "sdxl"])
-def test_a_checkpoint_is_one_file(
+@pytest.mark.parametrize("name", ["sd15", "sdxl", "sd3"])
+def test_a_denoiser_is_one_file(
     name: str, make_policy: MakePolicy, tiny: Tiny, tmp_path: Path
 ) -> None:
     policy = tuned_policy(name, make_policy)
     tuned = images(policy)
     assert policy.trainable is not None
-    (file,) = export_checkpoint(policy.stock_pipeline(), policy.trainable, tmp_path).files
-    assert "ComfyUI" in file.readers
+    (file,) = export_denoiser(policy.stock_pipeline(), policy.trainable, tmp_path).files
+    assert "ComfyUI: models/diffusion_models" in file.readers
     part = file.path.stem
     kind = type(policy.pipeline.components[part])
     model = kind.from_single_file(str(file.path), config=str(tiny(name)), subfolder=part)
     pipeline = DiffusionPipeline.from_pretrained(tiny(name), **{part: model})
     torch.testing.assert_close(loaded(pipeline, policy), tuned, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["sd15", "sdxl", "sd3"])
+def test_a_checkpoint_is_the_whole_model(
+    name: str, make_policy: MakePolicy, tiny: Tiny, tmp_path: Path
+) -> None:
+    """It loads back with other weights in its base: everything is in the file."""
+    policy = tuned_policy(name, make_policy)
+    parts = {k: m for k, m in policy.pipeline.components.items() if isinstance(m, torch.nn.Module)}
+    with torch.no_grad():
+        for part in parts.values():
+            for parameter in part.parameters():
+                parameter.mul_(1.1)
+        if name == "sd3":
+            # As published: diffusers and ComfyUI take it to be the identity.
+            parts["text_encoder"].text_projection.weight.copy_(torch.eye(16))
+    tuned = policy.images([Prompt("two cats")], noise_of(3))
+    assert policy.trainable is not None
+    stock = policy.stock_pipeline()
+    (file,) = export_checkpoint(stock, policy.trainable, tmp_path).files
+    assert "ComfyUI: models/checkpoints" in file.readers
+    again = PipelinePolicy.from_pretrained(
+        ModelSource(path=str(file.path), base=str(tiny(name))), sampling=policy.sampling
+    )
+    found = again.images([Prompt("two cats")], noise_of(3))
+    torch.testing.assert_close(found, tuned, atol=1e-4, rtol=0)
+    if name == "sd15":
+        pipeline = type(stock).from_single_file(str(file.path), config=str(tiny(name)))
+        found = loaded_images(pipeline, policy)
+        torch.testing.assert_close(found, tuned, atol=1e-4, rtol=0)
+        # An export of it is whole: the base's other components are not those of the file.
+        export_merged(
+            again.pipeline,
+            Trainable(again.denoisers, Full(), seed=0, with_reference=False),
+            tmp_path / "merged",
+        )
+        found = loaded_images(DiffusionPipeline.from_pretrained(tmp_path / "merged"), policy)
+        torch.testing.assert_close(found, tuned, atol=1e-4, rtol=0)
 
 
 def test_other_checkpoints_are_refused_before_the_merge(
@@ -150,7 +202,7 @@ def test_other_checkpoints_are_refused_before_the_merge(
     policy = make_policy("wan22")
     assert policy.trainable is not None
     with pytest.raises(ValueError, match="not of WanTransformer3DModel; use --format merged"):
-        export_checkpoint(policy.stock_pipeline(), policy.trainable, tmp_path)
+        export_denoiser(policy.stock_pipeline(), policy.trainable, tmp_path)
     assert all(m.peft_config for m in policy.trainable.denoisers.values())
 
 

@@ -259,6 +259,44 @@ def test_a_prompt_file_may_move_but_not_change(tmp_path):
         )
 
 
+def test_paths_mean_the_same_from_any_directory(tmp_path, monkeypatch):
+    """A run started with relative paths and ``~`` is resumed from another directory, and after a move."""
+    home, work = tmp_path / "home", tmp_path / "work"
+    home.mkdir()
+    (work / "model").mkdir(parents=True)
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.chdir(work)
+    for file in (work / "mine.txt", home / "theirs.txt"):
+        file.write_text("a red circle\n")
+    mine = (
+        "model.path=model",
+        "model.adapters=[{path='mine.txt'}, {path='~/theirs.txt', scale=0.5}]",
+        "model.weights={kind='lora', init='~/theirs.txt'}",
+        "prompts.train=mine.txt",
+        "prompts.balance=''",
+    )
+    assert config("~/r").run.folder == str(home / "r")
+    run("run", *mine)
+    monkeypatch.chdir(home)
+    there = flowgrpo.load(str(work / "run" / "config.toml"))
+    assert there.model.path == str(work / "model")
+    assert [a.path for a in there.model.adapters] == [
+        str(work / "mine.txt"),
+        str(home / "theirs.txt"),
+    ]
+    assert there.model.weights.init == str(home / "theirs.txt")
+    assert there.prompts.train == str(work / "mine.txt")
+    # What comes with flowgrpo keeps its name, as do hub ids.
+    assert there.prompts.held_out == "prompts/shapes_held_out.jsonl"
+    (work / "run").rename(home / "moved")
+    moved = flowgrpo.load("moved/config.toml", ["train.iterations=3"])
+    assert moved.run.folder == "moved"
+    monkeypatch.chdir(work)
+    run(home / "moved", *mine, "train.iterations=3")
+    with pytest.raises(ConfigError, match=r"model\.path is '.*' there and 'me/model' now"):
+        run(home / "moved", *mine, "model.path=me/model", "train.iterations=3")
+
+
 def test_the_table_of_changeable_keys_names_keys_and_is_in_the_docs():
     settings = config("nowhere")
     for key in CHANGEABLE:

@@ -13,44 +13,12 @@ from flowgrpo.bench.base import BenchError, Json
 from flowgrpo.bench.files import sha256
 from flowgrpo.core.imports import suggest
 from flowgrpo.policy import PipelinePolicy, Sampling
-from flowgrpo.policy.loading import DTYPES, load_pipeline
+from flowgrpo.policy.loading import expanded
+from flowgrpo.policy.settings import Adapter, ModelSource
 
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf")
 PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate", "flowgrpo")
 SHAPES = Path(__file__).parents[1] / "shapes" / "model"
-
-
-@dataclass(frozen=True)
-class Adapter:
-    """A LoRA adapter and its scale.
-
-    Attributes:
-        path: A folder, a ``.safetensors`` file, or a hub id.
-        scale: Factor of the adapter's output.
-    """
-
-    path: str
-    scale: float = 1.0
-
-    @classmethod
-    def parse(cls, text: str) -> "Adapter":
-        """Read ``PATH`` or ``PATH:SCALE``.
-
-        Raises:
-            ValueError: If the scale is no finite number.
-        """
-        path, colon, scale = text.rpartition(":")
-        if not colon or Path(text).exists() or "/" in scale or "\\" in scale:
-            return cls(text)
-        try:
-            value = float(scale)
-        except ValueError:
-            raise ValueError(
-                f"--adapter must be PATH or PATH:SCALE with a number as scale, got {text!r}"
-            ) from None
-        if value != value or abs(value) == float("inf"):
-            raise ValueError(f"--adapter: the scale must be finite, got {text!r}")
-        return cls(path, value)
 
 
 @dataclass(frozen=True)
@@ -74,129 +42,43 @@ class Subject:
 
 
 def subject(
-    model: str,
+    model: str | ModelSource,
     *,
-    adapters: Sequence[Adapter] = (),
     sampling: Sampling,
     dtype: str = "float32",
     device: str = "cpu",
     batch: int = 16,
     label: str = "",
 ) -> Subject:
-    """A model by hub id, pipeline folder, single file or ``"shapes"``, with adapters."""
+    """A model by hub id, pipeline folder, single file or ``"shapes"``, with its adapters."""
+    source = model if isinstance(model, ModelSource) else ModelSource(path=model)
 
     def load() -> PipelinePolicy:
-        pipeline = load_any(model, dtype)
-        add_adapters(pipeline, adapters)
-        return PipelinePolicy(
-            pipeline, sampling=sampling, batch_size=batch, dtype=dtype, device=device
+        return PipelinePolicy.from_pretrained(
+            source, sampling=sampling, batch_size=batch, dtype=dtype, device=device
         )
 
-    def identity() -> Json:
-        return {**identify(model), "adapters": [identify_adapter(a) for a in adapters]}
-
-    return Subject(label or label_of(model, adapters), identity, load, sampling, dtype)
+    own = label or label_of(source.path, source.adapters)
+    return Subject(own, lambda: identify_source(source), load, sampling, dtype)
 
 
-def load_any(model: str, dtype: str) -> Any:
-    """A pipeline from a hub id, a folder, ``"shapes"`` or one checkpoint file.
-
-    Parts that a single file lacks, such as text encoders, come from the hub.
-
-    Raises:
-        BenchError: If a single file's pipeline class is unknown, or parts of it are not to be had.
-    """
-    path = Path(model)
-    if path.suffix not in WEIGHTS or not path.is_file():
-        return load_pipeline(model, DTYPES[dtype])
-    import diffusers
-    from diffusers.loaders.single_file_utils import (
-        infer_diffusers_model_type,
-        load_single_file_checkpoint,
-    )
-
-    kind = infer_diffusers_model_type(load_single_file_checkpoint(str(path)))
-    name = SINGLE_FILES.get(kind)
-    if name is None:
-        raise BenchError(
-            f"{model} holds a model of the kind {kind!r}, whose pipeline is not known here: convert it "
-            "to a pipeline folder with diffusers"
-        )
-    try:
-        return getattr(diffusers, name).from_single_file(model, torch_dtype=DTYPES[dtype])
-    except (OSError, ValueError) as error:
-        raise BenchError(f"{model} cannot be loaded as a {name}: {error}") from error
+def identify_source(source: ModelSource) -> dict[str, Any]:
+    """What decides the weights of a model: its name, hash or commit, base, variant and adapters."""
+    found = identify(source.path, source.revision)
+    if source.base:
+        found["base"] = identify(source.base)
+    if source.variant:
+        found["variant"] = source.variant
+    return {**found, "adapters": [identify_adapter(a) for a in source.adapters]}
 
 
-SINGLE_FILES = {
-    "v1": "StableDiffusionPipeline",
-    "v2": "StableDiffusionPipeline",
-    "xl_base": "StableDiffusionXLPipeline",
-    "playground-v2-5": "StableDiffusionXLPipeline",
-    "sd3": "StableDiffusion3Pipeline",
-    "sd35_large": "StableDiffusion3Pipeline",
-    "sd35_medium": "StableDiffusion3Pipeline",
-    "chroma": "ChromaPipeline",
-    "z-image-turbo": "ZImagePipeline",
-    "flux-dev": "FluxPipeline",
-    "flux-schnell": "FluxPipeline",
-}
-"""Pipelines of the model kinds that diffusers infers from a single file."""
-
-
-def add_adapters(pipeline: Any, adapters: Sequence[Adapter], trained: Sequence[str] = ()) -> None:
-    """Load adapters into a pipeline and set their scales.
-
-    Args:
-        pipeline: A pipeline of diffusers.
-        adapters: The adapters to load.
-        trained: Adapters that are in it already, which stay at scale 1.
-
-    Raises:
-        BenchError: If an adapter cannot be loaded, or does not change the model.
-    """
-    if not adapters:
-        return
-    if not hasattr(pipeline, "load_lora_weights"):
-        raise BenchError(f"{type(pipeline).__name__} of diffusers loads no adapters")
-    names = [f"bench_{i}" for i in range(len(adapters))]
-    for name, adapter in zip(names, adapters, strict=True):
-        before = {n for n, _ in _lora_parameters(pipeline, "")}
-        try:
-            pipeline.load_lora_weights(adapter.path, adapter_name=name)
-        except (OSError, ValueError, KeyError, RuntimeError) as error:
-            raise BenchError(f"adapter {adapter.path} cannot be loaded: {error}") from error
-        added = [(n, p) for n, p in _lora_parameters(pipeline, name) if n not in before]
-        outputs = [p for n, p in added if "lora_B" in n]
-        if not outputs:
-            raise BenchError(f"adapter {adapter.path} fits no layer of {type(pipeline).__name__}")
-        if not any(bool(p.detach().any()) for p in outputs):
-            raise BenchError(
-                f"adapter {adapter.path} is all zeros, so it does not change the model: is it the "
-                "file of an untrained adapter?"
-            )
-    scales = [1.0] * len(trained) + [a.scale for a in adapters]
-    pipeline.set_adapters([*trained, *names], scales)
-
-
-def _lora_parameters(pipeline: Any, adapter: str) -> list[tuple[str, Any]]:
-    """LoRA matrices of an adapter, or of all, by component and name."""
-    return [
-        (f"{part}.{name}", parameter)
-        for part, model in pipeline.components.items()
-        if hasattr(model, "named_parameters")
-        for name, parameter in model.named_parameters()
-        if "lora_" in name and (not adapter or f".{adapter}." in name)
-    ]
-
-
-def identify(model: str) -> dict[str, Any]:
+def identify(model: str, revision: str = "") -> dict[str, Any]:
     """A model's name with the commit of its hub snapshot, or a hash of its files.
 
     Raises:
         BenchError: If a hub model is not on this machine.
     """
-    path = SHAPES if model == "shapes" else Path(model)
+    path = SHAPES if model == "shapes" else Path(expanded(model))
     if path.is_file():
         return {"model": path.name, "sha256": sha256(path)}
     if path.is_dir():
@@ -205,7 +87,7 @@ def identify(model: str) -> dict[str, Any]:
     from huggingface_hub import snapshot_download
 
     try:
-        snapshot = Path(snapshot_download(model, local_files_only=True))
+        snapshot = Path(snapshot_download(model, revision=revision or None, local_files_only=True))
     except (OSError, ValueError) as error:
         raise BenchError(f"{model} is neither a folder nor a hub model on this machine") from error
     return {"model": model, "revision": snapshot.name}

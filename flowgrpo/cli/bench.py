@@ -5,8 +5,11 @@ import os
 import time
 import tomllib
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from flowgrpo.cli.common import LORA_HELP, SOURCE_OPTIONS
 
 if TYPE_CHECKING:
     from flowgrpo.bench.base import Benchmark
@@ -55,7 +58,8 @@ OPTIONS: Mapping[str, Sequence[tuple[str, str, dict[str, Any]]]] = {
     ],
     "model": [
         ("--model", "hub id, pipeline folder, single file, run directory, or 'shapes'", {}),
-        ("--adapter", "LoRA adapter: folder, file or hub id; can be given again", {**AGAIN, "metavar": "PATH[:SCALE]"}),
+        ("--lora", LORA_HELP, {**AGAIN, "metavar": "PATH[:SCALE]"}),
+        *((name, text, {}) for name, text in SOURCE_OPTIONS.items()),
         ("--weights", "of a run: which checkpoint, or the model before training (default: %(default)s)", {"choices": ("best", "last", "base"), "default": "last"}),
         ("--steps", "denoising steps (default: 28; of a run: as in its evaluations)", {"type": int}),
         ("--guidance", "guidance scale (default: the pipeline's; of a run: as in its evaluations)", {"type": float}),
@@ -152,26 +156,29 @@ def _quiet() -> None:
 
 def _subject(options: argparse.Namespace) -> "Subject":
     """The model of the options: a pipeline or a run, with adapters."""
-    from flowgrpo.bench.models import Adapter, label_of, parse_label, subject
-    from flowgrpo.cli.common import run_config, sampling_of
+    from flowgrpo.bench.models import label_of, parse_label, subject
+    from flowgrpo.cli.common import UsageError, adapters_of, run_config, sampling_of, source_of
 
-    adapters = [Adapter.parse(a) for a in options.adapter]
+    adapters = adapters_of(options)
     run = Path(options.model)
     is_run = (run / "config.toml").is_file()
+    given = [o for o in SOURCE_OPTIONS if getattr(options, o.removeprefix("--"))]
+    if is_run and given:
+        raise UsageError(f"{given[0]} is for models; a run has its own")
     if is_run and options.weights != "base":
         return _run_subject(run, adapters, options)
-    model, sampling, dtype = options.model, sampling_of(options, 28), options.dtype or "float32"
-    label = label_of(model, adapters)
+    source, sampling = source_of(options), sampling_of(options, 28)
+    dtype, label = options.dtype or "float32", label_of(source.path, adapters)
     if is_run:
         config = run_config(run)
-        model, sampling = config.model.path, _merged(config.evaluation_sampling(), options)
+        own, sampling = config.model.source, _merged(config.evaluation_sampling(), options)
+        source = replace(own, adapters=(*own.adapters, *adapters))
         label, dtype = (
             label_of(f"{run.resolve().name}-base", adapters),
             options.dtype or config.model.dtype,
         )
     return subject(
-        model,
-        adapters=adapters,
+        source,
         sampling=sampling,
         dtype=dtype,
         device=_device(options.device),
@@ -186,9 +193,7 @@ def _run_subject(run: Path, adapters: Sequence[Any], options: argparse.Namespace
     from flowgrpo.bench.files import sha256
     from flowgrpo.bench.models import (
         Subject,
-        add_adapters,
-        identify,
-        identify_adapter,
+        identify_source,
         label_of,
         parse_label,
     )
@@ -197,6 +202,7 @@ def _run_subject(run: Path, adapters: Sequence[Any], options: argparse.Namespace
     from flowgrpo.training import checkpoints
 
     config = run_config(run)
+    own = config.model.source
     if options.dtype and options.dtype != config.model.dtype:
         raise ValueError(
             f"--dtype: a run has its own, {config.model.dtype!r}; export it to change that"
@@ -208,30 +214,25 @@ def _run_subject(run: Path, adapters: Sequence[Any], options: argparse.Namespace
     sampling = _merged(config.evaluation_sampling(), options)
 
     def load() -> PipelinePolicy:
-        policy, _ = load_run(run, options.weights, sampling=sampling)
+        policy, _ = load_run(run, options.weights, sampling=sampling, adapters=adapters)
         policy.batch_size = options.batch
-        trained = ["default"] if config.model.weights.kind == "lora" else []
-        add_adapters(policy.pipeline, adapters, trained)
         return policy
 
     def identity() -> Mapping[str, Any]:
         return {
-            **identify(config.model.path),
+            **identify_source(replace(own, adapters=(*own.adapters, *adapters))),
             "run": run.resolve().name,
             "weights": options.weights,
             "checkpoint_sha256": sha256(place / checkpoints.STATE),
-            "adapters": [identify_adapter(a) for a in adapters],
         }
 
     label = label_of(f"{run.resolve().name}-{options.weights}", adapters)
-    own = parse_label(options.label) if options.label else label
-    return Subject(own, identity, load, sampling, config.model.dtype)
+    name = parse_label(options.label) if options.label else label
+    return Subject(name, identity, load, sampling, config.model.dtype)
 
 
 def _merged(sampling: Any, options: argparse.Namespace) -> Any:
     """A run's evaluation sampling with the changes of the command line."""
-    from dataclasses import replace
-
     from flowgrpo.cli.common import sampling_of
 
     given = sampling_of(options, sampling.num_steps)

@@ -3,6 +3,7 @@
 import argparse
 import tomllib
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ if TYPE_CHECKING:
     from flowgrpo.config import Config
     from flowgrpo.data.prompts import Prompt
     from flowgrpo.policy import PipelinePolicy, Sampling
+    from flowgrpo.policy.settings import Adapter, ModelSource
 
 CONFIG_HELP = "configuration: a .toml file, or the name of one that comes with flowgrpo (quickstart, sd15_dance, ...)"
 
@@ -41,12 +43,58 @@ def add_weights_argument(parser: argparse.ArgumentParser) -> None:
     )
 
 
+LORA_HELP = "LoRA adapter that is added to the model: a file, folder, hub id or run directory; can be given again"
+SOURCE_OPTIONS = {
+    "--base": "pipeline that has what a checkpoint in one file lacks: a hub id or folder (default: the published one)",
+    "--revision": "branch, tag or commit of a hub id",
+    "--variant": "variant of the weights, such as fp16",
+}
+
+
+def add_lora_argument(parser: argparse.ArgumentParser) -> None:
+    """``--lora PATH[:SCALE]``, for commands that generate images."""
+    parser.add_argument(
+        "--lora", action="append", default=[], metavar="PATH[:SCALE]", help=LORA_HELP
+    )
+
+
+def source_of(options: argparse.Namespace) -> "ModelSource":
+    """The model of the options, with its base, revision, variant and adapters.
+
+    Raises:
+        ValueError: If an adapter's scale cannot be read.
+    """
+    from flowgrpo.policy.settings import ModelSource
+
+    return ModelSource(
+        path=options.model,
+        base=options.base or "",
+        revision=options.revision or "",
+        variant=options.variant or "",
+        adapters=adapters_of(options),
+    )
+
+
+def adapters_of(options: argparse.Namespace) -> "tuple[Adapter, ...]":
+    """The adapters of ``--lora``.
+
+    Raises:
+        ValueError: If a scale cannot be read.
+    """
+    from flowgrpo.policy.settings import Adapter
+
+    return tuple(Adapter.parse(text) for text in options.lora)
+
+
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """The model and how its pipeline is called."""
     parser.add_argument(
         "model",
-        help="hub id or folder of a diffusers pipeline, a run directory, or 'shapes' for the model in the package",
+        help="hub id or folder of a diffusers pipeline, a checkpoint in one file, a run directory, or 'shapes' for the model in the package",
     )
+    for name, text in SOURCE_OPTIONS.items():
+        parser.add_argument(name, help=text)
+    add_lora_argument(parser)
     parser.add_argument("--steps", type=int, help="denoising steps (default: 28; the doctor takes 4)")  # fmt: skip
     parser.add_argument("--guidance", type=float, help="guidance scale (default: the pipeline's)")
     parser.add_argument("--size", help="WIDTHxHEIGHT in pixels (default: the pipeline's)")
@@ -151,13 +199,16 @@ def load_policy(options: argparse.Namespace, steps: int) -> "PipelinePolicy":
     prepare_cpu(0)
     sampling = sampling_of(options, steps)
     if (Path(options.model) / "config.toml").exists():
-        policy, _ = load_run(Path(options.model), "last")
+        given = [o for o in SOURCE_OPTIONS if getattr(options, o.removeprefix("--"))]
+        if given:
+            raise UsageError(f"{given[0]} is for models; a run has its own")
+        policy, _ = load_run(Path(options.model), "last", adapters=adapters_of(options))
         policy.sampling = sampling
         policy.check_sampling(sampling)
         policy.batch_size = options.batch
         return policy
     return PipelinePolicy.from_pretrained(
-        options.model,
+        source_of(options),
         sampling=sampling,
         batch_size=options.batch,
         dtype=options.dtype,
@@ -179,7 +230,11 @@ def run_config(folder: Path) -> "Config":
 
 
 def load_run(
-    folder: Path, weights: str, base: bool = False, sampling: "Sampling | None" = None
+    folder: Path,
+    weights: str,
+    base: bool = False,
+    sampling: "Sampling | None" = None,
+    adapters: "Sequence[Adapter]" = (),
 ) -> "tuple[PipelinePolicy, int]":
     """The model of a run, and the iteration of its checkpoint.
 
@@ -188,6 +243,7 @@ def load_run(
         weights: Which checkpoint, ``best`` or ``last``.
         base: Leave the weights as they were before training.
         sampling: How the pipeline is called; by default as in the run's evaluations.
+        adapters: Adapters that are added to the model, after those of the run's configuration.
 
     Raises:
         FileNotFoundError: If the folder is not a run directory or has no checkpoint.
@@ -203,8 +259,9 @@ def load_run(
     )
     if place is None or not place.exists():
         raise FileNotFoundError(f"{folder} has no checkpoint yet")
+    source = config.model.source
     policy = PipelinePolicy.from_pretrained(
-        config.model.path,
+        replace(source, adapters=(*source.adapters, *adapters)),
         sampling=sampling or config.evaluation_sampling(),
         weights=config.model.weights,
         batch_size=config.train.rollout_batch,

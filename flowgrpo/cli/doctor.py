@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flowgrpo.cli.common import add_model_arguments, device_of, quiet, sampling_of
+from flowgrpo.cli.common import add_model_arguments, device_of, quiet, sampling_of, source_of
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -51,7 +51,7 @@ def run(options: argparse.Namespace) -> int:
         clip_range=options.clip_range,
     )
     try:
-        diagnosis = examine(options.model, settings)
+        diagnosis = examine(source_of(options), settings)
     except ValueError as error:
         _write_json(options.json, {"model": options.model, "passed": False, "refused": str(error)})
         raise

@@ -14,9 +14,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", help="run directory")
     parser.add_argument(
         "--format",
-        choices=("diffusers", "comfyui", "kohya", "merged", "checkpoint"),
+        choices=("diffusers", "comfyui", "kohya", "merged", "checkpoint", "denoiser"),
         help="an adapter for diffusers, for ComfyUI, or for sd-scripts and AUTOMATIC1111; or with the "
-        "adapter added to the weights, a whole pipeline or the denoiser in one file (default: every adapter that exists for the "
+        "adapter added to the weights, a pipeline folder (merged), the whole model in one file "
+        "(checkpoint), or the denoiser in one file (default: every adapter that exists for the "
         "model, or the whole pipeline if all weights were trained)",
     )
     parser.add_argument("--out", required=True, help="new or empty folder")
@@ -49,6 +50,7 @@ def run(options: argparse.Namespace) -> int:
             "kohya": formats.export_kohya,
             "merged": formats.export_merged,
             "checkpoint": formats.export_checkpoint,
+            "denoiser": formats.export_denoiser,
         }[options.format]
         exported = write(pipeline, trainable, out)
     print(f"weights after {iteration} iterations:")

@@ -4,7 +4,14 @@ import argparse
 from dataclasses import replace
 from pathlib import Path
 
-from flowgrpo.cli.common import add_weights_argument, load_run, quiet, run_config
+from flowgrpo.cli.common import (
+    adapters_of,
+    add_lora_argument,
+    add_weights_argument,
+    load_run,
+    quiet,
+    run_config,
+)
 
 SUMMARY = "draw a comparison grid: base model and trained model, same noise"
 EXAMPLE = "flowgrpo grid runs/quickstart --out grid.png"
@@ -21,6 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--seed", type=int, default=0, help="for the noise (default: %(default)s)")
     add_weights_argument(parser)
+    add_lora_argument(parser)
     parser.add_argument(
         "--steps", type=int, help="denoising steps (default: as in the run's evaluations)"
     )
@@ -39,14 +47,15 @@ def run(options: argparse.Namespace) -> int:
     folder = Path(options.run)
     config = run_config(folder)
     quiet()
+    adapters = adapters_of(options)
     prompts = PromptSet.load(find(options.prompts or config.prompts.held_out))
     sampling = config.evaluation_sampling()
     changes = {"num_steps": options.steps, "guidance_scale": options.guidance}
     sampling = replace(sampling, **{k: v for k, v in changes.items() if v is not None})
     grid = ComparisonGrid.of(prompts, options.rows, options.samples, options.seed)
-    policy, iteration = load_run(folder, options.weights, base=True)
+    policy, iteration = load_run(folder, options.weights, base=True, adapters=adapters)
     base = grid.generate(policy, sampling)
-    policy, iteration = load_run(folder, options.weights)
+    policy, iteration = load_run(folder, options.weights, adapters=adapters)
     tuned = grid.generate(policy, sampling)
     scorer = RewardScorer(config.rewards, config.failures)
     columns = ["base", f"after {iteration} iterations"]

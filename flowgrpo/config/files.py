@@ -3,6 +3,7 @@
 import re
 import tomllib
 from collections.abc import Sequence
+from dataclasses import replace
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,29 +16,32 @@ if TYPE_CHECKING:
     from flowgrpo.config.reader import Location
     from flowgrpo.config.schema import Config
 
+CONFIG, INPUTS = "config.toml", "inputs.json"
+"""Files of every run directory."""
+
 
 def find(name: str) -> Path:
     """A file by its path, or by the name of one that comes with flowgrpo.
 
-    ``quickstart`` and ``configs/quickstart.toml`` name the same configuration.
+    ``quickstart`` and ``configs/quickstart.toml`` name the same configuration. ``~`` is the home folder.
 
     Raises:
         FileNotFoundError: With the nearest name.
         IsADirectoryError: If it is a run directory.
     """
-    if Path(name).is_file() or name.startswith(HUB):
+    if name.startswith(HUB):
         return Path(name)
-    package = Path(str(resources.files("flowgrpo")))
-    roots = [package.parent, package / "data"]
-    for root in roots:
-        for candidate in (root / name, root / "configs" / f"{name}.toml"):
-            if candidate.is_file():
-                return candidate
+    name = str(Path(name).expanduser()) if name.startswith("~") else name
+    if Path(name).is_file():
+        return Path(name)
+    shipped = _shipped(name)
+    if shipped is not None:
+        return shipped
     if (Path(name) / "config.toml").is_file():
         raise IsADirectoryError(f"{name} is a folder; its configuration is {name}/config.toml")
     known = {
         f"{p.parent.name}/{p.name}"
-        for r in roots
+        for r in _roots()
         for d in ("configs", "prompts")
         for p in (r / d).glob("*.*")
     }
@@ -46,8 +50,61 @@ def find(name: str) -> Path:
     )
 
 
+def _roots() -> list[Path]:
+    """The folders below which the files that come with flowgrpo lie, in a checkout and in a wheel."""
+    package = Path(str(resources.files("flowgrpo")))
+    return [package.parent, package / "data"]
+
+
+def _shipped(name: str) -> Path | None:
+    """A file that comes with flowgrpo; None if there is none of this name."""
+    for root in _roots():
+        for candidate in (root / name, root / "configs" / f"{name}.toml"):
+            if candidate.is_file():
+                return candidate
+    return None
+
+
+def absolute(config: "Config") -> "Config":
+    """A configuration whose paths mean the same from any directory.
+
+    Paths to existing files and folders become absolute, as does the run directory; ``~`` is replaced.
+    Hub ids, and files that come with flowgrpo, keep their names.
+    """
+    model, weights = config.model, config.model.weights
+    adapters = tuple(replace(a, path=_absolute(a.path)) for a in model.adapters)
+    if getattr(weights, "init", ""):
+        weights = replace(weights, init=_absolute(weights.init))  # type: ignore[call-arg, union-attr]
+    model = replace(
+        model,
+        path=model.path if model.path == "shapes" else _absolute(model.path),
+        base=_absolute(model.base),
+        adapters=adapters,
+        weights=weights,
+    )
+    prompts = replace(
+        config.prompts,
+        train=_absolute(config.prompts.train),
+        held_out=_absolute(config.prompts.held_out),
+    )
+    run = replace(config.run, folder=str(Path(config.run.folder).expanduser().absolute()))
+    return replace(config, model=model, prompts=prompts, run=run)
+
+
+def _absolute(name: str) -> str:
+    if not name or name.startswith(HUB):
+        return name
+    path = Path(name).expanduser()
+    shipped = _shipped(name)
+    if not path.exists() or (shipped is not None and shipped.resolve() == path.resolve()):
+        return str(path) if name.startswith("~") else name
+    return str(path.absolute())
+
+
 def load(name: str, settings: Sequence[str] = ()) -> "Config":
     """Read a configuration file and apply ``key=value`` settings to it.
+
+    The configuration in a run directory is that of a run in this directory, also if it was moved.
 
     Raises:
         ConfigError: On wrong keys, types or values. Each line of the message names the file and the
@@ -61,13 +118,19 @@ def load(name: str, settings: Sequence[str] = ()) -> "Config":
     try:
         text = path.read_text(encoding="utf-8")
         table = tomllib.loads(text)
+        if (
+            path.name == CONFIG
+            and (path.parent / INPUTS).is_file()
+            and "folder" in table.get("run", {})
+        ):
+            table["run"]["folder"] = str(path.parent)
     except UnicodeDecodeError as error:
         line = error.object.count(b"\n", 0, error.start) + 1
         raise ConfigError(f"{path}:{line}: not UTF-8; save the file in this encoding") from error
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{path}: not valid TOML: {error}") from error
     try:
-        return read(Config, override(table, settings))
+        config = read(Config, override(table, settings))
     except TableError as error:
         messages = []
         for fault in error.faults:
@@ -75,6 +138,10 @@ def load(name: str, settings: Sequence[str] = ()) -> "Config":
             place = f"--set {setting}" if setting else f"{path}:{line_of(text, fault.location)}"
             messages.append(f"{place}: {fault.sentence}")
         raise ConfigError("\n".join(messages)) from None
+    if config.run.folder.startswith("~"):
+        folder = str(Path(config.run.folder).expanduser())
+        return replace(config, run=replace(config.run, folder=folder))
+    return config
 
 
 def _setting_of(location: "Location", table: Any, settings: Sequence[str]) -> str | None:

@@ -32,7 +32,15 @@ from flowgrpo.losses.clipped import ClippedLoss
 from flowgrpo.losses.group_matching import CRDLoss, DGPOLoss
 from flowgrpo.losses.matching import MatchingLoss
 from flowgrpo.losses.nft import NFTLoss
-from flowgrpo.policy.settings import Full, LoRA, Memory, Noise, Sampling
+from flowgrpo.policy.settings import (
+    Adapter,
+    Full,
+    LoRA,
+    Memory,
+    ModelSource,
+    Noise,
+    Sampling,
+)
 from flowgrpo.rewards.settings import Failures, Reward, check_rewards
 
 Split = Literal["groups", "samples", "steps", "actions"]
@@ -44,11 +52,35 @@ class Model:
     """The pipeline, its precision, and which of its weights are trained."""
 
     path: str
-    """Hub id or folder of a diffusers pipeline, or ``shapes`` for the model in the package."""
+    """Hub id or folder of a diffusers pipeline; a checkpoint in one file (``.safetensors``, ``.ckpt``); or
+    ``shapes`` for the model in the package."""
+    base: str = ""
+    """Hub id or folder of the pipeline that has what a checkpoint in one file lacks: the configuration,
+    the tokenizers and often the text encoders and the VAE. If empty, the published pipeline of the model
+    that the file contains."""
+    revision: str = ""
+    """Branch, tag or commit of a hub id. If empty, the main branch."""
+    variant: str = ""
+    """Variant of the weights, such as ``fp16``. If empty, the weights without a variant or, where there
+    are none, the only variant."""
+    adapters: tuple[Adapter, ...] = ()
+    """Earlier LoRA adapters, added to the weights before training as a frozen part of the model. To
+    train an adapter further, see ``model.weights.init``."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Precision of the denoiser's arithmetic. Trained weights are always kept in fp32."""
     weights: LoRA | Full | Noise = field(default_factory=LoRA)
     """The weights that are trained: adapters, all weights, or the initial noise."""
+
+    @property
+    def source(self) -> ModelSource:
+        """Where the pipeline is loaded from."""
+        return ModelSource(
+            path=self.path,
+            base=self.base,
+            revision=self.revision,
+            variant=self.variant,
+            adapters=self.adapters,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,9 +20,10 @@ from flowgrpo.doctor.subject import Check, CheckFunction, Settings, Subject
 from flowgrpo.policy import LoRA, PipelinePolicy
 from flowgrpo.policy.export import export
 from flowgrpo.policy.loading import DTYPES, load_pipeline, without_safety_checker
+from flowgrpo.policy.settings import ModelSource
 
 
-def load(model: str | Path, settings: Settings) -> DiffusionPipeline:
+def load(model: str | Path | ModelSource, settings: Settings) -> DiffusionPipeline:
     """Load a pipeline with diffusers, without progress bars and without a safety checker."""
     pipeline = load_pipeline(model, DTYPES[settings.dtype]).to(settings.device)
     pipeline.set_progress_bar_config(disable=True)
@@ -208,7 +209,7 @@ ALL: Sequence[CheckFunction] = (
 
 
 def _load_exported(
-    model: str | Path, folder: Path, denoisers: Sequence[str], settings: Settings
+    model: str | Path | ModelSource, folder: Path, denoisers: Sequence[str], settings: Settings
 ) -> DiffusionPipeline:
     """Load an export with diffusers: adapters into the base model, or a whole pipeline."""
     if not isinstance(settings.weights, LoRA):

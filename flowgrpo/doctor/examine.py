@@ -28,6 +28,7 @@ from flowgrpo.policy.call import UnsupportedPipelineError
 from flowgrpo.policy.loading import DTYPES, autoencoders, denoisers
 from flowgrpo.policy.placement import as_media, encode_deterministically
 from flowgrpo.policy.scheduler import FlowPolicyScheduler, first_order
+from flowgrpo.policy.settings import ModelSource
 from flowgrpo.training.console import Console
 
 BATCH_DEPENDENT = {
@@ -103,7 +104,7 @@ class _Trial:
     tiled: bool = False
 
 
-def examine(model: str | Path, settings: Settings) -> Diagnosis:
+def examine(model: str | Path | ModelSource, settings: Settings) -> Diagnosis:
     """Run all checks on a hub id or a folder.
 
     Raises:
@@ -123,7 +124,7 @@ def examine(model: str | Path, settings: Settings) -> Diagnosis:
 
 
 def _examine(
-    model: str | Path, settings: Settings, batches: Sequence[Sequence[Prompt]]
+    model: str | Path | ModelSource, settings: Settings, batches: Sequence[Sequence[Prompt]]
 ) -> Diagnosis:
     """Run all checks on the first batch of prompts that the pipeline accepts."""
     noise = SampleNoise([Random(7).at(i) for i in range(len(PROMPTS))])
@@ -224,7 +225,7 @@ def _adaptable(model: object) -> bool:
     return hasattr(model, "add_adapter") and hasattr(model, "load_lora_adapter")
 
 
-def _stock(model: str | Path, settings: Settings) -> DiffusionPipeline:
+def _stock(model: str | Path | ModelSource, settings: Settings) -> DiffusionPipeline:
     """Load the pipeline for diffusers' own call, with diffusers' own first-order sampler.
 
     Raises:

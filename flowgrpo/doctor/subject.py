@@ -11,7 +11,7 @@ from flowgrpo.core.transitions import Transition
 from flowgrpo.data.prompts import Prompt
 from flowgrpo.policy import Memory, PipelinePolicy, Sampling
 from flowgrpo.policy.pipeline import Rollout
-from flowgrpo.policy.settings import Weights
+from flowgrpo.policy.settings import ModelSource, Weights
 
 PROMPTS: Sequence[Prompt] = (
     Prompt("a photo of a red circle"),
@@ -80,7 +80,7 @@ class Subject:
         rollout: A rollout in which every trained step is stochastic and recorded.
     """
 
-    model: str | Path
+    model: str | Path | ModelSource
     policy: PipelinePolicy
     settings: Settings
     prompts: Sequence[Prompt]

@@ -3,14 +3,18 @@
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline, ModelMixin, PipelineQuantizationConfig
+from huggingface_hub.errors import RevisionResolutionError
 from transformers import PreTrainedModel
 
-from flowgrpo.policy.settings import Quantization
+from flowgrpo.policy.adapters import add_adapters
+from flowgrpo.policy.settings import ModelSource, Quantization
+from flowgrpo.policy.single_file import SUFFIXES, is_single_file, load_single_file
 
 AUTOENCODERS = ("vae", "movq")
 """Names that pipelines give to the model that decodes their latents."""
@@ -23,42 +27,133 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def load_pipeline(
-    model: str | Path, dtype: torch.dtype = torch.float32, quantize: Quantization = "none"
+    model: str | Path | ModelSource,
+    dtype: torch.dtype = torch.float32,
+    quantize: Quantization = "none",
 ) -> DiffusionPipeline:
-    """Load a pipeline with ``DiffusionPipeline.from_pretrained``.
+    """Load a pipeline from a folder, the hub, or a checkpoint in one file, with its adapters added.
 
     Args:
-        model: Hub id, folder, or ``"shapes"`` for the embedded model.
+        model: Hub id, folder, file, or ``"shapes"`` for the embedded model; or these with further
+            settings.
         dtype: Precision of the models. Autoencoders stay in fp32, because rewards score their output.
         quantize: Quantisation of the denoisers.
 
     Raises:
-        FileNotFoundError: If the folder does not exist or is not a pipeline.
+        FileNotFoundError: If the folder, file or hub id does not exist or is not a pipeline.
+        ValueError: If weights do not fit their models, or settings exclude each other.
     """
-    path = Path(__file__).parents[1] / "shapes" / "model" if str(model) == "shapes" else Path(model)
+    source = model if isinstance(model, ModelSource) else ModelSource(path=str(model))
+    source = replace(source, path=expanded(source.path), base=expanded(source.base))
+    if source.adapters and quantize != "none":
+        raise ValueError(
+            f"model.adapters are added to the weights, which memory.quantize = {quantize!r} rounds; merge "
+            "them into the model first, or set memory.quantize = 'none'"
+        )
+    path = Path(source.path)
+    if is_single_file(path):
+        if quantize != "none":
+            raise ValueError(
+                f"memory.quantize = {quantize!r} needs a pipeline folder or a hub id, and {path} is one file"
+            )
+        pipeline = load_single_file(source, dtype)
+    else:
+        pipeline = _load_folder(source, dtype, quantize)
+    add_adapters(pipeline, source.adapters)
+    return pipeline
+
+
+def _load_folder(
+    source: ModelSource, dtype: torch.dtype, quantize: Quantization
+) -> DiffusionPipeline:
+    """Load a pipeline with ``DiffusionPipeline.from_pretrained``.
+
+    Raises:
+        FileNotFoundError: If the folder or hub id does not exist or is not a pipeline.
+        ValueError: If weights do not fit their models.
+    """
+    if source.base:
+        raise ValueError(
+            f"model.base = {source.base!r} completes a checkpoint in one file, and model.path = "
+            f"{source.path!r} is a pipeline; remove it"
+        )
+    folder = pipeline_folder(source)
+    exact = dict.fromkeys(AUTOENCODERS, torch.float32)
+    config = None
+    if quantize != "none":
+        names = [n for n in DiffusionPipeline.load_config(folder) if _is_denoiser(n)]
+        config = _quantization(quantize, dtype, names)
+    variant = source.variant or variant_of(folder)
+    if source.variant and not any(
+        f".{source.variant}." in f.name or f".{source.variant}-" in f.name
+        for f in folder.rglob("*")
+    ):
+        raise ValueError(
+            f"model.variant = {source.variant!r}: {source.path} has no weights of this variant; remove it"
+        )
+    with _complete_weights(source.path):
+        return DiffusionPipeline.from_pretrained(
+            str(folder),
+            dtype={"default": dtype, **exact},
+            quantization_config=config,
+            variant=variant,
+        )
+
+
+def pipeline_folder(source: ModelSource) -> Path:
+    """The folder of a pipeline, downloaded from the hub if necessary.
+
+    Raises:
+        FileNotFoundError: If there is no such folder or hub id, or it is not a pipeline.
+    """
+    model, path = source.path, Path(source.path)
+    if model == "shapes":
+        path = Path(__file__).parents[1] / "shapes" / "model"
+    looks_like_path = model.startswith((".", "/")) or model.count("/") > 1 or path.is_absolute()
+    if path.is_file():
+        raise FileNotFoundError(
+            f"{path} is not a checkpoint in one file: its name ends in neither {' nor '.join(SUFFIXES)}"
+        )
+    if path.suffix in SUFFIXES and not path.is_dir():
+        raise FileNotFoundError(f"no such file: {path}")
+    if looks_like_path and not path.is_dir():
+        raise FileNotFoundError(f"no such folder: {path}")
+    if path.is_dir() and source.revision:
+        raise ValueError(
+            f"model.revision = {source.revision!r} is for hub ids, and {path} is a folder; remove it"
+        )
+    if not path.is_dir():
+        path = _downloaded(source)
     if (path / "modular_model_index.json").exists():
         raise FileNotFoundError(
             f"{path} is a modular pipeline, made of blocks; a policy needs a pipeline with a call of its "
             "own and a model_index.json"
         )
-    if path.is_dir() and not (path / "model_index.json").exists():
+    if not (path / "model_index.json").exists():
         raise FileNotFoundError(f"{path} is not a diffusers pipeline: it has no model_index.json")
-    looks_like_path = str(model).startswith((".", "/", "~")) or str(model).count("/") > 1
-    if looks_like_path and not path.is_dir():
-        raise FileNotFoundError(f"no such folder: {path}")
-    source = str(path) if path.is_dir() else str(model)
-    exact = dict.fromkeys(AUTOENCODERS, torch.float32)
-    config = None
-    if quantize != "none":
-        names = [n for n in DiffusionPipeline.load_config(source) if _is_denoiser(n)]
-        config = _quantization(quantize, dtype, names)
-    with _complete_weights(source):
-        return DiffusionPipeline.from_pretrained(
-            source,
-            dtype={"default": dtype, **exact},
-            quantization_config=config,
-            variant=variant_of(path) if path.is_dir() else None,
-        )
+    return path
+
+
+def _downloaded(source: ModelSource) -> Path:
+    """The snapshot of a hub id; without a connection the cached one.
+
+    Raises:
+        FileNotFoundError: If it can neither be downloaded nor is cached.
+    """
+    options = {"revision": source.revision or None, "variant": source.variant or None}
+    try:
+        return Path(DiffusionPipeline.download(source.path, **options))
+    except (OSError, ValueError, RevisionResolutionError) as error:
+        reason = str(error).strip().splitlines()[0]
+        which = f", revision {source.revision}" * bool(source.revision)
+        raise FileNotFoundError(
+            f"{source.path}{which} is neither a folder here nor a pipeline that can be downloaded: {reason}"
+        ) from error
+
+
+def expanded(path: str) -> str:
+    """A path with ``~`` replaced by the home folder; other names as they are."""
+    return str(Path(path).expanduser()) if path.startswith("~") else path
 
 
 @contextmanager

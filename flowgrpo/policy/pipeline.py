@@ -24,6 +24,7 @@ from flowgrpo.core.solvers import Solver
 from flowgrpo.core.transitions import ODE, Transition
 from flowgrpo.data.experience import INITIAL
 from flowgrpo.data.prompts import Prompt
+from flowgrpo.policy.adapters import read_start
 from flowgrpo.policy.arguments import (
     Calling,
     batches,
@@ -39,7 +40,7 @@ from flowgrpo.policy.loading import DTYPES, denoisers, load_pipeline, without_sa
 from flowgrpo.policy.placement import as_batch, as_media, models_of, prepare
 from flowgrpo.policy.prompt_cache import ENCODING_METHODS, REWRITING_METHODS
 from flowgrpo.policy.scheduler import FlowPolicyScheduler, policy_scheduler
-from flowgrpo.policy.settings import Full, Memory, Noise, Sampling, Weights
+from flowgrpo.policy.settings import Full, Memory, ModelSource, Noise, Sampling, Weights
 from flowgrpo.policy.step_counter import counted
 from flowgrpo.policy.step_plan import StepPlan, StepRecord
 from flowgrpo.policy.weights import InitialNoise, Trainable
@@ -132,8 +133,7 @@ class PipelinePolicy:
         """
         self.pipeline, self.sampling, self.batch_size = pipeline, sampling, batch_size
         self.dtype, self.device = DTYPES[dtype], torch.device(device)
-        # Without the decorator that disables gradients.
-        call = inspect.unwrap(type(pipeline).__call__)
+        call = inspect.unwrap(type(pipeline).__call__)  # which disables gradients
         self._parameters = inspect.signature(call).parameters
         check_signature(pipeline, self._parameters)
         self.shipped_scheduler = pipeline.scheduler
@@ -146,13 +146,14 @@ class PipelinePolicy:
         without_safety_checker(pipeline)
         self.models = models_of(pipeline)
         self.denoisers = denoisers(pipeline)
+        start = read_start(pipeline, weights, self.denoisers) if weights else None
         prepare(pipeline, memory or Memory(), self.device, self.dtype, self._precision)
         self.trainable: Trainable | InitialNoise | None = None
         if isinstance(weights, Noise):
             self.trainable = InitialNoise(weights)
         elif weights is not None:
             self.trainable = Trainable(
-                self.denoisers, weights, seed=seed, with_reference=with_reference
+                self.denoisers, weights, seed=seed, with_reference=with_reference, start=start
             )
         self.num_evaluations = self.num_decodes = 0
         self._learned = Learned()
@@ -163,15 +164,17 @@ class PipelinePolicy:
             self._injection.initial = self.trainable
 
     @classmethod
-    def from_pretrained(cls, model: str | Path, **options: Any) -> "PipelinePolicy":
-        """Load a pipeline with ``DiffusionPipeline.from_pretrained`` and turn it into a policy.
+    def from_pretrained(cls, model: str | Path | ModelSource, **options: Any) -> "PipelinePolicy":
+        """Load a pipeline and turn it into a policy.
 
         Args:
-            model: Hub id, pipeline folder, or ``"shapes"`` for the embedded model.
+            model: Hub id, pipeline folder, checkpoint in one file, or ``"shapes"`` for the embedded
+                model; or one of these with its base, revision, variant and adapters.
             options: Arguments of the constructor.
 
         Raises:
             FileNotFoundError: If the folder is not a pipeline.
+            ValueError: If weights or adapters do not fit the pipeline.
         """
         memory: Memory = options.get("memory") or Memory()
         dtype = DTYPES[options.get("dtype", "float32")]

@@ -4,9 +4,11 @@ Plain frozen dataclasses that are also sections of a configuration file, so this
 neither torch nor diffusers.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any, Literal
 
 from flowgrpo.core.imports import suggest
@@ -16,6 +18,53 @@ PACKAGES = {"nf4": "bitsandbytes", "int8": "bitsandbytes", "torchao_int8": "torc
 """The package that each quantisation needs."""
 Bounds = Sequence[tuple[str, int, int]]
 """Configuration keys with their values and the smallest allowed value."""
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """An earlier LoRA adapter, added to the weights of the model before anything else."""
+
+    path: str
+    """A ``.safetensors`` file in the format of diffusers, peft, sd-scripts or ComfyUI; a folder or a hub
+    id with one; or the directory of a finished run."""
+    scale: float = 1.0
+    """Factor of the adapter's effect, which already includes its own ``alpha / rank``."""
+    model: str = ""
+    """``transformer_2`` for an adapter of the second expert of Wan 2.2; empty otherwise."""
+
+    @classmethod
+    def parse(cls, text: str, option: str = "--lora") -> "Adapter":
+        """Read ``PATH`` or ``PATH:SCALE``.
+
+        Raises:
+            ValueError: If the scale is no finite number.
+        """
+        path, colon, scale = text.rpartition(":")
+        if not colon or Path(text).expanduser().exists() or "/" in scale or "\\" in scale:
+            return cls(text)
+        try:
+            value = float(scale)
+        except ValueError:
+            raise ValueError(
+                f"{option} must be PATH or PATH:SCALE with a number as scale, got {text!r}"
+            ) from None
+        if not math.isfinite(value):
+            raise ValueError(f"{option}: the scale must be finite, got {text!r}")
+        return cls(path, value)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSource:
+    """Where a pipeline is loaded from; the attributes are the keys of ``[model]`` with these names."""
+
+    path: str
+    base: str = ""
+    revision: str = ""
+    variant: str = ""
+    adapters: tuple[Adapter, ...] = ()
+
+    def __str__(self) -> str:
+        return self.path
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +119,10 @@ class LoRA:
     models: tuple[str, ...] = ()
     """Denoisers to adapt, by their names in the pipeline, such as one of Wan 2.2's two transformers.
     If empty, all are adapted."""
+    init: str = ""
+    """An earlier adapter from which training starts: a file, folder, hub id or run directory, as in
+    ``model.adapters``. ``rank`` must be at least its rank, and ``targets`` must include its layers; the
+    model is then the same as with the earlier adapter. The reference policy is the model with it."""
 
     def bounds(self) -> Bounds:
         """Keys, their values and the smallest allowed values."""

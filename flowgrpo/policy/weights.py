@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from flowgrpo.core.transitions import Gaussian, Prediction, Step
 from flowgrpo.data.experience import INITIAL
+from flowgrpo.policy.adapters import LayerStart
 from flowgrpo.policy.settings import Full, LoRA, Noise, Weights
 from flowgrpo.policy.step_plan import StepRecord
 
@@ -47,6 +48,7 @@ class Trainable:
         *,
         seed: int,
         with_reference: bool,
+        start: Mapping[str, Mapping[str, LayerStart]] | None = None,
     ):
         """Prepare the denoisers in place: add adapters, or unfreeze parameters.
 
@@ -56,6 +58,8 @@ class Trainable:
             seed: Seed of the adapters' initial weights.
             with_reference: Whether :meth:`reference` will be used. Full fine-tuning then keeps a copy of
                 the initial weights in main memory.
+            start: The earlier adapter from which LoRA starts, by denoiser and layer. It is then also the
+                reference policy, of which a copy is kept.
 
         Raises:
             ValueError: If LoRA targets match no layer, patterns match no parameter, or a named denoiser
@@ -71,9 +75,10 @@ class Trainable:
         self.denoisers, self.weights = chosen, weights
         for model in denoisers.values():
             model.requires_grad_(False)
-        for model in chosen.values():
+        for name, model in chosen.items():
             if isinstance(weights, LoRA):
                 _add_adapter(model, weights, seed)
+                _start_from(model, weights, (start or {}).get(name, {}))
             else:
                 _unfreeze(model, weights)
         self.parameters: dict[str, nn.Parameter] = {
@@ -82,7 +87,7 @@ class Trainable:
             for key, p in model.named_parameters()
             if p.requires_grad
         }
-        copies = with_reference and isinstance(weights, Full)
+        copies = bool(start) or (with_reference and isinstance(weights, Full))
         # In main memory: it is used only a few times per iteration.
         self._reference = (
             [p.detach().cpu().clone() for p in self.parameters.values()] if copies else None
@@ -95,7 +100,7 @@ class Trainable:
         Raises:
             RuntimeError: In full fine-tuning without ``with_reference``.
         """
-        if isinstance(self.weights, LoRA):
+        if isinstance(self.weights, LoRA) and self._reference is None:
             for model in self.denoisers.values():
                 model.disable_adapters()
             try:
@@ -317,6 +322,35 @@ def _add_adapter(model: ModelMixin, lora: LoRA, seed: int) -> None:
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
+
+
+def _start_from(model: ModelMixin, lora: LoRA, start: Mapping[str, LayerStart]) -> None:
+    """Let a new adapter have the effect of an earlier one.
+
+    The earlier matrices are the first rows and columns of the new ones, whose other columns of ``B`` are
+    zero, so that ``(alpha / rank) B A`` is the earlier product.
+
+    Raises:
+        ValueError: If the earlier adapter has a larger rank or other layers.
+    """
+    adapted = {n: m for n, m in model.named_modules() if ADAPTER in getattr(m, "lora_A", {})}
+    more = sorted(start.keys() - adapted.keys())
+    if more:
+        raise ValueError(
+            f"model.weights.init has {len(more)} of its {len(start)} layers outside of model.weights.targets, "
+            f"such as {more[0]}; add them to the targets"
+        )
+    rank = max((len(layer.down) for layer in start.values()), default=0)
+    if rank > lora.rank:
+        raise ValueError(
+            f"model.weights.init has rank {rank}; set model.weights.rank to at least {rank}, not {lora.rank}"
+        )
+    with torch.no_grad():
+        for name, layer in start.items():
+            down, up = (m[ADAPTER].weight for m in (adapted[name].lora_A, adapted[name].lora_B))
+            own = len(layer.down)
+            down[:own] = layer.down.to(down)
+            up[:, :own] = layer.up.to(up) * (lora.rank / lora.alpha)
 
 
 def _is_target(layer: str, target: str) -> bool:

@@ -10,9 +10,10 @@ from typing import Any
 from flowgrpo import config as configuration
 from flowgrpo.config import Config, ConfigError
 from flowgrpo.config.changes import differences, may_change
+from flowgrpo.config.files import CONFIG, INPUTS, absolute
 from flowgrpo.training import checkpoints, files, lock
 
-CONFIG, FINISHED, INPUTS, SESSIONS = "config.toml", "finished.json", "inputs.json", "sessions.jsonl"
+FINISHED, SESSIONS = "finished.json", "sessions.jsonl"
 EARLY = {lock.NAME, SESSIONS, "config" + files.TEMPORARY}
 """Files that may exist before the configuration is written, if a process was killed that early."""
 PROMPTS = ("prompts.train", "prompts.held_out")
@@ -49,7 +50,7 @@ def claim(
         if is_finished(config):
             return held, ""
         _record(folder, processes, changed)
-        files.write_whole(file, configuration.dump(config))
+        files.write_whole(file, configuration.dump(absolute(config)))
         files.write_whole(folder / INPUTS, json.dumps(inputs, indent=1))
         files.write_whole(folder / "environment.json", json.dumps(environment, indent=1))
         if (folder / FINISHED).exists():
@@ -82,7 +83,7 @@ def _changes(folder: Path, config: Config, inputs: Mapping[str, str]) -> dict[st
         ConfigError: If one of them may not change, and there are results that would be mixed up.
     """
     there = configuration.load(str(folder / CONFIG))
-    changed = differences(there, config)
+    changed = differences(absolute(there), absolute(config))
     newest = checkpoints.newest(folder / "checkpoints")
     if not (folder / "metrics.jsonl").exists() and newest is None:
         # A run that stopped before its first iteration has no results; its base images are drawn again.

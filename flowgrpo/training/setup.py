@@ -58,7 +58,7 @@ def build(config: Config, session: Session, prompts: PromptSet, held_out: Prompt
     for some in (prompts, held_out):
         scorer.check_prompts(some.prompts)
     policy = PipelinePolicy.from_pretrained(
-        config.model.path,
+        config.model.source,
         sampling=config.sampling,
         weights=config.model.weights,
         batch_size=config.train.rollout_batch,

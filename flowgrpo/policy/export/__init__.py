@@ -1,7 +1,8 @@
 """Exports trained parameters: adapters in the formats that other programs read, and merged weights.
 
-``adapter_files`` writes adapters, ``checkpoint_file`` a denoiser in one file, and ``layer_names`` has the
-names that diffusers, ComfyUI and sd-scripts give to the layers of each family.
+``adapter_files`` writes adapters, ``checkpoint_file`` a denoiser or a whole pipeline in one file.
+``layer_names`` has the names that diffusers, ComfyUI and sd-scripts give to the layers of each family's
+denoiser, ``original_parts`` those of VAEs and text encoders.
 """
 
 import re
@@ -10,11 +11,21 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from diffusers import DiffusionPipeline, ModelMixin
+from diffusers import (
+    DiffusionPipeline,
+    ModelMixin,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+)
 from huggingface_hub import snapshot_download
 
 from flowgrpo.policy.export import adapter_files
-from flowgrpo.policy.export.checkpoint_file import require_known, write_checkpoint
+from flowgrpo.policy.export.checkpoint_file import (
+    require_known,
+    write_checkpoint,
+    write_pipeline,
+)
+from flowgrpo.policy.export.original_parts import original_encoders
 from flowgrpo.policy.loading import VARIANT
 from flowgrpo.policy.settings import Full, LoRA
 from flowgrpo.policy.weights import ADAPTER, NOISE_FILE, InitialNoise, Trainable
@@ -145,13 +156,14 @@ def export_merged(pipeline: DiffusionPipeline, trainable: Trainable, folder: Pat
     return _write_pipeline(pipeline, trainable, folder)
 
 
-def export_checkpoint(pipeline: DiffusionPipeline, trainable: Trainable, folder: Path) -> Exported:
+def export_denoiser(pipeline: DiffusionPipeline, trainable: Trainable, folder: Path) -> Exported:
     """Write each trained denoiser as one file with the original checkpoint's names, the adapter added.
 
     The files contain neither text encoders nor the VAE. The adapter is removed from the pipeline.
 
     Raises:
-        ValueError: If flowgrpo does not know the original names of all weights of a denoiser.
+        ValueError: If flowgrpo does not know the original names of all weights of a denoiser, or the
+            model is quantised.
     """
     for model in trainable.denoisers.values():
         require_known(model)
@@ -163,6 +175,27 @@ def export_checkpoint(pipeline: DiffusionPipeline, trainable: Trainable, folder:
         reader = f"ComfyUI: models/diffusion_models; diffusers: {call}"
         exported.files.append(ExportedFile(file, reader))
     return exported
+
+
+def export_checkpoint(pipeline: DiffusionPipeline, trainable: Trainable, folder: Path) -> Exported:
+    """Write the whole pipeline as one file with the original checkpoint's names, the adapter added.
+
+    The adapter is removed from the pipeline.
+
+    Raises:
+        ValueError: If flowgrpo does not know the layout of the model's checkpoints, or the model is
+            quantised.
+    """
+    (model,) = trainable.denoisers.values()
+    require_known(model)
+    original_encoders(pipeline)
+    merge(trainable)
+    file = write_pipeline(pipeline, model, folder / "checkpoint.safetensors")
+    name = type(pipeline).__name__
+    programs = ["ComfyUI: models/checkpoints", f"diffusers: {name}.from_single_file"]
+    if isinstance(pipeline, StableDiffusionPipeline | StableDiffusionXLPipeline):
+        programs.append("AUTOMATIC1111: models/Stable-diffusion")
+    return Exported([ExportedFile(file, "; ".join(programs))])
 
 
 def merge(trainable: Trainable) -> None:
