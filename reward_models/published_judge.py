@@ -43,8 +43,8 @@ class PublishedJudge:
       authors' own models run only with code of theirs; this asks any model. The alignment is the
       judge's probability of "yes", where the authors use ``clip-flant5-xxl``.
     - ``deqa``: DeQA-Score's question (arXiv:2501.11561): the mean of 5 for "excellent" to 1 for
-      "bad" by the probabilities of these words. The authors' model runs only with code of theirs;
-      this asks any model, and the server must continue a message that was begun (vLLM does).
+      "bad" by the probabilities of these words. This asks any model, and the server must continue
+      a message that was begun (vLLM does); the reward ``deqa`` is the authors' model.
 
     Answers are greedy. Pictures are sent as PNG, where the authors send JPEG of quality 95 or 75. An
     answer that cannot be used is never replaced by a number, as the released code does: the score is

@@ -13,7 +13,7 @@ from torch import Tensor
 from flowgrpo.data.prompts import Prompt
 from reward_models.shared.answers import Answer
 from reward_models.shared.chat import Chat
-from reward_models.shared.templates import Template, check_pictures, pictures_of
+from reward_models.shared.templates import Content, Template, check_pictures, pictures_of
 from reward_models.shared.templates import template as published
 
 __all__ = ["VLMPairwise"]
@@ -125,7 +125,7 @@ class VLMPairwise:
         """
         sound = first.isfinite().flatten(1).all(1) & second.isfinite().flatten(1).all(1)
         rows = sound.nonzero().flatten().tolist()
-        questions = []
+        questions: list[Content] = []
         for row in rows:
             a, b = (
                 pictures_of(m[row], self.frames, self.longest_side, floor=self.answer == "flex")

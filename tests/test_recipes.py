@@ -56,6 +56,8 @@ SMALLER = {
     "flux_g2rpo": ["algorithm.steps.size=2", "train.updates=2"],
     "flux_branch": ["algorithm.splits=[1]"],
     "sd35_medium_tempflow": ["algorithm.seeds=1"],
+    "sd35_medium_awm": ["algorithm.num_times=2"],
+    "sd35_medium_dgpo": ["algorithm.num_times=2"],
     "hunyuan_dance": [
         "algorithm.best_of=2",
         "sampling.call={max_sequence_length=16, prompt_template={template='{}', crop_start=0}}",

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch import Tensor
 from transformers import (
     BertTokenizer,
     CLIPConfig,
+    CLIPImageProcessor,
     CLIPModel,
     Dinov2Config,
     Dinov2Model,
@@ -244,6 +246,116 @@ def save_owlv2(folder: Path) -> Path:
     images = Owlv2ImageProcessor(size={"height": 32, "width": 32})
     Owlv2Processor(images, tokenizer).save_pretrained(folder)
     return folder
+
+
+OWL2 = {
+    "model_type": "mplug_owl2",
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "rms_norm_eps": 1e-5,
+    "visual_config": {
+        "visual_model": {
+            "hidden_size": 12,
+            "intermediate_size": 20,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "image_size": 28,
+            "patch_size": 14,
+            "layer_norm_eps": 1e-6,
+        },
+        "visual_abstractor": {
+            "hidden_size": 12,
+            "encoder_hidden_size": 12,
+            "intermediate_size": 10,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "num_learnable_queries": 3,
+            "grid_size": 2,
+            "layer_norm_eps": 1e-6,
+        },
+    },
+}
+"""The configuration of a tiny mPLUG-Owl2."""
+
+
+def save_owl2(folder: Path) -> Path:
+    """DeQA-Score's layout: configuration, two files of weights, CLIP's processor and a tokenizer."""
+    tokenizer = clip_tokenizer()
+    config = OWL2 | {"vocab_size": len(tokenizer)}
+    (folder / "config.json").write_text(json.dumps(config))
+    tokenizer.save_pretrained(folder)
+    size = {"shortest_edge": 28}
+    CLIPImageProcessor(size=size, crop_size={"height": 28, "width": 28}).save_pretrained(folder)
+    state = owl2_state(len(tokenizer))
+    names = sorted(state)
+    for n, part in enumerate((names[::2], names[1::2]), start=1):
+        file = folder / f"model-0000{n}-of-00002.safetensors"
+        save_file({k: state[k] for k in part}, file)
+    return folder
+
+
+OWL2_SHAPES: dict[str, tuple[int, ...]] = {
+    "model.layers.{n}.self_attn.q_proj.weight": (16, 16),
+    "model.layers.{n}.self_attn.o_proj.weight": (16, 16),
+    "model.layers.{n}.self_attn.k_proj.multiway.{m}.weight": (16, 16),
+    "model.layers.{n}.self_attn.v_proj.multiway.{m}.weight": (16, 16),
+    "model.layers.{n}.input_layernorm.multiway.{m}.weight": (16,),
+    "model.layers.{n}.post_attention_layernorm.multiway.{m}.weight": (16,),
+    "model.layers.{n}.mlp.gate_proj.weight": (24, 16),
+    "model.layers.{n}.mlp.up_proj.weight": (24, 16),
+    "model.layers.{n}.mlp.down_proj.weight": (16, 24),
+    "model.norm.weight": (16,),
+    "model.vision_model.embeddings.cls_token": (1, 1, 12),
+    "model.vision_model.embeddings.position_embedding": (1, 5, 12),
+    "model.vision_model.embeddings.patch_embed.weight": (12, 3, 14, 14),
+    "model.vision_model.embeddings.pre_layernorm.*": (12,),
+    "model.vision_model.post_layernorm.*": (12,),
+    "model.vision_model.encoder.layers.{n}.self_attn.query_key_value.*": (36, 12),
+    "model.vision_model.encoder.layers.{n}.self_attn.dense.*": (12, 12),
+    "model.vision_model.encoder.layers.{n}.mlp.fc1.*": (20, 12),
+    "model.vision_model.encoder.layers.{n}.mlp.fc2.*": (12, 20),
+    "model.vision_model.encoder.layers.{n}.input_layernorm.*": (12,),
+    "model.vision_model.encoder.layers.{n}.post_attention_layernorm.*": (12,),
+    "model.visual_abstractor.encoder.layers.{n}.crossattention.attention.query.*": (12, 12),
+    "model.visual_abstractor.encoder.layers.{n}.crossattention.attention.key.*": (12, 12),
+    "model.visual_abstractor.encoder.layers.{n}.crossattention.attention.value.*": (12, 12),
+    "model.visual_abstractor.encoder.layers.{n}.crossattention.attention.q_pos_embed": (3, 12),
+    "model.visual_abstractor.encoder.layers.{n}.crossattention.attention.k_pos_embed": (5, 12),
+    "model.visual_abstractor.encoder.layers.{n}.crossattention.output.out_proj.*": (12, 12),
+    "model.visual_abstractor.encoder.layers.{n}.crossattention.output.mlp.w1.*": (10, 12),
+    "model.visual_abstractor.encoder.layers.{n}.crossattention.output.mlp.w2.*": (12, 10),
+    "model.visual_abstractor.encoder.layers.{n}.crossattention.output.mlp.w3.*": (10, 12),
+    "model.visual_abstractor.encoder.layers.{n}.crossattention.output.mlp.ffn_ln.*": (10,),
+    "model.visual_abstractor.encoder.layers.{n}.crossattention.output.norm2.*": (12,),
+    "model.visual_abstractor.encoder.layers.{n}.crossattention.norm1.*": (12,),
+    "model.visual_abstractor.encoder.layers.{n}.crossattention.normk.*": (12,),
+    "model.visual_abstractor.visual_fc.*": (16, 12),
+    "model.visual_abstractor.query_embeds": (1, 3, 12),
+    "model.visual_abstractor.vit_eos": (1, 1, 16),
+}
+"""Published names; ``*`` is a weight and a bias, ``{n}`` a layer, ``{m}`` words and pictures."""
+
+
+def owl2_state(words: int) -> dict[str, Tensor]:
+    """Weights under the published names, of the sizes above."""
+    shapes = OWL2_SHAPES | {"model.embed_tokens.weight": (words, 16), "lm_head.weight": (words, 16)}
+    random = torch.Generator().manual_seed(11)
+    state: dict[str, Tensor] = {}
+    for pattern, shape in shapes.items():
+        for n, m in product(
+            (0, 1) if "{n}" in pattern else (0,), (0, 1) if "{m}" in pattern else (0,)
+        ):
+            name = pattern.format(n=n, m=m)
+            scale = 0.05 if "patch_embed" in name else 0.4
+            weight = scale * torch.randn(shape, generator=random)
+            is_norm = len(shape) == 1 and not name.endswith("bias")
+            state[name.replace("*", "weight")] = weight + 1 if is_norm else weight
+            if name.endswith("*"):
+                state[name.replace("*", "bias")] = 0.4 * torch.randn(shape[0], generator=random)
+    return state
 
 
 def save_vjepa2(folder: Path) -> Path:

@@ -84,8 +84,12 @@ def refuse(
             )
 
 
-def load_strictly(module: nn.Module, state: Mapping[str, Tensor], source: str, what: str) -> None:
+def load_strictly(
+    module: nn.Module, state: Mapping[str, Tensor], source: str, what: str, assign: bool = False
+) -> None:
     """Load weights; none may be missing, left over or of another shape.
+
+    With ``assign`` the module takes the tensors themselves, so that it can be built on ``meta``.
 
     Raises:
         ValueError: If they do not fit.
@@ -98,7 +102,7 @@ def load_strictly(module: nn.Module, state: Mapping[str, Tensor], source: str, w
                 f"{source!r} is no {what}: {name} has shape {tuple(tensor.shape)}, "
                 f"expected {tuple(wanted[name].shape)}"
             )
-    module.load_state_dict(state)
+    module.load_state_dict(state, assign=assign)
 
 
 def numbered(shapes: Mapping[int, Sequence[int]]) -> nn.Sequential:
