@@ -304,7 +304,12 @@ def test_files_are_found_by_name_from_any_folder_and_nearly_by_name(tmp_path, mo
         (["algorithm.group_size=1"], "algorithm.group_size must be at least 2, got 1"),
         (["rewards.0.weight=0"], "every weight is 0"),
         (["train.lr=0"], "train.lr must be at least"),
-        (["sampling.num_steps=1"], "sampling.num_steps must be at least 2"),
+        (
+            ["sampling.num_steps=1"],
+            "at least 2, got 1: a single step ends at the data without noise",
+        ),
+        (["sampling.num_steps=0"], "sampling.num_steps must be at least 1, got 0"),
+        (["sampling.sigmas=[1.0, 0.5]"], r"sampling.sigmas has 2 values and num_steps is 10"),
         (
             ['algorithm.steps={kind = "window", start = 3, size = 2}', "sampling.num_steps=5"],
             "algorithm: steps: .* steps 3 to 4, but with num_steps = 5 only steps 0 to 3",

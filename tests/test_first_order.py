@@ -136,6 +136,50 @@ def test_the_grid_is_the_shipped_one(name: str, config: dict[str, Any]) -> None:
     assert steps[-1].noise_next < 0.05
 
 
+FOUR = [999, 749, 499, 249]
+"""Timesteps of SDXL-Lightning and SDXL-Turbo with four steps, which is trailing spacing."""
+
+
+@pytest.mark.parametrize(
+    "name", ["DDIM", "EulerDiscrete", "DPMSolverMultistep", "EulerAncestralDiscrete"]
+)
+def test_own_timesteps_make_the_grid(name: str) -> None:
+    """A base model with leading spacing gets the grid of a model that was distilled to four steps."""
+    own, distilled = (policy_scheduler(made(name, c)) for c in (LEADING, TRAILING))
+    own.set_timesteps(timesteps=FOUR)
+    distilled.set_timesteps(4)
+    assert own.timesteps.tolist() == distilled.timesteps.tolist() == FOUR
+    for i in range(4):
+        found, wanted = own.interval(i, i + 1), distilled.interval(i, i + 1)
+        # The last step of DDIM with leading spacing ends at alpha_bar of timestep 0.
+        assert found.noise == pytest.approx(wanted.noise, abs=1e-6)
+        assert found.noise_next == pytest.approx(wanted.noise_next, abs=0.05 if i == 3 else 1e-6)
+
+
+def test_a_grid_that_the_sampler_does_not_take_is_refused() -> None:
+    with pytest.raises(
+        UnsupportedPipelineError, match=r"takes no timesteps; use sampling\.sigmas or"
+    ):
+        policy_scheduler(made("UniPCMultistep", LEADING)).set_timesteps(timesteps=FOUR)
+    with pytest.raises(UnsupportedPipelineError, match="must be below 1000, got 1000"):
+        policy_scheduler(made("DDIM", LEADING)).set_timesteps(timesteps=[1000, 500])
+
+
+def test_a_model_distilled_for_lcm_trains_on_ddim() -> None:
+    """As the refusal of its own sampler advises."""
+    lcm = made("LCM", BETAS)
+    with pytest.raises(UnsupportedPipelineError, match=r"DDIMScheduler\.from_config"):
+        policy_scheduler(lcm)
+    lcm.set_timesteps(4)
+    ours = policy_scheduler(diffusers.DDIMScheduler.from_config(lcm.config))
+    ours.set_timesteps(timesteps=lcm.timesteps.tolist())
+    assert ours.timesteps.tolist() == lcm.timesteps.tolist() == [999, 759, 499, 259]
+    assert [round(ours.interval(i, i + 1).noise ** 2, 4) for i in range(4)] == [
+        round(1 - float(lcm.alphas_cumprod[t]), 4) for t in lcm.timesteps
+    ]
+    assert ours.interval(3, 4).noise_next == 0
+
+
 def test_a_path_of_data_and_noise_at_a_timestep() -> None:
     ours = policy_scheduler(made("EulerDiscrete", LEADING))
     ours.set_timesteps(NUM)

@@ -15,7 +15,7 @@ from torch import Tensor
 from flowgrpo.core.random import Random, SampleNoise
 from flowgrpo.core.transitions import CPS, ODE
 from flowgrpo.data.prompts import Prompt
-from flowgrpo.policy import Full, PipelinePolicy
+from flowgrpo.policy import Full, PipelinePolicy, Sampling
 from flowgrpo.policy.pipeline import Rollout
 from tests.conftest import MakePolicy, noise_of, sampling_of, transition_of
 
@@ -399,3 +399,55 @@ def test_a_fixed_shift_replaces_the_grid_of_the_pipeline(
 def test_a_fixed_shift_is_for_flows(make_policy: MakePolicy) -> None:
     with pytest.raises(ValueError, match=r"sampling\.shift = 3 is for rectified-flow pipelines"):
         make_policy("sd15", sampling=replace(sampling_of("sd15"), shift=3.0))
+
+
+@pytest.mark.parametrize(
+    ("name", "grid"),
+    [("flux", {"sigmas": (1.0, 0.4)}), ("sdxl", {"timesteps": (999.0, 499.0)})],
+)
+def test_two_steps_on_a_grid_of_ones_own(
+    name: str, grid: dict[str, tuple[float, ...]], make_policy: MakePolicy
+) -> None:
+    """One stochastic step is enough: it replays, and gradients reach the weights."""
+    sampling = sampling_of(name, num_steps=2, **grid)
+    policy = make_policy(name, sampling=sampling)
+    prompts, transition = [Prompt("a red cube")] * 2, transition_of(name)
+    (rollout,) = policy.run(
+        prompts, noise_of(0, 1), stochastic=[0], transition=transition, record=[0]
+    )
+    assert policy.num_evaluations == 4
+    assert policy.scheduler.timesteps.tolist() != make_grid(policy, sampling)
+    (record,) = rollout.records
+    again = policy.replay(prompts, record.x, 0, transition)
+    log_prob = again.gaussian.log_prob(record.x_next)
+    torch.testing.assert_close(log_prob, record.gaussian.log_prob(record.x_next), atol=1e-5, rtol=0)
+    log_prob.sum().backward()
+    assert policy.trainable is not None
+    assert any(p.grad is not None and p.grad.any() for p in policy.trainable.parameters.values())
+
+
+def make_grid(policy: PipelinePolicy, sampling: Sampling) -> list[float]:
+    """The timesteps of the pipeline's own grid."""
+    plain = replace(sampling, sigmas=(), timesteps=())
+    policy.images([Prompt("a red cube")], noise_of(0), plain)
+    return [float(t) for t in policy.scheduler.timesteps]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"sigmas": (1.0, 0.5, 0.2)}, r"sigmas has 3 values and num_steps is 2; set num_steps = 3"),
+        ({"sigmas": (0.5, 1.0)}, "must fall from noise to data"),
+        ({"sigmas": (1.0, 0.0)}, "the end of the last step, 0, is not given"),
+        ({"sigmas": (1.0, 0.5), "timesteps": (999.0, 499.0)}, "both set the grid; remove one"),
+        ({"sigmas": (1.0, 0.5), "shift": 3.0}, "both set the grid; remove one"),
+        ({"call": {"sigmas": [1.0, 0.5]}}, r"has a key of its own: sampling\.sigmas"),
+        ({"timesteps": (999.0, 499.0)}, "takes no argument 'timesteps'"),
+    ],
+)
+def test_grids_that_contradict_each_other_are_refused(
+    changes: dict[str, Any], message: str, policies: Callable[[str], PipelinePolicy]
+) -> None:
+    policy = policies("flux")
+    with pytest.raises(ValueError, match=message):
+        policy.check_sampling(sampling_of("flux", num_steps=2, **changes))

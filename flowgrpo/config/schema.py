@@ -249,6 +249,7 @@ class Config:
         betas = self.train.betas
         if len(betas) != 2 or not all(0 <= b < 1 for b in betas):
             raise ConfigError(f"train.betas must be two numbers in [0, 1), got {list(betas)}")
+        self._check_grid()
         algorithm = self.algorithm
         check_rewards(
             self.rewards,
@@ -313,6 +314,20 @@ class Config:
                 "it is no transition"
             )
 
+    def _check_grid(self) -> None:
+        """Raise ConfigError if the grid of steps is contradictory, or has no step that can be trained."""
+        try:
+            self.sampling.check()
+            self.evaluation_sampling().check()
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
+        if self.sampling.num_steps == 1 and self.algorithm.action_kind == "step":
+            raise ConfigError(
+                "sampling.num_steps must be at least 2, got 1: a single step ends at the data without noise, so "
+                "it has no density to train on. A model that was distilled to one step can be trained with 2 or "
+                "more, or with algorithm.kind = 'diffusion_nft' or 'find', which train no denoising step"
+            )
+
     def _check_split(self, num_processes: int) -> None:
         """Raise ConfigError if the groups, or what else is split, cannot be divided.
 
@@ -366,7 +381,7 @@ class Config:
         """Keys with their values and the smallest allowed values."""
         t, e, tiny = self.train, self.evaluation, 1e-12
         return [
-            ("sampling.num_steps", self.sampling.num_steps, 2),
+            ("sampling.num_steps", self.sampling.num_steps, 1),
             ("sampling.shift", 1.0 if self.sampling.shift is None else self.sampling.shift, tiny),
             ("algorithm.group_size", self.algorithm.group_size, 2),
             ("train.iterations", t.iterations, 1),

@@ -191,5 +191,6 @@ def _check_steps(steps: range, num_steps: int, selection: object) -> None:
     if steps[0] < 0 or steps[-1] > num_steps - 2:
         raise ValueError(
             f"steps: {selection} asks for steps {steps[0]} to {steps[-1]}, but with num_steps = {num_steps} "
-            f"only steps 0 to {num_steps - 2} can be stochastic (the last one ends at sigma 0)"
+            f"only steps 0 to {num_steps - 2} can be stochastic (the last one ends at sigma 0); kind = 'all' "
+            "takes all of these"
         )

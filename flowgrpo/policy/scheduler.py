@@ -22,6 +22,7 @@ a step of higher order depends on more than the current state.
 """
 
 import copy
+import inspect
 from dataclasses import replace
 from typing import Any
 
@@ -42,7 +43,7 @@ from flowgrpo.policy.step_plan import StepPlan, StepRecord
 
 PREDICTED: dict[str, Predicted] = {"epsilon": "noise", "v_prediction": "v", "sample": "data"}
 """Our names for diffusers' prediction types."""
-Grid = list[float] | np.ndarray | Tensor
+Grid = list[float] | list[int] | np.ndarray | Tensor
 """Types of the grids that pipelines pass to ``set_timesteps``."""
 
 
@@ -215,8 +216,7 @@ class FlowPolicyScheduler(_PlannedSteps, FlowMatchEulerDiscreteScheduler):
             super().set_timesteps(num_inference_steps, device, sigmas, mu, timesteps)
         else:
             given = {"sigmas": sigmas, "mu": mu, "timesteps": timesteps}
-            given = {k: v for k, v in given.items() if v is not None}
-            self.source.set_timesteps(num_inference_steps, device=device, **given)
+            _set_grid(self.source, num_inference_steps, device, given)
             self.timesteps, self.sigmas = self.source.timesteps, self.source.sigmas
             self.num_inference_steps = len(self.timesteps)
         # On the CPU, so that no step waits for the accelerator.
@@ -271,26 +271,46 @@ class DiffusionPolicyScheduler(_PlannedSteps, DDIMScheduler):
     some grids of DDIM."""
 
     def set_timesteps(
-        self, num_inference_steps: int, device: str | torch.device | None = None
+        self,
+        num_inference_steps: int | None = None,
+        device: str | torch.device | None = None,
+        timesteps: Grid | None = None,
+        sigmas: Grid | None = None,
     ) -> None:
         """Set the grid as the source does, and restrict it to the plan's nodes.
 
+        DDIM of diffusers has no grids of one's own; here each of its steps then ends at the next timestep.
+
         Raises:
-            UnsupportedPipelineError: If a model that predicts noise starts from pure noise, where the
-                data cannot be computed from its prediction.
+            UnsupportedPipelineError: If the source takes no such grid, or a model that predicts noise
+                starts from pure noise, where the data cannot be computed from its prediction.
         """
         source = self.source
-        source.set_timesteps(num_inference_steps, device=device)
-        self.timesteps, self.num_inference_steps = source.timesteps, source.num_inference_steps
-        if isinstance(source, DDIMScheduler):
-            grid = [int(t) for t in self.timesteps.cpu()]
-            # DDIM steps from t to t - stride, which on some grids is not the next timestep.
-            stride = self.config.num_train_timesteps // num_inference_steps
-            self._landings = [self._alpha_bar(t - stride) for t in grid]
+        is_ddim = isinstance(source, DDIMScheduler)
+        if is_ddim and timesteps is not None:
+            grid = [int(t) for t in timesteps]
+            if max(grid) >= len(self.alphas_cumprod):
+                raise UnsupportedPipelineError(
+                    f"sampling.timesteps must be below {len(self.alphas_cumprod)}, got {max(grid)}"
+                )
+            self.timesteps = torch.tensor(grid, device=device)
             self._alpha_bars = [self._alpha_bar(t) for t in (*grid, -1)]
-        else:
-            self._alpha_bars = [1 / (1 + float(s) ** 2) for s in source.sigmas.cpu()]
             self._landings = self._alpha_bars[1:]
+        else:
+            given = {"sigmas": sigmas, "timesteps": timesteps}
+            _set_grid(source, num_inference_steps, device, given)
+            self.timesteps = source.timesteps
+            if is_ddim:
+                assert num_inference_steps is not None
+                grid = [int(t) for t in self.timesteps.cpu()]
+                # DDIM steps from t to t - stride, which on some grids is not the next timestep.
+                stride = self.config.num_train_timesteps // num_inference_steps
+                self._landings = [self._alpha_bar(t - stride) for t in grid]
+                self._alpha_bars = [self._alpha_bar(t) for t in (*grid, -1)]
+            else:
+                self._alpha_bars = [1 / (1 + float(s) ** 2) for s in source.sigmas.cpu()]
+                self._landings = self._alpha_bars[1:]
+        self.num_inference_steps = len(self.timesteps)
         if self._alpha_bars[0] == 0 and self.config.prediction_type == "epsilon":
             raise UnsupportedPipelineError(
                 "the pipeline cannot be a policy: its model predicts noise, and its grid begins at pure "
@@ -331,9 +351,41 @@ class DiffusionPolicyScheduler(_PlannedSteps, DDIMScheduler):
         return replace(prediction, x0=prediction.x0.clamp(-bound, bound))
 
 
+def _set_grid(
+    source: SchedulerMixin,
+    num_steps: int | None,
+    device: str | torch.device | None,
+    given: dict[str, Any],
+) -> None:
+    """Set the grid of a scheduler of diffusers.
+
+    Args:
+        source: The scheduler.
+        num_steps: Number of steps of its own grid.
+        device: Device of its tensors.
+        given: Further arguments by name; None for those that are not set.
+
+    Raises:
+        UnsupportedPipelineError: If the scheduler does not take one of them.
+    """
+    given = {k: v for k, v in given.items() if v is not None}
+    known = inspect.signature(source.set_timesteps).parameters
+    unknown = [k for k in given if k not in known]
+    if unknown:
+        takes = [f"sampling.{k}" for k in ("sigmas", "timesteps") if k in known]
+        raise UnsupportedPipelineError(
+            f"{type(source).__name__} takes no {unknown[0]}; use {' or '.join([*takes, 'its own grid'])}"
+        )
+    source.set_timesteps(num_steps, device=device, **given)
+
+
 REFUSED = ("LCM", "TCD", "Consistency", "DiffusionForcing", "SCM")
 """Parts of the names of schedulers that predict the data and add fresh noise to it. Such a step does
 not draw from a Gaussian around the current state."""
+DDIM_INSTEAD = (
+    ". A model that was distilled for it can be trained on DDIM: save the pipeline with "
+    "DDIMScheduler.from_config(pipe.scheduler.config), and set sampling.timesteps to the timesteps of its sampler"
+)
 FIRST_ORDER = {
     "solver_order": 1,
     "algorithm_type": "dpmsolver++",
@@ -359,8 +411,10 @@ def first_order(shipped: SchedulerMixin) -> SchedulerMixin:
     name, config = type(shipped).__name__, dict(shipped.config)
     if any(word in name for word in REFUSED):
         raise UnsupportedPipelineError(
-            f"a pipeline with {name} cannot be a policy: its sampler jumps to the data and adds fresh "
-            "noise, so its steps have no density to optimise"
+            f"a pipeline with {name} cannot be a policy: its sampler jumps to the data and adds fresh noise, so "
+            "it has no deterministic counterpart for evaluations, and its steps are none of the transitions"
+            + DDIM_INSTEAD
+            * hasattr(shipped, "alphas_cumprod")
         )
     if isinstance(shipped, FlowMatchEulerDiscreteScheduler) or name.startswith("FlowMatch"):
         return FlowMatchEulerDiscreteScheduler.from_config({**config, "stochastic_sampling": False})

@@ -8,6 +8,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -85,17 +86,61 @@ class Sampling:
     """Shift of the grid: sigma = shift u / (1 + (shift - 1) u) with u in equal steps from 1 to 0, as in
     DanceGRPO's code, whose FLUX scripts have 3. If unset, the pipeline's own grid applies. For
     rectified-flow pipelines only."""
+    sigmas: tuple[float, ...] = ()
+    """Noise levels at which the steps start, falling, as the pipeline's call takes them (``sigmas``): a
+    pipeline that shifts its grid shifts these too. ``num_steps`` is their number. If empty, the
+    pipeline's own grid applies."""
+    timesteps: tuple[float, ...] = ()
+    """Timesteps at which the steps start, falling, such as ``[999, 749, 499, 249]`` for a model that was
+    distilled to four steps, if the pipeline's call takes ``timesteps``; in place of ``sigmas``."""
     call: dict[str, Any] = field(default_factory=dict)
     """Further arguments of the pipeline's call, by their names in its signature."""
 
+    def check(self) -> None:
+        """Check the grid of steps.
+
+        Raises:
+            ValueError: With the keys, if they contradict each other or the values do not fall.
+        """
+        for name in ("sigmas", "timesteps"):
+            if name in self.call:
+                raise ValueError(f"sampling.call.{name} has a key of its own: sampling.{name}")
+            values = getattr(self, name)
+            if not values:
+                continue
+            falls = all(a > b for a, b in pairwise(values))
+            if not falls or values[-1] < 0 or (name == "sigmas" and values[-1] == 0):
+                raise ValueError(
+                    f"sampling.{name} must fall from noise to data and stay above 0 (the end of the last step, "
+                    f"0, is not given), got {list(values)}"
+                )
+            if self.shift is not None:
+                raise ValueError(
+                    f"sampling.shift and sampling.{name} both set the grid; remove one"
+                )
+            if len(values) != self.num_steps:
+                raise ValueError(
+                    f"sampling.{name} has {len(values)} values and num_steps is {self.num_steps}; set "
+                    f"num_steps = {len(values)}, in evaluations too"
+                )
+        if self.sigmas and self.timesteps:
+            raise ValueError("sampling.sigmas and sampling.timesteps both set the grid; remove one")
+
     def arguments(self) -> dict[str, Any]:
-        """The arguments of the pipeline's call that are set."""
+        """The arguments of the pipeline's call that are set.
+
+        Raises:
+            ValueError: If the keys of the grid contradict each other.
+        """
+        self.check()
         named = {
             "num_inference_steps": self.num_steps,
             "guidance_scale": self.guidance_scale,
             "height": self.height,
             "width": self.width,
             "num_frames": self.num_frames,
+            "sigmas": list(self.sigmas) or None,
+            "timesteps": [int(t) if t == int(t) else t for t in self.timesteps] or None,
         }
         return {k: v for k, v in named.items() if v is not None} | self.call
 
