@@ -100,6 +100,8 @@ class Metric:
         name: Such as ``overall (mean over tasks)``.
         parts: Each part is a set of dimensions whose points are averaged together. One part gives
             the mean over points; several parts give the unweighted mean of their means.
+        weights: One weight for each part, for the weighted mean of their means. A metric with
+            weights has no value unless each of its parts has points.
         headline: Whether it is a main result.
         percent: Whether it is printed times 100.
         radar: Whether it is a spoke of the report's radar plot.
@@ -110,6 +112,7 @@ class Metric:
     headline: bool = False
     percent: bool = True
     radar: bool = False
+    weights: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -188,6 +191,11 @@ class Benchmark(Protocol):
         """Images per prompt."""
         ...
 
+    @property
+    def video_fps(self) -> int:
+        """Frames per second of the videos of a benchmark of videos; 0 for images."""
+        return 0
+
     def entries(self) -> Sequence[Entry]:
         """All prompts, in the official order.
 
@@ -211,6 +219,21 @@ class Benchmark(Protocol):
     def sidecars(self, entry: Entry) -> Mapping[str, str]:
         """Text files that the official layout holds for a prompt: name below the root -> content."""
         return {}
+
+    def assemble(self, images: Path, entries: Sequence[Entry]) -> None:
+        """Write the files that an official scorer needs beside the images, once all are there.
+
+        Args:
+            images: The root of the images.
+            entries: The prompts that have images.
+        """
+
+    def check_judge(self) -> None:
+        """Check, without loading weights, that there is a judge; called before images are made.
+
+        Raises:
+            BenchError: If the images can only be made here, not judged; says what to do.
+        """
 
     def judge(self) -> Judge:
         """Load the judge."""

@@ -263,7 +263,14 @@ def read_points(folder: Path) -> tuple[Table, list[Metric]]:
     """The points per prompt, and the metrics made of them."""
     table = read_json(folder / POINTS)
     metrics = [
-        Metric(**{**m, "parts": tuple(tuple(p) for p in m["parts"])}) for m in table["metrics"]
+        Metric(
+            **{
+                **m,
+                "parts": tuple(tuple(p) for p in m["parts"]),
+                "weights": tuple(m.get("weights", ())),
+            }
+        )
+        for m in table["metrics"]
     ]
     shape = (len(table["keys"]), len(table["dimensions"]))
     sums, counts = (np.asarray(table[k], float).reshape(shape) for k in ("sums", "counts"))

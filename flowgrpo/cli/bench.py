@@ -102,6 +102,8 @@ def _whole(name: str, options: argparse.Namespace, judge: bool) -> int:
     plan = _plan(benchmark, part, options)
     if options.estimate:
         return _estimate(plan, benchmark)
+    if judge:
+        benchmark.check_judge()
     loaded = benchmark.judge() if judge and plan.rank == 0 and _is_remote(benchmark) else None
     generate_folder(plan)
     if plan.rank or not judge:
