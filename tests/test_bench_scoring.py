@@ -266,6 +266,12 @@ def test_names_are_checked() -> None:
         load_benchmark("genevl")
     with pytest.raises(ValueError, match="no setting 'sample'; did you mean 'samples'"):
         load_benchmark("geneval", {"sample": 3})
+    with pytest.raises(
+        ValueError, match=r"category must be one of color.*got 'colour'; did you mean 'color'"
+    ):
+        load_benchmark("t2i_compbench", {"category": "colour"})
+    with pytest.raises(ValueError, match="samples must be of type int"):
+        load_benchmark("t2i_compbench", {"samples": 2.5})
     with pytest.raises(ValueError, match="no dimension 'color'; did you mean 'colors'"):
         select(GenEval().entries(), None, ["color"])
     with pytest.raises(BenchError, match=r"none of the published files.*any_data=true"):
@@ -488,8 +494,9 @@ def test_compbenchs_layout_and_results(tmp_path: Path) -> None:
     assert [n.split("_")[0] for n in names] == [p for p in prompts for _ in range(3)]
     assert [int(n[:-4].split("_")[-1]) for n in names] == list(range(15))
     assert benchmark.root("x") == "images/color/samples"
-    with pytest.raises(BenchError, match="judged by the official scorer"):
-        benchmark.judge()
+    for refused in (benchmark.judge, benchmark.check_judge):
+        with pytest.raises(BenchError, match="judged by the official scorer"):
+            refused()
     (tmp_path / "clip").mkdir()
     clip = {"model": f"local-dir:{zoo.save_open_clip(tmp_path / 'clip')}"}
     assert replace(benchmark, category="non_spatial", clip=clip).judge().title == "CLIP ViT-B/32"

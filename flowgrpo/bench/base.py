@@ -10,7 +10,7 @@ import pkgutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, get_args, get_origin, get_type_hints, runtime_checkable
 
 from flowgrpo.core.imports import import_path, suggest
 from flowgrpo.data.prompts import Prompt
@@ -306,8 +306,28 @@ def load_benchmark(name: str, settings: Mapping[str, Any] | None = None) -> Benc
                 f"benchmark {name!r} has no setting {key!r}{suggest(key, known)} (known: "
                 f"{', '.join(known) or 'none'})"
             )
+    hints = get_type_hints(kind) if settings else {}
+    for key, value in (settings or {}).items():
+        _check_type(f"benchmark {name!r}: {key}", value, hints[key])
     made: Benchmark = kind(**(settings or {}))
     return made
+
+
+def _check_type(what: str, value: Any, hint: Any) -> None:
+    """Raise ValueError if a setting is none of the allowed words, or no plain value of its type."""
+    if get_origin(hint) is Literal:
+        if value not in get_args(hint):
+            allowed = [str(a) for a in get_args(hint)]
+            raise ValueError(
+                f"{what} must be one of {', '.join(allowed)}, got {value!r}{suggest(str(value), allowed)}"
+            )
+        return
+    accepted: Mapping[Any, tuple[type, ...]] = {
+        bool: (bool,), int: (int,), float: (int, float), str: (str,)
+    }  # fmt: skip
+    kinds = accepted.get(hint)
+    if kinds and (not isinstance(value, kinds) or (isinstance(value, bool) and hint is not bool)):
+        raise ValueError(f"{what} must be of type {hint.__name__}, got {value!r}")
 
 
 def select(

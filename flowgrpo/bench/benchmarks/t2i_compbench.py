@@ -103,12 +103,8 @@ class T2ICompBench(Benchmark):
         number = self.samples * int(entry.key) + sample
         return (f"{entry.prompt.text}_{number:06d}.png",)
 
-    def judge(self) -> Judge:
-        """CLIP for ``non_spatial``.
-
-        Raises:
-            BenchError: For the other categories; says what to do.
-        """
+    def check_judge(self) -> None:
+        """Refuse, for seven categories, to make images that nothing here can judge."""
         if self.category != "non_spatial":
             raise BenchError(
                 f"{self.category} is judged by the official scorer: make the images with 'flowgrpo bench "
@@ -116,6 +112,14 @@ class T2ICompBench(Benchmark):
                 "summarise its vqa_result.json with 'flowgrpo bench score vqa_result.json --benchmark "
                 f"t2i_compbench --data {self.data_file} --set category={self.category}'"
             )
+
+    def judge(self) -> Judge:
+        """CLIP for ``non_spatial``.
+
+        Raises:
+            BenchError: For the other categories; says what to do.
+        """
+        self.check_judge()
         reward = {"model": "clip_score", "name": SCORE, "options": dict(self.clip)}
         return RewardJudge(rewards_of([reward]), 16, "CLIP ViT-B/32")
 

@@ -106,10 +106,6 @@ class WISE(EndpointSettings, Benchmark):
         return "WISE Verified" if self.protocol == "verified" else "WISE (legacy)"
 
     def _files(self) -> list[tuple[Path, Data]]:
-        if self.protocol not in PUBLISHED:
-            raise BenchError(
-                f"protocol must be one of {', '.join(PUBLISHED)}, got {self.protocol!r}"
-            )
         if not self.data_file:
             raise BenchError(f"this benchmark needs its data: give --data FOLDER. {HOW}")
         folder, names = Path(self.data_file), PUBLISHED[self.protocol]
