@@ -1,4 +1,4 @@
-"""DPG-Bench and WISE: layouts read back by the protocols, rules by hand, official files and judges."""
+"""DPG-Bench, WISE and TIIF-Bench: layouts read back by the protocols, rules by hand, official files and judges."""
 
 import csv
 import json
@@ -14,8 +14,10 @@ from PIL import Image
 
 from flowgrpo.bench.base import BenchError, load_benchmark
 from flowgrpo.bench.benchmarks.dpg_bench import DPGBench, parse_yes_no, score
+from flowgrpo.bench.benchmarks.tiif_bench import WORDINGS, TIIFBench, parse_answers
 from flowgrpo.bench.benchmarks.wise import WISE, parse_marks, parse_score
 from flowgrpo.bench.run import Part, import_results, score_folder
+from flowgrpo.cli import main
 from tests.stub_vlm import Question, Reply, Stub, said
 
 
@@ -234,7 +236,7 @@ def wise_folder(folder: Path, legacy: bool = False) -> Path:
 
 @pytest.fixture
 def wise(tmp_path: Path) -> WISE:
-    settings = {"data_file": str(wise_folder(tmp_path / "data")), "any_data": True}
+    settings = {"data_file": str(wise_folder(tmp_path / "data")), "any_data": True, "patience": 5.0}
     made = load_benchmark("wise", settings)
     assert isinstance(made, WISE)
     return made
@@ -389,3 +391,131 @@ def test_marks_need_all_three() -> None:
     assert parse_marks("Consistency: 2\nRealism: 1") is None
     assert parse_marks("Consistency: 3\nRealism: 1\nAesthetic Quality: 0") is None
     assert parse_marks("2\n1\n0\n1") is None
+
+
+# TIIF-Bench. Files, keys and layout are those of the official repository.
+
+
+@pytest.fixture
+def tiif(tmp_path: Path) -> TIIFBench:
+    """Two types of one group and one of another, two instructions each; 'Yes' as in the data."""
+    for kind in ("shape+color", "shape+texture", "text"):
+        prompts, questions = [], []
+        for i in range(2):
+            both = {f"{n}_description": f"{n} {kind} {i}" for n in ("short", "long")}
+            prompts.append({"type": kind, **both})
+            asked = [f"Is it {kind} {i} {q}?  " for q in range(1 + i)]
+            questions.append({"type": kind, "yn_question_list": asked, "yn_answer_list": ["Yes", "no"][: 1 + i]})  # fmt: skip
+        for folder, end, rows in (("testmini_prompts", "_prompts", prompts), ("testmini_eval_prompts", "_eval_prompts", questions)):  # fmt: skip
+            (tmp_path / "data" / folder).mkdir(parents=True, exist_ok=True)
+            text = "".join(json.dumps(r) + "\n" for r in rows)
+            (tmp_path / "data" / folder / f"{kind}{end}.jsonl").write_text(text)
+    names = "\n".join(f"{n} = '''\nQuestions:\n##YNQuestions##\n{n}'''" for n in WORDINGS)
+    (tmp_path / "eval_with_vlm.py").write_text(f"import openai\nos.abort()\n{names}\n")
+    settings = {"data_file": str(tmp_path / "data"), "any_data": True,
+                "judge_prompt": str(tmp_path / "eval_with_vlm.py"), "judge_model": "tiny", "patience": 5.0}  # fmt: skip
+    made = load_benchmark("tiif_bench", settings)
+    assert isinstance(made, TIIFBench)
+    return made
+
+
+TIIF_OVERALL = {  # The judge says yes to all: one of three questions is wrong, but not in short text.
+    "overall (short)": ((2 / 3 + 2 / 3) / 2 + 1) / 2,
+    "overall (long)": 2 / 3,
+    "basic attribute (short)": 2 / 3,
+    "advanced text (short)": 1.0,
+    "shape+color (long)": 2 / 3,
+}
+
+
+def test_tiif_asks_all_questions_of_an_image_at_once(tiif: TIIFBench, tmp_path: Path) -> None:
+    """The official layout; nine groups are means of types, the overall score is the mean of groups."""
+    root = tmp_path / "output"
+    for kind in ("shape+color", "shape+texture", "text"):
+        for length in ("short", "long"):
+            for i in range(2):
+                light = 200 if (kind, length) == ("text", "short") else 100
+                grey(root / kind / "flux" / f"{length}_description" / f"{i}.png", light)
+
+    def answer(question: Question) -> Reply:
+        asked = re.findall(r"Is it [\w+]+ \d (\d)\?\n", question.text)
+        told = ["no" if q == "1" and shade(question) == 200 else "Yes" for q in asked]
+        return said("\n\n".join(f"{t}, since it is so" for t in told) + "\nI hope this helps.")
+
+    with Stub(answer) as stub:
+        judged = replace(tiif, judge_url=stub.url, folder="flux")
+        result = score_folder(tmp_path / "out", judged, Part(), "mine", root)
+        assert len(stub.questions) == 12
+        asked = stub.questions[0].request["messages"]
+        assert asked[0] == {"role": "system", "content": "You are a professional image critic."}
+        assert {q.text.split("\n")[-1] for q in stub.questions} <= set(WORDINGS)
+        assert len({q.text.split("\n")[-1] for q in stub.questions}) > 1
+    found = values(result)
+    assert {k: found[k] for k in TIIF_OVERALL} == {k: pytest.approx(100 * v, abs=1e-4) for k, v in TIIF_OVERALL.items()}  # fmt: skip
+    assert any("temperature is 0, and 1 officially" in w for w in result["warnings"])
+
+
+def test_tiifs_official_results_are_matched_by_their_questions(
+    tiif: TIIFBench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Published results of testmini are numbered as the full set: 104.json is no line of 2."""
+    root = tmp_path / "eval_results" / "flux"
+    for kind in ("shape+color", "shape+texture", "text"):
+        for length in ("short", "long"):
+            (root / kind / length).mkdir(parents=True)
+            for i in range(2):
+                table = {
+                    "questions": [f"Is it {kind} {i} {q}?  " for q in range(1 + i)],
+                    "gt_answers": ["Yes", "no"][: 1 + i],
+                    "model_pred": ["yes", "no" if (kind, length) == ("text", "short") else "yes"][: 1 + i],
+                }  # fmt: skip
+                (root / kind / length / f"{100 + i}.json").write_text(json.dumps(table))
+    monkeypatch.chdir(tmp_path)
+    words = [
+        "--benchmark",
+        "tiif_bench",
+        "--data",
+        str(tmp_path / "data"),
+        "--set",
+        "any_data=true",
+    ]
+    assert main(["bench", "score", str(root), *words, "--label", "flux"]) == 0
+    found = values(json.loads((tmp_path / "bench/tiif_bench/flux/bench.json").read_text()))
+    assert {k: found[k] for k in TIIF_OVERALL} == {k: pytest.approx(100 * v, abs=1e-4) for k, v in TIIF_OVERALL.items()}  # fmt: skip
+    (root / "text" / "long" / "102.json").write_text(
+        '{"questions": ["Is it?"], "model_pred": ["yes"]}'
+    )
+    with pytest.raises(
+        BenchError, match=r"102\.json: these questions are not in the testmini data"
+    ):
+        import_results(tmp_path / "x", tiif, root, "mine")
+    with pytest.raises(BenchError, match="is no folder eval_results/MODEL"):
+        import_results(tmp_path / "x", tiif, tmp_path / "data", "mine")
+
+
+def test_tiifs_data_and_wording_are_checked(tiif: TIIFBench, tmp_path: Path) -> None:
+    with pytest.raises(BenchError, match="files of testmini are not the published ones"):
+        replace(tiif, any_data=False).entries()
+    with pytest.raises(BenchError, match=r"test_prompts holds no \.jsonl files"):
+        replace(tiif, subset="full").entries()
+    with pytest.raises(BenchError, match="does not define raw_prompt, raw_prompt_1"):
+        replace(tiif, judge_prompt=__file__).judge()
+    file = tmp_path / "data" / "testmini_eval_prompts" / "text_eval_prompts.jsonl"
+    lines = file.read_text().splitlines()
+    for text, problem in [
+        (lines[0], "has 1 lines"),
+        (
+            "\n".join([lines[0], lines[1].replace('"no"', '"maybe"')]),
+            "line 2: no record of TIIF-Bench",
+        ),
+        ("\n".join([lines[0], '{"type": "text"}']), "line 2: no record of TIIF-Bench"),
+    ]:
+        file.write_text(text)
+        with pytest.raises(BenchError, match=problem):
+            tiif.entries()
+
+
+def test_tiifs_answers_are_counted() -> None:
+    assert parse_answers("Yes, a.\n no\nNote: b", 2) == ["yes", "no"]
+    assert parse_answers("Yes, a.\nno\nyes", 2) is None
+    assert parse_answers("1. yes", 1) is None

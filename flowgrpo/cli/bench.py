@@ -307,7 +307,7 @@ def _score(words: Sequence[str], options: argparse.Namespace) -> int:
     benchmark = load_benchmark(options.benchmark or made["name"], settings)  # type: ignore[index]
     part = Part(options.limit, options.dimension)
     label = options.label or (made["label"] if made else label_of(str(source.resolve())))
-    if source.is_file():
+    if source.is_file() or _holds_results(benchmark, source):
         out = Path(options.out) if options.out else Path("bench") / benchmark.name / label
         result = import_results(out, benchmark, source, label)
     else:
@@ -325,6 +325,12 @@ def _score(words: Sequence[str], options: argparse.Namespace) -> int:
         result = score_folder(out, benchmark, part, label, images, options.allow_missing)
     _show(result, out)
     return 0
+
+
+def _holds_results(benchmark: "Benchmark", folder: Path) -> bool:
+    """Whether a folder holds results of an official evaluator, not images."""
+    is_results = getattr(benchmark, "is_results", None)
+    return is_results is not None and bool(is_results(folder))
 
 
 def _report(words: Sequence[str], out: str | None) -> int:
