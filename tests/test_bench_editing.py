@@ -194,6 +194,8 @@ def test_edits_are_judged_as_officially(gedit: GEditBench, tmp_path: Path) -> No
     }
     assert found["tone_transfer: G_SC"] == 0
     assert result["title"] == "GEdit-Bench en (tiny)"
+    assert result["model_index"][0]["results"][0]["task"] == {"type": "image-to-image"}
+    assert 22 * gedit.num_calls(gedit.entries()[0]) == 44
     assert any("not the published judge (gpt-4.1, Qwen2.5" in w for w in result["warnings"])
 
     # The official files: calculate_statistics.py reads one per task, with these columns.

@@ -138,6 +138,7 @@ def test_dpgs_grids_are_judged_by_a_model_and_labelled(dpg: DPGBench, tmp_path: 
         "global - style": 0.0,
         "relation - spatial": 100.0,
     }
+    assert sum(dpg.num_calls(e) for e in dpg.entries()) == 5
     assert result["title"] == "DPG-Bench (tiny)"
     assert any("published judge is mPLUG" in w for w in result["warnings"])
     assert any("2 prompts instead of the published 1065" in w for w in result["warnings"])

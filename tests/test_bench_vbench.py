@@ -168,6 +168,7 @@ def test_official_results_give_the_leaderboards_scores(vbench: VBench, tmp_path:
     for name, (value, _) in results.items():
         assert found[name] == pytest.approx(100 * value, abs=1e-4)
     assert all(m["low"] <= m["value"] <= m["high"] for m in result["metrics"])
+    assert result["model_index"][0]["results"][0]["task"] == {"type": "text-to-video"}
     # The zip file that is submitted to the leaderboard: a file per dimension, and lists of prompts.
     archive = tmp_path / "results.zip"
     with zipfile.ZipFile(archive, "w") as made:

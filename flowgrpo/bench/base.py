@@ -192,6 +192,11 @@ class Benchmark(Protocol):
         ...
 
     @property
+    def task(self) -> str:
+        """The task in a model card on the hub, such as ``image-to-image``."""
+        return "text-to-video" if self.video_fps else "text-to-image"
+
+    @property
     def video_fps(self) -> int:
         """Frames per second of the videos of a benchmark of videos; 0 for images."""
         return 0
@@ -238,6 +243,10 @@ class Benchmark(Protocol):
     def judge(self) -> Judge:
         """Load the judge."""
         ...
+
+    def num_calls(self, entry: Entry) -> int:
+        """Questions that a judge behind an endpoint is asked about one image, for ``--estimate``."""
+        return 1
 
     def points(self, entry: Entry, judgements: Sequence[Json]) -> Points:
         """The points of a prompt, from the judgements of its images."""

@@ -272,6 +272,7 @@ class Writer:
             fps: Frames per second of videos.
         """
         self._fps = fps
+        self._most = 1 if fps else PENDING  # a batch of videos takes gigabytes
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="writer")
         self._pending: deque[Future[None]] = deque()
 
@@ -282,7 +283,7 @@ class Writer:
             BenchError: If an earlier one could not be written.
         """
         self._pending.append(self._worker.submit(_write, list(images), self._fps))
-        while len(self._pending) > PENDING or (self._pending and self._pending[0].done()):
+        while len(self._pending) > self._most or (self._pending and self._pending[0].done()):
             self._pending.popleft().result()
 
     def __enter__(self) -> "Writer":

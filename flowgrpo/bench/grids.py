@@ -12,7 +12,7 @@ COLUMNS = 2
 def write_grid(path: Path, tiles: Sequence[Path]) -> None:
     """Write images of one size as a grid of two columns: top left, top right, bottom left, ...
 
-    A grid that is newer than its images is kept. One image is copied as it is.
+    A grid that is newer than its images is kept.
 
     Raises:
         BenchError: If an image cannot be read, or their sizes differ.

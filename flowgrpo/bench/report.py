@@ -59,6 +59,7 @@ def write_results(
         "format": FORMAT,
         "benchmark": benchmark.name,
         "title": title,
+        "task": benchmark.task,
         "label": label,
         "counts": counts_of(benchmark, scores, num_prompts),
         "metrics": _metrics(benchmark, scores, table, metrics),
@@ -233,7 +234,7 @@ def model_index(result: Mapping[str, Any]) -> list[dict[str, Any]]:
         if m["headline"]
     ]
     dataset = {"name": result["title"], "type": result["benchmark"]}
-    found = {"task": {"type": "text-to-image"}, "dataset": dataset, "metrics": metrics}
+    found = {"task": {"type": result["task"]}, "dataset": dataset, "metrics": metrics}
     return [{"name": result["label"], "results": [found]}]
 
 

@@ -395,7 +395,9 @@ def _estimate(plan: "Plan", benchmark: "Benchmark") -> int:
     )
     in_flight = getattr(benchmark, "concurrency", 0) if _is_remote(benchmark) else 0
     if in_flight:
-        each = clock(images / in_flight)
+        calls = benchmark.samples * sum(benchmark.num_calls(e) for e in plan.entries)
+        print(f"judge calls of these prompts: {calls}")
+        each = clock(calls / in_flight)
         print(f"judging: {each} for every second that an answer takes, {in_flight} at a time")
     if absent:
         batch = min(batches, key=lambda b: abs(len(b) - plan.batch))

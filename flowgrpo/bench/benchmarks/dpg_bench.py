@@ -116,6 +116,10 @@ class DPGBench(EndpointSettings, Benchmark):
         self.check_judge()
         return QuestionJudge(self, OFFICIAL)
 
+    def num_calls(self, entry: Entry) -> int:
+        """Each question on its own."""
+        return len(entry.prompt.metadata["questions"])
+
     def points(self, entry: Entry, judgements: Sequence[Json]) -> Points:
         """Per image the score, and each question by its category where answers are known."""
         for judgement in judgements:

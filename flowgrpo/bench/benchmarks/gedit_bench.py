@@ -86,6 +86,7 @@ class GEditBench(EndpointSettings, Benchmark):
     )
 
     name = "gedit_bench"
+    task = "image-to-image"
 
     @property
     def title(self) -> str:
@@ -138,6 +139,10 @@ class GEditBench(EndpointSettings, Benchmark):
     def judge(self) -> "EditJudge":
         """Connect to the judge."""
         return EditJudge(self, "--judge MODEL, such as gpt-4.1, and --judge-url")
+
+    def num_calls(self, entry: Entry) -> int:
+        """Semantics and quality."""
+        return 2
 
     def points(self, entry: Entry, judgements: Sequence[Json]) -> Points:
         """Per image three scores in its task, from 0 to 10; again for the intersection."""

@@ -83,6 +83,7 @@ class ImgEditBench(EndpointSettings, Benchmark):
     )
 
     name = "imgedit_bench"
+    task = "image-to-image"
     title = "ImgEdit-Bench"
 
     def _open(self) -> tuple[Path, Data]:
