@@ -488,7 +488,11 @@ def test_compbenchs_layout_and_results(tmp_path: Path) -> None:
     data.mkdir()
     prompts = [f"a red cup and {i} blue books." for i in range(5)]
     (data / "color_val.txt").write_text("\n".join(prompts) + "\n")
-    benchmark = load_benchmark("t2i_compbench", {"data_file": str(data), "samples": 3})
+    benchmark = load_benchmark(
+        "t2i_compbench", {"data_file": str(data), "samples": 3, "any_data": True}
+    )
+    with pytest.raises(BenchError, match=r"none of the published files \(color_val\.txt\)"):
+        replace(benchmark, any_data=False).entries()
     names = [benchmark.files(e, s)[0] for e in benchmark.entries() for s in range(3)]
     assert sorted(names, key=lambda n: int(n[:-4].split("_")[-1])) == names
     assert [n.split("_")[0] for n in names] == [p for p in prompts for _ in range(3)]

@@ -23,24 +23,24 @@ def write_grid(path: Path, tiles: Sequence[Path]) -> None:
 
     from flowgrpo.data.pictures import as_rgb, png_of
 
-    images = []
+    pictures: list[Image.Image] = []
     for tile in tiles:
         try:
             with Image.open(tile) as image:
-                images.append(as_rgb(image))
+                pictures.append(as_rgb(image))
         except (OSError, SyntaxError, ValueError) as error:
             raise BenchError(f"{tile} cannot be read: {error}") from error
-    width, height = images[0].size
-    if odd := [t for t, i in zip(tiles, images, strict=True) if i.size != (width, height)]:
+    width, height = pictures[0].size
+    if odd := [t for t, p in zip(tiles, pictures, strict=True) if p.size != (width, height)]:
         raise BenchError(
             f"{odd[0]} has another size than {tiles[0]}: a grid needs images of one size"
         )
-    columns = min(COLUMNS, len(images))
-    rows = -(-len(images) // columns)
+    columns = min(COLUMNS, len(pictures))
+    rows = -(-len(pictures) // columns)
     grid = Image.new("RGB", (columns * width, rows * height))
-    for number, image in enumerate(images):
+    for number, picture in enumerate(pictures):
         row, column = divmod(number, columns)
-        grid.paste(image, (column * width, row * height))
+        grid.paste(picture, (column * width, row * height))
     write_atomically(path, png_of(grid))
 
 

@@ -90,7 +90,7 @@ def extract(
             return _resolved(table["records"], place, images), table["sha256"]
     total, records, files = hashlib.sha256(), [], []
     for number, row in enumerate(rows):
-        record = {}
+        record: dict[str, Any] = {}
         for column, kind in texts.items():
             value = row[column]
             if not isinstance(value, kind):

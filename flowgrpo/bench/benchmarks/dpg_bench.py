@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 from flowgrpo.bench.base import (
     About,
@@ -208,7 +209,7 @@ def _entry(item: str, rows: Sequence[Mapping[str, str]], prompts: Path | None) -
     Raises:
         BenchError: If a number is none, a parent is missing, or there is no prompt.
     """
-    questions = []
+    questions: list[dict[str, Any]] = []
     try:
         for row in rows:
             parents = [int(p) for p in row["dependency"].split(",")]
@@ -237,17 +238,15 @@ def _entry(item: str, rows: Sequence[Mapping[str, str]], prompts: Path | None) -
     return Entry(item, Prompt(text, metadata={"questions": questions}), dimensions)
 
 
-def score(questions: Sequence[Mapping[str, object]], answers: Mapping[int, bool]) -> float:
+def score(questions: Sequence[Mapping[str, Any]], answers: Mapping[int, bool]) -> float:
     """The share of questions answered with yes, where no parent counts as answered with no.
 
     In the official order: a question whose parent was set to no before becomes no itself.
     """
     kept = dict(answers)
     for question in questions:
-        parents = question["parents"]
-        assert isinstance(parents, list)
-        if not all(kept[p] for p in parents):
-            kept[question["id"]] = False  # type: ignore[index]
+        if not all(kept[p] for p in question["parents"]):
+            kept[question["id"]] = False
     return sum(kept.values()) / len(kept)
 
 

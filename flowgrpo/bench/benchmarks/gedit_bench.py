@@ -297,5 +297,7 @@ class EditJudge(EndpointJudge):
         }
 
     def _scores(self, question: str, images: Sequence[bytes]) -> list[float]:
-        content = [*images, question] if self.form == "png" else [question, *images]
+        content: list[str | bytes] = (
+            [*images, question] if self.form == "png" else [question, *images]
+        )
         return self.ask(content, parse_pair, 1400)

@@ -227,7 +227,7 @@ class EditTypeJudge(EndpointJudge):
         question = self.official.get(kind, OWN).replace(PLACE, prompt.text)
         (source,) = prompt.images
         assert isinstance(source, Path)
-        content = [question, sent_bytes(source), sent_bytes(picture.path)]
+        content: list[str | bytes] = [question, sent_bytes(source), sent_bytes(picture.path)]
         return self.ask(content, parse_scores, 1024)
 
 

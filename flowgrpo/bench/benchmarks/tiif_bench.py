@@ -321,7 +321,10 @@ class CriticJudge(EndpointJudge):
         texts = self.official or (OWN,)
         chosen = int(hashlib.sha256(entry.key.encode()).hexdigest(), 16) % len(texts)
         questions = "\n".join(q.strip() for q in entry.prompt.metadata["questions"])
-        content = [texts[chosen].replace(PLACE, questions), picture_bytes(picture.path, "file")]
+        content: list[str | bytes] = [
+            texts[chosen].replace(PLACE, questions),
+            picture_bytes(picture.path, "file"),
+        ]
         number = len(entry.dimensions)
         answers = self.ask(content, lambda text: parse_answers(text, number), 2048, SYSTEM)
         return {"answers": answers}
