@@ -266,6 +266,12 @@ def test_names_are_checked() -> None:
         load_benchmark("genevl")
     with pytest.raises(ValueError, match="no setting 'sample'; did you mean 'samples'"):
         load_benchmark("geneval", {"sample": 3})
+    with pytest.raises(
+        ValueError, match=r"category must be one of color.*got 'colour'; did you mean 'color'"
+    ):
+        load_benchmark("t2i_compbench", {"category": "colour"})
+    with pytest.raises(ValueError, match="samples must be of type int"):
+        load_benchmark("t2i_compbench", {"samples": 2.5})
     with pytest.raises(ValueError, match="no dimension 'color'; did you mean 'colors'"):
         select(GenEval().entries(), None, ["color"])
     with pytest.raises(BenchError, match=r"none of the published files.*any_data=true"):
@@ -482,14 +488,19 @@ def test_compbenchs_layout_and_results(tmp_path: Path) -> None:
     data.mkdir()
     prompts = [f"a red cup and {i} blue books." for i in range(5)]
     (data / "color_val.txt").write_text("\n".join(prompts) + "\n")
-    benchmark = load_benchmark("t2i_compbench", {"data_file": str(data), "samples": 3})
+    benchmark = load_benchmark(
+        "t2i_compbench", {"data_file": str(data), "samples": 3, "any_data": True}
+    )
+    with pytest.raises(BenchError, match=r"none of the published files \(color_val\.txt\)"):
+        replace(benchmark, any_data=False).entries()
     names = [benchmark.files(e, s)[0] for e in benchmark.entries() for s in range(3)]
     assert sorted(names, key=lambda n: int(n[:-4].split("_")[-1])) == names
     assert [n.split("_")[0] for n in names] == [p for p in prompts for _ in range(3)]
     assert [int(n[:-4].split("_")[-1]) for n in names] == list(range(15))
     assert benchmark.root("x") == "images/color/samples"
-    with pytest.raises(BenchError, match="judged by the official scorer"):
-        benchmark.judge()
+    for refused in (benchmark.judge, benchmark.check_judge):
+        with pytest.raises(BenchError, match="judged by the official scorer"):
+            refused()
     (tmp_path / "clip").mkdir()
     clip = {"model": f"local-dir:{zoo.save_open_clip(tmp_path / 'clip')}"}
     assert replace(benchmark, category="non_spatial", clip=clip).judge().title == "CLIP ViT-B/32"

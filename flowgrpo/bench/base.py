@@ -10,7 +10,7 @@ import pkgutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, get_args, get_origin, get_type_hints, runtime_checkable
 
 from flowgrpo.core.imports import import_path, suggest
 from flowgrpo.data.prompts import Prompt
@@ -100,6 +100,8 @@ class Metric:
         name: Such as ``overall (mean over tasks)``.
         parts: Each part is a set of dimensions whose points are averaged together. One part gives
             the mean over points; several parts give the unweighted mean of their means.
+        weights: One weight for each part, for the weighted mean of their means. A metric with
+            weights has no value unless each of its parts has points.
         headline: Whether it is a main result.
         percent: Whether it is printed times 100.
         radar: Whether it is a spoke of the report's radar plot.
@@ -110,6 +112,7 @@ class Metric:
     headline: bool = False
     percent: bool = True
     radar: bool = False
+    weights: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -188,6 +191,16 @@ class Benchmark(Protocol):
         """Images per prompt."""
         ...
 
+    @property
+    def task(self) -> str:
+        """The task in a model card on the hub, such as ``image-to-image``."""
+        return "text-to-video" if self.video_fps else "text-to-image"
+
+    @property
+    def video_fps(self) -> int:
+        """Frames per second of the videos of a benchmark of videos; 0 for images."""
+        return 0
+
     def entries(self) -> Sequence[Entry]:
         """All prompts, in the official order.
 
@@ -212,9 +225,28 @@ class Benchmark(Protocol):
         """Text files that the official layout holds for a prompt: name below the root -> content."""
         return {}
 
+    def assemble(self, images: Path, entries: Sequence[Entry]) -> None:
+        """Write the files that an official scorer needs beside the images, once all are there.
+
+        Args:
+            images: The root of the images.
+            entries: The prompts that have images.
+        """
+
+    def check_judge(self) -> None:
+        """Check, without loading weights, that there is a judge; called before images are made.
+
+        Raises:
+            BenchError: If the images can only be made here, not judged; says what to do.
+        """
+
     def judge(self) -> Judge:
         """Load the judge."""
         ...
+
+    def num_calls(self, entry: Entry) -> int:
+        """Questions that a judge behind an endpoint is asked about one image, for ``--estimate``."""
+        return 1
 
     def points(self, entry: Entry, judgements: Sequence[Json]) -> Points:
         """The points of a prompt, from the judgements of its images."""
@@ -283,8 +315,28 @@ def load_benchmark(name: str, settings: Mapping[str, Any] | None = None) -> Benc
                 f"benchmark {name!r} has no setting {key!r}{suggest(key, known)} (known: "
                 f"{', '.join(known) or 'none'})"
             )
+    hints = get_type_hints(kind) if settings else {}
+    for key, value in (settings or {}).items():
+        _check_type(f"benchmark {name!r}: {key}", value, hints[key])
     made: Benchmark = kind(**(settings or {}))
     return made
+
+
+def _check_type(what: str, value: Any, hint: Any) -> None:
+    """Raise ValueError if a setting is none of the allowed words, or no plain value of its type."""
+    if get_origin(hint) is Literal:
+        if value not in get_args(hint):
+            allowed = [str(a) for a in get_args(hint)]
+            raise ValueError(
+                f"{what} must be one of {', '.join(allowed)}, got {value!r}{suggest(str(value), allowed)}"
+            )
+        return
+    accepted: Mapping[Any, tuple[type, ...]] = {
+        bool: (bool,), int: (int,), float: (int, float), str: (str,)
+    }  # fmt: skip
+    kinds = accepted.get(hint)
+    if kinds and (not isinstance(value, kinds) or (isinstance(value, bool) and hint is not bool)):
+        raise ValueError(f"{what} must be of type {hint.__name__}, got {value!r}")
 
 
 def select(

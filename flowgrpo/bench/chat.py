@@ -102,7 +102,11 @@ class ChatModel:
             self._check(url)
 
     def ask(
-        self, content: Sequence[str | bytes], parse: Callable[[str], T | None], max_tokens: int
+        self,
+        content: Sequence[str | bytes],
+        parse: Callable[[str], T | None],
+        max_tokens: int,
+        system: str = "",
     ) -> T | None:
         """The parsed answer to one question; None if it cannot be parsed.
 
@@ -110,6 +114,7 @@ class ChatModel:
             content: Texts, and images as PNG or JPEG, in the order in which the model reads them.
             parse: Returns None for an answer that cannot be used.
             max_tokens: Longest answer.
+            system: The system message; empty for none.
 
         Raises:
             RuntimeError: If the server refuses the question.
@@ -119,7 +124,7 @@ class ChatModel:
         def read(choice: Mapping[str, Any]) -> T | None:
             return parse(choice["message"].get("content") or "")
 
-        return self._ask({"max_completion_tokens": max_tokens}, content, read)
+        return self._ask({"max_completion_tokens": max_tokens}, content, read, system)
 
     def first_token(self, content: Sequence[str | bytes]) -> Mapping[str, float] | None:
         """Probabilities of the 20 most likely first tokens; None if the server gives none.
@@ -145,12 +150,14 @@ class ChatModel:
         keys: Mapping[str, Any],
         content: Sequence[str | bytes],
         read: Callable[[Mapping[str, Any]], T | None],
+        system: str = "",
     ) -> T | None:
         from flowgrpo.rewards.serving.client import Refused
 
+        messages = [{"role": "system", "content": system}] if system else []
         request = {
             "model": self.server.model,
-            "messages": [{"role": "user", "content": [_part(c) for c in content]}],
+            "messages": [*messages, {"role": "user", "content": [_part(c) for c in content]}],
             "temperature": 0,
             **keys,
             **self.server.extra,

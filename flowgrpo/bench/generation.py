@@ -23,6 +23,7 @@ from flowgrpo.bench.files import read_json, refuse_changes, write_atomically, wr
 from flowgrpo.bench.models import Subject, call_settings, sampler_settings, versions
 from flowgrpo.bench.pictures import check_whole, find, header_size, is_whole
 from flowgrpo.bench.progress import Progress
+from flowgrpo.bench.videos import encode_mp4
 from flowgrpo.core.random import Random, SampleNoise
 from flowgrpo.data.pictures import encode_png
 from flowgrpo.data.prompts import Prompt
@@ -114,10 +115,12 @@ def generate(plan: Plan) -> None:
         return
     policy = policy or plan.subject.load()
     record_sampler(plan, policy)
-    title = "images" if plan.num_ranks == 1 else f"images (process {plan.rank})"
+    title = "videos" if plan.benchmark.video_fps else "images"
+    if plan.num_ranks > 1:
+        title += f" (process {plan.rank})"
     progress = Progress(title, total, total - todo)
     write_sidecars(plan, [i.entry for batch in missing for i in batch])
-    with Writer() as writer:
+    with Writer(plan.benchmark.video_fps) as writer:
         for batch, absent in zip(mine, missing, strict=True):
             if absent:
                 # The whole batch, although some of it may be there: its composition decides the
@@ -135,18 +138,21 @@ def generate(plan: Plan) -> None:
 
 def sample(
     policy: PipelinePolicy, plan: Plan, batch: Sequence[Item]
-) -> Float[Tensor, "batch 3 height width"]:
-    """The images of one batch, in [0, 1].
+) -> Float[Tensor, "batch *frames 3 height width"]:
+    """The images of one batch, in [0, 1]; videos have another axis, frames, after the first.
 
     Raises:
-        BenchError: If the pipeline makes videos.
+        BenchError: If the pipeline makes videos and the benchmark is about images, or the reverse.
     """
     streams = [Random(plan.seed).at("bench", i.entry.key, i.sample) for i in batch]
     prompts: list[Prompt] = [i.entry.prompt for i in batch]
     media = policy.images(prompts, SampleNoise(streams), plan.subject.sampling)
-    if media.ndim != 4:
+    made, wanted = media.ndim == 5, plan.benchmark.video_fps > 0
+    if made != wanted:
+        names = ("images", "videos")
         raise BenchError(
-            f"{type(policy.pipeline).__name__} makes videos, and {plan.benchmark.name} is about images"
+            f"{type(policy.pipeline).__name__} makes {names[made]}, and {plan.benchmark.name} is about "
+            f"{names[wanted]}"
         )
     return media
 
@@ -165,6 +171,7 @@ def settings_of(plan: Plan, identity: Any) -> dict[str, Any]:
         "seed": plan.seed,
         "seed_rule": SEED_RULE,
         "label": plan.subject.label,
+        **({"fps": plan.benchmark.video_fps} if plan.benchmark.video_fps else {}),
     }
 
 
@@ -257,20 +264,26 @@ def write_sidecars(plan: Plan, entries: Sequence[Entry]) -> None:
 
 
 class Writer:
-    """Encodes and writes images in the background. Use as a context manager."""
+    """Encodes and writes images or videos in the background. Use as a context manager."""
 
-    def __init__(self) -> None:
+    def __init__(self, fps: int = 0) -> None:
+        """
+        Args:
+            fps: Frames per second of videos.
+        """
+        self._fps = fps
+        self._most = 1 if fps else PENDING  # a batch of videos takes gigabytes
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="writer")
         self._pending: deque[Future[None]] = deque()
 
-    def put(self, images: Sequence[tuple[Path, Float[Tensor, "3 height width"]]]) -> None:
-        """Write images as PNG soon; waits while too many wait already.
+    def put(self, images: Sequence[tuple[Path, Float[Tensor, "*frames 3 height width"]]]) -> None:
+        """Write images as PNG, videos as MP4, soon; waits while too many wait already.
 
         Raises:
             BenchError: If an earlier one could not be written.
         """
-        self._pending.append(self._worker.submit(_write, list(images)))
-        while len(self._pending) > PENDING or (self._pending and self._pending[0].done()):
+        self._pending.append(self._worker.submit(_write, list(images), self._fps))
+        while len(self._pending) > self._most or (self._pending and self._pending[0].done()):
             self._pending.popleft().result()
 
     def __enter__(self) -> "Writer":
@@ -283,13 +296,14 @@ class Writer:
                 future.result()
 
 
-def _write(images: Sequence[tuple[Path, Tensor]]) -> None:
+def _write(images: Sequence[tuple[Path, Tensor]], fps: int) -> None:
     for path, image in images:
         if not bool(image.isfinite().all()):
             raise BenchError(
                 f"the image for {path} holds values that are not finite: try --dtype bfloat16 or float32"
             )
-        write_atomically(path, encode_png(image.clamp(0, 1)))
+        image = image.clamp(0, 1)
+        write_atomically(path, encode_mp4(image, fps) if fps else encode_png(image))
 
 
 def wait_for_others(plan: Plan) -> None:

@@ -59,6 +59,7 @@ def write_results(
         "format": FORMAT,
         "benchmark": benchmark.name,
         "title": title,
+        "task": benchmark.task,
         "label": label,
         "counts": counts_of(benchmark, scores, num_prompts),
         "metrics": _metrics(benchmark, scores, table, metrics),
@@ -233,7 +234,7 @@ def model_index(result: Mapping[str, Any]) -> list[dict[str, Any]]:
         if m["headline"]
     ]
     dataset = {"name": result["title"], "type": result["benchmark"]}
-    found = {"task": {"type": "text-to-image"}, "dataset": dataset, "metrics": metrics}
+    found = {"task": {"type": result["task"]}, "dataset": dataset, "metrics": metrics}
     return [{"name": result["label"], "results": [found]}]
 
 
@@ -263,7 +264,14 @@ def read_points(folder: Path) -> tuple[Table, list[Metric]]:
     """The points per prompt, and the metrics made of them."""
     table = read_json(folder / POINTS)
     metrics = [
-        Metric(**{**m, "parts": tuple(tuple(p) for p in m["parts"])}) for m in table["metrics"]
+        Metric(
+            **{
+                **m,
+                "parts": tuple(tuple(p) for p in m["parts"]),
+                "weights": tuple(m.get("weights", ())),
+            }
+        )
+        for m in table["metrics"]
     ]
     shape = (len(table["keys"]), len(table["dimensions"]))
     sums, counts = (np.asarray(table[k], float).reshape(shape) for k in ("sums", "counts"))

@@ -64,7 +64,7 @@ class RewardJudge:
         return in_batches(pictures, self.batch, self._scores)
 
     def _scores(
-        self, images: Float[Tensor, "batch 3 height width"], pictures: Sequence[Picture]
+        self, images: Float[Tensor, "batch *frames 3 height width"], pictures: Sequence[Picture]
     ) -> Sequence[Json | Failure]:
         raw = self.scorer.score(images, [p.entry.prompt for p in pictures]).raw
         found: list[Json | Failure] = []

@@ -35,6 +35,7 @@ def generate_folder(plan: Plan) -> None:
         generate(plan)
         if plan.rank == 0:
             wait_for_others(plan)
+            plan.benchmark.assemble(plan.images, plan.entries)
 
 
 def score_folder(

@@ -68,7 +68,8 @@ class Table:
         """Each metric, for prompts that count ``weights`` times.
 
         Parts of a metric that no prompt of the table has points in are left out, as in the official
-        scripts. NaN if none is left, or if none of a part's prompts was drawn.
+        scripts. NaN if none is left, if a metric with weights lacks one, or if none of a part's
+        prompts was drawn.
         """
         column = {d: i for i, d in enumerate(self.dimensions)}
         parts = [
@@ -78,10 +79,12 @@ class Table:
         sums, counts = weights @ self.sums, weights @ self.counts
         result = np.full((len(weights), len(metrics)), np.nan)
         with np.errstate(invalid="ignore", divide="ignore"):
-            for i, metric in enumerate(parts):
-                means = [sums[:, part].sum(1) / counts[:, part].sum(1) for part in metric]
+            for i, (metric, present) in enumerate(zip(metrics, parts, strict=True)):
+                means = [sums[:, part].sum(1) / counts[:, part].sum(1) for part in present]
+                if metric.weights and len(means) < len(metric.parts):
+                    continue
                 if means:
-                    result[:, i] = np.mean(means, axis=0)
+                    result[:, i] = np.average(means, axis=0, weights=metric.weights or None)
         return result
 
 

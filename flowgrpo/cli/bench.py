@@ -106,6 +106,8 @@ def _whole(name: str, options: argparse.Namespace, judge: bool) -> int:
     plan = _plan(benchmark, part, options)
     if options.estimate:
         return _estimate(plan, benchmark)
+    if judge:
+        benchmark.check_judge()
     loaded = benchmark.judge() if judge and plan.rank == 0 and _is_remote(benchmark) else None
     generate_folder(plan)
     if plan.rank or not judge:
@@ -306,7 +308,7 @@ def _score(words: Sequence[str], options: argparse.Namespace) -> int:
     benchmark = load_benchmark(options.benchmark or made["name"], settings)  # type: ignore[index]
     part = Part(options.limit, options.dimension)
     label = options.label or (made["label"] if made else label_of(str(source.resolve())))
-    if source.is_file():
+    if source.is_file() or _holds_results(benchmark, source):
         out = Path(options.out) if options.out else Path("bench") / benchmark.name / label
         result = import_results(out, benchmark, source, label)
     else:
@@ -324,6 +326,12 @@ def _score(words: Sequence[str], options: argparse.Namespace) -> int:
         result = score_folder(out, benchmark, part, label, images, options.allow_missing)
     _show(result, out)
     return 0
+
+
+def _holds_results(benchmark: "Benchmark", folder: Path) -> bool:
+    """Whether a folder holds results of an official evaluator, not images."""
+    is_results = getattr(benchmark, "is_results", None)
+    return is_results is not None and bool(is_results(folder))
 
 
 def _report(words: Sequence[str], out: str | None) -> int:
@@ -388,7 +396,9 @@ def _estimate(plan: "Plan", benchmark: "Benchmark") -> int:
     )
     in_flight = getattr(benchmark, "concurrency", 0) if _is_remote(benchmark) else 0
     if in_flight:
-        each = clock(images / in_flight)
+        calls = benchmark.samples * sum(benchmark.num_calls(e) for e in plan.entries)
+        print(f"judge calls of these prompts: {calls}")
+        each = clock(calls / in_flight)
         print(f"judging: {each} for every second that an answer takes, {in_flight} at a time")
     if absent:
         batch = min(batches, key=lambda b: abs(len(b) - plan.batch))

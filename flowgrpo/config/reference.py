@@ -52,10 +52,19 @@ def _to_table(hint: Any, value: Any) -> Any:
 
 @cache
 def documentation(cls: Any) -> Mapping[str, str]:
-    """The docstring below each field of a dataclass, on one line."""
+    """The docstring below each field of a dataclass, on one line; also of inherited fields."""
+    found = {f.name: "" for f in dataclasses.fields(cls)}
+    for base in reversed(cls.__mro__):
+        if "__dataclass_fields__" in vars(base):
+            found.update(_documented(base))
+    return found
+
+
+def _documented(cls: Any) -> dict[str, str]:
+    """The docstrings of the fields in a class's own body."""
     (body,) = ast.parse(textwrap.dedent(inspect.getsource(cls))).body
     assert isinstance(body, ast.ClassDef)
-    found = {f.name: "" for f in dataclasses.fields(cls)}
+    found: dict[str, str] = {}
     for field, text in zip(body.body, body.body[1:], strict=False):
         if (
             isinstance(field, ast.AnnAssign)

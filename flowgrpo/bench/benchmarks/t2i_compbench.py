@@ -32,6 +32,17 @@ __all__ = ["T2ICompBench"]
 Category = Literal[
     "color", "shape", "texture", "spatial", "3d_spatial", "numeracy", "non_spatial", "complex"
 ]
+PUBLISHED_FILES: Mapping[str, str] = {
+    "color": "sha256:1634259756dbc77d",
+    "shape": "sha256:37e1a276906c7ea9",
+    "texture": "sha256:fbb5363515b4a280",
+    "spatial": "sha256:8707a1d7e42ce300",
+    "3d_spatial": "sha256:c9953597315f36a5",
+    "numeracy": "sha256:dad8df141604b70b",
+    "non_spatial": "sha256:04c56cc9ac441dc9",
+    "complex": "sha256:1b808018b8d9916d",
+}
+"""Of the file ``{category}_val.txt`` of the official repository."""
 SCORE = "mean over images"
 HOW = (
     "It is the folder examples/dataset of github.com/Karine-Huang/T2I-CompBench (MIT), with files such "
@@ -49,6 +60,8 @@ class T2ICompBench(Benchmark):
     """Which of the eight."""
     samples: int = 10
     """Images per prompt; the official number is 10, and papers that use 1 score higher."""
+    any_data: bool = False
+    """Accept a file that is not the published one."""
     clip: Mapping[str, Any] = field(
         default_factory=lambda: {"model": "ViT-B-32", "pretrained": "openai"}
     )
@@ -72,7 +85,8 @@ class T2ICompBench(Benchmark):
     def _open(self) -> tuple[Path, Data]:
         folder = Path(self.data_file)
         file = str(folder / f"{self.category}_val.txt") if folder.is_dir() else self.data_file
-        return open_data(file, {}, how=HOW)
+        published = {PUBLISHED_FILES[self.category]: f"{self.category}_val.txt"}
+        return open_data(file, published, self.any_data, HOW)
 
     def data(self) -> Data:
         """The category's file."""
@@ -87,7 +101,7 @@ class T2ICompBench(Benchmark):
         path = self._open()[0]
         texts = [t.strip() for t in path.read_text(encoding="utf-8-sig").split("\n") if t.strip()]
         for text in texts:
-            if "/" in text or len(text.encode()) > 240:
+            if "/" in text or "_" in text or len(text.encode()) > 240:
                 raise BenchError(f"{path}: {text!r} cannot be the name of a file")
         return [
             Entry(f"{i:03d}", Prompt(t, metadata={"number": i}), (SCORE,))
@@ -103,12 +117,8 @@ class T2ICompBench(Benchmark):
         number = self.samples * int(entry.key) + sample
         return (f"{entry.prompt.text}_{number:06d}.png",)
 
-    def judge(self) -> Judge:
-        """CLIP for ``non_spatial``.
-
-        Raises:
-            BenchError: For the other categories; says what to do.
-        """
+    def check_judge(self) -> None:
+        """Refuse, for seven categories, to make images that nothing here can judge."""
         if self.category != "non_spatial":
             raise BenchError(
                 f"{self.category} is judged by the official scorer: make the images with 'flowgrpo bench "
@@ -116,6 +126,14 @@ class T2ICompBench(Benchmark):
                 "summarise its vqa_result.json with 'flowgrpo bench score vqa_result.json --benchmark "
                 f"t2i_compbench --data {self.data_file} --set category={self.category}'"
             )
+
+    def judge(self) -> Judge:
+        """CLIP for ``non_spatial``.
+
+        Raises:
+            BenchError: For the other categories; says what to do.
+        """
+        self.check_judge()
         reward = {"model": "clip_score", "name": SCORE, "options": dict(self.clip)}
         return RewardJudge(rewards_of([reward]), 16, "CLIP ViT-B/32")
 
