@@ -153,6 +153,27 @@ def test_each_optimizer_step_trains_on_its_own_groups(make: Make, experience: Ex
     assert groups != [sorted(set(inputs.group.tolist())) for inputs in Scripted.received]
 
 
+def test_each_epoch_trains_on_everything_against_the_policy_that_sampled(
+    make: Make, experience: Experience
+) -> None:
+    make(updates=3, epochs=2).update(experience, ones(experience), RANDOM)
+    groups = [set(inputs.group.tolist()) for inputs in Scripted.received]
+    assert set().union(*groups[:3]) == set().union(*groups[3:]) == set(range(6))
+    assert groups[:3] != groups[3:], "each epoch divides the groups anew"
+    assert [inputs.first_update for inputs in Scripted.received] == [True, *[False] * 5]
+    make(updates=3).update(experience, ones(experience), RANDOM)
+    assert [set(inputs.group.tolist()) for inputs in Scripted.received[6:]] == groups[:3]
+
+    old = {(int(g), int(s)): float(p) for g, s, p in zip(experience.actions.group, experience.actions.sample, experience.actions.old_log_prob, strict=True)}  # fmt: skip
+    for number, inputs in enumerate(Scripted.received[:6]):
+        keys = zip(inputs.group.tolist(), inputs.sample.tolist(), strict=True)
+        assert inputs.old_log_prob.tolist() == [old[key] for key in keys]
+        change = inputs.gaussian.log_prob(inputs.x_next) - inputs.old_log_prob
+        assert (change.abs().max() > 1e-4) == (number > 0)
+    # The rate falls to a tenth over all optimizer steps.
+    assert make(updates=3, epochs=2, schedule="linear").learning_rate(30) == pytest.approx(0.55e-2)
+
+
 @pytest.mark.parametrize("all_actions", [True, False])
 def test_actions_without_advantage_count_in_the_mean(all_actions: bool, make: Make, experience: Experience) -> None:  # fmt: skip
     """Half of the actions are left out, unless the loss needs them; the mean stays one over all."""
