@@ -21,6 +21,7 @@ from flowgrpo.core.transitions import CPS, Prediction, Step
 from flowgrpo.data.experience import Actions, Candidates, Cost, Experience
 from flowgrpo.data.prompts import Group, Prompt
 from flowgrpo.losses.base import Loss, LossInputs, LossMetric, LossNeeds, LossOutputs
+from flowgrpo.losses.clipped import ClippedLoss
 from flowgrpo.losses.nft import NFTLoss
 from flowgrpo.policy import PipelinePolicy
 from flowgrpo.policy.step_plan import StepRecord
@@ -128,6 +129,34 @@ def experience(shared_policy: tuple[PipelinePolicy, Experience]) -> Experience:
 
 def ones(experience: Experience) -> Tensor:
     return torch.ones(len(experience.actions))
+
+
+# Several advantages of one action.
+
+
+def test_an_action_with_two_advantages_has_two_losses(make: Make, experience: Experience) -> None:
+    loss = ClippedLoss(clip_range=1e-3)
+    learner = make(loss, lr=5e-2)
+    learner.update(experience, ones(experience), RANDOM)  # ratios leave the clip range
+    actions = experience.actions
+    both = torch.stack(
+        [torch.linspace(-1, 2, len(actions)), torch.linspace(2, -3, len(actions))], 1
+    )
+    inputs = learner.replay.inputs(experience, actions, both[:, 0], None, False)
+    ratio = (inputs.gaussian.log_prob(inputs.x_next) - inputs.old_log_prob).exp()[:, None]
+    each = torch.maximum(-both * ratio, -both * ratio.clamp(1 - 1e-3, 1 + 1e-3))
+    found = learner._loss(inputs, [both[:, 1]], UpdateStatistics(loss.metrics))
+    torch.testing.assert_close(found, each.sum())
+    total = both.sum(1, keepdim=True)
+    one = torch.maximum(-total * ratio, -total * ratio.clamp(1 - 1e-3, 1 + 1e-3)).sum()
+    assert (found - one).abs() > 1e-4, "the loss of the sum is another one"
+
+    # Two advantages of opposite signs are no reason to leave an action out.
+    opposed = torch.stack([ones(experience), -ones(experience)], 1)
+    received = make(Scripted(all_actions=False))
+    received.update(experience, opposed, RANDOM)
+    assert {g for i in Scripted.received for g in i.group.tolist()} == set(range(6))
+    assert sorted({float(i.advantage[0]) for i in Scripted.received}) == [-1.0, 1.0]
 
 
 # Which actions an optimizer step trains on.

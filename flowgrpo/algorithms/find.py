@@ -78,7 +78,7 @@ class FIND(AlgorithmBase):
             )
         return collection.experience()
 
-    def advantages(self, experience: Experience) -> Float[Tensor, " actions"]:
+    def advantages(self, experience: Experience) -> Float[Tensor, "actions *rewards"]:
         """The sample's advantage, for its initial noise."""
         return trajectory_advantages(self.advantage, experience)
 

@@ -240,6 +240,14 @@ class Config:
             self.loss.check_algorithm(algorithm.action_kind, algorithm.transition)
         except ValueError as error:
             raise ConfigError(str(error)) from error
+        if (
+            getattr(getattr(algorithm, "advantage", None), "is_separate", False)
+            and not self.loss.needs.is_additive
+        ):
+            raise ConfigError(
+                f"algorithm.advantage.kind = 'per_loss' adds the losses of several rewards, and the loss "
+                f"{type(self.loss).__name__} is not proportional to the advantage; use 'per_reward'"
+            )
         if self.loss.needs.average and not self.train.ema_decay:
             raise ConfigError(
                 f"the loss {type(self.loss).__name__} needs a moving average of the weights; set "

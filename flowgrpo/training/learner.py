@@ -10,6 +10,7 @@ batch, and the gradients of all processes are added.
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from itertools import zip_longest
 from math import isfinite
 from statistics import median
@@ -93,7 +94,7 @@ class Learner:
         return nullcontext() if self.behaviour is None else swapped(self.parameters, self.behaviour)
 
     def update(
-        self, experience: Experience, advantages: Float[Tensor, " actions"], random: Random
+        self, experience: Experience, advantages: Float[Tensor, "actions *rewards"], random: Random
     ) -> dict[str, float]:
         """Take all optimizer steps of one iteration. Returns the metrics of the iteration.
 
@@ -104,12 +105,14 @@ class Learner:
 
         Args:
             experience: The actions of this process, and the states before them.
-            advantages: One per action of ``experience.actions``, on the CPU.
+            advantages: One per action of ``experience.actions``, on the CPU. With a second axis, an
+                action's loss is the sum of the losses for each of its advantages.
             random: Keyed by the iteration; draws the parts of the optimizer steps, equal in all processes.
         """
         statistics, needs = UpdateStatistics(self.loss.metrics), self.loss.needs
         actions = experience.actions
         kept = torch.ones(len(actions), dtype=torch.bool)
+        differs = advantages != 0 if advantages.ndim == 1 else (advantages != 0).any(1)
         if self.train.without_advantage == "drop":
             kept = has_advantage(actions, advantages)
         for number_before, chosen in enumerate(self._parts(actions, random)):
@@ -117,15 +120,16 @@ class Learner:
             chosen = kept & chosen
             number = self.accelerator.reduce(chosen.sum().to(self.policy.device), "sum").item()
             computes_all = needs.all_actions or needs.whole_groups
-            trained = chosen if computes_all else chosen & (advantages != 0)
+            trained = chosen if computes_all else chosen & differs
             batches = list(self.replay.batches(experience, advantages, trained))
             # The reference's outputs for all batches at once, so that its weights move only once.
             referred = [batch for batch, _ in batches] if needs.reference else []
             references = self.replay.references(experience, referred)
             is_first = number_before == 0
             for (batch, advantage), reference in zip_longest(batches, references):
-                inputs = self.replay.inputs(experience, batch, advantage, reference, is_first)
-                loss = self._loss(inputs, statistics)
+                columns = [advantage] if advantage.ndim == 1 else list(advantage.unbind(1))
+                inputs = self.replay.inputs(experience, batch, columns[0], reference, is_first)
+                loss = self._loss(inputs, columns[1:], statistics)
                 # Wan 2.2 has two denoisers. If only one is trained, the steps of the other carry no
                 # gradient.
                 if loss.requires_grad:
@@ -176,20 +180,31 @@ class Learner:
         everywhere = self.accelerator.reduce(counts.to(self.policy.device), "sum")
         return split_steps(actions, train.updates, everywhere.cpu().nonzero().squeeze(1))
 
-    def _loss(self, inputs: LossInputs, statistics: UpdateStatistics) -> Float[Tensor, ""]:
+    def _loss(
+        self, inputs: LossInputs, others: Sequence[Tensor], statistics: UpdateStatistics
+    ) -> Float[Tensor, ""]:
         """The summed loss of a batch, with the KL term.
+
+        Args:
+            inputs: With the first advantage of each action.
+            others: The actions' further advantages, whose losses are added.
+            statistics: Notes loss, KL and metrics.
 
         Raises:
             ValueError: If the loss does not return one value per action.
         """
-        outputs = self.loss(inputs)
-        _require_per_action(self.loss, outputs, inputs)
-        total = outputs.loss.sum()
-        kl = torch.zeros_like(outputs.loss)
-        if outputs.kl is not None:
-            kl = outputs.kl
+        more = [replace(inputs, advantage=a.to(inputs.advantage.device)) for a in others]
+        each = [self.loss(one) for one in (inputs, *more)]
+        for outputs in each:
+            _require_per_action(self.loss, outputs, inputs)
+        loss = each[0].loss if len(each) == 1 else torch.stack([o.loss for o in each]).sum(0)
+        total = loss.sum()
+        # The KL and the metrics do not depend on the advantage.
+        kl = torch.zeros_like(loss)
+        if each[0].kl is not None:
+            kl = each[0].kl
             total = total + self.loss.kl_coef * kl.sum()
-        statistics.add(inputs.step, outputs.loss, kl, outputs.metrics)
+        statistics.add(inputs.step, loss, kl, each[0].metrics)
         return total
 
     def _drift(self, experience: Experience) -> dict[str, float]:
