@@ -15,7 +15,7 @@ from flowgrpo.algorithms.credit import trajectory_advantages
 from flowgrpo.algorithms.trajectories import TrajectoryPlan, sample_trajectories
 from flowgrpo.core.advantages import Advantage, GroupAdvantage
 from flowgrpo.core.random import Random
-from flowgrpo.core.solvers import Solver
+from flowgrpo.core.solvers import PlainSolver
 from flowgrpo.core.tensors import Float, Tensor, torch
 from flowgrpo.core.transitions import ODE
 from flowgrpo.data.experience import INITIAL, Actions, Experience
@@ -38,7 +38,7 @@ class FIND(AlgorithmBase):
     """Samples per prompt, at least 2."""
     transition: ODE = field(default_factory=ODE)
     """Nothing is stochastic after the initial noise."""
-    solver: Solver = "euler"
+    solver: PlainSolver = "euler"
     """How samples are drawn."""
     advantage: Advantage = field(default_factory=GroupAdvantage)
     """From rewards to advantages."""
