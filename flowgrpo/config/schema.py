@@ -86,6 +86,9 @@ class Train:
     """Samples whose actions all have advantage 0, as in groups of equal rewards: ``count`` includes them
     in the means of loss and KL; ``drop`` leaves them out of both, as Flow-GRPO's code does, so that the
     policy term keeps its size relative to the KL of the other samples."""
+    refill: int = 0
+    """Rounds in which groups of equal rewards, which carry no training signal, are replaced by groups of
+    further prompts; 0 keeps them. After the last round, groups of equal rewards remain."""
     rollout_batch: int = 64
     """Samples in one call of the pipeline."""
     train_batch: int = 64
@@ -331,6 +334,7 @@ class Config:
             ("train.groups", t.groups, 1),
             ("train.updates", t.updates, 1),
             ("train.epochs", t.epochs, 1),
+            ("train.refill", t.refill, 0),
             ("train.rollout_batch", t.rollout_batch, 1),
             ("train.train_batch", t.train_batch, 1),
             ("train.lr", t.lr, tiny),
@@ -390,11 +394,16 @@ class Config:
         samples = t.groups * size
         calls = -(-samples // num_processes // t.rollout_batch)
         epochs = f" in {t.epochs} epochs" if t.epochs > 1 else ""
+        refill = (
+            f"; at most {t.refill + 1} times as much, as groups of equal rewards are replaced"
+            if t.refill
+            else ""
+        )
         return {
             "groups x samples": f"{t.groups} prompts x {size} samples = {samples} per iteration",
             "processes": f"{num_processes}, {t.groups // num_processes} groups on each",
             "rollout": f"{calls} call{'s' * (calls > 1)} of {min(t.rollout_batch, samples)} samples on each process",
-            "per prompt": self._work(),
+            "per prompt": self._work() + refill,
             "optimizer steps": f"{t.optimizer_steps} per iteration{epochs}, {self._update_words()} in each",
             "in all": f"{t.iterations} iterations, {t.iterations * samples:,} samples, {t.iterations * t.optimizer_steps:,} optimizer steps",
             "denoising": f"{self.sampling.num_steps} steps, guidance {self.sampling.guidance_scale if self.sampling.guidance_scale is not None else 'as the pipeline has it'}",
