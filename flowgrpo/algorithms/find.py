@@ -29,7 +29,8 @@ class FIND(AlgorithmBase):
 
     Differs from the paper in the baseline that rewards are compared with: here the group's own mean;
     there a value function of distribution and prompt that is trained along with the policy (dynamic
-    reward calibration), because the paper draws one sample at a time.
+    reward calibration), because the paper draws one sample at a time. Its five policy steps per sample
+    are ``train.epochs = 5``.
     """
 
     action_kind: ClassVar[ActionKind] = "initial_noise"
