@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flowgrpo.cli.config import EVIDENCE
 from flowgrpo.config import load
+from flowgrpo.config.evidence import LEVELS, evidence
 from flowgrpo.config.files import find
 from flowgrpo.config.reference import to_table
 from scripts.page_tables import markdown_table, write_marked_text
@@ -33,7 +33,6 @@ class Recipe:
         name: Name of its file in ``configs``.
         method: The method and its paper.
         source: The files that the published values come from.
-        evidence: A key of :data:`flowgrpo.cli.config.EVIDENCE`.
         notes: Differences that no key expresses.
         published: Published values by dotted key.
         why: The reason for each key where the recipe differs.
@@ -43,7 +42,6 @@ class Recipe:
     name: str
     method: str
     source: str
-    evidence: str
     notes: Sequence[str]
     published: Mapping[str, Any]
     why: Mapping[str, str]
@@ -123,7 +121,7 @@ def table() -> str:
             recipe.source,
             str(len(recipe.published) - len(recipe.different)),
             "<br>".join([*differences, *recipe.notes]),
-            EVIDENCE[recipe.evidence],
+            LEVELS[evidence(recipe.name)],
         )
         rows.append(cells)
     heads = ("recipe", "method", "source", "equal keys", "differences", "evidence")

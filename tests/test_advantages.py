@@ -1,6 +1,7 @@
 """Rewards to advantages, against numbers worked out by hand."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from flowgrpo.core.advantages import (
     BetaAdvantage,
     GroupAdvantage,
     LogTamed,
+    PerLoss,
     PerReward,
     VirtualBest,
     beta_parameters,
@@ -279,6 +281,42 @@ def test_log_tamed_tames_what_varies_most():
     torch.testing.assert_close(never, multi(GroupAdvantage(), rewards), atol=1e-5, rtol=0)
     with pytest.raises(ValueError, match="needs scores above -1, but one is -2"):
         multi(LogTamed(), scored([-2.0, 8.0, 0.0], [1.0, 1, 1], weights=[1.0, 1.0]))
+
+
+@pytest.mark.parametrize(
+    ("threshold", "weights", "wanted"),
+    [
+        # What the released log_tame_aggregate_fn returns (PaCo-GRPO/config/grpo.py, 08caac6) for two
+        # prompts with these scores, clipped to 5 as its training scripts do.
+        ("mean", [1.0, 0.01], [1, 3.6931471805599454, 3.09861228866811, 1.1931471805599454, 0.6931471805599453, 2.6094379124341005]),
+        ("median", [3.0, 0.02], [2, 5, 5, 3.0794415416798357, 2.0794415416798357, 5]),
+    ],
+)  # fmt: skip
+def test_uncentred_log_tamed_is_the_released_advantage(threshold, weights, wanted):
+    kind = LogTamed(threshold=threshold, centre="none", std="none")
+    torch.testing.assert_close(multi(kind, scored(A, B, weights=weights)), torch.tensor(wanted))
+    scaled = replace(kind, std="batch", epsilon=0.0, clip=9.0)
+    if threshold == "mean":
+        total = torch.tensor(wanted, dtype=torch.float64)
+        found = multi(scaled, scored(A, B, weights=weights))
+        torch.testing.assert_close(found, (total / total.std(correction=0)).float())
+    failed = multi(kind, scored([math.nan, *A[1:]], B, weights=weights))
+    assert failed[0] == 0
+    with pytest.raises(ValueError, match="which std = 'group' would divide by 0"):
+        LogTamed(centre="none").check()
+
+
+def test_per_loss_keeps_the_summands_of_per_reward_apart():
+    rewards = scored(A, B, weights=[0.7, 0.3])
+    found = multi(PerLoss(), rewards)
+    assert found.shape == (6, 2)
+    torch.testing.assert_close(found[:, 0], 0.7 * z(A, 1).float())
+    torch.testing.assert_close(found.sum(1), multi(PerReward(), rewards))
+    clipped = multi(PerLoss(clip=0.5), rewards)
+    torch.testing.assert_close(clipped[:, 1], 0.3 * z(B, 1).float().clamp(-0.5, 0.5))
+    failed = multi(PerLoss(), scored([math.nan, *A[1:]], B, weights=[0.7, 0.3]))
+    assert failed[0].tolist() == [0, 0]
+    assert PerLoss(std="batch").over_batch
 
 
 @pytest.mark.parametrize("kind", [PerReward(), GDPO(), LogTamed()])

@@ -31,6 +31,7 @@ from flowgrpo.core.advantages import (
     BetaAdvantage,
     GroupAdvantage,
     LogTamed,
+    PerLoss,
     PerReward,
     VirtualBest,
 )
@@ -97,11 +98,14 @@ ADVANTAGES: dict[str, Any] = {
     "beta": BetaAdvantage(),
     "virtual_best": VirtualBest(best=3.0),
     "per_reward": PerReward(),
+    "per_loss": PerLoss(),
     "gdpo": GDPO(),
     "log_tamed": LogTamed(),
 }
 BY_STEPS = ("tp_grpo", "vgpo", "branch_grpo")
 """They compare what is no raw score."""
+ADD_UP = (*BY_STEPS, "tempflow_grpo", "g2rpo")
+"""An action's advantage is made of several."""
 
 
 def is_senseless(algorithm: str, transition: str, loss: str, advantage: str) -> bool:
@@ -111,6 +115,8 @@ def is_senseless(algorithm: str, transition: str, loss: str, advantage: str) -> 
     if loss == "compatible" and transition in ("cps", "unnormalised", "ddim"):
         return True
     if advantage == "beta" and algorithm in (*BY_STEPS, "pref_grpo"):
+        return True
+    if advantage == "per_loss" and (algorithm in ADD_UP or loss == "nft"):
         return True
     if advantage == "virtual_best" and algorithm == "tp_grpo":
         return True
@@ -145,7 +151,7 @@ def test_what_is_senseless_is_refused_and_nothing_else(algorithm: str) -> None:
     for transition, loss, advantage in product(TRANSITIONS, LOSSES, ADVANTAGES):
         settings = combined(algorithm, transition, loss, advantage)
         if is_senseless(algorithm, transition, loss, advantage) and not (
-            algorithm == "diffusion_nft" and loss == "nft" and advantage != "beta"
+            algorithm == "diffusion_nft" and loss == "nft" and advantage not in ("beta", "per_loss")
         ):
             with pytest.raises(ConfigError, match=r"^(algorithm|loss)"):
                 settings.check()

@@ -21,6 +21,7 @@ from flowgrpo.core.transitions import CPS, Prediction, Step
 from flowgrpo.data.experience import Actions, Candidates, Cost, Experience
 from flowgrpo.data.prompts import Group, Prompt
 from flowgrpo.losses.base import Loss, LossInputs, LossMetric, LossNeeds, LossOutputs
+from flowgrpo.losses.clipped import ClippedLoss
 from flowgrpo.losses.nft import NFTLoss
 from flowgrpo.policy import PipelinePolicy
 from flowgrpo.policy.step_plan import StepRecord
@@ -130,6 +131,34 @@ def ones(experience: Experience) -> Tensor:
     return torch.ones(len(experience.actions))
 
 
+# Several advantages of one action.
+
+
+def test_an_action_with_two_advantages_has_two_losses(make: Make, experience: Experience) -> None:
+    loss = ClippedLoss(clip_range=1e-3)
+    learner = make(loss, lr=5e-2)
+    learner.update(experience, ones(experience), RANDOM)  # ratios leave the clip range
+    actions = experience.actions
+    both = torch.stack(
+        [torch.linspace(-1, 2, len(actions)), torch.linspace(2, -3, len(actions))], 1
+    )
+    inputs = learner.replay.inputs(experience, actions, both[:, 0], None, False)
+    ratio = (inputs.gaussian.log_prob(inputs.x_next) - inputs.old_log_prob).exp()[:, None]
+    each = torch.maximum(-both * ratio, -both * ratio.clamp(1 - 1e-3, 1 + 1e-3))
+    found = learner._loss(inputs, [both[:, 1]], UpdateStatistics(loss.metrics))
+    torch.testing.assert_close(found, each.sum())
+    total = both.sum(1, keepdim=True)
+    one = torch.maximum(-total * ratio, -total * ratio.clamp(1 - 1e-3, 1 + 1e-3)).sum()
+    assert (found - one).abs() > 1e-4, "the loss of the sum is another one"
+
+    # Two advantages of opposite signs are no reason to leave an action out.
+    opposed = torch.stack([ones(experience), -ones(experience)], 1)
+    received = make(Scripted(all_actions=False))
+    received.update(experience, opposed, RANDOM)
+    assert {g for i in Scripted.received for g in i.group.tolist()} == set(range(6))
+    assert sorted({float(i.advantage[0]) for i in Scripted.received}) == [-1.0, 1.0]
+
+
 # Which actions an optimizer step trains on.
 
 
@@ -151,6 +180,27 @@ def test_each_optimizer_step_trains_on_its_own_groups(make: Make, experience: Ex
     Scripted.received.clear()
     learner.update(experience, ones(experience), other)
     assert groups != [sorted(set(inputs.group.tolist())) for inputs in Scripted.received]
+
+
+def test_each_epoch_trains_on_everything_against_the_policy_that_sampled(
+    make: Make, experience: Experience
+) -> None:
+    make(updates=3, epochs=2).update(experience, ones(experience), RANDOM)
+    groups = [set(inputs.group.tolist()) for inputs in Scripted.received]
+    assert set().union(*groups[:3]) == set().union(*groups[3:]) == set(range(6))
+    assert groups[:3] != groups[3:], "each epoch divides the groups anew"
+    assert [inputs.first_update for inputs in Scripted.received] == [True, *[False] * 5]
+    make(updates=3).update(experience, ones(experience), RANDOM)
+    assert [set(inputs.group.tolist()) for inputs in Scripted.received[6:]] == groups[:3]
+
+    old = {(int(g), int(s)): float(p) for g, s, p in zip(experience.actions.group, experience.actions.sample, experience.actions.old_log_prob, strict=True)}  # fmt: skip
+    for number, inputs in enumerate(Scripted.received[:6]):
+        keys = zip(inputs.group.tolist(), inputs.sample.tolist(), strict=True)
+        assert inputs.old_log_prob.tolist() == [old[key] for key in keys]
+        change = inputs.gaussian.log_prob(inputs.x_next) - inputs.old_log_prob
+        assert (change.abs().max() > 1e-4) == (number > 0)
+    # The rate falls to a tenth over all optimizer steps.
+    assert make(updates=3, epochs=2, schedule="linear").learning_rate(30) == pytest.approx(0.55e-2)
 
 
 @pytest.mark.parametrize("all_actions", [True, False])

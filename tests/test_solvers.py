@@ -87,6 +87,19 @@ def test_without_a_past_it_is_the_ode_step():
     torch.testing.assert_close(solver(x, exact(x, second), second).mean, ode)
 
 
+def test_continued_steps_are_those_of_the_released_flash():
+    """States of MixGRPO's ``run_sample_step`` (e5cdd6a) with this model, window and second order after it."""
+    at_last, after_window = [[0.8791290521621704, -1.2690457105636597, 0.31528234481811523]], [[1.012823462486267, -0.3545880615711212, -0.016650140285491943]]  # fmt: skip
+    wanted = [[[1.176689624786377, 0.21062518656253815, 0.4423128068447113]], [[1.6015113592147827, 1.4206016063690186, 1.4639885425567627]]]  # fmt: skip
+    window, *after = (Step.flow(a, b) for a, b in pairwise([0.9, 5 / 6, 0.5769230723381042, 0.0]))
+    solver = SecondOrder()
+    solver.observe(exact(torch.tensor(at_last), window), window)
+    x = torch.tensor(after_window)
+    for step, state in zip(after, wanted, strict=True):
+        x = solver(x, exact(x, step), step).mean
+        torch.testing.assert_close(x, torch.tensor(state), atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize("name", ["sd3", "sd15"])
 def test_a_policy_takes_it_after_the_last_stochastic_step(make_policy: MakePolicy, name: str):
     policy = make_policy(name, sampling=sampling_of(name, num_steps=5), weights=None)
@@ -104,6 +117,9 @@ def test_a_policy_takes_it_after_the_last_stochastic_step(make_policy: MakePolic
     for step in range(3):
         torch.testing.assert_close(better[step], plain[step], atol=1e-5, rtol=1e-5)
     assert (better[3] - plain[3]).abs().max() > 1e-3
+    continued = walk("dpm_2m_continued", [1])
+    assert all(torch.equal(continued[step], better[step]) for step in range(2))
+    assert (continued[2] - plain[2]).abs().max() > 1e-3
     # Nothing is remembered from one call to the next.
     for one, two in zip(better, walk("dpm_2m", [1]), strict=True):
         assert torch.equal(one, two)

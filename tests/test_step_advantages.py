@@ -17,6 +17,7 @@ from flowgrpo.core.advantages import (
     BetaAdvantage,
     GroupAdvantage,
     LogTamed,
+    PerLoss,
     PerReward,
     VirtualBest,
 )
@@ -298,6 +299,9 @@ SENSELESS: dict[str, tuple[Any, Any, str]] = {
     "branch beta": (CASES["branch"][0], BetaAdvantage(), "rewards of branches are compared"),
     "tp best": (TPGRPO(), VirtualBest(), "of which there is no largest"),
     "tp batch": (TPGRPO(), PerReward(std="batch"), "use 'group' or 'none'"),
+    "tp per loss": (TPGRPO(), PerLoss(), "use 'per_reward'"),
+    "g2rpo per loss": (G2RPO(steps=TPGRPO().steps), PerLoss(), "but here branches from one state"),
+    "vgpo uncentred": (VGPO(), LogTamed(centre="none", std="none"), "uncentred rewards"),
     "vgpo batch": (VGPO(), LogTamed(std="batch"), "use 'group' or 'none'"),
     "branch gdpo by paths": (
         replace(CASES["branch"][0], fusion="path_probability"),

@@ -124,6 +124,27 @@ def test_flash_takes_fewer_larger_steps_to_the_data(policies, scorer):
     )
 
 
+def test_flash_as_released_has_one_step_fewer_and_no_first_order_step(policies, scorer):
+    # sampling_utils.py of the release: int(max((25 - last) * 0.4, 1)) nodes after a window that ends
+    # with step ``last``, the first of which is the window's end.
+    for last in range(3, 23):
+        plan = replace(MIX, flash=0.4, flash_counts="nodes", steps=Window(start=last - 3, size=4)).plan(25, 0, RANDOM)  # fmt: skip
+        released = int(max((25 - last) * 0.4, 1)) - 1
+        assert len(plan.nodes(25)) - 1 == last + 1 + max(1, released)
+    policy = policies("sd3")
+    window = replace(MIX, steps=Window(start=0, size=2), flash=0.8, flash_counts="nodes")
+    continued = replace(window, solver="dpm_2m_continued")
+    continued.check(T)
+    first, second = (a.collect(policy, GROUPS, scorer(), RANDOM, ITERATION) for a in (window, continued))  # fmt: skip
+    assert torch.equal(first.actions.x_next, second.actions.x_next)
+    assert first.cost.nfe == second.cost.nfe == 1 + 3 * G
+    assert (first.candidates.reward - second.candidates.reward).abs().min() > 1e-6
+    with pytest.raises(ValueError, match="use a window of at least 2"):
+        replace(MIX, solver="dpm_2m_continued").check(T)
+    with pytest.raises(ValueError, match="has no effect with algorithm"):
+        replace(MIX, flash=1.0, flash_counts="nodes").check(T)
+
+
 @pytest.mark.parametrize(("flash", "after"), [(0.4, [5, 8]), (0.01, [8]), (1.0, [4, 5, 6, 7, 8])])
 def test_after_the_window_steps_are_about_equal(flash, after):
     plan = replace(MIX, flash=flash, steps=Window(start=1)).plan(8, 0, RANDOM)

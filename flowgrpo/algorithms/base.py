@@ -64,8 +64,11 @@ class Algorithm(Protocol):
         """
         ...
 
-    def advantages(self, experience: Experience) -> Float[Tensor, " actions"]:
-        """One advantage per action; exactly zero for actions that must not be trained on."""
+    def advantages(self, experience: Experience) -> Float[Tensor, "actions *rewards"]:
+        """One advantage per action; exactly zero for actions that must not be trained on.
+
+        With a second axis, an action has several: its loss is the sum of the losses for each.
+        """
         ...
 
     def check(self, num_steps: int) -> None:

@@ -18,7 +18,7 @@ from flowgrpo.data.experience import Actions, Candidates, Experience
 
 def trajectory_advantages(
     advantage: AdvantageKind, experience: Experience
-) -> Float[Tensor, " actions"]:
+) -> Float[Tensor, "actions *rewards"]:
     """The advantage of each sample's candidate, for all actions of its trajectory.
 
     Args:
@@ -31,7 +31,7 @@ def trajectory_advantages(
 
 def own_advantages(
     advantage: AdvantageKind, experience: Experience
-) -> Float[Tensor, " candidates"]:
+) -> Float[Tensor, "candidates *rewards"]:
     """The advantage of each of this process's candidates, with statistics over all processes."""
     everything = experience.all_candidates
     # A group is whole on one process, and gathering keeps the order of its candidates.
@@ -40,8 +40,8 @@ def own_advantages(
 
 
 def credit_trajectories(
-    actions: Actions, candidates: Candidates, advantage: Float[Tensor, " candidates"]
-) -> Float[Tensor, " actions"]:
+    actions: Actions, candidates: Candidates, advantage: Float[Tensor, "candidates *rewards"]
+) -> Float[Tensor, "actions *rewards"]:
     """Give every action of a trajectory the advantage of the trajectory's one candidate."""
     row = {
         (int(g), int(s)): i
@@ -166,11 +166,26 @@ def check_kind(advantage: AdvantageKind, compared: str, bounded: bool = True) ->
             f"algorithm.advantage.std = 'batch' is the deviation of raw rewards, but here {compared} are "
             "standardised: use 'group' or 'none'"
         )
+    if getattr(advantage, "centre", "group") == "none":
+        raise ValueError(
+            f"algorithm.advantage.centre = 'none' gives uncentred rewards, but here {compared} are "
+            "compared: use 'group'"
+        )
     refuse_binary(advantage, compared)
+    refuse_separate(advantage, compared)
     if advantage.adds_best and not bounded:
         raise ValueError(
             f"algorithm.advantage.kind = 'virtual_best' adds a candidate with the largest reward, but "
             f"here {compared} are compared, of which there is no largest"
+        )
+
+
+def refuse_separate(advantage: AdvantageKind, compared: str) -> None:
+    """Raise ValueError if a kind with a loss for each reward would have to add advantages up."""
+    if advantage.is_separate:
+        raise ValueError(
+            f"algorithm.advantage.kind = 'per_loss' is for whole samples, but here {compared} are "
+            "compared: use 'per_reward'"
         )
 
 

@@ -65,7 +65,7 @@ class DanceGRPO(AlgorithmBase):
         kept = random_fraction(experience.actions, plan.steps, self.timestep_fraction, random)
         return replace(experience, actions=experience.actions.select(kept))
 
-    def advantages(self, experience: Experience) -> Float[Tensor, " actions"]:
+    def advantages(self, experience: Experience) -> Float[Tensor, "actions *rewards"]:
         """The trajectory's advantage for each of its actions; zero between best and worst."""
         c = experience.candidates
         advantage = own_advantages(self.advantage, experience)
@@ -87,13 +87,19 @@ class DanceGRPO(AlgorithmBase):
 
 
 def extremes(
-    advantage: Float[Tensor, " candidates"], group: Int[Tensor, " candidates"], number: int
-) -> Float[Tensor, " candidates"]:
-    """Set all but the ``number / 2`` largest and smallest advantages of each group to zero."""
+    advantage: Float[Tensor, "candidates *rewards"],
+    group: Int[Tensor, " candidates"],
+    number: int,
+) -> Float[Tensor, "candidates *rewards"]:
+    """Set all but the ``number / 2`` largest and smallest advantages of each group to zero.
+
+    Advantages of several rewards are ordered by their sum.
+    """
     kept = torch.zeros_like(advantage)
+    total = advantage if advantage.ndim == 1 else advantage.sum(1)
     for g in group.unique():
         rows = (group == g).nonzero().squeeze(1)
-        order = rows[advantage[rows].argsort(stable=True)]
+        order = rows[total[rows].argsort(stable=True)]
         for part in (order[: number // 2], order[len(order) - number // 2 :]):
             kept[part] = advantage[part]
     return kept

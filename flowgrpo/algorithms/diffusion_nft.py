@@ -15,7 +15,7 @@ from flowgrpo.algorithms.noised_samples import collect_noised_samples
 from flowgrpo.algorithms.trajectories import TrajectoryPlan, check_fraction
 from flowgrpo.core.advantages import Advantage, GroupAdvantage
 from flowgrpo.core.random import Random
-from flowgrpo.core.solvers import Solver
+from flowgrpo.core.solvers import PlainSolver
 from flowgrpo.core.tensors import Float, Tensor, torch
 from flowgrpo.core.transitions import ODE
 from flowgrpo.data.experience import Experience
@@ -33,7 +33,7 @@ class DiffusionNFT(AlgorithmBase):
     """Samples per prompt, at least 2."""
     transition: ODE = field(default_factory=ODE)
     """Nothing is stochastic here."""
-    solver: Solver = "dpm_2m"
+    solver: PlainSolver = "dpm_2m"
     """How samples are drawn."""
     timestep_fraction: float = 0.99
     """Share of the grid's times that each sample is trained at, in (0, 1], at random."""

@@ -15,7 +15,7 @@ from flowgrpo.algorithms.credit import trajectory_advantages
 from flowgrpo.algorithms.trajectories import TrajectoryPlan, sample_trajectories
 from flowgrpo.core.advantages import Advantage, GroupAdvantage
 from flowgrpo.core.random import Random
-from flowgrpo.core.solvers import Solver
+from flowgrpo.core.solvers import PlainSolver
 from flowgrpo.core.tensors import Float, Tensor, torch
 from flowgrpo.core.transitions import ODE
 from flowgrpo.data.experience import INITIAL, Actions, Experience
@@ -29,7 +29,8 @@ class FIND(AlgorithmBase):
 
     Differs from the paper in the baseline that rewards are compared with: here the group's own mean;
     there a value function of distribution and prompt that is trained along with the policy (dynamic
-    reward calibration), because the paper draws one sample at a time.
+    reward calibration), because the paper draws one sample at a time. Its five policy steps per sample
+    are ``train.epochs = 5``.
     """
 
     action_kind: ClassVar[ActionKind] = "initial_noise"
@@ -38,7 +39,7 @@ class FIND(AlgorithmBase):
     """Samples per prompt, at least 2."""
     transition: ODE = field(default_factory=ODE)
     """Nothing is stochastic after the initial noise."""
-    solver: Solver = "euler"
+    solver: PlainSolver = "euler"
     """How samples are drawn."""
     advantage: Advantage = field(default_factory=GroupAdvantage)
     """From rewards to advantages."""
@@ -78,7 +79,7 @@ class FIND(AlgorithmBase):
             )
         return collection.experience()
 
-    def advantages(self, experience: Experience) -> Float[Tensor, " actions"]:
+    def advantages(self, experience: Experience) -> Float[Tensor, "actions *rewards"]:
         """The sample's advantage, for its initial noise."""
         return trajectory_advantages(self.advantage, experience)
 

@@ -67,7 +67,7 @@ class FlowGRPO(AlgorithmBase):
         plan = self.plan(policy.num_steps(), iteration, random)
         return collect_trajectories(policy, groups, scorer, random, plan)
 
-    def advantages(self, experience: Experience) -> Float[Tensor, " actions"]:
+    def advantages(self, experience: Experience) -> Float[Tensor, "actions *rewards"]:
         """The trajectory's advantage, for each of its actions."""
         return trajectory_advantages(self.advantage, experience)
 

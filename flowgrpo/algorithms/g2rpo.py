@@ -14,7 +14,7 @@ from typing import Literal
 from flowgrpo.algorithms.base import AlgorithmBase, CreditView, Policy, Scorer
 from flowgrpo.algorithms.branches import BranchPlan, collect_branches
 from flowgrpo.algorithms.collection import Strides
-from flowgrpo.algorithms.credit import branch_advantages
+from flowgrpo.algorithms.credit import branch_advantages, refuse_separate
 from flowgrpo.core.advantages import Advantage, PerReward
 from flowgrpo.core.random import Random
 from flowgrpo.core.steps import StepSelection, Window
@@ -77,6 +77,7 @@ class G2RPO(AlgorithmBase):
         """Raise ValueError if the settings contradict each other or the grid."""
         require_noise(self.transition)
         self.advantage.check()
+        refuse_separate(self.advantage, "branches from one state")
         self.steps.check(num_steps)
         if self.group_size < 2:
             raise ValueError(f"algorithm.group_size must be at least 2, got {self.group_size}")

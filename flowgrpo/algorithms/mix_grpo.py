@@ -38,8 +38,12 @@ class MixGRPO(AlgorithmBase):
     flash: float = 1.0
     """Share of the steps after the window that are taken, as larger steps; the paper's Flash has 0.4,
     and 0.2 if the window stays at the start. 1 takes all."""
+    flash_counts: Literal["steps", "nodes"] = "steps"
+    """``flash`` is a share of the ``steps`` after the window, or of the ``nodes`` of the grid from its end
+    on, of which the steps are one fewer, as in the released code. At least one step is taken."""
     solver: Solver = "euler"
-    """Solver of the steps after the window; ``dpm_2m`` for Flash."""
+    """Solver of the steps after the window: ``dpm_2m`` for Flash, or ``dpm_2m_continued``, whose first
+    step is of second order too, as in the released code."""
     advantage: Advantage = field(default_factory=PerReward)
     """From rewards to advantages."""
 
@@ -47,8 +51,10 @@ class MixGRPO(AlgorithmBase):
         """Trajectories with the iteration's window, the same for every group."""
         window = self.steps.select(num_steps, iteration, random.at("steps"))
         left = num_steps - window[-1] - 1
-        # Differs from the released code, whose trajectory of one last step does not reach the data.
-        num_after = None if self.flash == 1 else max(1, int(left * self.flash))
+        # Differs from the released code, whose trajectory of one last node does not reach the data.
+        by_nodes = self.flash_counts == "nodes"
+        number = int((left + 1) * self.flash) - 1 if by_nodes else int(left * self.flash)
+        num_after = None if self.flash == 1 else max(1, number)
         return TrajectoryPlan(
             self.group_size, self.transition, window, self.shared_noise, self.solver, num_after
         )
@@ -65,7 +71,7 @@ class MixGRPO(AlgorithmBase):
         plan = self.plan(policy.num_steps(), iteration, random)
         return collect_trajectories(policy, groups, scorer, random, plan)
 
-    def advantages(self, experience: Experience) -> Float[Tensor, " actions"]:
+    def advantages(self, experience: Experience) -> Float[Tensor, "actions *rewards"]:
         """The trajectory's advantage, for each of its actions in the window."""
         return trajectory_advantages(self.advantage, experience)
 
@@ -76,3 +82,15 @@ class MixGRPO(AlgorithmBase):
         self.steps.check(num_steps)
         if not 0 < self.flash <= 1:
             raise ValueError(f"algorithm.flash must be in (0, 1], got {self.flash}")
+        if self.flash_counts == "nodes" and self.flash == 1:
+            raise ValueError(
+                "algorithm.flash_counts = 'nodes' has no effect with algorithm.flash = 1, which takes all "
+                "steps; set flash below 1 or remove flash_counts"
+            )
+        window = self.steps.select(num_steps, 0, Random(0))
+        if self.solver == "dpm_2m_continued" and self.shared_noise and len(window) < 2:
+            raise ValueError(
+                "algorithm.solver = 'dpm_2m_continued' continues from the window's last step, which the "
+                "samples of a group share if the window has one step; use a window of at least 2, "
+                "shared_noise = false, or 'dpm_2m'"
+            )

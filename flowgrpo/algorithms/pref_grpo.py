@@ -91,7 +91,7 @@ class PrefGRPO(AlgorithmBase):
             candidates=replace(c, scores=scores),
         )
 
-    def advantages(self, experience: Experience) -> Float[Tensor, " actions"]:
+    def advantages(self, experience: Experience) -> Float[Tensor, "actions *rewards"]:
         """The trajectory's advantage, for each of its actions."""
         return trajectory_advantages(self.advantage, experience)
 

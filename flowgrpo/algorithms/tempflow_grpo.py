@@ -13,7 +13,7 @@ from typing import Literal
 
 from flowgrpo.algorithms.base import AlgorithmBase, CreditView, Policy, Scorer
 from flowgrpo.algorithms.branches import BranchPlan, collect_branches
-from flowgrpo.algorithms.credit import branch_advantages
+from flowgrpo.algorithms.credit import branch_advantages, refuse_separate
 from flowgrpo.core.advantages import Advantage, GroupAdvantage
 from flowgrpo.core.random import Random
 from flowgrpo.core.steps import AllSteps, StepSelection
@@ -82,6 +82,7 @@ class TempFlowGRPO(AlgorithmBase):
         """Raise ValueError if the settings contradict each other or the grid."""
         require_noise(self.transition)
         self.advantage.check()
+        refuse_separate(self.advantage, "branches from one state")
         self.steps.check(num_steps)
         if self.seeds < 1 or self.group_size % self.seeds or self.group_size < 2 * self.seeds:
             raise ValueError(

@@ -2,21 +2,12 @@
 
 import argparse
 import json
-import tomllib
 from pathlib import Path
 
 from flowgrpo.cli.common import UsageError, add_set_argument
 
 SUMMARY = "explain, list or show configurations, or write their JSON schema"
 EXAMPLE = "flowgrpo config explain algorithm.steps"
-
-EVIDENCE = {
-    "tiny": "runs whole on tiny parts",
-    "device": "runs at real size on a device, with random weights",
-    "rises": "its reward rises on real weights",
-    "reproduces": "reproduces the published result",
-}
-"""Evidence that a recipe works, weakest first. All recipes are validated: they load and are checked."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -50,15 +41,12 @@ def _explain(options: argparse.Namespace) -> None:
 
 
 def _list(options: argparse.Namespace) -> None:
+    from flowgrpo.config.evidence import LEVELS, evidence
     from flowgrpo.config.files import find
 
-    folder = find("quickstart").parent
-    published = tomllib.loads((folder / "published" / "values.toml").read_text(encoding="utf-8"))
-    for file in sorted(folder.glob("*.toml")):
+    for file in sorted(find("quickstart").parent.glob("*.toml")):
         first = file.read_text(encoding="utf-8").splitlines()[0].lstrip("# ")
-        level = published.get(file.stem, {}).get("evidence")
-        evidence = f" [evidence: {EVIDENCE[level]}]" if level else ""
-        print(f"{file.stem:<24} {first}{evidence}")
+        print(f"{file.stem:<24} {first} [evidence: {LEVELS[evidence(file.stem)]}]")
 
 
 def _schema(options: argparse.Namespace) -> None:

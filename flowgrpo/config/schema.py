@@ -103,20 +103,27 @@ class Train:
     """Length of the run, batch geometry and optimizer."""
 
     iterations: int
-    """Rollouts of the run; each is followed by ``updates`` optimizer steps."""
+    """Rollouts of the run; each is followed by ``epochs`` times ``updates`` optimizer steps."""
     groups: int
     """Prompts per iteration, over all processes. Each is sampled ``algorithm.group_size`` times."""
     updates: int = 1
-    """Optimizer steps per iteration; ``split`` says what is divided among them. All but the first are
-    off-policy, so the clip range takes effect."""
+    """Optimizer steps per iteration and epoch; ``split`` says what is divided among them. All but the
+    first are off-policy, so the clip range takes effect."""
     split: Split = "groups"
-    """What is divided among the iteration's optimizer steps: whole ``groups``; the ``samples`` of every
+    """What is divided among an epoch's optimizer steps: whole ``groups``; the ``samples`` of every
     group (DanceGRPO); the denoising ``steps``, from noise to data (G2RPO); or single ``actions`` in
     random order (BranchGRPO). Advantages are computed before, from whole groups."""
+    epochs: int = 1
+    """How often an iteration's actions are trained on: each epoch divides them anew among ``updates``
+    optimizer steps. All but the first optimizer step are off-policy; ratios are to the policy that
+    sampled, in every epoch."""
     without_advantage: Literal["count", "drop"] = "count"
     """Samples whose actions all have advantage 0, as in groups of equal rewards: ``count`` includes them
     in the means of loss and KL; ``drop`` leaves them out of both, as Flow-GRPO's code does, so that the
     policy term keeps its size relative to the KL of the other samples."""
+    refill: int = 0
+    """Rounds in which groups of equal rewards, which carry no training signal, are replaced by groups of
+    further prompts; 0 keeps them. After the last round, groups of equal rewards remain."""
     rollout_batch: int = 64
     """Samples in one call of the pipeline."""
     train_batch: int = 64
@@ -147,6 +154,11 @@ class Train:
     weights; 0 for no average."""
     ema_every: int = 1
     """Optimizer steps between two moves of the average; Flow-GRPO's code has 8."""
+
+    @property
+    def optimizer_steps(self) -> int:
+        """Optimizer steps per iteration."""
+        return self.epochs * self.updates
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -269,6 +281,14 @@ class Config:
             self.loss.check_algorithm(algorithm.action_kind, algorithm.transition)
         except ValueError as error:
             raise ConfigError(str(error)) from error
+        if (
+            getattr(getattr(algorithm, "advantage", None), "is_separate", False)
+            and not self.loss.needs.is_additive
+        ):
+            raise ConfigError(
+                f"algorithm.advantage.kind = 'per_loss' adds the losses of several rewards, and the loss "
+                f"{type(self.loss).__name__} is not proportional to the advantage; use 'per_reward'"
+            )
         if self.loss.needs.average and not self.train.ema_decay:
             raise ConfigError(
                 f"the loss {type(self.loss).__name__} needs a moving average of the weights; set "
@@ -291,11 +311,11 @@ class Config:
                 f"train.train_batch to at least algorithm.group_size = {size}, got {train.train_batch} "
                 "(memory.gradient_checkpointing saves memory)"
             )
-        if needs.single_update and train.updates > 1:
+        if needs.single_update and train.optimizer_steps > 1:
             raise ConfigError(
                 f"the loss {type(loss).__name__} with these settings is defined in the first update of an "
-                f"iteration only, and train.updates = {train.updates}; set it to 1, or let the old policy "
-                "sample (loss.sampler = 'old')"
+                f"iteration only, and it has {train.optimizer_steps}; set train.updates and train.epochs to 1, or "
+                "let the old policy sample (loss.sampler = 'old')"
             )
 
     def _check_interfaces(self) -> None:
@@ -387,6 +407,8 @@ class Config:
             ("train.iterations", t.iterations, 1),
             ("train.groups", t.groups, 1),
             ("train.updates", t.updates, 1),
+            ("train.epochs", t.epochs, 1),
+            ("train.refill", t.refill, 0),
             ("train.rollout_batch", t.rollout_batch, 1),
             ("train.train_batch", t.train_batch, 1),
             ("train.lr", t.lr, tiny),
@@ -445,13 +467,19 @@ class Config:
         t, size = self.train, self.algorithm.group_size
         samples = t.groups * size
         calls = -(-samples // num_processes // t.rollout_batch)
+        epochs = f" in {t.epochs} epochs" if t.epochs > 1 else ""
+        refill = (
+            f"; at most {t.refill + 1} times as much, as groups of equal rewards are replaced"
+            if t.refill
+            else ""
+        )
         return {
             "groups x samples": f"{t.groups} prompts x {size} samples = {samples} per iteration",
             "processes": f"{num_processes}, {t.groups // num_processes} groups on each",
             "rollout": f"{calls} call{'s' * (calls > 1)} of {min(t.rollout_batch, samples)} samples on each process",
-            "per prompt": self._work(),
-            "optimizer steps": f"{t.updates} per iteration, {self._update_words()} in each",
-            "in all": f"{t.iterations} iterations, {t.iterations * samples:,} samples, {t.iterations * t.updates:,} optimizer steps",
+            "per prompt": self._work() + refill,
+            "optimizer steps": f"{t.optimizer_steps} per iteration{epochs}, {self._update_words()} in each",
+            "in all": f"{t.iterations} iterations, {t.iterations * samples:,} samples, {t.iterations * t.optimizer_steps:,} optimizer steps",
             "denoising": f"{self.sampling.num_steps} steps, guidance {self.sampling.guidance_scale if self.sampling.guidance_scale is not None else 'as the pipeline has it'}",
         }
 

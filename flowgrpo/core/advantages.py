@@ -3,7 +3,7 @@
 A kind of advantage answers two questions. :meth:`Advantage.inputs`: which numbers of the candidates
 does it normalise? The kinds for a single reward (``group``, ``beta``, ``virtual_best``) take the
 weighted sum of all rewards. The multi-reward kinds take each reward by itself (``per_reward``,
-``gdpo``), or tame some before they are summed (``log_tamed``): rewards on different scales, added up,
+``per_loss``, ``gdpo``), or tame some before they are summed (``log_tamed``): rewards on different scales, added up,
 are dominated by the one that varies most, and different mixtures of scores with equal sums get equal
 advantages. :meth:`Advantage.combine`: how do these numbers become advantages? Step-level algorithms
 call ``combine`` on numbers that they derive from ``inputs``, such as differences between steps
@@ -39,11 +39,14 @@ class AdvantageKind(Protocol):
         clip: Advantages are clipped to ``[-clip, clip]``.
         is_binary: Whether the kind takes only rewards of 0 and 1.
         adds_best: Whether the kind compares with a candidate that has the largest possible reward.
+        is_separate: Whether each reward keeps advantages of its own, a column each, for a loss of its
+            own.
         over_batch: Whether it has statistics over the whole batch besides those of each group.
     """
 
     is_binary: ClassVar[bool]
     adds_best: ClassVar[bool]
+    is_separate: ClassVar[bool]
 
     @property
     def clip(self) -> float: ...
@@ -64,8 +67,10 @@ class AdvantageKind(Protocol):
         values: Mapping[str, Float[Tensor, " rows"]],
         groups: Int[Tensor, " rows"],
         weights: Mapping[str, float],
-    ) -> Float[Tensor, " rows"]:
+    ) -> Float[Tensor, "rows *rewards"]:
         """Advantages from the numbers of :meth:`inputs`, or from numbers derived from these.
+
+        They are one per row, or with :attr:`is_separate` one per row and reward.
 
         Args:
             values: By the names that :meth:`inputs` gave; NaN marks a row that enters no statistic
@@ -81,6 +86,7 @@ class _SingleReward:
 
     is_binary: ClassVar[bool] = False
     adds_best: ClassVar[bool] = False
+    is_separate: ClassVar[bool] = False
 
     @property
     def over_batch(self) -> bool:
@@ -271,6 +277,7 @@ class _MultiReward:
 
     is_binary: ClassVar[bool] = False
     adds_best: ClassVar[bool] = False
+    is_separate: ClassVar[bool] = False
 
     def inputs(self, scores: Scores) -> dict[str, Float[Tensor, " candidates"]]:
         """Each reward with a weight."""
@@ -282,7 +289,7 @@ class PerReward(_MultiReward):
     """``sum over rewards of weight * (score - mean of the group) / std`` (DanceGRPO, MixGRPO, Pref-GRPO).
 
     Weights are used as they are; published ones mostly sum to 1. For actions within the clip range
-    this equals the weighted sum of one loss per reward, as in DanceGRPO's video code.
+    this equals the weighted sum of one loss per reward (:class:`PerLoss`).
     """
 
     kind: Literal["per_reward"] = "per_reward"
@@ -313,6 +320,48 @@ class PerReward(_MultiReward):
         """The weighted sum of each reward's advantages; zero where one of them failed."""
         each = GroupAdvantage(std=self.std, ddof=self.ddof, epsilon=self.epsilon, clip=UNCLIPPED)
         return _weighted_sum(each, complete(values), groups, weights).clamp(-self.clip, self.clip)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PerLoss(_MultiReward):
+    """``weight * (score - mean of the group) / std`` for each reward by itself, with a loss for each.
+
+    The loss of an action is the sum of the losses for the advantages of each reward, as in DanceGRPO's
+    code for HunyuanVideo (visual and motion quality). It differs from ``per_reward`` for actions beyond
+    the clip range about which the rewards disagree: the part that would lead further away has no
+    gradient there, and the other part keeps its own. Samples are ranked (``best_of``) by the sum.
+    """
+
+    is_separate: ClassVar[bool] = True
+    kind: Literal["per_loss"] = "per_loss"
+    std: Literal["group", "batch", "none"] = "group"
+    """As for ``group``, of each reward."""
+    ddof: Literal[0, 1] = 1
+    """0 divides by G, 1 by G - 1."""
+    epsilon: float = 1e-8
+    """Added to each standard deviation."""
+    clip: float = 5.0
+    """The advantages of each reward are clipped to [-clip, clip], before its weight."""
+
+    @property
+    def over_batch(self) -> bool:
+        """Whether the standard deviations are those of the whole batch."""
+        return self.std == "batch"
+
+    def check(self) -> None:
+        """Raise ValueError if every advantage would be zero, or of the wrong sign."""
+        check_clip(self.clip, self.epsilon)
+
+    def combine(
+        self,
+        values: Mapping[str, Float[Tensor, " rows"]],
+        groups: Int[Tensor, " rows"],
+        weights: Mapping[str, float],
+    ) -> Float[Tensor, "rows rewards"]:
+        """Each reward's weighted advantages, a column each; zero where one of them failed."""
+        each = GroupAdvantage(std=self.std, ddof=self.ddof, epsilon=self.epsilon, clip=self.clip)
+        columns = [weights[n] * each(column, groups) for n, column in complete(values).items()]
+        return torch.stack(columns, 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -368,11 +417,16 @@ class LogTamed:
 
     is_binary: ClassVar[bool] = False
     adds_best: ClassVar[bool] = False
+    is_separate: ClassVar[bool] = False
     kind: Literal["log_tamed"] = "log_tamed"
     threshold: Literal["mean", "median", "fixed"] = "mean"
     """The mean or the median of the ratios of all rewards, or ``fixed`` as given by ``above``."""
     above: float = 1.0
     """The threshold, if it is fixed."""
+    centre: Literal["group", "none"] = "group"
+    """``group`` subtracts the mean of the group. ``none`` subtracts nothing, so that with ``std`` =
+    ``none`` the tamed sum itself is the advantage, as in the released code, whose aggregation
+    functions return advantages; with positive rewards, all samples then have positive advantages."""
     std: Literal["group", "batch", "none"] = "group"
     """As for ``group``, of the sum."""
     ddof: Literal[0, 1] = 0
@@ -388,8 +442,13 @@ class LogTamed:
         return self.std == "batch"
 
     def check(self) -> None:
-        """Raise ValueError if every advantage would be zero, or of the wrong sign."""
+        """Raise ValueError if every advantage would be zero, of the wrong sign, or of no bounded size."""
         check_clip(self.clip, self.epsilon)
+        if self.centre == "none" and self.std == "group":
+            raise ValueError(
+                "advantage.centre = 'none' keeps the rewards of groups that do not vary, which std = 'group' "
+                "would divide by 0; use std = 'none', as the released code, or 'batch'"
+            )
 
     def inputs(self, scores: Scores) -> dict[str, Float[Tensor, " candidates"]]:
         """The weighted sum, in which the rewards that vary much are tamed.
@@ -422,19 +481,32 @@ class LogTamed:
         groups: Int[Tensor, " rows"],
         weights: Mapping[str, float],
     ) -> Float[Tensor, " rows"]:
-        """Advantages of the tamed sum, as :class:`GroupAdvantage` computes them."""
+        """Advantages of the tamed sum, as :class:`GroupAdvantage` computes them, or uncentred."""
+        if self.centre == "none":
+            return self._uncentred(values[REWARD])
         of_sum = GroupAdvantage(std=self.std, ddof=self.ddof, epsilon=self.epsilon, clip=self.clip)
         return of_sum(values[REWARD], groups)
 
+    def _uncentred(self, values: Float[Tensor, " rows"]) -> Float[Tensor, " rows"]:
+        """The numbers themselves, by their deviation over the batch if ``std`` asks for it; 0 for NaN."""
+        result, finite = values.double(), values[values.isfinite()].double()
+        if self.std == "batch":
+            if has_no_variance(finite):
+                return torch.zeros_like(values)
+            result = result / (finite.std(correction=self.ddof) + self.epsilon)
+        return result.clamp(-self.clip, self.clip).nan_to_num().to(values.dtype)
 
-Advantage = GroupAdvantage | BetaAdvantage | VirtualBest | PerReward | GDPO | LogTamed
+
+Advantage = GroupAdvantage | BetaAdvantage | VirtualBest | PerReward | PerLoss | GDPO | LogTamed
 """The kinds of advantage that a configuration can name."""
 
 
 def candidate_advantages(
     advantage: AdvantageKind, scores: Scores, groups: Int[Tensor, " candidates"]
-) -> Float[Tensor, " candidates"]:
+) -> Float[Tensor, "candidates *rewards"]:
     """The advantage of each candidate within its group; zero where a trained reward failed.
+
+    A kind with separate losses gives a column for each reward.
 
     Args:
         advantage: The kind.

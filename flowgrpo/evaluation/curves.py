@@ -31,6 +31,10 @@ METRICS = {
         "Groups without variance",
         "Prompts whose samples all have the same reward, so nothing is learnt. Below 0.5.",
     ),
+    "group/refilled": (
+        "Replaced groups",
+        "Groups of equal rewards that further prompts replaced; 0 without train.refill.",
+    ),
     "group/diversity": (
         "Diversity within groups",
         "How much the samples of a prompt differ. Constant; a steady fall is collapse.",

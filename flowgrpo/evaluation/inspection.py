@@ -109,6 +109,8 @@ def inspect(
     finally:
         scorer.keeps_media, scorer.iteration = False, before
     advantages, view = algorithm.advantages(experience), algorithm.credit_view(experience)
+    if advantages.ndim == 2:  # one for each reward
+        advantages = advantages.sum(1)
     return [
         _strip(view, experience, advantages, group, sample)
         for group in groups

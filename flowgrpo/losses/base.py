@@ -182,6 +182,8 @@ class LossNeeds:
             learner does not compute them.
         whole_groups: A batch never splits the actions of one group and step. For losses that couple
             the samples of a group, such as those on pairs. Implies ``all_actions``.
+        is_additive: The loss is proportional to the size of the advantage, so that the losses of several
+            rewards can be added (advantages of the kind ``per_loss``).
         balanced_steps: The gradient of an action is proportional to that of its log-probability, so
             that a step with next to no noise would dominate all others. Such steps are refused.
     """
@@ -196,6 +198,7 @@ class LossNeeds:
     reference: bool = False
     all_actions: bool = False
     whole_groups: bool = False
+    is_additive: bool = False
     balanced_steps: bool = False
 
 

@@ -151,6 +151,7 @@ class ClippedLoss(Loss):
             reference=has_kl,
             # An action without advantage still has a KL.
             all_actions=has_kl,
+            is_additive=True,
             balanced_steps=self.ratio == "plain",
         )
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from flowgrpo.core.random import SampleNoise
 from flowgrpo.core.solvers import SecondOrder
-from flowgrpo.core.transitions import ODE, Transition
+from flowgrpo.core.transitions import ODE, Prediction, Step, Transition
 from flowgrpo.policy.step_plan import StepPlan, StepRecord
 
 PREPARE_LATENTS = "prepare_latents"
@@ -121,7 +121,7 @@ class Loop:
         self.start_place: Place | None = None
         self._started = False
         self._version = 0
-        self._solver = SecondOrder() if plan.solver == "dpm_2m" else None
+        self._solver = None if plan.solver == "euler" else SecondOrder()
 
     @property
     def num_steps(self) -> int:
@@ -200,6 +200,12 @@ class Loop:
             return self.plan.transition
         after_all = node > max(self.plan.stochastic, default=-1)
         return self._solver if self._solver is not None and after_all else ODE()
+
+    def observe(self, node: int, prediction: Prediction, interval: Step) -> None:
+        """Show a stochastic step to a solver that continues from it."""
+        if self.plan.solver == "dpm_2m_continued" and node in self.plan.stochastic:
+            assert self._solver is not None
+            self._solver.observe(prediction, interval)
 
     def advance(self, x_next: Tensor) -> None:
         """Count a step that led to ``x_next``."""

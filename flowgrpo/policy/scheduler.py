@@ -148,6 +148,7 @@ class _PlannedSteps:
             loop.start_place = place_by_value(sample, self.call.prepared_for(loop))
         x = loop.current(sample)
         prediction = self._predict(model_output.float(), x, node, interval)
+        loop.observe(node, prediction, interval)
         gaussian = loop.transition(node)(x, prediction, interval)
         x_next = gaussian.mean
         if plan.hold:

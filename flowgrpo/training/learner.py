@@ -8,8 +8,9 @@ Each process replays its own actions in batches, backpropagates the part of the 
 batch, and the gradients of all processes are added.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from itertools import zip_longest
 from math import isfinite
 from statistics import median
@@ -17,7 +18,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from flowgrpo.config import Train
@@ -75,12 +76,12 @@ class Learner:
         self.behaviour = [p.detach().clone() for p in self.parameters] if has_old else None
         # In the first update of an iteration the old means are the policy's own, so that recorded
         # means are needed from the second update on only.
-        policy.keeps_means = needs.old_mean and train.updates > 1
+        policy.keeps_means = needs.old_mean and train.optimizer_steps > 1
         self.replay = Replay(
             policy,
             loss,
             train_batch=train.train_batch,
-            has_one_update=train.updates == 1,
+            has_one_update=train.optimizer_steps == 1,
             behaviour=self._old_policy,
             average=None if self.ema is None else self.ema.applied,
         )
@@ -98,39 +99,42 @@ class Learner:
         return nullcontext() if self.behaviour is None else swapped(self.parameters, self.behaviour)
 
     def update(
-        self, experience: Experience, advantages: Float[Tensor, " actions"], random: Random
+        self, experience: Experience, advantages: Float[Tensor, "actions *rewards"], random: Random
     ) -> dict[str, float]:
         """Take all optimizer steps of one iteration. Returns the metrics of the iteration.
 
-        Each optimizer step trains on a part of the actions (``train.split``). Its loss is the mean over
-        these actions on all processes. Actions with advantage 0 count in this mean, unless
+        Each optimizer step trains on a part of the actions (``train.split``), and each epoch on all of
+        them, divided anew. The loss of a step is the mean over its actions on all processes. Actions with advantage 0 count in this mean, unless
         ``train.without_advantage`` drops their samples, but are computed only if the loss needs them
         (``all_actions``): without a KL they would not change the gradient.
 
         Args:
             experience: The actions of this process, and the states before them.
-            advantages: One per action of ``experience.actions``, on the CPU.
+            advantages: One per action of ``experience.actions``, on the CPU. With a second axis, an
+                action's loss is the sum of the losses for each of its advantages.
             random: Keyed by the iteration; draws the parts of the optimizer steps, equal in all processes.
         """
         statistics, needs = UpdateStatistics(self.loss.metrics), self.loss.needs
-        updates, actions = self.train.updates, experience.actions
-        update_of = self._update_of(actions, random)
+        actions = experience.actions
         kept = torch.ones(len(actions), dtype=torch.bool)
+        differs = advantages != 0 if advantages.ndim == 1 else (advantages != 0).any(1)
         if self.train.without_advantage == "drop":
             kept = has_advantage(actions, advantages)
-        for update in range(updates):
+        for number_before, chosen in enumerate(self._parts(actions, random)):
             # The actions of this optimizer step, and their number on all processes.
-            chosen = kept & (update_of == update)
+            chosen = kept & chosen
             number = self.accelerator.reduce(chosen.sum().to(self.policy.device), "sum").item()
             computes_all = needs.all_actions or needs.whole_groups
-            trained = chosen if computes_all else chosen & (advantages != 0)
+            trained = chosen if computes_all else chosen & differs
             batches = list(self.replay.batches(experience, advantages, trained))
             # The reference's outputs for all batches at once, so that its weights move only once.
             referred = [batch for batch, _ in batches] if needs.reference else []
             references = self.replay.references(experience, referred)
+            is_first = number_before == 0
             for (batch, advantage), reference in zip_longest(batches, references):
-                inputs = self.replay.inputs(experience, batch, advantage, reference, update == 0)
-                loss = self._loss(inputs, statistics)
+                columns = [advantage] if advantage.ndim == 1 else list(advantage.unbind(1))
+                inputs = self.replay.inputs(experience, batch, columns[0], reference, is_first)
+                loss = self._loss(inputs, columns[1:], statistics)
                 # Wan 2.2 has two denoisers. If only one is trained, the steps of the other carry no
                 # gradient.
                 if loss.requires_grad:
@@ -157,8 +161,18 @@ class Learner:
                 f"{MAX_SKIPPED} iterations in a row"
             )
 
+    def _parts(self, actions: Actions, random: Random) -> Iterator[Bool[Tensor, " actions"]]:
+        """The actions of each optimizer step of the iteration, epoch after epoch."""
+        for epoch in range(self.train.epochs):
+            # The first epoch's stream has no key of its own.
+            update_of = self._update_of(
+                actions, random if epoch == 0 else random.at("epoch", epoch)
+            )
+            for update in range(self.train.updates):
+                yield update_of == update
+
     def _update_of(self, actions: Actions, random: Random) -> Int[Tensor, " actions"]:
-        """The optimizer step of the iteration, from 0, that trains on each action."""
+        """The optimizer step of an epoch, from 0, that trains on each action."""
         train = self.train
         if train.split == "groups":
             return split_groups(actions, train.updates, train.groups, random)
@@ -171,20 +185,31 @@ class Learner:
         everywhere = self.accelerator.reduce(counts.to(self.policy.device), "sum")
         return split_steps(actions, train.updates, everywhere.cpu().nonzero().squeeze(1))
 
-    def _loss(self, inputs: LossInputs, statistics: UpdateStatistics) -> Float[Tensor, ""]:
+    def _loss(
+        self, inputs: LossInputs, others: Sequence[Tensor], statistics: UpdateStatistics
+    ) -> Float[Tensor, ""]:
         """The summed loss of a batch, with the KL term.
+
+        Args:
+            inputs: With the first advantage of each action.
+            others: The actions' further advantages, whose losses are added.
+            statistics: Notes loss, KL and metrics.
 
         Raises:
             ValueError: If the loss does not return one value per action.
         """
-        outputs = self.loss(inputs)
-        _require_per_action(self.loss, outputs, inputs)
-        total = outputs.loss.sum()
-        kl = torch.zeros_like(outputs.loss)
-        if outputs.kl is not None:
-            kl = outputs.kl
+        more = [replace(inputs, advantage=a.to(inputs.advantage.device)) for a in others]
+        each = [self.loss(one) for one in (inputs, *more)]
+        for outputs in each:
+            _require_per_action(self.loss, outputs, inputs)
+        loss = each[0].loss if len(each) == 1 else torch.stack([o.loss for o in each]).sum(0)
+        total = loss.sum()
+        # The KL and the metrics do not depend on the advantage.
+        kl = torch.zeros_like(loss)
+        if each[0].kl is not None:
+            kl = each[0].kl
             total = total + self.loss.kl_coef * kl.sum()
-        statistics.add(inputs.step, outputs.loss, kl, outputs.metrics)
+        statistics.add(inputs.step, loss, kl, each[0].metrics)
         return total
 
     def _drift(self, experience: Experience) -> dict[str, float]:
@@ -260,7 +285,7 @@ class Learner:
         """
         train = self.train
         warm = min(1.0, (update + 1) / (train.warmup + 1))
-        done = update / max(1, train.iterations * train.updates)
+        done = update / max(1, train.iterations * train.optimizer_steps)
         fall = {
             "constant": 1.0,
             "linear": 1 - 0.9 * done,

@@ -11,6 +11,7 @@ from flowgrpo.training.ending import Result, already_finished, finish
 from flowgrpo.training.explained import explained
 from flowgrpo.training.inputs import check_inputs
 from flowgrpo.training.metrics import rollout_metrics
+from flowgrpo.training.rollout import collect
 from flowgrpo.training.session import Session
 from flowgrpo.training.setup import TrainingRun, build
 from flowgrpo.training.signals import StopRequested
@@ -49,13 +50,11 @@ def iterate(run: TrainingRun) -> Result:
         random = seed.at("train", iteration)
         with session.rescue(learner, iteration):
             run.evaluator.evaluate_if_due(iteration)
-            groups = session.share(run.prompts.groups(iteration, config.train.groups, seed))
 
             # 1. Sample candidates. The scorer scores each batch while the next one is sampled.
             scorer.iteration = iteration
             with session.phase("rollout"), learner.behaviour_policy():
-                experience = config.algorithm.collect(run.policy, groups, scorer, random, iteration)
-                scorer.check_rate()
+                experience, rollout = collect(run, iteration, seed, random)
                 reward_metrics = scorer.learn(session.gather_objects)
 
         # 2. Assign credit. Each group is on one process; statistics over the batch need all rewards.
@@ -66,8 +65,8 @@ def iterate(run: TrainingRun) -> Result:
         with session.phase("train"):
             update_metrics = learner.update(experience, advantages, random)
 
-        metrics = rollout_metrics(experience, session.gather)
-        session.log(iteration, metrics | reward_metrics | update_metrics, scorer.seconds)
+        metrics = rollout_metrics(experience, session.gather) | rollout.metrics
+        session.log(iteration, metrics | reward_metrics | update_metrics, rollout.scoring_seconds)
         if session.save_if_due(learner, iteration + 1):
             break
     return finish(run)

@@ -170,9 +170,9 @@ class Replay:
             return actions.old_mean.to(mean.device)
         if not self.has_one_update:
             raise ValueError(
-                f"the loss {type(self.loss).__name__} needs the old means of the steps when train.updates "
-                "is above 1, but the algorithm has not recorded them: set Actions.old_mean where "
-                "policy.keeps_means is true, or set train.updates = 1"
+                f"the loss {type(self.loss).__name__} needs the old means of the steps when an iteration "
+                "has several optimizer steps, but the algorithm has not recorded them: set Actions.old_mean where "
+                "policy.keeps_means is true, or set train.updates = 1 and train.epochs = 1"
             )
         return mean.detach()
 

@@ -69,11 +69,13 @@ def split_actions(actions: Actions, updates: int, random: Random) -> Int[Tensor,
 
 
 def has_advantage(
-    actions: Actions, advantages: Float[Tensor, " actions"]
+    actions: Actions, advantages: Float[Tensor, "actions *rewards"]
 ) -> Bool[Tensor, " actions"]:
     """Whether any action of each action's sample has an advantage other than 0."""
     key = torch.stack([actions.group, actions.sample], 1)
     samples, sample = key.unique(dim=0, return_inverse=True)
     size = torch.zeros(len(samples), dtype=advantages.dtype)
-    size.index_add_(0, sample, advantages.abs())
+    size.index_add_(
+        0, sample, advantages.abs() if advantages.ndim == 1 else advantages.abs().sum(1)
+    )
     return size[sample] > 0

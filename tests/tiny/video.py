@@ -13,6 +13,7 @@ from diffusers import (
     CogVideoXPipeline,
     CogVideoXTransformer3DModel,
     FlowMatchEulerDiscreteScheduler,
+    HunyuanSkyreelsImageToVideoPipeline,
     HunyuanVideoPipeline,
     HunyuanVideoTransformer3DModel,
     LTXPipeline,
@@ -125,12 +126,21 @@ def skyreels_v2() -> SkyReelsV2Pipeline:
 
 
 def hunyuan_video() -> HunyuanVideoPipeline:
+    return HunyuanVideoPipeline(**hunyuan_parts(in_channels=16))
+
+
+def skyreels_i2v() -> HunyuanSkyreelsImageToVideoPipeline:
+    """Its transformer takes the condition's latents beside those of the video."""
+    return HunyuanSkyreelsImageToVideoPipeline(**hunyuan_parts(in_channels=32))
+
+
+def hunyuan_parts(in_channels: int) -> dict[str, Any]:
     tokenizer, tokenizer_2 = llama_tokenizer(), clip_tokenizer()
-    return HunyuanVideoPipeline(
-        text_encoder=LlamaModel(LlamaConfig(**lm_sizes(tokenizer, layers=3))),
-        tokenizer=tokenizer,
-        transformer=HunyuanVideoTransformer3DModel(
-            in_channels=16,
+    return {
+        "text_encoder": LlamaModel(LlamaConfig(**lm_sizes(tokenizer, layers=3))),
+        "tokenizer": tokenizer,
+        "transformer": HunyuanVideoTransformer3DModel(
+            in_channels=in_channels,
             out_channels=16,
             num_attention_heads=2,
             attention_head_dim=16,
@@ -144,13 +154,13 @@ def hunyuan_video() -> HunyuanVideoPipeline:
             pooled_projection_dim=16,
             rope_axes_dim=(4, 6, 6),
         ),
-        vae=AutoencoderKLHunyuanVideo(
+        "vae": AutoencoderKLHunyuanVideo(
             block_out_channels=(8, 8, 8, 8), layers_per_block=1, norm_num_groups=4
         ),
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=7.0),
-        text_encoder_2=clip_text(tokenizer_2, 16),
-        tokenizer_2=tokenizer_2,
-    )
+        "scheduler": FlowMatchEulerDiscreteScheduler(shift=7.0),
+        "text_encoder_2": clip_text(tokenizer_2, 16),
+        "tokenizer_2": tokenizer_2,
+    }
 
 
 def ltx() -> LTXPipeline:
@@ -278,6 +288,20 @@ VIDEO = (
         "hunyuan_video",
         hunyuan_video,
         CLIP | {"guidance_scale": 6.0, "prompt_template": {"template": "{}", "crop_start": 0}},
+        outputs=CONV,
+        video=True,
+    ),
+    family(
+        "skyreels_i2v",
+        skyreels_i2v,
+        CLIP
+        | IMAGE
+        | {
+            "guidance_scale": 1.0,
+            "true_cfg_scale": 5.0,
+            "negative_prompt": "",
+            "prompt_template": {"template": "{}", "crop_start": 0},
+        },
         outputs=CONV,
         video=True,
     ),

@@ -1,0 +1,55 @@
+"""The rollout of one iteration: sampling, scoring, and refilling groups of equal rewards."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from flowgrpo.core.random import Random
+from flowgrpo.data.experience import Experience
+from flowgrpo.data.prompts import Group
+from flowgrpo.training.refill import refilled
+from flowgrpo.training.setup import TrainingRun
+
+
+@dataclass
+class Rollout:
+    """What an iteration's sampling took.
+
+    Attributes:
+        scoring_seconds: Time in reward models.
+        metrics: Metrics that the experience does not show.
+    """
+
+    scoring_seconds: float = 0.0
+    metrics: dict[str, float] = field(default_factory=dict)
+
+
+def collect(
+    run: TrainingRun, iteration: int, seed: Random, random: Random
+) -> tuple[Experience, Rollout]:
+    """Sample and score this process's groups of an iteration, and refill those of equal rewards.
+
+    Args:
+        run: The run.
+        iteration: Counted from 0.
+        seed: Keyed by the seed alone.
+        random: Keyed by the iteration.
+    """
+    config, session, scorer, rollout = run.config, run.session, run.scorer, Rollout()
+    number = config.train.groups
+
+    def sample(groups: Sequence[Group]) -> Experience:
+        found = config.algorithm.collect(run.policy, groups, scorer, random, iteration)
+        scorer.check_rate()
+        rollout.scoring_seconds += scorer.seconds
+        return found
+
+    def further(round_: int) -> Sequence[Group]:
+        # From an order of their own, so that the prompts of later iterations stay the same.
+        return session.share(run.prompts.groups(iteration, number, seed.at("refill", round_)))
+
+    experience = sample(session.share(run.prompts.groups(iteration, number, seed)))
+    experience, replaced = refilled(
+        experience, config.train.refill, further, sample, session.gather, number
+    )
+    rollout.metrics["group/refilled"] = float(replaced)
+    return experience, rollout
