@@ -153,7 +153,7 @@ def _quiet() -> None:
 def _subject(options: argparse.Namespace) -> "Subject":
     """The model of the options: a pipeline or a run, with adapters."""
     from flowgrpo.bench.models import Adapter, label_of, parse_label, subject
-    from flowgrpo.cli.common import run_config, sampling_of
+    from flowgrpo.cli.common import changed_sampling, run_config, sampling_of
 
     adapters = [Adapter.parse(a) for a in options.adapter]
     run = Path(options.model)
@@ -164,7 +164,7 @@ def _subject(options: argparse.Namespace) -> "Subject":
     label = label_of(model, adapters)
     if is_run:
         config = run_config(run)
-        model, sampling = config.model.path, _merged(config.evaluation_sampling(), options)
+        model, sampling = config.model.path, changed_sampling(config.evaluation_sampling(), options)
         label, dtype = (
             label_of(f"{run.resolve().name}-base", adapters),
             options.dtype or config.model.dtype,
@@ -192,7 +192,7 @@ def _run_subject(run: Path, adapters: Sequence[Any], options: argparse.Namespace
         label_of,
         parse_label,
     )
-    from flowgrpo.cli.common import load_run, run_config
+    from flowgrpo.cli.common import changed_sampling, load_run, run_config
     from flowgrpo.policy import PipelinePolicy
     from flowgrpo.training import checkpoints
 
@@ -205,7 +205,7 @@ def _run_subject(run: Path, adapters: Sequence[Any], options: argparse.Namespace
     place = folder / "best" if options.weights == "best" else checkpoints.newest(folder)
     if place is None or not place.exists():
         raise BenchError(f"{run} has no checkpoint yet")
-    sampling = _merged(config.evaluation_sampling(), options)
+    sampling = changed_sampling(config.evaluation_sampling(), options)
 
     def load() -> PipelinePolicy:
         policy, _ = load_run(run, options.weights, sampling=sampling)
@@ -226,23 +226,6 @@ def _run_subject(run: Path, adapters: Sequence[Any], options: argparse.Namespace
     label = label_of(f"{run.resolve().name}-{options.weights}", adapters)
     own = parse_label(options.label) if options.label else label
     return Subject(own, identity, load, sampling, config.model.dtype)
-
-
-def _merged(sampling: Any, options: argparse.Namespace) -> Any:
-    """A run's evaluation sampling with the changes of the command line."""
-    from dataclasses import replace
-
-    from flowgrpo.cli.common import sampling_of
-
-    given = sampling_of(options, sampling.num_steps)
-    changes = {
-        "num_steps": options.steps,
-        "guidance_scale": options.guidance,
-        "height": given.height,
-        "width": given.width,
-    }
-    changes = {k: v for k, v in changes.items() if v is not None}
-    return replace(sampling, **changes, call={**sampling.call, **given.call})
 
 
 def _device(name: str) -> str:

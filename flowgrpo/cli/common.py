@@ -3,6 +3,7 @@
 import argparse
 import tomllib
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,13 +42,20 @@ def add_weights_argument(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """The model and how its pipeline is called."""
+def add_model_arguments(parser: argparse.ArgumentParser, steps: int) -> None:
+    """The model and how its pipeline is called.
+
+    Options that are not given are None, because the default of a run is the run's own value.
+
+    Args:
+        parser: The command's parser.
+        steps: Denoising steps by default, for the help.
+    """
     parser.add_argument(
         "model",
         help="hub id or folder of a diffusers pipeline, a run directory, or 'shapes' for the model in the package",
     )
-    parser.add_argument("--steps", type=int, help="denoising steps (default: 28; the doctor takes 4)")  # fmt: skip
+    parser.add_argument("--steps", type=int, help=f"denoising steps (default: {steps})")
     parser.add_argument("--guidance", type=float, help="guidance scale (default: the pipeline's)")
     parser.add_argument("--size", help="WIDTHxHEIGHT in pixels (default: the pipeline's)")
     parser.add_argument("--frames", type=int, help="frames of a video (default: the pipeline's)")
@@ -61,19 +69,9 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtype",
         choices=("float32", "bfloat16", "float16"),
-        default="float32",
-        help="precision of the denoiser (default: %(default)s)",
+        help="precision of the denoiser (default: float32)",
     )
-    parser.add_argument(
-        "--device", default="auto", help="cpu, cuda, ... (default: a GPU if there is one)"
-    )
-    parser.add_argument("--seed", type=int, default=0, help="for the noise (default: %(default)s)")
-    parser.add_argument(
-        "--batch",
-        type=int,
-        default=16,
-        help="images in one call of the pipeline (default: %(default)s)",
-    )
+    parser.add_argument("--device", help="cpu, cuda, ... (default: a GPU if there is one)")
 
 
 def parse_setting(text: str, option: str = "") -> tuple[str, Any]:
@@ -121,10 +119,12 @@ def sampling_of(options: argparse.Namespace, steps: int) -> "Sampling":
         steps: Denoising steps where ``--steps`` is not given.
 
     Raises:
-        UsageError: If ``--size`` or ``--call`` cannot be read.
+        UsageError: If ``--steps`` is below 1, or ``--size`` or ``--call`` cannot be read.
     """
     from flowgrpo.policy import Sampling
 
+    if options.steps is not None and options.steps < 1:
+        raise UsageError(f"--steps must be at least 1, got {options.steps}")
     width = height = None
     if options.size:
         try:
@@ -134,7 +134,7 @@ def sampling_of(options: argparse.Namespace, steps: int) -> "Sampling":
                 f"--size must be WIDTHxHEIGHT such as 512x512, got {options.size!r}"
             ) from None
     return Sampling(
-        num_steps=options.steps or steps,
+        num_steps=steps if options.steps is None else options.steps,
         guidance_scale=options.guidance,
         height=height,
         width=width,
@@ -143,25 +143,62 @@ def sampling_of(options: argparse.Namespace, steps: int) -> "Sampling":
     )
 
 
+def changed_sampling(sampling: "Sampling", options: argparse.Namespace) -> "Sampling":
+    """A run's sampling with the changes of the command line."""
+    given = sampling_of(options, sampling.num_steps)
+    changes = {
+        "num_steps": options.steps,
+        "guidance_scale": options.guidance,
+        "height": given.height,
+        "width": given.width,
+        "num_frames": given.num_frames,
+    }
+    changes = {k: v for k, v in changes.items() if v is not None}
+    return replace(sampling, **changes, call={**sampling.call, **given.call})
+
+
+def is_run(model: str) -> bool:
+    """Whether a model argument is a run directory."""
+    return (Path(model) / "config.toml").is_file()
+
+
 def load_policy(options: argparse.Namespace, steps: int) -> "PipelinePolicy":
-    """The policy of the model argument, which is a pipeline or a run directory."""
+    """The policy of the model argument, which is a pipeline or a run directory.
+
+    A run is sampled as in its evaluations, on its device and in its precision; options of the command
+    line change that.
+
+    Raises:
+        UsageError: If an option is wrong, or ``--weights`` is given for a pipeline.
+    """
     from flowgrpo.policy import PipelinePolicy
     from flowgrpo.training.cpu import prepare_cpu
 
+    run = is_run(options.model)
+    if options.weights is not None and not run:
+        raise UsageError(
+            f"--weights {options.weights} is for a run directory, and {options.model} is none"
+        )
+    if options.batch is not None and options.batch < 1:
+        raise UsageError(f"--batch must be at least 1, got {options.batch}")
     prepare_cpu(0)
-    sampling = sampling_of(options, steps)
-    if (Path(options.model) / "config.toml").exists():
-        policy, _ = load_run(Path(options.model), "last")
-        policy.sampling = sampling
-        policy.check_sampling(sampling)
-        policy.batch_size = options.batch
+    if run:
+        sampling = changed_sampling(run_config(Path(options.model)).evaluation_sampling(), options)
+        policy, _ = load_run(
+            Path(options.model),
+            options.weights or "last",
+            sampling=sampling,
+            device=options.device,
+            dtype=options.dtype,
+        )
+        policy.batch_size = options.batch or policy.batch_size
         return policy
     return PipelinePolicy.from_pretrained(
         options.model,
-        sampling=sampling,
-        batch_size=options.batch,
-        dtype=options.dtype,
-        device=device_of(options.device),
+        sampling=sampling_of(options, steps),
+        batch_size=options.batch or 16,
+        dtype=options.dtype or "float32",
+        device=device_of(options.device or "auto"),
     )
 
 
@@ -179,19 +216,29 @@ def run_config(folder: Path) -> "Config":
 
 
 def load_run(
-    folder: Path, weights: str, base: bool = False, sampling: "Sampling | None" = None
+    folder: Path,
+    weights: str,
+    base: bool = False,
+    sampling: "Sampling | None" = None,
+    device: str | None = None,
+    dtype: str | None = None,
 ) -> "tuple[PipelinePolicy, int]":
     """The model of a run, and the iteration of its checkpoint.
 
     Args:
         folder: The run directory.
-        weights: Which checkpoint, ``best`` or ``last``.
-        base: Leave the weights as they were before training.
+        weights: Which checkpoint, ``best`` or ``last``; or ``base``, the frozen model before training,
+            which needs no checkpoint.
+        base: Leave the weights of the checkpoint's policy as they were before training.
         sampling: How the pipeline is called; by default as in the run's evaluations.
+        device: Device; by default the run's.
+        dtype: Precision of the denoiser; by default the run's.
 
     Raises:
         FileNotFoundError: If the folder is not a run directory or has no checkpoint.
+        ConfigError: If there is no such device here.
     """
+    from flowgrpo.config import ConfigError
     from flowgrpo.policy import PipelinePolicy
     from flowgrpo.training import checkpoints
 
@@ -201,18 +248,26 @@ def load_run(
         if weights == "best"
         else checkpoints.newest(folder / "checkpoints")
     )
-    if place is None or not place.exists():
+    if weights != "base" and (place is None or not place.exists()):
         raise FileNotFoundError(f"{folder} has no checkpoint yet")
+    try:
+        found = device_of(device or config.run.device)
+    except ValueError as error:
+        own = "" if device else f"the run's device, run.device = {config.run.device!r}: "
+        raise ConfigError(f"{own}{error}") from error
     policy = PipelinePolicy.from_pretrained(
         config.model.path,
         sampling=sampling or config.evaluation_sampling(),
-        weights=config.model.weights,
+        weights=None if weights == "base" else config.model.weights,
         batch_size=config.train.rollout_batch,
-        dtype=config.model.dtype,
-        device=device_of(config.run.device),
+        dtype=dtype or config.model.dtype,
+        device=found,
         seed=config.run.seed,
         memory=config.memory,
     )
+    if weights == "base":
+        return policy, 0
+    assert place is not None
     parts, state = checkpoints.load(place)
     if not base:
         assert policy.trainable is not None
