@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 from flowgrpo.evaluation.comparison_grid import load_images, save_images
-from flowgrpo.evaluation.grid_drawing import GridRow, draw_grid
+from flowgrpo.evaluation.grid_drawing import GridRow, animate_grid, draw_grid
 
 RED, BLUE = (1.0, 0.0, 0.0), (0.0, 0.0, 1.0)
 
@@ -203,3 +203,24 @@ def test_condition_images_are_below_the_label():
     plain = grid([GridRow("edit it", blocks)])
     assert box(plain, RED)[:2] == box(with_them, RED)[:2]
     assert with_them.width == plain.width
+
+
+def test_an_animated_grid_plays_every_video_in_its_place():
+    video = torch.zeros(1, 3, 3, 32, 32)
+    for frame in range(3):
+        video[0, frame, 0], video[0, frame, 1] = 1.0, (frame + 10) / 255
+    rows = [GridRow("p", [video, video.flip(1)], [["✓"], ["0.5"]])]
+    pictures = [*animate_grid(rows, ["base", "tuned"], title="t", subtitle="s")]
+    assert len(pictures) == 3
+    assert {p.size for p in pictures} == {pictures[0].size}
+    assert all(n % 2 == 0 for n in pictures[0].size)
+    places = []
+    for frame, picture in enumerate(pictures):
+        one, two = np.asarray(picture), (1.0, (12 - frame) / 255, 0.0)
+        left = np.nonzero((one == [255, frame + 10, 0]).all(-1))[1].min()
+        right = box(picture, two)[0] if frame != 1 else None
+        places.append((left, right))
+    assert places[0] == places[2]
+    assert places[1][0] == places[0][0] < places[0][1]
+    with pytest.raises(ValueError, match="only videos can be animated"):
+        next(animate_grid([GridRow("p", [images(RED)])], ["base"], title="t", subtitle="s"))

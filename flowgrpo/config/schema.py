@@ -163,7 +163,8 @@ class Run:
     keep_checkpoints: int = 2
     """Number of newest checkpoints to keep, in addition to the best one."""
     trackers: tuple[str, ...] = ("tensorboard",)
-    """Experiment trackers of accelerate: tensorboard, wandb, trackio, mlflow, comet_ml, aim, clearml, swanlab."""
+    """Experiment trackers of accelerate: tensorboard, wandb, trackio, mlflow, comet_ml, aim, clearml, swanlab,
+    dvclive. They get the run's name, its configuration and, where they show pictures, the grids."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,8 +4,8 @@ Images at the same place of two blocks share their noise. Nothing here knows mod
 :mod:`flowgrpo.evaluation.comparison_grid`.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import cache
 
 import torch
@@ -92,6 +92,58 @@ def draw_grid(
             outside [0, 1].
     """
     _check(rows, columns, scale)
+    canvas, _ = _drawn(rows, columns, title, subtitle, scale)
+    return canvas
+
+
+def animate_grid(
+    rows: Sequence[GridRow],
+    columns: Sequence[str],
+    *,
+    title: str,
+    subtitle: str,
+    scale: int | None = None,
+) -> Iterator[Image.Image]:
+    """Draw the frames of a grid of videos, in which all videos play at the same time.
+
+    Args:
+        rows: One row per prompt; all media are videos of one shape.
+        columns: As in :func:`draw_grid`, and so are the other arguments.
+        title: Headline.
+        subtitle: How the videos were generated.
+        scale: Integer factor by which videos are enlarged.
+
+    Returns:
+        One picture per frame, all of one size, with an even width and height.
+
+    Raises:
+        ValueError: As :func:`draw_grid`, or if the media are images.
+    """
+    _check(rows, columns, scale)
+    shape = rows[0].blocks[0].shape
+    if len(shape) != 5:
+        raise ValueError(f"only videos can be animated, got media of shape {tuple(shape)}")
+    first, bodies = _drawn(_at_frame(rows, 0), columns, title, subtitle, scale)
+    still = Image.new(
+        "RGB", (first.width + first.width % 2, first.height + first.height % 2), PAPER
+    )
+    still.paste(first)
+    for frame in range(shape[1]):
+        canvas = still.copy()
+        for row, (body, top) in zip(_at_frame(rows, frame), bodies, strict=True):
+            body.draw_tiles(canvas, top, row.blocks)
+        yield canvas
+
+
+def _at_frame(rows: Sequence[GridRow], frame: int) -> list[GridRow]:
+    """The rows with one frame of each video as an image."""
+    return [replace(r, blocks=[b[:, frame] for b in r.blocks]) for r in rows]
+
+
+def _drawn(
+    rows: Sequence[GridRow], columns: Sequence[str], title: str, subtitle: str, scale: int | None
+) -> "tuple[Image.Image, list[tuple[_Row, int]]]":
+    """The picture, and its rows with their upper edges."""
     shape = rows[0].blocks[0].shape
     layout = _Layout(shape[0], len(columns), _tile_size(shape, scale), len(_frames(shape)))
     head = _Heading(title, subtitle, columns, layout)
@@ -99,14 +151,15 @@ def draw_grid(
     height = head.height + sum(b.height for b in bodies) + ROW_GAP * len(bodies) + MARGIN // 2
     canvas = Image.new("RGB", (layout.width, height), PAPER)
     head.draw(canvas)
-    top = head.height
+    top, placed = head.height, []
     for index, body in enumerate(bodies):
         if index:
             rule = top - ROW_GAP // 2
             ImageDraw.Draw(canvas).line((MARGIN, rule, layout.width - MARGIN, rule), fill=FAINT)
         body.draw(canvas, top)
+        placed.append((body, top))
         top += body.height + ROW_GAP
-    return canvas
+    return canvas, placed
 
 
 def _check(rows: Sequence[GridRow], columns: Sequence[str], scale: int | None) -> None:
@@ -257,7 +310,11 @@ class _Row:
             pen.rectangle((left - 1, below - 1, right, bottom), outline=FAINT)
             canvas.paste(condition, (left, below))
             left += condition.width + TILE_GAP
-        for b, (block, notes) in enumerate(zip(self.row.blocks, self.notes, strict=True)):
+        self.draw_tiles(canvas, top, self.row.blocks)
+
+    def draw_tiles(self, canvas: Image.Image, top: int, blocks: Sequence[Media]) -> None:
+        """Draw the media, in place of the row's own or the same."""
+        for b, (block, notes) in enumerate(zip(blocks, self.notes, strict=True)):
             for s, (media, note) in enumerate(zip(block, notes, strict=True)):
                 self._tile(canvas, media, note, (self.layout.left(b, s), top))
 

@@ -6,8 +6,10 @@ from contextlib import contextmanager
 from flowgrpo.config import Config, ConfigError, find
 from flowgrpo.core.imports import import_path
 from flowgrpo.data.prompt_sets import PromptSet
+from flowgrpo.data.videos import require_video
 from flowgrpo.policy.settings import require_installed
 from flowgrpo.rewards.loading import check_name
+from flowgrpo.training.trackers import check_trackers
 
 
 def check_names(config: Config, num_processes: int) -> None:
@@ -17,11 +19,15 @@ def check_names(config: Config, num_processes: int) -> None:
 
     Raises:
         ConfigError: If settings contradict each other, do not fit the number of processes, or name
-            a prompt file or a reward that does not exist.
+            a prompt file, a reward or a tracker that does not exist or is not installed.
         ImportError: If an optional package is not installed.
     """
     config.check(num_processes)
     require_installed(config.memory, config.train.optimizer)
+    check_trackers(config.run.trackers)
+    if config.sampling.num_frames is not None:
+        with _setting("sampling.num_frames"):
+            require_video()
     for key, file in _files(config).items():
         with _setting(key):
             find(file)

@@ -20,7 +20,7 @@ from flowgrpo.data.prompts import Group
 from flowgrpo.policy.placement import resolve_device
 from flowgrpo.rewards.scorer import RewardScorer
 from flowgrpo.rewards.settings import RewardError
-from flowgrpo.training import checkpoints, run_folder
+from flowgrpo.training import checkpoints, run_folder, trackers
 from flowgrpo.training.checkpoints import CheckpointError
 from flowgrpo.training.console import Console
 from flowgrpo.training.cpu import prepare_cpu
@@ -61,7 +61,6 @@ class Session:
         self.accelerator = Accelerator(
             cpu=cpu,
             mixed_precision="fp16" if config.model.dtype == "float16" and not cpu else "no",
-            log_with=list(config.run.trackers) or None,
             project_dir=str(self.folder),
         )
         self._check_world()
@@ -214,6 +213,10 @@ class Session:
         flat = {f"held_out/{k}": v for k, v in result["scores"].items()} | result["metrics"]
         self.accelerator.log(flat, step=result["iteration"])
 
+    def log_grid(self, iteration: int) -> None:
+        """Show the comparison grid after this many iterations in the trackers."""
+        trackers.log_picture(self.accelerator, "grid", self.grid(iteration), iteration)
+
     def drop_phases(self) -> None:
         """Discard times that belong to no iteration."""
         self._phases = {}
@@ -324,9 +327,12 @@ class Session:
         self.accelerator.trackers = []
 
     def start_trackers(self) -> None:
-        """Open the experiment trackers, such as TensorBoard."""
-        if self.config.run.trackers:
-            self.accelerator.init_trackers("tracking")
+        """Open the experiment trackers, such as TensorBoard.
+
+        Raises:
+            ConfigError: If one cannot be started.
+        """
+        trackers.start_trackers(self.accelerator, self.config)
 
     def _check_world(self) -> None:
         launched = int(os.environ.get("WORLD_SIZE", "1"))
