@@ -72,6 +72,12 @@ def test_arguments_that_cannot_be_parsed(arguments, message, capsys):
         (["sample", "shapes", "a cat", "--out", "x", "--samples", "0"], "--samples must be at"),
         (["sample", "shapes", "a cat", "--out", "x", "--size", "big"], "--size must be WIDTHxHEI"),
         (["doctor", "shapes", "--call", "eta"], "--call expected KEY=VALUE, got 'eta'"),
+        (
+            ["doctor", "shapes", "--call", "guidance_scale=3"],
+            "--call guidance_scale: use --guidance",
+        ),
+        (["sample", "shapes", "a cat", "--out", "x", "--steps", "0"], "--steps must be at least 1"),
+        (["sample", "shapes", " ", "--out", "x"], "a prompt is empty"),
     ],
 )
 def test_arguments_that_make_no_sense(arguments, message, capsys):
@@ -219,6 +225,14 @@ def test_a_dataset_is_read(tmp_path):
     datasets = pytest.importorskip("datasets")
     datasets.Dataset.from_list([{"prompt": "a red cube"}]).save_to_disk(tmp_path / "saved")
     assert [p.text for p in prompts_of([f"hf:{tmp_path / 'saved'}"])] == ["a red cube"]
+
+
+def test_a_file_of_another_kind_is_no_prompt(tmp_path):
+    (tmp_path / "prompts.tsv").write_text("a red cube\n")
+    with pytest.raises(PromptError, match=r"unknown ending '.tsv'; known: .txt"):
+        prompts_of([str(tmp_path / "prompts.tsv")])
+    with pytest.raises(PromptError, match="the prompt has an unpaired surrogate"):
+        prompts_of(["a \udc80 dog"])
 
 
 @pytest.mark.parametrize("name", [*(f"nowhere{s}" for s in SUFFIXES), "hf:/no/such/dataset:train"])

@@ -38,7 +38,7 @@ from tests.tiny import FAMILIES
 from tests.tiny.parts import GRADIENT
 
 Tiny = Callable[[str], Path]
-PUBLISHED = Path(__file__).parent / "published_configs"
+PUBLISHED = Path(flowgrpo.__file__).parent / "policy" / "published"
 LARGER = {"height": 64, "width": 64}
 """A size at which activations outweigh the arithmetic around the model, as at real sizes."""
 

@@ -16,6 +16,15 @@ if TYPE_CHECKING:
 
 CONFIG_HELP = "configuration: a .toml file, or the name of one that comes with flowgrpo (quickstart, sd15_dance, ...)"
 
+OPTIONS = {
+    "num_inference_steps": "--steps",
+    "guidance_scale": "--guidance",
+    "height": "--size",
+    "width": "--size",
+    "num_frames": "--frames",
+}
+"""Arguments of a pipeline's call that have an option of their own."""
+
 
 class UsageError(ValueError):
     """Arguments of a command that are wrong; the exit status is 2."""
@@ -122,6 +131,7 @@ def sampling_of(options: argparse.Namespace, steps: int) -> "Sampling":
         UsageError: If ``--steps`` is below 1, or ``--size`` or ``--call`` cannot be read.
     """
     from flowgrpo.policy import Sampling
+    from flowgrpo.policy.settings import SET_BY_POLICY
 
     if options.steps is not None and options.steps < 1:
         raise UsageError(f"--steps must be at least 1, got {options.steps}")
@@ -133,13 +143,21 @@ def sampling_of(options: argparse.Namespace, steps: int) -> "Sampling":
             raise UsageError(
                 f"--size must be WIDTHxHEIGHT such as 512x512, got {options.size!r}"
             ) from None
+    call = dict(parse_setting(s, "--call") for s in options.call)
+    for name in call:
+        if name in OPTIONS:
+            raise UsageError(
+                f"--call {name}: use {OPTIONS[name]}, which is the one place of this value"
+            )
+        if name in SET_BY_POLICY:
+            raise UsageError(f"--call {name}: the policy sets this argument itself; remove it")
     return Sampling(
         num_steps=steps if options.steps is None else options.steps,
         guidance_scale=options.guidance,
         height=height,
         width=width,
         num_frames=options.frames,
-        call=dict(parse_setting(s, "--call") for s in options.call),
+        call=call,
     )
 
 
@@ -283,7 +301,7 @@ def prompts_of(values: Sequence[str]) -> "list[Prompt]":
         PromptError: If a file or a dataset cannot be read.
     """
     from flowgrpo.config import find
-    from flowgrpo.data.prompt_files import names_prompts
+    from flowgrpo.data.prompt_files import check_text, names_prompts
     from flowgrpo.data.prompt_sets import PromptSet
     from flowgrpo.data.prompts import Prompt
 
@@ -291,7 +309,10 @@ def prompts_of(values: Sequence[str]) -> "list[Prompt]":
     for value in values:
         if names_prompts(value):
             prompts += PromptSet.load(find(value)).prompts
+        elif not value.strip():
+            raise UsageError("a prompt is empty")
         else:
+            check_text(value)
             prompts.append(Prompt(value))
     return prompts
 

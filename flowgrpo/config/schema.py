@@ -227,6 +227,7 @@ class Config:
             raise ConfigError(f"algorithm: {error}") from error
         self._check_split(num_processes)
         try:
+            self.sampling.check()
             self.memory.check(isinstance(self.model.weights, Full))
             self.loss.check()
             self.loss.check_algorithm(algorithm.action_kind, algorithm.transition)

@@ -14,6 +14,16 @@ from flowgrpo.core.imports import suggest
 Quantization = Literal["none", "nf4", "int8", "torchao_int8"]
 PACKAGES = {"nf4": "bitsandbytes", "int8": "bitsandbytes", "torchao_int8": "torchao"}
 """The package that each quantisation needs."""
+OWN_KEYS = {
+    "num_inference_steps": "num_steps",
+    "guidance_scale": "guidance_scale",
+    "height": "height",
+    "width": "width",
+    "num_frames": "num_frames",
+}
+"""Arguments of a pipeline's call that have a key in ``[sampling]``."""
+SET_BY_POLICY = ("prompt", "latents", "generator", "output_type", "return_dict")
+"""Arguments of a pipeline's call that the policy sets."""
 Bounds = Sequence[tuple[str, int, int]]
 """Configuration keys with their values and the smallest allowed value."""
 
@@ -37,7 +47,25 @@ class Sampling:
     DanceGRPO's code, whose FLUX scripts have 3. If unset, the pipeline's own grid applies. For
     rectified-flow pipelines only."""
     call: dict[str, Any] = field(default_factory=dict)
-    """Further arguments of the pipeline's call, by their names in its signature."""
+    """Further arguments of the pipeline's call, by their names in its signature. Arguments with a key of
+    their own, such as ``guidance_scale``, are refused here."""
+
+    def check(self) -> None:
+        """Check that ``call`` holds no argument that has a key of its own, or that the policy sets.
+
+        Raises:
+            ValueError: With the key to use.
+        """
+        for name in self.call:
+            if name in OWN_KEYS:
+                raise ValueError(
+                    f"sampling.call.{name}: set sampling.{OWN_KEYS[name]} instead, which is the one place of "
+                    "this value"
+                )
+            if name in SET_BY_POLICY:
+                raise ValueError(
+                    f"sampling.call.{name}: the policy sets this argument itself; remove it"
+                )
 
     def arguments(self) -> dict[str, Any]:
         """The arguments of the pipeline's call that are set."""

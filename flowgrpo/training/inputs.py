@@ -5,7 +5,7 @@ from contextlib import contextmanager
 
 from flowgrpo.config import Config, ConfigError, find
 from flowgrpo.core.imports import import_path
-from flowgrpo.data.prompt_sets import PromptSet
+from flowgrpo.data.prompt_sets import PromptSet, shared
 from flowgrpo.data.videos import require_video
 from flowgrpo.policy.settings import require_installed
 from flowgrpo.rewards.loading import check_name
@@ -71,6 +71,17 @@ def check_inputs(config: Config, num_processes: int) -> tuple[PromptSet, PromptS
         with _setting(f"rewards[{index}].model"):
             check_name(reward.model)
     return prompts, held_out
+
+
+def shared_note(train: PromptSet, held_out: PromptSet) -> list[str]:
+    """A sentence about training prompts among the held-out ones; none if there are none."""
+    both = shared(train, held_out)
+    if not both:
+        return []
+    return [
+        f"{len(both)} of {len(held_out.prompts)} held-out prompts are training prompts too, such as "
+        f"{both[0].text[:80]!r}: on them, evaluations do not show whether the model does better on new prompts"
+    ]
 
 
 def _files(config: Config) -> dict[str, str]:

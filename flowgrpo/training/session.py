@@ -1,10 +1,11 @@
 """A session of a run: its processes, the run directory, logs, checkpoints and resuming."""
 
+import json
 import os
 import platform
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
@@ -20,7 +21,7 @@ from flowgrpo.data.prompts import Group
 from flowgrpo.policy.placement import resolve_device
 from flowgrpo.rewards.scorer import RewardScorer
 from flowgrpo.rewards.settings import RewardError
-from flowgrpo.training import checkpoints, run_folder, trackers
+from flowgrpo.training import checkpoints, files, run_folder, trackers
 from flowgrpo.training.checkpoints import CheckpointError
 from flowgrpo.training.console import Console
 from flowgrpo.training.cpu import prepare_cpu
@@ -325,6 +326,16 @@ class Session:
         self.accelerator.wait_for_everyone()
         self.accelerator.end_training()
         self.accelerator.trackers = []
+
+    def note_prompts(self, notes: Sequence[str]) -> None:
+        """Print warnings about the prompts, and keep them for the report."""
+        if not self.is_main:
+            return
+        for note in notes:
+            self.console.say(f"WARNING: {note}")
+        file = self.folder / run_folder.NOTES
+        if notes or file.exists():
+            files.write_whole(file, json.dumps({"notes": list(notes)}, indent=1))
 
     def start_trackers(self) -> None:
         """Open the experiment trackers, such as TensorBoard.
