@@ -7,8 +7,9 @@ from flowgrpo.config import Config, ConfigError, find
 from flowgrpo.core.imports import import_path
 from flowgrpo.data.prompt_sets import PromptSet, shared
 from flowgrpo.data.videos import require_video
+from flowgrpo.policy.model_files import check_path
 from flowgrpo.policy.settings import require_installed
-from flowgrpo.rewards.loading import check_name
+from flowgrpo.rewards.loading import check_installed, check_name
 from flowgrpo.training.trackers import check_trackers
 
 
@@ -19,7 +20,8 @@ def check_names(config: Config, num_processes: int) -> None:
 
     Raises:
         ConfigError: If settings contradict each other, do not fit the number of processes, or name
-            a prompt file, a reward or a tracker that does not exist or is not installed.
+            a model's folder, a prompt file, a reward or a tracker that does not exist or is not
+            installed.
         ImportError: If an optional package is not installed.
     """
     config.check(num_processes)
@@ -28,6 +30,8 @@ def check_names(config: Config, num_processes: int) -> None:
     if config.sampling.num_frames is not None:
         with _setting("sampling.num_frames"):
             require_video()
+    with _setting("model.path"):
+        check_path(config.model.path)
     for key, file in _files(config).items():
         with _setting(key):
             find(file)
@@ -43,7 +47,7 @@ def check_inputs(config: Config, num_processes: int) -> tuple[PromptSet, PromptS
     - The names of files, packages and rewards (:func:`check_names`).
     - The device exists.
     - The prompt files can be read, and have the metadata to balance by.
-    - The rewards and metrics that are named by an import path can be imported.
+    - The rewards and metrics can be imported, and the packages that they need are installed.
 
     Returns:
         The training prompts and the held-out prompts.
@@ -70,6 +74,7 @@ def check_inputs(config: Config, num_processes: int) -> tuple[PromptSet, PromptS
     for index, reward in enumerate(config.rewards):
         with _setting(f"rewards[{index}].model"):
             check_name(reward.model)
+            check_installed(reward.model)
     return prompts, held_out
 
 
