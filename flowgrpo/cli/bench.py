@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from flowgrpo.cli.common import UsageError
+
 if TYPE_CHECKING:
     from flowgrpo.bench.base import Benchmark
     from flowgrpo.bench.generation import Plan
@@ -88,7 +90,7 @@ def run(options: argparse.Namespace) -> int:
         return _score(rest, options)
     names = rest if verb == "generate" else options.words
     if len(names) != 1:
-        raise ValueError(f"bench {verb}: one benchmark at a time, got {' '.join(names) or 'none'}")
+        raise UsageError(f"bench {verb}: one benchmark at a time, got {' '.join(names) or 'none'}")
     return _whole(names[0], options, judge=verb != "generate")
 
 
@@ -122,11 +124,11 @@ def _plan(benchmark: "Benchmark", part: "Part", options: argparse.Namespace) -> 
     from flowgrpo.bench.generation import Plan
 
     if not options.model:
-        raise ValueError(
+        raise UsageError(
             "bench needs --model: a hub id, a folder, a file, a run directory or 'shapes'"
         )
     if options.batch < 1:
-        raise ValueError(f"--batch must be at least 1, got {options.batch}")
+        raise UsageError(f"--batch must be at least 1, got {options.batch}")
     _quiet()
     subject = _subject(options)
     folder = Path(options.out) if options.out else Path("bench") / benchmark.name / subject.label
@@ -249,11 +251,11 @@ def settings_of(options: argparse.Namespace) -> dict[str, Any]:
     }
     settings: dict[str, Any] = {k: v for k, v in named.items() if v is not None}
     if options.samples is not None and options.samples < 1:
-        raise ValueError(f"--samples must be at least 1, got {options.samples}")
+        raise UsageError(f"--samples must be at least 1, got {options.samples}")
     for text in options.set:
         key, equals, value = text.partition("=")
         if not equals:
-            raise ValueError(f"--set needs KEY=VALUE, got {text!r}")
+            raise UsageError(f"--set needs KEY=VALUE, got {text!r}")
         try:
             parsed: Any = tomllib.loads(f"value = {value}")["value"]
         except tomllib.TOMLDecodeError:
@@ -273,7 +275,7 @@ def _score(words: Sequence[str], options: argparse.Namespace) -> int:
     from flowgrpo.bench.run import Part, import_results, score_folder, stored
 
     if len(words) != 1:
-        raise ValueError(f"bench score needs one folder or results file, got {len(words)}")
+        raise UsageError(f"bench score needs one folder or results file, got {len(words)}")
     source = Path(words[0])
     if not source.exists():
         raise FileNotFoundError(f"no such folder or file: {source}")
@@ -315,7 +317,7 @@ def _report(words: Sequence[str], out: str | None) -> int:
     from flowgrpo.bench.report import read_result
 
     if not words:
-        raise ValueError("bench report needs at least one folder")
+        raise UsageError("bench report needs at least one folder")
     folders = [Path(w) for w in words]
     for folder in folders:
         _show(read_result(folder), folder)

@@ -4,7 +4,7 @@ import argparse
 from dataclasses import replace
 from pathlib import Path
 
-from flowgrpo.cli.common import add_weights_argument, load_run, quiet, run_config
+from flowgrpo.cli.common import UsageError, add_weights_argument, load_run, quiet, run_config
 
 SUMMARY = "draw a comparison grid: base model and trained model, same noise"
 EXAMPLE = "flowgrpo grid runs/quickstart --out grid.png"
@@ -13,7 +13,9 @@ EXAMPLE = "flowgrpo grid runs/quickstart --out grid.png"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of the command."""
     parser.add_argument("run", help="run directory")
-    parser.add_argument("--out", required=True, help="PNG file")
+    parser.add_argument(
+        "--out", required=True, help="PNG file; videos are also written as MP4, next to it"
+    )
     parser.add_argument("--prompts", help="file of prompts (default: the run's held-out prompts)")
     parser.add_argument("--rows", type=int, default=6, help="prompts (default: %(default)s)")
     parser.add_argument(
@@ -36,6 +38,12 @@ def run(options: argparse.Namespace) -> int:
     from flowgrpo.evaluation.comparison_grid import ComparisonGrid
     from flowgrpo.rewards.scorer import RewardScorer
 
+    for name in ("rows", "samples", "steps"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise UsageError(f"--{name} must be at least 1, got {value}")
+    if Path(options.out).suffix.lower() != ".png":
+        raise UsageError(f"--out must end in .png, got {options.out!r}")
     folder = Path(options.run)
     config = run_config(folder)
     quiet()

@@ -5,7 +5,7 @@ import os
 import sys
 from typing import TYPE_CHECKING, NoReturn
 
-from flowgrpo.cli.common import CONFIG_HELP, add_set_argument, quiet
+from flowgrpo.cli.common import CONFIG_HELP, UsageError, add_set_argument, quiet
 
 if TYPE_CHECKING:
     from flowgrpo.config import Config
@@ -38,6 +38,10 @@ def run(options: argparse.Namespace) -> int:
     from flowgrpo.config import load
     from flowgrpo.training.inputs import check_names
 
+    if options.memory_gb is not None and not options.dry_run:
+        raise UsageError("--memory-gb is for --dry-run")
+    if options.memory_gb is not None and not options.memory_gb > 0:
+        raise UsageError(f"--memory-gb must be above 0, got {options.memory_gb:g}")
     config = load(options.config, options.set)
     num_processes = int(os.environ.get("WORLD_SIZE", "1"))
     if options.dry_run:

@@ -19,18 +19,8 @@ from torch import nn
 from transformers import BatchEncoding, PreTrainedModel
 
 from flowgrpo.policy.loading import AUTOENCODERS
+from flowgrpo.policy.model_files import published_folder
 
-PUBLISHED = {
-    "stable-diffusion-v1-5/stable-diffusion-v1-5": "sd15",
-    "CompVis/stable-diffusion-v1-4": "sd15",  # the same sizes
-    "stabilityai/stable-diffusion-xl-base-1.0": "sdxl_base",
-    "stabilityai/stable-diffusion-3.5-medium": "sd35_medium",
-    "black-forest-labs/FLUX.1-dev": "flux1_dev",
-    "Qwen/Qwen-Image": "qwen_image",
-    "Wan-AI/Wan2.1-T2V-1.3B-Diffusers": "wan21_t2v_1_3b",
-    "hunyuanvideo-community/HunyuanVideo": "hunyuan_video",
-}
-"""Models whose config files are in the package, in ``policy/published``: sizes of layers, which are facts."""
 CONFIGS = ("model_index.json", "*/*config.json")
 MAX_TEXT = 512
 """Largest number of tokens of a prompt, and the number if no config names one."""
@@ -40,12 +30,6 @@ DROPPED = ("safety_checker", "feature_extractor")
 
 class EstimateError(RuntimeError):
     """The memory of a run cannot be estimated; the message gives the reason."""
-
-
-def published_folder(model: str | Path) -> Path | None:
-    """The folder of a published model's config files in the package; None for other models."""
-    name = PUBLISHED.get(str(model))
-    return None if name is None else Path(__file__).parents[1] / "policy" / "published" / name
 
 
 def config_folder(model: str | Path) -> Path:
@@ -59,7 +43,7 @@ def config_folder(model: str | Path) -> Path:
     """
     shapes = Path(__file__).parents[1] / "shapes" / "model"
     path = shapes if str(model) == "shapes" else Path(model).expanduser()
-    published = published_folder(model)
+    published = published_folder(str(model))
     if path.is_dir():
         folder = path
     elif published is not None:

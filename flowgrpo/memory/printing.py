@@ -4,7 +4,8 @@ from flowgrpo.config import Config, find
 from flowgrpo.data.prompt_sets import PromptSet
 from flowgrpo.memory.budget import GB, advise, budget
 from flowgrpo.memory.footprint import estimate_footprint, memory_options
-from flowgrpo.memory.meta_pipeline import EstimateError, published_folder
+from flowgrpo.memory.meta_pipeline import EstimateError
+from flowgrpo.policy.model_files import published_folder
 from flowgrpo.training.console import Console
 
 

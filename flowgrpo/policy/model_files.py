@@ -8,6 +8,17 @@ from pathlib import Path
 
 INDEX = "model_index.json"
 SINGLE_FILES = (".safetensors", ".ckpt")
+PUBLISHED = {
+    "stable-diffusion-v1-5/stable-diffusion-v1-5": "sd15",
+    "CompVis/stable-diffusion-v1-4": "sd15",  # the same sizes
+    "stabilityai/stable-diffusion-xl-base-1.0": "sdxl_base",
+    "stabilityai/stable-diffusion-3.5-medium": "sd35_medium",
+    "black-forest-labs/FLUX.1-dev": "flux1_dev",
+    "Qwen/Qwen-Image": "qwen_image",
+    "Wan-AI/Wan2.1-T2V-1.3B-Diffusers": "wan21_t2v_1_3b",
+    "hunyuanvideo-community/HunyuanVideo": "hunyuan_video",
+}
+"""Models whose config files are in the package, in the folder ``published``: sizes of layers, which are facts."""
 
 
 @dataclass(frozen=True)
@@ -21,6 +32,12 @@ class Found:
 
     words: str
     is_here: bool
+
+
+def published_folder(model: str) -> Path | None:
+    """The folder of a published model's config files in the package; None for other models."""
+    name = PUBLISHED.get(model)
+    return None if name is None else Path(__file__).parent / "published" / name
 
 
 def check_path(model: str) -> Path | None:
