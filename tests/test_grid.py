@@ -5,6 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
+from flowgrpo.evaluation import grid_drawing
 from flowgrpo.evaluation.comparison_grid import load_images, save_images
 from flowgrpo.evaluation.grid_drawing import GridRow, animate_grid, draw_grid
 
@@ -224,3 +225,37 @@ def test_an_animated_grid_plays_every_video_in_its_place():
     assert places[1][0] == places[0][0] < places[0][1]
     with pytest.raises(ValueError, match="only videos can be animated"):
         next(animate_grid([GridRow("p", [images(RED)])], ["base"], title="t", subtitle="s"))
+
+
+def test_a_script_without_a_font_is_said_and_a_font_of_one_s_own_is_used(tmp_path, monkeypatch):
+    builder = pytest.importorskip("fontTools.fontBuilder")
+    pens = pytest.importorskip("fontTools.pens.ttGlyphPen")
+    text = "a \U000f1234"  # for private use, so that no font has it
+    plain = grid([GridRow("a", [images(RED), images(BLUE)])])
+    lacking = grid([GridRow(text, [images(RED), images(BLUE)])])
+    assert grid_drawing.missing_glyphs(["a", text]) == "\U000f1234"
+    assert lacking.height > plain.height  # a line more below the title
+    names = {".notdef": None, "a": ord("a"), "space": ord(" "), "own": 0xF1234}
+    pen = pens.TTGlyphPen(None)
+    for x, y in ((100, 0), (100, 700), (900, 700), (900, 0)):
+        (pen.lineTo if pen.points else pen.moveTo)((x, y))
+    pen.closePath()
+    box_glyph, blank = pen.glyph(), pens.TTGlyphPen(None).glyph()
+    font = builder.FontBuilder(1000, isTTF=True)
+    font.setupGlyphOrder([*names])
+    font.setupCharacterMap({c: n for n, c in names.items() if c})
+    font.setupGlyf({n: box_glyph if n in ("a", "own") else blank for n in names})
+    font.setupHorizontalMetrics(dict.fromkeys(names, (1000, 0)))
+    font.setupHorizontalHeader(ascent=800, descent=-200)
+    font.setupOS2()
+    font.setupNameTable({"familyName": "Own", "styleName": "Regular"})
+    font.setupPost()
+    font.save(tmp_path / "own.ttf")
+    monkeypatch.setenv("FLOWGRPO_FONT", str(tmp_path / "own.ttf"))
+    for cached in (grid_drawing._font, grid_drawing._fonts):
+        cached.cache_clear()
+    try:
+        assert grid_drawing.missing_glyphs([text]) == ""
+    finally:
+        for cached in (grid_drawing._font, grid_drawing._fonts):
+            cached.cache_clear()

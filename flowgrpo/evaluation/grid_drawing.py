@@ -4,6 +4,7 @@ Images at the same place of two blocks share their noise. Nothing here knows mod
 :mod:`flowgrpo.evaluation.comparison_grid`.
 """
 
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -34,10 +35,29 @@ REGULAR = (
     "DejaVuSans.ttf",
     "Arial.ttf",
     "NotoSansCJK-Regular.ttc",
+    "NotoSansCJKsc-Regular.otf",
+    "NotoSansSC-Regular.ttf",
+    "SourceHanSansSC-Regular.otf",
+    "DroidSansFallbackFull.ttf",
     "wqy-zenhei.ttc",
+    "wqy-microhei.ttc",
     "PingFang.ttc",
+    "Hiragino Sans GB.ttc",
+    "AppleSDGothicNeo.ttc",
     "msyh.ttc",
+    "meiryo.ttc",
+    "malgun.ttf",
+    "NotoSans-Regular.ttf",
+    "NotoSansArabic-Regular.ttf",
+    "NotoSansHebrew-Regular.ttf",
+    "NotoSansDevanagari-Regular.ttf",
+    "NotoSansThai-Regular.ttf",
+    "Arial Unicode.ttf",
+    "unifont.ttf",
 )
+"""Fonts in the order in which they are tried for a text; the operating system's folders are searched."""
+OWN_FONT = "FLOWGRPO_FONT"
+"""Environment variable with a font file that is tried first."""
 BOLD = ("Inter-SemiBold.ttf", "Roboto-Medium.ttf", "DejaVuSans-Bold.ttf", "Arial Bold.ttf")
 
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
@@ -146,6 +166,12 @@ def _drawn(
     """The picture, and its rows with their upper edges."""
     shape = rows[0].blocks[0].shape
     layout = _Layout(shape[0], len(columns), _tile_size(shape, scale), len(_frames(shape)))
+    absent = missing_glyphs([title, subtitle, *columns, *(r.label for r in rows)])
+    if absent:
+        subtitle += (
+            f". No installed font has {absent!r}: install one, such as Noto Sans CJK, or name a font file in "
+            f"{OWN_FONT}"
+        )
     head = _Heading(title, subtitle, columns, layout)
     bodies = [_Row(row, layout) for row in rows]
     height = head.height + sum(b.height for b in bodies) + ROW_GAP * len(bodies) + MARGIN // 2
@@ -386,10 +412,20 @@ def _font(text: str, size: int, bold: bool) -> Font:
     return next((font for font in fonts if _covers(font, text)), fonts[0])
 
 
+def missing_glyphs(texts: Sequence[str]) -> str:
+    """Up to six characters of texts that no installed font can draw with the rest of their text."""
+    found: dict[str, None] = {}
+    for text in texts:
+        if not _covers(font := _font(text, 15, False), text):
+            found |= dict.fromkeys(c for c in text if not _covers(font, c))
+    return "".join([*found][:6])
+
+
 @cache
 def _fonts(size: int, bold: bool) -> list[Font]:
     found: list[Font] = []
-    for name in (*BOLD, *REGULAR) if bold else REGULAR:
+    own = os.environ.get(OWN_FONT)
+    for name in (*((own,) if own else ()), *(BOLD if bold else ()), *REGULAR):
         try:
             found.append(ImageFont.truetype(name, size))
         except OSError:  # not installed
