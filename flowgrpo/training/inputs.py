@@ -20,8 +20,7 @@ def check_names(config: Config, num_processes: int) -> None:
 
     Raises:
         ConfigError: If settings contradict each other, do not fit the number of processes, or name
-            a model's folder, a prompt file, a reward or a tracker that does not exist or is not
-            installed.
+            a prompt file, a reward or a tracker that does not exist or is not installed.
         ImportError: If an optional package is not installed.
     """
     config.check(num_processes)
@@ -30,8 +29,6 @@ def check_names(config: Config, num_processes: int) -> None:
     if config.sampling.num_frames is not None:
         with _setting("sampling.num_frames"):
             require_video()
-    with _setting("model.path"):
-        check_path(config.model.path)
     for key, file in _files(config).items():
         with _setting(key):
             find(file)
@@ -48,6 +45,7 @@ def check_inputs(config: Config, num_processes: int) -> tuple[PromptSet, PromptS
     - The device exists.
     - The prompt files can be read, and have the metadata to balance by.
     - The rewards and metrics can be imported, and the packages that they need are installed.
+    - The model is a pipeline's folder, if it is named by a path.
 
     Returns:
         The training prompts and the held-out prompts.
@@ -75,6 +73,8 @@ def check_inputs(config: Config, num_processes: int) -> tuple[PromptSet, PromptS
         with _setting(f"rewards[{index}].model"):
             check_name(reward.model)
             check_installed(reward.model)
+    with _setting("model.path"):
+        check_path(config.model.path)
     return prompts, held_out
 
 
