@@ -86,9 +86,8 @@ def test_the_run_directory_is_looked_at_and_left_alone(tmp_path):
     (folder / "checkpoints" / "000003").mkdir(parents=True)
     (folder / "checkpoints" / "000003" / "state.json").write_text("{}")
     words = run_folder.preview(config("train.lr=1e-3"))
-    assert (
-        words == "resumes after 3 iterations, with train.lr 0.0001 -> 0.001" or "train.lr" in words
-    )
+    assert words.startswith("resumes after 3 iterations, with train.lr ")
+    assert words.endswith(" -> 0.001")
     with pytest.raises(
         ConfigError, match=r"belongs to another configuration: run\.seed is 0 there"
     ):

@@ -131,8 +131,9 @@ def _extended(base: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
     result = dict(base)
     for key, value in own.items():
         there = result.get(key)
-        both = isinstance(there, dict) and isinstance(value, dict)
-        if both and value.get("kind", there.get("kind")) == there.get("kind"):
+        if not isinstance(there, dict) or not isinstance(value, dict):
+            result[key] = value
+        elif value.get("kind", there.get("kind")) == there.get("kind"):
             result[key] = _extended(there, value)
         else:
             result[key] = value

@@ -110,7 +110,9 @@ def _meaning(table: Any, path: Sequence[str]) -> str:
     """The docstring of a key; empty for what no settings class describes, such as options of a reward."""
     cls: Any = Config
     for depth, part in enumerate(path):
-        if not dataclasses.is_dataclass(cls) or part not in get_type_hints(cls):
+        if not isinstance(cls, type) or not dataclasses.is_dataclass(cls):
+            return ""
+        if part not in get_type_hints(cls):
             return ""
         inner = table[part]
         # Of a list of tables, such as [[rewards]], all have one class.
