@@ -66,6 +66,31 @@ def test_tile_size(size, scale, tile):
     assert (bottom - top, right - left) == tile
 
 
+def test_a_narrow_grid_has_its_blocks_below_each_other():
+    green, cyan = (0.0, 1.0, 0.0), (0.0, 1.0, 1.0)
+    row = GridRow(
+        "a prompt " * 8, [images(RED, green), images(BLUE, cyan)], [["✓", ""], ["0.5", ""]]
+    )
+    wide, narrow = grid([row]), grid([GridRow(row.label, row.blocks)] * 2, narrow=True)
+    assert narrow.width < wide.width / 2
+    # Colours of the first of two rows; the second is below.
+    pixels = np.asarray(narrow)
+    first = {}
+    for color in (RED, green, BLUE, cyan):
+        ys, xs = np.nonzero((pixels == np.array(color) * 255).all(-1))
+        first[color] = (xs.min(), ys.min())
+    assert first[RED][1] == first[green][1] < first[BLUE][1] == first[cyan][1]
+    assert first[RED][0] == first[BLUE][0] < first[green][0] == first[cyan][0]
+    assert first[BLUE][1] - first[RED][1] > 128
+    assert (pixels[:, -20:] == 255).all()
+    # The label is above the first block, and each block has its title.
+    above = pixels[first[RED][1] - 20 : first[RED][1] - 2, :200]
+    between = pixels[first[RED][1] + 128 + 2 : first[BLUE][1] - 2, :200]
+    assert (above < 200).any()
+    assert (between < 200).any()
+    assert grid([row], narrow=True).height > 300
+
+
 def test_enlarged_pixels_stay_sharp():
     media = torch.zeros(1, 3, 2, 2)
     media[0, 0, 0, 0] = 1.0

@@ -346,9 +346,7 @@ def test_runs_of_earlier_versions_are_readable(tmp_path):
 
 def test_notes_on_prompts_and_grids_of_videos_are_shown(tmp_path):
     run(tmp_path, metrics=[metric(0)], evaluations=[evaluation(0, graded=0.4)])
-    (tmp_path / "prompts.json").write_text(
-        json.dumps({"notes": ["training prompts: 3 of 4 <cut>"]})
-    )
+    (tmp_path / "notes.json").write_text(json.dumps({"notes": ["training prompts: 3 of 4 <cut>"]}))
     (tmp_path / "grids").mkdir()
     Image.new("RGB", (60, 40)).save(tmp_path / "grids" / "000000.png")
     (tmp_path / "grids" / "000000.mp4").write_bytes(b"a video")

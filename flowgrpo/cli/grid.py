@@ -22,6 +22,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--samples", type=int, default=4, help="images per prompt and model (default: %(default)s)"
     )
     parser.add_argument("--seed", type=int, default=0, help="for the noise (default: %(default)s)")
+    parser.add_argument(
+        "--narrow", action="store_true", help="for a phone: the models below each other"
+    )
     add_weights_argument(parser)
     parser.add_argument(
         "--steps", type=int, help="denoising steps (default: as in the run's evaluations)"
@@ -59,7 +62,7 @@ def run(options: argparse.Namespace) -> int:
     scorer = RewardScorer(config.rewards, config.failures)
     columns = ["base", f"after {iteration} iterations"]
     title = f"{config.model.path}: {folder.name}"
-    grid.save(columns, [base, tuned], scorer, sampling, title, Path(options.out))
+    grid.save(columns, [base, tuned], scorer, sampling, title, Path(options.out), options.narrow)
     scorer.close()
     print(options.out)
     return 0

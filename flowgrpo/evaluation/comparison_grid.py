@@ -70,6 +70,7 @@ class ComparisonGrid:
         sampling: Sampling,
         title: str,
         path: Path,
+        narrow: bool = False,
     ) -> None:
         """Draw the images of several models next to each other, with their scores, and save the grid.
 
@@ -83,6 +84,7 @@ class ComparisonGrid:
             sampling: Arguments with which the images were generated, for the subtitle.
             title: Headline.
             path: PNG file to write; its folder is created.
+            narrow: Draw for the screen of a phone, with the models below each other.
 
         Raises:
             ImportError: If the media are videos, and no MP4 can be written here.
@@ -107,9 +109,9 @@ class ComparisonGrid:
             f"seed {self.seed}, same noise in the same place; marks: {label}"
         )
         path.parent.mkdir(parents=True, exist_ok=True)
-        draw_grid(rows, columns, title=title, subtitle=subtitle).save(path)
+        draw_grid(rows, columns, title=title, subtitle=subtitle, narrow=narrow).save(path)
         if images[0].ndim == 5:
-            frames = animate_grid(rows, columns, title=title, subtitle=subtitle)
+            frames = animate_grid(rows, columns, title=title, subtitle=subtitle, narrow=narrow)
             fps = frames_per_second(sampling.call)
             write_frames(path.with_suffix(".mp4"), (np.asarray(f) for f in frames), fps)
 

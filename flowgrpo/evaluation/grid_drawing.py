@@ -26,6 +26,8 @@ MARGIN, LABEL_WIDTH, LABEL_GAP = 32, 208, 24
 TILE_GAP, VIDEO_GAP, BLOCK_GAP, ROW_GAP, FRAME_GAP = 6, 16, 32, 22, 2
 NARROWEST_BLOCK = 132
 CONDITION_HEIGHT, CONDITION_GAP = 72, 8
+TITLE_HEIGHT = 28
+"""Height of a block's title in a narrow grid."""
 INK, SOFT, FAINT, PAPER = "#15171c", "#656b76", "#dfe2e7", "#ffffff"
 ACCENTS = ("#9aa1ad", "#3b6fe0", "#8b5cd6", "#d97a1f", "#12907f")
 GOOD, BAD = "#1a9c52", "#d93a3a"
@@ -92,6 +94,7 @@ def draw_grid(
     title: str,
     subtitle: str,
     scale: int | None = None,
+    narrow: bool = False,
 ) -> Image.Image:
     """Draw rows of prompts and blocks of samples as one labelled RGB image.
 
@@ -103,6 +106,8 @@ def draw_grid(
         scale: Integer factor by which images are enlarged. By default small images are enlarged by
             the smallest factor that makes their longer side at least 96 pixels, and large ones are
             reduced to 256 pixels.
+        narrow: Draw the label above the images and the blocks below each other, for the screen of a
+            phone.
 
     Returns:
         The picture. A video is shown by its first, middle and last frame side by side.
@@ -112,7 +117,7 @@ def draw_grid(
             outside [0, 1].
     """
     _check(rows, columns, scale)
-    canvas, _ = _drawn(rows, columns, title, subtitle, scale)
+    canvas, _ = _drawn(rows, columns, title, subtitle, scale, narrow)
     return canvas
 
 
@@ -123,6 +128,7 @@ def animate_grid(
     title: str,
     subtitle: str,
     scale: int | None = None,
+    narrow: bool = False,
 ) -> Iterator[Image.Image]:
     """Draw the frames of a grid of videos, in which all videos play at the same time.
 
@@ -132,6 +138,7 @@ def animate_grid(
         title: Headline.
         subtitle: How the videos were generated.
         scale: Integer factor by which videos are enlarged.
+        narrow: As in :func:`draw_grid`.
 
     Returns:
         One picture per frame, all of one size, with an even width and height.
@@ -143,7 +150,7 @@ def animate_grid(
     shape = rows[0].blocks[0].shape
     if len(shape) != 5:
         raise ValueError(f"only videos can be animated, got media of shape {tuple(shape)}")
-    first, bodies = _drawn(_at_frame(rows, 0), columns, title, subtitle, scale)
+    first, bodies = _drawn(_at_frame(rows, 0), columns, title, subtitle, scale, narrow)
     still = Image.new(
         "RGB", (first.width + first.width % 2, first.height + first.height % 2), PAPER
     )
@@ -161,11 +168,16 @@ def _at_frame(rows: Sequence[GridRow], frame: int) -> list[GridRow]:
 
 
 def _drawn(
-    rows: Sequence[GridRow], columns: Sequence[str], title: str, subtitle: str, scale: int | None
+    rows: Sequence[GridRow],
+    columns: Sequence[str],
+    title: str,
+    subtitle: str,
+    scale: int | None,
+    narrow: bool,
 ) -> "tuple[Image.Image, list[tuple[_Row, int]]]":
     """The picture, and its rows with their upper edges."""
     shape = rows[0].blocks[0].shape
-    layout = _Layout(shape[0], len(columns), _tile_size(shape, scale), len(_frames(shape)))
+    layout = _Layout(shape[0], len(columns), _tile_size(shape, scale), len(_frames(shape)), narrow)
     absent = missing_glyphs([title, subtitle, *columns, *(r.label for r in rows)])
     if absent:
         subtitle += (
@@ -173,7 +185,7 @@ def _drawn(
             f"{OWN_FONT}"
         )
     head = _Heading(title, subtitle, columns, layout)
-    bodies = [_Row(row, layout) for row in rows]
+    bodies = [_Row(row, layout, columns) for row in rows]
     height = head.height + sum(b.height for b in bodies) + ROW_GAP * len(bodies) + MARGIN // 2
     canvas = Image.new("RGB", (layout.width, height), PAPER)
     head.draw(canvas)
@@ -241,12 +253,14 @@ class _Layout:
         blocks: Blocks per row.
         frame: Width and height of one image or frame.
         frames: Frames per tile.
+        narrow: Whether the blocks of a row are below each other, and below its label.
     """
 
     samples: int
     blocks: int
     frame: tuple[int, int]
     frames: int
+    narrow: bool = False
 
     @property
     def tile_width(self) -> int:
@@ -262,11 +276,15 @@ class _Layout:
         return max((self.samples - 1) * self.pitch + self.tile_width, NARROWEST_BLOCK)
 
     def left(self, block: int, sample: int = 0) -> int:
+        if self.narrow:
+            return MARGIN + sample * self.pitch
         start = MARGIN + LABEL_WIDTH + LABEL_GAP + block * (self.block_width + BLOCK_GAP)
         return start + sample * self.pitch
 
     @property
     def width(self) -> int:
+        if self.narrow:
+            return self.block_width + 2 * MARGIN
         return self.left(self.blocks) - BLOCK_GAP + MARGIN
 
 
@@ -293,10 +311,12 @@ class _Heading:
         self.layout = layout
         self.title = _Paragraph(title, 22, width, 3, bold=True)
         self.subtitle = _Paragraph(subtitle, 14, width, 4)
-        self.columns = [_Paragraph(c, 15, layout.block_width, 2, bold=True) for c in columns]
+        # In a narrow grid each row has the titles of its blocks.
+        shown = () if layout.narrow else columns
+        self.columns = [_Paragraph(c, 15, layout.block_width, 2, bold=True) for c in shown]
         self.columns_bottom = (
-            MARGIN + self.title.height + 4 + self.subtitle.height + 26
-            + max(c.height for c in self.columns)
+            MARGIN + self.title.height + 4 + self.subtitle.height + (0 if layout.narrow else 26)
+            + max((c.height for c in self.columns), default=0)
         )  # fmt: skip
         self.height = self.columns_bottom + 22
 
@@ -314,7 +334,7 @@ class _Heading:
 class _Row:
     """One prompt with its tiles, and captions below them if any note has text."""
 
-    def __init__(self, row: GridRow, layout: _Layout):
+    def __init__(self, row: GridRow, layout: _Layout, columns: Sequence[str]):
         self.row, self.layout = row, layout
         self.notes = row.notes or [[""] * layout.samples] * layout.blocks
         captions = any(_caption(note) for notes in self.notes for note in notes)
@@ -322,10 +342,21 @@ class _Row:
         tiles_height = layout.frame[1] + self.caption_height
         self.conditions = _thumbnails(row.conditions)
         strip = max((c.height + CONDITION_GAP for c in self.conditions), default=0)
+        if layout.narrow:
+            self.label = _Paragraph(row.label, 15, layout.block_width, 6)
+            titles = [_Paragraph(c, 13, layout.block_width, 1, bold=True) for c in columns]
+            first = self.label.height + strip
+            self.titles = [
+                (t, first + i * (tiles_height + TITLE_HEIGHT)) for i, t in enumerate(titles)
+            ]
+            self.tops = [top + TITLE_HEIGHT for _, top in self.titles]
+            self.height, self.label_offset = self.tops[-1] + tiles_height, 0
+            return
         self.label = _Paragraph(row.label, 15, LABEL_WIDTH, max(6, (tiles_height - strip) // 21))
         label_height = self.label.height + strip
         self.height = max(tiles_height, label_height)
         self.label_offset = max(0, (layout.frame[1] - label_height) // 2)
+        self.titles, self.tops = [], [0] * layout.blocks
 
     def draw(self, canvas: Image.Image, top: int) -> None:
         self.label.draw(canvas, MARGIN, top + self.label_offset, INK)
@@ -336,13 +367,15 @@ class _Row:
             pen.rectangle((left - 1, below - 1, right, bottom), outline=FAINT)
             canvas.paste(condition, (left, below))
             left += condition.width + TILE_GAP
+        for title, down in self.titles:
+            title.draw(canvas, MARGIN, top + down + 6, SOFT)
         self.draw_tiles(canvas, top, self.row.blocks)
 
     def draw_tiles(self, canvas: Image.Image, top: int, blocks: Sequence[Media]) -> None:
         """Draw the media, in place of the row's own or the same."""
         for b, (block, notes) in enumerate(zip(blocks, self.notes, strict=True)):
             for s, (media, note) in enumerate(zip(block, notes, strict=True)):
-                self._tile(canvas, media, note, (self.layout.left(b, s), top))
+                self._tile(canvas, media, note, (self.layout.left(b, s), top + self.tops[b]))
 
     def _tile(self, canvas: Image.Image, media: Tensor, note: str, at: tuple[int, int]) -> None:
         (left, top), (width, height) = at, self.layout.frame

@@ -136,7 +136,7 @@ class Records:
             raise ValueError(f"{folder / 'config.toml'}: not valid TOML: {error}") from error
         environment = folder / "environment.json"
         self.environment = parse_object(_text(environment) or "{}", str(environment))
-        notes = folder / "prompts.json"
+        notes = folder / "notes.json"
         self.prompt_notes = list(parse_object(_text(notes) or "{}", str(notes)).get("notes", []))
         grids = sorted((folder / "grids").glob("*.png"))
         newest = max((_iteration(g) for g in grids), default=0)

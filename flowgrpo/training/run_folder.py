@@ -13,7 +13,7 @@ from flowgrpo.config.changes import differences, may_change
 from flowgrpo.training import checkpoints, files, lock
 
 CONFIG, FINISHED, INPUTS, SESSIONS = "config.toml", "finished.json", "inputs.json", "sessions.jsonl"
-NOTES = "prompts.json"
+NOTES = "notes.json"
 """Warnings about the prompts, for the report."""
 EARLY = {lock.NAME, SESSIONS, "config" + files.TEMPORARY}
 """Files that may exist before the configuration is written, if a process was killed that early."""
