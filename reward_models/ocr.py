@@ -15,6 +15,9 @@ from reward_models.shared.pictures import check_media, eight_bits, finite_only
 
 __all__ = ["OCR"]
 
+REQUIRES, EXTRA = ("rapidocr", "onnxruntime"), "ocr"
+"""Packages that are imported when the reward is constructed, and flowgrpo's extra that has them."""
+
 Reader = Callable[[UInt8[np.ndarray, "height width 3"]], Sequence[str]]
 """From an RGB image to its lines of text, in reading order; raises if it fails."""
 
@@ -140,10 +143,10 @@ def plain_text(text: str) -> str:
 
 def _rapidocr(longest_side: int, threads: int) -> Reader:
     """The default engine."""
-    absent = [name for name in ("rapidocr", "onnxruntime") if find_spec(name) is None]
+    absent = [name for name in REQUIRES if find_spec(name) is None]
     if absent:
         raise ImportError(
-            f"the OCR reward needs {' and '.join(absent)}: pip install 'flowgrpo[ocr]'"
+            f"the OCR reward needs {' and '.join(absent)}: pip install 'flowgrpo[{EXTRA}]'"
         )
     from rapidocr import RapidOCR
 

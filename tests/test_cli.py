@@ -2,6 +2,7 @@
 
 import json
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -53,8 +54,14 @@ def test_the_version(capsys):
         (["trian", "quickstart"], "unknown command 'trian'; did you mean 'train'?"),
         (["serve_reward", "x"], "unknown command 'serve_reward'; did you mean 'serve-reward'?"),
         (["train"], "required: config"),
-        (["train", "quickstart", "--dryrun"], "unrecognized arguments: --dryrun"),
+        (
+            ["train", "quickstart", "--dryrun"],
+            "unrecognized arguments: --dryrun; did you mean '--dry-run'?",
+        ),
+        (["sample", "m", "a", "--out", "x", "--step=3", "--sede=1"], "did you mean '--seed'?"),
         (["export", "run", "--out", "x", "--format", "onnx"], "invalid choice: 'onnx'"),
+        (["export", "run", "--out", "x", "--format", "comfui"], "did you mean 'comfyui'?"),
+        (["config", "explian", "train.lr"], "did you mean 'explain'?"),
     ],
 )
 def test_arguments_that_cannot_be_parsed(arguments, message, capsys):
@@ -72,11 +79,34 @@ def test_arguments_that_cannot_be_parsed(arguments, message, capsys):
         (["sample", "shapes", "a cat", "--out", "x", "--samples", "0"], "--samples must be at"),
         (["sample", "shapes", "a cat", "--out", "x", "--size", "big"], "--size must be WIDTHxHEI"),
         (["doctor", "shapes", "--call", "eta"], "--call expected KEY=VALUE, got 'eta'"),
+        (
+            ["doctor", "shapes", "--call", "guidance_scale=3"],
+            "--call guidance_scale: use --guidance",
+        ),
+        (["sample", "shapes", "a cat", "--out", "x", "--steps", "0"], "--steps must be at least 1"),
+        (["sample", "shapes", " ", "--out", "x"], "a prompt is empty"),
+        (["train", "quickstart", "--memory-gb", "24"], "--memory-gb is for --dry-run"),
+        (["grid", "run", "--out", "x.pgn"], "--out must end in .png, got 'x.pgn'"),
+        (["grid", "run", "--out", "x.png", "--rows", "0"], "--rows must be at least 1, got 0"),
+        (["inspect", "run", "--samples", "0"], "--samples must be at least 1, got 0"),
+        (["bench", "shapes"], "bench needs --model"),
     ],
 )
 def test_arguments_that_make_no_sense(arguments, message, capsys):
     assert main(arguments) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh"])
+def test_completion_knows_commands_and_options(shell, capsys):
+    pytest.importorskip("shtab")
+    assert main(["completion", shell]) == 0
+    script = capsys.readouterr().out
+    for word in ("serve-reward", "--dry-run", "--reward-option", "comfyui"):
+        assert word in script
+    if shutil.which(shell):
+        done = subprocess.run([shell, "-n"], input=script, text=True, capture_output=True)
+        assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_a_wrong_configuration_is_answered_with_status_1(capsys):
@@ -219,6 +249,14 @@ def test_a_dataset_is_read(tmp_path):
     datasets = pytest.importorskip("datasets")
     datasets.Dataset.from_list([{"prompt": "a red cube"}]).save_to_disk(tmp_path / "saved")
     assert [p.text for p in prompts_of([f"hf:{tmp_path / 'saved'}"])] == ["a red cube"]
+
+
+def test_a_file_of_another_kind_is_no_prompt(tmp_path):
+    (tmp_path / "prompts.tsv").write_text("a red cube\n")
+    with pytest.raises(PromptError, match=r"unknown ending '.tsv'; known: .txt"):
+        prompts_of([str(tmp_path / "prompts.tsv")])
+    with pytest.raises(PromptError, match="the prompt has an unpaired surrogate"):
+        prompts_of(["a \udc80 dog"])
 
 
 @pytest.mark.parametrize("name", [*(f"nowhere{s}" for s in SUFFIXES), "hf:/no/such/dataset:train"])

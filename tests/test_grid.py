@@ -5,8 +5,9 @@ import pytest
 import torch
 from PIL import Image
 
+from flowgrpo.evaluation import grid_drawing
 from flowgrpo.evaluation.comparison_grid import load_images, save_images
-from flowgrpo.evaluation.grid_drawing import GridRow, draw_grid
+from flowgrpo.evaluation.grid_drawing import GridRow, animate_grid, draw_grid
 
 RED, BLUE = (1.0, 0.0, 0.0), (0.0, 0.0, 1.0)
 
@@ -63,6 +64,31 @@ def test_tile_size(size, scale, tile):
     picture = grid([GridRow("p", [images(RED, size=size), images(BLUE, size=size)])], scale=scale)
     left, top, right, bottom = box(picture, RED)
     assert (bottom - top, right - left) == tile
+
+
+def test_a_narrow_grid_has_its_blocks_below_each_other():
+    green, cyan = (0.0, 1.0, 0.0), (0.0, 1.0, 1.0)
+    row = GridRow(
+        "a prompt " * 8, [images(RED, green), images(BLUE, cyan)], [["✓", ""], ["0.5", ""]]
+    )
+    wide, narrow = grid([row]), grid([GridRow(row.label, row.blocks)] * 2, narrow=True)
+    assert narrow.width < wide.width / 2
+    # Colours of the first of two rows; the second is below.
+    pixels = np.asarray(narrow)
+    first = {}
+    for color in (RED, green, BLUE, cyan):
+        ys, xs = np.nonzero((pixels == np.array(color) * 255).all(-1))
+        first[color] = (xs.min(), ys.min())
+    assert first[RED][1] == first[green][1] < first[BLUE][1] == first[cyan][1]
+    assert first[RED][0] == first[BLUE][0] < first[green][0] == first[cyan][0]
+    assert first[BLUE][1] - first[RED][1] > 128
+    assert (pixels[:, -20:] == 255).all()
+    # The label is above the first block, and each block has its title.
+    above = pixels[first[RED][1] - 20 : first[RED][1] - 2, :200]
+    between = pixels[first[RED][1] + 128 + 2 : first[BLUE][1] - 2, :200]
+    assert (above < 200).any()
+    assert (between < 200).any()
+    assert grid([row], narrow=True).height > 300
 
 
 def test_enlarged_pixels_stay_sharp():
@@ -203,3 +229,58 @@ def test_condition_images_are_below_the_label():
     plain = grid([GridRow("edit it", blocks)])
     assert box(plain, RED)[:2] == box(with_them, RED)[:2]
     assert with_them.width == plain.width
+
+
+def test_an_animated_grid_plays_every_video_in_its_place():
+    video = torch.zeros(1, 3, 3, 32, 32)
+    for frame in range(3):
+        video[0, frame, 0], video[0, frame, 1] = 1.0, (frame + 10) / 255
+    rows = [GridRow("p", [video, video.flip(1)], [["✓"], ["0.5"]])]
+    pictures = [*animate_grid(rows, ["base", "tuned"], title="t", subtitle="s")]
+    assert len(pictures) == 3
+    assert {p.size for p in pictures} == {pictures[0].size}
+    assert all(n % 2 == 0 for n in pictures[0].size)
+    places = []
+    for frame, picture in enumerate(pictures):
+        one, two = np.asarray(picture), (1.0, (12 - frame) / 255, 0.0)
+        left = np.nonzero((one == [255, frame + 10, 0]).all(-1))[1].min()
+        right = box(picture, two)[0] if frame != 1 else None
+        places.append((left, right))
+    assert places[0] == places[2]
+    assert places[1][0] == places[0][0] < places[0][1]
+    with pytest.raises(ValueError, match="only videos can be animated"):
+        next(animate_grid([GridRow("p", [images(RED)])], ["base"], title="t", subtitle="s"))
+
+
+def test_a_script_without_a_font_is_said_and_a_font_of_one_s_own_is_used(tmp_path, monkeypatch):
+    builder = pytest.importorskip("fontTools.fontBuilder")
+    pens = pytest.importorskip("fontTools.pens.ttGlyphPen")
+    text = "a \U000f1234"  # for private use, so that no font has it
+    plain = grid([GridRow("a", [images(RED), images(BLUE)])])
+    lacking = grid([GridRow(text, [images(RED), images(BLUE)])])
+    assert grid_drawing.missing_glyphs(["a", text]) == "\U000f1234"
+    assert lacking.height > plain.height  # a line more below the title
+    names = {".notdef": None, "a": ord("a"), "space": ord(" "), "own": 0xF1234}
+    pen = pens.TTGlyphPen(None)
+    for x, y in ((100, 0), (100, 700), (900, 700), (900, 0)):
+        (pen.lineTo if pen.points else pen.moveTo)((x, y))
+    pen.closePath()
+    box_glyph, blank = pen.glyph(), pens.TTGlyphPen(None).glyph()
+    font = builder.FontBuilder(1000, isTTF=True)
+    font.setupGlyphOrder([*names])
+    font.setupCharacterMap({c: n for n, c in names.items() if c})
+    font.setupGlyf({n: box_glyph if n in ("a", "own") else blank for n in names})
+    font.setupHorizontalMetrics(dict.fromkeys(names, (1000, 0)))
+    font.setupHorizontalHeader(ascent=800, descent=-200)
+    font.setupOS2()
+    font.setupNameTable({"familyName": "Own", "styleName": "Regular"})
+    font.setupPost()
+    font.save(tmp_path / "own.ttf")
+    monkeypatch.setenv("FLOWGRPO_FONT", str(tmp_path / "own.ttf"))
+    for cached in (grid_drawing._font, grid_drawing._fonts):
+        cached.cache_clear()
+    try:
+        assert grid_drawing.missing_glyphs([text]) == ""
+    finally:
+        for cached in (grid_drawing._font, grid_drawing._fonts):
+            cached.cache_clear()

@@ -38,7 +38,7 @@ from tests.tiny import FAMILIES
 from tests.tiny.parts import GRADIENT
 
 Tiny = Callable[[str], Path]
-PUBLISHED = Path(__file__).parent / "published_configs"
+PUBLISHED = Path(flowgrpo.__file__).parent / "policy" / "published"
 LARGER = {"height": 64, "width": 64}
 """A size at which activations outweigh the arithmetic around the model, as at real sizes."""
 
@@ -130,6 +130,13 @@ def test_published_models_have_their_size() -> None:
         ("flux1_dev", "transformer"): 11_901_408_320,
         ("flux1_dev", "text_encoder"): 123_060_480,
         ("flux1_dev", "vae"): 83_819_683,
+        ("sd15", "unet"): 859_520_964,
+        ("sdxl_base", "unet"): 2_567_463_684,
+        ("wan21_t2v_1_3b", "transformer"): 1_418_996_800,
+        ("wan21_t2v_1_3b", "text_encoder"): 5_680_910_336,
+        ("qwen_image", "transformer"): 20_430_401_088,
+        ("qwen_image", "text_encoder"): 8_292_166_656,
+        ("hunyuan_video", "transformer"): 12_821_012_544,
     }
     made = {name: build(PUBLISHED / name, torch.bfloat16) for name, _ in sizes}
     for (name, part), number in sizes.items():

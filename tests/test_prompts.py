@@ -9,9 +9,10 @@ from PIL import Image
 
 from flowgrpo.config import find
 from flowgrpo.core.random import Random
-from flowgrpo.data.prompt_sets import PromptError, PromptSet
+from flowgrpo.data.prompt_sets import PromptError, PromptSet, shared
 from flowgrpo.data.prompts import Prompt
 from flowgrpo.policy.arguments import batches, call_key, own_arguments
+from flowgrpo.training.inputs import shared_note
 
 
 def write(folder: Path, name: str, text: str) -> Path:
@@ -94,11 +95,75 @@ def test_csv_also_as_excel_writes_it(tmp_path, start):
             "give 'image' or 'images', not both",
         ),
         ("p.csv", "text\nx\n", "p.csv, line 2: needs a key 'prompt' .* keys there: text"),
+        (
+            "p.csv",
+            'prompt,tag\n"a\nb",x\na red cube, a ball,colors\n',
+            "p.csv, line 4: 3 cells, but the header has 2; put text with a comma in quotes",
+        ),
+        ("p.csv", "prompt,tag,tag\nx,a,b\n", "p.csv: the column 'tag' is there twice"),
+        ("p.csv", "prompt\n" + "x" * 140_000, "p.csv, line 2: not valid CSV: field larger than"),
+        (
+            "p.jsonl",
+            '{"prompt": "a dog \\ud83d runs"}\n',
+            "line 1: 'prompt' has an unpaired surrogate, U.D83D, at character 7",
+        ),
+        (
+            "p.jsonl",
+            '{"prompt": "x", "text": "\\udc00"}\n',
+            "line 1: 'text' has an unpaired surrog",
+        ),
+        (
+            "p.jsonl",
+            '{"prompt": "x", "call": {"height": 64}}\n',
+            "line 1: 'call' cannot hold 'height'; give it as a key of its own",
+        ),
     ],
 )
 def test_broken_files_are_refused_with_file_and_line(tmp_path, name, text, message):
     with pytest.raises(PromptError, match=message):
         PromptSet.load(write(tmp_path, name, text))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("one\nein Würfel\n".encode("latin-1"), r"p.txt, line 2: not UTF-8 \(byte 0xfc\); save"),
+        ("ein Würfel\n".encode("utf-16"), r"p.txt is in UTF-16; save it as UTF-8"),
+    ],
+)
+def test_other_encodings_are_named(tmp_path, content, message):
+    (tmp_path / "p.txt").write_bytes(content)
+    with pytest.raises(PromptError, match=message):
+        PromptSet.load(tmp_path / "p.txt")
+
+
+def test_line_ends_of_other_systems_and_endings_in_capitals(tmp_path):
+    (tmp_path / "P.TXT").write_bytes(b"one\r\ntwo\rthree\n")
+    assert [p.text for p in PromptSet.load(tmp_path / "P.TXT").prompts] == ["one", "two", "three"]
+    (tmp_path / "p.csv").write_bytes(b'prompt,tag\r\n"a\r\nb",x\r\n\r\nc\r\n')
+    one, two = PromptSet.load(tmp_path / "p.csv").prompts
+    assert (one.text, one.metadata, two.text, two.metadata) == ("a\nb", {"tag": "x"}, "c", {})
+
+
+def test_prompts_that_both_sets_have(tmp_path):
+    for name in ("a", "b"):
+        Image.new("RGB", (4, 4)).save(tmp_path / f"{name}.png")
+    rows = [{"prompt": "A red  cube"}, {"prompt": "make it blue", "image": "a.png"}]
+    other = [
+        {"prompt": "a red cube "},
+        {"prompt": "make it blue", "image": "b.png"},
+        {"prompt": "x"},
+    ]
+    train, held_out = (
+        PromptSet.load(write(tmp_path, f"{i}.jsonl", "\n".join(map(json.dumps, r))))
+        for i, r in enumerate((rows, other))
+    )
+    assert [p.text for p in shared(train, held_out)] == ["a red cube "]
+    (note,) = shared_note(train, held_out)
+    assert note.startswith(
+        "1 of 3 held-out prompts are training prompts too, such as 'a red cube '"
+    )
+    assert shared_note(train, PromptSet([held_out.prompts[2]])) == []
 
 
 def test_a_missing_file_and_a_missing_balance_key(tmp_path):

@@ -150,7 +150,7 @@ def test_the_page_has_the_table_of_the_recipes():
 )
 def test_adapters_are_on_the_layers_that_the_release_trains(recipe, folder, layers, millions):
     """On models of the published sizes, without their weights."""
-    pipeline = build(Path("tests/published_configs") / folder, torch.bfloat16)
+    pipeline = build(Path("flowgrpo/policy/published") / folder, torch.bfloat16)
     weights = flowgrpo.load(recipe).model.weights
     trained = Trainable(
         {"transformer": pipeline.transformer}, weights, seed=0, with_reference=False

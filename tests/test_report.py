@@ -344,6 +344,19 @@ def test_runs_of_earlier_versions_are_readable(tmp_path):
     assert "reward models, in parallel" in curves.times(Records(old))
 
 
+def test_notes_on_prompts_and_grids_of_videos_are_shown(tmp_path):
+    run(tmp_path, metrics=[metric(0)], evaluations=[evaluation(0, graded=0.4)])
+    (tmp_path / "notes.json").write_text(json.dumps({"notes": ["training prompts: 3 of 4 <cut>"]}))
+    (tmp_path / "grids").mkdir()
+    Image.new("RGB", (60, 40)).save(tmp_path / "grids" / "000000.png")
+    (tmp_path / "grids" / "000000.mp4").write_bytes(b"a video")
+    page = report(tmp_path)
+    assert "<li>Training prompts: 3 of 4 &lt;cut&gt;.</li>" in page
+    assert 'src="data:video/mp4;base64,YSB2aWRlbw=="' in page
+    assert "media-src data:" in page
+    assert "data:image/png" not in page
+
+
 def test_optional_files_may_all_be_missing(tmp_path):
     page = report(run(tmp_path, evaluations=[evaluation(0, graded=0.5)], config=""))
     for part in ("Comparison grid", "Time", "Training metrics", "Configuration", "Environment"):

@@ -71,7 +71,8 @@ def test_videos_are_folders_of_frames_or_named_frames(tmp_path):
         draw(tmp_path / "folders" / "walk" / f"{i:03d}.png", i)
         draw(tmp_path / "folders" / "run" / f"{i:03d}.png", 10 + i)
         draw(tmp_path / "names" / f"00000_0_frame{i:03d}.png", i)
-    walk, named = find_media(tmp_path / "folders")[1], find_media(tmp_path / "names")[0]
+    walk = find_media(tmp_path / "folders", frames=True)[1]
+    named = find_media(tmp_path / "names")[0]
     assert (walk.name, named.name) == ("walk", "00000_0.png")
     assert read_medium(walk).shape == (3, 3, 12, 16)
     assert bool((read_medium(walk) == read_medium(named)).all())
@@ -120,4 +121,53 @@ def test_folders_without_anything_to_score(images, tmp_path):
         find_media(tmp_path / "nowhere")
     draw(images / "video" / "000.png", 0)
     with pytest.raises(ValueError, match=r"has images \(0.png, ...\) and videos \(video, ...\)"):
+        find_media(images, frames=True)
+    # GenEval's layout, 00000/samples of one prompt in a folder, looks like frames too.
+    with pytest.raises(ValueError, match="such as video: with --frames each is a video"):
         find_media(images)
+
+
+def test_names_are_ordered_as_people_count(tmp_path):
+    for name in ("10", "2", "1", "b2", "B10"):
+        draw(tmp_path / f"{name}.png", 0)
+    names = [m.name for m in find_media(tmp_path)]
+    assert names == ["1.png", "2.png", "10.png", "b2.png", "B10.png"]
+    draw(tmp_path / "02.jpg", 0)
+    with pytest.raises(ValueError, match="have the same name or number, so which comes first"):
+        find_media(tmp_path)
+
+
+def test_an_index_must_fit_its_folder(images, capsys):
+    index = images / "index.jsonl"
+    entries = [{"file": f"{i}.png", "prompt": "p", "metadata": {}} for i in (0, 1, 2, 2)]
+    command = ["score", str(images), "--reward", "jpeg_size"]
+    for text, message in [
+        ("".join(json.dumps(e) + "\n" for e in entries), "line 4: 2.png is there twice"),
+        (json.dumps({"file": "0.png"}), "line 1 is not one of 'flowgrpo sample'"),
+        (json.dumps(entries[0] | {"file": "9.png"}), "lists 1 files that are not in"),
+    ]:
+        index.write_text(text)
+        assert main(command) == 1
+        assert message in capsys.readouterr().err
+
+
+def test_the_table_has_a_row_per_task_with_errors_by_prompt(tmp_path, capsys):
+    rows = []
+    for i, (prompt, tag) in enumerate([("a", "two"), ("a", "two"), ("b", "two"), ("c", "one")]):
+        draw(tmp_path / f"{i}.png", i, (16, 12 + 8 * i))
+        rows.append({"file": f"{i}.png", "prompt": prompt, "metadata": {"tag": tag}})
+    (tmp_path / "index.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    out = tmp_path / "t.jsonl"
+    assert main(["score", str(tmp_path), "--reward", "jpeg_size", "--out", str(out)]) == 0
+    x = np.array([json.loads(line)["jpeg_size"] for line in out.read_text().splitlines()])
+    # By hand: samples 0 and 1 have one prompt.
+    d = x[:3] - x[:3].mean()
+    two = f"{x[:3].mean():.4f} ± {np.hypot(d[0] + d[1], d[2]) / 3:.4f}"
+    d = x - x.mean()
+    whole = f"{x.mean():.4f} ± {np.sqrt((d[0] + d[1]) ** 2 + d[2] ** 2 + d[3] ** 2) / 4:.4f}"
+    shown = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    for row in ("tag images jpeg_size", f"one 1 {x[3]:.4f}", f"two 3 {two}", f"all 4 {whole}"):
+        assert row in shown
+    assert "0.png" not in " ".join(shown)
+    assert main(["score", str(tmp_path), "--reward", "jpeg_size", "--by", "tga"]) == 2
+    assert "--by tga: the prompts have tag; did you mean 'tag'?" in capsys.readouterr().err

@@ -54,6 +54,7 @@ def test_sizes_of_both_prompt_sets_follow_their_images_unless_one_is_set(tmp_pat
         ("rewards=[{model = 'jpeg_siz'}]", ConfigError, r"rewards\[0\].model: .* mean 'jpeg_size'"),
         ("rewards=[{model = 'nowhere:R'}]", ConfigError, r"rewards\[0\].model: .* no module 'nowhere'"),
         ("loss={kind='tests.test_objectives:Distances'}", ConfigError, "set train.ema_decay above 0"),
+        ("run.seed=1", ConfigError, "model.path: no such folder or file: /nowhere"),
         ("loss={kind='tests.nowhere:Loss'}", ConfigError, "there is no module 'tests.nowhere'"),
     ],
 )  # fmt: skip

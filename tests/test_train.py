@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -445,24 +446,29 @@ def test_mistakes_on_the_command_line_are_one_line(tmp_path):
 
 def test_sample_score_and_grid(straight, tmp_path):
     from flowgrpo.cli import main
+    from flowgrpo.cli.common import load_policy
+    from flowgrpo.cli.main import commands, parser
 
+    def command_of(*more):
+        return ["sample", str(straight), "a photo of a red circle", "--samples", "2", *more]
+
+    def policy(*more):
+        line = command_of("--out", "x", *more)
+        return load_policy(parser(commands()).parse_args(line), 28)
+
+    # As the run is evaluated, with its own batch, where no option says otherwise.
+    config = flowgrpo.load(str(straight / "config.toml"))
+    sampling = config.evaluation_sampling()
+    own = policy()
+    assert own.sampling == sampling
+    assert own.sampling.num_steps != 28
+    assert (own.batch_size, str(own.device), own.dtype) == (24, "cpu", torch.float32)
+    assert not own.makes_videos
+    other = policy("--steps", "3", "--batch", "5", "--dtype", "bfloat16", "--weights", "base")
+    assert other.sampling == replace(sampling, num_steps=3)
+    assert (other.batch_size, other.dtype, other.trainable) == (5, torch.bfloat16, None)
     out = tmp_path / "images"
-    assert (
-        main(
-            [
-                "sample",
-                str(straight),
-                "a photo of a red circle",
-                "--steps",
-                "4",
-                "--samples",
-                "2",
-                "--out",
-                str(out),
-            ]
-        )
-        == 0
-    )
+    assert main(command_of("--steps", "4", "--out", str(out))) == 0
     assert len(list(out.glob("*.png"))) == 2
     table = tmp_path / "scores.jsonl"
     assert main(["score", str(out), "--reward", "jpeg_size", "--out", str(table)]) == 0

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flowgrpo.cli.common import LORA_HELP, SOURCE_OPTIONS
+from flowgrpo.cli.common import LORA_HELP, SOURCE_OPTIONS, UsageError
 
 if TYPE_CHECKING:
     from flowgrpo.bench.base import Benchmark
@@ -92,7 +92,7 @@ def run(options: argparse.Namespace) -> int:
         return _score(rest, options)
     names = rest if verb == "generate" else options.words
     if len(names) != 1:
-        raise ValueError(f"bench {verb}: one benchmark at a time, got {' '.join(names) or 'none'}")
+        raise UsageError(f"bench {verb}: one benchmark at a time, got {' '.join(names) or 'none'}")
     return _whole(names[0], options, judge=verb != "generate")
 
 
@@ -128,11 +128,11 @@ def _plan(benchmark: "Benchmark", part: "Part", options: argparse.Namespace) -> 
     from flowgrpo.bench.generation import Plan
 
     if not options.model:
-        raise ValueError(
+        raise UsageError(
             "bench needs --model: a hub id, a folder, a file, a run directory or 'shapes'"
         )
     if options.batch < 1:
-        raise ValueError(f"--batch must be at least 1, got {options.batch}")
+        raise UsageError(f"--batch must be at least 1, got {options.batch}")
     _quiet()
     subject = _subject(options)
     folder = Path(options.out) if options.out else Path("bench") / benchmark.name / subject.label
@@ -159,7 +159,7 @@ def _quiet() -> None:
 def _subject(options: argparse.Namespace) -> "Subject":
     """The model of the options: a pipeline or a run, with adapters."""
     from flowgrpo.bench.models import label_of, parse_label, subject
-    from flowgrpo.cli.common import UsageError, adapters_of, run_config, sampling_of, source_of
+    from flowgrpo.cli.common import adapters_of, changed_sampling, run_config, sampling_of, source_of
 
     adapters = adapters_of(options)
     run = Path(options.model)
@@ -173,7 +173,7 @@ def _subject(options: argparse.Namespace) -> "Subject":
     dtype, label = options.dtype or "float32", label_of(source.path, adapters)
     if is_run:
         config = run_config(run)
-        own, sampling = config.model.source, _merged(config.evaluation_sampling(), options)
+        own, sampling = config.model.source, changed_sampling(config.evaluation_sampling(), options)
         source = replace(own, adapters=(*own.adapters, *adapters))
         label, dtype = (
             label_of(f"{run.resolve().name}-base", adapters),
@@ -199,7 +199,7 @@ def _run_subject(run: Path, adapters: Sequence[Any], options: argparse.Namespace
         label_of,
         parse_label,
     )
-    from flowgrpo.cli.common import load_run, run_config
+    from flowgrpo.cli.common import changed_sampling, load_run, run_config
     from flowgrpo.policy import PipelinePolicy
     from flowgrpo.training import checkpoints
 
@@ -213,7 +213,7 @@ def _run_subject(run: Path, adapters: Sequence[Any], options: argparse.Namespace
     place = folder / "best" if options.weights == "best" else checkpoints.newest(folder)
     if place is None or not place.exists():
         raise BenchError(f"{run} has no checkpoint yet")
-    sampling = _merged(config.evaluation_sampling(), options)
+    sampling = changed_sampling(config.evaluation_sampling(), options)
 
     def load() -> PipelinePolicy:
         policy, _ = load_run(run, options.weights, sampling=sampling, adapters=adapters)
@@ -231,21 +231,6 @@ def _run_subject(run: Path, adapters: Sequence[Any], options: argparse.Namespace
     label = label_of(f"{run.resolve().name}-{options.weights}", adapters)
     name = parse_label(options.label) if options.label else label
     return Subject(name, identity, load, sampling, config.model.dtype)
-
-
-def _merged(sampling: Any, options: argparse.Namespace) -> Any:
-    """A run's evaluation sampling with the changes of the command line."""
-    from flowgrpo.cli.common import sampling_of
-
-    given = sampling_of(options, sampling.num_steps)
-    changes = {
-        "num_steps": options.steps,
-        "guidance_scale": options.guidance,
-        "height": given.height,
-        "width": given.width,
-    }
-    changes = {k: v for k, v in changes.items() if v is not None}
-    return replace(sampling, **changes, call={**sampling.call, **given.call})
 
 
 def _device(name: str) -> str:
@@ -269,11 +254,11 @@ def settings_of(options: argparse.Namespace) -> dict[str, Any]:
     }
     settings: dict[str, Any] = {k: v for k, v in named.items() if v is not None}
     if options.samples is not None and options.samples < 1:
-        raise ValueError(f"--samples must be at least 1, got {options.samples}")
+        raise UsageError(f"--samples must be at least 1, got {options.samples}")
     for text in options.set:
         key, equals, value = text.partition("=")
         if not equals:
-            raise ValueError(f"--set needs KEY=VALUE, got {text!r}")
+            raise UsageError(f"--set needs KEY=VALUE, got {text!r}")
         try:
             parsed: Any = tomllib.loads(f"value = {value}")["value"]
         except tomllib.TOMLDecodeError:
@@ -293,7 +278,7 @@ def _score(words: Sequence[str], options: argparse.Namespace) -> int:
     from flowgrpo.bench.run import Part, import_results, score_folder, stored
 
     if len(words) != 1:
-        raise ValueError(f"bench score needs one folder or results file, got {len(words)}")
+        raise UsageError(f"bench score needs one folder or results file, got {len(words)}")
     source = Path(words[0])
     if not source.exists():
         raise FileNotFoundError(f"no such folder or file: {source}")
@@ -341,7 +326,7 @@ def _report(words: Sequence[str], out: str | None) -> int:
     from flowgrpo.bench.report import read_result
 
     if not words:
-        raise ValueError("bench report needs at least one folder")
+        raise UsageError("bench report needs at least one folder")
     folders = [Path(w) for w in words]
     for folder in folders:
         _show(read_result(folder), folder)

@@ -17,6 +17,15 @@ if TYPE_CHECKING:
 
 CONFIG_HELP = "configuration: a .toml file, or the name of one that comes with flowgrpo (quickstart, sd15_dance, ...)"
 
+OPTIONS = {
+    "num_inference_steps": "--steps",
+    "guidance_scale": "--guidance",
+    "height": "--size",
+    "width": "--size",
+    "num_frames": "--frames",
+}
+"""Arguments of a pipeline's call that have an option of their own."""
+
 
 class UsageError(ValueError):
     """Arguments of a command that are wrong; the exit status is 2."""
@@ -86,8 +95,15 @@ def adapters_of(options: argparse.Namespace) -> "tuple[Adapter, ...]":
     return tuple(Adapter.parse(text) for text in options.lora)
 
 
-def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """The model and how its pipeline is called."""
+def add_model_arguments(parser: argparse.ArgumentParser, steps: int) -> None:
+    """The model and how its pipeline is called.
+
+    Options that are not given are None, because the default of a run is the run's own value.
+
+    Args:
+        parser: The command's parser.
+        steps: Denoising steps by default, for the help.
+    """
     parser.add_argument(
         "model",
         help="hub id or folder of a diffusers pipeline, a checkpoint in one file, a run directory, or 'shapes' for the model in the package",
@@ -95,7 +111,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     for name, text in SOURCE_OPTIONS.items():
         parser.add_argument(name, help=text)
     add_lora_argument(parser)
-    parser.add_argument("--steps", type=int, help="denoising steps (default: 28; the doctor takes 4)")  # fmt: skip
+    parser.add_argument("--steps", type=int, help=f"denoising steps (default: {steps})")
     parser.add_argument("--guidance", type=float, help="guidance scale (default: the pipeline's)")
     parser.add_argument("--size", help="WIDTHxHEIGHT in pixels (default: the pipeline's)")
     parser.add_argument("--frames", type=int, help="frames of a video (default: the pipeline's)")
@@ -109,19 +125,9 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtype",
         choices=("float32", "bfloat16", "float16"),
-        default="float32",
-        help="precision of the denoiser (default: %(default)s)",
+        help="precision of the denoiser (default: float32)",
     )
-    parser.add_argument(
-        "--device", default="auto", help="cpu, cuda, ... (default: a GPU if there is one)"
-    )
-    parser.add_argument("--seed", type=int, default=0, help="for the noise (default: %(default)s)")
-    parser.add_argument(
-        "--batch",
-        type=int,
-        default=16,
-        help="images in one call of the pipeline (default: %(default)s)",
-    )
+    parser.add_argument("--device", help="cpu, cuda, ... (default: a GPU if there is one)")
 
 
 def parse_setting(text: str, option: str = "") -> tuple[str, Any]:
@@ -169,10 +175,13 @@ def sampling_of(options: argparse.Namespace, steps: int) -> "Sampling":
         steps: Denoising steps where ``--steps`` is not given.
 
     Raises:
-        UsageError: If ``--size`` or ``--call`` cannot be read.
+        UsageError: If ``--steps`` is below 1, or ``--size`` or ``--call`` cannot be read.
     """
     from flowgrpo.policy import Sampling
+    from flowgrpo.policy.settings import SET_BY_POLICY
 
+    if options.steps is not None and options.steps < 1:
+        raise UsageError(f"--steps must be at least 1, got {options.steps}")
     width = height = None
     if options.size:
         try:
@@ -183,9 +192,16 @@ def sampling_of(options: argparse.Namespace, steps: int) -> "Sampling":
             ) from None
     call = dict(parse_setting(s, "--call") for s in options.call)
     grid = {k: tuple(call.pop(k)) for k in ("sigmas", "timesteps") if k in call}
-    number = max((len(values) for values in grid.values()), default=0)
+    number = max((len(values) for values in grid.values()), default=steps)
+    for name in call:
+        if name in OPTIONS:
+            raise UsageError(
+                f"--call {name}: use {OPTIONS[name]}, which is the one place of this value"
+            )
+        if name in SET_BY_POLICY:
+            raise UsageError(f"--call {name}: the policy sets this argument itself; remove it")
     return Sampling(
-        num_steps=options.steps or number or steps,
+        num_steps=number if options.steps is None else options.steps,
         guidance_scale=options.guidance,
         height=height,
         width=width,
@@ -195,28 +211,70 @@ def sampling_of(options: argparse.Namespace, steps: int) -> "Sampling":
     )
 
 
+def changed_sampling(sampling: "Sampling", options: argparse.Namespace) -> "Sampling":
+    """A run's sampling with the changes of the command line."""
+    given = sampling_of(options, sampling.num_steps)
+    grid = {k: v for k, v in (("sigmas", given.sigmas), ("timesteps", given.timesteps)) if v}
+    if grid or options.steps is not None:
+        # A grid of the command line, or a number of steps, takes the place of the run's own grid.
+        grid = {"sigmas": (), "timesteps": (), **grid}
+    changes = {
+        "num_steps": given.num_steps if given.sigmas or given.timesteps else options.steps,
+        "guidance_scale": options.guidance,
+        "height": given.height,
+        "width": given.width,
+        "num_frames": given.num_frames,
+    }
+    changes = {k: v for k, v in changes.items() if v is not None} | grid
+    return replace(sampling, **changes, call={**sampling.call, **given.call})
+
+
+def is_run(model: str) -> bool:
+    """Whether a model argument is a run directory."""
+    return (Path(model) / "config.toml").is_file()
+
+
 def load_policy(options: argparse.Namespace, steps: int) -> "PipelinePolicy":
-    """The policy of the model argument, which is a pipeline or a run directory."""
+    """The policy of the model argument, which is a pipeline or a run directory.
+
+    A run is sampled as in its evaluations, on its device and in its precision; options of the command
+    line change that.
+
+    Raises:
+        UsageError: If an option is wrong, or ``--weights`` is given for a pipeline.
+    """
     from flowgrpo.policy import PipelinePolicy
     from flowgrpo.training.cpu import prepare_cpu
 
+    run = is_run(options.model)
+    if options.weights is not None and not run:
+        raise UsageError(
+            f"--weights {options.weights} is for a run directory, and {options.model} is none"
+        )
+    if options.batch is not None and options.batch < 1:
+        raise UsageError(f"--batch must be at least 1, got {options.batch}")
     prepare_cpu(0)
-    sampling = sampling_of(options, steps)
-    if (Path(options.model) / "config.toml").exists():
+    if run:
         given = [o for o in SOURCE_OPTIONS if getattr(options, o.removeprefix("--"))]
         if given:
             raise UsageError(f"{given[0]} is for models; a run has its own")
-        policy, _ = load_run(Path(options.model), "last", adapters=adapters_of(options))
-        policy.sampling = sampling
-        policy.check_sampling(sampling)
-        policy.batch_size = options.batch
+        sampling = changed_sampling(run_config(Path(options.model)).evaluation_sampling(), options)
+        policy, _ = load_run(
+            Path(options.model),
+            options.weights or "last",
+            sampling=sampling,
+            device=options.device,
+            dtype=options.dtype,
+            adapters=adapters_of(options),
+        )
+        policy.batch_size = options.batch or policy.batch_size
         return policy
     return PipelinePolicy.from_pretrained(
         source_of(options),
-        sampling=sampling,
-        batch_size=options.batch,
-        dtype=options.dtype,
-        device=device_of(options.device),
+        sampling=sampling_of(options, steps),
+        batch_size=options.batch or 16,
+        dtype=options.dtype or "float32",
+        device=device_of(options.device or "auto"),
     )
 
 
@@ -239,19 +297,26 @@ def load_run(
     base: bool = False,
     sampling: "Sampling | None" = None,
     adapters: "Sequence[Adapter]" = (),
+    device: str | None = None,
+    dtype: str | None = None,
 ) -> "tuple[PipelinePolicy, int]":
     """The model of a run, and the iteration of its checkpoint.
 
     Args:
         folder: The run directory.
-        weights: Which checkpoint, ``best`` or ``last``.
-        base: Leave the weights as they were before training.
+        weights: Which checkpoint, ``best`` or ``last``; or ``base``, the frozen model before training,
+            which needs no checkpoint.
+        base: Leave the weights of the checkpoint's policy as they were before training.
         sampling: How the pipeline is called; by default as in the run's evaluations.
         adapters: Adapters that are added to the model, after those of the run's configuration.
+        device: Device; by default the run's.
+        dtype: Precision of the denoiser; by default the run's.
 
     Raises:
         FileNotFoundError: If the folder is not a run directory or has no checkpoint.
+        ConfigError: If there is no such device here.
     """
+    from flowgrpo.config import ConfigError
     from flowgrpo.policy import PipelinePolicy
     from flowgrpo.training import checkpoints
 
@@ -261,19 +326,27 @@ def load_run(
         if weights == "best"
         else checkpoints.newest(folder / "checkpoints")
     )
-    if place is None or not place.exists():
+    if weights != "base" and (place is None or not place.exists()):
         raise FileNotFoundError(f"{folder} has no checkpoint yet")
     source = config.model.source
+    try:
+        found = device_of(device or config.run.device)
+    except ValueError as error:
+        own = "" if device else f"the run's device, run.device = {config.run.device!r}: "
+        raise ConfigError(f"{own}{error}") from error
     policy = PipelinePolicy.from_pretrained(
         replace(source, adapters=(*source.adapters, *adapters)),
         sampling=sampling or config.evaluation_sampling(),
-        weights=config.model.weights,
+        weights=None if weights == "base" else config.model.weights,
         batch_size=config.train.rollout_batch,
-        dtype=config.model.dtype,
-        device=device_of(config.run.device),
+        dtype=dtype or config.model.dtype,
+        device=found,
         seed=config.run.seed,
         memory=config.memory,
     )
+    if weights == "base":
+        return policy, 0
+    assert place is not None
     parts, state = checkpoints.load(place)
     if not base:
         assert policy.trainable is not None
@@ -289,7 +362,7 @@ def prompts_of(values: Sequence[str]) -> "list[Prompt]":
         PromptError: If a file or a dataset cannot be read.
     """
     from flowgrpo.config import find
-    from flowgrpo.data.prompt_files import names_prompts
+    from flowgrpo.data.prompt_files import check_text, names_prompts
     from flowgrpo.data.prompt_sets import PromptSet
     from flowgrpo.data.prompts import Prompt
 
@@ -297,7 +370,10 @@ def prompts_of(values: Sequence[str]) -> "list[Prompt]":
     for value in values:
         if names_prompts(value):
             prompts += PromptSet.load(find(value)).prompts
+        elif not value.strip():
+            raise UsageError("a prompt is empty")
         else:
+            check_text(value)
             prompts.append(Prompt(value))
     return prompts
 

@@ -6,7 +6,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flowgrpo.cli.common import add_model_arguments, device_of, quiet, sampling_of, source_of
+from flowgrpo.cli.common import (
+    UsageError,
+    add_model_arguments,
+    device_of,
+    is_run,
+    quiet,
+    run_config,
+    sampling_of,
+    source_of,
+)
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -17,7 +26,7 @@ EXAMPLE = "flowgrpo doctor stabilityai/stable-diffusion-3.5-medium --dtype bfloa
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of the command."""
-    add_model_arguments(parser)
+    add_model_arguments(parser, steps=4)
     parser.add_argument("--full", action="store_true", help="full fine-tuning instead of LoRA")
     parser.add_argument(
         "--clip-range",
@@ -39,6 +48,11 @@ def run(options: argparse.Namespace) -> int:
     from flowgrpo.policy import Full
     from flowgrpo.training.console import Console
 
+    if is_run(options.model):
+        path = run_config(Path(options.model)).model.path
+        raise UsageError(
+            f"{options.model} is a run directory; check its model: flowgrpo doctor {path}"
+        )
     quiet()
     sampling = sampling_of(options, 4)
     if options.image:
@@ -46,8 +60,8 @@ def run(options: argparse.Namespace) -> int:
     settings = Settings(
         sampling=sampling,
         weights=Full() if options.full else None,
-        dtype=options.dtype,
-        device=device_of(options.device),
+        dtype=options.dtype or "float32",
+        device=device_of(options.device or "auto"),
         clip_range=options.clip_range,
     )
     try:

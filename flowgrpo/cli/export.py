@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from flowgrpo.cli.common import add_weights_argument, load_run, quiet
+from flowgrpo.cli.common import UsageError, add_weights_argument, load_run, quiet
 
 SUMMARY = "write a run's weights in another format"
 EXAMPLE = "flowgrpo export runs/quickstart --format merged --out model"
@@ -31,13 +31,13 @@ def run(options: argparse.Namespace) -> int:
 
     out = Path(options.out)
     if out.exists() and any(out.iterdir()):
-        raise ValueError(f"{out} is not empty; choose another --out")
+        raise UsageError(f"{out} is not empty; choose another --out")
     quiet()
     policy, iteration = load_run(Path(options.run), options.weights)
     assert policy.trainable is not None
     pipeline, trainable = policy.stock_pipeline(), policy.trainable
     if isinstance(trainable, InitialNoise) and options.format not in (None, "diffusers"):
-        raise ValueError(
+        raise UsageError(
             f"--format {options.format} is for weights; this run trained the initial noise, which "
             "is written without --format"
         )

@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from flowgrpo.cli.common import (
+    UsageError,
     adapters_of,
     add_lora_argument,
     add_weights_argument,
@@ -20,13 +21,18 @@ EXAMPLE = "flowgrpo grid runs/quickstart --out grid.png"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of the command."""
     parser.add_argument("run", help="run directory")
-    parser.add_argument("--out", required=True, help="PNG file")
+    parser.add_argument(
+        "--out", required=True, help="PNG file; videos are also written as MP4, next to it"
+    )
     parser.add_argument("--prompts", help="file of prompts (default: the run's held-out prompts)")
     parser.add_argument("--rows", type=int, default=6, help="prompts (default: %(default)s)")
     parser.add_argument(
         "--samples", type=int, default=4, help="images per prompt and model (default: %(default)s)"
     )
     parser.add_argument("--seed", type=int, default=0, help="for the noise (default: %(default)s)")
+    parser.add_argument(
+        "--narrow", action="store_true", help="for a phone: the models below each other"
+    )
     add_weights_argument(parser)
     add_lora_argument(parser)
     parser.add_argument(
@@ -44,6 +50,12 @@ def run(options: argparse.Namespace) -> int:
     from flowgrpo.evaluation.comparison_grid import ComparisonGrid
     from flowgrpo.rewards.scorer import RewardScorer
 
+    for name in ("rows", "samples", "steps"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise UsageError(f"--{name} must be at least 1, got {value}")
+    if Path(options.out).suffix.lower() != ".png":
+        raise UsageError(f"--out must end in .png, got {options.out!r}")
     folder = Path(options.run)
     config = run_config(folder)
     quiet()
@@ -60,7 +72,7 @@ def run(options: argparse.Namespace) -> int:
     scorer = RewardScorer(config.rewards, config.failures)
     columns = ["base", f"after {iteration} iterations"]
     title = f"{config.model.path}: {folder.name}"
-    grid.save(columns, [base, tuned], scorer, sampling, title, Path(options.out))
+    grid.save(columns, [base, tuned], scorer, sampling, title, Path(options.out), options.narrow)
     scorer.close()
     print(options.out)
     return 0

@@ -3,7 +3,14 @@
 import argparse
 from pathlib import Path
 
-from flowgrpo.cli.common import add_weights_argument, load_run, prompts_of, quiet, run_config
+from flowgrpo.cli.common import (
+    UsageError,
+    add_weights_argument,
+    load_run,
+    prompts_of,
+    quiet,
+    run_config,
+)
 
 SUMMARY = "show which denoising steps a run's algorithm rewards, trajectory by trajectory"
 EXAMPLE = "flowgrpo inspect runs/quickstart --number 2"
@@ -38,6 +45,9 @@ def run(options: argparse.Namespace) -> int:
     from flowgrpo.evaluation.report import write_page
     from flowgrpo.rewards.scorer import RewardScorer
 
+    for name in ("number", "samples"):
+        if getattr(options, name) < 1:
+            raise UsageError(f"--{name} must be at least 1, got {getattr(options, name)}")
     folder = Path(options.run)
     config = run_config(folder)
     if options.prompts:

@@ -3,11 +3,12 @@
 import argparse
 import os
 import pkgutil
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from flowgrpo import __version__
 from flowgrpo.cli.common import UsageError
@@ -39,7 +40,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command = next((a for a in arguments if not a.startswith("-")), None)
     if command is not None and command not in known:
         top.error(f"unknown command {command!r}{suggest(command, known)} (known: {', '.join(known)})")  # fmt: skip
-    options = top.parse_args(arguments)
+    options, unknown = top.parse_known_args(arguments)
+    if unknown:
+        misspelt(top if command is None else options.parser, unknown)
     if command is None:
         top.print_help()
         return 2
@@ -68,6 +71,33 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2 if isinstance(error, UsageError) else 1
 
 
+def misspelt(one: argparse.ArgumentParser, unknown: Sequence[str]) -> None:
+    """End with the arguments that a command does not take, and the nearest option that it has."""
+    known = [o for a in one._actions for o in a.option_strings]
+    first = next((u for u in unknown if u.startswith("-")), None)
+    near = suggest(first.partition("=")[0], known) if first else ""
+    one.error(f"unrecognized arguments: {' '.join(unknown)}{near}")
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser that names the nearest value where one of several is expected."""
+
+    def error(self, message: str) -> NoReturn:
+        """End with the usage and a message; the status is 2."""
+        wrong = re.search(r"invalid choice: '([^']*)'", message)
+        argument = re.match(r"argument ([^:]+):", message)
+        if wrong and argument:
+            names = argument[1].split("/")
+            allowed = [
+                str(c)
+                for a in self._actions
+                if a.choices and ({a.dest, *a.option_strings} & {*names})
+                for c in a.choices
+            ]
+            message += suggest(wrong[1], allowed)
+        super().error(message)
+
+
 def commands() -> Mapping[str, Any]:
     """The module of each command, by the command's name: ``serve_reward.py`` is ``serve-reward``."""
     folder = str(Path(__file__).parent)
@@ -77,7 +107,7 @@ def commands() -> Mapping[str, Any]:
 
 def parser(known: Mapping[str, Any]) -> argparse.ArgumentParser:
     """The parser of all commands."""
-    top = argparse.ArgumentParser(
+    top = Parser(
         prog="flowgrpo",
         description="Reinforcement learning for image and video generators: any diffusers pipeline is a policy.",
         epilog=EPILOG,
@@ -93,6 +123,7 @@ def parser(known: Mapping[str, Any]) -> argparse.ArgumentParser:
             epilog=f"example:\n  {command.EXAMPLE}",
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
+        sub.set_defaults(parser=sub)
         command.add_arguments(sub)
     return top
 

@@ -23,8 +23,25 @@ def run(options: argparse.Namespace) -> int:
     """Upload the run and print the address of the repository."""
     from huggingface_hub import HfApi
 
-    print(push_run(Path(options.run), options.repo_id, HfApi(), private=not options.public))
+    api = HfApi()
+    try:
+        print(push_run(Path(options.run), options.repo_id, api, private=not options.public))
+    # The hub's client raises errors of its HTTP library, whose kind differs between versions.
+    except Exception as error:
+        if not is_from_the_hub(error):
+            raise
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise RuntimeError(
+            f"{options.repo_id} was not uploaded to {api.endpoint}: {reason[0]}. Check the network and "
+            "'hf auth login', and run the command again"
+        ) from error
     return 0
+
+
+def is_from_the_hub(error: BaseException) -> bool:
+    """Whether the hub's client or its HTTP library raised an error: no network, no token, no such user."""
+    rooms = {cls.__module__.split(".")[0] for cls in type(error).__mro__}
+    return bool(rooms & {"huggingface_hub", "httpx", "httpx2", "httpcore", "requests"})
 
 
 def push_run(run: Path, repo_id: str, api: Any, private: bool = True) -> str:

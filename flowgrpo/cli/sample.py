@@ -10,13 +10,14 @@ from flowgrpo.cli.common import UsageError, add_model_arguments, load_policy, pr
 if TYPE_CHECKING:
     from torch import Tensor
 
-SUMMARY = "generate images of prompts with the deterministic sampler"
+SUMMARY = "generate images or videos of prompts with the deterministic sampler"
 EXAMPLE = 'flowgrpo sample shapes "a photo of two circles" --out images'
+STEPS = 28
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of the command."""
-    add_model_arguments(parser)
+    add_model_arguments(parser, STEPS)
     parser.add_argument(
         "prompts",
         nargs="+",
@@ -25,48 +26,90 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--out",
         required=True,
-        help="folder for the images, as {prompt number}_{sample number}.png, and index.jsonl",
+        help="new or empty folder for {prompt number}_{sample number}.png, or .mp4, and index.jsonl",
     )
     parser.add_argument(
         "--samples", type=int, default=4, help="images per prompt (default: %(default)s)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="for the noise (default: %(default)s)")
+    parser.add_argument(
+        "--batch",
+        type=int,
+        help="images in one call of the pipeline (default: 16; of a run: train.rollout_batch)",
+    )
+    parser.add_argument(
+        "--fps",
+        type=float,
+        help="frames per second of videos (default: as in the pipeline's call, else 16)",
+    )
+    parser.add_argument(
+        "--weights",
+        choices=("best", "last", "base"),
+        help="of a run: which checkpoint, or the model before training (default: last)",
+    )
+    parser.epilog = (
+        f"{parser.epilog}\n\nA run directory is sampled as in the run's evaluations: its steps, guidance, size,\n"
+        "call, device and dtype, where no option changes them."
     )
 
 
 def run(options: argparse.Namespace) -> int:
     """Draw the images, and write an index of them for ``flowgrpo score``."""
     from flowgrpo.core.random import Random, SampleNoise
+    from flowgrpo.data.videos import frames_per_second, require_video
     from flowgrpo.training.console import Console
 
     if options.samples < 1:
         raise UsageError(f"--samples must be at least 1, got {options.samples}")
+    if options.fps is not None and not options.fps > 0:
+        raise UsageError(f"--fps must be above 0, got {options.fps:g}")
+    out = Path(options.out)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UsageError(f"--out {out} exists and is not an empty folder; choose another one")
     prompts = prompts_of(options.prompts)
     quiet()
-    policy = load_policy(options, steps=28)
+    policy = load_policy(options, STEPS)
+    if policy.makes_videos:
+        require_video()
+    elif options.fps is not None:
+        name = type(policy.pipeline).__name__
+        raise UsageError(f"--fps is for videos, and {name} makes images")
+    fps = options.fps or frames_per_second(policy.sampling.call)
     owners = [(i, s) for i in range(len(prompts)) for s in range(options.samples)]
     noise = SampleNoise([Random(options.seed).at("sample", i, s) for i, s in owners])
-    out = Path(options.out)
     out.mkdir(parents=True, exist_ok=True)
-    console, records = Console(), []
+    console, records, broken = Console(), [], []
     rollouts = policy.run([prompts[i] for i, _ in owners], noise)
-    for rollout in console.track(rollouts, "sampling", total=-(-len(owners) // options.batch)):
+    for rollout in console.track(rollouts, "sampling", total=-(-len(owners) // policy.batch_size)):
         assert rollout.media is not None
         for row, media in zip(rollout.rows, rollout.media, strict=True):
             i, s = owners[row]
-            name = f"{i:05d}_{s}.png"
-            _save(media, out / name)
-            prompt = prompts[i]
+            name, prompt = f"{i:05d}_{s}{'.mp4' if media.ndim == 4 else '.png'}", prompts[i]
+            if not bool(media.isfinite().all()):
+                broken.append(name)
+                continue
+            _save(media, out / name, fps)
             records.append({"file": name, "prompt": prompt.text, "metadata": dict(prompt.metadata)})
-    (out / "index.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
-    console.say(f"{len(records)} images in {out}")
+    (out / "index.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records), "utf-8")
+    console.say(f"{len(records)} {'videos' if policy.makes_videos else 'images'} in {out}")
+    if broken:
+        more = f" and {len(broken) - 3} more" if len(broken) > 3 else ""
+        advice = "" if policy.dtype.itemsize == 4 else ", or try --dtype float32"
+        raise RuntimeError(
+            f"{len(broken)} of {len(owners)} are NaN or infinite and were not written: "
+            f"{', '.join(broken[:3])}{more}. The weights are damaged or overflow in {str(policy.dtype)[6:]}; "
+            f"run 'flowgrpo doctor' on the model{advice}"
+        )
     return 0
 
 
-def _save(media: "Tensor", path: Path) -> None:
-    """Write an image as PNG, a video as one PNG per frame."""
+def _save(media: "Tensor", path: Path, fps: float) -> None:
+    """Write an image as PNG, a video as MP4."""
     from torchvision.transforms.functional import to_pil_image
 
+    from flowgrpo.data.videos import write_video
+
     if media.ndim == 4:
-        for i, frame in enumerate(media):
-            to_pil_image(frame).save(path.with_stem(f"{path.stem}_frame{i:03d}"))
+        write_video(path, media, fps)
     else:
         to_pil_image(media).save(path)

@@ -5,10 +5,11 @@ import os
 import sys
 from typing import TYPE_CHECKING, NoReturn
 
-from flowgrpo.cli.common import CONFIG_HELP, add_set_argument, quiet
+from flowgrpo.cli.common import CONFIG_HELP, UsageError, add_set_argument, quiet
 
 if TYPE_CHECKING:
     from flowgrpo.config import Config
+    from flowgrpo.data.prompt_sets import PromptSet
 
 SUMMARY = "fine-tune a model, or resume a run"
 EXAMPLE = "flowgrpo train quickstart --set run.seed=1"
@@ -37,6 +38,10 @@ def run(options: argparse.Namespace) -> int:
     from flowgrpo.config import load
     from flowgrpo.training.inputs import check_names
 
+    if options.memory_gb is not None and not options.dry_run:
+        raise UsageError("--memory-gb is for --dry-run")
+    if options.memory_gb is not None and not options.memory_gb > 0:
+        raise UsageError(f"--memory-gb must be above 0, got {options.memory_gb:g}")
     config = load(options.config, options.set)
     num_processes = int(os.environ.get("WORLD_SIZE", "1"))
     if options.dry_run:
@@ -67,10 +72,16 @@ def _leave(status: int) -> NoReturn:
 
 def _dry_run(config: "Config", num_processes: int, memory_gb: float | None) -> int:
     """Check everything that can be checked without the model, and print the plan."""
+    from flowgrpo.policy.model_files import locate
     from flowgrpo.training.inputs import check_inputs
+    from flowgrpo.training.run_folder import preview
 
     train, held_out = check_inputs(config, num_processes)
-    rows = list(config.geometry(num_processes).items())
+    model = locate(config.model.path)
+    rows = [
+        ("model", f"{config.model.path}, {model.words}"),
+        *config.geometry(num_processes).items(),
+    ]
     for label, prompts, file in (
         ("training prompts", train, config.prompts.train),
         ("held-out prompts", held_out, config.prompts.held_out),
@@ -81,7 +92,9 @@ def _dry_run(config: "Config", num_processes: int, memory_gb: float | None) -> i
     for reward in config.rewards:
         rows.append((f"reward {reward.label}", f"weight {reward.weight:g} ({reward.model})"))
     rows += [("metric", metric) for metric in config.evaluation.metrics]
-    rows.append(("run directory", config.run.folder))
+    if config.run.trackers:
+        rows.append(("trackers", ", ".join(config.run.trackers)))
+    rows.append(("run directory", f"{config.run.folder}, {preview(config)}"))
     quiet()
     from flowgrpo.memory.printing import print_estimate
     from flowgrpo.training.console import Console
@@ -89,6 +102,49 @@ def _dry_run(config: "Config", num_processes: int, memory_gb: float | None) -> i
     console = Console()
     for name, value in rows:
         console.say(f"{name:>20}  {value}")
+    for note in _notes(config, train, held_out):
+        console.say(note)
     print_estimate(config, num_processes, memory_gb, console)
     console.say("the configuration is valid; nothing was loaded")
+    if not model.is_here:
+        console.say(f"the model {config.model.path} has to be downloaded before the run can start")
     return 0
+
+
+def _notes(config: "Config", train: "PromptSet", held_out: "PromptSet") -> list[str]:
+    """Warnings about the prompts that need no model, as a run prints them at its start."""
+    from flowgrpo.memory.meta_pipeline import (
+        EstimateError,
+        config_folder,
+        pipeline_class,
+        tokenizers,
+    )
+    from flowgrpo.policy.text_length import cut_prompts
+    from flowgrpo.training.inputs import shared_note
+
+    notes = [f"WARNING: {text}" for text in shared_note(train, held_out)]
+    scale, true_scale = (
+        config.sampling.guidance_scale,
+        config.sampling.call.get("true_cfg_scale", 0),
+    )
+    for label, some in (("training", train.prompts), ("held-out", held_out.prompts)):
+        number = sum(p.negative is not None for p in some)
+        if number and scale is not None and scale <= 1 and true_scale <= 1:
+            notes.append(
+                f"WARNING: {label} prompts: {number} of {len(some)} have a negative prompt, which pipelines ignore "
+                f"without guidance (sampling.guidance_scale = {scale:g})"
+            )
+    try:
+        folder = config_folder(config.model.path)
+    except EstimateError:
+        return notes
+    known, call = tokenizers(folder), pipeline_class(folder).__call__
+    for label, some in (("training", train.prompts), ("held-out", held_out.prompts)):
+        cut = cut_prompts(known, call, config.sampling, some)
+        notes += [f"WARNING: {label} prompts: {text}" for text in cut]
+    if not known:
+        notes.append(
+            f"the tokenizers of {config.model.path} are not here, so it is not known whether prompts are too "
+            "long for its text encoders; the run says it at its start"
+        )
+    return notes

@@ -45,13 +45,18 @@ def differences(there: "Config", here: "Config") -> dict[str, tuple[Any, Any]]:
 
     Lists are compared as a whole, except lists of tables, whose keys contain the index.
     """
-    one, other = _flat(to_table(there)), _flat(to_table(here))
+    one, other = flat_table(there), flat_table(here)
     keys = [*one, *(k for k in other if k not in one)]
     return {
         k: (one.get(k), other.get(k))
         for k in keys
         if one.get(k) != other.get(k) and k not in IGNORED
     }
+
+
+def flat_table(config: "Config") -> dict[str, Any]:
+    """A configuration as dotted keys and their values. Lists of plain values are kept whole."""
+    return _flat(to_table(config))
 
 
 def _flat(value: Any, path: str = "") -> dict[str, Any]:

@@ -3,7 +3,7 @@
 import re
 import tomllib
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -99,12 +99,28 @@ def _absolute(name: str) -> str:
     if not path.exists() or (shipped is not None and shipped.resolve() == path.resolve()):
         return str(path) if name.startswith("~") else name
     return str(path.absolute())
+@dataclass(frozen=True)
+class Layer:
+    """A configuration file, or one that it extends.
+
+    Attributes:
+        path: The file.
+        text: Its text.
+        table: Its own keys, without ``extends``.
+    """
+
+    path: Path
+    text: str
+    table: dict[str, Any]
 
 
 def load(name: str, settings: Sequence[str] = ()) -> "Config":
     """Read a configuration file and apply ``key=value`` settings to it.
 
     The configuration in a run directory is that of a run in this directory, also if it was moved.
+
+    A file may begin with ``extends = "NAME"``: the keys that it does not have are those of the other
+    file, which is named by its path from this file, or as :func:`find` takes it.
 
     Raises:
         ConfigError: On wrong keys, types or values. Each line of the message names the file and the
@@ -115,33 +131,82 @@ def load(name: str, settings: Sequence[str] = ()) -> "Config":
     from flowgrpo.config.schema import Config
 
     path = find(name)
-    try:
-        text = path.read_text(encoding="utf-8")
-        table = tomllib.loads(text)
-        if (
-            path.name == CONFIG
-            and (path.parent / INPUTS).is_file()
-            and "folder" in table.get("run", {})
-        ):
-            table["run"]["folder"] = str(path.parent)
-    except UnicodeDecodeError as error:
-        line = error.object.count(b"\n", 0, error.start) + 1
-        raise ConfigError(f"{path}:{line}: not UTF-8; save the file in this encoding") from error
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"{path}: not valid TOML: {error}") from error
+    layers = _layers(path)
+    table: dict[str, Any] = {}
+    for layer in reversed(layers):
+        table = _extended(table, layer.table)
+    in_run = path.name == CONFIG and (path.parent / INPUTS).is_file()
+    if in_run and "folder" in table.get("run", {}):
+        table["run"]["folder"] = str(path.parent)
     try:
         config = read(Config, override(table, settings))
     except TableError as error:
         messages = []
         for fault in error.faults:
             setting = _setting_of(fault.location, table, settings)
-            place = f"--set {setting}" if setting else f"{path}:{line_of(text, fault.location)}"
+            place = f"--set {setting}" if setting else _place(layers, fault.location)
             messages.append(f"{place}: {fault.sentence}")
         raise ConfigError("\n".join(messages)) from None
     if config.run.folder.startswith("~"):
         folder = str(Path(config.run.folder).expanduser())
         return replace(config, run=replace(config.run, folder=folder))
     return config
+
+
+def _layers(path: Path) -> list[Layer]:
+    """A file, the file that it extends, and so on.
+
+    Raises:
+        ConfigError: If a file cannot be read, or extends itself.
+    """
+    layers: list[Layer] = []
+    while True:
+        table = _table_of(path)
+        other = table.pop("extends", None)
+        layers.append(Layer(path, path.read_text(encoding="utf-8"), table))
+        if other is None:
+            return layers
+        place = f"{path}:{line_of(layers[-1].text, ('extends',))}"
+        if not isinstance(other, str):
+            raise ConfigError(f"{place}: extends must be the name of a file, got {other!r}")
+        beside = path.parent / other
+        try:
+            path = beside if beside.is_file() else find(other)
+        except OSError as error:
+            raise ConfigError(f"{place}: extends: {error}") from error
+        if any(path.resolve() == layer.path.resolve() for layer in layers):
+            raise ConfigError(f"{place}: extends = {other!r} comes back to a file that extends it")
+
+
+def _table_of(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except UnicodeDecodeError as error:
+        line = error.object.count(b"\n", 0, error.start) + 1
+        raise ConfigError(f"{path}:{line}: not UTF-8; save the file in this encoding") from error
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{path}: not valid TOML: {error}") from error
+
+
+def _extended(base: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
+    """The keys of both; those of ``own`` win. Lists are replaced as a whole, and so is a table of another kind."""
+    result = dict(base)
+    for key, value in own.items():
+        there = result.get(key)
+        if not isinstance(there, dict) or not isinstance(value, dict):
+            result[key] = value
+        elif value.get("kind", there.get("kind")) == there.get("kind"):
+            result[key] = _extended(there, value)
+        else:
+            result[key] = value
+    return result
+
+
+def _place(layers: Sequence[Layer], location: "Location") -> str:
+    """The file and the line that give a key: of the first file that has it, or the nearest table around it."""
+    depths = [_depth(layer.table, location) for layer in layers]
+    layer = layers[depths.index(max(depths))]
+    return f"{layer.path}:{line_of(layer.text, location)}"
 
 
 def _setting_of(location: "Location", table: Any, settings: Sequence[str]) -> str | None:

@@ -134,11 +134,19 @@ def dataclasses_in(hint: Any) -> list[type]:
 def json_schema(cls: type) -> dict[str, Any]:
     """A JSON schema of a dataclass's table, for editors: meanings, types, defaults, allowed values.
 
-    It is as strict as the reader about keys and types, with one exception: the keys of a table whose
-    ``kind`` is an import path are not checked.
+    It is as strict as the reader about keys and types, with two exceptions: the keys of a table whose
+    ``kind`` is an import path are not checked; and in a file with ``extends``, tables that need keys of the
+    other file are marked, because a schema sees one file.
     """
     definitions: dict[str, Any] = {}
     top = _definition(cls, definitions)
+    needed = top.pop("required")
+    top["properties"]["extends"] = {
+        "type": "string",
+        "description": "Another configuration, by its path from this file or by its name: keys that are not "
+        "here are those of the other file.",
+    }
+    top["anyOf"] = [{"required": needed}, {"required": ["extends"]}]
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "title": "flowgrpo configuration",

@@ -210,7 +210,8 @@ class Run:
     keep_checkpoints: int = 2
     """Number of newest checkpoints to keep, in addition to the best one."""
     trackers: tuple[str, ...] = ("tensorboard",)
-    """Experiment trackers of accelerate: tensorboard, wandb, trackio, mlflow, comet_ml, aim, clearml, swanlab."""
+    """Experiment trackers of accelerate: tensorboard, wandb, trackio, mlflow, comet_ml, aim, clearml, swanlab,
+    dvclive. They get the run's name, its configuration and, where they show pictures, the grids."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -276,6 +277,7 @@ class Config:
             raise ConfigError(f"algorithm: {error}") from error
         self._check_split(num_processes)
         try:
+            self.sampling.check()
             self.memory.check(isinstance(self.model.weights, Full))
             self.loss.check()
             self.loss.check_algorithm(algorithm.action_kind, algorithm.transition)

@@ -1,9 +1,10 @@
 """Reading prompts from files and datasets: text, JSON lines, CSV, Parquet, Hugging Face datasets."""
 
+import codecs
 import csv
 import io
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,45 +56,94 @@ def read_prompts(source: Path) -> list[Prompt]:
             ".csv": _read_csv,
             ".parquet": _read_parquet,
         }
-        if source.suffix not in readers:
+        suffix = source.suffix.lower()
+        if suffix not in readers:
             raise PromptError(
                 f"{source}: unknown ending {source.suffix!r}; known: {', '.join(readers)}, and "
                 f"Hugging Face datasets as {HUB}owner/name:split"
             )
         if not source.is_file():
             raise FileNotFoundError(f"no prompt file {source}")
-        prompts = list(readers[source.suffix](source))
+        prompts = list(readers[suffix](source))
     if not prompts:
         raise PromptError(f"{source}: no prompts in it")
     return prompts
 
 
+def _text_of(path: Path) -> str:
+    """The text of a file in UTF-8, with or without a byte order mark; line ends are ``\\n``.
+
+    Raises:
+        PromptError: If it has another encoding.
+    """
+    content = path.read_bytes()
+    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise PromptError(f"{path} is in UTF-16; save it as UTF-8")
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        byte = content[error.start]
+        raise PromptError(
+            f"{path}, line {line}: not UTF-8 (byte 0x{byte:02x}); save the file as UTF-8"
+        ) from error
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
 def _read_txt(path: Path) -> Iterator[Prompt]:
-    for line in path.read_text(encoding="utf-8-sig").split("\n"):
+    for number, line in enumerate(_text_of(path).split("\n"), start=1):
         if line.strip():
-            yield Prompt(line.strip())
+            yield _from_record({"prompt": line.strip()}, f"{path}, line {number}", path.parent)
 
 
 def _read_jsonl(path: Path) -> Iterator[Prompt]:
-    for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), start=1):
+    for number, line in enumerate(_text_of(path).split("\n"), start=1):
         if not line.strip():
             continue
         try:
             record = json.loads(line)
-        except json.JSONDecodeError as error:
+        except (json.JSONDecodeError, RecursionError) as error:
             raise PromptError(f"{path}, line {number}: not valid JSON: {error}") from error
         yield _from_record(record, f"{path}, line {number}", path.parent)
 
 
 def _read_csv(path: Path) -> Iterator[Prompt]:
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        rows: Iterable[dict[str, Any]] = csv.DictReader(file)
-        for number, row in enumerate(rows, start=2):
-            where = f"{path}, line {number}"
-            # Every cell is text; an empty cell of a known key means that it is not set.
-            cells = {k: v for k, v in row.items() if k not in OWN_KEYS or v}
-            numbers = {k: _number(v, k, where) for k, v in cells.items() if k in SIZES}
-            yield _from_record({**cells, **numbers}, where, path.parent)
+    reader = csv.reader(io.StringIO(_text_of(path), newline=""))
+    rows = _csv_rows(reader, path)
+    _, header = next(rows, (0, []))
+    twice = [k for k in header if header.count(k) > 1]
+    if twice:
+        raise PromptError(f"{path}: the column {twice[0]!r} is there twice")
+    for number, row in rows:
+        where = f"{path}, line {number}"
+        if len(row) > len(header):
+            raise PromptError(
+                f"{where}: {len(row)} cells, but the header has {len(header)}; put text with a comma in "
+                'quotes: "a red cube, a blue ball"'
+            )
+        # Every cell is text; an empty cell of a known key means that it is not set, as does a cell that
+        # is missing at the end of a line.
+        cells = {k: v for k, v in zip(header, row, strict=False) if k not in OWN_KEYS or v}
+        numbers = {k: _number(v, k, where) for k, v in cells.items() if k in SIZES}
+        yield _from_record({**cells, **numbers}, where, path.parent)
+
+
+def _csv_rows(reader: Any, path: Path) -> Iterator[tuple[int, list[str]]]:
+    """The rows that are not empty, with the lines on which they begin.
+
+    Raises:
+        PromptError: If a row cannot be read.
+    """
+    while True:
+        line = reader.line_num + 1
+        try:
+            row = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            raise PromptError(f"{path}, line {line}: not valid CSV: {error}") from error
+        if row:
+            yield line, row
 
 
 def _read_parquet(path: Path) -> Iterator[Prompt]:
@@ -103,7 +153,12 @@ def _read_parquet(path: Path) -> Iterator[Prompt]:
         raise ImportError(
             f"{path}: Parquet files need pyarrow: pip install 'flowgrpo[data]'"
         ) from error
-    for number, record in enumerate(parquet.read_table(path).to_pylist(), start=1):
+    try:
+        records = parquet.read_table(path).to_pylist()
+    # pyarrow's own errors are subclasses of these; text that is not UTF-8 is a UnicodeDecodeError.
+    except (OSError, ValueError, NotImplementedError) as error:
+        raise PromptError(f"{path} cannot be read as Parquet: {error}") from error
+    for number, record in enumerate(records, start=1):
         yield _from_record(record, f"{path}, row {number}", path.parent)
 
 
@@ -143,6 +198,12 @@ def _from_record(record: Any, where: str, folder: Path) -> Prompt:
     call = record.get("call") or {}
     if not isinstance(call, dict):
         raise PromptError(f"{where}: 'call' must be an object, got {call!r}")
+    for key, value in {"prompt": text, "negative_prompt": negative, **metadata, **record}.items():
+        check_text(value, f"{where}: {key!r}")
+    if own := [k for k in call if k in OWN_KEYS and k != "prompt"]:
+        raise PromptError(
+            f"{where}: 'call' cannot hold {own[0]!r}; give it as a key of its own, next to 'prompt'"
+        )
     if fixed := [k for k in call if k in FIXED]:
         raise PromptError(f"{where}: 'call' cannot hold {fixed[0]!r}, which is the same for all")
     rest = {k: v for k, v in record.items() if k not in OWN_KEYS}
@@ -151,6 +212,19 @@ def _from_record(record: Any, where: str, folder: Path) -> Prompt:
     sizes = {k: _size(record[k], k, where) for k in SIZES if record.get(k) is not None}
     images = _images(record, where, folder)
     return Prompt(text, negative or None, {**rest, **metadata}, images, call=call, **sizes)
+
+
+def check_text(value: Any, where: str = "the prompt") -> None:
+    """Raise PromptError if a text has half of a surrogate pair, which no tokenizer can encode."""
+    if not isinstance(value, str):
+        return
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise PromptError(
+            f"{where} has an unpaired surrogate, U+{ord(value[error.start]):04X}, at character "
+            f"{error.start + 1}: half of a character such as an emoji, cut off by another program; remove it"
+        ) from error
 
 
 def _number(value: str, key: str, where: str) -> int:
@@ -204,5 +278,13 @@ def _image(value: Any, where: str, folder: Path) -> "Path | Image":
 
 
 def names_prompts(text: str) -> bool:
-    """Whether a text is the name of a prompt file or of a dataset, rather than a prompt."""
-    return text.startswith(HUB) or text.endswith(SUFFIXES)
+    """Whether a text is the name of a prompt file or of a dataset, rather than a prompt.
+
+    So is the name of any other file that exists, which :func:`read_prompts` then refuses.
+    """
+    if text.startswith(HUB) or text.lower().endswith(SUFFIXES):
+        return True
+    try:
+        return Path(text).is_file()
+    except (OSError, ValueError):  # too long for a name, or with a zero byte
+        return False

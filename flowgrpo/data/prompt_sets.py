@@ -8,10 +8,10 @@ from typing import Any
 
 from flowgrpo.core.random import Random
 from flowgrpo.core.tensors import torch
-from flowgrpo.data.prompt_files import PromptError, read_prompts
+from flowgrpo.data.prompt_files import PICTURES, PromptError, read_prompts
 from flowgrpo.data.prompts import Group, Prompt
 
-__all__ = ["PromptError", "PromptSet"]
+__all__ = ["PromptError", "PromptSet", "shared"]
 
 
 @dataclass(frozen=True)
@@ -105,6 +105,22 @@ class PromptSet:
             sample, place = divmod(turn, len(classes[which]))
             pairs.append((classes[which][place], sample))
         return pairs
+
+
+def shared(train: PromptSet, held_out: PromptSet) -> list[Prompt]:
+    """The held-out prompts that are also training prompts: equal text and equal input images.
+
+    Evaluations on them measure what was trained, not what was learned for other prompts.
+    """
+    known = {_identity(p) for p in train.prompts}
+    return [p for p in held_out.prompts if _identity(p) in known]
+
+
+def _identity(prompt: Prompt) -> Hashable:
+    """What makes two prompts the same for a model. Pictures in memory are compared as objects."""
+    pictures = [*prompt.images, *(prompt.call.get(k) for k in PICTURES)]
+    images = tuple(str(i) if isinstance(i, Path) else id(i) for i in pictures if i is not None)
+    return " ".join(prompt.text.split()).casefold(), images
 
 
 def _turn(weights: Sequence[int], iteration: int) -> tuple[int, int]:

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 from jaxtyping import Float
 from PIL import Image
 from safetensors import SafetensorError
@@ -13,7 +14,8 @@ from torch import Tensor
 from flowgrpo.core.random import Random, SampleNoise
 from flowgrpo.data.prompt_sets import PromptSet
 from flowgrpo.data.prompts import Prompt
-from flowgrpo.evaluation.grid_drawing import GridRow, draw_grid
+from flowgrpo.data.videos import frames_per_second, write_frames
+from flowgrpo.evaluation.grid_drawing import GridRow, animate_grid, draw_grid
 from flowgrpo.policy import PipelinePolicy, Sampling
 from flowgrpo.rewards.scorer import RewardScorer
 
@@ -68,8 +70,11 @@ class ComparisonGrid:
         sampling: Sampling,
         title: str,
         path: Path,
+        narrow: bool = False,
     ) -> None:
         """Draw the images of several models next to each other, with their scores, and save the grid.
+
+        Videos are also written as they play, next to the picture with the ending ``.mp4``.
 
         Args:
             columns: Name of each model.
@@ -78,7 +83,11 @@ class ComparisonGrid:
                 score.
             sampling: Arguments with which the images were generated, for the subtitle.
             title: Headline.
-            path: File to write; its folder is created.
+            path: PNG file to write; its folder is created.
+            narrow: Draw for the screen of a phone, with the models below each other.
+
+        Raises:
+            ImportError: If the media are videos, and no MP4 can be written here.
         """
         label = scorer.rewards[0].label
         notes = []
@@ -100,7 +109,11 @@ class ComparisonGrid:
             f"seed {self.seed}, same noise in the same place; marks: {label}"
         )
         path.parent.mkdir(parents=True, exist_ok=True)
-        draw_grid(rows, columns, title=title, subtitle=subtitle).save(path)
+        draw_grid(rows, columns, title=title, subtitle=subtitle, narrow=narrow).save(path)
+        if images[0].ndim == 5:
+            frames = animate_grid(rows, columns, title=title, subtitle=subtitle, narrow=narrow)
+            fps = frames_per_second(sampling.call)
+            write_frames(path.with_suffix(".mp4"), (np.asarray(f) for f in frames), fps)
 
 
 def load_images(path: Path) -> Tensor | None:

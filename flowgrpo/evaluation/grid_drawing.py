@@ -4,8 +4,9 @@ Images at the same place of two blocks share their noise. Nothing here knows mod
 :mod:`flowgrpo.evaluation.comparison_grid`.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import cache
 
 import torch
@@ -25,6 +26,8 @@ MARGIN, LABEL_WIDTH, LABEL_GAP = 32, 208, 24
 TILE_GAP, VIDEO_GAP, BLOCK_GAP, ROW_GAP, FRAME_GAP = 6, 16, 32, 22, 2
 NARROWEST_BLOCK = 132
 CONDITION_HEIGHT, CONDITION_GAP = 72, 8
+TITLE_HEIGHT = 28
+"""Height of a block's title in a narrow grid."""
 INK, SOFT, FAINT, PAPER = "#15171c", "#656b76", "#dfe2e7", "#ffffff"
 ACCENTS = ("#9aa1ad", "#3b6fe0", "#8b5cd6", "#d97a1f", "#12907f")
 GOOD, BAD = "#1a9c52", "#d93a3a"
@@ -34,10 +37,29 @@ REGULAR = (
     "DejaVuSans.ttf",
     "Arial.ttf",
     "NotoSansCJK-Regular.ttc",
+    "NotoSansCJKsc-Regular.otf",
+    "NotoSansSC-Regular.ttf",
+    "SourceHanSansSC-Regular.otf",
+    "DroidSansFallbackFull.ttf",
     "wqy-zenhei.ttc",
+    "wqy-microhei.ttc",
     "PingFang.ttc",
+    "Hiragino Sans GB.ttc",
+    "AppleSDGothicNeo.ttc",
     "msyh.ttc",
+    "meiryo.ttc",
+    "malgun.ttf",
+    "NotoSans-Regular.ttf",
+    "NotoSansArabic-Regular.ttf",
+    "NotoSansHebrew-Regular.ttf",
+    "NotoSansDevanagari-Regular.ttf",
+    "NotoSansThai-Regular.ttf",
+    "Arial Unicode.ttf",
+    "unifont.ttf",
 )
+"""Fonts in the order in which they are tried for a text; the operating system's folders are searched."""
+OWN_FONT = "FLOWGRPO_FONT"
+"""Environment variable with a font file that is tried first."""
 BOLD = ("Inter-SemiBold.ttf", "Roboto-Medium.ttf", "DejaVuSans-Bold.ttf", "Arial Bold.ttf")
 
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
@@ -72,6 +94,7 @@ def draw_grid(
     title: str,
     subtitle: str,
     scale: int | None = None,
+    narrow: bool = False,
 ) -> Image.Image:
     """Draw rows of prompts and blocks of samples as one labelled RGB image.
 
@@ -83,6 +106,8 @@ def draw_grid(
         scale: Integer factor by which images are enlarged. By default small images are enlarged by
             the smallest factor that makes their longer side at least 96 pixels, and large ones are
             reduced to 256 pixels.
+        narrow: Draw the label above the images and the blocks below each other, for the screen of a
+            phone.
 
     Returns:
         The picture. A video is shown by its first, middle and last frame side by side.
@@ -92,21 +117,87 @@ def draw_grid(
             outside [0, 1].
     """
     _check(rows, columns, scale)
+    canvas, _ = _drawn(rows, columns, title, subtitle, scale, narrow)
+    return canvas
+
+
+def animate_grid(
+    rows: Sequence[GridRow],
+    columns: Sequence[str],
+    *,
+    title: str,
+    subtitle: str,
+    scale: int | None = None,
+    narrow: bool = False,
+) -> Iterator[Image.Image]:
+    """Draw the frames of a grid of videos, in which all videos play at the same time.
+
+    Args:
+        rows: One row per prompt; all media are videos of one shape.
+        columns: As in :func:`draw_grid`, and so are the other arguments.
+        title: Headline.
+        subtitle: How the videos were generated.
+        scale: Integer factor by which videos are enlarged.
+        narrow: As in :func:`draw_grid`.
+
+    Returns:
+        One picture per frame, all of one size, with an even width and height.
+
+    Raises:
+        ValueError: As :func:`draw_grid`, or if the media are images.
+    """
+    _check(rows, columns, scale)
     shape = rows[0].blocks[0].shape
-    layout = _Layout(shape[0], len(columns), _tile_size(shape, scale), len(_frames(shape)))
+    if len(shape) != 5:
+        raise ValueError(f"only videos can be animated, got media of shape {tuple(shape)}")
+    first, bodies = _drawn(_at_frame(rows, 0), columns, title, subtitle, scale, narrow)
+    still = Image.new(
+        "RGB", (first.width + first.width % 2, first.height + first.height % 2), PAPER
+    )
+    still.paste(first)
+    for frame in range(shape[1]):
+        canvas = still.copy()
+        for row, (body, top) in zip(_at_frame(rows, frame), bodies, strict=True):
+            body.draw_tiles(canvas, top, row.blocks)
+        yield canvas
+
+
+def _at_frame(rows: Sequence[GridRow], frame: int) -> list[GridRow]:
+    """The rows with one frame of each video as an image."""
+    return [replace(r, blocks=[b[:, frame] for b in r.blocks]) for r in rows]
+
+
+def _drawn(
+    rows: Sequence[GridRow],
+    columns: Sequence[str],
+    title: str,
+    subtitle: str,
+    scale: int | None,
+    narrow: bool,
+) -> "tuple[Image.Image, list[tuple[_Row, int]]]":
+    """The picture, and its rows with their upper edges."""
+    shape = rows[0].blocks[0].shape
+    layout = _Layout(shape[0], len(columns), _tile_size(shape, scale), len(_frames(shape)), narrow)
+    absent = missing_glyphs([title, subtitle, *columns, *(r.label for r in rows)])
+    if absent:
+        subtitle += (
+            f". No installed font has {absent!r}: install one, such as Noto Sans CJK, or name a font file in "
+            f"{OWN_FONT}"
+        )
     head = _Heading(title, subtitle, columns, layout)
-    bodies = [_Row(row, layout) for row in rows]
+    bodies = [_Row(row, layout, columns) for row in rows]
     height = head.height + sum(b.height for b in bodies) + ROW_GAP * len(bodies) + MARGIN // 2
     canvas = Image.new("RGB", (layout.width, height), PAPER)
     head.draw(canvas)
-    top = head.height
+    top, placed = head.height, []
     for index, body in enumerate(bodies):
         if index:
             rule = top - ROW_GAP // 2
             ImageDraw.Draw(canvas).line((MARGIN, rule, layout.width - MARGIN, rule), fill=FAINT)
         body.draw(canvas, top)
+        placed.append((body, top))
         top += body.height + ROW_GAP
-    return canvas
+    return canvas, placed
 
 
 def _check(rows: Sequence[GridRow], columns: Sequence[str], scale: int | None) -> None:
@@ -162,12 +253,14 @@ class _Layout:
         blocks: Blocks per row.
         frame: Width and height of one image or frame.
         frames: Frames per tile.
+        narrow: Whether the blocks of a row are below each other, and below its label.
     """
 
     samples: int
     blocks: int
     frame: tuple[int, int]
     frames: int
+    narrow: bool = False
 
     @property
     def tile_width(self) -> int:
@@ -183,11 +276,15 @@ class _Layout:
         return max((self.samples - 1) * self.pitch + self.tile_width, NARROWEST_BLOCK)
 
     def left(self, block: int, sample: int = 0) -> int:
+        if self.narrow:
+            return MARGIN + sample * self.pitch
         start = MARGIN + LABEL_WIDTH + LABEL_GAP + block * (self.block_width + BLOCK_GAP)
         return start + sample * self.pitch
 
     @property
     def width(self) -> int:
+        if self.narrow:
+            return self.block_width + 2 * MARGIN
         return self.left(self.blocks) - BLOCK_GAP + MARGIN
 
 
@@ -214,10 +311,12 @@ class _Heading:
         self.layout = layout
         self.title = _Paragraph(title, 22, width, 3, bold=True)
         self.subtitle = _Paragraph(subtitle, 14, width, 4)
-        self.columns = [_Paragraph(c, 15, layout.block_width, 2, bold=True) for c in columns]
+        # In a narrow grid each row has the titles of its blocks.
+        shown = () if layout.narrow else columns
+        self.columns = [_Paragraph(c, 15, layout.block_width, 2, bold=True) for c in shown]
         self.columns_bottom = (
-            MARGIN + self.title.height + 4 + self.subtitle.height + 26
-            + max(c.height for c in self.columns)
+            MARGIN + self.title.height + 4 + self.subtitle.height + (0 if layout.narrow else 26)
+            + max((c.height for c in self.columns), default=0)
         )  # fmt: skip
         self.height = self.columns_bottom + 22
 
@@ -235,7 +334,7 @@ class _Heading:
 class _Row:
     """One prompt with its tiles, and captions below them if any note has text."""
 
-    def __init__(self, row: GridRow, layout: _Layout):
+    def __init__(self, row: GridRow, layout: _Layout, columns: Sequence[str]):
         self.row, self.layout = row, layout
         self.notes = row.notes or [[""] * layout.samples] * layout.blocks
         captions = any(_caption(note) for notes in self.notes for note in notes)
@@ -243,10 +342,21 @@ class _Row:
         tiles_height = layout.frame[1] + self.caption_height
         self.conditions = _thumbnails(row.conditions)
         strip = max((c.height + CONDITION_GAP for c in self.conditions), default=0)
+        if layout.narrow:
+            self.label = _Paragraph(row.label, 15, layout.block_width, 6)
+            titles = [_Paragraph(c, 13, layout.block_width, 1, bold=True) for c in columns]
+            first = self.label.height + strip
+            self.titles = [
+                (t, first + i * (tiles_height + TITLE_HEIGHT)) for i, t in enumerate(titles)
+            ]
+            self.tops = [top + TITLE_HEIGHT for _, top in self.titles]
+            self.height, self.label_offset = self.tops[-1] + tiles_height, 0
+            return
         self.label = _Paragraph(row.label, 15, LABEL_WIDTH, max(6, (tiles_height - strip) // 21))
         label_height = self.label.height + strip
         self.height = max(tiles_height, label_height)
         self.label_offset = max(0, (layout.frame[1] - label_height) // 2)
+        self.titles, self.tops = [], [0] * layout.blocks
 
     def draw(self, canvas: Image.Image, top: int) -> None:
         self.label.draw(canvas, MARGIN, top + self.label_offset, INK)
@@ -257,9 +367,15 @@ class _Row:
             pen.rectangle((left - 1, below - 1, right, bottom), outline=FAINT)
             canvas.paste(condition, (left, below))
             left += condition.width + TILE_GAP
-        for b, (block, notes) in enumerate(zip(self.row.blocks, self.notes, strict=True)):
+        for title, down in self.titles:
+            title.draw(canvas, MARGIN, top + down + 6, SOFT)
+        self.draw_tiles(canvas, top, self.row.blocks)
+
+    def draw_tiles(self, canvas: Image.Image, top: int, blocks: Sequence[Media]) -> None:
+        """Draw the media, in place of the row's own or the same."""
+        for b, (block, notes) in enumerate(zip(blocks, self.notes, strict=True)):
             for s, (media, note) in enumerate(zip(block, notes, strict=True)):
-                self._tile(canvas, media, note, (self.layout.left(b, s), top))
+                self._tile(canvas, media, note, (self.layout.left(b, s), top + self.tops[b]))
 
     def _tile(self, canvas: Image.Image, media: Tensor, note: str, at: tuple[int, int]) -> None:
         (left, top), (width, height) = at, self.layout.frame
@@ -329,10 +445,20 @@ def _font(text: str, size: int, bold: bool) -> Font:
     return next((font for font in fonts if _covers(font, text)), fonts[0])
 
 
+def missing_glyphs(texts: Sequence[str]) -> str:
+    """Up to six characters of texts that no installed font can draw with the rest of their text."""
+    found: dict[str, None] = {}
+    for text in texts:
+        if not _covers(font := _font(text, 15, False), text):
+            found |= dict.fromkeys(c for c in text if not _covers(font, c))
+    return "".join([*found][:6])
+
+
 @cache
 def _fonts(size: int, bold: bool) -> list[Font]:
     found: list[Font] = []
-    for name in (*BOLD, *REGULAR) if bold else REGULAR:
+    own = os.environ.get(OWN_FONT)
+    for name in (*((own,) if own else ()), *(BOLD if bold else ()), *REGULAR):
         try:
             found.append(ImageFont.truetype(name, size))
         except OSError:  # not installed

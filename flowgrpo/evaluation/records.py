@@ -108,6 +108,7 @@ class Records:
         config: The resolved configuration as nested tables.
         config_text: Text of ``config.toml``.
         environment: Versions of libraries, and the machine.
+        prompt_notes: Warnings about the prompts, found when the run started.
         grids: Comparison grids of the newest iteration that has any.
     """
 
@@ -135,6 +136,8 @@ class Records:
             raise ValueError(f"{folder / 'config.toml'}: not valid TOML: {error}") from error
         environment = folder / "environment.json"
         self.environment = parse_object(_text(environment) or "{}", str(environment))
+        notes = folder / "notes.json"
+        self.prompt_notes = list(parse_object(_text(notes) or "{}", str(notes)).get("notes", []))
         grids = sorted((folder / "grids").glob("*.png"))
         newest = max((_iteration(g) for g in grids), default=0)
         self.grids = [g for g in grids if _iteration(g) == newest]

@@ -262,6 +262,11 @@ def _grids(records: Records) -> str:
         source = f"data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}"
         image = f'<img {size} alt="{escape(f"Comparison grid {path.stem}")}" src="{source}">'
         figures.append(f'<figure class="card picture">{image}</figure>')
+        video = path.with_suffix(".mp4")
+        if video.exists():
+            source = f"data:video/mp4;base64,{base64.b64encode(video.read_bytes()).decode()}"
+            player = f'<video controls loop muted playsinline {size} src="{source}"></video>'
+            figures[-1] = f'<figure class="card picture">{player}</figure>'
     note = "The newest comparison grid; earlier ones are in the folder <code>grids</code>."
     return section("Comparison grid", note, "".join(figures))
 

@@ -17,6 +17,7 @@ def warnings(records: Records) -> list[str]:
         *_reward_warnings(records),
         *_update_warnings(records),
         *_diversity_warnings(records),
+        *(f"{note[0].upper()}{note[1:]}." for note in records.prompt_notes if note),
     ]
 
 

@@ -19,6 +19,7 @@ from torch import nn
 from transformers import BatchEncoding, PreTrainedModel
 
 from flowgrpo.policy.loading import AUTOENCODERS
+from flowgrpo.policy.model_files import published_folder
 
 CONFIGS = ("model_index.json", "*/*config.json")
 MAX_TEXT = 512
@@ -32,15 +33,21 @@ class EstimateError(RuntimeError):
 
 
 def config_folder(model: str | Path) -> Path:
-    """The folder with a pipeline's config files, downloaded from the hub if needed (a few kB).
+    """The folder with a pipeline's config files.
+
+    It is the model's own folder, or that in the hub's cache. For models that many configurations name,
+    the config files are in the package, without tokenizers. Otherwise they are downloaded (a few kB).
 
     Raises:
         EstimateError: If the files cannot be downloaded, or the folder has no ``model_index.json``.
     """
     shapes = Path(__file__).parents[1] / "shapes" / "model"
-    path = shapes if str(model) == "shapes" else Path(model)
+    path = shapes if str(model) == "shapes" else Path(model).expanduser()
+    published = published_folder(str(model))
     if path.is_dir():
         folder = path
+    elif published is not None:
+        folder = _cached(str(model)) or published
     else:
         try:
             folder = Path(snapshot_download(str(model), allow_patterns=list(CONFIGS)))
@@ -52,6 +59,33 @@ def config_folder(model: str | Path) -> Path:
     if not (folder / "model_index.json").exists():
         raise EstimateError(f"{model} has no model_index.json")
     return folder
+
+
+def _cached(model: str) -> Path | None:
+    """The folder of a model in the hub's cache, if it has the config of every component."""
+    try:
+        folder = Path(snapshot_download(model, local_files_only=True))
+        index = json.loads((folder / "model_index.json").read_text())
+    except (OSError, ValueError):
+        return None
+    parts = [k for k, v in index.items() if _is_component(v) and v[0] is not None]
+    return folder if all(any((folder / p).glob("*config.json")) for p in parts) else None
+
+
+def tokenizers(folder: Path) -> dict[str, Any]:
+    """The tokenizers of a pipeline's folder whose files are there, by name."""
+    index = json.loads((folder / "model_index.json").read_text())
+    found = {
+        name: _tokenizer(_class(*entry), folder / name)
+        for name, entry in index.items()
+        if name.startswith("tokenizer") and _is_component(entry) and entry[0] is not None
+    }
+    return {k: v for k, v in found.items() if not isinstance(v, PaddingTokenizer)}
+
+
+def pipeline_class(folder: Path) -> Any:
+    """The class of a pipeline's folder."""
+    return _class("diffusers", json.loads((folder / "model_index.json").read_text())["_class_name"])
 
 
 def build(folder: Path, dtype: torch.dtype) -> DiffusionPipeline:

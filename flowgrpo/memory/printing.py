@@ -5,6 +5,7 @@ from flowgrpo.data.prompt_sets import PromptSet
 from flowgrpo.memory.budget import GB, advise, budget
 from flowgrpo.memory.footprint import estimate_footprint, memory_options
 from flowgrpo.memory.meta_pipeline import EstimateError
+from flowgrpo.policy.model_files import published_folder
 from flowgrpo.training.console import Console
 
 
@@ -25,6 +26,8 @@ def print_estimate(
     if memory_gb is not None and memory_gb <= 0:
         raise ValueError(f"--memory-gb must be above 0, got {memory_gb:g}")
     console.say("estimating the memory (nothing is loaded) ...")
+    if published_folder(config.model.path) is not None:
+        console.say(f"the sizes of {config.model.path} are in the package, so no hub is needed")
     try:
         prompts = PromptSet.load(find(config.prompts.train)).prompts
         parts = estimate_footprint(config, prompts, num_processes)

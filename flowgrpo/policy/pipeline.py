@@ -45,6 +45,9 @@ from flowgrpo.policy.step_counter import counted
 from flowgrpo.policy.step_plan import StepPlan, StepRecord
 from flowgrpo.policy.weights import InitialNoise, Trainable
 
+FRAMES = ("num_frames", "video_length", "frames")
+"""Names that video pipelines give to the number of frames (Latte, Sana-Video)."""
+
 
 @dataclass(frozen=True)
 class Rollout:
@@ -208,6 +211,11 @@ class PipelinePolicy:
     def displaces(self) -> bool:
         """Whether the pipeline's states were seen to be anything but a part of one prepared tensor."""
         return self._learned.latents.displaced
+
+    @property
+    def makes_videos(self) -> bool:
+        """Whether the pipeline's call takes a number of frames."""
+        return any(name in self._parameters for name in FRAMES)
 
     def num_steps(self, sampling: Sampling | None = None) -> int:
         """Number of denoising steps of a call."""

@@ -52,6 +52,38 @@ def check_sizes(policy: PipelinePolicy, prompts: Sequence[Prompt], sampling: Sam
             )
 
 
+def ignores_negatives(
+    policy: PipelinePolicy, prompts: Sequence[Prompt], sampling: Sampling
+) -> bool:
+    """Whether the pipeline, called like this, has negative prompts that do not change its prediction.
+
+    That is so without guidance, which every pipeline switches off by arguments of its own
+    (``guidance_scale``, ``true_cfg_scale``). It is tried: two different negative prompts give the same
+    output of the denoiser if they are ignored.
+
+    Returns:
+        False if they matter, or there are none.
+    """
+    common = sampling.call.get("negative_prompt")
+    prompt = next((p for p in prompts if p.negative is not None), None)
+    if prompt is None and (common is None or not prompts):
+        return False
+    prompt = prompt or replace(prompts[0], negative=str(common))
+    outputs = []
+    for negative in (prompt.negative, f"not {prompt.negative}, nor a grey tower at night"):
+        noise = SampleNoise([Random(0).at("probe")])
+        (rollout,) = policy.run(
+            [replace(prompt, negative=negative)],
+            noise,
+            nodes=[0, 1],
+            record=[0],
+            decode=False,
+            sampling=sampling,
+        )
+        outputs.append(rollout.records[0].prediction.output)
+    return torch.equal(*outputs)
+
+
 def fit_noise(policy: PipelinePolicy, prompts: Sequence[Prompt]) -> None:
     """Fit the trained initial noise to the shape of the latents, if the initial noise is trained.
 

@@ -17,6 +17,16 @@ from flowgrpo.core.imports import suggest
 Quantization = Literal["none", "nf4", "int8", "torchao_int8"]
 PACKAGES = {"nf4": "bitsandbytes", "int8": "bitsandbytes", "torchao_int8": "torchao"}
 """The package that each quantisation needs."""
+OWN_KEYS = {
+    "num_inference_steps": "num_steps",
+    "guidance_scale": "guidance_scale",
+    "height": "height",
+    "width": "width",
+    "num_frames": "num_frames",
+}
+"""Arguments of a pipeline's call that have a key in ``[sampling]``."""
+SET_BY_POLICY = ("prompt", "latents", "generator", "output_type", "return_dict")
+"""Arguments of a pipeline's call that the policy sets."""
 Bounds = Sequence[tuple[str, int, int]]
 """Configuration keys with their values and the smallest allowed value."""
 
@@ -94,7 +104,25 @@ class Sampling:
     """Timesteps at which the steps start, falling, such as ``[999, 749, 499, 249]`` for a model that was
     distilled to four steps, if the pipeline's call takes ``timesteps``; in place of ``sigmas``."""
     call: dict[str, Any] = field(default_factory=dict)
-    """Further arguments of the pipeline's call, by their names in its signature."""
+    """Further arguments of the pipeline's call, by their names in its signature. Arguments with a key of
+    their own, such as ``guidance_scale``, are refused here."""
+
+    def check(self) -> None:
+        """Check that ``call`` holds no argument that has a key of its own, or that the policy sets.
+
+        Raises:
+            ValueError: With the key to use.
+        """
+        for name in self.call:
+            if name in OWN_KEYS:
+                raise ValueError(
+                    f"sampling.call.{name}: set sampling.{OWN_KEYS[name]} instead, which is the one place of "
+                    "this value"
+                )
+            if name in SET_BY_POLICY:
+                raise ValueError(
+                    f"sampling.call.{name}: the policy sets this argument itself; remove it"
+                )
 
     def check(self) -> None:
         """Check the grid of steps.

@@ -9,7 +9,7 @@ take its place.
 import importlib
 import inspect
 import sys
-from importlib.util import module_from_spec, spec_from_file_location
+from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
 
 from flowgrpo.core.imports import import_path, suggest
@@ -52,6 +52,30 @@ def check_name(model: str, key: str = "reward") -> None:
         raise ValueError(
             f"unknown {key} {model!r}{suggest(model, known)} (known: {', '.join(known)}; others by "
             "import path 'package.module:name')"
+        )
+
+
+def check_installed(model: str) -> None:
+    """Import the module of a reward, and check that the packages that it imports later are installed.
+
+    A module names these in ``REQUIRES``. No model is loaded.
+
+    Args:
+        model: Short name or import path; :func:`check_name` has accepted it.
+
+    Raises:
+        ImportError: With the command that installs what is missing.
+    """
+    if ":" not in model:
+        _ensure_package()
+        model = f"{PACKAGE}.{model}:"
+    module = importlib.import_module(model.partition(":")[0])
+    absent = [name for name in getattr(module, "REQUIRES", ()) if find_spec(name) is None]
+    if absent:
+        extra = getattr(module, "EXTRA", "")
+        install = f"'flowgrpo[{extra}]'" if extra else " ".join(absent)
+        raise ImportError(
+            f"reward {module.__name__.rpartition('.')[2]!r} needs {' and '.join(absent)}: pip install {install}"
         )
 
 

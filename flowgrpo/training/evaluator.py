@@ -103,6 +103,8 @@ class Evaluator:
         result = {"iteration": iteration, **result}
         self.evaluations.append(result)
         session.log_evaluation(result)
+        if session.is_main:
+            session.log_grid(iteration)
         session.save_best(self.learner, iteration, result["reward"])
         scores = ", ".join(f"{k} {v:.3f}" for k, v in result["scores"].items())
         session.console.say(

@@ -5,9 +5,12 @@ from contextlib import contextmanager
 
 from flowgrpo.config import Config, ConfigError, find
 from flowgrpo.core.imports import import_path
-from flowgrpo.data.prompt_sets import PromptSet
+from flowgrpo.data.prompt_sets import PromptSet, shared
+from flowgrpo.data.videos import require_video
+from flowgrpo.policy.model_files import check_path
 from flowgrpo.policy.settings import require_installed
-from flowgrpo.rewards.loading import check_name
+from flowgrpo.rewards.loading import check_installed, check_name
+from flowgrpo.training.trackers import check_trackers
 
 
 def check_names(config: Config, num_processes: int) -> None:
@@ -17,11 +20,15 @@ def check_names(config: Config, num_processes: int) -> None:
 
     Raises:
         ConfigError: If settings contradict each other, do not fit the number of processes, or name
-            a prompt file or a reward that does not exist.
+            a prompt file, a reward or a tracker that does not exist or is not installed.
         ImportError: If an optional package is not installed.
     """
     config.check(num_processes)
     require_installed(config.memory, config.train.optimizer)
+    check_trackers(config.run.trackers)
+    if config.sampling.num_frames is not None:
+        with _setting("sampling.num_frames"):
+            require_video()
     for key, file in _files(config).items():
         with _setting(key):
             find(file)
@@ -37,7 +44,8 @@ def check_inputs(config: Config, num_processes: int) -> tuple[PromptSet, PromptS
     - The names of files, packages and rewards (:func:`check_names`).
     - The device exists.
     - The prompt files can be read, and have the metadata to balance by.
-    - The rewards and metrics that are named by an import path can be imported.
+    - The rewards and metrics can be imported, and the packages that they need are installed.
+    - The model is a pipeline's folder, if it is named by a path.
 
     Returns:
         The training prompts and the held-out prompts.
@@ -64,7 +72,21 @@ def check_inputs(config: Config, num_processes: int) -> tuple[PromptSet, PromptS
     for index, reward in enumerate(config.rewards):
         with _setting(f"rewards[{index}].model"):
             check_name(reward.model)
+            check_installed(reward.model)
+    with _setting("model.path"):
+        check_path(config.model.path)
     return prompts, held_out
+
+
+def shared_note(train: PromptSet, held_out: PromptSet) -> list[str]:
+    """A sentence about training prompts among the held-out ones; none if there are none."""
+    both = shared(train, held_out)
+    if not both:
+        return []
+    return [
+        f"{len(both)} of {len(held_out.prompts)} held-out prompts are training prompts too, such as "
+        f"{both[0].text[:80]!r}: on them, evaluations do not show whether the model does better on new prompts"
+    ]
 
 
 def _files(config: Config) -> dict[str, str]:

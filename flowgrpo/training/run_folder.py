@@ -14,6 +14,8 @@ from flowgrpo.config.files import CONFIG, INPUTS, absolute
 from flowgrpo.training import checkpoints, files, lock
 
 FINISHED, SESSIONS = "finished.json", "sessions.jsonl"
+NOTES = "notes.json"
+"""Warnings about the prompts, for the report."""
 EARLY = {lock.NAME, SESSIONS, "config" + files.TEMPORARY}
 """Files that may exist before the configuration is written, if a process was killed that early."""
 PROMPTS = ("prompts.train", "prompts.held_out")
@@ -61,6 +63,28 @@ def claim(
     return held, ", ".join(f"{k} {old!r} -> {new!r}" for k, (old, new) in changed.items())
 
 
+def preview(config: Config) -> str:
+    """What a session would do with the run directory, in words. Nothing is written.
+
+    Raises:
+        ConfigError: If it belongs to another configuration, or is not a run directory.
+    """
+    folder = Path(config.run.folder)
+    if not folder.is_dir() or not {p.name for p in folder.iterdir()} - EARLY:
+        return "a new run"
+    if not (folder / CONFIG).exists():
+        raise ConfigError(
+            f"{folder} is not empty and not a run directory; choose another --set run.folder=..."
+        )
+    changed = _changes(folder, config, _digests(config), dry=True)
+    if is_finished(config):
+        return "finished: the run would do nothing; raise train.iterations to train further"
+    newest = checkpoints.newest(folder / "checkpoints")
+    words = "starts again" if newest is None else f"resumes after {int(newest.name)} iterations"
+    changes = ", ".join(f"{k} {old!r} -> {new!r}" for k, (old, new) in changed.items())
+    return f"{words}, with {changes}" if changes else words
+
+
 def is_finished(config: Config) -> bool:
     """Whether the run of a configuration has finished, its export and report included."""
     try:
@@ -76,8 +100,10 @@ def mark_finished(config: Config) -> None:
     files.write_whole(Path(config.run.folder) / FINISHED, json.dumps(done))
 
 
-def _changes(folder: Path, config: Config, inputs: Mapping[str, str]) -> dict[str, tuple[Any, Any]]:
-    """The keys that this session changes.
+def _changes(
+    folder: Path, config: Config, inputs: Mapping[str, str], dry: bool = False
+) -> dict[str, tuple[Any, Any]]:
+    """The keys that this session changes. If ``dry``, nothing is deleted.
 
     Raises:
         ConfigError: If one of them may not change, and there are results that would be mixed up.
@@ -87,7 +113,7 @@ def _changes(folder: Path, config: Config, inputs: Mapping[str, str]) -> dict[st
     newest = checkpoints.newest(folder / "checkpoints")
     if not (folder / "metrics.jsonl").exists() and newest is None:
         # A run that stopped before its first iteration has no results; its base images are drawn again.
-        if changed:
+        if changed and not dry:
             files.delete(folder / "grids" / "base.safetensors")
         return {}
     known = _known_inputs(folder)

@@ -1,10 +1,11 @@
 """A session of a run: its processes, the run directory, logs, checkpoints and resuming."""
 
+import json
 import os
 import platform
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
@@ -20,7 +21,7 @@ from flowgrpo.data.prompts import Group
 from flowgrpo.policy.placement import resolve_device
 from flowgrpo.rewards.scorer import RewardScorer
 from flowgrpo.rewards.settings import RewardError
-from flowgrpo.training import checkpoints, run_folder
+from flowgrpo.training import checkpoints, files, run_folder, trackers
 from flowgrpo.training.checkpoints import CheckpointError
 from flowgrpo.training.console import Console
 from flowgrpo.training.cpu import prepare_cpu
@@ -61,7 +62,6 @@ class Session:
         self.accelerator = Accelerator(
             cpu=cpu,
             mixed_precision="fp16" if config.model.dtype == "float16" and not cpu else "no",
-            log_with=list(config.run.trackers) or None,
             project_dir=str(self.folder),
         )
         self._check_world()
@@ -214,6 +214,10 @@ class Session:
         flat = {f"held_out/{k}": v for k, v in result["scores"].items()} | result["metrics"]
         self.accelerator.log(flat, step=result["iteration"])
 
+    def log_grid(self, iteration: int) -> None:
+        """Show the comparison grid after this many iterations in the trackers."""
+        trackers.log_picture(self.accelerator, "grid", self.grid(iteration), iteration)
+
     def drop_phases(self) -> None:
         """Discard times that belong to no iteration."""
         self._phases = {}
@@ -323,10 +327,23 @@ class Session:
         self.accelerator.end_training()
         self.accelerator.trackers = []
 
+    def note_prompts(self, notes: Sequence[str]) -> None:
+        """Print warnings about the prompts, and keep them for the report."""
+        if not self.is_main:
+            return
+        for note in notes:
+            self.console.say(f"WARNING: {note}")
+        file = self.folder / run_folder.NOTES
+        if notes or file.exists():
+            files.write_whole(file, json.dumps({"notes": list(notes)}, indent=1))
+
     def start_trackers(self) -> None:
-        """Open the experiment trackers, such as TensorBoard."""
-        if self.config.run.trackers:
-            self.accelerator.init_trackers("tracking")
+        """Open the experiment trackers, such as TensorBoard.
+
+        Raises:
+            ConfigError: If one cannot be started.
+        """
+        trackers.start_trackers(self.accelerator, self.config)
 
     def _check_world(self) -> None:
         launched = int(os.environ.get("WORLD_SIZE", "1"))

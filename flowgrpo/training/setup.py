@@ -6,9 +6,11 @@ from flowgrpo.config import Config, ConfigError
 from flowgrpo.core.transitions import require_path
 from flowgrpo.data.prompt_sets import PromptSet
 from flowgrpo.policy import PipelinePolicy
-from flowgrpo.policy.probe import check_scales, check_sizes, fit_noise
+from flowgrpo.policy.probe import check_scales, check_sizes, fit_noise, ignores_negatives
+from flowgrpo.policy.text_length import cut_prompts, tokenizers_of
 from flowgrpo.rewards.scorer import RewardScorer
 from flowgrpo.training.evaluator import Evaluator
+from flowgrpo.training.inputs import shared_note
 from flowgrpo.training.learner import Learner
 from flowgrpo.training.session import Session
 
@@ -69,6 +71,7 @@ def build(config: Config, session: Session, prompts: PromptSet, held_out: Prompt
         memory=config.memory,
     )
     _check_policy(policy, config, prompts, held_out)
+    session.note_prompts(_prompt_notes(policy, config, prompts, held_out))
     learner = Learner(policy, config.train, config.loss, session.accelerator)
     evaluator = Evaluator(
         config.evaluation,
@@ -103,8 +106,38 @@ def _check_policy(
     # Last, because the checks below need the sampling grid of rollouts.
     check_sizes(policy, prompts.prompts, config.sampling)
     fit_noise(policy, [*prompts.prompts, *held_out.prompts])
+    if "negative_prompt" in config.sampling.call and ignores_negatives(
+        policy, [p for p in prompts.prompts if p.negative is None][:1], config.sampling
+    ):
+        raise ConfigError(f"sampling.call.negative_prompt: {_unused(policy)}")
     try:
         require_path(config.algorithm.transition, policy.scheduler.interval(0, 1).path)
         check_scales(policy, config.algorithm.transition, config.steps_by_density())
     except ValueError as error:
         raise ConfigError(f"algorithm.transition: {error}") from error
+
+
+def _prompt_notes(
+    policy: PipelinePolicy, config: Config, prompts: PromptSet, held_out: PromptSet
+) -> list[str]:
+    """What a user should know about the prompts, in sentences: texts that the model does not read in full,
+    and those of :func:`flowgrpo.training.inputs.shared_note`."""
+    tokenizers, call = tokenizers_of(policy.pipeline.components), type(policy.pipeline).__call__
+    notes = shared_note(prompts, held_out)
+    for label, some in (("training", prompts.prompts), ("held-out", held_out.prompts)):
+        cut = cut_prompts(tokenizers, call, config.sampling, some)
+        notes += [f"{label} prompts: {text}" for text in cut]
+        with_negative = sum(p.negative is not None for p in some)
+        if with_negative and ignores_negatives(policy, some, config.sampling):
+            notes.append(
+                f"{label} prompts: {with_negative} of {len(some)} have a negative prompt. {_unused(policy)}"
+            )
+    return notes
+
+
+def _unused(policy: PipelinePolicy) -> str:
+    return (
+        f"{type(policy.pipeline).__name__} ignores negative prompts as it is called here, because guidance is "
+        "off: raise sampling.guidance_scale above 1 (FLUX and Qwen-Image: true_cfg_scale in sampling.call), "
+        "or remove the negative prompt"
+    )

@@ -1,0 +1,127 @@
+"""The dry run finds what the run would find: models, run directories, rewards, prompts, trackers."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+
+import flowgrpo
+from flowgrpo.cli import main
+from flowgrpo.cli.train import _notes
+from flowgrpo.config import ConfigError
+from flowgrpo.data.prompt_sets import PromptSet
+from flowgrpo.memory.meta_pipeline import config_folder
+from flowgrpo.policy.model_files import PUBLISHED, check_path, locate
+from flowgrpo.rewards import loading
+from flowgrpo.training import run_folder
+from flowgrpo.training.inputs import check_names
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def offline(monkeypatch, tmp_path):
+    """No hub and an empty cache."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("model.path=./nowhere", "model.path: no such folder or file: ./nowhere"),
+        ("model.path=a/b/c", "model.path: no such folder or file: a/b/c"),
+        ("model.path=prompts", "model.path: prompts is not a diffusers pipeline: it has no model_"),
+        ('run.trackers=["wandbb"]', "run.trackers[0]: unknown tracker 'wandbb'; did you mean 'wan"),
+        ("rewards=[{model='ocr'}]", "rewards[0].model: reward 'ocr' needs rapidocr: pip install '"),
+        ("rewards=[{model='no_such:R'}]", "rewards[0].model: 'no_such:R': there is no module 'no_"),
+    ],
+)
+def test_what_is_missing_is_an_error_of_the_dry_run(setting, message, monkeypatch, capsys):
+    there = importlib.util.find_spec
+    monkeypatch.setattr(loading, "find_spec", lambda n: None if n == "rapidocr" else there(n))
+    monkeypatch.chdir(ROOT)
+    assert main(["train", "quickstart", "--dry-run", "--set", setting]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith(f"flowgrpo: {message}")
+    assert len(error.splitlines()) == 1
+
+
+def test_paths_and_ids_are_told_apart(tmp_path, offline):
+    (tmp_path / "model_index.json").write_text("{}")
+    assert check_path(str(tmp_path)) == tmp_path
+    assert check_path("shapes") is None
+    assert check_path("owner/name") is None
+    assert locate(str(tmp_path)).is_here
+    found = locate("owner/name")
+    assert not found.is_here
+    assert found.words.startswith("NOT HERE: it is not in the cache, and the hub cannot be asked (")
+    assert "\n" not in found.words
+    with pytest.raises(FileNotFoundError, match="is neither a folder nor the id of a model"):
+        locate("a model")
+
+
+def test_every_model_of_the_recipes_has_its_sizes_in_the_package(offline):
+    paths = {flowgrpo.load(str(f)).model.path for f in (ROOT / "configs").glob("*.toml")}
+    for path in paths:
+        folder = config_folder(path)
+        index = json.loads((folder / "model_index.json").read_text())
+        parts = [k for k, v in index.items() if isinstance(v, list) and v[0] and "token" not in k]
+        assert all([*(folder / part).glob("*config.json")] for part in parts), path
+    assert paths - {"shapes"} == {*PUBLISHED}
+
+
+def test_the_run_directory_is_looked_at_and_left_alone(tmp_path):
+    folder = tmp_path / "run"
+
+    def config(*more):
+        return flowgrpo.load("quickstart", [f"run.folder={folder}", *more])
+
+    assert run_folder.preview(config()) == "a new run"
+    lock, _ = run_folder.claim(config(), 1, {})
+    lock.release()
+    before = {p.name: p.read_bytes() for p in folder.iterdir()}
+    assert run_folder.preview(config("train.lr=1e-3")).startswith("starts again")
+    (folder / "checkpoints" / "000003").mkdir(parents=True)
+    (folder / "checkpoints" / "000003" / "state.json").write_text("{}")
+    words = run_folder.preview(config("train.lr=1e-3"))
+    assert words.startswith("resumes after 3 iterations, with train.lr ")
+    assert words.endswith(" -> 0.001")
+    with pytest.raises(
+        ConfigError, match=r"belongs to another configuration: run\.seed is 0 there"
+    ):
+        run_folder.preview(config("run.seed=1"))
+    run_folder.mark_finished(config())
+    assert run_folder.preview(config()).startswith("finished: the run would do nothing")
+    assert {p.name: p.read_bytes() for p in folder.iterdir() if p.name in before} == before
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "thesis.txt").write_text("")
+    with pytest.raises(ConfigError, match="is not empty and not a run directory"):
+        run_folder.preview(flowgrpo.load("quickstart", [f"run.folder={tmp_path / 'other'}"]))
+
+
+def test_prompts_are_looked_at(tiny, tmp_path):
+    model = tiny("sd15")
+    (tmp_path / "p.jsonl").write_text(
+        json.dumps({"prompt": "a red cube " * 99, "negative_prompt": "blurry"}) + "\n"
+    )
+    prompts = PromptSet.load(tmp_path / "p.jsonl")
+    settings = [f"model.path={model}", "sampling.guidance_scale=1.0"]
+    notes = _notes(flowgrpo.load("quickstart", settings), prompts, prompts)
+    shared, training, held_out, cut, _ = notes
+    assert "1 of 1 held-out prompts are training prompts too" in shared
+    assert training.startswith("WARNING: training prompts: 1 of 1 have a negative prompt, which")
+    assert held_out.startswith("WARNING: held-out prompts: 1 of 1 have a negative prompt")
+    assert "training prompts: 1 of 1 are longer than the " in cut
+    # With guidance the negative prompt is used.
+    guided = _notes(flowgrpo.load("quickstart", [settings[0], "sampling.guidance_scale=4.0"]), prompts, prompts)  # fmt: skip
+    assert len(guided) == 3
+
+
+def test_a_video_needs_its_writer(monkeypatch):
+    there = importlib.util.find_spec
+    monkeypatch.setattr("flowgrpo.data.videos.find_spec", lambda n: None if n == "imageio" else there(n))  # fmt: skip
+    config = flowgrpo.load("quickstart", ["sampling.num_frames=5"])
+    with pytest.raises(ConfigError, match=r"sampling.num_frames: videos are written as MP4, which"):
+        check_names(config, 1)
