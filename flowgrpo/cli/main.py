@@ -12,7 +12,7 @@ from typing import Any
 from flowgrpo import __version__
 from flowgrpo.cli.common import UsageError
 from flowgrpo.core.imports import suggest
-from flowgrpo.core.text import plain
+from flowgrpo.core.text import plain, shorten
 
 EPILOG = """\
 first steps:
@@ -64,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except EXPECTED as error:
-        print(plain(f"flowgrpo: {error}"), file=sys.stderr)
+        print(shorten(plain(f"flowgrpo: {error}")), file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1
 
 

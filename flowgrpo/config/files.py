@@ -2,7 +2,10 @@
 
 import re
 import tomllib
+from bisect import bisect_left
 from collections.abc import Sequence
+from contextlib import suppress
+from functools import lru_cache
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -95,24 +98,40 @@ def _setting_of(location: "Location", table: Any, settings: Sequence[str]) -> st
 def line_of(text: str, location: "Location") -> int:
     """The line of a TOML text, counted from 1, that gives a key, or else the nearest table around it.
 
-    TOML parsers do not report lines, so ever longer parts of the text are parsed: the statement after
-    which a key is there for the first time is the one that gives it. A part that cannot be parsed
-    ends within a value of several lines.
+    TOML parsers do not report lines, so the text is parsed up to the ends of statements: the statement
+    after which a key is there for the first time is the one that gives it.
     """
-    lines = text.splitlines()
-    found, depth, start = 1, 0, 0
+    lines, ends = text.split("\n"), _statement_ends(text)
+
+    def depth_at(end: int) -> int:
+        return _depth(tomllib.loads("\n".join(lines[:end])), location)
+
+    reached = depth_at(len(lines))
+    names = [str(p) for p in location[:reached] if isinstance(p, str)]
+    if not names:
+        return 1
+    # What is there after a statement is there after all later ones.
+    index = bisect_left(ends, reached, key=depth_at)
+    start = ends[index - 1] if index else 0
+    return start + 1 + _row(lines[start : ends[index]], names[-1])
+
+
+@lru_cache(maxsize=1)
+def _statement_ends(text: str) -> list[int]:
+    """The numbers of lines after which a statement of a valid TOML text ends, and that of all lines.
+
+    Lines that cannot be parsed end within a value of several lines.
+    """
+    lines, ends, start = text.split("\n"), list[int](), 0
     for end in range(1, len(lines) + 1):
-        try:
-            table = tomllib.loads("\n".join(lines[:end]))
-        except tomllib.TOMLDecodeError:
+        # Every line of a long list would be parsed with all lines before it.
+        if lines[end - 1].rstrip().endswith(","):
             continue
-        reached = _depth(table, location)
-        if reached > depth:
-            names = [str(p) for p in location[:reached] if isinstance(p, str)]
-            found = start + 1 + _row(lines[start:end], names[-1])
-            depth = reached
-        start = end
-    return found
+        with suppress(tomllib.TOMLDecodeError):
+            tomllib.loads("\n".join(lines[start:end]))
+            ends.append(end)
+            start = end
+    return ends if ends and ends[-1] == len(lines) else [*ends, len(lines)]
 
 
 def _depth(table: Any, location: "Location") -> int:
