@@ -131,7 +131,9 @@ def run_prompts(number: int, start: int, folder: Path, count: Count, alive: Any)
         table["prompts"] |= {"train": str(file), "balance": ""}
         config.write_bytes(wrong.toml(table))
         alive()
-        count.add(wrong.answer(["train", str(config), "--dry-run"]), lambda to: shutil.copy(file, to))
+        count.add(
+            wrong.answer(["train", str(config), "--dry-run"]), lambda to: shutil.copy(file, to)
+        )
 
     test()
 
@@ -151,11 +153,23 @@ def run_models(number: int, start: int, folder: Path, count: Count, alive: Any) 
             if data is not None:
                 (place / name).write_bytes(data)
         alive()
-        command = ["sample", str(place), "--prompt", "a", "--steps", "2", "--size", "32x32", "--device", "cpu"]
+        command = [
+            "sample",
+            str(place),
+            "--prompt",
+            "a",
+            "--steps",
+            "2",
+            "--size",
+            "32x32",
+            "--device",
+            "cpu",
+        ]
         count.add(
             wrong.answer([*command, "--out", str(folder / "images")]),
             lambda to: [
-                (to / name.replace("/", "_")).write_bytes(data or b"deleted") for name, data in changes
+                (to / name.replace("/", "_")).write_bytes(data or b"deleted")
+                for name, data in changes
             ],
         )
 

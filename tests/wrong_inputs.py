@@ -7,10 +7,8 @@ may leave the input valid; what is asked of an answer holds in either case (:fun
 
 import contextlib
 import copy
-import dataclasses
 import io
 import json
-import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,18 +19,43 @@ import tomli_w
 from hypothesis import strategies as st
 
 from flowgrpo.cli.main import main
-from flowgrpo.config import find, load
+from flowgrpo.config import load
 from flowgrpo.config.reference import to_table
 from flowgrpo.core.text import plain
 from flowgrpo.data.prompt_files import OWN_KEYS
 
 WHOLE = (0, -1, 1, 2, 3, 7, 1000, 10**6, 10**9, 2**31, 2**63 - 1, -(2**63), 2**63, 10**30)
-REAL = (0.0, -0.0, -1.0, 0.5, 1.0, 1.5, 1e-320, 1e-9, 1e9, 1e308, -1e308, float("nan"), float("inf"))
+REAL = (
+    0.0,
+    -0.0,
+    -1.0,
+    0.5,
+    1.0,
+    1.5,
+    1e-320,
+    1e-9,
+    1e9,
+    1e308,
+    -1e308,
+    float("nan"),
+    float("inf"),
+)
 TEXT = (
     "", " ", "x", "cpu", "cuda:99", "../..", "/", "a b", "a:b", "os:getcwd", ":", "a.b:", "no.such:Name",
     "\x1b[2J", "a\x00b", "[red]x[/]", "\u202ex", "ü", "x" * 5000, "hf:", "hf:no/such:split", "re:(", "*", "none",
 )  # fmt: skip
-OTHER: tuple[Any, ...] = (True, False, [], {}, [[]], [0], ["x"], {"kind": "x"}, {"a": {"b": 1}}, [{}])
+OTHER: tuple[Any, ...] = (
+    True,
+    False,
+    [],
+    {},
+    [[]],
+    [0],
+    ["x"],
+    {"kind": "x"},
+    {"a": {"b": 1}},
+    [{}],
+)
 SCALARS = st.sampled_from([*WHOLE, *REAL, *TEXT, *OTHER])
 SMALL_RUN = {
     "train": {"iterations": 2, "groups": 2, "rollout_batch": 8, "train_batch": 8},
@@ -158,10 +181,14 @@ def _wrong_value(value: Any) -> st.SearchStrategy[Any]:
     if isinstance(value, float):
         return st.sampled_from(REAL) | SCALARS
     if isinstance(value, str):
-        kinds = st.sampled_from(["flow_grpo", "g2rpo", "cps", "ddim", "nft", "full", "noise", "group", "gdpo"])
+        kinds = st.sampled_from(
+            ["flow_grpo", "g2rpo", "cps", "ddim", "nft", "full", "noise", "group", "gdpo"]
+        )
         return st.sampled_from(TEXT) | kinds | SCALARS
     if isinstance(value, list):
-        lists = st.sampled_from([[], [0], [-1], [1, 0], [0, 0], ["x"], [1e308], [10**9], list(range(2000))])
+        lists = st.sampled_from(
+            [[], [0], [-1], [1, 0], [0, 0], ["x"], [1e308], [10**9], list(range(2000))]
+        )
         return lists | SCALARS
     return SCALARS
 
@@ -169,14 +196,26 @@ def _wrong_value(value: Any) -> st.SearchStrategy[Any]:
 @st.composite
 def damaged(draw: st.DrawFn, data: bytes) -> bytes:
     """A file with a mistake in its bytes: cut off, changed, doubled, another encoding."""
-    how = draw(st.sampled_from(["cut", "flip", "insert", "double", "latin-1", "utf-16", "bom", "crlf", "zeros"]))
+    how = draw(
+        st.sampled_from(
+            ["cut", "flip", "insert", "double", "latin-1", "utf-16", "bom", "crlf", "zeros"]
+        )
+    )
     at = draw(st.integers(0, max(0, len(data) - 1)))
     if how == "cut":
         return data[:at]
     if how == "flip":
-        return data[:at] + bytes([data[at] ^ (1 << draw(st.integers(0, 7)))]) + data[at + 1 :] if data else b"\xff"
+        return (
+            data[:at] + bytes([data[at] ^ (1 << draw(st.integers(0, 7)))]) + data[at + 1 :]
+            if data
+            else b"\xff"
+        )
     if how == "insert":
-        piece = draw(st.sampled_from([b"\xff\xfe", b"\x00", b"\x1b[2J", b"'", b'"', b"[[", b"}", b"\r", b"=", b"\n"]))
+        piece = draw(
+            st.sampled_from(
+                [b"\xff\xfe", b"\x00", b"\x1b[2J", b"'", b'"', b"[[", b"}", b"\r", b"=", b"\n"]
+            )
+        )
         return data[:at] + piece + data[at:]
     if how == "double":
         return data + data
@@ -207,8 +246,14 @@ def configurations(draw: st.DrawFn, tables: Sequence[dict[str, Any]]) -> tuple[b
     key = ".".join(str(p) for p in place)
     if draw(st.booleans()):
         key = _misspelt(draw, key)
-    value = draw(st.sampled_from(["", "x", "1e9999", "[", "{", "[[]]", "'", '"', "-1", "0", "nan", "true", "10" * 400]))
-    return toml(table), [draw(st.sampled_from([f"{key}={value}", key, f"={value}", f"{key}.x.y={value}"]))]
+    value = draw(
+        st.sampled_from(
+            ["", "x", "1e9999", "[", "{", "[[]]", "'", '"', "-1", "0", "nan", "true", "10" * 400]
+        )
+    )
+    return toml(table), [
+        draw(st.sampled_from([f"{key}={value}", key, f"={value}", f"{key}.x.y={value}"]))
+    ]
 
 
 RECORD = {
@@ -250,7 +295,14 @@ def prompt_files(draw: st.DrawFn) -> tuple[str, bytes]:
 def model_folders(draw: st.DrawFn, source: Path) -> list[tuple[str, bytes | None]]:
     """Changes to a copy of a pipeline's folder: files with new contents, None where one is deleted."""
     files = sorted(str(p.relative_to(source)) for p in source.rglob("*") if p.is_file())
-    chosen = draw(st.lists(st.sampled_from(["model_index.json"] * len(files) + files), min_size=1, max_size=2, unique=True))
+    chosen = draw(
+        st.lists(
+            st.sampled_from(["model_index.json"] * len(files) + files),
+            min_size=1,
+            max_size=2,
+            unique=True,
+        )
+    )
     changes: list[tuple[str, bytes | None]] = []
     for name in chosen:
         data = (source / name).read_bytes()

@@ -19,6 +19,10 @@ if TYPE_CHECKING:
     from flowgrpo.config.schema import Config
 
 
+LISTED_FAULTS = 10
+"""Mistakes of a file that an error lists."""
+
+
 def find(name: str) -> Path:
     """A file by its path, or by the name of one that comes with flowgrpo.
 
@@ -73,10 +77,12 @@ def load(name: str, settings: Sequence[str] = ()) -> "Config":
         return read(Config, override(table, settings))
     except TableError as error:
         messages = []
-        for fault in error.faults:
+        for fault in error.faults[:LISTED_FAULTS]:
             setting = _setting_of(fault.location, table, settings)
             place = f"--set {setting}" if setting else f"{path}:{line_of(text, fault.location)}"
             messages.append(f"{place}: {fault.sentence}")
+        if len(error.faults) > LISTED_FAULTS:
+            messages.append(f"and {len(error.faults) - LISTED_FAULTS} more")
         raise ConfigError("\n".join(messages)) from None
 
 

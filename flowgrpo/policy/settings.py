@@ -4,7 +4,6 @@ Plain frozen dataclasses that are also sections of a configuration file, so this
 neither torch nor diffusers.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from typing import Any, Literal
@@ -14,8 +13,16 @@ from flowgrpo.core.imports import suggest
 Quantization = Literal["none", "nf4", "int8", "torchao_int8"]
 PACKAGES = {"nf4": "bitsandbytes", "int8": "bitsandbytes", "torchao_int8": "torchao"}
 """The package that each quantisation needs."""
-Bounds = Sequence[tuple[str, int, int]]
-"""Configuration keys with their values and the smallest allowed value."""
+OWN_KEYS = {
+    "num_inference_steps": "sampling.num_steps",
+    "guidance_scale": "sampling.guidance_scale",
+    "height": "sampling.height",
+    "width": "sampling.width",
+    "num_frames": "sampling.num_frames",
+}
+"""Arguments of a pipeline's call that have a key of their own."""
+SET_BY_POLICY = ("prompt", "latents", "generator", "output_type", "return_dict")
+"""Arguments of a pipeline's call that the policy sets itself."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +57,18 @@ class Sampling:
         }
         return {k: v for k, v in named.items() if v is not None} | self.call
 
+    def check(self) -> None:
+        """Raise ValueError if ``call`` has arguments that are set elsewhere."""
+        for name in self.call:
+            if name in OWN_KEYS:
+                raise ValueError(f"sampling.call.{name}: set {OWN_KEYS[name]} instead")
+            if name in SET_BY_POLICY:
+                where = "; prompts are in prompts.train" if name == "prompt" else ""
+                raise ValueError(
+                    f"sampling.call.{name}: this argument is set in every call, so it cannot be "
+                    f"configured{where}"
+                )
+
 
 @dataclass(frozen=True, kw_only=True)
 class LoRA:
@@ -71,10 +90,6 @@ class LoRA:
     """Denoisers to adapt, by their names in the pipeline, such as one of Wan 2.2's two transformers.
     If empty, all are adapted."""
 
-    def bounds(self) -> Bounds:
-        """Keys, their values and the smallest allowed values."""
-        return [("model.weights.rank", self.rank, 1), ("model.weights.alpha", self.alpha, 1)]
-
 
 @dataclass(frozen=True, kw_only=True)
 class Full:
@@ -89,10 +104,6 @@ class Full:
     models: tuple[str, ...] = ()
     """Denoisers to train, by their names in the pipeline. If empty, all are trained."""
 
-    def bounds(self) -> Bounds:
-        """Nothing to check."""
-        return []
-
 
 @dataclass(frozen=True, kw_only=True)
 class Noise:
@@ -102,10 +113,6 @@ class Noise:
     """
 
     kind: Literal["noise"] = "noise"
-
-    def bounds(self) -> Bounds:
-        """Nothing to check."""
-        return []
 
 
 Weights = LoRA | Full
@@ -153,9 +160,6 @@ class Memory:
         Raises:
             ValueError: If a value is not allowed, or settings exclude each other.
         """
-        for name in ("prompt_cache_gb", "prompt_disk_gb", "decode_batch", "score_batch"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"memory.{name} must be at least 0, got {getattr(self, name)}")
         if self.quantize != "none" and trains_all:
             raise ValueError(
                 f"memory.quantize = {self.quantize!r} freezes the denoiser; it needs "
