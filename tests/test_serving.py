@@ -491,6 +491,12 @@ def test_an_answer_that_drips_or_is_cut_off_or_has_no_end_fails(monkeypatch):
     drip = Raw(head, *[b"x"] * 20)
     with pytest.raises(ConnectionError, match=r"the answer took more than 0\.5 s"):
         Endpoints(drip.url, timeout=0.5, patience=0.0).request("/")
+    # Also in its head, which httpx reads with a timeout for each byte.
+    heads = Raw(*[bytes([b]) for b in b"HTTP/1.1 200 OK\r\nX-Slow: " + b"x" * 40])
+    began = time.monotonic()
+    with pytest.raises(ConnectionError, match=r"the answer took more than 0\.5 s"):
+        Endpoints(heads.url, timeout=0.5, patience=0.0).request("/")
+    assert time.monotonic() - began < 2.5
     cut = Raw(head + b"{}")
     with pytest.raises(ConnectionError, match=r"without sending complete message body"):
         Endpoints(cut.url, patience=0.0).request("/")
@@ -498,7 +504,7 @@ def test_an_answer_that_drips_or_is_cut_off_or_has_no_end_fails(monkeypatch):
     endless = Raw(head + b"x" * 1000)
     with pytest.raises(Refused, match="an answer of more than 500 bytes"):
         Endpoints(endless.url, patience=0.0).request("/")
-    for thread in (drip, cut, endless):
+    for thread in (drip, heads, cut, endless):
         thread.join()
 
 

@@ -4,9 +4,11 @@ import argparse
 import logging
 import os
 import signal
+import sys
 import threading
+from pathlib import Path
 
-from flowgrpo.cli.common import parse_setting
+from flowgrpo.cli.common import UsageError, parse_setting
 
 SUMMARY = "serve a reward over HTTP, from an environment or a machine of its own"
 EXAMPLE = (
@@ -36,8 +38,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--token",
         default="",
-        help="secret that requests must carry; FLOWGRPO_TOKEN is safer, since command lines can be "
-        "seen",
+        help="secret that requests must carry; other users of the machine can see command lines, so "
+        "--token-file or the environment variable FLOWGRPO_TOKEN is safer",
+    )
+    parser.add_argument(
+        "--token-file", type=Path, metavar="FILE", help="file that contains the token"
     )
     parser.add_argument(
         "--max-batch", type=int, default=64, help="samples in one call (default: %(default)s)"
@@ -56,6 +61,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--max-pixels", type=int, default=4096 * 4096, help="of an image (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--max-decoded-megabytes",
+        type=float,
+        default=4096,
+        help="of the decoded images of a request, 12 bytes per pixel (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--max-memory-megabytes",
+        type=float,
+        default=8192,
+        help="of all requests in progress, decoded images included (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--max-connections", type=int, default=64, help="at the same time (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--drain-seconds",
+        type=float,
+        default=30.0,
+        help="after SIGTERM or Ctrl-C, time to answer the requests in progress (default: %(default)s)",
     )
 
 
@@ -81,14 +107,18 @@ def run(options: argparse.Namespace) -> int:
         name=settings.label,
         host=options.host,
         port=options.port,
-        token=options.token or os.environ.get("FLOWGRPO_TOKEN", ""),
+        token=_token(options),
         limits=Limits(
             num_bytes=int(options.max_megabytes * 2**20),
             num_images=options.max_images,
             num_pixels=options.max_pixels,
+            num_decoded=int(options.max_decoded_megabytes * 2**20),
         ),
         max_batch=options.max_batch,
         wait=options.wait,
+        max_connections=options.max_connections,
+        max_memory=int(options.max_memory_megabytes * 2**20),
+        drain=options.drain_seconds,
     )
     stopped = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -100,5 +130,26 @@ def run(options: argparse.Namespace) -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_DFL)
     print("stopping after the requests in progress (again to stop at once)", flush=True)
-    server.close()
+    if not server.close():
+        print(
+            f"flowgrpo: {server.batcher.num_waiting} samples were not scored within {server.drain:g} s",
+            file=sys.stderr,
+        )
+        return 1
     return 0
+
+
+def _token(options: argparse.Namespace) -> str:
+    """The token, from the command line, its file or the environment.
+
+    Raises:
+        UsageError: If it is given twice, or its file cannot be read or is empty.
+    """
+    if options.token and options.token_file:
+        raise UsageError("give --token or --token-file, not both")
+    if not options.token_file:
+        return str(options.token or os.environ.get("FLOWGRPO_TOKEN", ""))
+    try:
+        return read_token(options.token_file)
+    except (OSError, ValueError) as error:
+        raise UsageError(f"--token-file: {error}") from error
