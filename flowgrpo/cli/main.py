@@ -11,7 +11,8 @@ from typing import Any
 
 from flowgrpo import __version__
 from flowgrpo.cli.common import UsageError
-from flowgrpo.core.imports import suggest
+from flowgrpo.core.imports import NO_CODE, refuse_code, suggest
+from flowgrpo.core.secrets import redact, redact_logs
 from flowgrpo.core.text import plain, shorten
 
 EPILOG = """\
@@ -33,7 +34,11 @@ SHARED = ("common", "main")
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command. Returns the exit status: 0 done, 1 failed, 2 misused, 130 interrupted."""
-    arguments = sys.argv[1:] if arguments is None else arguments
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if "--no-code" in arguments:  # before or after the command
+        arguments.remove("--no-code")
+        refuse_code()
+    redact_logs()
     known = commands()
     top = parser(known)
     command = next((a for a in arguments if not a.startswith("-")), None)
@@ -48,7 +53,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     # So that import paths in a configuration find modules in the working directory, as with
     # python -m flowgrpo.
-    sys.path.insert(0, os.getcwd())
+    if not os.environ.get(NO_CODE):
+        sys.path.insert(0, os.getcwd())
     try:
         status = int(known[command].run(options))
         sys.stdout.flush()
@@ -64,7 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except EXPECTED as error:
-        print(shorten(plain(f"flowgrpo: {error}")), file=sys.stderr)
+        print(shorten(plain(redact(f"flowgrpo: {error}"))), file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1
 
 
@@ -82,6 +88,11 @@ def parser(known: Mapping[str, Any]) -> argparse.ArgumentParser:
         description="Reinforcement learning for image and video generators: any diffusers pipeline is a policy.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    top.add_argument(
+        "--no-code",
+        action="store_true",
+        help="refuse import paths of modules that are not part of flowgrpo; may follow the command",
     )
     top.add_argument("--version", action="version", version=f"flowgrpo {__version__}")
     subparsers = top.add_subparsers(metavar="COMMAND")

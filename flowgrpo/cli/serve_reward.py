@@ -9,6 +9,7 @@ import threading
 from pathlib import Path
 
 from flowgrpo.cli.common import UsageError, parse_setting
+from flowgrpo.core.secrets import read_token
 
 SUMMARY = "serve a reward over HTTP, from an environment or a machine of its own"
 EXAMPLE = (
@@ -53,6 +54,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=0.01,
         help="seconds to wait for more requests after the first one (default: %(default)s)",
     )
+    _add_limits(parser)
+
+
+def _add_limits(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--max-megabytes", type=float, default=256, help="of a request (default: %(default)s)"
     )
@@ -93,6 +98,7 @@ def run(options: argparse.Namespace) -> int:
     from flowgrpo.rewards.serving.server import RewardServer
     from flowgrpo.rewards.settings import Reward
 
+    token = _token(options)  # before a model is loaded
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     given = dict(parse_setting(s, "--option") for s in options.option)
     settings = Reward(model=options.reward, options=given)
@@ -107,17 +113,17 @@ def run(options: argparse.Namespace) -> int:
         name=settings.label,
         host=options.host,
         port=options.port,
-        token=_token(options),
+        token=token,
         limits=Limits(
             num_bytes=int(options.max_megabytes * 2**20),
             num_images=options.max_images,
             num_pixels=options.max_pixels,
             num_decoded=int(options.max_decoded_megabytes * 2**20),
+            num_reserved=int(options.max_memory_megabytes * 2**20),
+            num_connections=options.max_connections,
         ),
         max_batch=options.max_batch,
         wait=options.wait,
-        max_connections=options.max_connections,
-        max_memory=int(options.max_memory_megabytes * 2**20),
         drain=options.drain_seconds,
     )
     stopped = threading.Event()

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from flowgrpo.config.reference import to_table
+from flowgrpo.core.secrets import redact_table
 
 if TYPE_CHECKING:
     from flowgrpo.config.schema import Config
@@ -45,7 +46,8 @@ def differences(there: "Config", here: "Config") -> dict[str, tuple[Any, Any]]:
 
     Lists are compared as a whole, except lists of tables, whose keys contain the index.
     """
-    one, other = _flat(to_table(there)), _flat(to_table(here))
+    # Secrets are redacted there.
+    one, other = (_flat(redact_table(to_table(config))) for config in (there, here))
     keys = [*one, *(k for k in other if k not in one)]
     return {
         k: (one.get(k), other.get(k))

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from flowgrpo.core.errors import ConfigError
 from flowgrpo.core.imports import suggest
+from flowgrpo.core.secrets import redact_table
 from flowgrpo.data.prompt_files import HUB
 
 if TYPE_CHECKING:
@@ -160,14 +161,14 @@ def _row(statement: Sequence[str], name: str) -> int:
 
 
 def dump(config: "Config") -> str:
-    """A configuration as TOML; :func:`load` gives an equal one."""
+    """A configuration as TOML; :func:`load` gives an equal one, except for secrets, which are redacted."""
     import tomli_w
 
     from flowgrpo.config.reference import to_table
 
-    return tomli_w.dumps(to_table(config))
+    return tomli_w.dumps(redact_table(to_table(config)))
 
 
 def save(config: "Config", path: Path) -> None:
-    """Write a configuration so that :func:`load` gives an equal one."""
+    """Write a configuration so that :func:`load` gives an equal one, except for secrets."""
     path.write_text(dump(config), encoding="utf-8")

@@ -2,21 +2,45 @@
 
 import difflib
 import importlib
+import os
 import traceback
 from collections.abc import Iterable
 from typing import Any
+
+OWN_PACKAGES = ("flowgrpo", "reward_models")
+NO_CODE = "FLOWGRPO_NO_CODE"
+"""Environment variable that ``--no-code`` sets, so that processes that are started see it as well."""
+
+
+def refuse_code() -> None:
+    """Let :func:`import_path` import modules of flowgrpo only, in this process and those it starts."""
+    os.environ[NO_CODE] = "1"
+
+
+def check_code_allowed(path: str) -> None:
+    """Raise ValueError if an import path names code that ``--no-code`` refuses."""
+    if (
+        os.environ.get(NO_CODE, "") not in ("", "0")
+        and path.split(".")[0].split(":")[0] not in OWN_PACKAGES
+    ):
+        raise ValueError(
+            f"{path!r} is an import path, which would run code from outside of flowgrpo, and --no-code (or "
+            f"the environment variable {NO_CODE}) refuses it"
+        )
 
 
 def import_path(path: str) -> Any:
     """The object at ``"package.module:name"``, so that a configuration can name a user's code.
 
     Raises:
-        ValueError: If there is no such module or name, or the module fails while it is imported.
+        ValueError: If there is no such module or name, the module fails while it is imported, or it
+            is not part of flowgrpo and code was refused (:func:`refuse_code`).
         ImportError: If the module itself raises one, such as a reward without its extra.
     """
     module, _, name = path.partition(":")
     if not module or not name or module.startswith("."):
         raise ValueError(f"{path!r} is no import path; write 'package.module:name'")
+    check_code_allowed(path)
     try:
         imported = importlib.import_module(module)
     except ModuleNotFoundError as error:

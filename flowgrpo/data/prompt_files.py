@@ -3,7 +3,7 @@
 import csv
 import io
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,8 @@ from flowgrpo.data.prompts import Image, Prompt
 
 HUB = "hf:"
 """Prefix of the name of a Hugging Face dataset: ``hf:owner/name:split`` or ``hf:folder``."""
-SIZES = ("height", "width", "num_frames")
+SIZES = {"height": 16384, "width": 16384, "num_frames": 10_000}
+"""Sizes of a sample, and the largest value of each."""
 PICTURES = ("control_image", "mask_image", "last_image")
 """Arguments of pipelines' calls that take a picture, besides ``image``."""
 FIXED = (
@@ -69,31 +70,68 @@ def read_prompts(source: Path) -> list[Prompt]:
 
 
 def _read_txt(path: Path) -> Iterator[Prompt]:
-    for line in path.read_text(encoding="utf-8-sig").split("\n"):
+    for line in _text(path).split("\n"):
         if line.strip():
             yield Prompt(line.strip())
 
 
+def _text(path: Path) -> str:
+    """The text of a file. Raises PromptError if it is not UTF-8."""
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = error.object.count(b"\n", 0, error.start) + 1
+        raise PromptError(
+            f"{path}, line {line}: not UTF-8; save the file in this encoding"
+        ) from error
+
+
 def _read_jsonl(path: Path) -> Iterator[Prompt]:
-    for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), start=1):
+    for number, line in enumerate(_text(path).split("\n"), start=1):
         if not line.strip():
             continue
         try:
-            record = json.loads(line)
+            record = json.loads(line, object_pairs_hook=_object, parse_constant=_constant)
         except json.JSONDecodeError as error:
             raise PromptError(f"{path}, line {number}: not valid JSON: {error}") from error
+        except RecursionError as error:
+            raise PromptError(f"{path}, line {number}: the JSON is nested too deeply") from error
+        except ValueError as error:
+            raise PromptError(f"{path}, line {number}: {error}") from error
         yield _from_record(record, f"{path}, line {number}", path.parent)
 
 
+def _object(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object whose keys differ: of two equal ones Python's parser would keep the last."""
+    table = dict(pairs)
+    if len(table) < len(pairs):
+        keys = [k for k, _ in pairs]
+        raise ValueError(f"the key {next(k for k in keys if keys.count(k) > 1)!r} is given twice")
+    return table
+
+
+def _constant(name: str) -> Any:
+    raise ValueError(f"{name} is not valid JSON")
+
+
 def _read_csv(path: Path) -> Iterator[Prompt]:
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        rows: Iterable[dict[str, Any]] = csv.DictReader(file)
+    rows = csv.DictReader(io.StringIO(_text(path), newline=""))
+    where = f"{path}, line 1"
+    try:
+        names = list(rows.fieldnames or ())
+        if len(set(names)) < len(names):
+            raise PromptError(f"{where}: two columns have the same name, {names}")
         for number, row in enumerate(rows, start=2):
             where = f"{path}, line {number}"
-            # Every cell is text; an empty cell of a known key means that it is not set.
-            cells = {k: v for k, v in row.items() if k not in OWN_KEYS or v}
+            if None in row:  # where DictReader puts what it has no name for
+                raise PromptError(f"{where}: more cells than the {len(names)} columns")
+            # Every cell is text; an empty cell of a known key means that it is not set, and a row that
+            # is too short has None for the rest.
+            cells = {k: v or "" for k, v in row.items() if k not in OWN_KEYS or v}
             numbers = {k: _number(v, k, where) for k, v in cells.items() if k in SIZES}
             yield _from_record({**cells, **numbers}, where, path.parent)
+    except csv.Error as error:
+        raise PromptError(f"{where}: not valid CSV: {error}") from error
 
 
 def _read_parquet(path: Path) -> Iterator[Prompt]:
@@ -103,7 +141,11 @@ def _read_parquet(path: Path) -> Iterator[Prompt]:
         raise ImportError(
             f"{path}: Parquet files need pyarrow: pip install 'flowgrpo[data]'"
         ) from error
-    for number, record in enumerate(parquet.read_table(path).to_pylist(), start=1):
+    try:
+        records = parquet.read_table(path).to_pylist()
+    except (OSError, ValueError) as error:  # pyarrow's errors are subclasses of these
+        raise PromptError(f"{path}: not a readable Parquet file: {error}") from error
+    for number, record in enumerate(records, start=1):
         yield _from_record(record, f"{path}, row {number}", path.parent)
 
 
@@ -137,6 +179,7 @@ def _from_record(record: Any, where: str, folder: Path) -> Prompt:
         )
     if negative is not None and not isinstance(negative, str):
         raise PromptError(f"{where}: 'negative_prompt' must be text, got {negative!r}")
+    _refuse_misspelt(record, where)
     metadata = record.get("metadata") or {}
     if not isinstance(metadata, dict):
         raise PromptError(f"{where}: 'metadata' must be an object, got {metadata!r}")
@@ -153,6 +196,34 @@ def _from_record(record: Any, where: str, folder: Path) -> Prompt:
     return Prompt(text, negative or None, {**rest, **metadata}, images, call=call, **sizes)
 
 
+def _refuse_misspelt(record: Mapping[str, Any], where: str) -> None:
+    """Raise PromptError if a key looks like a misspelt one of :data:`OWN_KEYS`: it would be metadata."""
+    for key in record:
+        for own in OWN_KEYS:
+            if key != own and str(key)[:1].lower() == own[0] and _is_near(str(key).lower(), own):
+                raise PromptError(
+                    f"{where}: unknown key {key!r}; did you mean {own!r}? If it is data for a reward, put it "
+                    "into 'metadata'"
+                )
+
+
+def _is_near(word: str, known: str) -> bool:
+    """Whether one letter is wrong, missing, additional or exchanged with the next; two in long words."""
+    most = 2 if len(known) > 8 else 1
+    if abs(len(word) - len(known)) > most:
+        return False
+    before: list[int] = []
+    row = list(range(len(known) + 1))
+    for i, a in enumerate(word, start=1):
+        older, before, row = before, row, [i]
+        for j, b in enumerate(known, start=1):
+            cost = min(before[j] + 1, row[j - 1] + 1, before[j - 1] + (a != b))
+            if i > 1 and j > 1 and (a, word[i - 2]) == (known[j - 2], b):
+                cost = min(cost, older[j - 2] + 1)
+            row.append(cost)
+    return row[-1] <= most
+
+
 def _number(value: str, key: str, where: str) -> int:
     if not value.strip().isdigit():
         raise PromptError(f"{where}: {key!r} must be a whole number, got {value!r}")
@@ -162,6 +233,8 @@ def _number(value: str, key: str, where: str) -> int:
 def _size(value: Any, key: str, where: str) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise PromptError(f"{where}: {key!r} must be a whole number above 0, got {value!r}")
+    if value > SIZES[key]:
+        raise PromptError(f"{where}: {key!r} must be at most {SIZES[key]}, got {value}")
     return value
 
 
@@ -179,16 +252,15 @@ def _images(record: Mapping[str, Any], where: str, folder: Path) -> Sequence[Pat
 def _image(value: Any, where: str, folder: Path) -> "Path | Image":
     """An image given by its file, by its bytes (as in Parquet files), or in memory."""
     from PIL import Image as pil
-    from PIL import UnidentifiedImageError
 
-    from flowgrpo.data.pictures import as_rgb, check_depth
+    from flowgrpo.data.pictures import UNREADABLE, as_rgb, check_depth
 
     if isinstance(value, pil.Image):
         return value
     if isinstance(value, dict) and value.get("bytes"):
         try:
             return as_rgb(pil.open(io.BytesIO(value["bytes"])))
-        except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
+        except UNREADABLE as error:
             raise PromptError(f"{where}: the image in it cannot be read: {error}") from error
     name = value.get("path") if isinstance(value, dict) else value
     if not isinstance(name, str):
@@ -198,7 +270,7 @@ def _image(value: Any, where: str, folder: Path) -> "Path | Image":
         with pil.open(path) as image:
             check_depth(image)
             image.verify()
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
+    except UNREADABLE as error:
         raise PromptError(f"{where}: image {path} cannot be read: {error}") from error
     return path
 

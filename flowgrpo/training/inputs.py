@@ -4,7 +4,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from flowgrpo.config import Config, ConfigError, find
+from flowgrpo.config.reference import to_table
 from flowgrpo.core.imports import import_path
+from flowgrpo.core.secrets import REDACTED, redacted_in
 from flowgrpo.data.prompt_sets import PromptSet
 from flowgrpo.policy.settings import require_installed
 from flowgrpo.rewards.loading import check_name
@@ -21,6 +23,11 @@ def check_names(config: Config, num_processes: int) -> None:
         ImportError: If an optional package is not installed.
     """
     config.check(num_processes)
+    if key := redacted_in(to_table(config)):
+        raise ConfigError(
+            f"{key} is {REDACTED}: secrets are left out of saved configurations; give it again with "
+            f"--set {key}=..."
+        )
     require_installed(config.memory, config.train.optimizer)
     for key, file in _files(config).items():
         with _setting(key):

@@ -16,6 +16,7 @@ from accelerate.utils import gather_object
 from torch import Tensor
 
 from flowgrpo.config import Config
+from flowgrpo.core.secrets import redact_command
 from flowgrpo.data.prompts import Group
 from flowgrpo.policy.placement import resolve_device
 from flowgrpo.rewards.scorer import RewardScorer
@@ -346,7 +347,7 @@ class Session:
             "device": str(self.accelerator.device),
             "processes": self.accelerator.num_processes,
             "threads": torch.get_num_threads(),
-            "command": " ".join(sys.argv),
+            "command": redact_command(sys.argv),
         }
         processes = self.accelerator.num_processes
         self._lock, changed = run_folder.claim(self.config, processes, environment)

@@ -63,7 +63,7 @@ class WireError(ValueError):
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """How much one request may hold.
+    """How much one request, and all requests together, may hold.
 
     Attributes:
         num_bytes: Bytes of the body.
@@ -71,12 +71,16 @@ class Limits:
         num_pixels: Pixels of one image, checked before the image is decoded.
         num_decoded: Bytes of all its images when they are decoded, 12 for each pixel of a sample and 3
             for each pixel of a condition image; checked before any of them is decoded.
+        num_reserved: Bytes of the bodies and the decoded images of all requests in progress.
+        num_connections: Connections at the same time.
     """
 
     num_bytes: int = 256 * 2**20
     num_images: int = 1024
     num_pixels: int = 4096 * 4096
     num_decoded: int = 4 * 2**30
+    num_reserved: int = 8 * 2**30
+    num_connections: int = 64
 
 
 @dataclass(frozen=True)

@@ -81,8 +81,6 @@ class RewardServer:
         limits: Limits | None = None,
         max_batch: int = 64,
         wait: float = 0.01,
-        max_connections: int = 64,
-        max_memory: int = 8 * 2**30,
         drain: float = 30.0,
     ):
         """Listen and start serving.
@@ -94,12 +92,9 @@ class RewardServer:
             port: 0 takes a free port.
             token: Token that requests must bear; without one, every user of this machine has
                 access.
-            limits: How much a request may hold.
+            limits: How much requests may hold, one and all together.
             max_batch: Most samples in one call of the model.
             wait: Seconds to wait for more requests after the first one.
-            max_connections: Connections at the same time; further ones are answered with 503.
-            max_memory: Bytes of the bodies and the decoded images of all requests in progress; further
-                requests are answered with 503.
             drain: Seconds in which requests in progress are answered when the server is closed.
 
         Raises:
@@ -111,14 +106,12 @@ class RewardServer:
                 f"host {host!r} is open to other machines: give a token (--token or FLOWGRPO_TOKEN), "
                 "or listen on 127.0.0.1"
             )
-        if max_connections < 1 or max_memory < 1 or drain < 0:
+        self.token, self.limits, self.drain = token, limits or Limits(), drain
+        if min(vars(self.limits).values()) < 1 or drain < 0:
             raise ValueError(
-                "max_connections and max_memory must be at least 1 and drain at least 0, got "
-                f"{max_connections}, {max_memory}, {drain}"
+                f"limits must be at least 1 and drain at least 0, got {self.limits}, {drain}"
             )
-        self.token, self.limits = token, limits or Limits()
-        self.max_connections, self.drain = max_connections, drain
-        self.memory = Reserve(max_memory)
+        self.memory = Reserve(self.limits.num_reserved)
         self.name = name or getattr(reward, "__name__", type(reward).__name__)
         six = ":" in host
         listener = socket.create_server(
@@ -172,7 +165,7 @@ class RewardServer:
 
 def _settings(server: RewardServer) -> uvicorn.Config:
     class Protocol(_Protocol):
-        max_connections = server.max_connections
+        max_connections = server.limits.num_connections
 
     return uvicorn.Config(
         make_app(server),
