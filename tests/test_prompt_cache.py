@@ -279,7 +279,7 @@ def test_damaged_encodings_are_encoded_again(
     cache = PromptCache(encode, store)
     cache(["a"])
     if damage == "full":
-        monkeypatch.setattr(tempfile, "TemporaryFile", lambda **_: open("/dev/full", "wb", 0))
+        monkeypatch.setattr(tempfile, "TemporaryFile", lambda **_: open("/dev/full", "wb", 0))  # noqa: SIM115
     cache(["b"])
     if damage == "flip":
         (record,) = store._on_disk.values()
