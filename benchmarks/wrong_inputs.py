@@ -166,7 +166,7 @@ def run_models(number: int, start: int, folder: Path, count: Count, alive: Any) 
             "cpu",
         ]
         count.add(
-            wrong.answer([*command, "--out", str(folder / "images")]),
+            wrong.answer(wrong.sample_command(place, folder)),
             lambda to: [
                 (to / name.replace("/", "_")).write_bytes(data or b"deleted")
                 for name, data in changes

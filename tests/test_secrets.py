@@ -30,7 +30,7 @@ SECRET = "s3cr3tvalue"
     [
         f"no answer from http://me:{SECRET}@10.0.0.5:8500/score",
         f"GET https://host/v1?model=x&api_key={SECRET}&y=1",
-        f"flowgrpo serve-reward x --token {SECRET} --port 1",
+        f"flowgrpo serve-reward x --token={SECRET} --port 1",
         f"--set rewards.0.options.api_key={SECRET}",
         f"options = {{ password = '{SECRET}', size = 3 }}",
         f'{{"hf_token": "{SECRET}"}}',

@@ -291,6 +291,12 @@ def prompt_files(draw: st.DrawFn) -> tuple[str, bytes]:
     return suffix, data
 
 
+def sample_command(model: Path, folder: Path) -> list[str]:
+    """The command that samples an image of a model into a folder."""
+    options = ["--prompt", "a", "--steps", "2", "--size", "32x32", "--device", "cpu"]
+    return ["sample", str(model), *options, "--out", str(folder / "images")]
+
+
 @st.composite
 def model_folders(draw: st.DrawFn, source: Path) -> list[tuple[str, bytes | None]]:
     """Changes to a copy of a pipeline's folder: files with new contents, None where one is deleted."""

@@ -34,7 +34,6 @@ _IN_TEXT: Sequence[tuple[re.Pattern[str], str]] = (
         re.compile(rf"(['\"](?:[^'\"\s]*[._-])?{_WORDS}['\"]\s*:\s*['\"])[^'\"]+", re.IGNORECASE),
         rf"\1{REDACTED}",
     ),
-    (re.compile(r"(--[a-z-]*token\s+)[^\s'\"(-][^\s'\"]*", re.IGNORECASE), rf"\1{REDACTED}"),
     (re.compile(r"(\bBearer\s+)[A-Za-z0-9][\w.~+/=-]*", re.IGNORECASE), rf"\1{REDACTED}"),
     # The forms of the keys of Hugging Face, OpenAI and GitHub.
     (

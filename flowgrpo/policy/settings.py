@@ -131,7 +131,7 @@ class Memory:
     offload_vae: bool = False
     """Keep the VAE in main memory, and move it to the accelerator only to encode and decode."""
     prompt_cache_gb: float = 4.0
-    """Main memory for encoded prompts, in GB. The least recently used move to a temporary folder."""
+    """Main memory for encoded prompts, in GB. The least recently used move to a temporary file."""
     prompt_disk_gb: float = 16.0
     """Disk space for encoded prompts, in GB."""
     vae_tiling: bool = False
