@@ -153,18 +153,6 @@ def run_models(number: int, start: int, folder: Path, count: Count, alive: Any) 
             if data is not None:
                 (place / name).write_bytes(data)
         alive()
-        command = [
-            "sample",
-            str(place),
-            "--prompt",
-            "a",
-            "--steps",
-            "2",
-            "--size",
-            "32x32",
-            "--device",
-            "cpu",
-        ]
         count.add(
             wrong.answer(wrong.sample_command(place, folder)),
             lambda to: [

@@ -293,8 +293,8 @@ def prompt_files(draw: st.DrawFn) -> tuple[str, bytes]:
 
 def sample_command(model: Path, folder: Path) -> list[str]:
     """The command that samples an image of a model into a folder."""
-    options = ["--prompt", "a", "--steps", "2", "--size", "32x32", "--device", "cpu"]
-    return ["sample", str(model), *options, "--out", str(folder / "images")]
+    options = ["--samples", "1", "--steps", "2", "--size", "32x32", "--device", "cpu"]
+    return ["sample", str(model), "a", *options, "--out", str(folder / "images")]
 
 
 @st.composite
