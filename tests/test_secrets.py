@@ -12,10 +12,10 @@ from flowgrpo.config import ConfigError
 from flowgrpo.core.imports import NO_CODE, import_path
 from flowgrpo.core.secrets import (
     REDACTED,
+    clean_logs,
     is_secret,
     redact,
     redact_command,
-    redact_logs,
     redact_table,
 )
 from flowgrpo.training import run_folder
@@ -136,8 +136,9 @@ def test_a_run_writes_no_secret_and_resumes_with_it_given_again(
     Console().say(f"http://me:{SECRET}@host does not answer")
     factory = logging.getLogRecordFactory()
     try:
-        redact_logs()
+        clean_logs()
         logging.getLogger("flowgrpo.test").warning("%s is wrong", f"api_key={SECRET}")
+        logging.getLogger("flowgrpo.test").warning("the server said: \x1b[2J")
     finally:
         logging.setLogRecordFactory(factory)
     assert main(["train", f"no-such-{SECRET}-file?token={SECRET}x"]) == 1
@@ -145,6 +146,8 @@ def test_a_run_writes_no_secret_and_resumes_with_it_given_again(
     assert f"token={REDACTED}" in output.err
     assert f"{SECRET}@" not in output.out
     assert SECRET not in caplog.text
+    assert "\\x1b[2J" in caplog.text
+    assert "\x1b" not in caplog.text
 
 
 def test_no_code_refuses_import_paths_of_others(

@@ -12,7 +12,7 @@ from typing import Any
 from flowgrpo import __version__
 from flowgrpo.cli.common import UsageError
 from flowgrpo.core.imports import NO_CODE, refuse_code, suggest
-from flowgrpo.core.secrets import redact, redact_logs
+from flowgrpo.core.secrets import clean_logs, redact
 from flowgrpo.core.text import plain, shorten
 
 EPILOG = """\
@@ -38,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if "--no-code" in arguments:  # before or after the command
         arguments.remove("--no-code")
         refuse_code()
-    redact_logs()
+    clean_logs()
     known = commands()
     top = parser(known)
     command = next((a for a in arguments if not a.startswith("-")), None)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from flowgrpo.cli.common import UsageError, parse_setting
 from flowgrpo.core.secrets import read_token
+from flowgrpo.core.text import plain
 
 SUMMARY = "serve a reward over HTTP, from an environment or a machine of its own"
 EXAMPLE = (
@@ -130,7 +131,7 @@ def run(options: argparse.Namespace) -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stopped.set())
     guard = "a token" if server.token else "no token"
-    print(f"serving {settings.label} at {server.url} ({guard}); Ctrl-C stops", flush=True)
+    print(f"serving {plain(settings.label)} at {server.url} ({guard}); Ctrl-C stops", flush=True)
     stopped.wait()
     # A request or a reward may take for ever: a second signal ends the process at once.
     for number in (signal.SIGTERM, signal.SIGINT):

@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from flowgrpo.core.text import plain
+
 REDACTED = "(redacted)"
 """Written in place of a secret."""
 _WORDS = r"(?:token|secret|passw(?:or)?d|api[_-]?key|access[_-]?key|private[_-]?key|credentials?)"
@@ -106,11 +108,11 @@ def redacted_in(value: Any, key: str = "") -> str:
     return next((k for k in found if k), "")
 
 
-class _RedactedRecord(logging.LogRecord):
+class _CleanRecord(logging.LogRecord):
     def getMessage(self) -> str:
-        return redact(super().getMessage())
+        return plain(redact(super().getMessage()))
 
 
-def redact_logs() -> None:
-    """Keep secrets out of everything that this process logs from now on."""
-    logging.setLogRecordFactory(_RedactedRecord)
+def clean_logs() -> None:
+    """Keep secrets, and control characters of prompts and servers, out of what this process logs."""
+    logging.setLogRecordFactory(_CleanRecord)
