@@ -285,10 +285,10 @@ def test_the_table_of_changeable_keys_names_keys_and_is_in_the_docs():
 )
 def test_any_error_in_a_rollout_saves_the_last_iteration(tmp_path, error, saved):
     settings, learner = config(tmp_path / "run", "run.checkpoint_every=100"), Counter()
-    with pytest.raises(type(error)), Session(settings) as session:
+    learner.weights += 1
+    with Session(settings) as session:
         session.console.rich.quiet = True
-        learner.weights += 1
-        with session.rescue(learner, 1):
+        with pytest.raises(type(error)), session.rescue(learner, 1):
             raise error
     assert [p.name for p in checkpoints.complete(tmp_path / "run" / "checkpoints")] == saved
     if saved:

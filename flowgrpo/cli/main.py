@@ -11,7 +11,7 @@ from typing import Any
 
 from flowgrpo import __version__
 from flowgrpo.cli.common import UsageError
-from flowgrpo.core.imports import NO_CODE, refuse_code, suggest
+from flowgrpo.core.imports import code_is_refused, refuse_code, suggest
 from flowgrpo.core.secrets import clean_logs, redact
 from flowgrpo.core.text import plain, shorten
 
@@ -53,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     # So that import paths in a configuration find modules in the working directory, as with
     # python -m flowgrpo.
-    if not os.environ.get(NO_CODE):
+    if not code_is_refused():
         sys.path.insert(0, os.getcwd())
     try:
         status = int(known[command].run(options))

@@ -17,12 +17,14 @@ def refuse_code() -> None:
     os.environ[NO_CODE] = "1"
 
 
+def code_is_refused() -> bool:
+    """Whether :func:`refuse_code` was called, here or in the process that started this one."""
+    return os.environ.get(NO_CODE, "") not in ("", "0")
+
+
 def check_code_allowed(path: str) -> None:
     """Raise ValueError if an import path names code that ``--no-code`` refuses."""
-    if (
-        os.environ.get(NO_CODE, "") not in ("", "0")
-        and path.split(".")[0].split(":")[0] not in OWN_PACKAGES
-    ):
+    if code_is_refused() and path.split(":")[0].split(".")[0] not in OWN_PACKAGES:
         raise ValueError(
             f"{path!r} is an import path, which would run code from outside of flowgrpo, and --no-code (or "
             f"the environment variable {NO_CODE}) refuses it"
