@@ -101,6 +101,11 @@ def run_configurations(number: int, start: int, folder: Path, count: Count, aliv
     """Dry runs of wrong configurations."""
     tables = [wrong.valid_table(name, folder / "run") for name in BASES]
     file = folder / "wrong.toml"
+    for name, table in zip(BASES, tables, strict=True):
+        file.write_bytes(wrong.toml(table))
+        found = wrong.answer(["train", str(file), "--dry-run"])
+        if found.status != 0:  # every mistake would be answered with this one
+            raise SystemExit(f"{name} is not valid: {found.text}")
 
     @generated(number, start)
     @given(wrong.configurations(tables))

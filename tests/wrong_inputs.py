@@ -58,8 +58,9 @@ OTHER: tuple[Any, ...] = (
 )
 SCALARS = st.sampled_from([*WHOLE, *REAL, *TEXT, *OTHER])
 SMALL_RUN = {
-    "train": {"iterations": 2, "groups": 2, "rollout_batch": 8, "train_batch": 8},
+    "train": {"iterations": 2, "optimizer": "adamw", "rollout_batch": 8, "train_batch": 8},
     "evaluation": {"images": 4, "grid_prompts": 1, "grid_samples": 1},
+    "memory": {"quantize": "none", "attention": ""},
 }
 
 
