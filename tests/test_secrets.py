@@ -8,8 +8,9 @@ import pytest
 
 from flowgrpo import config as configuration
 from flowgrpo.cli import main
+from flowgrpo.cli.main import NO_CODE
 from flowgrpo.config import ConfigError
-from flowgrpo.core.imports import NO_CODE, import_path
+from flowgrpo.core.imports import import_path, refuse_code
 from flowgrpo.core.secrets import (
     REDACTED,
     clean_logs,
@@ -18,6 +19,7 @@ from flowgrpo.core.secrets import (
     redact_command,
     redact_table,
 )
+from flowgrpo.policy.loading import _check_libraries
 from flowgrpo.training import run_folder
 from flowgrpo.training.console import Console
 from flowgrpo.training.inputs import check_names
@@ -166,6 +168,9 @@ def test_no_code_refuses_import_paths_of_others(
         assert "--no-code" in capsys.readouterr().err
     assert not (tmp_path / "ran").exists()
     assert import_path("flowgrpo.shapes.rewards:Strict")
-    monkeypatch.setenv(NO_CODE, "")
+    with pytest.raises(ValueError, match="'mine:unet' is an import path"):
+        _check_libraries({"unet": ["mine", "Net"], "vae": ["diffusers", "AutoencoderKL"]})
+    _check_libraries({"_class_name": "X", "a": [None, None], "b": ["stable_diffusion", "Checker"]})
+    refuse_code(False)
     monkeypatch.syspath_prepend(str(tmp_path))
     assert import_path("mine:Score")

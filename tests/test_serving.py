@@ -26,7 +26,7 @@ from PIL import Image
 from torch import Tensor
 
 from flowgrpo.cli import main
-from flowgrpo.core.secrets import read_token
+from flowgrpo.cli.serve_reward import read_token
 from flowgrpo.data.pictures import encode_png
 from flowgrpo.data.prompts import Prompt
 from flowgrpo.rewards.scorer import RewardScorer

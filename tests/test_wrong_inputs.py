@@ -150,7 +150,9 @@ def test_checks_take_no_time_that_grows_with_the_run() -> None:
 def test_the_first_iteration_without_a_reward(
     first: list[list[float]], second: list[list[float]], zero_at: int | None
 ) -> None:
-    rewards = [Reward(model="a", schedule=tuple(map(tuple, s))) for s in (first, second)]
+    rewards = [
+        Reward(model="a", schedule=tuple(tuple(map(float, p)) for p in s)) for s in (first, second)
+    ]
     by_hand = [i for i in range(20) if all(r.weight_at(i) == 0 for r in rewards)]
     assert by_hand[:1] == ([] if zero_at is None else [zero_at])
     if zero_at is None:

@@ -226,7 +226,7 @@ def damaged(draw: st.DrawFn, data: bytes) -> bytes:
         return data.replace(b"\n", b"\r\n")
     if how == "zeros":
         return data[:at] + b"\x00" * 100
-    return (data.decode("utf-8", "replace") + "ü").encode(how)
+    return (data.decode("utf-8", "replace") + "ü").encode(how, "replace")
 
 
 def toml(table: Any) -> bytes:

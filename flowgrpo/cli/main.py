@@ -24,6 +24,8 @@ first steps:
   flowgrpo serve-reward pick_score       serve a reward from an environment of its own
 """
 
+NO_CODE = "FLOWGRPO_NO_CODE"
+"""Environment variable with the effect of ``--no-code``."""
 EXPECTED = (ValueError, OSError, RuntimeError, ImportError, OverflowError)
 """Errors that users can correct; the message says how. Any other error is a defect and shows its
 traceback."""
@@ -35,9 +37,10 @@ SHARED = ("common", "main")
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command. Returns the exit status: 0 done, 1 failed, 2 misused, 130 interrupted."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    refuse_code("--no-code" in arguments or os.environ.get(NO_CODE, "") not in ("", "0"))
     if "--no-code" in arguments:  # before or after the command
         arguments.remove("--no-code")
-        refuse_code()
+        os.environ[NO_CODE] = "1"  # for processes that this one starts
     clean_logs()
     known = commands()
     top = parser(known)

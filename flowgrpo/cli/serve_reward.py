@@ -9,7 +9,6 @@ import threading
 from pathlib import Path
 
 from flowgrpo.cli.common import UsageError, parse_setting
-from flowgrpo.core.secrets import read_token
 from flowgrpo.core.text import plain
 
 SUMMARY = "serve a reward over HTTP, from an environment or a machine of its own"
@@ -160,3 +159,19 @@ def _token(options: argparse.Namespace) -> str:
         return read_token(options.token_file)
     except (OSError, ValueError) as error:
         raise UsageError(f"--token-file: {error}") from error
+
+
+def read_token(file: Path) -> str:
+    """The token in a file, without spaces around it.
+
+    Raises:
+        OSError: If the file cannot be read.
+        ValueError: If it is not one line of text.
+    """
+    try:
+        token = file.read_text(encoding="utf-8").strip()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is not a text file") from error
+    if not token or len(token.split()) != 1:
+        raise ValueError(f"{file} must contain the token and nothing else")
+    return token

@@ -2,32 +2,31 @@
 
 import difflib
 import importlib
-import os
 import traceback
 from collections.abc import Iterable
 from typing import Any
 
 OWN_PACKAGES = ("flowgrpo", "reward_models")
-NO_CODE = "FLOWGRPO_NO_CODE"
-"""Environment variable that ``--no-code`` sets, so that processes that are started see it as well."""
+_code_is_refused = False
 
 
-def refuse_code() -> None:
-    """Let :func:`import_path` import modules of flowgrpo only, in this process and those it starts."""
-    os.environ[NO_CODE] = "1"
+def refuse_code(refused: bool = True) -> None:
+    """Let :func:`import_path` import modules of flowgrpo only, from now on."""
+    global _code_is_refused
+    _code_is_refused = refused
 
 
 def code_is_refused() -> bool:
-    """Whether :func:`refuse_code` was called, here or in the process that started this one."""
-    return os.environ.get(NO_CODE, "") not in ("", "0")
+    """Whether :func:`refuse_code` was called."""
+    return _code_is_refused
 
 
 def check_code_allowed(path: str) -> None:
-    """Raise ValueError if an import path names code that ``--no-code`` refuses."""
-    if code_is_refused() and path.split(":")[0].split(".")[0] not in OWN_PACKAGES:
+    """Raise ValueError if an import path names code from outside, and such code is refused."""
+    if _code_is_refused and path.split(":")[0].split(".")[0] not in OWN_PACKAGES:
         raise ValueError(
-            f"{path!r} is an import path, which would run code from outside of flowgrpo, and --no-code (or "
-            f"the environment variable {NO_CODE}) refuses it"
+            f"{path!r} is an import path, which would run code from outside of flowgrpo; --no-code (or "
+            "FLOWGRPO_NO_CODE in the environment) refuses it"
         )
 
 

@@ -1,10 +1,9 @@
-"""Keys, tokens and passwords: where they are read from, and how they are kept out of files and messages."""
+"""Keys, tokens and passwords: how they are kept out of files and messages."""
 
 import logging
 import re
 import shlex
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from flowgrpo.core.text import plain
@@ -78,22 +77,6 @@ def redact_command(arguments: Sequence[str]) -> str:
         shown.append(REDACTED if hidden else redact(argument))
         hidden = argument.startswith("--") and is_secret(argument.removeprefix("--"))
     return shlex.join(shown)
-
-
-def read_token(file: Path) -> str:
-    """The token in a file, without spaces around it.
-
-    Raises:
-        OSError: If the file cannot be read.
-        ValueError: If it is not one line of text.
-    """
-    try:
-        token = file.read_text(encoding="utf-8").strip()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{file} is not a text file") from error
-    if not token or len(token.split()) != 1:
-        raise ValueError(f"{file} must contain the token and nothing else")
-    return token
 
 
 def redacted_in(value: Any, key: str = "") -> str:

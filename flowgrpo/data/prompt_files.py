@@ -198,9 +198,9 @@ def _from_record(record: Any, where: str, folder: Path) -> Prompt:
 
 def _refuse_misspelt(record: Mapping[str, Any], where: str) -> None:
     """Raise PromptError if a key looks like a misspelt one of :data:`OWN_KEYS`: it would be metadata."""
-    for key in record:
+    for key in (k for k in record if k not in OWN_KEYS):
         for own in OWN_KEYS:
-            if key != own and str(key)[:1].lower() == own[0] and _is_near(str(key).lower(), own):
+            if str(key)[:1].lower() == own[0] and _is_near(str(key).lower(), own):
                 raise PromptError(
                     f"{where}: unknown key {key!r}; did you mean {own!r}? If it is data for a reward, put it "
                     "into 'metadata'"

@@ -37,6 +37,7 @@ def load_pipeline(
 
     Raises:
         FileNotFoundError: If the folder does not exist or is not a pipeline.
+        ValueError: If its files are damaged, lack weights, or do not belong together.
     """
     path = Path(__file__).parents[1] / "shapes" / "model" if str(model) == "shapes" else Path(model)
     if (path / "modular_model_index.json").exists():
@@ -57,13 +58,27 @@ def load_pipeline(
     if quantize != "none":
         names = [n for n in DiffusionPipeline.load_config(source) if _is_denoiser(n)]
         config = _quantization(quantize, dtype, names)
-    with _complete_weights(source):
+    with _readable(source), _complete_weights(source):
         return DiffusionPipeline.from_pretrained(
             source,
             dtype={"default": dtype, **exact},
             quantization_config=config,
             variant=variant_of(path) if path.is_dir() else None,
         )
+
+
+@contextmanager
+def _readable(source: str) -> Iterator[None]:
+    """Raise what damaged files make diffusers and transformers raise as a ValueError that names the model."""
+    try:
+        yield
+    except (ValueError, OSError, RuntimeError, ImportError, MemoryError):
+        raise  # These have a message of their own.
+    except Exception as error:
+        raise ValueError(
+            f"the pipeline in {source} cannot be loaded ({type(error).__name__}: {error}): a file of it is "
+            "damaged or has wrong contents; download it again, or correct its model_index.json and config.json"
+        ) from error
 
 
 def _check_libraries(index: Mapping[str, Any]) -> None:
