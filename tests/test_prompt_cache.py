@@ -1,8 +1,10 @@
 """The prompt cache gives what the pipeline's own encoding gives, once per prompt."""
 
-import gc
 import inspect
+import os
+import tempfile
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,8 @@ from PIL import Image
 from torch import Tensor
 
 from flowgrpo.core.random import Random
-from flowgrpo.policy.prompt_cache import PromptCache, TensorStore, num_bytes, rewritten_once
+from flowgrpo.policy.prompt_cache import PromptCache, rewritten_once
+from flowgrpo.policy.tensor_store import TensorStore, num_bytes
 from tests.conftest import sampling_of
 from tests.tiny import FAMILIES
 
@@ -231,9 +234,12 @@ def test_the_least_recently_used_are_forgotten(encode: Counting) -> None:
     assert len(cache.store) == 2
 
 
-def test_what_memory_cannot_hold_comes_back_from_disk(encode: Counting) -> None:
+def test_what_memory_cannot_hold_comes_back_from_disk_and_leaves_no_file(
+    encode: Counting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     size = num_bytes(encode(["a"]))
-    cache = PromptCache(encode, TensorStore(2 * size, 3 * size))
+    cache = PromptCache(encode, TensorStore(2 * size, 10**6))
     texts = [f"text {i}" for i in range(5)]
     expected = [encode([t]) for t in texts]
     for text in texts:
@@ -242,13 +248,51 @@ def test_what_memory_cannot_hold_comes_back_from_disk(encode: Counting) -> None:
     for text, value in zip(texts, expected, strict=True):
         assert_same(cache([text]), value)
     assert encode.take() == []
-    cache(["one more"])
     assert len(cache.store) == 5
-    folder = Path(cache.store._folder.name)
-    assert len(list(folder.iterdir())) == 3
-    del cache
-    gc.collect()
-    assert not folder.exists()
+    # Also while it is open: nothing is left however the process ends.
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_file_of_encodings_is_no_larger_than_allowed(encode: Counting) -> None:
+    size = num_bytes(encode(["a"]))
+    store = TensorStore(size, 10**6)
+    cache = PromptCache(encode, store)
+    cache(["a"])
+    cache(["b"])
+    (record,) = store._on_disk.values()
+    store.disk_bytes = 3 * record.size + 100
+    texts = [f"{i}" for i in range(9)]
+    for text in [*texts, *texts[::-1], *texts]:
+        assert_same(cache([text]), encode([text]))
+        places = sorted((r.start, r.start + r.size) for r in store._on_disk.values())
+        assert len(places) <= 3
+        assert all(end <= start for (_, end), (start, _) in pairwise(places))
+    assert store._file is not None
+    assert os.fstat(store._file.fileno()).st_size <= store.disk_bytes
+
+
+@pytest.mark.parametrize("damage", ["flip", "truncate", "full"])
+def test_damaged_encodings_are_encoded_again(
+    encode: Counting, damage: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = TensorStore(num_bytes(encode(["a"])), 10**6)
+    cache = PromptCache(encode, store)
+    cache(["a"])
+    if damage == "full":
+        monkeypatch.setattr(tempfile, "TemporaryFile", lambda **_: open("/dev/full", "wb", 0))  # noqa: SIM115
+    cache(["b"])
+    if damage == "flip":
+        (record,) = store._on_disk.values()
+        store._file.seek(record.start + record.size // 2)
+        byte = store._file.read(1)[0]
+        store._file.seek(record.start + record.size // 2)
+        store._file.write(bytes([byte ^ 1]))
+    elif damage == "truncate":
+        os.truncate(store._file.fileno(), 100)
+    encode.take()
+    assert_same(cache(["a"]), encode(["a"]))
+    assert encode.take() == [["a"], ["a"]]
+    assert ("No space left" if damage == "full" else "was damaged") in caplog.text
 
 
 def test_prompts_are_rewritten_once_and_always_alike() -> None:

@@ -309,3 +309,26 @@ def test_the_table_of_changeable_keys_names_keys_and_is_in_the_docs():
     page = (Path(__file__).parents[1] / "docs" / "configuration.md").read_text()
     for key, effect in CHANGEABLE.items():
         assert f"| `{key}` | {effect} |" in page
+
+
+@pytest.mark.parametrize(
+    ("error", "saved"),
+    [
+        (RuntimeError("out of memory"), ["000001"]),
+        (ValueError("a defect"), ["000001"]),
+        (DivergenceError("NaN"), []),
+        (KeyboardInterrupt(), []),
+    ],
+    ids=repr,
+)
+def test_any_error_in_a_rollout_saves_the_last_iteration(tmp_path, error, saved):
+    settings, learner = config(tmp_path / "run", "run.checkpoint_every=100"), Counter()
+    learner.weights += 1
+    with Session(settings) as session:
+        session.console.rich.quiet = True
+        with pytest.raises(type(error)), session.rescue(learner, 1):
+            raise error
+    assert [p.name for p in checkpoints.complete(tmp_path / "run" / "checkpoints")] == saved
+    if saved:
+        parts, _ = checkpoints.load(tmp_path / "run" / "checkpoints" / saved[0])
+        assert parts["weights"]["w"].tolist() == learner.weights.tolist()

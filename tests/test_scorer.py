@@ -5,6 +5,7 @@ import math
 import os
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,6 +29,7 @@ calls: list[str] = []
 @pytest.fixture(autouse=True)
 def _count_anew() -> None:
     calls.clear()
+    released.clear()
 
 
 # Reward models, as a user would write them.
@@ -73,6 +75,15 @@ def slow_when_dark(media: Tensor, prompts: Sequence[Prompt]) -> Tensor:
     time.sleep(0.05 * (1 - float(media.mean())))
     calls.append(prompts[0].text)
     return media.flatten(1).mean(1)
+
+
+released = threading.Event()
+
+
+def hangs(media: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+    calls.append("hangs")
+    released.wait(60)
+    return torch.zeros(len(prompts))
 
 
 class Flaky:
@@ -222,6 +233,39 @@ def test_waiting_doubles():
     assert 0.12 <= time.perf_counter() - began < 1
 
 
+def test_waiting_has_a_longest_time():
+    failures = Failures(wait=1.0, retries=100)
+    assert [failures.pause(i) for i in (1, 2, 10, 11, 100)] == [1, 2, 512, 600, 600]
+    assert Failures(wait=3600.0).pause(3) == 3600
+
+
+def test_a_reward_that_hangs_ends_the_run_and_does_not_hold_the_process():
+    subject = scorer("hangs", timeout=0.3, retries=5)
+    late = subject.submit(IMAGES[:1], PROMPTS[:1])  # waits behind the one that hangs
+    try:
+        began = time.monotonic()
+        for wait in (lambda: subject.score(IMAGES, PROMPTS), late.result):
+            with pytest.raises(
+                RewardError, match=r"'hangs' has not returned for .* failures.timeout = 0.3"
+            ):
+                wait()
+        assert time.monotonic() - began < 5
+        assert calls == ["hangs"]
+        threads = [t for t in threading.enumerate() if t.name == "reward-scorer"]
+        assert threads
+        assert all(t.daemon for t in threads)
+        subject.close(wait=False)
+    finally:
+        released.set()
+
+
+def test_a_call_in_time_is_not_ended_and_0_is_no_limit():
+    subject = scorer("slow_when_dark", timeout=10.0)
+    assert subject.score(IMAGES, PROMPTS).reward.isfinite().all()
+    released.set()
+    assert scorer("hangs", timeout=0.0).score(IMAGES, PROMPTS).reward.isfinite().all()
+
+
 def test_a_score_that_stays_nan_drops_its_sample_only():
     subject = scorer("second_is_nan", retries=1)
     found = subject.score(IMAGES, PROMPTS)
@@ -297,8 +341,8 @@ def test_a_later_attempt_fills_in_and_takes_nothing_back():
 @pytest.mark.parametrize(("batch", "sizes"), [(0, [4]), (1, [1, 1, 1, 1]), (3, [3, 1]), (9, [4])])
 def test_submissions_are_scored_in_parts(batch, sizes, monkeypatch):
     subject = RewardScorer([Reward(model=f"{HERE}:brightness")], Failures(), batch)
-    seen, score = [], subject.score
-    monkeypatch.setattr(subject, "score", lambda m, p: seen.append((m, p)) or score(m, p))
+    seen, score = [], subject._score
+    monkeypatch.setattr(subject, "_score", lambda m, p: seen.append((m, p)) or score(m, p))
     found = subject.submit(IMAGES, PROMPTS).result()
     assert [len(m) for m, _ in seen] == sizes
     assert [p for _, part in seen for p in part] == PROMPTS

@@ -25,13 +25,16 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from flowgrpo.cli import main
+from flowgrpo.cli.serve_reward import read_token
 from flowgrpo.data.pictures import encode_png
 from flowgrpo.data.prompts import Prompt
 from flowgrpo.rewards.scorer import RewardScorer
-from flowgrpo.rewards.serving import client
+from flowgrpo.rewards.serving import client, protocol
 from flowgrpo.rewards.serving import server as serving
 from flowgrpo.rewards.serving.batching import Batcher
 from flowgrpo.rewards.serving.client import Endpoints, Refused
+from flowgrpo.rewards.serving.multipart import Part, join
 from flowgrpo.rewards.serving.protocol import Limits, Sample, decode_image, pack, unpack
 from flowgrpo.rewards.serving.server import RewardServer
 from flowgrpo.rewards.settings import Failures, Reward
@@ -314,6 +317,63 @@ def test_limits_are_enforced():
     assert not reward.batches
 
 
+def test_decoded_size_fields_and_json_values_are_limited(monkeypatch):
+    reward, image = Mean(), IMAGES[:1]
+    pixels = image.shape[-1] * image.shape[-2]
+    kind, body = pack(image.expand(3, -1, -1, -1), PROMPTS[:3])
+    with RewardServer(reward, limits=Limits(num_images=3, num_decoded=2 * 12 * pixels)) as running:
+        status, answer = post(running, body, {"Content-Type": kind})
+        assert (status, "more than" in answer["error"]) == (413, True)
+        assert "sample 2: " not in answer["error"]
+        kind, body = pack(image.expand(2, -1, -1, -1), PROMPTS[:2])
+        assert post(running, body, {"Content-Type": kind})[0] == 200
+        kind, body = join([Part("prompt", "text/plain", b"a")] * 8)
+        assert post(running, body, {"Content-Type": kind}) == (
+            413,
+            {"error": "the form has more than 7 fields"},
+        )
+        monkeypatch.setattr(protocol, "LARGEST_JSON", 100)
+        body = b'{"samples": [' + b"{}," * 60 + b"{}]}"
+        status, answer = post(running, body, {"Content-Type": "application/json"})
+        assert (status, answer["error"]) == (413, "the JSON has more than 100 values")
+    assert len(reward.batches) == 1
+
+
+def test_all_requests_together_may_take_a_limited_memory():
+    reward = Mean()
+    reward.gate.clear()
+    kind, body = pack(IMAGES, PROMPTS)
+    needed = len(body) + 12 * IMAGES.shape[0] * IMAGES.shape[-1] * IMAGES.shape[-2]
+    limits = Limits(num_reserved=needed + len(body))
+    with RewardServer(reward, limits=limits, wait=0.0) as running, ThreadPoolExecutor(1) as pool:
+        first = pool.submit(post, running, body, {"Content-Type": kind})
+        while running.batcher.num_waiting < len(IMAGES):
+            time.sleep(0.01)
+        assert running.memory.taken == needed
+        status, answer = post(running, body, {"Content-Type": kind})
+        assert (status, "requests in progress take" in answer["error"]) == (503, True)
+        reward.gate.set()
+        assert first.result()[0] == 200
+        while running.memory.taken:  # given back after the answer
+            time.sleep(0.01)
+        assert post(running, body, {"Content-Type": kind})[0] == 200
+
+
+def test_the_number_of_connections_is_limited():
+    with RewardServer(Mean(), limits=Limits(num_connections=2)) as running:
+        with connect(running), connect(running) as second, connect(running) as third:
+            refused = b"".join(iter(lambda: third.recv(1000), b""))
+            assert refused.startswith(b"HTTP/1.1 503")
+            assert b"there are 2 connections already" in refused
+            second.sendall(b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n")
+            assert second.recv(1000).startswith(b"HTTP/1.1 200")
+        while running._server.server_state.connections:
+            time.sleep(0.01)
+        assert json.loads(Endpoints(running.url).request("/healthz"))["status"] == "ok"
+    with pytest.raises(ValueError, match="at least 1"):
+        RewardServer(Mean(), limits=Limits(num_connections=0))
+
+
 def test_a_token_is_asked_for_and_checked(monkeypatch):
     with RewardServer(Mean(), token="secret") as running:
         kind, body = pack(IMAGES[:1], PROMPTS[:1])
@@ -491,6 +551,12 @@ def test_an_answer_that_drips_or_is_cut_off_or_has_no_end_fails(monkeypatch):
     drip = Raw(head, *[b"x"] * 20)
     with pytest.raises(ConnectionError, match=r"the answer took more than 0\.5 s"):
         Endpoints(drip.url, timeout=0.5, patience=0.0).request("/")
+    # Also in its head, which httpx reads with a timeout for each byte.
+    heads = Raw(*[bytes([b]) for b in b"HTTP/1.1 200 OK\r\nX-Slow: " + b"x" * 40])
+    began = time.monotonic()
+    with pytest.raises(ConnectionError, match=r"the answer took more than 0\.5 s"):
+        Endpoints(heads.url, timeout=0.5, patience=0.0).request("/")
+    assert time.monotonic() - began < 2.5
     cut = Raw(head + b"{}")
     with pytest.raises(ConnectionError, match=r"without sending complete message body"):
         Endpoints(cut.url, patience=0.0).request("/")
@@ -498,7 +564,7 @@ def test_an_answer_that_drips_or_is_cut_off_or_has_no_end_fails(monkeypatch):
     endless = Raw(head + b"x" * 1000)
     with pytest.raises(Refused, match="an answer of more than 500 bytes"):
         Endpoints(endless.url, patience=0.0).request("/")
-    for thread in (drip, cut, endless):
+    for thread in (drip, heads, cut, endless):
         thread.join()
 
 
@@ -524,6 +590,30 @@ def test_a_client_that_stalls_within_its_body_gets_408(server, monkeypatch):
         answer = b"".join(iter(lambda: raw.recv(1000), b""))  # the server closes the connection
     assert answer.startswith(b"HTTP/1.1 408")
     assert b"97 bytes are missing" in answer
+
+
+def test_a_client_that_sends_a_byte_now_and_then_is_disconnected(server, monkeypatch):
+    def drip(head: bytes) -> bytes:
+        with connect(server) as raw:
+            raw.sendall(head)
+            began = time.monotonic()
+            while time.monotonic() - began < 5:
+                try:
+                    raw.sendall(b"x")
+                    raw.settimeout(0.1)
+                    if (answer := raw.recv(1000)) is not None:
+                        return answer
+                except TimeoutError:
+                    continue
+                except OSError:
+                    return b""
+        raise AssertionError("the connection is still open")
+
+    monkeypatch.setattr(serving, "BODY_SECONDS", 0.5)
+    body = drip(b"POST /score HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\n")
+    assert body.startswith(b"HTTP/1.1 408")
+    monkeypatch.setattr(serving, "SILENT_SECONDS", 0.5)
+    assert drip(b"POST /score HTTP/1.1\r\nHost: x\r\nX-Slow: ") == b""
 
 
 def test_a_stranger_is_refused_before_a_body_is_sent():
@@ -561,6 +651,44 @@ def test_requests_in_progress_are_answered_when_the_server_stops():
         reward.gate.set()
         closing.result(timeout=20)
         assert pending.result(timeout=20).isfinite().all()
+
+
+def test_a_reward_that_hangs_does_not_hold_the_server_when_it_stops():
+    reward = Mean()
+    running = RewardServer(reward, wait=0.0, drain=0.3)
+    reward.gate.clear()
+    try:
+        with ThreadPoolExecutor(1) as pool:
+            kind, body = pack(IMAGES, PROMPTS)
+            pending = pool.submit(post, running, body, {"Content-Type": kind})
+            while running.batcher.num_waiting < len(IMAGES):
+                time.sleep(0.01)
+            began = time.monotonic()
+            assert running.close() is False
+            assert time.monotonic() - began < 6
+            assert running.batcher._thread.daemon
+            # Closed without an answer, or answered with an error.
+            with pytest.raises((OSError, ValueError, AssertionError)):
+                assert pending.result(timeout=5)[0] == 200
+    finally:
+        reward.gate.set()
+
+
+def test_the_token_of_a_server_comes_from_a_file(tmp_path, capsys):
+    file = tmp_path / "token"
+    for text, message in (
+        (None, "--token-file: "),
+        ("", "must contain the token and nothing else"),
+        ("two words", "must contain the token and nothing else"),
+    ):
+        if text is not None:
+            file.write_text(text)
+        assert main(["serve-reward", "jpeg_size", "--token-file", str(file)]) == 2
+        assert message in capsys.readouterr().err
+    file.write_text("secret\n")
+    assert read_token(file) == "secret"
+    assert main(["serve-reward", "jpeg_size", "--token", "a", "--token-file", str(file)]) == 2
+    assert "not both" in capsys.readouterr().err
 
 
 # The command, in a process of its own.

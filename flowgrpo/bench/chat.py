@@ -245,7 +245,7 @@ def picture_bytes(path: Path, form: Literal["file", "jpeg"]) -> bytes:
     """
     from PIL import Image
 
-    from flowgrpo.data.pictures import as_rgb
+    from flowgrpo.data.pictures import UNREADABLE, as_rgb
 
     try:
         if form == "file" and path.suffix.lower() == ".png":
@@ -257,5 +257,5 @@ def picture_bytes(path: Path, form: Literal["file", "jpeg"]) -> bytes:
             buffer, "JPEG", quality=JPEG_QUALITY
         )
         return buffer.getvalue()
-    except (OSError, SyntaxError, ValueError) as error:
+    except UNREADABLE as error:
         raise BenchError(f"{path} cannot be read: {error}") from error

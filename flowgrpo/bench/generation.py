@@ -5,7 +5,6 @@ are the same for any number of processes and for a resumed run, so that the pict
 the last bit; a process that is killed loses the batch that it was working on, and nothing else.
 """
 
-import shlex
 import sys
 import time
 from collections import deque
@@ -25,6 +24,7 @@ from flowgrpo.bench.pictures import check_whole, find, header_size, is_whole
 from flowgrpo.bench.progress import Progress
 from flowgrpo.bench.videos import encode_mp4
 from flowgrpo.core.random import Random, SampleNoise
+from flowgrpo.core.secrets import redact_command
 from flowgrpo.data.pictures import encode_png
 from flowgrpo.data.prompts import Prompt
 from flowgrpo.policy import PipelinePolicy
@@ -196,7 +196,7 @@ def check_settings(plan: Plan, settings: dict[str, Any]) -> None:
             f"{plan.folder} holds images but no {SETTINGS}, so the settings that they were made with are unknown: "
             "score them with 'flowgrpo bench score', or choose another --out"
         )
-    command = shlex.join(["flowgrpo", *sys.argv[1:]])
+    command = redact_command(["flowgrpo", *sys.argv[1:]])
     table = {
         "settings": settings,
         "benchmark": made_by(plan.benchmark, plan.subject.label),

@@ -60,13 +60,13 @@ def read_image(path: Path) -> Float[Tensor, "3 height width"]:
         BenchError: If it is missing, truncated or no image.
     """
     import numpy as np
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image
 
-    from flowgrpo.data.pictures import as_rgb
+    from flowgrpo.data.pictures import UNREADABLE, as_rgb
 
     try:
         with Image.open(path) as image:
             pixels = np.asarray(as_rgb(image))
-    except (OSError, SyntaxError, ValueError, UnidentifiedImageError) as error:
+    except UNREADABLE as error:
         raise BenchError(f"{path} cannot be read: {error}") from error
     return torch.from_numpy(pixels.copy()).permute(2, 0, 1).float() / 255

@@ -4,6 +4,8 @@ import sys
 import time
 from collections.abc import Callable
 
+from flowgrpo.core.text import plain
+
 EVERY = 10.0
 """Seconds between lines in a log file; a terminal gets one line that is renewed twice a second."""
 
@@ -26,7 +28,7 @@ class Progress:
         """
         self.title, self.total, self.before, self.done = title, total, done, done
         self.terminal = say is None and sys.stderr.isatty()
-        self.say = say or (lambda text: print(text, file=sys.stderr, flush=True))
+        self.say = say or (lambda text: print(plain(text), file=sys.stderr, flush=True))
         self.began = self.printed = time.monotonic()
 
     def step(self, number: int = 1, note: str = "") -> None:
@@ -58,7 +60,7 @@ class Progress:
 
     def _print(self, text: str) -> None:
         if self.terminal:
-            print(f"\r\x1b[K{text}", end="", file=sys.stderr, flush=True)
+            print(f"\r\x1b[K{plain(text)}", end="", file=sys.stderr, flush=True)
         else:
             self.say(text)
 

@@ -6,7 +6,6 @@ points per prompt, from which intervals of differences are made without the benc
 
 import json
 import math
-import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -21,6 +20,7 @@ from flowgrpo.bench.generation import SETTINGS
 from flowgrpo.bench.models import versions
 from flowgrpo.bench.scoring import Scores
 from flowgrpo.bench.statistics import RESAMPLES, Estimate, Table, compare, estimate
+from flowgrpo.core.secrets import redact_command
 
 FILE, POINTS = "bench.json", "points.json"
 FORMAT = 1
@@ -75,7 +75,7 @@ def write_results(
         "references": [_reference(r, call) for r in benchmark.references()],
         "official_files": {p.name: sha256(p) for p in official},
         "versions": versions(),
-        "command": shlex.join(["flowgrpo", *sys.argv[1:]]),
+        "command": redact_command(["flowgrpo", *sys.argv[1:]]),
     }
     result["warnings"] = warnings_of(result)
     result["model_index"] = model_index(result)

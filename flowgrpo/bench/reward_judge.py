@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from flowgrpo.bench.base import Failure, Json, Judged, Picture
 from flowgrpo.bench.judging import in_batches
+from flowgrpo.core.secrets import redact_table
 from flowgrpo.core.tensors import Float, Tensor
 
 if TYPE_CHECKING:
@@ -50,7 +51,7 @@ class RewardJudge:
         return {
             "judge": "rewards",
             "rewards": [
-                {"name": r.label, "model": r.model, "options": _plain(r.options)}
+                {"name": r.label, "model": r.model, "options": redact_table(_plain(r.options))}
                 for r in self.rewards
             ],
         }

@@ -159,7 +159,13 @@ def _quiet() -> None:
 def _subject(options: argparse.Namespace) -> "Subject":
     """The model of the options: a pipeline or a run, with adapters."""
     from flowgrpo.bench.models import label_of, parse_label, subject
-    from flowgrpo.cli.common import adapters_of, changed_sampling, run_config, sampling_of, source_of
+    from flowgrpo.cli.common import (
+        adapters_of,
+        changed_sampling,
+        run_config,
+        sampling_of,
+        source_of,
+    )
 
     adapters = adapters_of(options)
     run = Path(options.model)

@@ -388,10 +388,10 @@ def read_image(file: Path) -> "Tensor":
     from PIL import Image
     from torchvision.transforms.functional import pil_to_tensor
 
-    from flowgrpo.data.pictures import as_rgb
+    from flowgrpo.data.pictures import UNREADABLE, as_rgb
 
     try:
         with Image.open(file) as image:
             return pil_to_tensor(as_rgb(image)).to(torch.float32) / 255
-    except (OSError, ValueError, SyntaxError) as error:
+    except UNREADABLE as error:
         raise ValueError(f"{file} is not an image that can be read: {error}") from error

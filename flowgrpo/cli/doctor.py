@@ -81,10 +81,14 @@ def _write_json(file: str | None, table: dict[str, Any]) -> None:
 
 def _open(file: str) -> "Image":
     """An image in RGB."""
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image
+
+    from flowgrpo.data.pictures import UNREADABLE
 
     try:
         with Image.open(file) as image:
             return image.convert("RGB")
-    except UnidentifiedImageError as error:
+    except FileNotFoundError:
+        raise
+    except UNREADABLE as error:
         raise ValueError(f"{file} is not an image that can be read") from error

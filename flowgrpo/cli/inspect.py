@@ -1,6 +1,7 @@
 """``flowgrpo inspect``."""
 
 import argparse
+from html import escape
 from pathlib import Path
 
 from flowgrpo.cli.common import (
@@ -67,5 +68,9 @@ def run(options: argparse.Namespace) -> int:
     out = Path(options.out) if options.out else folder / "inspect.html"
     after = "the base model" if options.base else f"after {iteration} iterations"
     title = f"{folder.resolve().name} · what {config.algorithm.__class__.__name__} rewards, {after}"
-    print(write_page(out, title, f"<header><h1>{title}</h1></header>{inspection.fragment(strips)}"))
+    print(
+        write_page(
+            out, title, f"<header><h1>{escape(title)}</h1></header>{inspection.fragment(strips)}"
+        )
+    )
     return 0

@@ -12,8 +12,9 @@ from typing import Any, NoReturn
 
 from flowgrpo import __version__
 from flowgrpo.cli.common import UsageError
-from flowgrpo.core.imports import suggest
-from flowgrpo.core.text import plain
+from flowgrpo.core.imports import code_is_refused, refuse_code, suggest
+from flowgrpo.core.secrets import clean_logs, redact
+from flowgrpo.core.text import plain, shorten
 
 EPILOG = """\
 first steps:
@@ -24,6 +25,8 @@ first steps:
   flowgrpo serve-reward pick_score       serve a reward from an environment of its own
 """
 
+NO_CODE = "FLOWGRPO_NO_CODE"
+"""Environment variable with the effect of ``--no-code``."""
 EXPECTED = (ValueError, OSError, RuntimeError, ImportError, OverflowError)
 """Errors that users can correct; the message says how. Any other error is a defect and shows its
 traceback."""
@@ -34,7 +37,12 @@ SHARED = ("common", "main")
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command. Returns the exit status: 0 done, 1 failed, 2 misused, 130 interrupted."""
-    arguments = sys.argv[1:] if arguments is None else arguments
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    refuse_code("--no-code" in arguments or os.environ.get(NO_CODE, "") not in ("", "0"))
+    if "--no-code" in arguments:  # before or after the command
+        arguments.remove("--no-code")
+        os.environ[NO_CODE] = "1"  # for processes that this one starts
+    clean_logs()
     known = commands()
     top = parser(known)
     command = next((a for a in arguments if not a.startswith("-")), None)
@@ -51,7 +59,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     # So that import paths in a configuration find modules in the working directory, as with
     # python -m flowgrpo.
-    sys.path.insert(0, os.getcwd())
+    if not code_is_refused():
+        sys.path.insert(0, os.getcwd())
     try:
         status = int(known[command].run(options))
         sys.stdout.flush()
@@ -67,7 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except EXPECTED as error:
-        print(plain(f"flowgrpo: {error}"), file=sys.stderr)
+        print(shorten(plain(redact(f"flowgrpo: {error}"))), file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1
 
 
@@ -112,6 +121,11 @@ def parser(known: Mapping[str, Any]) -> argparse.ArgumentParser:
         description="Reinforcement learning for image and video generators: any diffusers pipeline is a policy.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    top.add_argument(
+        "--no-code",
+        action="store_true",
+        help="refuse import paths of modules that are not part of flowgrpo; may follow the command",
     )
     top.add_argument("--version", action="version", version=f"flowgrpo {__version__}")
     subparsers = top.add_subparsers(metavar="COMMAND")

@@ -6,6 +6,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from flowgrpo.core.secrets import redact
+
 SUMMARY = "upload a finished run's weights to the Hugging Face hub, with a model card"
 EXAMPLE = "flowgrpo push runs/quickstart me/shapes-tuned"
 
@@ -69,7 +71,8 @@ def push_run(run: Path, repo_id: str, api: Any, private: bool = True) -> str:
     with TemporaryDirectory() as temporary:
         folder = Path(temporary) / "repository"
         shutil.copytree(weights, folder)
-        shutil.copyfile(run / "config.toml", folder / "config.toml")
+        text = (run / "config.toml").read_text(encoding="utf-8")
+        (folder / "config.toml").write_text(redact(text), encoding="utf-8")
         grid = newest_grid(run)
         if grid is not None:
             shutil.copyfile(grid, folder / GRID)

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from flowgrpo.config.reference import to_table
+from flowgrpo.core.secrets import redact_table
 
 if TYPE_CHECKING:
     from flowgrpo.config.schema import Config
@@ -55,8 +56,11 @@ def differences(there: "Config", here: "Config") -> dict[str, tuple[Any, Any]]:
 
 
 def flat_table(config: "Config") -> dict[str, Any]:
-    """A configuration as dotted keys and their values. Lists of plain values are kept whole."""
-    return _flat(to_table(config))
+    """A configuration as dotted keys and their values, without secrets.
+
+    Lists of plain values are kept whole.
+    """
+    return _flat(redact_table(to_table(config)))
 
 
 def _flat(value: Any, path: str = "") -> dict[str, Any]:

@@ -2,14 +2,18 @@
 
 import re
 import tomllib
+from bisect import bisect_left
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flowgrpo.core.errors import ConfigError
 from flowgrpo.core.imports import suggest
+from flowgrpo.core.secrets import redact_table
 from flowgrpo.data.prompt_files import HUB
 
 if TYPE_CHECKING:
@@ -18,6 +22,8 @@ if TYPE_CHECKING:
 
 CONFIG, INPUTS = "config.toml", "inputs.json"
 """Files of every run directory."""
+LISTED_FAULTS = 10
+"""Mistakes of a file that an error lists."""
 
 
 def find(name: str) -> Path:
@@ -142,10 +148,12 @@ def load(name: str, settings: Sequence[str] = ()) -> "Config":
         config = read(Config, override(table, settings))
     except TableError as error:
         messages = []
-        for fault in error.faults:
+        for fault in error.faults[:LISTED_FAULTS]:
             setting = _setting_of(fault.location, table, settings)
             place = f"--set {setting}" if setting else _place(layers, fault.location)
             messages.append(f"{place}: {fault.sentence}")
+        if len(error.faults) > LISTED_FAULTS:
+            messages.append(f"and {len(error.faults) - LISTED_FAULTS} more")
         raise ConfigError("\n".join(messages)) from None
     if config.run.folder.startswith("~"):
         folder = str(Path(config.run.folder).expanduser())
@@ -227,24 +235,40 @@ def _setting_of(location: "Location", table: Any, settings: Sequence[str]) -> st
 def line_of(text: str, location: "Location") -> int:
     """The line of a TOML text, counted from 1, that gives a key, or else the nearest table around it.
 
-    TOML parsers do not report lines, so ever longer parts of the text are parsed: the statement after
-    which a key is there for the first time is the one that gives it. A part that cannot be parsed
-    ends within a value of several lines.
+    TOML parsers do not report lines, so the text is parsed up to the ends of statements: the statement
+    after which a key is there for the first time is the one that gives it.
     """
-    lines = text.splitlines()
-    found, depth, start = 1, 0, 0
+    lines, ends = text.split("\n"), _statement_ends(text)
+
+    def depth_at(end: int) -> int:
+        return _depth(tomllib.loads("\n".join(lines[:end])), location)
+
+    reached = depth_at(len(lines))
+    names = [str(p) for p in location[:reached] if isinstance(p, str)]
+    if not names:
+        return 1
+    # What is there after a statement is there after all later ones.
+    index = bisect_left(ends, reached, key=depth_at)
+    start = ends[index - 1] if index else 0
+    return start + 1 + _row(lines[start : ends[index]], names[-1])
+
+
+@lru_cache(maxsize=1)
+def _statement_ends(text: str) -> list[int]:
+    """The numbers of lines after which a statement of a valid TOML text ends, and that of all lines.
+
+    Lines that cannot be parsed end within a value of several lines.
+    """
+    lines, ends, start = text.split("\n"), list[int](), 0
     for end in range(1, len(lines) + 1):
-        try:
-            table = tomllib.loads("\n".join(lines[:end]))
-        except tomllib.TOMLDecodeError:
+        # Every line of a long list would be parsed with all lines before it.
+        if lines[end - 1].rstrip().endswith(","):
             continue
-        reached = _depth(table, location)
-        if reached > depth:
-            names = [str(p) for p in location[:reached] if isinstance(p, str)]
-            found = start + 1 + _row(lines[start:end], names[-1])
-            depth = reached
-        start = end
-    return found
+        with suppress(tomllib.TOMLDecodeError):
+            tomllib.loads("\n".join(lines[start:end]))
+            ends.append(end)
+            start = end
+    return ends if ends and ends[-1] == len(lines) else [*ends, len(lines)]
 
 
 def _depth(table: Any, location: "Location") -> int:
@@ -267,14 +291,14 @@ def _row(statement: Sequence[str], name: str) -> int:
 
 
 def dump(config: "Config") -> str:
-    """A configuration as TOML; :func:`load` gives an equal one."""
+    """A configuration as TOML; :func:`load` gives an equal one, except for secrets, which are redacted."""
     import tomli_w
 
     from flowgrpo.config.reference import to_table
 
-    return tomli_w.dumps(to_table(config))
+    return tomli_w.dumps(redact_table(to_table(config)))
 
 
 def save(config: "Config", path: Path) -> None:
-    """Write a configuration so that :func:`load` gives an equal one."""
+    """Write a configuration so that :func:`load` gives an equal one, except for secrets."""
     path.write_text(dump(config), encoding="utf-8")

@@ -4,7 +4,6 @@ Each table is a frozen dataclass. The docstring below a field is its help text: 
 explain`` prints it, and the JSON schema shows it in editors.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -24,6 +23,7 @@ from flowgrpo.algorithms import (
     TempFlowGRPO,
 )
 from flowgrpo.algorithms import base as algorithms
+from flowgrpo.config.bounds import check_bounds
 from flowgrpo.core.errors import ConfigError
 from flowgrpo.core.random import Random
 from flowgrpo.losses import base as losses
@@ -45,6 +45,10 @@ from flowgrpo.rewards.settings import Failures, Reward, check_rewards
 
 Split = Literal["groups", "samples", "steps", "actions"]
 """What is divided among the optimizer steps of an iteration."""
+
+
+FORESEEN = 100_000
+"""Iterations of a run whose choices of steps are computed before it starts."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -254,9 +258,7 @@ class Config:
             ConfigError: With the keys, their values and what is allowed.
         """
         self._check_interfaces()
-        for key, value, least in self._bounds():
-            if value < least:
-                raise ConfigError(f"{key} must be at least {least}, got {value}")
+        check_bounds(self)
         if self.train.ema_decay >= 1:
             raise ConfigError(f"train.ema_decay must be below 1, got {self.train.ema_decay}")
         betas = self.train.betas
@@ -277,7 +279,6 @@ class Config:
             raise ConfigError(f"algorithm: {error}") from error
         self._check_split(num_processes)
         try:
-            self.sampling.check()
             self.memory.check(isinstance(self.model.weights, Full))
             self.loss.check()
             self.loss.check_algorithm(algorithm.action_kind, algorithm.transition)
@@ -399,43 +400,6 @@ class Config:
                 f"are {type(algorithm).__name__} and {type(weights).__name__}"
             )
 
-    def _bounds(self) -> Sequence[tuple[str, int | float, int | float]]:
-        """Keys with their values and the smallest allowed values."""
-        t, e, tiny = self.train, self.evaluation, 1e-12
-        return [
-            ("sampling.num_steps", self.sampling.num_steps, 1),
-            ("sampling.shift", 1.0 if self.sampling.shift is None else self.sampling.shift, tiny),
-            ("algorithm.group_size", self.algorithm.group_size, 2),
-            ("train.iterations", t.iterations, 1),
-            ("train.groups", t.groups, 1),
-            ("train.updates", t.updates, 1),
-            ("train.epochs", t.epochs, 1),
-            ("train.refill", t.refill, 0),
-            ("train.rollout_batch", t.rollout_batch, 1),
-            ("train.train_batch", t.train_batch, 1),
-            ("train.lr", t.lr, tiny),
-            ("train.warmup", t.warmup, 0),
-            ("train.ema_decay", t.ema_decay, 0),
-            ("train.ema_every", t.ema_every, 1),
-            ("train.weight_decay", t.weight_decay, 0),
-            ("train.spike_factor", t.spike_factor, 0),
-            ("failures.retries", self.failures.retries, 0),
-            ("failures.wait", self.failures.wait, 0),
-            ("train.max_grad_norm", t.max_grad_norm, tiny),
-            ("evaluation.every", e.every, 0),
-            ("evaluation.images", e.images, 1),
-            ("evaluation.images_during", e.images_during, 0),
-            ("evaluation.grid_prompts", e.grid_prompts, 1),
-            ("evaluation.grid_samples", e.grid_samples, 1),
-            ("evaluation.inspected_prompts", e.inspected_prompts, 0),
-            ("train.monitor_states", t.monitor_states, 0),
-            ("failures.max_rate", self.failures.max_rate, 0),
-            *self.model.weights.bounds(),
-            ("run.checkpoint_every", self.run.checkpoint_every, 1),
-            ("run.checkpoint_minutes", self.run.checkpoint_minutes, 0),
-            ("run.keep_checkpoints", self.run.keep_checkpoints, 1),
-        ]
-
     def steps_by_density(self) -> list[int]:
         """The steps that are trained in any iteration by the plain ratio of their densities.
 
@@ -451,9 +415,11 @@ class Config:
         ):
             return []
         found = set[int]()
-        for iteration in range(self.train.iterations):
+        for iteration in range(min(self.train.iterations, FORESEEN)):
             random = Random(self.run.seed).at("train", iteration)
             found.update(algorithm.trained_steps(self.sampling.num_steps, iteration, random))
+            if len(found) >= self.sampling.num_steps - 1:  # the last step is never stochastic
+                break
         return sorted(found)
 
     def evaluation_sampling(self) -> Sampling:

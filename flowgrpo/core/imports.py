@@ -6,17 +6,42 @@ import traceback
 from collections.abc import Iterable
 from typing import Any
 
+OWN_PACKAGES = ("flowgrpo", "reward_models")
+_code_is_refused = False
+
+
+def refuse_code(refused: bool = True) -> None:
+    """Let :func:`import_path` import modules of flowgrpo only, from now on."""
+    global _code_is_refused
+    _code_is_refused = refused
+
+
+def code_is_refused() -> bool:
+    """Whether :func:`refuse_code` was called."""
+    return _code_is_refused
+
+
+def check_code_allowed(path: str) -> None:
+    """Raise ValueError if an import path names code from outside, and such code is refused."""
+    if _code_is_refused and path.split(":")[0].split(".")[0] not in OWN_PACKAGES:
+        raise ValueError(
+            f"{path!r} is an import path, which would run code from outside of flowgrpo; --no-code (or "
+            "FLOWGRPO_NO_CODE in the environment) refuses it"
+        )
+
 
 def import_path(path: str) -> Any:
     """The object at ``"package.module:name"``, so that a configuration can name a user's code.
 
     Raises:
-        ValueError: If there is no such module or name, or the module fails while it is imported.
+        ValueError: If there is no such module or name, the module fails while it is imported, or it
+            is not part of flowgrpo and code was refused (:func:`refuse_code`).
         ImportError: If the module itself raises one, such as a reward without its extra.
     """
     module, _, name = path.partition(":")
     if not module or not name or module.startswith("."):
         raise ValueError(f"{path!r} is no import path; write 'package.module:name'")
+    check_code_allowed(path)
     try:
         imported = importlib.import_module(module)
     except ModuleNotFoundError as error:

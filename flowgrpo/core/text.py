@@ -23,3 +23,15 @@ def plain(text: str, encoding: str = "utf-8") -> str:
         for c in text
     )
     return safe.encode(encoding, "backslashreplace").decode(encoding)
+
+
+def shorten(text: str, limit: int = 1000) -> str:
+    """The text without the middle of lines that are longer than ``limit`` characters.
+
+    Errors quote values, and a value can have any length.
+    """
+    half = limit // 2
+    lines = text.split("\n")
+    return "\n".join(
+        line if len(line) <= limit else f"{line[:half]} ... {line[-half:]}" for line in lines
+    )

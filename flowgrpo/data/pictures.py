@@ -11,6 +11,8 @@ from jaxtyping import Float
 from PIL import Image, ImageOps
 from torch import Tensor
 
+UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
+"""Errors of Pillow about a file that is not a picture, is damaged, or is too large to be opened."""
 OVERSHOOT = 0.1
 """How far a decoder's values may lie outside of [0, 1] by rounding; further off is an error."""
 

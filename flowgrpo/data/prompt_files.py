@@ -12,7 +12,8 @@ from flowgrpo.data.prompts import Image, Prompt
 
 HUB = "hf:"
 """Prefix of the name of a Hugging Face dataset: ``hf:owner/name:split`` or ``hf:folder``."""
-SIZES = ("height", "width", "num_frames")
+SIZES = {"height": 16384, "width": 16384, "num_frames": 10_000}
+"""Sizes of a sample, and the largest value of each."""
 PICTURES = ("control_image", "mask_image", "last_image")
 """Arguments of pipelines' calls that take a picture, besides ``image``."""
 FIXED = (
@@ -101,10 +102,27 @@ def _read_jsonl(path: Path) -> Iterator[Prompt]:
         if not line.strip():
             continue
         try:
-            record = json.loads(line)
-        except (json.JSONDecodeError, RecursionError) as error:
+            record = json.loads(line, object_pairs_hook=_object, parse_constant=_constant)
+        except json.JSONDecodeError as error:
             raise PromptError(f"{path}, line {number}: not valid JSON: {error}") from error
+        except RecursionError as error:
+            raise PromptError(f"{path}, line {number}: the JSON is nested too deeply") from error
+        except ValueError as error:
+            raise PromptError(f"{path}, line {number}: {error}") from error
         yield _from_record(record, f"{path}, line {number}", path.parent)
+
+
+def _object(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object whose keys differ: of two equal ones Python's parser would keep the last."""
+    table = dict(pairs)
+    if len(table) < len(pairs):
+        keys = [k for k, _ in pairs]
+        raise ValueError(f"the key {next(k for k in keys if keys.count(k) > 1)!r} is given twice")
+    return table
+
+
+def _constant(name: str) -> Any:
+    raise ValueError(f"{name} is not valid JSON")
 
 
 def _read_csv(path: Path) -> Iterator[Prompt]:
@@ -192,6 +210,7 @@ def _from_record(record: Any, where: str, folder: Path) -> Prompt:
         )
     if negative is not None and not isinstance(negative, str):
         raise PromptError(f"{where}: 'negative_prompt' must be text, got {negative!r}")
+    _refuse_misspelt(record, where)
     metadata = record.get("metadata") or {}
     if not isinstance(metadata, dict):
         raise PromptError(f"{where}: 'metadata' must be an object, got {metadata!r}")
@@ -227,6 +246,34 @@ def check_text(value: Any, where: str = "the prompt") -> None:
         ) from error
 
 
+def _refuse_misspelt(record: Mapping[str, Any], where: str) -> None:
+    """Raise PromptError if a key looks like a misspelt one of :data:`OWN_KEYS`: it would be metadata."""
+    for key in (k for k in record if k not in OWN_KEYS):
+        for own in OWN_KEYS:
+            if str(key)[:1].lower() == own[0] and _is_near(str(key).lower(), own):
+                raise PromptError(
+                    f"{where}: unknown key {key!r}; did you mean {own!r}? If it is data for a reward, put it "
+                    "into 'metadata'"
+                )
+
+
+def _is_near(word: str, known: str) -> bool:
+    """Whether one letter is wrong, missing, additional or exchanged with the next; two in long words."""
+    most = 2 if len(known) > 8 else 1
+    if abs(len(word) - len(known)) > most:
+        return False
+    before: list[int] = []
+    row = list(range(len(known) + 1))
+    for i, a in enumerate(word, start=1):
+        older, before, row = before, row, [i]
+        for j, b in enumerate(known, start=1):
+            cost = min(before[j] + 1, row[j - 1] + 1, before[j - 1] + (a != b))
+            if i > 1 and j > 1 and (a, word[i - 2]) == (known[j - 2], b):
+                cost = min(cost, older[j - 2] + 1)
+            row.append(cost)
+    return row[-1] <= most
+
+
 def _number(value: str, key: str, where: str) -> int:
     if not value.strip().isdigit():
         raise PromptError(f"{where}: {key!r} must be a whole number, got {value!r}")
@@ -236,6 +283,8 @@ def _number(value: str, key: str, where: str) -> int:
 def _size(value: Any, key: str, where: str) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise PromptError(f"{where}: {key!r} must be a whole number above 0, got {value!r}")
+    if value > SIZES[key]:
+        raise PromptError(f"{where}: {key!r} must be at most {SIZES[key]}, got {value}")
     return value
 
 
@@ -253,16 +302,15 @@ def _images(record: Mapping[str, Any], where: str, folder: Path) -> Sequence[Pat
 def _image(value: Any, where: str, folder: Path) -> "Path | Image":
     """An image given by its file, by its bytes (as in Parquet files), or in memory."""
     from PIL import Image as pil
-    from PIL import UnidentifiedImageError
 
-    from flowgrpo.data.pictures import as_rgb, check_depth
+    from flowgrpo.data.pictures import UNREADABLE, as_rgb, check_depth
 
     if isinstance(value, pil.Image):
         return value
     if isinstance(value, dict) and value.get("bytes"):
         try:
             return as_rgb(pil.open(io.BytesIO(value["bytes"])))
-        except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
+        except UNREADABLE as error:
             raise PromptError(f"{where}: the image in it cannot be read: {error}") from error
     name = value.get("path") if isinstance(value, dict) else value
     if not isinstance(name, str):
@@ -272,7 +320,7 @@ def _image(value: Any, where: str, folder: Path) -> "Path | Image":
         with pil.open(path) as image:
             check_depth(image)
             image.verify()
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
+    except UNREADABLE as error:
         raise PromptError(f"{where}: image {path} cannot be read: {error}") from error
     return path
 

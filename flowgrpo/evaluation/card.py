@@ -8,6 +8,7 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from flowgrpo import config as configuration
 from flowgrpo.config import Config
+from flowgrpo.core.secrets import redact_table
 from flowgrpo.data.prompt_sets import PromptSet
 from flowgrpo.evaluation.records import Records
 from flowgrpo.policy.export.adapter_files import COMFYUI_FOLDER, DIFFUSERS_FILE, KOHYA_FOLDER
@@ -163,7 +164,7 @@ def _count(file: str) -> str:
 def _rewards(config: Config) -> str:
     lines = []
     for reward in config.rewards:
-        options: dict[str, Any] = dict(reward.options)
+        options: dict[str, Any] = redact_table(dict(reward.options))
         settings = f", with {options}" if options else ""
         use = f"weight {reward.weight:g}" if reward.weight else "not trained on"
         lines.append(f"- {reward.label}: {use} (`{reward.model}`{settings})")

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from flowgrpo.core.secrets import redact
 from flowgrpo.evaluation.charts import Number, Point, number, points
 
 INSPECTION_FILE = "inspection.html"
@@ -129,7 +130,7 @@ class Records:
         self.evaluations = read_lines(folder / "evaluations.jsonl", required="scores")
         if not self.metrics and not self.evaluations:
             raise ValueError(f"{folder}: neither metrics.jsonl nor evaluations.jsonl has a line")
-        self.config_text = _text(folder / "config.toml")
+        self.config_text = redact(_text(folder / "config.toml"))
         try:
             self.config = tomllib.loads(self.config_text)
         except tomllib.TOMLDecodeError as error:

@@ -13,12 +13,13 @@ from typing import Any
 
 import torch
 from accelerate import init_empty_weights
-from diffusers import DiffusionPipeline, ModelMixin
+from diffusers import DiffusionPipeline, ModelMixin, pipelines
 from huggingface_hub import snapshot_download
 from torch import nn
 from transformers import BatchEncoding, PreTrainedModel
 
-from flowgrpo.policy.loading import AUTOENCODERS
+from flowgrpo.core.imports import check_code_allowed
+from flowgrpo.policy.loading import AUTOENCODERS, LIBRARIES
 from flowgrpo.policy.model_files import published_folder
 
 CONFIGS = ("model_index.json", "*/*config.json")
@@ -153,6 +154,8 @@ def _component(folder: Path, name: str, entry: list[str], dtype: torch.dtype) ->
 
 def _class(library: str, name: str) -> Any:
     """The class that ``model_index.json`` names: of a library, or of one of diffusers' pipelines."""
+    if library not in LIBRARIES and not hasattr(pipelines, library):
+        check_code_allowed(f"{library}:{name}")
     try:
         return getattr(importlib.import_module(library), name)
     except ModuleNotFoundError:

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline, ModelMixin, PipelineQuantizationConfig
+from diffusers import DiffusionPipeline, ModelMixin, PipelineQuantizationConfig, pipelines
 from huggingface_hub.errors import RevisionResolutionError
 from transformers import PreTrainedModel
 
+from flowgrpo.core.imports import check_code_allowed, code_is_refused
 from flowgrpo.policy.adapters import add_adapters
 from flowgrpo.policy.settings import ModelSource, Quantization
 from flowgrpo.policy.single_file import SUFFIXES, is_single_file, load_single_file
@@ -21,6 +22,8 @@ AUTOENCODERS = ("vae", "movq")
 VARIANT = re.compile(r"(?:model|-of-\d+)\.(?!safetensors|bin)(\w+)[.-]")
 """Finds ``fp16`` in ``model.fp16.safetensors``, ``model.fp16-00001-of-00002.safetensors`` and
 ``model-00001-of-00002.fp16.safetensors``."""
+LIBRARIES = ("diffusers", "transformers")
+"""Libraries whose classes a model_index.json may name if other code is refused."""
 HARMLESS = ("position_ids",)
 """Ends of names in old files that hold no trained weights: the numbers 0, 1, 2, ... of positions."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -41,7 +44,7 @@ def load_pipeline(
 
     Raises:
         FileNotFoundError: If the folder, file or hub id does not exist or is not a pipeline.
-        ValueError: If weights do not fit their models, or settings exclude each other.
+        ValueError: If files are damaged, weights do not fit their models, or settings exclude each other.
     """
     source = model if isinstance(model, ModelSource) else ModelSource(path=str(model))
     source = replace(source, path=expanded(source.path), base=expanded(source.base))
@@ -78,6 +81,8 @@ def _load_folder(
             f"{source.path!r} is a pipeline; remove it"
         )
     folder = pipeline_folder(source)
+    if code_is_refused():
+        _check_libraries(DiffusionPipeline.load_config(folder))
     exact = dict.fromkeys(AUTOENCODERS, torch.float32)
     config = None
     if quantize != "none":
@@ -91,7 +96,7 @@ def _load_folder(
         raise ValueError(
             f"model.variant = {source.variant!r}: {source.path} has no weights of this variant; remove it"
         )
-    with _complete_weights(source.path):
+    with _readable(source.path), _complete_weights(source.path):
         return DiffusionPipeline.from_pretrained(
             str(folder),
             dtype={"default": dtype, **exact},
@@ -154,6 +159,32 @@ def _downloaded(source: ModelSource) -> Path:
 def expanded(path: str) -> str:
     """A path with ``~`` replaced by the home folder; other names as they are."""
     return str(Path(path).expanduser()) if path.startswith("~") else path
+
+
+@contextmanager
+def _readable(source: str) -> Iterator[None]:
+    """Raise what damaged files make diffusers and transformers raise as a ValueError that names the model."""
+    try:
+        yield
+    except (ValueError, OSError, RuntimeError, ImportError, MemoryError):
+        raise  # These have a message of their own.
+    except Exception as error:
+        raise ValueError(
+            f"the pipeline in {source} cannot be loaded ({type(error).__name__}: {error}): a file of it is "
+            "damaged or has wrong contents; download it again, or correct its model_index.json and config.json"
+        ) from error
+
+
+def _check_libraries(index: Mapping[str, Any]) -> None:
+    """Raise ValueError if a pipeline has parts of other libraries: diffusers imports what is named there."""
+    for name, value in index.items():
+        library = value[0] if isinstance(value, list | tuple) and value else None
+        if (
+            isinstance(library, str)
+            and library not in LIBRARIES
+            and not hasattr(pipelines, library)
+        ):
+            check_code_allowed(f"{library}:{name}")
 
 
 @contextmanager

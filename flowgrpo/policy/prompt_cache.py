@@ -8,12 +8,10 @@ rewrites prompts by :func:`rewritten_once`.
 
 import hashlib
 import inspect
-import tempfile
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from functools import wraps
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,6 +23,7 @@ from torch import Tensor
 from flowgrpo.policy.arguments import is_out_of_memory
 from flowgrpo.policy.loading import autoencoders
 from flowgrpo.policy.settings import Memory
+from flowgrpo.policy.tensor_store import GB, TensorStore
 
 PROMPT_ARGUMENTS = (
     "prompt", "prompt_2", "prompt_3", "negative_prompt", "negative_prompt_2", "negative_prompt_3",
@@ -43,7 +42,6 @@ Rows = tuple[tuple[str, ...], ...]
 """For each prompt of a batch its texts, one for each argument."""
 SIMPLE = (str, int, float, bool, type(None), torch.device, torch.dtype)
 """Types whose values ``repr`` distinguishes."""
-GB = 2**30
 
 
 def cache_encodings(
@@ -92,86 +90,6 @@ def _with_encoders(
             return method(*args, **kwargs)
 
     return wrapped
-
-
-class TensorStore:
-    """A cache of nested tensors by key, in main memory and on disk.
-
-    The least recently used values move from memory to disk, and are dropped from there.
-
-    Attributes:
-        memory_bytes: Limit of the tensors in main memory.
-        disk_bytes: Limit of the files in a temporary folder, which is deleted with the store.
-    """
-
-    def __init__(self, memory_bytes: int = 4 * GB, disk_bytes: int = 16 * GB):
-        self.memory_bytes, self.disk_bytes = memory_bytes, disk_bytes
-        self._memory: OrderedDict[str, Any] = OrderedDict()
-        self._files: OrderedDict[str, int] = OrderedDict()
-        self._sizes: dict[str, int] = {}
-        self._folder: tempfile.TemporaryDirectory[str] | None = None
-
-    def __len__(self) -> int:
-        return len(self._memory) + len(self._files)
-
-    def __contains__(self, key: str) -> bool:
-        return key in self._memory or key in self._files
-
-    def get(self, key: str, device: torch.device) -> Any:
-        """The value with its tensors on a device.
-
-        Raises:
-            KeyError: If the store does not have it.
-        """
-        if key in self._files:
-            value = torch.load(self._path(key), weights_only=True)
-            self._drop_file(key)
-            self._add(key, value)
-        self._memory.move_to_end(key)
-        return _mapped(self._memory[key], lambda t: t.to(device))
-
-    def put(self, key: str, value: Any) -> None:
-        """Store a value; its tensors are copied to main memory."""
-        self._add(key, _mapped(value, lambda t: t.detach().cpu()))
-
-    def _add(self, key: str, value: Any) -> None:
-        self._memory[key], self._sizes[key] = value, num_bytes(value)
-        # The newest value stays in memory, because it is about to be used.
-        while sum(self._sizes.values()) > self.memory_bytes and len(self._memory) > 1:
-            oldest, old = self._memory.popitem(last=False)
-            size = self._sizes.pop(oldest)
-            if size <= self.disk_bytes:
-                torch.save(old, self._path(oldest))
-                self._files[oldest] = size
-        while sum(self._files.values()) > self.disk_bytes:
-            self._drop_file(next(iter(self._files)))
-
-    def _drop_file(self, key: str) -> None:
-        del self._files[key]
-        self._path(key).unlink()
-
-    def _path(self, key: str) -> Path:
-        if self._folder is None:
-            self._folder = tempfile.TemporaryDirectory(prefix="flowgrpo-")
-        return Path(self._folder.name) / hashlib.blake2b(key.encode(), digest_size=16).hexdigest()
-
-
-def num_bytes(value: Any) -> int:
-    """Size in bytes of all tensors in a nested value."""
-    if isinstance(value, Tensor):
-        return value.numel() * value.element_size()
-    if isinstance(value, list | tuple):
-        return sum(num_bytes(v) for v in value)
-    return 0
-
-
-def _mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """A nested value of lists and tuples with a function applied to every tensor."""
-    if isinstance(value, Tensor):
-        return change(value)
-    if isinstance(value, list | tuple):
-        return type(value)(_mapped(v, change) for v in value)
-    return value
 
 
 class PromptCache:
@@ -244,9 +162,11 @@ class PromptCache:
     ) -> Any:
         """The joint encoding of the prompts, from the cache if possible."""
         key = repr((shared, rows))
-        if key not in self.store:
+        try:
+            return self.store.get(key, self._device)
+        except KeyError:
             self.store.put(key, self._call(bound, batched, rows))
-        return self.store.get(key, self._device)
+            return self.store.get(key, self._device)
 
     def _learn_rule(
         self, bound: inspect.BoundArguments, batched: list[str], rows: Rows

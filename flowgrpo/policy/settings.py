@@ -5,7 +5,6 @@ neither torch nor diffusers.
 """
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from itertools import pairwise
@@ -27,8 +26,6 @@ OWN_KEYS = {
 """Arguments of a pipeline's call that have a key in ``[sampling]``."""
 SET_BY_POLICY = ("prompt", "latents", "generator", "output_type", "return_dict")
 """Arguments of a pipeline's call that the policy sets."""
-Bounds = Sequence[tuple[str, int, int]]
-"""Configuration keys with their values and the smallest allowed value."""
 
 
 @dataclass(frozen=True)
@@ -108,10 +105,11 @@ class Sampling:
     their own, such as ``guidance_scale``, are refused here."""
 
     def check(self) -> None:
-        """Check that ``call`` holds no argument that has a key of its own, or that the policy sets.
+        """Check ``call`` and the grid of steps.
 
         Raises:
-            ValueError: With the key to use.
+            ValueError: With the keys: if ``call`` holds an argument that has a key of its own or that the
+                policy sets, if keys contradict each other, or if the values of a grid do not fall.
         """
         for name in self.call:
             if name in OWN_KEYS:
@@ -120,16 +118,10 @@ class Sampling:
                     "this value"
                 )
             if name in SET_BY_POLICY:
+                where = "; prompts are in prompts.train" if name == "prompt" else ""
                 raise ValueError(
-                    f"sampling.call.{name}: the policy sets this argument itself; remove it"
+                    f"sampling.call.{name}: the policy sets this argument itself; remove it{where}"
                 )
-
-    def check(self) -> None:
-        """Check the grid of steps.
-
-        Raises:
-            ValueError: With the keys, if they contradict each other or the values do not fall.
-        """
         for name in ("sigmas", "timesteps"):
             if name in self.call:
                 raise ValueError(f"sampling.call.{name} has a key of its own: sampling.{name}")
@@ -197,10 +189,6 @@ class LoRA:
     ``model.adapters``. ``rank`` must be at least its rank, and ``targets`` must include its layers; the
     model is then the same as with the earlier adapter. The reference policy is the model with it."""
 
-    def bounds(self) -> Bounds:
-        """Keys, their values and the smallest allowed values."""
-        return [("model.weights.rank", self.rank, 1), ("model.weights.alpha", self.alpha, 1)]
-
 
 @dataclass(frozen=True, kw_only=True)
 class Full:
@@ -215,10 +203,6 @@ class Full:
     models: tuple[str, ...] = ()
     """Denoisers to train, by their names in the pipeline. If empty, all are trained."""
 
-    def bounds(self) -> Bounds:
-        """Nothing to check."""
-        return []
-
 
 @dataclass(frozen=True, kw_only=True)
 class Noise:
@@ -228,10 +212,6 @@ class Noise:
     """
 
     kind: Literal["noise"] = "noise"
-
-    def bounds(self) -> Bounds:
-        """Nothing to check."""
-        return []
 
 
 Weights = LoRA | Full
@@ -250,7 +230,7 @@ class Memory:
     offload_vae: bool = False
     """Keep the VAE in main memory, and move it to the accelerator only to encode and decode."""
     prompt_cache_gb: float = 4.0
-    """Main memory for encoded prompts, in GB. The least recently used move to a temporary folder."""
+    """Main memory for encoded prompts, in GB. The least recently used move to a temporary file."""
     prompt_disk_gb: float = 16.0
     """Disk space for encoded prompts, in GB."""
     vae_tiling: bool = False
@@ -279,9 +259,6 @@ class Memory:
         Raises:
             ValueError: If a value is not allowed, or settings exclude each other.
         """
-        for name in ("prompt_cache_gb", "prompt_disk_gb", "decode_batch", "score_batch"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"memory.{name} must be at least 0, got {getattr(self, name)}")
         if self.quantize != "none" and trains_all:
             raise ValueError(
                 f"memory.quantize = {self.quantize!r} freezes the denoiser; it needs "

@@ -9,6 +9,7 @@ import logging
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, runtime_checkable
 
@@ -123,6 +124,10 @@ class Host(Protocol):
         """Do work on the scorer's thread."""
         ...
 
+    def call(self, label: str) -> AbstractContextManager[None]:
+        """The context of one call of a model."""
+        ...
+
 
 class PairwiseScorer:
     """Compares the pairs of whole groups, in the background thread of the reward scorer.
@@ -194,12 +199,13 @@ class PairwiseScorer:
             if not len(missing):
                 break
             if attempt:
-                time.sleep(failures.wait * 2 ** (attempt - 1))
+                time.sleep(failures.pause(attempt))
             for rows in missing.split(PAIRS_PER_CALL):
                 try:
-                    found = self.model.compare(
-                        media[first[rows]], media[second[rows]], [prompt] * len(rows)
-                    )
+                    with self.scorer.call(self.settings.model):
+                        found = self.model.compare(
+                            media[first[rows]], media[second[rows]], [prompt] * len(rows)
+                        )
                 except (RewardError, KeyboardInterrupt):
                     raise
                 except Exception as error:

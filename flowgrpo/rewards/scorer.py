@@ -9,7 +9,8 @@ import logging
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, wait
+from contextlib import AbstractContextManager
 from typing import Any
 
 from flowgrpo.core.errors import DivergenceError
@@ -25,6 +26,7 @@ from flowgrpo.rewards.protocols import (
     checked_scores,
 )
 from flowgrpo.rewards.settings import Failures, Reward, RewardError, weighted_sum
+from flowgrpo.rewards.worker import Worker
 
 __all__ = ["RewardScorer"]
 
@@ -84,8 +86,7 @@ class RewardScorer:
         self.safe_point: Callable[[], None] = lambda: None
         self._seen: list[tuple[Tensor, list[Prompt]]] = []
         self._judges: dict[str, RewardModel | PairwiseJudge] = {}
-        # One worker: reward models need not be thread-safe, and results must not depend on timing.
-        self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="reward-scorer")
+        self._worker = Worker("reward-scorer")
         self.reset()
 
     def reset(self) -> None:
@@ -108,13 +109,13 @@ class RewardScorer:
         self.safe_point()
         if self._learners and self.iteration is not None:
             self._seen.append((media, list(prompts)))
-        scores = self._worker.submit(self._score_in_parts, media, list(prompts))
-        return _Watched(scores, self.safe_point)
+        listed = list(prompts)
+        return self.run(lambda: self._score_in_parts(media, listed))
 
     def _score_in_parts(self, media: Tensor, prompts: Sequence[Prompt]) -> Scores:
         size = self.batch or len(prompts)
         starts = range(0, len(prompts), size)
-        parts = [self.score(media[i : i + size], prompts[i : i + size]) for i in starts]
+        parts = [self._score(media[i : i + size], prompts[i : i + size]) for i in starts]
         return Scores.concatenate(parts)
 
     def learn(self, gather: Callable[[list[Any]], list[Any]] = lambda own: own) -> dict[str, float]:
@@ -135,10 +136,16 @@ class RewardScorer:
             return {
                 f"learning/{label}/{name}": value
                 for label, model in self._learners.items()
-                for name, value in model.update(media, prompts).items()
+                for name, value in self._updated(label, model, media, prompts).items()
             }
 
-        return self._worker.submit(work).result()
+        return self.run(work).result()
+
+    def _updated(
+        self, label: str, model: LearningReward, media: Tensor, prompts: Sequence[Prompt]
+    ) -> Mapping[str, float]:
+        with self.call(label):
+            return model.update(media, prompts)
 
     def state(self) -> dict[str, dict[str, Tensor]]:
         """The states of the learning rewards, for a checkpoint."""
@@ -149,9 +156,32 @@ class RewardScorer:
         for label, model in self._learners.items():
             model.restore(parts[f"reward-{label}"])
 
-    def run(self, work: Callable[[], Tensor]) -> "Future[Tensor]":
-        """Run other scoring work, such as comparisons, in the background after earlier submissions."""
-        return _Watched(self._worker.submit(work), self.safe_point)
+    def run(self, work: Callable[[], Any]) -> "Future[Any]":
+        """Run other scoring work, such as comparisons, in the background after earlier submissions.
+
+        Calls of models inside belong into :meth:`call`.
+        """
+        return _Watched(self._worker.submit(work), self._watch)
+
+    def call(self, label: str) -> AbstractContextManager[None]:
+        """The context of one call of a model, whose duration ``failures.timeout`` limits."""
+        return self._worker.call(label)
+
+    def _watch(self) -> None:
+        """Called while a result is awaited.
+
+        Raises:
+            RewardError: If a model has not returned in time. It is still busy, and a second call at the
+                same time is not safe, so there is no retry.
+        """
+        self.safe_point()
+        label, seconds = self._worker.current_call()
+        if self.failures.timeout and seconds > self.failures.timeout:
+            raise RewardError(
+                f"reward {label!r} has not returned for {seconds:.0f} s, longer than failures.timeout = "
+                f"{self.failures.timeout:g} allows; if it may take that long, raise failures.timeout "
+                "(0 for no limit)"
+            )
 
     def loaded(self, model: Reward) -> RewardModel | PairwiseJudge:
         """A model that is not one of the rewards, such as a pairwise judge; loaded once, at first use."""
@@ -164,11 +194,17 @@ class RewardScorer:
         return PairwiseScorer(self, preference)
 
     def score(self, media: Tensor, prompts: Sequence[Prompt]) -> Scores:
-        """Score a batch now. A failed score is NaN, and so is the reward of its sample.
+        """Score a batch and wait for it. A failed score is NaN, and so is the reward of its sample.
 
         Raises:
-            RewardError: If a reward fails and the configuration says to stop.
+            RewardError: If a reward does not return in time, or fails and the configuration says to
+                stop.
         """
+        result: Scores = self.run(lambda: self._score(media, prompts)).result()
+        return result
+
+    def _score(self, media: Tensor, prompts: Sequence[Prompt]) -> Scores:
+        """Score a batch, on the worker's thread."""
         began = time.perf_counter()
         raw = {
             r.label: self._attempt(r, m, media, prompts)
@@ -248,7 +284,7 @@ class RewardScorer:
 
     def close(self, wait: bool = True) -> None:
         """Stop the background worker, after the score that it computes if ``wait``."""
-        self._worker.shutdown(wait=wait, cancel_futures=True)
+        self._worker.close(wait)
 
     def _attempt(
         self, reward: Reward, model: RewardModel, media: Tensor, prompts: Sequence[Prompt]
@@ -260,9 +296,10 @@ class RewardScorer:
         scores, fit = torch.full((len(prompts),), math.nan), sound(media)
         for attempt in range(self.failures.retries + 1):
             if attempt:
-                time.sleep(self.failures.wait * 2 ** (attempt - 1))
+                time.sleep(self.failures.pause(attempt))
             try:
-                values = model(media, prompts)
+                with self.call(reward.label):
+                    values = model(media, prompts)
             except (RewardError, KeyboardInterrupt):
                 raise
             except (Exception, SystemExit) as error:

@@ -12,6 +12,7 @@ The reward of a sample is the sum of the terms (:func:`weighted_sum`). Nothing h
 until a score is shaped, so that configurations can be read quickly.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -19,6 +20,9 @@ from typing import Any, Literal
 
 from flowgrpo.core.errors import ConfigError
 from flowgrpo.core.tensors import Float, Tensor, torch
+
+LONGEST_WAIT = 600.0
+"""Seconds to which the pauses between two attempts double."""
 
 
 class RewardError(RuntimeError):
@@ -140,7 +144,10 @@ class Failures:
     retries: int = 2
     """Further attempts before a score counts as failed."""
     wait: float = 1.0
-    """Seconds before the first retry; doubles with each."""
+    """Seconds before the first retry; doubles with each, up to 10 minutes."""
+    timeout: float = 1800.0
+    """Seconds that one call of a reward model may take; 0 for no limit. A call that takes longer ends the
+    run with a checkpoint and without a retry, because the model is still busy."""
     then: Literal["drop", "stop"] = "drop"
     """``drop`` leaves the sample out of its group; ``stop`` ends the run."""
     probe: Literal["refuse", "warn", "off"] = "refuse"
@@ -148,6 +155,10 @@ class Failures:
     score. A binary reward that is rarely 1 can be constant there without being wrong."""
     max_rate: float = 0.2
     """Share of failed scores in one iteration above which the run stops in any case."""
+
+    def pause(self, attempt: int) -> float:
+        """Seconds to wait before an attempt; the first retry is attempt 1."""
+        return min(self.wait * 2 ** (attempt - 1), max(self.wait, LONGEST_WAIT))
 
 
 def weighted_sum(
@@ -197,7 +208,10 @@ def check_rewards(
         return
     if all(r.weight == 0 for r in rewards):
         raise ConfigError("rewards: every weight is 0, so there is nothing to train on")
-    for iteration in range(num_iterations):
+    # Which weights are 0 changes only at the points of the schedules.
+    points = {math.ceil(p[0]) for r in rewards for p in r.schedule}
+    points |= {math.floor(p[0]) + 1 for r in rewards for p in r.schedule}
+    for iteration in [0, *sorted(p for p in points if 0 < p < num_iterations)]:
         if all(r.weight_at(iteration) == 0 for r in rewards):
             raise ConfigError(
                 f"rewards: the schedules make every weight 0 in iteration {iteration}, so there is "

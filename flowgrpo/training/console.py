@@ -9,6 +9,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
+from flowgrpo.core.secrets import redact
 from flowgrpo.core.text import plain
 
 T = TypeVar("T")
@@ -42,7 +43,7 @@ class Console:
         self.rich.print(table)
 
     def _plain(self, text: str) -> str:
-        return plain(text, self.rich.encoding)
+        return plain(redact(text), self.rich.encoding)
 
     def _text(self, text: str) -> Text:
         """A cell; as a string it would be read as markup."""

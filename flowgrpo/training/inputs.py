@@ -4,7 +4,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from flowgrpo.config import Config, ConfigError, find
+from flowgrpo.config.reference import to_table
 from flowgrpo.core.imports import import_path
+from flowgrpo.core.secrets import REDACTED, redacted_in
 from flowgrpo.data.prompt_sets import PromptSet, shared
 from flowgrpo.data.videos import require_video
 from flowgrpo.policy.model_files import check_path
@@ -24,6 +26,11 @@ def check_names(config: Config, num_processes: int) -> None:
         ImportError: If an optional package is not installed.
     """
     config.check(num_processes)
+    if key := redacted_in(to_table(config)):
+        raise ConfigError(
+            f"{key} is {REDACTED}: secrets are left out of saved configurations; give it again with "
+            f"--set {key}=..."
+        )
     require_installed(config.memory, config.train.optimizer)
     check_trackers(config.run.trackers)
     if config.sampling.num_frames is not None:

@@ -6,7 +6,7 @@ import platform
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,8 @@ from accelerate.utils import gather_object
 from torch import Tensor
 
 from flowgrpo.config import Config
+from flowgrpo.core.errors import DivergenceError
+from flowgrpo.core.secrets import redact_command
 from flowgrpo.data.prompts import Group
 from flowgrpo.policy.placement import resolve_device
 from flowgrpo.rewards.scorer import RewardScorer
@@ -134,20 +136,26 @@ class Session:
     def rescue(self, learner: Learner, iteration: int) -> Iterator[None]:
         """Save the state of the last iteration if the rollout inside ends early, and raise again.
 
-        That happens if a reward fails permanently, or a signal asks to stop.
+        That happens if a reward fails permanently, a signal asks to stop, or any other error occurs,
+        such as a lack of memory.
         """
         self._lines = self.logs.counts() if self.is_main else {}
         self.signals.loading = False
         try:
             self.signals.check()
             yield
-        except (RewardError, StopRequested) as error:
+        except DivergenceError:
+            raise  # The weights may be destroyed; the last checkpoint is better.
+        except (Exception, StopRequested) as error:
             alone = self.accelerator.num_processes == 1
+            expected = isinstance(error, RewardError | StopRequested)
             if iteration > 0 and (alone or isinstance(error, StopRequested)):
-                self._write(learner, iteration, self._lines)
-                self.console.say(
-                    f"saved after {iteration} iterations; the same command resumes from there"
-                )
+                # Another error, such as a lack of memory, must not be hidden by one in saving.
+                with nullcontext() if expected else suppress(Exception):
+                    self._write(learner, iteration, self._lines)
+                    self.console.say(
+                        f"saved after {iteration} iterations; the same command resumes from there"
+                    )
             raise
 
     @property
@@ -363,7 +371,7 @@ class Session:
             "device": str(self.accelerator.device),
             "processes": self.accelerator.num_processes,
             "threads": torch.get_num_threads(),
-            "command": " ".join(sys.argv),
+            "command": redact_command(sys.argv),
         }
         processes = self.accelerator.num_processes
         self._lock, changed = run_folder.claim(self.config, processes, environment)

@@ -85,12 +85,20 @@ class Batcher:
             self._jobs.put(job)
         return job.done
 
-    def close(self) -> None:
-        """Score the requests that are waiting, then stop."""
+    def close(self, timeout: float | None = None) -> bool:
+        """Score the requests that are waiting, then stop.
+
+        Args:
+            timeout: Seconds to wait for that; None waits for ever.
+
+        Returns:
+            Whether all were scored in time.
+        """
         with self._lock:
             self._closed = True
             self._jobs.put(None)
-        self._thread.join()
+        self._thread.join(timeout)
+        return not self._thread.is_alive()
 
     def _work(self) -> None:
         closing = False
@@ -144,6 +152,7 @@ class Batcher:
 
     def _call(self, samples: Sequence[Sample]) -> Tensor:
         self.num_calls += 1
-        media = torch.stack([s.media for s in samples])
+        alone = len(samples) == 1  # a video can be large: no copy of it
+        media = samples[0].media[None] if alone else torch.stack([s.media for s in samples])
         values = self.reward(media, [s.prompt for s in samples])
         return checked_scores(type(self.reward).__name__, values, len(samples))

@@ -24,6 +24,8 @@ from flowgrpo.rewards.serving.protocol import unpack_error
 
 try:
     import httpx
+
+    from flowgrpo.rewards.serving.deadlines import limit_requests
 except ModuleNotFoundError as error:
     raise ImportError(
         "rewards behind a server need httpx: pip install 'flowgrpo[remote]'"
@@ -240,10 +242,10 @@ class Endpoints:
 def make_client(
     url: str, headers: Mapping[str, str], timeout: float, concurrency: int
 ) -> httpx.Client:
-    """An httpx client for one server, whose answers are limited in size and in time."""
+    """An httpx client for one server, whose requests are limited in time and their answers in size."""
     host = urlsplit(url).hostname or ""
     local = host in ("localhost", "::1") or host.startswith("127.")
-    return httpx.Client(
+    client = httpx.Client(
         # Compressed answers could unpack to any size.
         headers={"Accept-Encoding": "identity", **headers},
         timeout=timeout,
@@ -257,8 +259,10 @@ def make_client(
         trust_env=not local,
         # The system's certificates, so that a private authority that is installed there is trusted.
         verify=ssl.create_default_context(),
-        event_hooks={"response": [lambda response: _limit(response, timeout)]},
+        event_hooks={"response": [_limit_size]},
     )
+    limit_requests(client, timeout)
+    return client
 
 
 def checked_answer(response: httpx.Response) -> bytes:
@@ -285,26 +289,22 @@ def retry_after(headers: Mapping[str, str]) -> float | None:
     return float(text) if text.replace(".", "", 1).isdecimal() else None
 
 
-def _limit(response: httpx.Response, timeout: float) -> None:
-    """Limit the body that is about to be read. httpx's own timeout is for each read, not for all."""
+def _limit_size(response: httpx.Response) -> None:
+    """Limit the body that is about to be read."""
     assert isinstance(response.stream, httpx.SyncByteStream)
-    response.stream = _LimitedStream(response.stream, response.request, timeout)
+    response.stream = _LimitedStream(response.stream)
 
 
 class _LimitedStream(httpx.SyncByteStream):
-    def __init__(self, stream: httpx.SyncByteStream, request: httpx.Request, timeout: float):
-        self.stream, self.request, self.timeout = stream, request, timeout
+    def __init__(self, stream: httpx.SyncByteStream):
+        self.stream = stream
 
     def __iter__(self) -> Iterator[bytes]:
-        size, deadline = 0, time.monotonic() + self.timeout
+        size = 0
         for piece in self.stream:
             size += len(piece)
             if size > LARGEST_ANSWER:
                 raise Refused(200, f"an answer of more than {LARGEST_ANSWER} bytes")
-            if time.monotonic() > deadline:
-                raise httpx.ReadTimeout(
-                    f"the answer took more than {self.timeout:g} s", request=self.request
-                )
             yield piece
 
     def close(self) -> None:

@@ -37,10 +37,20 @@ def join(parts: Sequence[Part]) -> tuple[str, bytes]:
     return request.headers["Content-Type"], request.read()
 
 
-def split(content_type: str, body: bytes) -> list[tuple[str, bytes]]:
+class TooManyParts(ValueError):
+    """A form with more fields than allowed."""
+
+
+def split(content_type: str, body: bytes, most: int = 4096) -> list[tuple[str, bytes]]:
     """Decode a form; returns name and content of each field, in order.
 
+    Args:
+        content_type: The request's.
+        body: The whole body.
+        most: The largest number of fields.
+
     Raises:
+        TooManyParts: If there are more fields.
         ValueError: If the body is cut off or is not a form.
     """
     from python_multipart.exceptions import FormParserError
@@ -49,7 +59,7 @@ def split(content_type: str, body: bytes) -> list[tuple[str, bytes]]:
     boundary = parse_options_header(content_type)[1].get(b"boundary")
     if not boundary:
         raise ValueError("multipart/form-data without a boundary")
-    reader = _Reader()
+    reader = _Reader(most)
     try:
         parser = MultipartParser(boundary, reader.callbacks())  # type: ignore[arg-type]
         parser.write(body)
@@ -64,11 +74,14 @@ def split(content_type: str, body: bytes) -> list[tuple[str, bytes]]:
 class _Reader:
     """Collects the fields that python-multipart finds."""
 
-    def __init__(self) -> None:
+    def __init__(self, most: int) -> None:
         self.fields: list[tuple[str, bytes]] = []
         self.ended = False
+        self._most = most
         self._key, self._value, self._disposition = b"", b"", b""
-        self._pieces: list[bytes] = []
+        # Contents that look like a boundary arrive in pieces of a byte: a list of them would take
+        # many times the memory.
+        self._content = bytearray()
 
     def callbacks(self) -> dict[str, object]:
         return {
@@ -76,13 +89,18 @@ class _Reader:
             "on_header_field": self._header_field,
             "on_header_value": self._header_value,
             "on_header_end": self._header_end,
-            "on_part_data": lambda data, start, end: self._pieces.append(data[start:end]),
+            "on_part_data": self._data,
             "on_part_end": self._end,
             "on_end": self._finish,
         }
 
     def _begin(self) -> None:
-        self._pieces, self._disposition = [], b""
+        if len(self.fields) >= self._most:
+            raise TooManyParts(f"the form has more than {self._most} fields")
+        self._content, self._disposition = bytearray(), b""
+
+    def _data(self, data: bytes, start: int, end: int) -> None:
+        self._content += memoryview(data)[start:end]
 
     def _header_field(self, data: bytes, start: int, end: int) -> None:
         self._key += data[start:end]
@@ -101,7 +119,8 @@ class _Reader:
         name = parse_options_header(self._disposition)[1].get(b"name")
         if name is None:
             raise ValueError("a field of the multipart body has no name")
-        self.fields.append((name.decode(errors="replace"), b"".join(self._pieces)))
+        self.fields.append((name.decode(errors="replace"), bytes(self._content)))
+        self._content = bytearray()
 
     def _finish(self) -> None:
         self.ended = True

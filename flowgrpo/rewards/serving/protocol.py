@@ -28,7 +28,8 @@ import base64
 import io
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,8 +41,10 @@ from torch import Tensor
 
 from flowgrpo.data.pictures import as_rgb, encode_png, png_of
 from flowgrpo.data.prompts import Prompt
-from flowgrpo.rewards.serving.multipart import Part, join, split
+from flowgrpo.rewards.serving.multipart import Part, TooManyParts, join, split
 
+LARGEST_JSON = 1_000_000
+"""Values in the JSON of one request, counted by its brackets, commas and colons."""
 FORMATS = ("PNG", "JPEG", "WEBP")
 """Image formats that a server reads. PNG is lossless; the others are for requests made by hand."""
 
@@ -60,17 +63,24 @@ class WireError(ValueError):
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """How much one request may hold.
+    """How much one request, and all requests together, may hold.
 
     Attributes:
         num_bytes: Bytes of the body.
         num_images: Images, frames of videos and condition images in total.
         num_pixels: Pixels of one image, checked before the image is decoded.
+        num_decoded: Bytes of all its images when they are decoded, 12 for each pixel of a sample and 3
+            for each pixel of a condition image; checked before any of them is decoded.
+        num_reserved: Bytes of the bodies and the decoded images of all requests in progress.
+        num_connections: Connections at the same time.
     """
 
     num_bytes: int = 256 * 2**20
     num_images: int = 1024
     num_pixels: int = 4096 * 4096
+    num_decoded: int = 4 * 2**30
+    num_reserved: int = 8 * 2**30
+    num_connections: int = 64
 
 
 @dataclass(frozen=True)
@@ -93,7 +103,7 @@ class _Packed:
 def decode_image(data: bytes, limits: Limits | None = None) -> Float[Tensor, "3 height width"]:
     """An image in [0, 1] from a PNG, JPEG or WebP file; see :func:`open_image`."""
     pixels = torch.from_numpy(np.array(open_image(data, limits)))
-    return pixels.permute(2, 0, 1).to(torch.float32) / 255
+    return pixels.permute(2, 0, 1).to(torch.float32).div_(255)
 
 
 def open_image(data: bytes, limits: Limits | None = None) -> Image.Image:
@@ -102,13 +112,26 @@ def open_image(data: bytes, limits: Limits | None = None) -> Image.Image:
     Raises:
         WireError: If it is none of these, is damaged or has too many pixels.
     """
-    allowed = (limits or Limits()).num_pixels
+    with _opened(data, limits or Limits()) as image:
+        return as_rgb(image)
+
+
+def num_pixels(data: bytes, limits: Limits) -> int:
+    """The number of pixels of an image, from its head: nothing is decoded. Raises as :func:`open_image`."""
+    with _opened(data, limits) as image:
+        return int(image.width * image.height)
+
+
+@contextmanager
+def _opened(data: bytes, limits: Limits) -> Iterator[Image.Image]:
+    """An image whose head was read, and whose pixels are read inside."""
+    allowed = limits.num_pixels
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             width, height = image.size
             if width * height > allowed:
                 raise WireError(413, f"an image of {width}x{height} exceeds {allowed} pixels")
-            return as_rgb(image)
+            yield image
     except WireError:
         raise
     except Image.DecompressionBombError as error:
@@ -149,15 +172,27 @@ def pack(
     return join(parts)
 
 
-def unpack(content_type: str, body: bytes, limits: Limits) -> list[Sample]:
+def unpack(
+    content_type: str,
+    body: bytes,
+    limits: Limits,
+    reserve: Callable[[int], None] = lambda num_bytes: None,
+) -> list[Sample]:
     """The samples of a request, multipart or JSON.
+
+    Args:
+        content_type: Its content type.
+        body: Its body.
+        limits: What it may hold.
+        reserve: Called with the bytes that the decoded images take, before they are decoded; it may
+            raise an error.
 
     Raises:
         WireError: If it is neither, is malformed, or holds more than it may.
     """
     kind = content_type.split(";")[0].strip().lower()
     if kind == "multipart/form-data":
-        packed = _from_multipart(content_type, body)
+        packed = _from_multipart(content_type, body, limits)
     elif kind == "application/json":
         packed = _from_json(body)
     else:
@@ -169,21 +204,49 @@ def unpack(content_type: str, body: bytes, limits: Limits) -> list[Sample]:
     number = sum(len(p.media) + len(p.conditions) for p in packed)
     if number > limits.num_images:
         raise WireError(413, f"{number} images exceed the {limits.num_images} of one request")
+    reserve(_decoded_size(packed, limits))
     opened: dict[bytes, Image.Image] = {}
     samples = []
     for i, sample in enumerate(packed):
-        try:
-            images = [decode_image(m, limits) for m in sample.media]
+        with _named(i):
+            media = _media(sample, limits)
             for condition in sample.conditions:
                 if condition not in opened:
                     opened[condition] = open_image(condition, limits)
-        except WireError as error:
-            raise WireError(error.status, f"sample {i}: {error}") from error
         conditions = tuple(opened[c] for c in sample.conditions)
-        samples.append(
-            Sample(_media(sample.record, images, i), _prompt(sample.record, i, conditions))
-        )
+        samples.append(Sample(media, _prompt(sample.record, i, conditions)))
     return samples
+
+
+def _decoded_size(packed: Sequence[_Packed], limits: Limits) -> int:
+    """The bytes that all images of a request take when they are decoded.
+
+    Raises:
+        WireError: If they are more than a request may hold, or an image cannot be read.
+    """
+    size, known = 0, set[bytes]()
+    for i, sample in enumerate(packed):
+        with _named(i):
+            size += sum(12 * num_pixels(m, limits) for m in sample.media)
+            new = {c for c in sample.conditions if c not in known}
+            size += sum(3 * num_pixels(c, limits) for c in new)
+            known |= new
+        if size > limits.num_decoded:
+            raise WireError(
+                413,
+                f"the images take more than {limits.num_decoded} bytes when they are decoded, the limit "
+                "of one request; send fewer in one request",
+            )
+    return size
+
+
+@contextmanager
+def _named(index: int) -> Iterator[None]:
+    """Name the sample in an error about it."""
+    try:
+        yield
+    except WireError as error:
+        raise WireError(error.status, f"sample {index}: {error}") from error
 
 
 def pack_prompts(prompts: Sequence[Prompt]) -> bytes:
@@ -295,21 +358,35 @@ def _prompt(record: Mapping[str, Any], index: int, images: Sequence[Image.Image]
     return Prompt(text, negative, metadata, images)
 
 
-def _media(record: Mapping[str, Any], images: Sequence[Tensor], index: int) -> Tensor:
-    if "frames" not in record:
-        return images[0]
-    if len({i.shape for i in images}) != 1:
-        raise WireError(400, f"sample {index}: needs at least one frame, and all of one size")
-    return torch.stack([*images])
+def _media(sample: _Packed, limits: Limits) -> Tensor:
+    """The decoded image of a sample, or the frames of its video."""
+    if "frames" not in sample.record:
+        return decode_image(sample.media[0], limits)
+    wrong = WireError(400, "needs at least one frame, and all of one size")
+    if not sample.media:
+        raise wrong
+    first = decode_image(sample.media[0], limits)
+    # Filled frame by frame, because stacking takes the memory twice.
+    video = torch.empty(len(sample.media), *first.shape)
+    video[0] = first
+    for i, data in enumerate(sample.media[1:], start=1):
+        image = decode_image(data, limits)
+        if image.shape != first.shape:
+            raise wrong
+        video[i] = image
+    return video
 
 
-def _from_multipart(content_type: str, body: bytes) -> list[_Packed]:
+def _from_multipart(content_type: str, body: bytes, limits: Limits) -> list[_Packed]:
     fields: dict[str, list[bytes]] = {"request": [], "prompt": [], "image": [], "condition": []}
     try:
-        for name, content in split(content_type, body):
+        # Each image may have a prompt of its own.
+        for name, content in split(content_type, body, 2 * limits.num_images + 1):
             if name not in fields:
                 raise ValueError(f"unknown field {name!r} (known: {', '.join(fields)})")
             fields[name].append(content)
+    except TooManyParts as error:
+        raise WireError(413, str(error)) from error
     except ValueError as error:
         raise WireError(400, str(error)) from error
     images, requests, conditions = fields["image"], fields["request"], fields["condition"]
@@ -371,6 +448,9 @@ def _from_json(body: bytes) -> list[_Packed]:
 
 
 def _records(body: bytes) -> list[dict[str, Any]]:
+    # Three bytes of JSON, such as "{},", can take a hundred in memory; base64 has none of these.
+    if sum(body.count(mark) for mark in b"{[,:") > LARGEST_JSON:
+        raise WireError(413, f"the JSON has more than {LARGEST_JSON} values")
     try:
         samples = json.loads(body)["samples"]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
