@@ -15,6 +15,7 @@ import torch
 import flowgrpo
 from flowgrpo.config import ConfigError
 from flowgrpo.config.changes import CHANGEABLE, differences, may_change
+from flowgrpo.core.errors import DivergenceError
 from flowgrpo.training import checkpoints, files, lock, run_folder
 from flowgrpo.training.explained import explained
 from flowgrpo.training.learner import Learner

@@ -19,7 +19,7 @@ from flowgrpo.core.secrets import (
     redact_command,
     redact_table,
 )
-from flowgrpo.policy.loading import _check_libraries
+from flowgrpo.memory.meta_pipeline import EstimateError, _class
 from flowgrpo.training import run_folder
 from flowgrpo.training.console import Console
 from flowgrpo.training.inputs import check_names
@@ -168,9 +168,12 @@ def test_no_code_refuses_import_paths_of_others(
         assert "--no-code" in capsys.readouterr().err
     assert not (tmp_path / "ran").exists()
     assert import_path("flowgrpo.shapes.rewards:Strict")
-    with pytest.raises(ValueError, match="'mine:unet' is an import path"):
-        _check_libraries({"unet": ["mine", "Net"], "vae": ["diffusers", "AutoencoderKL"]})
-    _check_libraries({"_class_name": "X", "a": [None, None], "b": ["stable_diffusion", "Checker"]})
     refuse_code(False)
     monkeypatch.syspath_prepend(str(tmp_path))
     assert import_path("mine:Score")
+
+
+def test_the_estimate_imports_no_module_that_a_model_names(tmp_path: Path) -> None:
+    with pytest.raises(EstimateError, match="names Net of 'mine', which is not imported"):
+        _class("mine", "Net")
+    assert _class("diffusers", "UNet2DModel").__name__ == "UNet2DModel"

@@ -47,8 +47,8 @@ Split = Literal["groups", "samples", "steps", "actions"]
 """What is divided among the optimizer steps of an iteration."""
 
 
-FORESEEN = 100_000
-"""Iterations of a run whose choices of steps are computed before it starts."""
+FORESEEN = 10_000
+"""Most iterations of a run whose choices of steps are computed before it starts."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -415,7 +415,9 @@ class Config:
         ):
             return []
         found = set[int]()
-        for iteration in range(min(self.train.iterations, FORESEEN)):
+        # Of a longer run, iterations at equal distances.
+        every = -(-self.train.iterations // FORESEEN)
+        for iteration in range(0, self.train.iterations, every):
             random = Random(self.run.seed).at("train", iteration)
             found.update(algorithm.trained_steps(self.sampling.num_steps, iteration, random))
             if len(found) >= self.sampling.num_steps - 1:  # the last step is never stochastic

@@ -18,13 +18,14 @@ from huggingface_hub import snapshot_download
 from torch import nn
 from transformers import BatchEncoding, PreTrainedModel
 
-from flowgrpo.core.imports import check_code_allowed
-from flowgrpo.policy.loading import AUTOENCODERS, LIBRARIES
+from flowgrpo.policy.loading import AUTOENCODERS
 from flowgrpo.policy.model_files import published_folder
 
 CONFIGS = ("model_index.json", "*/*config.json")
 MAX_TEXT = 512
 """Largest number of tokens of a prompt, and the number if no config names one."""
+LIBRARIES = ("diffusers", "transformers")
+"""Libraries whose classes a model_index.json may name."""
 DROPPED = ("safety_checker", "feature_extractor")
 """Components that a policy never loads; the feature extractor only serves the safety checker."""
 
@@ -155,7 +156,10 @@ def _component(folder: Path, name: str, entry: list[str], dtype: torch.dtype) ->
 def _class(library: str, name: str) -> Any:
     """The class that ``model_index.json`` names: of a library, or of one of diffusers' pipelines."""
     if library not in LIBRARIES and not hasattr(pipelines, library):
-        check_code_allowed(f"{library}:{name}")
+        # Diffusers does not import such a module either.
+        raise EstimateError(
+            f"its model_index.json names {name} of {library!r}, which is not imported"
+        )
     try:
         return getattr(importlib.import_module(library), name)
     except ModuleNotFoundError:

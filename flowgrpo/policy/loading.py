@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline, ModelMixin, PipelineQuantizationConfig, pipelines
+from diffusers import DiffusionPipeline, ModelMixin, PipelineQuantizationConfig
 from huggingface_hub.errors import RevisionResolutionError
 from transformers import PreTrainedModel
 
-from flowgrpo.core.imports import check_code_allowed, code_is_refused
 from flowgrpo.policy.adapters import add_adapters
+from flowgrpo.policy.arguments import is_out_of_memory
 from flowgrpo.policy.settings import ModelSource, Quantization
 from flowgrpo.policy.single_file import SUFFIXES, is_single_file, load_single_file
 
@@ -22,8 +22,6 @@ AUTOENCODERS = ("vae", "movq")
 VARIANT = re.compile(r"(?:model|-of-\d+)\.(?!safetensors|bin)(\w+)[.-]")
 """Finds ``fp16`` in ``model.fp16.safetensors``, ``model.fp16-00001-of-00002.safetensors`` and
 ``model-00001-of-00002.fp16.safetensors``."""
-LIBRARIES = ("diffusers", "transformers")
-"""Libraries whose classes a model_index.json may name if other code is refused."""
 HARMLESS = ("position_ids",)
 """Ends of names in old files that hold no trained weights: the numbers 0, 1, 2, ... of positions."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -81,8 +79,6 @@ def _load_folder(
             f"{source.path!r} is a pipeline; remove it"
         )
     folder = pipeline_folder(source)
-    if code_is_refused():
-        _check_libraries(DiffusionPipeline.load_config(folder))
     exact = dict.fromkeys(AUTOENCODERS, torch.float32)
     config = None
     if quantize != "none":
@@ -166,25 +162,13 @@ def _readable(source: str) -> Iterator[None]:
     """Raise what damaged files make diffusers and transformers raise as a ValueError that names the model."""
     try:
         yield
-    except (ValueError, OSError, RuntimeError, ImportError, MemoryError):
-        raise  # These have a message of their own.
     except Exception as error:
+        if is_out_of_memory(error) or isinstance(error, ImportError) or source in str(error):
+            raise  # These have a message of their own.
         raise ValueError(
             f"the pipeline in {source} cannot be loaded ({type(error).__name__}: {error}): a file of it is "
             "damaged or has wrong contents; download it again, or correct its model_index.json and config.json"
         ) from error
-
-
-def _check_libraries(index: Mapping[str, Any]) -> None:
-    """Raise ValueError if a pipeline has parts of other libraries: diffusers imports what is named there."""
-    for name, value in index.items():
-        library = value[0] if isinstance(value, list | tuple) and value else None
-        if (
-            isinstance(library, str)
-            and library not in LIBRARIES
-            and not hasattr(pipelines, library)
-        ):
-            check_code_allowed(f"{library}:{name}")
 
 
 @contextmanager

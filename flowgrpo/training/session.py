@@ -317,7 +317,6 @@ class Session:
         """Save the evaluated weights as ``best`` if their held-out reward is the best so far."""
         if not score > self.best:  # NaN is not the best either.
             return
-        self.best = score
         if self.is_main:
             parts, _ = learner.state()
             require_finite(parts)
@@ -327,6 +326,8 @@ class Session:
                 {"weights": weights},
                 {"iteration": iteration, "score": score},
             )
+        # Afterwards: if this could not be written, a resumed run writes it.
+        self.best = score
 
     def close(self) -> None:
         """Wait for the other processes, end the trackers and the process group."""
