@@ -73,6 +73,15 @@ def tiny_hpsv2(folder: Path) -> Case:
         return Case("benchmarks.reward_cases:TinyHPSv2", {"model": str(folder)})
 
 
+def tiny_subject_identity(folder: Path) -> Case:
+    """DINOv2 and OWLv2."""
+    for part, save in (("dino", zoo.save_dino), ("owl", zoo.save_owlv2)):
+        (folder / part).mkdir()
+        save(folder / part)
+    models = {"model": str(folder / "dino"), "detector": str(folder / "owl"), "threshold": 0.5}
+    return Case("subject_identity", models | {"root": with_reference(folder)}, 4)
+
+
 def tiny_geneval(folder: Path) -> Case:
     """A detector, whose input has 800x800 pixels at any size of the model, and a CLIP for colours."""
     for part in ("detector", "clip"):
@@ -130,15 +139,23 @@ TINY: Mapping[str, Make] = {
     "aesthetic": lambda f: Case("aesthetic", {"model": str(zoo.save_aesthetic(f)), "head": str(f)}),
     "unified_reward": answering("unified_reward", video=False),
     "dino": lambda f: Case("dino", {"model": str(zoo.save_dino(f)), "root": with_reference(f)}),
+    "siglip": lambda f: Case(
+        "siglip", {"model": str(zoo.save_siglip(f)), "root": with_reference(f)}
+    ),
     "adversarial": lambda f: Case(
         "adversarial", {"model": str(zoo.save_dino(f)), "root": with_reference(f), "side": 28}
     ),
+    "subject_identity": tiny_subject_identity,
+    "deqa": lambda f: Case("deqa", {"model": str(zoo.save_owl2(f))}),
     "geneval": tiny_geneval,
     "ocr": lambda _: Case("ocr", {"threads": 1}, 4, precisions=()),
     "jpeg_size": lambda _: Case("jpeg_size", precisions=()),
     "FrameScore of clip_score": frames,
     "video_align": tiny_video_align,
     "video_score2": answering("video_score2", video=True),
+    "physics": lambda f: Case(
+        "physics", {"model": str(zoo.save_vjepa2(f)), "window": 4, "context": 2}, 4, video=True
+    ),
     "motion": lambda _: Case("motion", video=True, precisions=()),
     "consistency": lambda _: Case("consistency", video=True, precisions=()),
 }

@@ -45,6 +45,7 @@ PAGE = ROOT / "docs" / "rewards.md"
 VIDEO_SIZE, FRAMES = 64, 8
 PROMPT = Prompt('a sign that says "hi"', metadata={
     "reference": "reference.png", "fps": 8.0,
+    "subjects": [{"name": "sign", "reference": "reference.png"}],
     "tag": "single_object", "include": [{"class": "bench", "count": 1}],
 })  # fmt: skip
 
