@@ -69,7 +69,13 @@ def build(config: Config, session: Session, prompts: PromptSet, held_out: Prompt
         memory=config.memory,
     )
     _check_policy(policy, config, prompts, held_out)
-    learner = Learner(policy, config.train, config.loss, session.accelerator)
+    learner = Learner(
+        policy,
+        config.train,
+        config.loss,
+        session.accelerator,
+        with_baseline=getattr(config.algorithm, "needs_baseline", False),
+    )
     evaluator = Evaluator(
         config.evaluation,
         session,
