@@ -224,6 +224,47 @@ def test_a_run_learns_where_to_start_and_its_model_stays(
     assert "trained the initial noise" in capsys.readouterr().err
 
 
+def test_the_learned_baseline_expects_the_rewards_of_its_prompts(
+    noisy: Callable[..., PipelinePolicy], accelerator: Accelerator
+) -> None:
+    policy = noisy("sd3")
+    algorithm = FIND(group_size=3, baseline="learned")
+    settings = replace(config(), algorithm=algorithm)
+    settings.check()
+    plain = collected(policy, settings)
+    low_and_high = torch.where(plain.candidates.group == 0, 1.0, 3.0)
+    low_and_high[0] = math.nan
+    scores = replace(plain.candidates.scores, reward=low_and_high)
+    experience = replace(plain, candidates=replace(plain.candidates, scores=scores))
+
+    def learner() -> Learner:
+        return Learner(policy, settings.train, settings.loss, accelerator, with_baseline=True)
+
+    one, alone = learner(), lambda pairs: pairs
+    first = one.with_expected(experience, alone).expected
+    for _ in range(60):
+        found = one.with_expected(experience, alone)
+    assert first is not None
+    assert found.expected is not None
+    by_prompt = found.expected.view(2, 3)
+    assert (by_prompt.std(1) < 1e-5).all()
+    torch.testing.assert_close(by_prompt.mean(1), torch.tensor([1.0, 3.0]), atol=0.1, rtol=0)
+    assert (first - found.expected).abs().max() > 0.5
+    advantages = algorithm.advantages(found)
+    assert advantages[0] == 0, "a failed reward is no advantage"
+    torch.testing.assert_close(advantages[1:], (low_and_high - found.expected)[1:])
+
+    # A checkpoint continues the same, and all processes learn from all rewards.
+    again = learner()
+    again.restore(*one.state())
+    a, b = (x.with_expected(experience, alone).expected for x in (one, again))
+    assert a is not None
+    assert b is not None
+    assert torch.equal(a, b)
+    with pytest.raises(ConfigError, match="only clip has an effect"):
+        replace(settings, algorithm=replace(algorithm, advantage=PerReward())).check()
+
+
 def test_what_does_not_belong_together_is_refused() -> None:
     good = config()
     good.check()

@@ -157,6 +157,11 @@ class AlgorithmBase:
         return bool(getattr(getattr(self, "advantage", None), "is_binary", False))
 
     @property
+    def needs_baseline(self) -> bool:
+        """Whether the loop must supply ``Experience.expected``: not for comparisons within groups."""
+        return False
+
+    @property
     def scales_steps(self) -> bool:
         """Advantages do not depend on the scale of a step's gradient."""
         return False

@@ -11,7 +11,7 @@ from typing import ClassVar, Literal
 
 from flowgrpo.algorithms.base import AlgorithmBase, Policy, Scorer
 from flowgrpo.algorithms.collection import Collection
-from flowgrpo.algorithms.credit import trajectory_advantages
+from flowgrpo.algorithms.credit import credit_trajectories, trajectory_advantages
 from flowgrpo.algorithms.trajectories import TrajectoryPlan, sample_trajectories
 from flowgrpo.core.advantages import Advantage, GroupAdvantage
 from flowgrpo.core.random import Random
@@ -27,10 +27,10 @@ from flowgrpo.losses.base import ActionKind
 class FIND(AlgorithmBase):
     """Credit for the initial noise.
 
-    Differs from the paper in the baseline that rewards are compared with: here the group's own mean;
-    there a value function of distribution and prompt that is trained along with the policy (dynamic
-    reward calibration), because the paper draws one sample at a time. Its five policy steps per sample
-    are ``train.epochs = 5``.
+    Differs from the paper by default in the baseline that rewards are compared with: here the group's
+    own mean; there a value function of distribution and prompt that is trained along with the policy
+    (dynamic reward calibration, ``baseline = "learned"``), because the paper draws one sample at a time.
+    Its five policy steps per sample are ``train.epochs = 5``.
     """
 
     action_kind: ClassVar[ActionKind] = "initial_noise"
@@ -41,8 +41,17 @@ class FIND(AlgorithmBase):
     """Nothing is stochastic after the initial noise."""
     solver: PlainSolver = "euler"
     """How samples are drawn."""
+    baseline: Literal["group", "learned"] = "group"
+    """Rewards are compared with those of the group, or with the reward that a value function of
+    distribution and prompt expects, which is trained along with the policy."""
     advantage: Advantage = field(default_factory=GroupAdvantage)
-    """From rewards to advantages."""
+    """From rewards to advantages. With a learned baseline the advantage is the reward minus the expected
+    reward, and only ``clip`` is used."""
+
+    @property
+    def needs_baseline(self) -> bool:
+        """Whether advantages need ``Experience.expected``."""
+        return self.baseline == "learned"
 
     def plan(self, num_steps: int, iteration: int, random: Random) -> TrajectoryPlan:
         """Deterministic samples, each from a noise of its own."""
@@ -81,10 +90,20 @@ class FIND(AlgorithmBase):
 
     def advantages(self, experience: Experience) -> Float[Tensor, "actions *rewards"]:
         """The sample's advantage, for its initial noise."""
-        return trajectory_advantages(self.advantage, experience)
+        if not self.needs_baseline:
+            return trajectory_advantages(self.advantage, experience)
+        assert experience.expected is not None, "the loop supplies it"
+        c, clip = experience.candidates, self.advantage.clip
+        above = (c.reward - experience.expected.to(c.reward)).clamp(-clip, clip).nan_to_num()
+        return credit_trajectories(experience.actions, c, above)
 
     def check(self, num_steps: int) -> None:
         """Raise ValueError if a setting is out of range."""
         self.advantage.check()
+        if self.needs_baseline and self.advantage != GroupAdvantage(clip=self.advantage.clip):
+            raise ValueError(
+                "algorithm.baseline = 'learned' replaces the statistics of a group, so that of "
+                "algorithm.advantage only clip has an effect; remove its other keys"
+            )
         if self.group_size < 2:
             raise ValueError(f"algorithm.group_size must be at least 2, got {self.group_size}")

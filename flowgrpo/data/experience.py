@@ -175,6 +175,8 @@ class Experience:
         step_std: Standard deviation of the noise that each stochastic step injects, by step.
         gathered: The candidates of all processes; None if there is only one process.
         media: The media of each candidate, if the scorer was asked to keep them.
+        expected: The reward that a learned baseline expects of each candidate of this process; None
+            if the algorithm needs none.
     """
 
     groups: Sequence[Group]
@@ -187,6 +189,7 @@ class Experience:
     step_std: Mapping[int, float]
     gathered: Candidates | None = None
     media: Float[Tensor, "candidates *media"] | None = None
+    expected: Float[Tensor, " candidates"] | None = None
 
     @property
     def all_candidates(self) -> Candidates:

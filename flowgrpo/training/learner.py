@@ -8,7 +8,7 @@ Each process replays its own actions in batches, backpropagates the part of the 
 batch, and the gradients of all processes are added.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from itertools import zip_longest
@@ -29,6 +29,7 @@ from flowgrpo.losses.base import Loss, LossInputs, LossOutputs
 from flowgrpo.policy import EMA, PipelinePolicy
 from flowgrpo.policy.arguments import call_key
 from flowgrpo.policy.weights import swapped
+from flowgrpo.training.baseline import ValueBaseline
 from flowgrpo.training.divergence import MAX_SKIPPED, are_finite, check_drift
 from flowgrpo.training.metrics import UpdateStatistics
 from flowgrpo.training.replay import Replay
@@ -57,10 +58,18 @@ class Learner:
         ema: The moving average of the weights, if ``train.ema_decay`` is above 0.
         behaviour: The weights of the behaviour policy, one tensor per trained parameter, if the loss
             needs an old policy whose weights differ from the trained ones.
+        baseline: The learned baseline, if the algorithm needs one.
     """
 
-    def __init__(self, policy: PipelinePolicy, train: Train, loss: Loss, accelerator: Accelerator):
-        """Create the optimizer and the additional weights that the loss needs."""
+    def __init__(
+        self,
+        policy: PipelinePolicy,
+        train: Train,
+        loss: Loss,
+        accelerator: Accelerator,
+        with_baseline: bool = False,
+    ):
+        """Create the optimizer and the additional weights that the loss and the algorithm need."""
         assert policy.trainable is not None
         self.policy, self.train, self.loss, self.accelerator = policy, train, loss, accelerator
         self.named = policy.trainable.parameters
@@ -70,6 +79,7 @@ class Learner:
         self.ema = (
             EMA(self.parameters, train.ema_decay, train.ema_every) if train.ema_decay > 0 else None
         )
+        self.baseline = ValueBaseline(self.parameters) if with_baseline else None
         needs = loss.needs
         assert self.ema is not None or not needs.average, "refused by the configuration"
         has_old = needs.old_policy is not None
@@ -97,6 +107,12 @@ class Learner:
 
     def _old_policy(self) -> AbstractContextManager[None]:
         return nullcontext() if self.behaviour is None else swapped(self.parameters, self.behaviour)
+
+    def with_expected(
+        self, experience: Experience, gather: Callable[[list[Any]], list[Any]]
+    ) -> Experience:
+        """The experience with the rewards that the learned baseline expects, after training it."""
+        return experience if self.baseline is None else self.baseline.applied(experience, gather)
 
     def update(
         self, experience: Experience, advantages: Float[Tensor, "actions *rewards"], random: Random
@@ -306,6 +322,8 @@ class Learner:
             parts["ema"] = dict(zip(self.named, self.ema.average, strict=True))
         if self.behaviour is not None:
             parts["behaviour"] = dict(zip(self.named, self.behaviour, strict=True))
+        if self.baseline is not None:
+            parts["baseline"] = self.baseline.state()
         state = {
             "num_updates": self.num_updates,
             "gradient_norms": self.gradient_norms,
@@ -330,6 +348,8 @@ class Learner:
         if self.behaviour is not None:
             for weight, name in zip(self.behaviour, self.named, strict=True):
                 weight.copy_(parts["behaviour"][name])
+        if self.baseline is not None:
+            self.baseline.restore(parts["baseline"])
 
     def _restore_moments(self, moments: dict[str, Tensor]) -> None:
         """Load the optimizer's state, which is saved as ``<parameter>/<moment>``."""

@@ -59,6 +59,7 @@ def iterate(run: TrainingRun) -> Result:
 
         # 2. Assign credit. Each group is on one process; statistics over the batch need all rewards.
         experience = _with_everyone(session, experience)
+        experience = learner.with_expected(experience, session.gather_objects)
         advantages = config.algorithm.advantages(experience)
 
         # 3. Update the weights.

@@ -72,7 +72,13 @@ def build(config: Config, session: Session, prompts: PromptSet, held_out: Prompt
     )
     _check_policy(policy, config, prompts, held_out)
     session.note_prompts(_prompt_notes(policy, config, prompts, held_out))
-    learner = Learner(policy, config.train, config.loss, session.accelerator)
+    learner = Learner(
+        policy,
+        config.train,
+        config.loss,
+        session.accelerator,
+        with_baseline=getattr(config.algorithm, "needs_baseline", False),
+    )
     evaluator = Evaluator(
         config.evaluation,
         session,
