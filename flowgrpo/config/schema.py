@@ -162,6 +162,9 @@ class Run:
     0 for none."""
     keep_checkpoints: int = 2
     """Number of newest checkpoints to keep, in addition to the best one."""
+    rank_timeout_minutes: float = 60.0
+    """With several processes: minutes that one waits for the others before it ends with status 75. It must
+    be longer than anything that only the first process does, such as drawing a grid and the export."""
     trackers: tuple[str, ...] = ("tensorboard",)
     """Experiment trackers of accelerate: tensorboard, wandb, trackio, mlflow, comet_ml, aim, clearml, swanlab."""
 
@@ -336,6 +339,7 @@ class Config:
             ("run.checkpoint_every", self.run.checkpoint_every, 1),
             ("run.checkpoint_minutes", self.run.checkpoint_minutes, 0),
             ("run.keep_checkpoints", self.run.keep_checkpoints, 1),
+            ("run.rank_timeout_minutes", self.run.rank_timeout_minutes, 0.01),
         ]
 
     def steps_by_density(self) -> list[int]:

@@ -29,6 +29,7 @@ def train(config: Config) -> Result:
         RewardError: If a reward cannot be trained on, or fails too often.
         DivergenceError: If training has destroyed the policy.
         CheckpointError: If all checkpoints to resume from are damaged.
+        LostRankError: If another process of the run ends or does not answer.
     """
     prompts, held_out = check_inputs(config, int(os.environ.get("WORLD_SIZE", "1")))
     try:
@@ -57,9 +58,10 @@ def iterate(run: TrainingRun) -> Result:
                 experience = config.algorithm.collect(run.policy, groups, scorer, random, iteration)
                 scorer.check_rate()
                 reward_metrics = scorer.learn(session.gather_objects)
+            # Each group is on one process; statistics over the batch need all rewards.
+            experience = _with_everyone(session, experience)
 
-        # 2. Assign credit. Each group is on one process; statistics over the batch need all rewards.
-        experience = _with_everyone(session, experience)
+        # 2. Assign credit.
         advantages = config.algorithm.advantages(experience)
 
         # 3. Update the weights.

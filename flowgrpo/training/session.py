@@ -16,6 +16,7 @@ from accelerate.utils import gather_object
 from torch import Tensor
 
 from flowgrpo.config import Config
+from flowgrpo.core.errors import LostRankError
 from flowgrpo.data.prompts import Group
 from flowgrpo.policy.placement import resolve_device
 from flowgrpo.rewards.scorer import RewardScorer
@@ -28,6 +29,7 @@ from flowgrpo.training.divergence import require_finite
 from flowgrpo.training.learner import Learner
 from flowgrpo.training.lock import RunLock
 from flowgrpo.training.logs import Logs
+from flowgrpo.training.ranks import bounded_wait, process_group
 from flowgrpo.training.signals import Signals, StopRequested
 
 
@@ -50,6 +52,7 @@ class Session:
 
         Raises:
             ConfigError: If the directory belongs to another configuration or is in use.
+            LostRankError: If another process ends or does not answer.
             RuntimeError: If a launcher started processes that are not connected to each other.
         """
         prepare_cpu(config.run.threads)
@@ -58,12 +61,15 @@ class Session:
         cpu = device.type == "cpu"
         if device.index is not None:
             torch.get_device_module(device).set_device(device)
-        self.accelerator = Accelerator(
-            cpu=cpu,
-            mixed_precision="fp16" if config.model.dtype == "float16" and not cpu else "no",
-            log_with=list(config.run.trackers) or None,
-            project_dir=str(self.folder),
-        )
+        patience = config.run.rank_timeout_minutes
+        with bounded_wait(patience):
+            self.accelerator = Accelerator(
+                cpu=cpu,
+                mixed_precision="fp16" if config.model.dtype == "float16" and not cpu else "no",
+                log_with=list(config.run.trackers) or None,
+                project_dir=str(self.folder),
+                kwargs_handlers=[process_group(patience)],
+            )
         self._check_world()
         self.console = Console(enabled=self.is_main)
         self.iteration, self.best = 0, float("-inf")
@@ -76,7 +82,8 @@ class Session:
         self._lock: RunLock | None = None
         if self.is_main:
             self._claim()
-        self.accelerator.wait_for_everyone()
+        with bounded_wait(patience):
+            self.accelerator.wait_for_everyone()
         self.is_finished = run_folder.is_finished(config)
         launched = self.accelerator.num_processes > 1
         self.signals = Signals(self.console.say, self.is_main, launched)
@@ -134,16 +141,17 @@ class Session:
     def rescue(self, learner: Learner, iteration: int) -> Iterator[None]:
         """Save the state of the last iteration if the rollout inside ends early, and raise again.
 
-        That happens if a reward fails permanently, or a signal asks to stop.
+        That happens if a reward fails permanently, a signal asks to stop, or another process is lost.
         """
         self._lines = self.logs.counts() if self.is_main else {}
         self.signals.loading = False
         try:
             self.signals.check()
-            yield
-        except (RewardError, StopRequested) as error:
+            with bounded_wait(self.config.run.rank_timeout_minutes):
+                yield
+        except (RewardError, StopRequested, LostRankError) as error:
             alone = self.accelerator.num_processes == 1
-            if iteration > 0 and (alone or isinstance(error, StopRequested)):
+            if iteration > 0 and (alone or not isinstance(error, RewardError)):
                 self._write(learner, iteration, self._lines)
                 self.console.say(
                     f"saved after {iteration} iterations; the same command resumes from there"
