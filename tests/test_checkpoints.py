@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from flowgrpo.training import files
+from flowgrpo.data import files
 from flowgrpo.training.checkpoints import CheckpointError, load, newest, prune, save, tidy
 
 PARTS = {

@@ -20,7 +20,8 @@ from flowgrpo import cli
 from flowgrpo.config import ConfigError
 from flowgrpo.config.changes import CHANGEABLE, differences, may_change
 from flowgrpo.core.errors import LostRankError
-from flowgrpo.training import checkpoints, files, lock, run_folder
+from flowgrpo.data import files
+from flowgrpo.training import checkpoints, lock, run_folder
 from flowgrpo.training.explained import explained
 from flowgrpo.training.learner import Learner
 from flowgrpo.training.lock import RunLock

@@ -4,7 +4,7 @@ import argparse
 from dataclasses import replace
 from pathlib import Path
 
-from flowgrpo.cli.common import add_weights_argument, load_run, quiet, run_config
+from flowgrpo.cli.common import UsageError, add_weights_argument, load_run, quiet, run_config
 
 SUMMARY = "draw a comparison grid: base model and trained model, same noise"
 EXAMPLE = "flowgrpo grid runs/quickstart --out grid.png"
@@ -31,11 +31,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Generate the images of both models, score them and draw the grid."""
+    from PIL import Image
+
     from flowgrpo.config import find
     from flowgrpo.data.prompt_sets import PromptSet
     from flowgrpo.evaluation.comparison_grid import ComparisonGrid
     from flowgrpo.rewards.scorer import RewardScorer
 
+    if Path(options.out).suffix.lower() not in Image.registered_extensions():
+        raise UsageError(f"--out {options.out}: end the name with that of a picture, such as .png")
     folder = Path(options.run)
     config = run_config(folder)
     quiet()

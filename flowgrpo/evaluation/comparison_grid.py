@@ -7,10 +7,11 @@ from pathlib import Path
 from jaxtyping import Float
 from PIL import Image
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from flowgrpo.core.random import Random, SampleNoise
+from flowgrpo.data.files import replacing, save_tensors
 from flowgrpo.data.prompt_sets import PromptSet
 from flowgrpo.data.prompts import Prompt
 from flowgrpo.evaluation.grid_drawing import GridRow, draw_grid
@@ -100,7 +101,9 @@ class ComparisonGrid:
             f"seed {self.seed}, same noise in the same place; marks: {label}"
         )
         path.parent.mkdir(parents=True, exist_ok=True)
-        draw_grid(rows, columns, title=title, subtitle=subtitle).save(path)
+        picture = draw_grid(rows, columns, title=title, subtitle=subtitle)
+        with replacing(path) as temporary:
+            picture.save(temporary, format=Image.registered_extensions()[path.suffix.lower()])
 
 
 def load_images(path: Path) -> Tensor | None:
@@ -120,6 +123,5 @@ def load_images(path: Path) -> Tensor | None:
 def save_images(path: Path, images: Tensor) -> None:
     """Save the base model's images, which all grids of a run show. The file is replaced atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    save_file({"images": images.contiguous()}, temporary)
-    temporary.replace(path)
+    with replacing(path) as temporary:
+        save_tensors(temporary, {"images": images})

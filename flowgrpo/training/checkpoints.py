@@ -7,18 +7,16 @@ at any moment the last complete checkpoint remains.
 
 import hashlib
 import json
-import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote, unquote
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
-from flowgrpo.training import files
+from flowgrpo.data import files
 
 STATE = "state.json"
 OWN_DIGEST = "state_sha256"
@@ -67,11 +65,7 @@ def _write(folder: Path, parts: Mapping[str, Tensors], state: Mapping[str, Any])
     for name, tensors in parts.items():
         file = folder / f"{quote(name, safe='')}.safetensors"
         files.reached("write", file)
-        try:
-            save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, file)
-        except SafetensorError as error:  # It has the system's error number in its text only.
-            number = re.search(r"os error (\d+)", str(error))
-            raise OSError(int(number[1]) if number else 0, str(error), str(file)) from error
+        files.save_tensors(file, tensors)
         digests[file.name] = _digest(file)
         files.sync(file)
     body = {**state, "sha256": digests}

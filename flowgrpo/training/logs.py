@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from flowgrpo.training import files
+from flowgrpo.data import files
 
 NAMES = ("metrics", "timings", "evaluations")
 

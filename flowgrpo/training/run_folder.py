@@ -10,7 +10,8 @@ from typing import Any
 from flowgrpo import config as configuration
 from flowgrpo.config import Config, ConfigError
 from flowgrpo.config.changes import differences, may_change
-from flowgrpo.training import checkpoints, files, lock
+from flowgrpo.data import files
+from flowgrpo.training import checkpoints, lock
 
 CONFIG, FINISHED, INPUTS, SESSIONS = "config.toml", "finished.json", "inputs.json", "sessions.jsonl"
 EARLY = {lock.NAME, SESSIONS, "config" + files.TEMPORARY}

@@ -7,6 +7,7 @@ from diffusers import ModelMixin
 from safetensors.torch import save_file
 from torch import Tensor
 
+from flowgrpo.data.files import reached
 from flowgrpo.policy.export.layer_names import NUMBERED, place_of
 
 PREFIX = "model.diffusion_model."
@@ -37,6 +38,7 @@ def write_checkpoint(model: ModelMixin, file: Path) -> Path:
     tensors = original_weights(model)
     file.parent.mkdir(parents=True, exist_ok=True)
     ready = {f"{PREFIX}{k}": v.detach().cpu().contiguous() for k, v in tensors.items()}
+    reached("write", file)
     save_file(ready, file, metadata={"format": "pt"})
     return file
 
