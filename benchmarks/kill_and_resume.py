@@ -84,7 +84,8 @@ MORE = {
     ],
 }
 NOT_COMPARED = re.compile(
-    r"timings|sessions|environment|finished|run\.lock|report\.html|config\.toml|\.lock$|points\.json"
+    r"timings|sessions|environment|finished|run\.lock|report\.html|config\.toml|\.lock$|bench\.json|"
+    r"generation\.json"
 )
 """Files with times or the folder's name in them."""
 Act = Callable[[str, Path], None]

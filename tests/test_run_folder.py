@@ -4,16 +4,13 @@ import errno
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import traceback
-from contextlib import suppress
 from pathlib import Path
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 
 import flowgrpo
 from flowgrpo import cli
@@ -27,6 +24,7 @@ from flowgrpo.training.learner import Learner
 from flowgrpo.training.lock import RunLock
 from flowgrpo.training.logs import LogError
 from flowgrpo.training.session import Session
+from tests.processes import ranks
 
 METRICS = {"reward": 0.5, "group/zero_variance": 0.0, "group/diversity": 0.1, "grad_norm": 1.0}
 SETTINGS = [
@@ -105,32 +103,21 @@ def on_two_ranks(folder, lost, number):
 
     Returns the exit status and the error of the other; waits for both.
     """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    children = []
-    for rank in (0, 1):
-        child = os.fork()
-        if child == 0:
-            status = 1
-            place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_PORT": port}
-            os.environ |= {k: str(v) for k, v in place.items()} | {"MASTER_ADDR": "127.0.0.1"}
-            AcceleratorState._reset_state(reset_partial_state=True)
-            act = (lambda: os.kill(os.getpid(), number)) if rank == lost else (lambda: None)
-            try:
-                run(folder, "run.rank_timeout_minutes=0.08", "run.checkpoint_every=9", between=act)
-            except LostRankError as error:
-                (folder / "error").write_text(str(error))
-                status = 75
-            except BaseException:
-                traceback.print_exc()
-            finally:
-                os._exit(status)
-        children.append(child)
-    status = os.waitstatus_to_exitcode(os.waitpid(children[1 - lost], 0)[1])
-    with suppress(ProcessLookupError):
-        os.kill(children[lost], signal.SIGKILL)
-    os.waitpid(children[lost], 0)
+
+    def work(rank):
+        act = (lambda: os.kill(os.getpid(), number)) if rank == lost else (lambda: None)
+        try:
+            run(folder, "run.rank_timeout_minutes=0.08", "run.checkpoint_every=9", between=act)
+        except LostRankError as error:
+            (folder / "error").write_text(str(error))
+            return 75
+        return 0
+
+    processes = ranks(work)
+    processes[1 - lost].communicate()
+    processes[lost].send_signal(signal.SIGKILL)
+    processes[lost].communicate()
+    status = processes[1 - lost].returncode
     return status, (folder / "error").read_text()
 
 

@@ -128,9 +128,10 @@ def tidy(folder: Path) -> None:
 
 
 def prune(folder: Path, keep: int) -> None:
-    """Delete all but the ``keep`` newest checkpoints, and incomplete ones."""
+    """Delete all that is older than the ``keep`` newest checkpoints, and unfinished ones."""
     tidy(folder)
-    for old in complete(folder)[:-keep]:
+    kept = complete(folder)[-keep:]
+    for old in [p for p in numbered(folder) if kept and p < kept[0]]:
         # Under this name a checkpoint that is only half deleted is not taken for one.
         unwanted = old.with_name(f".{old.name}.tmp")
         files.rename(old, unwanted)
@@ -139,7 +140,12 @@ def prune(folder: Path, keep: int) -> None:
 
 def complete(folder: Path) -> list[Path]:
     """The complete checkpoints in a folder, oldest first; ``best`` is not among them."""
-    return sorted(p for p in folder.glob("[0-9]*") if (p / STATE).exists())
+    return [p for p in numbered(folder) if (p / STATE).exists()]
+
+
+def numbered(folder: Path) -> list[Path]:
+    """All checkpoints in a folder, oldest first, also those that have lost their state."""
+    return sorted(folder.glob("[0-9]*"))
 
 
 def _state_digest(body: Any) -> str:

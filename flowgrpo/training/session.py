@@ -268,7 +268,7 @@ class Session:
             CheckpointError: If none is sound; then nothing is renamed.
         """
         damaged: list[tuple[Path, CheckpointError]] = []
-        for folder in reversed(checkpoints.complete(self.checkpoints)):
+        for folder in reversed(checkpoints.numbered(self.checkpoints)):
             try:
                 checkpoints.load(folder)
                 break
