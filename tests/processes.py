@@ -1,5 +1,6 @@
 """Processes of runs, forked from the tests so that they need not import torch and diffusers again."""
 
+import logging
 import os
 import signal
 import socket
@@ -35,6 +36,7 @@ class Forked:
             for number, name in ((1, "stdout"), (2, "stderr")):
                 os.dup2(self._output.fileno(), number)
                 setattr(sys, name, open(number, "w", closefd=False))  # noqa: SIM115
+            logging.root.handlers.clear()  # Those of pytest keep warnings from the output.
             AcceleratorState._reset_state(reset_partial_state=True)
             status = work()
         except BaseException:

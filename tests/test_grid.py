@@ -203,3 +203,23 @@ def test_condition_images_are_below_the_label():
     plain = grid([GridRow("edit it", blocks)])
     assert box(plain, RED)[:2] == box(with_them, RED)[:2]
     assert with_them.width == plain.width
+
+
+def test_damaged_images_of_the_base_model_are_found(tmp_path: Path) -> None:
+    file = tmp_path / "base.safetensors"
+    assert load_images(file) is None
+    images = torch.rand(2, 3, 4, 4)
+    save_images(file, images)
+    found = load_images(file)
+    assert found is not None
+    assert torch.equal(found, images)
+    assert [p.name for p in tmp_path.iterdir()] == ["base.safetensors"]
+    whole = file.read_bytes()
+    for broken, problem in [
+        (whole[:-1] + bytes([whole[-1] ^ 1]), "its SHA-256 differs"),
+        (whole[:-1], "incomplete metadata"),
+        (b"", "header too small"),
+    ]:
+        file.write_bytes(broken)
+        with pytest.raises(ValueError, match=f"base model's images is damaged .*{problem}"):
+            load_images(file)

@@ -87,8 +87,10 @@ def write_whole(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
-def save_tensors(path: Path, tensors: Mapping[str, "Tensor"]) -> None:
-    """Write a safetensors file; not atomic.
+def save_tensors(
+    path: Path, tensors: Mapping[str, "Tensor"], metadata: dict[str, str] | None = None
+) -> None:
+    """Write a safetensors file, with texts in its header; not atomic.
 
     Raises:
         OSError: With the error number that safetensors has in its text only, if the disk is full for
@@ -98,7 +100,7 @@ def save_tensors(path: Path, tensors: Mapping[str, "Tensor"]) -> None:
     from safetensors.torch import save_file
 
     try:
-        save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, path)
+        save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, path, metadata)
     except SafetensorError as error:
         number = re.search(r"os error (\d+)", str(error))
         raise OSError(int(number[1]) if number else 0, str(error), str(path)) from error

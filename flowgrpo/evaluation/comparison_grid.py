@@ -1,13 +1,14 @@
 """Comparison grids: images of several models for the same prompts and the same initial noise."""
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from jaxtyping import Float
 from PIL import Image
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from flowgrpo.core.random import Random, SampleNoise
@@ -114,14 +115,24 @@ def load_images(path: Path) -> Tensor | None:
     """
     if not path.exists():
         return None
+    problem: object = "its SHA-256 differs"
     try:
-        return load_file(path)["images"]
-    except (SafetensorError, KeyError) as error:
-        raise ValueError(f"{path} with the base model's images is damaged ({error})") from error
+        with safe_open(path, "pt") as file:
+            images, known = file.get_tensor("images"), (file.metadata() or {}).get("sha256")
+        if known in (None, _digest(images)):
+            return images
+    except SafetensorError as error:
+        problem = error
+    raise ValueError(f"{path} with the base model's images is damaged ({problem})")
 
 
 def save_images(path: Path, images: Tensor) -> None:
     """Save the base model's images, which all grids of a run show. The file is replaced atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    images = images.detach().cpu().contiguous()
     with replacing(path) as temporary:
-        save_tensors(temporary, {"images": images})
+        save_tensors(temporary, {"images": images}, {"sha256": _digest(images)})
+
+
+def _digest(images: Tensor) -> str:
+    return hashlib.sha256(images.view(torch.uint8).numpy()).hexdigest()

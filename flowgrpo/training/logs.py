@@ -1,5 +1,6 @@
 """The logs of a run: files of one JSON object per line, whose lines a checkpoint counts."""
 
+import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -37,11 +38,16 @@ class Logs:
         files.sync(self.folder)
         return {name: len(self._lines(name)) for name in NAMES}
 
-    def check(self, counts: Mapping[str, int], source: str) -> None:
-        """Check that the lines that a checkpoint counts are there and can be read.
+    def digests(self, counts: Mapping[str, int]) -> dict[str, str]:
+        """The SHA-256 of the first lines of each log, as many as ``counts`` says."""
+        return {name: _digest(self._lines(name)[:number]) for name, number in counts.items()}
+
+    def check(self, counts: Mapping[str, int], digests: Mapping[str, str], source: str) -> None:
+        """Check that the lines that a checkpoint counts are there and are the same.
 
         Args:
             counts: Lines by log, as :meth:`counts` returned them.
+            digests: The SHA-256 of these lines by log; logs that it lacks are only read.
             source: The checkpoint, for the message.
 
         Raises:
@@ -58,6 +64,11 @@ class Logs:
             for row, line in enumerate(lines[:number], 1):
                 if not _is_object(line):
                     raise LogError(f"{self._file(name)}, line {row} is broken; {advice}")
+            if name in digests and digests[name] != _digest(lines[:number]):
+                raise LogError(
+                    f"{self._file(name)}: one of its first {number} lines is not what was logged (the SHA-256 "
+                    f"of {source} differs); {advice}"
+                )
 
     def cut(self, counts: Mapping[str, int]) -> None:
         """Remove the lines after those of a checkpoint; the iterations are repeated and log them again."""
@@ -80,6 +91,10 @@ class Logs:
 def _ends_with_line(file: Path) -> bool:
     content = file.read_bytes()
     return not content or content.endswith(b"\n")
+
+
+def _digest(lines: list[str]) -> str:
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
 def _is_object(line: str) -> bool:

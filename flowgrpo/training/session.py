@@ -251,7 +251,7 @@ class Session:
             parts, state = checkpoints.load(found)
             lines = state["lines"]
             if self.is_main:
-                self.logs.check(lines, str(found))
+                self.logs.check(lines, state.get("lines_sha256", {}), str(found))
             learner.restore(parts, state["learner"])
             if self.scorer is not None:
                 self.scorer.restore(parts)
@@ -304,7 +304,13 @@ class Session:
         checkpoints.save(
             self.checkpoints / f"{iteration:06d}",
             parts,
-            {"iteration": iteration, "best": self.best, "lines": dict(lines), "learner": state},
+            {
+                "iteration": iteration,
+                "best": self.best,
+                "lines": dict(lines),
+                "lines_sha256": self.logs.digests(lines),
+                "learner": state,
+            },
         )
         checkpoints.prune(self.checkpoints, self.config.run.keep_checkpoints)
         self._saved_at = time.monotonic()
