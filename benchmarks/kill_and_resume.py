@@ -75,6 +75,7 @@ ALGORITHMS = {
 }  # fmt: skip
 """Settings of each algorithm besides its kind and the group size."""
 MORE = {
+    "vgpo": ["loss={ratio='guard', clip_range=1e-3}"],
     "diffusion_nft": ["loss={kind='nft'}"],
     "find": [
         "model.weights={kind='noise'}",

@@ -1,5 +1,7 @@
 """Comparison grids: positions of tiles, marks and captions, and invalid input."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
