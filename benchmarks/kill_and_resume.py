@@ -1,110 +1,390 @@
-"""Kills runs at random moments, resumes them, and compares them with an uninterrupted run.
+"""Kills runs, resumes them, and compares them with an uninterrupted run.
 
-    python -m benchmarks.kill_and_resume --kills 30
+    python -m benchmarks.kill_and_resume points --results kills.jsonl
+    python -m benchmarks.kill_and_resume points --ranks 2 --results kills.jsonl
+    python -m benchmarks.kill_and_resume random --kills 100 --results kills.jsonl
+    python -m benchmarks.kill_and_resume bench --results kills.jsonl
 
-A kill is survived if the run resumes after it. A run is identical if its weights, the optimizer's
-moments, the metrics and the evaluations equal those of the uninterrupted run bit for bit.
+``points`` kills with ``SIGKILL`` before every operation on a file that a run announces
+(:data:`flowgrpo.data.files.failpoint`), one after the other: the process that resumes is killed as well,
+somewhere. ``random`` kills at random moments, in all algorithms. With ``--ranks 2`` runs have two
+processes, of which one is killed; the other has to end by itself. ``bench`` kills ``flowgrpo bench`` at
+every operation.
+
+A kill is survived if the same command then finishes. A run is identical if its checkpoints, logs, grids
+and export equal those of an uninterrupted run byte for byte and nothing is left over. Each run is a line
+of a JSON-lines file, so that a later call continues where this one ended.
 """
 
 import argparse
 import json
 import os
 import random
+import re
+import shutil
 import signal
-import subprocess
+import socket
 import sys
 import tempfile
 import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import redirect_stdout
 from pathlib import Path
+from typing import Any
 
 SMALL = [
-    "train.iterations=12",
-    "train.groups=6",
-    "algorithm.group_size=4",
-    "train.rollout_batch=24",
-    "train.updates=2",
+    "sampling.num_steps=4",
+    "train.iterations=2",
+    "train.groups=2",
+    "train.rollout_batch=8",
+    "train.updates=1",
     "train.ema_decay=0.9",
-    "loss.kl_coef=0.01",
-    "evaluation.images=24",
-    "evaluation.every=4",
-    "evaluation.images_during=12",
-    "evaluation.grid_prompts=2",
-    "evaluation.grid_samples=2",
+    "train.lr=1e-4",
+    "evaluation.images=2",
+    "evaluation.every=1",
+    "evaluation.images_during=2",
+    "evaluation.grid_prompts=1",
+    "evaluation.grid_samples=1",
+    "evaluation.inspected_prompts=1",
+    "prompts.balance=''",
     "run.checkpoint_every=1",
+    "run.keep_checkpoints=1",
+    "run.rank_timeout_minutes=2",
+    "run.trackers=[]",
     "run.threads=1",
+    "run.device=cpu",
     "failures.probe=off",
 ]
-COMPARED = ("metrics.jsonl", "evaluations.jsonl")
-PARTS = ("weights", "optimizer", "ema")
+CPS = "transition={kind='cps', noise_level=0.7}"
+WINDOW = "steps={kind='window', start=0, size=2}"
+ALGORITHMS = {
+    "flow_grpo": (CPS, WINDOW),
+    "dance_grpo": (CPS, WINDOW),
+    "mix_grpo": (CPS, "steps={kind='sliding_window', size=1, every=1, skip_last=2}"),
+    "pref_grpo": (
+        CPS, WINDOW, "shared_noise=true", "preference={kind='compared', reward='graded', weight=1.0}",
+    ),
+    "diffusion_nft": (),
+    "tempflow_grpo": ("seeds=2", CPS, WINDOW),
+    "g2rpo": ("granularities=[1, 2]", CPS, WINDOW),
+    "tp_grpo": (CPS, WINDOW),
+    "vgpo": (CPS,),
+    "branch_grpo": ("splits=[0, 1]", "children=2", CPS),
+    "find": (),
+}  # fmt: skip
+"""Settings of each algorithm besides its kind and the group size."""
+MORE = {
+    "vgpo": ["loss={ratio='guard', clip_range=1e-3}"],
+    "diffusion_nft": ["loss={kind='nft'}"],
+    "find": [
+        "model.weights={kind='noise'}",
+        "loss={clip_range=0.2}",
+        "train.lr=1e-2",
+        "train.monitor_states=0",
+    ],
+}
+NOT_COMPARED = re.compile(
+    r"timings|sessions|environment|finished|run\.lock|report\.html|config\.toml|\.lock$|bench\.json|"
+    r"generation\.json"
+)
+"""Files with times or the folder's name in them."""
+Act = Callable[[str, Path], None]
 
 
-def command(folder: Path) -> list[str]:
-    """The command that starts or resumes a run."""
-    settings = [f"--set={s}" for s in (*SMALL, f"run.folder={folder}")]
-    return [sys.executable, "-m", "flowgrpo", "train", "quickstart", *settings]
+def settings(algorithm: str, folder: Path) -> list[str]:
+    """The overrides of a run on top of the quick start."""
+    table = ", ".join([f"kind='{algorithm}'", "group_size=4", *ALGORITHMS[algorithm]])
+    return [*SMALL, f"algorithm={{{table}}}", *MORE.get(algorithm, []), f"run.folder={folder}"]
 
 
-def differences(a: Path, b: Path) -> list[str]:
-    """The files in which two finished runs differ."""
-    names = [*COMPARED, *(f"checkpoints/000012/{p}.safetensors" for p in PARTS)]
-    return [n for n in names if (a / n).read_bytes() != (b / n).read_bytes()]
+def train(algorithm: str, folder: Path) -> int:
+    """A run, in this process. Returns its exit status."""
+    import flowgrpo
+    from flowgrpo.core.errors import LostRankError
+    from flowgrpo.training.loop import train as run
+
+    try:
+        return 0 if run(flowgrpo.load("quickstart", settings(algorithm, folder))).finished else 75
+    except LostRankError:
+        return 75
+
+
+def bench(folder: Path) -> int:
+    """Images and a report of a benchmark, in this process. Returns its exit status."""
+    from flowgrpo.cli.main import main as command
+
+    small = ["--limit", "6", "--samples", "1", "--steps", "2", "--batch", "2", "--out", str(folder)]
+    return command(["bench", "shapes", "--model", "shapes", "--device", "cpu", *small])
+
+
+def start(work: Callable[[], int], act: Act | None, output: Path, place: dict[str, str]) -> int:
+    """Do work in a forked process, which has imported what this one has. Returns its process id."""
+    child = os.fork()
+    if child:
+        return child
+    status = 70
+    try:
+        os.setsid()
+        os.environ |= place
+        from flowgrpo.data import files
+
+        files.failpoint = act
+        with output.open("a") as stream, redirect_stdout(stream):
+            os.dup2(stream.fileno(), 2)
+            try:
+                status = work()
+            except BaseException:
+                traceback.print_exc()
+                status = 1
+    finally:
+        os._exit(status)
+
+
+def wait(process: int, limit: float = 900) -> int:
+    """The exit status of a process, negative for a signal; one that hangs is killed and is 124."""
+    deadline = time.monotonic() + limit
+    while time.monotonic() < deadline:
+        done, status = os.waitpid(process, os.WNOHANG)
+        if done:
+            return os.waitstatus_to_exitcode(status)
+        time.sleep(0.02)
+    os.kill(process, signal.SIGKILL)
+    os.waitpid(process, 0)
+    return 124
+
+
+class Runs:
+    """Runs of one kind: ``ranks`` processes that do the same work in a folder.
+
+    Attributes:
+        survived: Kills after which the work went on.
+        lost: Processes that ended by themselves because another one was killed.
+    """
+
+    def __init__(self, work: Callable[[Path], int], ranks: int, output: Path):
+        self.work, self.ranks, self.output = work, ranks, output
+
+    def attempt(self, folder: Path, victim: int = 0, act: Act | None = None, after: float = 0.0) -> int:  # fmt: skip
+        """Start all processes and wait for them.
+
+        Args:
+            folder: Where to work.
+            victim: The process that is to be killed.
+            act: Called by the victim before each operation on a file.
+            after: Seconds after which the victim is killed; 0 for never.
+
+        Returns:
+            The exit status of the victim. A process that outlives the victim by other means than ending
+            with status 75 is an error.
+        """
+        place = {}
+        if self.ranks > 1:
+            with socket.socket() as free:
+                free.bind(("127.0.0.1", 0))
+                place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+        processes = []
+        for rank in range(self.ranks):
+            own = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": self.ranks} if place else {}
+            more = place | {k: str(v) for k, v in own.items()}
+            acts = act if rank == victim else None
+            processes.append(start(lambda: self.work(folder), acts, self.output, more))
+        if after:
+            time.sleep(after)
+            done, status = os.waitpid(processes[victim], os.WNOHANG)
+            if done:
+                code = os.waitstatus_to_exitcode(status)
+            else:
+                os.kill(processes[victim], signal.SIGKILL)
+                code = wait(processes[victim])
+        else:
+            code = wait(processes[victim])
+        others = [wait(p) for r, p in enumerate(processes) if r != victim]
+        allowed = {0} if code == 0 else {0, 75}
+        if not set(others) <= allowed:
+            raise RuntimeError(f"the victim ended with {code}, the others with {others}")
+        return code
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """The files of a finished folder that do not depend on time and place."""
+    files = {str(p.relative_to(folder)): p for p in folder.rglob("*") if p.is_file()}
+    return {n: _without(p, folder) for n, p in files.items() if not NOT_COMPARED.search(n)}
+
+
+def _without(file: Path, folder: Path) -> bytes:
+    """A file's contents without the folder's name."""
+    return file.read_bytes().replace(str(folder).encode(), b"")
+
+
+def differences(straight: Path, folder: Path) -> list[str]:
+    """The files that differ, are missing, or are left over."""
+    a, b = contents(straight), contents(folder)
+    return sorted(n for n in a.keys() | b.keys() if a.get(n) != b.get(n))
+
+
+def at(number: int, note: Path) -> Act:
+    """Kills the process at its operation of this number, counted from 0, and notes which it was."""
+    seen = 0
+
+    def act(operation: str, path: Path) -> None:
+        nonlocal seen
+        if seen == number:
+            with note.open("a") as stream:
+                stream.write(f"{operation} {path}\n")
+            os.kill(os.getpid(), signal.SIGKILL)
+        seen += 1
+
+    return act
+
+
+def listed(file: Path) -> Act:
+    """Writes every operation into a file."""
+
+    def act(operation: str, path: Path) -> None:
+        with file.open("a") as stream:
+            stream.write(f"{operation} {path}\n")
+
+    return act
+
+
+def read(results: Path) -> list[dict[str, Any]]:
+    """The results so far."""
+    return [json.loads(t) for t in results.read_text().splitlines()] if results.exists() else []
+
+
+def plan(options: argparse.Namespace, points: int, whole: float) -> Iterator[tuple[str, list[Any]]]:
+    """The kills of each run: numbers of operations, or seconds."""
+    if options.mode == "random":
+        number = 0
+        while True:
+            chance = random.Random(f"{options.seed}/{options.ranks}/{number}")
+            kills = [chance.uniform(0.1, 0.9) * whole for _ in range(3)]
+            yield f"random {options.seed}/{number}", kills
+            number += 1
+    for point in range(points):
+        # The process that resumes has fewer operations; the later kills may not come about.
+        yield f"point {point}", [point, (7 * point) % 13, (11 * point) % 29]
 
 
 def main() -> None:
-    """Kill and resume runs until the number of kills is reached."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--kills", type=int, default=30)
+    """Kill and resume until all is done."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("mode", choices=("points", "random", "bench"))
+    parser.add_argument("--ranks", type=int, default=1)
+    parser.add_argument("--algorithms", nargs="+", choices=ALGORITHMS, metavar="NAME")
+    parser.add_argument("--kills", type=int, default=100, help="with random: stop after this many")
+    parser.add_argument("--every", type=int, default=1, help="with points: only each N-th")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--results", type=Path, default=Path("kills.jsonl"))
     options = parser.parse_args()
-    chance = random.Random(options.seed)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    kills = survived = identical = finished = 0
+    every = tuple(ALGORITHMS) if options.mode == "random" else ("flow_grpo",)
+    preload()
     with tempfile.TemporaryDirectory() as temporary:
-        straight = Path(temporary) / "straight"
-        began = time.time()
-        subprocess.run(command(straight), check=True, stdout=subprocess.DEVNULL, env=environment)
-        whole = time.time() - began
-        print(f"an uninterrupted run takes {whole:.0f} s", flush=True)
-        while kills < options.kills:
-            folder = Path(temporary) / f"killed-{finished}"
-            while True:
-                process = subprocess.Popen(
-                    command(folder),
-                    stdout=subprocess.DEVNULL,
-                    stderr=subprocess.PIPE,
-                    env=environment,
-                    text=True,
-                )
-                try:
-                    # A random moment between the start of the run and shortly after its expected end.
-                    _, errors = process.communicate(
-                        timeout=chance.uniform(0.15, 1.1) * whole if kills < options.kills else None
-                    )
-                except subprocess.TimeoutExpired:
-                    os.kill(process.pid, signal.SIGKILL)
-                    process.communicate()
-                    kills += 1
-                    lines = folder / "metrics.jsonl"
-                    at = len(lines.read_text().splitlines()) if lines.exists() else 0
-                    print(f"kill {kills}: at iteration {at}", flush=True)
-                    survived += 1
-                    continue
-                if process.returncode != 0:
-                    print(f"was not resumed: {errors[-500:]}", flush=True)
-                    survived -= 1
-                break
-            finished += 1
-            wrong = differences(straight, folder) if process.returncode == 0 else ["(failed)"]
-            identical += not wrong
-            print(
-                f"run {finished}: {'identical' if not wrong else 'differs in ' + ', '.join(wrong)}",
-                flush=True,
-            )
-    print(
-        json.dumps(
-            {"kills": kills, "survived": survived, "runs": finished, "identical_runs": identical}
-        )
-    )
+        for name in ["bench"] if options.mode == "bench" else options.algorithms or every:
+            share = options.kills / len(options.algorithms or every)
+            examine(name, options, Path(temporary) / name, share)
+    print(report(read(options.results)))
+
+
+def examine(name: str, options: argparse.Namespace, temporary: Path, share: float) -> None:
+    """Kill runs of one algorithm, or of the benchmark, and note the results."""
+    temporary.mkdir()
+    output = temporary / "output"
+    work = bench if options.mode == "bench" else lambda folder: train(name, folder)
+    runs = Runs(work, options.ranks, output)
+    # Grids show the name of the run directory, which therefore is always the same.
+    straight, again = temporary / "straight" / "run", temporary / "again" / "run"
+    operations = temporary / "operations"
+    began = time.monotonic()
+    if runs.attempt(straight) or runs.attempt(again, act=listed(operations)):
+        raise SystemExit(f"{name} does not run:\n{output.read_text()[-2000:]}")
+    whole = (time.monotonic() - began) / 2
+    wrong = differences(straight, again)
+    if wrong:
+        raise SystemExit(f"{name}: two uninterrupted runs differ in {wrong}")
+    points = len(operations.read_text().splitlines())
+    print(f"{name}, {options.ranks} ranks: {points} operations, {whole:.0f} s", flush=True)
+    group = f"{options.mode}/{name}/{options.ranks}"
+    known = {row["run"] for row in read(options.results) if row["group"] == group}
+    kills = sum(row["kills"] for row in read(options.results) if row["group"] == group)
+    for number, (label, moments) in enumerate(plan(options, points, whole)):
+        if options.mode == "random" and kills >= share:
+            break
+        if label in known or (options.mode != "random" and number % options.every):
+            continue
+        row = {"group": group, "run": label, "points": points}
+        row |= one(runs, temporary / "killed" / "run", straight, moments, options.mode == "random")
+        kills += row["kills"]
+        with options.results.open("a") as stream:
+            stream.write(json.dumps(row) + "\n")
+        if row["problem"] or row["wrong"]:
+            print(f"  {group} {label}: {row}", flush=True)
+
+
+def one(runs: Runs, folder: Path, straight: Path, moments: Sequence[Any], timed: bool) -> dict[str, Any]:  # fmt: skip
+    """Kill a run at each of some moments, then let it finish, and compare it."""
+    folder.parent.mkdir(exist_ok=True)
+    note = folder.with_name("note")
+    note.unlink(missing_ok=True)
+    kills = survived = 0
+    problem, wrong = "", []
+    try:
+        for number, moment in enumerate(moments):
+            victim = number % runs.ranks if timed else 0
+            killer = {"after": moment} if timed else {"act": at(moment, note)}
+            code = runs.attempt(folder, victim, **killer)
+            if code not in (0, -9):
+                raise RuntimeError(f"exit status {code}")
+            kills += code == -9
+        if code := runs.attempt(folder):
+            raise RuntimeError(f"exit status {code} after {kills} kills")
+        survived = kills
+        wrong = differences(straight, folder)
+    except RuntimeError as error:
+        problem = f"{error}: {runs.output.read_text()[-1000:]}"
+    killed = note.read_text().replace(str(folder), "").splitlines() if note.exists() else []
+    if problem or wrong:
+        problem = problem or f"kept as {_keep(folder)}"
+    else:
+        shutil.rmtree(folder)
+    return {"kills": kills, "survived": survived, "at": killed, "wrong": wrong, "problem": problem}
+
+
+def _keep(folder: Path) -> Path:
+    """Move a folder out of the temporary one, so that it can be looked at."""
+    kept = Path(tempfile.mkdtemp(prefix="killed-")) / folder.name
+    shutil.move(folder, kept)
+    return kept
+
+
+def preload() -> None:
+    """Import what runs import, once; processes are forked from this one."""
+    import torch
+
+    torch.set_num_threads(1)
+    import diffusers  # noqa: F401
+    from diffusers import StableDiffusion3Pipeline  # noqa: F401
+
+    import flowgrpo.bench.run
+    import flowgrpo.doctor
+    import flowgrpo.shapes.model
+    import flowgrpo.training.loop
+
+    assert flowgrpo.training.loop
+    sys.stdout.flush()
+
+
+def report(rows: Sequence[dict[str, Any]]) -> str:
+    """A table of the results by group."""
+    lines = ["| runs | operations | kills | survived | runs | identical |", "|---|--:|--:|--:|--:|--:|"]  # fmt: skip
+    groups = dict.fromkeys(row["group"] for row in rows)
+    for name, some in [(g, [r for r in rows if r["group"] == g]) for g in groups] + [("all", list(rows))]:  # fmt: skip
+        same = sum(not r["wrong"] and not r["problem"] for r in some)
+        points = max((r["points"] for r in some), default=0)
+        kills, survived = (sum(r[k] for r in some) for k in ("kills", "survived"))
+        lines.append(f"| {name} | {points} | {kills} | {survived} | {len(some)} | {same} |")
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -63,6 +63,11 @@ AREAS = {
          "step_advantages", "step_credit", "losses", "scorer"],
     ),
     "losses": Area(["flowgrpo/losses/*.py"], ["losses", "learner", "objectives"]),
+    "algorithms": Area(
+        ["flowgrpo/algorithms/*.py"],
+        ["own_algorithm", "find", "collect", "step_credit", "whole_samples", "step_algorithms",
+         "combinations"],
+    ),
     "learner": Area(
         ["flowgrpo/training/learner.py", "flowgrpo/training/replay.py", "flowgrpo/training/metrics.py"],
         ["learner", "objectives"],

@@ -580,3 +580,24 @@ def test_every_field_is_documented(cls):
     assert not undocumented
     assert cls.__doc__
     assert not cls.__doc__.startswith(f"{cls.__name__}(")
+
+
+LEAST = {
+    "sampling.num_steps": 2, "algorithm.group_size": 2, "train.iterations": 1, "train.groups": 1,
+    "train.updates": 1, "train.rollout_batch": 1, "train.train_batch": 1, "train.warmup": 0,
+    "train.ema_decay": 0, "train.ema_every": 1, "train.weight_decay": 0, "train.spike_factor": 0,
+    "failures.retries": 0, "failures.wait": 0, "evaluation.every": 0, "evaluation.images": 1,
+    "evaluation.images_during": 0, "evaluation.grid_prompts": 1, "evaluation.grid_samples": 1,
+    "evaluation.inspected_prompts": 0, "train.monitor_states": 0, "failures.max_rate": 0,
+    "run.checkpoint_every": 1, "run.checkpoint_minutes": 0, "run.keep_checkpoints": 1,
+    "run.rank_timeout_minutes": 0.01,
+}  # fmt: skip
+
+
+def test_the_smallest_allowed_values():
+    """Each bound holds for its own key, at the value of this table."""
+    for key, least in LEAST.items():
+        bounds = {
+            k: (value, low) for k, value, low in load("quickstart", [f"{key}={least}"])._bounds()
+        }
+        assert bounds[key] == (least, least), key

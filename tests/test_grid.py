@@ -1,5 +1,7 @@
 """Comparison grids: positions of tiles, marks and captions, and invalid input."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -284,3 +286,23 @@ def test_a_script_without_a_font_is_said_and_a_font_of_one_s_own_is_used(tmp_pat
     finally:
         for cached in (grid_drawing._font, grid_drawing._fonts):
             cached.cache_clear()
+
+
+def test_damaged_images_of_the_base_model_are_found(tmp_path: Path) -> None:
+    file = tmp_path / "base.safetensors"
+    assert load_images(file) is None
+    images = torch.rand(2, 3, 4, 4)
+    save_images(file, images)
+    found = load_images(file)
+    assert found is not None
+    assert torch.equal(found, images)
+    assert [p.name for p in tmp_path.iterdir()] == ["base.safetensors"]
+    whole = file.read_bytes()
+    for broken, problem in [
+        (whole[:-1] + bytes([whole[-1] ^ 1]), "its SHA-256 differs"),
+        (whole[:-1], "incomplete metadata"),
+        (b"", "header too small"),
+    ]:
+        file.write_bytes(broken)
+        with pytest.raises(ValueError, match=f"base model's images is damaged .*{problem}"):
+            load_images(file)

@@ -22,7 +22,7 @@ from flowgrpo.core.transitions import (
     Step,
     Transition,
 )
-from flowgrpo.losses.base import LossInputs, LossNeeds, PolicyOutputs
+from flowgrpo.losses.base import Loss, LossInputs, LossNeeds, PolicyOutputs, check_interface
 from flowgrpo.losses.clipped import (
     ClippedLoss,
     bounded_surrogate,
@@ -483,8 +483,29 @@ def test_a_clip_range_below_the_noise_is_warned_of():
         (ClippedLoss(kl_coef=-1.0), "loss.kl_coef must be at least 0"),
         (NFTLoss(beta=0.0), "loss.beta must be at least"),
         (NFTLoss(advantage_scale=0.0), "loss.advantage_scale must be at least"),
+        (NFTLoss(kl_coef=-1.0), "loss.kl_coef must be at least 0"),
     ],
 )
 def test_losses_that_cannot_train_are_refused(loss, message):
+    check_interface(loss)
     with pytest.raises(ValueError, match=message):
         loss.check()
+
+
+def test_a_loss_without_a_part_is_refused():
+    class Bare:
+        needs = LossNeeds()
+
+        def __call__(self, inputs):
+            return inputs
+
+    with pytest.raises(
+        ValueError, match="Bare has no metrics, kl_coef, check, check_algorithm, warning;"
+    ):
+        check_interface(Bare())
+
+    class Silent(Loss):
+        """Inherits all parts, also the one that it should have."""
+
+    with pytest.raises(ValueError, match="Silent has no __call__;"):
+        check_interface(Silent())

@@ -1,11 +1,7 @@
 """Losses in the learner: each with actions that a real policy took."""
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import ClassVar
 
 import pytest
@@ -33,9 +29,10 @@ from flowgrpo.losses.clipped import ClippedLoss, guard_weight, guarded_log_ratio
 from flowgrpo.policy.weights import swapped
 from flowgrpo.rewards.scorer import RewardScorer
 from flowgrpo.rewards.settings import Reward
-from flowgrpo.training.learner import Learner
+from flowgrpo.training.learner import Learner, sum_gradients
 from flowgrpo.training.split import has_advantage, split_actions, split_samples, split_steps
 from tests.conftest import MakePolicy, sampling_of
+from tests.processes import ranks
 
 HERE = "tests.test_objectives"
 T, G = 4, 2
@@ -463,35 +460,24 @@ def test_losses_that_break_the_protocol_are_refused(loss, message, learn: Learn)
         learner.update(experience, FLOW.advantages(experience), RANDOM)
 
 
-SUM = """
-import sys
-import torch
-from accelerate import Accelerator
-from flowgrpo.training.learner import sum_gradients
-
-accelerator = Accelerator(cpu=True)
-rank = accelerator.process_index
-parameters = [torch.nn.Parameter(torch.zeros(2, 3)), torch.nn.Parameter(torch.zeros(4))]
-parameters[0].grad = torch.full((2, 3), 1.0 + rank)
-if rank == 1:
-    parameters[1].grad = torch.arange(4.0)
-sum_gradients(parameters, accelerator)
-assert parameters[0].grad.tolist() == [[3.0] * 3] * 2, parameters[0].grad
-assert parameters[1].grad.tolist() == [0.0, 1.0, 2.0, 3.0], parameters[1].grad
-print("summed", rank)
-"""
+def sum_on(rank: int) -> int:
+    """One of two processes whose gradients are added."""
+    accelerator = Accelerator(cpu=True)
+    parameters = [torch.nn.Parameter(torch.zeros(2, 3)), torch.nn.Parameter(torch.zeros(4))]
+    parameters[0].grad = torch.full((2, 3), 1.0 + rank)
+    if rank == 1:
+        parameters[1].grad = torch.arange(4.0)
+    sum_gradients(parameters, accelerator)
+    first, second = (p.grad for p in parameters)
+    assert first is not None
+    assert first.tolist() == [[3.0] * 3] * 2
+    assert second is not None
+    assert second.tolist() == [0.0, 1.0, 2.0, 3.0]
+    return 0 if accelerator.num_processes == 2 else 3
 
 
-def test_gradients_of_two_processes_are_summed(tmp_path: Path):
+def test_gradients_of_two_processes_are_summed() -> None:
     """The loss is divided by the number of actions of all processes, so that an average is wrong."""
-    (tmp_path / "sums.py").write_text(SUM)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-    done = subprocess.run(
-        [*launcher, "--master-port", "29617", str(tmp_path / "sums.py")],
-        capture_output=True,
-        text=True,
-        cwd=Path(__file__).parents[1],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])},
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.count("summed") == 2
+    for process in ranks(sum_on):
+        output, _ = process.communicate()
+        assert process.returncode == 0, output

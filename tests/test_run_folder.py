@@ -13,15 +13,18 @@ import pytest
 import torch
 
 import flowgrpo
+from flowgrpo import cli
 from flowgrpo.config import ConfigError
 from flowgrpo.config.changes import CHANGEABLE, differences, may_change
-from flowgrpo.core.errors import DivergenceError
-from flowgrpo.training import checkpoints, files, lock, run_folder
+from flowgrpo.core.errors import DivergenceError, LostRankError
+from flowgrpo.data import files
+from flowgrpo.training import checkpoints, lock, run_folder
 from flowgrpo.training.explained import explained
 from flowgrpo.training.learner import Learner
 from flowgrpo.training.lock import RunLock
 from flowgrpo.training.logs import LogError
 from flowgrpo.training.session import Session
+from tests.processes import ranks
 
 METRICS = {"reward": 0.5, "group/zero_variance": 0.0, "group/diversity": 0.1, "grad_norm": 1.0}
 SETTINGS = [
@@ -51,8 +54,8 @@ def config(folder, *more):
     return flowgrpo.load("quickstart", [*SETTINGS, f"run.folder={folder}", *more])
 
 
-def run(folder, *more):
-    """All that a run writes, without its model."""
+def run(folder, *more, between=lambda: None):
+    """All that a run writes, without its model; ``between`` is called in the second rollout."""
     settings, learner = config(folder, *more), Counter()
     with Session(settings) as session, explained(session):
         session.console.rich.quiet = True
@@ -64,6 +67,9 @@ def run(folder, *more):
                 scores = {"iteration": iteration, "scores": {"a": 0.1 * iteration}, "metrics": {}}
                 session.log_evaluation(scores)
                 session.save_best(learner, iteration, 0.1 * iteration)
+                if iteration == 1:
+                    between()
+                session.gather(torch.ones(1))
             learner.weights += 1
             with session.phase("rollout"):
                 pass
@@ -90,6 +96,68 @@ def in_a_process(folder, failpoint=None):
             os._exit(status)
     _, status = os.waitpid(child, 0)
     return os.waitstatus_to_exitcode(status)
+
+
+def on_two_ranks(folder, lost, number):
+    """A run on two gloo processes, of which one sends itself a signal in its second iteration.
+
+    Returns the exit status and the error of the other; waits for both.
+    """
+
+    def work(rank):
+        act = (lambda: os.kill(os.getpid(), number)) if rank == lost else (lambda: None)
+        try:
+            run(folder, "run.rank_timeout_minutes=0.08", "run.checkpoint_every=9", between=act)
+        except LostRankError as error:
+            (folder / "error").write_text(str(error))
+            return 75
+        return 0
+
+    processes = ranks(work)
+    processes[1 - lost].communicate()
+    processes[lost].send_signal(signal.SIGKILL)
+    processes[lost].communicate()
+    status = processes[1 - lost].returncode
+    return status, (folder / "error").read_text()
+
+
+@pytest.mark.parametrize(
+    ("lost", "number", "words"),
+    [
+        (1, signal.SIGSTOP, "has not answered for 0.08 minutes (run.rank_timeout_minutes)"),
+        (0, signal.SIGKILL, "another process of the run has ended"),
+    ],
+)
+def test_a_process_that_is_lost_does_not_hold_the_others(tmp_path, lost, number, words):
+    folder = tmp_path / "run"
+    status, error = on_two_ranks(folder, lost, number)
+    assert status == 75, error
+    assert words in error
+    # The process that writes saves the last iteration, although no checkpoint was due.
+    assert ("000001 is safe" in error) == (lost == 1), error
+    assert saved(folder) == (["000001"] if lost == 1 else [])
+    assert in_a_process(folder) == 0
+    assert json.loads((folder / "sessions.jsonl").read_text().splitlines()[0])["processes"] == 2
+
+
+def test_a_lost_process_asks_to_run_the_same_command_again(monkeypatch, capsys):
+    """Through the command, whose status schedulers see."""
+
+    def train(config):
+        raise LostRankError("another process of the run has ended")
+
+    def leave(status):
+        raise KeyError(status)
+
+    monkeypatch.setattr("flowgrpo.training.loop.train", train)
+    monkeypatch.setattr("flowgrpo.cli.train._leave", leave)
+    with pytest.raises(KeyError, match="75"):
+        cli.main(["train", "quickstart"])
+    assert capsys.readouterr().err == "flowgrpo: another process of the run has ended\n"
+
+
+def saved(folder):
+    return [p.name for p in checkpoints.complete(folder / "checkpoints")]
 
 
 def contents(folder):
@@ -213,6 +281,9 @@ def test_lost_and_broken_log_lines_are_found_before_training(tmp_path, broken):
     file.write_text("".join(f"{line}\n" for line in [broken, *lines[1:]]))
     more = "train.iterations=3"
     with pytest.raises(LogError, match=r"metrics\.jsonl, line 1 is broken"):
+        run(tmp_path / "a", more)
+    file.write_text("".join(f"{line}\n" for line in lines).replace("0.1", "0.2"))
+    with pytest.raises(LogError, match="one of its first 2 lines is not what was logged"):
         run(tmp_path / "a", more)
     file.write_text(lines[0] + "\n")
     with pytest.raises(LogError, match=r"has 1 lines, but .*000002 was written after 2"):

@@ -226,6 +226,26 @@ def test_retries_are_counted_and_logged(retries, attempts, caplog):
     assert "reward 'broken' failed (attempt 1): no route" in caplog.text
 
 
+def test_a_stop_is_seen_when_a_batch_is_submitted_and_while_its_score_is_awaited():
+    class Stop(BaseException):
+        pass
+
+    def stop() -> None:
+        raise Stop
+
+    subject = scorer("slow_when_dark")
+    waiting = subject.submit(torch.zeros(2, 3, 4, 4), PROMPTS[:2])
+    subject.safe_point = stop
+    with pytest.raises(Stop):
+        subject.submit(IMAGES, PROMPTS)
+    waiting._watch = stop
+    with pytest.raises(Stop):
+        waiting.result()
+    subject.safe_point = lambda: None
+    subject.close()
+    assert calls == [PROMPTS[0].text]
+
+
 def test_waiting_doubles():
     subject = RewardScorer([flaky(2)], Failures(wait=0.04, retries=2))
     began = time.perf_counter()
@@ -451,6 +471,8 @@ def test_a_reward_that_is_constant_where_it_is_finite_is_refused():
     same = torch.full_like(IMAGES, 0.25)
     with pytest.raises(RewardError, match="same score"):
         scorer("second_is_nan", retries=0).probe(same, PROMPTS)
+    # One score cannot show that a reward is constant.
+    scorer("second_is_nan", retries=0).probe(same[:2], PROMPTS[:2])
 
 
 def fond_of_noise(media: Tensor, prompts: Sequence[Prompt]) -> Tensor:

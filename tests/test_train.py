@@ -20,6 +20,7 @@ from flowgrpo.core.errors import DivergenceError
 from flowgrpo.policy import PipelinePolicy
 from flowgrpo.rewards.settings import RewardError
 from flowgrpo.training.learner import Learner
+from tests.processes import command
 
 SMALL = [
     "train.iterations=4",
@@ -72,23 +73,25 @@ def reward_settings(name):
     return [f"rewards=[{{model='tests.test_train:{name}'}}]"]
 
 
-def command(folder, *more, processes=0):
+def arguments(folder, *more):
     settings = [f"--set={s}" for s in (*SMALL, f"run.folder={folder}", *more)]
-    launcher = [sys.executable, "-m"]
-    if processes:
-        launcher += ["torch.distributed.run", "--nproc-per-node", str(processes), "-m"]
-    return [*launcher, "flowgrpo", "train", "quickstart", *settings]
+    return ["train", "quickstart", *settings]
 
 
-def start(folder, *more, processes=0):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+def start(folder, *more):
+    return command(*arguments(folder, *more))
+
+
+def launch(folder, *more):
+    """Two processes of a real launcher."""
+    launcher = ["torch.distributed.run", "--nproc-per-node", "2", "-m", "flowgrpo"]
     return subprocess.Popen(
-        command(folder, *more, processes=processes),
+        [sys.executable, "-m", *launcher, *arguments(folder, *more)],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
         cwd=ROOT,
-        env=environment,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
 
 
@@ -129,7 +132,7 @@ def test_reward_rises_beyond_the_noise_floor(tmp_path):
         return last["scores"]["darkness"] - first["scores"]["darkness"], first["errors"]["darkness"]
 
     learned, error = gain("learn")
-    floor, _ = gain("floor", "train.lr=1e-9")
+    floor, _ = gain("floor", "train.lr=1e-9", "train.iterations=2")
     # Before and after use the same prompts and noise, so that the floor is far below the error.
     assert abs(floor) < 0.02 * learned
     assert learned > 2 * error
@@ -211,8 +214,7 @@ def test_a_run_killed_at_random_moments_ends_like_one_that_was_not(straight, tmp
 def test_two_processes_equal_one(straight, tmp_path):
     folder = tmp_path / "two"
     # KL metrics and updates are sums over processes; the groups of both updates are the same.
-    output = start(folder, "train.groups=8", processes=2)
-    finish(output)
+    finish(launch(folder, "train.groups=8"))
     alone = tmp_path / "one"
     finish(start(alone, "train.groups=8"))
     for one, two in zip(
@@ -400,18 +402,10 @@ def test_unfit_rewards_are_refused_before_training(tmp_path, name, words):
     assert not (tmp_path / name / "metrics.jsonl").exists()
 
 
-def test_mistakes_on_the_command_line_are_one_line(tmp_path):
-    def run(*arguments):
-        done = subprocess.run(
-            [sys.executable, "-m", "flowgrpo", *arguments],
-            capture_output=True,
-            text=True,
-            cwd=ROOT,
-            check=False,
-        )
-        return done.returncode, done.stderr.strip()
+def test_mistakes_on_the_command_line_are_one_line(tmp_path, capfd):
+    from flowgrpo.cli import main
 
-    for arguments, words in [
+    for mistake, words in [
         (["train", "quickstrat"], "did you mean"),
         (["train", "quickstart", "--set", "train.itertions=5"], "did you mean 'iterations'"),
         (
@@ -438,9 +432,9 @@ def test_mistakes_on_the_command_line_are_one_line(tmp_path):
         (["score", str(tmp_path), "--reward", "jpeg_size"], "has no images"),
         (["inspect", str(tmp_path / "none")], "is not a run directory: it has no config.toml"),
     ]:
-        code, error = run(*arguments)
-        assert code == 1, (arguments, error)
-        assert words in error, (arguments, error)
+        code, error = main(mistake), capfd.readouterr().err.strip()
+        assert code == 1, (mistake, error)
+        assert words in error, (mistake, error)
         assert len(error.splitlines()) == 1, error
 
 

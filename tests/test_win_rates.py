@@ -139,15 +139,18 @@ def test_a_judge_that_fails_too_often_stops_the_run_with_the_count(pairwise: Mak
         stopping.rates(ladder(4), PROMPT)
 
 
-def test_only_what_is_missing_is_asked_again(pairwise: MakeScorer):
+def test_only_what_is_missing_is_asked_again(pairwise: MakeScorer, monkeypatch: pytest.MonkeyPatch):
     silent = pairwise(Failures(retries=1, wait=0.0, max_rate=1.0), options={"silent": 1})
     silent.rates(ladder(4), PROMPT)
     assert calls == [6, 3]
     calls.clear()
-    mended = pairwise(Failures(retries=1, wait=0.0), options={"broken": 1})
+    waits: list[float] = []
+    monkeypatch.setattr("flowgrpo.rewards.pairs.time.sleep", waits.append)
+    mended = pairwise(Failures(retries=3, wait=0.5), options={"broken": 2})
     assert mended.rates(ladder(4), PROMPT).isfinite().all()
     assert mended.missing == 0
     mended.check_rate()
+    assert waits == [0.5, 1.0]  # before the retries only, and twice as long each time
 
 
 def test_swapping_takes_away_the_advantage_of_a_place(pairwise: MakeScorer):

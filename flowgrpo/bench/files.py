@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from flowgrpo.bench.base import BenchError, Json
+from flowgrpo.data.files import reached, rename
 
 log = logging.getLogger(__name__)
 
@@ -34,8 +35,9 @@ def write_atomically(path: Path, data: bytes) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        reached("write", temporary)
         temporary.write_bytes(data)
-        temporary.replace(path)
+        rename(temporary, path)
     except OSError as error:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
@@ -124,6 +126,7 @@ class Log:
         """
         line = (json.dumps({**record, "crc": checksum(record)}, ensure_ascii=False) + "\n").encode()
         try:
+            reached("write", self.path)
             if self._file.write(line) != len(line):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         except OSError as error:

@@ -45,6 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Generate the images of both models, score them and draw the grid."""
+
     from flowgrpo.config import find
     from flowgrpo.data.prompt_sets import PromptSet
     from flowgrpo.evaluation.comparison_grid import ComparisonGrid

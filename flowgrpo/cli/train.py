@@ -6,6 +6,7 @@ import sys
 from typing import TYPE_CHECKING, NoReturn
 
 from flowgrpo.cli.common import CONFIG_HELP, UsageError, add_set_argument, quiet
+from flowgrpo.core.text import plain
 
 if TYPE_CHECKING:
     from flowgrpo.config import Config
@@ -36,6 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Check the configuration, then train or print the plan."""
     from flowgrpo.config import load
+    from flowgrpo.core.errors import LostRankError
     from flowgrpo.training.inputs import check_names
 
     if options.memory_gb is not None and not options.dry_run:
@@ -50,16 +52,18 @@ def run(options: argparse.Namespace) -> int:
     check_names(config, num_processes)
     quiet()
     from flowgrpo.training.loop import train
+    from flowgrpo.training.signals import AGAIN, EXIT_STATUS
 
     try:
         result = train(config)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         _leave(130)
+    except LostRankError as error:
+        print(plain(f"flowgrpo: {error}"), file=sys.stderr)
+        _leave(AGAIN)  # Python's own end would wait for the process that is lost.
     if result.finished:
         return 0
-    from flowgrpo.training.signals import EXIT_STATUS
-
     _leave(EXIT_STATUS[result.stopped_by])
 
 

@@ -59,6 +59,7 @@ BOUNDS: Mapping[str, tuple[float, float]] = {
     "run.checkpoint_every": (1, ANY),
     "run.checkpoint_minutes": (0, ANY),
     "run.keep_checkpoints": (1, ANY),
+    "run.rank_timeout_minutes": (0.01, ANY),
 }
 """By dotted key. A key that a configuration does not have, or that is not set, is not checked."""
 LARGEST_ITERATION = 1_000_000

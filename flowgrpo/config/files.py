@@ -105,6 +105,8 @@ def _absolute(name: str) -> str:
     if not path.exists() or (shipped is not None and shipped.resolve() == path.resolve()):
         return str(path) if name.startswith("~") else name
     return str(path.absolute())
+
+
 @dataclass(frozen=True)
 class Layer:
     """A configuration file, or one that it extends.

@@ -213,6 +213,9 @@ class Run:
     0 for none."""
     keep_checkpoints: int = 2
     """Number of newest checkpoints to keep, in addition to the best one."""
+    rank_timeout_minutes: float = 60.0
+    """With several processes: minutes that one waits for the others before it ends with status 75. It must
+    be longer than anything that only the first process does, such as drawing a grid and the export."""
     trackers: tuple[str, ...] = ("tensorboard",)
     """Experiment trackers of accelerate: tensorboard, wandb, trackio, mlflow, comet_ml, aim, clearml, swanlab,
     dvclive. They get the run's name, its configuration and, where they show pictures, the grids."""

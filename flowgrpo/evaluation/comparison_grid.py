@@ -1,17 +1,19 @@
 """Comparison grids: images of several models for the same prompts and the same initial noise."""
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 from jaxtyping import Float
 from PIL import Image
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from flowgrpo.core.random import Random, SampleNoise
+from flowgrpo.data.files import replacing, save_tensors
 from flowgrpo.data.prompt_sets import PromptSet
 from flowgrpo.data.prompts import Prompt
 from flowgrpo.data.videos import frames_per_second, write_frames
@@ -109,7 +111,9 @@ class ComparisonGrid:
             f"seed {self.seed}, same noise in the same place; marks: {label}"
         )
         path.parent.mkdir(parents=True, exist_ok=True)
-        draw_grid(rows, columns, title=title, subtitle=subtitle, narrow=narrow).save(path)
+        picture = draw_grid(rows, columns, title=title, subtitle=subtitle, narrow=narrow)
+        with replacing(path) as temporary:
+            picture.save(temporary, format="PNG")
         if images[0].ndim == 5:
             frames = animate_grid(rows, columns, title=title, subtitle=subtitle, narrow=narrow)
             fps = frames_per_second(sampling.call)
@@ -124,15 +128,24 @@ def load_images(path: Path) -> Tensor | None:
     """
     if not path.exists():
         return None
+    problem: object = "its SHA-256 differs"
     try:
-        return load_file(path)["images"]
-    except (SafetensorError, KeyError) as error:
-        raise ValueError(f"{path} with the base model's images is damaged ({error})") from error
+        with safe_open(path, "pt") as file:
+            images, known = file.get_tensor("images"), (file.metadata() or {}).get("sha256")
+        if known in (None, _digest(images)):
+            return images
+    except SafetensorError as error:
+        problem = error
+    raise ValueError(f"{path} with the base model's images is damaged ({problem})")
 
 
 def save_images(path: Path, images: Tensor) -> None:
     """Save the base model's images, which all grids of a run show. The file is replaced atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    save_file({"images": images.contiguous()}, temporary)
-    temporary.replace(path)
+    images = images.detach().cpu().contiguous()
+    with replacing(path) as temporary:
+        save_tensors(temporary, {"images": images}, {"sha256": _digest(images)})
+
+
+def _digest(images: Tensor) -> str:
+    return hashlib.sha256(images.view(torch.uint8).numpy()).hexdigest()

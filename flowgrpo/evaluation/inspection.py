@@ -22,6 +22,7 @@ from torchvision.transforms.functional import to_pil_image
 from flowgrpo.algorithms.base import Algorithm, CreditView
 from flowgrpo.core.random import Random
 from flowgrpo.data.experience import Experience
+from flowgrpo.data.files import write_whole
 from flowgrpo.data.prompts import Group, Prompt
 from flowgrpo.evaluation.charts import Line, legend, line_chart, number
 from flowgrpo.evaluation.curves import section
@@ -306,5 +307,5 @@ def _picture(frame: Frame) -> str:
 def write_fragment(strips: Sequence[Strip], folder: Path) -> Path:
     """Write the strips into a run directory as an HTML fragment, which the report includes."""
     path = folder / INSPECTION_FILE
-    path.write_text(fragment(strips), "utf-8")
+    write_whole(path, fragment(strips))
     return path

@@ -17,6 +17,7 @@ from string import Template
 
 from PIL import Image
 
+from flowgrpo.data.files import write_whole
 from flowgrpo.evaluation.charts import Number, dumbbell, duration, number
 from flowgrpo.evaluation.curves import (
     held_out_metrics,
@@ -75,9 +76,7 @@ def write_page(path: Path, title: str, content: str) -> Path:
     """Write HTML sections as a page with the report's style. The file is replaced atomically."""
     template = resources.files("flowgrpo.evaluation").joinpath("report_template.html")
     page = Template(template.read_text("utf-8")).substitute(title=escape(title), content=content)
-    unfinished = path.with_suffix(".tmp")
-    unfinished.write_text(page, "utf-8")
-    unfinished.replace(path)
+    write_whole(path, page)
     return path
 
 

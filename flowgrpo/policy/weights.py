@@ -11,11 +11,11 @@ from pathlib import Path
 import torch
 from diffusers import ModelMixin
 from peft import LoraConfig
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from flowgrpo.core.transitions import Gaussian, Prediction, Step
 from flowgrpo.data.experience import INITIAL
+from flowgrpo.data.files import reached, save_tensors
 from flowgrpo.policy.adapters import LayerStart
 from flowgrpo.policy.settings import Full, LoRA, Noise, Weights
 from flowgrpo.policy.step_plan import StepRecord
@@ -218,7 +218,8 @@ class InitialNoise:
             gaussian = self.gaussian()
             assert isinstance(gaussian.std, Tensor)
             tensors = {"mean": gaussian.mean[0], "std": gaussian.std[0]}
-        save_file({k: v.cpu().contiguous() for k, v in tensors.items()}, folder / NOISE_FILE)
+        reached("write", folder / NOISE_FILE)
+        save_tensors(folder / NOISE_FILE, tensors)
         return folder
 
 

@@ -7,18 +7,16 @@ at any moment the last complete checkpoint remains.
 
 import hashlib
 import json
-import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote, unquote
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
-from flowgrpo.training import files
+from flowgrpo.data import files
 
 STATE = "state.json"
 OWN_DIGEST = "state_sha256"
@@ -67,11 +65,7 @@ def _write(folder: Path, parts: Mapping[str, Tensors], state: Mapping[str, Any])
     for name, tensors in parts.items():
         file = folder / f"{quote(name, safe='')}.safetensors"
         files.reached("write", file)
-        try:
-            save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, file)
-        except SafetensorError as error:  # It has the system's error number in its text only.
-            number = re.search(r"os error (\d+)", str(error))
-            raise OSError(int(number[1]) if number else 0, str(error), str(file)) from error
+        files.save_tensors(file, tensors)
         digests[file.name] = _digest(file)
         files.sync(file)
     body = {**state, "sha256": digests}
@@ -134,9 +128,10 @@ def tidy(folder: Path) -> None:
 
 
 def prune(folder: Path, keep: int) -> None:
-    """Delete all but the ``keep`` newest checkpoints, and incomplete ones."""
+    """Delete all that is older than the ``keep`` newest checkpoints, and unfinished ones."""
     tidy(folder)
-    for old in complete(folder)[:-keep]:
+    kept = complete(folder)[-keep:]
+    for old in [p for p in numbered(folder) if kept and p < kept[0]]:
         # Under this name a checkpoint that is only half deleted is not taken for one.
         unwanted = old.with_name(f".{old.name}.tmp")
         files.rename(old, unwanted)
@@ -145,7 +140,12 @@ def prune(folder: Path, keep: int) -> None:
 
 def complete(folder: Path) -> list[Path]:
     """The complete checkpoints in a folder, oldest first; ``best`` is not among them."""
-    return sorted(p for p in folder.glob("[0-9]*") if (p / STATE).exists())
+    return [p for p in numbered(folder) if (p / STATE).exists()]
+
+
+def numbered(folder: Path) -> list[Path]:
+    """All checkpoints in a folder, oldest first, also those that have lost their state."""
+    return sorted(folder.glob("[0-9]*"))
 
 
 def _state_digest(body: Any) -> str:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from flowgrpo.core.random import Random
+from flowgrpo.data.files import sync_tree
 from flowgrpo.evaluation import inspection
 from flowgrpo.evaluation.report import write_report
 from flowgrpo.policy.export import Exported, export
@@ -89,7 +90,9 @@ def _export(run: TrainingRun) -> Exported:
     assert run.policy.trainable is not None
     folder = run.session.folder / "export"
     with run.evaluator.evaluated_weights():
-        return export(run.policy.stock_pipeline(), run.policy.trainable, folder)
+        exported = export(run.policy.stock_pipeline(), run.policy.trainable, folder)
+    sync_tree(folder)  # before the run is marked as finished
+    return exported
 
 
 def _print_result(run: TrainingRun, exported: Exported) -> None:

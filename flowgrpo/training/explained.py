@@ -4,8 +4,9 @@ import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from flowgrpo.core.errors import DivergenceError
+from flowgrpo.core.errors import DivergenceError, LostRankError
 from flowgrpo.training import checkpoints
+from flowgrpo.training.ranks import bounded_wait
 from flowgrpo.training.session import Session
 
 NO_SPACE = {errno.ENOSPC, errno.EDQUOT}
@@ -17,12 +18,16 @@ def explained(session: Session) -> Iterator[None]:
 
     Raises:
         DivergenceError: With the last good checkpoint.
+        LostRankError: If another process of the run ends or does not answer.
         OSError: On a full disk, with the last checkpoint.
         RuntimeError: If code inside calls ``sys.exit``, which would end an unfinished run without an
             error.
     """
     try:
-        yield
+        with bounded_wait(session.config.run.rank_timeout_minutes):
+            yield
+    except LostRankError as error:
+        raise LostRankError(f"{error}. {_safe(session)}") from error
     except DivergenceError as error:
         lower = f"--set train.lr={session.config.train.lr / 10:g}"
         raise DivergenceError(

@@ -1,13 +1,16 @@
 """The logs of a run: files of one JSON object per line, whose lines a checkpoint counts."""
 
+import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from flowgrpo.training import files
+from flowgrpo.data import files
 
 NAMES = ("metrics", "timings", "evaluations")
+REPRODUCIBLE = ("metrics", "evaluations")
+"""Logs that are equal in every repetition of a run; checksums of the others would not be."""
 
 
 class LogError(RuntimeError):
@@ -37,11 +40,17 @@ class Logs:
         files.sync(self.folder)
         return {name: len(self._lines(name)) for name in NAMES}
 
-    def check(self, counts: Mapping[str, int], source: str) -> None:
-        """Check that the lines that a checkpoint counts are there and can be read.
+    def digests(self, counts: Mapping[str, int]) -> dict[str, str]:
+        """The SHA-256 of the first lines of each reproducible log, as many as ``counts`` says."""
+        found = {n: self._lines(n)[:number] for n, number in counts.items() if n in REPRODUCIBLE}
+        return {name: _digest(lines) for name, lines in found.items()}
+
+    def check(self, counts: Mapping[str, int], digests: Mapping[str, str], source: str) -> None:
+        """Check that the lines that a checkpoint counts are there and are the same.
 
         Args:
             counts: Lines by log, as :meth:`counts` returned them.
+            digests: The SHA-256 of these lines by log; logs that it lacks are only read.
             source: The checkpoint, for the message.
 
         Raises:
@@ -58,6 +67,11 @@ class Logs:
             for row, line in enumerate(lines[:number], 1):
                 if not _is_object(line):
                     raise LogError(f"{self._file(name)}, line {row} is broken; {advice}")
+            if name in digests and digests[name] != _digest(lines[:number]):
+                raise LogError(
+                    f"{self._file(name)}: one of its first {number} lines is not what was logged (the SHA-256 "
+                    f"of {source} differs); {advice}"
+                )
 
     def cut(self, counts: Mapping[str, int]) -> None:
         """Remove the lines after those of a checkpoint; the iterations are repeated and log them again."""
@@ -80,6 +94,10 @@ class Logs:
 def _ends_with_line(file: Path) -> bool:
     content = file.read_bytes()
     return not content or content.endswith(b"\n")
+
+
+def _digest(lines: list[str]) -> str:
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
 def _is_object(line: str) -> bool:

@@ -30,6 +30,7 @@ def train(config: Config) -> Result:
         RewardError: If a reward cannot be trained on, or fails too often.
         DivergenceError: If training has destroyed the policy.
         CheckpointError: If all checkpoints to resume from are damaged.
+        LostRankError: If another process of the run ends or does not answer.
     """
     prompts, held_out = check_inputs(config, int(os.environ.get("WORLD_SIZE", "1")))
     try:
@@ -56,9 +57,10 @@ def iterate(run: TrainingRun) -> Result:
             with session.phase("rollout"), learner.behaviour_policy():
                 experience, rollout = collect(run, iteration, seed, random)
                 reward_metrics = scorer.learn(session.gather_objects)
+            # Each group is on one process; statistics over the batch need all rewards.
+            experience = _with_everyone(session, experience)
 
-        # 2. Assign credit. Each group is on one process; statistics over the batch need all rewards.
-        experience = _with_everyone(session, experience)
+        # 2. Assign credit.
         experience = learner.with_expected(experience, session.gather_objects)
         advantages = config.algorithm.advantages(experience)
 

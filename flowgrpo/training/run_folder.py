@@ -11,7 +11,8 @@ from flowgrpo import config as configuration
 from flowgrpo.config import Config, ConfigError
 from flowgrpo.config.changes import differences, may_change
 from flowgrpo.config.files import CONFIG, INPUTS, absolute
-from flowgrpo.training import checkpoints, files, lock
+from flowgrpo.data import files
+from flowgrpo.training import checkpoints, lock
 
 FINISHED, SESSIONS = "finished.json", "sessions.jsonl"
 NOTES = "notes.json"

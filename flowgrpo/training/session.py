@@ -17,7 +17,7 @@ from accelerate.utils import gather_object
 from torch import Tensor
 
 from flowgrpo.config import Config
-from flowgrpo.core.errors import DivergenceError
+from flowgrpo.core.errors import DivergenceError, LostRankError
 from flowgrpo.core.secrets import redact_command
 from flowgrpo.data.prompts import Group
 from flowgrpo.policy.placement import resolve_device
@@ -31,6 +31,7 @@ from flowgrpo.training.divergence import require_finite
 from flowgrpo.training.learner import Learner
 from flowgrpo.training.lock import RunLock
 from flowgrpo.training.logs import Logs
+from flowgrpo.training.ranks import bounded_wait, process_group
 from flowgrpo.training.signals import Signals, StopRequested
 
 
@@ -53,6 +54,7 @@ class Session:
 
         Raises:
             ConfigError: If the directory belongs to another configuration or is in use.
+            LostRankError: If another process ends or does not answer.
             RuntimeError: If a launcher started processes that are not connected to each other.
         """
         prepare_cpu(config.run.threads)
@@ -61,11 +63,14 @@ class Session:
         cpu = device.type == "cpu"
         if device.index is not None:
             torch.get_device_module(device).set_device(device)
-        self.accelerator = Accelerator(
-            cpu=cpu,
-            mixed_precision="fp16" if config.model.dtype == "float16" and not cpu else "no",
-            project_dir=str(self.folder),
-        )
+        patience = config.run.rank_timeout_minutes
+        with bounded_wait(patience):
+            self.accelerator = Accelerator(
+                cpu=cpu,
+                mixed_precision="fp16" if config.model.dtype == "float16" and not cpu else "no",
+                project_dir=str(self.folder),
+                kwargs_handlers=[process_group(patience)],
+            )
         self._check_world()
         self.console = Console(enabled=self.is_main)
         self.iteration, self.best = 0, float("-inf")
@@ -78,7 +83,8 @@ class Session:
         self._lock: RunLock | None = None
         if self.is_main:
             self._claim()
-        self.accelerator.wait_for_everyone()
+        with bounded_wait(patience):
+            self.accelerator.wait_for_everyone()
         self.is_finished = run_folder.is_finished(config)
         launched = self.accelerator.num_processes > 1
         self.signals = Signals(self.console.say, self.is_main, launched)
@@ -136,20 +142,21 @@ class Session:
     def rescue(self, learner: Learner, iteration: int) -> Iterator[None]:
         """Save the state of the last iteration if the rollout inside ends early, and raise again.
 
-        That happens if a reward fails permanently, a signal asks to stop, or any other error occurs,
-        such as a lack of memory.
+        That happens if a reward fails permanently, a signal asks to stop, another process is lost, or
+        any other error occurs, such as a lack of memory.
         """
         self._lines = self.logs.counts() if self.is_main else {}
         self.signals.loading = False
         try:
             self.signals.check()
-            yield
+            with bounded_wait(self.config.run.rank_timeout_minutes):
+                yield
         except DivergenceError:
             raise  # The weights may be destroyed; the last checkpoint is better.
         except (Exception, StopRequested) as error:
             alone = self.accelerator.num_processes == 1
-            expected = isinstance(error, RewardError | StopRequested)
-            if iteration > 0 and (alone or isinstance(error, StopRequested)):
+            expected = isinstance(error, RewardError | StopRequested | LostRankError)
+            if iteration > 0 and (alone or isinstance(error, StopRequested | LostRankError)):
                 # Another error, such as a lack of memory, must not be hidden by one in saving.
                 with nullcontext() if expected else suppress(Exception):
                     self._write(learner, iteration, self._lines)
@@ -255,7 +262,7 @@ class Session:
             parts, state = checkpoints.load(found)
             lines = state["lines"]
             if self.is_main:
-                self.logs.check(lines, str(found))
+                self.logs.check(lines, state.get("lines_sha256", {}), str(found))
             learner.restore(parts, state["learner"])
             if self.scorer is not None:
                 self.scorer.restore(parts)
@@ -272,7 +279,7 @@ class Session:
             CheckpointError: If none is sound; then nothing is renamed.
         """
         damaged: list[tuple[Path, CheckpointError]] = []
-        for folder in reversed(checkpoints.complete(self.checkpoints)):
+        for folder in reversed(checkpoints.numbered(self.checkpoints)):
             try:
                 checkpoints.load(folder)
                 break
@@ -308,7 +315,13 @@ class Session:
         checkpoints.save(
             self.checkpoints / f"{iteration:06d}",
             parts,
-            {"iteration": iteration, "best": self.best, "lines": dict(lines), "learner": state},
+            {
+                "iteration": iteration,
+                "best": self.best,
+                "lines": dict(lines),
+                "lines_sha256": self.logs.digests(lines),
+                "learner": state,
+            },
         )
         checkpoints.prune(self.checkpoints, self.config.run.keep_checkpoints)
         self._saved_at = time.monotonic()

@@ -6,9 +6,11 @@ from collections.abc import Callable, Mapping
 from types import FrameType
 from typing import Any
 
-EXIT_STATUS: Mapping[str, int] = {"SIGINT": 130, "SIGTERM": 75, "SIGHUP": 75}
-"""Exit status of a run that a signal stopped. 75 is EX_TEMPFAIL of sysexits.h: run the same command
-again, which schedulers can be told to do."""
+AGAIN = 75
+"""Exit status that asks to run the same command again, which schedulers can be told to do: EX_TEMPFAIL of
+sysexits.h."""
+EXIT_STATUS: Mapping[str, int] = {"SIGINT": 130, "SIGTERM": AGAIN, "SIGHUP": AGAIN}
+"""Exit status of a run that a signal stopped."""
 HANDLED = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")
 
 

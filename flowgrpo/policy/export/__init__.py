@@ -19,6 +19,7 @@ from diffusers import (
 )
 from huggingface_hub import snapshot_download
 
+from flowgrpo.data.files import reached
 from flowgrpo.policy.export import adapter_files
 from flowgrpo.policy.export.checkpoint_file import (
     require_known,
@@ -223,7 +224,9 @@ def _write_pipeline(pipeline: DiffusionPipeline, trainable: Trainable, folder: P
         if part not in trainable.denoisers:
             _copy_part(source / part, folder / part)
     for name, model in trainable.denoisers.items():
+        reached("write", folder / name)
         model.save_pretrained(folder / name)
+    reached("write", folder / INDEX)
     shutil.copyfile(source / INDEX, folder / INDEX)
     return exported
 
@@ -243,6 +246,7 @@ def _copy_part(source: Path, target: Path) -> None:
             if (source / to.relative_to(target)).exists():
                 continue
         to.parent.mkdir(parents=True, exist_ok=True)
+        reached("write", to)
         if found is not None and file.suffix == ".json":
             to.write_text(file.read_text().replace(mark, ""))
         else:

@@ -20,6 +20,7 @@ from peft import get_peft_model_state_dict
 from safetensors.torch import save_file
 from torch import Tensor
 
+from flowgrpo.data.files import reached
 from flowgrpo.policy.export.layer_names import FAMILIES, Family, Place, place_of
 from flowgrpo.policy.weights import ADAPTER, swapped
 
@@ -96,9 +97,11 @@ def write_diffusers(
                 arguments[f"{name}_lora_layers"] = layers
                 arguments[f"{name}_lora_adapter_metadata"] = model.peft_config[ADAPTER].to_dict()
             else:
+                reached("write", folder / name)
                 model.save_lora_adapter(folder / name, adapter_name=ADAPTER)
                 files.append(folder / name / DIFFUSERS_FILE)
         if arguments and save is not None:
+            reached("write", folder / DIFFUSERS_FILE)
             save(folder, **{k: v for k, v in arguments.items() if k in accepted})
             files.insert(0, folder / DIFFUSERS_FILE)
     return files
@@ -303,6 +306,7 @@ def _write(
         end = f"_{EXPERTS.get(name, name)}" if has_experts else ""
         file = folder / f"lora{end}.safetensors"
         ready = {k: v.detach().cpu().contiguous() for k, v in layers.items()}
+        reached("write", file)
         save_file(ready, file, metadata=metadata[name] or None)
         files.append(file)
     return files

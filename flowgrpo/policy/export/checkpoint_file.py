@@ -8,6 +8,7 @@ from diffusers import DiffusionPipeline, ModelMixin
 from safetensors.torch import save_file
 from torch import Tensor
 
+from flowgrpo.data.files import reached
 from flowgrpo.policy.export.layer_names import NUMBERED, place_of
 from flowgrpo.policy.export.original_parts import original_encoders
 
@@ -74,6 +75,7 @@ def write_pipeline(pipeline: DiffusionPipeline, denoiser: ModelMixin, file: Path
 def _save(tensors: Mapping[str, Tensor], file: Path) -> Path:
     file.parent.mkdir(parents=True, exist_ok=True)
     ready = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
+    reached("write", file)
     save_file(ready, file, metadata={"format": "pt"})
     return file
 
