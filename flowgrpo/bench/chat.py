@@ -16,7 +16,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, Protocol, TypeVar, runtime_checkable
 from urllib.parse import urlsplit
 
 from flowgrpo.bench.base import BenchError
@@ -60,6 +60,46 @@ class Server:
         return [self.url] if isinstance(self.url, str) else list(self.url)
 
 
+@runtime_checkable
+class JudgeSettings(Protocol):
+    """The settings of a benchmark whose judge is behind an endpoint; the names that all share."""
+
+    @property
+    def judge_model(self) -> str:
+        """The judge, as its server calls it."""
+        ...
+
+    @property
+    def judge_url(self) -> str | Sequence[str]:
+        """One or several equal servers."""
+        ...
+
+    @property
+    def judge_key_env(self) -> str:
+        """Environment variable with the key; empty for none."""
+        ...
+
+    @property
+    def concurrency(self) -> int:
+        """Requests in flight at each server."""
+        ...
+
+    @property
+    def timeout(self) -> float:
+        """Seconds that one attempt may take."""
+        ...
+
+    @property
+    def patience(self) -> float:
+        """Seconds over which a request is tried again."""
+        ...
+
+    @property
+    def extra(self) -> Mapping[str, Any]:
+        """More keys of each request."""
+        ...
+
+
 class ChatModel:
     """Asks servers about pictures; safe to call from many threads.
 
@@ -100,6 +140,35 @@ class ChatModel:
         self._roots = {u: Endpoints(root, **quick) for u, root in roots.items()}
         for url in server.urls:
             self._check(url)
+
+    @classmethod
+    def of(cls, settings: JudgeSettings, cache: str = "") -> "ChatModel":
+        """The judge of a benchmark.
+
+        Args:
+            settings: The benchmark.
+            cache: Folder for answers; empty for no cache.
+
+        Raises:
+            BenchError: If the key is missing or refused, or a server does not have the model.
+        """
+        return cls(
+            Server(
+                model=settings.judge_model,
+                url=settings.judge_url,
+                key_env=settings.judge_key_env,
+                concurrency=settings.concurrency,
+                timeout=settings.timeout,
+                patience=settings.patience,
+                cache=cache,
+                extra=settings.extra,
+            )
+        )
+
+    @property
+    def concurrency(self) -> int:
+        """Requests in flight at all servers together."""
+        return self.server.concurrency * len(self.server.urls)
 
     def ask(
         self, content: Sequence[str | bytes], parse: Callable[[str], T | None], max_tokens: int
