@@ -81,6 +81,7 @@ def _dry_run(config: "Config", num_processes: int, memory_gb: float | None) -> i
     for reward in config.rewards:
         rows.append((f"reward {reward.label}", f"weight {reward.weight:g} ({reward.model})"))
     rows += [("metric", metric) for metric in config.evaluation.metrics]
+    rows += _benchmarks(config)
     rows.append(("run directory", config.run.folder))
     quiet()
     from flowgrpo.memory.printing import print_estimate
@@ -92,3 +93,24 @@ def _dry_run(config: "Config", num_processes: int, memory_gb: float | None) -> i
     print_estimate(config, num_processes, memory_gb, console)
     console.say("the configuration is valid; nothing was loaded")
     return 0
+
+
+def _benchmarks(config: "Config") -> list[tuple[str, str]]:
+    """The cost of each benchmark of the run."""
+    if not config.evaluation.bench:
+        return []
+    from flowgrpo.training.benchmarks import load_benchmarks
+
+    every, last = config.evaluation.every, config.train.iterations
+    during = len(range(every, last, every)) if every else 0
+    rows = []
+    for one in load_benchmarks(config.evaluation):
+        times = {"every": during + 2, "ends": 2, "final": 1}[one.settings.when]
+        rows.append(
+            (
+                f"benchmark {one.settings.tag}",
+                f"{len(one.entries)} prompts x {one.benchmark.samples} images, {times} times: "
+                f"{times * one.images:,} images; judge: {one.benchmark.about.judge}",
+            )
+        )
+    return rows

@@ -37,6 +37,7 @@ def check_inputs(config: Config, num_processes: int) -> tuple[PromptSet, PromptS
     - The names of files, packages and rewards (:func:`check_names`).
     - The device exists.
     - The prompt files can be read, and have the metadata to balance by.
+    - Benchmarks exist, and so do their data.
     - The rewards and metrics that are named by an import path can be imported.
 
     Returns:
@@ -64,6 +65,10 @@ def check_inputs(config: Config, num_processes: int) -> tuple[PromptSet, PromptS
     for index, reward in enumerate(config.rewards):
         with _setting(f"rewards[{index}].model"):
             check_name(reward.model)
+    if config.evaluation.bench:
+        from flowgrpo.training.benchmarks import load_benchmarks
+
+        load_benchmarks(config.evaluation)
     return prompts, held_out
 
 

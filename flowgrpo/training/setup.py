@@ -8,6 +8,7 @@ from flowgrpo.data.prompt_sets import PromptSet
 from flowgrpo.policy import PipelinePolicy
 from flowgrpo.policy.probe import check_scales, check_sizes, fit_noise
 from flowgrpo.rewards.scorer import RewardScorer
+from flowgrpo.training.benchmarks import Benchmarks
 from flowgrpo.training.evaluator import Evaluator
 from flowgrpo.training.learner import Learner
 from flowgrpo.training.session import Session
@@ -46,7 +47,8 @@ def build(config: Config, session: Session, prompts: PromptSet, held_out: Prompt
        directory (:class:`Session`).
     2. The rewards are loaded: whether they can use the prompts.
     3. The pipeline is loaded: sizes, initial noise and transition (:func:`_check_policy`).
-    4. The base model has drawn the images of the grid: whether the rewards are finite and vary.
+    4. The judges of benchmarks are asked about one image.
+    5. The base model has drawn the images of the grid: whether the rewards are finite and vary.
 
     Raises:
         ConfigError: If the configuration cannot be run.
@@ -70,6 +72,11 @@ def build(config: Config, session: Session, prompts: PromptSet, held_out: Prompt
     )
     _check_policy(policy, config, prompts, held_out)
     learner = Learner(policy, config.train, config.loss, session.accelerator)
+    sampling = config.evaluation_sampling()
+    benchmarks = None
+    if config.evaluation.bench:
+        benchmarks = Benchmarks(config, session, policy, learner, sampling)
+        benchmarks.probe()
     evaluator = Evaluator(
         config.evaluation,
         session,
@@ -77,9 +84,10 @@ def build(config: Config, session: Session, prompts: PromptSet, held_out: Prompt
         policy,
         learner,
         held_out,
-        sampling=config.evaluation_sampling(),
+        sampling=sampling,
         seed=config.run.seed,
         model_name=config.model.path,
+        benchmarks=benchmarks,
     )
     # Before a checkpoint is restored, because they show the model that training started from.
     evaluator.keep_base_images()
