@@ -52,6 +52,9 @@ from flowgrpo.training.session import Session
 
 ADVICE = "To train without it, remove its table from the configuration"
 
+PATIENCE = 10.0
+"""Seconds to wait for a judge behind an endpoint before a run begins."""
+
 
 @dataclass(frozen=True)
 class RunBenchmark:
@@ -165,7 +168,7 @@ class Benchmarks:
                 plan = self._plan(one, Path(folder), {})
                 item = plan.items()[0][0]
                 try:
-                    judge = one.benchmark.judge()
+                    judge = _impatient(one.benchmark).judge()
                     make_missing(plan, self.policy, [[item]], Progress("", 1, 1))
                     ((_, outcome),) = judge.judge(iter([_picture(item)]))
                 except (BenchError, ValueError, OSError, ImportError) as error:
@@ -360,6 +363,13 @@ class Benchmarks:
         self.session.accelerator.wait_for_everyone()
         if self.session.is_main:
             shutil.rmtree(plan.folder / "images", ignore_errors=True)
+
+
+def _impatient(benchmark: Benchmark) -> Benchmark:
+    """The same benchmark, whose judge is not waited for long: it is asked before a run begins."""
+    if not hasattr(benchmark, "patience"):
+        return benchmark
+    return replace(benchmark, patience=min(benchmark.patience, PATIENCE))  # type: ignore[type-var]
 
 
 def headlines(benchmark: Benchmark) -> list[str]:

@@ -9,6 +9,7 @@ from flowgrpo.config.schema import Evaluation
 from flowgrpo.core.imports import import_path
 from flowgrpo.data.prompt_sets import PromptSet
 from flowgrpo.evaluation import held_out
+from flowgrpo.evaluation.bench_section import direction
 from flowgrpo.evaluation.comparison_grid import ComparisonGrid, load_images, save_images
 from flowgrpo.policy import PipelinePolicy, Sampling
 from flowgrpo.rewards.scorer import RewardScorer
@@ -149,11 +150,9 @@ def bench_lines(found: Mapping[str, Mapping[str, Any]]) -> list[str]:
             text = f"{record['title']}, {record['images']} images: {name} {_number(results[name])}"
             text += f" ({_number(low)} to {_number(high)})"
             if name in record["changes"]:
-                change, low, high = record["changes"][name]
-                noise = (
-                    "" if None not in (low, high) and (low > 0 or high < 0) else ", within noise"
-                )
-                text += f", {_number(change, '+')} since the first evaluation{noise}"
+                change = record["changes"][name]
+                noise = "" if direction(change) else ", within noise"
+                text += f", {_number(change[0], '+')} since the first evaluation{noise}"
             lines.append(text)
     return lines
 
