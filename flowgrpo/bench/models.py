@@ -17,6 +17,8 @@ from flowgrpo.policy.loading import DTYPES, load_pipeline
 
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf")
 PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate", "flowgrpo")
+EXPORT = "export"
+"""The folder of a run directory with its trained weights."""
 SHAPES = Path(__file__).parents[1] / "shapes" / "model"
 
 
@@ -25,7 +27,7 @@ class Adapter:
     """A LoRA adapter and its scale.
 
     Attributes:
-        path: A folder, a ``.safetensors`` file, or a hub id.
+        path: A folder, a ``.safetensors`` file, or a hub id; a run directory stands for its export.
         scale: Factor of the adapter's output.
     """
 
@@ -37,11 +39,11 @@ class Adapter:
         """Read ``PATH`` or ``PATH:SCALE``.
 
         Raises:
-            ValueError: If the scale is no finite number.
+            ValueError: If the scale is no finite number, or a run directory has no adapter.
         """
         path, colon, scale = text.rpartition(":")
         if not colon or Path(text).exists() or "/" in scale or "\\" in scale:
-            return cls(text)
+            return cls(_exported(text))
         try:
             value = float(scale)
         except ValueError:
@@ -50,7 +52,32 @@ class Adapter:
             ) from None
         if value != value or abs(value) == float("inf"):
             raise ValueError(f"--adapter: the scale must be finite, got {text!r}")
-        return cls(path, value)
+        return cls(_exported(path), value)
+
+    @property
+    def name(self) -> str:
+        """A short name: that of the file or folder, or of the run that it was exported from."""
+        path = Path(self.path)
+        return path.parent.name if path.name == EXPORT else path.stem
+
+
+def _exported(path: str) -> str:
+    """The adapter of a run directory; another path as it is.
+
+    Raises:
+        ValueError: If the run is not finished, or trained something else than an adapter.
+    """
+    run = Path(path)
+    if not (run / "config.toml").is_file():
+        return path
+    if not (run / EXPORT).is_dir():
+        raise ValueError(
+            f"--adapter: {path} has no export yet, which a run writes when it finishes: give the run as "
+            "--model, or export a checkpoint with 'flowgrpo export'"
+        )
+    if not (run / EXPORT / "pytorch_lora_weights.safetensors").is_file():
+        raise ValueError(f"--adapter: {path} trained no adapter: give the run as --model")
+    return str((run / EXPORT).resolve())
 
 
 @dataclass(frozen=True)
@@ -228,7 +255,7 @@ def hash_folder(folder: Path) -> str:
 
 def label_of(model: str, adapters: Sequence[Adapter] = ()) -> str:
     """A short name for paths: letters, digits, points, dashes and underscores."""
-    parts = [Path(model).name or model, *(Path(a.path).stem for a in adapters)]
+    parts = [Path(model).name or model, *(a.name for a in adapters)]
     text = "+".join(parts)
     return "".join(c if c.isalnum() or c in "._-+" else "-" for c in text).strip(".-") or "model"
 
