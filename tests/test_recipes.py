@@ -1,6 +1,7 @@
 """Every configuration for published weights runs its whole path on a tiny pipeline of its class."""
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,11 +10,12 @@ import torch
 
 import flowgrpo
 from flowgrpo.cli.config import EVIDENCE
-from flowgrpo.config import find
+from flowgrpo.config import ConfigError, find
 from flowgrpo.config.reference import to_table
 from flowgrpo.losses.clipped import ClippedLoss
 from flowgrpo.memory.meta_pipeline import build
 from flowgrpo.policy.weights import Trainable
+from flowgrpo.training.benchmarks import load_benchmarks
 from scripts.page_tables import marked_text
 from scripts.recipe_table import CONFIGS, header, recipes, table, value_at
 from tests.tiny import FAMILIES, save
@@ -119,23 +121,28 @@ def test_recipe_runs_on_a_tiny_pipeline(recipe, tmp_path):
     assert list(Path(tmp_path / "run" / "export").iterdir())
 
 
-@pytest.mark.parametrize("recipe", ["sd35_medium_geneval", "sd35_medium_ocr", "sd35_medium_nft_ocr", "flux_pref"])  # fmt: skip
-def test_a_recipe_measures_the_benchmark_of_its_paper(recipe, tmp_path, capsys):
-    text = find(recipe).read_text()
-    # UniGenBench needs a judge and data that do not come with flowgrpo: its lines are comments.
-    lines = [line.removeprefix("# ") for line in text.split("\n") if "unigenbench" not in recipe]
-    start = lines.index("[[evaluation.bench]]")
-    table = tomllib.loads("\n".join(takewhile(str.strip, lines[start:])))
-    (bench,) = table["evaluation"]["bench"]
-    assert (bench["name"], bench["when"]) == (UNCOMMENTED[recipe], "ends")
-    given = [] if recipe != "flux_pref" else ["evaluation.bench=[{name='unigenbench', settings={data_file='absent.csv'}}]"]  # fmt: skip
-    config = flowgrpo.load(recipe, given)
-    if given:
-        with pytest.raises(ConfigError, match=r"bench\[0\].*absent\.csv"):
-            load_benchmarks(config.evaluation)
-    else:
-        (one,) = load_benchmarks(config.evaluation)
-        assert one.images == {"geneval": 2212, "text_rendering": 200}[bench["name"]]
+@pytest.mark.parametrize(
+    ("recipe", "name", "images"),
+    [
+        ("sd35_medium_geneval", "geneval", 2212),
+        ("sd35_medium_ocr", "text_rendering", 200),
+        ("sd35_medium_nft_ocr", "text_rendering", 200),
+    ],
+)
+def test_a_recipe_measures_the_benchmark_of_its_paper(recipe, name, images):
+    (one,) = load_benchmarks(flowgrpo.load(recipe).evaluation)
+    assert (one.settings.name, one.settings.when, one.images) == (name, "ends", images)
+
+
+def test_the_comments_on_unigenbench_lack_nothing_but_its_data(tmp_path):
+    text, file = find("flux_pref").read_text(), tmp_path / "mine.toml"
+    uncommented, number = re.subn(r"(?m)^# (\[.*\]|\w+ = \".*\")$", r"\1", text)
+    assert number == 8
+    file.write_text(uncommented)
+    config = flowgrpo.load(str(file))
+    assert config.evaluation.bench[0].when == "ends"
+    with pytest.raises(ConfigError, match=r"bench\[0\].*test_prompts_en\.csv.*To train without it"):
+        load_benchmarks(config.evaluation)
 
 
 PUBLISHED = recipes()
