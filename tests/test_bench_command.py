@@ -55,11 +55,13 @@ def test_a_run_is_measured_before_and_after(
     train(load("quickstart", [*TINY, "train.lr=0.01", f'run.folder="{run}"']))
     monkeypatch.chdir(tmp_path)
     common = ["--samples", "1", "--limit", "6", "--device", "cpu"]
-    assert bench("shapes", "--model", str(run), "--weights", "base", *common) == 0
-    assert bench("shapes", "--model", str(run), *common) == 0
+    assert bench("compare", "shapes", "--model", str(run), *common) == 0
     base, last = (Path("bench/shapes") / f"mine-{w}" for w in ("base", "last"))
-    assert bench("report", str(base), str(last)) == 0
-    assert "second minus first" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert bench("compare", str(base), str(last)) == 0
+    again = capsys.readouterr().out
+    (table,) = re.findall(r"second minus first.*?comparison\.html", again, re.DOTALL)
+    assert table in printed
     settings = [result(f)["generation"]["settings"] for f in (base, last)]
     assert (
         settings[0]["call"]
@@ -105,6 +107,10 @@ def test_list_says_what_each_needs(capsys: pytest.CaptureFixture[str]) -> None:
         (["score", str(ROOT / "docs")], "--benchmark NAME"),
         (["report", str(ROOT / "docs")], "bench.json"),
         (["shapes", "geneval", "--model", "shapes"], "one benchmark at a time"),
+        (["compare", "shapes", "--model", "shapes"], "bench compare needs two models"),
+        (["compare", "shapes"], "bench compare needs --model"),
+        (["compare"], "bench compare needs a benchmark"),
+        (["compare", str(ROOT / "docs")], "bench compare needs two folders"),
     ],
 )  # fmt: skip
 def test_mistakes_are_said(

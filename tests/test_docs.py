@@ -64,6 +64,7 @@ TINY = [
     "evaluation.images_during=6",
     "evaluation.grid_prompts=1",
     "evaluation.grid_samples=2",
+    "evaluation.bench=[{name='shapes', limit=3, settings={samples=1}}]",
     "run.trackers=[]",
     "run.threads=1",
 ]

@@ -10,12 +10,14 @@ from typing import Any
 import pytest
 import torch
 from diffusers import DiffusionPipeline
+from huggingface_hub import ModelCard
 from peft import get_peft_model_state_dict
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
 import flowgrpo
+from flowgrpo.bench.base import BenchError
 from flowgrpo.cli import main
 from flowgrpo.cli.push import push_run
 from flowgrpo.core.random import Random
@@ -253,6 +255,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "train.iterations=1",
         "train.groups=2",
         "train.lr=1e-2",
+        "train.ema_decay=0",  # the average has not moved after one update
         "evaluation.every=0",
         "evaluation.images=12",
         "evaluation.num_steps=2",
@@ -344,6 +347,41 @@ def test_a_run_is_pushed_with_its_card(finished: Path, tmp_path: Path) -> None:
     for task in first["by_class"]:
         assert f"| {task} | dark" in card
     assert f"{first['images']} images before, {last['images']} after" in card
+
+
+def test_benchmarks_of_a_run_are_pushed_as_metadata(
+    finished: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Without and with the run's adapter, by one command; the card is read by the hub's own classes."""
+    monkeypatch.chdir(tmp_path)
+    base, run = str(finished.parent / "model"), str(finished)
+    quick = ["--steps", "1", "--size", "16x16", "--samples", "1", "--limit", "4", "--device", "cpu"]
+    call = ["--call", f"max_sequence_length={FAMILIES['sd3'].call['max_sequence_length']}"]
+    assert (
+        main(["bench", "compare", "shapes", "--model", base, "--adapter", run, *quick, *call]) == 0
+    )
+    assert "second minus first, same prompts" in capsys.readouterr().out
+    without, with_adapter = (Path("bench/shapes") / n for n in ("model", f"model+{finished.name}"))
+    images = [(f / "images/00000/samples/0000.png").read_bytes() for f in (without, with_adapter)]
+    assert images[0] != images[1]
+    hub = Hub(tmp_path / "hub")
+    push_run(finished, "me/darker", hub, bench=[with_adapter])
+    card = ModelCard.load(hub.kept / "README.md")
+    result = json.loads((with_adapter / "bench.json").read_text())
+    wanted = {m["name"]: m["value"] for m in result["metrics"] if m["headline"]}
+    assert card.data.model_name == "darker"
+    assert {r.metric_type: r.metric_value for r in card.data.eval_results} == wanted
+    assert {r.dataset_name for r in card.data.eval_results} == {
+        "shapes (embedded verifier), 4 of 39 prompts"
+    }
+    assert {(r.task_type, r.dataset_type) for r in card.data.eval_results} == {("text-to-image", "shapes")}  # fmt: skip
+    for name, value in wanted.items():
+        assert f"| shapes (embedded verifier) | {name} | {value:.4g} |" in card.text
+    with pytest.raises(BenchError, match="is about other weights"):
+        push_run(finished, "me/darker", hub, bench=[without])
 
 
 def test_an_unfinished_run_is_not_pushed(tmp_path: Path) -> None:

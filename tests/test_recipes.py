@@ -1,6 +1,7 @@
 """Recipes beside the published settings, and the evidence that they work."""
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,12 +10,13 @@ import torch
 
 import flowgrpo
 from flowgrpo.cli import main
-from flowgrpo.config import find
+from flowgrpo.config import ConfigError, find
 from flowgrpo.config.evidence import LEVELS, evidence, fingerprint, next_level
 from flowgrpo.config.reference import to_table
 from flowgrpo.doctor.verify import standardised_rise, verify
 from flowgrpo.memory.meta_pipeline import EstimateError, build
 from flowgrpo.policy.weights import Trainable
+from flowgrpo.training.benchmarks import load_benchmarks
 from scripts.page_tables import marked_text
 from scripts.recipe_table import CONFIGS, header, recipes, table, value_at
 from tests.tiny import save
@@ -120,6 +122,30 @@ def test_verify_says_what_it_cannot_do(tmp_path, capsys):
     }.items():
         assert main(["verify", *arguments]) != 0
         assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("recipe", "name", "images"),
+    [
+        ("sd35_medium_geneval", "geneval", 2212),
+        ("sd35_medium_ocr", "text_rendering", 200),
+        ("sd35_medium_nft_ocr", "text_rendering", 200),
+    ],
+)
+def test_a_recipe_measures_the_benchmark_of_its_paper(recipe, name, images):
+    (one,) = load_benchmarks(flowgrpo.load(recipe).evaluation)
+    assert (one.settings.name, one.settings.when, one.images) == (name, "ends", images)
+
+
+def test_the_comments_on_unigenbench_lack_nothing_but_its_data(tmp_path):
+    text, file = find("flux_pref").read_text(), tmp_path / "mine.toml"
+    uncommented, number = re.subn(r"(?m)^# (\[.*\]|\w+ = \".*\")$", r"\1", text)
+    assert number == 8
+    file.write_text(uncommented)
+    config = flowgrpo.load(str(file))
+    assert config.evaluation.bench[0].when == "ends"
+    with pytest.raises(ConfigError, match=r"bench\[0\].*test_prompts_en\.csv.*To train without it"):
+        load_benchmarks(config.evaluation)
 
 
 PUBLISHED = recipes()

@@ -1,8 +1,10 @@
 """A vision-language model as a judge, behind an OpenAI-compatible endpoint.
 
-Requests go straight through :class:`~flowgrpo.rewards.serving.client.Endpoints`. The ``openai`` client
-that the rewards use takes 1.4 ms more per call, which would limit 32 requests in flight to half of
-what a fast server answers.
+Servers are chosen, retried and rested by :class:`~flowgrpo.rewards.serving.client.Endpoints`. The
+``openai`` client that the rewards use takes 1.4 ms more per call, which would limit 32 requests in
+flight to half of what a fast server answers. Each thread has an httpx client with a connection of its
+own, because a shared pool looks at all of its connections for every request, which takes longer than
+the rest of the call.
 """
 
 import base64
@@ -13,10 +15,11 @@ import json
 import logging
 import math
 import os
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, Protocol, TypeVar, runtime_checkable
 from urllib.parse import urlsplit
 
 from flowgrpo.bench.base import BenchError
@@ -60,6 +63,46 @@ class Server:
         return [self.url] if isinstance(self.url, str) else list(self.url)
 
 
+@runtime_checkable
+class JudgeSettings(Protocol):
+    """The settings of a benchmark whose judge is behind an endpoint; the names that all share."""
+
+    @property
+    def judge_model(self) -> str:
+        """The judge, as its server calls it."""
+        ...
+
+    @property
+    def judge_url(self) -> str | Sequence[str]:
+        """One or several equal servers."""
+        ...
+
+    @property
+    def judge_key_env(self) -> str:
+        """Environment variable with the key; empty for none."""
+        ...
+
+    @property
+    def concurrency(self) -> int:
+        """Requests in flight at each server."""
+        ...
+
+    @property
+    def timeout(self) -> float:
+        """Seconds that one attempt may take."""
+        ...
+
+    @property
+    def patience(self) -> float:
+        """Seconds over which a request is tried again."""
+        ...
+
+    @property
+    def extra(self) -> Mapping[str, Any]:
+        """More keys of each request."""
+        ...
+
+
 class ChatModel:
     """Asks servers about pictures; safe to call from many threads.
 
@@ -82,7 +125,7 @@ class ChatModel:
                     f"the environment variable {server.key_env!r} has no key for the judge"
                 )
             headers["Authorization"] = f"Bearer {key}"
-        self.server = server
+        self.server, self._headers, self._own = server, headers, threading.local()
         try:
             self._endpoints = Endpoints(
                 server.url,
@@ -100,6 +143,35 @@ class ChatModel:
         self._roots = {u: Endpoints(root, **quick) for u, root in roots.items()}
         for url in server.urls:
             self._check(url)
+
+    @classmethod
+    def of(cls, settings: JudgeSettings, cache: str = "") -> "ChatModel":
+        """The judge of a benchmark.
+
+        Args:
+            settings: The benchmark.
+            cache: Folder for answers; empty for no cache.
+
+        Raises:
+            BenchError: If the key is missing or refused, or a server does not have the model.
+        """
+        return cls(
+            Server(
+                model=settings.judge_model,
+                url=settings.judge_url,
+                key_env=settings.judge_key_env,
+                concurrency=settings.concurrency,
+                timeout=settings.timeout,
+                patience=settings.patience,
+                cache=cache,
+                extra=settings.extra,
+            )
+        )
+
+    @property
+    def concurrency(self) -> int:
+        """Requests in flight at all servers together."""
+        return self.server.concurrency * len(self.server.urls)
 
     def ask(
         self,
@@ -169,13 +241,31 @@ class ChatModel:
             if found is not None:
                 return found
         try:
-            raw = self._endpoints.request("/chat/completions", "application/json", body)
+            raw = self._endpoints.call(lambda url: self._send(url, body))
         except Refused as error:
             raise RuntimeError(f"the judge refuses the question: {error}") from error
         found = _first_choice(raw, read)
         if found is not None and place is not None:
             write_atomically(place, raw)
         return found
+
+    def _send(self, url: str, body: bytes) -> bytes:
+        """One attempt at a server, over this thread's own connection."""
+        import httpx
+
+        from flowgrpo.rewards.serving.client import Unavailable, checked_answer, make_client
+
+        clients = self._own.__dict__.setdefault("clients", {})
+        if url not in clients:
+            client = make_client(url, self._headers, self.server.timeout, 1)
+            client.headers["Content-Type"] = "application/json"
+            # The address is parsed once.
+            clients[url] = client, httpx.URL(f"{url}/chat/completions")
+        client, address = clients[url]
+        try:
+            return checked_answer(client.post(address, content=body))
+        except httpx.HTTPError as error:
+            raise Unavailable(str(error) or type(error).__name__) from error
 
     def _place(self, body: bytes) -> Path | None:
         """The file of the answer to a request, which holds all that decides the answer."""

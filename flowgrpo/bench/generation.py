@@ -8,7 +8,7 @@ the last bit; a process that is killed loses the batch that it was working on, a
 import sys
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
@@ -99,7 +99,6 @@ def generate(plan: Plan) -> None:
             is full.
     """
     mine = [b for i, b in enumerate(plan.items()) if i % plan.num_ranks == plan.rank]
-    missing = [[i for i in batch if not i.path.exists()] for batch in mine]
     policy: PipelinePolicy | None = None
     try:
         identity = plan.subject.identity()
@@ -109,7 +108,7 @@ def generate(plan: Plan) -> None:
     settings = settings_of(plan, identity)
     check_settings(plan, settings)
     total = sum(map(len, mine))
-    todo = sum(map(len, missing))
+    todo = sum(not i.path.exists() for batch in mine for i in batch)
     check_existing(plan, [i for batch in mine for i in batch if i.path.exists()])
     if not todo:
         return
@@ -119,21 +118,45 @@ def generate(plan: Plan) -> None:
     if plan.num_ranks > 1:
         title += f" (process {plan.rank})"
     progress = Progress(title, total, total - todo)
+    make_missing(plan, policy, mine, progress)
+    seconds = progress.close()
+    if plan.rank == 0:
+        table = read_json(plan.folder / SETTINGS)
+        table["speed"] = {"images": todo, "seconds": round(seconds, 3)}
+        write_json(plan.folder / SETTINGS, table)
+
+
+def make_missing(
+    plan: Plan,
+    policy: PipelinePolicy,
+    batches: Sequence[Sequence[Item]],
+    progress: Progress,
+    check: Callable[[], None] = lambda: None,
+) -> None:
+    """Make the images of some of a plan's batches that are not there yet, with their text files.
+
+    Args:
+        plan: The plan.
+        policy: The model.
+        batches: Batches of the plan.
+        progress: Counts images.
+        check: Called before each batch; what it raises ends the work.
+
+    Raises:
+        BenchError: If an image cannot be written, or the pipeline makes videos.
+    """
+    missing = [[i for i in batch if not i.path.exists()] for batch in batches]
     write_sidecars(plan, [i.entry for batch in missing for i in batch])
     with Writer(plan.benchmark.video_fps) as writer:
-        for batch, absent in zip(mine, missing, strict=True):
+        for batch, absent in zip(batches, missing, strict=True):
             if absent:
+                check()
                 # The whole batch, although some of it may be there: its composition decides the
                 # last bits of floating-point arithmetic.
                 media = sample(policy, plan, batch)
                 rows = [batch.index(item) for item in absent]
                 writer.put([(batch[row].path, media[row]) for row in rows])
                 progress.step(len(absent))
-    seconds = progress.close()
-    if plan.rank == 0:
-        table = read_json(plan.folder / SETTINGS)
-        table["speed"] = {"images": todo, "seconds": round(seconds, 3)}
-        write_json(plan.folder / SETTINGS, table)
 
 
 def sample(

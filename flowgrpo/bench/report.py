@@ -231,9 +231,12 @@ def model_index(result: Mapping[str, Any]) -> list[dict[str, Any]]:
             "args": {"interval": [m["low"], m["high"]]},
         }
         for m in result["metrics"]
-        if m["headline"]
+        if m["headline"] and m["value"] is not None
     ]
-    dataset = {"name": result["title"], "type": result["benchmark"]}
+    counts, title = result["counts"], result["title"]
+    if counts["prompts"] < counts["prompts_of_benchmark"]:
+        title = f"{title}, {counts['prompts']} of {counts['prompts_of_benchmark']} prompts"
+    dataset = {"name": title, "type": result["benchmark"]}
     found = {"task": {"type": result["task"]}, "dataset": dataset, "metrics": metrics}
     return [{"name": result["label"], "results": [found]}]
 

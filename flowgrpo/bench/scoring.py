@@ -7,7 +7,7 @@ its file changed or its judgement failed.
 
 import contextlib
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -84,8 +84,20 @@ def score(
     entries: Sequence[Entry],
     pictures: Sequence[Picture],
     missing: Sequence[tuple[Entry, int]] = (),
+    say: Callable[[str], None] | None = None,
+    check: Callable[[], None] = lambda: None,
 ) -> Scores:
     """Judge the pictures that have no judgement yet. ``out`` must be locked.
+
+    Args:
+        out: The benchmark folder.
+        benchmark: The benchmark.
+        judge: The judge.
+        entries: The prompts that were asked for.
+        pictures: Their images.
+        missing: Images that are not there.
+        say: Prints a line of progress; by default on standard error.
+        check: Called after each judgement; what it raises ends the work.
 
     Raises:
         BenchError: If the judge changes or keeps failing, or the disk is full. Judgements made
@@ -102,7 +114,7 @@ def score(
         }
         version = _same_version(log, judge)
         todo = [p for p in pictures if "judgement" not in known.get(_key(p), {})]
-        progress = Progress("judged", len(pictures), len(pictures) - len(todo))
+        progress = Progress("judged", len(pictures), len(pictures) - len(todo), say)
         for picture, outcome in _watched(judge, version, todo, progress):
             kept = (
                 {"failed": outcome.reason}
@@ -117,6 +129,7 @@ def score(
             }
             log.append(record)
             known[_key(picture)] = record
+            check()
         progress.close()
     finally:
         log.close()

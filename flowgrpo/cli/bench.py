@@ -25,6 +25,8 @@ flowgrpo bench shapes --model shapes
   flowgrpo bench score FOLDER                       judge images, of ours or made elsewhere (--benchmark NAME)
   flowgrpo bench score results.jsonl --benchmark geneval    summarise an official results file
   flowgrpo bench report FOLDER [FOLDER ...]         tables and a page; compares the first with the others
+  flowgrpo bench compare geneval --model RUN        the model before and after training: both, and the difference
+  flowgrpo bench compare geneval --model M --lora A         without and with adapters
   flowgrpo bench list [NAME]                        the benchmarks and their requirements"""
 
 
@@ -34,12 +36,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "words",
         nargs="+",
         metavar="NAME | VERB ...",
-        help="a benchmark by name or import path; or generate NAME, score FOLDER, report FOLDER ..., list",
+        help="a benchmark by name or import path; or generate NAME, score FOLDER, report FOLDER ..., compare NAME, list",
     )
     for title, options in OPTIONS.items():
         group = parser.add_argument_group(title)
         for name, text, more in options:
-            group.add_argument(name, help=text, **more)
+            group.add_argument(*name.split(), help=text, **more)
     parser.set_defaults(frames=None)
 
 
@@ -58,7 +60,7 @@ OPTIONS: Mapping[str, Sequence[tuple[str, str, dict[str, Any]]]] = {
     ],
     "model": [
         ("--model", "hub id, pipeline folder, single file, run directory, or 'shapes'", {}),
-        ("--lora", LORA_HELP, {**AGAIN, "metavar": "PATH[:SCALE]"}),
+        ("--lora --adapter", LORA_HELP, {**AGAIN, "metavar": "PATH[:SCALE]"}),
         *((name, text, {}) for name, text in SOURCE_OPTIONS.items()),
         ("--weights", "of a run: which checkpoint, or the model before training (default: %(default)s)", {"choices": ("best", "last", "base"), "default": "last"}),
         ("--steps", "denoising steps (default: 28; of a run: as in its evaluations)", {"type": int}),
@@ -90,6 +92,8 @@ def run(options: argparse.Namespace) -> int:
         return _report(rest, options.out)
     if verb == "score":
         return _score(rest, options)
+    if verb == "compare":
+        return _compare(rest, options)
     names = rest if verb == "generate" else options.words
     if len(names) != 1:
         raise UsageError(f"bench {verb}: one benchmark at a time, got {' '.join(names) or 'none'}")
@@ -117,6 +121,67 @@ def _whole(name: str, options: argparse.Namespace, judge: bool) -> int:
     result = score_folder(plan.folder, benchmark, part, plan.subject.label, judge=loaded)
     _show(result, plan.folder)
     return 0
+
+
+def _compare(words: Sequence[str], options: argparse.Namespace) -> int:
+    """Measure a model before and after, and compare; or compare folders with results."""
+    if len(words) > 1 or (words and Path(words[0]).is_dir()):
+        if len(words) < 2:
+            raise UsageError(
+                f"bench compare needs two folders with results, or a benchmark; got {words[0]}"
+            )
+        return _report(words, options.out)
+    if len(words) != 1:
+        raise UsageError("bench compare needs a benchmark, or two folders with results")
+    both = _before_and_after(options)
+    codes = [_whole(words[0], one, judge=True) for one in both]
+    if any(codes) or options.estimate or int(os.environ.get("RANK", "0")):
+        return max(codes)
+    folders = [_folder(words[0], one) for one in both]
+    _show_comparison(*folders)
+    print(_write_page(folders, folders[-1] / "comparison.html"))
+    return 0
+
+
+def _before_and_after(options: argparse.Namespace) -> tuple[argparse.Namespace, argparse.Namespace]:
+    """The options of both models: a run before and after training, or a model without and with adapters.
+
+    Raises:
+        ValueError: If the options describe one model only.
+    """
+    if not options.model:
+        raise UsageError("bench compare needs --model: a run directory, or a model with --lora")
+    changes: dict[str, Any] = {"lora": [], "label": None}
+    if not options.lora:
+        if not (Path(options.model) / "config.toml").is_file() or options.weights == "base":
+            raise UsageError(
+                "bench compare needs two models: a run directory as --model (before and after training, "
+                "--weights last or best), or --lora (without and with it)"
+            )
+        changes["weights"] = "base"
+    before = argparse.Namespace(**{**vars(options), **changes})
+    after = argparse.Namespace(**vars(options))
+    if options.out:
+        before.out, after.out = (str(Path(options.out) / n) for n in ("before", "after"))
+    return before, after
+
+
+def _folder(name: str, options: argparse.Namespace) -> Path:
+    """Where the results of a benchmark are."""
+    from flowgrpo.bench.base import load_benchmark
+
+    benchmark = load_benchmark(name, settings_of(options))
+    return (
+        Path(options.out)
+        if options.out
+        else Path("bench") / benchmark.name / _subject(options).label
+    )
+
+
+def _write_page(folders: Sequence[Path], out: Path) -> Path:
+    from flowgrpo.bench.page import write_html
+
+    return write_html(folders, out)
 
 
 def _is_remote(benchmark: "Benchmark") -> bool:
@@ -328,7 +393,6 @@ def _holds_results(benchmark: "Benchmark", folder: Path) -> bool:
 def _report(words: Sequence[str], out: str | None) -> int:
     """Print results, and compare the first folder with the others."""
     from flowgrpo.bench.base import BenchError
-    from flowgrpo.bench.page import write_html
     from flowgrpo.bench.report import read_result
 
     if not words:
@@ -342,7 +406,7 @@ def _report(words: Sequence[str], out: str | None) -> int:
         except BenchError as error:
             print(f"not compared: {error}")
     name = "report.html" if len(folders) == 1 else "comparison.html"
-    print(write_html(folders, Path(out) if out else folders[-1] / name))
+    print(_write_page(folders, Path(out) if out else folders[-1] / name))
     return 0
 
 

@@ -98,6 +98,7 @@ def _dry_run(config: "Config", num_processes: int, memory_gb: float | None) -> i
     rows += [("metric", metric) for metric in config.evaluation.metrics]
     if config.run.trackers:
         rows.append(("trackers", ", ".join(config.run.trackers)))
+    rows += _benchmarks(config)
     rows.append(("run directory", f"{config.run.folder}, {preview(config)}"))
     quiet()
     from flowgrpo.memory.printing import print_estimate
@@ -152,3 +153,24 @@ def _notes(config: "Config", train: "PromptSet", held_out: "PromptSet") -> list[
             "long for its text encoders; the run says it at its start"
         )
     return notes
+
+
+def _benchmarks(config: "Config") -> list[tuple[str, str]]:
+    """The cost of each benchmark of the run."""
+    if not config.evaluation.bench:
+        return []
+    from flowgrpo.training.benchmarks import load_benchmarks
+
+    every, last = config.evaluation.every, config.train.iterations
+    during = len(range(every, last, every)) if every else 0
+    rows = []
+    for one in load_benchmarks(config.evaluation):
+        times = {"every": during + 2, "ends": 2, "final": 1}[one.settings.when]
+        rows.append(
+            (
+                f"benchmark {one.settings.tag}",
+                f"{len(one.entries)} prompts x {one.benchmark.samples} images, {times} times: "
+                f"{times * one.images:,} images; judge: {one.benchmark.about.judge}",
+            )
+        )
+    return rows

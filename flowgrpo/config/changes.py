@@ -24,12 +24,14 @@ CHANGEABLE: Mapping[str, str] = {
     "evaluation.images": "earlier and later evaluations then use different images",
     "evaluation.images_during": "earlier and later evaluations then use different images",
     "evaluation.metrics": "earlier evaluations do not have the new metrics",
+    "evaluation.bench": "earlier evaluations do not have the new benchmarks",
     "evaluation.inspected_prompts": "of the report",
     "prompts.train": "the file may move; its contents may not change",
     "prompts.held_out": "the file may move; its contents may not change",
     "run.*": "device, threads, checkpoints, trackers; `run.seed` may not change",
 }
-"""Keys that may change, and the effect. A key that ends with ``.*`` stands for its whole table."""
+"""Keys that may change, and the effect. A key that ends with ``.*`` stands for its whole table, and so
+does the name of a list of tables."""
 FIXED = ("memory.quantize", "run.seed")
 """Exceptions from the tables in CHANGEABLE."""
 IGNORED = ("run.folder",)
@@ -38,7 +40,10 @@ IGNORED = ("run.folder",)
 
 def may_change(key: str) -> bool:
     """Whether a key may have another value when a run is resumed."""
-    return key not in FIXED and (key in CHANGEABLE or f"{key.split('.')[0]}.*" in CHANGEABLE)
+    parts = key.split(".")
+    above = [".".join(parts[:end]) for end in range(1, len(parts))]
+    inside = any(f"{a}.*" in CHANGEABLE or a in CHANGEABLE for a in above)
+    return key not in FIXED and (key in CHANGEABLE or inside)
 
 
 def differences(there: "Config", here: "Config") -> dict[str, tuple[Any, Any]]:

@@ -25,6 +25,7 @@ from flowgrpo.algorithms import (
 from flowgrpo.algorithms import base as algorithms
 from flowgrpo.config.bounds import check_bounds
 from flowgrpo.core.errors import ConfigError
+from flowgrpo.core.imports import suggest
 from flowgrpo.core.random import Random
 from flowgrpo.losses import base as losses
 from flowgrpo.losses.base import Loss
@@ -166,6 +167,37 @@ class Train:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Bench:
+    """A benchmark of ``flowgrpo bench``, or a part of it, that is run at evaluations.
+
+    All processes make and judge their share of the images. The sampler is that of the evaluations.
+    """
+
+    name: str
+    """A benchmark that ``flowgrpo bench list`` shows, or the import path of one of your own,
+    ``"package.module:Name"``."""
+    label: str = ""
+    """Its name in logs, paths and reports; by default the last part of ``name``."""
+    when: Literal["every", "ends", "final"] = "ends"
+    """At ``every`` evaluation, at both ``ends`` of training, or only after training (``final``)."""
+    limit: int = 0
+    """Number of prompts, spread evenly over the benchmark; 0 for all. The result of a part is not the
+    benchmark's score."""
+    dimensions: tuple[str, ...] = ()
+    """Only prompts of these tasks or test points."""
+    keep_images: bool = False
+    """Keep the images after they are judged. Otherwise they are deleted; a few stay in the page."""
+    settings: dict[str, Any] = field(default_factory=dict)
+    """Settings of the benchmark, among them those of its data and its judge; ``flowgrpo bench list
+    NAME`` shows them."""
+
+    @property
+    def tag(self) -> str:
+        """The name in logs, paths and reports."""
+        return self.label or self.name.rsplit(":", 1)[-1].rsplit(".", 1)[-1]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Evaluation:
     """Evaluations on held-out prompts before, during and after training.
 
@@ -182,6 +214,12 @@ class Evaluation:
     """Images of the evaluations during training; 0 for as many as ``images``."""
     metrics: tuple[str, ...] = ()
     """Import paths of metrics that need all images of a prompt, such as a diversity."""
+    bench: tuple[Bench, ...] = ()
+    """Benchmarks that are run at evaluations, as tables ``[[evaluation.bench]]``."""
+    best: str = "reward"
+    """The number whose highest value so far decides which weights are kept as ``checkpoints/best``: the
+    held-out ``reward``, or a benchmark's label, for its first main result, or ``LABEL/RESULT``. The
+    benchmark must then be run at every evaluation."""
     num_steps: int | None = None
     """Denoising steps; if unset, as in ``sampling``."""
     guidance_scale: float | None = None
@@ -302,6 +340,36 @@ class Config:
             )
         self._check_updates()
         self._check_kinds()
+        self._check_benchmarks()
+
+    def _check_benchmarks(self) -> None:
+        """Raise ConfigError if benchmarks share a name, or the best weights depend on an absent one."""
+        benches, best = self.evaluation.bench, self.evaluation.best
+        tags = [b.tag for b in benches]
+        for index, bench in enumerate(benches):
+            key, tag = f"evaluation.bench[{index}]", bench.tag
+            if not tag or not all(c.isalnum() or c in "_-" for c in tag) or tag == "reward":
+                raise ConfigError(
+                    f"{key}.label must consist of letters, digits, '_' and '-', and must not be 'reward', "
+                    f"got {tag!r}"
+                )
+            if tag in tags[:index]:
+                raise ConfigError(f"{key}: there are two benchmarks {tag!r}; give one a label")
+            if bench.limit < 0:
+                raise ConfigError(f"{key}.limit must be at least 0, got {bench.limit}")
+        wanted = best.partition("/")[0]
+        if best == "reward":
+            return
+        if wanted not in tags:
+            raise ConfigError(
+                f"evaluation.best = {best!r}: there is no benchmark {wanted!r}"
+                f"{suggest(wanted, ['reward', *tags])} (known: {', '.join(['reward', *tags])})"
+            )
+        if benches[tags.index(wanted)].when != "every":
+            raise ConfigError(
+                f'evaluation.best = {best!r} needs this benchmark at every evaluation: set when = "every" '
+                f"in evaluation.bench[{tags.index(wanted)}]"
+            )
 
     def _check_updates(self) -> None:
         """Raise ConfigError if the loss is not defined for the batches and updates of an iteration."""

@@ -1,10 +1,11 @@
 """Writes the model card of a finished run: base model, data, rewards and held-out results."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub.repocard_data import model_index_to_eval_results
 
 from flowgrpo import config as configuration
 from flowgrpo.config import Config
@@ -38,12 +39,14 @@ def newest_grid(run: Path) -> Path | None:
     return grids[-1] if grids else None
 
 
-def model_card(run: Path, repo_id: str) -> ModelCard:
+def model_card(run: Path, repo_id: str, benchmarks: Sequence[Mapping[str, Any]] = ()) -> ModelCard:
     """The model card of a run's export.
 
     Args:
         run: The run directory, with at least two evaluations.
         repo_id: Repository on the hub to which the export is uploaded.
+        benchmarks: Contents of ``bench.json`` files about the exported weights. Their main results
+            become the card's ``model-index`` metadata, which the hub shows beside the model.
 
     Raises:
         ValueError: If the run was not evaluated before and after training.
@@ -65,6 +68,11 @@ def model_card(run: Path, repo_id: str) -> ModelCard:
         license_name=name,
         pipeline_tag="text-to-video" if video else "text-to-image",
         tags=["flowgrpo", "reinforcement-learning", config.model.weights.kind],
+        model_name=repo_id.rsplit("/", 1)[-1] if benchmarks else None,
+        eval_results=[
+            r for b in benchmarks for r in model_index_to_eval_results(b["model_index"])[1]
+        ]
+        or None,
     )
     algorithm = getattr(config.algorithm, "kind", type(config.algorithm).__name__)
     first, last = records.evaluations[0], records.evaluations[-1]
@@ -79,6 +87,7 @@ def model_card(run: Path, repo_id: str) -> ModelCard:
         f"Held-out prompts, deterministic sampler, same noise; {first['images']} images before, "
         f"{last['images']} after. A change of at most two standard errors counts as noise."
         f"\n\n{_changes(records)}",
+        f"## Benchmarks\n\n{_benchmarks(benchmarks)}" if benchmarks else "",
         f"## Use\n\n```python\n{_usage(run, config, repo_id)}\n```",
         f"## Data\n\n{_data(config)}",
         f"## Rewards\n\n{_rewards(config)}",
@@ -106,6 +115,24 @@ def _changes(records: Records) -> str:
                 f"| {change.words} |"
             )
     return "\n".join(lines)
+
+
+def _benchmarks(results: Sequence[Mapping[str, Any]]) -> str:
+    """A table of the main results, and what limits their comparison."""
+    lines = [
+        "| benchmark (judge) | result | value | 95 % interval | images |",
+        "|---|---|---|---|---|",
+    ]
+    notes = []
+    for result in results:
+        for m in (m for m in result["metrics"] if m["headline"] and m["value"] is not None):
+            ends = "–" if m["low"] is None else f"{m['low']:.4g} to {m['high']:.4g}"
+            lines.append(
+                f"| {result['title']} | {m['name']} | {m['value']:.4g} | {ends} "
+                f"| {result['counts']['judged']} |"
+            )
+        notes += [f"- {result['title']}: {warning}" for warning in result["warnings"]]
+    return "\n".join(lines) + ("\n\n" + "\n".join(notes) if notes else "")
 
 
 def _usage(run: Path, config: Config, repo_id: str) -> str:

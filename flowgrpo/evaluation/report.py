@@ -18,6 +18,7 @@ from string import Template
 from PIL import Image
 
 from flowgrpo.data.files import write_whole
+from flowgrpo.evaluation.bench_section import benchmarks
 from flowgrpo.evaluation.charts import Number, dumbbell, duration, number
 from flowgrpo.evaluation.curves import (
     held_out_metrics,
@@ -62,6 +63,7 @@ def write_report(folder: Path) -> Path:
         _grids(records),
         _tasks(records),
         _inspection(records),
+        benchmarks(records),
         main_curves(records),
         held_out_metrics(records),
         training_metrics(records),

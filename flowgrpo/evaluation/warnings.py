@@ -1,5 +1,6 @@
 """Warnings about the metrics of a run, as sentences for its report."""
 
+from flowgrpo.evaluation.bench_section import problems
 from flowgrpo.evaluation.charts import number
 from flowgrpo.evaluation.records import RECENT, Records
 
@@ -14,6 +15,7 @@ MAX_DIVERSITY_LOSS = 0.1
 def warnings(records: Records) -> list[str]:
     """Describe each problem that the records of a run show, as plain text, the most serious first."""
     return [
+        *problems(records),
         *_reward_warnings(records),
         *_update_warnings(records),
         *_diversity_warnings(records),

@@ -11,6 +11,7 @@ from flowgrpo.evaluation import inspection
 from flowgrpo.evaluation.report import write_report
 from flowgrpo.policy.export import Exported, export
 from flowgrpo.training.console import Console
+from flowgrpo.training.evaluator import bench_lines
 from flowgrpo.training.run_folder import mark_finished
 from flowgrpo.training.session import Session
 from flowgrpo.training.setup import TrainingRun
@@ -103,6 +104,8 @@ def _print_result(run: TrainingRun, exported: Exported) -> None:
     for name, value in after["metrics"].items():
         if name in before["metrics"]:  # Metrics may be added when a run is resumed.
             console.say(f"{name}: {before['metrics'][name]:.3f} before, {value:.3f} after")
+    for line in bench_lines(after.get("bench", {})):
+        console.say(line)
     console.say(f"report:  {session.folder / 'report.html'}")
     console.say(f"grid:    {session.grid(after['iteration'])}")
     for line in exported.lines():

@@ -9,9 +9,11 @@ from flowgrpo.config.schema import Evaluation
 from flowgrpo.core.imports import import_path
 from flowgrpo.data.prompt_sets import PromptSet
 from flowgrpo.evaluation import held_out
+from flowgrpo.evaluation.bench_section import direction
 from flowgrpo.evaluation.comparison_grid import ComparisonGrid, load_images, save_images
 from flowgrpo.policy import PipelinePolicy, Sampling
 from flowgrpo.rewards.scorer import RewardScorer
+from flowgrpo.training.benchmarks import Benchmarks
 from flowgrpo.training.learner import Learner
 from flowgrpo.training.session import Session
 
@@ -35,7 +37,9 @@ class Evaluator:
         sampling: Sampling,
         seed: int,
         model_name: str,
+        benchmarks: Benchmarks | None = None,
     ):
+        self.benchmarks = benchmarks
         self.settings, self.session, self.scorer = settings, session, scorer
         self.policy, self.learner, self.prompts = policy, learner, prompts
         self.sampling, self.seed, self.model_name = sampling, seed, model_name
@@ -99,17 +103,21 @@ class Evaluator:
             )
             if session.is_main:
                 self._save_grid(iteration)
+            found = self.benchmarks.run(iteration, full) if self.benchmarks else {}
         self.scorer.check_media()
-        result = {"iteration": iteration, **result}
+        result = {"iteration": iteration, **result, **({"bench": found} if found else {})}
         self.evaluations.append(result)
         session.log_evaluation(result)
         if session.is_main:
             session.log_grid(iteration)
-        session.save_best(self.learner, iteration, result["reward"])
+        best = self.benchmarks.best_of(result) if self.benchmarks else result["reward"]
+        session.save_best(self.learner, iteration, best)
         scores = ", ".join(f"{k} {v:.3f}" for k, v in result["scores"].items())
         session.console.say(
             f"held out, after {iteration} iterations, {result['images']} images: {scores}"
         )
+        for line in bench_lines(found):
+            session.console.say(line)
 
     def evaluated_weights(self) -> AbstractContextManager[None]:
         """Inside, the policy has the weights that are evaluated and exported.
@@ -132,6 +140,27 @@ class Evaluator:
             f"{self.model_name}: {self.session.folder.name}",
             self.session.grid(iteration),
         )
+
+
+def bench_lines(found: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """The first result of each benchmark of an evaluation, with its change, in words."""
+    lines = []
+    for record in found.values():
+        results = record.get("results", {})
+        for name in list(record.get("main", ()))[:1]:
+            low, high = record["intervals"][name]
+            text = f"{record['title']}, {record['images']} images: {name} {_number(results[name])}"
+            text += f" ({_number(low)} to {_number(high)})"
+            if name in record["changes"]:
+                change = record["changes"][name]
+                noise = "" if direction(change) else ", within noise"
+                text += f", {_number(change[0], '+')} since the first evaluation{noise}"
+            lines.append(text)
+    return lines
+
+
+def _number(value: float | None, sign: str = "") -> str:
+    return "unknown" if value is None else f"{value:{sign}.4g}"
 
 
 def _instance(target: Any) -> Any:

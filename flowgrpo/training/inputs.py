@@ -53,6 +53,7 @@ def check_inputs(config: Config, num_processes: int) -> tuple[PromptSet, PromptS
     - The prompt files can be read, and have the metadata to balance by.
     - The rewards and metrics can be imported, and the packages that they need are installed.
     - The model is a pipeline's folder, if it is named by a path.
+    - Benchmarks exist, and so do their data.
 
     Returns:
         The training prompts and the held-out prompts.
@@ -82,6 +83,10 @@ def check_inputs(config: Config, num_processes: int) -> tuple[PromptSet, PromptS
             check_installed(reward.model)
     with _setting("model.path"):
         check_path(config.model.path)
+    if config.evaluation.bench:
+        from flowgrpo.training.benchmarks import load_benchmarks
+
+        load_benchmarks(config.evaluation)
     return prompts, held_out
 
 

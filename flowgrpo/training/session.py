@@ -227,6 +227,9 @@ class Session:
             record = {k: v for k, v in result.items() if k != "seconds"}
             self.logs.append("evaluations", record)
         flat = {f"held_out/{k}": v for k, v in result["scores"].items()} | result["metrics"]
+        for label, table in result.get("bench", {}).items():
+            values = table.get("results", {}).items()
+            flat |= {f"bench/{label}/{k}": v for k, v in values if v is not None}
         self.accelerator.log(flat, step=result["iteration"])
 
     def log_grid(self, iteration: int) -> None:

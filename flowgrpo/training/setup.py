@@ -9,6 +9,7 @@ from flowgrpo.policy import PipelinePolicy
 from flowgrpo.policy.probe import check_scales, check_sizes, fit_noise, ignores_negatives
 from flowgrpo.policy.text_length import cut_prompts, tokenizers_of
 from flowgrpo.rewards.scorer import RewardScorer
+from flowgrpo.training.benchmarks import Benchmarks
 from flowgrpo.training.evaluator import Evaluator
 from flowgrpo.training.inputs import shared_note
 from flowgrpo.training.learner import Learner
@@ -48,7 +49,8 @@ def build(config: Config, session: Session, prompts: PromptSet, held_out: Prompt
        directory (:class:`Session`).
     2. The rewards are loaded: whether they can use the prompts.
     3. The pipeline is loaded: sizes, initial noise and transition (:func:`_check_policy`).
-    4. The base model has drawn the images of the grid: whether the rewards are finite and vary.
+    4. The judges of benchmarks are asked about one image.
+    5. The base model has drawn the images of the grid: whether the rewards are finite and vary.
 
     Raises:
         ConfigError: If the configuration cannot be run.
@@ -79,6 +81,11 @@ def build(config: Config, session: Session, prompts: PromptSet, held_out: Prompt
         session.accelerator,
         with_baseline=getattr(config.algorithm, "needs_baseline", False),
     )
+    sampling = config.evaluation_sampling()
+    benchmarks = None
+    if config.evaluation.bench:
+        benchmarks = Benchmarks(config, session, policy, learner, sampling)
+        benchmarks.probe()
     evaluator = Evaluator(
         config.evaluation,
         session,
@@ -86,9 +93,10 @@ def build(config: Config, session: Session, prompts: PromptSet, held_out: Prompt
         policy,
         learner,
         held_out,
-        sampling=config.evaluation_sampling(),
+        sampling=sampling,
         seed=config.run.seed,
         model_name=config.model.path,
+        benchmarks=benchmarks,
     )
     # Before a checkpoint is restored, because they show the model that training started from.
     evaluator.keep_base_images()

@@ -31,7 +31,7 @@ from flowgrpo.bench.base import (
     Reference,
     Result,
 )
-from flowgrpo.bench.chat import ChatModel, Server, picture_bytes
+from flowgrpo.bench.chat import ChatModel, picture_bytes
 from flowgrpo.bench.data import open_data, read_jsonl
 from flowgrpo.bench.files import write_atomically, write_json
 from flowgrpo.bench.judging import in_flight
@@ -199,17 +199,7 @@ class EndpointJudge:
 
     def __init__(self, settings: GenEval2):
         self.settings = settings
-        self.model = ChatModel(
-            Server(
-                model=settings.judge_model,
-                url=settings.judge_url,
-                key_env=settings.judge_key_env,
-                concurrency=settings.concurrency,
-                timeout=settings.timeout,
-                patience=settings.patience,
-                extra=settings.extra,
-            )
-        )
+        self.model = ChatModel.of(settings)
 
     @property
     def title(self) -> str:
@@ -240,8 +230,7 @@ class EndpointJudge:
 
     def judge(self, pictures: Iterable[Picture]) -> Iterator[Judged]:
         """``atoms``: the probability of the right answer to each question."""
-        servers = len(self.model.server.urls)
-        return in_flight(pictures, self.settings.concurrency * servers, self._one)
+        return in_flight(pictures, self.model.concurrency, self._one)
 
     def _one(self, picture: Picture) -> Json | Failure:
         try:

@@ -38,7 +38,7 @@ from flowgrpo.bench.benchmarks._unigenbench_files import (
     write_official,
 )
 from flowgrpo.bench.benchmarks._unigenbench_leaderboard import leaderboard
-from flowgrpo.bench.chat import ChatModel, Server, picture_bytes
+from flowgrpo.bench.chat import ChatModel, picture_bytes
 from flowgrpo.bench.data import open_data
 from flowgrpo.bench.files import fingerprint
 from flowgrpo.bench.judging import in_flight
@@ -202,18 +202,7 @@ class PointJudge:
 
     def __init__(self, settings: UniGenBench):
         self.settings = settings
-        self.model = ChatModel(
-            Server(
-                model=settings.judge_model,
-                url=settings.judge_url,
-                key_env=settings.judge_key_env,
-                concurrency=settings.concurrency,
-                timeout=settings.timeout,
-                patience=settings.patience,
-                cache=settings.cache,
-                extra=settings.extra,
-            )
-        )
+        self.model = ChatModel.of(settings, settings.cache)
         self.official: OfficialPrompt | None = None
         if settings.judge_prompt:
             self.official = OfficialPrompt.read(Path(settings.judge_prompt), settings.language)
@@ -265,8 +254,7 @@ class PointJudge:
 
     def judge(self, pictures: Iterable[Picture]) -> Iterator[Judged]:
         """``score`` (a number per test point) and ``output`` (the answer) for each picture."""
-        servers = len(self.model.server.urls)
-        return in_flight(pictures, self.settings.concurrency * servers, self._one)
+        return in_flight(pictures, self.model.concurrency, self._one)
 
     def _one(self, picture: Picture) -> Json | Failure:
         entry = picture.entry

@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cache
 from typing import TypeVar
 from urllib.parse import urlsplit
 
@@ -258,11 +259,17 @@ def make_client(
         follow_redirects=False,
         trust_env=not local,
         # The system's certificates, so that a private authority that is installed there is trusted.
-        verify=ssl.create_default_context(),
+        verify=_certificates(),
         event_hooks={"response": [_limit_size]},
     )
     limit_requests(client, timeout)
     return client
+
+
+@cache
+def _certificates() -> ssl.SSLContext:
+    """Read once: it takes as long as several requests."""
+    return ssl.create_default_context()
 
 
 def checked_answer(response: httpx.Response) -> bytes:
