@@ -88,31 +88,40 @@ def extract(
         table = json.loads(index.read_text(encoding="utf-8"))
         if table["rows"] == known and known and all((place / f).is_file() for f in table["files"]):
             return _resolved(table["records"], place, images), table["sha256"]
-    total, records, files = hashlib.sha256(), [], []
+    total, records = hashlib.sha256(), []
     for number, row in enumerate(rows):
-        record: dict[str, Any] = {}
-        for column, kind in texts.items():
-            value = row[column]
-            if not isinstance(value, kind):
-                raise BenchError(
-                    f"{source}, row {number}: {column} is {value!r}, not {kind.__name__}"
-                )
-            record[column] = value
-        for column in images:
-            content = (row[column] or {}).get("bytes") or _file(row[column])
-            suffix = image_suffix(content)
-            if not suffix:
-                raise BenchError(f"{source}, row {number}: {column} is no PNG, JPEG or WebP image")
-            digest = hashlib.sha256(content).hexdigest()
-            record[column] = f"{digest[:24]}{suffix}"
-            if not (place / record[column]).is_file():
-                write_atomically(place / record[column], content)
-            files.append(record[column])
+        record = _record(row, f"{source}, row {number}", place, texts, images)
         total.update(json.dumps(record, sort_keys=True, ensure_ascii=False).encode())
         records.append(record)
+    files = sorted({r[c] for r in records for c in images})
     table = {"rows": known, "sha256": total.hexdigest(), "files": files, "records": records}
     write_json(index, table)
     return _resolved(records, place, images), total.hexdigest()
+
+
+def _record(
+    row: Mapping[str, Any],
+    where: str,
+    place: Path,
+    texts: Mapping[str, type],
+    images: Sequence[str],
+) -> dict[str, Any]:
+    """The values of a row that are kept; its images are written to ``place``, named by their hash."""
+    record: dict[str, Any] = {}
+    for column, kind in texts.items():
+        value = row[column]
+        if not isinstance(value, kind):
+            raise BenchError(f"{where}: {column} is {value!r}, not {kind.__name__}")
+        record[column] = value
+    for column in images:
+        content = (row[column] or {}).get("bytes") or _file(row[column])
+        suffix = image_suffix(content)
+        if not suffix:
+            raise BenchError(f"{where}: {column} is no PNG, JPEG or WebP image")
+        record[column] = f"{hashlib.sha256(content).hexdigest()[:24]}{suffix}"
+        if not (place / record[column]).is_file():
+            write_atomically(place / record[column], content)
+    return record
 
 
 def _file(value: Mapping[str, Any] | None) -> bytes:
