@@ -18,8 +18,6 @@ from flowgrpo.policy.settings import Adapter, ModelSource
 
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf")
 PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate", "flowgrpo")
-EXPORT = "export"
-"""The folder of a run directory with its trained weights."""
 SHAPES = Path(__file__).parents[1] / "shapes" / "model"
 
 

@@ -191,7 +191,7 @@ def sampling_of(options: argparse.Namespace, steps: int) -> "Sampling":
                 f"--size must be WIDTHxHEIGHT such as 512x512, got {options.size!r}"
             ) from None
     call = dict(parse_setting(s, "--call") for s in options.call)
-    grid = {k: tuple(call.pop(k)) for k in ("sigmas", "timesteps") if k in call}
+    grid: dict[str, Any] = {k: tuple(call.pop(k)) for k in ("sigmas", "timesteps") if k in call}
     number = max((len(values) for values in grid.values()), default=steps)
     for name in call:
         if name in OPTIONS:
@@ -214,7 +214,7 @@ def sampling_of(options: argparse.Namespace, steps: int) -> "Sampling":
 def changed_sampling(sampling: "Sampling", options: argparse.Namespace) -> "Sampling":
     """A run's sampling with the changes of the command line."""
     given = sampling_of(options, sampling.num_steps)
-    grid = {k: v for k, v in (("sigmas", given.sigmas), ("timesteps", given.timesteps)) if v}
+    grid: dict[str, Any] = {k: v for k, v in (("sigmas", given.sigmas), ("timesteps", given.timesteps)) if v}
     if grid or options.steps is not None:
         # A grid of the command line, or a number of steps, takes the place of the run's own grid.
         grid = {"sigmas": (), "timesteps": (), **grid}

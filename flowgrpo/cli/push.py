@@ -133,7 +133,8 @@ def benchmarks_of(run: Path, more: Sequence[Path]) -> list[dict[str, Any]]:
 def _is_about(settings: Mapping[str, Any], run: Path, newest: Path | None) -> bool:
     """Whether images were made with the last weights of a run, which its export holds."""
     from flowgrpo.bench.files import sha256
-    from flowgrpo.bench.models import Adapter, identify_adapter
+    from flowgrpo.bench.models import identify_adapter
+    from flowgrpo.policy.settings import Adapter
     from flowgrpo.training import checkpoints
 
     adapters = settings.get("adapters", [])

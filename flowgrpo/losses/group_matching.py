@@ -196,8 +196,9 @@ class CRDLoss(Loss):
 
 def _known(inputs: LossInputs) -> Bool[Tensor, " actions"]:
     """Whether each action's reward is known."""
-    unknown = inputs.has_reward is None
-    return torch.ones_like(inputs.advantage, dtype=torch.bool) if unknown else inputs.has_reward
+    if inputs.has_reward is None:
+        return torch.ones_like(inputs.advantage, dtype=torch.bool)
+    return inputs.has_reward
 
 
 def _group_mean(
