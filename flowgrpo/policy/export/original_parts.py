@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping
 
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, ModelMixin
 from torch import Tensor, nn
 
 VAE_PARTS = {
