@@ -177,7 +177,10 @@ def test_templates_with_errors(tmp_path, text, message):
 
 
 def test_unknown_templates_are_named_with_those_there_are():
-    with pytest.raises(FileNotFoundError, match=r"no template 'nope': .*one of choice, edit_check"):
+    with pytest.raises(
+        FileNotFoundError,
+        match=r"no template 'nope': .*one of choice, consistent_edit, consistent_pair, edit_check",
+    ):
         Template.load("nope", (), ())
 
 

@@ -101,13 +101,17 @@ class VisionModel(nn.Module):
 
     def forward(self, pixels: Float[Tensor, "b 3 side side"]) -> Float[Tensor, "b tokens width"]:
         x = self.embeddings(pixels)
-        for layer in self.encoder["layers"]:
+        layers: Any = self.encoder["layers"]
+        for layer in layers:
             x = layer(x)
         return self.post_layernorm(x)
 
 
 class ResamplerAttention(nn.Module):
     """Attention of the queries to themselves and to the picture, with fixed positions."""
+
+    q_pos_embed: Tensor
+    k_pos_embed: Tensor
 
     def __init__(self, c: Mapping[str, Any]):
         super().__init__()
@@ -170,7 +174,8 @@ class ResamplerLayer(nn.Module):
     def forward(
         self, queries: Float[Tensor, "b queries width"], picture: Float[Tensor, "b tokens width"]
     ) -> Float[Tensor, "b queries width"]:
-        part, output = self.crossattention, self.crossattention["output"]
+        part = self.crossattention
+        output: Any = part["output"]
         queries = part["norm1"](queries)
         seen = torch.cat([queries, part["normk"](picture)], 1)
         x = queries + output["out_proj"](part["attention"](queries, seen))
@@ -191,7 +196,8 @@ class Resampler(nn.Module):
 
     def forward(self, picture: Float[Tensor, "b tokens seen"]) -> Float[Tensor, "b some width"]:
         x = self.query_embeds.expand(len(picture), -1, -1)
-        for layer in self.encoder["layers"]:
+        layers: Any = self.encoder["layers"]
+        for layer in layers:
             x = layer(x, picture)
         return torch.cat([self.visual_fc(x), self.vit_eos.expand(len(picture), -1, -1)], 1)
 
@@ -291,6 +297,7 @@ class Owl2(nn.Module):
         picture[len(before) : len(before) + seen.shape[1]] = True
         positions = torch.arange(x.shape[1], device=device)[None]
         places = LlamaRotaryEmbedding(self.config).to(device)(x, positions)
-        for layer in self.model["layers"]:
+        layers: Any = self.model["layers"]
+        for layer in layers:
             x = layer(x, picture, places)
         return self.lm_head(self.model["norm"](x[:, -1])).float()

@@ -50,7 +50,9 @@ class Template:
         if path.suffix != ".txt":
             path = FOLDER / f"{name}.txt"
         if not path.is_file():
-            known = ", ".join(sorted(p.stem for p in FOLDER.glob("*.txt")))
+            # The texts of published models have no such placeholders.
+            own = (p.stem for p in FOLDER.glob("*.txt") if PLACEHOLDER.search(p.read_text("utf-8")))
+            known = ", ".join(sorted(own))
             raise FileNotFoundError(f"no template {name!r}: give a .txt file, or one of {known}")
         text = path.read_text(encoding="utf-8-sig").strip()
         allowed = ", ".join(f"${n}" for n in (*texts, *pictures))
