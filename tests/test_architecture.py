@@ -13,7 +13,7 @@ from scripts.rooms import cycles, entries, import_graph, imported_names, longest
 ROOT = Path(__file__).parents[1]
 ORDER = [
     "core", "losses", "data", "policy", "rewards", "algorithms", "config", "shapes", "evaluation", "bench", "training",
-    "doctor", "memory", "cli", "__main__",
+    "memory", "doctor", "cli", "__main__",
 ]  # fmt: skip
 """A module may import only from earlier ones, or from its own package."""
 SHARED_WITH_REWARDS = {
