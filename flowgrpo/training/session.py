@@ -23,7 +23,7 @@ from flowgrpo.data.prompts import Group
 from flowgrpo.policy.placement import resolve_device
 from flowgrpo.rewards.scorer import RewardScorer
 from flowgrpo.rewards.settings import RewardError
-from flowgrpo.training import checkpoints, files, run_folder, trackers
+from flowgrpo.training import checkpoints, run_folder, trackers
 from flowgrpo.training.checkpoints import CheckpointError
 from flowgrpo.training.console import Console
 from flowgrpo.training.cpu import prepare_cpu
