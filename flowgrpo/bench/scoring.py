@@ -116,17 +116,7 @@ def score(
         todo = [p for p in pictures if "judgement" not in known.get(_key(p), {})]
         progress = Progress("judged", len(pictures), len(pictures) - len(todo), say)
         for picture, outcome in _watched(judge, version, todo, progress):
-            kept = (
-                {"failed": outcome.reason}
-                if isinstance(outcome, Failure)
-                else {"judgement": dict(outcome)}
-            )
-            record = {
-                "key": picture.entry.key,
-                "sample": picture.sample,
-                "sha256": hashes[_key(picture)],
-                **kept,
-            }
+            record = _record(picture, hashes[_key(picture)], outcome)
             log.append(record)
             known[_key(picture)] = record
             check()
@@ -142,6 +132,14 @@ def score(
         notes=tuple(judge.notes),
     )
     return _collect(scores, pictures, known)
+
+
+def _record(picture: Picture, sha256: str, outcome: Json | Failure) -> dict[str, Any]:
+    """A line of the judge's file."""
+    kept = (
+        {"failed": outcome.reason} if isinstance(outcome, Failure) else {"judgement": dict(outcome)}
+    )
+    return {"key": picture.entry.key, "sample": picture.sample, "sha256": sha256, **kept}
 
 
 def _watched(

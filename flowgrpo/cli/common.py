@@ -214,7 +214,9 @@ def sampling_of(options: argparse.Namespace, steps: int) -> "Sampling":
 def changed_sampling(sampling: "Sampling", options: argparse.Namespace) -> "Sampling":
     """A run's sampling with the changes of the command line."""
     given = sampling_of(options, sampling.num_steps)
-    grid: dict[str, Any] = {k: v for k, v in (("sigmas", given.sigmas), ("timesteps", given.timesteps)) if v}
+    grid: dict[str, Any] = {
+        k: v for k, v in (("sigmas", given.sigmas), ("timesteps", given.timesteps)) if v
+    }
     if grid or options.steps is not None:
         # A grid of the command line, or a number of steps, takes the place of the run's own grid.
         grid = {"sigmas": (), "timesteps": (), **grid}

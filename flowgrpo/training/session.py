@@ -19,6 +19,7 @@ from torch import Tensor
 from flowgrpo.config import Config
 from flowgrpo.core.errors import DivergenceError, LostRankError
 from flowgrpo.core.secrets import redact_command
+from flowgrpo.data import files
 from flowgrpo.data.prompts import Group
 from flowgrpo.policy.placement import resolve_device
 from flowgrpo.rewards.scorer import RewardScorer
