@@ -364,7 +364,7 @@ class _Protocol(H11Protocol):
             return
         self._refused = False
         super().connection_made(transport)
-        self._head_ends = self.loop.time() + SILENT_SECONDS
+        self._head_ends: float | None = self.loop.time() + SILENT_SECONDS
         self._limit_head()
 
     def connection_lost(self, exc: Exception | None) -> None:
