@@ -357,6 +357,11 @@ def test_all_requests_together_may_take_a_limited_memory():
         while running.memory.taken:  # given back after the answer
             time.sleep(0.01)
         assert post(running, body, {"Content-Type": kind})[0] == 200
+        # Alone, a request that exceeds the limit is answered: it would wait for ever.
+        while running.memory.taken:
+            time.sleep(0.01)
+        running.memory.limit = 1
+        assert post(running, body, {"Content-Type": kind})[0] == 200
 
 
 def test_the_number_of_connections_is_limited():

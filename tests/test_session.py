@@ -13,6 +13,7 @@ import torch
 
 import flowgrpo
 from flowgrpo.config import ConfigError
+from flowgrpo.core.errors import DivergenceError
 from flowgrpo.data.prompts import Group, Prompt
 from flowgrpo.losses.clipped import ClippedLoss
 from flowgrpo.policy import PipelinePolicy
@@ -240,12 +241,15 @@ def test_the_loss_warns_once(start: Start, capsys: pytest.CaptureFixture[str]) -
         assert ("flowgrpo doctor" in said) is (iteration == 1)
 
 
-def test_a_failed_reward_saves_and_another_error_does_not(start: Start, policy: PipelinePolicy, capsys: pytest.CaptureFixture[str]) -> None:  # fmt: skip
+def test_every_error_of_a_rollout_saves_except_divergence(start: Start, policy: PipelinePolicy, capsys: pytest.CaptureFixture[str]) -> None:  # fmt: skip
     session = start()
     learner = learner_of(session, policy)
+    with pytest.raises(DivergenceError), session.rescue(learner, 2):
+        raise DivergenceError("NaN")
+    assert checkpoints.newest(session.checkpoints) is None
     with pytest.raises(KeyError), session.rescue(learner, 2):
         raise KeyError
-    assert checkpoints.newest(session.checkpoints) is None
+    assert checkpoints.newest(session.checkpoints) == session.checkpoints / "000002"
     with pytest.raises(RewardError, match="no route"), session.rescue(learner, 3):
         raise RewardError("no route")
     assert checkpoints.newest(session.checkpoints) == session.checkpoints / "000003"

@@ -20,14 +20,18 @@ class Reserve:
         self.limit, self.taken = limit, 0
         self._lock = threading.Lock()
 
-    def take(self, num_bytes: int) -> None:
+    def take(self, num_bytes: int, own: int = 0) -> None:
         """Reserve bytes. A single request may exceed the limit: it has limits of its own.
+
+        Args:
+            num_bytes: How many.
+            own: Bytes that the request has taken before.
 
         Raises:
             Overloaded: If there is not enough left; the client should try again.
         """
         with self._lock:
-            if self.taken and self.taken + num_bytes > self.limit:
+            if self.taken > own and self.taken + num_bytes > self.limit:
                 raise Overloaded(
                     f"the requests in progress take {self.taken} of {self.limit} bytes, and this one "
                     f"needs {num_bytes} more"
@@ -48,7 +52,7 @@ class Share:
 
     def take(self, num_bytes: int) -> None:
         """Reserve more bytes. Raises Overloaded as :meth:`Reserve.take`."""
-        self._reserve.take(num_bytes)
+        self._reserve.take(num_bytes, self._taken)
         self._taken += num_bytes
 
     def __enter__(self) -> "Share":
