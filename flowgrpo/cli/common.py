@@ -182,16 +182,17 @@ def sampling_of(options: argparse.Namespace, steps: int) -> "Sampling":
                 f"--size must be WIDTHxHEIGHT such as 512x512, got {options.size!r}"
             ) from None
     call = dict(parse_setting(s, "--call") for s in options.call)
-    grid = {k: tuple(call.pop(k)) for k in ("sigmas", "timesteps") if k in call}
-    number = max((len(values) for values in grid.values()), default=0)
+    sigmas, timesteps = (tuple(call.pop(k, ())) for k in ("sigmas", "timesteps"))
+    number = len(sigmas or timesteps)
     return Sampling(
         num_steps=options.steps or number or steps,
         guidance_scale=options.guidance,
         height=height,
         width=width,
         num_frames=options.frames,
+        sigmas=sigmas,
+        timesteps=timesteps,
         call=call,
-        **grid,
     )
 
 

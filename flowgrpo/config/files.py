@@ -71,10 +71,12 @@ def absolute(config: "Config") -> "Config":
     Paths to existing files and folders become absolute, as does the run directory; ``~`` is replaced.
     Hub ids, and files that come with flowgrpo, keep their names.
     """
+    from flowgrpo.policy.settings import LoRA
+
     model, weights = config.model, config.model.weights
     adapters = tuple(replace(a, path=_absolute(a.path)) for a in model.adapters)
-    if getattr(weights, "init", ""):
-        weights = replace(weights, init=_absolute(weights.init))  # type: ignore[call-arg, union-attr]
+    if isinstance(weights, LoRA):
+        weights = replace(weights, init=_absolute(weights.init))
     model = replace(
         model,
         path=model.path if model.path == "shapes" else _absolute(model.path),

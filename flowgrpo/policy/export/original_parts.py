@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping
 
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, ModelMixin
 from torch import Tensor, nn
 
 VAE_PARTS = {
@@ -39,7 +39,7 @@ PROJECTION = "text_projection.weight"
 QKV = re.compile(r"(.*)self_attn\.q_proj\.(weight|bias)")
 
 
-def original_vae(vae: nn.Module) -> dict[str, Tensor]:
+def original_vae(vae: ModelMixin) -> dict[str, Tensor]:
     """The weights of an image VAE by their original names.
 
     The attention's linear layers are convolutions of size 1 in the original.
