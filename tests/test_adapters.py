@@ -17,7 +17,7 @@ from flowgrpo.cli import main
 from flowgrpo.core.random import Random
 from flowgrpo.data.prompts import Prompt
 from flowgrpo.policy import Full, LoRA, PipelinePolicy
-from flowgrpo.policy.export import export_diffusers
+from flowgrpo.policy.export import base_note, export_diffusers
 from flowgrpo.policy.loading import load_pipeline
 from flowgrpo.policy.settings import Adapter, ModelSource
 from tests.conftest import MakePolicy, noise_of, sampling_of
@@ -129,6 +129,9 @@ def test_an_adapter_is_a_frozen_part_of_the_model(
     ups = [p for n, p in policy.trainable.parameters.items() if "lora_B" in n]
     assert ups
     assert not any(p.any() for p in ups)
+    note = base_note(source, policy.trainable)
+    assert f"belongs to {tiny('sd3')} with {folder} (scale 0.5), {folder} (scale 0.5)" in note
+    assert "--format merged" in note
     whole = PipelinePolicy.from_pretrained(source, sampling=sampling_of("sd3"), weights=Full())
     torch.testing.assert_close(whole.images(PROMPTS, noise_of(0, 1)), changed, atol=1e-4, rtol=0)
 

@@ -50,6 +50,8 @@ def test_sizes_of_both_prompt_sets_follow_their_images_unless_one_is_set(tmp_pat
         ("run.device=xpu", ConfigError, "run.device: 'xpu' is not available here"),
         ("prompts.balance=nothing", PromptError, "has no such metadata"),
         ("prompts.held_out=nowhere.txt", ConfigError, "prompts.held_out: no such file: nowhere.txt"),
+        ("model.adapters=[{path='a.safetensors'}]", ConfigError, r"model.adapters\[0\].path: no such file or folder"),
+        ("model.weights={kind='lora', init='./run'}", ConfigError, "model.weights.init: no such file or folder"),
         ("evaluation.metrics=['nowhere:metric']", ConfigError, r"metrics\[0\]: .* no module 'nowhere'"),
         ("rewards=[{model = 'jpeg_siz'}]", ConfigError, r"rewards\[0\].model: .* mean 'jpeg_size'"),
         ("rewards=[{model = 'nowhere:R'}]", ConfigError, r"rewards\[0\].model: .* no module 'nowhere'"),

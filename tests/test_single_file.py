@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from flowgrpo.data.prompts import Prompt
+from flowgrpo.memory.meta_pipeline import config_folder
 from flowgrpo.policy import PipelinePolicy
 from flowgrpo.policy.export.checkpoint_file import original_weights
 from flowgrpo.policy.export.original_parts import (
@@ -157,6 +158,7 @@ def test_what_a_file_lacks_comes_from_its_base(tiny: Tiny, tmp_path: Path) -> No
     file = save(pipeline, tmp_path / "unet.safetensors", "first_stage_model.")
     source = ModelSource(path=str(file), base=str(tiny("sd15")))
     torch.testing.assert_close(images(source, "sd15"), expected, atol=1e-5, rtol=0)
+    assert config_folder(source) == tiny("sd15")
     # A base with the configuration only, as one that was downloaded for it.
     shutil.copytree(
         tiny("sd15"), tmp_path / "configs", ignore=shutil.ignore_patterns("*.safetensors")

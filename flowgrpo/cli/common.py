@@ -206,8 +206,9 @@ def sampling_of(options: argparse.Namespace, steps: int) -> "Sampling":
         height=height,
         width=width,
         num_frames=options.frames,
+        sigmas=sigmas,
+        timesteps=timesteps,
         call=call,
-        **grid,
     )
 
 

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from flowgrpo.cli.common import UsageError, add_weights_argument, load_run, quiet
+from flowgrpo.cli.common import UsageError, add_weights_argument, load_run, quiet, run_config
 
 SUMMARY = "write a run's weights in another format"
 EXAMPLE = "flowgrpo export runs/quickstart --format merged --out model"
@@ -55,4 +55,7 @@ def run(options: argparse.Namespace) -> int:
         exported = write(pipeline, trainable, out)
     print(f"weights after {iteration} iterations:")
     print("\n".join(exported.lines()))
+    note = formats.base_note(run_config(Path(options.run)).model.source, trainable)
+    if note and options.format not in ("merged", "checkpoint", "denoiser"):
+        print(note)
     return 0

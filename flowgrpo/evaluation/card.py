@@ -13,6 +13,8 @@ from flowgrpo.core.secrets import redact_table
 from flowgrpo.data.prompt_sets import PromptSet
 from flowgrpo.evaluation.records import Records
 from flowgrpo.policy.export.adapter_files import COMFYUI_FOLDER, DIFFUSERS_FILE, KOHYA_FOLDER
+from flowgrpo.policy.settings import ModelSource
+from flowgrpo.policy.single_file import is_single_file
 from flowgrpo.policy.weights import NOISE_FILE
 
 GRID = "grid.png"
@@ -149,7 +151,7 @@ def _usage(run: Path, config: Config, repo_id: str) -> str:
                 "from huggingface_hub import hf_hub_download",
                 "from safetensors.torch import load_file",
                 "",
-                f'pipe = DiffusionPipeline.from_pretrained("{config.model.path}")',
+                *_base_lines(config.model.source),
                 f'noise = load_file(hf_hub_download("{repo_id}", "{NOISE_FILE}"))',
                 'latents = noise["mean"] + noise["std"] * torch.randn(1, *noise["mean"].shape)',
                 'pipe("...", latents=latents)',
@@ -158,7 +160,7 @@ def _usage(run: Path, config: Config, repo_id: str) -> str:
     lines = [
         "from diffusers import DiffusionPipeline",
         "",
-        f'pipe = DiffusionPipeline.from_pretrained("{config.model.path}")',
+        *_base_lines(config.model.source),
         f'pipe.load_lora_weights("{repo_id}", weight_name="{DIFFUSERS_FILE}")',
     ]
     for folder in sorted(f.name for f in (run / "export").glob("*_2") if f.is_dir()):
@@ -171,6 +173,30 @@ def _usage(run: Path, config: Config, repo_id: str) -> str:
         for file in sorted((run / "export" / folder).glob("*.safetensors")):
             lines.append(f"# For {program}: {folder}/{file.name}")
     return "\n".join(lines)
+
+
+def _base_lines(source: ModelSource) -> list[str]:
+    """Code that loads the base model as the run did."""
+    more = "".join(
+        f', {name}="{value}"'
+        for name, value in (("revision", source.revision), ("variant", source.variant))
+        if value
+    )
+    if is_single_file(Path(source.path)):
+        name = Path(source.path).name
+        lines = [
+            f"# PipelineClass is the class of {name}, such as StableDiffusionXLPipeline.",
+            f'pipe = PipelineClass.from_single_file("{name}")',
+        ]
+    else:
+        lines = [f'pipe = DiffusionPipeline.from_pretrained("{source.path}"{more})']
+    for adapter in source.adapters:
+        lines += [
+            f'pipe.load_lora_weights("{Path(adapter.path).name}")',
+            f"pipe.fuse_lora(lora_scale={adapter.scale:g})",
+            "pipe.unload_lora_weights()",
+        ]
+    return lines
 
 
 def _data(config: Config) -> str:

@@ -62,7 +62,7 @@ def estimate_footprint(
         EstimateError: If the config files are not available, or the pipeline cannot be traced.
     """
     dtype, weights = DTYPES[config.model.dtype], config.model.weights
-    pipeline = build(config_folder(config.model.path), dtype)
+    pipeline = build(config_folder(config.model.source), dtype)
     full = isinstance(weights, Full)
     models = {k: m for k, m in pipeline.components.items() if isinstance(m, nn.Module)}
     ours = denoisers(pipeline)

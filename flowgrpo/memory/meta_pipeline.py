@@ -8,18 +8,22 @@ otherwise :class:`PaddingTokenizer` takes its place and pads every prompt to the
 import importlib
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import init_empty_weights
 from diffusers import DiffusionPipeline, ModelMixin, pipelines
+from diffusers.loaders.single_file_utils import load_single_file_checkpoint
 from huggingface_hub import snapshot_download
 from torch import nn
 from transformers import BatchEncoding, PreTrainedModel
 
-from flowgrpo.policy.loading import AUTOENCODERS
+from flowgrpo.policy.loading import AUTOENCODERS, expanded
 from flowgrpo.policy.model_files import published_folder
+from flowgrpo.policy.settings import ModelSource
+from flowgrpo.policy.single_file import base_folder, is_single_file
 
 CONFIGS = ("model_index.json", "*/*config.json")
 MAX_TEXT = 512
@@ -34,7 +38,7 @@ class EstimateError(RuntimeError):
     """The memory of a run cannot be estimated; the message gives the reason."""
 
 
-def config_folder(model: str | Path) -> Path:
+def config_folder(model: str | Path | ModelSource) -> Path:
     """The folder with a pipeline's config files.
 
     It is the model's own folder, or that in the hub's cache. For models that many configurations name,
@@ -43,16 +47,28 @@ def config_folder(model: str | Path) -> Path:
     Raises:
         EstimateError: If the files cannot be downloaded, or the folder has no ``model_index.json``.
     """
+    source = model if isinstance(model, ModelSource) else ModelSource(path=str(model))
     shapes = Path(__file__).parents[1] / "shapes" / "model"
-    path = shapes if str(model) == "shapes" else Path(model).expanduser()
-    published = published_folder(str(model))
+    path = shapes if str(source) == "shapes" else Path(expanded(source.path))
+    published = published_folder(source.path)
     if path.is_dir():
         folder = path
-    elif published is not None:
-        folder = _cached(str(model)) or published
+    elif published is not None and not source.revision:
+        folder = _cached(source.path) or published
+    elif is_single_file(path) and source.base:
+        return config_folder(replace(source, path=source.base, base=""))
+    elif is_single_file(path):
+        try:
+            folder = base_folder(source, load_single_file_checkpoint(str(path)))
+        except (OSError, ValueError) as error:
+            raise EstimateError(str(error)) from error
     else:
         try:
-            folder = Path(snapshot_download(str(model), allow_patterns=list(CONFIGS)))
+            revision = source.revision or None
+            patterns = list(CONFIGS)
+            folder = Path(
+                snapshot_download(source.path, revision=revision, allow_patterns=patterns)
+            )
         except (OSError, ValueError) as error:
             reason = str(error).strip().splitlines()[0]
             raise EstimateError(

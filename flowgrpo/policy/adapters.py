@@ -206,6 +206,10 @@ def _files(pipeline: DiffusionPipeline, adapter: Adapter) -> list[tuple[Path, st
                 f"{adapter.path} --out FOLDER"
             )
         path = path / "export"
+        if (path / "model_index.json").is_file():
+            raise FileNotFoundError(
+                f"{adapter.path} trained whole weights, so it has no adapter; give {path} as model.path"
+            )
     denoisers = [n for n in pipeline.components if n.split("_")[0] in ("transformer", "unet")]
     found = [(path / EXPORTED, adapter.model)] if (path / EXPORTED).is_file() else []
     found += [(path / n / EXPORTED, n) for n in denoisers if (path / n / EXPORTED).is_file()]

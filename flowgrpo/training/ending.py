@@ -9,7 +9,7 @@ from flowgrpo.core.random import Random
 from flowgrpo.data.files import sync_tree
 from flowgrpo.evaluation import inspection
 from flowgrpo.evaluation.report import write_report
-from flowgrpo.policy.export import Exported, export
+from flowgrpo.policy.export import Exported, base_note, export
 from flowgrpo.training.console import Console
 from flowgrpo.training.evaluator import bench_lines
 from flowgrpo.training.run_folder import mark_finished
@@ -110,6 +110,9 @@ def _print_result(run: TrainingRun, exported: Exported) -> None:
     console.say(f"grid:    {session.grid(after['iteration'])}")
     for line in exported.lines():
         console.say(f"weights: {line}")
+    assert run.policy.trainable is not None
+    if note := base_note(run.config.model.source, run.policy.trainable):
+        console.say(note)
 
 
 def _print_scores(console: Console, before: Mapping[str, Any], after: Mapping[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from flowgrpo.config import Config, ConfigError, find
 from flowgrpo.config.reference import to_table
@@ -39,6 +40,10 @@ def check_names(config: Config, num_processes: int) -> None:
     for key, file in _files(config).items():
         with _setting(key):
             find(file)
+    for key, name in _weights(config).items():
+        is_file = name.startswith((".", "/", "~")) or name.endswith(".safetensors")
+        if is_file and not Path(name).expanduser().exists():
+            raise ConfigError(f"{key}: no such file or folder: {name}")
     for index, reward in enumerate(config.rewards):
         if ":" not in reward.model:
             with _setting(f"rewards[{index}].model"):
@@ -106,6 +111,13 @@ def _files(config: Config) -> dict[str, str]:
         "prompts.train": config.prompts.train,
         "prompts.held_out": config.prompts.held_out,
     }
+
+
+def _weights(config: Config) -> dict[str, str]:
+    """Weights besides the model itself: the base of a single file, and earlier adapters."""
+    found = {"model.base": config.model.base}
+    found |= {f"model.adapters[{i}].path": a.path for i, a in enumerate(config.model.adapters)}
+    return found | {"model.weights.init": getattr(config.model.weights, "init", "")}
 
 
 @contextmanager

@@ -28,7 +28,7 @@ from flowgrpo.policy.export.checkpoint_file import (
 )
 from flowgrpo.policy.export.original_parts import original_encoders
 from flowgrpo.policy.loading import VARIANT
-from flowgrpo.policy.settings import Full, LoRA
+from flowgrpo.policy.settings import Full, LoRA, ModelSource
 from flowgrpo.policy.weights import ADAPTER, NOISE_FILE, InitialNoise, Trainable
 
 INDEX = "model_index.json"
@@ -96,6 +96,17 @@ def export(
         except ValueError as error:
             exported.missing.append(str(error))
     return exported
+
+
+def base_note(source: ModelSource, trainable: Trainable | InitialNoise) -> str:
+    """What a reader of an exported adapter must know about its base; empty if it is the model itself."""
+    if not source.adapters or not isinstance(trainable.weights, LoRA):
+        return ""
+    names = ", ".join(f"{a.path} (scale {a.scale:g})" for a in source.adapters)
+    return (
+        f"The adapter belongs to {source.path} with {names}, which it does not contain; flowgrpo export "
+        "--format merged writes a model with all of them"
+    )
 
 
 def export_noise(noise: InitialNoise, folder: Path) -> Exported:
