@@ -205,7 +205,7 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
     """The arguments of each picture that is drawn, in place of it."""
     calls: list[tuple[Any, ...]] = []
 
-    def draw(rows: Sequence[GridRow], columns: Sequence[str], *, title: str, subtitle: str) -> Image.Image:  # fmt: skip
+    def draw(rows: Sequence[GridRow], columns: Sequence[str], *, title: str, subtitle: str, narrow: bool) -> Image.Image:  # fmt: skip
         calls.append((rows, columns, title, subtitle))
         return Image.new("RGB", (2, 2))
 

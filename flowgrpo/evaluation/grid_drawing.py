@@ -181,7 +181,7 @@ def _drawn(
     absent = missing_glyphs([title, subtitle, *columns, *(r.label for r in rows)])
     if absent:
         subtitle += (
-            f". No installed font has {absent!r}: install one, such as Noto Sans CJK, or name a font file in "
+            f". No installed font has {' '.join(f'U+{ord(c):04X}' for c in absent)}: install one, such as Noto Sans CJK, or name a font file in "
             f"{OWN_FONT}"
         )
     head = _Heading(title, subtitle, columns, layout)
