@@ -76,6 +76,7 @@ ALGORITHMS = {
 """Settings of each algorithm besides its kind and the group size."""
 MORE = {
     "vgpo": ["loss={ratio='guard', clip_range=1e-3}"],
+    "branch_grpo": ["loss={ratio='guard', clip_range=1e-3}"],
     "diffusion_nft": ["loss={kind='nft'}"],
     "find": [
         "model.weights={kind='noise'}",
