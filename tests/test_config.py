@@ -596,3 +596,10 @@ def test_the_smallest_allowed_values():
             k: (value, low) for k, value, low in load("quickstart", [f"{key}={least}"])._bounds()
         }
         assert bounds[key] == (least, least), key
+
+
+def test_a_loss_on_the_moving_average_needs_one():
+    loss = "loss={kind='tests.test_objectives:Distances'}"
+    load("quickstart", [loss, "train.ema_decay=0.9"]).check()
+    with pytest.raises(ConfigError, match="Distances needs a moving average of the weights"):
+        load("quickstart", [loss, "train.ema_decay=0"]).check()
