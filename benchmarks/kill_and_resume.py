@@ -30,6 +30,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import redirect_stdout
+from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +77,7 @@ ALGORITHMS = {
 """Settings of each algorithm besides its kind and the group size."""
 MORE = {
     "vgpo": ["loss={ratio='guard', clip_range=1e-3}"],
+    "branch_grpo": ["loss={ratio='guard', clip_range=1e-3}"],
     "diffusion_nft": ["loss={kind='nft'}"],
     "find": [
         "model.weights={kind='noise'}",
@@ -158,8 +160,8 @@ class Runs:
     """Runs of one kind: ``ranks`` processes that do the same work in a folder.
 
     Attributes:
-        survived: Kills after which the work went on.
-        lost: Processes that ended by themselves because another one was killed.
+        work: Does the work in a folder, and returns the exit status.
+        output: What the processes print.
     """
 
     def __init__(self, work: Callable[[Path], int], ranks: int, output: Path):
@@ -223,27 +225,22 @@ def differences(straight: Path, folder: Path) -> list[str]:
     return sorted(n for n in a.keys() | b.keys() if a.get(n) != b.get(n))
 
 
-def at(number: int, note: Path) -> Act:
-    """Kills the process at its operation of this number, counted from 0, and notes which it was."""
-    seen = 0
+def at(operation: str, folder: Path) -> Act:
+    """Kills the process where it first comes to an operation, as :func:`listed` writes it."""
 
-    def act(operation: str, path: Path) -> None:
-        nonlocal seen
-        if seen == number:
-            with note.open("a") as stream:
-                stream.write(f"{operation} {path}\n")
+    def act(kind: str, path: Path) -> None:
+        if operation == f"{kind} {path}".replace(str(folder), ""):
             os.kill(os.getpid(), signal.SIGKILL)
-        seen += 1
 
     return act
 
 
-def listed(file: Path) -> Act:
-    """Writes every operation into a file."""
+def listed(file: Path, folder: Path) -> Act:
+    """Writes every operation into a file, with its path in the folder."""
 
     def act(operation: str, path: Path) -> None:
         with file.open("a") as stream:
-            stream.write(f"{operation} {path}\n")
+            stream.write(f"{operation} {path}\n".replace(str(folder), ""))
 
     return act
 
@@ -251,20 +248,6 @@ def listed(file: Path) -> Act:
 def read(results: Path) -> list[dict[str, Any]]:
     """The results so far."""
     return [json.loads(t) for t in results.read_text().splitlines()] if results.exists() else []
-
-
-def plan(options: argparse.Namespace, points: int, whole: float) -> Iterator[tuple[str, list[Any]]]:
-    """The kills of each run: numbers of operations, or seconds."""
-    if options.mode == "random":
-        number = 0
-        while True:
-            chance = random.Random(f"{options.seed}/{options.ranks}/{number}")
-            kills = [chance.uniform(0.1, 0.9) * whole for _ in range(3)]
-            yield f"random {options.seed}/{number}", kills
-            number += 1
-    for point in range(points):
-        # The process that resumes has fewer operations; the later kills may not come about.
-        yield f"point {point}", [point, (7 * point) % 13, (11 * point) % 29]
 
 
 def main() -> None:
@@ -297,58 +280,94 @@ def examine(name: str, options: argparse.Namespace, temporary: Path, share: floa
     straight, again = temporary / "straight" / "run", temporary / "again" / "run"
     operations = temporary / "operations"
     began = time.monotonic()
-    if runs.attempt(straight) or runs.attempt(again, act=listed(operations)):
+    if runs.attempt(straight) or runs.attempt(again, act=listed(operations, again)):
         raise SystemExit(f"{name} does not run:\n{output.read_text()[-2000:]}")
     whole = (time.monotonic() - began) / 2
     wrong = differences(straight, again)
     if wrong:
         raise SystemExit(f"{name}: two uninterrupted runs differ in {wrong}")
-    points = len(operations.read_text().splitlines())
-    print(f"{name}, {options.ranks} ranks: {points} operations, {whole:.0f} s", flush=True)
+    points = list(dict.fromkeys(operations.read_text().splitlines()))
+    print(
+        f"{name}, {options.ranks} ranks: {len(points)} different operations, {whole:.0f} s",
+        flush=True,
+    )
     group = f"{options.mode}/{name}/{options.ranks}"
-    known = {row["run"] for row in read(options.results) if row["group"] == group}
-    kills = sum(row["kills"] for row in read(options.results) if row["group"] == group)
-    for number, (label, moments) in enumerate(plan(options, points, whole)):
-        if options.mode == "random" and kills >= share:
-            break
-        if label in known or (options.mode != "random" and number % options.every):
-            continue
-        row = {"group": group, "run": label, "points": points}
-        row |= one(runs, temporary / "killed" / "run", straight, moments, options.mode == "random")
-        kills += row["kills"]
+    known = [row for row in read(options.results) if row["group"] == group]
+    is_random = options.mode == "random"
+    if is_random:
+        chains = _moments(options.seed, whole, share - sum(row["kills"] for row in known))
+    else:
+        hit = {operation for row in known for operation in row["at"]}
+        chains = _chains([p for p in points[:: options.every] if p not in hit])
+    folder = temporary / "killed" / "run"
+    for chain in chains:
+        row = {"group": group, "points": len(points)} | one(
+            runs, folder, straight, chain, is_random
+        )
         with options.results.open("a") as stream:
             stream.write(json.dumps(row) + "\n")
         if row["problem"] or row["wrong"]:
-            print(f"  {group} {label}: {row}", flush=True)
+            print(f"  {group}: {row}", flush=True)
 
 
-def one(runs: Runs, folder: Path, straight: Path, moments: Sequence[Any], timed: bool) -> dict[str, Any]:  # fmt: skip
-    """Kill a run at each of some moments, then let it finish, and compare it."""
+CHAIN = 5
+"""Kills of one run before it may finish."""
+
+
+def _moments(seed: int, whole: float, kills: float) -> Iterator[list[float]]:
+    """Random moments at which a run is killed, in seconds, for at least this many kills."""
+    chance = random.Random(f"{seed}/{kills}")
+    for _ in range(ceil(kills / CHAIN)):
+        yield [chance.uniform(0.1, 0.9) * whole for _ in range(CHAIN)]
+
+
+def _chains(points: list[str]) -> Iterator[list[str]]:
+    """Operations, a few for each run. Those that a run did not come to are at the head of the next."""
+    while points:
+        chain = points[:CHAIN]
+        yield chain
+        # ``one`` removes the operations at which it killed the process.
+        first, *rest = chain or [""]
+        points[:CHAIN] = rest if first == points[0] else chain
+
+
+def one(runs: Runs, folder: Path, straight: Path, moments: list[Any], timed: bool) -> dict[str, Any]:  # fmt: skip
+    """Kill a run at each of some moments, then let it finish, and compare it.
+
+    Operations at which the process was killed are removed from ``moments``.
+    """
     folder.parent.mkdir(exist_ok=True)
-    note = folder.with_name("note")
-    note.unlink(missing_ok=True)
-    kills = survived = 0
+    killed: list[Any] = []
     problem, wrong = "", []
     try:
-        for number, moment in enumerate(moments):
+        for number, moment in enumerate(list(moments)):
             victim = number % runs.ranks if timed else 0
-            killer = {"after": moment} if timed else {"act": at(moment, note)}
+            killer = {"after": moment} if timed else {"act": at(moment, folder)}
             code = runs.attempt(folder, victim, **killer)
             if code not in (0, -9):
                 raise RuntimeError(f"exit status {code}")
-            kills += code == -9
+            if code == 0:
+                break  # The run has finished: it did not come to this operation again.
+            killed.append(moment)
         if code := runs.attempt(folder):
-            raise RuntimeError(f"exit status {code} after {kills} kills")
-        survived = kills
+            raise RuntimeError(f"exit status {code} after {len(killed)} kills")
         wrong = differences(straight, folder)
     except RuntimeError as error:
         problem = f"{error}: {runs.output.read_text()[-1000:]}"
-    killed = note.read_text().replace(str(folder), "").splitlines() if note.exists() else []
     if problem or wrong:
         problem = problem or f"kept as {_keep(folder)}"
     else:
         shutil.rmtree(folder)
-    return {"kills": kills, "survived": survived, "at": killed, "wrong": wrong, "problem": problem}
+    moments[:] = [m for m in moments if m not in killed]
+    survived = 0 if problem else len(killed)
+    where = [] if timed else killed
+    return {
+        "kills": len(killed),
+        "survived": survived,
+        "at": where,
+        "wrong": wrong,
+        "problem": problem,
+    }
 
 
 def _keep(folder: Path) -> Path:

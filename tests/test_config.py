@@ -606,3 +606,10 @@ def test_the_smallest_allowed_values():
     """Each bound holds for its own key, at the value of this table."""
     for key, least in LEAST.items():
         assert BOUNDS[key][0] == least, key
+
+
+def test_a_loss_on_the_moving_average_needs_one():
+    loss = "loss={kind='tests.test_objectives:Distances'}"
+    load("quickstart", [loss, "train.ema_decay=0.9"]).check()
+    with pytest.raises(ConfigError, match="Distances needs a moving average of the weights"):
+        load("quickstart", [loss, "train.ema_decay=0"]).check()

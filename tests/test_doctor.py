@@ -96,15 +96,20 @@ def test_a_controlnet_passes_in_bfloat16(tmp_path: Path) -> None:
     assert (images[0] - images[1]).abs().max() > 0.01
 
 
-@pytest.mark.parametrize("shard", ["1GB", "40KB"])
-def test_folders_with_one_variant_only_are_loaded(tiny: Tiny, tmp_path: Path, shard: str) -> None:
+@pytest.mark.parametrize(
+    ("shard", "weights"),
+    [("1GB", LoRA(rank=4, alpha=4)), ("40KB", Full())],
+    ids=["whole", "shards"],
+)
+def test_folders_with_one_variant_only_are_loaded(
+    tiny: Tiny, tmp_path: Path, shard: str, weights: LoRA | Full
+) -> None:
     pipeline = DiffusionPipeline.from_pretrained(tiny("sd3"), dtype=torch.float16)
     pipeline.save_pretrained(tmp_path, variant="fp16", max_shard_size=shard)
     assert all("fp16" in f.name for f in tmp_path.rglob("*.safetensors"))
     assert variant_of(tmp_path) == "fp16"
     assert variant_of(tiny("sd3")) is None
-    for weights in (LoRA(rank=4, alpha=4), Full()):
-        assert failures(tmp_path, "sd3", weights=weights) == {}
+    assert failures(tmp_path, "sd3", weights=weights) == {}
     # A plain copy in the same folder takes precedence.
     DiffusionPipeline.from_pretrained(tiny("sd3")).save_pretrained(tmp_path)
     assert variant_of(tmp_path) is None

@@ -191,8 +191,8 @@ def sampling_of(options: argparse.Namespace, steps: int) -> "Sampling":
                 f"--size must be WIDTHxHEIGHT such as 512x512, got {options.size!r}"
             ) from None
     call = dict(parse_setting(s, "--call") for s in options.call)
-    grid: dict[str, Any] = {k: tuple(call.pop(k)) for k in ("sigmas", "timesteps") if k in call}
-    number = max((len(values) for values in grid.values()), default=steps)
+    sigmas, timesteps = (tuple(call.pop(k, ())) for k in ("sigmas", "timesteps"))
+    number = len(sigmas or timesteps) or steps
     for name in call:
         if name in OPTIONS:
             raise UsageError(

@@ -148,4 +148,4 @@ def save_images(path: Path, images: Tensor) -> None:
 
 
 def _digest(images: Tensor) -> str:
-    return hashlib.sha256(images.view(torch.uint8).numpy().data).hexdigest()
+    return hashlib.sha256(images.view(torch.uint8).numpy().tobytes()).hexdigest()
