@@ -440,16 +440,16 @@ def test_nft_loss_on_published_vectors():
     [
         (
             ClippedLoss(),
-            LossNeeds(action_kinds=("step", "initial_noise"), balanced_steps=True),
+            LossNeeds(is_additive=True, action_kinds=("step", "initial_noise"), balanced_steps=True),
         ),
-        (ClippedLoss(ratio="guard"), LossNeeds(old_mean=True)),
+        (ClippedLoss(ratio="guard"), LossNeeds(is_additive=True, old_mean=True)),
         (
             ClippedLoss(clip="kl", kl_coef=0.1),
-            LossNeeds(old_mean=True, reference=True, all_actions=True, balanced_steps=True),
+            LossNeeds(is_additive=True, old_mean=True, reference=True, all_actions=True, balanced_steps=True),
         ),
         (
             ClippedLoss(kl="flow_grpo", kl_coef=0.1),
-            LossNeeds(reference=True, all_actions=True, balanced_steps=True),
+            LossNeeds(is_additive=True, reference=True, all_actions=True, balanced_steps=True),
         ),
     ],
 )  # fmt: skip
