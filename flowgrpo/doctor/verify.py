@@ -211,6 +211,8 @@ def _short(recipe: Config, updates: int) -> list[str]:
         f"train.groups={updates if recipe.train.split == 'groups' else 1}",
         "train.refill=0",
         "evaluation.every=0",
+        # Its judge needs weights; it has tests of its own.
+        "evaluation.bench=[]",
         "evaluation.images=6",
         "evaluation.num_steps=2",
         "evaluation.grid_prompts=1",
