@@ -118,7 +118,12 @@ def table(rows: list[dict[str, Any]]) -> str:
     lines = []
     for file in dict.fromkeys(row["file"] for row in rows):
         found = {row["damage"]: row for row in rows if row["file"] == file}
-        lines.append([f"`{file}`", *(_cell(found[n]) if n in found else "" for n in names)])
+        lines.append(
+            [
+                file if file == "run.lock" else f"`{file}`",
+                *(_cell(found[n]) if n in found else "" for n in names),
+            ]
+        )
     return markdown_table(["file", *names], lines)
 
 

@@ -62,8 +62,15 @@ def test_paths_and_ids_are_told_apart(tmp_path, offline):
         locate("a model")
 
 
+FROM_HUB = {
+    "Qwen/Qwen-Image-Edit", "Tongyi-MAI/Z-Image", "black-forest-labs/FLUX.2-klein-base-9B",
+    "models/SkyReels-V1-Hunyuan-I2V",
+}  # fmt: skip
+"""Models of recipes whose sizes are not in the package; their memory is estimated with the hub."""
+
+
 def test_every_model_of_the_recipes_has_its_sizes_in_the_package(offline):
-    paths = {flowgrpo.load(str(f)).model.path for f in (ROOT / "configs").glob("*.toml")}
+    paths = {flowgrpo.load(str(f)).model.path for f in (ROOT / "configs").glob("*.toml")} - FROM_HUB
     for path in paths:
         folder = config_folder(path)
         index = json.loads((folder / "model_index.json").read_text())

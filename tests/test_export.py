@@ -290,7 +290,7 @@ def test_a_run_is_exported_by_command(
         ours, run = load_file(tmp_path / "out" / file), load_file(finished / "export" / file)
         assert ours.keys() == run.keys()
         assert all(torch.equal(ours[k], run[k]) for k in run)
-    assert main(command) == 1
+    assert main(command) == 2
     assert "not empty" in capsys.readouterr().err
 
 

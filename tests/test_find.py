@@ -220,7 +220,7 @@ def test_a_run_learns_where_to_start_and_its_model_stays(
     assert all(
         torch.equal(v, again[k]) for k, v in load_file(tmp_path / "run/export" / NOISE_FILE).items()
     )
-    assert main(["export", str(tmp_path / "run"), "--format", "kohya", "--out", str(tmp_path / "k")]) == 1  # fmt: skip
+    assert main(["export", str(tmp_path / "run"), "--format", "kohya", "--out", str(tmp_path / "k")]) == 2  # fmt: skip
     assert "trained the initial noise" in capsys.readouterr().err
 
 

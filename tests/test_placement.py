@@ -148,7 +148,6 @@ def test_a_quantised_base_is_trained_through_its_adapter(
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"decode_batch": -1}, "memory.decode_batch must be at least 0, got -1"),
         ({"attention": "xformer"}, "memory.attention must be one of .* did you mean 'xformers'"),
     ],
 )

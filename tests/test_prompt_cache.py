@@ -106,7 +106,7 @@ def test_cached_encodings_are_the_pipelines(name: str, tiny: Tiny) -> None:
     pipeline.encode_prompt = checked
     noise = [Random(0).at(i).generator() for i in range(len(PROMPTS))]
     arguments = sampling_of(name, num_steps=2).arguments()
-    if name in ("qwen_image_edit", "cogvideox_i2v"):
+    if name in ("qwen_image_edit", "cogvideox_i2v", "skyreels_i2v"):
         arguments["image"] = [arguments["image"]] * len(PROMPTS)
     with torch.no_grad():
         pipeline(prompt=PROMPTS, generator=noise, output_type="latent", **arguments)

@@ -123,7 +123,7 @@ FLOATS = (
         (["sampling.call.num_inference_steps=3"], "set sampling.num_steps instead"),
         (
             ["sampling.call.generator=3"],
-            "sampling.call.generator: this argument is set in every call",
+            "sampling.call.generator: the policy sets this argument itself",
         ),
     ],
 )
@@ -183,10 +183,10 @@ def test_long_files_and_values_are_answered_briefly(tmp_path: Path) -> None:
         ("p.jsonl", '{"prompt": "x", "score": NaN}', "line 1: NaN is not valid JSON"),
         ("p.jsonl", "[" * 100_000, "line 1: the JSON is nested too deeply"),
         ("p.jsonl", '{"prompt": "x", "height": 100000}', "'height' must be at most 16384, got 100000"),
-        ("p.csv", "prompt,tag\nx,a,b", "line 2: more cells than the 2 columns"),
-        ("p.csv", "prompt,tag,tag\nx,a,b", "two columns have the same name"),
+        ("p.csv", "prompt,tag\nx,a,b", "line 2: 3 cells, but the header has 2"),
+        ("p.csv", "prompt,tag,tag\nx,a,b", "the column 'tag' is there twice"),
         ("p.csv", "prompt\n" + "x" * 200_000, "not valid CSV: field larger than field limit"),
-        ("p.parquet", "PAR1 PAR1", "p.parquet: not a readable Parquet file"),
+        ("p.parquet", "PAR1 PAR1", "p.parquet cannot be read as Parquet"),
     ],
 )  # fmt: skip
 def test_mistakes_in_prompt_files(tmp_path: Path, name: str, text: str, message: str) -> None:

@@ -94,8 +94,9 @@ def identify(model: str, revision: str = "") -> dict[str, Any]:
 
 
 def identify_adapter(adapter: Adapter) -> dict[str, Any]:
-    """An adapter's name, hash and scale."""
-    found = identify(adapter.path)
+    """An adapter's name, hash and scale; a finished run's directory stands for its export."""
+    run = Path(adapter.path)
+    found = identify(str(run / "export") if (run / "config.toml").is_file() else adapter.path)
     return {"adapter": found.pop("model"), **found, "scale": adapter.scale}
 
 

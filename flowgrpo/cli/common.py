@@ -294,6 +294,17 @@ def run_config(folder: Path) -> "Config":
     return load(str(folder / "config.toml"))
 
 
+def _device_of_run(config: "Config", device: str | None) -> str:
+    """The device that was asked for, else the run's. Raises ConfigError if there is none such here."""
+    from flowgrpo.config import ConfigError
+
+    try:
+        return device_of(device or config.run.device)
+    except ValueError as error:
+        own = "" if device else f"the run's device, run.device = {config.run.device!r}: "
+        raise ConfigError(f"{own}{error}") from error
+
+
 def load_run(
     folder: Path,
     weights: str,
@@ -319,7 +330,6 @@ def load_run(
         FileNotFoundError: If the folder is not a run directory or has no checkpoint.
         ConfigError: If there is no such device here.
     """
-    from flowgrpo.config import ConfigError
     from flowgrpo.policy import PipelinePolicy
     from flowgrpo.training import checkpoints
 
@@ -332,18 +342,13 @@ def load_run(
     if weights != "base" and (place is None or not place.exists()):
         raise FileNotFoundError(f"{folder} has no checkpoint yet")
     source = config.model.source
-    try:
-        found = device_of(device or config.run.device)
-    except ValueError as error:
-        own = "" if device else f"the run's device, run.device = {config.run.device!r}: "
-        raise ConfigError(f"{own}{error}") from error
     policy = PipelinePolicy.from_pretrained(
         replace(source, adapters=(*source.adapters, *adapters)),
         sampling=sampling or config.evaluation_sampling(),
         weights=None if weights == "base" else config.model.weights,
         batch_size=config.train.rollout_batch,
         dtype=dtype or config.model.dtype,
-        device=found,
+        device=_device_of_run(config, device),
         seed=config.run.seed,
         memory=config.memory,
     )

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from flowgrpo.config import Config, ConfigError
 from flowgrpo.core.transitions import require_path
 from flowgrpo.data.prompt_sets import PromptSet
-from flowgrpo.policy import PipelinePolicy
+from flowgrpo.policy import PipelinePolicy, Sampling
 from flowgrpo.policy.probe import check_scales, check_sizes, fit_noise, ignores_negatives
 from flowgrpo.policy.text_length import cut_prompts, tokenizers_of
 from flowgrpo.rewards.scorer import RewardScorer
@@ -82,10 +82,6 @@ def build(config: Config, session: Session, prompts: PromptSet, held_out: Prompt
         with_baseline=getattr(config.algorithm, "needs_baseline", False),
     )
     sampling = config.evaluation_sampling()
-    benchmarks = None
-    if config.evaluation.bench:
-        benchmarks = Benchmarks(config, session, policy, learner, sampling)
-        benchmarks.probe()
     evaluator = Evaluator(
         config.evaluation,
         session,
@@ -96,7 +92,7 @@ def build(config: Config, session: Session, prompts: PromptSet, held_out: Prompt
         sampling=sampling,
         seed=config.run.seed,
         model_name=config.model.path,
-        benchmarks=benchmarks,
+        benchmarks=_benchmarks(config, session, policy, learner, sampling),
     )
     # Before a checkpoint is restored, because they show the model that training started from.
     evaluator.keep_base_images()
@@ -104,6 +100,17 @@ def build(config: Config, session: Session, prompts: PromptSet, held_out: Prompt
     evaluator.resume()
     session.start_trackers()
     return TrainingRun(config, prompts, session, scorer, policy, learner, evaluator)
+
+
+def _benchmarks(
+    config: Config, session: Session, policy: PipelinePolicy, learner: Learner, sampling: Sampling
+) -> Benchmarks | None:
+    """The benchmarks of the evaluations, after each judge was asked about one image; None without any."""
+    if not config.evaluation.bench:
+        return None
+    benchmarks = Benchmarks(config, session, policy, learner, sampling)
+    benchmarks.probe()
+    return benchmarks
 
 
 def _check_policy(
