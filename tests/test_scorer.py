@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from flowgrpo.core.errors import ConfigError
 from flowgrpo.core.imports import import_path
 from flowgrpo.data.prompts import Prompt
 from flowgrpo.rewards.loading import load_reward
@@ -405,6 +406,31 @@ class Counting:
 
     def restore(self, state: dict[str, Tensor]) -> None:
         self.seen = state["seen"].clone()
+
+
+class Alternating(Counting):
+    """Learns alone, except in every third iteration, which trains the policy alone."""
+
+    def trains(self, iteration: int) -> str:
+        return "policy" if iteration % 3 == 2 else "reward"
+
+
+def test_a_reward_takes_turns_with_the_policy():
+    subject = scorer("brightness", Reward(model=f"{HERE}:Alternating"))
+    learned = []
+    for iteration in range(4):
+        subject.iteration = iteration
+        subject.submit(IMAGES, PROMPTS).result()
+        learned.append(bool(subject.learn()))
+    assert learned == [True, True, False, True]
+    assert subject.state()["reward-Alternating"]["seen"].tolist() == [12.0]
+    assert [subject.trains_policy(i) for i in range(4)] == [False, False, True, False]
+    subject.check_turns(3)
+    with pytest.raises(
+        ConfigError, match=r"iterations = 2: reward 'Alternating' learns alone in all"
+    ):
+        subject.check_turns(2)
+    assert scorer("brightness", Reward(model=f"{HERE}:Counting")).trains_policy(0)
 
 
 def test_a_learning_reward_learns_from_the_iterations_samples_once():

@@ -2,11 +2,14 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 from flowgrpo.core.tensors import Float, Tensor, torch
 from flowgrpo.data.prompts import Prompt
 from flowgrpo.rewards.settings import RewardError
+
+Trained = Literal["both", "reward", "policy"]
+"""What an iteration trains: the policy and the reward, or one of them alone."""
 
 
 @runtime_checkable
@@ -39,6 +42,20 @@ class LearningReward(RewardModel, Protocol):
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
         """Resume from the result of :meth:`state`."""
+        ...
+
+
+@runtime_checkable
+class AlternatingReward(LearningReward, Protocol):
+    """A learning reward that takes turns with the policy, instead of learning in every iteration."""
+
+    def trains(self, iteration: int) -> Trained:
+        """What an iteration trains.
+
+        Args:
+            iteration: Counted from 0. The answer may depend on nothing else, so that it is equal in
+                all processes and after a resume.
+        """
         ...
 
 

@@ -13,16 +13,18 @@ from concurrent.futures import Future, wait
 from contextlib import AbstractContextManager
 from typing import Any
 
-from flowgrpo.core.errors import DivergenceError
+from flowgrpo.core.errors import ConfigError, DivergenceError
 from flowgrpo.core.scores import Scores
 from flowgrpo.core.tensors import Float, Tensor, torch
 from flowgrpo.data.prompts import Prompt
 from flowgrpo.rewards.loading import load_model, load_reward
 from flowgrpo.rewards.pairs import PairwisePreference, PairwiseScorer
 from flowgrpo.rewards.protocols import (
+    AlternatingReward,
     LearningReward,
     PairwiseJudge,
     RewardModel,
+    Trained,
     checked_scores,
 )
 from flowgrpo.rewards.settings import Failures, Reward, RewardError, weighted_sum
@@ -107,7 +109,7 @@ class RewardScorer:
     def submit(self, media: Tensor, prompts: Sequence[Prompt]) -> "Future[Scores]":
         """Score a batch in the background, in the order of submission. Media ``(B, ...)`` in [0, 1]."""
         self.safe_point()
-        if self._learners and self.iteration is not None:
+        if self._learning():
             self._seen.append((media, list(prompts)))
         listed = list(prompts)
         return self.run(lambda: self._score_in_parts(media, listed))
@@ -119,7 +121,7 @@ class RewardScorer:
         return Scores.concatenate(parts)
 
     def learn(self, gather: Callable[[list[Any]], list[Any]] = lambda own: own) -> dict[str, float]:
-        """Update the learning rewards with all media that were submitted since the last call.
+        """Update the rewards that learn in this iteration with all media submitted since the last call.
 
         Args:
             gather: Joins the lists of all processes, so that all make the same update.
@@ -127,7 +129,8 @@ class RewardScorer:
         Returns:
             The metrics of the updates, as ``learning/<reward>/<name>``.
         """
-        if not self._learners:
+        learning = self._learning()
+        if not learning:
             return {}
         seen, self._seen = gather(self._seen), []
         media, prompts = torch.cat([m for m, _ in seen]), [p for _, part in seen for p in part]
@@ -135,11 +138,35 @@ class RewardScorer:
         def work() -> dict[str, float]:
             return {
                 f"learning/{label}/{name}": value
-                for label, model in self._learners.items()
+                for label, model in learning.items()
                 for name, value in self._updated(label, model, media, prompts).items()
             }
 
         return self.run(work).result()
+
+    def trains_policy(self, iteration: int) -> bool:
+        """Whether an iteration updates the policy; not if a reward learns alone in it."""
+        return all(trained(m, iteration) != "reward" for m in self._learners.values())
+
+    def check_turns(self, num_iterations: int) -> None:
+        """Check that a run updates the policy.
+
+        Raises:
+            ConfigError: If its rewards learn alone in all of its iterations.
+        """
+        if not any(map(self.trains_policy, range(num_iterations))):
+            names = " and ".join(map(repr, self._learners))
+            raise ConfigError(
+                f"train.iterations = {num_iterations}: reward {names} learns alone in all of them, so the "
+                "policy is never updated; raise train.iterations, or let the policy train more often"
+            )
+
+    def _learning(self) -> dict[str, LearningReward]:
+        """The rewards that learn in this iteration, by name; none in evaluations."""
+        i = self.iteration
+        return {
+            k: m for k, m in self._learners.items() if i is not None and trained(m, i) != "policy"
+        }
 
     def _updated(
         self, label: str, model: LearningReward, media: Tensor, prompts: Sequence[Prompt]
@@ -344,6 +371,11 @@ class _Watched(Future[Any]):
             self._watch()
             wait([self], timeout=WATCH_SECONDS)
         return super().result()
+
+
+def trained(model: LearningReward, iteration: int) -> Trained:
+    """What an iteration trains, as far as a reward decides it."""
+    return model.trains(iteration) if isinstance(model, AlternatingReward) else "both"
 
 
 def sound(media: Tensor) -> Tensor:
