@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal, Protocol, runtime_checkable
 
 from flowgrpo.core.tensors import Float, Tensor, torch
+from flowgrpo.data.audio import Audio
 from flowgrpo.data.prompts import Prompt
 from flowgrpo.rewards.settings import RewardError
 
@@ -24,6 +25,30 @@ class RewardModel(Protocol):
     def __call__(
         self, media: Float[Tensor, "batch *frames channels height width"], prompts: Sequence[Prompt]
     ) -> Float[Tensor, " batch"]: ...
+
+
+@runtime_checkable
+class AudioReward(Protocol):
+    """Scores videos with their sound; only for pipelines that make sound.
+
+    A class or a function becomes one by its attribute ``takes_audio = True``.
+    """
+
+    takes_audio: Literal[True]
+
+    def __call__(
+        self,
+        media: Float[Tensor, "batch *frames channels height width"],
+        prompts: Sequence[Prompt],
+        audio: Audio,
+    ) -> Float[Tensor, " batch"]:
+        """As for :class:`RewardModel`; ``audio`` holds the sound of each sample."""
+        ...
+
+
+def takes_audio(model: object) -> bool:
+    """Whether a reward is an :class:`AudioReward`."""
+    return getattr(model, "takes_audio", False) is True
 
 
 @runtime_checkable

@@ -69,6 +69,7 @@ def build(config: Config, session: Session, prompts: PromptSet, held_out: Prompt
         with_reference=config.loss.needs.reference or config.train.monitor_states > 0,
         memory=config.memory,
     )
+    scorer.check_audio(policy.makes_audio, f"{type(policy.pipeline).__name__} makes none")
     _check_policy(policy, config, prompts, held_out)
     session.note_prompts(_prompt_notes(policy, config, prompts, held_out))
     with_baseline = getattr(config.algorithm, "needs_baseline", False)
