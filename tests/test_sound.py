@@ -13,10 +13,11 @@ from scipy.signal import resample_poly
 from torch import Tensor
 from transformers import AutoTokenizer, ClapFeatureExtractor, ClapModel
 
+import flowgrpo
 from flowgrpo.algorithms.flow_grpo import FlowGRPO
 from flowgrpo.cli import main
 from flowgrpo.config import ConfigError
-from flowgrpo.core.random import Random
+from flowgrpo.core.random import Random, SampleNoise
 from flowgrpo.core.transitions import CPS
 from flowgrpo.data import videos
 from flowgrpo.data.audio import Audio
@@ -146,6 +147,17 @@ def test_rewards_without_sound_are_refused_in_one_sentence(
         load_reward(Reward(model="flowgrpo.rewards.frames:FrameScore", options=of_frames))
 
 
+def test_a_run_with_a_silent_model_is_refused(tmp_path: Path) -> None:
+    rewards = f"rewards=[{{model='{HERE}:loudness'}}]"
+    config = flowgrpo.load(
+        "quickstart", [rewards, f"run.folder={tmp_path / 'run'}", "run.device=cpu"]
+    )
+    with pytest.raises(
+        ConfigError, match=r"'loudness' needs sound, and \w+Pipeline makes none; remove"
+    ):
+        flowgrpo.train(config)
+
+
 # CLAP.
 @pytest.fixture(scope="module")
 def clap(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -256,3 +268,21 @@ def test_mp4_with_sound_reads_back_and_is_scored(tmp_path: Path, capsys: Any) ->
     capsys.readouterr()
     assert main(arguments) == 1
     assert "c.mp4 has no sound, which a reward needs" in capsys.readouterr().err
+
+
+def test_sample_writes_what_the_model_sounds_like(
+    policy: PipelinePolicy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("imageio_ffmpeg")
+    monkeypatch.setattr("flowgrpo.cli.sample.load_policy", lambda options, steps: policy)
+    out = tmp_path / "out"
+    assert main(["sample", "m", "a cat", "--samples", "2", "--out", str(out)]) == 0
+    noise = SampleNoise([Random(0).at("sample", 0, s) for s in range(2)])
+    (rollout,) = policy.run([PROMPTS[0]] * 2, noise)
+    assert rollout.audio is not None
+    for s in range(2):
+        read = videos.read_audio(out / f"00000_{s}.mp4")
+        assert read is not None
+        assert (read.rate, len(read.waveform[0])) == (16000, 2)
+        power = [a.waveform.square().mean().item() for a in (read, rollout.audio[s : s + 1])]
+        assert power[0] > 0
