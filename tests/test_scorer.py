@@ -16,6 +16,7 @@ from torch import Tensor
 
 from flowgrpo.core.errors import ConfigError
 from flowgrpo.core.imports import import_path
+from flowgrpo.data.audio import Audio
 from flowgrpo.data.prompts import Prompt
 from flowgrpo.rewards.loading import load_reward
 from flowgrpo.rewards.scorer import RewardScorer
@@ -363,10 +364,12 @@ def test_a_later_attempt_fills_in_and_takes_nothing_back():
 def test_submissions_are_scored_in_parts(batch, sizes, monkeypatch):
     subject = RewardScorer([Reward(model=f"{HERE}:brightness")], Failures(), batch)
     seen, score = [], subject._score
-    monkeypatch.setattr(subject, "_score", lambda m, p: seen.append((m, p)) or score(m, p))
-    found = subject.submit(IMAGES, PROMPTS).result()
-    assert [len(m) for m, _ in seen] == sizes
-    assert [p for _, part in seen for p in part] == PROMPTS
+    monkeypatch.setattr(subject, "_score", lambda *part: seen.append(part) or score(*part))
+    audio = Audio(torch.arange(4.0).view(4, 1, 1), 8000)
+    found = subject.submit(IMAGES, PROMPTS, audio).result()
+    assert [len(m) for m, _, _ in seen] == sizes
+    assert [p for _, part, _ in seen for p in part] == PROMPTS
+    assert torch.equal(torch.cat([a.waveform for _, _, a in seen]), audio.waveform)
     assert torch.allclose(found.reward, IMAGES.flatten(1).mean(1))
     subject.close()
 
