@@ -14,10 +14,14 @@ from torch import Tensor
 from transformers import AutoTokenizer, ClapFeatureExtractor, ClapModel
 
 import flowgrpo
+from flowgrpo.algorithms.branch_grpo import BranchGRPO
 from flowgrpo.algorithms.flow_grpo import FlowGRPO
+from flowgrpo.algorithms.g2rpo import G2RPO
+from flowgrpo.algorithms.vgpo import VGPO
 from flowgrpo.cli import main
 from flowgrpo.config import ConfigError
 from flowgrpo.core.random import Random, SampleNoise
+from flowgrpo.core.steps import Window
 from flowgrpo.core.transitions import CPS
 from flowgrpo.data import videos
 from flowgrpo.data.audio import Audio
@@ -33,6 +37,7 @@ from tests.conftest import MakePolicy, noise_of
 from tests.test_videos import clip
 
 HERE = "tests.test_sound"
+NOISY = CPS(noise_level=0.7)
 PROMPTS = [Prompt("a cat"), Prompt("a dog")]
 
 
@@ -86,13 +91,28 @@ def test_a_rollout_has_the_sound_that_the_pipeline_returns(policy: PipelinePolic
     assert seen is not None
 
 
-def test_rewards_hear_each_candidate_and_count_beside_the_others(policy: PipelinePolicy) -> None:
+@pytest.mark.parametrize(
+    ("algorithm", "number"),
+    [
+        (FlowGRPO(group_size=3, transition=NOISY), 3),
+        (BranchGRPO(group_size=4, splits=(0, 1), transition=NOISY), 4),  # the leaves of trees
+        (
+            G2RPO(
+                group_size=2, steps=Window(start=1, size=1), granularities=(1, 2), transition=NOISY
+            ),
+            4,
+        ),
+        (VGPO(group_size=2, transition=NOISY), 2 * 3),  # after each of three stochastic steps
+    ],
+    ids=["trajectories", "branches", "sub-grids", "projections"],
+)
+def test_rewards_hear_every_kind_of_candidate(
+    algorithm: Any, number: int, policy: PipelinePolicy
+) -> None:
     subject = scorer("brightness", "loudness")
-    algorithm = FlowGRPO(group_size=3, transition=CPS(noise_level=0.7))
-    groups = [Group(i, p) for i, p in enumerate(PROMPTS)]
-    experience = algorithm.collect(policy, groups, subject, Random(3), 0)
+    experience = algorithm.collect(policy, [Group(0, PROMPTS[0])], subject, Random(3), 0)
     raw = experience.candidates.scores.raw
-    assert raw["loudness"].unique().numel() == 6
+    assert raw["loudness"].unique().numel() == number
     torch.testing.assert_close(experience.candidates.reward, raw["brightness"] + raw["loudness"])
     assert experience.candidates.valid.all()
 

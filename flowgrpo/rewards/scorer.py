@@ -127,8 +127,8 @@ class RewardScorer:
         """
         if self.audio_rewards and not is_there:
             raise ConfigError(
-                f"rewards: {' and '.join(map(repr, self.audio_rewards))} needs sound, and {where}; remove the "
-                "reward, or use a pipeline that makes sound, such as LTX-2"
+                f"rewards: {self.audio_rewards[0]!r} needs sound, and {where}; remove the reward, or use a "
+                "pipeline that makes sound, such as LTX-2"
             )
 
     def submit(
