@@ -17,9 +17,8 @@ def audio_rate(pipeline: DiffusionPipeline) -> int | None:
     vocoder = getattr(pipeline, "vocoder", None)
     if vocoder is None:
         return None
-    rate = vocoder.config.get("output_sampling_rate") or getattr(
-        pipeline, "audio_sample_rate", None
-    )
+    own = getattr(pipeline, "audio_sample_rate", None)
+    rate = getattr(vocoder.config, "output_sampling_rate", None) or own
     return None if rate is None else int(rate)
 
 
