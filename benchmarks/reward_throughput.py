@@ -30,6 +30,7 @@ import flowgrpo
 from benchmarks.reward_cases import REAL, SIZE, TINY, Make
 from flowgrpo.cli.common import quiet
 from flowgrpo.core.scores import Scores
+from flowgrpo.data.audio import Audio
 from flowgrpo.data.prompts import Prompt
 from flowgrpo.rewards.loading import load_reward
 from flowgrpo.rewards.protocols import LearningReward
@@ -147,9 +148,11 @@ class TimedScorer(RewardScorer):
 
     waited, scored_for = 0.0, 0.0
 
-    def submit(self, media: Tensor, prompts: Sequence[Prompt]) -> "Future[Scores]":
+    def submit(
+        self, media: Tensor, prompts: Sequence[Prompt], audio: Audio | None = None
+    ) -> "Future[Scores]":
         """Score in the background, and time the wait for the result."""
-        pending = super().submit(media, prompts)
+        pending = super().submit(media, prompts, audio)
         if self.iteration is not None:
             result = pending.result
 
@@ -162,10 +165,10 @@ class TimedScorer(RewardScorer):
             pending.result = watched  # type: ignore[method-assign]
         return pending
 
-    def score(self, media: Tensor, prompts: Sequence[Prompt]) -> Scores:
+    def score(self, media: Tensor, prompts: Sequence[Prompt], audio: Audio | None = None) -> Scores:
         """Score, and time it."""
         began = time.perf_counter()
-        scores = super().score(media, prompts)
+        scores = super().score(media, prompts, audio)
         if self.iteration is not None:
             TimedScorer.scored_for += time.perf_counter() - began
         return scores

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -55,10 +55,11 @@ class Adversarial:
     Differs from the released code: it trains on unnormalised tokens and scores normalised ones
     (here both are normalised); it scores 64 random patches (here all patches, so that scoring is
     deterministic); it resizes without antialiasing where it scores (``antialias = false``) and with
-    it where it trains; it trains the head with Adam's betas 0.5 and 0.999 (``betas``); and of ten
-    iterations nine train the head alone, on new images each, and one the policy alone. Here every
-    iteration trains both; ``steps = 9`` gives the head as many steps per update of the policy, on
-    the same images.
+    it where it trains; it trains the head with Adam's betas 0.5 and 0.999 (``betas``); and it
+    trains the head alone in iterations whose number, counted from 1, is no multiple of ``d_times``
+    (10 or 20 in its configurations), and the policy alone in the others. ``policy_every = 10`` does
+    the same. By default every iteration trains both, which needs a tenth of the images per update of
+    the policy; ``steps`` gives the head several steps on the same images.
 
     ``layers`` names blocks of DINOv2, counted from 0, whose tokens each get a head of their own; the
     score is the mean over them, and ``top_share`` replaces the mean over patches by the mean over
@@ -91,6 +92,7 @@ class Adversarial:
         layers: Sequence[int] = (),
         top_share: float = 1.0,
         steps: int = 1,
+        policy_every: int = 1,
         batch_size: int = 32,
         seed: int = 0,
         dtype: Precision = "float32",
@@ -98,39 +100,38 @@ class Adversarial:
     ):
         """
         Args:
-            model: Hub id or folder of a ``Dinov2Model``.
-            key, root: As for the reward ``dino``.
+            model, key, root: As for the reward ``dino``.
             references: Folder of reference images for all prompts, instead of the metadata.
             side: Side of the model's input, a multiple of its patch size.
             share: Share of the class token in the score; the patches have the rest.
             patches: Patches drawn from each image in an update.
             patch_loss: Weight of the patches in the loss.
-            lr: Learning rate of the head.
-            betas: Adam's decay rates of the head's first and second moments.
+            lr, betas: Learning rate of the head, and Adam's decay rates of both moments.
             antialias: Whether images are resized with antialiasing, by Pillow's filter.
             layers: Blocks with a head each; empty for one head, after the final norm.
             top_share: Share of the patches, by their outputs, that count in the score.
-            steps: Optimizer steps in an update.
-            batch_size: Images in one forward pass of DINOv2.
+            policy_every: Every so many iterations one trains the policy alone, and the others the
+                head alone; 1 trains both in every iteration.
+            steps, batch_size: Optimizer steps in an update; images in a pass of DINOv2.
             seed: Seed of the head's weights and of random draws.
-            dtype: Precision of DINOv2.
-            device: ``auto`` takes a GPU if there is one.
+            dtype, device: Of DINOv2; ``auto`` takes a GPU if there is one.
 
         Raises:
             ValueError: If an option is wrong, there are no references, or weights are missing or
                 left over.
             OSError: If there is no such model.
         """
-        _check_options(patches, steps, batch_size, lr, patch_loss, share, top_share, betas)
+        _check_options(
+            patches, steps, policy_every, batch_size, lr, patch_loss, share, top_share, betas
+        )
         self.key, self.root = key, Path(root)
         self.pool = _images_in(references) if references else []
         self.side, self.share, self.patches = side, share, patches
-        self.patch_loss, self.steps, self.batch_size = patch_loss, steps, batch_size
-        self.model = from_pretrained(
-            Dinov2Model, model, "DINOv2 model", pick_dtype(dtype), ("embeddings.mask_token",)
-        ).to(pick_device(device))
+        self.patch_loss, self.steps, self.policy_every = patch_loss, steps, policy_every
+        self.model = _dino(model, dtype, device)
         _check_model(side, layers, self.model.config)
         self.layers, self.top_share, self.antialias = list(layers), top_share, antialias
+        self.batch_size = batch_size
         self.head = _new_heads(self.model.config.hidden_size, seed, len(layers))
         self.head.to(self.model.device)
         self.optimizer = torch.optim.Adam(self.head.parameters(), lr=lr, betas=(betas[0], betas[1]))
@@ -190,6 +191,12 @@ class Adversarial:
             right = (said[0][..., 0] > 0).float().mean() + (said[1][..., 0] < 0).float().mean()
             measured = {"loss": loss.item(), "accuracy": right.item() / 2}
         return measured
+
+    def trains(self, iteration: int) -> Literal["both", "reward", "policy"]:
+        """What an iteration, counted from 0, trains: ``reward`` is the head."""
+        if self.policy_every == 1:
+            return "both"
+        return "reward" if (iteration + 1) % self.policy_every else "policy"
 
     def state(self) -> dict[str, Tensor]:
         """Everything that updates change, copied to the CPU: head, optimizer, random state."""
@@ -266,6 +273,15 @@ class Adversarial:
         return paths[int(torch.randint(len(paths), (), generator=self.random))]
 
 
+def _dino(model: str, dtype: Precision, device: str) -> Dinov2Model:
+    """The frozen DINOv2."""
+    unused = ("embeddings.mask_token",)
+    loaded: Dinov2Model = from_pretrained(
+        Dinov2Model, model, "DINOv2 model", pick_dtype(dtype), unused
+    )
+    return loaded.to(pick_device(device))
+
+
 def _new_heads(width: int, seed: int, layers: int) -> nn.Module:
     """One head for the last block's tokens, or a list of one per layer."""
     if not layers:
@@ -295,6 +311,7 @@ def _images_in(folder: str) -> list[Path]:
 def _check_options(
     patches: int,
     steps: int,
+    policy_every: int,
     batch_size: int,
     lr: float,
     patch_loss: float,
@@ -303,10 +320,11 @@ def _check_options(
     betas: Sequence[float],
 ) -> None:
     """Raise ValueError if one of these is out of range."""
-    if min(patches, steps, batch_size) < 1 or not (lr > 0 and patch_loss >= 0):
+    if min(patches, steps, policy_every, batch_size) < 1 or not (lr > 0 and patch_loss >= 0):
         raise ValueError(
-            "patches, steps and batch_size must be at least 1, lr positive and patch_loss at "
-            f"least 0, got {patches}, {steps}, {batch_size}, {lr}, {patch_loss}"
+            "patches, steps, policy_every and batch_size must be at least 1, lr positive and "
+            f"patch_loss at least 0, got {patches}, {steps}, {policy_every}, {batch_size}, {lr}, "
+            f"{patch_loss}"
         )
     if not 0 <= share <= 1 or not 0 < top_share <= 1:
         raise ValueError(

@@ -218,3 +218,12 @@ def test_options_of_the_released_code(dino: Path) -> None:
     for options in ({"betas": [0.5]}, {"betas": [0.5, 1.0]}, {"top_share": 0.0}):
         with pytest.raises(ValueError, match="got"):
             make(dino, **options)
+
+
+def test_it_takes_turns_as_the_released_code(dino: Path) -> None:
+    """With ``d_times = 10``, epochs 9, 19, ... train the policy alone, and the others the head."""
+    assert {make(dino).trains(i) for i in range(20)} == {"both"}
+    turns = [make(dino, policy_every=10).trains(i) for i in range(20)]
+    assert turns == (["reward"] * 9 + ["policy"]) * 2
+    with pytest.raises(ValueError, match="policy_every and batch_size must be at least 1"):
+        make(dino, policy_every=0)

@@ -14,7 +14,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from flowgrpo.core.errors import ConfigError
 from flowgrpo.core.imports import import_path
+from flowgrpo.data.audio import Audio
 from flowgrpo.data.prompts import Prompt
 from flowgrpo.rewards.loading import load_reward
 from flowgrpo.rewards.scorer import RewardScorer
@@ -362,10 +364,12 @@ def test_a_later_attempt_fills_in_and_takes_nothing_back():
 def test_submissions_are_scored_in_parts(batch, sizes, monkeypatch):
     subject = RewardScorer([Reward(model=f"{HERE}:brightness")], Failures(), batch)
     seen, score = [], subject._score
-    monkeypatch.setattr(subject, "_score", lambda m, p: seen.append((m, p)) or score(m, p))
-    found = subject.submit(IMAGES, PROMPTS).result()
-    assert [len(m) for m, _ in seen] == sizes
-    assert [p for _, part in seen for p in part] == PROMPTS
+    monkeypatch.setattr(subject, "_score", lambda *part: seen.append(part) or score(*part))
+    audio = Audio(torch.arange(4.0).view(4, 1, 1), 8000)
+    found = subject.submit(IMAGES, PROMPTS, audio).result()
+    assert [len(m) for m, _, _ in seen] == sizes
+    assert [p for _, part, _ in seen for p in part] == PROMPTS
+    assert torch.equal(torch.cat([a.waveform for _, _, a in seen]), audio.waveform)
     assert torch.allclose(found.reward, IMAGES.flatten(1).mean(1))
     subject.close()
 
@@ -405,6 +409,31 @@ class Counting:
 
     def restore(self, state: dict[str, Tensor]) -> None:
         self.seen = state["seen"].clone()
+
+
+class Alternating(Counting):
+    """Learns alone, except in every third iteration, which trains the policy alone."""
+
+    def trains(self, iteration: int) -> str:
+        return "policy" if iteration % 3 == 2 else "reward"
+
+
+def test_a_reward_takes_turns_with_the_policy():
+    subject = scorer("brightness", Reward(model=f"{HERE}:Alternating"))
+    learned = []
+    for iteration in range(4):
+        subject.iteration = iteration
+        subject.submit(IMAGES, PROMPTS).result()
+        learned.append(bool(subject.learn()))
+    assert learned == [True, True, False, True]
+    assert subject.state()["reward-Alternating"]["seen"].tolist() == [12.0]
+    assert [subject.trains_policy(i) for i in range(4)] == [False, False, True, False]
+    subject.check_turns(3)
+    with pytest.raises(
+        ConfigError, match=r"iterations = 2: reward 'Alternating' learns alone in all"
+    ):
+        subject.check_turns(2)
+    assert scorer("brightness", Reward(model=f"{HERE}:Counting")).trains_policy(0)
 
 
 def test_a_learning_reward_learns_from_the_iterations_samples_once():

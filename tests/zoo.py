@@ -16,6 +16,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import (
     BertTokenizer,
+    ClapConfig,
+    ClapFeatureExtractor,
+    ClapModel,
     CLIPConfig,
     CLIPImageProcessor,
     CLIPModel,
@@ -36,6 +39,7 @@ from transformers import (
     Qwen2VLImageProcessor,
     Qwen2VLProcessor,
     Qwen2VLVideoProcessor,
+    RobertaTokenizer,
     SiglipConfig,
     SiglipModel,
     SwinConfig,
@@ -221,6 +225,50 @@ def save_siglip(folder: Path) -> Path:
         for parameter in model.parameters():
             torch.nn.init.normal_(parameter, std=0.3)
     model.save_pretrained(folder)
+    return folder
+
+
+def save_clap(folder: Path) -> Path:
+    """A ``ClapModel`` that hears one second at 8 kHz, with its extractor and its tokenizer."""
+    tokenizer = RobertaTokenizer(
+        **with_specials("bytes", "<s>", "<pad>", "</s>", "<unk>", "<mask>")
+    )
+    text = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "max_position_embeddings": 34,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    audio = {
+        "num_mel_bins": 16,
+        "spec_size": 64,
+        "window_size": 4,
+        "patch_size": 2,
+        "patch_stride": [2, 2],
+        "patch_embeds_hidden_size": 16,
+        "hidden_size": 32,
+        "depths": [1, 1],
+        "num_attention_heads": [2, 2],
+        "num_hidden_layers": 2,
+    }
+    with seeded():
+        model = ClapModel(ClapConfig(text_config=text, audio_config=audio, projection_dim=16))
+        for parameter in model.parameters():
+            torch.nn.init.normal_(parameter, std=0.2)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    ClapFeatureExtractor(
+        feature_size=16,
+        sampling_rate=8000,
+        hop_length=80,
+        max_length_s=1,
+        fft_window_size=256,
+        frequency_max=4000,
+        truncation="rand_trunc",
+    ).save_pretrained(folder)
     return folder
 
 

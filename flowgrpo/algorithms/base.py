@@ -15,6 +15,7 @@ from flowgrpo.core.scores import Scores
 from flowgrpo.core.solvers import Solver
 from flowgrpo.core.tensors import Float, Tensor
 from flowgrpo.core.transitions import Step, Transition
+from flowgrpo.data.audio import Audio
 from flowgrpo.data.experience import Cost, Experience
 from flowgrpo.data.prompts import Group, Prompt
 from flowgrpo.losses.base import ActionKind
@@ -221,6 +222,7 @@ class Rollout(Protocol):
         media: Decoded images ``(B, C, H, W)`` or videos ``(B, F, C, H, W)`` in [0, 1]; None if they
             were not asked for.
         records: The recorded steps, in order.
+        audio: The sound of decoded videos, if the pipeline makes any.
     """
 
     @property
@@ -234,6 +236,9 @@ class Rollout(Protocol):
 
     @property
     def records(self) -> Sequence[StepRecord]: ...
+
+    @property
+    def audio(self) -> Audio | None: ...
 
 
 @runtime_checkable
@@ -342,8 +347,10 @@ class Scorer(Protocol):
         """Start counting failures and time anew."""
         ...
 
-    def submit(self, media: Tensor, prompts: Sequence[Prompt]) -> "Future[Scores]":
-        """Score a batch in the background. Media are ``(B, ...)`` in [0, 1]."""
+    def submit(
+        self, media: Tensor, prompts: Sequence[Prompt], audio: Audio | None = None
+    ) -> "Future[Scores]":
+        """Score a batch in the background. Media are ``(B, ...)`` in [0, 1], ``audio`` their sound."""
         ...
 
     def pairwise_scorer(self, preference: Any) -> PairwiseScorer:

@@ -273,7 +273,9 @@ class BranchGRPO(AlgorithmBase):
                     else:
                         collection.add_step(branches[begin:stop], record)
                 if rollout.media is not None:
-                    collection.submit(branches[begin:stop], rollout.media, end - 1)
+                    collection.submit(
+                        branches[begin:stop], rollout.media, end - 1, audio=rollout.audio
+                    )
             x, start = (torch.cat(states) if states else None), split + 1
 
     def _chances(self, experience: Experience) -> Float[Tensor, "groups leaves"]:

@@ -14,6 +14,7 @@ from flowgrpo.core.random import Random, SampleNoise
 from flowgrpo.core.scores import Scores
 from flowgrpo.core.tensors import Float, Int, Tensor, torch
 from flowgrpo.core.transitions import ODE, Gaussian, Transition
+from flowgrpo.data.audio import Audio
 from flowgrpo.data.experience import Actions, Candidates, Cost, Experience
 from flowgrpo.data.prompts import Group, Prompt
 from flowgrpo.policy.step_plan import StepRecord
@@ -173,6 +174,7 @@ class Collection:
         step: int,
         granularities: Sequence[int] = (1,),
         compare: bool = True,
+        audio: Audio | None = None,
     ) -> None:
         """Score decoded candidates.
 
@@ -183,8 +185,9 @@ class Collection:
             granularities: The granularities that lead to these candidates; each gets a candidate,
                 but they are scored once.
             compare: Whether they count in the group's diversity and duplicates.
+            audio: Their sound, for rewards that need it.
         """
-        scores = self.scorer.submit(media, samples.prompts)
+        scores = self.scorer.submit(media, samples.prompts, audio)
         if self._on_batch is not None:
             self._on_batch(samples, media)
         self._num_scored += len(samples)
@@ -225,7 +228,7 @@ class Collection:
         ):
             assert rollout.media is not None
             part = samples[rollout.rows.start : rollout.rows.stop]
-            self.submit(part, rollout.media, step, same, compare)
+            self.submit(part, rollout.media, step, same, compare, rollout.audio)
             for grid, equal in others:
                 # The first step of the other sub-grids, from the recorded forward pass.
                 (record,) = rollout.records
@@ -233,7 +236,7 @@ class Collection:
                 x_next = ODE()(record.x, record.prediction, interval).mean
                 (rest,) = self.policy.run(part.prompts, part.noise, nodes=grid[1:], x=x_next)
                 assert rest.media is not None
-                self.submit(part, rest.media, step, equal, compare=False)
+                self.submit(part, rest.media, step, equal, False, rest.audio)
 
     def project(self, samples: Samples, record: StepRecord) -> None:
         """Decode and score the model's prediction of the data at the start of a recorded step.
@@ -244,7 +247,7 @@ class Collection:
         for rollout in self.policy.run(samples.prompts, samples.noise, nodes=[end], x=x0):
             assert rollout.media is not None
             part = samples[rollout.rows.start : rollout.rows.stop]
-            self.submit(part, rollout.media, record.step - 1, [PROJECTION], compare=False)
+            self.submit(part, rollout.media, record.step - 1, [PROJECTION], False, rollout.audio)
 
     def experience(self) -> Experience:
         """Wait for the scorer and return the whole experience."""

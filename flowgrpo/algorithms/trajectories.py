@@ -126,7 +126,7 @@ def sample_trajectories(
     ):
         assert rollout.media is not None
         part = samples[rollout.rows.start : rollout.rows.stop]
-        collection.submit(part, rollout.media, policy.num_steps() - 1)
+        collection.submit(part, rollout.media, policy.num_steps() - 1, audio=rollout.audio)
         for taken in rollout.records:
             if taken.step in later:
                 collection.add_step(part, taken)

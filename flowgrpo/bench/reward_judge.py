@@ -35,6 +35,7 @@ class RewardJudge:
         self.rewards, self.batch = list(rewards), batch
         self._title = title or ", ".join(r.label for r in rewards)
         self.scorer = RewardScorer(self.rewards, Failures(retries=2, then="drop", probe="off"))
+        self.scorer.check_audio(False, "benchmarks score pictures and videos without sound")
 
     @property
     def title(self) -> str:

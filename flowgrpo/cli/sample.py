@@ -10,6 +10,8 @@ from flowgrpo.cli.common import UsageError, add_model_arguments, load_policy, pr
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from flowgrpo.data.audio import Audio
+
 SUMMARY = "generate images or videos of prompts with the deterministic sampler"
 EXAMPLE = 'flowgrpo sample shapes "a photo of two circles" --out images'
 STEPS = 28
@@ -82,13 +84,14 @@ def run(options: argparse.Namespace) -> int:
     rollouts = policy.run([prompts[i] for i, _ in owners], noise)
     for rollout in console.track(rollouts, "sampling", total=-(-len(owners) // policy.batch_size)):
         assert rollout.media is not None
-        for row, media in zip(rollout.rows, rollout.media, strict=True):
+        for place, (row, media) in enumerate(zip(rollout.rows, rollout.media, strict=True)):
+            audio = rollout.audio[place : place + 1] if rollout.audio else None
             i, s = owners[row]
             name, prompt = f"{i:05d}_{s}{'.mp4' if media.ndim == 4 else '.png'}", prompts[i]
-            if not bool(media.isfinite().all()):
+            if not bool(media.isfinite().all() and (audio is None or audio.is_finite.all())):
                 broken.append(name)
                 continue
-            _save(media, out / name, fps)
+            _save(media, out / name, fps, audio)
             records.append({"file": name, "prompt": prompt.text, "metadata": dict(prompt.metadata)})
     (out / "index.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records), "utf-8")
     console.say(f"{len(records)} {'videos' if policy.makes_videos else 'images'} in {out}")
@@ -103,13 +106,13 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-def _save(media: "Tensor", path: Path, fps: float) -> None:
-    """Write an image as PNG, a video as MP4."""
+def _save(media: "Tensor", path: Path, fps: float, audio: "Audio | None") -> None:
+    """Write an image as PNG, a video as MP4 with its sound."""
     from torchvision.transforms.functional import to_pil_image
 
     from flowgrpo.data.videos import write_video
 
     if media.ndim == 4:
-        write_video(path, media, fps)
+        write_video(path, media, fps, audio)
     else:
         to_pil_image(media).save(path)

@@ -16,6 +16,7 @@ from flowgrpo.cli.common import UsageError, parse_setting, quiet, read_image
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from flowgrpo.data.audio import Audio
     from flowgrpo.data.prompts import Prompt
     from flowgrpo.rewards.scorer import RewardScorer
     from flowgrpo.rewards.settings import Reward
@@ -311,6 +312,24 @@ def read_medium(medium: Medium) -> "Tensor":
     return torch.stack(frames) if medium.is_video else frames[0]
 
 
+def read_sound(medium: Medium) -> "Audio":
+    """The sound of an MP4 file.
+
+    Raises:
+        ValueError: If a medium has none.
+    """
+    from flowgrpo.data.videos import read_audio
+
+    is_video = medium.files[0].suffix.lower() in VIDEOS
+    audio = read_audio(medium.files[0]) if is_video else None
+    if audio is None:
+        raise ValueError(
+            f"{medium.name} has no sound, which a reward needs; give MP4 files with sound, such as those of "
+            "'flowgrpo sample' with LTX-2"
+        )
+    return audio
+
+
 def _prompts_of(
     media: Sequence[Medium], folder: Path, prompt_file: str | None
 ) -> "Sequence[Prompt]":
@@ -357,18 +376,24 @@ def _prompts_of(
 def _score_batch(
     scorer: "RewardScorer", media: Sequence[Medium], prompts: "Sequence[Prompt]"
 ) -> list[dict[str, Any]]:
-    """A record for each medium. Those of one shape share a call."""
+    """A record for each medium. Those of one shape, and with sound of one length, share a call."""
     import torch
 
+    from flowgrpo.data.audio import Audio
+
     tensors = [read_medium(m) for m in media]
-    rows_by_shape: dict[torch.Size, list[int]] = {}
-    for row, tensor in enumerate(tensors):
-        rows_by_shape.setdefault(tensor.shape, []).append(row)
+    sounds = [read_sound(m) if scorer.audio_rewards else None for m in media]
+    rows_by_shape: dict[Any, list[int]] = {}
+    for row, (tensor, sound) in enumerate(zip(tensors, sounds, strict=True)):
+        shape = tensor.shape, sound and (sound.waveform.shape, sound.rate)
+        rows_by_shape.setdefault(shape, []).append(row)
     records: list[dict[str, Any]] = [
         {"file": m.name, "prompt": p.text} for m, p in zip(media, prompts, strict=True)
     ]
     for rows in rows_by_shape.values():
-        raw = scorer.score(torch.stack([tensors[r] for r in rows]), [prompts[r] for r in rows]).raw
+        stacked, own = torch.stack([tensors[r] for r in rows]), [prompts[r] for r in rows]
+        audio = Audio.concatenate([sounds[r] for r in rows])
+        raw = scorer.score(stacked, own, audio).raw
         for i, row in enumerate(rows):
             records[row] |= {k: float(v[i]) for k, v in raw.items()}
     return records

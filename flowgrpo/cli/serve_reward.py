@@ -93,7 +93,7 @@ def _add_limits(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Load the reward and serve it until SIGTERM or SIGINT."""
     from flowgrpo.rewards.loading import load_reward
-    from flowgrpo.rewards.protocols import LearningReward
+    from flowgrpo.rewards.protocols import LearningReward, takes_audio
     from flowgrpo.rewards.serving.protocol import Limits
     from flowgrpo.rewards.serving.server import RewardServer
     from flowgrpo.rewards.settings import Reward
@@ -107,6 +107,11 @@ def run(options: argparse.Namespace) -> int:
         raise ValueError(
             f"reward {settings.label!r} learns during a run, and its state belongs to the run: behind "
             "a server it would never be updated; use it in the run's own process"
+        )
+    if takes_audio(reward):
+        raise ValueError(
+            f"reward {settings.label!r} needs sound, which requests to a reward server do not carry; use it "
+            "in the run's own process"
         )
     server = RewardServer(
         reward,

@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from flowgrpo.core.random import Random, SampleNoise
+from flowgrpo.data.audio import Audio
 from flowgrpo.data.files import replacing, save_tensors
 from flowgrpo.data.prompt_sets import PromptSet
 from flowgrpo.data.prompts import Prompt
@@ -52,12 +53,18 @@ class ComparisonGrid:
 
     def generate(self, policy: PipelinePolicy, sampling: Sampling) -> Float[Tensor, "batch *media"]:
         """Generate the images of one model, row by row."""
+        return self.generate_with_audio(policy, sampling)[0]
+
+    def generate_with_audio(
+        self, policy: PipelinePolicy, sampling: Sampling
+    ) -> tuple[Float[Tensor, "batch *media"], Audio | None]:
+        """As :meth:`generate`, with the sound of videos if the model makes any."""
         streams = [
             Random(self.seed).at("grid", row, sample)
             for row in range(len(self.prompts))
             for sample in range(self.samples)
         ]
-        return policy.images(self.expanded, SampleNoise(streams), sampling)
+        return policy.media_with_audio(self.expanded, SampleNoise(streams), sampling)
 
     @property
     def expanded(self) -> list[Prompt]:
@@ -81,8 +88,8 @@ class ComparisonGrid:
         Args:
             columns: Name of each model.
             images: Images of each model from :meth:`generate`.
-            scorer: Its first reward marks each image: ✓ or ✗ if all its scores are 0 or 1, else the
-                score.
+            scorer: Its first reward that needs no sound marks each image: ✓ or ✗ if all its scores are
+                0 or 1, else the score.
             sampling: Arguments with which the images were generated, for the subtitle.
             title: Headline.
             path: PNG file to write; its folder is created.
@@ -91,12 +98,10 @@ class ComparisonGrid:
         Raises:
             ImportError: If the media are videos, and no MP4 can be written here.
         """
-        label = scorer.rewards[0].label
-        notes = []
+        label, notes = "", []
         for block in images:
-            values = scorer.score(block, self.expanded).raw[label]
-            binary = bool(((values == 0) | (values == 1)).all())
-            notes.append([("✓" if v else "✗") if binary else f"{v:.2f}" for v in values.tolist()])
+            label, values = scorer.marks(block, self.expanded)
+            notes.append(_notes(values, len(block)))
         rows = []
         for row, prompt in enumerate(self.prompts):
             part = slice(row * self.samples, (row + 1) * self.samples)
@@ -108,7 +113,7 @@ class ComparisonGrid:
         guidance = "default" if sampling.guidance_scale is None else f"{sampling.guidance_scale:g}"
         subtitle = (
             f"deterministic sampler, {sampling.num_steps} steps, guidance {guidance}, {width}x{height}, "
-            f"seed {self.seed}, same noise in the same place; marks: {label}"
+            f"seed {self.seed}, same noise in the same place{f'; marks: {label}' if label else ''}"
         )
         path.parent.mkdir(parents=True, exist_ok=True)
         picture = draw_grid(rows, columns, title=title, subtitle=subtitle, narrow=narrow)
@@ -118,6 +123,14 @@ class ComparisonGrid:
             frames = animate_grid(rows, columns, title=title, subtitle=subtitle, narrow=narrow)
             fps = frames_per_second(sampling.call)
             write_frames(path.with_suffix(".mp4"), (np.asarray(f) for f in frames), fps)
+
+
+def _notes(scores: Float[Tensor, " batch"] | None, number: int) -> list[str]:
+    """The marks of a block of images."""
+    if scores is None:
+        return [""] * number
+    binary = bool(((scores == 0) | (scores == 1)).all())
+    return [("✓" if v else "✗") if binary else f"{v:.2f}" for v in scores.tolist()]
 
 
 def load_images(path: Path) -> Tensor | None:
@@ -139,12 +152,23 @@ def load_images(path: Path) -> Tensor | None:
     raise ValueError(f"{path} with the base model's images is damaged ({problem})")
 
 
-def save_images(path: Path, images: Tensor) -> None:
-    """Save the base model's images, which all grids of a run show. The file is replaced atomically."""
+def load_audio(path: Path) -> Audio | None:
+    """The sound of the images in an undamaged file of :func:`save_images`; ``None`` if there is none."""
+    with safe_open(path, "pt") as file:
+        if "audio" not in file.keys():  # noqa: SIM118
+            return None
+        return Audio(file.get_tensor("audio"), int(file.metadata()["rate"]))
+
+
+def save_images(path: Path, images: Tensor, audio: Audio | None = None) -> None:
+    """Save the base model's images, which all grids of a run show, and the sound with which rewards are
+    probed. The file is replaced atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    images = images.detach().cpu().contiguous()
+    tensors, notes = {"images": images.detach().cpu().contiguous()}, {}
+    if audio is not None:
+        tensors["audio"], notes["rate"] = audio.waveform.contiguous(), str(audio.rate)
     with replacing(path) as temporary:
-        save_tensors(temporary, {"images": images}, {"sha256": _digest(images)})
+        save_tensors(temporary, tensors, {"sha256": _digest(tensors["images"]), **notes})
 
 
 def _digest(images: Tensor) -> str:

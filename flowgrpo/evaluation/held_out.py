@@ -96,7 +96,8 @@ def evaluate(
     for rollout in policy.run(prompts, noise_for(mine, seed), sampling=sampling):
         assert rollout.media is not None
         part = mine[rollout.rows.start : rollout.rows.stop]
-        pending.append((part, scorer.submit(rollout.media, [i.prompt for i in part])))
+        of_part = [i.prompt for i in part]
+        pending.append((part, scorer.submit(rollout.media, of_part, rollout.audio)))
         for item, image in zip(part, rollout.media, strict=True):
             media.setdefault(keys[id(item.prompt)], []).append(image)
     for part, future in pending:

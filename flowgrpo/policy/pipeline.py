@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from diffusers import DiffusionPipeline
@@ -22,6 +22,7 @@ from torch import Tensor
 from flowgrpo.core.random import SampleNoise
 from flowgrpo.core.solvers import Solver
 from flowgrpo.core.transitions import ODE, Transition
+from flowgrpo.data.audio import Audio
 from flowgrpo.data.experience import INITIAL
 from flowgrpo.data.prompts import Prompt
 from flowgrpo.policy.adapters import read_start
@@ -41,6 +42,7 @@ from flowgrpo.policy.placement import as_batch, as_media, models_of, prepare
 from flowgrpo.policy.prompt_cache import ENCODING_METHODS, REWRITING_METHODS
 from flowgrpo.policy.scheduler import FlowPolicyScheduler, policy_scheduler
 from flowgrpo.policy.settings import Full, Memory, ModelSource, Noise, Sampling, Weights
+from flowgrpo.policy.sound import as_audio, audio_rate
 from flowgrpo.policy.step_counter import counted
 from flowgrpo.policy.step_plan import StepPlan, StepRecord
 from flowgrpo.policy.weights import InitialNoise, Trainable
@@ -59,12 +61,23 @@ class Rollout:
         media: Decoded images ``(B, C, H, W)`` or videos ``(B, F, C, H, W)`` in [0, 1]; None if only
             states were requested.
         records: The recorded steps, in order.
+        audio: The sound of the decoded videos; None if the pipeline makes none, or nothing was
+            decoded.
     """
 
     rows: range
     x: Float[Tensor, "batch *latent"] | None
     media: Float[Tensor, "batch *frames channels height width"] | None
     records: Sequence[StepRecord]
+    audio: Audio | None = None
+
+
+class _Called(NamedTuple):
+    """What a call of the pipeline gave: media or last states, recorded steps, and the media's sound."""
+
+    output: Tensor
+    records: Sequence[StepRecord]
+    audio: Audio | None
 
 
 @dataclass
@@ -217,6 +230,11 @@ class PipelinePolicy:
         """Whether the pipeline's call takes a number of frames."""
         return any(name in self._parameters for name in FRAMES)
 
+    @property
+    def makes_audio(self) -> bool:
+        """Whether the pipeline returns sound along with its videos."""
+        return audio_rate(self.pipeline) is not None
+
     def num_steps(self, sampling: Sampling | None = None) -> int:
         """Number of denoising steps of a call."""
         return (sampling or self.sampling).num_steps
@@ -262,20 +280,26 @@ class PipelinePolicy:
             )
             start = None if x is None else x[part]
             with torch.no_grad():
-                output, records = self._run(
+                output, records, audio = self._run(
                     prompts[part], plan, start, decode, sampling or self.sampling
                 )
             self.num_decodes += len(rows) * decode
             media = output.float().cpu() if decode else None
-            yield Rollout(rows, None if decode else output, media, records)
+            yield Rollout(rows, None if decode else output, media, records, audio)
 
     def images(
         self, prompts: Sequence[Prompt], noise: SampleNoise, sampling: Sampling | None = None
     ) -> Float[Tensor, "batch *frames channels height width"]:
         """Media of the deterministic sampler, in [0, 1] on the CPU."""
-        return torch.cat(
-            [r.media for r in self.run(prompts, noise, sampling=sampling) if r.media is not None]
-        )
+        return self.media_with_audio(prompts, noise, sampling)[0]
+
+    def media_with_audio(
+        self, prompts: Sequence[Prompt], noise: SampleNoise, sampling: Sampling | None = None
+    ) -> tuple[Float[Tensor, "batch *frames channels height width"], Audio | None]:
+        """Media of the deterministic sampler as in :meth:`images`, and their sound if there is any."""
+        done = list(self.run(prompts, noise, sampling=sampling))
+        media = torch.cat([r.media for r in done if r.media is not None])
+        return media, Audio.concatenate([r.audio for r in done])
 
     def decode(
         self,
@@ -291,8 +315,8 @@ class PipelinePolicy:
             plan = StepPlan(nodes=[end], noise=noise)
             part = slice(rows.start, rows.stop)
             with torch.no_grad():
-                media, _ = self._run(prompts[part], plan, x[part], True, sampling)
-            decoded.append(media)
+                called = self._run(prompts[part], plan, x[part], True, sampling)
+            decoded.append(called.output)
         self.num_decodes += len(prompts)
         return torch.cat(decoded).float().cpu()
 
@@ -321,7 +345,7 @@ class PipelinePolicy:
         plan = StepPlan(
             nodes=[step, step + 1], stochastic={step}, transition=transition, record={step}
         )
-        _, (record,) = self._run(prompts, plan, x, False, self.sampling)
+        (record,) = self._run(prompts, plan, x, False, self.sampling).records
         return record
 
     def stock_pipeline(self) -> DiffusionPipeline:
@@ -346,14 +370,14 @@ class PipelinePolicy:
         x: Tensor | None,
         decode: bool,
         sampling: Sampling,
-    ) -> tuple[Tensor, Sequence[StepRecord]]:
+    ) -> _Called:
         """Call the pipeline in the form that it takes.
 
         A plan with a single node leaves the loop empty. Some pipelines fail then; they take one step
         that keeps its state (:meth:`StepPlan.held`).
 
         Returns:
-            Media if ``decode``, otherwise the last states; and the recorded steps.
+            Media if ``decode``, otherwise the last states; the recorded steps; and sound.
         """
         if isinstance(self.scheduler, FlowPolicyScheduler):
             self.scheduler.fixed_shift = sampling.shift
@@ -363,8 +387,8 @@ class PipelinePolicy:
         nodes = plan.nodes if plan.nodes is not None else range(sampling.num_steps + 1)
         empty = len(nodes) == 1
 
-        def attempt(plan: StepPlan) -> tuple[Tensor, Sequence[StepRecord]]:
-            def call(formed: dict[str, Any]) -> tuple[Tensor, Sequence[StepRecord]]:
+        def attempt(plan: StepPlan) -> _Called:
+            def call(formed: dict[str, Any]) -> _Called:
                 return self._call(formed, plan, x, decode)
 
             return self._learned.calling(call, arguments, len(prompts))
@@ -386,7 +410,7 @@ class PipelinePolicy:
 
     def _call(
         self, arguments: dict[str, Any], plan: StepPlan, x: Tensor | None, decode: bool
-    ) -> tuple[Tensor, Sequence[StepRecord]]:
+    ) -> _Called:
         """Call the pipeline with one form of its arguments, and check that it followed the plan."""
         # With a given state the pipeline's initial noise is discarded, and one generator is cheaper.
         generators = plan.noise.initial() if plan.noise and x is None else torch.Generator()
@@ -405,16 +429,18 @@ class PipelinePolicy:
             return other.main.records[0].x
 
         try:
-            output = self._output(call, arguments, decode)
+            output, audio = self._output(call, arguments, decode)
             self._injection.end(call, numbered)
         finally:
             # Drops the tensors of the call.
             self.scheduler.begin(StepPlan())
         self._learned.enumerates |= call.enumerates
-        return output, call.main.records
+        return _Called(output, call.main.records, audio)
 
-    def _output(self, call: PipelineCall, arguments: dict[str, Any], decode: bool) -> Tensor:
-        """The output of the pipeline: media, or the last state of its loop."""
+    def _output(
+        self, call: PipelineCall, arguments: dict[str, Any], decode: bool
+    ) -> tuple[Tensor, Audio | None]:
+        """The output of the pipeline: media and their sound, or the last state of its loop."""
         kind = "pt" if decode else "latent"
         try:
             output = self._call_pipeline(
@@ -426,11 +452,11 @@ class PipelinePolicy:
             last = self._injection.last_state(call)
             if decode or last is None or is_out_of_memory(error):
                 raise
-            return last
+            return last, None
         if decode:
-            return as_media(output, self.pipeline)
+            return as_media(output, self.pipeline), as_audio(output, self.pipeline)
         last = self._injection.last_state(call)
-        return as_batch(output) if last is None else last
+        return (as_batch(output) if last is None else last), None
 
     def _precision(self) -> torch.dtype:
         """Precision of the denoiser's inputs: that of its weights."""

@@ -6,7 +6,7 @@ from typing import Any, Literal
 from flowgrpo.core.tensors import Float, Tensor, torch
 from flowgrpo.data.prompts import Prompt
 from flowgrpo.rewards.loading import load_reward
-from flowgrpo.rewards.protocols import LearningReward
+from flowgrpo.rewards.protocols import LearningReward, takes_audio
 from flowgrpo.rewards.settings import Reward
 
 __all__ = ["FrameMean", "FrameScore"]
@@ -52,6 +52,10 @@ class FrameScore:
         self.reward = load_reward(Reward(model=model, options=options or {}))
         if isinstance(self.reward, LearningReward):
             raise ValueError(f"{model!r} learns from whole samples, so it cannot score frames")
+        if takes_audio(self.reward):
+            raise ValueError(
+                f"{model!r} needs the sound of a whole video, so it cannot score frames"
+            )
         self.every, self.frames = every, list(frames)
         self.reduce, self.batch_size = reduce, batch_size
 

@@ -2,11 +2,15 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 from flowgrpo.core.tensors import Float, Tensor, torch
+from flowgrpo.data.audio import Audio
 from flowgrpo.data.prompts import Prompt
 from flowgrpo.rewards.settings import RewardError
+
+Trained = Literal["both", "reward", "policy"]
+"""What an iteration trains: the policy and the reward, or one of them alone."""
 
 
 @runtime_checkable
@@ -21,6 +25,30 @@ class RewardModel(Protocol):
     def __call__(
         self, media: Float[Tensor, "batch *frames channels height width"], prompts: Sequence[Prompt]
     ) -> Float[Tensor, " batch"]: ...
+
+
+@runtime_checkable
+class AudioReward(Protocol):
+    """Scores videos with their sound; only for pipelines that make sound.
+
+    A class or a function becomes one by its attribute ``takes_audio = True``.
+    """
+
+    takes_audio: Literal[True]
+
+    def __call__(
+        self,
+        media: Float[Tensor, "batch *frames channels height width"],
+        prompts: Sequence[Prompt],
+        audio: Audio,
+    ) -> Float[Tensor, " batch"]:
+        """As for :class:`RewardModel`; ``audio`` holds the sound of each sample."""
+        ...
+
+
+def takes_audio(model: object) -> bool:
+    """Whether a reward is an :class:`AudioReward`."""
+    return getattr(model, "takes_audio", False) is True
 
 
 @runtime_checkable
@@ -39,6 +67,20 @@ class LearningReward(RewardModel, Protocol):
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
         """Resume from the result of :meth:`state`."""
+        ...
+
+
+@runtime_checkable
+class AlternatingReward(LearningReward, Protocol):
+    """A learning reward that takes turns with the policy, instead of learning in every iteration."""
+
+    def trains(self, iteration: int) -> Trained:
+        """What an iteration trains.
+
+        Args:
+            iteration: Counted from 0. The answer may depend on nothing else, so that it is equal in
+                all processes and after a resume.
+        """
         ...
 
 

@@ -11,19 +11,24 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, wait
 from contextlib import AbstractContextManager
-from typing import Any
+from functools import partial
+from typing import Any, cast
 
-from flowgrpo.core.errors import DivergenceError
+from flowgrpo.core.errors import ConfigError, DivergenceError
 from flowgrpo.core.scores import Scores
 from flowgrpo.core.tensors import Float, Tensor, torch
+from flowgrpo.data.audio import Audio
 from flowgrpo.data.prompts import Prompt
 from flowgrpo.rewards.loading import load_model, load_reward
 from flowgrpo.rewards.pairs import PairwisePreference, PairwiseScorer
 from flowgrpo.rewards.protocols import (
+    AlternatingReward,
     LearningReward,
     PairwiseJudge,
     RewardModel,
+    Trained,
     checked_scores,
+    takes_audio,
 )
 from flowgrpo.rewards.settings import Failures, Reward, RewardError, weighted_sum
 from flowgrpo.rewards.worker import Worker
@@ -104,22 +109,55 @@ class RewardScorer:
                 except ValueError as error:
                     raise ValueError(f"reward {reward.label!r}: {error}") from error
 
-    def submit(self, media: Tensor, prompts: Sequence[Prompt]) -> "Future[Scores]":
-        """Score a batch in the background, in the order of submission. Media ``(B, ...)`` in [0, 1]."""
+    @property
+    def audio_rewards(self) -> list[str]:
+        """The names of the rewards that need sound."""
+        pairs = zip(self.rewards, self.models, strict=True)
+        return [r.label for r, model in pairs if takes_audio(model)]
+
+    def check_audio(self, is_there: bool, where: str) -> None:
+        """Check that rewards which need sound will get it.
+
+        Args:
+            is_there: Whether the media have sound.
+            where: What they come from, for the message.
+
+        Raises:
+            ConfigError: If a reward needs sound, and there is none.
+        """
+        if self.audio_rewards and not is_there:
+            raise ConfigError(
+                f"rewards: {self.audio_rewards[0]!r} needs sound, and {where}; remove the reward, or use a "
+                "pipeline that makes sound, such as LTX-2"
+            )
+
+    def submit(
+        self, media: Tensor, prompts: Sequence[Prompt], audio: Audio | None = None
+    ) -> "Future[Scores]":
+        """Score a batch in the background, in the order of submission.
+
+        Args:
+            media: ``(B, ...)`` in [0, 1].
+            prompts: One per sample.
+            audio: The sound of each sample, for rewards that need it.
+        """
         self.safe_point()
-        if self._learners and self.iteration is not None:
+        if self._learning():
             self._seen.append((media, list(prompts)))
         listed = list(prompts)
-        return self.run(lambda: self._score_in_parts(media, listed))
+        return self.run(lambda: self._score_in_parts(media, listed, audio))
 
-    def _score_in_parts(self, media: Tensor, prompts: Sequence[Prompt]) -> Scores:
+    def _score_in_parts(
+        self, media: Tensor, prompts: Sequence[Prompt], audio: Audio | None
+    ) -> Scores:
         size = self.batch or len(prompts)
-        starts = range(0, len(prompts), size)
-        parts = [self._score(media[i : i + size], prompts[i : i + size]) for i in starts]
-        return Scores.concatenate(parts)
+        rows = [slice(i, i + size) for i in range(0, len(prompts), size)]
+        return Scores.concatenate(
+            [self._score(media[r], prompts[r], audio[r] if audio else None) for r in rows]
+        )
 
     def learn(self, gather: Callable[[list[Any]], list[Any]] = lambda own: own) -> dict[str, float]:
-        """Update the learning rewards with all media that were submitted since the last call.
+        """Update the rewards that learn in this iteration with all media submitted since the last call.
 
         Args:
             gather: Joins the lists of all processes, so that all make the same update.
@@ -127,7 +165,8 @@ class RewardScorer:
         Returns:
             The metrics of the updates, as ``learning/<reward>/<name>``.
         """
-        if not self._learners:
+        learning = self._learning()
+        if not learning:
             return {}
         seen, self._seen = gather(self._seen), []
         media, prompts = torch.cat([m for m, _ in seen]), [p for _, part in seen for p in part]
@@ -135,11 +174,35 @@ class RewardScorer:
         def work() -> dict[str, float]:
             return {
                 f"learning/{label}/{name}": value
-                for label, model in self._learners.items()
+                for label, model in learning.items()
                 for name, value in self._updated(label, model, media, prompts).items()
             }
 
         return self.run(work).result()
+
+    def trains_policy(self, iteration: int) -> bool:
+        """Whether an iteration updates the policy; not if a reward learns alone in it."""
+        return all(trained(m, iteration) != "reward" for m in self._learners.values())
+
+    def check_turns(self, num_iterations: int) -> None:
+        """Check that a run updates the policy.
+
+        Raises:
+            ConfigError: If its rewards learn alone in all of its iterations.
+        """
+        if not any(map(self.trains_policy, range(num_iterations))):
+            names = " and ".join(map(repr, self._learners))
+            raise ConfigError(
+                f"train.iterations = {num_iterations}: reward {names} learns alone in all of them, so the "
+                "policy is never updated; raise train.iterations, or let the policy train more often"
+            )
+
+    def _learning(self) -> dict[str, LearningReward]:
+        """The rewards that learn in this iteration, by name; none in evaluations."""
+        i = self.iteration
+        return {
+            k: m for k, m in self._learners.items() if i is not None and trained(m, i) != "policy"
+        }
 
     def _updated(
         self, label: str, model: LearningReward, media: Tensor, prompts: Sequence[Prompt]
@@ -193,32 +256,42 @@ class RewardScorer:
         """Make a scorer that compares pairs with a preference's judge, on this scorer's thread."""
         return PairwiseScorer(self, preference)
 
-    def score(self, media: Tensor, prompts: Sequence[Prompt]) -> Scores:
+    def score(self, media: Tensor, prompts: Sequence[Prompt], audio: Audio | None = None) -> Scores:
         """Score a batch and wait for it. A failed score is NaN, and so is the reward of its sample.
 
         Raises:
             RewardError: If a reward does not return in time, or fails and the configuration says to
                 stop.
         """
-        result: Scores = self.run(lambda: self._score(media, prompts)).result()
+        result: Scores = self.run(lambda: self._score(media, prompts, audio)).result()
         return result
 
-    def _score(self, media: Tensor, prompts: Sequence[Prompt]) -> Scores:
+    def marks(
+        self, media: Tensor, prompts: Sequence[Prompt]
+    ) -> tuple[str, Float[Tensor, " batch"] | None]:
+        """The name and the scores of the first reward that needs no sound; ``""`` and None without one."""
+        for reward, model in zip(self.rewards, self.models, strict=True):
+            if not takes_audio(model):
+                work = partial(self._attempt, reward, model, media, prompts, None)
+                return reward.label, self.run(work).result()
+        return "", None
+
+    def _score(self, media: Tensor, prompts: Sequence[Prompt], audio: Audio | None) -> Scores:
         """Score a batch, on the worker's thread."""
         began = time.perf_counter()
         raw = {
-            r.label: self._attempt(r, m, media, prompts)
+            r.label: self._attempt(r, m, media, prompts, audio)
             for r, m in zip(self.rewards, self.models, strict=True)
         }
         reward = weighted_sum(self.rewards, raw, self.iteration)
-        self.broken_media += int((~sound(media)).sum())
+        self.broken_media += int((~finite(media, audio)).sum())
         self.scored += len(prompts)
         self.failures_seen += int((~torch.stack(list(raw.values())).isfinite()).any(0).sum())
         self.seconds += time.perf_counter() - began
         weights = {r.label: r.weight_at(self.iteration) for r in self.rewards if r.weight != 0}
         return Scores(raw, reward, weights, {r.label: r.shaped for r in self.rewards})
 
-    def probe(self, media: Tensor, prompts: Sequence[Prompt]) -> None:
+    def probe(self, media: Tensor, prompts: Sequence[Prompt], audio: Audio | None = None) -> None:
         """Score a few different images before training starts, to find unsuitable rewards early.
 
         An image of uniform noise is scored with them. A reward that cannot score noise, or gives it
@@ -227,14 +300,19 @@ class RewardScorer:
         Args:
             media: Different images or videos of the base model.
             prompts: Their prompts.
+            audio: Their sound, if there is any.
 
         Raises:
             RewardError: If a trained reward gives all of them the same score, or no finite score.
         """
         if self.failures.probe == "off":
             return
-        noise = torch.rand(media[:1].shape, generator=torch.Generator().manual_seed(0)).to(media)
-        scores = self.score(torch.cat([media, noise]), [*prompts, prompts[0]])
+        random = torch.Generator().manual_seed(0)
+        noise = torch.rand(media[:1].shape, generator=random).to(media)
+        if audio is not None:
+            hiss = 2 * torch.rand(audio.waveform[:1].shape, generator=random) - 1
+            audio = Audio.concatenate([audio, Audio(hiss, audio.rate)])
+        scores = self.score(torch.cat([media, noise]), [*prompts, prompts[0]], audio)
         for reward in self.rewards:
             values, on_noise = scores.raw[reward.label].split([len(prompts), 1])
             if not values.isfinite().any():
@@ -287,19 +365,34 @@ class RewardScorer:
         self._worker.close(wait)
 
     def _attempt(
-        self, reward: Reward, model: RewardModel, media: Tensor, prompts: Sequence[Prompt]
+        self,
+        reward: Reward,
+        model: RewardModel,
+        media: Tensor,
+        prompts: Sequence[Prompt],
+        audio: Audio | None,
     ) -> Float[Tensor, " batch"]:
         """Call a reward model until every sample has a score or the retries are used up.
 
         A score of an earlier attempt is kept if a later attempt returns NaN for that sample.
+
+        Raises:
+            RewardError: If it needs sound and there is none, it returns anything but numbers, or it
+                fails and the configuration says to stop.
         """
-        scores, fit = torch.full((len(prompts),), math.nan), sound(media)
+        call = cast(Callable[..., Any], model)
+        if takes_audio(model):
+            if audio is None:
+                raise RewardError(f"reward {reward.label!r} needs sound, and the media have none")
+            call = partial(call, audio=audio)
+        fit = finite(media, audio if takes_audio(model) else None)
+        scores = torch.full((len(prompts),), math.nan)
         for attempt in range(self.failures.retries + 1):
             if attempt:
                 time.sleep(self.failures.pause(attempt))
             try:
                 with self.call(reward.label):
-                    values = model(media, prompts)
+                    values = call(media, prompts)
             except (RewardError, KeyboardInterrupt):
                 raise
             except (Exception, SystemExit) as error:
@@ -346,6 +439,12 @@ class _Watched(Future[Any]):
         return super().result()
 
 
-def sound(media: Tensor) -> Tensor:
-    """Which samples of a batch of media are finite, as a boolean vector on the CPU."""
-    return media.flatten(1).isfinite().all(1).cpu()
+def trained(model: LearningReward, iteration: int) -> Trained:
+    """What an iteration trains, as far as a reward decides it."""
+    return model.trains(iteration) if isinstance(model, AlternatingReward) else "both"
+
+
+def finite(media: Tensor, audio: Audio | None) -> Tensor:
+    """Which samples of a batch are finite, with their sound; a boolean vector on the CPU."""
+    pictures = media.flatten(1).isfinite().all(1).cpu()
+    return pictures if audio is None else pictures & audio.is_finite

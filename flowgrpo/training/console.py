@@ -76,10 +76,14 @@ class Console:
             for k, v in metrics.items()
             if k.startswith("score/")
         )
+        # A reward that takes turns with the policy learns alone in some iterations.
+        update = (
+            f"grad {metrics['grad_norm']:.3f}" if "grad_norm" in metrics else "policy not trained"
+        )
         self.say(
             f"[{iteration + 1:>4}/{total}] reward {metrics['reward']:.3f} ({scores}) | "
             f"flat groups {metrics['group/zero_variance']:.0%} | diversity {metrics['group/diversity']:.3f} | "
-            f"grad {metrics['grad_norm']:.3f} | {timings['total']:.1f} s, {clock(left)} left"
+            f"{update} | {timings['total']:.1f} s, {clock(left)} left"
         )
 
 

@@ -10,7 +10,7 @@ from flowgrpo.core.imports import import_path
 from flowgrpo.data.prompt_sets import PromptSet
 from flowgrpo.evaluation import held_out
 from flowgrpo.evaluation.bench_section import direction
-from flowgrpo.evaluation.comparison_grid import ComparisonGrid, load_images, save_images
+from flowgrpo.evaluation.comparison_grid import ComparisonGrid, load_audio, load_images, save_images
 from flowgrpo.policy import PipelinePolicy, Sampling
 from flowgrpo.rewards.scorer import RewardScorer
 from flowgrpo.training.benchmarks import Benchmarks
@@ -59,7 +59,8 @@ class Evaluator:
             self.session.console.say(f"WARNING: {error}; the base model draws them again")
             is_there = False
         if not is_there:
-            save_images(self._base_file, self.comparison_grid.generate(self.policy, self.sampling))
+            drawn = self.comparison_grid.generate_with_audio(self.policy, self.sampling)
+            save_images(self._base_file, *drawn)
 
     def resume(self) -> None:
         """Read the results of earlier sessions, and probe the rewards on the base model's images.
@@ -70,7 +71,8 @@ class Evaluator:
         self.evaluations = self.session.past_evaluations()
         images = load_images(self._base_file)
         if images is not None and self.session.is_main:
-            self.scorer.probe(images, self.comparison_grid.expanded)
+            audio = load_audio(self._base_file)
+            self.scorer.probe(images, self.comparison_grid.expanded, audio)
             self.base_images = images
 
     def evaluate_if_due(self, iteration: int) -> None:

@@ -60,13 +60,15 @@ def iterate(run: TrainingRun) -> Result:
             # Each group is on one process; statistics over the batch need all rewards.
             experience = _with_everyone(session, experience)
 
-        # 2. Assign credit.
-        experience = learner.with_expected(experience, session.gather_objects)
-        advantages = config.algorithm.advantages(experience)
+        update_metrics: dict[str, float] = {}
+        if scorer.trains_policy(iteration):
+            # 2. Assign credit.
+            experience = learner.with_expected(experience, session.gather_objects)
+            advantages = config.algorithm.advantages(experience)
 
-        # 3. Update the weights.
-        with session.phase("train"):
-            update_metrics = learner.update(experience, advantages, random)
+            # 3. Update the weights.
+            with session.phase("train"):
+                update_metrics = learner.update(experience, advantages, random)
 
         metrics = rollout_metrics(experience, session.gather) | rollout.metrics
         session.log(iteration, metrics | reward_metrics | update_metrics, rollout.scoring_seconds)

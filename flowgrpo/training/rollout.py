@@ -48,8 +48,10 @@ def collect(
         return session.share(run.prompts.groups(iteration, number, seed.at("refill", round_)))
 
     experience = sample(session.share(run.prompts.groups(iteration, number, seed)))
-    experience, replaced = refilled(
-        experience, config.train.refill, further, sample, session.gather, number
-    )
+    replaced = 0
+    if scorer.trains_policy(iteration):
+        experience, replaced = refilled(
+            experience, config.train.refill, further, sample, session.gather, number
+        )
     rollout.metrics["group/refilled"] = float(replaced)
     return experience, rollout

@@ -47,7 +47,7 @@ def build(config: Config, session: Session, prompts: PromptSet, held_out: Prompt
     1. Nothing is loaded: the configuration, the device, optional packages, prompt files and the import
        paths of rewards and metrics (:func:`flowgrpo.training.inputs.check_inputs`); then the run
        directory (:class:`Session`).
-    2. The rewards are loaded: whether they can use the prompts.
+    2. The rewards are loaded: whether they can use the prompts, and let the policy train.
     3. The pipeline is loaded: sizes, initial noise and transition (:func:`_check_policy`).
     4. The judges of benchmarks are asked about one image.
     5. The base model has drawn the images of the grid: whether the rewards are finite and vary.
@@ -57,10 +57,7 @@ def build(config: Config, session: Session, prompts: PromptSet, held_out: Prompt
         RewardError: If a reward cannot be trained on.
         CheckpointError: If the newest checkpoint is damaged.
     """
-    scorer = RewardScorer(config.rewards, config.failures, config.memory.score_batch)
-    session.scorer, scorer.safe_point = scorer, session.signals.check
-    for some in (prompts, held_out):
-        scorer.check_prompts(some.prompts)
+    session.scorer = scorer = _scorer(config, session, prompts, held_out)
     policy = PipelinePolicy.from_pretrained(
         config.model.source,
         sampling=config.sampling,
@@ -72,15 +69,11 @@ def build(config: Config, session: Session, prompts: PromptSet, held_out: Prompt
         with_reference=config.loss.needs.reference or config.train.monitor_states > 0,
         memory=config.memory,
     )
+    scorer.check_audio(policy.makes_audio, f"{type(policy.pipeline).__name__} makes none")
     _check_policy(policy, config, prompts, held_out)
     session.note_prompts(_prompt_notes(policy, config, prompts, held_out))
-    learner = Learner(
-        policy,
-        config.train,
-        config.loss,
-        session.accelerator,
-        with_baseline=getattr(config.algorithm, "needs_baseline", False),
-    )
+    with_baseline = getattr(config.algorithm, "needs_baseline", False)
+    learner = Learner(policy, config.train, config.loss, session.accelerator, with_baseline)
     sampling = config.evaluation_sampling()
     evaluator = Evaluator(
         config.evaluation,
@@ -111,6 +104,18 @@ def _benchmarks(
     benchmarks = Benchmarks(config, session, policy, learner, sampling)
     benchmarks.probe()
     return benchmarks
+
+
+def _scorer(
+    config: Config, session: Session, prompts: PromptSet, held_out: PromptSet
+) -> RewardScorer:
+    """The rewards, which can use the prompts and let the policy train."""
+    scorer = RewardScorer(config.rewards, config.failures, config.memory.score_batch)
+    scorer.safe_point = session.signals.check
+    scorer.check_turns(config.train.iterations)
+    for some in (prompts, held_out):
+        scorer.check_prompts(some.prompts)
+    return scorer
 
 
 def _check_policy(
