@@ -231,3 +231,17 @@ def test_what_cannot_be_compared_is_refused_in_one_sentence(two, tmp_path, capsy
         error = capsys.readouterr().err
         assert message in error
         assert error.count("\n") == 1 or "future" in message
+
+
+def test_models_are_drawn_with_the_same_prompts_and_noise(tiny, tmp_path, capsys):
+    model, out = str(tiny("sd3")), tmp_path / "out"
+    drawn = ["--prompts", "prompts/shapes_held_out.jsonl", "--reward", "jpeg_size", "--images", "4"]
+    arguments = [f"one={model}", f"other={model}", *drawn, "--steps", "2", "--out", str(out)]
+    assert main(["compare", *arguments]) == 0
+    assert "jpeg_size: within noise" in capsys.readouterr().out
+    found = json.loads((out / "comparison.json").read_text())
+    row = found["pairs"][0]["rows"][0]
+    # Equal images have equal scores to the last bit.
+    assert (row["difference"], row["low"], row["high"], row["wins"]) == (0, 0, 0, 0.5)
+    assert row["first"] != 0
+    assert found["settings"][0]["runs"][0]["images"] == 4
