@@ -221,7 +221,7 @@ def test_what_cannot_be_compared_is_refused_in_one_sentence(two, tmp_path, capsy
         ([a, c, "--at", "lst"], "--at must be last, best"),
         ([a, c, "--images", "0"], "--images must be at least 1"),
         ([a, c, "--reward-option", "x.y=1"], "is for a --reward"),
-        ([a, c, "--generate"], "has no last checkpoint"),
+        ([a, c, "--generate"], "has no checkpoint yet"),
         ([a, c, "--generate", "--at", "20"], "--at with a number is for recorded scores"),
         (["m1", "m2", "--reward", "jpeg_size"], "on --prompts FILE"),
         (["m1", "m2", "--prompts", "prompts/shapes_held_out.jsonl"], "by --reward NAME"),

@@ -294,6 +294,40 @@ def run_config(folder: Path) -> "Config":
     return load(str(folder / "config.toml"))
 
 
+def checkpoint_of(folder: Path, weights: str) -> Path:
+    """The folder of a run's checkpoint: ``best``, ``last`` or the number of its iterations.
+
+    Raises:
+        FileNotFoundError: If there is no such checkpoint; the message names those that are there.
+    """
+    from flowgrpo.training import checkpoints
+
+    inside = folder / "checkpoints"
+    known = {str(int(p.name)): p for p in checkpoints.complete(inside) if p.name.isdecimal()}
+    if weights.isdecimal():
+        weights = str(int(weights))
+        if weights not in known:
+            there = ", ".join(known) or "none"
+            raise FileNotFoundError(
+                f"{folder} has no checkpoint after {weights} iterations (there: {there}); "
+                "run.keep_checkpoints says how many are kept"
+            )
+        return known[weights]
+    place = inside / "best" if weights == "best" else checkpoints.newest(inside)
+    if place is None or not place.exists():
+        raise FileNotFoundError(f"{folder} has no checkpoint yet")
+    return place
+
+
+def check_folder(path: str) -> None:
+    """Raise UsageError if a model argument is a folder with neither a run nor a pipeline in it."""
+    folder = Path(path)
+    if folder.is_dir() and not is_run(path) and not (folder / "model_index.json").is_file():
+        raise UsageError(
+            f"{path} is neither a run directory (config.toml) nor a pipeline (model_index.json)"
+        )
+
+
 def load_run(
     folder: Path,
     weights: str,
@@ -307,7 +341,7 @@ def load_run(
 
     Args:
         folder: The run directory.
-        weights: Which checkpoint, ``best`` or ``last``; or ``base``, the frozen model before training,
+        weights: Which checkpoint: ``best``, ``last`` or the number of its iterations; or ``base``, the frozen model before training,
             which needs no checkpoint.
         base: Leave the weights of the checkpoint's policy as they were before training.
         sampling: How the pipeline is called; by default as in the run's evaluations.
@@ -324,13 +358,7 @@ def load_run(
     from flowgrpo.training import checkpoints
 
     config = run_config(folder)
-    place = (
-        folder / "checkpoints" / "best"
-        if weights == "best"
-        else checkpoints.newest(folder / "checkpoints")
-    )
-    if weights != "base" and (place is None or not place.exists()):
-        raise FileNotFoundError(f"{folder} has no checkpoint yet")
+    place = None if weights == "base" else checkpoint_of(folder, weights)
     source = config.model.source
     try:
         found = device_of(device or config.run.device)
@@ -347,9 +375,8 @@ def load_run(
         seed=config.run.seed,
         memory=config.memory,
     )
-    if weights == "base":
+    if place is None:
         return policy, 0
-    assert place is not None
     parts, state = checkpoints.load(place)
     if not base:
         assert policy.trainable is not None

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flowgrpo.cli.common import UsageError, is_run
+from flowgrpo.cli.common import UsageError, check_folder, is_run
 
 if TYPE_CHECKING:
     from flowgrpo.bench.comparison import Measured, Setting
@@ -154,11 +154,7 @@ def _models(subjects: Sequence[Subject], options: argparse.Namespace, draws: boo
     from flowgrpo.bench.run_scores import RecordedRun, pooled
 
     for one in subjects:
-        if Path(one.path).is_dir() and not is_run(one.path) and not _is_pipeline(Path(one.path)):
-            raise UsageError(
-                f"{one.path} is neither a run directory (config.toml), nor a pipeline "
-                "(model_index.json), nor a folder with benchmark results (bench.json)"
-            )
+        check_folder(one.path)
     runs = {s: RecordedRun(Path(s.path)) for s in subjects if is_run(s.path)}
     groups = pooled([(s.name, runs[s]) for s in subjects if s in runs])
     if len(groups) + len(subjects) - len(runs) < 2:
@@ -201,10 +197,6 @@ def _models(subjects: Sequence[Subject], options: argparse.Namespace, draws: boo
     differing = {n: {k: (b, a) for k, (a, b) in d.items()} for n, d in differing.items()}
     curves = {n: [r.curve() for r in members] for n, members in groups}
     return Comparison(pairs, settings, curves, differing, notes)
-
-
-def _is_pipeline(folder: Path) -> bool:
-    return (folder / "model_index.json").is_file()
 
 
 def _recorded(
@@ -270,7 +262,7 @@ def _drawn(
         UsageError: If prompts or rewards are not known.
     """
     from flowgrpo.bench.comparison import Setting
-    from flowgrpo.cli.common import quiet
+    from flowgrpo.cli.common import checkpoint_of, quiet
     from flowgrpo.rewards.scorer import RewardScorer
     from flowgrpo.rewards.settings import Failures
     from flowgrpo.training.cpu import prepare_cpu
@@ -280,7 +272,7 @@ def _drawn(
             "--at with a number is for recorded scores; images are drawn of last or best"
         )
     for run in runs.values():
-        _require_checkpoint(run.folder, options.at)
+        checkpoint_of(run.folder, options.at)  # before images of the others are drawn
     first = next(iter(runs.values()), None)
     prompts = _prompts(options, first)
     rewards = _rewards(options, first)
@@ -305,18 +297,6 @@ def _drawn(
     scorer.close()
     weights = {name: members[0].weights() for name, members in groups}
     return [Setting(n, m, (), weights.get(n, {})) for n, m in found.items()]
-
-
-def _require_checkpoint(folder: Path, at: str) -> None:
-    """Raise FileNotFoundError, before images are drawn, if a run has no checkpoint."""
-    from flowgrpo.training import checkpoints
-
-    place = folder / "checkpoints"
-    if not ((place / "best").exists() if at == "best" else checkpoints.newest(place)):
-        raise FileNotFoundError(
-            f"{folder} has no {at} checkpoint, from which images could be drawn: train it further, or "
-            "leave it out"
-        )
 
 
 def _prompts(options: argparse.Namespace, first: "RecordedRun | None") -> "PromptSet":
