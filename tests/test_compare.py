@@ -77,17 +77,21 @@ def test_evaluations_of_different_size_are_compared_on_their_common_images():
     assert (whole.difference, whole.low, whole.high) == (0, 0, 0)
 
 
-def test_the_spread_between_seeds_widens_the_interval():
+@pytest.mark.parametrize("paired", [False, True])
+def test_the_spread_between_seeds_widens_the_interval(paired):
     seeds = [[0.0, 1.2, -0.9], [0.8, 2.2, -0.4]]
     groups = [
-        [measured(noisy(s, spread=0.0), seed=i) for i, s in enumerate(shifts)] for shifts in seeds
-    ]
-    (whole, *_) = rows(Setting("a", groups[0]), Setting("b", groups[1]))
-    theirs = stats.ttest_ind(*seeds, equal_var=False).confidence_interval(0.95)
+        [measured(noisy(s, spread=0.0), seed=i if paired else 10 * g + i) for i, s in enumerate(shifts)]
+        for g, shifts in enumerate(seeds)
+    ]  # fmt: skip
+    # The order in which runs are named does not matter.
+    (whole, *_) = rows(Setting("a", groups[0]), Setting("b", groups[1][::-1]))
+    test = stats.ttest_rel(*seeds) if paired else stats.ttest_ind(*seeds, equal_var=False)
+    theirs = test.confidence_interval(0.95)
     assert whole.difference == pytest.approx(np.mean(seeds[1]) - np.mean(seeds[0]))
-    # Without noise of images, the interval is Welch's alone.
+    # Without noise of images, the interval is that of the means over seeds alone.
     assert whole.half_width == pytest.approx((theirs.high - theirs.low) / 2, rel=1e-6)
-    assert whole.is_noise
+    assert whole.is_noise is not paired
     (single, *_) = rows(Setting("a", groups[0][:1]), Setting("b", groups[1][:1]))
     assert not single.is_noise
 

@@ -2,8 +2,9 @@
 
 Two intervals are combined. The first is a bootstrap over prompts, paired because both models are scored
 on the same prompts (:mod:`flowgrpo.bench.statistics`). If both settings have several runs that differ in
-the seed only, the second is Welch's t interval for the difference of their means over runs, which covers
-the randomness of training. Independent errors add as squares.
+the seed only, the second is a t interval for the difference of their means over runs, which covers the
+randomness of training: paired if both have the same seeds, because a seed also decides the noise of the
+evaluations and the order of the prompts, else Welch's. Independent errors add as squares.
 """
 
 import math
@@ -213,6 +214,7 @@ def exploitation(setting: Setting) -> tuple[str, str]:
 def _rows_of(reward: str, first: Sequence[Measured], second: Sequence[Measured]) -> list[Row]:
     """One reward of two groups of runs, on all images and on each task."""
     tables = [_table(reward, group) for group in (first, second)]
+    seeds = [m.seed for m in first], [m.seed for m in second]
     tasks = sorted({c for m in [*first, *second] for c in m.classes if c})
     known = {d for t in tables for d in t.dimensions}
     metrics = [Metric(reward, (tuple(sorted(known)),))]
@@ -224,7 +226,7 @@ def _rows_of(reward: str, first: Sequence[Measured], second: Sequence[Measured])
         zip(metrics, compare(tables[0], tables[1], metrics), strict=True)
     ):
         each = [_means(reward, group, metric) for group in (first, second)]
-        spread = _seed_interval(*each)
+        spread = _seed_interval(each[0], each[1], seeds)
         low = estimated.value - math.hypot(estimated.value - estimated.low, spread)
         high = estimated.value + math.hypot(estimated.high - estimated.value, spread)
         means = [float(t.values([metric], np.ones((1, len(t.keys))))[0, 0]) for t in tables]
@@ -256,8 +258,18 @@ def _means(reward: str, group: Sequence[Measured], metric: Metric) -> list[float
     return [float(t.values([metric], np.ones((1, len(t.keys))))[0, 0]) for t in tables]
 
 
-def _seed_interval(first: Sequence[float], second: Sequence[float]) -> float:
-    """Half of Welch's 95 % interval of the difference of two means over runs.
+def _seed_interval(
+    first: Sequence[float],
+    second: Sequence[float],
+    seeds: tuple[Sequence[int | None], Sequence[int | None]],
+) -> float:
+    """Half of the 95 % t interval of the difference of two means over runs.
+
+    Args:
+        first: The mean of each run of the first setting.
+        second: The mean of each run of the second setting.
+        seeds: The seeds of the runs of both; if they are the same, the differences of runs with equal
+            seeds are taken.
 
     Returns:
         0 if a group has one run only, from which the spread of training is not known.
@@ -266,12 +278,16 @@ def _seed_interval(first: Sequence[float], second: Sequence[float]) -> float:
         return 0.0
     from scipy.stats import t
 
-    parts = [float(np.var(g, ddof=1)) / len(g) for g in (first, second)]
-    total = sum(parts)
-    if not total > 0:
-        return 0.0
-    sizes = (len(first), len(second))
-    freedom = total**2 / sum(p**2 / (n - 1) for p, n in zip(parts, sizes, strict=True))
+    one, other = (dict(zip(s, g, strict=True)) for s, g in zip(seeds, (first, second), strict=True))
+    if set(one) == set(other) and len(one) == len(first) == len(second):
+        each = [other[s] - one[s] for s in one]
+        total, freedom = float(np.var(each, ddof=1)) / len(each), float(len(each) - 1)
+    else:
+        sizes = (len(first), len(second))
+        parts = [float(np.var(g, ddof=1)) / len(g) for g in (first, second)]
+        total = sum(parts)
+        weighed = sum(p**2 / (n - 1) for p, n in zip(parts, sizes, strict=True))
+        freedom = total**2 / weighed if weighed > 0 else 1.0
     return float(t.ppf((1 + CONFIDENCE) / 2, freedom)) * math.sqrt(total)
 
 

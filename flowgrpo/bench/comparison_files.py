@@ -18,7 +18,7 @@ from flowgrpo.evaluation.report import write_page
 FORMAT = 1
 ABOUT = (
     "Differences are second minus first on the same prompts. ± is half of the 95 % interval: a paired "
-    "bootstrap over prompts, and Welch's t over runs where both settings have several seeds. A "
+    "bootstrap over prompts, and a t interval over runs where both settings have several seeds. A "
     "difference whose interval contains 0 is within noise. Of twenty tasks without any difference, "
     "about one is marked by chance."
 )
