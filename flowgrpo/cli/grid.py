@@ -140,8 +140,8 @@ def _again(options: argparse.Namespace) -> "tuple[GridSettings, Sequence[Prompt]
     changed = [k for k, v in settings.digests.items() if now.get(k) != v]
     if changed:
         raise ValueError(
-            f"the checkpoint {changed[0]} is not the one of {options.picture}: the run was trained "
-            "further or again"
+            f"the checkpoint {changed[0]} is not the one of {options.picture}: the run is not there, or "
+            "was trained further or again"
         )
     return settings, [prompt_of(p) for p in settings.prompts]
 
@@ -272,14 +272,14 @@ def _draw(settings: "GridSettings", prompts: "Sequence[Prompt]", out: Path) -> N
     for index, prompt in enumerate(prompts):
         part = slice(index * settings.samples, (index + 1) * settings.samples)
         for row in range(len(inner[0].values) if inner else 1):
-            name = f" · {title_of(inner[0].kind, inner[0].values[row], None)}" if inner else ""
+            name = f" ({title_of(inner[0].kind, inner[0].values[row], None)})" if inner else ""
             places = [(row, column) for column in range(len(columns.values))]
             blocks = [images[p][part] for p in places]
             own = [notes[p][part] for p in places]
             rows.append(GridRow(prompt.text + name, blocks, own, conditions(prompt)))
     titles = [title_of(columns.kind, v, trained[c]) for c, v in enumerate(columns.values)]
     sampling = _sampling(settings, settings.start)
-    title, subtitle = _heading(settings, sampling, images[0, 0].shape)
+    title, subtitle = _heading(settings, images[0, 0].shape)
     fps, metadata = frames_per_second(sampling.call), {KEY: settings.to_json()}
     write_grid(rows, titles, title, subtitle, out, settings.narrow, fps, metadata)
 
@@ -354,8 +354,8 @@ def _notes(
         if len(labels) == 1:
             found[place] = marks(raw[labels[0]])
         else:
-            each = [[f"{k} {v:.2f}" for v in raw[k].tolist()] for k in labels]
-            found[place] = ["  ".join(parts) for parts in zip(*each, strict=True)]
+            each = [[f"{v:.2f}" for v in raw[k].tolist()] for k in labels]
+            found[place] = [" / ".join(parts) for parts in zip(*each, strict=True)]
     scorer.close()
     return found
 
@@ -376,9 +376,7 @@ def title_of(kind: str, value: Any, trained: int | None) -> str:
     return f"{kind} {value:g}" if isinstance(value, float) else f"{kind} {value}"
 
 
-def _heading(
-    settings: "GridSettings", sampling: "Sampling", shape: Sequence[int]
-) -> tuple[str, str]:
+def _heading(settings: "GridSettings", shape: Sequence[int]) -> tuple[str, str]:
     """Title and subtitle: what is the same in all cells."""
     from flowgrpo.rewards.settings import Reward
 
@@ -389,12 +387,15 @@ def _heading(
     if "model" in kinds:
         title = "Models"
     height, width = shape[-2:]
-    guidance = "default" if sampling.guidance_scale is None else f"{sampling.guidance_scale:g}"
+    used = [_sampling(settings, cell) for _, _, cell in settings.cells()]
+    scales = {"default" if s.guidance_scale is None else f"{s.guidance_scale:g}" for s in used}
+    guidance = " and ".join(sorted(scales))
+    steps = " and ".join(str(n) for n in sorted({s.num_steps for s in used}))
     same = ["deterministic sampler"]
-    same += [f"{sampling.num_steps} steps"] if "steps" not in kinds else []
+    same += [f"{steps} steps"] if "steps" not in kinds else []
     same += [f"guidance {guidance}"] if "guidance" not in kinds else []
     same += [f"{width}x{height}"]
     same += [f"seed {start.seed}, same noise in the same place"] if "seed" not in kinds else []
     same += [f"adapters {', '.join(start.loras)}"] if start.loras else []
-    labels = ", ".join(Reward(**r).label for r in settings.rewards)
+    labels = " / ".join(Reward(**r).label for r in settings.rewards)
     return title, ", ".join(same) + (f"; marks: {labels}" if labels else "")
