@@ -229,12 +229,10 @@ def _rows_of(reward: str, first: Sequence[Measured], second: Sequence[Measured])
         spread = _seed_interval(each[0], each[1], seeds)
         low = estimated.value - math.hypot(estimated.value - estimated.low, spread)
         high = estimated.value + math.hypot(estimated.high - estimated.value, spread)
-        means = [float(t.values([metric], np.ones((1, len(t.keys))))[0, 0]) for t in tables]
-        wins = _wins(*tables, metric)
+        one, other = (float(t.values([metric], np.ones((1, len(t.keys))))[0, 0]) for t in tables)
+        wins = _wins(tables[0], tables[1], metric)
         task = metric.name if index else ""
-        found.append(
-            Row(reward, task, *means, estimated.value, low, high, wins, in_points)
-        )  # fmt: skip
+        found.append(Row(reward, task, one, other, estimated.value, low, high, wins, in_points))
     return found
 
 

@@ -149,7 +149,7 @@ def markdown(comparison: Comparison) -> str:
 
 def _cells(pair: Pair) -> list[tuple[str, ...]]:
     """The rows of a table as text."""
-    found = []
+    found: list[tuple[str, ...]] = []
     for row in pair.rows:
         name = f"{row.reward}: {row.task}" if row.task else row.reward
         wins = "–" if row.wins is None else f"{100 * row.wins:.0f} %"

@@ -372,6 +372,10 @@ def comparison_rows(first: Path, second: Path) -> list[Row]:
     for row in compared(first, second):
         factor = 100.0 if row["percent"] else 1.0
         names = ("first", "second", "value", "low", "high")
-        values = [math.nan if row[n] is None else row[n] / factor for n in names]
-        found.append(Row(row["name"], "", *values, None, row["percent"]))
+        first_mean, second_mean, value, low, high = (
+            math.nan if row[n] is None else row[n] / factor for n in names
+        )
+        found.append(
+            Row(row["name"], "", first_mean, second_mean, value, low, high, None, row["percent"])
+        )
     return found

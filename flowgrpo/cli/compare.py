@@ -271,8 +271,8 @@ def _drawn(
         raise UsageError(
             "--at with a number is for recorded scores; images are drawn of last or best"
         )
-    for run in runs.values():
-        checkpoint_of(run.folder, options.at)  # before images of the others are drawn
+    for one in runs.values():
+        checkpoint_of(one.folder, options.at)  # before images of the others are drawn
     first = next(iter(runs.values()), None)
     prompts = _prompts(options, first)
     rewards = _rewards(options, first)
