@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 SUMMARY = "compare runs, models or benchmark results: paired differences, and a verdict in words"
 EXAMPLE = """\
-flowgrpo compare runs/flow_0 runs/flow_1 runs/tp_0 runs/tp_1     seeds of one setting are pooled
+flowgrpo compare runs/flow_0 runs/flow_1 runs/tp_0 runs/tp_1
   flowgrpo compare base=shapes tuned=runs/quickstart               a model and a run: images are drawn
   flowgrpo compare bench/geneval/a bench/geneval/b                 results of 'flowgrpo bench'"""
 DRAWING = ("prompts", "images", "reward", "reward_option", "by", "steps", "guidance", "seed")

@@ -32,9 +32,9 @@ SUMMARY = (
     "draw a comparison grid: models, checkpoints, adapters, guidance, steps or seeds, same noise"
 )
 EXAMPLE = """\
-flowgrpo grid runs/quickstart --out grid.png                     base and trained model
+flowgrpo grid runs/quickstart --out grid.png
   flowgrpo grid runs/quickstart --out grid.png --axis checkpoint=base,60,120 --axis guidance=1,3
-  flowgrpo grid shapes --out grid.png --axis model=shapes,runs/a,runs/b --prompts prompts.txt
+  flowgrpo grid --axis model=shapes,runs/a,runs/b --out grid.png --prompts prompts.txt
   flowgrpo grid --from grid.png --out again.png                    the same grid again"""
 STEPS = 28
 
