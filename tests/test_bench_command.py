@@ -21,8 +21,8 @@ def bench(*words: str) -> int:
     return main(["bench", *words])
 
 
-def result(folder: Path) -> dict:
-    return json.loads((folder / "bench.json").read_text())
+def result(folder: Path, name: str = "bench.json") -> dict:
+    return json.loads((folder / name).read_text())
 
 
 def test_one_command_does_all_and_its_parts_do_the_same(
@@ -62,6 +62,19 @@ def test_a_run_is_measured_before_and_after(
     again = capsys.readouterr().out
     (table,) = re.findall(r"second minus first.*?comparison\.html", again, re.DOTALL)
     assert table in printed
+    assert main(["compare", str(base), f"after={last}", "--out", "both"]) == 0
+    (pair,) = result(Path("both"), "comparison.json")["pairs"]
+    assert (pair["first"], pair["second"]) == ("mine-base", "after")
+    for row in pair["rows"]:
+        before, after = (
+            next(m["value"] for m in result(f)["metrics"] if m["name"] == row["reward"])
+            for f in (base, last)
+        )
+        scale = 100 if row["in_points"] else 1
+        assert scale * row["difference"] == pytest.approx(after - before, abs=1e-4)
+        assert row["low"] is None or row["low"] <= row["difference"] <= row["high"]
+    assert main(["compare", str(base), str(run), "--out", "both"]) == 2
+    assert "has no bench.json" in capsys.readouterr().err
     settings = [result(f)["generation"]["settings"] for f in (base, last)]
     assert (
         settings[0]["call"]

@@ -113,6 +113,13 @@ def test_an_evaluation_equals_the_slow_one(policy: PipelinePolicy) -> None:
             assert own.pop("errors") == pytest.approx(errors, rel=1e-3, abs=1e-6)
             assert own == pytest.approx(means, **near)
     assert list(found["by_class"]) == ["animal", "thing"]
+    each = found["per_image"]
+    assert each["prompt"] == [0, 1, 2, 3, 0, 4, 2, 1, 0]
+    assert each["class"] == [r[0] for r in rows]
+    assert each["scores"]["brightness"] == pytest.approx(light, **near)
+    assert [n if n == n else None for n in each["scores"]["length"]] == [
+        r[2] if r[3] else None for r in rows
+    ]
     own_images: dict[str, list[Tensor]] = {}
     for item, picture in zip(items, images, strict=True):
         own_images.setdefault(item.prompt.text, []).append(picture)
@@ -159,6 +166,7 @@ def test_processes_share_the_prompts_and_agree(policy: PipelinePolicy) -> None:
     assert together["by_class"].keys() == alone["by_class"].keys()
     assert together["scores"] == pytest.approx(alone["scores"], rel=1e-5)
     assert together["images"] == alone["images"] == 9
+    assert together["per_image"]["prompt"] == alone["per_image"]["prompt"]
     scorer.close()
 
 

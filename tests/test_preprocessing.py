@@ -80,7 +80,7 @@ def media(files: list[Path]) -> list[Tensor]:
 
 @pytest.fixture(scope="module")
 def opened(files: list[Path]) -> list[Image.Image]:
-    return [Image.open(m.path) for m in find_media(files[0].parent)]
+    return [Image.open(m.files[0]) for m in find_media(files[0].parent)]
 
 
 def seen_by(model: Any, call: Callable[[], Any], key: str = "pixel_values") -> Tensor:

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from flowgrpo.bench.base import BenchError, Benchmark, Metric, Reference
+from flowgrpo.bench.comparison import Row
 from flowgrpo.bench.files import read_json, sha256, write_json
 from flowgrpo.bench.generation import SETTINGS
 from flowgrpo.bench.models import versions
@@ -361,5 +362,20 @@ def compared(first: Path, second: Path) -> list[dict[str, Any]]:
                 "second": rows[1].get(metric.name),
                 "verdict": verdict,
             }
+        )
+    return found
+
+
+def comparison_rows(first: Path, second: Path) -> list[Row]:
+    """The same as rows of :mod:`flowgrpo.bench.comparison`, in shares where the table has percent."""
+    found = []
+    for row in compared(first, second):
+        factor = 100.0 if row["percent"] else 1.0
+        names = ("first", "second", "value", "low", "high")
+        first_mean, second_mean, value, low, high = (
+            math.nan if row[n] is None else row[n] / factor for n in names
+        )
+        found.append(
+            Row(row["name"], "", first_mean, second_mean, value, low, high, None, row["percent"])
         )
     return found

@@ -305,6 +305,40 @@ def _device_of_run(config: "Config", device: str | None) -> str:
         raise ConfigError(f"{own}{error}") from error
 
 
+def checkpoint_of(folder: Path, weights: str) -> Path:
+    """The folder of a run's checkpoint: ``best``, ``last`` or the number of its iterations.
+
+    Raises:
+        FileNotFoundError: If there is no such checkpoint; the message names those that are there.
+    """
+    from flowgrpo.training import checkpoints
+
+    inside = folder / "checkpoints"
+    known = {str(int(p.name)): p for p in checkpoints.complete(inside) if p.name.isdecimal()}
+    if weights.isdecimal():
+        weights = str(int(weights))
+        if weights not in known:
+            there = ", ".join(known) or "none"
+            raise FileNotFoundError(
+                f"{folder} has no checkpoint after {weights} iterations (there: {there}); "
+                "run.keep_checkpoints says how many are kept"
+            )
+        return known[weights]
+    place = inside / "best" if weights == "best" else checkpoints.newest(inside)
+    if place is None or not place.exists():
+        raise FileNotFoundError(f"{folder} has no checkpoint yet")
+    return place
+
+
+def check_folder(path: str) -> None:
+    """Raise UsageError if a model argument is a folder with neither a run nor a pipeline in it."""
+    folder = Path(path)
+    if folder.is_dir() and not is_run(path) and not (folder / "model_index.json").is_file():
+        raise UsageError(
+            f"{path} is neither a run directory (config.toml) nor a pipeline (model_index.json)"
+        )
+
+
 def load_run(
     folder: Path,
     weights: str,
@@ -318,7 +352,7 @@ def load_run(
 
     Args:
         folder: The run directory.
-        weights: Which checkpoint, ``best`` or ``last``; or ``base``, the frozen model before training,
+        weights: Which checkpoint: ``best``, ``last`` or the number of its iterations; or ``base``, the frozen model before training,
             which needs no checkpoint.
         base: Leave the weights of the checkpoint's policy as they were before training.
         sampling: How the pipeline is called; by default as in the run's evaluations.
@@ -334,13 +368,7 @@ def load_run(
     from flowgrpo.training import checkpoints
 
     config = run_config(folder)
-    place = (
-        folder / "checkpoints" / "best"
-        if weights == "best"
-        else checkpoints.newest(folder / "checkpoints")
-    )
-    if weights != "base" and (place is None or not place.exists()):
-        raise FileNotFoundError(f"{folder} has no checkpoint yet")
+    place = None if weights == "base" else checkpoint_of(folder, weights)
     source = config.model.source
     policy = PipelinePolicy.from_pretrained(
         replace(source, adapters=(*source.adapters, *adapters)),
@@ -352,9 +380,8 @@ def load_run(
         seed=config.run.seed,
         memory=config.memory,
     )
-    if weights == "base":
+    if place is None:
         return policy, 0
-    assert place is not None
     parts, state = checkpoints.load(place)
     if not base:
         assert policy.trainable is not None

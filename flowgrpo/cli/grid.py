@@ -1,28 +1,62 @@
 """``flowgrpo grid``."""
 
 import argparse
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from flowgrpo.cli.common import (
     UsageError,
-    adapters_of,
     add_lora_argument,
     add_weights_argument,
+    check_folder,
+    checkpoint_of,
+    is_run,
     load_run,
     quiet,
     run_config,
 )
 
-SUMMARY = "draw a comparison grid: base model and trained model, same noise"
-EXAMPLE = "flowgrpo grid runs/quickstart --out grid.png"
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from flowgrpo.data.prompts import Prompt
+    from flowgrpo.evaluation.grid_settings import Cell, GridSettings
+    from flowgrpo.policy import PipelinePolicy, Sampling
+    from flowgrpo.rewards.settings import Reward
+
+Place = tuple[int, int]
+"""Row of each prompt and column of a cell."""
+SUMMARY = (
+    "draw a comparison grid: models, checkpoints, adapters, guidance, steps or seeds, same noise"
+)
+EXAMPLE = """\
+flowgrpo grid runs/quickstart --out grid.png
+  flowgrpo grid runs/quickstart --out grid.png --axis checkpoint=base,60,120 --axis guidance=1,3
+  flowgrpo grid --axis model=shapes,runs/a,runs/b --out grid.png --prompts prompts.txt
+  flowgrpo grid --from grid.png --out again.png                    the same grid again"""
+STEPS = 28
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of the command."""
-    parser.add_argument("run", help="run directory")
+    parser.add_argument("run", nargs="?", help="run directory or model (not with --axis model)")
     parser.add_argument(
         "--out", required=True, help="PNG file; videos are also written as MP4, next to it"
+    )
+    parser.add_argument(
+        "--axis",
+        action="append",
+        default=[],
+        metavar="KIND=A,B,...",
+        help="the columns; given again, the rows of each prompt. KIND is model, checkpoint (base, best, last or iterations), lora, scale, guidance, steps or seed (default: of a run, checkpoint=base,last)",
+    )
+    parser.add_argument(
+        "--from",
+        dest="picture",
+        metavar="PNG",
+        help="draw a grid of this command again, from the settings that its file holds",
     )
     parser.add_argument("--prompts", help="file of prompts (default: the run's held-out prompts)")
     parser.add_argument("--rows", type=int, default=6, help="prompts (default: %(default)s)")
@@ -31,49 +65,337 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--seed", type=int, default=0, help="for the noise (default: %(default)s)")
     parser.add_argument(
+        "--reward",
+        action="append",
+        default=[],
+        metavar="[NAME=]MODEL",
+        help="reward whose scores are shown; can be given again (default: the run's first reward)",
+    )
+    parser.add_argument(
+        "--reward-option",
+        action="append",
+        default=[],
+        metavar="NAME.KEY=VALUE",
+        help="an option of a --reward",
+    )
+    parser.add_argument(
         "--narrow", action="store_true", help="for a phone: the models below each other"
     )
     add_weights_argument(parser)
     add_lora_argument(parser)
     parser.add_argument(
-        "--steps", type=int, help="denoising steps (default: as in the run's evaluations)"
+        "--steps",
+        type=int,
+        help=f"denoising steps (default: as in the run's evaluations; of a model {STEPS})",
     )
     parser.add_argument(
-        "--guidance", type=float, help="guidance scale (default: as in the run's evaluations)"
+        "--guidance",
+        type=float,
+        help="guidance scale (default: as in the run's evaluations; of a model the pipeline's)",
     )
 
 
 def run(options: argparse.Namespace) -> int:
-    """Generate the images of both models, score them and draw the grid."""
-
-    from flowgrpo.config import find
-    from flowgrpo.data.prompt_sets import PromptSet
-    from flowgrpo.evaluation.comparison_grid import ComparisonGrid
-    from flowgrpo.rewards.scorer import RewardScorer
-
+    """Generate the images of all cells, score them and draw the grid."""
     for name in ("rows", "samples", "steps"):
         value = getattr(options, name)
         if value is not None and value < 1:
             raise UsageError(f"--{name} must be at least 1, got {value}")
     if Path(options.out).suffix.lower() != ".png":
         raise UsageError(f"--out must end in .png, got {options.out!r}")
-    folder = Path(options.run)
-    config = run_config(folder)
+    if options.picture is not None:
+        settings, prompts = _again(options)
+    else:
+        settings, prompts = _new(options)
     quiet()
-    adapters = adapters_of(options)
-    prompts = PromptSet.load(find(options.prompts or config.prompts.held_out))
-    sampling = config.evaluation_sampling()
-    changes = {"num_steps": options.steps, "guidance_scale": options.guidance}
-    sampling = replace(sampling, **{k: v for k, v in changes.items() if v is not None})
-    grid = ComparisonGrid.of(prompts, options.rows, options.samples, options.seed)
-    policy, iteration = load_run(folder, options.weights, base=True, adapters=adapters)
-    base = grid.generate(policy, sampling)
-    policy, iteration = load_run(folder, options.weights, adapters=adapters)
-    tuned = grid.generate(policy, sampling)
-    scorer = RewardScorer(config.rewards, config.failures)
-    columns = ["base", f"after {iteration} iterations"]
-    title = f"{config.model.path}: {folder.name}"
-    grid.save(columns, [base, tuned], scorer, sampling, title, Path(options.out), options.narrow)
-    scorer.close()
+    _draw(settings, prompts, Path(options.out))
     print(options.out)
     return 0
+
+
+def _again(options: argparse.Namespace) -> "tuple[GridSettings, Sequence[Prompt]]":
+    """The settings and the prompts of a picture.
+
+    Raises:
+        UsageError: If another option contradicts it.
+        ValueError: If the picture lacks them, or a checkpoint is not the same any more.
+    """
+    from flowgrpo.evaluation.grid_settings import GridSettings, prompt_of
+
+    defaults = vars(options.parser.parse_args(["--out", options.out, "--from", options.picture]))
+    given = [
+        k for k, v in vars(options).items() if k in defaults and k != "parser" and v != defaults[k]
+    ]
+    if given:
+        name = "a model" if given[0] == "run" else f"--{given[0].replace('_', '-')}"
+        raise UsageError(f"--from draws the grid of {options.picture} as it is: remove {name}")
+    settings = GridSettings.from_picture(Path(options.picture))
+    if settings.prompts is None:
+        raise ValueError(
+            f"{options.picture} does not hold its prompts, because they have pictures in memory or "
+            "arguments of the call that are not text: draw it with the original command"
+        )
+    _check_models(settings)
+    now = _digests(settings)
+    changed = [k for k, v in settings.digests.items() if now.get(k) != v]
+    if changed:
+        raise ValueError(
+            f"the checkpoint {changed[0]} is not the one of {options.picture}: the run is not there, or "
+            "was trained further or again"
+        )
+    return settings, [prompt_of(p) for p in settings.prompts]
+
+
+def _new(options: argparse.Namespace) -> "tuple[GridSettings, Sequence[Prompt]]":
+    """The settings and the prompts of the command line."""
+    from flowgrpo.config import find
+    from flowgrpo.data.prompt_sets import PromptSet
+    from flowgrpo.evaluation.comparison_grid import ComparisonGrid
+    from flowgrpo.evaluation.grid_settings import Axis, Cell, GridSettings, prompt_record
+
+    axes = tuple(Axis.parse(t) for t in options.axis)
+    models = next((a.values for a in axes if a.kind == "model"), ())
+    if bool(models) == (options.run is not None):
+        raise UsageError(
+            "grid needs a run or a model"
+            if not models
+            else "--axis model names the models: remove the other one"
+        )
+    main = models[0] if models else options.run
+    check_folder(main)
+    if not axes:
+        run_config(Path(main))  # raises if it is no run
+        axes = (Axis("checkpoint", ("base", options.weights)),)
+    config = run_config(Path(main)) if is_run(main) else None
+    if not options.prompts and config is None:
+        raise UsageError(f"{main} is no run, which has prompts: give --prompts FILE")
+    place = options.prompts or (config.prompts.held_out if config else "")
+    prompts = PromptSet.load(find(place))
+    chosen = ComparisonGrid.of(prompts, options.rows, options.samples, options.seed).prompts
+    start = Cell(
+        main, options.weights, tuple(options.lora), options.guidance, options.steps, options.seed
+    )
+    records = [prompt_record(p) for p in chosen]
+    settings = GridSettings(
+        start=start,
+        axes=axes,
+        samples=options.samples,
+        prompts=None if None in records else [r for r in records if r is not None],
+        rewards=_rewards(options, config.rewards if config else ()),
+        narrow=options.narrow,
+        digests={},
+    )
+    settings.check(len(chosen))
+    _check_models(settings)
+    settings = _resolved(settings)
+    return replace(settings, digests=_digests(settings)), chosen
+
+
+def _rewards(options: argparse.Namespace, own: "Sequence[Reward]") -> list[Mapping[str, Any]]:
+    """The rewards that score the images: those of the command line, else the run's first one."""
+    from flowgrpo.cli.score import named_rewards
+    from flowgrpo.core.secrets import redact_table
+
+    if options.reward_option and not options.reward:
+        raise UsageError("--reward-option is for a --reward; the rewards of a run have their own")
+    rewards = named_rewards(options.reward, options.reward_option) if options.reward else own[:1]
+    return [
+        redact_table({"model": r.model, "name": r.name, "options": dict(r.options)})
+        for r in rewards
+    ]
+
+
+def _check_models(settings: "GridSettings") -> None:
+    """Refuse folders that are no models and checkpoints that do not exist, before anything is loaded."""
+    on_axis = any(a.kind == "checkpoint" for a in settings.axes)
+    for cell in [c for _, _, c in settings.cells()]:
+        check_folder(cell.model)
+        if is_run(cell.model):
+            run_config(Path(cell.model))
+            if cell.checkpoint != "base":
+                checkpoint_of(Path(cell.model), str(cell.checkpoint))
+        elif on_axis:
+            raise UsageError(f"--axis checkpoint is for run directories, and {cell.model} is none")
+
+
+def _resolved(settings: "GridSettings") -> "GridSettings":
+    """The settings with the iterations of the checkpoint in place of ``last``, if there is one run.
+
+    With several runs ``last`` stays, since their iterations may differ; the digests tell them apart.
+    """
+    if any(a.kind == "model" for a in settings.axes) or not is_run(settings.start.model):
+        return settings
+    folder = Path(settings.start.model)
+
+    def number(checkpoint: Any) -> Any:
+        return str(int(checkpoint_of(folder, "last").name)) if checkpoint == "last" else checkpoint
+
+    axes = tuple(
+        replace(a, values=tuple(map(number, a.values))) if a.kind == "checkpoint" else a
+        for a in settings.axes
+    )
+    named = any(a.kind == "checkpoint" for a in axes)
+    start = settings.start
+    return replace(
+        settings,
+        axes=axes,
+        start=start if named else replace(start, checkpoint=number(start.checkpoint)),
+    )
+
+
+def _digests(settings: "GridSettings") -> dict[str, str]:
+    """The SHA-256 of the state of each checkpoint, by ``MODEL@CHECKPOINT``."""
+    import hashlib
+
+    from flowgrpo.training.checkpoints import STATE
+
+    found = {}
+    for _, _, cell in settings.cells():
+        if is_run(cell.model) and cell.checkpoint != "base":
+            state = checkpoint_of(Path(cell.model), str(cell.checkpoint)) / STATE
+            key = f"{cell.model}@{cell.checkpoint}"
+            found[key] = hashlib.sha256(state.read_bytes()).hexdigest()
+    return found
+
+
+def _draw(settings: "GridSettings", prompts: "Sequence[Prompt]", out: Path) -> None:
+    """Generate, score and draw."""
+    from flowgrpo.data.videos import frames_per_second
+    from flowgrpo.evaluation.comparison_grid import conditions, write_grid
+    from flowgrpo.evaluation.grid_drawing import GridRow
+    from flowgrpo.evaluation.grid_settings import KEY
+
+    images, trained = _images(settings, prompts)
+    notes = _notes(settings, prompts, images)
+    columns, *inner = settings.axes
+    rows = []
+    for index, prompt in enumerate(prompts):
+        part = slice(index * settings.samples, (index + 1) * settings.samples)
+        for row in range(len(inner[0].values) if inner else 1):
+            name = f" ({title_of(inner[0].kind, inner[0].values[row], None)})" if inner else ""
+            places = [(row, column) for column in range(len(columns.values))]
+            blocks = [images[p][part] for p in places]
+            own = [notes[p][part] for p in places]
+            rows.append(GridRow(prompt.text + name, blocks, own, conditions(prompt)))
+    titles = [title_of(columns.kind, v, trained[c]) for c, v in enumerate(columns.values)]
+    sampling = _sampling(settings, settings.start)
+    title, subtitle = _heading(settings, images[0, 0].shape)
+    fps, metadata = frames_per_second(sampling.call), {KEY: settings.to_json()}
+    write_grid(rows, titles, title, subtitle, out, settings.narrow, fps, metadata)
+
+
+def _images(
+    settings: "GridSettings", prompts: "Sequence[Prompt]"
+) -> "tuple[dict[Place, Tensor], dict[int, int]]":
+    """The images of each cell, prompt by prompt, and the iterations trained of each column."""
+    from flowgrpo.evaluation.comparison_grid import ComparisonGrid
+
+    cells = list(settings.cells())
+    images: dict[Place, Tensor] = {}
+    trained: dict[int, int] = {}
+    # One model is loaded at a time, and draws all of its cells.
+    for weights in dict.fromkeys(c.weights for _, _, c in cells):
+        mine = [(row, column, c) for row, column, c in cells if c.weights == weights]
+        policy, iteration = _load(mine[0][2], _sampling(settings, mine[0][2]))
+        for row, column, cell in mine:
+            grid = ComparisonGrid(prompts, settings.samples, cell.seed)
+            images[row, column] = grid.generate(policy, _sampling(settings, cell)).cpu()
+            trained[column] = iteration
+        del policy
+    return images, trained
+
+
+def _sampling(settings: "GridSettings", cell: "Cell") -> "Sampling":
+    """How a cell is sampled: as the run of the cell, or the first run of the grid, with its changes."""
+    from flowgrpo.policy import Sampling
+
+    runs = [m for m in (cell.model, *(c.model for _, _, c in settings.cells())) if is_run(m)]
+    sampling = run_config(Path(runs[0])).evaluation_sampling() if runs else Sampling(num_steps=STEPS)  # fmt: skip
+    changes: dict[str, Any] = {}
+    if cell.steps is not None:
+        changes |= {"num_steps": cell.steps, "sigmas": (), "timesteps": ()}
+    if cell.guidance is not None:
+        changes["guidance_scale"] = cell.guidance
+    return replace(sampling, **changes)
+
+
+def _load(cell: "Cell", sampling: "Sampling") -> "tuple[PipelinePolicy, int]":
+    """The model of a cell, and the iterations trained."""
+    from flowgrpo.cli.common import device_of
+    from flowgrpo.policy import PipelinePolicy
+    from flowgrpo.policy.settings import Adapter, ModelSource
+
+    adapters = tuple(Adapter.parse(text) for text in cell.loras)
+    if is_run(cell.model):
+        folder, weights = Path(cell.model), str(cell.checkpoint)
+        return load_run(folder, weights, sampling=sampling, adapters=adapters)
+    source = ModelSource(path=cell.model, adapters=adapters)
+    policy = PipelinePolicy.from_pretrained(
+        source, sampling=sampling, batch_size=16, device=device_of("auto")
+    )
+    return policy, 0
+
+
+def _notes(
+    settings: "GridSettings", prompts: "Sequence[Prompt]", images: "Mapping[Place, Tensor]"
+) -> "dict[Place, list[str]]":
+    """A note for each image: a mark or a score of one reward, or the scores of several."""
+    from flowgrpo.evaluation.comparison_grid import marks
+    from flowgrpo.rewards.scorer import RewardScorer
+    from flowgrpo.rewards.settings import Failures, Reward
+
+    if not settings.rewards:
+        return {place: [""] * len(block) for place, block in images.items()}
+    scorer = RewardScorer([Reward(**r) for r in settings.rewards], Failures())
+    expanded = [p for p in prompts for _ in range(settings.samples)]
+    labels, found = [r.label for r in scorer.rewards], {}
+    for place, block in images.items():
+        raw = scorer.score(block, expanded).raw
+        if len(labels) == 1:
+            found[place] = marks(raw[labels[0]])
+        else:
+            each = [[f"{v:.2f}" for v in raw[k].tolist()] for k in labels]
+            found[place] = [" / ".join(parts) for parts in zip(*each, strict=True)]
+    scorer.close()
+    return found
+
+
+def title_of(kind: str, value: Any, trained: int | None) -> str:
+    """The title of a column or row: the value of its axis.
+
+    Args:
+        kind: Kind of the axis.
+        value: The value.
+        trained: Iterations of the checkpoint, if it is known.
+    """
+    if kind == "checkpoint":
+        number = trained if trained is not None else value
+        return "base" if value == "base" else f"after {number} iterations" if str(number).isdecimal() else str(value)  # fmt: skip
+    if kind in ("model", "lora"):
+        return Path(value).name or str(value)
+    return f"{kind} {value:g}" if isinstance(value, float) else f"{kind} {value}"
+
+
+def _heading(settings: "GridSettings", shape: Sequence[int]) -> tuple[str, str]:
+    """Title and subtitle: what is the same in all cells."""
+    from flowgrpo.rewards.settings import Reward
+
+    start, kinds = settings.start, {a.kind for a in settings.axes}
+    title = Path(start.model).name or start.model
+    if is_run(start.model):
+        title = f"{run_config(Path(start.model)).model.path}: {Path(start.model).resolve().name}"
+    if "model" in kinds:
+        title = "Models"
+    height, width = shape[-2:]
+    used = [_sampling(settings, cell) for _, _, cell in settings.cells()]
+    scales = {"default" if s.guidance_scale is None else f"{s.guidance_scale:g}" for s in used}
+    guidance = " and ".join(sorted(scales))
+    steps = " and ".join(str(n) for n in sorted({s.num_steps for s in used}))
+    same = ["deterministic sampler"]
+    same += [f"{steps} steps"] if "steps" not in kinds else []
+    same += [f"guidance {guidance}"] if "guidance" not in kinds else []
+    same += [f"{width}x{height}"]
+    same += [f"seed {start.seed}, same noise in the same place"] if "seed" not in kinds else []
+    same += [f"adapters {', '.join(start.loras)}"] if start.loras else []
+    labels = " / ".join(Reward(**r).label for r in settings.rewards)
+    return title, ", ".join(same) + (f"; marks: {labels}" if labels else "")

@@ -104,7 +104,7 @@ def run(options: argparse.Namespace) -> int:
         raise UsageError(f"--batch must be at least 1, got {options.batch}")
     media = find_media(Path(options.images), options.frames)
     prompts = _prompts_of(media, Path(options.images), options.prompts)
-    key = _table_key(prompts, options.by)
+    key = task_key(prompts, options.by)
     quiet()
     scorer = RewardScorer(named_rewards(options.reward, options.reward_option), Failures(retries=0))
     console = Console()
@@ -122,7 +122,7 @@ def run(options: argparse.Namespace) -> int:
     return int(bool(useless))
 
 
-def _table_key(prompts: "Sequence[Prompt]", by: str | None) -> str:
+def task_key(prompts: "Sequence[Prompt]", by: str | None) -> str:
     """The metadata whose values are the rows of the table; empty for none.
 
     Raises:

@@ -1,7 +1,7 @@
 """Comparison grids: images of several models for the same prompts and the same initial noise."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from jaxtyping import Float
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -101,36 +102,69 @@ class ComparisonGrid:
         label, notes = "", []
         for block in images:
             label, values = scorer.marks(block, self.expanded)
-            notes.append(_notes(values, len(block)))
+            notes.append([""] * len(block) if values is None else marks(values))
         rows = []
         for row, prompt in enumerate(self.prompts):
             part = slice(row * self.samples, (row + 1) * self.samples)
-            shown = [*prompt.open_images(), *prompt.open_call().values()]
-            conditions = [i for i in shown if isinstance(i, Image.Image)]
-            blocks, marks = [b[part] for b in images], [n[part] for n in notes]
-            rows.append(GridRow(prompt.text, blocks, marks, conditions))
+            blocks, own = [b[part] for b in images], [n[part] for n in notes]
+            rows.append(GridRow(prompt.text, blocks, own, conditions(prompt)))
         height, width = images[0].shape[-2:]
         guidance = "default" if sampling.guidance_scale is None else f"{sampling.guidance_scale:g}"
         subtitle = (
             f"deterministic sampler, {sampling.num_steps} steps, guidance {guidance}, {width}x{height}, "
             f"seed {self.seed}, same noise in the same place{f'; marks: {label}' if label else ''}"
         )
-        path.parent.mkdir(parents=True, exist_ok=True)
-        picture = draw_grid(rows, columns, title=title, subtitle=subtitle, narrow=narrow)
-        with replacing(path) as temporary:
-            picture.save(temporary, format="PNG")
-        if images[0].ndim == 5:
-            frames = animate_grid(rows, columns, title=title, subtitle=subtitle, narrow=narrow)
-            fps = frames_per_second(sampling.call)
-            write_frames(path.with_suffix(".mp4"), (np.asarray(f) for f in frames), fps)
+        fps = frames_per_second(sampling.call)
+        write_grid(rows, columns, title, subtitle, path, narrow, fps)
 
 
-def _notes(scores: Float[Tensor, " batch"] | None, number: int) -> list[str]:
-    """The marks of a block of images."""
-    if scores is None:
-        return [""] * number
-    binary = bool(((scores == 0) | (scores == 1)).all())
-    return [("✓" if v else "✗") if binary else f"{v:.2f}" for v in scores.tolist()]
+def marks(values: Float[Tensor, " images"]) -> list[str]:
+    """A note for each image: ✓ or ✗ if all scores are 0 or 1, else the score."""
+    binary = bool(((values == 0) | (values == 1)).all())
+    return [("✓" if v else "✗") if binary else f"{v:.2f}" for v in values.tolist()]
+
+
+def conditions(prompt: Prompt) -> list[Image.Image]:
+    """The pictures of a prompt, to be shown below its text."""
+    shown = [*prompt.open_images(), *prompt.open_call().values()]
+    return [i for i in shown if isinstance(i, Image.Image)]
+
+
+def write_grid(
+    rows: Sequence[GridRow],
+    columns: Sequence[str],
+    title: str,
+    subtitle: str,
+    path: Path,
+    narrow: bool,
+    fps: float,
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Draw a grid and save it as PNG, and videos also as MP4. The files are replaced atomically.
+
+    Args:
+        rows: One row per prompt.
+        columns: Name of each column.
+        title: Headline.
+        subtitle: How the images were generated.
+        path: PNG file; its folder is created.
+        narrow: Draw the columns below each other.
+        fps: Frames per second of videos.
+        metadata: Texts that are stored in the PNG file.
+
+    Raises:
+        ImportError: If the media are videos, and no MP4 can be written here.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    picture = draw_grid(rows, columns, title=title, subtitle=subtitle, narrow=narrow)
+    info = PngInfo()
+    for key, text in (metadata or {}).items():
+        info.add_itxt(key, text)
+    with replacing(path) as temporary:
+        picture.save(temporary, format="PNG", pnginfo=info)
+    if rows[0].blocks[0].ndim == 5:
+        frames = animate_grid(rows, columns, title=title, subtitle=subtitle, narrow=narrow)
+        write_frames(path.with_suffix(".mp4"), (np.asarray(f) for f in frames), fps)
 
 
 def load_images(path: Path) -> Tensor | None:

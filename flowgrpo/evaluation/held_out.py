@@ -79,8 +79,9 @@ def evaluate(
 
     Returns:
         ``images`` (their number), ``reward`` (mean), ``scores`` (means by reward), ``errors`` (standard
-        errors of these means), ``by_class`` (the same by value of ``balance``), ``metrics`` and
-        ``seconds``.
+        errors of these means), ``by_class`` (the same by value of ``balance``), ``metrics``,
+        ``per_image`` (lists in the order of the images: ``prompt``, the number of the prompt among
+        the evaluated ones; ``class``; ``scores`` by reward) and ``seconds``.
     """
     began = time.perf_counter()
     scorer.reset()
@@ -101,27 +102,48 @@ def evaluate(
         for item, image in zip(part, rollout.media, strict=True):
             media.setdefault(keys[id(item.prompt)], []).append(image)
     for part, future in pending:
-        rows += _rows(part, future.result(), balance)
+        rows += _rows(part, keys, future.result(), balance)
     own = [_metrics(metrics, {keys[id(i.prompt)]: i.prompt for i in mine}, media)]
     rows, parts = sorted(gather(rows), key=lambda r: r["index"]), gather(own)
     return {
         **_summary(rows),
         "metrics": {k: _mean([p[k] for p in parts if k in p]) for k in parts[0]},
+        "per_image": _per_image(rows),
         "seconds": round(time.perf_counter() - began, 3),
     }
 
 
-def _rows(items: Sequence[Item], scores: Scores, balance: str) -> list[dict[str, Any]]:
-    """One plain dictionary per image of a batch, which processes can exchange."""
+def _rows(
+    items: Sequence[Item], keys: Mapping[int, int], scores: Scores, balance: str
+) -> list[dict[str, Any]]:
+    """One plain dictionary per image of a batch, which processes can exchange.
+
+    Args:
+        items: The images of the batch.
+        keys: The number of each prompt, by its identity as an object.
+        scores: Their scores.
+        balance: Metadata key of the class.
+    """
     return [
         {
             "index": item.index,
+            "prompt": keys[id(item.prompt)],
             "class": str(item.prompt.metadata.get(balance, "")) if balance else "",
             "scores": {k: float(v[row]) for k, v in scores.raw.items()},
             "reward": float(scores.reward[row]),
         }
         for row, item in enumerate(items)
     ]
+
+
+def _per_image(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The prompt, the class and the scores of each image, as lists."""
+    names = rows[0]["scores"] if rows else ()
+    return {
+        "prompt": [r["prompt"] for r in rows],
+        "class": [r["class"] for r in rows],
+        "scores": {k: [r["scores"][k] for r in rows] for k in names},
+    }
 
 
 def _summary(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

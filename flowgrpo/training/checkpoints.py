@@ -13,9 +13,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote, unquote
 
-from safetensors.torch import load_file
-from torch import Tensor
-
+from flowgrpo.core.tensors import Tensor
 from flowgrpo.data import files
 
 STATE = "state.json"
@@ -79,25 +77,53 @@ def load(folder: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
     Raises:
         CheckpointError: If a file is missing or its digest differs.
     """
-    advice = f"delete {folder} to resume from the previous checkpoint, or restore the file"
+    from safetensors.torch import load_file
+
+    state, digests = _read_state(folder)
+    parts = {}
+    for name, digest in digests.items():
+        file = folder / name
+        if not file.exists() or _digest(file) != digest:
+            raise CheckpointError(
+                f"{file} is damaged: its SHA-256 is not the one in {STATE}; {_advice(folder)}"
+            )
+        parts[unquote(file.stem)] = load_file(file)
+    return parts, state
+
+
+def peek(folder: Path) -> dict[str, Any]:
+    """The state of a checkpoint. The tensors' files must exist, and are not read.
+
+    Raises:
+        CheckpointError: If the state is damaged, or a file is missing.
+    """
+    state, digests = _read_state(folder)
+    missing = [name for name in digests if not (folder / name).exists()]
+    if missing:
+        raise CheckpointError(f"{folder / missing[0]} is missing; {_advice(folder)}")
+    return state
+
+
+def _read_state(folder: Path) -> tuple[dict[str, Any], dict[str, str]]:
+    """The state, and the digests of the tensors' files by their names."""
     try:
         state = json.loads((folder / STATE).read_text())
         own = state.pop(OWN_DIGEST)
         is_sound = own == _state_digest(state)
         digests = state.pop("sha256")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{folder / STATE} cannot be read ({error!r}); {advice}") from error
+        raise CheckpointError(
+            f"{folder / STATE} cannot be read ({error!r}); {_advice(folder)}"
+        ) from error
     if not is_sound:
-        raise CheckpointError(f"{folder / STATE} is damaged: its SHA-256 differs; {advice}")
-    parts = {}
-    for name, digest in digests.items():
-        file = folder / name
-        if not file.exists() or _digest(file) != digest:
-            raise CheckpointError(
-                f"{file} is damaged: its SHA-256 is not the one in {STATE}; {advice}"
-            )
-        parts[unquote(file.stem)] = load_file(file)
-    return parts, state
+        raise CheckpointError(
+            f"{folder / STATE} is damaged: its SHA-256 differs; {_advice(folder)}"
+        )
+    return state, digests
+
+
+def _advice(folder: Path) -> str:
+    return f"delete {folder} to resume from the previous checkpoint, or restore the file"
 
 
 def newest(folder: Path) -> Path | None:

@@ -82,10 +82,9 @@ class RunLock:
     def _read(self) -> dict[str, Any]:
         assert self._descriptor is not None
         try:
-            holder = json.loads(os.pread(self._descriptor, 1000, 0))
-        except (OSError, ValueError):
+            return _parse(os.pread(self._descriptor, 1000, 0))
+        except OSError:
             return {}
-        return holder if isinstance(holder, dict) else {}
 
     def _write(self, text: str) -> None:
         assert self._descriptor is not None
@@ -94,6 +93,42 @@ class RunLock:
             os.pwrite(self._descriptor, text.encode(), 0)
         except OSError:  # The name of the holder is a service; the lock holds without it.
             return
+
+
+def holder(folder: Path) -> dict[str, Any] | None:
+    """The process that holds the lock of a run directory, with ``host``, ``pid`` and ``since``.
+
+    The lock is left as it is: it is only tried for an instant, and only if a process has written its
+    name and has not released the lock.
+
+    Returns:
+        None if no process holds it, or none that the operating system here knows of.
+    """
+    try:
+        descriptor = os.open(folder / NAME, os.O_RDONLY)
+    except OSError:
+        return None
+    try:
+        found = _parse(os.pread(descriptor, 1000, 0))
+        if not found or fcntl is None:
+            return None
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return found
+    except OSError:
+        return None
+    finally:
+        os.close(descriptor)
+    return None
+
+
+def _parse(text: bytes) -> dict[str, Any]:
+    """The holder that a lock file names; empty if it names none."""
+    try:
+        found = json.loads(text)
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _words(holder: dict[str, Any]) -> str:

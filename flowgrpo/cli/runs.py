@@ -1,0 +1,101 @@
+"""``flowgrpo runs``."""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from flowgrpo.training.run_list import HeldOut, RunSummary
+
+SUMMARY = "list runs with their state, progress and held-out reward"
+EXAMPLE = "flowgrpo runs runs"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of the command."""
+    parser.add_argument(
+        "folder",
+        nargs="?",
+        default="runs",
+        metavar="DIR",
+        help="folder that is searched for run directories (default: %(default)s)",
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Print the runs, the newest last."""
+    from flowgrpo.training.run_list import find_runs, summarise
+
+    root = Path(options.folder)
+    runs = sorted(map(summarise, find_runs(root)), key=lambda r: (r.updated, r.folder))
+    if options.json:
+        json.dump([_record(r) for r in runs], sys.stdout, indent=1)
+        print()
+        return 0
+    if not runs:
+        print(f"there are no run directories in {root}")
+        return 0
+    from flowgrpo.training.console import Console
+
+    console = Console()
+    columns = ("run", "state", "iteration", "last", "best", "algorithm", "model", "date")
+    console.table("", columns, [_row(r, root) for r in runs])
+    for one in runs:
+        if one.problem:
+            console.say(f"{_name(one, root)} is damaged: {one.problem}")
+    if any(r.evaluations for r in runs):
+        console.say(
+            "last, best: held-out reward of the last and of the best evaluation, @ its iteration"
+        )
+    return 0
+
+
+def _name(one: "RunSummary", root: Path) -> str:
+    relative = one.folder.relative_to(root)
+    return str(relative) if relative.parts else one.folder.resolve().name
+
+
+def _row(one: "RunSummary", root: Path) -> tuple[str, ...]:
+    of = "?" if one.iterations is None else str(one.iterations)
+    last, best = _reward(one.last), _reward(one.best)
+    if one.best is not None:
+        best += f"@{one.best.iteration}"
+    model = Path(one.model).name if Path(one.model).is_absolute() else one.model
+    return (
+        _name(one, root),
+        one.state,
+        f"{one.iteration}/{of}",
+        last,
+        best,
+        one.algorithm,
+        model,
+        one.updated[:10],
+    )
+
+
+def _reward(found: "HeldOut | None") -> str:
+    return "–" if found is None else f"{found.reward:.4g}"
+
+
+def _record(one: "RunSummary") -> dict[str, Any]:
+    """A run as JSON."""
+    ends = {"first": one.first, "last": one.last, "best": one.best}
+    return {
+        "folder": str(one.folder),
+        "state": one.state,
+        "problem": one.problem,
+        "iteration": one.iteration,
+        "iterations": one.iterations,
+        "held_out_reward": {
+            k: None if e is None else {"iteration": e.iteration, "reward": e.reward}
+            for k, e in ends.items()
+        },
+        "algorithm": one.algorithm,
+        "model": one.model,
+        "seed": one.seed,
+        "started": one.started,
+        "updated": one.updated,
+    }
