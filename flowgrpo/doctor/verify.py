@@ -166,7 +166,7 @@ def _checks(
         files = float(len(list((Path(config.run.folder) / "export").iterdir())))
         found.append(CheckResult("exported files", files, "at least 1", files > 0))
     if level == "tiny" and isinstance(config.loss, ClippedLoss):
-        noise, limit = last["log_prob/noise"], config.loss.clip_range
+        noise, limit = last["log_prob/noise"], config.loss.bound
         found.append(CheckResult("log_prob/noise", noise, f"below {limit:g}", noise < limit))
     if level == "rises":
         rise = standardised_rise([m["reward"] for m in metrics])
