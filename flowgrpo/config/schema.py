@@ -333,6 +333,12 @@ class Config:
                 f"algorithm.advantage.kind = 'per_loss' adds the losses of several rewards, and the loss "
                 f"{type(self.loss).__name__} is not proportional to the advantage; use 'per_reward'"
             )
+        keep, size = getattr(getattr(algorithm, "advantage", None), "keep", 0), algorithm.group_size
+        if keep >= size:
+            raise ConfigError(
+                f"algorithm.advantage.keep must be below algorithm.group_size = {size}, got {keep}: with all "
+                "samples kept, nothing is chosen"
+            )
         if self.loss.needs.average and not self.train.ema_decay:
             raise ConfigError(
                 f"the loss {type(self.loss).__name__} needs a moving average of the weights; set "
