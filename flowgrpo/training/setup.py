@@ -8,6 +8,7 @@ from flowgrpo.data.prompt_sets import PromptSet
 from flowgrpo.policy import PipelinePolicy
 from flowgrpo.policy.probe import check_scales, check_sizes, fit_noise, ignores_negatives
 from flowgrpo.policy.text_length import cut_prompts, tokenizers_of
+from flowgrpo.rewards.features import Features
 from flowgrpo.rewards.scorer import RewardScorer
 from flowgrpo.training.benchmarks import Benchmarks
 from flowgrpo.training.evaluator import Evaluator
@@ -59,6 +60,8 @@ def build(config: Config, session: Session, prompts: PromptSet, held_out: Prompt
     """
     scorer = RewardScorer(config.rewards, config.failures, config.memory.score_batch)
     session.scorer, scorer.safe_point = scorer, session.signals.check
+    if config.guard.novelty != "off":
+        scorer.features = Features(config.guard.features, config.guard.features_options)
     for some in (prompts, held_out):
         scorer.check_prompts(some.prompts)
     policy = PipelinePolicy.from_pretrained(
@@ -80,6 +83,7 @@ def build(config: Config, session: Session, prompts: PromptSet, held_out: Prompt
         config.loss,
         session.accelerator,
         with_baseline=getattr(config.algorithm, "needs_baseline", False),
+        guard=config.guard,
     )
     sampling = config.evaluation_sampling()
     benchmarks = None
