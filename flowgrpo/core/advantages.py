@@ -90,7 +90,7 @@ class _SingleReward:
 
     @property
     def over_batch(self) -> bool:
-        return False
+        return getattr(self, "std", "") == "batch"
 
     def inputs(self, scores: Scores) -> dict[str, Float[Tensor, " candidates"]]:
         """The weighted sum."""
@@ -127,11 +127,6 @@ class GroupAdvantage(_SingleReward):
     """Added to the standard deviation. Flow-GRPO uses 1e-4, DanceGRPO 1e-8."""
     clip: float = 5.0
     """Advantages are clipped to [-clip, clip]."""
-
-    @property
-    def over_batch(self) -> bool:
-        """Whether the standard deviation is that of the whole batch."""
-        return self.std == "batch"
 
     def check(self) -> None:
         """Raise ValueError if every advantage would be zero, or of the wrong sign."""
@@ -276,10 +271,8 @@ class VirtualBest(_SingleReward):
 class BestAdvantage(_SingleReward):
     """1 for the best samples of a group and 0 for the others: rejection sampling (RAFT, arXiv:2304.06767).
 
-    With the loss ``matching``, ``weight = "uniform"`` and one update, training is supervised
-    fine-tuning on the chosen samples. A sample that equals the last chosen one is chosen, too, as in
-    Flow-GRPO's released code, whose ``keep`` is 1. A group whose rewards are all equal gets zero: it
-    has no best sample (the released code trains on all of it).
+    A sample that equals the last chosen one is chosen, too, as in Flow-GRPO's released code, whose
+    ``keep`` is 1. A group of equal rewards gets zero (the released code trains on all of it).
     """
 
     kind: Literal["best"] = "best"
@@ -299,7 +292,7 @@ class BestAdvantage(_SingleReward):
     def __call__(
         self, rewards: Float[Tensor, " candidates"], groups: Int[Tensor, " candidates"]
     ) -> Float[Tensor, " candidates"]:
-        """1 or 0 for each candidate; 0 for candidates without a finite reward.
+        """1 or 0 for each candidate; 0 without a finite reward.
 
         If failures leave a group no more than ``keep`` rewards, those above the lowest are chosen.
         """
@@ -307,9 +300,8 @@ class BestAdvantage(_SingleReward):
         for rows, values in members(rewards, groups):
             if has_no_variance(values):
                 continue
-            chosen = values >= values.sort(descending=True).values[: self.keep][-1]
-            if len(values) <= self.keep:
-                chosen = values > values.min()
+            last = values.topk(min(self.keep, len(values))).values[-1]
+            chosen = values >= last if self.keep < len(values) else values > last
             result[rows] = chosen.to(result.dtype)
         return result
 
@@ -320,6 +312,11 @@ class _MultiReward:
     is_binary: ClassVar[bool] = False
     adds_best: ClassVar[bool] = False
     is_separate: ClassVar[bool] = False
+
+    @property
+    def over_batch(self) -> bool:
+        """Whether the standard deviations are those of the whole batch."""
+        return getattr(self, "std", "") == "batch"
 
     def inputs(self, scores: Scores) -> dict[str, Float[Tensor, " candidates"]]:
         """Each reward with a weight."""
@@ -343,11 +340,6 @@ class PerReward(_MultiReward):
     """Added to each standard deviation."""
     clip: float = 5.0
     """The sum is clipped to [-clip, clip]."""
-
-    @property
-    def over_batch(self) -> bool:
-        """Whether the standard deviations are those of the whole batch."""
-        return self.std == "batch"
 
     def check(self) -> None:
         """Raise ValueError if every advantage would be zero, or of the wrong sign."""
@@ -384,11 +376,6 @@ class PerLoss(_MultiReward):
     """Added to each standard deviation."""
     clip: float = 5.0
     """The advantages of each reward are clipped to [-clip, clip], before its weight."""
-
-    @property
-    def over_batch(self) -> bool:
-        """Whether the standard deviations are those of the whole batch."""
-        return self.std == "batch"
 
     def check(self) -> None:
         """Raise ValueError if every advantage would be zero, or of the wrong sign."""

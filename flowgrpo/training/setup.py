@@ -1,10 +1,12 @@
 """Builds a run from a configuration: checks it, loads its parts, and resumes from a checkpoint."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from flowgrpo.config import Config, ConfigError
 from flowgrpo.core.transitions import require_path
 from flowgrpo.data.prompt_sets import PromptSet
+from flowgrpo.data.prompts import Prompt
 from flowgrpo.policy import PipelinePolicy
 from flowgrpo.policy.probe import check_scales, check_sizes, fit_noise, ignores_negatives
 from flowgrpo.policy.text_length import cut_prompts, tokenizers_of
@@ -58,12 +60,7 @@ def build(config: Config, session: Session, prompts: PromptSet, held_out: Prompt
         RewardError: If a reward cannot be trained on.
         CheckpointError: If the newest checkpoint is damaged.
     """
-    scorer = RewardScorer(config.rewards, config.failures, config.memory.score_batch)
-    session.scorer, scorer.safe_point = scorer, session.signals.check
-    if config.guard.novelty != "off":
-        scorer.features = Features(config.guard.features, config.guard.features_options)
-    for some in (prompts, held_out):
-        scorer.check_prompts(some.prompts)
+    scorer = _load_rewards(config, session, [*prompts.prompts, *held_out.prompts])
     policy = PipelinePolicy.from_pretrained(
         config.model.source,
         sampling=config.sampling,
@@ -85,11 +82,6 @@ def build(config: Config, session: Session, prompts: PromptSet, held_out: Prompt
         with_baseline=getattr(config.algorithm, "needs_baseline", False),
         guard=config.guard,
     )
-    sampling = config.evaluation_sampling()
-    benchmarks = None
-    if config.evaluation.bench:
-        benchmarks = Benchmarks(config, session, policy, learner, sampling)
-        benchmarks.probe()
     evaluator = Evaluator(
         config.evaluation,
         session,
@@ -97,10 +89,10 @@ def build(config: Config, session: Session, prompts: PromptSet, held_out: Prompt
         policy,
         learner,
         held_out,
-        sampling=sampling,
+        sampling=config.evaluation_sampling(),
         seed=config.run.seed,
         model_name=config.model.path,
-        benchmarks=benchmarks,
+        benchmarks=_load_benchmarks(config, session, policy, learner),
     )
     # Before a checkpoint is restored, because they show the model that training started from.
     evaluator.keep_base_images()
@@ -108,6 +100,27 @@ def build(config: Config, session: Session, prompts: PromptSet, held_out: Prompt
     evaluator.resume()
     session.start_trackers()
     return TrainingRun(config, prompts, session, scorer, policy, learner, evaluator)
+
+
+def _load_rewards(config: Config, session: Session, prompts: Sequence[Prompt]) -> RewardScorer:
+    """The rewards, after a check that they can use the prompts, and the features of the guards."""
+    scorer = RewardScorer(config.rewards, config.failures, config.memory.score_batch)
+    session.scorer, scorer.safe_point = scorer, session.signals.check
+    if config.guard.novelty != "off":
+        scorer.features = Features(config.guard.features, config.guard.features_options)
+    scorer.check_prompts(prompts)
+    return scorer
+
+
+def _load_benchmarks(
+    config: Config, session: Session, policy: PipelinePolicy, learner: Learner
+) -> Benchmarks | None:
+    """The benchmarks, if there are any, after their judges were asked about one image."""
+    if not config.evaluation.bench:
+        return None
+    benchmarks = Benchmarks(config, session, policy, learner, config.evaluation_sampling())
+    benchmarks.probe()
+    return benchmarks
 
 
 def _check_policy(
