@@ -157,10 +157,10 @@ def novelty_factors(
 ) -> tuple[Float[Tensor, " actions"], float]:
     """The factor of each action's advantage, where that is positive; and the mean nearest distance.
 
-    Candidates are compared with those of their group, step and granularity, all of which are on one
-    process. The factor is 1 where there is nothing to compare with.
+    Candidates are compared with those of their group, step and granularity. The factor is 1 where there
+    is nothing to compare with. The mean is over the candidates of all processes.
     """
-    c = experience.candidates
+    c = experience.all_candidates
     assert c.scores.features is not None, "the scorer was not asked for features"
     labels = torch.unique(
         torch.stack([c.group, c.step, c.granularity]), dim=1, return_inverse=True
@@ -169,7 +169,8 @@ def novelty_factors(
     factor = relative_to_group(distance, labels) if relative else distance
     known = distance[distance.isfinite()]
     mean = float(known.mean()) if len(known) else 0.0
-    return of_actions(experience, factor.nan_to_num(nan=1.0)).float(), mean
+    own = own_rows(experience, factor.nan_to_num(nan=1.0))
+    return of_actions(experience, own).float(), mean
 
 
 def own_rows(experience: Experience, values: Tensor) -> Tensor:
