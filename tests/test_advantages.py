@@ -12,6 +12,7 @@ from torch import Tensor
 from flowgrpo.core.advantages import (
     GDPO,
     Advantage,
+    BestAdvantage,
     BetaAdvantage,
     GroupAdvantage,
     LogTamed,
@@ -207,6 +208,21 @@ def test_virtual_best_is_a_member_more():
         ValueError, match=r"best = 1 must be the largest possible reward, but one is 1\.2"
     ):
         advantages(VirtualBest(), [0.0, 1.2])
+
+
+def test_best_chooses_the_top_of_each_group():
+    groups = [0.1, 0.9, 0.5, 0.7], [1.0, 0.0, 1.0, 0.0], [0.0] * 4, [math.nan, 0.2, math.nan, 0.3]
+    assert advantages(BestAdvantage(), *groups) == [
+        [0, 1, 0, 0],
+        [1, 0, 1, 0],  # ties are all chosen
+        [0] * 4,
+        [0, 0, 0, 1],
+    ]
+    three = advantages(BestAdvantage(keep=3), *groups)
+    # With two rewards left of four, three cannot be chosen; and zeros tie in the second group.
+    assert three == [[0, 1, 1, 1], [1, 1, 1, 1], [0] * 4, [0, 0, 0, 1]]
+    with pytest.raises(ValueError, match="keep must be at least 1, got 0"):
+        BestAdvantage(keep=0).check()
 
 
 # Multi-reward advantages.

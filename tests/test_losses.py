@@ -21,6 +21,7 @@ from flowgrpo.core.transitions import (
     Prediction,
     Step,
     Transition,
+    gaussian_kl,
 )
 from flowgrpo.losses.base import Loss, LossInputs, LossNeeds, PolicyOutputs, check_interface
 from flowgrpo.losses.clipped import (
@@ -123,6 +124,35 @@ def test_kl_bound_stops_what_is_far_and_goes_on(shift, advantage, moved, learns)
     assert log_ratio.grad is not None
     wanted = -advantage * math.exp(shift) if learns else 0.0
     assert float(log_ratio.grad) == pytest.approx(wanted)
+
+
+@pytest.mark.parametrize(
+    ("advantage", "bound", "loss"),
+    [(1.0, 1e-6, -0.9994150212), (-1.0, 1e-5, 0.9994150212), (-1.0, 1e-6, 0.0), (-1.0, None, 0.0)],
+)
+def test_flow_dppo_equals_its_vectors(advantage, bound, loss):
+    """One step of the Flow-SDE, whose KL of 7.9e-6 only the bound of 1e-6 stops, which is the default."""
+    step, sde, x = (
+        Step.flow(0.8, 0.6),
+        FlowSDE(noise_level=0.7),
+        torch.tensor([[0.5, -1.0]]).double(),
+    )
+    old, new = (
+        sde(x, Prediction.from_velocity(x, torch.tensor([v]).double(), 0.8), step)
+        for v in ([0.25, 2.0], [0.26, 1.99])
+    )
+    assert float(gaussian_kl(new, old)) == pytest.approx(7.9082908e-6, rel=1e-4)
+    x_next = torch.tensor([[0.45, -1.3]]).double()
+    log_ratio = new.log_prob(x_next) - old.log_prob(x_next)
+    found, outside = ClippedLoss(clip="kl", clip_range=bound).surrogate(
+        log_ratio, torch.tensor([advantage]), new, old.mean, 1.0
+    )
+    assert float(found) == pytest.approx(loss, abs=1e-6)
+    assert outside.item() is (bound != 1e-5)
+
+
+def test_the_default_bound_is_on_the_scale_of_what_it_bounds():
+    assert (ClippedLoss().clip_range, ClippedLoss(clip="kl").clip_range) == (1e-4, 1e-6)
 
 
 @pytest.mark.parametrize("clip", ["ratio", "kl"])

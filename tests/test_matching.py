@@ -13,6 +13,7 @@ from torch import Tensor
 import flowgrpo
 from flowgrpo.algorithms import Matching
 from flowgrpo.config import ConfigError, Train
+from flowgrpo.core.advantages import BestAdvantage
 from flowgrpo.core.random import Random
 from flowgrpo.core.transitions import ODE, Gaussian, Prediction, Step
 from flowgrpo.data.experience import Experience
@@ -122,6 +123,17 @@ def test_elbo_policy_gradients_equal_the_vectors(surrogate: Any, value: float, s
     (gradient,) = torch.autograd.grad(found.sum(), velocity)
     term = log_likelihood(outputs(velocity).prediction, SAMPLE, FLOW, "adaptive").sum()
     torch.testing.assert_close(gradient, -share * torch.autograd.grad(term, velocity)[0])
+
+
+def test_with_chosen_samples_the_gradient_is_that_of_supervised_training() -> None:
+    """RAFT: the mean squared error of the velocity on the best of three samples, over their number."""
+    advantage = BestAdvantage()(torch.tensor([0.2, 0.9, 0.5]), torch.zeros(3, dtype=torch.long))
+    new = of_errors(0.3, 0.5, 0.4).requires_grad_()
+    loss = MatchingLoss(weight="uniform")(inputs(new, new.detach(), advantage.tolist())).loss
+    (found,) = torch.autograd.grad(loss.sum() / 3, new)
+    (wanted,) = torch.autograd.grad((new[1] - (NOISE - SAMPLE)[0]).square().mean() / 3, new)
+    assert wanted.abs().sum() > 0
+    torch.testing.assert_close(found, wanted)
 
 
 def test_a_centre_that_does_not_sample_leaves_the_ratio_alone() -> None:
@@ -242,6 +254,7 @@ def quickstart(*settings: str) -> flowgrpo.Config:
         (["loss={kind='crd'}", "train.split='samples'", "train.updates=2"], "compares the samples of a group"),
         (["loss={kind='matching', trail='third', sampler='trained'}", "train.updates=2"], "first update of an iteration only"),
         (["loss={kind='clipped'}"], "do not belong together"),
+        (["algorithm.advantage={kind='best', keep=4}", "loss={kind='matching'}"], "keep must be below algorithm.group_size = 4"),
         (["loss={kind='matching', power=2.0}"], "loss.power must be at most 1"),
     ],
 )  # fmt: skip

@@ -13,7 +13,7 @@ from flowgrpo.cli import main
 from flowgrpo.config import ConfigError, find
 from flowgrpo.config.evidence import LEVELS, evidence, fingerprint, next_level
 from flowgrpo.config.reference import to_table
-from flowgrpo.doctor.verify import standardised_rise, verify
+from flowgrpo.doctor.verify import _stand_ins, standardised_rise, verify
 from flowgrpo.memory.meta_pipeline import EstimateError, build
 from flowgrpo.policy.weights import Trainable
 from flowgrpo.training.benchmarks import load_benchmarks
@@ -38,6 +38,22 @@ def test_recipe_runs_on_a_tiny_pipeline(recipe, tmp_path):
     assert used.train.split == published.train.split
     assert str(tmp_path) not in record.to_json()
     assert record.metrics["failures"] == 0
+
+
+def test_the_stand_ins_suit_a_recipe_with_guards(tmp_path):
+    file = tmp_path / "mine.toml"
+    file.write_text(
+        find("sd35_medium_ocr").read_text()
+        + '[[rewards]]\nmodel = "aesthetic"\nweight = 0.0\n'
+        + '[guard]\nkl = "uncertain"\nmeasured = ["aesthetic"]\nnovelty = "relative"\nfeatures = "dino"\n'
+        + 'features_options = {several = "mean"}\n'
+    )
+    recipe = flowgrpo.load(str(file))
+    recipe.check()
+    used = flowgrpo.load(str(file), _stand_ins(recipe))
+    used.check()
+    assert [r.label for r in used.rewards] == ["darkness", "evenness"]
+    assert (used.guard.kl, used.guard.novelty, used.guard.features) == ("uncertain", "relative", "")
 
 
 def test_every_recipe_has_run_on_tiny_parts():

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from flowgrpo.algorithms.base import Policy, Scorer
+from flowgrpo.core.guards import thumbnail
 from flowgrpo.core.random import Random, SampleNoise
 from flowgrpo.core.scores import Scores
 from flowgrpo.core.tensors import Float, Int, Tensor, torch
@@ -339,11 +340,3 @@ def subgrids(
             nodes = (*range(node, num_steps, granularity), num_steps)
         found.setdefault(nodes, []).append(granularity)
     return found
-
-
-def thumbnail(
-    media: Float[Tensor, "batch *frames channels height width"],
-) -> Float[Tensor, "batch pixels"]:
-    """8x8 averages of an image, or of a video's middle frame, by which samples are compared."""
-    image = media[:, media.shape[1] // 2] if media.ndim == 5 else media
-    return torch.nn.functional.adaptive_avg_pool2d(image, 8).flatten(1)

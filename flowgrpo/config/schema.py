@@ -23,6 +23,7 @@ from flowgrpo.algorithms import (
     TempFlowGRPO,
 )
 from flowgrpo.algorithms import base as algorithms
+from flowgrpo.algorithms.guard import Guard
 from flowgrpo.config.bounds import check_bounds
 from flowgrpo.core.errors import ConfigError
 from flowgrpo.core.imports import suggest
@@ -281,6 +282,8 @@ class Config:
     """The objective of an update; ``kind`` may be the import path of a loss of your own."""
     rewards: tuple[Reward, ...]
     """The reward models; training maximises the weighted sum of their scores."""
+    guard: Guard = field(default_factory=Guard)
+    """Guards against reward hacking."""
     failures: Failures = field(default_factory=Failures)
     """Retries of a reward that fails, and what happens to the sample afterwards."""
     prompts: Prompts
@@ -323,6 +326,7 @@ class Config:
             self.memory.check(isinstance(self.model.weights, Full))
             self.loss.check()
             self.loss.check_algorithm(algorithm.action_kind, algorithm.transition)
+            self.guard.check({r.label: r.weight for r in self.rewards}, self.loss.kl_coef)
         except ValueError as error:
             raise ConfigError(str(error)) from error
         if (
@@ -332,6 +336,12 @@ class Config:
             raise ConfigError(
                 f"algorithm.advantage.kind = 'per_loss' adds the losses of several rewards, and the loss "
                 f"{type(self.loss).__name__} is not proportional to the advantage; use 'per_reward'"
+            )
+        keep, size = getattr(getattr(algorithm, "advantage", None), "keep", 0), algorithm.group_size
+        if keep >= size:
+            raise ConfigError(
+                f"algorithm.advantage.keep must be below algorithm.group_size = {size}, got {keep}: with all "
+                "samples kept, nothing is chosen"
             )
         if self.loss.needs.average and not self.train.ema_decay:
             raise ConfigError(
@@ -463,8 +473,13 @@ class Config:
             )
 
     def _check_kinds(self) -> None:
-        """Raise ConfigError if the trained weights do not match the algorithm's kind of action."""
+        """Raise ConfigError if the trained weights do not match the algorithm's kind of action or the guards."""
         algorithm, weights = self.algorithm, self.model.weights
+        if self.guard.resets and isinstance(weights, Noise):
+            raise ConfigError(
+                "guard.reset_every and guard.reset_above replace the reference policy, and with "
+                "model.weights.kind = 'noise' the reference is always the standard normal; remove them"
+            )
         if (algorithm.action_kind == "initial_noise") != isinstance(weights, Noise):
             raise ConfigError(
                 "algorithm.kind = 'find' and model.weights.kind = 'noise' belong together, but these "

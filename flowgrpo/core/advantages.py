@@ -1,7 +1,7 @@
 """Advantages: how much better a candidate is than the others of its group.
 
 A kind of advantage answers two questions. :meth:`Advantage.inputs`: which numbers of the candidates
-does it normalise? The kinds for a single reward (``group``, ``beta``, ``virtual_best``) take the
+does it normalise? The kinds for a single reward (``group``, ``beta``, ``virtual_best``, ``best``) take the
 weighted sum of all rewards. The multi-reward kinds take each reward by itself (``per_reward``,
 ``per_loss``, ``gdpo``), or tame some before they are summed (``log_tamed``): rewards on different scales, added up,
 are dominated by the one that varies most, and different mixtures of scores with equal sums get equal
@@ -90,7 +90,7 @@ class _SingleReward:
 
     @property
     def over_batch(self) -> bool:
-        return False
+        return getattr(self, "std", "") == "batch"
 
     def inputs(self, scores: Scores) -> dict[str, Float[Tensor, " candidates"]]:
         """The weighted sum."""
@@ -127,11 +127,6 @@ class GroupAdvantage(_SingleReward):
     """Added to the standard deviation. Flow-GRPO uses 1e-4, DanceGRPO 1e-8."""
     clip: float = 5.0
     """Advantages are clipped to [-clip, clip]."""
-
-    @property
-    def over_batch(self) -> bool:
-        """Whether the standard deviation is that of the whole batch."""
-        return self.std == "batch"
 
     def check(self) -> None:
         """Raise ValueError if every advantage would be zero, or of the wrong sign."""
@@ -272,12 +267,56 @@ class VirtualBest(_SingleReward):
         return result
 
 
+@dataclass(frozen=True, kw_only=True)
+class BestAdvantage(_SingleReward):
+    """1 for the best samples of a group and 0 for the others: rejection sampling (RAFT, arXiv:2304.06767).
+
+    A sample that equals the last chosen one is chosen, too, as in Flow-GRPO's released code, whose
+    ``keep`` is 1. A group of equal rewards gets zero (the released code trains on all of it).
+    """
+
+    kind: Literal["best"] = "best"
+    keep: int = 1
+    """Samples that are chosen of each group, at least 1 and below the group size."""
+
+    @property
+    def clip(self) -> float:
+        """Advantages are at most 1."""
+        return 1.0
+
+    def check(self) -> None:
+        """Raise ValueError if no sample would be chosen."""
+        if self.keep < 1:
+            raise ValueError(f"advantage.keep must be at least 1, got {self.keep}")
+
+    def __call__(
+        self, rewards: Float[Tensor, " candidates"], groups: Int[Tensor, " candidates"]
+    ) -> Float[Tensor, " candidates"]:
+        """1 or 0 for each candidate; 0 without a finite reward.
+
+        If failures leave a group no more than ``keep`` rewards, those above the lowest are chosen.
+        """
+        result = torch.zeros_like(rewards)
+        for rows, values in members(rewards, groups):
+            if has_no_variance(values):
+                continue
+            last = values.topk(min(self.keep, len(values))).values[-1]
+            chosen = values >= last if self.keep < len(values) else values > last
+            result[rows] = chosen.to(result.dtype)
+        return result
+
+
 class _MultiReward:
     """The shared part of the kinds that normalise each reward by itself."""
 
     is_binary: ClassVar[bool] = False
     adds_best: ClassVar[bool] = False
     is_separate: ClassVar[bool] = False
+
+    @property
+    def over_batch(self) -> bool:
+        """Whether the standard deviations are those of the whole batch."""
+        return getattr(self, "std", "") == "batch"
 
     def inputs(self, scores: Scores) -> dict[str, Float[Tensor, " candidates"]]:
         """Each reward with a weight."""
@@ -301,11 +340,6 @@ class PerReward(_MultiReward):
     """Added to each standard deviation."""
     clip: float = 5.0
     """The sum is clipped to [-clip, clip]."""
-
-    @property
-    def over_batch(self) -> bool:
-        """Whether the standard deviations are those of the whole batch."""
-        return self.std == "batch"
 
     def check(self) -> None:
         """Raise ValueError if every advantage would be zero, or of the wrong sign."""
@@ -342,11 +376,6 @@ class PerLoss(_MultiReward):
     """Added to each standard deviation."""
     clip: float = 5.0
     """The advantages of each reward are clipped to [-clip, clip], before its weight."""
-
-    @property
-    def over_batch(self) -> bool:
-        """Whether the standard deviations are those of the whole batch."""
-        return self.std == "batch"
 
     def check(self) -> None:
         """Raise ValueError if every advantage would be zero, or of the wrong sign."""
@@ -497,7 +526,16 @@ class LogTamed:
         return result.clamp(-self.clip, self.clip).nan_to_num().to(values.dtype)
 
 
-Advantage = GroupAdvantage | BetaAdvantage | VirtualBest | PerReward | PerLoss | GDPO | LogTamed
+Advantage = (
+    GroupAdvantage
+    | BetaAdvantage
+    | VirtualBest
+    | BestAdvantage
+    | PerReward
+    | PerLoss
+    | GDPO
+    | LogTamed
+)
 """The kinds of advantage that a configuration can name."""
 
 

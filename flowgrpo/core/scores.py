@@ -17,6 +17,7 @@ class Scores:
             no weight here.
         shaping: The function from a reward's raw score to the number that its weight multiplies.
             Rewards without one count with their raw score.
+        features: A vector for each candidate, if the scorer was asked for features.
 
     Example:
         ``Scores({"aesthetic": a, "clip": c}, 0.7 * a + 0.3 * c, {"aesthetic": 0.7, "clip": 0.3})``
@@ -26,6 +27,7 @@ class Scores:
     reward: Float[Tensor, " candidates"]
     weights: Mapping[str, float] = field(default_factory=dict)
     shaping: Mapping[str, Callable[[Tensor], Tensor]] = field(default_factory=dict)
+    features: Float[Tensor, "candidates size"] | None = None
 
     def __len__(self) -> int:
         return self.reward.shape[0]
@@ -70,12 +72,14 @@ class Scores:
             reward=self.reward + weight * values,
             weights={**self.weights, name: weight},
             shaping=self.shaping,
+            features=self.features,
         )
 
     def map(self, function: Callable[[Tensor], Tensor]) -> "Scores":
         """Apply a function to each tensor, such as one that gathers it from all processes."""
         raw = {name: function(values) for name, values in self.raw.items()}
-        return Scores(raw, function(self.reward), self.weights, self.shaping)
+        features = None if self.features is None else function(self.features)
+        return Scores(raw, function(self.reward), self.weights, self.shaping, features)
 
     def select(self, rows: Int[Tensor, " rows"] | Bool[Tensor, " candidates"]) -> "Scores":
         """The scores of some candidates, by their indices or by a mask."""
@@ -85,11 +89,13 @@ class Scores:
     def concatenate(parts: Sequence["Scores"]) -> "Scores":
         """Join the scores of several batches of one iteration."""
         first = parts[0]
+        features = [p.features for p in parts if p.features is not None]
         return Scores(
             raw={name: torch.cat([p.raw[name] for p in parts]) for name in first.raw},
             reward=torch.cat([p.reward for p in parts]),
             weights=first.weights,
             shaping=first.shaping,
+            features=torch.cat(features) if features else None,
         )
 
 

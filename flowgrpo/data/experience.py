@@ -32,6 +32,8 @@ class Actions:
         sample: Index of the sample in its group.
         old_mean: Means of the steps under the old policy. They are kept only if
             ``policy.keeps_means`` is set, which the learner does when the loss needs them.
+        kl_weight: Weight of each action's KL to the reference policy; None for 1. Guards against reward
+            hacking set it.
     """
 
     states: Float[Tensor, "states *latent"]
@@ -42,6 +44,7 @@ class Actions:
     group: Int[Tensor, " actions"]
     sample: Int[Tensor, " actions"]
     old_mean: Float[Tensor, "actions *latent"] | None = None
+    kl_weight: Float[Tensor, " actions"] | None = None
 
     def __len__(self) -> int:
         return self.step.shape[0]
@@ -58,6 +61,7 @@ class Actions:
             group=self.group[rows],
             sample=self.sample[rows],
             old_mean=None if self.old_mean is None else self.old_mean[rows],
+            kl_weight=None if self.kl_weight is None else self.kl_weight[rows],
         )
 
     @staticmethod

@@ -56,7 +56,6 @@ FITTED = {
     "tempflow_grpo": {"algorithm.seeds": "1"},
 }
 """Settings of an algorithm that do not fit into six steps and a group of two."""
-STAND_IN = "rewards=[{model='flowgrpo.doctor.verify:darkness'}]"
 CALLED = ("max_sequence_length", "prompt_template", "text_encoder_out_layers")
 """Arguments of a call that depend on the sizes of a family's parts."""
 FILES = ("model_index.json", "*/*.json", "*/*.txt", "*/*.model")
@@ -66,6 +65,11 @@ FILES = ("model_index.json", "*/*.json", "*/*.txt", "*/*.model")
 def darkness(media: Tensor, prompts: Sequence[Prompt]) -> Tensor:
     """A reward without weights for images and videos, in place of a recipe's own."""
     return 1 - media.flatten(1).mean(1)
+
+
+def evenness(media: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+    """A second reward without weights, in place of those that a recipe only measures."""
+    return -media.flatten(1).std(1)
 
 
 @dataclass(frozen=True)
@@ -167,7 +171,7 @@ def _checks(
         files = float(len(list((Path(config.run.folder) / "export").iterdir())))
         found.append(CheckResult("exported files", files, "at least 1", files > 0))
     if level == "tiny" and isinstance(config.loss, ClippedLoss):
-        noise, limit = last["log_prob/noise"], config.loss.clip_range
+        noise, limit = last["log_prob/noise"], config.loss.bound
         found.append(CheckResult("log_prob/noise", noise, f"below {limit:g}", noise < limit))
     if level == "rises":
         rise = standardised_rise([m["reward"] for m in metrics])
@@ -222,6 +226,20 @@ def _short(recipe: Config, updates: int) -> list[str]:
     ]
 
 
+def _stand_ins(recipe: Config) -> list[str]:
+    """Rewards and features without weights, in place of a recipe's own."""
+    here, guard = "flowgrpo.doctor.verify", recipe.guard
+    if guard.kl == "all":
+        rewards = [f"rewards=[{{model='{here}:darkness'}}]"]
+    else:
+        rewards = [
+            f"rewards=[{{model='{here}:darkness'}}, {{model='{here}:evenness', weight=0.0}}]",
+            "guard.measured=[]",
+        ]
+    features = ["guard.features=''", "guard.features_options={}"] if guard.features else []
+    return [*rewards, *features]
+
+
 def _without_judge(recipe: Config) -> list[str]:
     """A comparison of scores in place of a judge of pairs."""
     preference = getattr(recipe.algorithm, "preference", None)
@@ -263,7 +281,7 @@ def _tiny(recipe: Config, folder: Path) -> tuple[list[str], list[str]]:
         f"sampling.call={_inline(call)}",
         *(f"{k}={v}" for k, v in fitted.items()),
         "algorithm.group_size=2",
-        STAND_IN,
+        *_stand_ins(recipe),
         *_without_judge(recipe),
         *_short(recipe, min(recipe.train.updates, 2)),
         "train.lr=1e-3",
@@ -305,7 +323,7 @@ def _random_weights(recipe: Config, folder: Path, device: str) -> tuple[list[str
     model = save_random(recipe.model.path, folder / "model", getattr(torch, recipe.model.dtype))
     settings = [
         f"model.path='{model}'",
-        STAND_IN,
+        *_stand_ins(recipe),
         *_without_judge(recipe),
         *_short(recipe, recipe.train.updates),
         f"run.device={device}",

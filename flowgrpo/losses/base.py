@@ -89,6 +89,8 @@ class LossInputs:
         reference: Outputs of the frozen reference. Supplied for ``LossNeeds.reference``.
         has_reward: Whether all candidates of each action's sample have a reward; None if the caller
             does not know, which stands for all. Where it is false, the advantage is 0 for that reason.
+        kl_weight: The weight that the learner gives :attr:`LossOutputs.kl` of each action, besides
+            ``kl_coef``; None for 1.
     """
 
     policy: PolicyOutputs
@@ -108,6 +110,7 @@ class LossInputs:
     average: PolicyOutputs | None = None
     reference: PolicyOutputs | None = None
     has_reward: Bool[Tensor, " actions"] | None = None
+    kl_weight: Float[Tensor, " actions"] | None = None
 
     def per_action(self, values: Float[Tensor, "states *rest"]) -> Float[Tensor, "actions *rest"]:
         """Values of states, repeated for the actions that start there."""

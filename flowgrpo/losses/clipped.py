@@ -32,6 +32,11 @@ from flowgrpo.losses.base import (
     velocity_kl,
 )
 
+DEFAULT_BOUNDS: Mapping[str, float] = {"ratio": 1e-4, "kl": 1e-6}
+"""``clip_range`` by what it bounds. Flow-DPPO's authors use 1e-7 for the Flow-SDE and 1e-6 for CPS
+(arXiv:2606.11025, appendix F.2); released code has 1e-6 to 1e-5. With a KL of ``D``, the mean over
+``n`` latent elements, the log-ratio has the standard deviation ``sqrt(2 D / n)``."""
+
 
 def clipped_surrogate(
     log_ratio: Float[Tensor, " actions"],
@@ -127,10 +132,12 @@ class ClippedLoss(Loss):
     same scale and weight at all steps. Its clip ranges are smaller: 2e-6 to 4e-6 as published."""
     clip: Literal["ratio", "kl"] = "ratio"
     """The quantity that ``clip_range`` bounds: the ratio, or (Flow-DPPO) the KL of the step's
-    distribution from the old policy's."""
-    clip_range: float = 1e-4
-    """Largest change of the ratio in one iteration. Ratios are of mean log-probabilities, so that
-    the right value depends on the resolution."""
+    distribution from the old policy's. Both bounds act from the second optimizer step of an iteration
+    on (``train.updates`` or ``train.epochs`` above 1): in the first, nothing has moved."""
+    clip_range: float | None = None
+    """Largest change of the ratio in one iteration, or with ``clip = "kl"`` largest KL. Unset, it is
+    1e-4 for the ratio and 1e-6 for the KL. Both are of means over latent elements, so that the right
+    value depends on the resolution."""
     clip_high: float | None = None
     """Largest increase of the ratio, if it differs from the largest decrease; unset as ``clip_range``."""
     kl_coef: float = 0.0
@@ -138,6 +145,17 @@ class ClippedLoss(Loss):
     kl: Literal["exact", "flow_grpo", "velocity"] = "exact"
     """``exact`` is the KL of the step's normals; ``flow_grpo`` leaves out the step's length, as the
     code behind that paper's 0.04 does; ``velocity`` is the squared difference of the outputs."""
+
+    def __post_init__(self) -> None:
+        """Set an unset bound, so that the configuration in a run's folder has the number."""
+        if self.clip_range is None:
+            object.__setattr__(self, "clip_range", DEFAULT_BOUNDS[self.clip])
+
+    @property
+    def bound(self) -> float:
+        """``clip_range``, which is set."""
+        assert self.clip_range is not None
+        return self.clip_range
 
     @property
     def needs(self) -> LossNeeds:
@@ -206,13 +224,13 @@ class ClippedLoss(Loss):
             assert old_mean is not None
             old = Gaussian(old_mean, policy.std)
             moved = gaussian_kl(policy, old).detach()
-            loss = bounded_surrogate(log_ratio, advantage, moved, self.clip_range)
-            outside = moved > self.clip_range
+            loss = bounded_surrogate(log_ratio, advantage, moved, self.bound)
+            outside = moved > self.bound
         else:
-            high = self.clip_range if self.clip_high is None else self.clip_high
-            loss = clipped_surrogate(log_ratio, advantage, self.clip_range, high)
+            high = self.bound if self.clip_high is None else self.clip_high
+            loss = clipped_surrogate(log_ratio, advantage, self.bound, high)
             change = torch.expm1(log_ratio.detach())
-            outside = (change < -self.clip_range) | (change > high)
+            outside = (change < -self.bound) | (change > high)
         return (loss * weight if self.ratio == "guard" else loss), outside
 
     def kl_to(
@@ -226,7 +244,7 @@ class ClippedLoss(Loss):
 
     def check(self) -> None:
         """Raise ValueError if the settings contradict each other or cannot train."""
-        require_at_least("clip_range", self.clip_range, 1e-12)
+        require_at_least("clip_range", self.bound, 1e-12)
         require_at_least("kl_coef", self.kl_coef, 0.0)
         if self.clip_high is not None:
             require_at_least("clip_high", self.clip_high, 1e-12)
@@ -255,11 +273,11 @@ class ClippedLoss(Loss):
     def warning(self, metrics: Mapping[str, float]) -> str:
         """A warning if numerical noise alone moves ratios out of the clip range."""
         noise = metrics.get("log_prob/noise", 0.0)
-        if self.clip != "ratio" or noise <= self.clip_range:
+        if self.clip != "ratio" or noise <= self.bound:
             return ""
         return (
             f"before any update, log-probabilities in the replay differ by up to {noise:.1e} from those "
-            f"of the rollout, more than loss.clip_range = {self.clip_range:g}, so that clipping acts on "
+            f"of the rollout, more than loss.clip_range = {self.bound:g}, so that clipping acts on "
             "this difference. If it is rounding, set train.train_batch equal to train.rollout_batch, use "
             "a higher model.dtype, or widen the clip range"
         )

@@ -118,6 +118,15 @@ class Trainable:
             with swapped(own, copies):
                 yield
 
+    def replace_reference(self, tensors: Mapping[str, Tensor]) -> None:
+        """Make these values of the trained parameters the reference policy.
+
+        Raises:
+            ValueError: If names or shapes differ from :attr:`parameters`.
+        """
+        require_same(self.parameters, tensors)
+        self._reference = [tensors[name].detach().cpu().clone() for name in self.parameters]
+
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         """Set the trained parameters.
 

@@ -11,6 +11,7 @@ import inspect
 import sys
 from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
+from typing import Any
 
 from flowgrpo.core.imports import import_path, suggest
 from flowgrpo.rewards.protocols import PairwiseJudge, RewardModel
@@ -86,6 +87,12 @@ def load_model(reward: Reward) -> RewardModel | PairwiseJudge:
         ValueError: If there is no such model, with the nearest name, or its options are wrong.
         ImportError: If it needs a package that is not installed.
     """
+    model: RewardModel | PairwiseJudge = construct(reward)
+    return model
+
+
+def construct(reward: Reward) -> Any:
+    """As :func:`load_model`, for a model that may have another interface."""
     path = reward.model
     check_name(path)
     if ":" not in path:

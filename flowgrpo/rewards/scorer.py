@@ -19,6 +19,7 @@ from flowgrpo.core.scores import Scores
 from flowgrpo.core.tensors import Float, Tensor, torch
 from flowgrpo.data.audio import Audio
 from flowgrpo.data.prompts import Prompt
+from flowgrpo.rewards.features import Features
 from flowgrpo.rewards.loading import load_model, load_reward
 from flowgrpo.rewards.pairs import PairwisePreference, PairwiseScorer
 from flowgrpo.rewards.protocols import (
@@ -55,6 +56,7 @@ class RewardScorer:
             the run.
         seconds: Time spent scoring since the last :meth:`reset`.
         keeps_media: Whether experience keeps the media of its candidates, for inspection.
+        features: Computes the features of candidates, in training only; None if nothing needs them.
     """
 
     def __init__(
@@ -89,6 +91,7 @@ class RewardScorer:
             if isinstance(m, LearningReward)
         }
         self.safe_point: Callable[[], None] = lambda: None
+        self.features: Features | None = None
         self._seen: list[tuple[Tensor, list[Prompt]]] = []
         self._judges: dict[str, RewardModel | PairwiseJudge] = {}
         self._worker = Worker("reward-scorer")
@@ -287,9 +290,13 @@ class RewardScorer:
         self.broken_media += int((~finite(media, audio)).sum())
         self.scored += len(prompts)
         self.failures_seen += int((~torch.stack(list(raw.values())).isfinite()).any(0).sum())
+        features = None
+        if self.features is not None and self.iteration is not None:
+            with self.call("guard.features"):
+                features = self.features(media)
         self.seconds += time.perf_counter() - began
         weights = {r.label: r.weight_at(self.iteration) for r in self.rewards if r.weight != 0}
-        return Scores(raw, reward, weights, {r.label: r.shaped for r in self.rewards})
+        return Scores(raw, reward, weights, {r.label: r.shaped for r in self.rewards}, features)
 
     def probe(self, media: Tensor, prompts: Sequence[Prompt], audio: Audio | None = None) -> None:
         """Score a few different images before training starts, to find unsuitable rewards early.

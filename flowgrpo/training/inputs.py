@@ -86,6 +86,10 @@ def check_inputs(config: Config, num_processes: int) -> tuple[PromptSet, PromptS
         with _setting(f"rewards[{index}].model"):
             check_name(reward.model)
             check_installed(reward.model)
+    if config.guard.features:
+        with _setting("guard.features"):
+            check_name(config.guard.features)
+            check_installed(config.guard.features)
     with _setting("model.path"):
         check_path(config.model.path)
     if config.evaluation.bench:

@@ -8,7 +8,7 @@ Each process replays its own actions in batches, backpropagates the part of the 
 batch, and the gradients of all processes are added.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from itertools import zip_longest
@@ -21,6 +21,7 @@ from accelerate import Accelerator
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from flowgrpo.algorithms.guard import Guard
 from flowgrpo.config import Train
 from flowgrpo.core.errors import DivergenceError
 from flowgrpo.core.random import Random
@@ -28,9 +29,10 @@ from flowgrpo.data.experience import Actions, Experience
 from flowgrpo.losses.base import Loss, LossInputs, LossOutputs
 from flowgrpo.policy import EMA, PipelinePolicy
 from flowgrpo.policy.arguments import call_key
-from flowgrpo.policy.weights import swapped
+from flowgrpo.policy.weights import Trainable, swapped
 from flowgrpo.training.baseline import ValueBaseline
 from flowgrpo.training.divergence import MAX_SKIPPED, are_finite, check_drift
+from flowgrpo.training.guard import Guarding
 from flowgrpo.training.metrics import UpdateStatistics
 from flowgrpo.training.replay import Replay
 from flowgrpo.training.split import (
@@ -59,6 +61,7 @@ class Learner:
         behaviour: The weights of the behaviour policy, one tensor per trained parameter, if the loss
             needs an old policy whose weights differ from the trained ones.
         baseline: The learned baseline, if the algorithm needs one.
+        guarding: The guards against reward hacking, if any is on.
     """
 
     def __init__(
@@ -68,6 +71,7 @@ class Learner:
         loss: Loss,
         accelerator: Accelerator,
         with_baseline: bool = False,
+        guard: Guard | None = None,
     ):
         """Create the optimizer and the additional weights that the loss and the algorithm need."""
         assert policy.trainable is not None
@@ -80,6 +84,8 @@ class Learner:
             EMA(self.parameters, train.ema_decay, train.ema_every) if train.ema_decay > 0 else None
         )
         self.baseline = ValueBaseline(self.parameters) if with_baseline else None
+        self.guarding = Guarding(guard) if guard is not None and guard.is_active else None
+        self._reference: dict[str, Tensor] | None = None
         needs = loss.needs
         assert self.ema is not None or not needs.average, "refused by the configuration"
         has_old = needs.old_policy is not None
@@ -131,6 +137,9 @@ class Learner:
             random: Keyed by the iteration; draws the parts of the optimizer steps, equal in all processes.
         """
         statistics, needs = UpdateStatistics(self.loss.metrics), self.loss.needs
+        noted: dict[str, float] = {}
+        if self.guarding is not None:
+            experience, advantages, noted = self.guarding.applied(experience, advantages)
         actions = experience.actions
         kept = torch.ones(len(actions), dtype=torch.bool)
         differs = advantages != 0 if advantages.ndim == 1 else (advantages != 0).any(1)
@@ -158,7 +167,21 @@ class Learner:
             self._step(statistics)
         self._check_finite(statistics.norms)
         self._follow()
-        return statistics.summary(self.accelerator) | self._drift(experience)
+        metrics = statistics.summary(self.accelerator) | noted | self._drift(experience)
+        return metrics | self._reset_reference(metrics["loss/kl"])
+
+    def _reset_reference(self, kl: float) -> dict[str, float]:
+        """Make the trained weights the reference policy, if the guards say so; what to log about it."""
+        if self.guarding is None or not self.guarding.settings.resets:
+            return {}
+        if self.guarding.is_reset_due(kl):
+            self._refer_to(self.named)
+        return {"guard/resets": float(self.guarding.resets)}
+
+    def _refer_to(self, weights: Mapping[str, Tensor]) -> None:
+        assert isinstance(self.policy.trainable, Trainable), "refused by the configuration"
+        self._reference = {name: w.detach().cpu().clone() for name, w in weights.items()}
+        self.policy.trainable.replace_reference(self._reference)
 
     def _check_finite(self, norms: Sequence[float]) -> None:
         """Check the weights and the gradients of an iteration.
@@ -224,7 +247,8 @@ class Learner:
         kl = torch.zeros_like(loss)
         if each[0].kl is not None:
             kl = each[0].kl
-            total = total + self.loss.kl_coef * kl.sum()
+            weighted = kl if inputs.kl_weight is None else kl * inputs.kl_weight
+            total = total + self.loss.kl_coef * weighted.sum()
         statistics.add(inputs.step, loss, kl, each[0].metrics)
         return total
 
@@ -324,10 +348,13 @@ class Learner:
             parts["behaviour"] = dict(zip(self.named, self.behaviour, strict=True))
         if self.baseline is not None:
             parts["baseline"] = self.baseline.state()
+        if self._reference is not None:
+            parts["reference"] = self._reference
         state = {
             "num_updates": self.num_updates,
             "gradient_norms": self.gradient_norms,
             "ema_updates": self.ema.updates if self.ema else 0,
+            "guard": self.guarding.state() if self.guarding else None,
             "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler else None,
         }
         return parts, state
@@ -350,6 +377,10 @@ class Learner:
                 weight.copy_(parts["behaviour"][name])
         if self.baseline is not None:
             self.baseline.restore(parts["baseline"])
+        if self.guarding is not None:
+            self.guarding.restore(state["guard"])
+        if "reference" in parts:
+            self._refer_to(parts["reference"])
 
     def _restore_moments(self, moments: dict[str, Tensor]) -> None:
         """Load the optimizer's state, which is saved as ``<parameter>/<moment>``."""

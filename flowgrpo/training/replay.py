@@ -158,6 +158,7 @@ class Replay:
             average=average,
             reference=None if reference is None else reference.restored(record),
             has_reward=experience.has_reward(actions).to(device),
+            kl_weight=None if actions.kl_weight is None else actions.kl_weight.to(device),
         )
 
     def _old_mean(self, actions: Actions, mean: Tensor) -> Tensor:

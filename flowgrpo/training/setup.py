@@ -1,13 +1,20 @@
 """Builds a run from a configuration: checks it, loads its parts, and resumes from a checkpoint."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from flowgrpo.config import Config, ConfigError
 from flowgrpo.core.transitions import require_path
 from flowgrpo.data.prompt_sets import PromptSet
-from flowgrpo.policy import PipelinePolicy, Sampling
+<<<<<<< HEAD
+from flowgrpo.policy import PipelinePolicy
+=======
+from flowgrpo.data.prompts import Prompt
+from flowgrpo.policy import PipelinePolicy
+>>>>>>> r_hack
 from flowgrpo.policy.probe import check_scales, check_sizes, fit_noise, ignores_negatives
 from flowgrpo.policy.text_length import cut_prompts, tokenizers_of
+from flowgrpo.rewards.features import Features
 from flowgrpo.rewards.scorer import RewardScorer
 from flowgrpo.training.benchmarks import Benchmarks
 from flowgrpo.training.evaluator import Evaluator
@@ -57,7 +64,11 @@ def build(config: Config, session: Session, prompts: PromptSet, held_out: Prompt
         RewardError: If a reward cannot be trained on.
         CheckpointError: If the newest checkpoint is damaged.
     """
+<<<<<<< HEAD
     session.scorer = scorer = _scorer(config, session, prompts, held_out)
+=======
+    scorer = _load_rewards(config, session, [*prompts.prompts, *held_out.prompts])
+>>>>>>> r_hack
     policy = PipelinePolicy.from_pretrained(
         config.model.source,
         sampling=config.sampling,
@@ -72,9 +83,20 @@ def build(config: Config, session: Session, prompts: PromptSet, held_out: Prompt
     scorer.check_audio(policy.makes_audio, f"{type(policy.pipeline).__name__} makes none")
     _check_policy(policy, config, prompts, held_out)
     session.note_prompts(_prompt_notes(policy, config, prompts, held_out))
+<<<<<<< HEAD
     with_baseline = getattr(config.algorithm, "needs_baseline", False)
     learner = Learner(policy, config.train, config.loss, session.accelerator, with_baseline)
     sampling = config.evaluation_sampling()
+=======
+    learner = Learner(
+        policy,
+        config.train,
+        config.loss,
+        session.accelerator,
+        with_baseline=getattr(config.algorithm, "needs_baseline", False),
+        guard=config.guard,
+    )
+>>>>>>> r_hack
     evaluator = Evaluator(
         config.evaluation,
         session,
@@ -82,10 +104,14 @@ def build(config: Config, session: Session, prompts: PromptSet, held_out: Prompt
         policy,
         learner,
         held_out,
-        sampling=sampling,
+        sampling=config.evaluation_sampling(),
         seed=config.run.seed,
         model_name=config.model.path,
+<<<<<<< HEAD
         benchmarks=_benchmarks(config, session, policy, learner, sampling),
+=======
+        benchmarks=_load_benchmarks(config, session, policy, learner),
+>>>>>>> r_hack
     )
     # Before a checkpoint is restored, because they show the model that training started from.
     evaluator.keep_base_images()
@@ -95,6 +121,7 @@ def build(config: Config, session: Session, prompts: PromptSet, held_out: Prompt
     return TrainingRun(config, prompts, session, scorer, policy, learner, evaluator)
 
 
+<<<<<<< HEAD
 def _benchmarks(
     config: Config, session: Session, policy: PipelinePolicy, learner: Learner, sampling: Sampling
 ) -> Benchmarks | None:
@@ -102,22 +129,32 @@ def _benchmarks(
     if not config.evaluation.bench:
         return None
     benchmarks = Benchmarks(config, session, policy, learner, sampling)
+=======
+def _load_rewards(config: Config, session: Session, prompts: Sequence[Prompt]) -> RewardScorer:
+    """The rewards, after checks that they can use the prompts and let the policy train, and the features
+    of the guards."""
+    scorer = RewardScorer(config.rewards, config.failures, config.memory.score_batch)
+    session.scorer, scorer.safe_point = scorer, session.signals.check
+    scorer.check_turns(config.train.iterations)
+    if config.guard.novelty != "off":
+        scorer.features = Features(config.guard.features, config.guard.features_options)
+    scorer.check_prompts(prompts)
+    return scorer
+
+
+def _load_benchmarks(
+    config: Config, session: Session, policy: PipelinePolicy, learner: Learner
+) -> Benchmarks | None:
+    """The benchmarks, if there are any, after their judges were asked about one image."""
+    if not config.evaluation.bench:
+        return None
+    benchmarks = Benchmarks(config, session, policy, learner, config.evaluation_sampling())
+>>>>>>> r_hack
     benchmarks.probe()
     return benchmarks
 
 
-def _scorer(
-    config: Config, session: Session, prompts: PromptSet, held_out: PromptSet
-) -> RewardScorer:
-    """The rewards, which can use the prompts and let the policy train."""
-    scorer = RewardScorer(config.rewards, config.failures, config.memory.score_batch)
-    scorer.safe_point = session.signals.check
-    scorer.check_turns(config.train.iterations)
-    for some in (prompts, held_out):
-        scorer.check_prompts(some.prompts)
-    return scorer
-
-
+<<<<<<< HEAD
 def _check_policy(
     policy: PipelinePolicy, config: Config, prompts: PromptSet, held_out: PromptSet
 ) -> None:
