@@ -4,8 +4,8 @@ A mutation is one small change that a person could make: a sign, an index that i
 direction of a comparison, ``or`` for ``and``, two arguments swapped, one parameter in place of another,
 a statement that is left out. Its place and its kind are drawn from a seed. The program makes it in a
 copy of the repository, runs the test files of the area, and notes whether one of them fails. The tests
-that execute the changed line run first; only if they pass, the others follow. Tests that fail without
-a mutation are left out.
+that execute the changed line run first; only if they pass, the others of their files follow. Tests that
+fail without a mutation are left out.
 
 Not mutated are messages (in ``raise``, ``assert``, f-strings and calls that print), annotations,
 defaults of settings and constants of modules: a test of these would only repeat their values.
@@ -69,8 +69,8 @@ AREAS = {
     "losses": Area(["flowgrpo/losses/*.py"], ["losses", "learner", "objectives"]),
     "algorithms": Area(
         ["flowgrpo/algorithms/*.py"],
-        ["own_algorithm", "find", "collect", "step_credit", "whole_samples", "step_algorithms",
-         "combinations"],
+        ["own_algorithm", "find", "matching", "collect", "step_credit", "step_advantages",
+         "whole_samples", "step_algorithms", "combinations"],
     ),
     "learner": Area(
         ["flowgrpo/training/learner.py", "flowgrpo/training/replay.py", "flowgrpo/training/metrics.py"],
@@ -477,7 +477,8 @@ def examine(name: str, number: int, seed: int, folder: Path, results: Path) -> N
         own = [test for test in tests_of(recorded, one.path, lines) if test not in broken]
         own_files = list(dict.fromkeys(test.split("::")[0] for test in own))
         stages: list[Any] = [(own_files, Selected(own), seconds_of(recorded, own))] if own else []
-        stages.append((files, Selected(without={*own, *broken}), usual))
+        # The line may have run for a test that asked for a shared result first, or in another process.
+        stages.append((own_files or files, Selected(without={*own, *broken}), usual))
         state, seconds = "passed", 0.0
         for names, plugin, expected in stages:
             if state == "passed":
