@@ -3,9 +3,10 @@
 A mutation is one small change that a person could make: a sign, an index that is off by one, the wrong
 direction of a comparison, ``or`` for ``and``, two arguments swapped, one parameter in place of another,
 a statement that is left out. Its place and its kind are drawn from a seed. The program makes it in a
-copy of the repository, runs the test files of the area, and notes whether one of them fails. The tests
-that execute the changed line run first; only if they pass, the others of their files follow. Tests that
-fail without a mutation are left out.
+copy of the repository, runs those tests of the area that execute the changed line, the fastest first (all
+tests if none does), and notes whether one of them fails. A test that only reads what another one has
+computed with that line is not run, so that the share is rather too low than too high. Tests that fail
+without a mutation are left out.
 
 Not mutated are messages (in ``raise``, ``assert``, f-strings and calls that print), annotations,
 defaults of settings and constants of modules: a test of these would only repeat their values.
@@ -21,6 +22,7 @@ import argparse
 import ast
 import itertools
 import json
+import math
 import os
 import random
 import shutil
@@ -448,7 +450,9 @@ def preload() -> None:
     assert not {"flowgrpo", "tests", "reward_models"} & set(sys.modules)
 
 
-def examine(name: str, number: int, seed: int, folder: Path, results: Path) -> None:
+def examine(
+    name: str, number: int, seed: int, folder: Path, results: Path, most_seconds: float
+) -> None:
     """Try the first ``number`` mutations of an area that have no result yet."""
     area = AREAS[name]
     known = {row["key"] for row in read(results)}
@@ -475,16 +479,13 @@ def examine(name: str, number: int, seed: int, folder: Path, results: Path) -> N
         write_at(file, mutated(source, one), next(times))
         lines = range(one.line, one.line + one.old.count("\n") + 1)
         own = [test for test in tests_of(recorded, one.path, lines) if test not in broken]
-        own_files = list(dict.fromkeys(test.split("::")[0] for test in own))
-        stages: list[Any] = [(own_files, Selected(own), seconds_of(recorded, own))] if own else []
-        # The line may have run for a test that asked for a shared result first, or in another process.
-        stages.append((own_files or files, Selected(without={*own, *broken}), usual))
-        state, seconds = "passed", 0.0
-        for names, plugin, expected in stages:
-            if state == "passed":
-                limit = 3 * expected + 60
-                state, first, taken = run_tests(folder, ["-x", *names], limit, [plugin])
-                seconds += taken
+        while len(own) > 1 and seconds_of(recorded, own) > most_seconds:
+            own.pop()
+        # Lines that no test executes may run in other processes, or while a module is imported.
+        only = Selected(own or None, without=broken)
+        names = list(dict.fromkeys(test.split("::")[0] for test in own)) or files
+        limit = 3 * (seconds_of(recorded, own) if own else usual) + 60
+        state, first, seconds = run_tests(folder, ["-x", *names], limit, [only])
         write_at(file, source, next(times))
         row = {"area": name, "seed": seed, "key": one.key, **asdict(one)}
         row |= {"caught": state != "passed", "by": first, "seconds": round(seconds, 1)}
@@ -537,6 +538,12 @@ def main() -> None:
     parser.add_argument("--area", nargs="+", choices=AREAS, default=list(AREAS), metavar="AREA")
     parser.add_argument("--per-area", type=int, default=30, help="mutations per area")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--most-seconds",
+        type=float,
+        default=math.inf,
+        help="leave out the slowest of the tests that execute a line, if they take longer together",
+    )
     parser.add_argument("--results", type=Path, default=Path("mutations.jsonl"))
     parser.add_argument(
         "--report", action="store_true", help="print the results so far, run nothing"
@@ -554,7 +561,14 @@ def main() -> None:
             folder = Path(temporary).resolve()
             copy_repository(folder)
             for name in options.area:
-                examine(name, options.per_area, options.seed, folder, options.results)
+                examine(
+                    name,
+                    options.per_area,
+                    options.seed,
+                    folder,
+                    options.results,
+                    options.most_seconds,
+                )
     print(report(read(options.results)))
 
 
