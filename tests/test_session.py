@@ -21,6 +21,7 @@ from flowgrpo.policy import PipelinePolicy
 from flowgrpo.rewards.settings import RewardError
 from flowgrpo.training import checkpoints
 from flowgrpo.training.learner import Learner
+from flowgrpo.training.logs import LogError
 from flowgrpo.training.session import Session
 from tests.conftest import MakePolicy
 
@@ -90,7 +91,7 @@ def test_a_resume_brings_back_everything_that_was_saved(start: Start, policy: Pi
     first.scorer = Scorer()  # type: ignore[assignment]
     learner = learner_of(first, policy)
     first.restore(learner)
-    assert (first.iteration, first.best) == (0, float("-inf"))
+    assert (first.iteration, first.best, first.is_finished) == (0, float("-inf"), False)
     learner.num_updates, learner.gradient_norms = 7, [0.25, 3.5]
     for iteration in range(5):
         if iteration == 3:
@@ -119,6 +120,13 @@ def test_a_resume_brings_back_everything_that_was_saved(start: Start, policy: Pi
     assert [m["iteration"] for m in lines(second, "metrics")] == [0, 1, 2, 3, 4]
     assert [m["iteration"] for m in lines(second, "timings")] == [0, 1, 2, 3, 4]
     assert [e["iteration"] for e in second.past_evaluations()] == [3]
+    # Lines that the checkpoint counts must be there.
+    log = second.folder / "metrics.jsonl"
+    whole = log.read_text()
+    log.write_text("".join(whole.splitlines(keepends=True)[:-1]))
+    with pytest.raises(LogError, match=r"metrics\.jsonl"):
+        second.restore(again)
+    log.write_text(whole)
     # The best so far is still to be beaten.
     second.save_best(again, 5, 0.75)
     assert checkpoints.load(second.checkpoints / "best")[1]["iteration"] == 3
