@@ -3,7 +3,10 @@
 A mutation is one small change that a person could make: a sign, an index that is off by one, the wrong
 direction of a comparison, ``or`` for ``and``, two arguments swapped, one parameter in place of another,
 a statement that is left out. Its place and its kind are drawn from a seed. The program makes it in a
-copy of the repository, runs the test files of the area, and notes whether one of them fails.
+copy of the repository, runs those tests of the area that execute the changed line, the fastest first (all
+tests if none does), and notes whether one of them fails. A test that only reads what another one has
+computed with that line is not run, so that the share is rather too low than too high. Tests that fail
+without a mutation are left out.
 
 Not mutated are messages (in ``raise``, ``assert``, f-strings and calls that print), annotations,
 defaults of settings and constants of modules: a test of these would only repeat their values.
@@ -19,6 +22,7 @@ import argparse
 import ast
 import itertools
 import json
+import math
 import os
 import random
 import shutil
@@ -30,6 +34,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+from benchmarks.executed_lines import ExecutedLines, Selected, failed, seconds_of, tests_of
 
 ROOT = Path(__file__).parents[1]
 COPIED = (
@@ -65,8 +71,8 @@ AREAS = {
     "losses": Area(["flowgrpo/losses/*.py"], ["losses", "learner", "objectives"]),
     "algorithms": Area(
         ["flowgrpo/algorithms/*.py"],
-        ["own_algorithm", "find", "collect", "step_credit", "whole_samples", "step_algorithms",
-         "combinations"],
+        ["own_algorithm", "find", "matching", "collect", "step_credit", "step_advantages",
+         "whole_samples", "step_algorithms", "combinations"],
     ),
     "learner": Area(
         ["flowgrpo/training/learner.py", "flowgrpo/training/replay.py", "flowgrpo/training/metrics.py"],
@@ -367,8 +373,16 @@ def copy_repository(folder: Path) -> None:
         shutil.copy(ROOT / name, folder / name)
 
 
-def run_tests(folder: Path, names: Sequence[str], limit: float) -> tuple[str, str, float]:
-    """Run test files in a child process that inherits the heavy imports of this one.
+def run_tests(
+    folder: Path, tests: Sequence[str], limit: float, plugins: Sequence[object] = ()
+) -> tuple[str, str, float]:
+    """Run tests in a child process that inherits the heavy imports of this one.
+
+    Args:
+        folder: The copy of the repository.
+        tests: What pytest is called with: files, ids of tests, options.
+        limit: Seconds until the tests are ended.
+        plugins: Plugins of pytest.
 
     Returns:
         ``passed``, ``failed`` or ``timeout``; the last lines of the output; the seconds taken.
@@ -377,7 +391,7 @@ def run_tests(folder: Path, names: Sequence[str], limit: float) -> tuple[str, st
     output = folder / ".output"
     child = os.fork()
     if child == 0:
-        _child(folder, [f"tests/test_{n}.py" for n in names], output)
+        _child(folder, tests, output, plugins)
     while True:
         done, status = os.waitpid(child, os.WNOHANG)
         if done:
@@ -390,10 +404,15 @@ def run_tests(folder: Path, names: Sequence[str], limit: float) -> tuple[str, st
     code = os.waitstatus_to_exitcode(status)
     seconds = time.monotonic() - began
     lines = [t for t in output.read_text("utf-8", "replace").splitlines() if t.startswith(("FAILED", "ERROR"))]  # fmt: skip
-    return "passed" if code == 0 else "failed", (lines or [f"exit code {code}"])[0][:200], seconds
+    # 5 says that no test was left to run.
+    return (
+        "passed" if code in (0, 5) else "failed",
+        (lines or [f"exit code {code}"])[0][:200],
+        seconds,
+    )
 
 
-def _child(folder: Path, files: Sequence[str], output: Path) -> None:
+def _child(folder: Path, tests: Sequence[str], output: Path, plugins: Sequence[object]) -> None:
     """Run pytest here and end the process; never returns."""
     import pytest
 
@@ -409,8 +428,8 @@ def _child(folder: Path, files: Sequence[str], output: Path) -> None:
         os.environ["PYTHONPATH"] = str(folder)
         for name in [n for n in sys.modules if n.split(".")[0] == "benchmarks"]:
             del sys.modules[name]
-        arguments = ["-x", "-q", "--no-header", "--tb=no", "-rfE", "-p", "no:cacheprovider"]
-        code = int(pytest.main([*arguments, *files]))
+        arguments = ["-q", "--no-header", "--tb=no", "-rfE", "-p", "no:cacheprovider"]
+        code = int(pytest.main([*arguments, *tests], plugins=plugins))
     finally:
         sys.stdout.flush()
         os._exit(code)
@@ -431,16 +450,26 @@ def preload() -> None:
     assert not {"flowgrpo", "tests", "reward_models"} & set(sys.modules)
 
 
-def examine(name: str, number: int, seed: int, folder: Path, results: Path) -> None:
+def examine(
+    name: str, number: int, seed: int, folder: Path, results: Path, most_seconds: float
+) -> None:
     """Try the first ``number`` mutations of an area that have no result yet."""
     area = AREAS[name]
     known = {row["key"] for row in read(results)}
     todo = [m for m in draw(area, number, f"{seed}/{name}") if m.key not in known]
     if not todo:
         return
-    state, first, usual = run_tests(folder, area.tests, 1800)
-    if state != "passed":
-        raise SystemExit(f"{name}: the tests fail without any mutation: {first}")
+    files = [f"tests/test_{n}.py" for n in area.tests]
+    recorded = folder / ".executed.json"
+    sources = [p for pattern in area.sources for p in sorted(folder.glob(pattern))]
+    recorder = ExecutedLines(folder, sources, recorded)
+    recorded.unlink(missing_ok=True)
+    _, first, usual = run_tests(folder, files, 1800, [recorder])
+    if not recorded.exists():
+        raise SystemExit(f"{name}: the tests do not run without any mutation: {first}")
+    broken = failed(recorded)
+    for test in broken:
+        print(f"{name}: left out, because it fails without any mutation: {test}", flush=True)
     print(f"{name}: {len(todo)} mutations; the tests take {usual:.0f} s", flush=True)
     # Compiled files are told apart by whole seconds and size, so every version gets its own time.
     times = itertools.count(int(time.time()) + 10)
@@ -448,7 +477,15 @@ def examine(name: str, number: int, seed: int, folder: Path, results: Path) -> N
         file = folder / one.path
         source = file.read_text("utf-8")
         write_at(file, mutated(source, one), next(times))
-        state, first, seconds = run_tests(folder, area.tests, 3 * usual + 60)
+        lines = range(one.line, one.line + one.old.count("\n") + 1)
+        own = [test for test in tests_of(recorded, one.path, lines) if test not in broken]
+        while len(own) > 1 and seconds_of(recorded, own) > most_seconds:
+            own.pop()
+        # Lines that no test executes may run in other processes, or while a module is imported.
+        only = Selected(own or None, without=broken)
+        names = list(dict.fromkeys(test.split("::")[0] for test in own)) or files
+        limit = 3 * (seconds_of(recorded, own) if own else usual) + 60
+        state, first, seconds = run_tests(folder, ["-x", *names], limit, [only])
         write_at(file, source, next(times))
         row = {"area": name, "seed": seed, "key": one.key, **asdict(one)}
         row |= {"caught": state != "passed", "by": first, "seconds": round(seconds, 1)}
@@ -501,6 +538,12 @@ def main() -> None:
     parser.add_argument("--area", nargs="+", choices=AREAS, default=list(AREAS), metavar="AREA")
     parser.add_argument("--per-area", type=int, default=30, help="mutations per area")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--most-seconds",
+        type=float,
+        default=math.inf,
+        help="leave out the slowest of the tests that execute a line, if they take longer together",
+    )
     parser.add_argument("--results", type=Path, default=Path("mutations.jsonl"))
     parser.add_argument(
         "--report", action="store_true", help="print the results so far, run nothing"
@@ -518,7 +561,14 @@ def main() -> None:
             folder = Path(temporary).resolve()
             copy_repository(folder)
             for name in options.area:
-                examine(name, options.per_area, options.seed, folder, options.results)
+                examine(
+                    name,
+                    options.per_area,
+                    options.seed,
+                    folder,
+                    options.results,
+                    options.most_seconds,
+                )
     print(report(read(options.results)))
 
 

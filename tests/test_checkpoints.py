@@ -115,7 +115,7 @@ def test_a_missing_checkpoint_is_an_error(tmp_path):
 
 def test_newest_and_prune(tmp_path):
     assert newest(tmp_path) is None
-    for iteration in (5, 20, 10, 100):
+    for iteration in (5, 20, 7, 10, 100):
         save(tmp_path / f"{iteration:06d}", {"w": {"x": torch.tensor(iteration)}}, {})
     save(tmp_path / "best", {"w": {"x": torch.tensor(0)}}, {})
     # A process killed while it wrote: under the temporary name, or a folder without its state.

@@ -1,7 +1,7 @@
 """Algorithm, transition, loss and advantage combine freely: each combination runs or is refused with the reason."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from torch import Tensor
 
 import flowgrpo
 from flowgrpo.algorithms import (
+    FIND,
     G2RPO,
     TPGRPO,
     VGPO,
@@ -20,6 +21,7 @@ from flowgrpo.algorithms import (
     DanceGRPO,
     DiffusionNFT,
     FlowGRPO,
+    Matching,
     MixGRPO,
     PrefGRPO,
     TempFlowGRPO,
@@ -37,7 +39,7 @@ from flowgrpo.core.advantages import (
 )
 from flowgrpo.core.random import Random
 from flowgrpo.core.steps import Window
-from flowgrpo.core.transitions import CPS, DDIM, DanceSDE, FlowSDE, require_path
+from flowgrpo.core.transitions import CPS, DDIM, ODE, DanceSDE, FlowSDE, require_path
 from flowgrpo.data.prompts import Group, Prompt
 from flowgrpo.losses.clipped import ClippedLoss
 from flowgrpo.losses.nft import NFTLoss
@@ -157,6 +159,27 @@ def test_what_is_senseless_is_refused_and_nothing_else(algorithm: str) -> None:
                 settings.check()
         else:
             settings.check()
+
+
+WRONG_PARTS: dict[str, tuple[Any, str]] = {
+    "advantage": (GroupAdvantage(clip=0.0), "advantage.clip must be above 0"),
+    "steps": (Window(start=T), f"num_steps = {T}"),
+    "depths": (Window(start=T), f"num_steps = {T}"),
+    "transition": (ODE(), "injects no noise"),
+    "timestep_fraction": (0.0, "algorithm.timestep_fraction must be"),
+    "preference": (PointwisePreference(tie_margin=-1.0), "algorithm.preference"),
+}
+
+
+def test_an_algorithm_checks_each_of_its_parts() -> None:
+    for made in (*ALGORITHMS.values(), FIND(group_size=G), Matching(group_size=G)):
+        made.check(T)
+        for part in {f.name for f in fields(made)} & set(WRONG_PARTS):
+            wrong, message = WRONG_PARTS[part]
+            # ODE is the only transition of those that draw no noise at the steps.
+            if getattr(made, part) != wrong:
+                with pytest.raises(ValueError, match=message):
+                    replace(made, **{part: wrong}).check(T)
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)

@@ -111,10 +111,17 @@ def test_branches_are_compared_with_those_of_their_seed(
 def test_a_shared_baseline_is_on_every_strip(
     make_policy: MakePolicy, scorer: Callable[[], RewardScorer]
 ) -> None:
-    policy, reward_scorer = make_policy("sd3", sampling=sampling_of("sd3", num_steps=4)), scorer()
+    policy = make_policy("sd3", sampling=sampling_of("sd3", num_steps=4))
+    # In the inspection rewards have their full weight, whatever the iteration.
+    rising = Reward(model=f"{__name__}:brightness", schedule=((5.0, 0.0), (9.0, 1.0)))
+    reward_scorer = RewardScorer([rising])
+    reward_scorer.iteration = 5
     algorithm = TPGRPO(group_size=3, steps=STEPS, shared_noise=True, turning_points="plain")
     strips = inspect(policy, algorithm, reward_scorer, PROMPTS[:1])
     reward_scorer.close()
+    assert reward_scorer.iteration == 5
+    for frame in strips[0].frames:
+        assert frame.reward == pytest.approx(float(frame.media.mean()), abs=1e-6)
     assert len(strips) == 3
     assert len({s.frames[0].reward for s in strips}) == 1
     for strip in strips:

@@ -32,6 +32,8 @@ from flowgrpo.losses.clipped import (
     guarded_log_ratio,
     step_gain,
 )
+from flowgrpo.losses.group_matching import CRDLoss, DGPOLoss
+from flowgrpo.losses.matching import MatchingLoss
 from flowgrpo.losses.nft import NFTLoss, nft_loss
 
 numbers = st.floats(-3, 3, width=32)
@@ -514,6 +516,18 @@ def test_a_clip_range_below_the_noise_is_warned_of():
         (NFTLoss(beta=0.0), "loss.beta must be at least"),
         (NFTLoss(advantage_scale=0.0), "loss.advantage_scale must be at least"),
         (NFTLoss(kl_coef=-1.0), "loss.kl_coef must be at least 0"),
+        (MatchingLoss(power=0.0), "loss.power must be at least"),
+        (MatchingLoss(advantage_scale=0.0), "loss.advantage_scale must be at least"),
+        (MatchingLoss(clip_range=0.0), "loss.clip_range must be at least"),
+        (MatchingLoss(soft_clip=-1.0), "loss.soft_clip must be at least 0"),
+        (MatchingLoss(proximal_coef=-1.0), "loss.proximal_coef must be at least 0"),
+        (MatchingLoss(kl_coef=-1.0), "loss.kl_coef must be at least 0"),
+        (DGPOLoss(beta=0.0), "loss.beta must be at least"),
+        (DGPOLoss(clip_range=-1.0), "loss.clip_range must be at least 0"),
+        (DGPOLoss(kl_coef=-1.0), "loss.kl_coef must be at least 0"),
+        (DGPOLoss(sample_old_after=-1), "loss.sample_old_after must be at least 0"),
+        (CRDLoss(beta=0.0), "loss.beta must be at least"),
+        (CRDLoss(kl_coef=-1.0), "loss.kl_coef must be at least 0"),
     ],
 )
 def test_losses_that_cannot_train_are_refused(loss, message):

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from flowgrpo.core.errors import ConfigError
+from flowgrpo.core.errors import ConfigError, DivergenceError
 from flowgrpo.core.imports import import_path
 from flowgrpo.data.audio import Audio
 from flowgrpo.data.prompts import Prompt
@@ -237,6 +237,8 @@ def test_a_stop_is_seen_when_a_batch_is_submitted_and_while_its_score_is_awaited
 
     subject = scorer("slow_when_dark")
     waiting = subject.submit(torch.zeros(2, 3, 4, 4), PROMPTS[:2])
+    while not subject._worker.current_call()[0] and not calls:
+        time.sleep(0.001)  # Closing cancels calls that have not begun.
     subject.safe_point = stop
     with pytest.raises(Stop):
         subject.submit(IMAGES, PROMPTS)
@@ -246,6 +248,7 @@ def test_a_stop_is_seen_when_a_batch_is_submitted_and_while_its_score_is_awaited
     subject.safe_point = lambda: None
     subject.close()
     assert calls == [PROMPTS[0].text]
+    assert not subject._worker._thread.is_alive()
 
 
 def test_waiting_doubles():
@@ -349,6 +352,25 @@ def test_the_largest_rate_of_failures_is_allowed(rate, stops):
         return subject.check_rate()
     with pytest.raises(RewardError, match="1 of 4 scores failed"):
         subject.check_rate()
+
+
+@pytest.mark.parametrize(("rate", "stops"), [(0.25, False), (0.24, True)])
+def test_media_that_are_not_finite_are_the_policys_fault(rate, stops):
+    """Two images of eight; the message blames them, and not the rewards."""
+    subject = scorer("brightness", "a_list", retries=0, max_rate=rate)
+    broken = IMAGES.clone()
+    broken[1, 0, 2, 3], broken[2, 1, 0, 0] = math.nan, math.inf
+    for media in (broken, IMAGES):
+        subject.score(media, PROMPTS)
+    assert (subject.broken_media, subject.failures_seen, subject.scored) == (2, 2, 8)
+    for check in (subject.check_rate, subject.check_media):
+        if stops:
+            with pytest.raises(DivergenceError, match="2 of 8 images of the policy contain NaN"):
+                check()
+        else:
+            check()
+    subject.reset()
+    subject.check_media()
 
 
 def test_a_later_attempt_fills_in_and_takes_nothing_back():

@@ -85,7 +85,11 @@ def test_condition_images_arrive_as_they_were_and_travel_once(tmp_path: Path) ->
     several = Prompt("b", images=(BEFORE, tmp_path / "other.png"))
     prompts = [Prompt("a", images=[BEFORE]), several, several, Prompt("none")]
     kind, body = pack(MEDIA, prompts)
-    samples = unpack(kind, body, Limits())
+    reserved: list[int] = []
+    samples = unpack(kind, body, Limits(), reserved.append)
+    # Samples become numbers of 4 bytes, condition images stay bytes and are kept once.
+    pixels = BEFORE.width * BEFORE.height + OTHER.width * OTHER.height
+    assert reserved == [4 * MEDIA.numel() + 3 * pixels]
     assert torch.equal(torch.stack([s.media for s in samples]), MEDIA)
     found = [s.prompt.open_images() for s in samples]
     assert found == [[BEFORE], [BEFORE, OTHER], [BEFORE, OTHER], []]

@@ -397,7 +397,8 @@ def test_a_token_is_asked_for_and_checked(monkeypatch):
 def test_other_machines_need_a_token():
     with pytest.raises(ValueError, match=r"'0.0.0.0' is open to other machines: give a token"):
         RewardServer(Mean(), host="0.0.0.0")
-    RewardServer(Mean(), host="0.0.0.0", token="secret").close()
+    # A colon is the mark of an IPv6 address in a host, and of nothing in a token.
+    RewardServer(Mean(), host="0.0.0.0", token="sec:ret").close()
 
 
 def test_web_pages_are_refused(server):
@@ -490,14 +491,21 @@ def test_if_one_of_two_servers_dies_the_other_does_its_work():
         assert sum(staying.batches) == done + 8
 
 
-def test_a_server_that_stays_away_is_an_error_within_the_patience():
+def test_a_server_that_stays_away_is_an_error_within_the_patience(monkeypatch):
     server = RewardServer(Mean())
     client = remote(server.url, patience=0.6)
     server.close()
-    began = time.perf_counter()
+    began, waits = time.perf_counter(), list[float]()
+    changed = client.endpoints._changed
+    wait = changed.wait
+    monkeypatch.setattr(changed, "wait", lambda seconds: waits.append(seconds) or wait(seconds))
     with pytest.raises(RuntimeError, match=r"no answer for 0.6 s \(http://127.0.0.1.*refused"):
         client(IMAGES, PROMPTS)
     assert time.perf_counter() - began < 5
+    # It sleeps through the pause after each failure, instead of asking all the time.
+    assert waits
+    assert max(waits) > 0.1
+    assert min(waits) >= 0.01
     with pytest.raises(ConnectionError, match=r"no answer for 0\.1 s"):
         remote(server.url, patience=0.1)
 

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,6 +21,7 @@ from flowgrpo.policy import PipelinePolicy
 from flowgrpo.rewards.settings import RewardError
 from flowgrpo.training import checkpoints
 from flowgrpo.training.learner import Learner
+from flowgrpo.training.logs import LogError
 from flowgrpo.training.session import Session
 from tests.conftest import MakePolicy
 
@@ -75,6 +77,11 @@ def lines(session: Session, name: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in file.read_text().splitlines()]
 
 
+def fail_after_a_line(session: Session) -> None:
+    session.log_evaluation(result(2))
+    raise KeyError
+
+
 def result(iteration: int) -> dict[str, Any]:
     return {"iteration": iteration, "scores": {"x": 0.5}, "metrics": {"m": 1.0}, "seconds": 3.0}
 
@@ -84,7 +91,7 @@ def test_a_resume_brings_back_everything_that_was_saved(start: Start, policy: Pi
     first.scorer = Scorer()  # type: ignore[assignment]
     learner = learner_of(first, policy)
     first.restore(learner)
-    assert (first.iteration, first.best) == (0, float("-inf"))
+    assert (first.iteration, first.best, first.is_finished) == (0, float("-inf"), False)
     learner.num_updates, learner.gradient_norms = 7, [0.25, 3.5]
     for iteration in range(5):
         if iteration == 3:
@@ -113,6 +120,13 @@ def test_a_resume_brings_back_everything_that_was_saved(start: Start, policy: Pi
     assert [m["iteration"] for m in lines(second, "metrics")] == [0, 1, 2, 3, 4]
     assert [m["iteration"] for m in lines(second, "timings")] == [0, 1, 2, 3, 4]
     assert [e["iteration"] for e in second.past_evaluations()] == [3]
+    # Lines that the checkpoint counts must be there.
+    log = second.folder / "metrics.jsonl"
+    whole = log.read_text()
+    log.write_text("".join(whole.splitlines(keepends=True)[:-1]))
+    with pytest.raises(LogError, match=r"metrics\.jsonl"):
+        second.restore(again)
+    log.write_text(whole)
     # The best so far is still to be beaten.
     second.save_best(again, 5, 0.75)
     assert checkpoints.load(second.checkpoints / "best")[1]["iteration"] == 3
@@ -189,6 +203,25 @@ def test_when_a_checkpoint_is_due(start: Start, policy: PipelinePolicy, monkeypa
     assert session.grid(12) == session.folder / "grids" / "000012.png"
 
 
+def test_a_checkpoint_is_due_after_minutes_or_when_a_signal_asks(start: Start, policy: PipelinePolicy, monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    session, saved = start("run.checkpoint_minutes=2"), list[int]()
+    monkeypatch.setattr(session, "save", lambda learner, iterations: saved.append(iterations))
+    learner = learner_of(session, policy)
+    for iterations, age in ((1, 119.0), (2, 120.5)):
+        session._saved_at = time.monotonic() - age
+        session.save_if_due(learner, iterations)
+    assert saved == [2]
+    session._saved_at = time.monotonic()
+    session.signals.saving = True
+    for iterations in (5, 6):
+        assert not session.save_if_due(learner, iterations)
+    assert saved == [2, 5], "a request is served once"
+    monkeypatch.undo()
+    session._saved_at = 0.0
+    session.save(learner, 7)
+    assert time.monotonic() - session._saved_at < 60, "the minutes count from the last checkpoint"
+
+
 def test_groups_are_shared_in_order(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
     session = start()
     groups = [Group(i, Prompt(str(i))) for i in range(6)]
@@ -247,9 +280,14 @@ def test_every_error_of_a_rollout_saves_except_divergence(start: Start, policy: 
     with pytest.raises(DivergenceError), session.rescue(learner, 2):
         raise DivergenceError("NaN")
     assert checkpoints.newest(session.checkpoints) is None
+    for iteration in (0, 1):
+        session.log(iteration, METRICS, 0.0)
     with pytest.raises(KeyError), session.rescue(learner, 2):
-        raise KeyError
+        fail_after_a_line(session)
     assert checkpoints.newest(session.checkpoints) == session.checkpoints / "000002"
+    # Lines that the rollout itself wrote are written again when the run resumes.
+    counted = checkpoints.load(session.checkpoints / "000002")[1]["lines"]
+    assert {k: v for k, v in counted.items() if v} == {"metrics": 2, "timings": 2}
     with pytest.raises(RewardError, match="no route"), session.rescue(learner, 3):
         raise RewardError("no route")
     assert checkpoints.newest(session.checkpoints) == session.checkpoints / "000003"

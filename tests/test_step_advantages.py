@@ -320,6 +320,17 @@ def test_senseless_kinds_are_refused_with_the_reason(name: str) -> None:
         replace(algorithm, advantage=kind).check(10)
 
 
+def test_every_kind_refuses_a_clip_of_0_and_a_negative_epsilon() -> None:
+    for kind in (*KINDS.values(), BetaAdvantage(), PerLoss()):
+        for clip in (0.0, -1.0, math.nan):
+            with pytest.raises(ValueError, match=r"advantage\.clip must be above 0"):
+                replace(kind, clip=clip).check()  # type: ignore[type-var]
+        if hasattr(kind, "epsilon"):
+            replace(kind, epsilon=0.0).check()  # type: ignore[type-var]
+            with pytest.raises(ValueError, match=r"advantage\.epsilon must be at least 0"):
+                replace(kind, epsilon=-1e-9).check()  # type: ignore[type-var]
+
+
 def test_a_perfect_group_and_a_hopeless_one() -> None:
     """With a virtual best, a state from which every branch fails is left."""
     keys = [(*a, 1) for a in STEPS]

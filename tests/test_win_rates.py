@@ -92,7 +92,8 @@ def test_on_a_ring_all_meet_equally_many(size, opponents):
 @pytest.mark.parametrize("size", [2, 4, 9])
 def test_a_transitive_judge_gives_a_ladder(size, pairwise: MakeScorer):
     order = torch.randperm(size, generator=torch.Generator().manual_seed(size))
-    rates = pairwise().rates(ladder(size)[order], PROMPT)
+    # In the background, as a rollout asks for them.
+    rates = pairwise().submit(ladder(size)[order], PROMPT).result()
     assert rates.tolist() == pytest.approx([int(i) / (size - 1) for i in order])
     # Of decisive, transitive verdicts: |A| is at most sqrt(3 (G - 1) / (G + 1)).
     group = torch.zeros(size, dtype=torch.long)

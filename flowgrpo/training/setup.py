@@ -6,12 +6,8 @@ from dataclasses import dataclass
 from flowgrpo.config import Config, ConfigError
 from flowgrpo.core.transitions import require_path
 from flowgrpo.data.prompt_sets import PromptSet
-<<<<<<< HEAD
-from flowgrpo.policy import PipelinePolicy
-=======
 from flowgrpo.data.prompts import Prompt
 from flowgrpo.policy import PipelinePolicy
->>>>>>> r_hack
 from flowgrpo.policy.probe import check_scales, check_sizes, fit_noise, ignores_negatives
 from flowgrpo.policy.text_length import cut_prompts, tokenizers_of
 from flowgrpo.rewards.features import Features
@@ -64,11 +60,7 @@ def build(config: Config, session: Session, prompts: PromptSet, held_out: Prompt
         RewardError: If a reward cannot be trained on.
         CheckpointError: If the newest checkpoint is damaged.
     """
-<<<<<<< HEAD
-    session.scorer = scorer = _scorer(config, session, prompts, held_out)
-=======
     scorer = _load_rewards(config, session, [*prompts.prompts, *held_out.prompts])
->>>>>>> r_hack
     policy = PipelinePolicy.from_pretrained(
         config.model.source,
         sampling=config.sampling,
@@ -83,11 +75,6 @@ def build(config: Config, session: Session, prompts: PromptSet, held_out: Prompt
     scorer.check_audio(policy.makes_audio, f"{type(policy.pipeline).__name__} makes none")
     _check_policy(policy, config, prompts, held_out)
     session.note_prompts(_prompt_notes(policy, config, prompts, held_out))
-<<<<<<< HEAD
-    with_baseline = getattr(config.algorithm, "needs_baseline", False)
-    learner = Learner(policy, config.train, config.loss, session.accelerator, with_baseline)
-    sampling = config.evaluation_sampling()
-=======
     learner = Learner(
         policy,
         config.train,
@@ -96,7 +83,6 @@ def build(config: Config, session: Session, prompts: PromptSet, held_out: Prompt
         with_baseline=getattr(config.algorithm, "needs_baseline", False),
         guard=config.guard,
     )
->>>>>>> r_hack
     evaluator = Evaluator(
         config.evaluation,
         session,
@@ -107,11 +93,7 @@ def build(config: Config, session: Session, prompts: PromptSet, held_out: Prompt
         sampling=config.evaluation_sampling(),
         seed=config.run.seed,
         model_name=config.model.path,
-<<<<<<< HEAD
-        benchmarks=_benchmarks(config, session, policy, learner, sampling),
-=======
         benchmarks=_load_benchmarks(config, session, policy, learner),
->>>>>>> r_hack
     )
     # Before a checkpoint is restored, because they show the model that training started from.
     evaluator.keep_base_images()
@@ -121,18 +103,8 @@ def build(config: Config, session: Session, prompts: PromptSet, held_out: Prompt
     return TrainingRun(config, prompts, session, scorer, policy, learner, evaluator)
 
 
-<<<<<<< HEAD
-def _benchmarks(
-    config: Config, session: Session, policy: PipelinePolicy, learner: Learner, sampling: Sampling
-) -> Benchmarks | None:
-    """The benchmarks of the evaluations, after each judge was asked about one image; None without any."""
-    if not config.evaluation.bench:
-        return None
-    benchmarks = Benchmarks(config, session, policy, learner, sampling)
-=======
 def _load_rewards(config: Config, session: Session, prompts: Sequence[Prompt]) -> RewardScorer:
-    """The rewards, after checks that they can use the prompts and let the policy train, and the features
-    of the guards."""
+    """The rewards, after checks that they suit the run, and the features of the guards."""
     scorer = RewardScorer(config.rewards, config.failures, config.memory.score_batch)
     session.scorer, scorer.safe_point = scorer, session.signals.check
     scorer.check_turns(config.train.iterations)
@@ -149,12 +121,10 @@ def _load_benchmarks(
     if not config.evaluation.bench:
         return None
     benchmarks = Benchmarks(config, session, policy, learner, config.evaluation_sampling())
->>>>>>> r_hack
     benchmarks.probe()
     return benchmarks
 
 
-<<<<<<< HEAD
 def _check_policy(
     policy: PipelinePolicy, config: Config, prompts: PromptSet, held_out: PromptSet
 ) -> None:
