@@ -89,6 +89,8 @@ def test_cached_encodings_are_the_pipelines(name: str, tiny: Tiny) -> None:
             for k, v in bound.arguments.items()
             if isinstance(v, list) and len(v) == len(PROMPTS)
         }
+        if "prompt" not in whole:  # One negative prompt for all.
+            return original(*args, **kwargs)
 
         def call(encode: Callable[..., Any], rows: slice) -> Any:
             # Z-Image writes into the list that it is given.

@@ -92,19 +92,18 @@ def evaluate(
     mine = [i for i in items if keys[id(i.prompt)] % num_ranks == rank]
     rows: list[dict[str, Any]] = []
     media: dict[int, list[Tensor]] = {}
-    pending = []
-    prompts = [i.prompt for i in mine]
-    for rollout in policy.run(prompts, noise_for(mine, seed), sampling=sampling):
+    pending, noise = [], noise_for(mine, seed)
+    for rollout in policy.run([i.prompt for i in mine], noise, sampling=sampling):
         assert rollout.media is not None
         part = mine[rollout.rows.start : rollout.rows.stop]
-        of_part = [i.prompt for i in part]
-        pending.append((part, scorer.submit(rollout.media, of_part, rollout.audio)))
+        scores = scorer.submit(rollout.media, [i.prompt for i in part], rollout.audio)
+        pending.append((part, scores))
         for item, image in zip(part, rollout.media, strict=True):
             media.setdefault(keys[id(item.prompt)], []).append(image)
     for part, future in pending:
         rows += _rows(part, keys, future.result(), balance)
-    own = [_metrics(metrics, {keys[id(i.prompt)]: i.prompt for i in mine}, media)]
-    rows, parts = sorted(gather(rows), key=lambda r: r["index"]), gather(own)
+    parts = gather([_metrics(metrics, {keys[id(i.prompt)]: i.prompt for i in mine}, media)])
+    rows = sorted(gather(rows), key=lambda r: r["index"])
     return {
         **_summary(rows),
         "metrics": {k: _mean([p[k] for p in parts if k in p]) for k in parts[0]},
