@@ -14,6 +14,7 @@ from flowgrpo.core.geneval import (
     Task,
     Verdict,
     num_to_color,
+    relations_between,
     select,
     soft,
     strict,
@@ -137,6 +138,18 @@ def test_only_the_surest_objects_count_for_the_official_colour() -> None:
     assert soft(two, {"cup": [red, blue]}).score == pytest.approx((1 + 1 / 2) / 2)
     with pytest.raises(ValueError, match="no colours were determined for cup"):
         strict(CUP, {"cup": [at(0, 0)]})
+
+
+def test_small_offsets_are_no_relation() -> None:
+    """A tenth of the summed sizes, 2 pixels here, is taken off an offset."""
+    for other, found in {
+        (1, 1, 11, 11): set(),
+        (2, 0, 12, 10): set(),
+        (20, 1, 30, 11): {"left of"},
+        (1, -20, 11, -10): {"below"},
+        (-20, -20, -10, -10): {"right of", "below"},
+    }.items():
+        assert relations_between((0.0, 0.0, 10.0, 10.0), [float(v) for v in other]) == found
 
 
 def test_a_position_holds_for_every_pair_and_needs_its_target_met() -> None:

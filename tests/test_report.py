@@ -197,6 +197,11 @@ def test_score_without_known_error_is_not_called_a_success(tmp_path):
     assert "rose; whether by more than noise is unknown" in said
     assert "5.100 to 5.120 (+0.020)" in said
     assert 'class="tile unknown"' in report(tmp_path)
+    # A score in [0, 1] has the error of a proportion only if the number of images is known.
+    ends = [evaluation(0, graded=0.5), evaluation(9, graded=0.7)]
+    for line in ends:
+        del line["images"]
+    assert "whether by more than noise is unknown" in verdict(run(tmp_path / "b", evaluations=ends))
 
 
 def test_recorded_errors_are_used(tmp_path):
