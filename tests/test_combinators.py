@@ -142,7 +142,7 @@ def test_a_run_goes_by_the_schedule_and_its_evaluations_do_not(tmp_path):
     build_pipeline().save_pretrained(tmp_path / "model")
     reward = 'rewards=[{model="jpeg_size", scale=2.0, schedule=[[0, 1], [1, 0.25]]}]'
     places = [f"model.path={tmp_path / 'model'}", f"run.folder={tmp_path / 'run'}"]
-    flowgrpo.train(load("quickstart", [*TINY, *places, reward]))
+    flowgrpo.train(load("quickstart", [*TINY, *places, reward, "guard={}"]))
 
     def lines(name: str) -> list[dict[str, Any]]:
         return [json.loads(x) for x in (tmp_path / "run" / name).read_text().splitlines()]

@@ -19,7 +19,7 @@ def encode_mp4(video: Float[Tensor, "frames 3 height width"], fps: int) -> bytes
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "video.mp4"
         try:
-            write_video(path, video, fps)
+            write_video(path, video, float(fps))
         except (ImportError, OSError, ValueError, RuntimeError) as error:
             raise BenchError(
                 f"a video of {tuple(video.shape)} cannot be encoded: {error}"
