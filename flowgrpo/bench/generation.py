@@ -20,7 +20,7 @@ from torch import Tensor
 from flowgrpo.bench.base import BenchError, Benchmark, Entry, Picture
 from flowgrpo.bench.files import read_json, refuse_changes, write_atomically, write_json
 from flowgrpo.bench.models import Subject, call_settings, sampler_settings, versions
-from flowgrpo.bench.pictures import check_whole, find, header_size, is_whole
+from flowgrpo.bench.pictures import Finder, check_whole, header_size, is_whole
 from flowgrpo.bench.progress import Progress
 from flowgrpo.bench.videos import encode_mp4
 from flowgrpo.core.random import Random, SampleNoise
@@ -341,10 +341,10 @@ def pictures_in(
     benchmark: Benchmark, entries: Sequence[Entry], images: Path
 ) -> tuple[list[Picture], list[tuple[Entry, int]]]:
     """The images of a folder, and those that are missing."""
-    found, missing = [], []
+    found, missing, finder = [], [], Finder(images)
     for entry in entries:
         for number in range(benchmark.samples):
-            path = find(images, benchmark.files(entry, number))
+            path = finder.find(benchmark.files(entry, number))
             if path is None:
                 missing.append((entry, number))
             else:

@@ -1,7 +1,9 @@
 """Image files as others left them: finding, checking and reading them."""
 
+import os
 import struct
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from flowgrpo.bench.base import BenchError
@@ -12,17 +14,28 @@ JPEG, JPEG_END = b"\xff\xd8\xff", b"\xff\xd9"
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 
 
-def find(folder: Path, names: Sequence[str]) -> Path | None:
-    """The first file of several possible names, with any of the usual endings."""
-    for name in names:
-        path = folder / name
-        if path.is_file():
-            return path
-        for suffix in SUFFIXES:
-            other = path.with_suffix(suffix)
-            if other.is_file():
-                return other
-    return None
+class Finder:
+    """Finds files in a folder, which is listed once: asking for thousands of files takes seconds."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self._listed: dict[Path, set[str]] = {}
+
+    def find(self, names: Sequence[str]) -> Path | None:
+        """The first file of several possible names, with any of the usual endings."""
+        for name in names:
+            path = self.folder / name
+            for other in (path, *(path.with_suffix(suffix) for suffix in SUFFIXES)):
+                if other.name in self._names(other.parent):
+                    return other
+        return None
+
+    def _names(self, folder: Path) -> set[str]:
+        if folder not in self._listed:
+            self._listed[folder] = set()
+            with suppress(OSError), os.scandir(folder) as entries:
+                self._listed[folder] = {e.name for e in entries if e.is_file()}
+        return self._listed[folder]
 
 
 def is_whole(path: Path) -> bool:

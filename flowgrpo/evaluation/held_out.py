@@ -102,8 +102,8 @@ def evaluate(
             media.setdefault(keys[id(item.prompt)], []).append(image)
     for part, future in pending:
         rows += _rows(part, keys, future.result(), balance)
-    parts = gather([_metrics(metrics, {keys[id(i.prompt)]: i.prompt for i in mine}, media)])
     rows = sorted(gather(rows), key=lambda r: r["index"])
+    parts = gather([_metrics(metrics, {keys[id(i.prompt)]: i.prompt for i in mine}, media)])
     return {
         **_summary(rows),
         "metrics": {k: _mean([p[k] for p in parts if k in p]) for k in parts[0]},
