@@ -13,6 +13,8 @@ from flowgrpo.core.secrets import redact
 from flowgrpo.core.text import plain
 
 T = TypeVar("T")
+WIDTH = 120
+"""Columns of tables in files and pipes."""
 
 
 class Console:
@@ -20,6 +22,8 @@ class Console:
 
     def __init__(self, enabled: bool = True):
         self.rich = RichConsole(quiet=not enabled, highlight=False)
+        if not self.rich.is_terminal:  # A file or a pipe has no width; tables need not be folded.
+            self.rich.width = max(self.rich.width, WIDTH)
         self._seconds: list[float] = []
 
     def say(self, text: str) -> None:
