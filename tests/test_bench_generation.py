@@ -15,6 +15,7 @@ from flowgrpo.bench.base import BenchError, load_benchmark
 from flowgrpo.bench.files import Log, checksum, locked, write_atomically
 from flowgrpo.bench.generation import SETTINGS, Plan, generate
 from flowgrpo.bench.models import Subject, subject
+from flowgrpo.bench.pictures import Finder
 from flowgrpo.bench.run import Part, generate_folder
 from flowgrpo.policy import Sampling
 from flowgrpo.policy.settings import Adapter, ModelSource
@@ -299,3 +300,23 @@ def test_settings_are_stored(whole: Path) -> None:
     assert len(table["settings"]["sha256"]) == len(table["settings"]["data_sha256"]) == 64
     assert table["sampler"]["sampler"] == "FlowMatchEulerDiscreteScheduler"
     assert table["versions"]["torch"]
+
+
+def test_images_of_others_are_found_by_any_of_their_names(tmp_path: Path) -> None:
+    """The official names first, then the usual endings; a folder is no image, and none may be there."""
+    for name in ("0.jpg", "1.png", "1.jpg", "deep/2.webp", "cat. 3.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"x")
+    (tmp_path / "4.png").mkdir()
+    finder = Finder(tmp_path)
+    asked = {
+        "0.png": "0.jpg",
+        "1.png": "1.png",
+        "deep/2.png": "deep/2.webp",
+        "cat. 3.png": "cat. 3.png",
+    }
+    for name, wanted in asked.items():
+        assert finder.find([name]) == tmp_path / wanted
+    assert finder.find(["absent.png", "1.jpg"]) == tmp_path / "1.jpg"
+    for name in ("4.png", "5.png", "nowhere/6.png"):
+        assert finder.find([name]) is None

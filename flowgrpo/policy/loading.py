@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline, ModelMixin, PipelineQuantizationConfig
-from huggingface_hub.errors import RevisionResolutionError
+from huggingface_hub.errors import LocalEntryNotFoundError, RevisionResolutionError
 from transformers import PreTrainedModel
 
 from flowgrpo.policy.adapters import add_adapters
@@ -146,6 +146,8 @@ def _downloaded(source: ModelSource) -> Path:
         return Path(DiffusionPipeline.download(source.path, **options))
     except (OSError, ValueError, RevisionResolutionError) as error:
         reason = str(error).strip().splitlines()[0]
+        if isinstance(error.__cause__, LocalEntryNotFoundError) or "not fully cached" in reason:
+            reason = "it is not in the cache, and the hub cannot be reached"
         which = f", revision {source.revision}" * bool(source.revision)
         raise FileNotFoundError(
             f"{source.path}{which} is neither a folder here nor a pipeline that can be downloaded: {reason}"
