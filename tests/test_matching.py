@@ -333,7 +333,7 @@ def test_the_learner_takes_the_gradient_of_the_loss_on_the_whole_batch(
         torch.testing.assert_close(got, want, atol=2e-3 * scale, rtol=0)
 
 
-def test_the_old_policy_samples_when_its_time_has_come(
+def test_the_old_policy_samples_after_a_number_of_optimizer_steps(
     collected: tuple[PipelinePolicy, Experience], accelerator: Accelerator
 ) -> None:
     learner = Learner(collected[0], Train(iterations=1, groups=2, train_batch=3), DGPOLoss(sample_old_after=5), accelerator)  # fmt: skip

@@ -106,8 +106,11 @@ class Learner:
         self._lost_iterations = 0
 
     def behaviour_policy(self) -> AbstractContextManager[None]:
-        """Inside, the policy has the weights that sample: the behaviour weights, if there are any and
-        their time has come."""
+        """Inside, the policy has the weights that sample.
+
+        These are the behaviour weights if the loss has an old policy, after
+        ``LossNeeds.old_policy_samples_from`` optimizer steps; otherwise the trained weights.
+        """
         waits = self.num_updates < self.loss.needs.old_policy_samples_from
         return nullcontext() if waits else self._old_policy()
 
