@@ -30,7 +30,13 @@ from flowgrpo.policy.weights import swapped
 from flowgrpo.rewards.scorer import RewardScorer
 from flowgrpo.rewards.settings import Reward
 from flowgrpo.training.learner import Learner, sum_gradients
-from flowgrpo.training.split import has_advantage, split_actions, split_samples, split_steps
+from flowgrpo.training.split import (
+    has_advantage,
+    split_actions,
+    split_groups,
+    split_samples,
+    split_steps,
+)
 from tests.conftest import MakePolicy, sampling_of
 from tests.processes import ranks
 
@@ -319,14 +325,60 @@ def test_the_division_does_not_depend_on_order_or_processes():
         found = function(actions, 4, RANDOM).tolist()
         return dict(zip(map(tuple, keys.tolist()), found, strict=True))
 
-    for function, size in ((split_samples, None), (split_actions, len(keys) // 4)):
+    def groups(actions: Actions, updates: int, random: Random) -> Tensor:
+        return split_groups(actions, updates, 4, random)
+
+    for function, size in ((groups, 30), (split_samples, None), (split_actions, 30)):
         whole = divide(keys, function)
         assert divide(shuffled, function) == whole
         assert divide(keys[keys[:, 0] == 2], function) == {k: v for k, v in whole.items() if k[0] == 2}  # fmt: skip
-        if size:  # 30 actions of a group among 4 updates, and 120 of all: 30 in each
+        if size:  # 4 groups, or 30 actions of a group among 4 updates: 30 of 120 in each
             assert [list(whole.values()).count(u) for u in range(4)] == [size] * 4
     uneven = divide(keys, lambda a, n, _: split_steps(a, n, torch.arange(5)))
     assert [uneven[0, 0, step] for step in range(5)] == [0, 0, 1, 2, 3]
+
+
+def rows_of(groups: int, samples: int, steps: int = 1) -> Actions:
+    """Actions of every step of every sample, whose states are not used."""
+    keys = torch.cartesian_prod(torch.arange(groups), torch.arange(samples), torch.arange(steps))
+    group, sample, step = keys.unbind(1)
+    empty = torch.zeros(len(keys), 1)
+    return Actions(empty, torch.arange(len(keys)), empty, step, empty[:, 0], group, sample)
+
+
+def waiting(update_of: Tensor, group: Tensor, num_ranks: int) -> float:
+    """The time of training on ranks that wait for each other, over the time if none waits."""
+    size = (int(group.max()) + 1) // num_ranks
+    counts = torch.bincount(
+        update_of * num_ranks + group // size, minlength=(int(update_of.max()) + 1) * num_ranks
+    ).view(-1, num_ranks)
+    return float(counts.amax(1).sum() / counts.float().mean(1).sum())
+
+
+def test_no_rank_waits_for_another_because_of_the_division():
+    def at_random(actions: Actions, updates: int, num_groups: int, random: Random) -> Tensor:
+        order = torch.randperm(num_groups, generator=random.generator("updates"))
+        return order.argsort()[actions.group] % updates
+
+    actions = rows_of(48, 2)
+    assert waiting(at_random(actions, 2, 48, RANDOM), actions.group, 8) > 1.1
+    for groups, updates in ((48, 2), (48, 1), (48, 3), (64, 4), (32, 2)):
+        actions, divided = rows_of(groups, 2), []
+        for iteration in range(100):
+            found = split_groups(actions, updates, groups, RANDOM.at(iteration))
+            divided.append(found[::2])
+            # Whole groups, equally many in each update, for every allowed number of ranks.
+            assert torch.equal(found[::2], found[1::2])
+            allowed = [n for n in (1, 2, 3, 4, 8, 16) if groups % (n * updates) == 0]
+            assert [waiting(found, actions.group, n) for n in allowed] == [1.0] * len(allowed)
+        # Any two groups meet in an update sooner or later, unless one of them is drawn for another.
+        together = torch.stack([d[:, None] == d for d in divided]).any(0)
+        block = torch.arange(groups) // updates
+        assert torch.equal(together, torch.eye(groups).bool() | (block[:, None] != block))
+    # DanceGRPO's recipe for FLUX on 8 ranks: 3 updates of 4 samples of each of 16 groups.
+    actions = rows_of(16, 12, steps=8)
+    for divide in (split_samples, split_actions):
+        assert waiting(divide(actions, 3, RANDOM), actions.group, 8) == 1.0
 
 
 def test_dropped_samples_are_in_neither_mean(learn: Learn):

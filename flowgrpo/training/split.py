@@ -16,7 +16,11 @@ from flowgrpo.data.experience import Actions
 def split_groups(
     actions: Actions, updates: int, num_groups: int, random: Random
 ) -> Int[Tensor, " actions"]:
-    """Whole groups, in random order.
+    """Whole groups, one of every ``updates`` consecutive groups for each optimizer step.
+
+    A process has consecutive groups, and their number is a multiple of ``updates``
+    (``Config.check``). Every optimizer step therefore trains on equally many groups of each process,
+    and no process waits for another. Which of the consecutive groups an optimizer step gets is random.
 
     Args:
         actions: The actions of this process.
@@ -24,10 +28,9 @@ def split_groups(
         num_groups: Groups of the iteration on all processes.
         random: Keyed by the iteration.
     """
-    order = torch.randperm(num_groups, generator=random.generator("updates"))
-    position = torch.empty_like(order)
-    position[order] = torch.arange(num_groups)
-    return position[actions.group] % updates
+    generator = random.generator("updates")
+    blocks = [torch.randperm(updates, generator=generator) for _ in range(0, num_groups, updates)]
+    return torch.cat(blocks)[actions.group]
 
 
 def split_samples(actions: Actions, updates: int, random: Random) -> Int[Tensor, " actions"]:
