@@ -93,13 +93,14 @@ def evaluate(
     rows: list[dict[str, Any]] = []
     media: dict[int, list[Tensor]] = {}
     pending, noise = [], noise_for(mine, seed)
-    for rollout in policy.run([i.prompt for i in mine], noise, sampling=sampling):
-        assert rollout.media is not None
-        part = mine[rollout.rows.start : rollout.rows.stop]
-        scores = scorer.submit(rollout.media, [i.prompt for i in part], rollout.audio)
-        pending.append((part, scores))
-        for item, image in zip(part, rollout.media, strict=True):
-            media.setdefault(keys[id(item.prompt)], []).append(image)
+    with policy.together():
+        for rollout in policy.run([i.prompt for i in mine], noise, sampling=sampling):
+            assert rollout.media is not None
+            part = mine[rollout.rows.start : rollout.rows.stop]
+            scores = scorer.submit(rollout.media, [i.prompt for i in part], rollout.audio)
+            pending.append((part, scores))
+            for item, image in zip(part, rollout.media, strict=True):
+                media.setdefault(keys[id(item.prompt)], []).append(image)
     for part, future in pending:
         rows += _rows(part, keys, future.result(), balance)
     rows = sorted(gather(rows), key=lambda r: r["index"])

@@ -38,6 +38,7 @@ from flowgrpo.policy.arguments import (
 from flowgrpo.policy.call import PipelineCall, UnsupportedPipelineError
 from flowgrpo.policy.latent_injection import LatentInjection, LatentLocations
 from flowgrpo.policy.loading import DTYPES, denoisers, load_pipeline, without_safety_checker
+from flowgrpo.policy.lockstep import Call, Lockstep
 from flowgrpo.policy.placement import as_batch, as_media, models_of, prepare
 from flowgrpo.policy.prompt_cache import ENCODING_METHODS, REWRITING_METHODS
 from flowgrpo.policy.scheduler import FlowPolicyScheduler, policy_scheduler
@@ -113,10 +114,13 @@ class PipelinePolicy:
         trainable: The trained parameters; None if everything is frozen.
         num_evaluations: Denoiser evaluations so far, counted per sample.
         num_decodes: Decoded samples so far.
+        lockstep: Makes the calls of all processes equal where ``in_lockstep`` is true.
     """
 
     keeps_means = False
     """Whether actions store the means of their steps. Set by the learner if the loss needs them."""
+    in_lockstep = False
+    """Whether all processes must make equal passes of the denoiser, because its parameters are sharded."""
 
     def __init__(
         self,
@@ -173,6 +177,7 @@ class PipelinePolicy:
             )
         self.num_evaluations = self.num_decodes = 0
         self._learned = Learned()
+        self.lockstep = Lockstep(self._join)
         self._injection = LatentInjection(
             pipeline, self.scheduler, self._learned.latents, self.device
         )
@@ -363,7 +368,36 @@ class PipelinePolicy:
         """Use the reference policy, the model before training, inside the context."""
         return self.trainable.reference() if self.trainable is not None else nullcontext()
 
+    def together(self) -> AbstractContextManager[None]:
+        """A section that all processes enter and leave, and in which their calls may differ.
+
+        If the parameters are sharded, processes whose work has ended take part in the calls of the
+        others until all have finished (:mod:`flowgrpo.policy.lockstep`); otherwise this does nothing.
+        No collective operation may run inside.
+        """
+        return self.lockstep.together() if self.in_lockstep else nullcontext()
+
     def _run(
+        self,
+        prompts: Sequence[Prompt],
+        plan: StepPlan,
+        x: Tensor | None,
+        decode: bool,
+        sampling: Sampling,
+    ) -> _Called:
+        """Call the pipeline, in a section when it is this process's turn."""
+        if self.lockstep.in_section:
+            self.lockstep.wait(self.lockstep.describe(prompts, plan, x, sampling))
+        return self._run_now(prompts, plan, x, decode, sampling)
+
+    def _join(self, call: Call) -> Sequence[StepRecord]:
+        """Make a call of another process; it does not count as work of this one."""
+        before = self.num_evaluations
+        called = self._run_now(call.prompts, call.plan, call.x, False, call.sampling)
+        self.num_evaluations = before
+        return called.records
+
+    def _run_now(
         self,
         prompts: Sequence[Prompt],
         plan: StepPlan,

@@ -289,7 +289,7 @@ class Benchmarks:
             there = sum(item.path.exists() for item in items)
             title = f"{one.settings.tag}, images"
             progress = Progress(title, len(items), there, session.console.say)
-            make_missing(plan, self.policy, mine, progress, session.signals.check)
+            self._make(plan, mine, progress)
             progress.close()
             judge = one.benchmark.judge()
             out = plan.folder if plan.rank == 0 else plan.folder / "processes" / str(plan.rank)
@@ -311,6 +311,21 @@ class Benchmarks:
             "files": scores.files,
             "judge": (scores.title, scores.identity, scores.version, scores.notes),
         }
+
+    def _make(self, plan: Plan, batches: Sequence[Sequence[Item]], progress: Progress) -> None:
+        """Make the missing images of this process, and take part in the calls of others.
+
+        Raises:
+            BenchError: After all processes have made theirs.
+        """
+        problem = None
+        with self.policy.together():
+            try:
+                make_missing(plan, self.policy, batches, progress, self.session.signals.check)
+            except BenchError as error:
+                problem = error
+        if problem is not None:
+            raise problem
 
     def _collect(
         self, one: RunBenchmark, plan: Plan, parts: Sequence[dict[str, Any]], iteration: int

@@ -56,8 +56,10 @@ def finish(run: TrainingRun) -> Result:
     if finished:
         evaluator.evaluate(run.config.train.iterations, full=True)
         session.drop_phases()
+        with run.learner.behaviour_policy(), run.policy.together():
+            if session.is_main:
+                _inspect(run)
         if session.is_main:
-            _inspect(run)
             exported = _export(run)
     if session.is_main:
         write_report(session.folder)
@@ -75,14 +77,16 @@ def finish(run: TrainingRun) -> Result:
 
 
 def _inspect(run: TrainingRun) -> None:
-    """Save strips of a few training prompts for the report: their steps, candidates and advantages."""
+    """Save strips of a few training prompts for the report: their steps, candidates and advantages.
+
+    The policy has the weights that sample.
+    """
     config = run.config
     number, seed = config.evaluation.inspected_prompts, config.run.seed
     if not number:
         return
     prompts = [group.prompt for group in run.prompts.groups(0, number, Random(seed))]
-    with run.learner.behaviour_policy():
-        strips = inspection.inspect(run.policy, config.algorithm, run.scorer, prompts, seed=seed)
+    strips = inspection.inspect(run.policy, config.algorithm, run.scorer, prompts, seed=seed)
     inspection.write_fragment(strips, run.session.folder)
 
 

@@ -51,16 +51,17 @@ class Evaluator:
 
     def keep_base_images(self) -> None:
         """Draw and save the base model's images for the grids, unless an earlier session did."""
-        if not self.session.is_main:
-            return
+        with self.policy.together():
+            if self.session.is_main and not self._has_base_images():
+                drawn = self.comparison_grid.generate_with_audio(self.policy, self.sampling)
+                save_images(self._base_file, *drawn)
+
+    def _has_base_images(self) -> bool:
         try:
-            is_there = load_images(self._base_file) is not None
+            return load_images(self._base_file) is not None
         except ValueError as error:
             self.session.console.say(f"WARNING: {error}; the base model draws them again")
-            is_there = False
-        if not is_there:
-            drawn = self.comparison_grid.generate_with_audio(self.policy, self.sampling)
-            save_images(self._base_file, *drawn)
+            return False
 
     def resume(self) -> None:
         """Read the results of earlier sessions, and probe the rewards on the base model's images.
@@ -103,8 +104,9 @@ class Evaluator:
                 rank=session.accelerator.process_index,
                 num_ranks=session.accelerator.num_processes,
             )
-            if session.is_main:
-                self._save_grid(iteration)
+            with self.policy.together():
+                if session.is_main:
+                    self._save_grid(iteration)
             found = self.benchmarks.run(iteration, full) if self.benchmarks else {}
         self.scorer.check_media()
         result = {"iteration": iteration, **result, **({"bench": found} if found else {})}

@@ -156,17 +156,17 @@ class Learner:
             trained = chosen if computes_all else chosen & differs
             batches = list(self.replay.batches(experience, advantages, trained))
             # The reference's outputs for all batches at once, so that its weights move only once.
-            referred = [batch for batch, _ in batches] if needs.reference else []
-            references = self.replay.references(experience, referred)
+            referred = [batch for batch, _ in batches]
+            references = self.replay.references(experience, referred) if needs.reference else []
             is_first = number_before == 0
-            for (batch, advantage), reference in zip_longest(batches, references):
-                columns = [advantage] if advantage.ndim == 1 else list(advantage.unbind(1))
-                inputs = self.replay.inputs(experience, batch, columns[0], reference, is_first)
-                loss = self._loss(inputs, columns[1:], statistics)
-                # Wan 2.2 has two denoisers. If only one is trained, the steps of the other carry no
-                # gradient.
-                if loss.requires_grad:
-                    self.accelerator.backward(loss / number)
+            with self.policy.together():
+                for (batch, advantage), reference in zip_longest(batches, references):
+                    columns = [advantage] if advantage.ndim == 1 else list(advantage.unbind(1))
+                    inputs = self.replay.inputs(experience, batch, columns[0], reference, is_first)
+                    loss = self._loss(inputs, columns[1:], statistics)
+                    # Wan 2.2 has two denoisers. If only one is trained, the steps of the other carry
+                    # no gradient, and nothing is backpropagated.
+                    self.policy.lockstep.backward(loss / number, self.accelerator.backward)
             self._step(statistics)
         self._check_finite(statistics.norms)
         self._follow()
@@ -275,7 +275,7 @@ class Learner:
         chosen = torch.isin(actions.state, first[: min(train.monitor_states, train.train_batch)])
         few = actions.select(chosen.nonzero().squeeze(1))
         (reference,) = self.replay.references(experience, [few])
-        with torch.no_grad():
+        with torch.no_grad(), self.policy.together():
             output = self.replay.record(experience, few).prediction.output.cpu()
         squares = (output - reference.output).float().square().flatten(1).mean(1)
         mean = self._mean_of_all(squares)

@@ -7,6 +7,7 @@ resume changes them. All processes take part in the same rounds, also those with
 """
 
 from collections.abc import Callable, Collection, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 
 import torch
@@ -27,6 +28,7 @@ def refilled(
     collect: Collect,
     gather: Callable[[Tensor], Tensor],
     num_groups: int,
+    together: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> tuple[Experience, int]:
     """Replace flat groups until none is left, or for a number of rounds.
 
@@ -37,6 +39,7 @@ def refilled(
         collect: Samples and scores groups.
         gather: Concatenates a tensor of each process.
         num_groups: Places of all processes.
+        together: Enters a context in which processes without further groups wait for the others.
 
     Returns:
         The experience, with as many groups, and the number of groups that were replaced on all
@@ -55,8 +58,10 @@ def refilled(
             for g in further(number)
             if g.index in flat
         ]
-        if groups:
-            experience = merged(experience, flat, collect(groups), num_groups)
+        with together():
+            more = collect(groups) if groups else None
+        if more is not None:
+            experience = merged(experience, flat, more, num_groups)
     return experience, replaced
 
 

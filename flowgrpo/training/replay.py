@@ -48,7 +48,10 @@ class Replay:
         average: Weights | None,
     ):
         self.policy, self.loss, self.train_batch = policy, loss, train_batch
-        self.has_one_update, self.behaviour, self.average = has_one_update, behaviour, average
+        self.has_one_update = has_one_update
+        policy.lockstep.weights["behaviour"] = behaviour
+        if average is not None:
+            policy.lockstep.weights["average"] = average
 
     def batches(
         self, experience: Experience, advantages: Tensor, trained: Tensor
@@ -110,9 +113,10 @@ class Replay:
         Full fine-tuning keeps the reference weights in main memory. Evaluating all batches of an
         update at once moves them to the accelerator once per update.
         """
-        if not batches:
+        # In lockstep, a process without batches joins the calls of the others.
+        if not batches and not self.policy.in_lockstep:
             return []
-        with torch.no_grad(), self.policy.reference():
+        with torch.no_grad(), self.policy.reference(), self.policy.together():
             records = (self.record(experience, actions) for actions in batches)
             return [StoredOutputs.of(record) for record in records]
 
@@ -131,11 +135,10 @@ class Replay:
         if needs.old_policy is not None and needs.old_policy_is_copied and first_update:
             old_policy = _detached(record)
         elif needs.old_policy is not None:
-            with torch.no_grad(), self.behaviour():
+            with torch.no_grad(), self.policy.lockstep.using("behaviour"):
                 old_policy = _outputs(self.record(experience, actions))
         if needs.average:
-            assert self.average is not None
-            with torch.no_grad(), self.average():
+            with torch.no_grad(), self.policy.lockstep.using("average"):
                 average = _outputs(self.record(experience, actions))
         state = actions.state.to(device)
         if needs.old_mean:

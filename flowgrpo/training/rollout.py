@@ -38,7 +38,8 @@ def collect(
     number = config.train.groups
 
     def sample(groups: Sequence[Group]) -> Experience:
-        found = config.algorithm.collect(run.policy, groups, scorer, random, iteration)
+        with run.policy.together():
+            found = config.algorithm.collect(run.policy, groups, scorer, random, iteration)
         scorer.check_rate()
         rollout.scoring_seconds += scorer.seconds
         return found
@@ -51,7 +52,13 @@ def collect(
     replaced = 0
     if scorer.trains_policy(iteration):
         experience, replaced = refilled(
-            experience, config.train.refill, further, sample, session.gather, number
+            experience,
+            config.train.refill,
+            further,
+            sample,
+            session.gather,
+            number,
+            run.policy.together,
         )
     rollout.metrics["group/refilled"] = float(replaced)
     return experience, rollout

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 
 from flowgrpo.config import Config, ConfigError
 from flowgrpo.core.transitions import require_path
@@ -72,6 +73,7 @@ def build(config: Config, session: Session, prompts: PromptSet, held_out: Prompt
         with_reference=config.loss.needs.reference or config.train.monitor_states > 0,
         memory=config.memory,
     )
+    policy.lockstep.timeout = timedelta(minutes=config.run.rank_timeout_minutes)
     scorer.check_audio(policy.makes_audio, f"{type(policy.pipeline).__name__} makes none")
     _check_policy(policy, config, prompts, held_out)
     session.note_prompts(_prompt_notes(policy, config, prompts, held_out))
