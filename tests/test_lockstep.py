@@ -29,7 +29,7 @@ from flowgrpo.training.ranks import process_group
 from flowgrpo.training.refill import refilled
 from tests.conftest import MakePolicy, sampling_of
 from tests.processes import ranks
-from tests.test_combinations import ALGORITHMS, HERE, G, T
+from tests.test_combinations import ALGORITHMS, HERE, G
 from tests.test_objectives import Distances
 
 PROMPTS = [Prompt("a red cube"), Prompt("two dogs", negative="a cat"), Prompt("a green disc")]
@@ -39,7 +39,7 @@ LOSS = ClippedLoss(clip_range=0.1, kl_coef=0.1, kl="velocity")
 CASES: dict[str, tuple[Any, Any]] = {
     **{name: (made, LOSS) for name, made in ALGORITHMS.items() if name != "diffusion_nft"},
     "diffusion_nft": (ALGORITHMS["diffusion_nft"], NFTLoss(kl_coef=0.1)),
-    "matching": (Matching(group_size=G), MatchingLoss(kl_coef=0.1)),
+    "matching": (Matching(group_size=G, num_times=2), MatchingLoss(kl_coef=0.1)),
     "every input": (FlowGRPO(group_size=G), Distances()),
     "find": (FIND(group_size=G), ClippedLoss(clip_range=0.1)),
 }
@@ -153,7 +153,7 @@ def test_processes_without_work_take_part_in_every_pass(
     make_policy: MakePolicy, accelerator: Accelerator
 ) -> None:
     """One of two processes has fewer prompts, needs other calls, and has nothing to train on."""
-    sampling = sampling_of("sd3", num_steps=T)
+    sampling = sampling_of("sd3", num_steps=3)
     policy = make_policy("sd3", sampling=sampling, weights=Full(), with_reference=True)
     noise = make_policy("sd3", sampling=sampling, weights=Noise())
     fit_noise(noise, PROMPTS)

@@ -90,7 +90,6 @@ def evaluate(
     # Prompts are identified as objects, since one text may occur with several condition images.
     keys = {id(p): n for n, p in enumerate({id(i.prompt): i.prompt for i in items}.values())}
     mine = [i for i in items if keys[id(i.prompt)] % num_ranks == rank]
-    rows: list[dict[str, Any]] = []
     media: dict[int, list[Tensor]] = {}
     pending, noise = [], noise_for(mine, seed)
     with policy.together():
@@ -101,8 +100,7 @@ def evaluate(
             pending.append((part, scores))
             for item, image in zip(part, rollout.media, strict=True):
                 media.setdefault(keys[id(item.prompt)], []).append(image)
-    for part, future in pending:
-        rows += _rows(part, keys, future.result(), balance)
+    rows = [row for part, scores in pending for row in _rows(part, keys, scores.result(), balance)]
     rows = sorted(gather(rows), key=lambda r: r["index"])
     parts = gather([_metrics(metrics, {keys[id(i.prompt)]: i.prompt for i in mine}, media)])
     return {

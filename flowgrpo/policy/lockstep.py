@@ -110,7 +110,7 @@ class Lockstep:
         self._name = ""
         self._is_open = False
         self._joined: Tensor | None = None
-        self._group: dist.ProcessGroup | None = None
+        self._group: Any = None
 
     @contextmanager
     def together(self) -> Iterator[None]:
@@ -221,7 +221,7 @@ class Lockstep:
             output = records[-1].prediction.output
             self._joined = output if output.requires_grad else None
 
-    def _messages(self) -> dist.ProcessGroup:
+    def _messages(self) -> Any:
         """The processes, connected for messages on the CPU, which do not wait for the accelerator."""
         if self._group is None:
             self._group = dist.new_group(backend="gloo", timeout=self.timeout)

@@ -176,8 +176,7 @@ class PipelinePolicy:
                 self.denoisers, weights, seed=seed, with_reference=with_reference, start=start
             )
         self.num_evaluations = self.num_decodes = 0
-        self._learned = Learned()
-        self.lockstep = Lockstep(self._join)
+        self._learned, self.lockstep = Learned(), Lockstep(self._join)
         self._injection = LatentInjection(
             pipeline, self.scheduler, self._learned.latents, self.device
         )
