@@ -123,15 +123,17 @@ def _leave(status: int) -> NoReturn:
 
 def _dry_run(config: "Config", num_processes: int, memory_gb: float | None) -> int:
     """Check everything that can be checked without the model, and print the plan."""
+    from flowgrpo.config.plan import plan
     from flowgrpo.policy.model_files import locate
     from flowgrpo.training.inputs import check_inputs
     from flowgrpo.training.run_folder import preview
 
     train, held_out = check_inputs(config, num_processes)
-    model = locate(config.model.path)
+    model, work = locate(config.model.path), plan(config, num_processes)
     rows = [
         ("model", f"{config.model.path}, {model.words}"),
         *config.geometry(num_processes).items(),
+        *work.rows().items(),
     ]
     for label, prompts, file in (
         ("training prompts", train, config.prompts.train),
@@ -154,7 +156,7 @@ def _dry_run(config: "Config", num_processes: int, memory_gb: float | None) -> i
     console = Console()
     for name, value in rows:
         console.say(f"{name:>20}  {value}")
-    for note in _notes(config, train, held_out):
+    for note in [f"WARNING: {n}" for n in work.notes()] + _notes(config, train, held_out):
         console.say(note)
     print_estimate(config, num_processes, memory_gb, console)
     console.say("the configuration is valid; nothing was loaded")

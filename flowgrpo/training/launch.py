@@ -112,6 +112,30 @@ def _number(environ: Mapping[str, str], name: str) -> int:
     return int(text) if text.isdecimal() else 0
 
 
+def check_devices(ranks: int, devices: int) -> None:
+    """Raise ConfigError if there are more processes on this machine than devices that they can see."""
+    if ranks > devices:
+        raise ConfigError(
+            f"{ranks} processes were started on this machine, and they can see {devices} "
+            f"device{'s' * (devices != 1)}; use --nproc {max(1, devices)}, or run.device = 'cpu'"
+        )
+
+
+def idle_devices(ranks: int, devices: int) -> str:
+    """A sentence about devices of this machine that no process uses; empty if all are used.
+
+    Args:
+        ranks: Processes of the run on this machine.
+        devices: Devices that the processes can see.
+    """
+    if ranks >= devices:
+        return ""
+    return (
+        f"{devices - ranks} of the {devices} devices here are not used; --nproc {devices} uses all, and "
+        "CUDA_VISIBLE_DEVICES hides those that are meant for something else"
+    )
+
+
 @dataclass(frozen=True)
 class Nodes:
     """The processes to start here, and their place among those of the other nodes.
