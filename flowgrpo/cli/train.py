@@ -11,6 +11,7 @@ from flowgrpo.core.text import plain
 if TYPE_CHECKING:
     from flowgrpo.config import Config
     from flowgrpo.data.prompt_sets import PromptSet
+    from flowgrpo.training.launch import Nodes
 
 SUMMARY = "fine-tune a model, or resume a run"
 EXAMPLE = "flowgrpo train quickstart --set run.seed=1"
@@ -32,6 +33,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="with --dry-run: the device's memory to compare with (default: that of the GPU here)",
     )
+    parser.add_argument(
+        "--nproc", type=int, metavar="N", help="start N processes on this machine, one per GPU"
+    )
+    parser.add_argument(
+        "--nnodes",
+        type=int,
+        default=1,
+        metavar="N",
+        help="with --nproc: number of machines, on each of which this command is started",
+    )
+    parser.add_argument(
+        "--node-rank",
+        type=int,
+        metavar="N",
+        help="with --nnodes: number of this machine, from 0 (default: that of Slurm or of a Kubernetes Indexed Job)",
+    )
+    parser.add_argument(
+        "--master",
+        default="",
+        metavar="HOST[:PORT]",
+        help="with --nnodes: address of machine 0 (default port: 29500)",
+    )
 
 
 def run(options: argparse.Namespace) -> int:
@@ -39,17 +62,22 @@ def run(options: argparse.Namespace) -> int:
     from flowgrpo.config import load
     from flowgrpo.core.errors import LostRankError
     from flowgrpo.training.inputs import check_names
+    from flowgrpo.training.launch import launch, num_ranks, watch_launcher
 
     if options.memory_gb is not None and not options.dry_run:
         raise UsageError("--memory-gb is for --dry-run")
     if options.memory_gb is not None and not options.memory_gb > 0:
         raise UsageError(f"--memory-gb must be above 0, got {options.memory_gb:g}")
+    nodes = _nodes(options)
     config = load(options.config, options.set)
-    num_processes = int(os.environ.get("WORLD_SIZE", "1"))
+    num_processes = num_ranks() if nodes is None else nodes.size
     if options.dry_run:
         return _dry_run(config, num_processes, options.memory_gb)
     # Before torch and diffusers are imported, which takes seconds.
     check_names(config, num_processes)
+    if nodes is not None and nodes.size > 1:
+        return launch(_command(options), nodes)
+    watch_launcher()
     quiet()
     from flowgrpo.training.loop import train
     from flowgrpo.training.signals import AGAIN, EXIT_STATUS
@@ -67,6 +95,25 @@ def run(options: argparse.Namespace) -> int:
     _leave(EXIT_STATUS[result.stopped_by])
 
 
+def _nodes(options: argparse.Namespace) -> "Nodes | None":
+    """The processes to start; None without ``--nproc``."""
+    from flowgrpo.training.launch import Nodes
+
+    if options.nproc is None:
+        if options.nnodes != 1 or options.node_rank is not None or options.master:
+            raise UsageError(
+                "--nnodes, --node-rank and --master need --nproc N, the processes per machine"
+            )
+        return None
+    return Nodes.of(options.nproc, options.nnodes, options.node_rank, options.master)
+
+
+def _command(options: argparse.Namespace) -> list[str]:
+    """The command of one process."""
+    settings = [f"--set={setting}" for setting in options.set]
+    return [sys.executable, "-m", "flowgrpo", "train", *settings, "--", options.config]
+
+
 def _leave(status: int) -> NoReturn:
     """End the process at once: Python's own end would wait for a reward that is still scoring."""
     sys.stdout.flush()
@@ -76,15 +123,17 @@ def _leave(status: int) -> NoReturn:
 
 def _dry_run(config: "Config", num_processes: int, memory_gb: float | None) -> int:
     """Check everything that can be checked without the model, and print the plan."""
+    from flowgrpo.config.plan import plan
     from flowgrpo.policy.model_files import locate
     from flowgrpo.training.inputs import check_inputs
     from flowgrpo.training.run_folder import preview
 
     train, held_out = check_inputs(config, num_processes)
-    model = locate(config.model.path)
+    model, work = locate(config.model.path), plan(config, num_processes)
     rows = [
         ("model", f"{config.model.path}, {model.words}"),
         *config.geometry(num_processes).items(),
+        *work.rows().items(),
     ]
     for label, prompts, file in (
         ("training prompts", train, config.prompts.train),
@@ -107,7 +156,7 @@ def _dry_run(config: "Config", num_processes: int, memory_gb: float | None) -> i
     console = Console()
     for name, value in rows:
         console.say(f"{name:>20}  {value}")
-    for note in _notes(config, train, held_out):
+    for note in [f"WARNING: {n}" for n in work.notes()] + _notes(config, train, held_out):
         console.say(note)
     print_estimate(config, num_processes, memory_gb, console)
     console.say("the configuration is valid; nothing was loaded")

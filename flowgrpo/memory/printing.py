@@ -1,6 +1,7 @@
 """Prints the memory estimate of a run and the settings to change if it does not fit."""
 
 from flowgrpo.config import Config, find
+from flowgrpo.config.plan import plan
 from flowgrpo.data.prompt_sets import PromptSet
 from flowgrpo.memory.budget import GB, advise, budget
 from flowgrpo.memory.footprint import estimate_footprint, memory_options
@@ -48,6 +49,8 @@ def print_estimate(
     unknown = [k for k, v in parts.rewards.items() if v is None]
     if unknown:
         console.say(f"not counted, because their size is unknown: {', '.join(unknown)}")
+    if network := plan(config, num_processes).network(parts.trained):
+        console.say(f"network: {network}")
     capacity = round(memory_gb * GB) if memory_gb is not None else _device_memory()
     if capacity is None:
         console.say("no GPU found; use --memory-gb N to compare with a device of N GB")

@@ -1,6 +1,5 @@
 """The training loop: sample and score, assign credit, update."""
 
-import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,6 +9,7 @@ from flowgrpo.data.experience import Experience
 from flowgrpo.training.ending import Result, already_finished, finish
 from flowgrpo.training.explained import explained
 from flowgrpo.training.inputs import check_inputs
+from flowgrpo.training.launch import num_ranks
 from flowgrpo.training.metrics import rollout_metrics
 from flowgrpo.training.rollout import collect
 from flowgrpo.training.session import Session
@@ -32,7 +32,7 @@ def train(config: Config) -> Result:
         CheckpointError: If all checkpoints to resume from are damaged.
         LostRankError: If another process of the run ends or does not answer.
     """
-    prompts, held_out = check_inputs(config, int(os.environ.get("WORLD_SIZE", "1")))
+    prompts, held_out = check_inputs(config, num_ranks())
     try:
         with Session(config) as session, explained(session):
             if session.is_finished:

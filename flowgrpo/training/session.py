@@ -17,6 +17,7 @@ from accelerate.utils import gather_object
 from torch import Tensor
 
 from flowgrpo.config import Config
+from flowgrpo.config.plan import Plan
 from flowgrpo.core.errors import DivergenceError, LostRankError
 from flowgrpo.core.secrets import redact_command
 from flowgrpo.data import files
@@ -29,6 +30,7 @@ from flowgrpo.training.checkpoints import CheckpointError
 from flowgrpo.training.console import Console
 from flowgrpo.training.cpu import prepare_cpu
 from flowgrpo.training.divergence import require_finite
+from flowgrpo.training.launch import check_devices, idle_devices
 from flowgrpo.training.learner import Learner
 from flowgrpo.training.lock import RunLock
 from flowgrpo.training.logs import Logs
@@ -62,6 +64,8 @@ class Session:
         self.config, self.folder = config, Path(config.run.folder)
         device = torch.device(resolve_device(config.run.device))
         cpu = device.type == "cpu"
+        if not cpu:
+            check_devices(*_here(device))
         if device.index is not None:
             torch.get_device_module(device).set_device(device)
         patience = config.run.rank_timeout_minutes
@@ -353,6 +357,18 @@ class Session:
         self.accelerator.end_training()
         self.accelerator.trackers = []
 
+    def announce(self, work: Plan) -> None:
+        """Print the plan of the run, and what is wasteful about it."""
+        words = self.config.geometry(work.num_ranks) | work.rows()
+        for name, value in words.items():
+            self.console.say(f"{name:>16}  {value}")
+        notes = work.notes()
+        device = self.accelerator.device
+        if device.type != "cpu" and (note := idle_devices(*_here(device))):
+            notes.append(note)
+        for note in notes:
+            self.console.say(f"WARNING: {note}")
+
     def note_prompts(self, notes: Sequence[str]) -> None:
         """Print warnings about the prompts, and keep them for the report."""
         if not self.is_main:
@@ -397,3 +413,9 @@ class Session:
             self.console.say(self._lock.warning)
         if changed:
             self.console.say(f"changed since the last session: {changed}")
+
+
+def _here(device: torch.device) -> tuple[int, int]:
+    """Processes of the run on this machine, and devices of this type that they can see."""
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return ranks, torch.get_device_module(device).device_count()

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 
 from flowgrpo.config import Config, ConfigError
+from flowgrpo.config.plan import plan
 from flowgrpo.core.transitions import require_path
 from flowgrpo.data.prompt_sets import PromptSet
 from flowgrpo.data.prompts import Prompt
@@ -61,6 +62,8 @@ def build(config: Config, session: Session, prompts: PromptSet, held_out: Prompt
         RewardError: If a reward cannot be trained on.
         CheckpointError: If the newest checkpoint is damaged.
     """
+    work = plan(config, session.accelerator.num_processes)
+    session.announce(work)
     scorer = _load_rewards(config, session, [*prompts.prompts, *held_out.prompts])
     policy = PipelinePolicy.from_pretrained(
         config.model.source,
@@ -85,6 +88,8 @@ def build(config: Config, session: Session, prompts: PromptSet, held_out: Prompt
         with_baseline=getattr(config.algorithm, "needs_baseline", False),
         guard=config.guard,
     )
+    if network := work.network(sum(p.numel() for p in learner.parameters)):
+        session.console.say(f"network: {network}")
     evaluator = Evaluator(
         config.evaluation,
         session,

@@ -1,0 +1,142 @@
+"""The work of one process in an iteration, and what it sends to the others, before a run starts."""
+
+from dataclasses import dataclass
+from math import ceil
+
+from flowgrpo.config.schema import Config
+from flowgrpo.core.random import Random
+from flowgrpo.losses.base import ActionKind
+
+GRADIENT_BYTES = 4
+"""Gradients are summed in fp32."""
+SCORE_BYTES = 4 * 8 + 2 * 4
+"""Group, sample, step, granularity; reward and first score of a candidate."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The work of one process in the first iteration.
+
+    Attributes:
+        num_ranks: Processes of the run.
+        groups: Groups of one process.
+        samples: Samples of one process.
+        rollout_batch: Most samples in one call of the pipeline.
+        train_batch: Most states in one forward pass with gradients.
+        states: Most states of one denoising step in one optimizer step of a process; 0 if the algorithm
+            trains no denoising steps.
+        forwards: Forward passes with gradients in one optimizer step of a process, on average if groups are
+            divided among optimizer steps (``train.split``), which is done over all processes. Groups of equal
+            rewards need none. 0 as above.
+        updates: Optimizer steps.
+        candidates: Scored candidates of all processes.
+        rewards: Number of rewards.
+    """
+
+    num_ranks: int
+    groups: int
+    samples: int
+    rollout_batch: int
+    train_batch: int
+    states: int
+    forwards: int
+    updates: int
+    candidates: int
+    rewards: int
+
+    def rows(self) -> dict[str, str]:
+        """The forward passes of an optimizer step, in words."""
+        if not self.forwards:
+            return {}
+        size = min(self.train_batch, self.states)
+        return {
+            "micro-batches": f"about {self.forwards} of {size} states on each process in an optimizer step"
+        }
+
+    def notes(self) -> list[str]:
+        """What is wasteful, and the nearest better settings."""
+        notes = []
+        if self.num_ranks > 1 and self.samples < self.rollout_batch:
+            notes.append(
+                f"train.rollout_batch = {self.rollout_batch} is never filled: each of the {self.num_ranks} processes "
+                f"draws {self.samples} samples per iteration; use fewer processes or more train.groups"
+            )
+        if self.num_ranks > 1 and 0 < self.states < self.train_batch:
+            notes.append(
+                f"train.train_batch = {self.train_batch} is never filled: an optimizer step has {self.states} states "
+                f"of a denoising step on each of the {self.num_ranks} processes; use fewer processes, fewer "
+                "train.updates or more train.groups"
+            )
+        return notes
+
+    def gradient_bytes(self, trained: int) -> int:
+        """Bytes that a process sends in an iteration to sum its gradients with those of the others.
+
+        A ring sends each value 2 (N - 1) / N times (reduce-scatter, all-gather), and receives as much.
+
+        Args:
+            trained: Number of trained parameters.
+        """
+        each = GRADIENT_BYTES * trained * 2 * (self.num_ranks - 1) / self.num_ranks
+        return round(each * self.updates)
+
+    def score_bytes(self) -> int:
+        """Bytes that a process receives in an iteration to know the rewards of all candidates."""
+        each = SCORE_BYTES + 4 * (self.rewards - 1)
+        return round(each * self.candidates * (self.num_ranks - 1) / self.num_ranks)
+
+    def network(self, trained: int, pictures: int = 0) -> str:
+        """The bytes of an iteration on the network, in words; empty with one process.
+
+        Args:
+            trained: Number of trained parameters.
+            pictures: Bytes of the pictures that a process receives for a reward that learns.
+        """
+        if self.num_ranks == 1:
+            return ""
+        gradients, scores = self.gradient_bytes(trained), self.score_bytes()
+        learned = f", {size(pictures)} of pictures for a reward that learns" if pictures else ""
+        return (
+            f"{size(gradients)} of gradients sent by each process per iteration ({self.updates} x the sum of "
+            f"{trained:,} gradients), {size(scores)} of scores{learned}"
+        )
+
+
+def plan(config: Config, num_ranks: int = 1) -> Plan:
+    """The plan of a configuration that has been checked for this number of processes."""
+    t, size_, random = config.train, config.algorithm.group_size, Random(config.run.seed)
+    random = random.at("train", 0)
+    groups = t.groups // num_ranks
+    steps = 0
+    kind: ActionKind = config.algorithm.action_kind
+    if kind == "step":
+        steps = len(config.algorithm.trained_steps(config.sampling.num_steps, 0, random))
+    samples = groups * size_
+    # The states of one denoising step, and the denoising steps, in one optimizer step.
+    states, trained = samples, steps
+    if t.split == "steps":
+        trained = ceil(steps / t.updates)
+    else:
+        states = ceil(samples / t.updates)
+    cost = config.algorithm.cost(config.sampling.num_steps, 0, random)
+    return Plan(
+        num_ranks=num_ranks,
+        groups=groups,
+        samples=samples,
+        rollout_batch=t.rollout_batch,
+        train_batch=t.train_batch,
+        states=states if steps else 0,
+        forwards=trained * ceil(states / t.train_batch),
+        updates=t.optimizer_steps,
+        candidates=round(cost.rewards * t.groups),
+        rewards=len(config.rewards),
+    )
+
+
+def size(number: int | float) -> str:
+    """Format bytes with the unit that fits."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if number < 1000:
+            return f"{number:.3g} {unit}"
+        number /= 1000
+    return f"{number:,.3g} TB"
