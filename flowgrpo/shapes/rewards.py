@@ -86,7 +86,9 @@ class Diversity:
             open_shapes = {
                 c["class"] for c in prompt.metadata.get("include", ()) if "color" not in c
             }
-            colors.update(d.color for ds in found for d in ds if d.shape in open_shapes)
+            colors.update(
+                d.color for ds in found for d in ds if d.shape in open_shapes and d.color in COLORS
+            )
             wanted = [c["class"] for c in prompt.metadata.get("include", ())]
             for shape in wanted:
                 first = [next((d for d in ds if d.shape == shape), None) for ds in found]
