@@ -20,6 +20,8 @@ mutation that does not change what the program does cannot be noticed. Mark such
 
 import argparse
 import ast
+import contextlib
+import importlib.util
 import itertools
 import json
 import math
@@ -28,6 +30,7 @@ import random
 import shutil
 import signal
 import sys
+import sysconfig
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -35,7 +38,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.executed_lines import ExecutedLines, Selected, failed, seconds_of, tests_of
+from benchmarks.executed_lines import (
+    ExecutedLines,
+    Selected,
+    failed,
+    modules_of,
+    seconds_of,
+    tests_of,
+)
 
 ROOT = Path(__file__).parents[1]
 COPIED = (
@@ -48,6 +58,8 @@ COPIED = (
     "prompts",
     "docs",
 )
+OWN = {"flowgrpo", "tests", "reward_models", "scripts"}
+"""Packages of the repository, which every run imports anew from the copy."""
 FILES = ("pyproject.toml", "README.md", "CHANGELOG.md")
 
 
@@ -447,7 +459,23 @@ def preload() -> None:
 
     torch.set_num_threads(1)
     assert diffusers.__version__
-    assert not {"flowgrpo", "tests", "reward_models"} & set(sys.modules)
+    assert not OWN & set(sys.modules)
+
+
+def preload_all(names: Sequence[str]) -> None:
+    """Import the modules of other packages that the tests need, so that each run starts faster."""
+    installed = sysconfig.get_paths()["purelib"]
+    for name in names:
+        if name.split(".")[0] in OWN or name in sys.modules or name.startswith("_"):
+            continue
+        specification = None
+        with contextlib.suppress(Exception):
+            specification = importlib.util.find_spec(name)
+        # Modules of the standard library cost little, and some start threads or change signals.
+        if specification and str(specification.origin).startswith(installed):
+            with contextlib.suppress(Exception):
+                importlib.import_module(name)
+    assert not OWN & set(sys.modules)
 
 
 def examine(
@@ -467,6 +495,7 @@ def examine(
     _, first, usual = run_tests(folder, files, 1800, [recorder])
     if not recorded.exists():
         raise SystemExit(f"{name}: the tests do not run without any mutation: {first}")
+    preload_all(modules_of(recorded))
     broken = failed(recorded)
     for test in broken:
         print(f"{name}: left out, because it fails without any mutation: {test}", flush=True)
