@@ -33,7 +33,7 @@ import sys
 import sysconfig
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -350,11 +350,19 @@ def mutated(source: str, one: Mutation) -> str:
     return source[: one.start] + one.new + source[one.end :]
 
 
-def draw(area: Area, number: int, seed: str) -> Iterator[Mutation]:
+def draw(
+    area: Area, number: int, seed: str, without: Collection[tuple[str, int]] = ()
+) -> Iterator[Mutation]:
     """Mutations of an area in random order; a line of code comes up once at most.
 
     The place is drawn first and the kind second, so that kinds with many places do not crowd out the
     others.
+
+    Args:
+        area: Where to draw.
+        number: How many at most.
+        seed: The same seed draws the same ones, as long as the code is the same.
+        without: Lines that are not drawn, by file and number.
     """
     generator = random.Random(seed)
     files = sorted({p for pattern in area.sources for p in ROOT.glob(pattern)})
@@ -371,7 +379,7 @@ def draw(area: Area, number: int, seed: str) -> Iterator[Mutation]:
         weights = [1 if kind in CRUDE else 3 for kind in kinds]
         (kind,) = generator.choices(kinds, weights)
         one = generator.choice([one for one in places[line] if one.kind == kind])
-        if drawn < number and is_change(sources[one.path], one):
+        if drawn < number and line not in without and is_change(sources[one.path], one):
             drawn += 1
             yield one
 
@@ -479,12 +487,18 @@ def preload_all(names: Sequence[str]) -> None:
 
 
 def examine(
-    name: str, number: int, seed: int, folder: Path, results: Path, most_seconds: float
+    name: str,
+    number: int,
+    seed: int,
+    folder: Path,
+    results: Path,
+    most_seconds: float,
+    without: Collection[tuple[str, int]],
 ) -> None:
     """Try the first ``number`` mutations of an area that have no result yet."""
     area = AREAS[name]
     known = {row["key"] for row in read(results)}
-    todo = [m for m in draw(area, number, f"{seed}/{name}") if m.key not in known]
+    todo = [m for m in draw(area, number, f"{seed}/{name}", without) if m.key not in known]
     if not todo:
         return
     files = [f"tests/test_{n}.py" for n in area.tests]
@@ -575,13 +589,22 @@ def main() -> None:
     )
     parser.add_argument("--results", type=Path, default=Path("mutations.jsonl"))
     parser.add_argument(
+        "--unlike",
+        type=Path,
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="results of earlier draws, whose lines are not drawn again: tests may have been written for them",
+    )
+    parser.add_argument(
         "--report", action="store_true", help="print the results so far, run nothing"
     )
     parser.add_argument("--list", action="store_true", help="print the mutations, run nothing")
     options = parser.parse_args()
+    without = {(row["path"], row["line"]) for file in options.unlike for row in read(file)}
     if options.list:
         for name in options.area:
-            for one in draw(AREAS[name], options.per_area, f"{options.seed}/{name}"):
+            for one in draw(AREAS[name], options.per_area, f"{options.seed}/{name}", without):
                 print(f"{name}: {describe(asdict(one))}")
         return
     if not options.report:
@@ -597,6 +620,7 @@ def main() -> None:
                     folder,
                     options.results,
                     options.most_seconds,
+                    without,
                 )
     print(report(read(options.results)))
 
