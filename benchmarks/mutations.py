@@ -100,7 +100,7 @@ AREAS = {
     ),
     "evaluation": Area(
         ["flowgrpo/evaluation/*.py", "flowgrpo/training/evaluator.py"],
-        ["evaluation", "grid", "charts", "report", "inspection"],
+        ["charts", "report_numbers", "report", "card", "grid", "inspection", "evaluation", "grid_command"],
     ),
     "config": Area(["flowgrpo/config/*.py"], ["config", "refusals", "recipes"]),
     "serving": Area(["flowgrpo/rewards/serving/*.py"], ["serving", "served_conditions"]),

@@ -190,10 +190,11 @@ def test_a_folder_with_other_files_is_refused(start: Start, tmp_path: Path) -> N
 
 
 def test_processes_that_are_not_connected_are_refused(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
-    session = start()
     monkeypatch.setitem(os.environ, "WORLD_SIZE", "2")
     with pytest.raises(RuntimeError, match=r"started 2 processes, but torch\.distributed sees 1"):
-        session._check_world()
+        start()
+    monkeypatch.setitem(os.environ, "WORLD_SIZE", "1")
+    start()
 
 
 def test_when_a_checkpoint_is_due(start: Start, policy: PipelinePolicy, monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
@@ -369,6 +370,14 @@ def test_damaged_checkpoints_are_set_aside_until_one_is_sound(start: Start, poli
     ):
         session.restore(learner)
     assert [p.name for p in sorted(session.checkpoints.iterdir())] == names
+    # One that was being replaced comes back before it is checked.
+    (session.checkpoints / "000001" / "state.json").unlink()
+    checkpoints.save(session.checkpoints / "000002", *saved_by(learner, 2))
+    checkpoints.save(session.checkpoints / "000004", *saved_by(learner, 4))
+    (session.checkpoints / "000004" / "weights.safetensors").write_bytes(b"cut")
+    (session.checkpoints / "000004").rename(session.checkpoints / ".000004.old")
+    session.restore(learner)
+    assert session.iteration == 2
     # More than are kept are pruned when a session begins, not only when one is saved.
     for iteration in (5, 6, 7):
         checkpoints.save(session.checkpoints / f"{iteration:06d}", *saved_by(learner, iteration))
