@@ -77,8 +77,8 @@ class Area:
 AREAS = {
     "core": Area(
         ["flowgrpo/core/*.py"],
-        ["steps", "random", "advantages", "win_rates", "geneval_rule", "transitions", "solvers",
-         "step_advantages", "step_credit", "losses", "scorer"],
+        ["steps", "random", "text", "tensors", "advantages", "win_rates", "geneval_rule", "transitions",
+         "solvers", "secrets", "guard", "scorer"],
     ),
     "losses": Area(["flowgrpo/losses/*.py"], ["losses", "learner", "objectives"]),
     "algorithms": Area(
