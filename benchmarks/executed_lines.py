@@ -16,8 +16,8 @@ class ExecutedLines:
     """Writes the seconds of each test and the lines that it executes, its fixtures included.
 
     Lines that run in another process are not seen. A fixture that several tests share is counted for the
-    first of them only. The file maps the id of a test to
-    ``{"seconds": s, "failed": bool, "lines": {path: [line, ...]}}``.
+    first of them only. The file holds ``{"tests": {id: {"seconds": s, "failed": bool, "lines": {path: [line,
+    ...]}}}, "modules": [name, ...]}``; the modules are those that the tests have imported.
 
     Args:
         root: The folder that paths are relative to.
@@ -50,7 +50,7 @@ class ExecutedLines:
         test["failed"] |= report.failed
 
     def pytest_sessionfinish(self) -> None:
-        self.file.write_text(json.dumps(self.tests))
+        self.file.write_text(json.dumps({"tests": self.tests, "modules": list(sys.modules)}))
 
     def _test(self, name: str) -> dict[str, Any]:
         return self.tests.setdefault(name, {"seconds": 0.0, "failed": False, "lines": {}})
@@ -84,19 +84,29 @@ class Selected:
             items[:] = [by_name[name] for name in self.only if name in by_name]
 
 
+def _tests(file: Path) -> dict[str, dict[str, Any]]:
+    found: dict[str, dict[str, Any]] = json.loads(file.read_text())["tests"]
+    return found
+
+
+def modules_of(file: Path) -> list[str]:
+    """The modules that the tests have imported, in the order of their imports."""
+    return list(json.loads(file.read_text())["modules"])
+
+
 def failed(file: Path) -> list[str]:
     """The tests that failed while their lines were recorded."""
-    return [name for name, one in json.loads(file.read_text()).items() if one["failed"]]
+    return [name for name, one in _tests(file).items() if one["failed"]]
 
 
 def tests_of(file: Path, path: str, lines: range) -> list[str]:
     """The tests that execute one of the lines of a source file, the fastest first."""
-    tests = json.loads(file.read_text())
+    tests = _tests(file)
     found = [name for name, one in tests.items() if set(lines) & set(one["lines"].get(path, ()))]
     return sorted(found, key=lambda name: tests[name]["seconds"])
 
 
 def seconds_of(file: Path, names: Sequence[str]) -> float:
     """The seconds that tests took together while their lines were recorded."""
-    tests = json.loads(file.read_text())
+    tests = _tests(file)
     return float(sum(tests[name]["seconds"] for name in names))

@@ -20,6 +20,8 @@ mutation that does not change what the program does cannot be noticed. Mark such
 
 import argparse
 import ast
+import contextlib
+import importlib.util
 import itertools
 import json
 import math
@@ -28,14 +30,22 @@ import random
 import shutil
 import signal
 import sys
+import sysconfig
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.executed_lines import ExecutedLines, Selected, failed, seconds_of, tests_of
+from benchmarks.executed_lines import (
+    ExecutedLines,
+    Selected,
+    failed,
+    modules_of,
+    seconds_of,
+    tests_of,
+)
 
 ROOT = Path(__file__).parents[1]
 COPIED = (
@@ -48,6 +58,8 @@ COPIED = (
     "prompts",
     "docs",
 )
+OWN = {"flowgrpo", "tests", "reward_models", "scripts"}
+"""Packages of the repository, which every run imports anew from the copy."""
 FILES = ("pyproject.toml", "README.md", "CHANGELOG.md")
 
 
@@ -65,8 +77,8 @@ class Area:
 AREAS = {
     "core": Area(
         ["flowgrpo/core/*.py"],
-        ["steps", "random", "advantages", "win_rates", "geneval_rule", "transitions", "solvers",
-         "step_advantages", "step_credit", "losses", "scorer"],
+        ["steps", "random", "text", "tensors", "advantages", "win_rates", "geneval_rule", "transitions",
+         "solvers", "secrets", "guard", "scorer"],
     ),
     "losses": Area(["flowgrpo/losses/*.py"], ["losses", "learner", "objectives"]),
     "algorithms": Area(
@@ -88,7 +100,7 @@ AREAS = {
     ),
     "evaluation": Area(
         ["flowgrpo/evaluation/*.py", "flowgrpo/training/evaluator.py"],
-        ["evaluation", "grid", "charts", "report", "inspection"],
+        ["charts", "report_numbers", "report", "card", "grid", "inspection", "evaluation", "grid_command"],
     ),
     "config": Area(["flowgrpo/config/*.py"], ["config", "refusals", "recipes"]),
     "serving": Area(["flowgrpo/rewards/serving/*.py"], ["serving", "served_conditions"]),
@@ -338,11 +350,19 @@ def mutated(source: str, one: Mutation) -> str:
     return source[: one.start] + one.new + source[one.end :]
 
 
-def draw(area: Area, number: int, seed: str) -> Iterator[Mutation]:
+def draw(
+    area: Area, number: int, seed: str, without: Collection[tuple[str, int]] = ()
+) -> Iterator[Mutation]:
     """Mutations of an area in random order; a line of code comes up once at most.
 
     The place is drawn first and the kind second, so that kinds with many places do not crowd out the
     others.
+
+    Args:
+        area: Where to draw.
+        number: How many at most.
+        seed: The same seed draws the same ones, as long as the code is the same.
+        without: Lines that are not drawn, by file and number.
     """
     generator = random.Random(seed)
     files = sorted({p for pattern in area.sources for p in ROOT.glob(pattern)})
@@ -359,7 +379,7 @@ def draw(area: Area, number: int, seed: str) -> Iterator[Mutation]:
         weights = [1 if kind in CRUDE else 3 for kind in kinds]
         (kind,) = generator.choices(kinds, weights)
         one = generator.choice([one for one in places[line] if one.kind == kind])
-        if drawn < number and is_change(sources[one.path], one):
+        if drawn < number and line not in without and is_change(sources[one.path], one):
             drawn += 1
             yield one
 
@@ -447,16 +467,38 @@ def preload() -> None:
 
     torch.set_num_threads(1)
     assert diffusers.__version__
-    assert not {"flowgrpo", "tests", "reward_models"} & set(sys.modules)
+    assert not OWN & set(sys.modules)
+
+
+def preload_all(names: Sequence[str]) -> None:
+    """Import the modules of other packages that the tests need, so that each run starts faster."""
+    installed = sysconfig.get_paths()["purelib"]
+    for name in names:
+        if name.split(".")[0] in OWN or name in sys.modules or name.startswith("_"):
+            continue
+        specification = None
+        with contextlib.suppress(Exception):
+            specification = importlib.util.find_spec(name)
+        # Modules of the standard library cost little, and some start threads or change signals.
+        if specification and str(specification.origin).startswith(installed):
+            with contextlib.suppress(Exception):
+                importlib.import_module(name)
+    assert not OWN & set(sys.modules)
 
 
 def examine(
-    name: str, number: int, seed: int, folder: Path, results: Path, most_seconds: float
+    name: str,
+    number: int,
+    seed: int,
+    folder: Path,
+    results: Path,
+    most_seconds: float,
+    without: Collection[tuple[str, int]],
 ) -> None:
     """Try the first ``number`` mutations of an area that have no result yet."""
     area = AREAS[name]
     known = {row["key"] for row in read(results)}
-    todo = [m for m in draw(area, number, f"{seed}/{name}") if m.key not in known]
+    todo = [m for m in draw(area, number, f"{seed}/{name}", without) if m.key not in known]
     if not todo:
         return
     files = [f"tests/test_{n}.py" for n in area.tests]
@@ -467,6 +509,7 @@ def examine(
     _, first, usual = run_tests(folder, files, 1800, [recorder])
     if not recorded.exists():
         raise SystemExit(f"{name}: the tests do not run without any mutation: {first}")
+    preload_all(modules_of(recorded))
     broken = failed(recorded)
     for test in broken:
         print(f"{name}: left out, because it fails without any mutation: {test}", flush=True)
@@ -546,13 +589,22 @@ def main() -> None:
     )
     parser.add_argument("--results", type=Path, default=Path("mutations.jsonl"))
     parser.add_argument(
+        "--unlike",
+        type=Path,
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="results of earlier draws, whose lines are not drawn again: tests may have been written for them",
+    )
+    parser.add_argument(
         "--report", action="store_true", help="print the results so far, run nothing"
     )
     parser.add_argument("--list", action="store_true", help="print the mutations, run nothing")
     options = parser.parse_args()
+    without = {(row["path"], row["line"]) for file in options.unlike for row in read(file)}
     if options.list:
         for name in options.area:
-            for one in draw(AREAS[name], options.per_area, f"{options.seed}/{name}"):
+            for one in draw(AREAS[name], options.per_area, f"{options.seed}/{name}", without):
                 print(f"{name}: {describe(asdict(one))}")
         return
     if not options.report:
@@ -568,6 +620,7 @@ def main() -> None:
                     folder,
                     options.results,
                     options.most_seconds,
+                    without,
                 )
     print(report(read(options.results)))
 

@@ -377,5 +377,48 @@ def test_scores_are_selected_and_joined_row_by_row():
     assert scores.map(lambda v: v.new_full(v.shape, math.nan)).valid.sum() == 0
 
 
+def test_features_follow_their_candidates():
+    scores = replace(shaped_scores(), features=torch.arange(12.0).view(6, 2))
+    joined = Scores.concatenate([scores.select(torch.arange(2, 6)), scores.select(torch.arange(2))])
+    assert joined.features[:, 0].tolist() == [4, 6, 8, 10, 0, 2]
+    more = scores.with_score("win_rate", torch.tensor(A), 3.0)
+    assert torch.equal(more.features, scores.features)
+    assert more.weights == {"a": 0.5, "b": 2.0, "win_rate": 3.0}
+    torch.testing.assert_close(more.parts()["b"], scores.parts()["b"])
+    assert Scores.concatenate([shaped_scores()] * 2).features is None
+    assert len(joined) == 6
+    unweighted = replace(scores, weights={"a": 0.0, "b": 1.0})
+    assert list(unweighted.trained()) == ["b"]
+    with pytest.raises(ValueError, match="need the weight of each"):
+        replace(scores, weights={"a": 0.0}).trained()
+    with pytest.raises(ValueError, match="need the weight of each"):
+        replace(scores, weights={"a": 1.0, "absent": 1.0}).trained()
+
+
+@pytest.mark.parametrize(
+    ("kind", "problem"),
+    [
+        (GroupAdvantage(clip=0.0), "clip must be above 0, got 0"),
+        (GroupAdvantage(epsilon=-1e-9), "epsilon must be at least 0"),
+        (GroupAdvantage(clip=1e-9, epsilon=0.0), ""),
+        (BetaAdvantage(clip=-1.0), "clip must be above 0"),
+        (VirtualBest(clip=0.0), "clip must be above 0"),
+        (VirtualBest(epsilon=-1.0), "epsilon must be at least 0"),
+        (PerReward(clip=math.nan), "clip must be above 0"),
+        (PerReward(epsilon=math.nan), "epsilon must be at least 0"),
+        (PerLoss(epsilon=-1.0), "epsilon must be at least 0"),
+        (GDPO(clip=0.0), "clip must be above 0"),
+        (LogTamed(epsilon=-1.0), "epsilon must be at least 0"),
+        (BestAdvantage(keep=1), ""),
+    ],
+)
+def test_settings_that_train_nothing_are_refused(kind, problem):
+    if not problem:
+        kind.check()
+        return
+    with pytest.raises(ValueError, match=problem):
+        kind.check()
+
+
 def test_which_advantages_have_statistics_over_the_batch():
     assert {std: LogTamed(std=std).over_batch for std in ("group", "batch", "none")} == {"group": False, "batch": True, "none": False}  # fmt: skip

@@ -9,7 +9,16 @@ import pytest
 import torch
 
 from flowgrpo.data import files
-from flowgrpo.training.checkpoints import CheckpointError, load, newest, prune, save, tidy
+from flowgrpo.training.checkpoints import (
+    CheckpointError,
+    load,
+    newest,
+    peek,
+    prune,
+    save,
+    set_aside,
+    tidy,
+)
 
 PARTS = {
     "weights": {"a.weight": torch.arange(6.0).view(2, 3), "b": torch.tensor([1.5]).bfloat16()},
@@ -155,3 +164,56 @@ def test_a_save_that_fails_leaves_the_last_one(folder):
     save(folder, {}, {"iteration": 14})
     assert load(folder) == ({}, {"iteration": 14})
     assert "sha256" in json.loads((folder / "state.json").read_text())
+
+
+def test_everything_is_on_the_disk_before_a_checkpoint_gets_its_name(tmp_path, monkeypatch):
+    """The order in which a process that is killed, or a power cut, loses nothing."""
+    done = []
+    monkeypatch.setattr(files, "failpoint", lambda operation, path: done.append((operation, path)))
+    folder, temporary, old = (
+        tmp_path / "deep" / n for n in ("000001", ".000001.tmp", ".000001.old")
+    )
+    for replaced in (False, True):
+        done.clear()
+        save(folder, {"a": {}, "b": {}}, {})
+        assert done == [
+            ("write", temporary / "a.safetensors"),
+            ("sync", temporary / "a.safetensors"),
+            ("write", temporary / "b.safetensors"),
+            ("sync", temporary / "b.safetensors"),
+            ("write", temporary / "state.json"),
+            ("sync", temporary / "state.json"),
+            ("sync", temporary),
+            *([("rename", folder)] if replaced else []),
+            ("rename", temporary),
+            ("sync", folder.parent),
+            *([("delete", old)] if replaced else []),
+        ]
+    # What a killed process has left under the temporary name is no part of the next one.
+    temporary.mkdir()
+    (temporary / "c.safetensors").touch()
+    save(folder, {"a": {}}, {})
+    assert {p.name for p in folder.iterdir()} == {"a.safetensors", "state.json"}
+    done.clear()
+    save(folder.with_name("000002"), {}, {})
+    done.clear()
+    prune(folder.parent, keep=1)
+    assert done == [("rename", folder), ("delete", temporary)]
+
+
+def test_a_damaged_checkpoint_replaces_an_earlier_damaged_one(folder):
+    earlier = folder.with_name("damaged-000012")
+    earlier.mkdir()
+    (earlier / "earlier").touch()
+    assert set_aside(folder) == earlier
+    assert [p.name for p in folder.parent.iterdir()] == ["damaged-000012"]
+    assert load(earlier)[1] == STATE
+    assert newest(folder.parent) is None
+
+
+def test_a_state_is_read_without_its_tensors(folder):
+    (folder / "weights.safetensors").write_bytes(b"not read")
+    assert peek(folder) == STATE
+    (folder / "empty.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"empty.safetensors is missing; delete .*000012"):
+        peek(folder)

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
 from flowgrpo.evaluation import grid_drawing
 from flowgrpo.evaluation.comparison_grid import load_images, save_images
@@ -306,3 +306,170 @@ def test_damaged_images_of_the_base_model_are_found(tmp_path: Path) -> None:
         file.write_bytes(broken)
         with pytest.raises(ValueError, match=f"base model's images is damaged .*{problem}"):
             load_images(file)
+
+
+class Strokes:
+    """Notes what is drawn and pasted, and draws it; texts without their font, colours as they are."""
+
+    def __init__(self, monkeypatch):
+        self.texts, self.boxes, self.pasted, self.others = [], [], [], []
+        draw, paste = ImageDraw.Draw, Image.Image.paste
+        notes = self
+
+        class Pen:
+            def __init__(self, canvas):
+                self.pen = draw(canvas)
+
+            def text(self, at, text, fill, font):
+                notes.texts.append((*at, text, fill))
+                self.pen.text(at, text, fill=fill, font=font)
+
+            def rectangle(self, box, fill=None, outline=None):
+                notes.boxes.append((*box, fill or outline))
+                self.pen.rectangle(box, fill=fill, outline=outline)
+
+            def line(self, box, fill, width=0):
+                notes.others.append(("line", *(round(v, 2) for v in box), fill, width))
+                self.pen.line(box, fill=fill, width=width)
+
+            def ellipse(self, box, fill):
+                notes.others.append(("ellipse", *(round(v, 2) for v in box), fill))
+                self.pen.ellipse(box, fill=fill)
+
+        def pasting(canvas, picture, at=None, mask=None):
+            notes.pasted.append((at, picture.size))
+            paste(canvas, picture, at, mask)
+
+        monkeypatch.setattr(grid_drawing.ImageDraw, "Draw", Pen)
+        monkeypatch.setattr(Image.Image, "paste", pasting)
+
+
+INK, SOFT, FAINT, PAPER = "#15171c", "#656b76", "#dfe2e7", "#ffffff"
+
+
+def test_every_stroke_of_a_grid_is_in_its_place(monkeypatch):
+    """Images of 96 pixels. Lines of text are 1.4 times their size: 31, 20, 21 and 18 pixels.
+
+    The title begins at 32, the subtitle 4 below it, the columns' titles end 26 + 21 below that, and
+    the first row begins 22 further down. Labels are 208 wide, 24 from the images.
+    """
+    grid_drawing._badge.cache_clear()
+    strokes = Strokes(monkeypatch)
+    pair = images(RED, BLUE, size=(96, 96))
+    rows = [GridRow("one", [pair, pair], [["✓", "✗ why"], ["", "0.5"]]), GridRow("two", [pair, pair])]  # fmt: skip
+    picture = draw_grid(rows, ["base", "tuned"], title="T", subtitle="S")
+    grid_drawing._badge.cache_clear()
+    assert picture.size == (724, 430)
+    assert strokes.texts == [
+        (32, 32, "T", INK), (32, 67, "S", SOFT), (264, 113, "base", INK), (494, 113, "tuned", INK),
+        (32, 193, "one", INK), (366, 257, "why", SOFT), (596, 257, "0.5", SOFT), (32, 333, "two", INK),
+    ]  # fmt: skip
+    assert strokes.boxes == [
+        (264, 139, 461, 141, "#9aa1ad"), (494, 139, 691, 141, "#3b6fe0"),
+        *((x - 1, y - 1, x + 96, y + 96, FAINT) for y in (156, 296) for x in (264, 366, 494, 596)),
+    ]  # fmt: skip
+    assert strokes.pasted == [
+        ((264, 156), (96, 96)), ((338, 230), (19, 19)), ((366, 156), (96, 96)), ((440, 230), (19, 19)),
+        ((494, 156), (96, 96)), ((596, 156), (96, 96)),
+        *(((x, 296), (96, 96)) for x in (264, 366, 494, 596)),
+    ]  # fmt: skip
+
+    # The badges, drawn at four times their size, with round ends of their strokes.
+    def stroke(x0, y0, x1, y1):
+        ends = [("ellipse", *(round(v, 2) for v in (x - 3.5, y - 3.5, x + 3.5, y + 3.5)), PAPER) for x, y in ((x0, y0), (x1, y1))]  # fmt: skip
+        return [("line", x0, y0, x1, y1, PAPER, 7), *ends]
+
+    disc = [("ellipse", 0, 0, 75, 75, PAPER)]
+    tick = [*disc, ("ellipse", 6, 6, 69, 69, "#1a9c52"), *stroke(21.28, 39.52, 33.44, 50.92), *stroke(33.44, 50.92, 55.48, 27.36)]  # fmt: skip
+    cross = [*disc, ("ellipse", 6, 6, 69, 69, "#d93a3a"), *stroke(25.84, 25.84, 50.16, 50.16), *stroke(25.84, 50.16, 50.16, 25.84)]  # fmt: skip
+    rule = ("line", 32, 285, 692, 285, FAINT, 0)
+    assert strokes.others == [*tick, *cross, rule]
+
+
+def test_every_stroke_of_a_narrow_grid_and_of_videos_is_in_its_place(monkeypatch):
+    strokes = Strokes(monkeypatch)
+    pair = images(RED, BLUE, size=(96, 96))
+    picture = draw_grid([GridRow("one", [pair, pair], [["", "0.5"], ["", ""]])] * 2, ["base", "tuned"], title="T", subtitle="S", narrow=True)  # fmt: skip
+    # Head 109; of each row a label of 21, and two blocks of 28 + 96 + 22.
+    assert picture.size == (262, 109 + 2 * (21 + 2 * 146 + 22) + 16)
+    assert strokes.texts == [(32, 32, "T", INK), (32, 67, "S", SOFT)] + [
+        text
+        for top in (109, 444)
+        for text in [
+            (32, top, "one", INK), (32, top + 27, "base", SOFT), (32, top + 173, "tuned", SOFT),
+            (134, top + 49 + 101, "0.5", SOFT),
+        ]
+    ]  # fmt: skip
+    assert strokes.pasted == [((x, top), (96, 96)) for top in (158, 304, 493, 639) for x in (32, 134)]  # fmt: skip
+    # Frames 2 apart, videos 16, blocks 32; a picture of three frames is 292 wide.
+    strokes.pasted.clear()
+    video = torch.rand(2, 5, 3, 96, 48)
+    picture = draw_grid([GridRow("p", [video, video])], ["a", "b"], title="T", subtitle="S")
+    places = [264 + block * (2 * 148 + 16 + 32) + sample * 164 + 50 * frame for block in (0, 1) for sample in (0, 1) for frame in (0, 1, 2)]  # fmt: skip
+    assert strokes.pasted == [((x, 156), (48, 96)) for x in places]
+    assert picture.width == 264 + 2 * 344 - 32 + 32
+    # Small blocks leave room for their titles.
+    narrow = images(RED, size=(96, 8))
+    assert draw_grid([GridRow("p", [narrow] * 2)], ["a", "b"], title="T", subtitle="S").width == 264 + 2 * 164  # fmt: skip
+
+
+def test_conditions_are_below_the_label_in_the_middle_of_the_row(monkeypatch):
+    strokes = Strokes(monkeypatch)
+    tall, wide, fourth = Image.new("RGB", (90, 180)), Image.new("RGB", (240, 80)), Image.new("RGB", (9, 9))  # fmt: skip
+    for pictures, sizes in (
+        ([tall], [(36, 72)]),
+        ([wide], [(101, 34)]),
+        ([wide, tall], [(101, 34), (36, 72)]),
+        ([wide, wide, tall, fourth], [(65, 22), (65, 22), (36, 72)]),
+    ):
+        strokes.pasted.clear(), strokes.boxes.clear(), strokes.texts.clear()
+        media = images(RED, size=(200, 200))
+        picture = draw_grid([GridRow("p", [media], conditions=pictures)], ["a"], title="T", subtitle="S")  # fmt: skip
+        strip = max(h for _, h in sizes) + 8
+        top = 156 + (200 - 21 - strip) // 2
+        assert strokes.texts[3][:3] == (32, top, "p")
+        lefts = [32 + sum(w + 6 for w, _ in sizes[:n]) for n in range(len(sizes))]
+        assert strokes.pasted[:-1] == [((x, top + 29), size) for x, size in zip(lefts, sizes, strict=True)]  # fmt: skip
+        assert strokes.boxes[1 : 1 + len(sizes)] == [(x - 1, top + 28, x + w, top + 29 + h, FAINT) for x, (w, h) in zip(lefts, sizes, strict=True)]  # fmt: skip
+        assert picture.height == 156 + 200 + 22 + 16
+    # A label with a picture that is higher than the images makes the row higher.
+    media = images(RED, size=(96, 96))
+    tall = draw_grid([GridRow("p", [media], conditions=[tall])], ["a"], title="T", subtitle="S")
+    assert tall.height == 156 + 21 + 72 + 8 + 22 + 16
+    narrow = draw_grid([GridRow("p", [media], conditions=[wide])], ["a"], title="T", subtitle="S", narrow=True)  # fmt: skip
+    assert narrow.height == 109 + 21 + 42 + 28 + 96 + 22 + 16
+
+
+def test_texts_are_cut_after_as_many_lines_as_there_is_room_for(monkeypatch):
+    strokes = Strokes(monkeypatch)
+    words = " ".join(["wordy"] * 400)
+    for height, narrow, expected in ((96, False, 6), (250, False, 11), (250, True, 6)):
+        strokes.texts.clear()
+        media = images(RED, size=(height, height))
+        draw_grid([GridRow(words, [media])], [words], title=words, subtitle=words, narrow=narrow)
+        columns = 1 if narrow else 2
+        counts = [3, 4, expected, 1] if narrow else [3, 4, columns, expected]
+        assert len(strokes.texts) == sum(counts)
+        ends = [i for i, text in enumerate(strokes.texts) if text[2].endswith("…")]
+        assert [i + 1 for i in ends] == [sum(counts[: n + 1]) for n in range(4)]
+
+    class Fixed(ImageFont.ImageFont):
+        """A font all of whose characters are 10 pixels wide."""
+
+        def getlength(self, text, *args, **kwargs):
+            return 10 * len(text)
+
+    def wrap(text, width, most=9):
+        return grid_drawing._wrap(text, Fixed(), width, most)
+
+    assert wrap("ab cd ef", 50) == ["ab cd", "ef"]
+    assert wrap("ab cd ef", 49) == ["ab", "cd", "ef"]
+    assert wrap("abcdef gh", 30) == ["abc", "def", "gh"]
+    assert wrap("a bcdefg h", 30) == ["a", "bcd", "efg", "h"]
+    assert wrap("abcdef g", 40) == ["abcd", "ef g"]
+    assert wrap("a b c d", 10, 2) == ["a", "…"]
+    assert wrap("ab cd ef gh", 50, 1) == ["ab c…"]
+    assert wrap("abc def", 40, 1) == ["abc…"]
+    assert wrap("abc def", 30, 2) == ["abc", "def"]
+    assert wrap("abcd efg", 40, 1) == ["abc…"]
+    assert wrap("", 40) == [""]

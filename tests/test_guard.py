@@ -20,6 +20,7 @@ from flowgrpo.core.guards import (
     nearest_distance,
     relative_to_group,
     share_beaten,
+    thumbnail,
     uncertainty,
 )
 from flowgrpo.core.random import Random
@@ -71,6 +72,29 @@ def test_novelty_equals_the_vectors() -> None:
     assert two[:3].tolist() == pytest.approx([0.2, 0.2, 0.4])
     assert two[3].isnan()
     assert relative_to_group(torch.zeros(4), ONE).isnan().all()
+
+
+def test_rows_without_features_and_groups_without_distances_are_left_out() -> None:
+    nan = float("nan")
+    features = torch.tensor([[1.0, 0.0], [nan, 0.0], [0.0, 2.0], [3.0, 0.0], [-1.0, 0.0]]).double()
+    distance = nearest_distance(features, torch.tensor([1, 1, 1, 0, 0]))
+    assert distance.nan_to_num(-1).tolist() == pytest.approx([1.0, -1, 1.0, 2.0, 2.0])
+    values = torch.tensor([1.0, nan, 3.0, -1.0, 0.5, nan])
+    factor = relative_to_group(values, torch.tensor([1, 1, 1, 0, 0, 2]))
+    assert factor.nan_to_num(-1).tolist() == [0.5, -1, 1.5, -1, -1, -1]
+    # From the quantile on: the highest two of five, the quantile itself included.
+    uncertain = torch.tensor([0.1, 0.2, 0.3, 0.4, 0.0, -0.5, nan])
+    assert gated(uncertain, 0.25).tolist() == [False, False, True, True, False, False, False]
+
+
+def test_a_thumbnail_is_64_averages_of_an_image_or_of_a_videos_middle_frame() -> None:
+    blocks = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    image = blocks.repeat_interleave(4, 2).repeat_interleave(2, 3)
+    torch.testing.assert_close(thumbnail(image), blocks.flatten(1))
+    for frames, middle in ((1, 0), (2, 1), (4, 2), (5, 2)):
+        video = torch.zeros(2, frames, 3, 32, 16)
+        video[:, middle] = image
+        torch.testing.assert_close(thumbnail(video), blocks.flatten(1))
 
 
 def test_the_share_follows_the_uncertainty() -> None:

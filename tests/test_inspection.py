@@ -1,10 +1,14 @@
 """The inspection shows the collected candidates, and the advantages of training."""
 
+import base64
+import io
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
 from flowgrpo.algorithms import (
@@ -20,9 +24,9 @@ from flowgrpo.core.random import Random
 from flowgrpo.core.steps import Window
 from flowgrpo.core.transitions import CPS
 from flowgrpo.data.prompts import Group, Prompt
-from flowgrpo.evaluation.inspection import fragment, inspect, write_fragment
+from flowgrpo.evaluation.inspection import Frame, Strip, fragment, inspect, write_fragment
 from flowgrpo.rewards.scorer import RewardScorer
-from flowgrpo.rewards.settings import Reward
+from flowgrpo.rewards.settings import Failures, Reward
 from tests.conftest import MakePolicy, sampling_of
 
 PROMPTS = [Prompt("a cat"), Prompt("two <dogs>")]
@@ -154,4 +158,96 @@ def test_nothing_to_inspect(make_policy: MakePolicy, scorer: Callable[[], Reward
         inspect(make_policy("sd3"), FlowGRPO(group_size=2, transition=CPS()), reward_scorer, [])
     assert not reward_scorer.keeps_media
     assert torch.is_grad_enabled()
+    reward_scorer.close()
+
+
+def strip_of(frames: Sequence[Frame], sample: int = 0, prompt: str = "a cat", **changes: object) -> Strip:  # fmt: skip
+    settings: dict[str, object] = {
+        "advantages": {0: 1.0, 1: -0.5, 2: 0.0}, "turning": [1], "differences": {0: [0.25], 1: [-0.5, 0.0]},
+        "is_path": True, "are_branches": False,
+    } | changes  # fmt: skip
+    return Strip(prompt=prompt, sample=sample, frames=frames, **settings)  # type: ignore[arg-type]
+
+
+def rows_of(page: str) -> list[list[str]]:
+    """The cells of all tables, row by row, without pictures."""
+    rows = re.findall(r"<tr>(.*?)</tr>", page)
+    return [re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", re.sub(r"<img[^>]*>", "@", r)) for r in rows]
+
+
+def test_a_strip_is_a_table_of_steps() -> None:
+    image = torch.zeros(3, 200, 100)
+    frames = [Frame(-1, 1, 0.5, image), Frame(0, 1, 0.75, image), Frame(1, 1, 0.25, image), Frame(1, 2, 0.125, image)]  # fmt: skip
+    page = fragment([strip_of(frames), strip_of(frames[:1], 3, turning=[], advantages={})])
+    first, second = rows_of(page)[:5], rows_of(page)[5:]
+    assert first == [
+        ["", "noise", "step 0", "step 1", "step 2"],
+        ["candidate", "@", "@", "@@", ""],
+        ["reward", "0.5", "0.75", "0.25<br>0.125", "·"],
+        ["change", "", "+0.25", "−0.5<br>0", ""],
+        ["advantage", "", "+1", "−0.5 ◆", "0"],
+    ]
+    assert [r[:2] for r in second] == [["", "noise"], ["candidate", "@"], ["reward", "0.5"], ["change", ""], ["advantage", ""]]  # fmt: skip
+    # The darkest shade is that of the largest advantage.
+    shades = re.findall(r'<td style="([^"]*)">', page)
+    assert shades == ["background: rgba(46, 160, 67, 0.60)", "background: rgba(218, 54, 51, 0.30)", ""]  # fmt: skip
+    assert re.findall(r"<h4>(.*?)</h4>", page) == ["sample 0", "sample 3"]
+    # Only a trajectory with several steps has a curve; its number is its colour.
+    assert re.findall(r'<i class="s(\d)"></i>(sample \d)', page) == [("0", "sample 0")]
+    assert "sample 0, step −1: 0.5" in page
+    assert page.count("Reward after each step") == 1
+    # A prompt whose strips are apart has one card; cards are in the order of the prompts.
+    mixed = [strip_of(frames, 0, "b"), strip_of(frames, 0, "a"), strip_of(frames, 1, "b")]
+    assert re.findall(r"<h3>(.*?)</h3>", fragment(mixed)) == ["b", "a"]
+    assert re.findall(r"<h4>(.*?)</h4>", fragment(mixed)) == ["sample 0", "sample 1", "sample 0"]
+
+
+@pytest.mark.parametrize(
+    ("granularities", "changes", "says", "says_not"),
+    [
+        ((1,), {}, ["is the completion", "<b>change</b>", "◆ marks"], ["vs. others", "below each other", "prediction"]),
+        ((1,), {"turning": []}, ["is the completion"], ["◆ marks"]),
+        ((0,), {}, ["model's prediction from the state", "<b>change</b>"], ["is the completion"]),
+        ((1, 2), {"is_path": False}, ["is the final one", "<b>vs. others</b>", "below each other"], ["<b>change</b>", "Reward after"]),
+        ((1,), {"are_branches": True, "is_path": False}, ["a separate branch", "<b>vs. others</b>"], ["is the final one"]),
+    ],
+)  # fmt: skip
+def test_the_notes_say_what_is_shown(granularities: Sequence[int], changes: dict[str, object], says: list[str], says_not: list[str]) -> None:  # fmt: skip
+    frames = [Frame(step, g, 0.5, torch.zeros(3, 4, 4)) for step in (0, 1) for g in granularities]
+    page = fragment([strip_of(frames, **changes)])
+    assert [text for text in says if text not in page] == []
+    assert [text for text in says_not if text in page] == []
+
+
+def test_pictures_are_small_and_videos_show_their_middle() -> None:
+    colors = torch.tensor([0.0, 0.25, 0.5, 2.0]).view(4, 1, 1, 1).expand(4, 3, 96, 192)
+    frames = [Frame(0, 2, 0.5, colors[3]), Frame(1, 0, 0.5, colors), Frame(2, 1, 0.5, colors[:3])]
+    page = fragment([strip_of(frames)])
+    pictures = re.findall(r'<img alt="([^"]*)" title="([^"]*)" src="data:image/png;base64,([^"]*)"', page)  # fmt: skip
+    assert [p[0] for p in pictures] == [p[1] for p in pictures]
+    assert [p[0] for p in pictures] == ["completion in steps of 2", "projection", "completion in steps of 1"]  # fmt: skip
+    opened = [Image.open(io.BytesIO(base64.b64decode(p[2]))) for p in pictures]
+    assert [o.size for o in opened] == [(96, 48)] * 3
+    assert [o.getpixel((5, 5))[0] for o in opened] == [255, 127, 63]
+
+
+def numbered(media: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+    """Each image of a group is better than the one before; the third cannot be scored."""
+    scores = torch.arange(float(len(prompts)))
+    scores[2] = float("nan")
+    return scores
+
+
+def test_samples_are_shown_from_the_best_to_the_worst_at_equal_distances(make_policy: MakePolicy) -> None:  # fmt: skip
+    policy = make_policy("sd3")
+    reward_scorer = RewardScorer([Reward(model=f"{__name__}:numbered")], Failures(retries=0, max_rate=1.0))  # fmt: skip
+    algorithm = FlowGRPO(group_size=5, transition=CPS(), steps=STEPS)
+    shown = {}
+    for number in (1, 3, 9):
+        strips = inspect(policy, algorithm, reward_scorer, PROMPTS[:1], samples=number)
+        shown[number] = [s.sample for s in strips]
+    # By reward: 4, 3, 1, 0, and at last the one without.
+    assert shown == {1: [4], 3: [4, 1, 2], 9: [4, 3, 1, 0, 2]}
+    with pytest.raises(ValueError, match="at least one prompt and one sample"):
+        inspect(policy, algorithm, reward_scorer, PROMPTS, samples=0)
     reward_scorer.close()

@@ -18,6 +18,7 @@ from flowgrpo.core.secrets import (
     redact,
     redact_command,
     redact_table,
+    redacted_in,
 )
 from flowgrpo.memory.meta_pipeline import EstimateError, _class
 from flowgrpo.training import run_folder
@@ -40,6 +41,9 @@ SECRET = "s3cr3tvalue"
         f"Authorization: Bearer {SECRET}",
         "token hf_abcdefghijklmnop" + SECRET,
         "sk-abcdefghijklmnopqrst" + SECRET,
+        "sk-proj-abcdefghijklmnopqrst" + SECRET,
+        "sk-ant-api03-abcdefghijklmnopqrst" + SECRET,
+        "ghp_abcdefghijklmnopqrst" + SECRET,
     ],
 )
 def test_secrets_in_texts_are_redacted(text: str) -> None:
@@ -107,6 +111,14 @@ def test_tables_and_commands_are_redacted() -> None:
     assert redact_command(command) == (
         f"flowgrpo serve-reward --token '{REDACTED}' '--token={REDACTED}' --token-file f"
     )
+
+
+def test_the_key_of_a_value_that_was_redacted_is_found() -> None:
+    table = {"a": [1, {"b": "x"}], "url": [{"c": "y"}, {"d": f"http://{REDACTED}@h"}], "token": REDACTED}  # fmt: skip
+    assert redacted_in(table) == "url.1.d"
+    assert redacted_in({"a": (REDACTED,)}) == "a.0"
+    assert redacted_in({"a": 1, "b": ["x"]}) == ""
+    assert redact_table({"a": ("x", 1), "tokens": [1, "x"], "token": ["x"]}) == {"a": ("x", 1), "tokens": [1, "x"], "token": [REDACTED]}  # fmt: skip
 
 
 def test_a_run_writes_no_secret_and_resumes_with_it_given_again(

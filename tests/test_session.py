@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,15 +15,17 @@ import torch
 
 import flowgrpo
 from flowgrpo.config import ConfigError
-from flowgrpo.core.errors import DivergenceError
+from flowgrpo.core.errors import DivergenceError, LostRankError
 from flowgrpo.data.prompts import Group, Prompt
 from flowgrpo.losses.clipped import ClippedLoss
 from flowgrpo.policy import PipelinePolicy
 from flowgrpo.rewards.settings import RewardError
-from flowgrpo.training import checkpoints
+from flowgrpo.training import checkpoints, trackers
+from flowgrpo.training import session as sessions_module
 from flowgrpo.training.learner import Learner
 from flowgrpo.training.logs import LogError
 from flowgrpo.training.session import Session
+from flowgrpo.training.signals import StopRequested
 from tests.conftest import MakePolicy
 
 SMALL = ["run.device=cpu", "run.threads=1", "run.trackers=[]", "train.iterations=9", "run.checkpoint_every=4"]  # fmt: skip
@@ -187,10 +190,11 @@ def test_a_folder_with_other_files_is_refused(start: Start, tmp_path: Path) -> N
 
 
 def test_processes_that_are_not_connected_are_refused(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
-    session = start()
     monkeypatch.setitem(os.environ, "WORLD_SIZE", "2")
     with pytest.raises(RuntimeError, match=r"started 2 processes, but torch\.distributed sees 1"):
-        session._check_world()
+        start()
+    monkeypatch.setitem(os.environ, "WORLD_SIZE", "1")
+    start()
 
 
 def test_when_a_checkpoint_is_due(start: Start, policy: PipelinePolicy, monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
@@ -321,3 +325,250 @@ def test_the_best_weights_are_the_average_if_there_is_one(start: Start, policy: 
         assert list(parts) == ["weights"]
         for name, weight in zip(learner.named, expected, strict=True):
             assert torch.equal(parts["weights"][name], weight)
+
+
+def test_weights_that_are_not_finite_are_never_saved(start: Start, policy: PipelinePolicy) -> None:
+    session = start()
+    learner = learner_of(session, policy)
+    kept = learner.parameters[0].detach().clone()
+    with torch.no_grad():
+        learner.parameters[0].view(-1)[0] = float("nan")
+    try:
+        with pytest.raises(DivergenceError, match="weights contains NaN"):
+            session.save_best(learner, 1, 0.5)
+        with pytest.raises(DivergenceError, match="weights contains NaN"):
+            session.save(learner, 1)
+        assert session.best == float("-inf")
+        assert not session.checkpoints.exists()
+    finally:
+        with torch.no_grad():
+            learner.parameters[0].copy_(kept)
+    session.save_best(learner, 1, float("nan"))
+    assert not session.checkpoints.exists(), "a score that is not a number is not the best"
+
+
+def test_damaged_checkpoints_are_set_aside_until_one_is_sound(start: Start, policy: PipelinePolicy, capsys: pytest.CaptureFixture[str]) -> None:  # fmt: skip
+    session = start("run.keep_checkpoints=2")
+    learner = learner_of(session, policy)
+    for iteration in (1, 2, 3, 4):
+        checkpoints.save(session.checkpoints / f"{iteration:06d}", *saved_by(learner, iteration))
+    for iteration in (3, 4):
+        (session.checkpoints / f"{iteration:06d}" / "weights.safetensors").write_bytes(b"cut")
+    session.restore(learner)
+    assert (session.iteration, learner.num_updates) == (2, 2)
+    said = " ".join(capsys.readouterr().out.split())
+    assert said.count("WARNING") == 2
+    assert "renamed to damaged-000004" in said
+    assert said.endswith(f"resuming at iteration 2 from {session.checkpoints / '000002'}")
+    names = [p.name for p in sorted(session.checkpoints.iterdir())]
+    assert names == ["000001", "000002", "damaged-000003", "damaged-000004"]
+    # Without a sound one nothing is renamed; the message is about the newest.
+    for iteration in (1, 2):
+        (session.checkpoints / f"{iteration:06d}" / "state.json").write_text("{}")
+    with pytest.raises(
+        checkpoints.CheckpointError, match=r"000002.*No earlier checkpoint is sound"
+    ):
+        session.restore(learner)
+    assert [p.name for p in sorted(session.checkpoints.iterdir())] == names
+    # One that was being replaced comes back before it is checked.
+    (session.checkpoints / "000001" / "state.json").unlink()
+    checkpoints.save(session.checkpoints / "000002", *saved_by(learner, 2))
+    checkpoints.save(session.checkpoints / "000004", *saved_by(learner, 4))
+    (session.checkpoints / "000004" / "weights.safetensors").write_bytes(b"cut")
+    (session.checkpoints / "000004").rename(session.checkpoints / ".000004.old")
+    session.restore(learner)
+    assert session.iteration == 2
+    # More than are kept are pruned when a session begins, not only when one is saved.
+    for iteration in (5, 6, 7):
+        checkpoints.save(session.checkpoints / f"{iteration:06d}", *saved_by(learner, iteration))
+    session.restore(learner)
+    kept = [p.name for p in checkpoints.numbered(session.checkpoints)]
+    assert kept == ["000006", "000007"]
+
+
+def saved_by(learner: Learner, iteration: int) -> tuple[Any, dict[str, Any]]:
+    """The parts and the state of a checkpoint that counts no lines."""
+    parts, state = learner.state()
+    state |= {"num_updates": iteration}
+    return parts, {"iteration": iteration, "best": 0.0, "lines": {}, "learner": state}
+
+
+def test_a_process_that_is_not_the_main_one_writes_nothing(start: Start, policy: PipelinePolicy, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:  # fmt: skip
+    first = start()
+    learner = learner_of(first, policy)
+    for iteration in (0, 1, 2):
+        first.log(iteration, METRICS, 0.0)
+    first.save(learner, 2)
+    first.log(3, METRICS, 0.0)
+    (first.checkpoints / "000001").mkdir()
+    first.__exit__()
+    monkeypatch.setattr(sessions_module.Accelerator, "is_main_process", False)
+    capsys.readouterr()
+
+    def contents() -> dict[str, bytes]:
+        return {str(p): p.read_bytes() for p in first.folder.rglob("*") if p.is_file()}
+
+    before = contents()
+    session = start("run.checkpoint_every=1", "run.keep_checkpoints=1")
+    learner.num_updates = 9
+    session.restore(learner)
+    assert (session.iteration, learner.num_updates) == (2, 0), "every process reads the checkpoint"
+    session.log(2, METRICS, 0.0)
+    session.log_evaluation(result(2))
+    session.save(learner, 3)
+    assert session.save_if_due(learner, 4) is False
+    session.save_best(learner, 3, 0.5)
+    assert session.best == 0.5
+    session.note_prompts(["a note"])
+    with pytest.raises(StopRequested), session.rescue(learner, 3):
+        raise StopRequested("SIGTERM")
+    session.close()
+    assert contents() == before
+    assert capsys.readouterr().out == ""
+
+
+def test_what_a_rollout_that_fails_saves(start: Start, policy: PipelinePolicy, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:  # fmt: skip
+    session = start()
+    learner = learner_of(session, policy)
+
+    def saved(iteration: int, error: BaseException, raised: type[BaseException]) -> bool:
+        with pytest.raises(raised), session.rescue(learner, iteration):
+            raise error
+        place = session.checkpoints / f"{iteration:06d}"
+        found = place.exists()
+        checkpoints.files.delete(place)
+        return found
+
+    assert not saved(0, KeyError(), KeyError), "nothing has been trained"
+    assert "saved after" not in capsys.readouterr().out
+    assert saved(1, KeyError(), KeyError)
+    # Of several processes others may be in the middle of an update, unless they stop too.
+    with monkeypatch.context() as patch:
+        patch.setattr(sessions_module.Accelerator, "num_processes", 2)
+        assert not saved(1, KeyError(), KeyError)
+        assert not saved(1, RewardError("no"), RewardError)
+        assert saved(1, StopRequested("SIGTERM"), StopRequested)
+        assert saved(1, LostRankError("no"), LostRankError)
+
+    # If the state cannot be saved either, the first error counts, unless it was an expected one.
+    def full(*_: Any) -> None:
+        raise OSError("no space")
+
+    monkeypatch.setattr(sessions_module.checkpoints, "save", full)
+    assert not saved(1, KeyError(), KeyError)
+    for error in (RewardError("no"), StopRequested("SIGTERM"), LostRankError("no")):
+        assert not saved(1, error, OSError)
+
+
+def test_a_stop_before_a_rollout_prevents_it_and_one_inside_waits(start: Start, policy: PipelinePolicy) -> None:  # fmt: skip
+    session = start()
+    learner = learner_of(session, policy)
+    with session.rescue(learner, 1):
+        os.kill(os.getpid(), signal.SIGTERM)  # No longer loading: it does not stop at once.
+    assert session.stopping
+    began = []
+    with pytest.raises(StopRequested), session.rescue(learner, 2):
+        began.append(1)
+    assert not began
+    assert checkpoints.newest(session.checkpoints) == session.checkpoints / "000002"
+
+
+def test_a_stop_or_a_due_time_of_one_process_is_that_of_all(start: Start, policy: PipelinePolicy, monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    session, saved = start("run.checkpoint_minutes=0"), list[int]()
+    monkeypatch.setattr(session, "save", lambda learner, iterations: saved.append(iterations))
+    learner = learner_of(session, policy)
+    session._saved_at = time.monotonic() - 1e6  # 0 minutes: never by time
+    assert session.save_if_due(learner, 1) is False
+    assert saved == []
+    others = torch.tensor([[0.0, 1.0]])
+    monkeypatch.setattr(session, "gather", lambda own: torch.cat([own, others]))
+    assert session.save_if_due(learner, 2) is False
+    assert (saved, session.stopping) == ([2], False)
+    others = torch.tensor([[1.0, 0.0]])
+    assert session.save_if_due(learner, 3) is True
+    assert (saved, session.signals.stopping) == ([2, 3], "SIGTERM")
+    session.signals.stopping = "SIGINT"
+    assert session.save_if_due(learner, 5) is True
+    assert session.signals.stopping == "SIGINT", "its own signal decides the exit status"
+
+
+def test_a_process_uses_the_device_and_the_processes_that_it_was_given(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    chosen, made = list[Any](), list[Any]()
+    fake = SimpleNamespace(set_device=chosen.append)
+    monkeypatch.setattr(sessions_module, "resolve_device", lambda name: "cuda:1")
+    monkeypatch.setattr(torch, "get_device_module", lambda device: fake)
+    signals = sessions_module.Signals
+    monkeypatch.setattr(sessions_module, "Signals", lambda *a: made.append(a[1:]) or signals(*a))
+    start(folder="gpu")
+    assert chosen == [torch.device("cuda:1")]
+    monkeypatch.setattr(sessions_module, "resolve_device", lambda name: "cuda")
+    start(folder="gpu")
+    assert len(chosen) == 1
+    monkeypatch.setattr(sessions_module, "resolve_device", lambda name: "cpu")
+    monkeypatch.setattr(sessions_module.Accelerator, "num_processes", 2)
+    monkeypatch.setitem(os.environ, "WORLD_SIZE", "2")
+    threads = torch.get_num_threads()
+    try:
+        session = start("model.dtype=float16", "run.threads=2", folder="gpu")
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(threads)
+    assert session.accelerator.mixed_precision == "no", "half precision on a CPU needs no scaling"
+    assert made == [(True, False), (True, False), (True, True)]
+    assert json.loads((session.folder / "environment.json").read_text())["processes"] == 2
+    assert Path(session.accelerator.project_dir) == session.folder
+
+
+def test_the_end_of_a_session_gives_everything_back(start: Start, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:  # fmt: skip
+    usual, ended = signal.getsignal(signal.SIGTERM), list[Any]()
+
+    class Tracker:
+        def finish(self) -> None:
+            ended.append("tracker")
+            raise ConnectionError
+
+    monkeypatch.setattr(sys, "argv", ["flowgrpo", "train", "--set", "rewards.0.options.token=abc"])
+    with start() as session:
+        assert signal.getsignal(signal.SIGTERM) != usual
+        session.accelerator.trackers = [Tracker(), Tracker()]
+        session.scorer = SimpleNamespace(close=lambda wait: ended.append(wait))  # type: ignore[assignment]
+    assert ended == [False, "tracker", "tracker"]
+    assert signal.getsignal(signal.SIGTERM) is usual
+    Session(session.config).__exit__()  # The directory is free.
+    environment = json.loads((session.folder / "environment.json").read_text())
+    assert "abc" not in environment["command"]
+    assert environment["command"].startswith("flowgrpo train --set")
+    assert {"python", "platform", "threads", "flowgrpo", "peft"} <= environment.keys()
+    assert environment["threads"] == torch.get_num_threads()
+
+
+def test_changes_since_the_last_session_and_notes_on_prompts_are_said(start: Start, capsys: pytest.CaptureFixture[str]) -> None:  # fmt: skip
+    first = start()
+    first.log(0, METRICS, 0.0)
+    first.note_prompts([])
+    notes = first.folder / "notes.json"
+    assert not notes.exists()
+    first.note_prompts(["3 prompts are cut", "one is empty"])
+    assert json.loads(notes.read_text()) == {"notes": ["3 prompts are cut", "one is empty"]}
+    said = capsys.readouterr().out
+    assert "WARNING: 3 prompts are cut" in said
+    assert "changed" not in said
+    again = start("train.iterations=12")
+    assert "changed since the last session: train.iterations 9 -> 12" in capsys.readouterr().out
+    again.note_prompts([])
+    assert json.loads(notes.read_text()) == {"notes": []}, "notes of earlier prompts do not stay"
+
+
+def test_benchmarks_and_grids_go_to_the_trackers(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    session = start()
+    tracked: list[Any] = []
+    monkeypatch.setattr(session.accelerator, "log", lambda values, step: tracked.append((values, step)))  # fmt: skip
+    monkeypatch.setattr(trackers, "log_picture", lambda *a: tracked.append(a[1:]))
+    bench = {"geneval": {"results": {"overall": 0.5, "counting": None}}, "dpg": {"problem": "no"}}
+    session.log_evaluation({**result(3), "bench": bench})
+    session.log_grid(3)
+    assert tracked == [
+        ({"held_out/x": 0.5, "m": 1.0, "bench/geneval/overall": 0.5}, 3),
+        ("grid", session.folder / "grids" / "000003.png", 3),
+    ]
+    assert lines(session, "evaluations")[0]["bench"] == bench

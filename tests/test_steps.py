@@ -1,5 +1,7 @@
 """Which steps are stochastic."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -53,6 +55,30 @@ def test_sliding_window_moves_on_and_starts_over():
     assert strided == [[0, 1], [2, 3], [4, 5], [0, 1]]
 
 
+def test_sliding_window_leaves_late_places_earlier_and_stays_or_starts_over():
+    """4, 4, ceil(4 exp(-0.5)) = 3 and ceil(4 exp(-1)) = 2 iterations at the places 0 to 3."""
+    window = SlidingWindow(size=2, every=4, skip_last=1, decay=0.5, decay_from=1)
+    table = [0] * 4 + [1] * 4 + [2] * 3 + [3] * 2
+    for at_end, after in (("restart", table), ("stay", [3] * 13)):
+        kind = replace(window, at_end=at_end)
+        assert [select(kind, 6, iteration=i)[0] for i in range(26)] == [*table, *after]
+
+
+def test_the_largest_selections_that_fit_are_accepted():
+    """Four steps, of which the first three can be stochastic."""
+    for selection, steps in (
+        (AllSteps(skip_last=3), [0]),
+        (Window(size=3), [0, 1, 2]),
+        (Window(start=2, size=1), [2]),
+        (RandomWindow(size=3, first=0, last=3), [0, 1, 2]),
+        (RandomSteps(count=3, first=0, last=3), [0, 1, 2]),
+        (RandomSteps(count=1, first=2, last=3), [2]),
+        (SlidingWindow(size=3, skip_last=1), [0, 1, 2]),
+        (SlidingWindow(size=1, stride=1, every=1, skip_last=3, decay=0.0), [0]),
+    ):
+        assert select(selection, 4) == steps
+
+
 sizes = st.integers(1, 6)
 selections = st.one_of(
     st.builds(AllSteps, skip_last=st.integers(1, 6)),
@@ -95,6 +121,10 @@ def test_what_is_selected_is_ascending_and_never_the_last_step(selection, num_st
         (RandomSteps(count=3, first=0, last=2), r"cannot draw 3 of the 2 steps in \[0, 2\)"),
         (RandomSteps(count=0, first=0, last=2), "cannot draw 0"),
         (SlidingWindow(size=3, skip_last=2), "window of 3 does not fit into 4 steps"),
+        (SlidingWindow(size=0), "size, stride and every must be at least 1"),
+        (SlidingWindow(size=1, stride=0), "size, stride and every must be at least 1"),
+        (SlidingWindow(size=1, every=0), "size, stride and every must be at least 1"),
+        (SlidingWindow(size=1, decay=-0.1), "decay must be at least 0, got -0.1"),
     ],
 )
 def test_impossible_selections_are_refused(selection, message):

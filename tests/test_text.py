@@ -5,7 +5,7 @@ import io
 import pytest
 from rich.console import Console as RichConsole
 
-from flowgrpo.core.text import plain
+from flowgrpo.core.text import plain, shorten
 from flowgrpo.training.console import Console
 
 
@@ -26,6 +26,11 @@ def test_what_could_disturb_a_terminal_is_escaped(text, shown):
 
 def test_what_a_terminal_cannot_encode_is_escaped():
     assert plain("✓ ok", "ascii") == r"\u2713 ok"
+
+
+def test_long_lines_lose_their_middle():
+    text = "abcdefgh\n\nabcdefghij\nabcdefghijk"
+    assert shorten(text, 10) == "abcdefgh\n\nabcdefghij\nabcde ... ghijk"
 
 
 def test_lines_and_tables_show_markup_and_control_characters_as_text():

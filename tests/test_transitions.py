@@ -22,6 +22,8 @@ from flowgrpo.core.transitions import (
     Step,
     Transition,
     gaussian_kl,
+    require_noise,
+    require_path,
 )
 from flowgrpo.policy.scheduler import policy_scheduler
 
@@ -367,3 +369,105 @@ def test_the_linear_schedule_is_that_of_the_released_video_script():
     )
     torch.testing.assert_close(found.mean, mean)
     assert found.std == pytest.approx(g * 0.2**0.5)
+
+
+# A state of signal 0.6 and noise 0.8, made of x0 = (1, -2) and x1 = (0.5, 3).
+X0, X1 = double(1, -2), double(0.5, 3)
+
+
+@pytest.mark.parametrize(
+    ("predicted", "output"),
+    [("noise", X1), ("data", X0), ("v", 0.6 * X1 - 0.8 * X0)],
+)
+def test_every_kind_of_output_gives_both_ends_of_the_path(predicted, output):
+    step = Step.diffusion(0.36, 0.64, predicted)
+    assert (step.signal, step.noise) == pytest.approx((0.6, 0.8))
+    assert (step.signal_next, step.noise_next) == pytest.approx((0.8, 0.6))
+    found = Prediction.from_output(0.6 * X0 + 0.8 * X1, output, step)
+    torch.testing.assert_close(found.x0, X0)
+    torch.testing.assert_close(found.x1, X1)
+    assert found.output is output
+    # Rounding may take alpha_bar above 1.
+    assert Step.diffusion(0.36, 1 + 1e-9).noise_next == 0
+
+
+def test_a_velocity_gives_both_ends_of_the_path():
+    step = Step.flow(0.75, 0.5, sigma_max=0.9, noise_scale=2.0)
+    assert (step.signal, step.signal_next, step.dt, step.sigma_max, step.noise_scale) == (0.25, 0.5, 0.25, 0.9, 2.0)  # fmt: skip
+    found = Prediction.from_output(0.25 * X0 + 0.75 * X1, X1 - X0, step)
+    torch.testing.assert_close(found.x0, X0)
+    torch.testing.assert_close(found.x1, X1)
+    ode = ODE()(0.25 * X0 + 0.75 * X1, found, step)
+    torch.testing.assert_close(ode.mean, 0.5 * X0 + 0.5 * X1)
+
+
+def test_densities_with_a_deviation_for_each_element():
+    generator = torch.Generator().manual_seed(0)
+    mean, other, x = torch.randn(3, 2, 3, 4, generator=generator)
+    std, theirs = torch.rand(2, 1, 3, 4, generator=generator) + 0.5
+    ours, reference = Gaussian(mean, std), Gaussian(other, theirs)
+    wanted = Normal(mean, std).log_prob(x).mean(dim=(1, 2))
+    torch.testing.assert_close(ours.log_prob(x), wanted)
+    wanted = kl_divergence(Normal(mean, std), Normal(other, theirs)).mean(dim=(1, 2))
+    torch.testing.assert_close(gaussian_kl(ours, reference), wanted)
+    # One number on one side only.
+    wanted = kl_divergence(Normal(mean, std), Normal(other, 0.7)).mean(dim=(1, 2))
+    torch.testing.assert_close(gaussian_kl(ours, Gaussian(other, 0.7)), wanted)
+    wanted = kl_divergence(Normal(mean, 0.7), Normal(other, theirs)).mean(dim=(1, 2))
+    torch.testing.assert_close(gaussian_kl(Gaussian(mean, 0.7), reference), wanted)
+    with pytest.raises(ValueError, match=r"equal standard deviations, got 0\.5 and 0\.7"):
+        gaussian_kl(Gaussian(mean, 0.5), Gaussian(other, 0.7))
+    torch.testing.assert_close(ours.sample(x), mean + std * x)
+
+
+def test_flow_sde_caps_its_noise_only_where_it_would_be_infinite():
+    """Grids that begin at 0.9999 are capped, too; 0.9995 is not."""
+    for sigma, capped in ((1.0, 0.9), (0.9999, 0.9), (0.9995, 0.9995), (0.99, 0.99)):
+        step = Step.flow(sigma, sigma - 0.1, sigma_max=0.9)
+        found = flow(FlowSDE(noise_level=0.7), double(1), double(-0.5), step)
+        assert found.std == pytest.approx(0.7 * math.sqrt(sigma / (1 - capped) * 0.1))
+
+
+@pytest.mark.parametrize(
+    ("transition", "problem"),
+    [
+        (ODE(), "injects no noise"),
+        (FlowSDE(noise_level=0.0), "injects no noise"),
+        (DDIM(eta=0.0), "injects no noise"),
+        (CPS(noise_level=-0.1), "injects no noise"),
+        (CPS(noise_level=1.01), r"transition.noise_level must be in \(0, 1\] for 'cps', got 1.01"),
+        (DDIM(eta=1.01), r"transition.eta must be in \(0, 1\] for 'ddim', got 1.01"),
+        (CPS(noise_level=1.0), ""),
+        (DDIM(eta=1.0), ""),
+        (FlowSDE(noise_level=1.5), ""),
+        (DanceSDE(noise_level=0.01), ""),
+        (lambda x, prediction, step: Gaussian(x, 1.0), ""),
+    ],
+)
+def test_transitions_that_cannot_be_trained_on_are_refused(transition, problem):
+    if not problem:
+        require_noise(transition)
+        return
+    with pytest.raises(ValueError, match=problem):
+        require_noise(transition)
+
+
+def test_paths_of_transitions():
+    for transition in (FlowSDE(), DanceSDE(), CPS(), ODE()):
+        require_path(transition, "flow")
+    for transition in (DDIM(), CPS(), ODE()):
+        require_path(transition, "diffusion")
+
+
+def test_ddim_from_pure_noise_and_to_the_data():
+    """To the data there is no noise; from pure noise the posterior's deviation is that of the next state."""
+    x = double(0.5, -1)
+    to_data = DDIM()(x, Prediction(X0, X1, X1), Step.diffusion(0.36, 1.0))
+    assert to_data.std == 0
+    torch.testing.assert_close(to_data.mean, X0)
+    from_noise = DDIM(eta=0.5)(x, Prediction(X0, X1, X1), Step.diffusion(0.0, 0.64))
+    assert from_noise.std == pytest.approx(0.5 * 0.6)
+    torch.testing.assert_close(from_noise.mean, 0.8 * X0 + math.sqrt(0.36 - 0.09) * X1)
+    # A step of no length, and one from the data, add nothing.
+    assert DDIM()(x, Prediction(X0, X1, X1), Step.diffusion(0.36, 0.36)).std == 0
+    assert DDIM()(x, Prediction(X0, X1, X1), Step.diffusion(1.0, 1.0)).std == 0
