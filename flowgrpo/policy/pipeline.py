@@ -36,6 +36,7 @@ from flowgrpo.policy.arguments import (
     own_arguments,
 )
 from flowgrpo.policy.call import PipelineCall, UnsupportedPipelineError
+from flowgrpo.policy.fixed_device import fix_device, restore_class
 from flowgrpo.policy.latent_injection import LatentInjection, LatentLocations
 from flowgrpo.policy.loading import DTYPES, denoisers, load_pipeline, without_safety_checker
 from flowgrpo.policy.placement import as_batch, as_media, models_of, prepare
@@ -164,6 +165,7 @@ class PipelinePolicy:
         self.denoisers = denoisers(pipeline)
         start = read_start(pipeline, weights, self.denoisers) if weights else None
         prepare(pipeline, memory or Memory(), self.device, self.dtype, self._precision)
+        fix_device(pipeline)
         self.trainable: Trainable | InitialNoise | None = None
         if isinstance(weights, Noise):
             self.trainable = InitialNoise(weights)
@@ -355,6 +357,7 @@ class PipelinePolicy:
         """
         self.pipeline.scheduler = self.shipped_scheduler
         self._injection.remove()
+        restore_class(self.pipeline)
         for name in (*ENCODING_METHODS, *REWRITING_METHODS):
             self.pipeline.__dict__.pop(name, None)
         return self.pipeline
