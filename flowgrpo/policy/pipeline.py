@@ -415,10 +415,12 @@ class PipelinePolicy:
         self, arguments: dict[str, Any], plan: StepPlan, x: Tensor | None, decode: bool
     ) -> _Called:
         """Call the pipeline with one form of its arguments, and check that it followed the plan."""
-        # With a given state the pipeline's initial noise is discarded, and one generator is cheaper.
-        generators = plan.noise.initial() if plan.noise and x is None else torch.Generator()
         call = self.scheduler.begin(plan, self._learned.enumerates)
+        # With a given state the pipeline's initial noise is discarded.
+        discarded = torch.Generator()
+        generators = plan.noise.initial() if plan.noise and x is None else discarded
         arguments = self._injection.begin(call, x, arguments)
+        call.discarded = None if x is None else discarded
         arguments |= {"generator": generators_for(arguments, generators)}
 
         def numbered(index: int) -> Tensor:
