@@ -40,7 +40,7 @@ from flowgrpo.policy.fixed_device import fix_device, restore_class
 from flowgrpo.policy.latent_injection import LatentInjection, LatentLocations
 from flowgrpo.policy.loading import DTYPES, denoisers, load_pipeline, without_safety_checker
 from flowgrpo.policy.placement import as_batch, as_media, models_of, prepare
-from flowgrpo.policy.prompt_cache import ENCODING_METHODS, REWRITING_METHODS
+from flowgrpo.policy.prompt_cache import ENCODING_METHODS, REWRITING_METHODS, PromptCache
 from flowgrpo.policy.scheduler import FlowPolicyScheduler, policy_scheduler
 from flowgrpo.policy.settings import Full, Memory, ModelSource, Noise, Sampling, Weights
 from flowgrpo.policy.sound import as_audio, audio_rate
@@ -281,6 +281,8 @@ class PipelinePolicy:
                 solver=solver,
             )
             start = None if x is None else x[part]
+            if isinstance(cache := self.pipeline.__dict__.get("encode_prompt"), PromptCache):
+                cache.announce(prompts[part], prompts[rows.stop :])
             with torch.no_grad():
                 output, records, audio = self._run(
                     prompts[part], plan, start, decode, sampling or self.sampling
