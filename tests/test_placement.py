@@ -2,6 +2,7 @@
 
 import importlib.util
 import shutil
+from collections.abc import Mapping
 from typing import Any
 
 import pytest
@@ -11,12 +12,9 @@ from torch import Tensor
 
 from flowgrpo.core.transitions import CPS
 from flowgrpo.data.prompts import Prompt
-from flowgrpo.policy import Full, LoRA, Memory, PipelinePolicy
-from flowgrpo.policy.placement import (
-    Encoders,
-    offload_autoencoder,
-    repeated_blocks,
-)
+from flowgrpo.policy import Full, LoRA, Memory, PipelinePolicy, placement
+from flowgrpo.policy.offloading import Encoders, HostCopy, offload_autoencoder
+from flowgrpo.policy.placement import repeated_blocks
 from flowgrpo.policy.prompt_cache import fingerprint
 from flowgrpo.policy.settings import PACKAGES, Quantization, require_installed
 from tests.conftest import MakePolicy, noise_of, transition_of
@@ -175,34 +173,76 @@ def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_encoders_stay_where_they_are_on_the_cpu() -> None:
     model = torch.nn.Linear(2, 2)
     encoders = Encoders({"text_encoder": model}, torch.device("cpu"), offload=True)
+    assert encoders.copies == {}
     with encoders.loaded():
         assert model(torch.ones(1, 2)).device.type == "cpu"
 
 
-class Noting(AutoencoderKL):
-    """Notes where it is sent, and stays."""
+class Offloaded(Encoders):
+    """Encoders that are offloaded although their device is the CPU."""
 
-    def to(self, *args: Any, **kwargs: Any) -> "Noting":
-        self.__dict__.setdefault("moves", []).append(str(args[0]))
-        return self
+    def __init__(self, models: Mapping[str, torch.nn.Module], device: torch.device, offload: bool):
+        super().__init__(models, device, offload=False)
+        self.copies = {name: HostCopy(model, device) for name, model in models.items()}
+
+
+@pytest.mark.parametrize("name", ["sd3", "sd15"])
+def test_a_rollout_brings_the_encoders_once(
+    name: str, make_policy: MakePolicy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = make_policy(name, weights=None, batch_size=4)
+    made: list[Offloaded] = []
+    monkeypatch.setattr(placement, "Encoders", lambda *a: made.append(Offloaded(*a)) or made[-1])
+    policy = make_policy(name, weights=None, batch_size=4)
+
+    def visits() -> list[int]:
+        return [copy.visits for copy in made[0].copies.values()]
+
+    prompts = [Prompt(f"{i} cats", negative=f"{i} dogs") for i in range(12)]
+    noise = noise_of(*range(12))
+    options: dict[str, Any] = {"nodes": [0, 1], "record": [0], "decode": False}
+    ours = [r.records[0] for r in policy.run(prompts, noise, **options)]
+    assert set(visits()) == {1}
+    theirs = [r.records[0] for r in expected.run(prompts, noise, **options)]
+    assert all(torch.equal(a.x_next, b.x_next) for a, b in zip(ours, theirs, strict=True))
+    list(policy.run(prompts, noise, **options))
+    policy.replay(prompts[8:], ours[2].x, 0, transition_of(name))
+    assert set(visits()) == {1}
+    list(policy.run([*prompts[6:], Prompt("a", negative="b")], noise_of(*range(7)), **options))
+    assert set(visits()) == {2}
+
+
+def test_a_frozen_model_is_not_copied_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = torch.nn.Linear(2, 2)
+    copy = HostCopy(model, torch.device("cpu"))
+    host = model.weight.data_ptr()
+    assert copy.num_bytes == 24
+    monkeypatch.setattr(Tensor, "to", lambda tensor, *_, **__: tensor.clone())
+    for _ in range(2):
+        model(torch.ones(1, 2))
+        assert model.weight.data_ptr() != host
+    assert copy.visits == 1
+    copy.drop()
+    assert model.weight.data_ptr() == host
 
 
 def test_an_offloaded_vae_is_there_while_it_works() -> None:
-    vae = Noting(block_out_channels=(8,), norm_num_groups=4, latent_channels=4)
-    offload_autoencoder(vae, torch.device("cuda:0"))
+    vae = AutoencoderKL(block_out_channels=(8,), norm_num_groups=4, latent_channels=4)
+    copy = offload_autoencoder(vae, torch.device("cpu"))
     # This is how a pipeline knows where the work is done.
-    assert vae._hf_hook.execution_device == torch.device("cuda:0")
-    vae.moves.clear()
+    assert vae._hf_hook.execution_device == torch.device("cpu")
+    present: list[bool] = []
+    vae.decoder.register_forward_pre_hook(lambda *_: present.append(copy.is_present))
     with torch.no_grad():
         latents = vae.encode(torch.zeros(1, 3, 8, 8)).latent_dist.mean
-        assert (vae.moves[0], vae.moves[-1]) == ("cuda:0", "cpu")
-        vae.moves.clear()
+        assert not copy.is_present
         vae.decode(latents)
-        assert (vae.moves[0], vae.moves[-1]) == ("cuda:0", "cpu")
-        vae.moves.clear()
+        assert present == [True]
+        assert not copy.is_present
         with pytest.raises(RuntimeError):
             vae.decode(torch.zeros(1, 3, 8, 8))
-    assert vae.moves[-1] == "cpu"
+    assert not copy.is_present
+    assert copy.visits == 3
 
 
 def test_fingerprints_tell_values_apart() -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from flowgrpo.core.random import Random, SampleNoise
 from flowgrpo.core.transitions import CPS, ODE
@@ -366,6 +367,25 @@ def test_nothing_of_a_call_outlives_it(make_policy: MakePolicy, name: str) -> No
         assert graph() is None
     finally:
         gc.enable()
+
+
+def test_a_replay_draws_no_initial_latents(policy: PipelinePolicy, name: str) -> None:
+    class Draws(TorchDispatchMode):
+        number = 0
+
+        def __torch_dispatch__(
+            self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            self.number += "randn" in str(function)
+            return function(*args, **kwargs or {})
+
+    transition = transition_of(name)
+    with Draws() as drawn:
+        (rollout,) = policy.run(PROMPTS[:2], noise_of(0, 1), record=[1], decode=False)
+    with Draws() as replayed, torch.no_grad():
+        policy.replay(PROMPTS[:2], rollout.records[0].x, 1, transition)
+    assert drawn.number == 2
+    assert replayed.number == 0
 
 
 def test_settings_are_imported_without_torch() -> None:

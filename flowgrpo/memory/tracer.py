@@ -27,6 +27,7 @@ from flowgrpo.memory.dispatch_modes import (
     MemoryCounter,
     autocast_as_on,
 )
+from flowgrpo.policy.fixed_device import subclass_with
 from flowgrpo.policy.loading import denoisers
 from flowgrpo.policy.placement import as_fp32, cast
 from flowgrpo.policy.scheduler import policy_scheduler
@@ -321,8 +322,7 @@ def _fake_buffers(
 
 def _with_device(cls: type, device: Callable[[Any], torch.device], *names: str) -> type:
     """A subclass whose properties of these names return a device."""
-    properties = {n: property(device) for n in names}
-    return type(cls.__name__, (cls,), properties | {"__module__": cls.__module__})
+    return subclass_with(cls, {n: property(device) for n in names})
 
 
 def _to_real(value: Any) -> Any:

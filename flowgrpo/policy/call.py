@@ -246,6 +246,7 @@ class PipelineCall:
             of the method and the returned values, in the order of the calls.
         inject: The state that replaces the prepared latents; None once it was injected.
         inject_auxiliary: The same for the auxiliary latents.
+        discarded: The generator of the call's initial latents, if a state is injected in their place.
         number: Index of the prepared tensor whose elements are replaced by their numbers, in calls
             that find the layout of a state.
         enumerates: Whether the loop was seen to enumerate its steps with their index on the grid.
@@ -258,6 +259,7 @@ class PipelineCall:
         self.prepared: list[tuple[str, list[Any]]] = []
         self.inject: Tensor | None = None
         self.inject_auxiliary: Tensor | None = None
+        self.discarded: torch.Generator | None = None
         self.number: int | None = None
         self.enumerates = False
 

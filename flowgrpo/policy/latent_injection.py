@@ -15,6 +15,7 @@ replaces the latents in its result. The loop may hold the state in three ways:
 
 import re
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -22,6 +23,7 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from flowgrpo.policy.auxiliary_latents import AuxiliaryLatents
 from flowgrpo.policy.call import (
@@ -89,6 +91,32 @@ def _parts_of(prepared: Any) -> list[Any]:
 def _as(prepared: Any, parts: list[Any]) -> Any:
     """``parts`` in the form of the value ``prepared``: a tensor or a tuple."""
     return parts[0] if isinstance(prepared, Tensor) else tuple(parts)
+
+
+class NoDraws(TorchFunctionMode):
+    """Inside, draws of ``torch.randn`` from one generator give zeros, made on the device.
+
+    A pipeline draws initial latents in every call. Where a state is injected they are discarded, and
+    drawing them on the CPU and copying them would cost more than everything else between two replays.
+    Draws from other generators and other kinds of draws are made.
+
+    Args:
+        generator: The generator whose draws are discarded.
+        device: Device of the zeros.
+    """
+
+    def __init__(self, generator: torch.Generator, device: torch.device):
+        super().__init__()
+        self._generator, self._device = generator, device
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        options = kwargs or {}
+        if function is torch.randn and options.get("generator") is self._generator:
+            kept = {k: v for k, v in options.items() if k not in ("generator", "device")}
+            return torch.zeros(*args, device=self._device, **kept)
+        return function(*args, **options)
 
 
 @dataclass(frozen=True)
@@ -303,7 +331,9 @@ class LatentInjection:
 
     def _prepare(self, method: str, *args: Any, **kwargs: Any) -> Any:
         """The result of one of the pipeline's methods, with the call's state injected."""
-        prepared, call = self._methods[method](*args, **kwargs), self._scheduler.call
+        call = self._scheduler.call
+        with NoDraws(call.discarded, self._device) if call.discarded is not None else nullcontext():
+            prepared = self._methods[method](*args, **kwargs)
         if method == PREPARE_LATENTS:
             prepared = self._main(prepared, call)
         # Methods that prepare conditions may return None.

@@ -36,11 +36,12 @@ from flowgrpo.policy.arguments import (
     own_arguments,
 )
 from flowgrpo.policy.call import PipelineCall, UnsupportedPipelineError
+from flowgrpo.policy.fixed_device import fix_device, restore_class
 from flowgrpo.policy.latent_injection import LatentInjection, LatentLocations
 from flowgrpo.policy.loading import DTYPES, denoisers, load_pipeline, without_safety_checker
 from flowgrpo.policy.lockstep import Call, Lockstep
 from flowgrpo.policy.placement import as_batch, as_media, models_of, prepare
-from flowgrpo.policy.prompt_cache import ENCODING_METHODS, REWRITING_METHODS
+from flowgrpo.policy.prompt_cache import ENCODING_METHODS, REWRITING_METHODS, PromptCache
 from flowgrpo.policy.scheduler import FlowPolicyScheduler, policy_scheduler
 from flowgrpo.policy.settings import Full, Memory, ModelSource, Noise, Sampling, Weights
 from flowgrpo.policy.sound import as_audio, audio_rate
@@ -168,6 +169,7 @@ class PipelinePolicy:
         self.denoisers = denoisers(pipeline)
         start = read_start(pipeline, weights, self.denoisers) if weights else None
         prepare(pipeline, memory or Memory(), self.device, self.dtype, self._precision)
+        fix_device(pipeline)
         self.trainable: Trainable | InitialNoise | None = None
         if isinstance(weights, Noise):
             self.trainable = InitialNoise(weights)
@@ -283,6 +285,8 @@ class PipelinePolicy:
                 solver=solver,
             )
             start = None if x is None else x[part]
+            if isinstance(cache := self.pipeline.__dict__.get("encode_prompt"), PromptCache):
+                cache.announce(prompts[part], prompts[rows.stop :])
             with torch.no_grad():
                 output, records, audio = self._run(
                     prompts[part], plan, start, decode, sampling or self.sampling
@@ -359,6 +363,7 @@ class PipelinePolicy:
         """
         self.pipeline.scheduler = self.shipped_scheduler
         self._injection.remove()
+        restore_class(self.pipeline)
         for name in (*ENCODING_METHODS, *REWRITING_METHODS):
             self.pipeline.__dict__.pop(name, None)
         return self.pipeline
@@ -445,10 +450,12 @@ class PipelinePolicy:
         self, arguments: dict[str, Any], plan: StepPlan, x: Tensor | None, decode: bool
     ) -> _Called:
         """Call the pipeline with one form of its arguments, and check that it followed the plan."""
-        # With a given state the pipeline's initial noise is discarded, and one generator is cheaper.
-        generators = plan.noise.initial() if plan.noise and x is None else torch.Generator()
         call = self.scheduler.begin(plan, self._learned.enumerates)
+        # With a given state the pipeline's initial noise is discarded.
+        discarded = torch.Generator()
+        generators = plan.noise.initial() if plan.noise and x is None else discarded
         arguments = self._injection.begin(call, x, arguments)
+        call.discarded = None if x is None else discarded
         arguments |= {"generator": generators_for(arguments, generators)}
 
         def numbered(index: int) -> Tensor:

@@ -9,13 +9,11 @@ The second half of the file casts tensors to the precision of the model that rec
 import functools
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from functools import wraps
 from typing import Any
 
 import torch
-from accelerate import cpu_offload_with_hook
 from diffusers import DiffusionPipeline, ModelMixin
 from diffusers.utils import BaseOutput
 from torch import Tensor, nn
@@ -23,6 +21,7 @@ from transformers import PreTrainedModel
 
 from flowgrpo.policy.call import UnsupportedPipelineError
 from flowgrpo.policy.loading import autoencoders, denoisers, helpers
+from flowgrpo.policy.offloading import Encoders, offload_autoencoder
 from flowgrpo.policy.prompt_cache import cache_encodings
 from flowgrpo.policy.settings import Memory
 
@@ -184,61 +183,6 @@ def _split(decode: Callable[..., Any], size: int) -> Callable[..., Any]:
         return (torch.cat([o[0] for o in outputs]),)
 
     return split
-
-
-def offload_autoencoder(model: nn.Module, device: torch.device) -> None:
-    """Keep a VAE in main memory, and move it to the device while it encodes or decodes."""
-    # A pipeline takes its execution device from such hooks.
-    _, hook = cpu_offload_with_hook(model, device)
-    for name in ("encode", "decode"):
-        if hasattr(model, name):
-            setattr(model, name, _on_device(model, getattr(model, name), hook))
-
-
-def _on_device(model: nn.Module, method: Callable[..., Any], hook: Any) -> Callable[..., Any]:
-    """The method, called with the model on the hook's device."""
-
-    @wraps(method)
-    def wrapped(*args: Any, **kwargs: Any) -> Any:
-        hook.hook.pre_forward(model)
-        try:
-            return method(*args, **kwargs)
-        finally:
-            hook.offload()
-
-    return wrapped
-
-
-class Encoders:
-    """The text and image encoders of a pipeline, offloaded to main memory if requested."""
-
-    def __init__(self, models: Mapping[str, nn.Module], device: torch.device, offload: bool):
-        """Move the models to the device, or to main memory if they are offloaded.
-
-        Args:
-            models: The encoders, by their names in the pipeline.
-            device: Device on which they compute.
-            offload: Whether they are on the device only inside :meth:`loaded`.
-        """
-        self._hooks = []
-        for model in models.values():
-            if offload and device.type != "cpu":
-                # accelerate's hook moves a model to the device when it is called. A pipeline takes its
-                # execution device from the hook.
-                model.to("cpu")
-                _, hook = cpu_offload_with_hook(model, device)
-                self._hooks.append(hook)
-            else:
-                model.to(device)
-
-    @contextmanager
-    def loaded(self) -> Iterator[None]:
-        """A context in which encoders may be on the device; at its end they are offloaded again."""
-        try:
-            yield
-        finally:
-            for hook in self._hooks:
-                hook.offload()
 
 
 EXACT = re.compile(r"coords|rope|rotary|freqs|(img|txt|text|image|latent|position|pos)_ids")

@@ -10,7 +10,7 @@ import hashlib
 import inspect
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from functools import wraps
 from typing import Any
 
@@ -20,7 +20,8 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 from torch import Tensor
 
-from flowgrpo.policy.arguments import is_out_of_memory
+from flowgrpo.data.prompts import Prompt
+from flowgrpo.policy.arguments import call_key, is_out_of_memory
 from flowgrpo.policy.loading import autoencoders
 from flowgrpo.policy.settings import Memory
 from flowgrpo.policy.tensor_store import GB, TensorStore
@@ -55,7 +56,7 @@ def cache_encodings(
     Args:
         pipeline: Its methods are replaced.
         encoders_loaded: Context in which the pipeline's encoders are on their device
-            (:meth:`flowgrpo.policy.placement.Encoders.loaded`).
+            (:meth:`flowgrpo.policy.offloading.Encoders.loaded`).
         memory: Limits of the cache of encoded prompts.
         device: Device of the cached results when they are used.
     """
@@ -63,12 +64,11 @@ def cache_encodings(
         method = getattr(pipeline, name, None)
         if method is None:
             continue
-        method = _with_encoders(method, encoders_loaded)
         if name == "encode_prompt":
             store = TensorStore(int(memory.prompt_cache_gb * GB), int(memory.prompt_disk_gb * GB))
-            method = PromptCache(method, store, device)
+            method = PromptCache(method, store, device, encoders_loaded)
         else:
-            method = remembered(method)
+            method = remembered(_with_encoders(method, encoders_loaded))
         setattr(pipeline, name, method)
     for name in REWRITING_METHODS:
         if hasattr(pipeline, name):
@@ -101,6 +101,9 @@ class PromptCache:
     prompts. If no known rule reproduces the joint encoding, or if images are encoded along, whole
     batches are encoded and cached.
 
+    Offloaded encoders come to the device once for all prompts of a rollout: prompts that are announced
+    (:meth:`announce`) are encoded together with the first prompt that is not in the cache.
+
     Attributes:
         store: The cached encodings.
     """
@@ -110,6 +113,7 @@ class PromptCache:
         encode: Callable[..., Any],
         store: TensorStore | None = None,
         device: torch.device | None = None,
+        encoders_loaded: Callable[[], AbstractContextManager[None]] = nullcontext,
     ):
         """Wrap a pipeline's method.
 
@@ -117,12 +121,25 @@ class PromptCache:
             encode: The pipeline's own method.
             store: Stores the encodings. With T5-XXL a prompt takes a few megabytes.
             device: Device of the returned encodings.
+            encoders_loaded: Context in which the encoders may stay on their device.
         """
-        self._encode = encode
+        self._encode, self._encoders_loaded = encode, encoders_loaded
+        self._current: Sequence[Prompt] = ()
+        self._coming: Sequence[Prompt] = ()
         self._signature = inspect.signature(encode)
         self.store = store if store is not None else TensorStore()
         self._device = device or torch.device("cpu")
         self._rules: dict[Any, Callable[[Sequence[Any]], Any] | None] = {}
+
+    def announce(self, current: Sequence[Prompt], coming: Sequence[Prompt]) -> None:
+        """Name the prompts of the next call of the pipeline, and those of calls that follow it.
+
+        Args:
+            current: The prompts of the next call.
+            coming: The prompts of later calls.
+        """
+        key = call_key(current[0])
+        self._current, self._coming = current, [p for p in coming if call_key(p) == key]
 
     @torch.no_grad()
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -137,12 +154,26 @@ class PromptCache:
         single = {n: arguments.get(n) for n in PROMPT_ARGUMENTS if n not in batched}
         shared = fingerprint([rest, single])
         if "prompt" not in batched or shared is None:
-            return self._encode(*args, **kwargs)
+            with self._encoders_loaded():
+                return self._encode(*args, **kwargs)
         rows = tuple(zip(*(arguments[name] for name in batched), strict=True))
-        if shared not in self._rules:
-            self._rules[shared] = (
-                None if has_media(rest) else self._learn_rule(bound, batched, rows)
-            )
+        if shared in self._rules and all(_key(shared, (r,)) in self.store for r in rows):
+            return self._encoded(bound, batched, rows, shared)
+        # The encoders stay on the device until the last of the new prompts is encoded.
+        with self._encoders_loaded():
+            if shared not in self._rules:
+                self._rules[shared] = (
+                    None if has_media(rest) else self._learn_rule(bound, batched, rows)
+                )
+            encoded = self._encoded(bound, batched, rows, shared)
+            if self._rules[shared] is not None:
+                self._encode_coming(bound, batched, rows, shared)
+        return encoded
+
+    def _encoded(
+        self, bound: inspect.BoundArguments, batched: list[str], rows: Rows, shared: str
+    ) -> Any:
+        """The joint encoding of the prompts, from single encodings if there is a rule to join them."""
         join = self._rules[shared]
         if join is None:
             return self._remembered(bound, batched, rows, shared)
@@ -150,6 +181,17 @@ class PromptCache:
             row: self._remembered(bound, batched, (row,), shared) for row in dict.fromkeys(rows)
         }
         return join([encoded[row] for row in rows])
+
+    def _encode_coming(
+        self, bound: inspect.BoundArguments, batched: list[str], rows: Rows, shared: str
+    ) -> None:
+        """Encode announced prompts, as many as main memory holds along with the present ones."""
+        coming = _rows_of(self._coming, self._current, rows)
+        new = [r for r in dict.fromkeys(coming) if _key(shared, (r,)) not in self.store]
+        room = self.store.room_for(_key(shared, (rows[-1],))) - len(set(rows))
+        for row in new[: max(0, room)]:
+            key = _key(shared, (row,))
+            self.store.put(key, self._call(bound, batched, (row,)))
 
     def _call(self, bound: inspect.BoundArguments, batched: list[str], rows: Rows) -> Any:
         """Call ``encode_prompt`` with the given prompts and otherwise the bound arguments."""
@@ -161,11 +203,12 @@ class PromptCache:
         self, bound: inspect.BoundArguments, batched: list[str], rows: Rows, shared: str
     ) -> Any:
         """The joint encoding of the prompts, from the cache if possible."""
-        key = repr((shared, rows))
+        key = _key(shared, rows)
         try:
             return self.store.get(key, self._device)
         except KeyError:
-            self.store.put(key, self._call(bound, batched, rows))
+            with self._encoders_loaded():
+                self.store.put(key, self._call(bound, batched, rows))
             return self.store.get(key, self._device)
 
     def _learn_rule(
@@ -194,6 +237,40 @@ class PromptCache:
         finally:
             for name, column in zip(batched, zip(*rows, strict=True), strict=True):
                 bound.arguments[name] = list(column)
+
+
+def _key(shared: str, rows: Rows) -> str:
+    """The key under which the joint encoding of some prompts is stored."""
+    return repr((shared, rows))
+
+
+def _rows_of(
+    coming: Sequence[Prompt], current: Sequence[Prompt], rows: Rows
+) -> list[tuple[str, ...]]:
+    """The texts with which a pipeline will encode coming prompts, from those of the current ones.
+
+    Args:
+        coming: The prompts of later calls.
+        current: The prompts of this call.
+        rows: The texts of this call, one row per prompt.
+
+    Returns:
+        A row for each coming prompt. Empty if the pipeline encodes other texts than the prompts, their
+        negative prompts, or texts that all prompts share.
+    """
+    if not coming or len(current) != len(rows):
+        return []
+    columns: list[Callable[[Prompt], str]] = []
+    for column in zip(*rows, strict=True):
+        if list(column) == [p.text for p in current]:
+            columns.append(lambda p: p.text)
+        elif list(column) == [p.negative for p in current]:
+            columns.append(lambda p: str(p.negative))
+        elif len(set(column)) == 1:
+            columns.append(lambda _, text=column[0]: text)  # type: ignore[misc]
+        else:
+            return []
+    return [tuple(value(p) for value in columns) for p in coming]
 
 
 def _rule(joint: Any, singles: Sequence[Any]) -> Callable[[Sequence[Any]], Any]:

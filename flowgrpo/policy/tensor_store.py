@@ -14,6 +14,8 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
+from flowgrpo.policy.offloading import pinned
+
 log = logging.getLogger(__name__)
 
 GB = 2**30
@@ -70,11 +72,17 @@ class TensorStore:
             value = self._read(key, self._on_disk.pop(key))
             self._add(key, value)
         self._memory.move_to_end(key)
-        return _mapped(self._memory[key], lambda t: t.to(device))
+        return _mapped(self._memory[key], lambda t: t.to(device, non_blocking=True))
 
     def put(self, key: str, value: Any) -> None:
         """Store a value; its tensors are copied to main memory."""
-        self._add(key, _mapped(value, lambda t: t.detach().cpu()))
+        self._add(key, _mapped(value, lambda t: pinned(t.detach().cpu())))
+
+    def room_for(self, key: str) -> int:
+        """The number of values of the size of a stored one that main memory holds."""
+        if key not in self._memory:
+            return 0
+        return self.memory_bytes // max(1, self._sizes[key])
 
     def _add(self, key: str, value: Any) -> None:
         self._memory[key], self._sizes[key] = value, num_bytes(value)
