@@ -378,6 +378,13 @@ class Learner:
         }
         return parts, state
 
+    def division(self, part: str, name: str, shape: torch.Size) -> Tensor | None:
+        """The divided parameter as which a tensor of a checkpoint is divided; None if it is whole."""
+        own = name.rsplit("/", 1)[0] if part == "optimizer" else name
+        parameter = self.named.get(own)
+        is_alike = isinstance(parameter, DTensor) and parameter.shape == shape
+        return parameter if is_alike and part != "baseline" else None
+
     def restore(self, parts: dict[str, dict[str, Tensor]], state: dict[str, Any]) -> None:
         """Load the contents of a checkpoint, as :meth:`state` returned them."""
         assert self.policy.trainable is not None
