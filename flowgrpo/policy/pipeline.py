@@ -52,7 +52,7 @@ from flowgrpo.policy.settings import (
     Sampling,
     Weights,
 )
-from flowgrpo.policy.sharding import shard
+from flowgrpo.policy.sharding import gather, shard
 from flowgrpo.policy.sound import as_audio, audio_rate
 from flowgrpo.policy.step_counter import counted
 from flowgrpo.policy.step_plan import StepPlan, StepRecord
@@ -381,8 +381,14 @@ class PipelinePolicy:
     def stock_pipeline(self) -> DiffusionPipeline:
         """The pipeline with its shipped scheduler and its own methods, for export.
 
-        The policy must not be used after this.
+        The policy must not be used after this. If the denoisers are divided among processes, all of them
+        must call this; the main process then has the weights that are exported, the others none.
         """
+        if self.in_lockstep:
+            assert isinstance(self.trainable, Trainable)
+            is_main = torch.distributed.get_rank() == 0
+            adapts = isinstance(self.trainable.weights, LoRA)
+            gather(self.trainable.denoisers, is_main, trained_only=adapts)
         self.pipeline.scheduler = self.shipped_scheduler
         self._injection.remove()
         for name in (*ENCODING_METHODS, *REWRITING_METHODS):

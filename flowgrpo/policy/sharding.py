@@ -129,37 +129,33 @@ def _copy(parameters: Sequence[nn.Parameter], values: Sequence[Tensor]) -> None:
         local(parameter).copy_(local(value))
 
 
-def gather(models: Mapping[str, ModelMixin], is_main: bool) -> None:
-    """Undo :func:`shard` for export: afterwards the main process has the models in main memory.
+def gather(models: Mapping[str, ModelMixin], is_main: bool, *, trained_only: bool) -> None:
+    """Undo :func:`shard` for export: afterwards the main process has the parameters in main memory.
 
-    Parameters are gathered one by one, so that a device holds one whole parameter at a time, and the main
-    process one copy of the model. The models of the other processes have no values any more. All
-    processes must call this.
+    They are gathered one by one, so that a device holds one whole parameter at a time, and the main
+    process one copy of the model. The parameters of the other processes have no values any more. The
+    models cannot compute afterwards. All processes must call this.
+
+    Args:
+        models: The denoisers.
+        is_main: Whether this process keeps the values.
+        trained_only: Whether frozen parameters stay divided, as the export of an adapter does not need
+            them.
     """
     for model in models.values():
         for module in model.modules():
-            # A table of parameters by name, not nn.Module.named_parameters, which leaves out the
-            # second name of a shared parameter.
-            for name, parameter in list(module._parameters.items()):
-                if isinstance(parameter, DTensor):
-                    value = whole(parameter.detach())
-                    value = value.cpu() if is_main else torch.empty_like(value, device="meta")
-                    module._parameters[name] = nn.Parameter(value, parameter.requires_grad)
-        for module in model.modules():
             if isinstance(module, FSDPModule):
-                _remove_hooks(module)
-        if is_main:
-            model.to("cpu")
-
-
-def _remove_hooks(module: nn.Module) -> None:
-    """Give a module the class that it had before ``fully_shard``, without its hooks."""
-    cls = type(module)
-    module.__class__ = next(c for c in cls.__mro__[1:] if c is not FSDPModule)
-    for hooks in (module._forward_pre_hooks, module._forward_hooks):
-        for key, hook in list(hooks.items()):
-            if "fsdp" in getattr(hook, "__module__", ""):
-                del hooks[key]
+                # The class that it had before; its name is in the configuration that diffusers writes.
+                classes = type(module).__mro__[1:]
+                module.__class__ = next(c for c in classes if c is not FSDPModule)
+            for name, parameter in module.named_parameters(recurse=False):
+                if not isinstance(parameter, DTensor) or (
+                    trained_only and not parameter.requires_grad
+                ):
+                    continue
+                value = whole(parameter.detach())
+                value = value.cpu() if is_main else torch.empty_like(value, device="meta")
+                setattr(module, name, nn.Parameter(value, parameter.requires_grad))
 
 
 Sharder = Callable[[Mapping[str, ModelMixin]], None]
