@@ -19,6 +19,7 @@ CHANGEABLE: Mapping[str, str] = {
     "train.rollout_batch": "less memory in sampling; results change by rounding only",
     "train.train_batch": "less memory in training; results change by rounding only",
     "memory.*": "less memory or time; `memory.quantize` may not change, because it is another base model",
+    "parallel.*": "another division of the model; results change by rounding only",
     "failures.*": "the response to failing rewards",
     "evaluation.every": "from the next iteration on",
     "evaluation.images": "earlier and later evaluations then use different images",

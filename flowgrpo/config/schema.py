@@ -41,6 +41,7 @@ from flowgrpo.policy.settings import (
     Memory,
     ModelSource,
     Noise,
+    Parallel,
     Sampling,
 )
 from flowgrpo.rewards.settings import Failures, Reward, check_rewards
@@ -270,6 +271,8 @@ class Config:
     """Arguments of the pipeline's call in rollouts."""
     memory: Memory = field(default_factory=Memory)
     """Settings that save memory at the cost of time."""
+    parallel: Parallel = field(default_factory=Parallel)
+    """How the processes of a run divide the model."""
     algorithm: (
         FlowGRPO | DanceGRPO | MixGRPO | PrefGRPO | DiffusionNFT | Matching
         | TempFlowGRPO | G2RPO | TPGRPO | VGPO | BranchGRPO | FIND | Algorithm
@@ -324,6 +327,13 @@ class Config:
         self._check_split(num_processes)
         try:
             self.memory.check(isinstance(self.model.weights, Full))
+            self.parallel.check(
+                num_processes,
+                self.model.weights,
+                self.memory,
+                self.model.dtype,
+                self.train.optimizer,
+            )
             self.loss.check()
             self.loss.check_algorithm(algorithm.action_kind, algorithm.transition)
             self.guard.check({r.label: r.weight for r in self.rewards}, self.loss.kl_coef)

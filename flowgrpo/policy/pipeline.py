@@ -11,6 +11,7 @@ import inspect
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -43,7 +44,17 @@ from flowgrpo.policy.lockstep import Call, Lockstep
 from flowgrpo.policy.placement import as_batch, as_media, models_of, prepare
 from flowgrpo.policy.prompt_cache import ENCODING_METHODS, REWRITING_METHODS, PromptCache
 from flowgrpo.policy.scheduler import FlowPolicyScheduler, policy_scheduler
-from flowgrpo.policy.settings import Full, Memory, ModelSource, Noise, Sampling, Weights
+from flowgrpo.policy.settings import (
+    Full,
+    LoRA,
+    Memory,
+    ModelSource,
+    Noise,
+    Parallel,
+    Sampling,
+    Weights,
+)
+from flowgrpo.policy.sharding import gather, shard
 from flowgrpo.policy.sound import as_audio, audio_rate
 from flowgrpo.policy.step_counter import counted
 from flowgrpo.policy.step_plan import StepPlan, StepRecord
@@ -121,7 +132,7 @@ class PipelinePolicy:
     keeps_means = False
     """Whether actions store the means of their steps. Set by the learner if the loss needs them."""
     in_lockstep = False
-    """Whether all processes must make equal passes of the denoiser, because its parameters are sharded."""
+    """Whether all processes must make equal calls, because the denoiser is divided among them."""
 
     def __init__(
         self,
@@ -135,6 +146,7 @@ class PipelinePolicy:
         seed: int = 0,
         with_reference: bool = False,
         memory: Memory | None = None,
+        parallel: Parallel | None = None,
     ):
         """Turn a loaded pipeline into a policy. The pipeline is changed.
 
@@ -148,6 +160,8 @@ class PipelinePolicy:
             seed: Seed of the adapters' initial weights.
             with_reference: Whether :meth:`reference` will be used.
             memory: Settings that trade memory for time.
+            parallel: Whether the denoisers are divided among the processes. They are only if ``weights``
+                are trained.
 
         Raises:
             ValueError: If the pipeline cannot be a policy, or does not take a sampling argument.
@@ -168,14 +182,28 @@ class PipelinePolicy:
         self.models = models_of(pipeline)
         self.denoisers = denoisers(pipeline)
         start = read_start(pipeline, weights, self.denoisers) if weights else None
-        prepare(pipeline, memory or Memory(), self.device, self.dtype, self._precision)
+        sharder = None
+        if parallel is not None and parallel.is_sharded and isinstance(weights, LoRA | Full):
+            sharder = partial(
+                shard, parallel=parallel, weights=weights, device=self.device, dtype=self.dtype
+            )
+        self.in_lockstep = sharder is not None
+        memory = memory or Memory()
+        prepare(
+            pipeline, memory, self.device, self.dtype, self._precision, places_denoisers=not sharder
+        )
         fix_device(pipeline)
         self.trainable: Trainable | InitialNoise | None = None
         if isinstance(weights, Noise):
             self.trainable = InitialNoise(weights)
         elif weights is not None:
             self.trainable = Trainable(
-                self.denoisers, weights, seed=seed, with_reference=with_reference, start=start
+                self.denoisers,
+                weights,
+                seed=seed,
+                with_reference=with_reference,
+                start=start,
+                shard=sharder,
             )
         self.num_evaluations = self.num_decodes = 0
         self._learned, self.lockstep = Learned(), Lockstep(self._join)
@@ -359,8 +387,14 @@ class PipelinePolicy:
     def stock_pipeline(self) -> DiffusionPipeline:
         """The pipeline with its shipped scheduler and its own methods, for export.
 
-        The policy must not be used after this.
+        The policy must not be used after this. If the denoisers are divided among processes, all of them
+        must call this; the main process then has the weights that are exported, the others none.
         """
+        if self.in_lockstep:
+            assert isinstance(self.trainable, Trainable)
+            is_main = torch.distributed.get_rank() == 0
+            adapts = isinstance(self.trainable.weights, LoRA)
+            gather(self.trainable.denoisers, is_main, trained_only=adapts)
         self.pipeline.scheduler = self.shipped_scheduler
         self._injection.remove()
         restore_class(self.pipeline)

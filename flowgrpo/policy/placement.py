@@ -67,6 +67,7 @@ def prepare(
     device: torch.device,
     dtype: torch.dtype,
     precision: Callable[[], torch.dtype],
+    places_denoisers: bool = True,
 ) -> None:
     """Freeze the models of a pipeline, move them to their devices, and wrap the methods that it calls.
 
@@ -76,6 +77,8 @@ def prepare(
         device: Device on which the models compute.
         dtype: Precision of the denoisers' arithmetic.
         precision: Returns the precision of the denoisers' inputs; called in every forward pass.
+        places_denoisers: Whether the denoisers are moved to the device; otherwise they stay in main
+            memory, from which sharding moves their parts.
     """
     models, trained = models_of(pipeline), denoisers(pipeline)
     encoders = {k: m for k, m in models.items() if isinstance(m, PreTrainedModel)}
@@ -84,6 +87,7 @@ def prepare(
     for name, model in models.items():
         model.eval().requires_grad_(False)
         placed_elsewhere = name in encoders or any(model is o for o in offloaded)
+        placed_elsewhere |= name in trained and not places_denoisers
         if not placed_elsewhere and not is_quantized(model):
             model.to(device)
     placed = Encoders(encoders, device, memory.offload_text_encoders)

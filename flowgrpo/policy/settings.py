@@ -277,6 +277,83 @@ class Memory:
             )
 
 
+@dataclass(frozen=True, kw_only=True)
+class Parallel:
+    """How the processes of a run divide the model. Without these settings each has a whole copy."""
+
+    shard: Literal["off", "denoiser"] = "off"
+    """``denoiser`` divides the weights, gradients and optimizer state of the denoiser among the processes
+    (PyTorch's ``fully_shard``, FSDP2); each block is gathered for the time in which it computes. ``off``
+    is data parallelism."""
+    shard_group: int = 0
+    """Number of processes that share one copy of the denoiser; the copies are kept equal, as in data
+    parallelism (hybrid sharding). Usually the number of accelerators of a node. 0 for all processes."""
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether the denoiser is divided among processes."""
+        return self.shard != "off"
+
+    def check(
+        self,
+        num_processes: int,
+        weights: Weights | Noise,
+        memory: Memory,
+        dtype: str,
+        optimizer: str,
+    ) -> None:
+        """Check that the denoiser can be divided as configured.
+
+        Args:
+            num_processes: Number of processes of the run.
+            weights: What is trained.
+            memory: The memory settings.
+            dtype: Precision of the denoiser's arithmetic.
+            optimizer: Name of the optimizer.
+
+        Raises:
+            ValueError: With the key, if it cannot be divided.
+        """
+        if not self.is_sharded:
+            if self.shard_group:
+                raise ValueError(
+                    f"parallel.shard_group = {self.shard_group} is for sharding; set parallel.shard = "
+                    "'denoiser', or remove it"
+                )
+            return
+        with_shard = f"with parallel.shard = {self.shard!r}"
+        if isinstance(weights, Noise):
+            raise ValueError(
+                f"model.weights.kind = 'noise' trains no weights of the denoiser and is not supported "
+                f"{with_shard}; use parallel.shard = 'off'"
+            )
+        for value, usual, key in (
+            (memory.quantize, "none", "memory.quantize"),
+            (memory.compile, "none", "memory.compile"),
+            (optimizer, "adamw", "train.optimizer"),
+        ):
+            if value != usual:
+                raise ValueError(
+                    f"{key} = {value!r} is not supported {with_shard}; use {usual!r}, or parallel.shard = 'off'"
+                )
+        if dtype == "float16":
+            raise ValueError(
+                f"model.dtype = 'float16' is not supported {with_shard}, because its gradient scaler does not "
+                "know shards; use 'bfloat16'"
+            )
+        if num_processes == 1:
+            raise ValueError(
+                f"parallel.shard = {self.shard!r} divides the denoiser among processes, and there is one; "
+                "start the run with torchrun --nproc-per-node N -m flowgrpo train ..., or use 'off'"
+            )
+        if self.shard_group and (self.shard_group == 1 or num_processes % self.shard_group):
+            sizes = [n for n in range(2, num_processes + 1) if num_processes % n == 0]
+            raise ValueError(
+                f"parallel.shard_group = {self.shard_group} does not divide {num_processes} processes into equal "
+                f"groups of several; use {' or '.join(map(str, sizes))}, or 0 for all"
+            )
+
+
 def require_installed(memory: Memory, optimizer: str) -> None:
     """Check that the packages of the settings are installed.
 

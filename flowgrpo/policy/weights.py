@@ -12,12 +12,14 @@ import torch
 from diffusers import ModelMixin
 from peft import LoraConfig
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from flowgrpo.core.transitions import Gaussian, Prediction, Step
 from flowgrpo.data.experience import INITIAL
 from flowgrpo.data.files import reached, save_tensors
 from flowgrpo.policy.adapters import LayerStart
 from flowgrpo.policy.settings import Full, LoRA, Noise, Weights
+from flowgrpo.policy.sharding import Sharder, exchanged, local
 from flowgrpo.policy.step_plan import StepRecord
 
 ATTENTION_PROJECTIONS = (
@@ -39,6 +41,7 @@ class Trainable:
         denoisers: The trained models, by their names in the pipeline.
         weights: The settings.
         parameters: The trained parameters, by qualified names such as ``transformer.proj_out.weight``.
+        is_sharded: Whether the parameters are divided among processes.
     """
 
     def __init__(
@@ -49,6 +52,7 @@ class Trainable:
         seed: int,
         with_reference: bool,
         start: Mapping[str, Mapping[str, LayerStart]] | None = None,
+        shard: Sharder | None = None,
     ):
         """Prepare the denoisers in place: add adapters, or unfreeze parameters.
 
@@ -60,6 +64,7 @@ class Trainable:
                 the initial weights in main memory.
             start: The earlier adapter from which LoRA starts, by denoiser and layer. It is then also the
                 reference policy, of which a copy is kept.
+            shard: Divides the denoisers among processes, once they have their adapters.
 
         Raises:
             ValueError: If LoRA targets match no layer, patterns match no parameter, or a named denoiser
@@ -81,6 +86,9 @@ class Trainable:
                 _start_from(model, weights, (start or {}).get(name, {}))
             else:
                 _unfreeze(model, weights)
+        if shard is not None:
+            shard(denoisers)
+        self.is_sharded = shard is not None
         self.parameters: dict[str, nn.Parameter] = {
             f"{name}.{key}": p
             for name, model in chosen.items()
@@ -90,7 +98,7 @@ class Trainable:
         copies = bool(start) or (with_reference and isinstance(weights, Full))
         # In main memory: it is used only a few times per iteration.
         self._reference = (
-            [p.detach().cpu().clone() for p in self.parameters.values()] if copies else None
+            [local(p).cpu().clone() for p in self.parameters.values()] if copies else None
         )
 
     @contextmanager
@@ -114,29 +122,36 @@ class Trainable:
                     "the policy was created without a reference policy; set with_reference=True"
                 )
             own = list(self.parameters.values())
-            copies = [r.to(p.device) for r, p in zip(self._reference, own, strict=True)]
+            copies = self._reference
+            if not self.is_sharded:
+                copies = [r.to(p.device) for r, p in zip(copies, own, strict=True)]
             with swapped(own, copies):
                 yield
 
     def replace_reference(self, tensors: Mapping[str, Tensor]) -> None:
         """Make these values of the trained parameters the reference policy.
 
+        Args:
+            tensors: By name; of divided parameters, divided alike.
+
         Raises:
             ValueError: If names or shapes differ from :attr:`parameters`.
         """
         require_same(self.parameters, tensors)
-        self._reference = [tensors[name].detach().cpu().clone() for name in self.parameters]
+        self._reference = [local(tensors[name]).cpu().clone() for name in self.parameters]
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         """Set the trained parameters.
 
+        Args:
+            tensors: By name; of divided parameters, divided alike.
+
         Raises:
             ValueError: If names or shapes differ from :attr:`parameters`.
         """
         require_same(self.parameters, tensors)
-        with torch.no_grad():
-            for name, parameter in self.parameters.items():
-                parameter.copy_(tensors[name])
+        for name, parameter in self.parameters.items():
+            local(parameter).copy_(local(tensors[name]))
 
 
 class InitialNoise:
@@ -259,7 +274,8 @@ class EMA:
         if (self.updates + 1) % self.every:
             return
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
-        torch._foreach_lerp_(self.average, [p.detach() for p in self.parameters], 1 - decay)
+        average, trained = map(local, self.average), map(local, self.parameters)
+        torch._foreach_lerp_(list(average), list(trained), 1 - decay)
 
     @contextmanager
     def applied(self) -> Iterator[None]:
@@ -270,7 +286,14 @@ class EMA:
 
 @contextmanager
 def swapped(parameters: Sequence[nn.Parameter], others: Sequence[Tensor]) -> Iterator[None]:
-    """Let the parameters hold other tensors inside the context, by exchanging pointers."""
+    """Let the parameters hold other tensors inside the context, by exchanging pointers.
+
+    Divided parameters get the others' values (:func:`flowgrpo.policy.sharding.exchanged`).
+    """
+    if any(isinstance(p, DTensor) for p in parameters):
+        with exchanged(parameters, others):
+            yield
+        return
     own = [p.data for p in parameters]
     try:
         for parameter, other in zip(parameters, others, strict=True):

@@ -20,6 +20,8 @@ STATE = "state.json"
 OWN_DIGEST = "state_sha256"
 DAMAGED = "damaged-"
 """Prefix of the names to which :func:`set_aside` renames damaged checkpoints."""
+SHARDED = "sharded"
+"""Key of the state of a checkpoint that each process of the run wrote a part of."""
 Tensors = Mapping[str, Tensor]
 
 
@@ -34,38 +36,68 @@ def save(folder: Path, parts: Mapping[str, Tensors], state: Mapping[str, Any]) -
         folder: Its final path.
         parts: Tensors by part, then by tensor name. A part may have any name; its file is
             percent-encoded.
-        state: Values that JSON can hold; the keys ``sha256`` and ``state_sha256`` are reserved.
+        state: Values that JSON can hold; the keys ``sha256``, ``state_sha256`` and ``sharded`` are reserved.
 
     Raises:
         OSError: If the disk is full, for instance; what was there before remains.
     """
-    temporary = folder.with_name(f".{folder.name}.tmp")
-    if temporary.exists():
-        files.delete(temporary)
-    temporary.mkdir(parents=True)
+    begin(folder)
     try:
-        _write(temporary, parts, state)
+        digests = _write(temporary(folder), parts)
+        _write_state(temporary(folder), state, digests)
     except BaseException:
         # Frees the space on a full disk.
-        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(temporary(folder), ignore_errors=True)
         raise
+    _rename(folder)
+
+
+def temporary(folder: Path) -> Path:
+    """The name under which a checkpoint is written."""
+    return folder.with_name(f".{folder.name}.tmp")
+
+
+def begin(folder: Path) -> None:
+    """Make the empty folder to write a checkpoint to."""
+    if temporary(folder).exists():
+        files.delete(temporary(folder))
+    temporary(folder).mkdir(parents=True)
+
+
+def commit(folder: Path, state: Mapping[str, Any], digests: Mapping[str, str]) -> None:
+    """Complete a checkpoint whose tensors are written and synced under :func:`temporary`.
+
+    Args:
+        folder: Its final path.
+        state: Values that JSON can hold.
+        digests: The SHA-256 of each file, by its name.
+    """
+    _write_state(temporary(folder), state, digests)
+    _rename(folder)
+
+
+def _rename(folder: Path) -> None:
     old = folder.with_name(f".{folder.name}.old")
     if folder.exists():
         files.rename(folder, old)
-    files.rename(temporary, folder)
+    files.rename(temporary(folder), folder)
     files.sync(folder.parent)
     if old.exists():
         files.delete(old)
 
 
-def _write(folder: Path, parts: Mapping[str, Tensors], state: Mapping[str, Any]) -> None:
+def _write(folder: Path, parts: Mapping[str, Tensors]) -> dict[str, str]:
     digests = {}
     for name, tensors in parts.items():
         file = folder / f"{quote(name, safe='')}.safetensors"
         files.reached("write", file)
         files.save_tensors(file, tensors)
-        digests[file.name] = _digest(file)
+        digests[file.name] = digest(file)
         files.sync(file)
+    return digests
+
+
+def _write_state(folder: Path, state: Mapping[str, Any], digests: Mapping[str, str]) -> None:
     body = {**state, "sha256": digests}
     files.write(folder / STATE, json.dumps({**body, OWN_DIGEST: _state_digest(body)}, indent=1))
     files.sync(folder)
@@ -79,16 +111,40 @@ def load(folder: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
     """
     from safetensors.torch import load_file
 
+    verify(folder)
     state, digests = _read_state(folder)
-    parts = {}
-    for name, digest in digests.items():
+    if state.pop(SHARDED, False):
+        from flowgrpo.training.sharded_checkpoints import read_shards
+
+        return read_shards(folder, lambda *_: None, alone=True), state
+    return {part: load_file(file) for part, file in _parts(folder, digests)}, state
+
+
+def verify(folder: Path) -> None:
+    """Check all files of a checkpoint.
+
+    Raises:
+        CheckpointError: If a file is missing or its digest differs.
+    """
+    for name, expected in _read_state(folder)[1].items():
         file = folder / name
-        if not file.exists() or _digest(file) != digest:
+        if not file.exists() or digest(file) != expected:
             raise CheckpointError(
                 f"{file} is damaged: its SHA-256 is not the one in {STATE}; {_advice(folder)}"
             )
-        parts[unquote(file.stem)] = load_file(file)
-    return parts, state
+
+
+def parts_of(folder: Path) -> list[tuple[str, Path]]:
+    """The parts of a checkpoint that is not sharded, with the file of each.
+
+    Raises:
+        CheckpointError: If the state is damaged.
+    """
+    return _parts(folder, _read_state(folder)[1])
+
+
+def _parts(folder: Path, digests: Mapping[str, str]) -> list[tuple[str, Path]]:
+    return [(unquote(Path(name).stem), folder / name) for name in digests]
 
 
 def peek(folder: Path) -> dict[str, Any]:
@@ -180,6 +236,7 @@ def _state_digest(body: Any) -> str:
     return hashlib.sha256(plain.encode()).hexdigest()
 
 
-def _digest(file: Path) -> str:
+def digest(file: Path) -> str:
+    """The SHA-256 of a file."""
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()

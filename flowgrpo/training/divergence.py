@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from flowgrpo.core.errors import DivergenceError
+from flowgrpo.policy.sharding import local
 
 MAX_DRIFT = 4.0
 """Largest mean squared distance from the reference policy's output, in units of the mean square of that
@@ -16,8 +17,9 @@ MAX_SKIPPED = 3
 
 
 def are_finite(tensors: Mapping[str, Tensor]) -> bool:
-    """Whether all values of all tensors are finite."""
-    floats = [t.detach() for t in tensors.values() if t.is_floating_point() and t.numel()]
+    """Whether all values of all tensors are finite; of divided tensors, those of this process."""
+    parts = [local(t) for t in tensors.values() if t.is_floating_point()]
+    floats = [part for part in parts if part.numel()]
     if not floats:
         return True
     # Sums of absolute values can overflow; a maximum cannot, and it keeps NaN.

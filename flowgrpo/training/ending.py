@@ -60,6 +60,8 @@ def finish(run: TrainingRun) -> Result:
             if session.is_main:
                 _inspect(run)
         if session.is_main:
+        # Of a model that is divided among processes, all export together.
+        if session.is_main or run.policy.in_lockstep:
             exported = _export(run)
     if session.is_main:
         write_report(session.folder)
@@ -91,11 +93,14 @@ def _inspect(run: TrainingRun) -> None:
 
 
 def _export(run: TrainingRun) -> Exported:
-    """Write the evaluated weights in all formats that exist for them."""
+    """Write the evaluated weights, in the main process, in all formats that exist for them."""
     assert run.policy.trainable is not None
     folder = run.session.folder / "export"
     with run.evaluator.evaluated_weights():
-        exported = export(run.policy.stock_pipeline(), run.policy.trainable, folder)
+        pipeline = run.policy.stock_pipeline()
+        if not run.session.is_main:
+            return Exported()
+        exported = export(pipeline, run.policy.trainable, folder)
     sync_tree(folder)  # before the run is marked as finished
     return exported
 

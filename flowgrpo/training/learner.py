@@ -20,6 +20,7 @@ import torch
 from accelerate import Accelerator
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from flowgrpo.algorithms.guard import Guard
 from flowgrpo.config import Train
@@ -29,6 +30,7 @@ from flowgrpo.data.experience import Actions, Experience
 from flowgrpo.losses.base import Loss, LossInputs, LossOutputs
 from flowgrpo.policy import EMA, PipelinePolicy
 from flowgrpo.policy.arguments import call_key
+from flowgrpo.policy.sharding import clip_gradients, divided_like, local
 from flowgrpo.policy.weights import Trainable, swapped
 from flowgrpo.training.baseline import ValueBaseline
 from flowgrpo.training.divergence import MAX_SKIPPED, are_finite, check_drift
@@ -78,6 +80,7 @@ class Learner:
         self.policy, self.train, self.loss, self.accelerator = policy, train, loss, accelerator
         self.named = policy.trainable.parameters
         self.parameters = list(self.named.values())
+        self.is_sharded = isinstance(policy.trainable, Trainable) and policy.trainable.is_sharded
         self.adam = _adamw(self.parameters, train)
         self.optimizer = accelerator.prepare(self.adam)
         self.ema = (
@@ -183,8 +186,9 @@ class Learner:
 
     def _refer_to(self, weights: Mapping[str, Tensor]) -> None:
         assert isinstance(self.policy.trainable, Trainable), "refused by the configuration"
-        self._reference = {name: w.detach().cpu().clone() for name, w in weights.items()}
-        self.policy.trainable.replace_reference(self._reference)
+        self.policy.trainable.replace_reference(weights)
+        # In main memory; of divided weights, this process's parts.
+        self._reference = {name: local(w).cpu().clone() for name, w in weights.items()}
 
     def _check_finite(self, norms: Sequence[float]) -> None:
         """Check the weights and the gradients of an iteration.
@@ -193,7 +197,7 @@ class Learner:
             DivergenceError: If weights are not finite, or gradients were not for several iterations. The
                 gradient scaler of fp16 finds its scale by such gradients, so with it they do not count.
         """
-        if not are_finite(self.named):
+        if not self._is_everywhere(are_finite(self.named)):
             raise DivergenceError("the policy diverged: its weights contain NaN or infinity")
         is_lost = self.accelerator.scaler is None and not any(map(isfinite, norms))
         self._lost_iterations = self._lost_iterations + 1 if is_lost else 0
@@ -202,6 +206,12 @@ class Learner:
                 f"the policy diverged: the loss or its gradient was NaN or infinite in all updates of "
                 f"{MAX_SKIPPED} iterations in a row"
             )
+
+    def _is_everywhere(self, own: bool) -> bool:
+        """Whether something holds in all processes. Without sharding they all have the same weights."""
+        if not self.is_sharded:
+            return own
+        return bool(self.accelerator.gather(torch.tensor([own], device=self.policy.device)).all())
 
     def _parts(self, actions: Actions, random: Random) -> Iterator[Bool[Tensor, " actions"]]:
         """The actions of each optimizer step of the iteration, epoch after epoch."""
@@ -294,8 +304,9 @@ class Learner:
         """
         remaining = self.loss.needs.old_policy
         if self.behaviour is not None and remaining is not None:
-            trained = [p.detach() for p in self.parameters]
-            torch._foreach_lerp_(self.behaviour, trained, 1 - remaining(self.num_updates))
+            behaviour, trained = map(local, self.behaviour), map(local, self.parameters)
+            weight = 1 - remaining(self.num_updates)
+            torch._foreach_lerp_(list(behaviour), list(trained), weight)
 
     def _step(self, statistics: UpdateStatistics) -> None:
         """Clip the gradient and take an optimizer step, unless the gradient is a spike or not finite."""
@@ -303,7 +314,10 @@ class Learner:
         train = self.train
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate(self.num_updates)
-        norm = float(self.accelerator.clip_grad_norm_(self.parameters, train.max_grad_norm))
+        if self.is_sharded:
+            norm = clip_gradients(self.parameters, train.max_grad_norm)
+        else:
+            norm = float(self.accelerator.clip_grad_norm_(self.parameters, train.max_grad_norm))
         known = self.gradient_norms
         usual = median(known) if len(known) >= MIN_NORMS_FOR_SPIKE else float("inf")
         is_spike = train.spike_factor > 0 and norm > train.spike_factor * usual
@@ -352,7 +366,9 @@ class Learner:
         if self.baseline is not None:
             parts["baseline"] = self.baseline.state()
         if self._reference is not None:
-            parts["reference"] = self._reference
+            parts["reference"] = {
+                name: divided_like(part, self.named[name]) for name, part in self._reference.items()
+            }
         state = {
             "num_updates": self.num_updates,
             "gradient_norms": self.gradient_norms,
@@ -361,6 +377,13 @@ class Learner:
             "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler else None,
         }
         return parts, state
+
+    def division(self, part: str, name: str, shape: torch.Size) -> Tensor | None:
+        """The divided parameter as which a tensor of a checkpoint is divided; None if it is whole."""
+        own = name.rsplit("/", 1)[0] if part == "optimizer" else name
+        parameter = self.named.get(own)
+        is_alike = isinstance(parameter, DTensor) and parameter.shape == shape
+        return parameter if is_alike and part != "baseline" else None
 
     def restore(self, parts: dict[str, dict[str, Tensor]], state: dict[str, Any]) -> None:
         """Load the contents of a checkpoint, as :meth:`state` returned them."""
@@ -411,11 +434,13 @@ def sum_gradients(parameters: Sequence[nn.Parameter], accelerator: Accelerator) 
     for parameter in parameters:
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
-    if accelerator.num_processes > 1:
-        flat = torch.cat([p.grad.flatten() for p in parameters if p.grad is not None])
+    # FSDP has added the gradients of divided parameters in the backward pass.
+    own = [p for p in parameters if not isinstance(p, DTensor)]
+    if accelerator.num_processes > 1 and own:
+        flat = torch.cat([p.grad.flatten() for p in own if p.grad is not None])
         flat = accelerator.reduce(flat, "sum")
-        sizes = [p.numel() for p in parameters]
-        for parameter, part in zip(parameters, flat.split(sizes), strict=True):
+        sizes = [p.numel() for p in own]
+        for parameter, part in zip(own, flat.split(sizes), strict=True):
             parameter.grad = part.view_as(parameter)
 
 

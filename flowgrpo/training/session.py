@@ -25,8 +25,8 @@ from flowgrpo.data.prompts import Group
 from flowgrpo.policy.placement import resolve_device
 from flowgrpo.rewards.scorer import RewardScorer
 from flowgrpo.rewards.settings import RewardError
-from flowgrpo.training import checkpoints, run_folder, trackers
-from flowgrpo.training.checkpoints import CheckpointError
+from flowgrpo.training import checkpoints, run_folder, sharded_checkpoints, trackers
+from flowgrpo.training.checkpoints import CheckpointError, Tensors
 from flowgrpo.training.console import Console
 from flowgrpo.training.cpu import prepare_cpu
 from flowgrpo.training.divergence import require_finite
@@ -92,7 +92,9 @@ class Session:
             self.accelerator.wait_for_everyone()
         self.is_finished = run_folder.is_finished(config)
         launched = self.accelerator.num_processes > 1
-        self.signals = Signals(self.console.say, self.is_main, launched)
+        # With a sharded model one process cannot stop or save alone, so an iteration is finished.
+        stops_alone = self.is_main and not config.parallel.is_sharded
+        self.signals = Signals(self.console.say, stops_alone, launched)
 
     def __enter__(self) -> "Session":
         return self
@@ -160,6 +162,8 @@ class Session:
             raise  # The weights may be destroyed; the last checkpoint is better.
         except (Exception, StopRequested) as error:
             alone = self.accelerator.num_processes == 1
+            if self.config.parallel.is_sharded:
+                raise  # The other processes hold the other parts.
             expected = isinstance(error, RewardError | StopRequested | LostRankError)
             if iteration > 0 and (alone or isinstance(error, StopRequested | LostRankError)):
                 # Another error, such as a lack of memory, must not be hidden by one in saving.
@@ -267,7 +271,10 @@ class Session:
         found = checkpoints.newest(self.checkpoints)
         lines: Mapping[str, int] = {}
         if found is not None:
-            parts, state = checkpoints.load(found)
+            if learner.is_sharded:
+                parts, state = sharded_checkpoints.load(found, learner.division)
+            else:
+                parts, state = checkpoints.load(found)
             lines = state["lines"]
             if self.is_main:
                 self.logs.check(lines, state.get("lines_sha256", {}), str(found))
@@ -289,7 +296,7 @@ class Session:
         damaged: list[tuple[Path, CheckpointError]] = []
         for folder in reversed(checkpoints.numbered(self.checkpoints)):
             try:
-                checkpoints.load(folder)
+                checkpoints.verify(folder)
                 break
             except CheckpointError as error:
                 damaged.append((folder, error))
@@ -314,14 +321,14 @@ class Session:
         self.accelerator.wait_for_everyone()
 
     def _write(self, learner: Learner, iteration: int, lines: Mapping[str, int]) -> None:
-        """Write a checkpoint, in the main process, that counts these log lines."""
-        if not self.is_main:
+        """Write a checkpoint that counts these log lines."""
+        if not self.is_main and not learner.is_sharded:
             return
         parts, state = learner.state()
-        require_finite(parts)
+        self._require_finite(parts, learner)
         parts |= self.scorer.state() if self.scorer is not None else {}
-        checkpoints.save(
-            self.checkpoints / f"{iteration:06d}",
+        self._save(
+            f"{iteration:06d}",
             parts,
             {
                 "iteration": iteration,
@@ -330,23 +337,50 @@ class Session:
                 "lines_sha256": self.logs.digests(lines),
                 "learner": state,
             },
+            learner.is_sharded,
         )
-        checkpoints.prune(self.checkpoints, self.config.run.keep_checkpoints)
+        if self.is_main:
+            checkpoints.prune(self.checkpoints, self.config.run.keep_checkpoints)
         self._saved_at = time.monotonic()
+
+    def _save(
+        self, name: str, parts: Mapping[str, Tensors], state: Mapping[str, Any], sharded: bool
+    ) -> None:
+        """Write a checkpoint: the main process alone or, if the model is divided, all of them."""
+        folder = self.checkpoints / name
+        if sharded:
+            gather = self.gather_objects
+            sharded_checkpoints.save(folder, parts, state, is_main=self.is_main, gather=gather)
+        elif self.is_main:
+            checkpoints.save(folder, parts, state)
+
+    def _require_finite(self, parts: Mapping[str, Tensors], learner: Learner) -> None:
+        """Check the parts of a checkpoint; if the model is divided, in all processes.
+
+        Raises:
+            DivergenceError: If a part is not finite; in all processes that call this.
+        """
+        problem = None
+        try:
+            require_finite(parts)
+        except DivergenceError as error:
+            problem = error
+        if learner.is_sharded:
+            found = [text for text in self.gather_objects([problem and str(problem)]) if text]
+            problem = DivergenceError(found[0]) if found else None
+        if problem is not None:
+            raise problem
 
     def save_best(self, learner: Learner, iteration: int, score: float) -> None:
         """Save the evaluated weights as ``best`` if their held-out reward is the best so far."""
         if not score > self.best:  # NaN is not the best either.
             return
-        if self.is_main:
+        if self.is_main or learner.is_sharded:
             parts, _ = learner.state()
-            require_finite(parts)
+            self._require_finite(parts, learner)
             weights = parts.get("ema", parts["weights"])
-            checkpoints.save(
-                self.checkpoints / "best",
-                {"weights": weights},
-                {"iteration": iteration, "score": score},
-            )
+            state = {"iteration": iteration, "score": score}
+            self._save("best", {"weights": weights}, state, learner.is_sharded)
         # Afterwards: if this could not be written, a resumed run writes it.
         self.best = score
 

@@ -75,6 +75,7 @@ def build(config: Config, session: Session, prompts: PromptSet, held_out: Prompt
         seed=config.run.seed,
         with_reference=config.loss.needs.reference or config.train.monitor_states > 0,
         memory=config.memory,
+        parallel=config.parallel,
     )
     policy.lockstep.timeout = timedelta(minutes=config.run.rank_timeout_minutes)
     scorer.check_audio(policy.makes_audio, f"{type(policy.pipeline).__name__} makes none")
