@@ -29,6 +29,7 @@ from flowgrpo.evaluation.curves import (
     training_metrics,
 )
 from flowgrpo.evaluation.records import INSPECTION_FILE, Change, Records, finite
+from flowgrpo.evaluation.run_history import run_history
 from flowgrpo.evaluation.warnings import warnings
 
 CHIPS = {
@@ -68,6 +69,7 @@ def write_report(folder: Path) -> Path:
         held_out_metrics(records),
         training_metrics(records),
         times(records),
+        run_history(records),
         _appendix(records),
     ]
     title = f"{_name(records)} · flowgrpo report"

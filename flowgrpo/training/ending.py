@@ -39,7 +39,8 @@ def already_finished(session: Session) -> Result:
     more = session.config.train.iterations * 2
     session.console.say(
         f"{session.folder} has finished its {session.config.train.iterations} iterations: nothing to do. "
-        f"Report: {session.folder / 'report.html'}. To train further: --set train.iterations={more}"
+        f"Report: {session.folder / 'report.html'}. To train further: flowgrpo train {session.folder} "
+        f"--resume-with train.iterations={more}"
     )
     session.close()
     return Result(session.folder, session.past_evaluations(), True)
