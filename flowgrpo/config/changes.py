@@ -60,6 +60,8 @@ def may_change(key: str) -> bool:
     parts = key.split(".")
     above = [".".join(parts[:end]) for end in range(1, len(parts))]
     inside = any(f"{a}.*" in CHANGEABLE or a in CHANGEABLE for a in above)
+    if parts[0] == "rewards" and parts[-1] == "ignores_prompt":
+        return True  # It only says that something is meant.
     return key not in FIXED and (key in CHANGEABLE or inside)
 
 
