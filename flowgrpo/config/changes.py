@@ -24,6 +24,7 @@ CHANGEABLE: Mapping[str, str] = {
     "evaluation.images": "earlier and later evaluations then use different images",
     "evaluation.images_during": "earlier and later evaluations then use different images",
     "evaluation.metrics": "earlier evaluations do not have the new metrics",
+    "evaluation.artefacts": "earlier or later evaluations then lack the measures",
     "evaluation.bench": "earlier evaluations do not have the new benchmarks",
     "evaluation.inspected_prompts": "of the report",
     "prompts.train": "the file may move; its contents may not change",

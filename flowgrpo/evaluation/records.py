@@ -174,11 +174,13 @@ class Records:
         return sum(y for _, y in self.series(key) if math.isfinite(y))
 
     def held_out_metrics(self) -> dict[str, list[Point]]:
-        """The metrics of evaluations over iterations, by name; scores are not among them."""
+        """The metrics and measures of evaluations over iterations, by name; scores are not among them."""
         found: dict[str, list[Point]] = {}
         for line in self.evaluations:
             # Earlier versions wrote this table under the key "measures".
-            for key, value in line.get("metrics", line.get("measures", {})).items():
+            table = dict(line.get("metrics", line.get("measures", {})))
+            table |= {f"artefacts/{k}": v for k, v in line.get("artefacts", {}).items()}
+            for key, value in table.items():
                 found.setdefault(key, []).append((line["iteration"], _float(value)))
         return found
 

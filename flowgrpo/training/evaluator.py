@@ -16,6 +16,7 @@ from flowgrpo.data.prompt_sets import PromptSet
 from flowgrpo.evaluation import held_out
 from flowgrpo.evaluation.bench_section import direction
 from flowgrpo.evaluation.comparison_grid import ComparisonGrid, load_audio, load_images, save_images
+from flowgrpo.evaluation.hacking import changes_between, fallen, seen
 from flowgrpo.evaluation.records import PROMPT_USE
 from flowgrpo.policy import PipelinePolicy, Sampling
 from flowgrpo.rewards.prompt_use import find_ignoring, prompt_notes
@@ -48,6 +49,7 @@ class Evaluator:
         needs_rewards: bool = True,
     ):
         self.needs_rewards = needs_rewards
+        self._warned = set[str]()
         self.benchmarks = benchmarks
         self.settings, self.session, self.scorer = settings, session, scorer
         self.policy, self.learner, self.prompts = policy, learner, prompts
@@ -130,6 +132,7 @@ class Evaluator:
                 sampling=self.sampling,
                 balance=self.prompts.balance,
                 metrics=self.metrics,
+                artefacts=settings.artefacts,
                 gather=session.gather_objects,
                 rank=session.accelerator.process_index,
                 num_ranks=session.accelerator.num_processes,
@@ -151,6 +154,16 @@ class Evaluator:
         )
         for line in bench_lines(found):
             session.console.say(line)
+        self._warn(result)
+
+    def _warn(self, result: Mapping[str, Any]) -> None:
+        """Print each sign of reward hacking in an evaluation, once per session."""
+        first = self.evaluations[0]
+        weights = {r.label: r.weight for r in self.scorer.rewards}
+        found = fallen(changes_between(first, result), weights) | seen(first, result)
+        for name in (n for n in found if n not in self._warned):
+            self.session.console.say(f"WARNING: {found[name]}")
+        self._warned |= found.keys()
 
     def evaluated_weights(self) -> AbstractContextManager[None]:
         """Inside, the policy has the weights that are evaluated and exported.

@@ -232,6 +232,7 @@ class Session:
             record = {k: v for k, v in result.items() if k != "seconds"}
             self.logs.append("evaluations", record)
         flat = {f"held_out/{k}": v for k, v in result["scores"].items()} | result["metrics"]
+        flat |= {f"artefacts/{k}": v for k, v in result.get("artefacts", {}).items()}
         for label, table in result.get("bench", {}).items():
             values = table.get("results", {}).items()
             flat |= {f"bench/{label}/{k}": v for k, v in values if v is not None}
