@@ -50,6 +50,8 @@ class Aesthetic:
     bits first; an image with NaN scores NaN.
     """
 
+    ignores_prompt = True
+
     def __init__(
         self,
         model: str = "openai/clip-vit-large-patch14",

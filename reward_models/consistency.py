@@ -39,6 +39,8 @@ class TemporalConsistency:
     weights.
     """
 
+    ignores_prompt = True
+
     def __init__(self, measure: Literal["flicker", "smoothness", "ssim"] = "smoothness"):
         """
         Args:

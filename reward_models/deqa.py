@@ -51,6 +51,8 @@ class DeQA:
     Images are rounded to 8 bits first; an image with NaN scores NaN.
     """
 
+    ignores_prompt = True
+
     def __init__(
         self,
         model: str = "zhiyuanyou/DeQA-Score-Mix3",

@@ -22,6 +22,8 @@ class JPEGSize:
     equal to it.
     """
 
+    ignores_prompt = True
+
     def __init__(self, goal: Literal["large", "small"] = "small", quality: int = 95):
         """
         Args:

@@ -27,6 +27,8 @@ class Motion:
     Videos are rounded to 8 bits first; one with NaN scores NaN. No weights.
     """
 
+    ignores_prompt = True
+
     def __init__(self, tile: int = 8, ceiling: float = 1.0, fps: float = 0.0):
         """
         Args:

@@ -265,7 +265,7 @@ def evaluator(policy: PipelinePolicy, tmp_path: Path, drawn: list[tuple[Any, ...
     config = flowgrpo.load("quickstart", settings)
     with Session(config) as session:
         learner = Learner(policy, config.train, ClippedLoss(), session.accelerator)
-        scorer = scorer_of("brightness")
+        scorer = scorer_of("brightness", ignores_prompt=True)
         subject = Evaluator(
             config.evaluation, session, scorer, policy, learner, PROMPTS,
             sampling=policy.sampling, seed=SEED, model_name="the model",

@@ -18,7 +18,8 @@ from flowgrpo.config import ConfigError
 from flowgrpo.config.changes import CHANGEABLE, differences, may_change
 from flowgrpo.core.errors import DivergenceError, LostRankError
 from flowgrpo.data import files
-from flowgrpo.training import checkpoints, lock, run_folder
+from flowgrpo.evaluation.report import write_report
+from flowgrpo.training import checkpoints, lock, run_changes, run_folder
 from flowgrpo.training.explained import explained
 from flowgrpo.training.learner import Learner
 from flowgrpo.training.lock import RunLock
@@ -54,10 +55,10 @@ def config(folder, *more):
     return flowgrpo.load("quickstart", [*SETTINGS, f"run.folder={folder}", *more])
 
 
-def run(folder, *more, between=lambda: None):
+def run(folder, *more, between=lambda: None, given=None, kept=()):
     """All that a run writes, without its model; ``between`` is called in the second rollout."""
-    settings, learner = config(folder, *more), Counter()
-    with Session(settings) as session, explained(session):
+    settings, learner = given or config(folder, *more), Counter()
+    with Session(settings, kept) as session, explained(session):
         session.console.rich.quiet = True
         if session.is_finished:
             return
@@ -143,7 +144,7 @@ def test_a_process_that_is_lost_does_not_hold_the_others(tmp_path, lost, number,
 def test_a_lost_process_asks_to_run_the_same_command_again(monkeypatch, capsys):
     """Through the command, whose status schedulers see."""
 
-    def train(config):
+    def train(config, kept):
         raise LostRankError("another process of the run has ended")
 
     def leave(status):
@@ -311,6 +312,67 @@ def test_keys_that_may_change_are_recorded_and_others_refused_by_name(tmp_path):
             run(tmp_path / "a", *allowed, f"{key}={value}")
     with pytest.raises(ConfigError, match="has already trained 3 iterations, more than"):
         run(tmp_path / "a", *allowed, "train.iterations=2")
+
+
+def test_a_run_is_extended_and_stays_extended(tmp_path, capsys):
+    """``--resume-with`` stays in force for the command that started the run, which has the old values."""
+    folder = tmp_path / "a"
+    run(folder)
+    longer, kept = run_changes.extend(folder, ["train.iterations=4", "train.lr=1e-5"])
+    assert kept == ["train.iterations", "train.lr"]
+    run(folder, given=longer, kept=kept)
+    assert len((folder / "metrics.jsonl").read_text().splitlines()) == 4
+    before = flowgrpo.load(str(folder / "history" / "000002.toml"))
+    assert (before.train.iterations, before.train.lr) == (2, 1.5e-4)
+    assert run_changes.extend(folder, ["train.iterations=4"])[1] == []  # the command again
+    # The first command again: it has neither, and both stay in force.
+    merged, notes = run_changes.in_force(config(folder))
+    assert (merged.train.iterations, merged.train.lr) == (4, 1e-5)
+    assert (
+        "train.iterations = 4, as this run was extended; the configuration that was given has 2"
+        in notes[0]
+    )
+    assert run_folder.is_finished(merged)
+    # A third value is a change of its own.
+    merged, notes = run_changes.in_force(config(folder, "train.lr=7e-5"))
+    assert (merged.train.iterations, merged.train.lr, len(notes)) == (4, 7e-5, 1)
+    again, kept = run_changes.extend(folder, ["train.iterations=5"])
+    run(folder, given=again, kept=kept)
+    assert run_changes.in_force(config(folder))[0].train.iterations == 5
+    assert run_changes.in_force(config(folder, "train.iterations=4"))[0].train.iterations == 5
+    changes = [(n, set(c)) for n, c in run_changes.history(folder)]
+    assert changes == [(2, {"train.iterations", "train.lr"}), (4, {"train.iterations"})]
+    page = write_report(folder).read_text()
+    assert "<td>4</td><td>train.iterations</td><td>4</td><td>5</td>" in page
+    assert cli.main(["train", str(folder), "--dry-run"]) == 0
+    assert "finished: the run would do nothing" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["train.groups=24"], "train.groups may not change in a run: the iterations before and after"),
+        (["rewards.0.weight=3.0"], "--set model.path=MODEL, with the change as a further --set"),
+        (["model.weights.kind=lora"], "model.weights.kind may not change in a run: the checkpoint holds"),
+        (["run.folder=b"], "a run stays in its directory"),
+        (["train.iteration=3"], "did you mean 'iterations'?"),
+        (["train.iterations=1"], "has already trained 2 iterations, more than"),
+        (["train.lr=1e-5", "--set", "train.iterations=9"], "give every change to --resume-with"),
+    ],
+)  # fmt: skip
+def test_a_key_that_may_not_change_is_answered_with_what_to_do(tmp_path, capsys, arguments, words):
+    run(tmp_path / "a")
+    before = (tmp_path / "a" / "sessions.jsonl").read_text()
+    assert cli.main(["train", str(tmp_path / "a"), "--resume-with", *arguments]) in (1, 2)
+    assert words in capsys.readouterr().err
+    assert (tmp_path / "a" / "sessions.jsonl").read_text() == before
+
+
+def test_only_a_run_that_exists_is_extended(tmp_path, capsys):
+    given = ["train", "quickstart", "--set", f"run.folder={tmp_path}/b", "--resume-with", "train.lr=1e-5"]  # fmt: skip
+    assert cli.main(given) == 1
+    assert "/b is none; to start one, use --set" in capsys.readouterr().err
+    assert not (tmp_path / "b").exists()
 
 
 def test_a_prompt_file_may_move_but_not_change(tmp_path):

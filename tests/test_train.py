@@ -15,10 +15,12 @@ import torch
 from safetensors.torch import load_file
 
 import flowgrpo
+from flowgrpo import cli
 from flowgrpo.config import ConfigError
 from flowgrpo.core.errors import DivergenceError
 from flowgrpo.policy import PipelinePolicy
 from flowgrpo.rewards.settings import RewardError
+from flowgrpo.training import checkpoints
 from flowgrpo.training.learner import Learner
 from tests.processes import command
 
@@ -257,6 +259,24 @@ def test_a_finished_run_does_nothing(straight, capsys):
     assert [e["iteration"] for e in result.evaluations] == [0, 2, 4]
     assert "has finished its 4 iterations: nothing to do" in capsys.readouterr().out
     assert {p: p.stat().st_mtime_ns for p in straight.rglob("*") if p.name != "run.lock"} == before
+
+
+def test_an_extended_run_equals_one_of_that_length(straight, tmp_path, capsys):
+    folder = tmp_path / "run"
+    assert flowgrpo.train(small(folder, "train.iterations=2")).finished
+    given = ["train", str(folder), "--resume-with", "train.iterations=4", "run.checkpoint_every=3"]
+    assert cli.main(given) == 0
+    for name in ("metrics.jsonl", "evaluations.jsonl"):
+        assert (folder / name).read_bytes() == (straight / name).read_bytes()
+    for name in ("best", "000004"):
+        one, other = (checkpoints.load(f / "checkpoints" / name)[0] for f in (straight, folder))
+        assert one.keys() == other.keys()
+        for part, tensors in one.items():
+            assert all(torch.equal(t, other[part][k]) for k, t in tensors.items()), part
+    assert "Changes during the run" in (folder / "report.html").read_text()
+    # The command that started it finds a finished run of four iterations.
+    assert flowgrpo.train(small(folder, "train.iterations=2")).finished
+    assert "has finished its 4 iterations: nothing to do" in capsys.readouterr().out
 
 
 def test_a_directory_with_other_things_is_refused(tmp_path):

@@ -11,6 +11,8 @@ from flowgrpo import Prompt, Reward, RewardScorer
 class Darkness:
     """How dark an image is, from 0 (white) to 1 (black)."""
 
+    ignores_prompt = True
+
     def __init__(self, power: float = 1.0):
         self.power = power
 

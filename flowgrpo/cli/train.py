@@ -3,9 +3,10 @@
 import argparse
 import os
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from flowgrpo.cli.common import CONFIG_HELP, UsageError, add_set_argument, quiet
+from flowgrpo.cli.common import CONFIG_HELP, UsageError, add_set_argument, is_run, quiet
 from flowgrpo.core.text import plain
 
 if TYPE_CHECKING:
@@ -19,8 +20,17 @@ EXAMPLE = "flowgrpo train quickstart --set run.seed=1"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of the command."""
-    parser.add_argument("config", help=CONFIG_HELP)
+    parser.add_argument("config", help=f"{CONFIG_HELP}; or a run directory, to resume the run")
     add_set_argument(parser)
+    parser.add_argument(
+        "--resume-with",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="KEY=VALUE",
+        help="change keys of a run that exists and resume it, for instance train.iterations=400; the change "
+        "stays in force when the run is resumed again",
+    )
     parser.add_argument(
         "--dry-run",
         action="store_true",
@@ -59,7 +69,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Check the configuration, then train or print the plan."""
-    from flowgrpo.config import load
     from flowgrpo.core.errors import LostRankError
     from flowgrpo.training.inputs import check_names
     from flowgrpo.training.launch import launch, num_ranks, watch_launcher
@@ -69,7 +78,7 @@ def run(options: argparse.Namespace) -> int:
     if options.memory_gb is not None and not options.memory_gb > 0:
         raise UsageError(f"--memory-gb must be above 0, got {options.memory_gb:g}")
     nodes = _nodes(options)
-    config = load(options.config, options.set)
+    config, kept = _configuration(options)
     num_processes = num_ranks() if nodes is None else nodes.size
     if options.dry_run:
         return _dry_run(config, num_processes, options.memory_gb)
@@ -83,7 +92,7 @@ def run(options: argparse.Namespace) -> int:
     from flowgrpo.training.signals import AGAIN, EXIT_STATUS
 
     try:
-        result = train(config)
+        result = train(config, kept)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         _leave(130)
@@ -111,7 +120,25 @@ def _nodes(options: argparse.Namespace) -> "Nodes | None":
 def _command(options: argparse.Namespace) -> list[str]:
     """The command of one process."""
     settings = [f"--set={setting}" for setting in options.set]
+    settings += [f"--resume-with={setting}" for setting in options.resume_with]
     return [sys.executable, "-m", "flowgrpo", "train", *settings, "--", options.config]
+def _configuration(options: argparse.Namespace) -> "tuple[Config, list[str]]":
+    """The configuration of the command, and the keys of it that ``--resume-with`` changes."""
+    from flowgrpo.config import load
+    from flowgrpo.training.run_changes import extend
+
+    name = options.config
+    if is_run(name):
+        name = str(Path(name) / "config.toml")
+    if not options.resume_with:
+        return load(name, options.set), []
+    others = [s for s in options.set if s.partition("=")[0].strip() != "run.folder"]
+    if others:
+        raise UsageError(
+            f"--set {others[0]}: with --resume-with the configuration is that of the run; give every change "
+            "to --resume-with, and only run.folder to --set"
+        )
+    return extend(Path(load(name, options.set).run.folder), options.resume_with)
 
 
 def _leave(status: int) -> NoReturn:
@@ -126,8 +153,10 @@ def _dry_run(config: "Config", num_processes: int, memory_gb: float | None) -> i
     from flowgrpo.config.plan import plan
     from flowgrpo.policy.model_files import locate
     from flowgrpo.training.inputs import check_inputs
+    from flowgrpo.training.run_changes import in_force
     from flowgrpo.training.run_folder import preview
 
+    config, kept = in_force(config)
     train, held_out = check_inputs(config, num_processes)
     model, work = locate(config.model.path), plan(config, num_processes)
     rows = [
@@ -156,7 +185,7 @@ def _dry_run(config: "Config", num_processes: int, memory_gb: float | None) -> i
     console = Console()
     for name, value in rows:
         console.say(f"{name:>20}  {value}")
-    for note in [f"WARNING: {n}" for n in work.notes()] + _notes(config, train, held_out):
+    for note in [*kept, *(f"WARNING: {n}" for n in work.notes()), *_notes(config, train, held_out)]:
         console.say(note)
     print_estimate(config, num_processes, memory_gb, console)
     console.say("the configuration is valid; nothing was loaded")

@@ -25,6 +25,7 @@ CHANGEABLE: Mapping[str, str] = {
     "evaluation.images": "earlier and later evaluations then use different images",
     "evaluation.images_during": "earlier and later evaluations then use different images",
     "evaluation.metrics": "earlier evaluations do not have the new metrics",
+    "evaluation.artefacts": "earlier or later evaluations then lack the measures",
     "evaluation.bench": "earlier evaluations do not have the new benchmarks",
     "evaluation.inspected_prompts": "of the report",
     "prompts.train": "the file may move; its contents may not change",
@@ -35,6 +36,23 @@ CHANGEABLE: Mapping[str, str] = {
 does the name of a list of tables."""
 FIXED = ("memory.quantize", "run.seed")
 """Exceptions from the tables in CHANGEABLE."""
+REASONS: Mapping[str, str] = {
+    "memory.quantize": "a quantised denoiser is another base model",
+    "model": "the checkpoint holds the weights and the optimizer's state of this model",
+    "sampling": "the samples before and after the change would come from different samplers",
+    "algorithm": "the iterations before and after the change would belong to different algorithms",
+    "loss": "the iterations before and after the change would minimise different losses",
+    "rewards": "the scores before and after the change, and the best checkpoint, could not be compared",
+    "guard": "the iterations before and after the change would belong to different algorithms",
+    "prompts": "which prompts an iteration draws depends on it",
+    "train.ema": "the checkpoint holds the moving average that it defines",
+    "train.optimizer": "the checkpoint holds the state of this optimizer",
+    "train.betas": "the checkpoint holds moments with these decays",
+    "train": "the iterations before and after the change would be of different size or kind",
+    "evaluation": "the evaluations before and after the change could not be compared",
+    "run.seed": "every random draw depends on it",
+}
+"""Why a key may not change, by the beginning of its name; the first that fits applies."""
 IGNORED = ("run.folder",)
 """Keys that say where a run is, not what it does."""
 
@@ -44,7 +62,14 @@ def may_change(key: str) -> bool:
     parts = key.split(".")
     above = [".".join(parts[:end]) for end in range(1, len(parts))]
     inside = any(f"{a}.*" in CHANGEABLE or a in CHANGEABLE for a in above)
+    if parts[0] == "rewards" and parts[-1] == "ignores_prompt":
+        return True  # It only says that something is meant.
     return key not in FIXED and (key in CHANGEABLE or inside)
+
+
+def why_fixed(key: str) -> str:
+    """Why a key may not have another value when a run is resumed, as a clause."""
+    return next((v for k, v in REASONS.items() if key.startswith(k)), "it defines the run")
 
 
 def differences(there: "Config", here: "Config") -> dict[str, tuple[Any, Any]]:

@@ -216,6 +216,9 @@ class Evaluation:
     """Images of the evaluations during training; 0 for as many as ``images``."""
     metrics: tuple[str, ...] = ()
     """Import paths of metrics that need all images of a prompt, such as a diversity."""
+    artefacts: bool = True
+    """Measure high frequencies, periodic grids, saturation, contrast, and how alike images are, and compare
+    them with the model before training, to recognise reward hacking."""
     bench: tuple[Bench, ...] = ()
     """Benchmarks that are run at evaluations, as tables ``[[evaluation.bench]]``."""
     best: str = "reward"

@@ -5,7 +5,7 @@ differences between two evaluations come from the weights alone.
 """
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,9 @@ from flowgrpo.core.random import Random, SampleNoise
 from flowgrpo.core.scores import Scores
 from flowgrpo.data.prompt_sets import PromptSet
 from flowgrpo.data.prompts import Prompt
+from flowgrpo.evaluation.artefacts import measure, summarise
 from flowgrpo.policy import PipelinePolicy, Sampling
+from flowgrpo.policy.pipeline import Rollout
 from flowgrpo.rewards.scorer import RewardScorer
 
 Metric = Callable[[Sequence[Prompt], Sequence[Float[Tensor, "_ *_"]]], Mapping[str, float]]
@@ -59,6 +61,7 @@ def evaluate(
     sampling: Sampling,
     balance: str = "",
     metrics: Sequence[Metric] = (),
+    artefacts: bool = False,
     gather: Callable[[list[Any]], list[Any]] = lambda rows: rows,
     rank: int = 0,
     num_ranks: int = 1,
@@ -73,6 +76,7 @@ def evaluate(
         sampling: Arguments of the pipeline's call.
         balance: Metadata key by whose values scores are also reported; empty for none.
         metrics: Functions of all samples of a prompt.
+        artefacts: Whether to measure the images apart from their prompts.
         gather: Concatenates the lists of all ranks.
         rank: Index of this process.
         num_ranks: Number of processes; each takes every ``num_ranks``-th prompt.
@@ -80,8 +84,9 @@ def evaluate(
     Returns:
         ``images`` (their number), ``reward`` (mean), ``scores`` (means by reward), ``errors`` (standard
         errors of these means), ``by_class`` (the same by value of ``balance``), ``metrics``,
-        ``per_image`` (lists in the order of the images: ``prompt``, the number of the prompt among
-        the evaluated ones; ``class``; ``scores`` by reward) and ``seconds``.
+        ``artefacts`` (:func:`flowgrpo.evaluation.artefacts.summarise`), ``per_image`` (lists in the order
+        of the images: ``prompt``, the number of the prompt among the evaluated ones; ``class``;
+        ``scores`` by reward) and ``seconds``.
     """
     began = time.perf_counter()
     scorer.reset()
@@ -90,25 +95,45 @@ def evaluate(
     # Prompts are identified as objects, since one text may occur with several condition images.
     keys = {id(p): n for n, p in enumerate({id(i.prompt): i.prompt for i in items}.values())}
     mine = [i for i in items if keys[id(i.prompt)] % num_ranks == rank]
-    media: dict[int, list[Tensor]] = {}
-    pending, noise = [], noise_for(mine, seed)
     with policy.together():
-        for rollout in policy.run([i.prompt for i in mine], noise, sampling=sampling):
-            assert rollout.media is not None
-            part = mine[rollout.rows.start : rollout.rows.stop]
-            scores = scorer.submit(rollout.media, [i.prompt for i in part], rollout.audio)
-            pending.append((part, scores))
-            for item, image in zip(part, rollout.media, strict=True):
-                media.setdefault(keys[id(item.prompt)], []).append(image)
-    rows = [row for part, scores in pending for row in _rows(part, keys, scores.result(), balance)]
+        own = policy.run([i.prompt for i in mine], noise_for(mine, seed), sampling=sampling)
+        rows, media = _scored(own, scorer, mine, keys, balance, artefacts)
     rows = sorted(gather(rows), key=lambda r: r["index"])
     parts = gather([_metrics(metrics, {keys[id(i.prompt)]: i.prompt for i in mine}, media)])
     return {
         **_summary(rows),
         "metrics": {k: _mean([p[k] for p in parts if k in p]) for k in parts[0]},
+        **({"artefacts": _artefacts(rows)} if artefacts else {}),
         "per_image": _per_image(rows),
         "seconds": round(time.perf_counter() - began, 3),
     }
+
+
+def _scored(
+    rollouts: Iterable[Rollout],
+    scorer: RewardScorer,
+    items: Sequence[Item],
+    keys: Mapping[int, int],
+    balance: str,
+    artefacts: bool,
+) -> tuple[list[dict[str, Any]], dict[int, list[Tensor]]]:
+    """A row for each image, and the media of each prompt, scored while the next ones are drawn."""
+    rows: list[dict[str, Any]] = []
+    media: dict[int, list[Tensor]] = {}
+    measured: dict[int, dict[str, Any]] = {}
+    pending = []
+    for rollout in rollouts:
+        assert rollout.media is not None
+        part = items[rollout.rows.start : rollout.rows.stop]
+        scores = scorer.submit(rollout.media, [i.prompt for i in part], rollout.audio)
+        pending.append((part, scores))
+        for item, image in zip(part, rollout.media, strict=True):
+            if artefacts:
+                measured[item.index] = measure(image)
+            media.setdefault(keys[id(item.prompt)], []).append(image)
+    for part, future in pending:
+        rows += _rows(part, keys, future.result(), balance)
+    return [{**r, "measured": measured.get(r["index"])} for r in rows], media
 
 
 def _rows(
@@ -160,6 +185,10 @@ def _summary(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
             if name
         },
     }
+
+
+def _artefacts(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    return summarise([r["measured"] for r in rows], [r["prompt"] for r in rows])
 
 
 def _metrics(

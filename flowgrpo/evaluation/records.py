@@ -15,6 +15,8 @@ from flowgrpo.evaluation.charts import Number, Point, number, points
 
 INSPECTION_FILE = "inspection.html"
 """Name of the inspection's HTML fragment in a run directory."""
+PROMPT_USE = "prompt_use.json"
+"""Which trained rewards ignore their prompts, as measured at the start of a run."""
 RECENT = 20
 """Number of last iterations that describe the current state of a run."""
 
@@ -139,6 +141,8 @@ class Records:
         self.environment = parse_object(_text(environment) or "{}", str(environment))
         notes = folder / "notes.json"
         self.prompt_notes = list(parse_object(_text(notes) or "{}", str(notes)).get("notes", []))
+        use = folder / PROMPT_USE
+        self.prompt_notes += parse_object(_text(use) or "{}", str(use)).get("notes", [])
         grids = sorted((folder / "grids").glob("*.png"))
         newest = max((_iteration(g) for g in grids), default=0)
         self.grids = [g for g in grids if _iteration(g) == newest]
@@ -170,11 +174,13 @@ class Records:
         return sum(y for _, y in self.series(key) if math.isfinite(y))
 
     def held_out_metrics(self) -> dict[str, list[Point]]:
-        """The metrics of evaluations over iterations, by name; scores are not among them."""
+        """The metrics and measures of evaluations over iterations, by name; scores are not among them."""
         found: dict[str, list[Point]] = {}
         for line in self.evaluations:
             # Earlier versions wrote this table under the key "measures".
-            for key, value in line.get("metrics", line.get("measures", {})).items():
+            table = dict(line.get("metrics", line.get("measures", {})))
+            table |= {f"artefacts/{k}": v for k, v in line.get("artefacts", {}).items()}
+            for key, value in table.items():
                 found.setdefault(key, []).append((line["iteration"], _float(value)))
         return found
 

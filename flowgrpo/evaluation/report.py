@@ -28,7 +28,9 @@ from flowgrpo.evaluation.curves import (
     total,
     training_metrics,
 )
+from flowgrpo.evaluation.hacking import hacking_section
 from flowgrpo.evaluation.records import INSPECTION_FILE, Change, Records, finite
+from flowgrpo.evaluation.run_history import run_history
 from flowgrpo.evaluation.warnings import warnings
 
 CHIPS = {
@@ -62,12 +64,14 @@ def write_report(folder: Path) -> Path:
         _warnings(records),
         _grids(records),
         _tasks(records),
+        hacking_section(records),
         _inspection(records),
         benchmarks(records),
         main_curves(records),
         held_out_metrics(records),
         training_metrics(records),
         times(records),
+        run_history(records),
         _appendix(records),
     ]
     title = f"{_name(records)} · flowgrpo report"

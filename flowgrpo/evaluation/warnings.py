@@ -2,6 +2,7 @@
 
 from flowgrpo.evaluation.bench_section import problems
 from flowgrpo.evaluation.charts import number
+from flowgrpo.evaluation.hacking import fallen, seen
 from flowgrpo.evaluation.records import RECENT, Records
 
 MAX_ZERO_VARIANCE = 0.5
@@ -24,16 +25,11 @@ def warnings(records: Records) -> list[str]:
 
 
 def _reward_warnings(records: Records) -> list[str]:
-    found = []
+    found: list[str] = []
     changes = [records.change(s) for s in records.scores()] if len(records.evaluations) > 1 else []
-    weights = records.weights()
-    trained_rose = any(c.kind == "rose" and weights.get(c.name, 1) > 0 for c in changes)
-    for change in changes:
-        if trained_rose and change.kind == "fell" and weights.get(change.name, 1) == 0:
-            found.append(
-                f"{change.name} is not trained on, and fell ({change.difference}) while a score that "
-                "is trained on rose. The model may be exploiting the reward; look at the images."
-            )
+    found += fallen(changes, records.weights()).values()
+    if len(records.evaluations) > 1:
+        found += seen(records.evaluations[0], records.evaluations[-1]).values()
     failures = records.total("failures")
     if failures > 0:
         found.append(

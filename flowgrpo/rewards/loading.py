@@ -80,6 +80,22 @@ def check_installed(model: str) -> None:
         )
 
 
+def found(model: str) -> object:
+    """The class or function that a reward's name means, imported but not called.
+
+    Raises:
+        ValueError: If there is no such reward.
+        ImportError: If it needs a package that is not installed.
+    """
+    check_name(model)
+    if ":" not in model:
+        _ensure_package()
+        module = importlib.import_module(f"{PACKAGE}.{model}")
+        # Each file defines one reward, the first name in its __all__.
+        model = f"{PACKAGE}.{model}:{module.__all__[0]}"
+    return _import(model)
+
+
 def load_model(reward: Reward) -> RewardModel | PairwiseJudge:
     """Import a reward model or a pairwise judge and construct it with its options.
 
@@ -93,16 +109,9 @@ def load_model(reward: Reward) -> RewardModel | PairwiseJudge:
 
 def construct(reward: Reward) -> Any:
     """As :func:`load_model`, for a model that may have another interface."""
-    path = reward.model
-    check_name(path)
-    if ":" not in path:
-        _ensure_package()
-        module = importlib.import_module(f"{PACKAGE}.{path}")
-        # Each file defines one reward, the first name in its __all__.
-        path = f"{PACKAGE}.{path}:{module.__all__[0]}"
-    target = _import(path)
+    target = found(reward.model)
     if not callable(target):
-        raise ValueError(f"reward {path!r} is {target!r}, neither a class nor a function")
+        raise ValueError(f"reward {reward.model!r} is {target!r}, neither a class nor a function")
     if isinstance(target, type):
         try:
             inspect.signature(target).bind(**reward.options)

@@ -346,6 +346,31 @@ class RewardScorer:
                 log.warning(problem)
         self.reset()
 
+    def score_once(
+        self, reward: Reward, media: Tensor, prompts: Sequence[Prompt], audio: Audio | None
+    ) -> Float[Tensor, " batch"] | None:
+        """The scores of one reward in parts of :attr:`batch`, without retries; None if it fails."""
+        model = self.models[self.rewards.index(reward)]
+        size = self.batch or len(prompts)
+
+        def part(rows: slice) -> Float[Tensor, " batch"]:
+            call = cast(Callable[..., Any], model)
+            if takes_audio(model):
+                call = partial(call, audio=audio[rows] if audio else None)
+            with self.call(reward.label):
+                values = call(media[rows], prompts[rows])
+            return checked_scores(reward.label, values, len(prompts[rows]))
+
+        def work() -> Float[Tensor, " batch"] | None:
+            try:
+                return torch.cat([part(slice(i, i + size)) for i in range(0, len(prompts), size)])
+            except (Exception, SystemExit) as error:
+                log.info("reward %r failed with shuffled prompts: %s", reward.label, error)
+                return None
+
+        result: Float[Tensor, " batch"] | None = self.run(work).result()
+        return result
+
     def check_rate(self) -> None:
         """Check how many scores failed since the last :meth:`reset`.
 

@@ -56,6 +56,9 @@ class Reward:
     schedule: tuple[tuple[float, ...], ...] = ()
     """``[[iteration, factor], ...]``: factor of ``weight``, linear between the given iterations and
     constant outside; ``[[100, 0], [200, 1]]`` warms a reward up. Evaluations use the full weight."""
+    ignores_prompt: bool = False
+    """Whether the reward is meant to score media without regard to their prompts. A run whose trained
+    rewards all ignore prompts is refused without it, because the model may then stop following them."""
     options: dict[str, Any] = field(default_factory=dict)
     """Arguments for the class."""
 

@@ -39,7 +39,8 @@ def already_finished(session: Session) -> Result:
     more = session.config.train.iterations * 2
     session.console.say(
         f"{session.folder} has finished its {session.config.train.iterations} iterations: nothing to do. "
-        f"Report: {session.folder / 'report.html'}. To train further: --set train.iterations={more}"
+        f"Report: {session.folder / 'report.html'}. To train further: flowgrpo train {session.folder} "
+        f"--resume-with train.iterations={more}"
     )
     session.close()
     return Result(session.folder, session.past_evaluations(), True)
@@ -59,7 +60,6 @@ def finish(run: TrainingRun) -> Result:
         with run.learner.behaviour_policy(), run.policy.together():
             if session.is_main:
                 _inspect(run)
-        if session.is_main:
         # Of a model that is divided among processes, all export together.
         if session.is_main or run.policy.in_lockstep:
             exported = _export(run)

@@ -1,17 +1,25 @@
 """Evaluation during a run: when it is due, its scores and its comparison grid, and the best weights."""
 
+import json
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from flowgrpo.config.schema import Evaluation
 from flowgrpo.core.imports import import_path
+from flowgrpo.data import files
+from flowgrpo.data.audio import Audio
 from flowgrpo.data.prompt_sets import PromptSet
 from flowgrpo.evaluation import held_out
 from flowgrpo.evaluation.bench_section import direction
 from flowgrpo.evaluation.comparison_grid import ComparisonGrid, load_audio, load_images, save_images
+from flowgrpo.evaluation.hacking import changes_between, fallen, seen
+from flowgrpo.evaluation.records import PROMPT_USE
 from flowgrpo.policy import PipelinePolicy, Sampling
+from flowgrpo.rewards.prompt_use import find_ignoring, prompt_notes
 from flowgrpo.rewards.scorer import RewardScorer
 from flowgrpo.training.benchmarks import Benchmarks
 from flowgrpo.training.learner import Learner
@@ -38,7 +46,10 @@ class Evaluator:
         seed: int,
         model_name: str,
         benchmarks: Benchmarks | None = None,
+        needs_rewards: bool = True,
     ):
+        self.needs_rewards = needs_rewards
+        self._warned = set[str]()
         self.benchmarks = benchmarks
         self.settings, self.session, self.scorer = settings, session, scorer
         self.policy, self.learner, self.prompts = policy, learner, prompts
@@ -74,7 +85,29 @@ class Evaluator:
         if images is not None and self.session.is_main:
             audio = load_audio(self._base_file)
             self.scorer.probe(images, self.comparison_grid.expanded, audio)
+            self._check_prompt_use(images, audio)
             self.base_images = images
+
+    def _check_prompt_use(self, images: Tensor, audio: Audio | None) -> None:
+        """Name the trained rewards that ignore their prompts; measured once per run.
+
+        Raises:
+            ConfigError: If nothing else is trained on, and this is not meant.
+        """
+        scorer, session = self.scorer, self.session
+        if scorer.failures.probe == "off":
+            return
+        file = session.folder / PROMPT_USE
+        trained = {r.label for r in scorer.rewards if r.weight != 0}
+        found = _read_prompt_use(file)
+        if found.keys() != trained:
+            found = find_ignoring(scorer, images, self.comparison_grid.expanded, audio)
+        notes = prompt_notes(
+            scorer.rewards, found, self.needs_rewards, refuse=scorer.failures.probe == "refuse"
+        )
+        files.write_whole(file, json.dumps({"ignores_prompt": found, "notes": notes}, indent=1))
+        for note in notes:
+            session.console.say(f"WARNING: {note}")
 
     def evaluate_if_due(self, iteration: int) -> None:
         """Evaluate before the first iteration, and before every ``every``-th."""
@@ -100,6 +133,7 @@ class Evaluator:
                 sampling=self.sampling,
                 balance=self.prompts.balance,
                 metrics=self.metrics,
+                artefacts=settings.artefacts,
                 gather=session.gather_objects,
                 rank=session.accelerator.process_index,
                 num_ranks=session.accelerator.num_processes,
@@ -122,6 +156,16 @@ class Evaluator:
         )
         for line in bench_lines(found):
             session.console.say(line)
+        self._warn(result)
+
+    def _warn(self, result: Mapping[str, Any]) -> None:
+        """Print each sign of reward hacking in an evaluation, once per session."""
+        first = self.evaluations[0]
+        weights = {r.label: r.weight for r in self.scorer.rewards}
+        found = fallen(changes_between(first, result), weights) | seen(first, result)
+        for name in (n for n in found if n not in self._warned):
+            self.session.console.say(f"WARNING: {found[name]}")
+        self._warned |= found.keys()
 
     def evaluated_weights(self) -> AbstractContextManager[None]:
         """Inside, the policy has the weights that are evaluated and exported.
@@ -144,6 +188,15 @@ class Evaluator:
             f"{self.model_name}: {self.session.folder.name}",
             self.session.grid(iteration),
         )
+
+
+def _read_prompt_use(file: Path) -> Mapping[str, bool | None]:
+    """Which rewards ignore their prompts, as an earlier session found; empty if none did."""
+    try:
+        found = json.loads(file.read_text("utf-8"))["ignores_prompt"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def bench_lines(found: Mapping[str, Mapping[str, Any]]) -> list[str]:

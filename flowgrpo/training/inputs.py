@@ -12,7 +12,8 @@ from flowgrpo.data.prompt_sets import PromptSet, shared
 from flowgrpo.data.videos import require_video
 from flowgrpo.policy.model_files import check_path
 from flowgrpo.policy.settings import require_installed
-from flowgrpo.rewards.loading import check_installed, check_name
+from flowgrpo.rewards.loading import check_installed, check_name, found
+from flowgrpo.rewards.prompt_use import is_declared, prompt_notes
 from flowgrpo.training.trackers import check_trackers
 
 
@@ -58,6 +59,7 @@ def check_inputs(config: Config, num_processes: int) -> tuple[PromptSet, PromptS
     - The prompt files can be read, and have the metadata to balance by.
     - The rewards and metrics can be imported, and the packages that they need are installed.
     - The model is a pipeline's folder, if it is named by a path.
+    - Not all trained rewards say that they ignore prompts, unless this is meant.
     - Benchmarks exist, and so do their data.
 
     Returns:
@@ -86,6 +88,9 @@ def check_inputs(config: Config, num_processes: int) -> tuple[PromptSet, PromptS
         with _setting(f"rewards[{index}].model"):
             check_name(reward.model)
             check_installed(reward.model)
+    if config.failures.probe == "refuse":
+        declared = {r.label: is_declared(found(r.model)) for r in config.rewards}
+        prompt_notes(config.rewards, declared, config.algorithm.needs_rewards, refuse=True)
     if config.guard.features:
         with _setting("guard.features"):
             check_name(config.guard.features)

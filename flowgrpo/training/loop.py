@@ -1,5 +1,6 @@
 """The training loop: sample and score, assign credit, update."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from flowgrpo.training.inputs import check_inputs
 from flowgrpo.training.launch import num_ranks
 from flowgrpo.training.metrics import rollout_metrics
 from flowgrpo.training.rollout import collect
+from flowgrpo.training.run_changes import in_force
 from flowgrpo.training.session import Session
 from flowgrpo.training.setup import TrainingRun, build
 from flowgrpo.training.signals import StopRequested
@@ -19,11 +21,16 @@ from flowgrpo.training.signals import StopRequested
 __all__ = ["Result", "train"]
 
 
-def train(config: Config) -> Result:
+def train(config: Config, kept: Sequence[str] = ()) -> Result:
     """Fine-tune a pipeline with a configuration. Resumes a run that was interrupted.
 
     A run that has finished is not touched. Signals are described in
     :class:`flowgrpo.training.signals.Signals`.
+
+    Args:
+        config: The configuration.
+        kept: Keys that it changes in a run that exists, and that stay changed when the run is resumed
+            with the configuration that started it (:func:`flowgrpo.training.run_changes.extend`).
 
     Raises:
         ConfigError: If the configuration cannot be run; before the model is loaded, where possible.
@@ -32,9 +39,12 @@ def train(config: Config) -> Result:
         CheckpointError: If all checkpoints to resume from are damaged.
         LostRankError: If another process of the run ends or does not answer.
     """
+    config, notes = in_force(config)
     prompts, held_out = check_inputs(config, num_ranks())
     try:
-        with Session(config) as session, explained(session):
+        with Session(config, kept) as session, explained(session):
+            for note in notes:
+                session.console.say(note)
             if session.is_finished:
                 return already_finished(session)
             return iterate(build(config, session, prompts, held_out))

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,9 @@ from flowgrpo.config.changes import differences, may_change
 from flowgrpo.config.files import CONFIG, INPUTS, absolute
 from flowgrpo.data import files
 from flowgrpo.training import checkpoints, lock
+from flowgrpo.training.run_changes import HISTORY, SESSIONS, kept_changes
 
-FINISHED, SESSIONS = "finished.json", "sessions.jsonl"
+FINISHED = "finished.json"
 NOTES = "notes.json"
 """Warnings about the prompts, for the report."""
 EARLY = {lock.NAME, SESSIONS, "config" + files.TEMPORARY}
@@ -23,7 +24,10 @@ PROMPTS = ("prompts.train", "prompts.held_out")
 
 
 def claim(
-    config: Config, processes: int, environment: Mapping[str, Any]
+    config: Config,
+    processes: int,
+    environment: Mapping[str, Any],
+    kept: Sequence[str] = (),
 ) -> tuple[lock.RunLock, str]:
     """Lock the run directory and write the configuration into it.
 
@@ -31,6 +35,7 @@ def claim(
         config: The configuration of this session.
         processes: Number of processes, for the record in ``sessions.jsonl``.
         environment: Versions and devices, for ``environment.json``.
+        kept: Keys whose change stays in force when the run is resumed without it.
 
     Returns:
         The lock, and the changed keys in words; empty if none changed.
@@ -52,7 +57,10 @@ def claim(
         changed = _changes(folder, config, inputs) if file.exists() else {}
         if is_finished(config):
             return held, ""
-        _record(folder, processes, changed)
+        there = configuration.load(str(file)) if file.exists() else config
+        _record(folder, processes, changed, kept_changes(there, config, kept))
+        if changed:
+            _keep_configuration(folder)
         files.write_whole(file, configuration.dump(absolute(config)))
         files.write_whole(folder / INPUTS, json.dumps(inputs, indent=1))
         files.write_whole(folder / "environment.json", json.dumps(environment, indent=1))
@@ -79,7 +87,9 @@ def preview(config: Config) -> str:
         )
     changed = _changes(folder, config, _digests(config), dry=True)
     if is_finished(config):
-        return "finished: the run would do nothing; raise train.iterations to train further"
+        return (
+            "finished: the run would do nothing; --resume-with train.iterations=... trains further"
+        )
     newest = checkpoints.newest(folder / "checkpoints")
     words = "starts again" if newest is None else f"resumes after {int(newest.name)} iterations"
     changes = ", ".join(f"{k} {old!r} -> {new!r}" for k, (old, new) in changed.items())
@@ -141,7 +151,24 @@ def _changes(
     return changed
 
 
-def _record(folder: Path, processes: int, changed: Mapping[str, tuple[Any, Any]]) -> None:
+def _keep_configuration(folder: Path) -> None:
+    """Copy the configuration that is about to be replaced into the history, by the iterations trained.
+
+    If there is one for this iteration already, nothing was trained with the later one.
+    """
+    newest = checkpoints.newest(folder / "checkpoints")
+    place = folder / HISTORY / f"{newest.name if newest is not None else '000000'}.toml"
+    if not place.exists():
+        place.parent.mkdir(exist_ok=True)
+        files.write_whole(place, (folder / CONFIG).read_text("utf-8"))
+
+
+def _record(
+    folder: Path,
+    processes: int,
+    changed: Mapping[str, tuple[Any, Any]],
+    kept: Mapping[str, Mapping[str, Any]],
+) -> None:
     """Append a line about this session to ``sessions.jsonl``."""
     newest = checkpoints.newest(folder / "checkpoints")
     files.append(
@@ -151,6 +178,7 @@ def _record(folder: Path, processes: int, changed: Mapping[str, tuple[Any, Any]]
             "checkpoint": newest.name if newest is not None else None,
             "processes": processes,
             "changed": {k: {"from": old, "to": new} for k, (old, new) in changed.items()},
+            **({"kept": dict(kept)} if kept else {}),
         },
     )
 

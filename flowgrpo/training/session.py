@@ -52,8 +52,12 @@ class Session:
         is_finished: Whether the run had finished before this session; there is nothing to do then.
     """
 
-    def __init__(self, config: Config):
+    def __init__(self, config: Config, kept: Sequence[str] = ()):
         """Start the process group and claim the run directory.
+
+        Args:
+            config: The configuration.
+            kept: Keys of it whose change stays in force when the run is resumed without it.
 
         Raises:
             ConfigError: If the directory belongs to another configuration or is in use.
@@ -87,7 +91,7 @@ class Session:
         self._lines: Mapping[str, int] = {}
         self._lock: RunLock | None = None
         if self.is_main:
-            self._claim()
+            self._claim(kept)
         with bounded_wait(patience):
             self.accelerator.wait_for_everyone()
         self.is_finished = run_folder.is_finished(config)
@@ -236,6 +240,7 @@ class Session:
             record = {k: v for k, v in result.items() if k != "seconds"}
             self.logs.append("evaluations", record)
         flat = {f"held_out/{k}": v for k, v in result["scores"].items()} | result["metrics"]
+        flat |= {f"artefacts/{k}": v for k, v in result.get("artefacts", {}).items()}
         for label, table in result.get("bench", {}).items():
             values = table.get("results", {}).items()
             flat |= {f"bench/{label}/{k}": v for k, v in values if v is not None}
@@ -430,7 +435,7 @@ class Session:
                 "--nproc-per-node N -m flowgrpo train ...'; on CPUs add --set run.device=cpu"
             )
 
-    def _claim(self) -> None:
+    def _claim(self, kept: Sequence[str]) -> None:
         """Lock the run directory and write the configuration and the environment into it."""
         packages = ("flowgrpo", "torch", "diffusers", "transformers", "accelerate", "peft")
         environment = {name: version(name) for name in packages} | {
@@ -442,7 +447,7 @@ class Session:
             "command": redact_command(sys.argv),
         }
         processes = self.accelerator.num_processes
-        self._lock, changed = run_folder.claim(self.config, processes, environment)
+        self._lock, changed = run_folder.claim(self.config, processes, environment, kept)
         if self._lock.warning:
             self.console.say(self._lock.warning)
         if changed:

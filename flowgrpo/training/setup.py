@@ -55,7 +55,7 @@ def build(config: Config, session: Session, prompts: PromptSet, held_out: Prompt
     2. The rewards are loaded: whether they can use the prompts, and let the policy train.
     3. The pipeline is loaded: sizes, initial noise and transition (:func:`_check_policy`).
     4. The judges of benchmarks are asked about one image.
-    5. The base model has drawn the images of the grid: whether the rewards are finite and vary.
+    5. The base model has drawn the grid's images: whether the rewards are finite, vary and read prompts.
 
     Raises:
         ConfigError: If the configuration cannot be run.
@@ -102,6 +102,7 @@ def build(config: Config, session: Session, prompts: PromptSet, held_out: Prompt
         seed=config.run.seed,
         model_name=config.model.path,
         benchmarks=_load_benchmarks(config, session, policy, learner),
+        needs_rewards=config.algorithm.needs_rewards,
     )
     # Before a checkpoint is restored, because they show the model that training started from.
     evaluator.keep_base_images()
