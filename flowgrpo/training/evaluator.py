@@ -1,6 +1,6 @@
 """Evaluation during a run: when it is due, its scores and its comparison grid, and the best weights."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from flowgrpo.data.prompt_sets import PromptSet
 from flowgrpo.evaluation import held_out
 from flowgrpo.evaluation.bench_section import direction
 from flowgrpo.evaluation.comparison_grid import ComparisonGrid, load_audio, load_images, save_images
+from flowgrpo.evaluation.samples import FOLDER, Sample, save_samples
 from flowgrpo.policy import PipelinePolicy, Sampling
 from flowgrpo.rewards.scorer import RewardScorer
 from flowgrpo.training.benchmarks import Benchmarks
@@ -102,6 +103,7 @@ class Evaluator:
                 gather=session.gather_objects,
                 rank=session.accelerator.process_index,
                 num_ranks=session.accelerator.num_processes,
+                show=lambda found: self._save_samples(iteration, found),
             )
             if session.is_main:
                 self._save_grid(iteration)
@@ -131,6 +133,11 @@ class Evaluator:
     @property
     def _base_file(self) -> Path:
         return self.session.folder / "grids" / "base.safetensors"
+
+    def _save_samples(self, iteration: int, found: Sequence[Sample]) -> None:
+        """Keep the images of highest and of lowest reward for the report."""
+        if self.session.is_main:
+            save_samples(self.session.folder / FOLDER / f"{iteration:06d}.png", found)
 
     def _save_grid(self, iteration: int) -> None:
         tuned = self.comparison_grid.generate(self.policy, self.sampling)
