@@ -1,7 +1,6 @@
 """``flowgrpo train``."""
 
 import argparse
-import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
@@ -122,6 +121,8 @@ def _command(options: argparse.Namespace) -> list[str]:
     settings = [f"--set={setting}" for setting in options.set]
     settings += [f"--resume-with={setting}" for setting in options.resume_with]
     return [sys.executable, "-m", "flowgrpo", "train", *settings, "--", options.config]
+
+
 def _configuration(options: argparse.Namespace) -> "tuple[Config, list[str]]":
     """The configuration of the command, and the keys of it that ``--resume-with`` changes."""
     from flowgrpo.config import load

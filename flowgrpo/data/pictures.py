@@ -6,10 +6,9 @@ orientation and transparency.
 
 import io
 
-import torch
-from jaxtyping import Float
 from PIL import Image, ImageOps
-from torch import Tensor
+
+from flowgrpo.core.tensors import Float, Tensor, torch
 
 UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
 """Errors of Pillow about a file that is not a picture, is damaged, or is too large to be opened."""

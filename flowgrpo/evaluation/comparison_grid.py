@@ -19,7 +19,8 @@ from flowgrpo.data.files import replacing, save_tensors
 from flowgrpo.data.prompt_sets import PromptSet
 from flowgrpo.data.prompts import Prompt
 from flowgrpo.data.videos import frames_per_second, write_frames
-from flowgrpo.evaluation.grid_drawing import GridRow, animate_grid, draw_grid
+from flowgrpo.evaluation.grid_drawing import GridRow, RowBoxes, animate_grid, draw_grid, tile_boxes
+from flowgrpo.evaluation.tiles import KEY, Tile, TileRow, tiles_to_json
 from flowgrpo.policy import PipelinePolicy, Sampling
 from flowgrpo.rewards.scorer import RewardScorer
 
@@ -150,21 +151,36 @@ def write_grid(
         path: PNG file; its folder is created.
         narrow: Draw the columns below each other.
         fps: Frames per second of videos.
-        metadata: Texts that are stored in the PNG file.
+        metadata: Texts that are stored in the PNG file, besides the place of each image
+            (:mod:`flowgrpo.evaluation.tiles`).
 
     Raises:
         ImportError: If the media are videos, and no MP4 can be written here.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     picture = draw_grid(rows, columns, title=title, subtitle=subtitle, narrow=narrow)
+    boxes = tile_boxes(rows, columns, title=title, subtitle=subtitle, narrow=narrow)
     info = PngInfo()
-    for key, text in (metadata or {}).items():
+    for key, text in {KEY: _tiles(rows, boxes), **(metadata or {})}.items():
         info.add_itxt(key, text)
     with replacing(path) as temporary:
         picture.save(temporary, format="PNG", pnginfo=info)
     if rows[0].blocks[0].ndim == 5:
         frames = animate_grid(rows, columns, title=title, subtitle=subtitle, narrow=narrow)
         write_frames(path.with_suffix(".mp4"), (np.asarray(f) for f in frames), fps)
+
+
+def _tiles(rows: Sequence[GridRow], boxes: Sequence[RowBoxes]) -> str:
+    """The place and the note of each image, for the picture's metadata."""
+    found = []
+    for row, places in zip(rows, boxes, strict=True):
+        notes = row.notes or [[""] * len(b) for b in places.blocks]
+        blocks = [
+            [Tile(box, note) for box, note in zip(*both, strict=True)]
+            for both in zip(places.blocks, notes, strict=True)
+        ]
+        found.append(TileRow(row.label, blocks, places.conditions))
+    return tiles_to_json(found)
 
 
 def load_images(path: Path) -> Tensor | None:

@@ -62,6 +62,8 @@ OWN_FONT = "FLOWGRPO_FONT"
 """Environment variable with a font file that is tried first."""
 BOLD = ("Inter-SemiBold.ttf", "Roboto-Medium.ttf", "DejaVuSans-Bold.ttf", "Arial Bold.ttf")
 
+Box = tuple[int, int, int, int]
+"""Left, top, right and bottom edge in pixels."""
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 Media = Float[Tensor, "_samples *_frames _channels _height _width"]
 """Axes whose sizes are not checked by annotation, because :func:`draw_grid` names the block that
@@ -85,6 +87,19 @@ class GridRow:
     blocks: Sequence[Media]
     notes: Sequence[Sequence[str]] | None = None
     conditions: Sequence[Image.Image] = ()
+
+
+@dataclass(frozen=True)
+class RowBoxes:
+    """Where the images of a row are in a picture, without borders and captions.
+
+    Attributes:
+        blocks: For each block and sample; the box of a video holds its frames side by side.
+        conditions: For each condition image that is drawn.
+    """
+
+    blocks: Sequence[Sequence[Box]]
+    conditions: Sequence[Box]
 
 
 def draw_grid(
@@ -119,6 +134,41 @@ def draw_grid(
     _check(rows, columns, scale)
     canvas, _ = _drawn(rows, columns, title, subtitle, scale, narrow)
     return canvas
+
+
+def tile_boxes(
+    rows: Sequence[GridRow],
+    columns: Sequence[str],
+    *,
+    title: str,
+    subtitle: str,
+    narrow: bool = False,
+) -> "list[RowBoxes]":
+    """Where :func:`draw_grid` puts the images of each row.
+
+    Args:
+        rows: As in :func:`draw_grid`, and so are the other arguments.
+        columns: One title per block.
+        title: Headline.
+        subtitle: How the images were generated.
+        narrow: As in :func:`draw_grid`.
+    """
+    _, bodies, layout = _placed(rows, columns, title, subtitle, None, narrow)
+    width, height = layout.tile_width, layout.frame[1]
+
+    def box(left: int, top: int) -> Box:
+        return left, top, left + width, top + height
+
+    return [
+        RowBoxes(
+            [
+                [box(layout.left(b, s), top + body.tops[b]) for s in range(layout.samples)]
+                for b in range(layout.blocks)
+            ],
+            body.condition_boxes(top),
+        )
+        for body, top in bodies
+    ]
 
 
 def animate_grid(
@@ -176,6 +226,27 @@ def _drawn(
     narrow: bool,
 ) -> "tuple[Image.Image, list[tuple[_Row, int]]]":
     """The picture, and its rows with their upper edges."""
+    head, placed, layout = _placed(rows, columns, title, subtitle, scale, narrow)
+    height = head.height + sum(b.height for b, _ in placed) + ROW_GAP * len(placed) + MARGIN // 2
+    canvas = Image.new("RGB", (layout.width, height), PAPER)
+    head.draw(canvas)
+    for index, (body, top) in enumerate(placed):
+        if index:
+            rule = top - ROW_GAP // 2
+            ImageDraw.Draw(canvas).line((MARGIN, rule, layout.width - MARGIN, rule), fill=FAINT)
+        body.draw(canvas, top)
+    return canvas, placed
+
+
+def _placed(
+    rows: Sequence[GridRow],
+    columns: Sequence[str],
+    title: str,
+    subtitle: str,
+    scale: int | None,
+    narrow: bool,
+) -> "tuple[_Heading, list[tuple[_Row, int]], _Layout]":
+    """The heading, and the rows with their upper edges, before they are drawn."""
     shape = rows[0].blocks[0].shape
     layout = _Layout(shape[0], len(columns), _tile_size(shape, scale), len(_frames(shape)), narrow)
     absent = missing_glyphs([title, subtitle, *columns, *(r.label for r in rows)])
@@ -185,19 +256,12 @@ def _drawn(
             f"{OWN_FONT}"
         )
     head = _Heading(title, subtitle, columns, layout)
-    bodies = [_Row(row, layout, columns) for row in rows]
-    height = head.height + sum(b.height for b in bodies) + ROW_GAP * len(bodies) + MARGIN // 2
-    canvas = Image.new("RGB", (layout.width, height), PAPER)
-    head.draw(canvas)
     top, placed = head.height, []
-    for index, body in enumerate(bodies):
-        if index:
-            rule = top - ROW_GAP // 2
-            ImageDraw.Draw(canvas).line((MARGIN, rule, layout.width - MARGIN, rule), fill=FAINT)
-        body.draw(canvas, top)
+    for row in rows:
+        body = _Row(row, layout, columns)
         placed.append((body, top))
         top += body.height + ROW_GAP
-    return canvas, placed
+    return head, placed, layout
 
 
 def _check(rows: Sequence[GridRow], columns: Sequence[str], scale: int | None) -> None:
@@ -360,16 +424,23 @@ class _Row:
 
     def draw(self, canvas: Image.Image, top: int) -> None:
         self.label.draw(canvas, MARGIN, top + self.label_offset, INK)
-        left, below = MARGIN, top + self.label_offset + self.label.height + CONDITION_GAP
         pen = ImageDraw.Draw(canvas)
-        for condition in self.conditions:
-            right, bottom = left + condition.width, below + condition.height
-            pen.rectangle((left - 1, below - 1, right, bottom), outline=FAINT)
-            canvas.paste(condition, (left, below))
-            left += condition.width + TILE_GAP
+        boxes = self.condition_boxes(top)
+        for condition, (left, upper, right, bottom) in zip(self.conditions, boxes, strict=True):
+            pen.rectangle((left - 1, upper - 1, right, bottom), outline=FAINT)
+            canvas.paste(condition, (left, upper))
         for title, down in self.titles:
             title.draw(canvas, MARGIN, top + down + 6, SOFT)
         self.draw_tiles(canvas, top, self.row.blocks)
+
+    def condition_boxes(self, top: int) -> list[Box]:
+        """Where the condition images are, below the label."""
+        left, below = MARGIN, top + self.label_offset + self.label.height + CONDITION_GAP
+        found = []
+        for condition in self.conditions:
+            found.append((left, below, left + condition.width, below + condition.height))
+            left += condition.width + TILE_GAP
+        return found
 
     def draw_tiles(self, canvas: Image.Image, top: int, blocks: Sequence[Media]) -> None:
         """Draw the media, in place of the row's own or the same."""

@@ -4,6 +4,7 @@ The prompts are not trained on, and every evaluation of a run uses the same init
 differences between two evaluations come from the weights alone.
 """
 
+import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
+from PIL.Image import Image
 from torch import Tensor
 
 from flowgrpo.core.random import Random, SampleNoise
@@ -18,6 +20,7 @@ from flowgrpo.core.scores import Scores
 from flowgrpo.data.prompt_sets import PromptSet
 from flowgrpo.data.prompts import Prompt
 from flowgrpo.evaluation.artefacts import measure, summarise
+from flowgrpo.evaluation.samples import Sample, extremes, thumbnail
 from flowgrpo.policy import PipelinePolicy, Sampling
 from flowgrpo.policy.pipeline import Rollout
 from flowgrpo.rewards.scorer import RewardScorer
@@ -65,6 +68,7 @@ def evaluate(
     gather: Callable[[list[Any]], list[Any]] = lambda rows: rows,
     rank: int = 0,
     num_ranks: int = 1,
+    show: Callable[[Sequence[Sample]], None] | None = None,
 ) -> dict[str, Any]:
     """Generate and score held-out images.
 
@@ -80,6 +84,7 @@ def evaluate(
         gather: Concatenates the lists of all ranks.
         rank: Index of this process.
         num_ranks: Number of processes; each takes every ``num_ranks``-th prompt.
+        show: Gets the images of highest and of lowest reward, on every rank. All ranks give it or none.
 
     Returns:
         ``images`` (their number), ``reward`` (mean), ``scores`` (means by reward), ``errors`` (standard
@@ -97,8 +102,16 @@ def evaluate(
     mine = [i for i in items if keys[id(i.prompt)] % num_ranks == rank]
     with policy.together():
         own = policy.run([i.prompt for i in mine], noise_for(mine, seed), sampling=sampling)
-        rows, media = _scored(own, scorer, mine, keys, balance, artefacts)
+        rows, images = _scored(own, scorer, mine, keys, balance, artefacts)
     rows = sorted(gather(rows), key=lambda r: r["index"])
+    if show is not None:
+        chosen = extremes(rows)
+        pictures = gather([(n, thumbnail(images[n])) for n in chosen if n in images])
+        texts = {i.index: i.prompt.text for i in items}
+        show(_samples(rows, chosen, texts, dict(pictures)))
+    media: dict[int, list[Tensor]] = {}
+    for item in mine:
+        media.setdefault(keys[id(item.prompt)], []).append(images[item.index])
     parts = gather([_metrics(metrics, {keys[id(i.prompt)]: i.prompt for i in mine}, media)])
     return {
         **_summary(rows),
@@ -116,10 +129,10 @@ def _scored(
     keys: Mapping[int, int],
     balance: str,
     artefacts: bool,
-) -> tuple[list[dict[str, Any]], dict[int, list[Tensor]]]:
-    """A row for each image, and the media of each prompt, scored while the next ones are drawn."""
+) -> tuple[list[dict[str, Any]], dict[int, Tensor]]:
+    """A row for each image, and the images by index, scored while the next ones are drawn."""
     rows: list[dict[str, Any]] = []
-    media: dict[int, list[Tensor]] = {}
+    images: dict[int, Tensor] = {}
     measured: dict[int, dict[str, Any]] = {}
     pending = []
     for rollout in rollouts:
@@ -130,10 +143,10 @@ def _scored(
         for item, image in zip(part, rollout.media, strict=True):
             if artefacts:
                 measured[item.index] = measure(image)
-            media.setdefault(keys[id(item.prompt)], []).append(image)
+            images[item.index] = image
     for part, future in pending:
         rows += _rows(part, keys, future.result(), balance)
-    return [{**r, "measured": measured.get(r["index"])} for r in rows], media
+    return [{**r, "measured": measured.get(r["index"])} for r in rows], images
 
 
 def _rows(
@@ -156,6 +169,27 @@ def _rows(
             "reward": float(scores.reward[row]),
         }
         for row, item in enumerate(items)
+    ]
+
+
+def _samples(
+    rows: Sequence[Mapping[str, Any]],
+    chosen: Mapping[int, str],
+    texts: Mapping[int, str],
+    pictures: Mapping[int, Image],
+) -> list[Sample]:
+    """The chosen images with their prompts and scores.
+
+    Args:
+        rows: All images, from :func:`_rows`.
+        chosen: The group of each chosen image, by its index.
+        texts: The prompt of each image, by its index.
+        pictures: The chosen images, by their index.
+    """
+    scores = {r["index"]: {k: v for k, v in r["scores"].items() if math.isfinite(v)} for r in rows}
+    rewards = {r["index"]: r["reward"] for r in rows}
+    return [
+        Sample(group, texts[n], rewards[n], scores[n], pictures[n]) for n, group in chosen.items()
     ]
 
 

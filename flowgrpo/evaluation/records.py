@@ -112,6 +112,7 @@ class Records:
         config_text: Text of ``config.toml``.
         environment: Versions of libraries, and the machine.
         prompt_notes: Warnings about the prompts, found when the run started.
+        all_grids: Comparison grids by the number of iterations trained, in order.
         grids: Comparison grids of the newest iteration that has any.
     """
 
@@ -145,6 +146,7 @@ class Records:
         self.prompt_notes += parse_object(_text(use) or "{}", str(use)).get("notes", [])
         grids = sorted((folder / "grids").glob("*.png"))
         newest = max((_iteration(g) for g in grids), default=0)
+        self.all_grids = sorted((n, g) for g in grids if (n := _iteration(g)) >= 0)
         self.grids = [g for g in grids if _iteration(g) == newest]
 
     def setting(self, key: str) -> Any:

@@ -1,11 +1,13 @@
-"""Writes the report of a run: one HTML file, without JavaScript or external resources.
+"""Writes the report of a run: one HTML file without external resources, which needs no network.
 
 The report states how the held-out scores changed and whether the change exceeds noise, lists warnings,
-and contains the newest comparison grid, all curves, the times, the configuration and the command that
-resumes the run.
+and contains a film strip of the comparison grids, the best and the worst samples, all curves, costs and
+times, the configuration and the command that resumes the run. A script of a few lines moves the film
+strip; without it the page shows the newest images.
 """
 
 import base64
+import hashlib
 import math
 import shlex
 import statistics
@@ -20,6 +22,7 @@ from PIL import Image
 from flowgrpo.data.files import write_whole
 from flowgrpo.evaluation.bench_section import benchmarks
 from flowgrpo.evaluation.charts import Number, dumbbell, duration, number
+from flowgrpo.evaluation.costs import costs
 from flowgrpo.evaluation.curves import (
     held_out_metrics,
     main_curves,
@@ -29,8 +32,10 @@ from flowgrpo.evaluation.curves import (
     training_metrics,
 )
 from flowgrpo.evaluation.hacking import hacking_section
+from flowgrpo.evaluation.film_strip import film_strip
 from flowgrpo.evaluation.records import INSPECTION_FILE, Change, Records, finite
 from flowgrpo.evaluation.run_history import run_history
+from flowgrpo.evaluation.sample_section import best_and_worst
 from flowgrpo.evaluation.warnings import warnings
 
 CHIPS = {
@@ -57,33 +62,69 @@ def write_report(folder: Path) -> Path:
         ValueError: If there is nothing to report on, or a file is invalid; the message names the file
             and the line.
     """
-    records = Records(Path(folder))
+    title, content = report_content(Path(folder))
+    return write_page(Path(folder) / "report.html", title, content)
+
+
+def report_content(folder: Path) -> tuple[str, str]:
+    """The title of a run's report, and its sections as HTML.
+
+    Raises:
+        ValueError: As :func:`write_report`.
+    """
+    records = Records(folder)
     sections = [
         _header(records),
         _verdict(records),
         _warnings(records),
-        _grids(records),
+        film_strip(records) or _grids(records),
+        _videos(records),
+        best_and_worst(records),
         _tasks(records),
         hacking_section(records),
-        _inspection(records),
         benchmarks(records),
         main_curves(records),
         held_out_metrics(records),
+        _inspection(records),
         training_metrics(records),
+        costs(records),
         times(records),
         run_history(records),
         _appendix(records),
     ]
-    title = f"{_name(records)} · flowgrpo report"
-    return write_page(records.folder / "report.html", title, "\n".join(filter(None, sections)))
+    return f"{_name(records)} · flowgrpo report", "\n".join(filter(None, sections))
 
 
 def write_page(path: Path, title: str, content: str) -> Path:
     """Write HTML sections as a page with the report's style. The file is replaced atomically."""
-    template = resources.files("flowgrpo.evaluation").joinpath("report_template.html")
-    page = Template(template.read_text("utf-8")).substitute(title=escape(title), content=content)
-    write_whole(path, page)
+    write_whole(path, page(title, content))
     return path
+
+
+def page(title: str, content: str, version: str | None = None) -> str:
+    """A page with the report's style and script.
+
+    The content security policy lets nothing run but the script, whose digest it names.
+
+    Args:
+        title: Title of the window, as text.
+        content: The sections, as HTML.
+        version: Of a page that a server keeps up to date, the version of the content; None for a file.
+    """
+    files = resources.files("flowgrpo.evaluation")
+    script = files.joinpath("report_script.js").read_text("utf-8")
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    live = "" if version is None else f' data-version="{escape(version)}"'
+    status = "" if version is None else '<p class="live" role="status">connecting</p>'
+    return Template(files.joinpath("report_template.html").read_text("utf-8")).substitute(
+        title=escape(title),
+        content=content,
+        script=script,
+        policy=f"script-src 'sha256-{digest}'"
+        + ("" if version is None else "; connect-src 'self'"),
+        live=live,
+        status=status,
+    )
 
 
 def _inspection(records: Records) -> str:
@@ -260,18 +301,31 @@ def _warnings(records: Records) -> str:
 
 
 def _grids(records: Records) -> str:
+    """The newest comparison grid as it is, for those that do not say where their images are."""
     figures = []
     for path in records.grids:
+        if path.with_suffix(".mp4").exists():
+            continue
         with Image.open(path) as picture:
             size = f'width="{picture.width}" height="{picture.height}"'
         source = f"data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}"
         image = f'<img {size} alt="{escape(f"Comparison grid {path.stem}")}" src="{source}">'
         figures.append(f'<figure class="card picture">{image}</figure>')
+    note = "The newest comparison grid; earlier ones are in the folder <code>grids</code>."
+    return section("Comparison grid", note, "".join(figures))
+
+
+def _videos(records: Records) -> str:
+    """The newest comparison grid as it plays, if the model makes videos."""
+    figures = []
+    for path in records.grids:
         video = path.with_suffix(".mp4")
         if video.exists():
+            with Image.open(path) as picture:
+                size = f'width="{picture.width}" height="{picture.height}"'
             source = f"data:video/mp4;base64,{base64.b64encode(video.read_bytes()).decode()}"
             player = f'<video controls loop muted playsinline {size} src="{source}"></video>'
-            figures[-1] = f'<figure class="card picture">{player}</figure>'
+            figures.append(f'<figure class="card picture">{player}</figure>')
     note = "The newest comparison grid; earlier ones are in the folder <code>grids</code>."
     return section("Comparison grid", note, "".join(figures))
 

@@ -1,7 +1,7 @@
 """Evaluation during a run: when it is due, its scores and its comparison grid, and the best weights."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from flowgrpo.evaluation.bench_section import direction
 from flowgrpo.evaluation.comparison_grid import ComparisonGrid, load_audio, load_images, save_images
 from flowgrpo.evaluation.hacking import changes_between, fallen, seen
 from flowgrpo.evaluation.records import PROMPT_USE
+from flowgrpo.evaluation.samples import FOLDER, Sample, save_samples
 from flowgrpo.policy import PipelinePolicy, Sampling
 from flowgrpo.rewards.prompt_use import find_ignoring, prompt_notes
 from flowgrpo.rewards.scorer import RewardScorer
@@ -137,6 +138,7 @@ class Evaluator:
                 gather=session.gather_objects,
                 rank=session.accelerator.process_index,
                 num_ranks=session.accelerator.num_processes,
+                show=lambda found: self._save_samples(iteration, found),
             )
             with self.policy.together():
                 if session.is_main:
@@ -177,6 +179,11 @@ class Evaluator:
     @property
     def _base_file(self) -> Path:
         return self.session.folder / "grids" / "base.safetensors"
+
+    def _save_samples(self, iteration: int, found: Sequence[Sample]) -> None:
+        """Keep the images of highest and of lowest reward for the report."""
+        if self.session.is_main:
+            save_samples(self.session.folder / FOLDER / f"{iteration:06d}.png", found)
 
     def _save_grid(self, iteration: int) -> None:
         tuned = self.comparison_grid.generate(self.policy, self.sampling)

@@ -1,0 +1,84 @@
+"""``flowgrpo report``."""
+
+import argparse
+import errno
+from pathlib import Path
+
+from flowgrpo.cli.common import UsageError, run_config
+
+SUMMARY = "write the report of a run, or follow a run in the browser"
+EXAMPLE = """\
+flowgrpo report runs/quickstart
+  flowgrpo report runs/quickstart --serve     the page updates by itself while the run trains"""
+PORT = 8642
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of the command."""
+    parser.add_argument("run", help="run directory; it may be training")
+    parser.add_argument(
+        "--out", help="HTML file (default: report.html in the run directory); not with --serve"
+    )
+    parser.add_argument(
+        "--serve",
+        action="store_true",
+        help="serve the report on this machine (127.0.0.1 only) until Ctrl-C; nothing is written",
+    )
+    parser.add_argument(
+        "--port", type=int, help=f"port of --serve; 0 for any free one (default: {PORT})"
+    )
+
+
+def run(options: argparse.Namespace) -> int:
+    """Write the report, or serve it."""
+    from flowgrpo.evaluation.report import report_content, write_page
+
+    folder = Path(options.run)
+    if not options.serve and options.port is not None:
+        raise UsageError("--port is for --serve: add --serve, or remove --port")
+    if options.serve and options.out:
+        raise UsageError("--serve writes no file: remove --out")
+    if options.port is not None and not 0 <= options.port <= 65535:
+        raise UsageError(f"--port must be between 0 and 65535, got {options.port}")
+    run_config(folder)
+    if options.serve:
+        return _serve(folder, PORT if options.port is None else options.port)
+    out = Path(options.out) if options.out else folder / "report.html"
+    if out.suffix.lower() not in (".html", ".htm"):
+        raise UsageError(f"--out must end in .html, got {options.out!r}")
+    content = report_content(folder)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    print(write_page(out, *content))
+    return 0
+
+
+def _serve(folder: Path, port: int) -> int:
+    from flowgrpo.evaluation.report_server import ReportServer
+    from flowgrpo.training.run_list import summarise
+
+    def status() -> tuple[str, str]:
+        found = summarise(folder)
+        planned = "" if found.iterations is None else f" of {found.iterations}"
+        updated = f"; last log line {found.updated[11:] or found.updated}" if found.updated else ""
+        return found.state, f"{found.state}, {found.iteration}{planned} iterations{updated}"
+
+    try:
+        server = ReportServer(folder, port, status)
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            raise UsageError(
+                f"port {port} is taken by another program: choose another one with --port, or --port 0 for any free one"
+            ) from error
+        if error.errno == errno.EACCES:
+            raise UsageError(
+                f"port {port} may not be used by this account: choose one above 1023"
+            ) from error
+        raise
+    print(f"{server.address} shows {folder}; Ctrl-C ends it", flush=True)
+    try:
+        server.serve_forever(poll_interval=0.2)
+    except KeyboardInterrupt:
+        print("stopped")
+    finally:
+        server.server_close()
+    return 0
