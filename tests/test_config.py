@@ -331,6 +331,24 @@ def test_files_are_found_by_name_from_any_folder_and_nearly_by_name(tmp_path, mo
         (["loss.kl=velocity"], "loss.kl = 'velocity' is set but loss.kl_coef is 0"),
         (["loss.kl=flow_grpo"], "loss.kl = 'flow_grpo' is set but loss.kl_coef is 0"),
         (["evaluation.images_during=-1"], "evaluation.images_during must be at least 0, got -1"),
+        (
+            ["evaluation.regimes=[{images=4}]"],
+            r"evaluation.regimes\[0\] samples like the evaluation itself; set num_steps",
+        ),
+        (
+            ["evaluation.regimes=[{num_steps=5}, {num_steps=5, label='five'}]"],
+            r"regimes\[1\] samples like evaluation.regimes\[0\]",
+        ),
+        (
+            ["evaluation.regimes=[{num_steps=5, label='a'}, {num_steps=6, label='a'}]"],
+            "two regimes 'a'; give one a label",
+        ),
+        (["evaluation.regimes=[{num_steps=5, label='a.b'}]"], "must consist of letters, .* 'a.b'"),
+        (["evaluation.regimes=[{num_steps=0}]"], r"regimes\[0\]: num_steps must be at least 1"),
+        (
+            ["evaluation.regimes=[{call={num_inference_steps=5}}]"],
+            r"regimes\[0\]: .*num_inference_steps",
+        ),
         (["model.weights={kind='lora', rank=0}"], "model.weights.rank must be at least 1, got 0"),
         (
             ["algorithm.transition={kind='cps', noise_level=1.5}"],
@@ -606,6 +624,21 @@ def test_the_smallest_allowed_values():
     """Each bound holds for its own key, at the value of this table."""
     for key, least in LEAST.items():
         assert BOUNDS[key][0] == least, key
+
+
+def test_a_regime_changes_what_it_names_and_is_named_by_it():
+    settings = ["sampling.call={a=1}", "evaluation.num_steps=9", "sampling.guidance_scale=1.0"]
+    regimes = (
+        "evaluation.regimes=[{guidance_scale=3.0, num_steps=28}, {call={b=2.5}, label='mine'}]"
+    )
+    config = load("quickstart", [*settings, regimes])
+    one, other = config.evaluation.regimes
+    usual = config.evaluation_sampling()
+    guided = dataclasses.replace(usual, num_steps=28, guidance_scale=3.0)
+    assert (one.tag, one.sampling(usual)) == ("steps_28_guidance_3", guided)
+    assert other.sampling(usual) == dataclasses.replace(usual, call={"a": 1, "b": 2.5})
+    assert other.tag == "mine"
+    assert dataclasses.replace(other, label="").tag == "b_2p5"
 
 
 def test_a_loss_on_the_moving_average_needs_one():

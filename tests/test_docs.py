@@ -68,6 +68,7 @@ TINY = [
     "evaluation.grid_prompts=1",
     "evaluation.grid_samples=2",
     "evaluation.bench=[{name='shapes', limit=3, settings={samples=1}}]",
+    "evaluation.regimes=[{guidance_scale=3.0, images=6}]",
     "run.trackers=[]",
     "run.threads=1",
 ]

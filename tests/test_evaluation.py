@@ -1,5 +1,6 @@
 """Held-out evaluation against a slow version: noise, means, errors, classes, grids, weights, the best."""
 
+import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -11,6 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 import flowgrpo
+from flowgrpo.config.schema import Regime
 from flowgrpo.core.random import Random, SampleNoise
 from flowgrpo.data.prompt_sets import PromptSet
 from flowgrpo.data.prompts import Prompt
@@ -330,6 +332,38 @@ def test_the_moving_average_is_evaluated_drawn_and_kept_as_the_best(evaluator: E
     evaluator.evaluate(6, full=False)
     assert evaluator.evaluations[1]["images"] == 2
     assert evaluator.evaluations[1]["scores"]["brightness"] == pytest.approx(brightness_of(trained, 2), abs=1e-5)  # fmt: skip
+
+
+def test_other_ways_to_sample_are_evaluated_when_they_are_due(evaluator: Evaluator, capsys: pytest.CaptureFixture[str]) -> None:  # fmt: skip
+    usual = evaluator.sampling
+    regimes = (Regime(num_steps=3, images=2, when="every"), Regime(guidance_scale=5.0))
+    object.__setattr__(evaluator.settings, "regimes", regimes)
+    evaluator.learner.ema = None
+    for iteration, full in ((0, True), (1, False)):
+        evaluator.evaluate(iteration, full)
+    said = " ".join(capsys.readouterr().out.split())
+    first, second = evaluator.evaluations
+    assert list(first["regimes"]) == ["steps_3", "guidance_5"]
+    assert list(second["regimes"]) == ["steps_3"]
+    for tag, sampling, number in (
+        ("steps_3", dataclasses.replace(usual, num_steps=3), 2),
+        ("guidance_5", dataclasses.replace(usual, guidance_scale=5.0), 4),
+    ):
+        items, noise = held_out.plan(PROMPTS, number), Random(SEED)
+        media = [
+            evaluator.policy.images([i.prompt], SampleNoise([noise.at("evaluation", i.index)]), sampling=sampling)[0]
+            for i in items
+        ]  # fmt: skip
+        expected = sum(float(m.mean()) for m in media) / number
+        table = first["regimes"][tag]
+        assert table["scores"]["brightness"] == pytest.approx(expected, abs=1e-5)
+        assert abs(expected - first["scores"]["brightness"]) > 1e-5
+        assert (table["images"], table["metrics"]["samples"]) == (number, number)
+        assert f"held out, {tag}, after 0 iterations, {number} images" in said
+    # The best weights depend on the evaluation itself, and times are not among the results.
+    assert checkpoints.load(evaluator.session.checkpoints / "best")[1]["score"] == first["reward"]
+    stored = evaluator.session.past_evaluations()[0]["regimes"]["steps_3"]
+    assert stored == {k: v for k, v in first["regimes"]["steps_3"].items() if k != "seconds"}
 
 
 def test_the_best_is_the_highest_reward_so_far(evaluator: Evaluator) -> None:

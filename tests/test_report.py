@@ -161,6 +161,25 @@ def test_report_holds_every_part(full):
     assert f"flowgrpo train '{full}/config.toml'" in text.replace("&#x27;", "'")
 
 
+def test_other_ways_to_sample_are_in_the_verdict_and_have_tables(tmp_path):
+    def line(iteration, plain, guided):
+        table = evaluation(iteration, images=100, graded=guided)
+        del table["iteration"]
+        return evaluation(iteration, graded=plain) | {"regimes": {"steps_28_guidance_3": table}}
+
+    folder = run(
+        tmp_path, evaluations=[line(0, 0.5, 0.7), evaluation(20, graded=0.6), line(40, 0.7, 0.71)]
+    )
+    said = verdict(folder)
+    assert "graded rose from 50.0 to 70.0 points" in said
+    assert "Sampled with steps 28 guidance 3 : graded stayed within noise" in said
+    assert "70.0 to 71.0 points (+1.0 ± 6.4)" in said
+    text = text_of(report(folder))
+    assert text.index("By task") < text.index("Other ways to sample") < text.index("Curves")
+    assert "steps 28 guidance 3, 100 images" in text
+    assert Records(folder).regime("steps_28_guidance_3").evaluations[1]["iteration"] == 40
+
+
 def test_only_the_newest_grid_is_embedded(full):
     page = report(full)
     assert page.count("data:image/png;base64,") == 1

@@ -89,6 +89,10 @@ def model_card(run: Path, repo_id: str, benchmarks: Sequence[Mapping[str, Any]] 
         f"Held-out prompts, deterministic sampler, same noise; {first['images']} images before, "
         f"{last['images']} after. A change of at most two standard errors counts as noise."
         f"\n\n{_changes(records)}",
+        *(
+            f"Sampled with {tag.replace('_', ' ')}:\n\n{_changes(records.regime(tag))}"
+            for tag in records.regimes()
+        ),
         f"## Benchmarks\n\n{_benchmarks(benchmarks)}" if benchmarks else "",
         f"## Use\n\n```python\n{_usage(run, config, repo_id)}\n```",
         f"## Data\n\n{_data(config)}",

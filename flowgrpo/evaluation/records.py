@@ -6,6 +6,7 @@ import re
 import statistics
 import tomllib
 from collections.abc import Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -184,6 +185,20 @@ class Records:
             table |= {f"artefacts/{k}": v for k, v in line.get("artefacts", {}).items()}
             for key, value in table.items():
                 found.setdefault(key, []).append((line["iteration"], _float(value)))
+        return found
+
+    def regimes(self) -> list[str]:
+        """The further ways to sample that were evaluated, in order of the first evaluation."""
+        return list(dict.fromkeys(k for e in self.evaluations for k in e.get("regimes", {})))
+
+    def regime(self, tag: str) -> "Records":
+        """The same run, with the evaluations of one of the further ways to sample as its evaluations."""
+        found = copy(self)
+        found.evaluations = [
+            {"iteration": e["iteration"], **e["regimes"][tag]}
+            for e in self.evaluations
+            if tag in e.get("regimes", {})
+        ]
         return found
 
     def scores(self) -> list[str]:

@@ -31,8 +31,8 @@ from flowgrpo.evaluation.curves import (
     total,
     training_metrics,
 )
-from flowgrpo.evaluation.hacking import hacking_section
 from flowgrpo.evaluation.film_strip import film_strip
+from flowgrpo.evaluation.hacking import hacking_section
 from flowgrpo.evaluation.records import INSPECTION_FILE, Change, Records, finite
 from flowgrpo.evaluation.run_history import run_history
 from flowgrpo.evaluation.sample_section import best_and_worst
@@ -81,6 +81,7 @@ def report_content(folder: Path) -> tuple[str, str]:
         _videos(records),
         best_and_worst(records),
         _tasks(records),
+        _regimes(records),
         hacking_section(records),
         benchmarks(records),
         main_curves(records),
@@ -165,6 +166,7 @@ def _verdict(records: Records) -> str:
         return _card(*_evaluated_once(records))
     tiles = "".join(_tile(change, records) for change in changes)
     text = [_scores_paragraph(records, changes), _diversity_paragraph(records)]
+    text += [_regime_paragraph(records, tag) for tag in records.regimes()]
     about = f'<p class="quiet">{_about_numbers(records, changes)}</p>'
     return _card(_headline(changes), text, f'<div class="tiles">{tiles}</div>', about)
 
@@ -244,6 +246,25 @@ def _diversity_paragraph(records: Records) -> str:
         moved = "fell" if change.after < change.before else "rose"
         clauses.append(f"{escape(change.name)} {moved}{percent} from {_span(change)}")
     return f"Diversity: {'; '.join(clauses)}." if clauses else ""
+
+
+def _regime_paragraph(records: Records, tag: str) -> str:
+    """How the scores changed with another way to sample; empty if it was evaluated once."""
+    view = records.regime(tag)
+    if len(view.evaluations) < 2:
+        return ""
+    clauses = []
+    for score in view.scores():
+        change = view.change(score)
+        span = "" if change.kind == "unmeasured" else f", {_span(change)}{_unit(change)}"
+        clauses.append(
+            f"<b>{escape(score)}</b> {change.words}{span}{span and f' ({change.difference})'}"
+        )
+    return f"Sampled with <b>{escape(_regime_name(tag))}</b>: {'; '.join(clauses)}."
+
+
+def _regime_name(tag: str) -> str:
+    return tag.replace("_", " ")
 
 
 def _about_numbers(records: Records, changes: Sequence[Change]) -> str:
@@ -331,7 +352,31 @@ def _videos(records: Records) -> str:
 
 
 def _tasks(records: Records) -> str:
-    if len(records.evaluations) < 2 or not records.tasks():
+    cards = _task_cards(records)
+    note = (
+        "Hollow dots show the score before training, filled dots after. ▲ and ▼ mark changes of more "
+        "than two standard errors, ≈ changes that may be noise. Of twenty tasks without any change, "
+        "about one is marked by chance."
+    )
+    return section("By task", note, f'<div class="pair">{cards}</div>' if cards else "")
+
+
+def _regimes(records: Records) -> str:
+    """The same tables for each further way to sample."""
+    parts = []
+    for tag in records.regimes():
+        view = records.regime(tag)
+        if cards := _task_cards(view):
+            images = number(view.evaluations[-1].get("images", math.nan))
+            title = f"{escape(_regime_name(tag))}, {images} images"
+            parts.append(f'<h3>{title}</h3><div class="pair">{cards}</div>')
+    note = "The same weights and prompts, sampled in the ways that <code>evaluation.regimes</code> names."
+    return section("Other ways to sample", note, "".join(parts))
+
+
+def _task_cards(records: Records) -> str:
+    """A table for each score: all images and each task, before and after."""
+    if len(records.evaluations) < 2:
         return ""
     cards = []
     for score in records.scores():
@@ -343,12 +388,7 @@ def _tasks(records: Records) -> str:
         head = "<tr><th></th><th>before</th><th>after</th><th>change</th><th></th></tr>"
         table = f'<div class="scroll"><table>{head}{rows}</table></div>'
         cards.append(f'<div class="card"><h3>{escape(score)}</h3>{table}</div>')
-    note = (
-        "Hollow dots show the score before training, filled dots after. ▲ and ▼ mark changes of more "
-        "than two standard errors, ≈ changes that may be noise. Of twenty tasks without any change, "
-        "about one is marked by chance."
-    )
-    return section("By task", note, f'<div class="pair">{"".join(cards)}</div>')
+    return "".join(cards)
 
 
 def _task_row(change: Change, ends: tuple[Number, Number], whole: bool) -> str:

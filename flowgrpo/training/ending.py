@@ -110,6 +110,9 @@ def _print_result(run: TrainingRun, exported: Exported) -> None:
     console, session = run.session.console, run.session
     before, after = run.evaluator.evaluations[0], run.evaluator.evaluations[-1]
     _print_scores(console, before, after)
+    for tag, table in after.get("regimes", {}).items():
+        if tag in before.get("regimes", {}):  # One may be added when a run is resumed.
+            _print_scores(console, before["regimes"][tag], table, f", {tag}")
     for name, value in after["metrics"].items():
         if name in before["metrics"]:  # Metrics may be added when a run is resumed.
             console.say(f"{name}: {before['metrics'][name]:.3f} before, {value:.3f} after")
@@ -124,11 +127,13 @@ def _print_result(run: TrainingRun, exported: Exported) -> None:
         console.say(note)
 
 
-def _print_scores(console: Console, before: Mapping[str, Any], after: Mapping[str, Any]) -> None:
+def _print_scores(
+    console: Console, before: Mapping[str, Any], after: Mapping[str, Any], regime: str = ""
+) -> None:
     """Tables of held-out scores before and after training, over all images and by class."""
     rows = [("all", before["scores"], after["scores"])]
     rows += [(c, before["by_class"][c], after["by_class"][c]) for c in before["by_class"]]
-    title = f"held out, {after['images']} images, deterministic sampler"
+    title = f"held out{regime}, {after['images']} images, deterministic sampler"
     every = list(before["scores"])
     # A terminal is wide enough for two rewards side by side.
     for names in (every[i : i + 2] for i in range(0, len(every), 2)):

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -126,36 +127,31 @@ class Evaluator:
         settings, session = self.settings, self.session
         number = settings.images if full or not settings.images_during else settings.images_during
         with session.phase("evaluation"), self.evaluated_weights():
-            result = held_out.evaluate(
-                self.policy,
-                self.scorer,
-                held_out.plan(self.prompts, number),
-                seed=self.seed,
-                sampling=self.sampling,
-                balance=self.prompts.balance,
-                metrics=self.metrics,
-                artefacts=settings.artefacts,
-                gather=session.gather_objects,
-                rank=session.accelerator.process_index,
-                num_ranks=session.accelerator.num_processes,
-                show=lambda found: self._save_samples(iteration, found),
-            )
+            result = self._scored(self.sampling, number, iteration)
+            regimes = {
+                regime.tag: self._scored(regime.sampling(self.sampling), regime.images or number)
+                for regime in settings.regimes
+                if full or regime.when == "every"
+            }
             with self.policy.together():
                 if session.is_main:
                     self._save_grid(iteration)
             found = self.benchmarks.run(iteration, full) if self.benchmarks else {}
         self.scorer.check_media()
-        result = {"iteration": iteration, **result, **({"bench": found} if found else {})}
+        parts = {"regimes": regimes, "bench": found}
+        result = {"iteration": iteration, **result, **{k: v for k, v in parts.items() if v}}
         self.evaluations.append(result)
         session.log_evaluation(result)
         if session.is_main:
             session.log_grid(iteration)
         best = self.benchmarks.best_of(result) if self.benchmarks else result["reward"]
         session.save_best(self.learner, iteration, best)
-        scores = ", ".join(f"{k} {v:.3f}" for k, v in result["scores"].items())
-        session.console.say(
-            f"held out, after {iteration} iterations, {result['images']} images: {scores}"
-        )
+        for tag, table in {"": result, **regimes}.items():
+            scores = ", ".join(f"{k} {v:.3f}" for k, v in table["scores"].items())
+            of = f", {tag}" if tag else ""
+            session.console.say(
+                f"held out{of}, after {iteration} iterations, {table['images']} images: {scores}"
+            )
         for line in bench_lines(found):
             session.console.say(line)
         self._warn(result)
@@ -168,6 +164,30 @@ class Evaluator:
         for name in (n for n in found if n not in self._warned):
             self.session.console.say(f"WARNING: {found[name]}")
         self._warned |= found.keys()
+
+    def _scored(
+        self, sampling: Sampling, number: int, shown_after: int | None = None
+    ) -> dict[str, Any]:
+        """The scores of ``number`` held-out images; all processes take part.
+
+        With ``shown_after``, the iteration, images of highest and lowest reward are saved, and artefacts
+        measured as configured.
+        """
+        accelerator = self.session.accelerator
+        return held_out.evaluate(
+            self.policy,
+            self.scorer,
+            held_out.plan(self.prompts, number),
+            seed=self.seed,
+            sampling=sampling,
+            balance=self.prompts.balance,
+            metrics=self.metrics,
+            artefacts=self.settings.artefacts and shown_after is not None,
+            gather=self.session.gather_objects,
+            rank=accelerator.process_index,
+            num_ranks=accelerator.num_processes,
+            show=None if shown_after is None else partial(self._save_samples, shown_after),
+        )
 
     def evaluated_weights(self) -> AbstractContextManager[None]:
         """Inside, the policy has the weights that are evaluated and exported.

@@ -237,10 +237,12 @@ class Session:
         """Write the result of an evaluation, without its time."""
         if self.is_main:
             # Two runs of one configuration write the same lines.
-            record = {k: v for k, v in result.items() if k != "seconds"}
-            self.logs.append("evaluations", record)
+            self.logs.append("evaluations", _timeless(result))
         flat = {f"held_out/{k}": v for k, v in result["scores"].items()} | result["metrics"]
         flat |= {f"artefacts/{k}": v for k, v in result.get("artefacts", {}).items()}
+        for tag, table in result.get("regimes", {}).items():
+            flat |= {f"held_out/{tag}/{k}": v for k, v in table["scores"].items()}
+            flat |= {f"{k}/{tag}": v for k, v in table["metrics"].items()}
         for label, table in result.get("bench", {}).items():
             values = table.get("results", {}).items()
             flat |= {f"bench/{label}/{k}": v for k, v in values if v is not None}
@@ -458,3 +460,11 @@ def _here(device: torch.device) -> tuple[int, int]:
     """Processes of the run on this machine, and devices of this type that they can see."""
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     return ranks, torch.get_device_module(device).device_count()
+
+
+def _timeless(result: Mapping[str, Any]) -> dict[str, Any]:
+    """The result of an evaluation without its times."""
+    record = {k: v for k, v in result.items() if k != "seconds"}
+    if "regimes" in record:
+        record["regimes"] = {tag: _timeless(table) for tag, table in record["regimes"].items()}
+    return record

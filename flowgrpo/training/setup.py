@@ -145,6 +145,12 @@ def _check_policy(
         ValueError: If the pipeline cannot make an image of a requested size.
     """
     check_sizes(policy, held_out.prompts, config.evaluation_sampling())
+    for index, regime in enumerate(config.evaluation.regimes):
+        try:
+            sampling = regime.sampling(config.evaluation_sampling())
+            check_sizes(policy, held_out.prompts[:1], sampling)
+        except ValueError as error:
+            raise ConfigError(f"evaluation.regimes[{index}]: {error}") from error
     # Last, because the checks below need the sampling grid of rollouts.
     check_sizes(policy, prompts.prompts, config.sampling)
     fit_noise(policy, [*prompts.prompts, *held_out.prompts])
