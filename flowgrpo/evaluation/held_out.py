@@ -27,7 +27,9 @@ from flowgrpo.rewards.scorer import RewardScorer
 
 Metric = Callable[[Sequence[Prompt], Sequence[Float[Tensor, "_ *_"]]], Mapping[str, float]]
 """A function of all samples of each prompt at once, such as a diversity. It gets prompts and, for each
-of them, its media ``(samples, ...)`` in [0, 1], and returns numbers by name."""
+of them, its media ``(samples, ...)`` in [0, 1], and returns numbers by name. Each process calls it with its
+prompts, and the mean over processes, weighted by their numbers of prompts, is reported; of a mean over
+prompts this is the mean over all of them."""
 
 
 @dataclass(frozen=True)
@@ -112,10 +114,10 @@ def evaluate(
     media: dict[int, list[Tensor]] = {}
     for item in mine:
         media.setdefault(keys[id(item.prompt)], []).append(images[item.index])
-    parts = gather([_metrics(metrics, {keys[id(i.prompt)]: i.prompt for i in mine}, media)])
+    measured = _metrics(metrics, {keys[id(i.prompt)]: i.prompt for i in mine}, media)
     return {
         **_summary(rows),
-        "metrics": {k: _mean([p[k] for p in parts if k in p]) for k in parts[0]},
+        "metrics": _joined(gather([(len(media), measured)])),
         **({"artefacts": _artefacts(rows)} if artefacts else {}),
         "per_image": _per_image(rows),
         "seconds": round(time.perf_counter() - began, 3),
@@ -231,8 +233,20 @@ def _metrics(
     media: Mapping[int, Sequence[Tensor]],
 ) -> dict[str, float]:
     names = sorted(media)
+    if not names:  # There are more processes than prompts.
+        return {}
     stacked = [torch.stack(list(media[n])) for n in names]
     return {k: v for m in metrics for k, v in m([prompts[n] for n in names], stacked).items()}
+
+
+def _joined(parts: Sequence[tuple[int, Mapping[str, float]]]) -> dict[str, float]:
+    """The metrics of all processes: means weighted by their numbers of prompts, without NaN."""
+    result = {}
+    for name in dict.fromkeys(name for _, part in parts for name in part):
+        known = [(n, part[name]) for n, part in parts if name in part and part[name] == part[name]]
+        total = sum(n for n, _ in known)
+        result[name] = sum(n / total * v for n, v in known) if known else float("nan")
+    return result
 
 
 def _means(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:

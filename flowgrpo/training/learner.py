@@ -266,36 +266,39 @@ class Learner:
         return total
 
     def _drift(self, experience: Experience) -> dict[str, float]:
-        """The distance of the policy from the reference, on a few of the iteration's states.
+        """The distance of the policy from the reference, on a few states of the first process.
 
-        It is the metric ``kl/velocity``: the mean squared difference of the models' outputs. One forward
-        pass serves all the states, so they share the step and the call of the first action.
+        It is the metric ``kl/velocity``: the mean squared difference of the models' outputs.
 
         Raises:
             DivergenceError: If it is above MAX_DRIFT.
         """
-        train, actions = self.train, experience.actions
-        if train.monitor_states == 0:
+        if self.train.monitor_states == 0:
             return {}
+        # The first process has the first groups of the iteration, however many processes there are.
+        batches = [self._monitored(experience)] if self.accelerator.is_main_process else []
+        references = self.replay.references(experience, batches)
+        with torch.no_grad(), self.policy.together():
+            records = [self.replay.record(experience, batch) for batch in batches]
+        found = torch.zeros(2)
+        for record, reference in zip(records, references, strict=True):
+            moved = record.prediction.output.cpu() - reference.output
+            squares = [_mean_square(moved), _mean_square(reference.output)]
+            found = torch.stack(squares)
+        drift, size = self.accelerator.reduce(found.to(self.policy.device), "sum").tolist()
+        check_drift(drift, size)
+        return {"kl/velocity": drift}
+
+    def _monitored(self, experience: Experience) -> Actions:
+        """The actions of a few states. They share the step and the call of the first action."""
+        train, actions = self.train, experience.actions
         # Groups whose prompts can share a call with that of the first action.
         key = {g.index: call_key(g.prompt) for g in experience.groups}
         alike = [i for i, k in key.items() if k == key[int(actions.group[0])]]
         same = (actions.step == actions.step[0]) & torch.isin(actions.group, torch.tensor(alike))
         first = actions.state[same].unique()
         chosen = torch.isin(actions.state, first[: min(train.monitor_states, train.train_batch)])
-        few = actions.select(chosen.nonzero().squeeze(1))
-        (reference,) = self.replay.references(experience, [few])
-        with torch.no_grad(), self.policy.together():
-            output = self.replay.record(experience, few).prediction.output.cpu()
-        squares = (output - reference.output).float().square().flatten(1).mean(1)
-        mean = self._mean_of_all(squares)
-        check_drift(mean, self._mean_of_all(reference.output.float().square().flatten(1).mean(1)))
-        return {"kl/velocity": mean}
-
-    def _mean_of_all(self, values: Tensor) -> float:
-        """The mean over all processes of their means."""
-        own = values.mean().reshape(1).to(self.policy.device)
-        return float(self.accelerator.gather(own).mean())
+        return actions.select(chosen.nonzero().squeeze(1))
 
     def _follow(self) -> None:
         """After an iteration, move the behaviour weights towards the trained weights.
@@ -422,6 +425,11 @@ class Learner:
                     k: (v if is_plain else int(v)) if k == "step" else v.to(parameter.device)
                     for k, v in own.items()
                 }
+
+
+def _mean_square(values: Tensor) -> Float[Tensor, ""]:
+    """The mean over samples of their mean squares."""
+    return values.float().square().flatten(1).mean(1).mean()
 
 
 def sum_gradients(parameters: Sequence[nn.Parameter], accelerator: Accelerator) -> None:

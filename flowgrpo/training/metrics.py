@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import Tensor
 
 from flowgrpo.core.advantages import zero_variance_groups
@@ -22,6 +23,9 @@ def rollout_metrics(experience: Experience, gather: Callable[[Tensor], Tensor]) 
     c, everyone = experience.candidates, experience.all_candidates
     finite = everyone.reward[everyone.valid]
     flat = gather(zero_variance_groups(c.reward, c.group).float())
+    # Each process has equally many prompts.
+    cost = torch.tensor([[experience.cost.nfe, experience.cost.decodes]], dtype=torch.float64)
+    nfe, decodes = gather(cost).mean(0).tolist()
     return {
         "reward": float(finite.mean()),
         "reward_std": float(finite.std(correction=0)),
@@ -31,8 +35,8 @@ def rollout_metrics(experience: Experience, gather: Callable[[Tensor], Tensor]) 
         "group/diversity": float(gather(experience.diversity).mean()),
         "group/duplicates": float(gather(experience.duplicates).sum()),
         "failures": float((~everyone.valid).sum()),
-        "nfe_per_prompt": experience.cost.nfe,
-        "decodes_per_prompt": experience.cost.decodes,
+        "nfe_per_prompt": nfe,
+        "decodes_per_prompt": decodes,
     }
 
 
@@ -92,15 +96,19 @@ class UpdateStatistics:
 
     def _by_step(self, accelerator: Accelerator) -> dict[str, float]:
         """Means of single denoising steps, for the metrics that ask for them."""
-        if accelerator.num_processes > 1:
-            return {}
-        steps = sorted({step for own in self.values.values() for step in own})
-        return {
-            f"step/{step}/{metric.by_step}": float(torch.cat(own[step]).mean())
-            for step in steps
+        own = {
+            (step, metric.by_step): (float(torch.cat(parts).mean()), sum(map(len, parts)))
             for metric in self.declared
-            if metric.by_step and step in (own := self.values[metric.name])
+            if metric.by_step
+            for step, parts in self.values[metric.name].items()
         }
+        every = gather_object([own]) if accelerator.num_processes > 1 else [own]
+        found = {}
+        for step, name in sorted({key for part in every for key in part}):
+            parts = [part[step, name] for part in every if (step, name) in part]
+            number = sum(n for _, n in parts)
+            found[f"step/{step}/{name}"] = sum(mean * n for mean, n in parts) / number
+        return found
 
 
 def _mean(parts: Sequence[Tensor], accelerator: Accelerator) -> float:

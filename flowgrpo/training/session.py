@@ -136,6 +136,8 @@ class Session:
 
     def gather(self, tensor: Tensor) -> Tensor:
         """The concatenation of a tensor of each process, on the CPU."""
+        if self.accelerator.num_processes == 1:
+            return tensor.cpu()
         return self.accelerator.gather(tensor.to(self.accelerator.device)).cpu()
 
     def gather_objects(self, values: list[Any]) -> list[Any]:

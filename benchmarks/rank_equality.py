@@ -1,0 +1,202 @@
+"""Every algorithm on 1, 2 and 4 processes: the largest difference between their numbers.
+
+Trains a tiny random model for an iteration with two optimizer steps, in real processes that are connected
+by gloo, and compares each run's files with those of one process:
+
+- rollout: metrics of rewards and groups, relative to the larger value;
+- losses: loss, KL, ratios and gradient norms, likewise;
+- gradient: Adam's first moments after the iteration, as the norm of the difference over their norm;
+- weights: the norm of the difference over the norm of the update. AdamW divides a gradient by its size,
+  so that parameters whose gradients are rounding errors move as far as all others;
+- held out: the scores of the evaluations.
+
+    python -m benchmarks.rank_equality [--algorithms flow_grpo vgpo] [--ranks 2 4] [--set KEY=VALUE ...]
+
+``--set`` is passed on to the configuration of the runs on several processes, for settings that a single
+process cannot have. ``--sharded`` is short for ``--set parallel.shard=denoiser`` and full fine-tuning.
+"""
+
+import argparse
+import json
+import math
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from flowgrpo import cli
+from tests.processes import Forked, ranks
+from tests.tiny import save
+
+HERE = "benchmarks.rank_equality"
+SETTINGS = [
+    "model.weights={kind='full'}", "sampling={num_steps=4, height=16, width=16, guidance_scale=4.5, call={max_sequence_length=16}}",
+    f"rewards=[{{model='{HERE}:brightness'}}, {{model='{HERE}:redness', weight=0.5}}]",
+    "prompts.balance=''", "train.iterations=1", "train.groups=8", "train.rollout_batch=8", "train.train_batch=8",
+    "train.updates=2", "train.lr=1e-4", "train.weight_decay=0", "evaluation.images=6", "evaluation.every=0",
+    "evaluation.grid_prompts=1", "evaluation.grid_samples=2", "evaluation.num_steps=2",
+    "evaluation.inspected_prompts=0", "run.threads=1", "run.device=cpu", "run.trackers=[]",
+    "run.checkpoint_every=1", "failures.probe=off",
+]  # fmt: skip
+CLIPPED = "loss={kind='clipped', clip_range=1e-3, kl_coef=0.05}"
+CASES: dict[str, Sequence[str]] = {
+    "flow_grpo": ["algorithm={kind='flow_grpo', group_size=4}", CLIPPED],
+    "flow_grpo, EMA": ["algorithm={kind='flow_grpo', group_size=4}", CLIPPED, "train.ema_decay=0.9"],
+    "flow_grpo, guard": ["algorithm={kind='flow_grpo', group_size=4}", "loss={kind='clipped', clip_range=1e-3, ratio='guard'}"],
+    "flow_grpo, kl clip": ["algorithm={kind='flow_grpo', group_size=4}", "loss={kind='clipped', clip='kl'}"],
+    "flow_grpo, GDPO": ["algorithm={kind='flow_grpo', group_size=4, advantage={kind='gdpo'}}", CLIPPED],
+    "flow_grpo, GARDO": ["algorithm={kind='flow_grpo', group_size=4}", CLIPPED, f"rewards=[{{model='{HERE}:brightness'}}, {{model='{HERE}:redness', weight=0}}]", "guard={kl='uncertain', reset_every=1}"],
+    "flow_grpo, refill": ["algorithm={kind='flow_grpo', group_size=4}", CLIPPED, f"rewards=[{{model='{HERE}:rough'}}]", "train.refill=3"],
+    "flow_grpo, dropped": ["algorithm={kind='flow_grpo', group_size=4}", CLIPPED, f"rewards=[{{model='{HERE}:rough'}}]", "train.without_advantage='drop'"],
+    "dance_grpo": ["algorithm={kind='dance_grpo', group_size=4}", CLIPPED, "train.split='samples'"],
+    "mix_grpo": ["algorithm={kind='mix_grpo', group_size=4, steps={kind='window', size=2}}", CLIPPED],
+    "pref_grpo": ["algorithm={kind='pref_grpo', group_size=4, preference={reward='brightness'}}", CLIPPED],
+    "tempflow_grpo": ["algorithm={kind='tempflow_grpo', group_size=4, seeds=2}", CLIPPED],
+    "g2rpo": ["algorithm={kind='g2rpo', group_size=4, steps={kind='window', size=2}, granularities=[1, 2]}", CLIPPED, "train.split='steps'"],
+    "tp_grpo": ["algorithm={kind='tp_grpo', group_size=4}", CLIPPED],
+    "vgpo": ["algorithm={kind='vgpo', group_size=4}", CLIPPED],
+    "branch_grpo": ["algorithm={kind='branch_grpo', group_size=4, splits=[0, 1]}", CLIPPED, "train.split='actions'"],
+    "diffusion_nft": ["algorithm={kind='diffusion_nft', group_size=4}", "loss={kind='nft', kl_coef=0.05}"],
+    "matching": ["algorithm={kind='matching', group_size=4, num_times=2}", "loss={kind='matching', kl_coef=0.05}"],
+    "matching, DGPO": ["algorithm={kind='matching', group_size=4, num_times=2}", "loss={kind='dgpo'}"],
+    "matching, CRD": ["algorithm={kind='matching', group_size=4, num_times=2}", "loss={kind='crd'}"],
+    "find": ["algorithm={kind='find', group_size=4}", "loss={kind='clipped', clip_range=1e-3}", "model.weights={kind='noise'}", "train.monitor_states=0"],
+}  # fmt: skip
+"""Every algorithm and every loss, with the settings whose statistics are over all processes."""
+LOSSES = ("loss/", "ratio/", "log_prob/", "step/", "kl/", "grad_norm", "distance/", "guard/")
+"""Beginnings of the names of metrics of updates; the others are of rollouts."""
+
+
+def brightness(media: Tensor, prompts: Sequence[Any]) -> Tensor:
+    """Mean of all pixels."""
+    return media.flatten(1).mean(1)
+
+
+def redness(media: Tensor, prompts: Sequence[Any]) -> Tensor:
+    """Mean of the red channel."""
+    return media[:, 0].flatten(1).mean(1)
+
+
+def rough(media: Tensor, prompts: Sequence[Any]) -> Tensor:
+    """The brightness for every other prompt, a constant for the rest."""
+    rough = torch.tensor([len(p.text) % 2 == 0 for p in prompts])
+    return torch.where(rough, media.flatten(1).mean(1), 0.5)
+
+
+def train(folder: Path, model: Path, number: int, settings: Sequence[str]) -> None:
+    """A run on a number of processes.
+
+    Raises:
+        RuntimeError: If one of them fails, with its output.
+    """
+    every = [*SETTINGS, f"model.path='{model}'", f"run.folder='{folder}'", *settings]
+    arguments = ["train", "quickstart", *(f"--set={s}" for s in every)]
+    alone = number == 1
+    processes = [Forked(lambda: cli.main(arguments))] if alone else ranks(lambda _: cli.main(arguments), number)  # fmt: skip
+    for process in processes:
+        output, _ = process.communicate(timeout=1800)
+        if process.returncode:
+            raise RuntimeError(f"{folder.name} failed:\n{output[-3000:]}")
+
+
+def lines(file: Path) -> list[dict[str, Any]]:
+    """The records of a log."""
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def relative(one: float, other: float) -> float:
+    """The difference over the larger value; 0 if both are rounding errors."""
+    size = max(abs(one), abs(other))
+    return 0.0 if size < 1e-6 else abs(one - other) / size
+
+
+def compared(one: Path, other: Path, model: Path) -> dict[str, float]:
+    """The largest differences between the files of two runs.
+
+    Raises:
+        AssertionError: If they have not the same metrics.
+    """
+    found: dict[str, float] = dict.fromkeys(("rollout", "losses", "held out"), 0.0)
+    for a, b in zip(lines(one / "metrics.jsonl"), lines(other / "metrics.jsonl"), strict=True):
+        assert a.keys() == b.keys(), a.keys() ^ b.keys()
+        for name in a:
+            if name == "log_prob/noise":  # a rounding error itself
+                continue
+            part = "losses" if name.startswith(LOSSES) else "rollout"
+            found[part] = max(found[part], relative(a[name], b[name]))
+    files = (one / "evaluations.jsonl", other / "evaluations.jsonl")
+    for a, b in zip(*map(lines, files), strict=True):
+        assert a["images"] == b["images"]
+        for name in a["scores"]:
+            found["held out"] = max(
+                found["held out"], relative(a["scores"][name], b["scores"][name])
+            )
+    parts = [load(folder, "optimizer") for folder in (one, other)]
+    moments = [{k: v for k, v in part.items() if k.endswith("/exp_avg")} for part in parts]
+    found["gradient"] = distance(moments[0], moments[1]) / distance(moments[0], None)
+    weights = [load(folder, "weights") for folder in (one, other)]
+    found["weights"] = distance(weights[0], weights[1]) / distance(
+        weights[0], start(model, weights[0])
+    )
+    return found
+
+
+def load(folder: Path, part: str) -> dict[str, Tensor]:
+    """A part of the last checkpoint."""
+    return load_file(folder / "checkpoints" / "000001" / f"{part}.safetensors")
+
+
+def start(model: Path, weights: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
+    """The weights before training; None if they were 0, as those of a distribution of noise."""
+    if not any(k.startswith("transformer.") for k in weights):
+        return None
+    (file,) = (model / "transformer").glob("*.safetensors")
+    return {f"transformer.{k}": v for k, v in load_file(file).items()}
+
+
+def distance(one: Mapping[str, Tensor], other: Mapping[str, Tensor] | None) -> float:
+    """The norm of the difference of tensors by name; of the first ones if there are no others."""
+    squares = [
+        float((v.double() - (0.0 if other is None else other[k].double())).square().sum())
+        for k, v in one.items()
+    ]
+    return math.sqrt(sum(squares))
+
+
+COLUMNS = ("rollout", "losses", "gradient", "weights", "held out")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Print a row for each algorithm and number of processes, as it is measured."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--algorithms", nargs="+", choices=CASES, default=list(CASES))
+    parser.add_argument("--ranks", nargs="+", type=int, default=[2, 4])
+    parser.add_argument("--model", default="sd3", help="a tiny family of the tests")
+    parser.add_argument(
+        "--set", action="append", default=[], help="KEY=VALUE, for several processes"
+    )
+    parser.add_argument("--sharded", action="store_true", help="--set parallel.shard=denoiser")
+    options = parser.parse_args(arguments)
+    more = [*options.set, *(["parallel.shard=denoiser"] if options.sharded else [])]
+    print("| algorithm | processes | " + " | ".join(COLUMNS) + " |")
+    print("|---|--:|" + "--:|" * len(COLUMNS), flush=True)
+    with tempfile.TemporaryDirectory() as place:
+        model = save(options.model, Path(place) / "model")
+        for name in options.algorithms:
+            folders = {n: Path(place) / f"{name}-{n}" for n in (1, *options.ranks)}
+            train(folders[1], model, 1, CASES[name])
+            for number in options.ranks:
+                train(folders[number], model, number, [*CASES[name], *more])
+                found = compared(folders[1], folders[number], model)
+                cells = " | ".join(f"{found[c]:.1e}" for c in COLUMNS)
+                print(f"| {name} | {number} | {cells} |", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
