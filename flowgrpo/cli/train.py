@@ -1,6 +1,7 @@
 """``flowgrpo train``."""
 
 import argparse
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
