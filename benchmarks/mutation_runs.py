@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import CodeType, FunctionType
@@ -22,8 +22,6 @@ from typing import Any
 import pytest
 
 from benchmarks.executed_lines import ExecutedLines, by_file, failed, seconds_of, tests_of
-
-BROKEN = "the code could not be exchanged:"
 
 
 @dataclass(frozen=True)
@@ -70,6 +68,7 @@ class MutationRuns:
         self.folder, self.results, self.most_seconds = folder, results, most_seconds
         self.recorded = folder / ".executed.json"
         self.items: dict[str, pytest.Item] = {}
+        self.functions: dict[tuple[str, str], list[FunctionType]] = {}
         self.usual, self.noticed_by = 0.0, ""
         self.said = os.dup(1)  # pytest takes what is printed.
 
@@ -82,6 +81,10 @@ class MutationRuns:
     def pytest_runtestloop(self, session: pytest.Session) -> bool:
         """Record what the tests execute, then try the mutations."""
         self.items = {item.nodeid: item for item in session.items}
+        self.functions = functions_of({str(source) for source in self.sources})
+        # Collections in the children would copy the memory that they share with this process.
+        gc.collect()
+        gc.freeze()
         self._record(session)
         self._say(f"{len(self.trials)} mutations; the tests take {self.usual:.0f} s")
         for test in failed(self.recorded):
@@ -135,18 +138,20 @@ class MutationRuns:
         # Lines that no test executes may run in other processes.
         items = [self.items[test] for test in by_file(self.recorded, own)] or [*self.items.values()]
 
+        own_functions = {name: self.functions.get((file, name), []) for name in changed}
+        # Functions inside of others are made when these run.
+        absent = [n for n, found in own_functions.items() if not found and ".<locals>." not in n]
+        if absent:
+            raise RuntimeError(f"{file}: {absent} were not imported")
+
         def work() -> str:
-            try:
-                exchange(file, changed)
-            except Exception as error:
-                return f"{BROKEN} {error!r}"
+            for name, found in own_functions.items():
+                for function in found:
+                    function.__code__ = changed[name]
             run(items, lambda: bool(self.noticed_by))
             return self.noticed_by
 
-        by = in_child(work, self.folder, limit)
-        if by.startswith(BROKEN):
-            raise RuntimeError(f"{file}: {by}")
-        return by
+        return in_child(work, self.folder, limit)
 
 
 def run(items: Sequence[pytest.Item], is_enough: Callable[[], bool]) -> None:
@@ -215,19 +220,14 @@ def changed_code(source: str, mutated: str, file: str) -> dict[str, CodeType] | 
     return changed
 
 
-def exchange(file: str, changed: Mapping[str, CodeType]) -> None:
-    """Exchange the code of all functions of a file that are among the changed ones."""
-    found = set()
+def functions_of(files: Collection[str]) -> dict[tuple[str, str], list[FunctionType]]:
+    """All functions of some files, by file and qualified name, also those that decorators have wrapped."""
+    found: dict[tuple[str, str], list[FunctionType]] = {}
     for thing in gc.get_objects():
-        if isinstance(thing, FunctionType) and thing.__code__.co_filename == file:
-            name = thing.__code__.co_qualname
-            if name in changed:
-                thing.__code__ = changed[name]
-                found.add(name)
-    # Functions inside of others are made when these run.
-    absent = {name for name in changed if ".<locals>." not in name} - found
-    if absent:
-        raise RuntimeError(f"not imported: {sorted(absent)}")
+        if isinstance(thing, FunctionType) and thing.__code__.co_filename in files:
+            key = thing.__code__.co_filename, thing.__code__.co_qualname
+            found.setdefault(key, []).append(thing)
+    return found
 
 
 def _codes(code: CodeType) -> Iterator[tuple[str, CodeType]]:

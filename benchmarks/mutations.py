@@ -69,11 +69,11 @@ AREAS = {
         ["steps", "random", "text", "tensors", "advantages", "win_rates", "geneval_rule", "transitions",
          "solvers", "secrets", "guard", "scorer"],
     ),
-    "losses": Area(["flowgrpo/losses/*.py"], ["losses", "learner", "objectives"]),
+    "losses": Area(["flowgrpo/losses/*.py"], ["losses", "matching", "learner", "objectives"]),
     "algorithms": Area(
         ["flowgrpo/algorithms/*.py"],
-        ["own_algorithm", "find", "matching", "collect", "step_credit", "step_advantages",
-         "whole_samples", "step_algorithms", "combinations"],
+        ["step_credit", "step_advantages", "find", "matching", "guard", "collect", "whole_samples",
+         "step_algorithms", "own_algorithm", "combinations"],
     ),
     "learner": Area(
         ["flowgrpo/training/learner.py", "flowgrpo/training/replay.py", "flowgrpo/training/metrics.py"],
@@ -91,7 +91,7 @@ AREAS = {
         ["flowgrpo/evaluation/*.py", "flowgrpo/training/evaluator.py"],
         ["charts", "report_numbers", "report", "card", "grid", "inspection", "evaluation", "grid_command"],
     ),
-    "config": Area(["flowgrpo/config/*.py"], ["config", "refusals", "recipes"]),
+    "config": Area(["flowgrpo/config/*.py"], ["config_meaning", "config_files", "config", "wrong_inputs"]),
     "serving": Area(
         ["flowgrpo/rewards/serving/*.py"], ["serving_parts", "served_conditions", "serving"]
     ),
