@@ -69,10 +69,10 @@ AREAS = {
         ["steps", "random", "text", "tensors", "advantages", "win_rates", "geneval_rule", "transitions",
          "solvers", "secrets", "guard", "scorer"],
     ),
-    "losses": Area(["flowgrpo/losses/*.py"], ["losses", "matching", "learner", "objectives"]),
+    "losses": Area(["flowgrpo/losses/*.py"], ["limits", "losses", "matching", "learner", "objectives"]),
     "algorithms": Area(
         ["flowgrpo/algorithms/*.py"],
-        ["step_credit", "step_advantages", "find", "matching", "guard", "collect", "whole_samples",
+        ["limits", "step_credit", "step_advantages", "find", "matching", "guard", "collect", "whole_samples",
          "step_algorithms", "own_algorithm", "combinations"],
     ),
     "learner": Area(

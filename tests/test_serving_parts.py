@@ -530,3 +530,29 @@ def test_which_addresses_are_of_this_machine() -> None:
     own = ("127.0.0.1", "127.1.2.3", "::1", "localhost")
     other = ("0.0.0.0", "10.0.0.1", "::", "example.org", "")
     assert [h for h in (*own, *other) if server._is_loopback(h)] == list(own)
+
+
+def test_as_many_prompts_as_images_are_sent() -> None:
+    images, prompts = torch.zeros(2, 3, 4, 4), [Prompt("a"), Prompt("b")]
+    for media, texts in ((images, prompts[:1]), (images[:1], prompts)):
+        with pytest.raises(ValueError, match="zip"):
+            protocol.pack(media, texts)
+
+
+def test_how_a_server_is_set_up() -> None:
+    with server.RewardServer(mean, drain=0.25, token="t", limits=Limits(num_connections=7)) as running:  # fmt: skip
+        found = running._server.config
+        assert (found.timeout_keep_alive, found.timeout_graceful_shutdown) == (60, 1)
+        assert found.http.max_connections == 7  # type: ignore[union-attr]
+        assert (found.access_log, found.server_header, found.lifespan, found.ws) == (False, False, "off", "none")  # fmt: skip
+        assert running.health() == {
+            "status": "ok", "reward": "mean", "version": server.__version__, "scored": 0, "failed": 0, "waiting": 0,
+            "calls": 0, "limits": vars(Limits(num_connections=7)),
+        }  # fmt: skip
+        assert running.url.startswith("http://127.0.0.1:")
+    assert running.close() is True, "closing twice does nothing more"
+    for wrong in ({"drain": -0.1}, {"limits": Limits(num_bytes=0)}):
+        with pytest.raises(ValueError, match="must be at least 1 and drain at least 0"):
+            server.RewardServer(mean, **wrong)  # type: ignore[arg-type]
+    with server.RewardServer(mean, name="own", host="localhost", drain=0.0) as running:
+        assert running.health()["reward"] == "own"
