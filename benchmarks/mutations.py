@@ -77,7 +77,7 @@ AREAS = {
     ),
     "learner": Area(
         ["flowgrpo/training/learner.py", "flowgrpo/training/replay.py", "flowgrpo/training/metrics.py"],
-        ["learner", "objectives"],
+        ["learner", "objectives", "guard"],
     ),
     "sessions": Area(
         ["flowgrpo/training/session.py", "flowgrpo/training/checkpoints.py"],

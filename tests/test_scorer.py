@@ -646,8 +646,19 @@ def test_a_reward_that_ends_the_process_has_failed_and_an_interrupt_is_none(capl
     assert calls == ["stopped"]
 
 
+def test_waiting_looks_up_now_and_then():
+    subject, looks = scorer("hangs"), []
+    subject.safe_point = lambda: looks.append(time.monotonic())
+    waiting = subject.submit(IMAGES[:1], PROMPTS[:1])
+    threading.Timer(0.3, released.set).start()
+    waiting.result()
+    assert 2 <= len(looks) < 10, "not all the time"
+    subject.close()
+
+
 def test_features_are_computed_in_training_only():
     subject = scorer("brightness")
+    assert subject.keeps_media is False
     subject.features = lambda media: media.flatten(1)[:, :2]
     assert subject.score(IMAGES, PROMPTS).features is None
     subject.iteration = 0

@@ -2,6 +2,8 @@
 
 import json
 import math
+import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -402,6 +404,30 @@ def test_a_batcher_counts_and_refuses() -> None:
     Batcher(mean, max_batch=1, wait=0.0, max_waiting=1).close()
 
 
+def test_as_many_samples_wait_as_may_and_batches_are_as_large_as_may() -> None:
+    gate, sizes = threading.Event(), list[int]()
+
+    def slow(media: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+        gate.wait(20)
+        sizes.append(len(prompts))
+        return media.flatten(1).mean(1)
+
+    batcher = Batcher(slow, max_batch=2, max_waiting=5, wait=0.0)
+    sample = Sample(torch.zeros(3, 1, 1), Prompt("a"))
+    jobs = [batcher.submit([sample])]
+    while not batcher._jobs.empty():
+        time.sleep(0.001)  # the first is being scored
+    jobs += [batcher.submit([sample] * n) for n in (1, 3)]
+    with pytest.raises(Overloaded, match="5 samples are waiting"):
+        batcher.submit([sample])
+    assert batcher.num_waiting == 5
+    assert batcher.close(0.01) is False, "it has not answered in time"
+    gate.set()
+    assert [len(j.result(20)) for j in jobs] == [1, 1, 3]
+    assert batcher.close(20.0) is True
+    assert (sizes, batcher.num_waiting) == ([1, 2, 2], 0)
+
+
 def test_forms_are_split_into_their_fields_in_order() -> None:
     parts = [Part("a", "text/plain", b"1\r\n--x"), Part("image", "image/png", b"\x89PNG"), Part("a", "text/plain", b"")]  # fmt: skip
     kind, body = join(parts)
@@ -550,6 +576,7 @@ def test_how_a_server_is_set_up() -> None:
             "calls": 0, "limits": vars(Limits(num_connections=7)),
         }  # fmt: skip
         assert running.url.startswith("http://127.0.0.1:")
+    assert not running._thread.is_alive()
     assert running.close() is True, "closing twice does nothing more"
     for wrong in ({"drain": -0.1}, {"limits": Limits(num_bytes=0)}):
         with pytest.raises(ValueError, match="must be at least 1 and drain at least 0"):
