@@ -106,6 +106,10 @@ class MutationRuns:
                 self._say(f"survived: {trial.path}:{trial.lines.start} {row['old']!r} -> {row['new']!r}")  # fmt: skip
         return True
 
+    def pytest_internalerror(self, excrepr: object) -> None:
+        """Say what went wrong, which pytest would print to nowhere."""
+        self._say(str(excrepr))
+
     def _say(self, text: str) -> None:
         os.write(self.said, f"{self.name}: {text}\n".encode())
 
@@ -132,17 +136,14 @@ class MutationRuns:
             own.pop()
         limit = 3 * (seconds_of(self.recorded, own) if own else self.usual) + 60
         changed = changed_code(trial.source, trial.mutated, file)
-        if changed is None:
-            # Outside of functions, which is rare. Tests that import the module may notice it.
+        own_functions = {name: self.functions.get((file, name), []) for name in changed or ()}
+        # Functions inside of others are made when these run.
+        absent = [n for n, found in own_functions.items() if not found and ".<locals>." not in n]
+        if changed is None or absent:
+            # Outside of functions, or in one that tests load in another way; both are rare.
             return in_new_process(self.folder, own or [*self.items], limit)
         # Lines that no test executes may run in other processes.
         items = [self.items[test] for test in by_file(self.recorded, own)] or [*self.items.values()]
-
-        own_functions = {name: self.functions.get((file, name), []) for name in changed}
-        # Functions inside of others are made when these run.
-        absent = [n for n, found in own_functions.items() if not found and ".<locals>." not in n]
-        if absent:
-            raise RuntimeError(f"{file}: {absent} were not imported")
 
         def work() -> str:
             for name, found in own_functions.items():
