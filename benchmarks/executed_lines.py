@@ -1,10 +1,10 @@
-"""Which tests execute which lines, and how to run only these: plugins of pytest for :mod:`benchmarks.mutations`."""
+"""Which tests execute which lines: a plugin of pytest for :mod:`benchmarks.mutation_runs`."""
 
 import json
 import sys
 import threading
 from collections import defaultdict
-from collections.abc import Collection, Generator, Sequence
+from collections.abc import Generator, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -16,13 +16,13 @@ class ExecutedLines:
     """Writes the seconds of each test and the lines that it executes, its fixtures included.
 
     Lines that run in another process are not seen. A fixture that several tests share is counted for the
-    first of them only. The file holds ``{"tests": {id: {"seconds": s, "failed": bool, "lines": {path: [line,
-    ...]}}}, "modules": [name, ...]}``; the modules are those that the tests have imported.
+    first of them only. The file maps the id of a test to
+    ``{"seconds": s, "failed": bool, "lines": {path: [line, ...]}}``.
 
     Args:
         root: The folder that paths are relative to.
         sources: The files whose lines are recorded.
-        file: The JSON file, written at the end of the session.
+        file: The JSON file, for :meth:`write`.
     """
 
     def __init__(self, root: Path, sources: Sequence[Path], file: Path):
@@ -49,8 +49,9 @@ class ExecutedLines:
         test["seconds"] += report.duration
         test["failed"] |= report.failed
 
-    def pytest_sessionfinish(self) -> None:
-        self.file.write_text(json.dumps({"tests": self.tests, "modules": list(sys.modules)}))
+    def write(self) -> None:
+        """Write the file."""
+        self.file.write_text(json.dumps(self.tests))
 
     def _test(self, name: str) -> dict[str, Any]:
         return self.tests.setdefault(name, {"seconds": 0.0, "failed": False, "lines": {}})
@@ -70,28 +71,9 @@ class ExecutedLines:
         return line
 
 
-class Selected:
-    """Leaves tests out; ``only`` names those that stay, in the order in which they run."""
-
-    def __init__(self, only: Sequence[str] | None = None, without: Collection[str] = ()):
-        self.only, self.without = only, without
-
-    @pytest.hookimpl(trylast=True)
-    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
-        items[:] = [item for item in items if item.nodeid not in self.without]
-        if self.only is not None:
-            by_name = {item.nodeid: item for item in items}
-            items[:] = [by_name[name] for name in self.only if name in by_name]
-
-
 def _tests(file: Path) -> dict[str, dict[str, Any]]:
-    found: dict[str, dict[str, Any]] = json.loads(file.read_text())["tests"]
+    found: dict[str, dict[str, Any]] = json.loads(file.read_text())
     return found
-
-
-def modules_of(file: Path) -> list[str]:
-    """The modules that the tests have imported, in the order of their imports."""
-    return list(json.loads(file.read_text())["modules"])
 
 
 def failed(file: Path) -> list[str]:
@@ -110,3 +92,15 @@ def seconds_of(file: Path, names: Sequence[str]) -> float:
     """The seconds that tests took together while their lines were recorded."""
     tests = _tests(file)
     return float(sum(tests[name]["seconds"] for name in names))
+
+
+def by_file(file: Path, names: Sequence[str]) -> list[str]:
+    """Tests in the order of their files, those first whose tests take the least time.
+
+    Fixtures that the tests of a file share are made once then.
+    """
+    tests = _tests(file)
+    times: dict[str, float] = defaultdict(float)
+    for name in names:
+        times[name.split("::")[0]] += tests[name]["seconds"]
+    return sorted(names, key=lambda n: (times[n.split("::")[0]], n.split("::")[0]))

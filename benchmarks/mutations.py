@@ -20,32 +20,23 @@ mutation that does not change what the program does cannot be noticed. Mark such
 
 import argparse
 import ast
-import contextlib
-import importlib.util
 import itertools
 import json
 import math
 import os
 import random
 import shutil
-import signal
 import sys
-import sysconfig
 import tempfile
-import time
+import traceback
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.executed_lines import (
-    ExecutedLines,
-    Selected,
-    failed,
-    modules_of,
-    seconds_of,
-    tests_of,
-)
+import pytest
+
+from benchmarks.mutation_runs import MutationRuns, Trial
 
 ROOT = Path(__file__).parents[1]
 COPIED = (
@@ -58,8 +49,6 @@ COPIED = (
     "prompts",
     "docs",
 )
-OWN = {"flowgrpo", "tests", "reward_models", "scripts"}
-"""Packages of the repository, which every run imports anew from the copy."""
 FILES = ("pyproject.toml", "README.md", "CHANGELOG.md")
 
 
@@ -80,15 +69,15 @@ AREAS = {
         ["steps", "random", "text", "tensors", "advantages", "win_rates", "geneval_rule", "transitions",
          "solvers", "secrets", "guard", "scorer"],
     ),
-    "losses": Area(["flowgrpo/losses/*.py"], ["losses", "learner", "objectives"]),
+    "losses": Area(["flowgrpo/losses/*.py"], ["limits", "losses", "matching", "learner", "objectives"]),
     "algorithms": Area(
         ["flowgrpo/algorithms/*.py"],
-        ["own_algorithm", "find", "matching", "collect", "step_credit", "step_advantages",
-         "whole_samples", "step_algorithms", "combinations"],
+        ["limits", "step_credit", "step_advantages", "find", "matching", "guard", "collect", "whole_samples",
+         "step_algorithms", "own_algorithm", "combinations"],
     ),
     "learner": Area(
         ["flowgrpo/training/learner.py", "flowgrpo/training/replay.py", "flowgrpo/training/metrics.py"],
-        ["learner", "objectives"],
+        ["learner", "objectives", "guard"],
     ),
     "sessions": Area(
         ["flowgrpo/training/session.py", "flowgrpo/training/checkpoints.py"],
@@ -102,8 +91,10 @@ AREAS = {
         ["flowgrpo/evaluation/*.py", "flowgrpo/training/evaluator.py"],
         ["charts", "report_numbers", "report", "card", "grid", "inspection", "evaluation", "grid_command"],
     ),
-    "config": Area(["flowgrpo/config/*.py"], ["config", "refusals", "recipes"]),
-    "serving": Area(["flowgrpo/rewards/serving/*.py"], ["serving", "served_conditions"]),
+    "config": Area(["flowgrpo/config/*.py"], ["config_meaning", "config_files", "config", "wrong_inputs"]),
+    "serving": Area(
+        ["flowgrpo/rewards/serving/*.py"], ["serving_parts", "served_conditions", "serving"]
+    ),
 }  # fmt: skip
 """Test files by the middle of their names: ``learner`` is ``tests/test_learner.py``."""
 
@@ -393,68 +384,6 @@ def copy_repository(folder: Path) -> None:
         shutil.copy(ROOT / name, folder / name)
 
 
-def run_tests(
-    folder: Path, tests: Sequence[str], limit: float, plugins: Sequence[object] = ()
-) -> tuple[str, str, float]:
-    """Run tests in a child process that inherits the heavy imports of this one.
-
-    Args:
-        folder: The copy of the repository.
-        tests: What pytest is called with: files, ids of tests, options.
-        limit: Seconds until the tests are ended.
-        plugins: Plugins of pytest.
-
-    Returns:
-        ``passed``, ``failed`` or ``timeout``; the last lines of the output; the seconds taken.
-    """
-    began = time.monotonic()
-    output = folder / ".output"
-    child = os.fork()
-    if child == 0:
-        _child(folder, tests, output, plugins)
-    while True:
-        done, status = os.waitpid(child, os.WNOHANG)
-        if done:
-            break
-        if time.monotonic() - began > limit:
-            os.killpg(child, signal.SIGKILL)
-            os.waitpid(child, 0)
-            return "timeout", "", time.monotonic() - began
-        time.sleep(0.05)
-    code = os.waitstatus_to_exitcode(status)
-    seconds = time.monotonic() - began
-    lines = [t for t in output.read_text("utf-8", "replace").splitlines() if t.startswith(("FAILED", "ERROR"))]  # fmt: skip
-    # 5 says that no test was left to run.
-    return (
-        "passed" if code in (0, 5) else "failed",
-        (lines or [f"exit code {code}"])[0][:200],
-        seconds,
-    )
-
-
-def _child(folder: Path, tests: Sequence[str], output: Path, plugins: Sequence[object]) -> None:
-    """Run pytest here and end the process; never returns."""
-    import pytest
-
-    code = 70
-    try:
-        os.setsid()
-        os.chdir(folder)
-        with output.open("wb") as file:
-            os.dup2(file.fileno(), 1)
-            os.dup2(file.fileno(), 2)
-        own = {"", str(ROOT)}
-        sys.path[:] = [str(folder), *(p for p in sys.path if p not in own)]
-        os.environ["PYTHONPATH"] = str(folder)
-        for name in [n for n in sys.modules if n.split(".")[0] == "benchmarks"]:
-            del sys.modules[name]
-        arguments = ["-q", "--no-header", "--tb=no", "-rfE", "-p", "no:cacheprovider"]
-        code = int(pytest.main([*arguments, *tests], plugins=plugins))
-    finally:
-        sys.stdout.flush()
-        os._exit(code)
-
-
 def preload() -> None:
     """Import what nearly all tests import, once. Nothing of the repository may be among it."""
     import accelerate  # noqa: F401
@@ -467,23 +396,7 @@ def preload() -> None:
 
     torch.set_num_threads(1)
     assert diffusers.__version__
-    assert not OWN & set(sys.modules)
-
-
-def preload_all(names: Sequence[str]) -> None:
-    """Import the modules of other packages that the tests need, so that each run starts faster."""
-    installed = sysconfig.get_paths()["purelib"]
-    for name in names:
-        if name.split(".")[0] in OWN or name in sys.modules or name.startswith("_"):
-            continue
-        specification = None
-        with contextlib.suppress(Exception):
-            specification = importlib.util.find_spec(name)
-        # Modules of the standard library cost little, and some start threads or change signals.
-        if specification and str(specification.origin).startswith(installed):
-            with contextlib.suppress(Exception):
-                importlib.import_module(name)
-    assert not OWN & set(sys.modules)
+    assert not {"flowgrpo", "tests", "reward_models"} & set(sys.modules)
 
 
 def examine(
@@ -498,50 +411,41 @@ def examine(
     """Try the first ``number`` mutations of an area that have no result yet."""
     area = AREAS[name]
     known = {row["key"] for row in read(results)}
-    todo = [m for m in draw(area, number, f"{seed}/{name}", without) if m.key not in known]
-    if not todo:
+    trials = []
+    for one in draw(area, number, f"{seed}/{name}", without):
+        if one.key not in known:
+            source = (folder / one.path).read_text("utf-8")
+            lines = range(one.line, one.line + one.old.count("\n") + 1)
+            row = {"area": name, "seed": seed, "key": one.key, **asdict(one)}
+            trials.append(Trial(one.path, lines, source, mutated(source, one), row))
+    if not trials:
         return
-    files = [f"tests/test_{n}.py" for n in area.tests]
-    recorded = folder / ".executed.json"
-    sources = [p for pattern in area.sources for p in sorted(folder.glob(pattern))]
-    recorder = ExecutedLines(folder, sources, recorded)
-    recorded.unlink(missing_ok=True)
-    _, first, usual = run_tests(folder, files, 1800, [recorder])
-    if not recorded.exists():
-        raise SystemExit(f"{name}: the tests do not run without any mutation: {first}")
-    preload_all(modules_of(recorded))
-    broken = failed(recorded)
-    for test in broken:
-        print(f"{name}: left out, because it fails without any mutation: {test}", flush=True)
-    print(f"{name}: {len(todo)} mutations; the tests take {usual:.0f} s", flush=True)
-    # Compiled files are told apart by whole seconds and size, so every version gets its own time.
-    times = itertools.count(int(time.time()) + 10)
-    for one in todo:
-        file = folder / one.path
-        source = file.read_text("utf-8")
-        write_at(file, mutated(source, one), next(times))
-        lines = range(one.line, one.line + one.old.count("\n") + 1)
-        own = [test for test in tests_of(recorded, one.path, lines) if test not in broken]
-        while len(own) > 1 and seconds_of(recorded, own) > most_seconds:
-            own.pop()
-        # Lines that no test executes may run in other processes, or while a module is imported.
-        only = Selected(own or None, without=broken)
-        names = list(dict.fromkeys(test.split("::")[0] for test in own)) or files
-        limit = 3 * (seconds_of(recorded, own) if own else usual) + 60
-        state, first, seconds = run_tests(folder, ["-x", *names], limit, [only])
-        write_at(file, source, next(times))
-        row = {"area": name, "seed": seed, "key": one.key, **asdict(one)}
-        row |= {"caught": state != "passed", "by": first, "seconds": round(seconds, 1)}
-        with results.open("a") as stream:
-            stream.write(json.dumps(row) + "\n")
-        if state == "passed":
-            print(f"  survived: {describe(row)}", flush=True)
+    child = os.fork()
+    if child == 0:
+        try:
+            sources = [p for pattern in area.sources for p in sorted(folder.glob(pattern))]
+            _run_area(area, MutationRuns(name, sources, trials, folder, results.resolve(), most_seconds))  # fmt: skip
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stderr.flush()
+            os._exit(0)
+    os.waitpid(child, 0)
 
 
-def write_at(file: Path, text: str, seconds: int) -> None:
-    """Write a file and set the time of its last change."""
-    file.write_text(text, "utf-8")
-    os.utime(file, (seconds, seconds))
+def _run_area(area: Area, runs: MutationRuns) -> None:
+    """Run pytest in the copy of the repository, whose modules this process has not imported yet."""
+    os.chdir(runs.folder)
+    with open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), 1)
+    own = {"", str(ROOT)}
+    sys.path[:] = [str(runs.folder), *(p for p in sys.path if p not in own)]
+    os.environ["PYTHONPATH"] = str(runs.folder)
+    for module in [n for n in sys.modules if n.split(".")[0] == "benchmarks"]:
+        del sys.modules[module]
+    options = ["-q", "--no-header", "--tb=no", "-n", "0", "-p", "no:cacheprovider"]
+    options += [f"--basetemp={runs.folder / '.tmp'}"]
+    pytest.main([*options, *(f"tests/test_{n}.py" for n in area.tests)], plugins=[runs])
 
 
 def read(results: Path) -> list[dict[str, Any]]:

@@ -19,7 +19,12 @@ def card(tmp_path):
     def make(*settings, evaluations=2, repo="me/darker", benchmarks=()):
         config = flowgrpo.load("quickstart", [*SETTINGS, *settings, f"run.folder={tmp_path}"])
         flowgrpo.config.save(config, tmp_path / "config.toml")
-        lines = [evaluation(0, graded=0.5), evaluation(8, images=300, graded=0.7)][:evaluations]
+        lines = [
+            evaluation(0, graded=0.5),
+            evaluation(4, graded=0.1),
+            evaluation(8, images=300, graded=0.7),
+        ]
+        lines = lines if evaluations > 1 else lines[:1]
         (tmp_path / "evaluations.jsonl").write_text("".join(f"{flowgrpo.evaluation.records.json.dumps(x)}\n" for x in lines))  # fmt: skip
         return str(model_card(tmp_path, repo, benchmarks)).splitlines()
 

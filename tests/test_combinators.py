@@ -127,6 +127,73 @@ def test_values_that_exclude_each_other():
         RewardScorer([Reward(model=f"{HERE}:brightness", clip=(2.0, 1.0))])
 
 
+@pytest.mark.parametrize(
+    ("reward", "problem"),
+    [
+        ({"clip": (1.0, 1.0)}, "must be .low, high. with low < high"),
+        ({"clip": (0.0, 1.0, 2.0)}, "must be .low, high. with low < high"),
+        ({"log": True, "clip": (-1.0, 1.0)}, "log needs scores above -1"),
+        ({"log": True, "threshold": 0.0}, "exclude each other"),
+        ({"schedule": ((1.0, 0.0), (1.0, 1.0))}, "must have ascending iterations"),
+        ({"schedule": ((-1.0, 1.0),)}, "neither of them negative"),
+        ({"schedule": ((0.0, 1.0, 2.0),)}, "must be a list of .iteration, factor."),
+        ({"schedule": ((0.0, 0.0), (5.0, 0.0))}, "never counts"),
+        ({"clip": (-0.999, 1.0), "log": True, "schedule": ((0.0, 0.0), (0.5, 1.0))}, ""),
+        ({"clip": (0.0, 1.0), "threshold": 0.0, "weight": -1.0}, ""),
+    ],
+)
+def test_settings_at_their_limits(reward, problem):
+    if not problem:
+        Reward(model="m", **reward).check("rewards.3")
+        return
+    with pytest.raises(ConfigError, match=rf"rewards\.3\..*{problem}"):
+        Reward(model="m", **reward).check("rewards.3")
+
+
+@pytest.mark.parametrize(
+    ("points", "iterations", "silent"),
+    [
+        (((0.0, 1.0), (4.0, 0.0)), 5, 4),
+        (((0.0, 1.0), (4.0, 0.0)), 4, None),
+        (((0.0, 1.0), (3.5, 0.0)), 5, 4),
+        (((0.0, 1.0), (3.5, 0.0), (5.0, 1.0)), 9, None),
+        (((0.0, 0.0), (2.0, 1.0)), 9, 0),
+        (((0.0, 0.5), (3.0, 0.0), (3.5, 0.0), (4.0, 1.0)), 9, 3),
+        (((0.0, 0.5), (2.5, 0.0), (3.5, 0.0), (4.0, 1.0)), 9, 3),
+    ],
+)
+def test_the_first_iteration_without_any_weight_is_named(points, iterations, silent):
+    rewards = [Reward(model="m", schedule=points), Reward(model="n", weight=0.0)]
+    if silent is None:
+        check_rewards(rewards, iterations)
+        return
+    with pytest.raises(ConfigError, match=f"make every weight 0 in iteration {silent},"):
+        check_rewards(rewards, iterations)
+    check_rewards(rewards, iterations, alone=False)  # there is a preference in addition
+    check_rewards([*rewards, Reward(model="o")], iterations)
+
+
+def test_what_is_trained_on_must_have_a_weight_and_be_binary_where_it_must():
+    measured = Reward(model="n", weight=0.0)
+    with pytest.raises(ConfigError, match="every weight is 0"):
+        check_rewards([measured], 9)
+    check_rewards([measured], 9, alone=False)
+    check_rewards([Reward(model="m"), measured], 9, binary=True)
+    for wrong in ([Reward(model="m", weight=0.5)], [Reward(model="m"), Reward(model="o")], [measured]):  # fmt: skip
+        with pytest.raises(ConfigError, match="needs exactly one reward of 0 and 1, with weight 1"):
+            check_rewards(wrong, 9, binary=True)
+    with pytest.raises(ConfigError, match=r"rewards\.1\.scale must not be 0"):
+        check_rewards([Reward(model="m"), Reward(model="o", scale=0.0)], 9)
+
+
+@pytest.mark.parametrize(
+    ("model", "name", "label"),
+    [("jpeg_size", "", "jpeg_size"), ("a.b:C", "", "C"), ("a.b:C.d", "", "d"), ("a.b:C", "own", "own")],
+)  # fmt: skip
+def test_a_reward_has_the_last_part_of_its_model_as_its_name(model, name, label):
+    assert Reward(model=model, name=name).label == label
+
+
 def test_a_configuration_with_all_of_it_can_be_written_and_read_back(tmp_path):
     keys = ["clip=[0.0, 1.0]", "scale=0.5", "threshold=0.25", "schedule=[[0, 0.5], [9, 1]]"]
     config = load("quickstart", [f"rewards.0.{k}" for k in keys])

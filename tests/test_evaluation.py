@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from flowgrpo.policy import PipelinePolicy
 from flowgrpo.rewards.scorer import RewardScorer
 from flowgrpo.rewards.settings import Failures, Reward
 from flowgrpo.training import checkpoints
-from flowgrpo.training.evaluator import Evaluator
+from flowgrpo.training.evaluator import Evaluator, bench_lines
 from flowgrpo.training.learner import Learner
 from flowgrpo.training.session import Session
 from tests.conftest import MakePolicy, sampling_of
@@ -206,6 +207,11 @@ def test_a_grid_shows_the_first_prompts_of_each_class_in_turn() -> None:
 
     assert texts(PROMPTS, 3) == ["a cat", "a cube", "a dog"]
     assert texts(PROMPTS, 9) == ["a cat", "a cube", "a dog", "one bus", "a tree"]
+    # Classes of one prompt do not use up the rows.
+    tags = {"many": 30, **{f"one {i}": 1 for i in range(9)}}
+    uneven = PromptSet([Prompt(f"{t} {i}", metadata={"tag": t}) for t, n in tags.items() for i in range(n)], "tag")  # fmt: skip
+    assert len(set(texts(uneven, 25))) == len(texts(uneven, 25)) == 25
+    assert len(texts(uneven, 99)) == 39
     large = [Prompt(f"large {i}", height=64, width=64) for i in range(3)]
     mixed = PromptSet([Prompt("small"), *large, Prompt("small too")])
     assert texts(mixed, 5) == ["large 0", "large 1", "large 2"]
@@ -402,3 +408,46 @@ def test_a_resumed_run_keeps_the_base_images_and_the_results(evaluator: Evaluato
     assert torch.equal(again.base_images, base)
     expected = {k: v for k, v in evaluator.evaluations[0].items() if k != "seconds"}
     assert again.evaluations == [expected]
+
+
+def test_the_first_result_of_each_benchmark_is_said() -> None:
+    def table(value: float | None, **more: Any) -> dict[str, Any]:
+        return {
+            "title": "GenEval", "images": 20, "main": ["overall", "second"],
+            "results": {"overall": value, "second": 1.0}, "intervals": {"overall": [0.25, 0.75]}, "changes": {},
+        } | more  # fmt: skip
+
+    first = table(0.5)
+    better = table(0.75, changes={"overall": [0.25, 0.125, 0.375]})
+    perhaps = table(0.5, changes={"overall": [-0.0625, -0.25, 0.125]})
+    unknown = table(None, intervals={"overall": [None, None]}, changes={"overall": [None, None, None]})  # fmt: skip
+    assert bench_lines({"a": first, "b": better, "c": perhaps, "d": unknown, "e": {"problem": "no"}}) == [
+        "GenEval, 20 images: overall 0.5 (0.25 to 0.75)",
+        "GenEval, 20 images: overall 0.75 (0.25 to 0.75), +0.25 since the first evaluation",
+        "GenEval, 20 images: overall 0.5 (0.25 to 0.75), -0.0625 since the first evaluation, within noise",
+        "GenEval, 20 images: overall unknown (unknown to unknown), unknown since the first evaluation, within noise",
+    ]  # fmt: skip
+
+
+def test_benchmarks_of_a_run_choose_the_best_and_are_recorded(evaluator: Evaluator, capsys: pytest.CaptureFixture[str]) -> None:  # fmt: skip
+    asked: list[Any] = []
+
+    class Benchmarks:
+        def run(self, iteration: int, full: bool) -> dict[str, Any]:
+            asked.append((iteration, full))
+            return {"x": {"problem": "judge away"}} if iteration else {}
+
+        def best_of(self, result: dict[str, Any]) -> float:
+            return 7.0 - result["iteration"]
+
+    evaluator.benchmarks = Benchmarks()  # type: ignore[assignment]
+    for iteration in (0, 1):
+        evaluator.evaluate(iteration, full=not iteration)
+    assert asked == [(0, True), (1, False)]
+    assert ["bench" in e for e in evaluator.evaluations] == [False, True]
+    assert evaluator.session.best == 7.0
+    evaluator.benchmarks = None
+    evaluator.settings = replace(evaluator.settings, images_during=0)
+    evaluator.evaluate(2, full=False)
+    assert evaluator.evaluations[2]["images"] == 4, "0: always all images"
+    assert "held out, after 2 iterations, 4 images: brightness" in " ".join(capsys.readouterr().out.split())  # fmt: skip

@@ -21,7 +21,7 @@ from flowgrpo.algorithms import (
     TempFlowGRPO,
 )
 from flowgrpo.core.random import Random
-from flowgrpo.core.steps import Window
+from flowgrpo.core.steps import SlidingWindow, Window
 from flowgrpo.core.transitions import CPS
 from flowgrpo.data.prompts import Group, Prompt
 from flowgrpo.evaluation.inspection import Frame, Strip, fragment, inspect, write_fragment
@@ -241,13 +241,16 @@ def numbered(media: Tensor, prompts: Sequence[Prompt]) -> Tensor:
 def test_samples_are_shown_from_the_best_to_the_worst_at_equal_distances(make_policy: MakePolicy) -> None:  # fmt: skip
     policy = make_policy("sd3")
     reward_scorer = RewardScorer([Reward(model=f"{__name__}:numbered")], Failures(retries=0, max_rate=1.0))  # fmt: skip
-    algorithm = FlowGRPO(group_size=5, transition=CPS(), steps=STEPS)
+    # Of the first iteration.
+    steps = SlidingWindow(size=1, every=1, skip_last=1)
+    algorithm = FlowGRPO(group_size=5, transition=CPS(), steps=steps)
     shown = {}
     for number in (1, 3, 9):
         strips = inspect(policy, algorithm, reward_scorer, PROMPTS[:1], samples=number)
         shown[number] = [s.sample for s in strips]
     # By reward: 4, 3, 1, 0, and at last the one without.
     assert shown == {1: [4], 3: [4, 1, 2], 9: [4, 3, 1, 0, 2]}
+    assert [list(s.advantages) for s in strips] == [[0]] * 5
     with pytest.raises(ValueError, match="at least one prompt and one sample"):
         inspect(policy, algorithm, reward_scorer, PROMPTS, samples=0)
     reward_scorer.close()

@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 from typing import ClassVar
 
 import pytest
@@ -574,3 +575,142 @@ def test_stored_outputs_come_back_whole(changed: str) -> None:
 def test_drift_is_measured_against_the_reference_or_unit_noise(distance: float, square: float, diverged: bool) -> None:  # fmt: skip
     with pytest.raises(DivergenceError, match="diverged") if diverged else nullcontext():
         check_drift(distance, square)
+
+
+# Divergence, half precision and what the optimizer is.
+
+
+def test_gradients_that_are_never_finite_end_a_run_after_three_iterations(make: Make, experience: Experience) -> None:  # fmt: skip
+    nan = math.nan
+    learner = make(norms=[nan, nan, nan, 1.0, *[nan] * 6], updates=2)
+
+    def update() -> None:
+        learner.update(experience, ones(experience), RANDOM)
+
+    for _ in range(4):  # the second has a good step, so that two in a row are lost
+        update()
+    with pytest.raises(DivergenceError, match="in all updates of 3 iterations in a row"):
+        update()
+    # The scaler of half precision looks for its scale by such gradients.
+    learner = make(norms=[nan] * 12, updates=2)
+    scaler = Scaler()
+    Scripted.received.clear()
+    learner.accelerator.scaler = scaler
+    try:
+        for _ in range(4):
+            update()
+        assert scaler.updates == 8
+        parts, state = learner.state()
+        assert state["scaler"] == {"scale": 8.0}
+        scaler.updates = 0
+        learner.restore(parts, {**state, "scaler": {"scale": 5.0}})
+        assert scaler.updates == 5
+        learner.restore(parts, {**state, "scaler": None})
+        assert scaler.updates == 5
+    finally:
+        learner.accelerator.scaler = None
+    assert learner.state()[1]["scaler"] is None
+
+
+class Scaler:
+    """The part of a gradient scaler that the learner uses."""
+
+    updates = 0
+
+    def scale(self, loss: Tensor) -> Tensor:
+        return loss
+
+    def update(self) -> None:
+        self.updates += 1
+
+    def state_dict(self) -> dict[str, float]:
+        return {"scale": float(self.updates)}
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        self.updates = int(state["scale"])
+
+
+def test_weights_that_are_not_finite_end_a_run(make: Make, experience: Experience) -> None:
+    learner = make()
+    step = learner.optimizer.step
+
+    def destroy() -> None:
+        step()
+        learner.parameters[-1].data.view(-1)[-1] = math.inf
+
+    learner.optimizer.step = destroy  # type: ignore[method-assign]
+    with pytest.raises(DivergenceError, match="its weights contain NaN or infinity"):
+        learner.update(experience, ones(experience), RANDOM)
+
+
+def test_moments_in_8_bits_are_for_accelerators(make: Make) -> None:
+    with pytest.raises(ValueError, match="'adamw8bit' runs on an accelerator only"):
+        make(optimizer="adamw8bit")
+    options = make(lr=0.03, betas=(0.7, 0.8), weight_decay=0.2).adam.param_groups[0]
+    assert (options["lr"], options["betas"], options["weight_decay"]) == (0.03, (0.7, 0.8), 0.2)
+
+
+def test_every_epoch_has_a_stream_of_its_own(make: Make, experience: Experience) -> None:
+    make(updates=3, epochs=3).update(experience, ones(experience), RANDOM)
+    groups = [sorted(set(inputs.group.tolist())) for inputs in Scripted.received]
+    for epoch, random in enumerate((RANDOM, RANDOM.at("epoch", 1), RANDOM.at("epoch", 2))):
+        order = torch.randperm(6, generator=random.generator("updates")).tolist()
+        assert groups[3 * epoch : 3 * epoch + 3] == [sorted([order[i], order[i + 3]]) for i in range(3)]  # fmt: skip
+
+
+def test_the_distance_is_measured_in_one_batch_of_one_step_and_call(shared_policy: tuple[PipelinePolicy, Experience], make: Make, monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    _, experience = shared_policy
+    groups = [Group(0, Prompt("a")), Group(1, Prompt("b", height=64, width=32)), Group(2, Prompt("c"))]  # fmt: skip
+    state, step = torch.tensor([0, 1, 2, 2, 3, 4]), torch.tensor([1, 1, 1, 1, 2, 1])
+    group = torch.tensor([0, 1, 2, 2, 2, 2])
+    actions = Actions(
+        states=torch.zeros(5, 1), state=state, x_next=torch.arange(6.0).view(6, 1), step=step,
+        old_log_prob=torch.zeros(6), group=group, sample=torch.arange(6),
+    )  # fmt: skip
+    some, seen = replace(experience, groups=groups, actions=actions), list[list[float]]()
+
+    def references(experience: Experience, batches: Sequence[Actions]) -> list[object]:
+        seen.extend(b.x_next.flatten().tolist() for b in batches)
+        return [SimpleNamespace(output=torch.ones(2, 3))]
+
+    for states, batch, rows in ((16, 64, [0.0, 2.0, 3.0, 5.0]), (2, 64, [0.0, 2.0, 3.0]), (16, 1, [0.0])):  # fmt: skip
+        learner = make(monitor_states=states, train_batch=batch)
+        monkeypatch.setattr(learner.replay, "references", references)
+        output = SimpleNamespace(prediction=SimpleNamespace(output=torch.full((2, 3), 3.0)))
+        monkeypatch.setattr(learner.replay, "record", lambda *_, output=output: output)
+        assert learner._drift(some) == {"kl/velocity": 4.0}
+        assert seen.pop() == rows
+    assert make(monitor_states=0)._drift(some) == {}
+
+
+def test_the_moving_average_and_weights_of_the_kl_reach_the_loss(make: Make, experience: Experience) -> None:  # fmt: skip
+    @dataclass(frozen=True, kw_only=True)
+    class Pulled(Scripted):
+        kl_coef: float = 3.0  # type: ignore[misc]
+
+        @property
+        def needs(self) -> LossNeeds:
+            return LossNeeds(all_actions=True, average=True)
+
+        def __call__(self, inputs: LossInputs) -> LossOutputs:
+            Scripted.received.append(inputs)
+            zero = 0 * inputs.policy.prediction.output.sum()
+            return LossOutputs(zero + torch.ones_like(inputs.advantage), zero + 2 * torch.ones_like(inputs.advantage))  # fmt: skip
+
+    learner = make(Pulled(), ema_decay=0.5)
+    assert learner.ema is not None
+    for average in learner.ema.average:
+        average += 0.05
+    number = len(experience.actions)
+    weights = torch.arange(float(number))
+    some = replace(experience, actions=replace(experience.actions, kl_weight=weights))
+    inputs = learner.replay.inputs(some, some.actions, ones(some), None, True)
+    assert inputs.average is not None
+    gap = inputs.average.prediction.output - inputs.policy.prediction.output.detach()
+    assert float(gap.abs().max()) > 1e-4
+    assert not inputs.average.prediction.output.requires_grad
+    statistics = UpdateStatistics(())
+    assert learner._loss(inputs, [], statistics).item() == number + 3 * 2 * float(weights.sum())
+    assert [float(k.mean()) for k in statistics.kls] == [2.0], "the metric is not weighted"
+    plain = learner.replay.inputs(experience, experience.actions, ones(some), None, True)
+    assert learner._loss(plain, [], UpdateStatistics(())).item() == number + 3 * 2 * number

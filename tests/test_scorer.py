@@ -558,3 +558,135 @@ def test_probe_modes(caplog):
     assert "nothing to learn from it" in caplog.text
     scorer("broken", probe="off").probe(IMAGES, PROMPTS)
     assert not calls
+
+
+# Sound.
+
+
+class Loudness:
+    """The loudest value of the sound."""
+
+    takes_audio = True
+
+    def __call__(self, media: Tensor, prompts: Sequence[Prompt], audio: Audio) -> Tensor:
+        calls.append(f"{len(audio.waveform)} sounds")
+        return audio.waveform.abs().flatten(1).amax(1)
+
+
+SOUND = Audio(torch.linspace(-0.75, 0.5, 4).view(4, 1, 1).expand(4, 2, 6).clone(), 8000)
+
+
+def test_sound_reaches_the_rewards_that_need_it_and_no_others():
+    loud = Reward(model=f"{HERE}:Loudness", weight=2.0)
+    subject = scorer(loud, "brightness")
+    assert subject.audio_rewards == ["Loudness"]
+    found = subject.score(IMAGES, PROMPTS, SOUND)
+    wanted = SOUND.waveform[:, 0, 0].abs()
+    assert torch.allclose(found.raw["Loudness"], wanted)
+    assert torch.allclose(found.reward, 2 * wanted + IMAGES.flatten(1).mean(1))
+    with pytest.raises(RewardError, match="'Loudness' needs sound, and the media have none"):
+        subject.score(IMAGES, PROMPTS)
+    subject.check_audio(True, "the model makes none")
+    with pytest.raises(ConfigError, match="'Loudness' needs sound, and the model makes none;"):
+        subject.check_audio(False, "the model makes none")
+    scorer("brightness").check_audio(False, "the model makes none")
+    # Pictures have no sound: the first reward that needs none marks them.
+    label, values = subject.marks(IMAGES, PROMPTS)
+    assert label == "brightness"
+    assert torch.allclose(values, IMAGES.flatten(1).mean(1))
+    assert scorer(loud).marks(IMAGES, PROMPTS) == ("", None)
+    label, values = scorer("a_list", "brightness").marks(IMAGES, PROMPTS)
+    assert (label, values.tolist()) == ("a_list", [0, 1, 2, 3])
+
+
+def test_sound_that_is_not_finite_fails_the_rewards_that_hear_it():
+    broken = Audio(SOUND.waveform.clone(), 8000)
+    broken.waveform[2, 0, 3] = math.nan
+    subject = scorer(Reward(model=f"{HERE}:Loudness"), "brightness", retries=3)
+    found = subject.score(IMAGES, PROMPTS, broken)
+    assert found.raw["Loudness"].isnan().tolist() == [False, False, True, False]
+    assert found.raw["brightness"].isfinite().all()
+    # No further attempt could help.
+    assert calls == ["4 sounds", "brightness"]
+    assert (subject.broken_media, subject.failures_seen) == (1, 1)
+
+
+def test_the_probe_scores_noise_with_its_own_sound(caplog):
+    subject = scorer(Reward(model=f"{HERE}:Loudness"))
+    with caplog.at_level(logging.WARNING):
+        subject.probe(IMAGES, PROMPTS, Audio(SOUND.waveform.repeat(1, 1, 50), 8000))
+    assert calls == ["5 sounds"]
+    assert "prefers noise (0.9" in caplog.text, "white noise reaches from -1 to 1"
+    assert "(at most 0.75)" in caplog.text
+
+
+# More of how it can fail.
+
+
+def leaves(media: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+    calls.append("leaves")
+    sys.exit(0)
+
+
+def stopped(media: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+    calls.append("stopped")
+    raise KeyboardInterrupt
+
+
+def test_a_reward_that_ends_the_process_has_failed_and_an_interrupt_is_none(caplog):
+    subject = scorer("leaves", retries=1)
+    assert subject.score(IMAGES, PROMPTS).reward.isnan().all()
+    assert calls == ["leaves"] * 2
+    assert "it called sys.exit" in caplog.text
+    with pytest.raises(RewardError, match="failed 1 times: it called sys"):
+        scorer("leaves", retries=0, then="stop").score(IMAGES, PROMPTS)
+    calls.clear()
+    with pytest.raises(KeyboardInterrupt):
+        scorer("stopped", retries=3).score(IMAGES, PROMPTS)
+    assert calls == ["stopped"]
+
+
+def test_waiting_looks_up_now_and_then():
+    subject, looks = scorer("hangs"), []
+    subject.safe_point = lambda: looks.append(time.monotonic())
+    waiting = subject.submit(IMAGES[:1], PROMPTS[:1])
+    threading.Timer(0.3, released.set).start()
+    waiting.result()
+    assert 2 <= len(looks) < 10, "not all the time"
+    subject.close()
+
+
+def test_features_are_computed_in_training_only():
+    subject = scorer("brightness")
+    assert subject.keeps_media is False
+    subject.features = lambda media: media.flatten(1)[:, :2]
+    assert subject.score(IMAGES, PROMPTS).features is None
+    subject.iteration = 0
+    assert torch.equal(subject.score(IMAGES, PROMPTS).features, IMAGES.flatten(1)[:, :2])
+    subject.features = None
+    assert subject.score(IMAGES, PROMPTS).features is None
+
+
+def test_closing_cancels_what_has_not_begun():
+    subject = scorer("hangs")
+    first, second = (subject.submit(IMAGES[:1], PROMPTS[:1]) for _ in range(2))
+    while not calls:
+        time.sleep(0.001)
+    subject.close(wait=False)
+    assert second.cancelled()
+    assert not first.done()
+    released.set()
+    assert first.result(timeout=20).reward.tolist() == [0]
+    assert calls == ["hangs"]
+
+
+def test_a_probe_counts_a_single_finite_score_as_no_constant(caplog):
+    # Half of the images fail: the others are constant.
+    same = torch.full_like(IMAGES, 0.25)
+    with pytest.raises(RewardError, match="all 3 different probe images the same score"):
+        scorer("second_is_nan", retries=0).probe(same, PROMPTS)
+    caplog.clear()
+    with caplog.at_level(logging.WARNING):
+        scorer(Reward(model=f"{HERE}:constant", weight=0.0), "brightness").probe(IMAGES, PROMPTS)
+        scorer("constant", probe="warn").probe(IMAGES[:1], PROMPTS[:1])
+    assert caplog.text == ""

@@ -205,3 +205,79 @@ def test_scores_can_be_compared_with_a_margin():
     assert rates.nan_to_num(-1).tolist() == pytest.approx([0.25, 0.25, 1, -1, 1, 0])
     # Only the order matters.
     torch.testing.assert_close(rates_by_score(both * 3 + 1, groups, 0.15), rates, equal_nan=True)
+
+
+class Counted:
+    """Prefers the first; notes the brightness of both, and its number of calls."""
+
+    def __init__(self):
+        self.pairs: list[list[tuple[float, float]]] = []
+
+    def compare(self, first: Tensor, second: Tensor, prompts: Sequence[Prompt]) -> list[float]:
+        light = [m.flatten(1).mean(1).tolist() for m in (first, second)]
+        self.pairs.append([(round(a, 3), round(b, 3)) for a, b in zip(*light, strict=True)])
+        assert all(p is PROMPT for p in prompts)
+        return [1.0] * len(prompts)
+
+
+def test_a_judge_gets_the_pairs_in_parts_of_32_and_swapped(pairwise: MakeScorer) -> None:
+    subject = pairwise(model="Counted", swap=True)
+    found = subject.rates(ladder(9), PROMPT)
+    assert found.tolist() == [0.5] * 9
+    sizes = [len(p) for p in subject.model.pairs]  # type: ignore[attr-defined]
+    assert sizes == [32, 4, 32, 4]
+    first, _, swapped, _ = subject.model.pairs  # type: ignore[attr-defined]
+    assert first[:2] == [(0.0, 0.125), (0.0, 0.25)]
+    assert swapped == [(b, a) for a, b in first]
+    assert subject.asked == 72
+    assert 0 < subject.scorer.seconds < 60
+    ring = pairwise(model="Counted", opponents=1)
+    ring.rates(ladder(5), PROMPT)
+    assert ring.model.pairs == [[(0.0, 0.25), (0.0, 1.0), (0.25, 0.5), (0.5, 0.75), (0.75, 1.0)]]  # type: ignore[attr-defined]
+
+
+class Wrong:
+    """What a judge must not return."""
+
+    def __init__(self, values: Sequence[float]):
+        self.values = values
+
+    def compare(self, first: Tensor, second: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+        calls.append(1)
+        return torch.tensor(self.values)
+
+
+@pytest.mark.parametrize("values", [[0.5, 1.01, 0.5], [0.5, -0.01, 0.5], [0.5, 0.5], [[0.5]] * 3])
+def test_verdicts_of_a_wrong_kind_are_refused_at_once(values: list[float], pairwise: MakeScorer) -> None:  # fmt: skip
+    subject = pairwise(Failures(retries=3, wait=0.0), model="Wrong", options={"values": values})
+    with pytest.raises(RewardError, match=r"one number in \[0, 1\], or NaN, for each of 3 pairs"):
+        subject.rates(ladder(3), PROMPT)
+    assert calls == [1]
+    fine = pairwise(model="Wrong", options={"values": [0.0, 1.0, math.nan]})
+    assert fine.rates(ladder(3), PROMPT).tolist() == [0.5, 1.0, 0.0]
+
+
+@pytest.mark.parametrize(("rate", "stops"), [(0.5, False), (0.49, True)])
+def test_the_largest_rate_of_missing_verdicts_is_allowed(rate: float, stops: bool, pairwise: MakeScorer) -> None:  # fmt: skip
+    silent = pairwise(Failures(retries=0, wait=0.0, max_rate=rate), options={"silent": 1})
+    silent.rates(ladder(4), PROMPT)
+    if not stops:
+        return silent.check_rate()
+    with pytest.raises(RewardError, match="3 of 6 comparisons"):
+        silent.check_rate()
+
+
+def test_settings_of_preferences_at_their_limits(pairwise: MakeScorer) -> None:
+    PairwisePreference(model=f"{HERE}:Brighter", weight=1e-9, opponents=0).check()
+    PointwisePreference(weight=1e-9, tie_margin=0.0).check()
+    with pytest.raises(ValueError, match=r"weight must be above 0, got 0\.0"):
+        PointwisePreference(weight=0.0).check()
+    assert PointwisePreference(reward="b").chosen(["a", "b"]) == "b"
+    with pytest.raises(ValueError, match="must be the name of one of the rewards: a"):
+        PointwisePreference(reward="b").chosen(["a"])
+    assert PairwisePreference(model="x").comparisons(4) == 6
+    # Loaded once for each scorer, with its options.
+    subject = pairwise(options={"bias": 0.25})
+    again = PairwiseScorer(subject.scorer, subject.settings)
+    assert again.model is subject.model
+    assert subject.model.bias == 0.25  # type: ignore[attr-defined]

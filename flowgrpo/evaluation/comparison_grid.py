@@ -48,7 +48,8 @@ class ComparisonGrid:
         """
         alike = PromptSet(max(prompts.buckets, key=len), prompts.balance)
         chosen: dict[int, Prompt] = {}
-        for prompt, _ in alike.spread(4 * rows):
+        # Every turn has a new prompt of some class, until all have been chosen.
+        for prompt, _ in alike.spread(rows * len(alike.classes())):
             if len(chosen) < rows:
                 chosen.setdefault(id(prompt), prompt)
         return cls(list(chosen.values()), samples, seed)

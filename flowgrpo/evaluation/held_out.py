@@ -261,9 +261,7 @@ def _errors(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
             [r["scores"][name] for r in rows if r["scores"][name] == r["scores"][name]]
         )
         result[name] = (
-            float(finite.std(correction=0) / max(1, len(finite)) ** 0.5)
-            if len(finite)
-            else float("nan")
+            float(finite.std(correction=0) / len(finite) ** 0.5) if len(finite) else float("nan")
         )
     return result
 

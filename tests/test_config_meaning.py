@@ -1,0 +1,335 @@
+"""What a configuration means: its geometry, what excludes what, what may change, and the evidence of recipes."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from flowgrpo.config import Config, ConfigError, find, load
+from flowgrpo.config.bounds import BOUNDS, check_bounds
+from flowgrpo.config.changes import CHANGEABLE, differences, flat_table, may_change
+from flowgrpo.config.evidence import LEVELS, counts, evidence, fingerprint, next_level
+from flowgrpo.config.files import absolute
+from flowgrpo.config.reader import dotted, read
+from flowgrpo.config.reference import explain, to_table
+from flowgrpo.config.renamed import old_names
+from flowgrpo.config.starter import starter
+
+
+def config(*settings: str) -> Config:
+    """The quick start: 18 groups of 16 samples, 8 steps, of which the first 4 can be trained."""
+    return load("quickstart", settings)
+
+
+# Geometry.
+
+
+def test_the_geometry_in_words() -> None:
+    one = config("sampling.guidance_scale=4.5", "train.updates=3").geometry()
+    assert one == {
+        "groups x samples": "18 prompts x 16 samples = 288 per iteration",
+        "processes": "1, 18 groups on each",
+        "rollout": "1 call of 288 samples on each process",
+        # One shared path of up to 3 steps, then 16 samples.
+        "per prompt": one["per prompt"],
+        "optimizer steps": "3 per iteration, 6 groups in each",
+        "in all": "120 iterations, 34,560 samples, 360 optimizer steps",
+        "denoising": "8 steps, guidance 4.5",
+    }
+    assert one["per prompt"].endswith("16 decodes, 16 calls of each reward in the first iteration")
+    two = config("train.epochs=2", "train.rollout_batch=100", "train.refill=2", "train.updates=3").geometry(2)  # fmt: skip
+    assert two["processes"] == "2, 9 groups on each"
+    assert two["rollout"] == "2 calls of 100 samples on each process"
+    assert two["optimizer steps"] == "6 per iteration in 2 epochs, 6 groups in each"
+    assert two["in all"] == "120 iterations, 34,560 samples, 720 optimizer steps"
+    assert two["per prompt"].endswith("; at most 3 times as much, as groups of equal rewards are replaced")  # fmt: skip
+    free = load("sd35_medium_pickscore").geometry()["denoising"]
+    assert "guidance" in free
+    words = {
+        split: config("train.updates=4", f"train.split={split}").geometry()["optimizer steps"]
+        for split in ("samples", "steps", "actions")
+    }
+    assert words == {
+        "samples": "4 per iteration, 4 samples of each of the 18 groups in each",
+        "steps": "4 per iteration, an equal part of the denoising steps of all 18 groups in each",
+        "actions": "4 per iteration, an equal random part of the actions of all 18 groups in each",
+    }
+
+
+def test_samplings_of_evaluations_and_trained_steps() -> None:
+    changed = config("evaluation.num_steps=20", "sampling.guidance_scale=3.0")
+    assert (changed.evaluation_sampling().num_steps, changed.evaluation_sampling().guidance_scale) == (20, 3.0)  # fmt: skip
+    changed = config("evaluation.guidance_scale=2.0")
+    assert (changed.evaluation_sampling().num_steps, changed.evaluation_sampling().guidance_scale) == (8, 2.0)  # fmt: skip
+    assert config().steps_by_density() == [0, 1, 2, 3]
+    # One iteration has one window; the others have theirs.
+    assert len(config("train.iterations=1", "train.warmup=0").steps_by_density()) == 1
+    unnormalised = config('algorithm.transition={kind = "cps", log_prob = "unnormalised"}')
+    assert unnormalised.steps_by_density() == []
+    sliding = 'algorithm.steps={kind = "sliding_window", size = 1, every = 1, skip_last = 1}'
+    assert config(sliding, "train.iterations=3", "train.warmup=0").steps_by_density() == [0, 1, 2]
+
+
+# What excludes what.
+
+
+@pytest.mark.parametrize(
+    ("settings", "problem"),
+    [
+        (["train.updates=4"], r"among train.updates = 4 optimizer steps and 1 processes \(4 x 1 = 4\); the nearest that can is train.groups = 16"),
+        (["train.groups=1", "train.updates=2"], "nearest that can is train.groups = 2"),
+        (["train.updates=5", "train.split=samples"], "group_size = 16 cannot be divided among train.updates = 5"),
+        (["train.updates=8", "train.split=samples"], ""),
+        (["train.updates=2", "train.split=steps"], "cannot divide 1 trained steps among train.updates = 2"),
+        (["train.updates=2", "train.split=steps", "algorithm.steps.size=2"], ""),
+        (["train.split=steps", "algorithm={kind='diffusion_nft'}", "loss={kind='nft'}"], "DiffusionNFT trains none"),
+        (["train.betas=[0.9, 1.0]"], "betas must be two numbers"),
+        (["train.betas=[0.9, 0.99, 0.999]"], "betas must be two numbers"),
+        (["train.betas=[0.0, 0.0]"], ""),
+        (["train.ema_decay=1.0"], "ema_decay must be below 1"),
+        (["train.ema_decay=0.9999"], ""),
+        (["sampling.num_steps=1", "algorithm.steps={kind='all'}"], "must be at least 2, got 1"),
+        (["sampling.num_steps=2", "algorithm.steps={kind='all'}"], ""),
+        (["algorithm.advantage={kind='best', keep=16}"], "keep must be below algorithm.group_size = 16, got 16"),
+        (["algorithm.advantage={kind='best', keep=15}"], ""),
+        (["algorithm={kind='find'}"], "belong together"),
+        (["model.weights={kind='noise'}"], "belong together"),
+        (["algorithm={kind='find'}", "model.weights={kind='noise'}", "loss={clip_range=0.2}", "guard.reset_every=5", "loss.kl_coef=0.1"], "always the standard normal"),
+        (["rewards.0.weight=0", "guard.kl=uncertain"], "loss.kl_coef above 0"),
+    ],
+)  # fmt: skip
+def test_settings_that_exclude_each_other(settings: list[str], problem: str) -> None:
+    found = config(*settings)
+    if not problem:
+        found.check()
+        return
+    with pytest.raises(ConfigError, match=problem):
+        found.check()
+
+
+NFT = ["algorithm={kind='matching', group_size=16}", "train.train_batch=16"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "problem"),
+    [
+        (["loss={kind='dgpo'}", "train.train_batch=15"], "set train.train_batch to at least algorithm.group_size = 16, got 15"),
+        (["loss={kind='dgpo'}", "train.split=samples", "train.updates=2"], "'samples' divides among optimizer steps"),
+        (["loss={kind='dgpo'}", "train.split=actions"], "'actions' divides among optimizer steps"),
+        (["loss={kind='dgpo'}"], ""),
+        (["loss={kind='nft'}", "train.train_batch=1"], ""),
+    ],
+)  # fmt: skip
+def test_losses_on_whole_groups_need_whole_groups(settings: list[str], problem: str) -> None:
+    found = config(*NFT, *settings)
+    if not problem:
+        found.check()
+        return
+    with pytest.raises(ConfigError, match=problem):
+        found.check()
+
+
+@pytest.mark.parametrize(
+    ("bench", "best", "problem"),
+    [
+        ("{name='shapes', label='a b'}", "reward", r"bench\[0\].label must consist of letters.*got 'a b'"),
+        ("{name='shapes', label='reward'}", "reward", "must not be 'reward'"),
+        ("{name='shapes'}, {name='shapes'}", "reward", r"bench\[1\]: there are two benchmarks 'shapes'"),
+        ("{name='shapes', limit=-1}", "reward", r"bench\[0\].limit must be at least 0, got -1"),
+        ("{name='shapes', when='every'}", "shaps", r"there is no benchmark 'shaps'; did you mean 'shapes'.*known: reward, shapes"),
+        ("{name='a.b:Mine', label='x'}, {name='shapes'}", "shapes", r'set when = "every" in evaluation.bench\[1\]'),
+        ("{name='shapes', when='final'}", "shapes/overall", "at every evaluation"),
+        ("{name='shapes', label='a_b-2', limit=0}, {name='shapes', when='every'}", "shapes/overall", ""),
+    ],
+)  # fmt: skip
+def test_benchmarks_of_a_run(bench: str, best: str, problem: str) -> None:
+    found = config(f"evaluation.bench=[{bench}]", f"evaluation.best={best}")
+    assert [b.tag for b in found.evaluation.bench][-1] in bench
+    if not problem:
+        found.check()
+        return
+    with pytest.raises(ConfigError, match=problem):
+        found.check()
+    outside = config("evaluation.bench=[{name='a.b:Mine'}, {name='c.d'}]").evaluation.bench
+    assert [b.tag for b in outside] == ["Mine", "d"]
+
+
+def test_the_bounds_themselves_are_allowed() -> None:
+    for key, ends in BOUNDS.items():
+        if key.startswith("model.weights"):
+            continue
+        for end in ends:
+            if abs(end) != float("inf"):
+                others = ["train.groups=1"] if key == "algorithm.group_size" else []
+                others += ["algorithm.group_size=2"] if key == "train.groups" else []
+                others += ["evaluation.grid_samples=1"] if key == "evaluation.grid_prompts" else []
+                others += ["evaluation.grid_prompts=1"] if key == "evaluation.grid_samples" else []
+                try:
+                    found = config(*others, f"{key}={end}")
+                except ConfigError:
+                    found = config(*others, f"{key}={int(end)}")
+                check_bounds(found)
+    check_bounds(config("train.groups=62500"))
+    with pytest.raises(ConfigError, match=r"train.groups = 62501 times algorithm.group_size = 16 are 1,000,016 samples"):  # fmt: skip
+        check_bounds(config("train.groups=62501"))
+
+
+# What may change.
+
+
+def test_which_keys_may_change_when_a_run_is_resumed() -> None:
+    may = [
+        "train.iterations", "train.lr", "memory.offload", "memory.x.y", "failures.retries", "run.device", "run.trackers",
+        "evaluation.metrics", "evaluation.bench", "evaluation.bench.0.limit", "prompts.train",
+    ]  # fmt: skip
+    not_ = [
+        "train.groups", "run.seed", "memory.quantize", "memory", "run", "evaluation.seed", "evaluation", "rewards.0.weight",
+        "prompts.balance", "train", "algorithm.group_size", "train.lrs",
+    ]  # fmt: skip
+    assert [k for k in (*may, *not_) if may_change(k)] == may
+    assert all(CHANGEABLE.values())
+
+
+def test_differences_are_by_dotted_key() -> None:
+    one = config("rewards.0.weight=0.5", "run.folder=a", "run.trackers=['wandb', 'aim']", "sampling.guidance_scale=2.0")  # fmt: skip
+    other = config("rewards=[{model='jpeg_size'}]", "run.folder=b", "run.trackers=['aim']", "train.lr=0.5")  # fmt: skip
+    found = differences(one, other)
+    assert found["run.trackers"] == (["wandb", "aim"], ["aim"])
+    assert found["train.lr"] == (1.5e-4, 0.5)
+    assert found["rewards.0.model"] == ("flowgrpo.shapes.rewards:Strict", "jpeg_size")
+    assert found["rewards.0.weight"] == (0.5, 1.0)
+    assert found["rewards.1.name"] == ("graded", None)
+    assert found["sampling.guidance_scale"] == (2.0, 1.0)
+    assert "run.folder" not in found
+    assert differences(one, one) == {}
+    assert differences(other, one)["rewards.1.name"] == (None, "graded")
+    assert flat_table(config("rewards.0.options.token=abc"))["rewards.0.options.token"] == "(redacted)"  # fmt: skip
+
+
+def test_paths_become_absolute_and_names_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("model", "shapes", "adapter"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "mine.txt").write_text("a\n")
+    found = absolute(
+        config(
+            "model={path='model', base='~/absent', adapters=[{path='adapter'}], weights={kind='lora', init='adapter'}}",
+            "prompts.train=mine.txt", "prompts.held_out=hf:a/b:c", "run.folder=~/runs",
+        )
+    )  # fmt: skip
+    assert found.model.path == str(tmp_path / "model")
+    assert found.model.base == str(tmp_path / "absent")
+    assert found.model.adapters[0].path == found.model.weights.init == str(tmp_path / "adapter")  # type: ignore[union-attr]
+    assert found.prompts.train == str(tmp_path / "mine.txt")
+    assert found.prompts.held_out == "hf:a/b:c"
+    assert found.run.folder == str(tmp_path / "runs")
+    # The model in the package is not a folder of this name.
+    names = absolute(config("model.weights={kind='full'}", "run.folder=runs/x"))
+    assert (names.model.path, names.model.base) == ("shapes", "")
+    assert names.prompts.train == "prompts/shapes_train.jsonl"
+    assert names.run.folder == str(tmp_path / "runs" / "x")
+
+
+# Evidence.
+
+
+def test_the_strongest_level_that_still_holds_counts(tmp_path: Path) -> None:
+    def record(level: str, **changes: Any) -> dict[str, Any]:
+        found = {"recipe": "quickstart", "level": level, "passed": True, "fingerprint": fingerprint("quickstart")} | changes  # fmt: skip
+        (tmp_path / f"{found['recipe']}.{level}.json").write_text(json.dumps(found))
+        return found
+
+    assert evidence("quickstart", tmp_path) == "validated"
+    assert counts(record("tiny"))
+    assert evidence("quickstart", tmp_path) == "tiny"
+    assert not counts(record("rises", passed=False))
+    assert not counts(record("device", fingerprint="0" * 16))
+    assert evidence("quickstart", tmp_path) == "tiny"
+    record("rises")
+    assert evidence("quickstart", tmp_path) == "rises"
+    assert evidence("flux_fast", tmp_path) == "validated"
+    assert len(fingerprint("quickstart")) == 16
+    assert fingerprint("quickstart") == fingerprint("configs/quickstart.toml")
+    assert [next_level(level) for level in list(LEVELS)[:3]] == ["tiny", "device", "rises"]
+    for last in ("rises", "reproduces"):
+        with pytest.raises(ValueError, match="only a full run shows"):
+            next_level(last)
+
+
+# Names, tables and explanations.
+
+
+def test_old_names_are_found_wherever_they_are() -> None:
+    table = {
+        "rewards": [{"model": "flow_grpo_server"}, {"model": "flowgrpo.pairwise:Judge"}],
+        "algorithm": {"preference": {"model": "flow_grpo_server"}, "name": "flow_grpo_server"},
+        "evaluation": {"metrics": ["flowgrpo.frames:Mean", "flowgrpo.frames", "x flowgrpo.frames:Mean"]},
+    }  # fmt: skip
+    found = dict(old_names(table))
+    assert list(found) == [
+        ("rewards", 0, "model"), ("rewards", 1, "model"), ("algorithm", "preference", "model"), ("evaluation", "metrics", 0),
+    ]  # fmt: skip
+    assert found["rewards", 1, "model"] == "'flowgrpo.pairwise:Judge' has moved; write 'flowgrpo.rewards.pairs:Judge'"  # fmt: skip
+    assert dotted(("rewards", 1, "options", "x", 0)) == "rewards[1].options.x[0]"
+    assert dotted((0, "a")) == "[0].a"
+    with pytest.raises(ConfigError, match=r"^the configuration must be a table, got 3"):
+        read(Config, 3)
+    with pytest.raises(ConfigError, match=r"^train must be a table, got 3"):
+        read(Config, 3, "train")
+
+
+def test_tables_leave_out_what_is_not_set() -> None:
+    table = to_table(config())
+    assert "num_frames" not in table["sampling"]
+    assert table["algorithm"]["steps"] == {"kind": "random_window", "size": 1, "first": 0, "last": 4}  # fmt: skip
+    assert table["run"]["trackers"] == ["tensorboard"]
+    assert to_table({"a": None, "b": (1, {"c": None})}) == {"b": [1, {}]}
+
+
+def test_explanations_line_by_line() -> None:
+    assert explain(Config, "train.split").splitlines() == [
+        "train.split  (Train; default 'groups')",
+        "    What is divided among an epoch's optimizer steps: whole ``groups``; the ``samples`` of every group "
+        "(DanceGRPO); the denoising ``steps``, from noise to data (G2RPO); or single ``actions`` in random order "
+        "(BranchGRPO). Advantages are computed before, from whole groups.",
+        "    allowed: 'groups', 'samples', 'steps', 'actions'",
+    ]  # fmt: skip
+    lines = explain(Config, "model.weights").splitlines()
+    assert lines[0].startswith("model.weights  (Model; default {'kind': 'lora'")
+    assert [x.split(":")[0] for x in lines if x.startswith("    kind")] == ["    kind = 'lora'", "    kind = 'full'", "    kind = 'noise'"]  # fmt: skip
+    assert any(x.startswith("        rank: ") for x in lines)
+    assert not any(x.startswith("        kind: ") for x in lines)
+    assert (
+        explain(Config, "evaluation")
+        .splitlines()[2]
+        .startswith("    keys: Evaluations on held-out")
+    )
+    with pytest.raises(ConfigError, match=r"known below the top: algorithm, evaluation"):
+        explain(Config, "trian")
+    with pytest.raises(ConfigError, match=r"unknown key 'train.lr.x'"):
+        explain(Config, "train.lr.x")
+    with pytest.raises(ConfigError, match=r"known below train: betas"):
+        explain(Config, "train.x")
+
+
+def test_a_begun_configuration_keeps_its_head_and_explains_its_keys() -> None:
+    lines = starter("owner/My.Model-2", "quickstart", {"memory.offload.x": 1, "run.seed": 3}, ["One note."]).splitlines()  # fmt: skip
+    head = lines[: lines.index("")]
+    assert (
+        head[0]
+        == "# A run on owner/My.Model-2, after the recipe quickstart that comes with flowgrpo:"
+    )
+    first = find("quickstart").read_text().splitlines()[0].removeprefix("# ")
+    assert head[1] == f"#   {first}"
+    assert head[-2:] == ["# One note.", "# 'flowgrpo config explain KEY' explains any key, also those that are not here."]  # fmt: skip
+    assert 'path = "owner/My.Model-2"' in lines
+    assert 'folder = "runs/my_model-2"' in lines
+    assert lines[lines.index("seed = 3") - 1] == "# Seed of all random draws."
+    assert lines[lines.index("[train]") - 1] == "# Length of the run, batch geometry and optimizer."
+    # A list of tables is explained once, above it; tables with a kind by their kind.
+    start = lines.index("rewards = [")
+    assert lines[start - 1].startswith("# ")
+    assert not any(x.startswith("#") for x in lines[start : lines.index("]", start)])
+    assert lines[lines.index("noise_level = 0.7") - 1].startswith("# ")
