@@ -55,7 +55,7 @@ CASES: dict[str, Sequence[str]] = {
     "flow_grpo, dropped": ["algorithm={kind='flow_grpo', group_size=4}", CLIPPED, f"rewards=[{{model='{HERE}:rough'}}]", "train.without_advantage='drop'"],
     "dance_grpo": ["algorithm={kind='dance_grpo', group_size=4}", CLIPPED, "train.split='samples'"],
     "mix_grpo": ["algorithm={kind='mix_grpo', group_size=4, steps={kind='window', size=2}}", CLIPPED],
-    "pref_grpo": ["algorithm={kind='pref_grpo', group_size=4, preference={kind='judged', reward='brightness'}}", CLIPPED],
+    "pref_grpo": ["algorithm={kind='pref_grpo', group_size=4, preference={kind='compared', reward='brightness'}}", CLIPPED],
     "tempflow_grpo": ["algorithm={kind='tempflow_grpo', group_size=4, seeds=2}", CLIPPED],
     "g2rpo": ["algorithm={kind='g2rpo', group_size=4, steps={kind='window', size=2}, granularities=[1, 2]}", CLIPPED, "train.split='steps'"],
     "tp_grpo": ["algorithm={kind='tp_grpo', group_size=4}", CLIPPED],
