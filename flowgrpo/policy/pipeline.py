@@ -40,7 +40,7 @@ from flowgrpo.policy.latent_injection import LatentInjection, LatentLocations
 from flowgrpo.policy.loading import DTYPES, denoisers, load_pipeline, without_safety_checker
 from flowgrpo.policy.lockstep import Call, Lockstep
 from flowgrpo.policy.placement import as_batch, as_media, models_of, prepare
-from flowgrpo.policy.prompt_cache import ENCODING_METHODS, REWRITING_METHODS
+from flowgrpo.policy.prompt_cache import ENCODING_METHODS, REWRITING_METHODS, PromptCache
 from flowgrpo.policy.scheduler import FlowPolicyScheduler, policy_scheduler
 from flowgrpo.policy.settings import Full, Memory, ModelSource, Noise, Sampling, Weights
 from flowgrpo.policy.sound import as_audio, audio_rate
@@ -375,6 +375,12 @@ class PipelinePolicy:
         No collective operation may run inside.
         """
         return self.lockstep.together() if self.in_lockstep else nullcontext()
+
+    def encode_in_lockstep(self) -> None:
+        """Let every process encode each prompt that any process needs, for sharded text encoders."""
+        cache = getattr(self.pipeline, "encode_prompt", None)
+        if isinstance(cache, PromptCache):
+            cache.union = self.lockstep.union
 
     def _run(
         self,

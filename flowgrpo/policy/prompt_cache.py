@@ -103,7 +103,11 @@ class PromptCache:
 
     Attributes:
         store: The cached encodings.
+        union: Joins lists of all processes, without duplicates. Set where the text encoders are
+            sharded: every process then encodes what any of them needs.
     """
+
+    union: Callable[[list[Rows]], list[Rows]] | None = None
 
     def __init__(
         self,
@@ -137,6 +141,7 @@ class PromptCache:
         single = {n: arguments.get(n) for n in PROMPT_ARGUMENTS if n not in batched}
         shared = fingerprint([rest, single])
         if "prompt" not in batched or shared is None:
+            self._require_text()
             return self._encode(*args, **kwargs)
         rows = tuple(zip(*(arguments[name] for name in batched), strict=True))
         if shared not in self._rules:
@@ -145,11 +150,28 @@ class PromptCache:
             )
         join = self._rules[shared]
         if join is None:
+            self._require_text()
             return self._remembered(bound, batched, rows, shared)
-        encoded = {
-            row: self._remembered(bound, batched, (row,), shared) for row in dict.fromkeys(rows)
-        }
+        needed = [(row,) for row in dict.fromkeys(rows)]
+        if self.union is not None:
+            # The encoders gather their parameters from all processes, so that all encode what any of
+            # them lacks. What is there comes first, before the store drops it for something new.
+            there = [one for one in needed if repr((shared, one)) in self.store]
+            needed = there + self.union([one for one in needed if one not in there])
+        encoded = {one[0]: self._remembered(bound, batched, one, shared) for one in needed}
         return join([encoded[row] for row in rows])
+
+    def _require_text(self) -> None:
+        """Refuse to encode a batch of which other processes know nothing.
+
+        Raises:
+            ValueError: If the text encoders are sharded.
+        """
+        if self.union is not None:
+            raise ValueError(
+                "the pipeline encodes its prompts together with images or in whole batches, which does not "
+                "work with sharded text encoders: shard the denoiser only"
+            )
 
     def _call(self, bound: inspect.BoundArguments, batched: list[str], rows: Rows) -> Any:
         """Call ``encode_prompt`` with the given prompts and otherwise the bound arguments."""
