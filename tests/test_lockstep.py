@@ -127,7 +127,7 @@ def encode(policy: PipelinePolicy, rank: int) -> None:
     with policy.together():
         policy.images(own, noise)
         policy.images(own, noise)
-    assert len(encoded) == 2
+    assert len(encoded) == 2 * 2  # each with its negative prompt
 
 
 def evaluate(policy: PipelinePolicy, rank: int) -> None:
