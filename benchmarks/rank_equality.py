@@ -4,7 +4,8 @@ Trains a tiny random model for an iteration with two optimizer steps, in real pr
 by gloo, and compares each run's files with those of one process:
 
 - rollout: metrics of rewards and groups, relative to the larger value;
-- losses: loss, KL, ratios and gradient norms, likewise;
+- losses: the loss, ratios and clip fractions as they are, since their scale is 1 (the mean loss itself is
+  near 0); KL, gradient norm and all others relative to the larger value;
 - gradient: Adam's first moments after the iteration, as the norm of the difference over their norm;
 - weights: the norm of the difference over the norm of the update. AdamW divides a gradient by its size,
   so that parameters whose gradients are rounding errors move as far as all others;
@@ -55,7 +56,7 @@ CASES: dict[str, Sequence[str]] = {
     "flow_grpo, dropped": ["algorithm={kind='flow_grpo', group_size=4}", CLIPPED, f"rewards=[{{model='{HERE}:rough'}}]", "train.without_advantage='drop'"],
     "dance_grpo": ["algorithm={kind='dance_grpo', group_size=4}", CLIPPED, "train.split='samples'"],
     "mix_grpo": ["algorithm={kind='mix_grpo', group_size=4, steps={kind='window', size=2}}", CLIPPED],
-    "pref_grpo": ["algorithm={kind='pref_grpo', group_size=4, preference={reward='brightness'}}", CLIPPED],
+    "pref_grpo": ["algorithm={kind='pref_grpo', group_size=4, preference={kind='compared', reward='brightness'}}", CLIPPED],
     "tempflow_grpo": ["algorithm={kind='tempflow_grpo', group_size=4, seeds=2}", CLIPPED],
     "g2rpo": ["algorithm={kind='g2rpo', group_size=4, steps={kind='window', size=2}, granularities=[1, 2]}", CLIPPED, "train.split='steps'"],
     "tp_grpo": ["algorithm={kind='tp_grpo', group_size=4}", CLIPPED],
@@ -68,6 +69,8 @@ CASES: dict[str, Sequence[str]] = {
     "find": ["algorithm={kind='find', group_size=4}", "loss={kind='clipped', clip_range=1e-3}", "model.weights={kind='noise'}", "train.monitor_states=0"],
 }  # fmt: skip
 """Every algorithm and every loss, with the settings whose statistics are over all processes."""
+OF_SCALE_1 = ("loss/policy", "ratio/", "log_prob/", "step/")
+"""Beginnings of the names of metrics whose differences are compared as they are."""
 LOSSES = ("loss/", "ratio/", "log_prob/", "step/", "kl/", "grad_norm", "distance/", "guard/")
 """Beginnings of the names of metrics of updates; the others are of rollouts."""
 
@@ -109,10 +112,10 @@ def lines(file: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in file.read_text().splitlines()]
 
 
-def relative(one: float, other: float) -> float:
-    """The difference over the larger value; 0 if both are rounding errors."""
-    size = max(abs(one), abs(other))
-    return 0.0 if size < 1e-6 else abs(one - other) / size
+def difference(name: str, one: float, other: float) -> float:
+    """The difference of a metric, over the larger value unless its scale is 1."""
+    size = 1.0 if name.startswith(OF_SCALE_1) else max(abs(one), abs(other))
+    return abs(one - other) / size if size > 0 else 0.0
 
 
 def compared(one: Path, other: Path, model: Path) -> dict[str, float]:
@@ -125,16 +128,14 @@ def compared(one: Path, other: Path, model: Path) -> dict[str, float]:
     for a, b in zip(lines(one / "metrics.jsonl"), lines(other / "metrics.jsonl"), strict=True):
         assert a.keys() == b.keys(), a.keys() ^ b.keys()
         for name in a:
-            if name == "log_prob/noise":  # a rounding error itself
-                continue
             part = "losses" if name.startswith(LOSSES) else "rollout"
-            found[part] = max(found[part], relative(a[name], b[name]))
+            found[part] = max(found[part], difference(name, a[name], b[name]))
     files = (one / "evaluations.jsonl", other / "evaluations.jsonl")
     for a, b in zip(*map(lines, files), strict=True):
         assert a["images"] == b["images"]
         for name in a["scores"]:
             found["held out"] = max(
-                found["held out"], relative(a["scores"][name], b["scores"][name])
+                found["held out"], difference(name, a["scores"][name], b["scores"][name])
             )
     parts = [load(folder, "optimizer") for folder in (one, other)]
     moments = [{k: v for k, v in part.items() if k.endswith("/exp_avg")} for part in parts]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from flowgrpo.algorithms import FIND, FlowGRPO, Matching
 from flowgrpo.config import Train
-from flowgrpo.core.random import Random
+from flowgrpo.core.random import Random, SampleNoise
 from flowgrpo.data.prompts import Group, Prompt
 from flowgrpo.evaluation import held_out
 from flowgrpo.losses.clipped import ClippedLoss
@@ -84,30 +84,50 @@ def iterate(
     return gradients[0], metrics
 
 
-def watch(policy: PipelinePolicy) -> list[tuple[float, ...]]:
+def meet(kind: int, weights: float = 0.0) -> int:
+    """A collective operation, which a pass of a sharded model has; fails unless both passes are alike."""
+    mine = torch.tensor([kind, weights], dtype=torch.float64)
+    every = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+    dist.all_gather(every, mine)
+    assert all(torch.equal(one, mine) for one in every), every
+    return kind
+
+
+def watch(policy: PipelinePolicy) -> list[int]:
     """Let every pass of the denoiser meet the other process's, as in a sharded model.
 
     Returns:
-        The passes so far: their kind (without gradients, with gradients, backward) and the weights.
+        The kinds of the passes so far: 0 without gradients, 1 with gradients, 2 backward.
     """
-    passes: list[tuple[float, ...]] = []
+    passes: list[int] = []
     (denoiser,) = policy.denoisers.values()
     *_, parameter = denoiser.parameters()
 
-    def meet(kind: int) -> None:
-        mine = torch.tensor([kind, parameter.detach().double().sum()])
-        every = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
-        dist.all_gather(every, mine)
-        assert all(torch.equal(one, mine) for one in every), every
-        passes.append(tuple(mine.tolist()))
+    def note(kind: int) -> None:
+        passes.append(meet(kind, float(parameter.detach().double().sum())))
 
     def after(module: nn.Module, inputs: object, output: tuple[Tensor, ...]) -> None:
         if output[0].requires_grad:
-            output[0].register_hook(lambda gradient: meet(2))
+            output[0].register_hook(lambda gradient: note(2))
 
-    denoiser.register_forward_pre_hook(lambda *_: meet(int(torch.is_grad_enabled())))
+    denoiser.register_forward_pre_hook(lambda *_: note(int(torch.is_grad_enabled())))
     denoiser.register_forward_hook(after)
     return passes
+
+
+def encode(policy: PipelinePolicy, rank: int) -> None:
+    """Sharded text encoders: each process encodes what either of them needs."""
+    encoded: list[int] = []
+    policy.pipeline.text_encoder.register_forward_pre_hook(lambda *_: encoded.append(meet(3)))
+    policy.encode_in_lockstep()
+    new = [Prompt(f"{i} clouds") for i in range(4)]
+    # Two prompts of the first process and one of the second, which shares one with it.
+    own = new[:2] if rank == 0 else new[1:2]
+    noise = SampleNoise([Random(0)] * len(own))
+    with policy.together():
+        policy.images(own, noise)
+        policy.images(own, noise)
+    assert len(encoded) == 2 * 2  # each with its negative prompt
 
 
 def evaluate(policy: PipelinePolicy, rank: int) -> None:
@@ -170,7 +190,7 @@ def test_processes_without_work_take_part_in_every_pass(
             one = policies[case]
             number, before = len(passes[id(one)]), one.num_evaluations
             summed, found = iterate(one, case, connected, own)
-            kinds = {int(kind) for kind, _ in passes[id(one)][number:]}
+            kinds = set(passes[id(one)][number:])
             assert kinds == ({0} if case == "find" else {0, 1, 2}), (case, kinds)
             assert one.num_evaluations > before
             scale = max(float(g.abs().max()) for g in gradient)
@@ -179,6 +199,7 @@ def test_processes_without_work_take_part_in_every_pass(
             for name in ("loss/policy", "loss/kl", "grad_norm"):
                 assert found[name] == pytest.approx(metrics[name], rel=1e-2, abs=1e-6), (case, name)
         evaluate(policy, rank)
+        encode(policy, rank)
         return 0
 
     for process in ranks(work):
