@@ -236,7 +236,7 @@ def test_sharding_is_advised_where_several_processes_can_shard() -> None:
     changes, fits = advise(footprint, replace(OPTIONS, most_parts=4), 24 * GB)
     assert fits
     settings = [c.setting for c in changes]
-    assert settings[-1] == "parallel.shard = 'denoiser'"
+    assert "parallel.shard = 'denoiser'" in settings
     assert not any("8bit" in s or "quantize" in s for s in settings)
     changes, _ = advise(footprint, OPTIONS, 24 * GB)
     assert not any("shard" in c.setting for c in changes)
