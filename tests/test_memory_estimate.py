@@ -25,6 +25,7 @@ from flowgrpo.memory import (
     advise,
     budget,
     estimate_footprint,
+    memory_options,
 )
 from flowgrpo.memory.dispatch_modes import MemoryCounter
 from flowgrpo.memory.meta_pipeline import build, config_folder
@@ -207,6 +208,58 @@ def test_a_budget_adds_the_largest_phase() -> None:
     assert budget(kept, OPTIONS).phases["training"] == found.phases["training"]
     wide = replace(kept, rollout=6 * GB)
     assert budget(wide, OPTIONS).phases["training"] == round((4 / 64 + 16 + 6) * GB)
+
+
+def test_a_divided_denoiser_takes_its_part_and_the_blocks_that_are_gathered() -> None:
+    footprint = replace(
+        FOOTPRINT, averaged=True, reference=GB, gathered=GB // 2, gathered_gradients=GB // 4
+    )
+    alone, parts = budget(footprint, OPTIONS), budget(footprint, replace(OPTIONS, parts=8))
+    divided = (
+        "weights of transformer",
+        "adapter",
+        "optimizer (adamw)",
+        "moving average",
+        "reference",
+    )
+    for name, size in alone.resident.items():
+        assert parts.resident[name] == (size / 8 if name in divided else size), name
+    assert parts.phases["rollout"] - alone.phases["rollout"] == GB // 2
+    assert parts.phases["decoding"] == alone.phases["decoding"]
+    gradients = 4 * footprint.trained
+    change = parts.phases["training"] - alone.phases["training"]
+    assert change == GB // 2 + GB // 4 - gradients * 7 // 8
+
+
+def test_sharding_is_advised_where_several_processes_can_shard() -> None:
+    footprint = replace(FOOTPRINT, denoisers={"transformer": 40 * GB})
+    changes, fits = advise(footprint, replace(OPTIONS, most_parts=4), 24 * GB)
+    assert fits
+    settings = [c.setting for c in changes]
+    assert "parallel.shard = 'denoiser'" in settings
+    assert not any("8bit" in s or "quantize" in s for s in settings)
+    changes, _ = advise(footprint, OPTIONS, 24 * GB)
+    assert not any("shard" in c.setting for c in changes)
+
+
+def test_the_gathered_parameters_are_two_blocks_and_what_is_outside(tiny: Tiny) -> None:
+    prompt = [Prompt("a red cube")]
+    changes = [f"model.path={tiny('sd3')}", "sampling.height=32", "sampling.width=32", "sampling.call={max_sequence_length=16}"]  # fmt: skip
+    config = flowgrpo.load("quickstart", [*changes, "parallel.shard=denoiser"])
+    found = estimate_footprint(config, prompt, 2, device="cpu")
+    (model,) = denoisers(load_pipeline(tiny("sd3"))).values()
+    blocks = [bytes_of(b) for b in model.transformer_blocks]
+    parameters = sum(p.numel() * p.element_size() for p in model.parameters())
+    assert len(blocks) == 2  # so that all parameters are whole at once
+    assert found.gathered == parameters
+    # Gradients in fp32, and the message that adds them.
+    assert found.gathered_gradients == 2 * max(blocks)
+    assert memory_options(config, 2).parts == 2
+    assert memory_options(config, 2).most_parts == 2
+    half = replace(config, model=replace(config.model, dtype="bfloat16"))
+    assert estimate_footprint(half, prompt, 2, device="cpu").gathered == parameters // 2
+    quantised = flowgrpo.load("quickstart", [*changes, "model.weights.kind=lora", "memory.quantize=nf4"])  # fmt: skip
+    assert memory_options(quantised, 2).most_parts == 1
 
 
 def test_advice_fits_when_followed() -> None:

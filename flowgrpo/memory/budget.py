@@ -34,6 +34,8 @@ class MemoryOptions:
         offload_vae: Whether the VAE is on the device only while it works.
         quantize: A key of :data:`QUANTIZED`.
         optimizer: A key of :data:`OPTIMIZER`.
+        parts: Number of processes among which the denoisers are divided; 1 if each has whole ones.
+        most_parts: Number of processes among which they could be divided.
     """
 
     rollout_batch: int
@@ -44,6 +46,8 @@ class MemoryOptions:
     offload_vae: bool = False
     quantize: str = "none"
     optimizer: str = "adamw"
+    parts: int = 1
+    most_parts: int = 1
 
     def __post_init__(self) -> None:
         for name, value, known in (
@@ -76,6 +80,10 @@ class Footprint:
         training: Activations of one training batch with gradients.
         kl: Whether the reference policy is evaluated while these activations are alive.
         batches: The ``rollout_batch`` and ``train_batch`` for which activations were traced.
+        gathered: Size of the parameters of a divided denoiser that are whole at the same time: those
+            outside of its blocks, a block, and the next block, which is gathered in advance.
+        gathered_gradients: Size of a block's gradients before they are divided, and of the message that
+            adds them.
     """
 
     denoisers: Mapping[str, int]
@@ -95,6 +103,8 @@ class Footprint:
     training: Activations
     kl: bool
     batches: tuple[int, int]
+    gathered: int = 0
+    gathered_gradients: int = 0
 
 
 @dataclass(frozen=True)
@@ -136,16 +146,18 @@ def budget(m: Footprint, options: MemoryOptions) -> Budget:
         saved = m.linear_bytes - round(m.linear * QUANTIZED[options.quantize])
         whole = sum(weights.values())
         weights = {k: v - round(saved * v / whole) for k, v in weights.items()}
-    resident = {f"weights of {k}": v for k, v in weights.items()}
+    parts = options.parts
+    trained = m.trained / parts
+    resident = {f"weights of {k}": round(v / parts) for k, v in weights.items()}
     encoders = {f"weights of {k}": v for k, v in m.encoders.items()}
     if not options.offload_text_encoders:
         resident |= encoders
     resident |= {
         "weights of vae": 0 if options.offload_vae else m.vae,
-        "adapter": m.adapter,
-        f"optimizer ({options.optimizer})": round(m.trained * OPTIMIZER[options.optimizer]),
-        "moving average": 4 * m.trained if m.averaged else 0,
-        "reference": m.reference,
+        "adapter": round(m.adapter / parts),
+        f"optimizer ({options.optimizer})": round(trained * OPTIMIZER[options.optimizer]),
+        "moving average": round(4 * trained) if m.averaged else 0,
+        "reference": round(m.reference / parts),
         "latents of a rollout": m.experience,
         **{f"reward {k}": v for k, v in m.rewards.items() if v is not None},
     }
@@ -155,11 +167,12 @@ def budget(m: Footprint, options: MemoryOptions) -> Budget:
         # The reference policy is evaluated while the saved activations are alive.
         reference = m.rollout * options.train_batch / m.batches[0]
         activations = max(activations, m.training.saved * train + reference)
+    gathered, messages = (m.gathered, m.gathered_gradients) if parts > 1 else (0, 0)
     phases = {
         "text encoding": resting + round(m.encode * rollout),
-        "rollout": round(m.rollout * rollout),
+        "rollout": round(m.rollout * rollout) + gathered,
         "decoding": round(m.decode * decode) + (m.vae if options.offload_vae else 0),
-        "training": 4 * m.trained + round(activations),
+        "training": round(4 * trained) + round(activations) + gathered + messages,
     }
     return Budget({k: v for k, v in resident.items() if v}, phases)
 
@@ -219,8 +232,15 @@ def _options(options: MemoryOptions, phase: str) -> Iterator[tuple[str, MemoryOp
         yield f"train.train_batch = {half}", replace(options, train_batch=half)
     if phase == "training" and not options.gradient_checkpointing:
         yield "memory.gradient_checkpointing = true", replace(options, gradient_checkpointing=True)
+    if options.parts < options.most_parts:
+        yield "parallel.shard = 'denoiser'", replace(options, parts=options.most_parts)
+    if options.parts > 1:
+        return  # A divided denoiser takes neither of the following.
     if options.optimizer == "adamw":
-        yield "train.optimizer = 'adamw8bit'", replace(options, optimizer="adamw8bit")
+        yield (
+            "train.optimizer = 'adamw8bit'",
+            replace(options, optimizer="adamw8bit", most_parts=1),
+        )
     for kind in ("int8", "nf4"):
         if QUANTIZED[kind] != QUANTIZED[options.quantize] and options.quantize in ("none", "int8"):
-            yield f"memory.quantize = '{kind}'", replace(options, quantize=kind)
+            yield f"memory.quantize = '{kind}'", replace(options, quantize=kind, most_parts=1)

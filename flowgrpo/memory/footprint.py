@@ -17,7 +17,8 @@ from flowgrpo.memory.meta_pipeline import EstimateError, build, config_folder
 from flowgrpo.memory.tracer import Activations, Tracer, bytes_of
 from flowgrpo.policy.arguments import Calling, own_arguments
 from flowgrpo.policy.loading import DTYPES, denoisers
-from flowgrpo.policy.settings import Full, Noise, Weights
+from flowgrpo.policy.placement import repeated_blocks
+from flowgrpo.policy.settings import Full, Noise, Parallel, Weights
 from flowgrpo.policy.weights import Trainable
 from flowgrpo.rewards.settings import Reward
 
@@ -32,9 +33,20 @@ REWARDS = {
 any other reward model is unknown."""
 
 
-def memory_options(config: Config) -> MemoryOptions:
-    """The settings of a configuration that change how much memory it takes."""
-    memory = config.memory
+def memory_options(config: Config, num_processes: int = 1) -> MemoryOptions:
+    """The settings of a configuration that change how much memory it takes on these processes."""
+    memory, parallel = config.memory, config.parallel
+    most = num_processes
+    try:
+        Parallel(shard="denoiser").check(
+            num_processes,
+            config.model.weights,
+            memory,
+            config.model.dtype,
+            config.train.optimizer,
+        )
+    except ValueError:
+        most = 1
     names = (
         "decode_batch", "gradient_checkpointing", "offload_text_encoders", "offload_vae", "quantize",
     )  # fmt: skip
@@ -43,6 +55,8 @@ def memory_options(config: Config) -> MemoryOptions:
         rollout_batch=config.train.rollout_batch,
         train_batch=config.train.train_batch,
         optimizer=config.train.optimizer,
+        parts=(parallel.shard_group or num_processes) if parallel.is_sharded else 1,
+        most_parts=most,
         **fitting,
     )
 
@@ -71,6 +85,12 @@ def estimate_footprint(
     trained = _trained(ours, weights)
     after = {k: bytes_of(m) for k, m in models.items()}
     _fit_decoder(config, models)
+    half = full and dtype != torch.float32
+    gathered, gradients = _gathered(ours.values(), dtype if half else None)
+    if half and config.parallel.is_sharded:
+        # The weights are gathered in this precision, so that autocast copies none.
+        for model in ours.values():
+            model.to(dtype)
     tracer = Tracer(pipeline, dtype, full=full, device=device)
     batches = config.train.rollout_batch, config.train.train_batch
     # Pipelines may do anything that fake tensors do not support. Whatever that raises must not stop
@@ -103,7 +123,33 @@ def estimate_footprint(
         training=training,
         kl=kl,
         batches=batches,
+        gathered=gathered,
+        gathered_gradients=gradients,
     )
+
+
+def _gathered(models: Iterable[nn.Module], dtype: torch.dtype | None) -> tuple[int, int]:
+    """Most bytes of parameters and of gradients that are whole at a time in divided denoisers.
+
+    Args:
+        models: The denoisers; one computes at a time.
+        dtype: Precision in which parameters are gathered; None for their own.
+    """
+    found = [(0, 0)]
+    for model in models:
+
+        def size(module: nn.Module) -> int:
+            parameters = list(module.parameters())
+            return sum(p.numel() * (dtype or p.dtype).itemsize for p in parameters)
+
+        blocks = repeated_blocks(model)
+        sizes = sorted(map(size, blocks), reverse=True)
+        trained = [sum(p.numel() for p in b.parameters() if p.requires_grad) for b in blocks]
+        outside = size(model) - sum(sizes)
+        # Autograd's gradients, and the fp32 message.
+        per_weight = (dtype or torch.float32).itemsize + 4
+        found.append((outside + sum(sizes[:2]), per_weight * max(trained, default=0)))
+    return max(p for p, _ in found), max(g for _, g in found)
 
 
 def _traced(

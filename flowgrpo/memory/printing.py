@@ -35,7 +35,7 @@ def print_estimate(
     except EstimateError as error:
         console.say(f"the memory cannot be estimated: {error}")
         return
-    options = memory_options(config)
+    options = memory_options(config, num_processes)
     total = budget(parts, options)
     rows = [(k, gb(v), "always") for k, v in total.resident.items()]
     rows += [(k, gb(v), "largest" if k == total.phase else "") for k, v in total.phases.items()]

@@ -132,7 +132,7 @@ class PipelinePolicy:
     keeps_means = False
     """Whether actions store the means of their steps. Set by the learner if the loss needs them."""
     in_lockstep = False
-    """Whether all processes must make equal calls, because the denoiser is divided among them."""
+    """Whether all processes must make equal passes of the denoiser, because its parameters are sharded."""
 
     def __init__(
         self,

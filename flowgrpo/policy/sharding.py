@@ -8,8 +8,10 @@ all processes must make equal calls.
 Everything that is computed per element (optimizer, moving average, behaviour weights) works on the parts.
 """
 
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from diffusers import ModelMixin
@@ -17,6 +19,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
+from torch.utils._pytree import tree_map
 
 from flowgrpo.policy.placement import repeated_blocks
 from flowgrpo.policy.settings import Full, Parallel, Weights
@@ -64,6 +67,7 @@ def shard(
         # Parameters must be gathered anew in each forward pass, also those of the root, because the
         # weights change between passes (reference policy, moving average).
         for module in (*repeated_blocks(model), model):
+            module.forward = _without_views(module.forward)
             fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
         for module in model.modules():
             if isinstance(module, FSDPModule):
@@ -71,6 +75,23 @@ def shard(
                 # added; by default they are averaged.
                 module.set_gradient_divide_factor(1.0)
                 module.set_force_sum_reduction_for_comms(True)
+
+
+def _without_views(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """``forward`` with copies of the outputs that are views.
+
+    FSDP gathers parameters for the backward pass by a hook on the outputs, and an in-place operation on a
+    view drops the hook.
+    """
+
+    def own(value: Any) -> Any:
+        return value.clone() if isinstance(value, Tensor) and value._is_view() else value
+
+    @functools.wraps(forward)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        return tree_map(own, forward(*args, **kwargs))
+
+    return wrapped
 
 
 def local(tensor: Tensor) -> Tensor:

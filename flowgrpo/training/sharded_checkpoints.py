@@ -13,10 +13,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as distributed
 from safetensors import safe_open
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.hf_storage import (
+    HuggingFaceStorageReader,
+    HuggingFaceStorageWriter,
+)
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load as load_distributed
+from torch.distributed.checkpoint.state_dict_saver import save as save_distributed
 from torch.distributed.tensor import DTensor
 
 from flowgrpo.data import files
@@ -73,9 +79,9 @@ def _write(folder: Path, parts: Mapping[str, Tensors]) -> None:
         for part, tensors in parts.items()
         for name, tensor in tensors.items()
     }
-    writer = distributed.HuggingFaceStorageWriter(str(folder), save_distributed=True)
+    writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
     try:
-        distributed.save(flat, storage_writer=writer)
+        save_distributed(flat, storage_writer=writer)
     except CheckpointException as error:
         # With the errors of all processes, each with its traceback; the first says enough.
         first = next(iter(error.failures.values()))[0]
@@ -137,15 +143,16 @@ def read_shards(folder: Path, place: Place, *, alone: bool = False) -> dict[str,
         place: Where tensors are divided now.
         alone: Whether only this process reads.
     """
-    reader = distributed.HuggingFaceStorageReader(str(folder))
+    reader = HuggingFaceStorageReader(str(folder))
     flat: dict[str, Tensor] = {}
     for key, found in reader.read_metadata().state_dict_metadata.items():
+        assert isinstance(found, TensorStorageMetadata)  # safetensors files hold nothing else
         part, _, name = key.partition("/")
         flat[key] = _empty(place(part, name, found.size), found.size, found.properties.dtype)
     with warnings.catch_warnings():
         # That torch.distributed is not initialised, if one process reads alone.
         warnings.simplefilter("ignore", UserWarning)
-        distributed.load(flat, storage_reader=reader, no_dist=alone)
+        load_distributed(flat, storage_reader=reader, no_dist=alone)
     parts: dict[str, dict[str, Tensor]] = {}
     for key, tensor in flat.items():
         part, _, name = key.partition("/")
