@@ -532,7 +532,7 @@ class Config:
         return {
             "groups x samples": f"{t.groups} prompts x {size} samples = {samples} per iteration",
             "processes": f"{num_processes}, {t.groups // num_processes} groups on each",
-            "rollout": f"{calls} call{'s' * (calls > 1)} of {min(t.rollout_batch, samples)} samples on each process",
+            "rollout": f"{calls} call{'s' * (calls > 1)} of {min(t.rollout_batch, samples // num_processes)} samples on each process",
             "per prompt": self._work() + refill,
             "optimizer steps": f"{t.optimizer_steps} per iteration{epochs}, {self._update_words()} in each",
             "in all": f"{t.iterations} iterations, {t.iterations * samples:,} samples, {t.iterations * t.optimizer_steps:,} optimizer steps",
