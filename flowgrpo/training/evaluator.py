@@ -1,6 +1,6 @@
 """Evaluation during a run: when it is due, its scores and its comparison grid, and the best weights."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -75,10 +75,16 @@ class Evaluator:
             self.scorer.probe(images, self.comparison_grid.expanded, audio)
             self.base_images = images
 
-    def evaluate_if_due(self, iteration: int) -> None:
-        """Evaluate before the first iteration, and before every ``every``-th."""
+    def evaluate_if_due(self, iteration: int, before: Callable[[], None]) -> None:
+        """Evaluate before the first iteration, and before every ``every``-th.
+
+        Args:
+            iteration: Iterations trained so far.
+            before: Called before an evaluation.
+        """
         every = self.settings.every
         if iteration == 0 or (every and iteration % every == 0):
+            before()
             self.evaluate(iteration, full=iteration == 0)
 
     def evaluate(self, iteration: int, full: bool) -> None:

@@ -53,5 +53,5 @@ def collect(
         experience, replaced = refilled(
             experience, config.train.refill, further, sample, session.gather, number
         )
-    rollout.metrics["group/refilled"] = float(replaced)
+    rollout.metrics |= {"group/refilled": float(replaced), "staleness": 0.0}
     return experience, rollout
