@@ -1,6 +1,8 @@
 """``flowgrpo train --nproc N``: places of the processes, their output, signals, and exit statuses."""
 
 import re
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -8,10 +10,13 @@ import time
 from pathlib import Path
 
 import pytest
+import yaml
 
 from flowgrpo.cli import main
+from flowgrpo.cli.main import commands, parser
 from flowgrpo.config import ConfigError
 from flowgrpo.training.launch import Nodes, num_ranks
+from flowgrpo.training.signals import AGAIN
 
 ROOT = Path(__file__).parents[1]
 PLACE = {"WORLD_SIZE": "4", "RANK": "1", "MASTER_ADDR": "a", "MASTER_PORT": "1"}
@@ -199,3 +204,69 @@ time.sleep(60)
         left = [pid for pid in left if Path(f"/proc/{pid}").exists()]
         time.sleep(0.05)
     assert left == []
+
+
+# The files for schedulers.
+EXAMPLES = ROOT / "docs" / "examples"
+
+
+def parsed(words):
+    """What the command's own parser makes of a command."""
+    assert words[0] == "flowgrpo"
+    return parser(commands()).parse_args(words[1:])
+
+
+def test_the_slurm_script_is_a_script_and_its_command_is_one():
+    file = EXAMPLES / "slurm.sbatch"
+    text = file.read_text()
+    subprocess.run(["bash", "-n", file], check=True)
+    if shutil.which("shellcheck"):
+        subprocess.run(["shellcheck", file], check=True)
+    command = re.search(r"flowgrpo train .*", text)[0]
+    for name, value in {"config": "quickstart", "SLURM_NNODES": "2", "master": "node0"}.items():
+        command = command.replace(f'"${name}"', value)
+    options = parsed(shlex.split(command))
+    # Without --node-rank, as srun runs it on the second node.
+    environ = {"SLURM_NODEID": "1", "SLURM_STEP_NUM_TASKS": "2"}
+    nodes = Nodes.of(options.nproc, options.nnodes, options.node_rank, options.master, environ)
+    assert nodes == Nodes(8, 2, 1, "node0", 29500)
+    settings = dict(re.findall(r"^#SBATCH --([a-z-]+)=?(.*)$", text, re.M))
+    assert settings["ntasks-per-node"] == "1"
+    assert settings["gpus-per-node"] == str(nodes.nproc)
+    # To the steps, and not with "B:" to the script alone (sbatch(1), --signal).
+    assert re.fullmatch(r"TERM@\d+", settings["signal"])
+    assert f'"$status" -eq {AGAIN}' in text
+
+
+def test_the_job_restarts_what_asks_for_it():
+    service, job = yaml.safe_load_all((EXAMPLES / "kubernetes.yaml").read_text())
+    spec, pod = job["spec"], job["spec"]["template"]["spec"]
+    (container,) = pod["containers"]
+    options = parsed([*container["command"], *container["args"]])
+    environ = {"JOB_COMPLETION_INDEX": str(spec["completions"] - 1)}
+    nodes = Nodes.of(options.nproc, options.nnodes, options.node_rank, options.master, environ)
+    assert nodes.nnodes == spec["completions"] == spec["parallelism"]
+    assert nodes.nproc == int(container["resources"]["limits"]["nvidia.com/gpu"])
+    # Pods of an Indexed Job have the host name JOB-INDEX, and with a headless service of the same name as
+    # their subdomain the DNS name JOB-INDEX.SERVICE (kubernetes.io, Job with Pod-to-Pod Communication).
+    assert nodes.master == f"{job['metadata']['name']}-0.{service['metadata']['name']}"
+    assert pod["subdomain"] == service["metadata"]["name"]
+    assert service["spec"]["clusterIP"] == "None"
+    # The controller labels its pods with this (batch.kubernetes.io/job-name, and the older job-name).
+    assert service["spec"]["selector"] == {"job-name": job["metadata"]["name"]}
+    rules = {
+        code: rule["action"]
+        for rule in spec["podFailurePolicy"]["rules"]
+        for code in rule.get("onExitCodes", {"values": []})["values"]
+    }
+    assert rules == {AGAIN: "Ignore", 1: "FailJob", 2: "FailJob"}
+    # podFailurePolicy is refused with any other restart policy.
+    assert pod["restartPolicy"] == "Never"
+    assert {m["mountPath"] for m in container["volumeMounts"]} >= {"/dev/shm"}
+
+
+@pytest.mark.parametrize("version", ["1.29", "1.34"])
+def test_the_manifest_fits_the_schemas_of_kubernetes(version):
+    validate = pytest.importorskip("kubernetes_validate")
+    for one in yaml.safe_load_all((EXAMPLES / "kubernetes.yaml").read_text()):
+        validate.validate(one, version, strict=True)

@@ -491,6 +491,38 @@ def test_if_one_of_two_servers_dies_the_other_does_its_work():
         assert sum(staying.batches) == done + 8
 
 
+def test_a_pool_outlives_the_loss_and_the_return_of_a_server(caplog):
+    """Three servers; one dies with requests in progress, and another one takes its place later."""
+    rewards = [Mean(0.02) for _ in range(3)]
+    first, *rest = [RewardServer(reward, drain=0.0) for reward in rewards]
+    client = remote([first.url, *(s.url for s in rest)], part=1, concurrency=1, patience=20.0)
+    rewards[0].gate.clear()
+    held = threading.Timer(0.3, first.close)  # while its first request waits at the gate
+    held.start()
+    assert torch.equal(client(IMAGES, PROMPTS), IMAGES.flatten(1).double().mean(1).float())
+    held.join()
+    rewards[0].gate.set()
+    assert sum(rewards[1].batches) + sum(rewards[2].batches) == 8
+    again = Mean(0.02)
+    with RewardServer(again, port=urlsplit(first.url).port), rest[0], rest[1]:
+        deadline = time.monotonic() + 30
+        while not again.batches:
+            assert client(IMAGES, PROMPTS).isfinite().all()
+            assert time.monotonic() < deadline
+    assert f"{first.url} answers again" in caplog.text
+
+
+def test_the_processes_of_a_run_begin_with_different_servers(monkeypatch):
+    urls, asked = [f"http://127.0.0.1:{port}" for port in (1, 2, 3, 4)], []
+    for rank in range(8):
+        monkeypatch.setenv("RANK", str(rank))
+        pool = Endpoints(urls)
+        pool.call(asked.append)
+        # The next one goes elsewhere while the first is busy.
+        pool.call(lambda url, pool=pool: pool.call(asked.append) or asked.append(url))
+    assert {url: asked.count(url) for url in urls} == dict.fromkeys(urls, 6)
+
+
 def test_a_server_that_stays_away_is_an_error_within_the_patience(monkeypatch):
     server = RewardServer(Mean())
     client = remote(server.url, patience=0.6)

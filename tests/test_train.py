@@ -1,10 +1,8 @@
 """Whole runs on the embedded model: learning, resuming, several processes, mistakes."""
 
 import json
-import os
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from dataclasses import replace
@@ -82,19 +80,6 @@ def arguments(folder, *more):
 
 def start(folder, *more):
     return command(*arguments(folder, *more))
-
-
-def launch(folder, *more):
-    """Two processes of a real launcher."""
-    launcher = ["torch.distributed.run", "--nproc-per-node", "2", "-m", "flowgrpo"]
-    return subprocess.Popen(
-        [sys.executable, "-m", *launcher, *arguments(folder, *more)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
 
 
 def finish(process):
@@ -216,7 +201,7 @@ def test_a_run_killed_at_random_moments_ends_like_one_that_was_not(straight, tmp
 def test_two_processes_equal_one(straight, tmp_path):
     folder = tmp_path / "two"
     # KL metrics and updates are sums over processes; the groups of both updates are the same.
-    finish(launch(folder, "train.groups=8"))
+    finish(command(*arguments(folder, "train.groups=8"), "--nproc", "2"))
     alone = tmp_path / "one"
     finish(start(alone, "train.groups=8"))
     for one, two in zip(

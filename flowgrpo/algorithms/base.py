@@ -147,6 +147,8 @@ class AlgorithmBase:
     group_size: int
     action_kind: ClassVar[ActionKind] = "step"
     needs_rewards: ClassVar[bool] = True
+    collect_reads_scores: ClassVar[bool] = False
+    """Whether ``collect`` uses the scores; then they cannot be computed after it (``train.staleness``)."""
 
     def plan(self, num_steps: int, iteration: int, random: Random) -> Plan:
         """The plan of an iteration: a ``TrajectoryPlan`` or a ``BranchPlan``, for instance."""

@@ -37,6 +37,7 @@ class PrefGRPO(AlgorithmBase):
     """Trajectory-level credit by win rates, alone or together with pointwise rewards."""
 
     needs_rewards: ClassVar[bool] = False
+    collect_reads_scores: ClassVar[bool] = True
     kind: Literal["pref_grpo"] = "pref_grpo"
     group_size: int = 8
     """Samples per prompt, at least 2."""

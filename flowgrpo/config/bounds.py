@@ -27,6 +27,7 @@ BOUNDS: Mapping[str, tuple[float, float]] = {
     "train.updates": (1, 100_000),
     "train.epochs": (1, 1000),
     "train.refill": (0, 1000),
+    "train.staleness": (0, 1),
     "train.rollout_batch": (1, ANY),
     "train.train_batch": (1, ANY),
     "train.lr": (TINY, ANY),

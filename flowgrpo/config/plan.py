@@ -85,20 +85,18 @@ class Plan:
         each = SCORE_BYTES + 4 * (self.rewards - 1)
         return round(each * self.candidates * (self.num_ranks - 1) / self.num_ranks)
 
-    def network(self, trained: int, pictures: int = 0) -> str:
+    def network(self, trained: int) -> str:
         """The bytes of an iteration on the network, in words; empty with one process.
 
         Args:
             trained: Number of trained parameters.
-            pictures: Bytes of the pictures that a process receives for a reward that learns.
         """
         if self.num_ranks == 1:
             return ""
         gradients, scores = self.gradient_bytes(trained), self.score_bytes()
-        learned = f", {size(pictures)} of pictures for a reward that learns" if pictures else ""
         return (
             f"{size(gradients)} of gradients sent by each process per iteration ({self.updates} x the sum of "
-            f"{trained:,} gradients), {size(scores)} of scores{learned}"
+            f"{trained:,} gradients), {size(scores)} of scores"
         )
 
 

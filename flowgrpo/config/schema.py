@@ -131,6 +131,11 @@ class Train:
     refill: int = 0
     """Rounds in which groups of equal rewards, which carry no training signal, are replaced by groups of
     further prompts; 0 keeps them. After the last round, groups of equal rewards remain."""
+    staleness: int = 0
+    """With 1, an iteration is sampled before the update of the iteration before it, while that one's
+    candidates are still being scored, so that slow rewards do not hold up sampling. Actions are then
+    trained on with weights one update newer than those that sampled them; their ratios are exact. It needs
+    memory for the rollouts of two iterations and for one more copy of the trained weights."""
     rollout_batch: int = 64
     """Samples in one call of the pipeline."""
     train_batch: int = 64
@@ -409,6 +414,7 @@ class Config:
                 "train.ema_decay above 0"
             )
         self._check_updates()
+        self._check_staleness()
         self._check_kinds()
         self._check_benchmarks()
         self._check_regimes()
@@ -488,6 +494,31 @@ class Config:
                 f"the loss {type(loss).__name__} with these settings is defined in the first update of an "
                 f"iteration only, and it has {train.optimizer_steps}; set train.updates and train.epochs to 1, or "
                 "let the old policy sample (loss.sampler = 'old')"
+            )
+
+    def _check_staleness(self) -> None:
+        """Raise ConfigError if what is configured needs the scores, or the update, before the next rollout."""
+        if self.train.staleness == 0:
+            return
+        algorithm, loss, needs = self.algorithm, self.loss, self.loss.needs
+        name = type(loss).__name__
+        problem = ""
+        if self.train.refill:
+            problem = (
+                "train.refill replaces groups by their rewards before the next rollout; set it to 0"
+            )
+        elif getattr(algorithm, "collect_reads_scores", False):
+            problem = f"{type(algorithm).__name__} uses the scores while it samples"
+        elif algorithm.action_kind == "noised_sample" or needs.old_policy is not None:
+            problem = (
+                f"the loss {name} has an old policy of its own, and no ratio to the weights that sampled an "
+                "iteration before"
+            )
+        elif needs.single_update:
+            problem = f"the loss {name} with these settings is defined for actions of the present weights only"
+        if problem:
+            raise ConfigError(
+                f"train.staleness = 1 is not possible here: {problem}; or set train.staleness to 0"
             )
 
     def _check_interfaces(self) -> None:
@@ -620,7 +651,7 @@ class Config:
         return {
             "groups x samples": f"{t.groups} prompts x {size} samples = {samples} per iteration",
             "processes": f"{num_processes}, {t.groups // num_processes} groups on each",
-            "rollout": f"{calls} call{'s' * (calls > 1)} of {min(t.rollout_batch, samples)} samples on each process",
+            "rollout": f"{calls} call{'s' * (calls > 1)} of {min(t.rollout_batch, samples // num_processes)} samples on each process",
             "per prompt": self._work() + refill,
             "optimizer steps": f"{t.optimizer_steps} per iteration{epochs}, {self._update_words()} in each",
             "in all": f"{t.iterations} iterations, {t.iterations * samples:,} samples, {t.iterations * t.optimizer_steps:,} optimizer steps",

@@ -71,6 +71,7 @@ class Footprint:
         trained: Number of trained parameters, which are in fp32.
         adapter: Size of the adapters, which come on top of ``denoisers``; 0 for full fine-tuning.
         averaged: Whether a moving average of the trained weights is kept.
+        earlier: Whether the trained weights before the last update are kept (``train.staleness``).
         reference: Size of the reference policy's copy of the trained weights; 0 if it needs none.
         experience: Size of the states that a rollout stores.
         rewards: Size of each reward model on the device, by label; ``None`` if unknown.
@@ -94,6 +95,7 @@ class Footprint:
     trained: int
     adapter: int
     averaged: bool
+    earlier: bool = False
     reference: int
     experience: int
     rewards: Mapping[str, int | None]
@@ -157,6 +159,7 @@ def budget(m: Footprint, options: MemoryOptions) -> Budget:
         "adapter": round(m.adapter / parts),
         f"optimizer ({options.optimizer})": round(trained * OPTIMIZER[options.optimizer]),
         "moving average": round(4 * trained) if m.averaged else 0,
+        "weights before the update": round(4 * trained) if m.earlier else 0,
         "reference": round(m.reference / parts),
         "latents of a rollout": m.experience,
         **{f"reward {k}": v for k, v in m.rewards.items() if v is not None},

@@ -114,8 +114,10 @@ def estimate_footprint(
         trained=trained,
         adapter=0 if full else 4 * trained,
         averaged=config.train.ema_decay > 0,
+        earlier=config.train.staleness > 0,
         reference=4 * trained if full and kl else 0,
-        experience=4 * samples * states,
+        # With train.staleness an iteration is sampled while the one before it is kept.
+        experience=4 * samples * states * (1 + config.train.staleness),
         rewards={r.label: _reward_bytes(r) for r in config.rewards},
         encode=max((v for k, v in tracer.peaks.items() if k not in ours and k != "vae"), default=0),
         rollout=max(v for k, v in tracer.peaks.items() if k in ours),

@@ -147,16 +147,20 @@ class RewardScorer:
         self.safe_point()
         if self._learning():
             self._seen.append((media, list(prompts)))
-        listed = list(prompts)
-        return self.run(lambda: self._score_in_parts(media, listed, audio))
+        # Scored later, when the run may be in another iteration.
+        listed, iteration = list(prompts), self.iteration
+        return self.run(lambda: self._score_in_parts(media, listed, audio, iteration))
 
     def _score_in_parts(
-        self, media: Tensor, prompts: Sequence[Prompt], audio: Audio | None
+        self, media: Tensor, prompts: Sequence[Prompt], audio: Audio | None, iteration: int | None
     ) -> Scores:
         size = self.batch or len(prompts)
         rows = [slice(i, i + size) for i in range(0, len(prompts), size)]
         return Scores.concatenate(
-            [self._score(media[r], prompts[r], audio[r] if audio else None) for r in rows]
+            [
+                self._score(media[r], prompts[r], audio[r] if audio else None, iteration)
+                for r in rows
+            ]
         )
 
     def learn(self, gather: Callable[[list[Any]], list[Any]] = lambda own: own) -> dict[str, float]:
@@ -182,6 +186,11 @@ class RewardScorer:
             }
 
         return self.run(work).result()
+
+    @property
+    def learning_rewards(self) -> list[str]:
+        """The names of the rewards that learn during a run."""
+        return list(self._learners)
 
     def trains_policy(self, iteration: int) -> bool:
         """Whether an iteration updates the policy; not if a reward learns alone in it."""
@@ -266,7 +275,8 @@ class RewardScorer:
             RewardError: If a reward does not return in time, or fails and the configuration says to
                 stop.
         """
-        result: Scores = self.run(lambda: self._score(media, prompts, audio)).result()
+        iteration = self.iteration
+        result: Scores = self.run(lambda: self._score(media, prompts, audio, iteration)).result()
         return result
 
     def marks(
@@ -279,23 +289,25 @@ class RewardScorer:
                 return reward.label, self.run(work).result()
         return "", None
 
-    def _score(self, media: Tensor, prompts: Sequence[Prompt], audio: Audio | None) -> Scores:
-        """Score a batch, on the worker's thread."""
+    def _score(
+        self, media: Tensor, prompts: Sequence[Prompt], audio: Audio | None, iteration: int | None
+    ) -> Scores:
+        """Score a batch of an iteration, on the worker's thread."""
         began = time.perf_counter()
         raw = {
             r.label: self._attempt(r, m, media, prompts, audio)
             for r, m in zip(self.rewards, self.models, strict=True)
         }
-        reward = weighted_sum(self.rewards, raw, self.iteration)
+        reward = weighted_sum(self.rewards, raw, iteration)
         self.broken_media += int((~finite(media, audio)).sum())
         self.scored += len(prompts)
         self.failures_seen += int((~torch.stack(list(raw.values())).isfinite()).any(0).sum())
         features = None
-        if self.features is not None and self.iteration is not None:
+        if self.features is not None and iteration is not None:
             with self.call("guard.features"):
                 features = self.features(media)
         self.seconds += time.perf_counter() - began
-        weights = {r.label: r.weight_at(self.iteration) for r in self.rewards if r.weight != 0}
+        weights = {r.label: r.weight_at(iteration) for r in self.rewards if r.weight != 0}
         return Scores(raw, reward, weights, {r.label: r.shaped for r in self.rewards}, features)
 
     def probe(self, media: Tensor, prompts: Sequence[Prompt], audio: Audio | None = None) -> None:

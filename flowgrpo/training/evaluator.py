@@ -1,7 +1,7 @@
 """Evaluation during a run: when it is due, its scores and its comparison grid, and the best weights."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -111,10 +111,16 @@ class Evaluator:
         for note in notes:
             session.console.say(f"WARNING: {note}")
 
-    def evaluate_if_due(self, iteration: int) -> None:
-        """Evaluate before the first iteration, and before every ``every``-th."""
+    def evaluate_if_due(self, iteration: int, before: Callable[[], None]) -> None:
+        """Evaluate before the first iteration, and before every ``every``-th.
+
+        Args:
+            iteration: Iterations trained so far.
+            before: Called before an evaluation.
+        """
         every = self.settings.every
         if iteration == 0 or (every and iteration % every == 0):
+            before()
             self.evaluate(iteration, full=iteration == 0)
 
     def evaluate(self, iteration: int, full: bool) -> None:

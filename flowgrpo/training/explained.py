@@ -8,6 +8,7 @@ from flowgrpo.core.errors import DivergenceError, LostRankError
 from flowgrpo.training import checkpoints
 from flowgrpo.training.ranks import bounded_wait
 from flowgrpo.training.session import Session
+from flowgrpo.training.signals import StopRequested
 
 NO_SPACE = {errno.ENOSPC, errno.EDQUOT}
 
@@ -19,6 +20,7 @@ def explained(session: Session) -> Iterator[None]:
     Raises:
         DivergenceError: With the last good checkpoint.
         LostRankError: If another process of the run ends or does not answer.
+        StopRequested: If it ends after a signal asked the run to stop.
         OSError: On a full disk, with the last checkpoint.
         RuntimeError: If code inside calls ``sys.exit``, which would end an unfinished run without an
             error.
@@ -27,6 +29,9 @@ def explained(session: Session) -> Iterator[None]:
         with bounded_wait(session.config.run.rank_timeout_minutes):
             yield
     except LostRankError as error:
+        if session.signals.stopping:
+            # The first process has saved and ended.
+            raise StopRequested(session.signals.stopping) from error
         raise LostRankError(f"{error}. {_safe(session)}") from error
     except DivergenceError as error:
         lower = f"--set train.lr={session.config.train.lr / 10:g}"

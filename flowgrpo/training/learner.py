@@ -62,6 +62,7 @@ class Learner:
         ema: The moving average of the weights, if ``train.ema_decay`` is above 0.
         behaviour: The weights of the behaviour policy, one tensor per trained parameter, if the loss
             needs an old policy whose weights differ from the trained ones.
+        earlier: With ``train.staleness``, the trained weights before the last update; None before the first.
         baseline: The learned baseline, if the algorithm needs one.
         guarding: The guards against reward hacking, if any is on.
     """
@@ -93,14 +94,16 @@ class Learner:
         assert self.ema is not None or not needs.average, "refused by the configuration"
         has_old = needs.old_policy is not None
         self.behaviour = [p.detach().clone() for p in self.parameters] if has_old else None
+        self.earlier: list[Tensor] | None = None
         # In the first update of an iteration the old means are the policy's own, so that recorded
-        # means are needed from the second update on only.
-        policy.keeps_means = needs.old_mean and train.optimizer_steps > 1
+        # means are needed from the second update on only, or if the policy that sampled is an older one.
+        own_means = train.optimizer_steps == 1 and train.staleness == 0
+        policy.keeps_means = needs.old_mean and not own_means
         self.replay = Replay(
             policy,
             loss,
             train_batch=train.train_batch,
-            has_one_update=train.optimizer_steps == 1,
+            has_one_update=own_means,
             behaviour=self._old_policy,
             average=None if self.ema is None else self.ema.applied,
         )
@@ -117,6 +120,10 @@ class Learner:
         waits = self.num_updates < self.loss.needs.old_policy_samples_from
         return nullcontext() if waits else self._old_policy()
 
+    def weights_before(self) -> AbstractContextManager[None]:
+        """Inside, the policy has the weights before the last update, if there was one."""
+        return nullcontext() if self.earlier is None else swapped(self.parameters, self.earlier)
+
     def _old_policy(self) -> AbstractContextManager[None]:
         return nullcontext() if self.behaviour is None else swapped(self.parameters, self.behaviour)
 
@@ -127,7 +134,11 @@ class Learner:
         return experience if self.baseline is None else self.baseline.applied(experience, gather)
 
     def update(
-        self, experience: Experience, advantages: Float[Tensor, "actions *rewards"], random: Random
+        self,
+        experience: Experience,
+        advantages: Float[Tensor, "actions *rewards"],
+        random: Random,
+        stale: bool = False,
     ) -> dict[str, float]:
         """Take all optimizer steps of one iteration. Returns the metrics of the iteration.
 
@@ -141,7 +152,10 @@ class Learner:
             advantages: One per action of ``experience.actions``, on the CPU. With a second axis, an
                 action's loss is the sum of the losses for each of its advantages.
             random: Keyed by the iteration; draws the parts of the optimizer steps, equal in all processes.
+            stale: Whether the weights have changed since the actions were sampled.
         """
+        if self.train.staleness:
+            self.earlier = [p.detach().clone() for p in self.parameters]
         statistics, needs = UpdateStatistics(self.loss.metrics), self.loss.needs
         noted: dict[str, float] = {}
         if self.guarding is not None:
@@ -161,7 +175,7 @@ class Learner:
             # The reference's outputs for all batches at once, so that its weights move only once.
             referred = [batch for batch, _ in batches]
             references = self.replay.references(experience, referred) if needs.reference else []
-            is_first = number_before == 0
+            is_first = number_before == 0 and not stale
             with self.policy.together():
                 for (batch, advantage), reference in zip_longest(batches, references):
                     columns = [advantage] if advantage.ndim == 1 else list(advantage.unbind(1))
@@ -366,6 +380,8 @@ class Learner:
             parts["ema"] = dict(zip(self.named, self.ema.average, strict=True))
         if self.behaviour is not None:
             parts["behaviour"] = dict(zip(self.named, self.behaviour, strict=True))
+        if self.earlier is not None:
+            parts["earlier"] = dict(zip(self.named, self.earlier, strict=True))
         if self.baseline is not None:
             parts["baseline"] = self.baseline.state()
         if self._reference is not None:
@@ -404,6 +420,9 @@ class Learner:
         if self.behaviour is not None:
             for weight, name in zip(self.behaviour, self.named, strict=True):
                 weight.copy_(parts["behaviour"][name])
+        if "earlier" in parts:
+            names = zip(self.named, self.parameters, strict=True)
+            self.earlier = [parts["earlier"][name].to(p.device) for name, p in names]
         if self.baseline is not None:
             self.baseline.restore(parts["baseline"])
         if self.guarding is not None:

@@ -7,12 +7,12 @@ from pathlib import Path
 from flowgrpo.config import Config
 from flowgrpo.core.random import Random
 from flowgrpo.data.experience import Experience
+from flowgrpo.training.ahead import Rollouts
 from flowgrpo.training.ending import Result, already_finished, finish
 from flowgrpo.training.explained import explained
 from flowgrpo.training.inputs import check_inputs
 from flowgrpo.training.launch import num_ranks
 from flowgrpo.training.metrics import rollout_metrics
-from flowgrpo.training.rollout import collect
 from flowgrpo.training.run_changes import in_force
 from flowgrpo.training.session import Session
 from flowgrpo.training.setup import TrainingRun, build
@@ -56,16 +56,16 @@ def iterate(run: TrainingRun) -> Result:
     """Train a run that is set up until it has finished or is stopped."""
     config, session, scorer, learner = run.config, run.session, run.scorer, run.learner
     seed = Random(config.run.seed)
+    rollouts = Rollouts(run, seed)
     iterations = range(session.iteration, config.train.iterations)
     for iteration in session.console.track(iterations, "training", total=len(iterations)):
         random = seed.at("train", iteration)
         with session.rescue(learner, iteration):
-            run.evaluator.evaluate_if_due(iteration)
+            run.evaluator.evaluate_if_due(iteration, before=rollouts.settle)
 
             # 1. Sample candidates. The scorer scores each batch while the next one is sampled.
-            scorer.iteration = iteration
-            with session.phase("rollout"), learner.behaviour_policy():
-                experience, rollout = collect(run, iteration, seed, random)
+            with session.phase("rollout"):
+                experience, rollout = rollouts.of(iteration, random)
                 reward_metrics = scorer.learn(session.gather_objects)
             # Each group is on one process; statistics over the batch need all rewards.
             experience = _with_everyone(session, experience)
@@ -78,7 +78,8 @@ def iterate(run: TrainingRun) -> Result:
 
             # 3. Update the weights.
             with session.phase("train"):
-                update_metrics = learner.update(experience, advantages, random)
+                stale = rollout.metrics["staleness"] > 0
+                update_metrics = learner.update(experience, advantages, random, stale)
 
         metrics = rollout_metrics(experience, session.gather) | rollout.metrics
         session.log(iteration, metrics | reward_metrics | update_metrics, rollout.scoring_seconds)

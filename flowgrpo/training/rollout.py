@@ -60,5 +60,5 @@ def collect(
             number,
             run.policy.together,
         )
-    rollout.metrics["group/refilled"] = float(replaced)
+    rollout.metrics |= {"group/refilled": float(replaced), "staleness": 0.0}
     return experience, rollout

@@ -435,8 +435,8 @@ class Session:
         if launched != self.accelerator.num_processes:
             raise RuntimeError(
                 f"the launcher started {launched} processes, but torch.distributed sees "
-                f"{self.accelerator.num_processes}: every process would train alone. Start with 'torchrun "
-                "--nproc-per-node N -m flowgrpo train ...'; on CPUs add --set run.device=cpu"
+                f"{self.accelerator.num_processes}: every process would train alone. Start with "
+                "'flowgrpo train ... --nproc N'; on CPUs add --set run.device=cpu"
             )
 
     def _claim(self, kept: Sequence[str]) -> None:

@@ -117,6 +117,11 @@ def _load_rewards(config: Config, session: Session, prompts: Sequence[Prompt]) -
     scorer = RewardScorer(config.rewards, config.failures, config.memory.score_batch)
     session.scorer, scorer.safe_point = scorer, session.signals.check
     scorer.check_turns(config.train.iterations)
+    if config.train.staleness and scorer.learning_rewards:
+        raise ConfigError(
+            f"train.staleness = 1: reward {scorer.learning_rewards[0]!r} learns from the candidates of an iteration "
+            "before the next ones are scored, so sampling cannot go ahead; set train.staleness to 0"
+        )
     if config.guard.novelty != "off":
         scorer.features = Features(config.guard.features, config.guard.features_options)
     scorer.check_prompts(prompts)

@@ -10,6 +10,7 @@ which meanwhile go to the other servers, whereas tenacity keeps it per call.
 
 import contextlib
 import logging
+import os
 import random
 import ssl
 import threading
@@ -93,7 +94,8 @@ class _Server:
 class Endpoints:
     """Equal servers behind several URLs.
 
-    A request goes to the server with the fewest failures and requests in progress. After a failure
+    A request goes to the server with the fewest failures and requests in progress; of equal ones, each
+    process of a run (``RANK``) begins with another. After a failure
     a server is paused, 0.25 s at first and doubling to 10 s (or as long as its ``Retry-After``
     says), while the other servers take its requests.
 
@@ -137,6 +139,10 @@ class Endpoints:
         self.headers = dict(headers or {})
         self.timeout, self.patience, self.concurrency = timeout, patience, concurrency
         self._servers = [_Server(url.rstrip("/")) for url in urls]
+        # Of equally busy servers the first is taken. It is another one for each process of a run, because
+        # processes do not see how many requests of the others are in progress.
+        first = int(os.environ.get("RANK", "0")) % len(urls)
+        self._preferred = self._servers[first:] + self._servers[:first]
         self.clients = {
             url: make_client(url, self.headers, timeout, concurrency) for url in self.urls
         }
@@ -208,7 +214,7 @@ class Endpoints:
         with self._changed:
             while True:
                 now = time.monotonic()
-                free = [s for s in self._servers if s.busy < self.concurrency]
+                free = [s for s in self._preferred if s.busy < self.concurrency]
                 awake = [s for s in free if s.paused_until <= now]
                 if awake:
                     server = min(awake, key=lambda s: (s.failures, s.busy))
