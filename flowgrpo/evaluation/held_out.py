@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
-from PIL.Image import Image
 from torch import Tensor
 
 from flowgrpo.core.random import Random, SampleNoise
@@ -90,35 +89,28 @@ def evaluate(
     """
     began = time.perf_counter()
     scorer.reset()
-    # Evaluations use the full weights, whatever their schedule, to be comparable over time.
-    scorer.iteration = None
+    scorer.iteration = None  # full weights, whatever their schedule, to be comparable over time
     # Prompts are identified as objects, since one text may occur with several condition images.
     keys = {id(p): n for n, p in enumerate({id(i.prompt): i.prompt for i in items}.values())}
     mine = [i for i in items if keys[id(i.prompt)] % num_ranks == rank]
     rows: list[dict[str, Any]] = []
-    media: dict[int, list[Tensor]] = {}
     images: dict[int, Tensor] = {}
     pending, noise = [], noise_for(mine, seed)
     for rollout in policy.run([i.prompt for i in mine], noise, sampling=sampling):
         assert rollout.media is not None
         part = mine[rollout.rows.start : rollout.rows.stop]
-        scores = scorer.submit(rollout.media, [i.prompt for i in part], rollout.audio)
-        pending.append((part, scores))
-        for item, image in zip(part, rollout.media, strict=True):
-            media.setdefault(keys[id(item.prompt)], []).append(image)
-            images[item.index] = image
+        pending.append(
+            (part, scorer.submit(rollout.media, [i.prompt for i in part], rollout.audio))
+        )
+        images |= {i.index: image for i, image in zip(part, rollout.media, strict=True)}
     for part, future in pending:
         rows += _rows(part, keys, future.result(), balance)
     rows = sorted(gather(rows), key=lambda r: r["index"])
     if show is not None:
-        chosen = extremes(rows)
-        pictures = gather([(n, thumbnail(images[n])) for n in chosen if n in images])
-        texts = {i.index: i.prompt.text for i in items}
-        show(_samples(rows, chosen, texts, dict(pictures)))
-    parts = gather([_metrics(metrics, {keys[id(i.prompt)]: i.prompt for i in mine}, media)])
+        show(_samples(rows, {i.index: i.prompt.text for i in items}, images, gather))
     return {
         **_summary(rows),
-        "metrics": {k: _mean([p[k] for p in parts if k in p]) for k in parts[0]},
+        "metrics": _metrics(metrics, mine, keys, images, gather),
         "per_image": _per_image(rows),
         "seconds": round(time.perf_counter() - began, 3),
     }
@@ -149,23 +141,26 @@ def _rows(
 
 def _samples(
     rows: Sequence[Mapping[str, Any]],
-    chosen: Mapping[int, str],
     texts: Mapping[int, str],
-    pictures: Mapping[int, Image],
+    images: Mapping[int, Tensor],
+    gather: Callable[[list[Any]], list[Any]],
 ) -> list[Sample]:
-    """The chosen images with their prompts and scores.
+    """The images of highest and of lowest reward.
 
     Args:
-        rows: All images, from :func:`_rows`.
-        chosen: The group of each chosen image, by its index.
+        rows: The images of all ranks, from :func:`_rows`.
         texts: The prompt of each image, by its index.
-        pictures: The chosen images, by their index.
+        images: The images of this rank, by their index.
+        gather: Concatenates the lists of all ranks.
     """
-    scores = {r["index"]: {k: v for k, v in r["scores"].items() if math.isfinite(v)} for r in rows}
-    rewards = {r["index"]: r["reward"] for r in rows}
-    return [
-        Sample(group, texts[n], rewards[n], scores[n], pictures[n]) for n, group in chosen.items()
-    ]
+    chosen = extremes(rows)
+    pictures = dict(gather([(n, thumbnail(images[n])) for n in chosen if n in images]))
+    known = {r["index"]: r for r in rows}
+    found = []
+    for n, group in chosen.items():
+        scores = {k: v for k, v in known[n]["scores"].items() if math.isfinite(v)}
+        found.append(Sample(group, texts[n], known[n]["reward"], scores, pictures[n]))
+    return found
 
 
 def _per_image(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -198,12 +193,29 @@ def _summary(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 def _metrics(
     metrics: Sequence[Metric],
-    prompts: Mapping[int, Prompt],
-    media: Mapping[int, Sequence[Tensor]],
+    items: Sequence[Item],
+    keys: Mapping[int, int],
+    images: Mapping[int, Tensor],
+    gather: Callable[[list[Any]], list[Any]],
 ) -> dict[str, float]:
+    """The numbers of all metrics: the mean over the ranks, each on its own images.
+
+    Args:
+        metrics: The metrics.
+        items: The images of this rank.
+        keys: The number of each prompt, by its identity as an object.
+        images: The images, by their index.
+        gather: Concatenates the lists of all ranks.
+    """
+    prompts = {keys[id(i.prompt)]: i.prompt for i in items}
+    media: dict[int, list[Tensor]] = {}
+    for item in items:
+        media.setdefault(keys[id(item.prompt)], []).append(images[item.index])
     names = sorted(media)
-    stacked = [torch.stack(list(media[n])) for n in names]
-    return {k: v for m in metrics for k, v in m([prompts[n] for n in names], stacked).items()}
+    stacked = [torch.stack(media[n]) for n in names]
+    own = [prompts[n] for n in names]
+    parts = gather([{k: v for m in metrics for k, v in m(own, stacked).items()}])
+    return {k: _mean([p[k] for p in parts if k in p]) for k in parts[0]}
 
 
 def _means(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
