@@ -93,7 +93,6 @@ def evaluate(
     # Prompts are identified as objects, since one text may occur with several condition images.
     keys = {id(p): n for n, p in enumerate({id(i.prompt): i.prompt for i in items}.values())}
     mine = [i for i in items if keys[id(i.prompt)] % num_ranks == rank]
-    rows: list[dict[str, Any]] = []
     images: dict[int, Tensor] = {}
     pending, noise = [], noise_for(mine, seed)
     for rollout in policy.run([i.prompt for i in mine], noise, sampling=sampling):
@@ -103,8 +102,7 @@ def evaluate(
             (part, scorer.submit(rollout.media, [i.prompt for i in part], rollout.audio))
         )
         images |= {i.index: image for i, image in zip(part, rollout.media, strict=True)}
-    for part, future in pending:
-        rows += _rows(part, keys, future.result(), balance)
+    rows = [r for part, scores in pending for r in _rows(part, keys, scores.result(), balance)]
     rows = sorted(gather(rows), key=lambda r: r["index"])
     if show is not None:
         show(_samples(rows, {i.index: i.prompt.text for i in items}, images, gather))
