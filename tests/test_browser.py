@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from flowgrpo.evaluation.comparison_grid import write_grid
+from flowgrpo.evaluation.contact_sheet import SheetPrompt, SheetRow, media_uri, write_sheet
 from flowgrpo.evaluation.grid_drawing import GridRow
 from flowgrpo.evaluation.report import write_report
 from flowgrpo.evaluation.report_server import ReportServer
@@ -197,6 +198,24 @@ def test_nothing_is_off_screen_and_all_text_is_readable(show, finished, scheme):
         assert page.evaluate("document.documentElement.scrollWidth") == size[0]
         assert page.evaluate(OFF_SCREEN) == []
         assert page.evaluate(CONTRASTS) == []
+
+
+def test_a_contact_sheet_is_lazy_safe_and_fits_a_phone(show, tmp_path):
+    file = tmp_path / "sheet.html"
+    source = media_uri(torch.zeros(3, 16, 16), 16.0)
+    cells = [[(source, "✓"), (source, EVIL)]] * 6
+    rows = [SheetRow(label, cells) for label in (LONG, EVIL)]
+    prompts = [SheetPrompt(EVIL, [], rows), *[SheetPrompt(LONG, [], rows)] * 20]
+    write_sheet(file, prompts, ["base", EVIL] * 3, LONG, EVIL, json.dumps({"a": EVIL}), 1.0)
+    page = show(file.as_uri(), PHONE, "dark")
+    assert page.locator("img[loading=lazy]").count() == 21 * 2 * 12
+    assert page.evaluate("window.evil") is None
+    assert page.locator("h3").first.inner_text() == EVIL
+    assert json.loads(page.locator("#flowgrpo-grid").text_content()) == {"a": EVIL}
+    assert page.evaluate("document.documentElement.scrollWidth") == PHONE[0]
+    assert (page.evaluate(OFF_SCREEN), page.evaluate(CONTRASTS)) == ([], [])
+    page.locator("img").last.scroll_into_view_if_needed()
+    assert all_images_load(page)
 
 
 def test_a_live_page_follows_the_run(show, tmp_path):

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from flowgrpo.data.prompts import Prompt
     from flowgrpo.evaluation.grid_settings import Cell, GridSettings
     from flowgrpo.policy import PipelinePolicy, Sampling
+    from flowgrpo.rewards.scorer import RewardScorer
     from flowgrpo.rewards.settings import Reward
 
 Place = tuple[int, int]
@@ -193,7 +194,8 @@ def _new(options: argparse.Namespace) -> "tuple[GridSettings, Sequence[Prompt]]"
     if not axes:
         run_config(Path(main))  # raises if it is no run
         axes = (Axis("checkpoint", ("base", options.weights)),)
-    config = run_config(Path(main)) if is_run(main) else None
+    run = next((m for m in (main, *models) if is_run(m)), None)
+    config = run_config(Path(run)) if run is not None else None
     if not options.prompts and config is None:
         raise UsageError(f"{main} is no run, which has prompts: give --prompts FILE")
     place = options.prompts or (config.prompts.held_out if config else "")
@@ -299,7 +301,10 @@ def _draw(settings: "GridSettings", prompts: "Sequence[Prompt]", out: Path) -> P
     from flowgrpo.evaluation.grid_settings import KEY
 
     images, trained = _images(settings, prompts)
-    notes = _notes(settings, prompts, images)
+    scorer = _scorer(settings)
+    notes = {place: _notes(settings, prompts, block, scorer) for place, block in images.items()}
+    if scorer is not None:
+        scorer.close()
     columns, inner = settings.axes[0], _inner_titles(settings)
     rows = []
     for index, prompt in enumerate(prompts):
@@ -329,10 +334,13 @@ def _draw_sheet(settings: "GridSettings", prompts: "Sequence[Prompt]", out: Path
     fps = frames_per_second(_sampling(settings, settings.start).call)
     shown: dict[Place, list[tuple[str, str]]] = {}
     trained: dict[int, int] = {}
+    scorer = _scorer(settings)
     for place, block, iteration in _cells(settings, prompts):
-        notes = _notes(settings, prompts, {place: block})[place]
+        notes = _notes(settings, prompts, block, scorer)
         shown[place] = [(media_uri(m, fps), n) for m, n in zip(block, notes, strict=True)]
         trained[place[1]], shape = iteration, block.shape
+    if scorer is not None:
+        scorer.close()
     columns = settings.axes[0]
     rows = []
     for index, prompt in enumerate(prompts):
@@ -344,7 +352,7 @@ def _draw_sheet(settings: "GridSettings", prompts: "Sequence[Prompt]", out: Path
         rows.append(SheetPrompt(prompt.text, conditions(prompt), own))
     titles = [title_of(columns.kind, v, trained[c]) for c, v in enumerate(columns.values)]
     title, subtitle = _heading(settings, shape)
-    write_sheet(out, rows, titles, title, subtitle, settings.to_json())
+    write_sheet(out, rows, titles, title, subtitle, settings.to_json(), shape[-1] / shape[-2])
 
 
 def _inner_titles(settings: "GridSettings") -> list[str]:
@@ -417,28 +425,32 @@ def _load(cell: "Cell", sampling: "Sampling") -> "tuple[PipelinePolicy, int]":
     return policy, 0
 
 
-def _notes(
-    settings: "GridSettings", prompts: "Sequence[Prompt]", images: "Mapping[Place, Tensor]"
-) -> "dict[Place, list[str]]":
-    """A note for each image: a mark or a score of one reward, or the scores of several."""
-    from flowgrpo.evaluation.comparison_grid import marks
+def _scorer(settings: "GridSettings") -> "RewardScorer | None":
+    """The rewards of the captions; None if there are none."""
     from flowgrpo.rewards.scorer import RewardScorer
     from flowgrpo.rewards.settings import Failures, Reward
 
-    if not settings.rewards:
-        return {place: [""] * len(block) for place, block in images.items()}
-    scorer = RewardScorer([Reward(**r) for r in settings.rewards], Failures())
-    expanded = [p for p in prompts for _ in range(settings.samples)]
-    labels, found = [r.label for r in scorer.rewards], {}
-    for place, block in images.items():
-        raw = scorer.score(block, expanded).raw
-        if len(labels) == 1:
-            found[place] = marks(raw[labels[0]])
-        else:
-            each = [[f"{v:.2f}" for v in raw[k].tolist()] for k in labels]
-            found[place] = [" / ".join(parts) for parts in zip(*each, strict=True)]
-    scorer.close()
-    return found
+    rewards = [Reward(**r) for r in settings.rewards]
+    return RewardScorer(rewards, Failures()) if rewards else None
+
+
+def _notes(
+    settings: "GridSettings",
+    prompts: "Sequence[Prompt]",
+    block: "Tensor",
+    scorer: "RewardScorer | None",
+) -> list[str]:
+    """A note for each image of a cell: a mark or a score of one reward, or the scores of several."""
+    from flowgrpo.evaluation.comparison_grid import marks
+
+    if scorer is None:
+        return [""] * len(block)
+    labels = [r.label for r in scorer.rewards]
+    raw = scorer.score(block, [p for p in prompts for _ in range(settings.samples)]).raw
+    if len(labels) == 1:
+        return marks(raw[labels[0]])
+    each = [[f"{v:.2f}" for v in raw[k].tolist()] for k in labels]
+    return [" / ".join(parts) for parts in zip(*each, strict=True)]
 
 
 def title_of(kind: str, value: Any, trained: int | None) -> str:

@@ -80,6 +80,7 @@ def write_sheet(
     title: str,
     subtitle: str,
     settings: str,
+    aspect: float,
 ) -> None:
     """Write a contact sheet. The file is replaced atomically.
 
@@ -90,13 +91,14 @@ def write_sheet(
         title: Headline.
         subtitle: How the images were generated.
         settings: JSON that ``flowgrpo grid --from`` reads.
+        aspect: Width of an image divided by its height, so that the page does not move while images load.
     """
     cards = "".join(_card(prompt, columns) for prompt in prompts)
     # The text of a script element ends at the first "</script", whatever it means in JSON.
     data = settings.replace("<", "\\u003c")
     content = (
         f'<header><p class="brand">flowgrpo grid</p><h1>{escape(title)}</h1>'
-        f'<p class="note">{escape(subtitle)}</p></header><section class="sheet">{cards}</section>'
+        f'<p class="note">{escape(subtitle)}</p></header><section class="sheet" style="--aspect: {aspect:.4f}">{cards}</section>'
         f'<script type="application/json" id="flowgrpo-grid">{data}</script>'
     )
     path.parent.mkdir(parents=True, exist_ok=True)
