@@ -1,6 +1,7 @@
 """``flowgrpo report``: the file, the server on this machine, and refusals; the samples of a report."""
 
 import json
+import re
 import socket
 import threading
 import urllib.error
@@ -14,8 +15,10 @@ from PIL.PngImagePlugin import PngInfo
 
 from flowgrpo import config as configuration
 from flowgrpo.cli.main import main
-from flowgrpo.evaluation import tiles
+from flowgrpo.evaluation import film_strip, tiles
+from flowgrpo.evaluation.comparison_grid import write_grid
 from flowgrpo.evaluation.film_strip import spread
+from flowgrpo.evaluation.grid_drawing import GridRow
 from flowgrpo.evaluation.report_server import ReportServer
 from flowgrpo.evaluation.samples import Sample, extremes, load_samples, save_samples, thumbnail
 from tests.test_report import evaluation, metric, report, run, text_of
@@ -177,3 +180,22 @@ def test_ctrl_c_ends_the_server_cleanly(tmp_path, capsys, monkeypatch):
     assert out.startswith("http://127.0.0.1:")
     assert out.endswith("stopped\n")
     assert error == ""
+
+
+def test_only_the_frames_of_a_film_strip_are_read(tmp_path, monkeypatch):
+    folder = run(tmp_path, evaluations=[evaluation(0, graded=0.5)])
+    images = torch.zeros(1, 3, 8, 8)
+    for iteration in range(0, 60, 2):
+        label = "another prompt" if iteration == 58 - 2 * 26 else "a prompt"
+        path = folder / "grids" / f"{iteration:06d}.png"
+        write_grid([GridRow(label, [images, images])], ["a", "b"], "t", "s", path, False, 8.0)
+    opened = []
+    read = film_strip.open_picture
+    monkeypatch.setattr(film_strip, "open_picture", lambda p: opened.append(p.stem) or read(p))
+    page = report(folder)
+    assert len(opened) == 11
+    assert {"000002", "000058"} <= {*opened}
+    (data,) = re.findall(r'class="film-data">(.*?)</script>', page)
+    names = [f["name"] for f in json.loads(data)]
+    assert (names[0], names[1], names[-1]) == ("base model", "after 2 iterations", "after 58 iterations")  # fmt: skip
+    assert len(names) == 12 - ("000006" in opened)

@@ -13,7 +13,7 @@ from pathlib import Path
 from urllib.parse import parse_qs, urlsplit
 
 from flowgrpo.evaluation.report import page, report_content
-from flowgrpo.evaluation.sample_section import FOLDER
+from flowgrpo.evaluation.samples import FOLDER
 
 ADDRESS = "127.0.0.1"
 NAMES = {ADDRESS, "localhost"}

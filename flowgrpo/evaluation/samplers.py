@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import get_args
+from typing import Any, get_args
 
 from flowgrpo.core.imports import suggest
 from flowgrpo.core.solvers import PlainSolver
@@ -62,8 +62,8 @@ class Sampler:
             raise ValueError(
                 f"sampler {text!r}: the strength must be above 0 and at most {highest:g}"
             )
-        field = "eta" if kind is DDIM else "noise_level"
-        return cls("euler", kind(**{field: value}))
+        strength_of: dict[str, Any] = {"eta" if kind is DDIM else "noise_level": value}
+        return cls("euler", kind(**strength_of))
 
     def stochastic(self, num_steps: int) -> range:
         """The stochastic steps of a call: all but the last, which ends at data without noise."""
