@@ -1,5 +1,7 @@
 """``flowgrpo grid`` with axes: which cell shows what, the settings in the picture, and refusals."""
 
+import base64
+import io
 import json
 from pathlib import Path
 
@@ -13,7 +15,12 @@ from flowgrpo import config as configuration
 from flowgrpo.cli import grid
 from flowgrpo.cli.main import main
 from flowgrpo.core.random import Random, SampleNoise
+from flowgrpo.core.transitions import CPS
 from flowgrpo.data.prompts import Prompt
+from flowgrpo.evaluation import comparison_grid
+from flowgrpo.evaluation.comparison_grid import ComparisonGrid, write_grid
+from flowgrpo.evaluation.contact_sheet import media_uri
+from flowgrpo.evaluation.grid_drawing import GridRow
 from flowgrpo.evaluation.grid_settings import (
     KEY,
     Axis,
@@ -22,6 +29,7 @@ from flowgrpo.evaluation.grid_settings import (
     prompt_of,
     prompt_record,
 )
+from flowgrpo.evaluation.samplers import Sampler
 from flowgrpo.policy import PipelinePolicy, Sampling
 from flowgrpo.training import checkpoints
 
@@ -59,6 +67,10 @@ def test_a_scale_applies_to_the_adapter_of_the_other_axis(order):
         ("seed=1.5", "got '1.5'"),
         ("checkpoint=lst", "did you mean 'last'"),
         ("seed=1,1", "there twice"),
+        ("sampler=cpss", "did you mean 'cps'"),
+        ("sampler=ode,cps:1.5", "above 0 and at most 1"),
+        ("sampler=flow_sde:x", "above 0 and at most 10"),
+        ("sampler=dpm_2m:0.5", "has no strength"),
     ],
 )
 def test_wrong_axes_are_refused(text, message):
@@ -73,13 +85,21 @@ def test_wrong_axes_are_refused(text, message):
         (settings_of("seed=1", "seed=2"), "both axes are seed"),
         (settings_of("scale=1"), "exactly one adapter"),
         (settings_of("lora=a", start=Cell("m", "last", ("x",), None, None, 0)), "remove --lora"),
-        (settings_of("seed=1,2,3", samples=40), "1200 images, more than 1000"),
+        (
+            settings_of("seed=1,2,3", samples=40),
+            r"1200 images, more than the 1000 of a picture: what fits is --samples 33 \(990 images\) or --rows 8 \(960 images\)",
+        ),
+        (
+            settings_of("seed=1,2,3", samples=40),
+            "or axes with at most 2 cells, or --out FILE.html, which holds 5000",
+        ),
     ],
 )
 def test_grids_that_cannot_be_drawn_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         settings.check(10)
     settings_of("seed=1,2", samples=50).check(10)
+    settings_of("seed=1,2,3", samples=40).check(10, sheet=True)
 
 
 def test_prompts_are_stored_unless_they_have_pictures_in_memory(tmp_path):
@@ -123,6 +143,68 @@ def test_a_grid_shows_its_cells_and_is_drawn_again_from_its_file(tiny, tmp_path,
     assert "remove --steps" in capsys.readouterr().err
 
 
+def test_a_sampler_takes_its_steps_and_the_noise_is_the_same(tiny):
+    prompts, samples = [Prompt("a cat"), Prompt("a dog")], 2
+    policy = PipelinePolicy.from_pretrained(str(tiny("sd3")), sampling=Sampling(num_steps=3))
+    drawn = ComparisonGrid(prompts, samples, 4)
+
+    def images(name: str) -> torch.Tensor:
+        return drawn.generate_with(policy, policy.sampling, Sampler.parse(name))
+
+    noise = SampleNoise([Random(4).at("grid", 1, 0)])
+    (single,) = policy.run([prompts[1]], noise, stochastic=(0, 1), transition=CPS(noise_level=0.5))
+    assert torch.allclose(images("cps:0.5")[2], single.media[0], atol=1e-5)
+    ode = images("ode")
+    assert torch.equal(ode, policy.images(drawn.expanded, drawn._noise))
+    assert torch.allclose(images("cps:0.000001"), ode, atol=1e-4)
+    assert not torch.equal(images("dpm_2m"), ode)
+    for other in ("cps", "flow_sde:0.7"):
+        assert not torch.allclose(images(other), ode, atol=1e-3), other
+
+
+def test_a_contact_sheet_and_a_webp_hold_their_settings(tiny, tmp_path, capsys):
+    model = str(tiny("sd3"))
+    evil = "</script><script>window.evil = 1</script>"
+    (tmp_path / "prompts.txt").write_text(f"a cat\n{evil}\n")
+    arguments = [model, "--prompts", str(tmp_path / "prompts.txt"), "--samples", "2"]
+    arguments += ["--steps", "1", "--axis", "seed=3,4", "--axis", "guidance=1,2"]
+    for ending in ("html", "webp"):
+        first, again = (tmp_path / f"{n}.{ending}" for n in ("first", "again"))
+        reward = ["--reward", "jpeg_size"] if ending == "html" else []
+        assert main(["grid", *arguments, *reward, "--out", str(first)]) == 0
+        assert main(["grid", "--from", str(first), "--out", str(again)]) == 0
+        assert first.read_bytes() == again.read_bytes()
+        assert [p["text"] for p in GridSettings.from_picture(again).prompts] == ["a cat", evil]
+    page = (tmp_path / "first.html").read_text()
+    assert page.count('loading="lazy"') == 16
+    assert evil not in page
+    assert "<h3>&lt;/script&gt;" in page
+
+
+def test_videos_play_in_a_webp(tmp_path):
+    videos = torch.rand(1, 3, 3, 16, 24)
+    rows = [GridRow("a prompt", [videos, videos])]
+    file = write_grid(rows, ["a", "b"], "t", "s", tmp_path / "a.webp", False, 8.0, {KEY: "{}"})
+    with Image.open(file) as found:
+        found.load()
+        assert (found.n_frames, found.info["duration"]) == (3, 125)
+        first = np.asarray(found.convert("RGB")).copy()
+        found.seek(1)
+        assert (np.asarray(found.convert("RGB")) != first).any()
+    assert [p.name for p in tmp_path.iterdir()] == ["a.webp"]
+    uri = media_uri(videos[0], 8.0)
+    with Image.open(io.BytesIO(base64.b64decode(uri.split(",")[1]))) as found:
+        assert (found.n_frames, found.size) == (3, (24, 16))
+
+
+def test_a_grid_that_is_too_large_for_webp_is_written_as_png(tmp_path, monkeypatch):
+    monkeypatch.setattr(comparison_grid, "LONGEST_WEBP", 100)
+    rows = [GridRow("a prompt", [torch.rand(1, 3, 16, 16)])]
+    file = write_grid(rows, ["a"], "t", "s", tmp_path / "a.webp", False, 8.0, {KEY: "{}"})
+    assert file == tmp_path / "a.png"
+    assert Image.open(file).text[KEY] == "{}"
+
+
 def run_with_checkpoint(folder: Path) -> Path:
     folder.mkdir()
     configuration.save(configuration.load("quickstart", [f"run.folder={folder}"]), folder / "config.toml")  # fmt: skip
@@ -155,10 +237,11 @@ def test_what_cannot_be_drawn_is_refused_before_a_model_is_loaded(tmp_path, caps
         (["shapes"], "shapes is not a run directory"),
         (["shapes", "--axis", "seed=1,2"], "give --prompts FILE"),
         ([run, "--axis", "checkpoint=base,7"], "no checkpoint after 7 iterations (there: 12)"),
-        ([run, "--axis", "seed=1,2", "--samples", "200"], "cannot be drawn"),
+        ([run, "--axis", "seed=1,2", "--samples", "200"], "what fits is --samples 83"),
         (["--axis", f"model={run},{tmp_path / 'empty'}"], "neither a run directory"),
         (["--axis", f"model={run},shapes", "--axis", "checkpoint=12,base"], "shapes is none"),
         ([run, "--reward-option", "a.b=1"], "is for a --reward"),
+        ([run, "--sampler", "cps:2"], "--sampler: sampler 'cps:2': the strength must be"),
         (["--from", str(plain)], "has no settings of a grid"),
         (["--from", str(newer)], "another version of flowgrpo"),
         (["--from", str(changed)], "is not the one of"),

@@ -1,7 +1,8 @@
 """``flowgrpo grid``."""
 
 import argparse
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,13 +25,12 @@ if TYPE_CHECKING:
     from flowgrpo.data.prompts import Prompt
     from flowgrpo.evaluation.grid_settings import Cell, GridSettings
     from flowgrpo.policy import PipelinePolicy, Sampling
+    from flowgrpo.rewards.scorer import RewardScorer
     from flowgrpo.rewards.settings import Reward
 
 Place = tuple[int, int]
 """Row of each prompt and column of a cell."""
-SUMMARY = (
-    "draw a comparison grid: models, checkpoints, adapters, guidance, steps or seeds, same noise"
-)
+SUMMARY = "draw a comparison grid: models, checkpoints, adapters, guidance, steps, seeds or samplers, same noise"
 EXAMPLE = """\
 flowgrpo grid runs/quickstart --out grid.png
   flowgrpo grid runs/quickstart --out grid.png --axis checkpoint=base,60,120 --axis guidance=1,3
@@ -43,20 +43,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of the command."""
     parser.add_argument("run", nargs="?", help="run directory or model (not with --axis model)")
     parser.add_argument(
-        "--out", required=True, help="PNG file; videos are also written as MP4, next to it"
+        "--out",
+        required=True,
+        help=".png (of videos also an MP4 beside it), .webp (videos play), or .html, a contact sheet for more images than a picture holds",
     )
     parser.add_argument(
         "--axis",
         action="append",
         default=[],
         metavar="KIND=A,B,...",
-        help="the columns; given again, the rows of each prompt. KIND is model, checkpoint (base, best, last or iterations), lora, scale, guidance, steps or seed (default: of a run, checkpoint=base,last)",
+        help="the columns; given again, the rows of each prompt. KIND is model, checkpoint (base, best, last or iterations), lora, scale, guidance, steps, seed or sampler (default: of a run, checkpoint=base,last)",
     )
     parser.add_argument(
         "--from",
         dest="picture",
-        metavar="PNG",
-        help="draw a grid of this command again, from the settings that its file holds",
+        metavar="FILE",
+        help="draw a grid of this command again, from the settings that its file (PNG, WebP or HTML) holds",
     )
     parser.add_argument("--prompts", help="file of prompts (default: the run's held-out prompts)")
     parser.add_argument("--rows", type=int, default=6, help="prompts (default: %(default)s)")
@@ -93,24 +95,49 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=float,
         help="guidance scale (default: as in the run's evaluations; of a model the pipeline's)",
     )
+    parser.add_argument(
+        "--sampler",
+        default="ode",
+        metavar="NAME[:STRENGTH]",
+        help="ode, the deterministic sampler of evaluations; dpm_2m; or a transition of training: flow_sde, dance_sde, cps or ddim, such as cps:0.5 (default: %(default)s)",
+    )
 
 
 def run(options: argparse.Namespace) -> int:
     """Generate the images of all cells, score them and draw the grid."""
+    from flowgrpo.evaluation.grid_settings import PICTURES, SHEETS
+    from flowgrpo.evaluation.samplers import Sampler
+
     for name in ("rows", "samples", "steps"):
         value = getattr(options, name)
         if value is not None and value < 1:
             raise UsageError(f"--{name} must be at least 1, got {value}")
-    if Path(options.out).suffix.lower() != ".png":
-        raise UsageError(f"--out must end in .png, got {options.out!r}")
+    if Path(options.out).suffix.lower() not in (*PICTURES, *SHEETS):
+        raise UsageError(f"--out must end in .png, .webp or .html, got {options.out!r}")
+    try:
+        Sampler.parse(options.sampler)
+    except ValueError as error:
+        raise UsageError(f"--sampler: {error}") from error
     if options.picture is not None:
         settings, prompts = _again(options)
     else:
         settings, prompts = _new(options)
     quiet()
-    _draw(settings, prompts, Path(options.out))
-    print(options.out)
+    if is_sheet(options.out):
+        _draw_sheet(settings, prompts, Path(options.out))
+        print(options.out)
+        return 0
+    print(written := _draw(settings, prompts, Path(options.out)))
+    if written != Path(options.out):
+        print(
+            "the grid is larger than a WebP file can be (16383 pixels on a side)", file=sys.stderr
+        )
     return 0
+
+
+def is_sheet(out: str) -> bool:
+    """Whether a contact sheet is written."""
+    return Path(out).suffix.lower() == ".html"
 
 
 def _again(options: argparse.Namespace) -> "tuple[GridSettings, Sequence[Prompt]]":
@@ -135,6 +162,7 @@ def _again(options: argparse.Namespace) -> "tuple[GridSettings, Sequence[Prompt]
             f"{options.picture} does not hold its prompts, because they have pictures in memory or "
             "arguments of the call that are not text: draw it with the original command"
         )
+    settings.check(len(settings.prompts), is_sheet(options.out))
     _check_models(settings)
     now = _digests(settings)
     changed = [k for k, v in settings.digests.items() if now.get(k) != v]
@@ -166,14 +194,21 @@ def _new(options: argparse.Namespace) -> "tuple[GridSettings, Sequence[Prompt]]"
     if not axes:
         run_config(Path(main))  # raises if it is no run
         axes = (Axis("checkpoint", ("base", options.weights)),)
-    config = run_config(Path(main)) if is_run(main) else None
+    run = next((m for m in (main, *models) if is_run(m)), None)
+    config = run_config(Path(run)) if run is not None else None
     if not options.prompts and config is None:
         raise UsageError(f"{main} is no run, which has prompts: give --prompts FILE")
     place = options.prompts or (config.prompts.held_out if config else "")
     prompts = PromptSet.load(find(place))
     chosen = ComparisonGrid.of(prompts, options.rows, options.samples, options.seed).prompts
     start = Cell(
-        main, options.weights, tuple(options.lora), options.guidance, options.steps, options.seed
+        main,
+        options.weights,
+        tuple(options.lora),
+        options.guidance,
+        options.steps,
+        options.seed,
+        options.sampler,
     )
     records = [prompt_record(p) for p in chosen]
     settings = GridSettings(
@@ -185,7 +220,7 @@ def _new(options: argparse.Namespace) -> "tuple[GridSettings, Sequence[Prompt]]"
         narrow=options.narrow,
         digests={},
     )
-    settings.check(len(chosen))
+    settings.check(len(chosen), is_sheet(options.out))
     _check_models(settings)
     settings = _resolved(settings)
     return replace(settings, digests=_digests(settings)), chosen
@@ -258,51 +293,105 @@ def _digests(settings: "GridSettings") -> dict[str, str]:
     return found
 
 
-def _draw(settings: "GridSettings", prompts: "Sequence[Prompt]", out: Path) -> None:
-    """Generate, score and draw."""
+def _draw(settings: "GridSettings", prompts: "Sequence[Prompt]", out: Path) -> Path:
+    """Generate, score and draw a picture. Returns its file."""
     from flowgrpo.data.videos import frames_per_second
     from flowgrpo.evaluation.comparison_grid import conditions, write_grid
     from flowgrpo.evaluation.grid_drawing import GridRow
     from flowgrpo.evaluation.grid_settings import KEY
 
     images, trained = _images(settings, prompts)
-    notes = _notes(settings, prompts, images)
-    columns, *inner = settings.axes
+    scorer = _scorer(settings)
+    notes = {place: _notes(settings, prompts, block, scorer) for place, block in images.items()}
+    if scorer is not None:
+        scorer.close()
+    columns, inner = settings.axes[0], _inner_titles(settings)
     rows = []
     for index, prompt in enumerate(prompts):
         part = slice(index * settings.samples, (index + 1) * settings.samples)
-        for row in range(len(inner[0].values) if inner else 1):
-            name = f" ({title_of(inner[0].kind, inner[0].values[row], None)})" if inner else ""
+        for row, name in enumerate(inner):
             places = [(row, column) for column in range(len(columns.values))]
             blocks = [images[p][part] for p in places]
             own = [notes[p][part] for p in places]
-            rows.append(GridRow(prompt.text + name, blocks, own, conditions(prompt)))
+            label = prompt.text + (f" ({name})" if name else "")
+            rows.append(GridRow(label, blocks, own, conditions(prompt)))
     titles = [title_of(columns.kind, v, trained[c]) for c, v in enumerate(columns.values)]
-    sampling = _sampling(settings, settings.start)
     title, subtitle = _heading(settings, images[0, 0].shape)
-    fps, metadata = frames_per_second(sampling.call), {KEY: settings.to_json()}
-    write_grid(rows, titles, title, subtitle, out, settings.narrow, fps, metadata)
+    fps = frames_per_second(_sampling(settings, settings.start).call)
+    metadata = {KEY: settings.to_json()}
+    return write_grid(rows, titles, title, subtitle, out, settings.narrow, fps, metadata)
+
+
+def _draw_sheet(settings: "GridSettings", prompts: "Sequence[Prompt]", out: Path) -> None:
+    """Generate, score and write a contact sheet.
+
+    Of each cell only the reduced images are kept, so that main memory holds one cell at a time.
+    """
+    from flowgrpo.data.videos import frames_per_second
+    from flowgrpo.evaluation.comparison_grid import conditions
+    from flowgrpo.evaluation.contact_sheet import SheetPrompt, SheetRow, media_uri, write_sheet
+
+    fps = frames_per_second(_sampling(settings, settings.start).call)
+    shown: dict[Place, list[tuple[str, str]]] = {}
+    trained: dict[int, int] = {}
+    scorer = _scorer(settings)
+    for place, block, iteration in _cells(settings, prompts):
+        notes = _notes(settings, prompts, block, scorer)
+        shown[place] = [(media_uri(m, fps), n) for m, n in zip(block, notes, strict=True)]
+        trained[place[1]], shape = iteration, block.shape
+    if scorer is not None:
+        scorer.close()
+    columns = settings.axes[0]
+    rows = []
+    for index, prompt in enumerate(prompts):
+        part = slice(index * settings.samples, (index + 1) * settings.samples)
+        own = [
+            SheetRow(name, [shown[row, column][part] for column in range(len(columns.values))])
+            for row, name in enumerate(_inner_titles(settings))
+        ]
+        rows.append(SheetPrompt(prompt.text, conditions(prompt), own))
+    titles = [title_of(columns.kind, v, trained[c]) for c, v in enumerate(columns.values)]
+    title, subtitle = _heading(settings, shape)
+    write_sheet(out, rows, titles, title, subtitle, settings.to_json(), shape[-1] / shape[-2])
+
+
+def _inner_titles(settings: "GridSettings") -> list[str]:
+    """The title of each row of a prompt; one empty title without a second axis."""
+    _, *inner = settings.axes
+    return [title_of(inner[0].kind, v, None) for v in inner[0].values] if inner else [""]
 
 
 def _images(
     settings: "GridSettings", prompts: "Sequence[Prompt]"
 ) -> "tuple[dict[Place, Tensor], dict[int, int]]":
     """The images of each cell, prompt by prompt, and the iterations trained of each column."""
-    from flowgrpo.evaluation.comparison_grid import ComparisonGrid
-
-    cells = list(settings.cells())
     images: dict[Place, Tensor] = {}
     trained: dict[int, int] = {}
-    # One model is loaded at a time, and draws all of its cells.
+    for place, block, iteration in _cells(settings, prompts):
+        images[place], trained[place[1]] = block, iteration
+    return images, trained
+
+
+def _cells(
+    settings: "GridSettings", prompts: "Sequence[Prompt]"
+) -> "Iterator[tuple[Place, Tensor, int]]":
+    """Generates the images of one cell after the other, with the iterations trained.
+
+    One model is loaded at a time, and draws all of its cells.
+    """
+    from flowgrpo.evaluation.comparison_grid import ComparisonGrid
+    from flowgrpo.evaluation.samplers import Sampler
+
+    cells = list(settings.cells())
     for weights in dict.fromkeys(c.weights for _, _, c in cells):
         mine = [(row, column, c) for row, column, c in cells if c.weights == weights]
         policy, iteration = _load(mine[0][2], _sampling(settings, mine[0][2]))
         for row, column, cell in mine:
             grid = ComparisonGrid(prompts, settings.samples, cell.seed)
-            images[row, column] = grid.generate(policy, _sampling(settings, cell)).cpu()
-            trained[column] = iteration
+            sampler = Sampler.parse(cell.sampler)
+            block = grid.generate_with(policy, _sampling(settings, cell), sampler)
+            yield (row, column), block.cpu(), iteration
         del policy
-    return images, trained
 
 
 def _sampling(settings: "GridSettings", cell: "Cell") -> "Sampling":
@@ -336,28 +425,32 @@ def _load(cell: "Cell", sampling: "Sampling") -> "tuple[PipelinePolicy, int]":
     return policy, 0
 
 
-def _notes(
-    settings: "GridSettings", prompts: "Sequence[Prompt]", images: "Mapping[Place, Tensor]"
-) -> "dict[Place, list[str]]":
-    """A note for each image: a mark or a score of one reward, or the scores of several."""
-    from flowgrpo.evaluation.comparison_grid import marks
+def _scorer(settings: "GridSettings") -> "RewardScorer | None":
+    """The rewards of the captions; None if there are none."""
     from flowgrpo.rewards.scorer import RewardScorer
     from flowgrpo.rewards.settings import Failures, Reward
 
-    if not settings.rewards:
-        return {place: [""] * len(block) for place, block in images.items()}
-    scorer = RewardScorer([Reward(**r) for r in settings.rewards], Failures())
-    expanded = [p for p in prompts for _ in range(settings.samples)]
-    labels, found = [r.label for r in scorer.rewards], {}
-    for place, block in images.items():
-        raw = scorer.score(block, expanded).raw
-        if len(labels) == 1:
-            found[place] = marks(raw[labels[0]])
-        else:
-            each = [[f"{v:.2f}" for v in raw[k].tolist()] for k in labels]
-            found[place] = [" / ".join(parts) for parts in zip(*each, strict=True)]
-    scorer.close()
-    return found
+    rewards = [Reward(**r) for r in settings.rewards]
+    return RewardScorer(rewards, Failures()) if rewards else None
+
+
+def _notes(
+    settings: "GridSettings",
+    prompts: "Sequence[Prompt]",
+    block: "Tensor",
+    scorer: "RewardScorer | None",
+) -> list[str]:
+    """A note for each image of a cell: a mark or a score of one reward, or the scores of several."""
+    from flowgrpo.evaluation.comparison_grid import marks
+
+    if scorer is None:
+        return [""] * len(block)
+    labels = [r.label for r in scorer.rewards]
+    raw = scorer.score(block, [p for p in prompts for _ in range(settings.samples)]).raw
+    if len(labels) == 1:
+        return marks(raw[labels[0]])
+    each = [[f"{v:.2f}" for v in raw[k].tolist()] for k in labels]
+    return [" / ".join(parts) for parts in zip(*each, strict=True)]
 
 
 def title_of(kind: str, value: Any, trained: int | None) -> str:
@@ -391,7 +484,8 @@ def _heading(settings: "GridSettings", shape: Sequence[int]) -> tuple[str, str]:
     scales = {"default" if s.guidance_scale is None else f"{s.guidance_scale:g}" for s in used}
     guidance = " and ".join(sorted(scales))
     steps = " and ".join(str(n) for n in sorted({s.num_steps for s in used}))
-    same = ["deterministic sampler"]
+    same = ["deterministic sampler" if start.sampler == "ode" else f"sampler {start.sampler}"]
+    same = same if "sampler" not in kinds else []
     same += [f"{steps} steps"] if "steps" not in kinds else []
     same += [f"guidance {guidance}"] if "guidance" not in kinds else []
     same += [f"{width}x{height}"]

@@ -20,9 +20,14 @@ from flowgrpo.data.prompt_sets import PromptSet
 from flowgrpo.data.prompts import Prompt
 from flowgrpo.data.videos import frames_per_second, write_frames
 from flowgrpo.evaluation.grid_drawing import GridRow, RowBoxes, animate_grid, draw_grid, tile_boxes
+from flowgrpo.evaluation.grid_settings import DESCRIPTION
+from flowgrpo.evaluation.samplers import Sampler
 from flowgrpo.evaluation.tiles import KEY, Tile, TileRow, tiles_to_json
 from flowgrpo.policy import PipelinePolicy, Sampling
 from flowgrpo.rewards.scorer import RewardScorer
+
+LONGEST_WEBP = 16383
+"""Largest width and height of a WebP file."""
 
 
 @dataclass(frozen=True)
@@ -58,16 +63,41 @@ class ComparisonGrid:
         """Generate the images of one model, row by row."""
         return self.generate_with_audio(policy, sampling)[0]
 
+    def generate_with(
+        self, policy: PipelinePolicy, sampling: Sampling, sampler: Sampler
+    ) -> Float[Tensor, "batch *media"]:
+        """As :meth:`generate`, with another sampler; a stochastic one injects the same noise each time.
+
+        Raises:
+            ValueError: If its transition is not defined for the model.
+        """
+        steps = sampler.stochastic(sampling.num_steps)
+        done = policy.run(
+            self.expanded,
+            self._noise,
+            stochastic=steps,
+            transition=sampler.transition,
+            sampling=sampling,
+            solver=sampler.solver,
+        )
+        return torch.cat([r.media for r in done if r.media is not None])
+
     def generate_with_audio(
         self, policy: PipelinePolicy, sampling: Sampling
     ) -> tuple[Float[Tensor, "batch *media"], Audio | None]:
         """As :meth:`generate`, with the sound of videos if the model makes any."""
-        streams = [
-            Random(self.seed).at("grid", row, sample)
-            for row in range(len(self.prompts))
-            for sample in range(self.samples)
-        ]
-        return policy.media_with_audio(self.expanded, SampleNoise(streams), sampling)
+        return policy.media_with_audio(self.expanded, self._noise, sampling)
+
+    @property
+    def _noise(self) -> SampleNoise:
+        """The stream of each image, row by row, which depends on the seed and its place only."""
+        return SampleNoise(
+            [
+                Random(self.seed).at("grid", row, sample)
+                for row in range(len(self.prompts))
+                for sample in range(self.samples)
+            ]
+        )
 
     @property
     def expanded(self) -> list[Prompt]:
@@ -141,25 +171,41 @@ def write_grid(
     narrow: bool,
     fps: float,
     metadata: Mapping[str, str] | None = None,
-) -> None:
+) -> Path:
     """Draw a grid and save it as PNG, and videos also as MP4. The files are replaced atomically.
+
+    A file that ends in ``.webp`` is WebP without loss, and animated if the media are videos. A WebP file
+    has at most 16,383 pixels on a side; a larger grid is written as PNG beside it.
 
     Args:
         rows: One row per prompt.
         columns: Name of each column.
         title: Headline.
         subtitle: How the images were generated.
-        path: PNG file; its folder is created.
+        path: PNG or WebP file; its folder is created.
         narrow: Draw the columns below each other.
         fps: Frames per second of videos.
         metadata: Texts that are stored in the PNG file, besides the place of each image
-            (:mod:`flowgrpo.evaluation.tiles`).
+            (:mod:`flowgrpo.evaluation.tiles`). In a WebP file the first of them is the description.
+
+    Returns:
+        The file that was written.
 
     Raises:
         ImportError: If the media are videos, and no MP4 can be written here.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     picture = draw_grid(rows, columns, title=title, subtitle=subtitle, narrow=narrow)
+    if path.suffix.lower() == ".webp":
+        if max(picture.size) <= LONGEST_WEBP:
+            frames = [picture]
+            if rows[0].blocks[0].ndim == 5:
+                frames = [
+                    *animate_grid(rows, columns, title=title, subtitle=subtitle, narrow=narrow)
+                ]
+            _save_webp(path, frames, fps, next(iter((metadata or {}).values()), ""))
+            return path
+        path = path.with_suffix(".png")
     boxes = tile_boxes(rows, columns, title=title, subtitle=subtitle, narrow=narrow)
     info = PngInfo()
     for key, text in {KEY: _tiles(rows, boxes), **(metadata or {})}.items():
@@ -167,8 +213,25 @@ def write_grid(
     with replacing(path) as temporary:
         picture.save(temporary, format="PNG", pnginfo=info)
     if rows[0].blocks[0].ndim == 5:
-        frames = animate_grid(rows, columns, title=title, subtitle=subtitle, narrow=narrow)
-        write_frames(path.with_suffix(".mp4"), (np.asarray(f) for f in frames), fps)
+        moving = animate_grid(rows, columns, title=title, subtitle=subtitle, narrow=narrow)
+        write_frames(path.with_suffix(".mp4"), (np.asarray(f) for f in moving), fps)
+    return path
+
+
+def _save_webp(path: Path, frames: Sequence[Image.Image], fps: float, text: str) -> None:
+    """Write frames without loss, with a text as the EXIF description."""
+    exif = Image.Exif()
+    exif[DESCRIPTION] = text
+    moving = {
+        "save_all": True,
+        "append_images": frames[1:],
+        "duration": round(1000 / fps),
+        "loop": 0,
+    }
+    with replacing(path) as temporary:
+        frames[0].save(
+            temporary, "WEBP", lossless=True, exif=exif, **(moving if len(frames) > 1 else {})
+        )
 
 
 def _tiles(rows: Sequence[GridRow], boxes: Sequence[RowBoxes]) -> str:

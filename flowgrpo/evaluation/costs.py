@@ -4,7 +4,7 @@ import math
 from html import escape
 
 from flowgrpo.evaluation.charts import Number, duration, number
-from flowgrpo.evaluation.curves import section, total
+from flowgrpo.evaluation.curves import evaluation_seconds, section, total
 from flowgrpo.evaluation.records import Records
 
 
@@ -24,7 +24,7 @@ def costs(records: Records) -> str:
     ]  # fmt: skip
     devices = int(records.environment.get("processes", 1))
     seconds = sum(total(t) for t in records.timings) * devices
-    held_out = sum(e.get("seconds", 0.0) for e in records.evaluations) * devices
+    held_out = sum(evaluation_seconds(records)) * devices
     name = "device-seconds" if devices == 1 else f"device-seconds of {devices} devices"
     rows += [_row(f"{name}, iterations", seconds, iterations)]
     rows += [_row(f"{name}, held-out evaluations", held_out, None)]
@@ -32,8 +32,9 @@ def costs(records: Records) -> str:
     table = f'<div class="scroll"><table>{head}{"".join(filter(None, rows))}</table></div>'
     spent = f"{duration(seconds + held_out)} of device time. " if seconds + held_out else ""
     note = (
-        f"{spent}Loading, checkpoints and export are not counted; samples and denoiser evaluations "
-        "exclude replays during updates, evaluations, and groups that train.refill replaced."
+        f"{spent}Not counted are the time of loading, checkpoints and export and of the evaluation after "
+        "training, and the denoiser's evaluations in updates and held-out evaluations. Samples are those "
+        "that were trained on."
     )
     return section("Costs", note, f'<div class="card">{table}</div>')
 

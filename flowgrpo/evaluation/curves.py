@@ -184,6 +184,15 @@ def total(timing: Mapping[str, Number | None]) -> Number:
     return timing.get("total") or sum(phases(timing).values())
 
 
+def evaluation_seconds(records: Records) -> list[Number]:
+    """Seconds of each held-out evaluation whose time is recorded; that after training is not.
+
+    Earlier versions recorded them with the scores.
+    """
+    found = [t["evaluation"] for t in records.timings if t.get("evaluation") is not None]
+    return found or [e["seconds"] for e in records.evaluations if "seconds" in e]
+
+
 def times(records: Records) -> str:
     """Time by phase, as a bar and a table."""
     columns: dict[str, list[Number]] = {}
@@ -192,7 +201,7 @@ def times(records: Records) -> str:
         for name, seconds in parts.items():
             columns.setdefault(name, []).append(seconds)
         columns.setdefault("other", []).append(max(0.0, total(timing) - sum(parts.values())))
-    evaluations = [e["seconds"] for e in records.evaluations if "seconds" in e]
+    evaluations = evaluation_seconds(records)
     if evaluations:
         columns["evaluation"] = evaluations
     whole = sum(sum(v) for v in columns.values())

@@ -41,16 +41,17 @@ def film_strip(records: Records) -> str:
     Returns:
         HTML; empty if the newest grid does not say where its images are, as those of earlier versions.
     """
-    read = [(n, _read(str(path), path.stat().st_mtime_ns)) for n, path in records.all_grids]
-    grids = {n: rows for n, rows in read if rows}
-    if not grids or max(grids) != records.all_grids[-1][0]:
+    paths = dict(records.all_grids)
+    # The grid of iteration 0 shows the base model twice; every grid shows it in its first column.
+    chosen = spread([n for n in paths if n], MOST_FRAMES - 1) or list(paths)
+    grids = {n: _read(str(paths[n]), paths[n].stat().st_mtime_ns) for n in chosen}
+    newest = grids[chosen[-1]] if chosen else ()
+    if not newest:
         return ""
-    newest = grids[max(grids)]
-    names = [r.label for r in newest]
-    same = [n for n, rows in grids.items() if n and [r.label for r in rows] == names]
     frames = [(0, [tile for row in newest for tile in row.blocks[0]])]
-    for n in spread(same, MOST_FRAMES - 1):
-        frames.append((n, [tile for row in grids[n] for tile in row.blocks[-1]]))
+    for n, rows in grids.items():
+        if n and [r.label for r in rows] == [r.label for r in newest]:
+            frames.append((n, [tile for row in rows for tile in row.blocks[-1]]))
     scores = {e["iteration"]: _scores(records, e) for e in records.evaluations}
     described = [
         {

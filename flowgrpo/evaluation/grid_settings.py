@@ -5,6 +5,7 @@ The settings are stored in the metadata of the PNG file, from which the same gri
 
 import json
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import product
@@ -13,13 +14,22 @@ from typing import Any
 
 from flowgrpo.core.imports import suggest
 from flowgrpo.data.prompts import Prompt
+from flowgrpo.evaluation.samplers import Sampler
 
 KEY = "flowgrpo-grid"
 """Name of the text chunk of a PNG file that holds the settings as JSON."""
 FORMAT = 1
 MOST_IMAGES = 1000
-"""Images of the largest grid. At 256 pixels this is a picture of 65 million pixels; beyond 89 million,
-Pillow warns of a decompression bomb when it opens the file."""
+"""Images of the largest picture. At 256 pixels it has 65 million pixels; beyond 89 million, Pillow warns
+of a decompression bomb when it opens the file."""
+MOST_IN_SHEET = 5000
+"""Images of the largest contact sheet. At 256 pixels it has about 50 MB."""
+PICTURES, SHEETS = (".png", ".webp"), (".html",)
+"""Endings of the files in which a grid can be written."""
+BLOCK = re.compile(rb'<script type="application/json" id="flowgrpo-grid">(.*?)</script>', re.DOTALL)
+"""The settings in a contact sheet."""
+DESCRIPTION = 0x010E
+"""EXIF tag (ImageDescription) of a WebP file that holds the settings as JSON."""
 CHECKPOINTS = ("base", "best", "last")
 NO_LORA = "none"
 """Value of the axis ``lora`` that stands for the model without an adapter."""
@@ -32,6 +42,7 @@ KINDS: Mapping[str, str] = {
     "guidance": "guidance scales",
     "steps": "denoising steps",
     "seed": "seeds of the initial noise",
+    "sampler": "ode, dpm_2m, or a transition with or without its strength, such as flow_sde or cps:0.5",
 }
 """The axes of a grid, and their values."""
 
@@ -77,6 +88,7 @@ class Cell:
         guidance: Guidance scale.
         steps: Denoising steps.
         seed: Seed of the initial noise.
+        sampler: As :meth:`flowgrpo.evaluation.samplers.Sampler.parse` reads it.
     """
 
     model: str
@@ -85,6 +97,7 @@ class Cell:
     guidance: float | None
     steps: int | None
     seed: int
+    sampler: str = "ode"
 
     def at(self, kind: str, value: Any) -> "Cell":
         """The cell with another value of one axis."""
@@ -134,11 +147,12 @@ class GridSettings:
                 cell = cell.at(axis.kind, value)
             yield row, column, cell
 
-    def check(self, number: int) -> None:
+    def check(self, number: int, sheet: bool = False) -> None:
         """Refuse axes that contradict each other, and grids too large to draw.
 
         Args:
             number: Number of prompts.
+            sheet: Whether a contact sheet is drawn, which may have more images than a picture.
 
         Raises:
             ValueError: With the remedy.
@@ -153,12 +167,17 @@ class GridSettings:
         cells = [c for _, _, c in self.cells()]
         if "scale" in kinds and any(len(c.loras) != 1 for c in cells):
             raise ValueError("--axis scale needs exactly one adapter in each cell: --lora PATH or --axis lora=...")  # fmt: skip
-        total = number * len(cells) * self.samples
-        if total > MOST_IMAGES:
+        total, most = number * len(cells) * self.samples, MOST_IN_SHEET if sheet else MOST_IMAGES
+        if total > most:
             raise ValueError(
                 f"a grid of {number} prompts, {len(cells)} cells and {self.samples} samples has {total} "
-                f"images, more than {MOST_IMAGES} cannot be drawn: reduce --rows, --samples or the values "
-                "of an axis"
+                f"images, more than the {most} of {'a contact sheet' if sheet else 'a picture'}: "
+                f"{_that_fits(number, len(cells), self.samples, most)}"
+                + (
+                    f", or --out FILE.html, which holds {MOST_IN_SHEET}"
+                    if most < total <= MOST_IN_SHEET
+                    else ""
+                )
             )
 
     def to_json(self) -> str:
@@ -167,29 +186,21 @@ class GridSettings:
 
     @classmethod
     def from_picture(cls, path: Path) -> "GridSettings":
-        """Read the settings that a grid's PNG file holds.
+        """Read the settings that a grid's file holds: PNG, WebP or a contact sheet.
 
         Raises:
             ValueError: If it is no grid, or one of a newer version.
         """
-        from PIL import Image
-
-        from flowgrpo.data.pictures import UNREADABLE
-
-        try:
-            with Image.open(path) as picture:
-                picture.load()
-                text = getattr(picture, "text", {}).get(KEY)
-        except FileNotFoundError:
-            raise
-        except UNREADABLE as error:
-            raise ValueError(f"{path} is not a picture that can be read: {error}") from error
+        text = _stored(path)
         if text is None:
             raise ValueError(
                 f"{path} has no settings of a grid: it was not drawn by 'flowgrpo grid', or another program "
                 "saved it again without its metadata"
             )
-        found = json.loads(text)
+        try:
+            found = json.loads(text)
+        except ValueError as error:
+            raise ValueError(f"the settings in {path} are damaged: {error}") from error
         if found.pop("format", None) != FORMAT:
             raise ValueError(
                 f"{path} was drawn by another version of flowgrpo: draw it with that one"
@@ -198,6 +209,43 @@ class GridSettings:
         axes = tuple(Axis(a["kind"], tuple(a["values"])) for a in found.pop("axes"))
         cell = Cell(**{**start, "loras": tuple(start["loras"])})
         return cls(start=cell, axes=axes, **found)
+
+
+def _that_fits(number: int, cells: int, samples: int, most: int) -> str:
+    """The nearest smaller grids, in words."""
+    found = []
+    if (fewer := most // (number * cells)) >= 1:
+        found.append(f"--samples {fewer} ({number * cells * fewer} images)")
+    if (fewer := most // (cells * samples)) >= 1:
+        found.append(f"--rows {fewer} ({cells * samples * fewer} images)")
+    if (fewer := most // (number * samples)) >= 1:
+        found.append(f"axes with at most {fewer} cells")
+    return f"what fits is {' or '.join(found)}" if found else "reduce --rows and --samples"
+
+
+def _stored(path: Path) -> str | None:
+    """The JSON text in a grid's file; None if there is none.
+
+    Raises:
+        ValueError: If the file cannot be read.
+    """
+    from PIL import Image
+
+    from flowgrpo.data.pictures import UNREADABLE
+
+    if path.suffix.lower() in SHEETS:
+        block = BLOCK.search(path.read_bytes())
+        return block[1].decode() if block else None
+    try:
+        with Image.open(path) as picture:
+            picture.load()
+            description = picture.getexif().get(DESCRIPTION)
+            text: str | None = getattr(picture, "text", {}).get(KEY, description)
+    except FileNotFoundError:
+        raise
+    except UNREADABLE as error:
+        raise ValueError(f"{path} is not a picture that can be read: {error}") from error
+    return text if text and text.startswith("{") else None
 
 
 def prompt_record(prompt: Prompt) -> dict[str, Any] | None:
@@ -236,6 +284,9 @@ def _value(kind: str, text: str) -> Any:
     if kind == "checkpoint":
         if text not in CHECKPOINTS and not text.isdecimal():
             raise ValueError(f"--axis checkpoint: expected {KINDS[kind]}, got {text!r}{suggest(text, CHECKPOINTS)}")  # fmt: skip
+        return text
+    if kind == "sampler":
+        Sampler.parse(text)
         return text
     try:
         value: float = int(text) if kind in ("steps", "seed") else float(text)

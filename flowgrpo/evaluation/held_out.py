@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
-from PIL.Image import Image
 from torch import Tensor
 
 from flowgrpo.core.random import Random, SampleNoise
@@ -97,8 +96,7 @@ def evaluate(
     """
     began = time.perf_counter()
     scorer.reset()
-    # Evaluations use the full weights, whatever their schedule, to be comparable over time.
-    scorer.iteration = None
+    scorer.iteration = None  # full weights, whatever their schedule, to be comparable over time
     # Prompts are identified as objects, since one text may occur with several condition images.
     keys = {id(p): n for n, p in enumerate({id(i.prompt): i.prompt for i in items}.values())}
     mine = [i for i in items if keys[id(i.prompt)] % num_ranks == rank]
@@ -107,17 +105,10 @@ def evaluate(
         rows, images = _scored(own, scorer, mine, keys, balance, artefacts)
     rows = sorted(gather(rows), key=lambda r: r["index"])
     if show is not None:
-        chosen = extremes(rows)
-        pictures = gather([(n, thumbnail(images[n])) for n in chosen if n in images])
-        texts = {i.index: i.prompt.text for i in items}
-        show(_samples(rows, chosen, texts, dict(pictures)))
-    media: dict[int, list[Tensor]] = {}
-    for item in mine:
-        media.setdefault(keys[id(item.prompt)], []).append(images[item.index])
-    measured = _metrics(metrics, {keys[id(i.prompt)]: i.prompt for i in mine}, media)
+        show(_samples(rows, {i.index: i.prompt.text for i in items}, images, gather))
     return {
         **_summary(rows),
-        "metrics": _joined(gather([(len(media), measured)])),
+        "metrics": _metrics(metrics, mine, keys, images, gather),
         **({"artefacts": _artefacts(rows)} if artefacts else {}),
         "per_image": _per_image(rows),
         "seconds": round(time.perf_counter() - began, 3),
@@ -176,23 +167,26 @@ def _rows(
 
 def _samples(
     rows: Sequence[Mapping[str, Any]],
-    chosen: Mapping[int, str],
     texts: Mapping[int, str],
-    pictures: Mapping[int, Image],
+    images: Mapping[int, Tensor],
+    gather: Callable[[list[Any]], list[Any]],
 ) -> list[Sample]:
-    """The chosen images with their prompts and scores.
+    """The images of highest and of lowest reward.
 
     Args:
-        rows: All images, from :func:`_rows`.
-        chosen: The group of each chosen image, by its index.
+        rows: The images of all ranks, from :func:`_rows`.
         texts: The prompt of each image, by its index.
-        pictures: The chosen images, by their index.
+        images: The images of this rank, by their index.
+        gather: Concatenates the lists of all ranks.
     """
-    scores = {r["index"]: {k: v for k, v in r["scores"].items() if math.isfinite(v)} for r in rows}
-    rewards = {r["index"]: r["reward"] for r in rows}
-    return [
-        Sample(group, texts[n], rewards[n], scores[n], pictures[n]) for n, group in chosen.items()
-    ]
+    chosen = extremes(rows)
+    pictures = dict(gather([(n, thumbnail(images[n])) for n in chosen if n in images]))
+    known = {r["index"]: r for r in rows}
+    found = []
+    for n, group in chosen.items():
+        scores = {k: v for k, v in known[n]["scores"].items() if math.isfinite(v)}
+        found.append(Sample(group, texts[n], known[n]["reward"], scores, pictures[n]))
+    return found
 
 
 def _per_image(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -229,14 +223,31 @@ def _artefacts(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 
 def _metrics(
     metrics: Sequence[Metric],
-    prompts: Mapping[int, Prompt],
-    media: Mapping[int, Sequence[Tensor]],
+    items: Sequence[Item],
+    keys: Mapping[int, int],
+    images: Mapping[int, Tensor],
+    gather: Callable[[list[Any]], list[Any]],
 ) -> dict[str, float]:
+    """The numbers of all metrics: means over the ranks, weighted by their numbers of prompts.
+
+    Args:
+        metrics: The metrics.
+        items: The images of this rank.
+        keys: The number of each prompt, by its identity as an object.
+        images: The images, by their index.
+        gather: Concatenates the lists of all ranks.
+    """
+    prompts = {keys[id(i.prompt)]: i.prompt for i in items}
+    media: dict[int, list[Tensor]] = {}
+    for item in items:
+        media.setdefault(keys[id(item.prompt)], []).append(images[item.index])
     names = sorted(media)
-    if not names:  # There are more processes than prompts.
-        return {}
-    stacked = [torch.stack(list(media[n])) for n in names]
-    return {k: v for m in metrics for k, v in m([prompts[n] for n in names], stacked).items()}
+    measured: dict[str, float] = {}
+    if names:  # There may be more processes than prompts.
+        stacked = [torch.stack(media[n]) for n in names]
+        own = [prompts[n] for n in names]
+        measured = {k: v for m in metrics for k, v in m(own, stacked).items()}
+    return _joined(gather([(len(names), measured)]))
 
 
 def _joined(parts: Sequence[tuple[int, Mapping[str, float]]]) -> dict[str, float]:

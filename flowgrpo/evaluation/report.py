@@ -24,6 +24,7 @@ from flowgrpo.evaluation.bench_section import benchmarks
 from flowgrpo.evaluation.charts import Number, dumbbell, duration, number
 from flowgrpo.evaluation.costs import costs
 from flowgrpo.evaluation.curves import (
+    evaluation_seconds,
     held_out_metrics,
     main_curves,
     section,
@@ -102,7 +103,7 @@ def write_page(path: Path, title: str, content: str) -> Path:
     return path
 
 
-def page(title: str, content: str, version: str | None = None) -> str:
+def page(title: str, content: str, version: str | None = None, interval: float = 2.0) -> str:
     """A page with the report's style and script.
 
     The content security policy lets nothing run but the script, whose digest it names.
@@ -111,11 +112,16 @@ def page(title: str, content: str, version: str | None = None) -> str:
         title: Title of the window, as text.
         content: The sections, as HTML.
         version: Of a page that a server keeps up to date, the version of the content; None for a file.
+        interval: Seconds after which such a page asks the server again.
     """
     files = resources.files("flowgrpo.evaluation")
     script = files.joinpath("report_script.js").read_text("utf-8")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    live = "" if version is None else f' data-version="{escape(version)}"'
+    live = (
+        ""
+        if version is None
+        else f' data-version="{escape(version)}" data-interval="{1000 * interval:g}"'
+    )
     status = "" if version is None else '<p class="live" role="status">connecting</p>'
     return Template(files.joinpath("report_template.html").read_text("utf-8")).substitute(
         title=escape(title),
@@ -151,7 +157,7 @@ def _header(records: Records) -> str:
         chips.append(f"on {records.environment['device']}")
     # The times of iterations do not include evaluations.
     spent = sum(total(t) for t in records.timings)
-    spent += sum(e.get("seconds", 0.0) for e in records.evaluations)
+    spent += sum(evaluation_seconds(records))
     chips += [duration(spent)] if spent else []
     items = "".join(f"<li>{escape(chip)}</li>" for chip in chips)
     name = f'<p class="brand">flowgrpo run</p><h1>{escape(_name(records))}</h1>'

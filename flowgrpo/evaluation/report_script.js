@@ -3,7 +3,7 @@
 
 const main = document.querySelector("main");
 const live = document.body.dataset.version !== undefined;
-const INTERVAL = 2000; // milliseconds between two questions to the server
+const interval = Number(document.body.dataset.interval); // milliseconds between two questions to the server
 const FRAME = 700; // milliseconds for which playing shows a frame
 let film = null;
 
@@ -104,7 +104,7 @@ async function follow() {
     status.textContent = "no connection: is flowgrpo report --serve still running?";
     status.dataset.state = "lost";
   }
-  setTimeout(follow, INTERVAL);
+  setTimeout(follow, interval);
 }
 
 startFilm(null);

@@ -13,7 +13,7 @@ from pathlib import Path
 from urllib.parse import parse_qs, urlsplit
 
 from flowgrpo.evaluation.report import page, report_content
-from flowgrpo.evaluation.sample_section import FOLDER
+from flowgrpo.evaluation.samples import FOLDER
 
 ADDRESS = "127.0.0.1"
 NAMES = {ADDRESS, "localhost"}
@@ -37,22 +37,24 @@ class ReportServer(ThreadingHTTPServer):
     Attributes:
         folder: The run directory.
         status: The state of the run.
+        interval: Seconds after which a page asks again.
     """
 
     daemon_threads = True
 
-    def __init__(self, folder: Path, port: int, status: Status):
+    def __init__(self, folder: Path, port: int, status: Status, interval: float = 2.0):
         """Listen on a port of the loopback address.
 
         Args:
             folder: The run directory.
             port: The port; 0 for any free one.
             status: Returns the state of the run and a line about it.
+            interval: Seconds after which a page asks again.
 
         Raises:
             OSError: If the port is taken or may not be used.
         """
-        self.folder, self.status = folder, status
+        self.folder, self.status, self.interval = folder, status, interval
         self._lock = threading.Lock()
         self._version, self._title, self._content = "", folder.resolve().name, WAITING
         super().__init__((ADDRESS, port), _Handler)
@@ -105,7 +107,9 @@ class _Handler(BaseHTTPRequestHandler):
         asked = urlsplit(self.path)
         if asked.path == "/":
             version, title, content = self.server.current()
-            self._send("text/html; charset=utf-8", page(title, content, version))
+            self._send(
+                "text/html; charset=utf-8", page(title, content, version, self.server.interval)
+            )
         elif asked.path == "/state":
             version, _, content = self.server.current()
             state, words = self.server.status()

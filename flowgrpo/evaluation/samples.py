@@ -76,18 +76,21 @@ def thumbnail(media: Float[Tensor, "*frames channels height width"]) -> Image.Im
     """
     frames = media if media.ndim == 4 else media[None]
     numbers = sorted({0, len(frames) // 2, len(frames) - 1})
-    pictures = []
-    for number in numbers:
-        pixels = frames[number].detach().float().cpu().clamp(0, 1).mul(255).round()
-        levels = pixels.to(torch.uint8).expand(3, -1, -1).permute(1, 2, 0).numpy()
-        picture = Image.fromarray(levels)
-        picture.thumbnail((LONGEST, LONGEST), Image.Resampling.LANCZOS)
-        pictures.append(picture)
+    pictures = [still(frames[number]) for number in numbers]
     width, height = pictures[0].size
     canvas = Image.new("RGB", (len(pictures) * (width + 2) - 2, height), "white")
     for place, picture in enumerate(pictures):
         canvas.paste(picture, (place * (width + 2), 0))
     return canvas
+
+
+def still(image: Float[Tensor, "channels height width"]) -> Image.Image:
+    """An image in [0, 1], reduced to 256 pixels."""
+    pixels = image.detach().float().cpu().clamp(0, 1).mul(255).round()
+    levels = pixels.to(torch.uint8).expand(3, -1, -1).permute(1, 2, 0).numpy()
+    picture = Image.fromarray(levels)
+    picture.thumbnail((LONGEST, LONGEST), Image.Resampling.LANCZOS)
+    return picture
 
 
 def save_samples(path: Path, samples: Sequence[Sample]) -> None:

@@ -9,6 +9,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
@@ -89,7 +90,7 @@ def read_tiles(picture: Image.Image) -> list[TileRow]:
         raise ValueError(f"the metadata {KEY} is damaged: {error!r}") from error
 
 
-def _box(values: Sequence[int]) -> Box:
+def _box(values: Sequence[Any]) -> Box:
     left, top, right, bottom = values[:4]
     return int(left), int(top), int(right), int(bottom)
 
