@@ -5,6 +5,7 @@ python -m benchmarks.quickstart_seeds --seeds 0 1 2 --folder runs/seeds
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 from benchmarks.training_runs import evaluations, percent, run
 from scripts.page_tables import markdown_table
@@ -22,10 +23,9 @@ def main() -> None:
         folder = options.folder / str(seed)
         seconds = run("quickstart", folder, [f"run.seed={seed}", *options.set])
         first, *_, last = evaluations(folder)
-        parts = [("mean", first["scores"], last["scores"], last["images"])]
-        parts += [
-            (c, first["by_class"][c], v, int(v["images"])) for c, v in last["by_class"].items()
-        ]
+        parts = _parts(first, last)
+        for tag, table in last.get("regimes", {}).items():
+            parts += _parts(first["regimes"][tag], table, f"{tag}: ")
         for name, before, after, images in parts:
             rows.append(
                 [
@@ -41,6 +41,18 @@ def main() -> None:
             rows.append([str(seed), name, f"{first['metrics'][name]:.3f}", f"{value:.3f}", "", ""])
         rows.append([str(seed), "minutes", "", f"{seconds / 60:.1f}", "", ""])
     print(markdown_table(["seed", "", "before", "after", "points", "graded"], rows))
+
+
+Part = tuple[str, dict[str, Any], dict[str, Any], int]
+
+
+def _parts(first: dict[str, Any], last: dict[str, Any], prefix: str = "") -> list[Part]:
+    """Name, scores before and after, and number of images: of all images and of each task."""
+    parts = [(f"{prefix}mean", first["scores"], last["scores"], int(last["images"]))]
+    return parts + [
+        (f"{prefix}{c}", first["by_class"][c], v, int(v["images"]))
+        for c, v in last["by_class"].items()
+    ]
 
 
 if __name__ == "__main__":
