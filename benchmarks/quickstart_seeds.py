@@ -1,6 +1,7 @@
 """Runs the quick start with several seeds, and prints held-out accuracy before and after, by task.
 
 python -m benchmarks.quickstart_seeds --seeds 0 1 2 --folder runs/seeds
+python -m benchmarks.quickstart_seeds --config quickstart_matching --folder runs/matching
 """
 
 import argparse
@@ -15,13 +16,14 @@ def main() -> None:
     """Run all seeds; unfinished runs are resumed, and finished ones only read."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--config", default="quickstart")
     parser.add_argument("--folder", type=Path, default=Path("runs/seeds"))
     parser.add_argument("--set", action="append", default=[])
     options = parser.parse_args()
     rows = []
     for seed in options.seeds:
         folder = options.folder / str(seed)
-        seconds = run("quickstart", folder, [f"run.seed={seed}", *options.set])
+        seconds = run(options.config, folder, [f"run.seed={seed}", *options.set])
         first, *_, last = evaluations(folder)
         parts = _parts(first, last)
         for tag, table in last.get("regimes", {}).items():
