@@ -19,7 +19,7 @@ from flowgrpo.shapes.captions import TASKS
 from flowgrpo.shapes.rewards import Diversity
 from scripts.page_tables import markdown_table
 
-SETTINGS = [(8, 1.0), (8, 2.0), (28, 1.0), (28, 3.0), (50, 5.0)]
+SETTINGS = [(8, 1.0), (8, 3.0), (28, 1.0), (28, 3.0), (50, 5.0)]
 
 
 def main() -> None:

@@ -21,7 +21,7 @@ from scripts.page_tables import marked_text
 from scripts.recipe_table import CONFIGS, header, recipes, table, value_at
 from tests.tiny import save
 
-RECIPES = sorted(p.stem for p in CONFIGS.glob("*.toml") if p.stem != "quickstart")
+RECIPES = sorted(p.stem for p in CONFIGS.glob("*.toml") if not p.stem.startswith("quickstart"))
 RUN = ["sd35_medium_guard", "sd35_medium_nft", "flux_branch", "z_image_pref", "skyreels_i2v_dance", "sd15_find"]  # fmt: skip
 """Recipes of different families, algorithms and kinds of weights; the others have recorded evidence."""
 

@@ -224,7 +224,7 @@ class Regime:
     when: Literal["every", "ends"] = "ends"
     """At ``every`` evaluation, or only before and after training."""
     images: int = 0
-    """Number of images; 0 for as many as the evaluation."""
+    """Number of images, at most that of the evaluation; 0 for as many."""
 
     @property
     def tag(self) -> str:

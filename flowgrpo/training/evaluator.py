@@ -135,7 +135,9 @@ class Evaluator:
         with session.phase("evaluation"), self.evaluated_weights():
             result = self._scored(self.sampling, number, iteration)
             regimes = {
-                regime.tag: self._scored(regime.sampling(self.sampling), regime.images or number)
+                regime.tag: self._scored(
+                    regime.sampling(self.sampling), min(regime.images or number, number)
+                )
                 for regime in settings.regimes
                 if full or regime.when == "every"
             }
