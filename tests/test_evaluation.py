@@ -11,6 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 import flowgrpo
+from flowgrpo.core.measures import MEASURES
 from flowgrpo.core.random import Random, SampleNoise
 from flowgrpo.data.prompt_sets import PromptSet
 from flowgrpo.data.prompts import Prompt
@@ -141,7 +142,7 @@ def test_processes_share_the_prompts_and_agree(policy: PipelinePolicy) -> None:
     def run(rank: int, gather: Callable[[list[Any]], list[Any]]) -> dict[str, Any]:
         return held_out.evaluate(
             policy, scorer, items, seed=SEED, sampling=policy.sampling, balance="tag",
-            metrics=[first_and_last], gather=gather, rank=rank, num_ranks=2,
+            metrics=[first_and_last], artefacts=True, gather=gather, rank=rank, num_ranks=2,
         )  # fmt: skip
 
     for rank in (0, 1):
@@ -157,7 +158,7 @@ def test_processes_share_the_prompts_and_agree(policy: PipelinePolicy) -> None:
         return rows[1][place] + rows[0][place]
 
     together = run(0, joined)
-    alone = held_out.evaluate(policy, scorer, items, seed=SEED, sampling=policy.sampling, balance="tag", metrics=[first_and_last])  # fmt: skip
+    alone = held_out.evaluate(policy, scorer, items, seed=SEED, sampling=policy.sampling, balance="tag", metrics=[first_and_last], artefacts=True)  # fmt: skip
     for result in (together, alone):
         del result["seconds"]
     shares = [own[1][0]["edges"] for own in rows]
@@ -166,6 +167,9 @@ def test_processes_share_the_prompts_and_agree(policy: PipelinePolicy) -> None:
     assert together["by_class"].keys() == alone["by_class"].keys()
     assert together["scores"] == pytest.approx(alone["scores"], rel=1e-5)
     assert together["images"] == alone["images"] == 9
+    assert together["artefacts"].keys() == {*MEASURES}
+    # The images themselves differ by rounding, as they are drawn in other batches.
+    assert together["artefacts"] == pytest.approx(alone["artefacts"], rel=1e-3)
     assert together["per_image"]["prompt"] == alone["per_image"]["prompt"]
     scorer.close()
 

@@ -5,7 +5,14 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from flowgrpo.cli.common import UsageError, add_model_arguments, load_policy, prompts_of, quiet
+from flowgrpo.cli.common import (
+    UsageError,
+    add_model_arguments,
+    checkpoint_name,
+    load_policy,
+    prompts_of,
+    quiet,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -45,9 +52,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="frames per second of videos (default: as in the pipeline's call, else 16)",
     )
     parser.add_argument(
+        "--checkpoint",
         "--weights",
-        choices=("best", "last", "base"),
-        help="of a run: which checkpoint, or the model before training (default: last)",
+        dest="weights",
+        type=lambda text: text if text == "base" else checkpoint_name(text),
+        metavar="NAME",
+        help="of a run: best, best:NAME (by a held-out number), last, a number of iterations, or base, the "
+        "model before training (default: last)",
     )
     parser.epilog = (
         f"{parser.epilog}\n\nA run directory is sampled as in the run's evaluations: its steps, guidance, size,\n"

@@ -37,6 +37,8 @@ BOUNDS: Mapping[str, tuple[float, float]] = {
     "train.spike_factor": (0, ANY),
     "train.max_grad_norm": (TINY, ANY),
     "train.monitor_states": (0, ANY),
+    "train.early_stopping.patience": (1, 1_000_000),
+    "train.early_stopping.min_gain": (0, ANY),
     "failures.retries": (0, 100),
     "failures.wait": (0, 3600),
     "failures.timeout": (0, ANY),

@@ -24,9 +24,9 @@ from flowgrpo.algorithms import (
 )
 from flowgrpo.algorithms import base as algorithms
 from flowgrpo.algorithms.guard import Guard
+from flowgrpo.config.best import check_best
 from flowgrpo.config.bounds import check_bounds
 from flowgrpo.core.errors import ConfigError
-from flowgrpo.core.imports import suggest
 from flowgrpo.core.random import Random
 from flowgrpo.losses import base as losses
 from flowgrpo.losses.base import Loss
@@ -105,6 +105,19 @@ class Prompts:
 
 
 @dataclass(frozen=True, kw_only=True)
+class EarlyStopping:
+    """Ends a run when a held-out number no longer improves, and exports the best weights."""
+
+    metric: str = ""
+    """The number, named as in ``evaluation.best``; empty for no early stopping. Choose one that is not
+    trained on, where there is one."""
+    patience: int = 3
+    """Evaluations without an improvement after which the run ends."""
+    min_gain: float = 0.0
+    """An evaluation improves if it exceeds the best one before it by more than this."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Train:
     """Length of the run, batch geometry and optimizer."""
 
@@ -160,6 +173,8 @@ class Train:
     weights; 0 for no average."""
     ema_every: int = 1
     """Optimizer steps between two moves of the average; Flow-GRPO's code has 8."""
+    early_stopping: EarlyStopping = field(default_factory=EarlyStopping)
+    """When the run ends before its last iteration."""
 
     @property
     def optimizer_steps(self) -> int:
@@ -221,9 +236,12 @@ class Evaluation:
     bench: tuple[Bench, ...] = ()
     """Benchmarks that are run at evaluations, as tables ``[[evaluation.bench]]``."""
     best: str = "reward"
-    """The number whose highest value so far decides which weights are kept as ``checkpoints/best``: the
-    held-out ``reward``, or a benchmark's label, for its first main result, or ``LABEL/RESULT``. The
-    benchmark must then be run at every evaluation."""
+    """The number whose best value so far decides which weights are kept as ``checkpoints/best``: the
+    held-out ``reward``; a reward's or a metric's name; ``artefacts/MEASURE``; or a benchmark's label, for
+    its first main result, or ``LABEL/RESULT``. The highest value is the best, with ``min:`` before the
+    name the lowest. A benchmark must be run at every evaluation."""
+    keep_best: tuple[str, ...] = ()
+    """Further numbers whose best weights are kept, each as ``checkpoints/best-NAME``."""
     num_steps: int | None = None
     """Denoising steps; if unset, as in ``sampling``."""
     guidance_scale: float | None = None
@@ -354,10 +372,11 @@ class Config:
         self._check_updates()
         self._check_kinds()
         self._check_benchmarks()
+        check_best(self)
 
     def _check_benchmarks(self) -> None:
-        """Raise ConfigError if benchmarks share a name, or the best weights depend on an absent one."""
-        benches, best = self.evaluation.bench, self.evaluation.best
+        """Raise ConfigError if benchmarks share a name."""
+        benches = self.evaluation.bench
         tags = [b.tag for b in benches]
         for index, bench in enumerate(benches):
             key, tag = f"evaluation.bench[{index}]", bench.tag
@@ -370,19 +389,6 @@ class Config:
                 raise ConfigError(f"{key}: there are two benchmarks {tag!r}; give one a label")
             if bench.limit < 0:
                 raise ConfigError(f"{key}.limit must be at least 0, got {bench.limit}")
-        wanted = best.partition("/")[0]
-        if best == "reward":
-            return
-        if wanted not in tags:
-            raise ConfigError(
-                f"evaluation.best = {best!r}: there is no benchmark {wanted!r}"
-                f"{suggest(wanted, ['reward', *tags])} (known: {', '.join(['reward', *tags])})"
-            )
-        if benches[tags.index(wanted)].when != "every":
-            raise ConfigError(
-                f'evaluation.best = {best!r} needs this benchmark at every evaluation: set when = "every" '
-                f"in evaluation.bench[{tags.index(wanted)}]"
-            )
 
     def _check_updates(self) -> None:
         """Raise ConfigError if the loss is not defined for the batches and updates of an iteration."""

@@ -26,7 +26,7 @@ NO_LORA = "none"
 
 KINDS: Mapping[str, str] = {
     "model": "models or run directories",
-    "checkpoint": "of a run: base, best, last or a number of iterations",
+    "checkpoint": "of a run: base, best, best:NAME, last or a number of iterations",
     "lora": "adapters, as --lora; 'none' for the model alone",
     "scale": "scales of the one adapter",
     "guidance": "guidance scales",
@@ -72,7 +72,7 @@ class Cell:
 
     Attributes:
         model: A model or a run directory.
-        checkpoint: Of a run: ``base``, ``best``, ``last`` or a number of iterations.
+        checkpoint: Of a run: ``base``, ``best``, ``best:NAME``, ``last`` or a number of iterations.
         loras: Adapters as ``PATH`` or ``PATH:SCALE``.
         guidance: Guidance scale.
         steps: Denoising steps.
@@ -234,7 +234,8 @@ def _value(kind: str, text: str) -> Any:
     if kind in ("model", "lora"):
         return text
     if kind == "checkpoint":
-        if text not in CHECKPOINTS and not text.isdecimal():
+        named = text in CHECKPOINTS or text.isdecimal() or text.startswith("best:")
+        if not named:
             raise ValueError(f"--axis checkpoint: expected {KINDS[kind]}, got {text!r}{suggest(text, CHECKPOINTS)}")  # fmt: skip
         return text
     try:
