@@ -132,6 +132,21 @@ def test_any_checkpoint_is_found_by_what_it_is_best_at(stopped, capsys, tmp_path
     assert "weights after 1 iterations:" in capsys.readouterr().out
     one, other = (next((f / "transformer").glob("*.safetensors")) for f in (out, folder / "export"))
     assert all(torch.equal(t, load_file(other)[k]) for k, t in load_file(one).items())
+    half, base = tmp_path / "half", tmp_path / "base"
+    for scale, to in (("0.5", half), ("0", base)):
+        given = ["--checkpoint", "best:scripted", "--scale", scale, "--out", str(to)]
+        assert cli.main(["export", str(folder), *given]) == 0
+    assert "weights after 1 iterations, scaled by 0.5:" in capsys.readouterr().out
+    tuned, halved, start = (load_file(next((f / "transformer").glob("*.safetensors"))) for f in (out, half, base))  # fmt: skip
+    assert any(not torch.equal(tuned[k], start[k]) for k in start)
+    for key, tensor in halved.items():
+        torch.testing.assert_close(tensor, (tuned[key] + start[key]) / 2, atol=1e-7, rtol=0)
+    drawn = ["sample", str(folder), "a photo of a red circle", "--samples", "1", "--out"]
+    assert cli.main([*drawn, str(tmp_path / "a"), "--base-after", "0.5"]) == 0
+    assert cli.main([*drawn, str(tmp_path / "b"), "--base-after", "8"]) == 1
+    assert "so that both models take a step of 8; got 8" in capsys.readouterr().err
+    assert cli.main(["sample", "shapes", "a photo", "--out", str(tmp_path / "b"), "--base-after", "0.5"]) == 2  # fmt: skip
+    assert "--base-after is for a run directory, and shapes is none" in capsys.readouterr().err
     for name, words in [("best:scriptd", "did you mean 'scripted'?"), ("7", "there: "), ("bestt", "did you mean 'best'?")]:  # fmt: skip
         with pytest.raises(SystemExit) if name == "bestt" else pytest.MonkeyPatch.context():
             cli.main(["export", str(folder), "--checkpoint", name, "--out", str(tmp_path / "x")])

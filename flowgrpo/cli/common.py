@@ -246,6 +246,7 @@ def changed_sampling(sampling: "Sampling", options: argparse.Namespace) -> "Samp
         "height": given.height,
         "width": given.width,
         "num_frames": given.num_frames,
+        "base_after": getattr(options, "base_after", None),
     }
     changes = {k: v for k, v in changes.items() if v is not None} | grid
     return replace(sampling, **changes, call={**sampling.call, **given.call})
@@ -281,6 +282,7 @@ def load_policy(options: argparse.Namespace, steps: int) -> "PipelinePolicy":
         if given:
             raise UsageError(f"{given[0]} is for models; a run has its own")
         sampling = changed_sampling(run_config(Path(options.model)).evaluation_sampling(), options)
+        sampling.check()
         policy, _ = load_run(
             Path(options.model),
             options.weights or "last",
@@ -348,6 +350,7 @@ def load_run(
     adapters: "Sequence[Adapter]" = (),
     device: str | None = None,
     dtype: str | None = None,
+    with_reference: bool = False,
 ) -> "tuple[PipelinePolicy, int]":
     """The model of a run, and the iteration of its checkpoint.
 
@@ -360,6 +363,8 @@ def load_run(
         adapters: Adapters that are added to the model, after those of the run's configuration.
         device: Device; by default the run's.
         dtype: Precision of the denoiser; by default the run's.
+        with_reference: Whether the model before training is needed too, apart from where the sampling
+            says so.
 
     Raises:
         FileNotFoundError: If the folder is not a run directory or has no checkpoint.
@@ -370,10 +375,11 @@ def load_run(
 
     config = run_config(folder)
     place = None if weights == "base" else checkpoint_of(folder, weights)
-    source = config.model.source
+    source, sampling = config.model.source, sampling or config.evaluation_sampling()
     policy = PipelinePolicy.from_pretrained(
         replace(source, adapters=(*source.adapters, *adapters)),
-        sampling=sampling or config.evaluation_sampling(),
+        sampling=sampling,
+        with_reference=with_reference or sampling.base_after is not None,
         weights=None if weights == "base" else config.model.weights,
         batch_size=config.train.rollout_batch,
         dtype=dtype or config.model.dtype,

@@ -48,6 +48,7 @@ BOUNDS: Mapping[str, tuple[float, float]] = {
     "evaluation.images_during": (0, 1_000_000),
     "evaluation.num_steps": (1, 1000),
     "evaluation.guidance_scale": (-1e6, 1e6),
+    "evaluation.base_after": (TINY, 1000),
     "evaluation.grid_prompts": (1, 1000),
     "evaluation.grid_samples": (1, 1000),
     "evaluation.inspected_prompts": (0, 1000),

@@ -246,6 +246,9 @@ class Evaluation:
     """Denoising steps; if unset, as in ``sampling``."""
     guidance_scale: float | None = None
     """Guidance scale; if unset, as in ``sampling``."""
+    base_after: float | None = None
+    """Where the sampler changes from the trained model to the model before training: a share of the steps
+    if below 1, else a number of steps. If unset, the trained model takes all steps."""
     grid_prompts: int = 6
     """Prompts on the comparison grid."""
     grid_samples: int = 4
@@ -429,6 +432,11 @@ class Config:
 
     def _check_grid(self) -> None:
         """Raise ConfigError if the grid of steps is contradictory, or has no step that can be trained."""
+        if self.sampling.base_after is not None:
+            raise ConfigError(
+                "sampling.base_after: rollouts are sampled by the trained model alone; set "
+                "evaluation.base_after instead"
+            )
         try:
             self.sampling.check()
             self.evaluation_sampling().check()
@@ -484,6 +492,13 @@ class Config:
     def _check_kinds(self) -> None:
         """Raise ConfigError if the trained weights do not match the algorithm's kind of action or the guards."""
         algorithm, weights = self.algorithm, self.model.weights
+        if self.evaluation.base_after is not None and (
+            self.guard.resets or isinstance(weights, Noise)
+        ):
+            raise ConfigError(
+                "evaluation.base_after needs the model before training as the reference policy, which guard.reset_every "
+                "and guard.reset_above replace, and model.weights.kind = 'noise' does not have; remove it"
+            )
         if self.guard.resets and isinstance(weights, Noise):
             raise ConfigError(
                 "guard.reset_every and guard.reset_above replace the reference policy, and with "
@@ -524,6 +539,7 @@ class Config:
         changed: dict[str, Any] = {
             "num_steps": self.evaluation.num_steps,
             "guidance_scale": self.evaluation.guidance_scale,
+            "base_after": self.evaluation.base_after,
         }
         return replace(self.sampling, **{k: v for k, v in changed.items() if v is not None})
 

@@ -32,6 +32,7 @@ KINDS: Mapping[str, str] = {
     "guidance": "guidance scales",
     "steps": "denoising steps",
     "seed": "seeds of the initial noise",
+    "base_after": "of a run: shares of the steps (below 1) or numbers of steps after which the model before training takes over",
 }
 """The axes of a grid, and their values."""
 
@@ -77,6 +78,7 @@ class Cell:
         guidance: Guidance scale.
         steps: Denoising steps.
         seed: Seed of the initial noise.
+        base_after: Where the model before training takes over, as ``evaluation.base_after``.
     """
 
     model: str
@@ -85,6 +87,7 @@ class Cell:
     guidance: float | None
     steps: int | None
     seed: int
+    base_after: float | None = None
 
     def at(self, kind: str, value: Any) -> "Cell":
         """The cell with another value of one axis."""
@@ -242,7 +245,7 @@ def _value(kind: str, text: str) -> Any:
         value: float = int(text) if kind in ("steps", "seed") else float(text)
     except ValueError:
         value = math.nan
-    least = {"steps": 1, "seed": 0}.get(kind, -math.inf)
+    least = {"steps": 1, "seed": 0, "base_after": 0}.get(kind, -math.inf)
     if not (math.isfinite(value) and value >= least):
         raise ValueError(f"--axis {kind}: expected {KINDS[kind]}, got {text!r}")
     return value
