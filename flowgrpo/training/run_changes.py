@@ -62,7 +62,8 @@ def instead(there: Config) -> str:
     """How to start a new run from the weights of another one, in a sentence."""
     folder = there.run.folder
     if there.model.weights.kind == "lora":
-        begin, start = "Start a new run from its weights", f"model.weights.init={folder}"
+        newest = max((Path(folder) / "checkpoints").glob("[0-9]*"), default=Path(folder))
+        begin, start = "Start a new run from its weights", f"model.weights.init={newest}"
     elif there.model.weights.kind == "full":
         begin = f"Write its weights (flowgrpo export {folder} --out MODEL) and start a new run from them"
         start = "model.path=MODEL"
