@@ -17,9 +17,12 @@ from flowgrpo.cli import main
 from flowgrpo.core.random import Random
 from flowgrpo.data.prompts import Prompt
 from flowgrpo.policy import Full, LoRA, PipelinePolicy
+from flowgrpo.policy.adapters import add_adapters
 from flowgrpo.policy.export import base_note, export_diffusers
 from flowgrpo.policy.loading import load_pipeline
+from flowgrpo.policy.model_files import check_path
 from flowgrpo.policy.settings import Adapter, ModelSource
+from flowgrpo.training import checkpoints
 from tests.conftest import MakePolicy, noise_of, sampling_of
 
 Tiny = Callable[[str], Path]
@@ -152,6 +155,42 @@ def test_training_starts_from_an_adapter(
     with policy.reference():
         start = policy.images(PROMPTS, noise_of(0, 1))
     torch.testing.assert_close(start, changed, atol=1e-4, rtol=0)
+
+
+def test_training_starts_from_a_checkpoint_of_a_run(
+    make_policy: MakePolicy, tmp_path: Path
+) -> None:
+    """The averaged weights, with the alpha of their run; whole weights and other places are refused."""
+    own = LoRA(rank=4, alpha=12)
+    policy = make_policy("sd3", weights=own)
+    assert policy.trainable is not None
+    with torch.no_grad():
+        for number, parameter in enumerate(policy.trainable.parameters.values()):
+            parameter.normal_(std=0.2, generator=torch.Generator().manual_seed(number))
+    changed = policy.images(PROMPTS, noise_of(0, 1))
+    parameters = policy.trainable.parameters
+    place = tmp_path / "run" / "checkpoints" / "000020"
+    checkpoints.save(place, {"weights": {k: p + 1 for k, p in parameters.items()}, "ema": parameters}, {"iteration": 20})  # fmt: skip
+    config = place.parents[1] / "config.toml"
+    config.write_text("[model.weights]\nkind = 'lora'\nrank = 4\nalpha = 12\n")
+    begun = make_policy("sd3", weights=LoRA(rank=5, alpha=5, init=str(place)))
+    torch.testing.assert_close(begun.images(PROMPTS, noise_of(0, 1)), changed, atol=1e-4, rtol=0)
+    with pytest.raises(FileNotFoundError, match=r"export .*/run --checkpoint 20 --out FOLDER"):
+        add_adapters(policy.stock_pipeline(), [Adapter(str(place))])
+    with pytest.raises(FileNotFoundError, match="is a checkpoint of a run: write a model with"):
+        check_path(str(place))
+    with pytest.raises(FileNotFoundError, match="is a run directory: after full fine-tuning give"):
+        check_path(str(place.parents[1]))
+    config.write_text("[model.weights]\nkind = 'full'\n")
+    with pytest.raises(
+        ValueError, match="trained weights of the kind 'full'; write them as a model"
+    ):
+        make_policy("sd3", weights=LoRA(init=str(place)))
+    config.unlink()
+    with pytest.raises(
+        ValueError, match="which has the rank and alpha of its adapter, cannot be read"
+    ):
+        make_policy("sd3", weights=LoRA(init=str(place)))
 
 
 @pytest.mark.parametrize(

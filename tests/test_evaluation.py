@@ -14,6 +14,7 @@ from torch import Tensor
 
 import flowgrpo
 from flowgrpo.config.schema import Regime
+from flowgrpo.core.measures import MEASURES
 from flowgrpo.core.random import Random, SampleNoise
 from flowgrpo.data.prompt_sets import PromptSet
 from flowgrpo.data.prompts import Prompt
@@ -144,7 +145,7 @@ def test_processes_share_the_prompts_and_agree(policy: PipelinePolicy) -> None:
     def run(rank: int, gather: Callable[[list[Any]], list[Any]]) -> dict[str, Any]:
         return held_out.evaluate(
             policy, scorer, items, seed=SEED, sampling=policy.sampling, balance="tag",
-            metrics=[first_and_last], gather=gather, rank=rank, num_ranks=2,
+            metrics=[first_and_last], artefacts=True, gather=gather, rank=rank, num_ranks=2,
         )  # fmt: skip
 
     for rank in (0, 1):
@@ -160,7 +161,7 @@ def test_processes_share_the_prompts_and_agree(policy: PipelinePolicy) -> None:
         return rows[1][place] + rows[0][place]
 
     together = run(0, joined)
-    alone = held_out.evaluate(policy, scorer, items, seed=SEED, sampling=policy.sampling, balance="tag", metrics=[first_and_last])  # fmt: skip
+    alone = held_out.evaluate(policy, scorer, items, seed=SEED, sampling=policy.sampling, balance="tag", metrics=[first_and_last], artefacts=True)  # fmt: skip
     for result in (together, alone):
         del result["seconds"]
     # A mean over prompts is that over all of them: 3 on one process, 2 on the other.
@@ -170,6 +171,9 @@ def test_processes_share_the_prompts_and_agree(policy: PipelinePolicy) -> None:
     assert together["by_class"].keys() == alone["by_class"].keys()
     assert together["scores"] == pytest.approx(alone["scores"], rel=1e-5)
     assert together["images"] == alone["images"] == 9
+    assert together["artefacts"].keys() == {*MEASURES}
+    # The images themselves differ by rounding, as they are drawn in other batches.
+    assert together["artefacts"] == pytest.approx(alone["artefacts"], rel=1e-3)
     assert together["per_image"]["prompt"] == alone["per_image"]["prompt"]
     scorer.close()
 

@@ -282,7 +282,7 @@ def test_a_judge_that_stops_does_not_stop_the_run_and_its_images_are_kept(
         ("{name='shapes', when='often'}", [], "when"),
         (f"{BENCH}, {BENCH}", [], "there are two benchmarks 'shapes'"),
         ("{name='shapes', label='a b'}", [], "label must consist of"),
-        (BENCH, ["evaluation.best=shape"], "no benchmark 'shape'.*did you mean 'shapes'"),
+        (BENCH, ["evaluation.best=shape"], "or benchmark 'shape'.*did you mean 'shapes'"),
         (BENCH.replace("every", "ends"), ["evaluation.best=shapes"], 'set when = "every"'),
         (BENCH, ["evaluation.best=shapes/colours"], "no result 'colours'.*did you mean 'colors'"),
     ],

@@ -43,13 +43,32 @@ def add_set_argument(parser: argparse.ArgumentParser) -> None:
 
 
 def add_weights_argument(parser: argparse.ArgumentParser) -> None:
-    """``--weights best|last``, for commands that take a run directory."""
+    """``--checkpoint NAME``, for commands that take a run directory."""
     parser.add_argument(
+        "--checkpoint",
         "--weights",
-        choices=("best", "last"),
+        dest="weights",
+        type=checkpoint_name,
+        metavar="NAME",
         default="last",
-        help="which checkpoint (default: %(default)s)",
+        help="which checkpoint: best, best:NAME (by a held-out number), last, or a number of iterations "
+        "(default: %(default)s)",
     )
+
+
+def checkpoint_name(text: str) -> str:
+    """The name of a checkpoint, for argparse.
+
+    Raises:
+        argparse.ArgumentTypeError: If no checkpoint can have this name.
+    """
+    from flowgrpo.core.imports import suggest
+    from flowgrpo.training.run_checkpoints import NAMES, is_name
+
+    if not is_name(text):
+        near = suggest(text, ("best", "last"))
+        raise argparse.ArgumentTypeError(f"expected {NAMES}, got {text!r}{near}")
+    return text
 
 
 LORA_HELP = "LoRA adapter that is added to the model: a file, folder, hub id or run directory; can be given again"
@@ -227,6 +246,7 @@ def changed_sampling(sampling: "Sampling", options: argparse.Namespace) -> "Samp
         "height": given.height,
         "width": given.width,
         "num_frames": given.num_frames,
+        "base_after": getattr(options, "base_after", None),
     }
     changes = {k: v for k, v in changes.items() if v is not None} | grid
     return replace(sampling, **changes, call={**sampling.call, **given.call})
@@ -262,6 +282,7 @@ def load_policy(options: argparse.Namespace, steps: int) -> "PipelinePolicy":
         if given:
             raise UsageError(f"{given[0]} is for models; a run has its own")
         sampling = changed_sampling(run_config(Path(options.model)).evaluation_sampling(), options)
+        sampling.check()
         policy, _ = load_run(
             Path(options.model),
             options.weights or "last",
@@ -306,28 +327,10 @@ def _device_of_run(config: "Config", device: str | None) -> str:
 
 
 def checkpoint_of(folder: Path, weights: str) -> Path:
-    """The folder of a run's checkpoint: ``best``, ``last`` or the number of its iterations.
+    """The folder of a run's checkpoint, as :func:`flowgrpo.training.run_checkpoints.find_checkpoint` finds it."""
+    from flowgrpo.training.run_checkpoints import find_checkpoint
 
-    Raises:
-        FileNotFoundError: If there is no such checkpoint; the message names those that are there.
-    """
-    from flowgrpo.training import checkpoints
-
-    inside = folder / "checkpoints"
-    known = {str(int(p.name)): p for p in checkpoints.complete(inside) if p.name.isdecimal()}
-    if weights.isdecimal():
-        weights = str(int(weights))
-        if weights not in known:
-            there = ", ".join(known) or "none"
-            raise FileNotFoundError(
-                f"{folder} has no checkpoint after {weights} iterations (there: {there}); "
-                "run.keep_checkpoints says how many are kept"
-            )
-        return known[weights]
-    place = inside / "best" if weights == "best" else checkpoints.newest(inside)
-    if place is None or not place.exists():
-        raise FileNotFoundError(f"{folder} has no checkpoint yet")
-    return place
+    return find_checkpoint(folder, weights)
 
 
 def check_folder(path: str) -> None:
@@ -347,18 +350,21 @@ def load_run(
     adapters: "Sequence[Adapter]" = (),
     device: str | None = None,
     dtype: str | None = None,
+    with_reference: bool = False,
 ) -> "tuple[PipelinePolicy, int]":
     """The model of a run, and the iteration of its checkpoint.
 
     Args:
         folder: The run directory.
-        weights: Which checkpoint: ``best``, ``last`` or the number of its iterations; or ``base``, the frozen model before training,
-            which needs no checkpoint.
+        weights: Which checkpoint: ``best``, ``best:NAME``, ``last`` or the number of its iterations; or
+            ``base``, the frozen model before training, which needs no checkpoint.
         base: Leave the weights of the checkpoint's policy as they were before training.
         sampling: How the pipeline is called; by default as in the run's evaluations.
         adapters: Adapters that are added to the model, after those of the run's configuration.
         device: Device; by default the run's.
         dtype: Precision of the denoiser; by default the run's.
+        with_reference: Whether the model before training is needed too, apart from where the sampling
+            says so.
 
     Raises:
         FileNotFoundError: If the folder is not a run directory or has no checkpoint.
@@ -369,10 +375,11 @@ def load_run(
 
     config = run_config(folder)
     place = None if weights == "base" else checkpoint_of(folder, weights)
-    source = config.model.source
+    source, sampling = config.model.source, sampling or config.evaluation_sampling()
     policy = PipelinePolicy.from_pretrained(
         replace(source, adapters=(*source.adapters, *adapters)),
-        sampling=sampling or config.evaluation_sampling(),
+        sampling=sampling,
+        with_reference=with_reference or sampling.base_after is not None,
         weights=None if weights == "base" else config.model.weights,
         batch_size=config.train.rollout_batch,
         dtype=dtype or config.model.dtype,

@@ -1,6 +1,7 @@
 """``flowgrpo export``."""
 
 import argparse
+import math
 from pathlib import Path
 
 from flowgrpo.cli.common import UsageError, add_weights_argument, load_run, quiet, run_config
@@ -22,6 +23,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--out", required=True, help="new or empty folder")
     add_weights_argument(parser)
+    parser.add_argument(
+        "--scale",
+        type=float,
+        default=1.0,
+        help="strength of what was learned: 0 is the model before training, 1 the trained one (default: "
+        "%(default)g); an adapter is multiplied by it, weights are interpolated",
+    )
 
 
 def run(options: argparse.Namespace) -> int:
@@ -32,8 +40,11 @@ def run(options: argparse.Namespace) -> int:
     out = Path(options.out)
     if out.exists() and any(out.iterdir()):
         raise UsageError(f"{out} is not empty; choose another --out")
+    if not math.isfinite(options.scale):
+        raise UsageError(f"--scale must be a finite number, got {options.scale}")
     quiet()
-    policy, iteration = load_run(Path(options.run), options.weights)
+    scaled = options.scale != 1
+    policy, iteration = load_run(Path(options.run), options.weights, with_reference=scaled)
     assert policy.trainable is not None
     pipeline, trainable = policy.stock_pipeline(), policy.trainable
     if isinstance(trainable, InitialNoise) and options.format not in (None, "diffusers"):
@@ -41,6 +52,10 @@ def run(options: argparse.Namespace) -> int:
             f"--format {options.format} is for weights; this run trained the initial noise, which "
             "is written without --format"
         )
+    if isinstance(trainable, InitialNoise) and scaled:
+        raise UsageError("--scale is for weights; this run trained the initial noise")
+    if scaled and not isinstance(trainable, InitialNoise):
+        trainable.scale(options.scale)
     if options.format is None or isinstance(trainable, InitialNoise):
         exported = formats.export(pipeline, trainable, out)
     else:
@@ -53,7 +68,8 @@ def run(options: argparse.Namespace) -> int:
             "denoiser": formats.export_denoiser,
         }[options.format]
         exported = write(pipeline, trainable, out)
-    print(f"weights after {iteration} iterations:")
+    strength = f", scaled by {options.scale:g}" if scaled else ""
+    print(f"weights after {iteration} iterations{strength}:")
     print("\n".join(exported.lines()))
     note = formats.base_note(run_config(Path(options.run)).model.source, trainable)
     if note and options.format not in ("merged", "checkpoint", "denoiser"):

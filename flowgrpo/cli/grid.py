@@ -52,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="KIND=A,B,...",
-        help="the columns; given again, the rows of each prompt. KIND is model, checkpoint (base, best, last or iterations), lora, scale, guidance, steps, seed or sampler (default: of a run, checkpoint=base,last)",
+        help="the columns; given again, the rows of each prompt. KIND is model, checkpoint (base, best, last or iterations), lora, scale, guidance, steps, seed, sampler or base_after (default: of a run, checkpoint=base,last)",
     )
     parser.add_argument(
         "--from",
@@ -249,8 +249,13 @@ def _check_models(settings: "GridSettings") -> None:
             run_config(Path(cell.model))
             if cell.checkpoint != "base":
                 checkpoint_of(Path(cell.model), str(cell.checkpoint))
-        elif on_axis:
-            raise UsageError(f"--axis checkpoint is for run directories, and {cell.model} is none")
+            try:
+                _sampling(settings, cell).check()
+            except ValueError as error:
+                raise UsageError(f"--axis: {error}") from error
+        elif on_axis or cell.base_after is not None:
+            kind = "checkpoint" if on_axis else "base_after"
+            raise UsageError(f"--axis {kind} is for run directories, and {cell.model} is none")
 
 
 def _resolved(settings: "GridSettings") -> "GridSettings":
@@ -385,7 +390,8 @@ def _cells(
     cells = list(settings.cells())
     for weights in dict.fromkeys(c.weights for _, _, c in cells):
         mine = [(row, column, c) for row, column, c in cells if c.weights == weights]
-        policy, iteration = _load(mine[0][2], _sampling(settings, mine[0][2]))
+        mixes = any(c.base_after is not None for _, _, c in mine)
+        policy, iteration = _load(mine[0][2], _sampling(settings, mine[0][2]), mixes)
         for row, column, cell in mine:
             grid = ComparisonGrid(prompts, settings.samples, cell.seed)
             sampler = Sampler.parse(cell.sampler)
@@ -405,11 +411,13 @@ def _sampling(settings: "GridSettings", cell: "Cell") -> "Sampling":
         changes |= {"num_steps": cell.steps, "sigmas": (), "timesteps": ()}
     if cell.guidance is not None:
         changes["guidance_scale"] = cell.guidance
+    if cell.base_after is not None:
+        changes["base_after"] = cell.base_after
     return replace(sampling, **changes)
 
 
-def _load(cell: "Cell", sampling: "Sampling") -> "tuple[PipelinePolicy, int]":
-    """The model of a cell, and the iterations trained."""
+def _load(cell: "Cell", sampling: "Sampling", mixes: bool) -> "tuple[PipelinePolicy, int]":
+    """The model of a cell, with the model before training if a cell mixes them, and the iterations trained."""
     from flowgrpo.cli.common import device_of
     from flowgrpo.policy import PipelinePolicy
     from flowgrpo.policy.settings import Adapter, ModelSource
@@ -417,7 +425,7 @@ def _load(cell: "Cell", sampling: "Sampling") -> "tuple[PipelinePolicy, int]":
     adapters = tuple(Adapter.parse(text) for text in cell.loras)
     if is_run(cell.model):
         folder, weights = Path(cell.model), str(cell.checkpoint)
-        return load_run(folder, weights, sampling=sampling, adapters=adapters)
+        return load_run(folder, weights, sampling=sampling, adapters=adapters, with_reference=mixes)
     source = ModelSource(path=cell.model, adapters=adapters)
     policy = PipelinePolicy.from_pretrained(
         source, sampling=sampling, batch_size=16, device=device_of("auto")

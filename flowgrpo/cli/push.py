@@ -131,13 +131,20 @@ def benchmarks_of(run: Path, more: Sequence[Path]) -> list[dict[str, Any]]:
 
 
 def _is_about(settings: Mapping[str, Any], run: Path, newest: Path | None) -> bool:
-    """Whether images were made with the last weights of a run, which its export holds."""
+    """Whether images were made with the weights that a run's export holds.
+
+    These are the last ones; of a run that was stopped early, the best ones.
+    """
     from flowgrpo.bench.files import sha256
     from flowgrpo.bench.models import identify_adapter
     from flowgrpo.policy.settings import Adapter
     from flowgrpo.training import checkpoints
+    from flowgrpo.training.run_folder import early_stop
 
-    adapters = settings.get("adapters", [])
+    adapters, stopped = settings.get("adapters", []), early_stop(run)
+    if stopped is not None and not adapters and "run" in settings:
+        best = run / "checkpoints" / stopped["checkpoint"] / checkpoints.STATE
+        return bool(settings.get("checkpoint_sha256") == sha256(best))
     if not adapters and settings.get("run") == run.resolve().name and newest is not None:
         if "iteration" in settings:
             return bool(settings["iteration"] == int(newest.name))

@@ -5,7 +5,15 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from flowgrpo.cli.common import UsageError, add_model_arguments, load_policy, prompts_of, quiet
+from flowgrpo.cli.common import (
+    UsageError,
+    add_model_arguments,
+    checkpoint_name,
+    is_run,
+    load_policy,
+    prompts_of,
+    quiet,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -45,9 +53,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="frames per second of videos (default: as in the pipeline's call, else 16)",
     )
     parser.add_argument(
+        "--checkpoint",
         "--weights",
-        choices=("best", "last", "base"),
-        help="of a run: which checkpoint, or the model before training (default: last)",
+        dest="weights",
+        type=lambda text: text if text == "base" else checkpoint_name(text),
+        metavar="NAME",
+        help="of a run: best, best:NAME (by a held-out number), last, a number of iterations, or base, the "
+        "model before training (default: last)",
+    )
+    parser.add_argument(
+        "--base-after",
+        type=float,
+        metavar="X",
+        help="of a run: the model before training takes the steps after this share of them (below 1) or this "
+        "number of steps",
     )
     parser.epilog = (
         f"{parser.epilog}\n\nA run directory is sampled as in the run's evaluations: its steps, guidance, size,\n"
@@ -68,6 +87,8 @@ def run(options: argparse.Namespace) -> int:
     out = Path(options.out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UsageError(f"--out {out} exists and is not an empty folder; choose another one")
+    if options.base_after is not None and not is_run(options.model):
+        raise UsageError(f"--base-after is for a run directory, and {options.model} is none")
     prompts = prompts_of(options.prompts)
     quiet()
     policy = load_policy(options, STEPS)

@@ -16,6 +16,7 @@ CHANGEABLE: Mapping[str, str] = {
     "train.schedule": "the curve of the learning rate counts from the start of the run",
     "train.max_grad_norm": "from the next optimizer step on",
     "train.spike_factor": "from the next optimizer step on",
+    "train.early_stopping.*": "a run that was stopped early goes on if it is extended",
     "train.rollout_batch": "less memory in sampling; results change by rounding only",
     "train.train_batch": "less memory in training; results change by rounding only",
     "memory.*": "less memory or time; `memory.quantize` may not change, because it is another base model",

@@ -24,9 +24,9 @@ from flowgrpo.algorithms import (
 )
 from flowgrpo.algorithms import base as algorithms
 from flowgrpo.algorithms.guard import Guard
+from flowgrpo.config.best import check_best
 from flowgrpo.config.bounds import check_bounds
 from flowgrpo.core.errors import ConfigError
-from flowgrpo.core.imports import suggest
 from flowgrpo.core.random import Random
 from flowgrpo.losses import base as losses
 from flowgrpo.losses.base import Loss
@@ -106,6 +106,19 @@ class Prompts:
 
 
 @dataclass(frozen=True, kw_only=True)
+class EarlyStopping:
+    """Ends a run when a held-out number no longer improves, and exports the best weights."""
+
+    metric: str = ""
+    """The number, named as in ``evaluation.best``; empty for no early stopping. Choose one that is not
+    trained on, where there is one."""
+    patience: int = 3
+    """Evaluations without an improvement after which the run ends."""
+    min_gain: float = 0.0
+    """An evaluation improves if it exceeds the best one before it by more than this."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Train:
     """Length of the run, batch geometry and optimizer."""
 
@@ -166,6 +179,8 @@ class Train:
     weights; 0 for no average."""
     ema_every: int = 1
     """Optimizer steps between two moves of the average; Flow-GRPO's code has 8."""
+    early_stopping: EarlyStopping = field(default_factory=EarlyStopping)
+    """When the run ends before its last iteration."""
 
     @property
     def optimizer_steps(self) -> int:
@@ -271,9 +286,12 @@ class Evaluation:
     bench: tuple[Bench, ...] = ()
     """Benchmarks that are run at evaluations, as tables ``[[evaluation.bench]]``."""
     best: str = "reward"
-    """The number whose highest value so far decides which weights are kept as ``checkpoints/best``: the
-    held-out ``reward``, or a benchmark's label, for its first main result, or ``LABEL/RESULT``. The
-    benchmark must then be run at every evaluation."""
+    """The number whose best value so far decides which weights are kept as ``checkpoints/best``: the
+    held-out ``reward``; a reward's or a metric's name; ``artefacts/MEASURE``; or a benchmark's label, for
+    its first main result, or ``LABEL/RESULT``. The highest value is the best, with ``min:`` before the
+    name the lowest. A benchmark must be run at every evaluation."""
+    keep_best: tuple[str, ...] = ()
+    """Further numbers whose best weights are kept, each as ``checkpoints/best-NAME``."""
     num_steps: int | None = None
     """Denoising steps; if unset, as in ``sampling``."""
     guidance_scale: float | None = None
@@ -281,6 +299,9 @@ class Evaluation:
     regimes: tuple[Regime, ...] = ()
     """Further ways to sample, as tables ``[[evaluation.regimes]]``. Users often deploy with more steps and
     with guidance; these evaluations show whether the model is better there, too."""
+    base_after: float | None = None
+    """Where the sampler changes from the trained model to the model before training: a share of the steps
+    if below 1, else a number of steps. If unset, the trained model takes all steps."""
     grid_prompts: int = 6
     """Prompts on the comparison grid."""
     grid_samples: int = 4
@@ -418,6 +439,7 @@ class Config:
         self._check_kinds()
         self._check_benchmarks()
         self._check_regimes()
+        check_best(self)
 
     def _check_regimes(self) -> None:
         """Raise ConfigError if a further way to sample equals another, or its values are not allowed."""
@@ -447,8 +469,8 @@ class Config:
             tags.append(regime.tag)
 
     def _check_benchmarks(self) -> None:
-        """Raise ConfigError if benchmarks share a name, or the best weights depend on an absent one."""
-        benches, best = self.evaluation.bench, self.evaluation.best
+        """Raise ConfigError if benchmarks share a name."""
+        benches = self.evaluation.bench
         tags = [b.tag for b in benches]
         for index, bench in enumerate(benches):
             key, tag = f"evaluation.bench[{index}]", bench.tag
@@ -461,19 +483,6 @@ class Config:
                 raise ConfigError(f"{key}: there are two benchmarks {tag!r}; give one a label")
             if bench.limit < 0:
                 raise ConfigError(f"{key}.limit must be at least 0, got {bench.limit}")
-        wanted = best.partition("/")[0]
-        if best == "reward":
-            return
-        if wanted not in tags:
-            raise ConfigError(
-                f"evaluation.best = {best!r}: there is no benchmark {wanted!r}"
-                f"{suggest(wanted, ['reward', *tags])} (known: {', '.join(['reward', *tags])})"
-            )
-        if benches[tags.index(wanted)].when != "every":
-            raise ConfigError(
-                f'evaluation.best = {best!r} needs this benchmark at every evaluation: set when = "every" '
-                f"in evaluation.bench[{tags.index(wanted)}]"
-            )
 
     def _check_updates(self) -> None:
         """Raise ConfigError if the loss is not defined for the batches and updates of an iteration."""
@@ -539,6 +548,11 @@ class Config:
 
     def _check_grid(self) -> None:
         """Raise ConfigError if the grid of steps is contradictory, or has no step that can be trained."""
+        if self.sampling.base_after is not None:
+            raise ConfigError(
+                "sampling.base_after: rollouts are sampled by the trained model alone; set "
+                "evaluation.base_after instead"
+            )
         try:
             self.sampling.check()
             self.evaluation_sampling().check()
@@ -594,6 +608,13 @@ class Config:
     def _check_kinds(self) -> None:
         """Raise ConfigError if the trained weights do not match the algorithm's kind of action or the guards."""
         algorithm, weights = self.algorithm, self.model.weights
+        if self.evaluation.base_after is not None and (
+            self.guard.resets or isinstance(weights, Noise)
+        ):
+            raise ConfigError(
+                "evaluation.base_after needs the model before training as the reference policy, which guard.reset_every "
+                "and guard.reset_above replace, and model.weights.kind = 'noise' does not have; remove it"
+            )
         if self.guard.resets and isinstance(weights, Noise):
             raise ConfigError(
                 "guard.reset_every and guard.reset_above replace the reference policy, and with "
@@ -634,6 +655,7 @@ class Config:
         changed: dict[str, Any] = {
             "num_steps": self.evaluation.num_steps,
             "guidance_scale": self.evaluation.guidance_scale,
+            "base_after": self.evaluation.base_after,
         }
         return replace(self.sampling, **{k: v for k, v in changed.items() if v is not None})
 

@@ -36,13 +36,14 @@ NO_LORA = "none"
 
 KINDS: Mapping[str, str] = {
     "model": "models or run directories",
-    "checkpoint": "of a run: base, best, last or a number of iterations",
+    "checkpoint": "of a run: base, best, best:NAME, last or a number of iterations",
     "lora": "adapters, as --lora; 'none' for the model alone",
     "scale": "scales of the one adapter",
     "guidance": "guidance scales",
     "steps": "denoising steps",
     "seed": "seeds of the initial noise",
     "sampler": "ode, dpm_2m, or a transition with or without its strength, such as flow_sde or cps:0.5",
+    "base_after": "of a run: shares of the steps (below 1) or numbers of steps after which the model before training takes over",
 }
 """The axes of a grid, and their values."""
 
@@ -83,12 +84,13 @@ class Cell:
 
     Attributes:
         model: A model or a run directory.
-        checkpoint: Of a run: ``base``, ``best``, ``last`` or a number of iterations.
+        checkpoint: Of a run: ``base``, ``best``, ``best:NAME``, ``last`` or a number of iterations.
         loras: Adapters as ``PATH`` or ``PATH:SCALE``.
         guidance: Guidance scale.
         steps: Denoising steps.
         seed: Seed of the initial noise.
         sampler: As :meth:`flowgrpo.evaluation.samplers.Sampler.parse` reads it.
+        base_after: Where the model before training takes over, as ``evaluation.base_after``.
     """
 
     model: str
@@ -98,6 +100,7 @@ class Cell:
     steps: int | None
     seed: int
     sampler: str = "ode"
+    base_after: float | None = None
 
     def at(self, kind: str, value: Any) -> "Cell":
         """The cell with another value of one axis."""
@@ -282,7 +285,8 @@ def _value(kind: str, text: str) -> Any:
     if kind in ("model", "lora"):
         return text
     if kind == "checkpoint":
-        if text not in CHECKPOINTS and not text.isdecimal():
+        named = text in CHECKPOINTS or text.isdecimal() or text.startswith("best:")
+        if not named:
             raise ValueError(f"--axis checkpoint: expected {KINDS[kind]}, got {text!r}{suggest(text, CHECKPOINTS)}")  # fmt: skip
         return text
     if kind == "sampler":
@@ -292,7 +296,7 @@ def _value(kind: str, text: str) -> Any:
         value: float = int(text) if kind in ("steps", "seed") else float(text)
     except ValueError:
         value = math.nan
-    least = {"steps": 1, "seed": 0}.get(kind, -math.inf)
+    least = {"steps": 1, "seed": 0, "base_after": 0}.get(kind, -math.inf)
     if not (math.isfinite(value) and value >= least):
         raise ValueError(f"--axis {kind}: expected {KINDS[kind]}, got {text!r}")
     return value

@@ -1,4 +1,4 @@
-"""The report's section on changes of the configuration during a run."""
+"""The report's section on changes of the configuration during a run, and on its early end."""
 
 import json
 from html import escape
@@ -25,8 +25,9 @@ def run_history(records: Records) -> str:
         for key, pair in line.get("changed", {}).items():
             cells = [number(trained), key, _words(pair.get("from")), _words(pair.get("to"))]
             rows.append("".join(f"<td>{escape(c)}</td>" for c in cells))
+    stopped = _early_stop(records)
     if not rows:
-        return ""
+        return section("End of the run", "", stopped)
     body = "".join(f"<tr>{row}</tr>" for row in rows)
     head = "<tr><th>after iterations</th><th>key</th><th>before</th><th>after</th></tr>"
     note = (
@@ -34,7 +35,22 @@ def run_history(records: Records) -> str:
         "configuration as a whole."
     )
     table = f'<div class="card scroll"><table>{head}{body}</table></div>'
-    return section("Changes during the run", note, table)
+    return section("Changes during the run", note, table + stopped)
+
+
+def _early_stop(records: Records) -> str:
+    """What ended the run before its last iteration, and which weights are exported; empty if nothing did."""
+    try:
+        found = json.loads((records.folder / "early_stop.json").read_text("utf-8"))
+        metric, patience = found["settings"]["metric"], found["settings"]["patience"]
+        text = (
+            f"Early stopping ended the run after {number(found['after'])} iterations: {metric} had not improved "
+            f"in {patience} evaluations. The last evaluation and the export are of the weights after "
+            f"{number(found['best'])} iterations, whose {metric} was {number(found['value'])}."
+        )
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
+    return f'<p class="card">{escape(text)}</p>'
 
 
 def _words(value: Any) -> str:

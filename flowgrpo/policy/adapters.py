@@ -5,6 +5,7 @@ that have no place in a model, with a warning at most; here they are an error.
 """
 
 import re
+import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 from diffusers import DiffusionPipeline, ModelMixin
 from diffusers.utils import set_weights_and_activate_adapters
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from flowgrpo.policy.settings import Adapter, LoRA, Noise, Weights
@@ -22,6 +24,10 @@ EXPORTED = "pytorch_lora_weights.safetensors"
 MATRICES = re.compile(r"lora_A|lora_down|lora\.down|lora_linear_layer\.down|_lora\.down|lokr_w1")
 """The first matrix of a layer, by which layers are counted; each layer has one."""
 SECOND_EXPERT = "transformer_2"
+CONFIG, STATE = "config.toml", "state.json"
+"""Files of a run directory and of a checkpoint in it."""
+FIRST = ".lora_A.default.weight"
+"""End of the name of a layer's first matrix in a checkpoint."""
 EARLIER = "earlier"
 """Name of an adapter while it is read or added to the weights."""
 
@@ -94,6 +100,10 @@ def read_start(
     if not isinstance(weights, LoRA) or not weights.init:
         return None
     path = weights.init
+    if (Path(path).expanduser() / STATE).is_file():
+        found = _checkpoint_layers(Path(path).expanduser())
+        _refuse_others(path, found, weights, models)
+        return found
     _load(pipeline, Adapter(path), EARLIER)
     try:
         if any(
@@ -106,6 +116,17 @@ def read_start(
         found = _layers(pipeline, EARLIER)
     finally:
         _unload(pipeline)
+    _refuse_others(path, found, weights, models)
+    return found
+
+
+def _refuse_others(
+    path: str,
+    found: Mapping[str, Mapping[str, LayerStart]],
+    weights: LoRA,
+    models: Mapping[str, ModelMixin],
+) -> None:
+    """Raise ValueError if an adapter has layers in models that are not trained."""
     others = {k: len(v) for k, v in found.items() if k not in (weights.models or models)}
     if others:
         words = " and ".join(f"{n} layers of {k}" for k, n in others.items())
@@ -113,7 +134,49 @@ def read_start(
             f"model.weights.init: {path} also adapts {words}, which this run does not train; give it as "
             "model.adapters, a frozen part of the model"
         )
+
+
+def _checkpoint_layers(folder: Path) -> dict[str, dict[str, LayerStart]]:
+    """The layers of the adapter in a run's checkpoint: the averaged ones, if there is an average.
+
+    Raises:
+        ValueError: If the checkpoint holds whole weights, is damaged, or is outside of its run, whose
+            configuration has the rank and alpha.
+    """
+    run = folder.absolute().parents[1]
+    try:
+        own = tomllib.loads((run / CONFIG).read_text("utf-8"))["model"]["weights"]
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(
+            f"model.weights.init: {folder} is a checkpoint, and {run / CONFIG}, which has the rank and alpha of "
+            f"its adapter, cannot be read ({error!r}); write it as an adapter with flowgrpo export"
+        ) from error
+    if own.get("kind", "lora") != "lora":
+        raise ValueError(
+            f"model.weights.init: {folder} has no adapter, because its run trained weights of the kind "
+            f"{own['kind']!r}; write them as a model with: flowgrpo export {run} --checkpoint "
+            f"{_checkpoint_name(folder)} --out MODEL, and set model.path = MODEL"
+        )
+    average = folder / "ema.safetensors"
+    file = average if average.is_file() else folder / "weights.safetensors"
+    try:
+        tensors = load_file(file)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"model.weights.init: {file} cannot be read: {error}") from error
+    scale = own["alpha"] / own["rank"]
+    found: dict[str, dict[str, LayerStart]] = {}
+    for name, down in tensors.items():
+        denoiser, _, layer = name.partition(".")
+        if layer.endswith(FIRST):
+            path = layer.removesuffix(FIRST)
+            up = tensors[f"{denoiser}.{path}{FIRST.replace('lora_A', 'lora_B')}"]
+            found.setdefault(denoiser, {})[path] = LayerStart(down.float(), up.float() * scale)
     return found
+
+
+def _checkpoint_name(folder: Path) -> str:
+    """The name of a checkpoint's folder for ``--checkpoint``."""
+    return str(int(folder.name)) if folder.name.isdecimal() else "best"
 
 
 def _load(pipeline: DiffusionPipeline, adapter: Adapter, name: str) -> None:
@@ -199,17 +262,22 @@ def _files(pipeline: DiffusionPipeline, adapter: Adapter) -> list[tuple[Path, st
         ):
             raise FileNotFoundError(f"no such adapter: {adapter.path}")
         return [(path, adapter.model)]
-    if (path / "config.toml").is_file():
+    if (path / CONFIG).is_file():
         if not (path / "export").is_dir():
             raise FileNotFoundError(
                 f"{adapter.path} is a run that has not finished; write its adapter with: flowgrpo export "
-                f"{adapter.path} --out FOLDER"
+                f"{adapter.path} --out FOLDER, or give one of its checkpoints as model.weights.init"
             )
         path = path / "export"
         if (path / "model_index.json").is_file():
             raise FileNotFoundError(
                 f"{adapter.path} trained whole weights, so it has no adapter; give {path} as model.path"
             )
+    if (path / STATE).is_file():
+        raise FileNotFoundError(
+            f"{adapter.path} is a checkpoint of a run; write its adapter with: flowgrpo export "
+            f"{path.absolute().parents[1]} --checkpoint {_checkpoint_name(path)} --out FOLDER"
+        )
     denoisers = [n for n in pipeline.components if n.split("_")[0] in ("transformer", "unet")]
     found = [(path / EXPORTED, adapter.model)] if (path / EXPORTED).is_file() else []
     found += [(path / n / EXPORTED, n) for n in denoisers if (path / n / EXPORTED).is_file()]

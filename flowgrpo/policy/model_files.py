@@ -53,6 +53,16 @@ def check_path(model: str) -> Path | None:
     if model == "shapes":
         return None
     if path.is_dir():
+        if (path / "config.toml").is_file() and (path / "checkpoints").is_dir():
+            raise FileNotFoundError(
+                f"{model} is a run directory: after full fine-tuning give {path / 'export'}; an adapter belongs "
+                "into model.adapters or model.weights.init, with the run's own model.path"
+            )
+        if (path / "state.json").is_file():
+            raise FileNotFoundError(
+                f"{model} is a checkpoint of a run: write a model with 'flowgrpo export RUN --checkpoint NAME "
+                "--format merged --out MODEL', or give it as model.weights.init if it holds an adapter"
+            )
         if not (path / INDEX).exists() and not (path / f"modular_{INDEX}").exists():
             raise FileNotFoundError(f"{model} is not a diffusers pipeline: it has no {INDEX}")
         return path

@@ -10,7 +10,7 @@ denoiser's ``forward`` (inputs get the denoiser's precision).
 import inspect
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -299,7 +299,8 @@ class PipelinePolicy:
             transition: The stochastic step.
             record: Steps to record in ``records``.
             decode: Whether to decode media.
-            sampling: Arguments of the pipeline's call, if not the policy's own.
+            sampling: Arguments of the pipeline's call, if not the policy's own. Its ``base_after`` applies
+                to whole deterministic calls.
             solver: Solver of the deterministic steps after the last stochastic step.
         """
         for rows in batches(prompts, self.batch_size):
@@ -315,13 +316,33 @@ class PipelinePolicy:
             start = None if x is None else x[part]
             if isinstance(cache := self.pipeline.__dict__.get("encode_prompt"), PromptCache):
                 cache.announce(prompts[part], prompts[rows.stop :])
+            whole = nodes is None and x is None and not stochastic and not record
+            tuned = (sampling or self.sampling).tuned_steps() if whole else None
             with torch.no_grad():
-                output, records, audio = self._run(
-                    prompts[part], plan, start, decode, sampling or self.sampling
+                called = (
+                    self._run(prompts[part], plan, start, decode, sampling or self.sampling)
+                    if tuned is None
+                    else self._mixed(prompts[part], plan, tuned, decode, sampling or self.sampling)
                 )
+            output, records, audio = called
             self.num_decodes += len(rows) * decode
             media = output.float().cpu() if decode else None
             yield Rollout(rows, None if decode else output, media, records, audio)
+
+    def _mixed(
+        self,
+        prompts: Sequence[Prompt],
+        plan: StepPlan,
+        tuned: int,
+        decode: bool,
+        sampling: Sampling,
+    ) -> _Called:
+        """Take the first ``tuned`` steps with the trained model, and the others with the reference policy."""
+        first = replace(plan, nodes=range(tuned + 1))
+        x = self._run(prompts, first, None, False, sampling).output
+        rest = replace(plan, nodes=range(tuned, self.num_steps(sampling) + 1))
+        with self.reference():
+            return self._run(prompts, rest, x, decode, sampling)
 
     def images(
         self, prompts: Sequence[Prompt], noise: SampleNoise, sampling: Sampling | None = None

@@ -100,6 +100,9 @@ class Sampling:
     timesteps: tuple[float, ...] = ()
     """Timesteps at which the steps start, falling, such as ``[999, 749, 499, 249]`` for a model that was
     distilled to four steps, if the pipeline's call takes ``timesteps``; in place of ``sigmas``."""
+    base_after: float | None = None
+    """Where the deterministic sampler changes from the trained model to the model before training: a share
+    of the steps if below 1, else a number of steps. For evaluations only: ``evaluation.base_after``."""
     call: dict[str, Any] = field(default_factory=dict)
     """Further arguments of the pipeline's call, by their names in its signature. Arguments with a key of
     their own, such as ``guidance_scale``, are refused here."""
@@ -143,8 +146,26 @@ class Sampling:
                     f"sampling.{name} has {len(values)} values and num_steps is {self.num_steps}; set "
                     f"num_steps = {len(values)}, in evaluations too"
                 )
+        self.tuned_steps()
         if self.sigmas and self.timesteps:
             raise ValueError("sampling.sigmas and sampling.timesteps both set the grid; remove one")
+
+    def tuned_steps(self) -> int | None:
+        """The steps of the trained model, if the model before training takes the others; else None.
+
+        Raises:
+            ValueError: If one of the two would take no step.
+        """
+        if self.base_after is None:
+            return None
+        value, number = self.base_after, self.num_steps
+        steps = round(value * number) if value < 1 else int(value)
+        if not 0 < steps < number or (steps != value and value >= 1):
+            raise ValueError(
+                f"base_after must be a share of the steps between 0 and 1, or a whole number of steps from 1 to "
+                f"{number - 1}, so that both models take a step of {number}; got {value:g}"
+            )
+        return steps
 
     def arguments(self) -> dict[str, Any]:
         """The arguments of the pipeline's call that are set.
@@ -186,7 +207,7 @@ class LoRA:
     If empty, all are adapted."""
     init: str = ""
     """An earlier adapter from which training starts: a file, folder, hub id or run directory, as in
-    ``model.adapters``. ``rank`` must be at least its rank, and ``targets`` must include its layers; the
+    ``model.adapters``; or a checkpoint of a run, such as ``runs/a/checkpoints/best``. ``rank`` must be at least its rank, and ``targets`` must include its layers; the
     model is then the same as with the earlier adapter. The reference policy is the model with it."""
 
 

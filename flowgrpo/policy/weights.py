@@ -153,6 +153,31 @@ class Trainable:
         for name, parameter in self.parameters.items():
             local(parameter).copy_(local(tensors[name]))
 
+    def scale(self, factor: float) -> None:
+        """Scale the effect of training: 0 gives the model before training, 1 changes nothing.
+
+        An adapter is multiplied by the factor, the one from which it started included. Weights become
+        ``base + factor * (weights - base)``.
+
+        Raises:
+            RuntimeError: In full fine-tuning without ``with_reference``.
+        """
+        if isinstance(self.weights, Full) and self._reference is None:
+            raise RuntimeError(
+                "the policy was created without a reference policy; set with_reference=True"
+            )
+        with torch.no_grad():
+            if isinstance(self.weights, LoRA):
+                for name, parameter in self.parameters.items():
+                    if ".lora_B." in name:
+                        parameter.mul_(factor)
+                return
+            for parameter, base in zip(
+                self.parameters.values(), self._reference or (), strict=True
+            ):
+                before = base.to(parameter)
+                parameter.copy_(before + factor * (parameter - before))
+
 
 class InitialNoise:
     """A trained distribution of the initial noise: independent normals, one per latent element.

@@ -7,7 +7,6 @@ bench``. A benchmark that was interrupted goes on where it stopped, if the weigh
 
 import hashlib
 import json
-import math
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -46,6 +45,7 @@ from flowgrpo.config.reader import read
 from flowgrpo.config.schema import Bench, Config, Evaluation
 from flowgrpo.core.errors import ConfigError
 from flowgrpo.core.imports import suggest
+from flowgrpo.core.measures import Measured
 from flowgrpo.policy import PipelinePolicy, Sampling
 from flowgrpo.training.learner import Learner
 from flowgrpo.training.session import Session
@@ -87,13 +87,18 @@ def load_benchmarks(evaluation: Evaluation) -> list[RunBenchmark]:
 
     Raises:
         ConfigError: If a benchmark or a setting does not exist, its data are missing or are not the
-            published ones, or ``evaluation.best`` names a result that it does not have.
+            published ones, or ``evaluation.best`` or ``evaluation.keep_best`` name a result that it does not
+            have.
     """
     found = [_load(f"evaluation.bench[{i}]", b) for i, b in enumerate(evaluation.bench)]
-    tag, slash, name = evaluation.best.partition("/")
-    for one in found:
-        if slash and one.settings.tag == tag:
-            _require_metric(one, name)
+    for key, text in (
+        ("evaluation.best", evaluation.best),
+        *((f"evaluation.keep_best[{i}]", t) for i, t in enumerate(evaluation.keep_best)),
+    ):
+        tag, slash, name = Measured.parse(text).name.partition("/")
+        for one in found:
+            if slash and one.settings.tag == tag:
+                _require_metric(key, one, name)
     return found
 
 
@@ -124,11 +129,11 @@ def _in_a_file(text: str) -> str:
     return text.rstrip(". ")
 
 
-def _require_metric(one: RunBenchmark, name: str) -> None:
+def _require_metric(key: str, one: RunBenchmark, name: str) -> None:
     known = [m.name for m in one.benchmark.metrics()]
     if name not in known:
         raise ConfigError(
-            f"evaluation.best: {one.settings.tag} has no result {name!r}{suggest(name, known)} (known: "
+            f"{key}: {one.settings.tag} has no result {name!r}{suggest(name, known)} (known: "
             f"{', '.join(known)})"
         )
 
@@ -150,7 +155,7 @@ class Benchmarks:
             ConfigError: See :func:`load_benchmarks`.
         """
         self.found = load_benchmarks(config.evaluation)
-        self.best, self.model = config.evaluation.best, config.model
+        self.model = config.model
         self.seed, self.session, self.policy = config.run.seed, session, policy
         self.learner, self.sampling = learner, sampling
         self._problem = ""
@@ -192,18 +197,6 @@ class Benchmarks:
         due = [one for one in self.found if one.is_due(iteration, full)]
         weights = self._digest() if due else ""
         return {one.settings.tag: self._run(one, iteration, weights) for one in due}
-
-    def best_of(self, evaluation: Mapping[str, Any]) -> float:
-        """The number of an evaluation that decides which weights are kept; NaN if it is missing."""
-        tag, _, name = self.best.partition("/")
-        if tag == "reward":
-            return float(evaluation["reward"])
-        results = evaluation.get("bench", {}).get(tag, {}).get("results", {})
-        if not name:
-            (one,) = (b for b in self.found if b.settings.tag == tag)
-            name = headlines(one.benchmark)[0]
-        value = results.get(name)
-        return math.nan if value is None else float(value)
 
     def _run(self, one: RunBenchmark, iteration: int, weights: str) -> dict[str, Any]:
         session = self.session

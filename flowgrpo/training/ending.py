@@ -12,7 +12,7 @@ from flowgrpo.evaluation.report import write_report
 from flowgrpo.policy.export import Exported, base_note, export
 from flowgrpo.training.console import Console
 from flowgrpo.training.evaluator import bench_lines
-from flowgrpo.training.run_folder import mark_finished
+from flowgrpo.training.run_folder import early_stop, mark_finished, mark_stopped
 from flowgrpo.training.session import Session
 from flowgrpo.training.setup import TrainingRun
 
@@ -36,9 +36,10 @@ class Result:
 
 def already_finished(session: Session) -> Result:
     """Say that the run had finished before this session, and return its result."""
-    more = session.config.train.iterations * 2
+    more, stopped = session.config.train.iterations * 2, early_stop(session.folder)
+    early = "" if stopped is None else f", stopped early after {stopped['after']}"
     session.console.say(
-        f"{session.folder} has finished its {session.config.train.iterations} iterations: nothing to do. "
+        f"{session.folder} has finished its {session.config.train.iterations} iterations{early}: nothing to do. "
         f"Report: {session.folder / 'report.html'}. To train further: flowgrpo train {session.folder} "
         f"--resume-with train.iterations={more}"
     )
@@ -46,16 +47,23 @@ def already_finished(session: Session) -> Result:
     return Result(session.folder, session.past_evaluations(), True)
 
 
-def finish(run: TrainingRun) -> Result:
+def finish(run: TrainingRun, early: int | None = None) -> Result:
     """Evaluate, inspect and export a run that has finished, and write its report.
 
     Of a run that was interrupted only the report is written.
+
+    Args:
+        run: The run.
+        early: The iterations trained, if early stopping ends the run. Then the best weights are
+            evaluated and exported.
     """
     session, evaluator = run.session, run.evaluator
     stopped_by = session.signals.stopping
     finished = not stopped_by
     if finished:
-        evaluator.evaluate(run.config.train.iterations, full=True)
+        if early is not None:
+            _stop_early(run, early)
+        evaluator.evaluate(run.config.train.iterations if early is None else early, full=True)
         session.drop_phases()
         with run.learner.behaviour_policy(), run.policy.together():
             if session.is_main:
@@ -76,6 +84,20 @@ def finish(run: TrainingRun) -> Result:
     run.scorer.close()
     session.close()
     return Result(session.folder, evaluator.evaluations, finished, stopped_by)
+
+
+def _stop_early(run: TrainingRun, iteration: int) -> None:
+    """Say and record that early stopping ends the run, and put the best weights into the policy."""
+    session, settings = run.session, run.config.train.early_stopping
+    checkpoint, best, value = run.evaluator.show_best()
+    if session.is_main:
+        mark_stopped(run.config, iteration, checkpoint, best, value)
+    session.console.say(
+        f"stopped early after {iteration} of {run.config.train.iterations} iterations: {settings.metric} did "
+        f"not improve by more than {settings.min_gain:g} in {settings.patience} evaluations. The weights "
+        f"after {best} iterations, with {value:.4g}, are evaluated again and exported"
+        + ("; they are those before training" if best == 0 else "")
+    )
 
 
 def _inspect(run: TrainingRun) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from flowgrpo.config.schema import Evaluation
 from flowgrpo.core.imports import import_path
+from flowgrpo.core.measures import Measured, waited
 from flowgrpo.data import files
 from flowgrpo.data.audio import Audio
 from flowgrpo.data.prompt_sets import PromptSet
@@ -23,8 +24,10 @@ from flowgrpo.evaluation.samples import FOLDER, Sample, save_samples
 from flowgrpo.policy import PipelinePolicy, Sampling
 from flowgrpo.rewards.prompt_use import find_ignoring, prompt_notes
 from flowgrpo.rewards.scorer import RewardScorer
+from flowgrpo.training import checkpoints
 from flowgrpo.training.benchmarks import Benchmarks
 from flowgrpo.training.learner import Learner
+from flowgrpo.training.run_changes import stopped_before
 from flowgrpo.training.session import Session
 
 
@@ -52,6 +55,7 @@ class Evaluator:
     ):
         self.needs_rewards = needs_rewards
         self._warned = set[str]()
+        self._shows: int | None = None
         self.benchmarks = benchmarks
         self.settings, self.session, self.scorer = settings, session, scorer
         self.policy, self.learner, self.prompts = policy, learner, prompts
@@ -146,14 +150,20 @@ class Evaluator:
                     self._save_grid(iteration)
             found = self.benchmarks.run(iteration, full) if self.benchmarks else {}
         self.scorer.check_media()
+        shown = {} if self._shows is None else {"weights_after": self._shows}
         parts = {"regimes": regimes, "bench": found}
-        result = {"iteration": iteration, **result, **{k: v for k, v in parts.items() if v}}
+        result = {
+            "iteration": iteration,
+            **shown,
+            **result,
+            **{k: v for k, v in parts.items() if v},
+        }
         self.evaluations.append(result)
         session.log_evaluation(result)
         if session.is_main:
             session.log_grid(iteration)
-        best = self.benchmarks.best_of(result) if self.benchmarks else result["reward"]
-        session.save_best(self.learner, iteration, best)
+        if self._shows is None:
+            self._save_best(iteration, result)
         for tag, table in {"": result, **regimes}.items():
             scores = ", ".join(f"{k} {v:.3f}" for k, v in table["scores"].items())
             of = f", {tag}" if tag else ""
@@ -163,6 +173,54 @@ class Evaluator:
         for line in bench_lines(found):
             session.console.say(line)
         self._warn(result)
+
+    def _save_best(self, iteration: int, result: Mapping[str, Any]) -> None:
+        """Save the weights for each number of which they are the best so far.
+
+        Raises:
+            ConfigError: If the first evaluation does not have a number.
+        """
+        session, best = self.session, Measured.parse(self.settings.best)
+        stopping = session.config.train.early_stopping.metric
+        kept = [Measured.parse(t) for t in self.settings.keep_best]
+        if len(self.evaluations) == 1:
+            best.require(result, "evaluation.best")
+            for index, one in enumerate(kept):
+                one.require(result, f"evaluation.keep_best[{index}]")
+            if stopping:
+                Measured.parse(stopping).require(result, "train.early_stopping.metric")
+        session.save_best(self.learner, iteration, best.of(result))
+        others = dict.fromkeys([*kept, *([Measured.parse(stopping)] if stopping else [])])
+        for one in others:
+            if one != best:
+                session.save_best(self.learner, iteration, one.of(result), one)
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the last evaluation ends the run (``train.early_stopping``)."""
+        settings, folder = self.session.config.train.early_stopping, self.session.folder
+        if not settings.metric:
+            return False
+        # A resumed run repeats evaluations; the last one of an iteration counts.
+        latest = {e["iteration"]: e for e in self.evaluations}
+        found = [latest[i] for i in sorted(latest)]
+        number = Measured.parse(settings.metric)
+        return waited(found, number, settings.min_gain, stopped_before(folder)) >= settings.patience
+
+    def show_best(self) -> tuple[str, int, float]:
+        """Put the best weights by the number of ``train.early_stopping`` into the policy, for good.
+
+        Returns:
+            Their checkpoint, the iterations after which it was saved, and the number's value.
+        """
+        number = Measured.parse(self.session.config.train.early_stopping.metric)
+        is_main_one = number == Measured.parse(self.settings.best)
+        folder = self.session.checkpoints / ("best" if is_main_one else number.folder)
+        parts, state = checkpoints.load(folder)
+        assert self.policy.trainable is not None
+        self.policy.trainable.load(parts["weights"])
+        self._shows = int(state["iteration"])
+        return folder.name, self._shows, float(state["score"])
 
     def _warn(self, result: Mapping[str, Any]) -> None:
         """Print each sign of reward hacking in an evaluation, once per session."""
@@ -200,9 +258,11 @@ class Evaluator:
     def evaluated_weights(self) -> AbstractContextManager[None]:
         """Inside, the policy has the weights that are evaluated and exported.
 
-        These are the moving average if there is one, else the trained weights.
+        These are the moving average if there is one, else the trained weights; after
+        :meth:`show_best`, the best ones.
         """
-        return self.learner.ema.applied() if self.learner.ema else nullcontext()
+        average = self.learner.ema if self._shows is None else None
+        return average.applied() if average else nullcontext()
 
     @property
     def _base_file(self) -> Path:

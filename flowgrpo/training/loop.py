@@ -62,6 +62,9 @@ def iterate(run: TrainingRun) -> Result:
         random = seed.at("train", iteration)
         with session.rescue(learner, iteration):
             run.evaluator.evaluate_if_due(iteration, before=rollouts.settle)
+            if run.evaluator.is_over:
+                session.save_now(learner, iteration)
+                return finish(run, iteration)
 
             # 1. Sample candidates. The scorer scores each batch while the next one is sampled.
             with session.phase("rollout"):

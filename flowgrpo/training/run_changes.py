@@ -2,7 +2,8 @@
 
 ``sessions.jsonl`` has one line per session. Its table ``changed`` holds the keys that differ from the
 session before; ``kept`` those that were given to ``--resume-with``, which stay in force when the run is
-resumed without it. ``history/NNNNNN.toml`` is the configuration with which the iterations up to N were
+resumed without it. ``stopped`` is the number of iterations after which early stopping had
+ended a run that this session extends. ``history/NNNNNN.toml`` is the configuration with which the iterations up to N were
 trained, for every N at which it changed.
 """
 
@@ -61,7 +62,8 @@ def instead(there: Config) -> str:
     """How to start a new run from the weights of another one, in a sentence."""
     folder = there.run.folder
     if there.model.weights.kind == "lora":
-        begin, start = "Start a new run from its weights", f"model.weights.init={folder}"
+        newest = max((Path(folder) / "checkpoints").glob("[0-9]*"), default=Path(folder))
+        begin, start = "Start a new run from its weights", f"model.weights.init={newest}"
     elif there.model.weights.kind == "full":
         begin = f"Write its weights (flowgrpo export {folder} --out MODEL) and start a new run from them"
         start = "model.path=MODEL"
@@ -116,6 +118,11 @@ def history(folder: Path) -> list[tuple[int, Changes]]:
         if pairs:
             found.append((int(line.get("checkpoint") or 0), pairs))
     return found
+
+
+def stopped_before(folder: Path) -> int:
+    """The iterations after which the run was last stopped early and then extended; 0 if it never was."""
+    return max((int(line.get("stopped", 0)) for line in _lines(folder / SESSIONS)), default=0)
 
 
 def _kept(file: Path) -> dict[str, list[Any]]:

@@ -11,11 +11,12 @@ from flowgrpo import config as configuration
 from flowgrpo.config import Config, ConfigError
 from flowgrpo.config.changes import differences, may_change
 from flowgrpo.config.files import CONFIG, INPUTS, absolute
+from flowgrpo.config.reference import to_table
 from flowgrpo.data import files
 from flowgrpo.training import checkpoints, lock
 from flowgrpo.training.run_changes import HISTORY, SESSIONS, kept_changes
 
-FINISHED = "finished.json"
+FINISHED, STOPPED = "finished.json", "early_stop.json"
 NOTES = "notes.json"
 """Warnings about the prompts, for the report."""
 EARLY = {lock.NAME, SESSIONS, "config" + files.TEMPORARY}
@@ -58,7 +59,8 @@ def claim(
         if is_finished(config):
             return held, ""
         there = configuration.load(str(file)) if file.exists() else config
-        _record(folder, processes, changed, kept_changes(there, config, kept))
+        stopped = early_stop(folder) if (folder / FINISHED).exists() else None
+        _record(folder, processes, changed, kept_changes(there, config, kept), stopped)
         if changed:
             _keep_configuration(folder)
         files.write_whole(file, configuration.dump(absolute(config)))
@@ -66,6 +68,8 @@ def claim(
         files.write_whole(folder / "environment.json", json.dumps(environment, indent=1))
         if (folder / FINISHED).exists():
             files.delete(folder / FINISHED)
+        if stopped is not None:
+            files.delete(folder / STOPPED)
     except BaseException:
         held.release()
         raise
@@ -97,12 +101,49 @@ def preview(config: Config) -> str:
 
 
 def is_finished(config: Config) -> bool:
-    """Whether the run of a configuration has finished, its export and report included."""
+    """Whether the run of a configuration has finished, its export and report included.
+
+    A run that was stopped early has finished until the number of its iterations or the settings of early
+    stopping change.
+    """
+    folder = Path(config.run.folder)
     try:
-        found = json.loads((Path(config.run.folder) / FINISHED).read_text())
-        return bool(found["iterations"] == config.train.iterations)
+        found = json.loads((folder / FINISHED).read_text())
+        stopped = early_stop(folder)
+        same = stopped is None or stopped["settings"] == to_table(config.train.early_stopping)
+        return bool(found["iterations"] == config.train.iterations) and same
     except (OSError, ValueError, KeyError, TypeError):
         return False
+
+
+def early_stop(folder: Path) -> dict[str, Any] | None:
+    """The record of :func:`mark_stopped`; None if the run was not stopped early."""
+    try:
+        found = json.loads((folder / STOPPED).read_text())
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) and "after" in found else None
+
+
+def mark_stopped(config: Config, after: int, checkpoint: str, best: int, value: float) -> None:
+    """Note that early stopping has ended the run, and which weights are exported.
+
+    Args:
+        config: The configuration.
+        after: Iterations trained.
+        checkpoint: The folder of the exported weights among the checkpoints.
+        best: Iterations after which the exported weights were saved.
+        value: Their value of the number that is watched.
+    """
+    settings = to_table(config.train.early_stopping)
+    found = {
+        "after": after,
+        "checkpoint": checkpoint,
+        "best": best,
+        "value": value,
+        "settings": settings,
+    }
+    files.write_whole(Path(config.run.folder) / STOPPED, json.dumps(found, indent=1))
 
 
 def mark_finished(config: Config) -> None:
@@ -168,6 +209,7 @@ def _record(
     processes: int,
     changed: Mapping[str, tuple[Any, Any]],
     kept: Mapping[str, Mapping[str, Any]],
+    stopped: Mapping[str, Any] | None,
 ) -> None:
     """Append a line about this session to ``sessions.jsonl``."""
     newest = checkpoints.newest(folder / "checkpoints")
@@ -179,6 +221,7 @@ def _record(
             "processes": processes,
             "changed": {k: {"from": old, "to": new} for k, (old, new) in changed.items()},
             **({"kept": dict(kept)} if kept else {}),
+            **({"stopped": stopped["after"]} if stopped else {}),
         },
     )
 

@@ -1,6 +1,7 @@
 """A session of a run: its processes, the run directory, logs, checkpoints and resuming."""
 
 import json
+import math
 import os
 import platform
 import sys
@@ -19,6 +20,7 @@ from torch import Tensor
 from flowgrpo.config import Config
 from flowgrpo.config.plan import Plan
 from flowgrpo.core.errors import DivergenceError, LostRankError
+from flowgrpo.core.measures import Measured
 from flowgrpo.core.secrets import redact_command
 from flowgrpo.data import files
 from flowgrpo.data.prompts import Group
@@ -47,7 +49,9 @@ class Session:
         folder: The run directory.
         scorer: The rewards, whose state (of rewards that learn) checkpoints contain; set by the setup.
         iteration: The first iteration of this session; above 0 if it resumes a run.
-        best: The best held-out reward so far.
+        best: The best value so far of the number that ``evaluation.best`` names; of one whose lowest value
+            is the best, its negative.
+        bests: The same for the other numbers whose best weights are kept, by name.
         signals: The signals that this process has received.
         is_finished: Whether the run had finished before this session; there is nothing to do then.
     """
@@ -82,7 +86,8 @@ class Session:
             )
         self._check_world()
         self.console = Console(enabled=self.is_main)
-        self.iteration, self.best = 0, float("-inf")
+        self.iteration, self.best = 0, -math.inf
+        self.bests: dict[str, float] = {}
         self.scorer: RewardScorer | None = None
         self.logs = Logs(self.folder)
         self._phases: dict[str, float] = {}
@@ -291,6 +296,7 @@ class Session:
             if self.scorer is not None:
                 self.scorer.restore(parts)
             self.iteration, self.best = state["iteration"], state["best"]
+            self.bests = dict(state.get("bests", {}))
             self.console.say(f"resuming at iteration {self.iteration} from {found}")
         if self.is_main:
             # The iterations after the checkpoint are repeated and log the same numbers again.
@@ -342,6 +348,7 @@ class Session:
             {
                 "iteration": iteration,
                 "best": self.best,
+                "bests": self.bests,
                 "lines": dict(lines),
                 "lines_sha256": self.logs.digests(lines),
                 "learner": state,
@@ -380,18 +387,44 @@ class Session:
         if problem is not None:
             raise problem
 
-    def save_best(self, learner: Learner, iteration: int, score: float) -> None:
-        """Save the evaluated weights as ``best`` if their held-out reward is the best so far."""
-        if not score > self.best:  # NaN is not the best either.
+    def save_best(
+        self, learner: Learner, iteration: int, score: float, measured: Measured | None = None
+    ) -> None:
+        """Save the evaluated weights if they are the best so far.
+
+        Args:
+            learner: The learner.
+            iteration: Iterations trained.
+            score: The value of the number in this evaluation.
+            measured: The number, whose best weights are kept in a folder of their own; None for
+                ``evaluation.best``, whose weights are kept in ``best``.
+        """
+        own = measured or Measured.parse(self.config.evaluation.best)
+        gain = -score if own.lower else score
+        key = "" if measured is None else str(measured)
+        # NaN is not the best either.
+        if not gain > (self.best if measured is None else self.bests.get(key, -math.inf)):
             return
         if self.is_main or learner.is_sharded:
             parts, _ = learner.state()
             self._require_finite(parts, learner)
             weights = parts.get("ema", parts["weights"])
+            name = "best" if measured is None else own.folder
             state = {"iteration": iteration, "score": score}
-            self._save("best", {"weights": weights}, state, learner.is_sharded)
+            self._save(name, {"weights": weights}, state, learner.is_sharded)
         # Afterwards: if this could not be written, a resumed run writes it.
-        self.best = score
+        if measured is None:
+            self.best = gain
+        else:
+            self.bests[key] = gain
+
+    def save_now(self, learner: Learner, iteration: int) -> None:
+        """Save the state before this iteration, without the evaluation that preceded it.
+
+        If the run is resumed, the evaluation is made and logged again. All processes must call this.
+        """
+        self._write(learner, iteration, self._lines)
+        self.accelerator.wait_for_everyone()
 
     def close(self) -> None:
         """Wait for the other processes, end the trackers and the process group."""

@@ -73,7 +73,7 @@ def build(config: Config, session: Session, prompts: PromptSet, held_out: Prompt
         dtype=config.model.dtype,
         device=session.accelerator.device,
         seed=config.run.seed,
-        with_reference=config.loss.needs.reference or config.train.monitor_states > 0,
+        with_reference=_needs_reference(config),
         memory=config.memory,
         parallel=config.parallel,
     )
@@ -126,6 +126,12 @@ def _load_rewards(config: Config, session: Session, prompts: Sequence[Prompt]) -
         scorer.features = Features(config.guard.features, config.guard.features_options)
     scorer.check_prompts(prompts)
     return scorer
+
+
+def _needs_reference(config: Config) -> bool:
+    """Whether anything in a run uses the model before training."""
+    in_evaluations = config.evaluation.base_after is not None
+    return config.loss.needs.reference or config.train.monitor_states > 0 or in_evaluations
 
 
 def _load_benchmarks(
