@@ -48,6 +48,32 @@ class StepRecord:
         self._prediction, self._gaussian = prediction, gaussian
         self._output = output
 
+    def first(self, number: int, cut: dict[int, Tensor]) -> "StepRecord":
+        """The record of the first samples of a batch.
+
+        Args:
+            number: Number of samples.
+            cut: The first rows of tensors that were cut before, by their ids, so that the state after a
+                step and before the next stays one tensor.
+        """
+
+        def part(whole: Tensor) -> Tensor:
+            return cut.setdefault(id(whole), whole[:number])
+
+        def prediction() -> Prediction:
+            p = self.prediction
+            return Prediction(p.x0[:number], p.x1[:number], p.output[:number])
+
+        def gaussian(_: Prediction) -> Gaussian:
+            g = self.gaussian
+            std = g.std[:number] if isinstance(g.std, Tensor) and len(g.std) > 1 else g.std
+            return Gaussian(g.mean[:number], std, g.normalised)
+
+        eager = isinstance(self._prediction, Prediction)
+        whole = prediction() if eager else prediction
+        spread = gaussian(whole) if isinstance(whole, Prediction) else gaussian
+        return StepRecord(self.step, self.interval, part(self.x), part(self.x_next), whole, spread)
+
     @property
     def versions(self) -> tuple[int, int]:
         """The version counters of the recorded tensors, which writing into them raises."""

@@ -93,6 +93,7 @@ class Learner:
         # In the first update of an iteration the old means are the policy's own, so that recorded
         # means are needed from the second update on only.
         policy.keeps_means = needs.old_mean and train.optimizer_steps > 1
+        policy.replay_batch = train.train_batch
         self.replay = Replay(
             policy,
             loss,
