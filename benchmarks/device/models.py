@@ -69,6 +69,7 @@ class Maker:
     device: str
     tiny: bool
     folder: Path = field(default_factory=lambda: Path(tempfile.mkdtemp(prefix="flowgrpo-device-")))
+    _last: tuple[Any, PipelinePolicy] | None = None
 
     def sampling(self, model: Model) -> Sampling:
         """The arguments of a model's call."""
@@ -108,20 +109,30 @@ class Maker:
         dtype: str = "bfloat16",
         weights: Weights | None = None,
         memory: Memory | None = None,
-        sampling: Sampling | None = None,
     ) -> PipelinePolicy:
-        """A policy on such a pipeline; by default with a LoRA of rank 32."""
-        memory = memory or Memory()
-        return PipelinePolicy(
-            self.pipeline(model, dtype, memory.quantize),
-            sampling=sampling or self.sampling(model),
-            weights=weights or LoRA(rank=32, alpha=64),
-            batch_size=batch,
-            dtype=dtype,
-            device=self.device,
-            with_reference=True,
-            memory=memory,
-        )
+        """A policy on such a pipeline; by default with a LoRA of rank 32.
+
+        The last policy is kept, and returned if the next one has the same settings: drawing billions of
+        weights takes seconds.
+        """
+        memory, weights = memory or Memory(), weights or LoRA(rank=32, alpha=64)
+        key = (model.hub, dtype, weights, memory)
+        if self._last is None or self._last[0] != key:
+            self._last = None
+            policy = PipelinePolicy(
+                self.pipeline(model, dtype, memory.quantize),
+                sampling=self.sampling(model),
+                weights=weights,
+                batch_size=batch,
+                dtype=dtype,
+                device=self.device,
+                with_reference=True,
+                memory=memory,
+            )
+            self._last = (key, policy)
+        policy = self._last[1]
+        policy.batch_size = policy.replay_batch = batch
+        return policy
 
     def free(self) -> None:
         """Give the memory of policies that are no longer used back to the device."""
