@@ -142,8 +142,13 @@ def test_collected_is_what_each_sample_alone_would_do(
     assert candidates.group.tolist() == [0] * G + [1] * G
     assert candidates.sample.tolist() == [0, 1, 2] * 2
     assert candidates.step.tolist() == [T - 1] * number
-    assert len(actions.states) == number * len(steps) - (number - len(GROUPS)) * shared
-    assert actions.states.dtype == actions.x_next.dtype == torch.float32
+    assert len(actions.state.unique()) == number * len(steps) - (number - len(GROUPS)) * shared
+    if not shared:
+        # The state after a step is the one before the next, and is stored once.
+        latent = actions.states[0].numel()
+        held = sum(b.untyped_storage().nbytes() for b in actions.states.blocks)
+        assert held == 4 * latent * number * (len(steps) + 1)
+    assert actions.states[0].dtype == actions.x_next.dtype == torch.float32
     assert len(experience.diversity) == len(experience.duplicates) == len(GROUPS)
     assert experience.diversity.min() > 0
     assert experience.duplicates.sum() == 0

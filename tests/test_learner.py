@@ -519,8 +519,8 @@ def test_batches_by_hand(shared_policy: tuple[PipelinePolicy, Experience]) -> No
     group = torch.tensor([0, 0, 0, 0, 1, 1, 2, 2, 2])
     step = torch.tensor([5, 5, 5, 5, 5, 2, 5, 5, 5])
     number = len(step)
-    actions = Actions(
-        states=torch.arange(7.0).view(7, 1), state=state, x_next=10 + torch.arange(9.0).view(9, 1),
+    actions = Actions.between(
+        torch.arange(7.0).view(7, 1), state=state, x_next=10 + torch.arange(9.0).view(9, 1),
         step=step, old_log_prob=torch.zeros(number), group=group, sample=torch.arange(number),
     )  # fmt: skip
     some = replace(experience, groups=groups, actions=actions)

@@ -291,7 +291,7 @@ def test_a_group_shares_times_and_noise(collected: tuple[PipelinePolicy, Experie
     for step in times:
         interval = policy.scheduler.interval(step, step + 1)
         rows = a.step == step
-        noise = (a.states[rows] - interval.signal * a.x_next[rows]) / interval.noise
+        noise = (a.states[a.state[rows]] - interval.signal * a.x_next[rows]) / interval.noise
         first, other = (noise[a.group[rows] == g] for g in (0, 1))
         torch.testing.assert_close(first, first[:1].expand_as(first), atol=1e-4, rtol=0)
         assert (first[0] - other[0]).abs().mean() > 0.5
@@ -314,12 +314,12 @@ def test_the_learner_takes_the_gradient_of_the_loss_on_the_whole_batch(
     for step in a.step.unique().tolist():
         rows = a.step == step
         owners = [GROUPS[int(g)].prompt for g in a.group[rows]]
-        record = policy.replay(owners, a.states[rows], step, ALGORITHM.transition)
+        record = policy.replay(owners, a.states[a.state[rows]], step, ALGORITHM.transition)
         one = PolicyOutputs(record.prediction, record.gaussian)
         p = record.prediction
         same = PolicyOutputs(Prediction(p.x0.detach(), p.x1.detach(), p.output.detach()), Gaussian(record.gaussian.mean.detach(), 0.0))  # fmt: skip
         batch = LossInputs(
-            policy=one, x=a.states[rows], state=torch.arange(int(rows.sum())), x_next=a.x_next[rows],
+            policy=one, x=a.states[a.state[rows]], state=torch.arange(int(rows.sum())), x_next=a.x_next[rows],
             old_log_prob=a.old_log_prob[rows], advantage=advantages[rows], group=a.group[rows],
             sample=a.sample[rows], step=step, interval=record.interval, transition=ALGORITHM.transition,
             old_policy=same, reference=same,

@@ -321,7 +321,7 @@ def test_the_division_does_not_depend_on_order_or_processes():
         group, sample, step = keys.unbind(1)
         empty = torch.zeros(len(keys), 1)
         number = torch.arange(len(keys))
-        actions = Actions(empty, number, empty, step, empty[:, 0], group, sample)
+        actions = Actions.between(empty, number, empty, step, empty[:, 0], group, sample)
         found = function(actions, 4, RANDOM).tolist()
         return dict(zip(map(tuple, keys.tolist()), found, strict=True))
 
@@ -481,7 +481,7 @@ def test_a_loss_receives_nothing_else(learn: Learn):
     learner, experience = learn("sd3", FLOW, ClippedLoss(), monitor_states=0, ema_decay=0.9)
     before = learner.policy.num_evaluations
     learner.update(experience, FLOW.advantages(experience), RANDOM)
-    distinct = len(experience.actions.states)
+    distinct = len(experience.actions.state.unique())
     assert learner.policy.num_evaluations - before == distinct
     assert learner.behaviour is None
 

@@ -3,6 +3,7 @@
 import importlib.util
 import shutil
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import pytest
@@ -13,10 +14,11 @@ from torch import Tensor
 from flowgrpo.core.transitions import CPS
 from flowgrpo.data.prompts import Prompt
 from flowgrpo.policy import Full, LoRA, Memory, PipelinePolicy, placement
+from flowgrpo.policy.compilation import CompiledBlocks, repeated_blocks
 from flowgrpo.policy.offloading import Encoders, HostCopy, offload_autoencoder
-from flowgrpo.policy.placement import repeated_blocks
 from flowgrpo.policy.prompt_cache import fingerprint
 from flowgrpo.policy.settings import PACKAGES, Quantization, require_installed
+from flowgrpo.policy.step_plan import StepRecord
 from tests.conftest import MakePolicy, noise_of, transition_of
 
 PROMPTS = [Prompt("a"), Prompt("two red dogs"), Prompt("a")]
@@ -101,6 +103,56 @@ def test_compiled_blocks_compute_the_same(name: str, make_policy: MakePolicy) ->
     log_prob.sum().backward()
     assert policy.trainable is not None
     assert all(p.grad is not None for p in policy.trainable.parameters.values())
+    (blocks,) = policy.compiled.values()
+    assert str(blocks) == f"{blocks.number} of {blocks.number} blocks"
+
+
+def test_batches_of_all_sizes_run_the_same_compiled_code(
+    make_policy: MakePolicy, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(placement, "CompiledBlocks", partial(CompiledBlocks, backend="eager"))
+    torch._dynamo.reset()
+    graphs = torch._dynamo.utils.counters["stats"]
+    policy = make_policy("sd3", batch_size=3, memory=Memory(compile="regional"))
+    plain = make_policy("sd3", batch_size=3)
+    policy.replay_batch = 2
+    options: dict[str, Any] = {"record": [1, 2], "stochastic": [1, 2], "transition": CPS()}
+
+    def roll(policy: PipelinePolicy, number: int) -> Any:
+        prompts = [PROMPTS[i % 3] for i in range(number)]
+        return list(policy.run(prompts, noise_of(*range(number)), **options))
+
+    def again(policy: PipelinePolicy, x: Tensor) -> StepRecord:
+        return policy.replay(PROMPTS[: len(x)], x, 1, CPS())
+
+    whole, *_ = roll(policy, 3)
+    again(policy, whole.records[0].x[:2])
+    compiled = graphs["unique_graphs"]
+    assert compiled > 0
+    for number in (1, 2, 5):
+        for ours, theirs in zip(roll(policy, number), roll(plain, number), strict=True):
+            torch.testing.assert_close(ours.media, theirs.media, atol=1e-4, rtol=0)
+            for a, b in zip(ours.records, theirs.records, strict=True):
+                torch.testing.assert_close(a.x_next, b.x_next, atol=1e-5, rtol=0)
+                torch.testing.assert_close(a.gaussian.mean, b.gaussian.mean, atol=1e-5, rtol=0)
+            assert ours.records[0].x_next is ours.records[1].x
+    x = whole.records[0].x[:1]
+    one, other = again(policy, x), again(plain, x)
+    torch.testing.assert_close(one.gaussian.mean, other.gaussian.mean, atol=1e-5, rtol=0)
+    assert one.prediction.output.requires_grad
+    assert graphs["unique_graphs"] == compiled
+    (blocks,) = policy.compiled.values()
+    assert str(blocks) == f"{blocks.number} of {blocks.number} blocks"
+    assert "uncompiled" not in caplog.text
+
+    # Beyond the limit blocks run uncompiled, and the count says so.
+    with torch._dynamo.config.patch(recompile_limit=1):
+        policy.replay_batch = 0
+        again(policy, whole.records[0].x)
+        again(policy, x)
+    assert blocks.eager
+    assert "a block runs uncompiled" in caplog.text
+    torch._dynamo.reset()
 
 
 @pytest.mark.parametrize(

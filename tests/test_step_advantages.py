@@ -69,7 +69,7 @@ def experience_of(
     return Experience(
         groups=[Group(g, Prompt("x")) for g in mine],
         transition=FlowSDE(),
-        actions=Actions(
+        actions=Actions.between(
             empty, torch.arange(len(a)), empty, a[:, 2], torch.zeros(len(a)), a[:, 0], a[:, 1]
         ),
         candidates=candidates([k for k in keys if k[0] in mine]),

@@ -50,7 +50,7 @@ def made(
     return Experience(
         groups=[Group(int(g), Prompt("x")) for g in a[:, 0].unique()],
         transition=FlowSDE(),
-        actions=Actions(
+        actions=Actions.between(
             empty,
             torch.arange(len(a)),
             empty,

@@ -110,7 +110,7 @@ def test_flash_takes_fewer_larger_steps_to_the_data(policies, scorer):
     assert flash.cost == MIX.cost(T, ITERATION, RANDOM)
     for experience in (flash, whole):
         assert experience.actions.step.unique().tolist() == [1]
-        assert len(experience.actions.states) == len(GROUPS)
+        assert len(experience.actions.state.unique()) == len(GROUPS)
     assert torch.equal(flash.actions.x_next, whole.actions.x_next)
     # The slow version: each sample alone, over the nodes that are left.
     start = RANDOM.at("group", 1)
@@ -230,10 +230,10 @@ def test_nft_actions_are_noised_samples(name, policies, scorer):
     torch.testing.assert_close(brightness(images, []), experience.candidates.reward[owner], atol=1e-4, rtol=0)  # fmt: skip
     for step in a.step.unique().tolist():
         rows, interval = a.step == step, policy.scheduler.interval(step, step + 1)
-        noise = (a.states[rows] - interval.signal * a.x_next[rows]) / interval.noise
+        noise = (a.states[a.state[rows]] - interval.signal * a.x_next[rows]) / interval.noise
         assert float(noise.mean()) == pytest.approx(0, abs=0.2)
         assert float(noise.std()) == pytest.approx(1, abs=0.2)
-    assert len(a.states.flatten(1).unique(dim=0)) == len(a)
+    assert len(a.states[a.state].flatten(1).unique(dim=0)) == len(a)
 
 
 def config(algorithm: Algorithm, loss: Loss, **train: object) -> Config:
@@ -299,7 +299,7 @@ def test_nft_gradient_is_that_of_every_sample_alone(learn: Learn, scorer):
     advantages, a = NFT.advantages(experience), experience.actions
     total = torch.zeros(())
     for i in range(len(a)):
-        record = learner.policy.replay([GROUPS[int(a.group[i])].prompt], a.states[i][None], int(a.step[i]), NFT.transition)  # fmt: skip
+        record = learner.policy.replay([GROUPS[int(a.group[i])].prompt], a.states[a.state[i]][None], int(a.step[i]), NFT.transition)  # fmt: skip
         x0, sample = record.prediction.x0, a.x_next[i][None]
         old = x0.detach()
         r = (advantages[i] / 10 + 0.5).clamp(0, 1)

@@ -6,7 +6,7 @@ reports to a :class:`Collection`: the steps that were taken, and the media to sc
 
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from flowgrpo.algorithms.base import Policy, Scorer
@@ -16,7 +16,7 @@ from flowgrpo.core.scores import Scores
 from flowgrpo.core.tensors import Float, Int, Tensor, torch
 from flowgrpo.core.transitions import ODE, Gaussian, Transition
 from flowgrpo.data.audio import Audio
-from flowgrpo.data.experience import Actions, Candidates, Cost, Experience
+from flowgrpo.data.experience import Actions, Candidates, Cost, Experience, Latents
 from flowgrpo.data.prompts import Group, Prompt
 from flowgrpo.policy.step_plan import StepRecord
 
@@ -74,6 +74,11 @@ class Samples:
     def __getitem__(self, rows: slice) -> "Samples":
         return Samples(self.groups[rows], self.numbers[rows], self.noise[rows])
 
+    def take(self, rows: Sequence[int]) -> "Samples":
+        """Some of the rows, without streams of their own for the initial latents."""
+        noise = SampleNoise([self.noise.streams[i] for i in rows])
+        return Samples([self.groups[i] for i in rows], [self.numbers[i] for i in rows], noise)
+
     @property
     def prompts(self) -> list[Prompt]:
         """The prompt of each row."""
@@ -130,14 +135,63 @@ class Collection:
         self.policy, self.groups, self.scorer, self.transition = policy, groups, scorer, transition
         self._before = policy.num_evaluations, policy.num_decodes
         self._actions: list[Actions] = []
+        # Each recorded tensor of states once: the state after a step is the one before the next.
+        self._blocks: list[Tensor] = []
+        self._offsets: dict[int, int] = {}
+        self._num_states = 0
         self._submissions: list[_Submission] = []
         self._num_scored = 0
         self._thumbnails: list[tuple[Tensor, Tensor]] = []
         self._step_std: dict[int, float] = {}
 
-    def add_actions(self, actions: Actions) -> None:
-        """Record actions that are not denoising steps."""
-        self._actions.append(actions)
+    def add_actions(
+        self,
+        samples: Samples,
+        step: int,
+        x: Float[Tensor, "states *latent"],
+        state: Int[Tensor, " samples"],
+        x_next: Float[Tensor, "ends *latent"],
+        old_log_prob: Float[Tensor, " samples"],
+        old_mean: Float[Tensor, "samples *latent"] | None = None,
+        next_row: Int[Tensor, " samples"] | None = None,
+    ) -> None:
+        """Record an action of each sample, from the row ``state`` of ``x`` to a row of ``x_next``.
+
+        A tensor of states that was recorded before is not stored again.
+
+        Args:
+            samples: The samples.
+            step: The step of the actions.
+            x: States before them.
+            state: The row of ``x`` for each action.
+            x_next: States after them.
+            old_log_prob: Log-probability of each action under the policy that samples.
+            old_mean: Means of the actions under it.
+            next_row: The row of ``x_next`` for each action; one after another by default.
+        """
+        rows = torch.arange(len(samples)) if next_row is None else next_row
+        before, after = self._offset_of(x), self._offset_of(x_next)
+        self._actions.append(
+            Actions(
+                states=Latents([x_next[:0]]),
+                state=before + state,
+                next_state=after + rows,
+                step=torch.full((len(samples),), step),
+                old_log_prob=old_log_prob,
+                group=samples.group,
+                sample=samples.sample,
+                old_mean=old_mean,
+            )
+        )
+
+    def _offset_of(self, states: Tensor) -> int:
+        """The row of the first of these states among all that are recorded."""
+        if id(states) not in self._offsets:
+            self._offsets[id(states)] = self._num_states
+            # Held, so that no other tensor gets its id.
+            self._blocks.append(states)
+            self._num_states += len(states)
+        return self._offsets[id(states)]
 
     def add_step(self, samples: Samples, record: StepRecord) -> None:
         """Record a stochastic step that each sample took from a state of its own."""
@@ -269,7 +323,7 @@ class Collection:
         return Experience(
             groups=self.groups,
             transition=self.transition,
-            actions=Actions.concatenate(self._actions),
+            actions=replace(Actions.concatenate(self._actions), states=Latents(self._blocks)),
             candidates=Candidates.concatenate(candidates),
             cost=Cost(
                 nfe=(self.policy.num_evaluations - evaluations) / number,
@@ -295,17 +349,14 @@ class Collection:
         """Record a step of each sample from the row ``state`` of the recorded states."""
         assert isinstance(gaussian.std, float), "a denoising step has one standard deviation"
         self._step_std[record.step] = gaussian.std
-        self._actions.append(
-            Actions(
-                states=record.x,
-                state=state,
-                x_next=x_next,
-                step=torch.full((len(samples),), record.step),
-                old_log_prob=gaussian.log_prob(x_next).cpu(),
-                group=samples.group,
-                sample=samples.sample,
-                old_mean=gaussian.mean if self.policy.keeps_means else None,
-            )
+        self.add_actions(
+            samples,
+            record.step,
+            record.x,
+            state,
+            x_next,
+            gaussian.log_prob(x_next).cpu(),
+            gaussian.mean if self.policy.keeps_means else None,
         )
 
     def _thumbnails_by_group(self) -> list[Tensor]:

@@ -18,7 +18,7 @@ from flowgrpo.core.random import Random
 from flowgrpo.core.solvers import PlainSolver
 from flowgrpo.core.tensors import Float, Tensor, torch
 from flowgrpo.core.transitions import ODE
-from flowgrpo.data.experience import INITIAL, Actions, Experience
+from flowgrpo.data.experience import INITIAL, Experience
 from flowgrpo.data.prompts import Group
 from flowgrpo.losses.base import ActionKind
 
@@ -72,20 +72,13 @@ class FIND(AlgorithmBase):
         collection = Collection(policy, groups, scorer, self.transition)
         plan = self.plan(policy.num_steps(), iteration, random)
         gaussian = policy.replay([], torch.zeros(1), INITIAL, self.transition).gaussian
+        nothing: Tensor | None = None
         for samples, records in sample_trajectories(collection, random, plan, record=[0]):
             (first,) = records
-            size = len(samples)
-            collection.add_actions(
-                Actions(
-                    states=torch.zeros_like(first.x[:1]),
-                    state=torch.zeros(size, dtype=torch.long),
-                    x_next=first.x,
-                    step=torch.full((size,), INITIAL),
-                    old_log_prob=gaussian.log_prob(first.x).detach().cpu(),
-                    group=samples.group,
-                    sample=samples.sample,
-                )
-            )
+            log_prob = gaussian.log_prob(first.x).detach().cpu()
+            nothing = torch.zeros_like(first.x[:1]) if nothing is None else nothing
+            shared = torch.zeros(len(samples), dtype=torch.long)
+            collection.add_actions(samples, INITIAL, nothing, shared, first.x, log_prob)
         return collection.experience()
 
     def advantages(self, experience: Experience) -> Float[Tensor, "actions *rewards"]:

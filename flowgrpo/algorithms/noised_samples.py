@@ -9,11 +9,10 @@ from typing import TypeAlias
 
 from flowgrpo.algorithms.base import Policy, Scorer
 from flowgrpo.algorithms.collection import Collection as Recorder
-from flowgrpo.algorithms.collection import Samples
 from flowgrpo.algorithms.trajectories import TrajectoryPlan, sample_trajectories
 from flowgrpo.core.random import Random, SampleNoise
-from flowgrpo.core.tensors import Float, Tensor, torch
-from flowgrpo.data.experience import Actions, Experience
+from flowgrpo.core.tensors import torch
+from flowgrpo.data.experience import Experience
 from flowgrpo.data.prompts import Group
 
 Times: TypeAlias = Callable[[int, int], Collection[int]]
@@ -53,29 +52,13 @@ def collect_noised_samples(
         for step in range(end):
             rows = [row for row, own in enumerate(chosen) if step in own]
             if rows:
-                fresh = noise.at_step(step, last.x_next.shape[1:])
-                recorder.add_actions(_noised(policy, samples, last.x_next, fresh, step, rows))
+                own, index = samples.take(rows), torch.tensor(rows)
+                fresh = noise.at_step(step, last.x_next.shape[1:]).to(last.x_next.device)
+                interval, data = policy.scheduler.interval(step, step + 1), last.x_next[index]
+                # The state before the action is the sample with noise added as at the node.
+                x = interval.signal * data + interval.noise * fresh[index]
+                number = torch.arange(len(rows))
+                recorder.add_actions(
+                    own, step, x, number, last.x_next, torch.zeros(len(rows)), next_row=index
+                )
     return recorder.experience()
-
-
-def _noised(
-    policy: Policy,
-    samples: Samples,
-    x0: Float[Tensor, "samples *latent"],
-    noise: Float[Tensor, "samples *latent"],
-    step: int,
-    rows: Sequence[int],
-) -> Actions:
-    """The samples of some rows, with noise added as at a node of the grid."""
-    interval = policy.scheduler.interval(step, step + 1)
-    index = torch.tensor(rows)
-    data = x0[index]
-    return Actions(
-        states=interval.signal * data + interval.noise * noise.to(x0.device)[index],
-        state=torch.arange(len(index)),
-        x_next=data,
-        step=torch.full((len(index),), step),
-        old_log_prob=torch.zeros(len(index)),
-        group=samples.group[index],
-        sample=samples.sample[index],
-    )

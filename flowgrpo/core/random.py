@@ -61,6 +61,16 @@ class SampleNoise:
         initial = None if self.initial_streams is None else self.initial_streams[rows]
         return SampleNoise(self.streams[rows], initial)
 
+    def padded(self, extra: int) -> "SampleNoise":
+        """The noise of a batch whose last sample is repeated."""
+        if not extra:
+            return self
+        initial = self.initial_streams
+        return SampleNoise(
+            [*self.streams, *[self.streams[-1]] * extra],
+            None if initial is None else [*initial, *[initial[-1]] * extra],
+        )
+
     def initial(self) -> "list[torch.Generator]":
         """Generators for the pipeline's own draws (the initial latents), one per sample."""
         return [stream.generator("initial") for stream in self.initial_streams or self.streams]

@@ -16,15 +16,61 @@ INITIAL = -1
 """The step index of an action that draws the initial noise, and of candidates decoded from it."""
 
 
+class Latents:
+    """States ``(N, *latent)`` in the tensors in which they were recorded, indexed as one tensor.
+
+    A rollout records a tensor per batch and step. Joined to one tensor they would be held twice while
+    they are joined.
+
+    Args:
+        blocks: Tensors ``(n, *latent)`` of one shape, precision and device.
+    """
+
+    def __init__(self, blocks: Sequence[Float[Tensor, "_ *latent"]]):
+        self.blocks = tuple(blocks)
+        self._ends = torch.tensor([len(b) for b in self.blocks]).cumsum(0)
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def __getitem__(self, rows: "int | Tensor | slice") -> Tensor:
+        """The states of some rows: of one row, of indices, of a mask, or of a slice."""
+        if len(self.blocks) == 1:
+            return self.blocks[0][rows]
+        # On the CPU, where rows are drawn.
+        chosen = torch.arange(len(self))[rows]
+        if chosen.ndim == 0:
+            return self[chosen[None]][0]
+        block_of = torch.bucketize(chosen, self._ends, right=True)
+        first = self.blocks[0]
+        found = first.new_empty((len(chosen), *first.shape[1:]))
+        for index in block_of.unique().tolist():
+            here = (block_of == index).nonzero().squeeze(1)
+            block = self.blocks[index]
+            found[here] = block[chosen[here] - self._ends[index] + len(block)]
+        return found
+
+    def joined(self) -> Float[Tensor, "states *latent"]:
+        """All states in one new tensor."""
+        return torch.cat(self.blocks)
+
+    @staticmethod
+    def concatenate(parts: Sequence["Latents"]) -> "Latents":
+        """The states of several parts, one after another; nothing is copied."""
+        return Latents([block for part in parts for block in part.blocks])
+
+
 @dataclass(frozen=True)
 class Actions:
-    """The stochastic steps of one rollout: ``A`` actions that start from ``S`` distinct states.
+    """The stochastic steps of one rollout: ``A`` actions between ``N`` states.
+
+    Each state is stored once, although the state after one step is usually the state before the next.
 
     Attributes:
-        states: States before the steps, fp32. Actions that start from the same state share a row,
-            and one forward pass of the model serves them all.
-        state: Row of ``states`` for each action.
-        x_next: States after the steps, fp32.
+        states: States before and after the steps, fp32. Actions that start from the same state share
+            a row, and one forward pass of the model serves them all.
+        state: Row of ``states`` before each action.
+        next_state: Row of ``states`` after each action.
         step: Index of the step in the sampling grid, or :data:`INITIAL`.
         old_log_prob: Log-probability under the old policy, which sampled the step: the mean over
             latent elements.
@@ -36,9 +82,9 @@ class Actions:
             hacking set it.
     """
 
-    states: Float[Tensor, "states *latent"]
+    states: Latents
     state: Int[Tensor, " actions"]
-    x_next: Float[Tensor, "actions *latent"]
+    next_state: Int[Tensor, " actions"]
     step: Int[Tensor, " actions"]
     old_log_prob: Float[Tensor, " actions"]
     group: Int[Tensor, " actions"]
@@ -49,13 +95,40 @@ class Actions:
     def __len__(self) -> int:
         return self.step.shape[0]
 
+    @classmethod
+    def between(
+        cls,
+        x: Float[Tensor, "states *latent"],
+        state: Int[Tensor, " actions"],
+        x_next: Float[Tensor, "actions *latent"],
+        step: Int[Tensor, " actions"],
+        old_log_prob: Float[Tensor, " actions"],
+        group: Int[Tensor, " actions"],
+        sample: Int[Tensor, " actions"],
+    ) -> "Actions":
+        """Actions from states of their own, ``x[state]``, to states of their own, ``x_next``."""
+        next_state = len(x) + torch.arange(len(x_next))
+        return cls(Latents([x, x_next]), state, next_state, step, old_log_prob, group, sample)
+
+    @property
+    def x_next(self) -> Float[Tensor, "actions *latent"]:
+        """The state after each action, in a new tensor."""
+        return self.states[self.next_state]
+
+    def starts(self) -> tuple[Float[Tensor, "starts *latent"], Int[Tensor, " actions"]]:
+        """The distinct states before the actions, and for each action its row among them."""
+        used, row = torch.unique(self.state, return_inverse=True)
+        return self.states[used], row
+
     def select(self, rows: Int[Tensor, " rows"]) -> "Actions":
-        """The given actions, with only the states that they start from."""
-        used, state = torch.unique(self.state[rows], return_inverse=True)
+        """The given actions, with only the states that they lead from and to."""
+        ends = torch.cat([self.state[rows], self.next_state[rows]])
+        used, row = torch.unique(ends, return_inverse=True)
+        state, next_state = row.chunk(2)
         return Actions(
-            states=self.states[used],
+            states=Latents([self.states[used]]),
             state=state,
-            x_next=self.x_next[rows],
+            next_state=next_state,
             step=self.step[rows],
             old_log_prob=self.old_log_prob[rows],
             group=self.group[rows],
@@ -73,15 +146,15 @@ class Actions:
         """
         offsets = [0]
         for part in parts:
-            offsets.append(offsets[-1] + part.states.shape[0])
+            offsets.append(offsets[-1] + len(part.states))
         means = [p.old_mean for p in parts if p.old_mean is not None]
         if means and len(means) < len(parts):
             raise ValueError("only some of these actions have old_mean")
         return Actions(
-            states=torch.cat([p.states for p in parts]),
+            states=Latents.concatenate([p.states for p in parts]),
             # Rows of ``states`` are counted on over the batches.
             state=torch.cat([p.state + o for p, o in zip(parts, offsets, strict=False)]),
-            x_next=torch.cat([p.x_next for p in parts]),
+            next_state=torch.cat([p.next_state + o for p, o in zip(parts, offsets, strict=False)]),
             step=torch.cat([p.step for p in parts]),
             old_log_prob=torch.cat([p.old_log_prob for p in parts]),
             group=torch.cat([p.group for p in parts]),

@@ -103,7 +103,12 @@ def estimate_footprint(
             f"{type(pipeline).__name__} cannot be traced without weights ({reason})"
         ) from error
     samples = config.train.groups * config.algorithm.group_size // num_processes
-    states = latents.numel() // batches[0] * (config.sampling.num_steps + 1) if latents else 0
+    latent = latents.numel() // batches[0] if latents else 0
+    steps = config.sampling.num_steps
+    # The states at all nodes, and the means of the steps if the loss needs them in later updates.
+    kept = steps + 1 + steps * (config.loss.needs.old_mean and config.train.optimizer_steps > 1)
+    # Until a batch of the rollout is decoded, the model's outputs are kept as well.
+    outputs = latent * batches[0] * steps * (4 if full else dtype.itemsize)
     kl = config.loss.kl_coef > 0
     return Footprint(
         denoisers={k: after[k] if full else before[k] for k in ours},
@@ -117,10 +122,10 @@ def estimate_footprint(
         earlier=config.train.staleness > 0,
         reference=4 * trained if full and kl else 0,
         # With train.staleness an iteration is sampled while the one before it is kept.
-        experience=4 * samples * states * (1 + config.train.staleness),
+        experience=4 * samples * latent * kept * (1 + config.train.staleness),
         rewards={r.label: _reward_bytes(r) for r in config.rewards},
         encode=max((v for k, v in tracer.peaks.items() if k not in ours and k != "vae"), default=0),
-        rollout=max(v for k, v in tracer.peaks.items() if k in ours),
+        rollout=max(v for k, v in tracer.peaks.items() if k in ours) + outputs,
         decode=tracer.peaks.get("vae", 0),
         training=training,
         kl=kl,

@@ -7,7 +7,8 @@ otherwise :class:`PaddingTokenizer` takes its place and pads every prompt to the
 
 import importlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -106,12 +107,14 @@ def pipeline_class(folder: Path) -> Any:
     return _class("diffusers", json.loads((folder / "model_index.json").read_text())["_class_name"])
 
 
-def build(folder: Path, dtype: torch.dtype) -> DiffusionPipeline:
-    """Build the pipeline of a folder with parameters on the meta device, in the dtypes of a policy.
+def build(folder: Path, dtype: torch.dtype, device: str = "meta") -> DiffusionPipeline:
+    """Build the pipeline of a folder without weights, in the dtypes of a policy.
 
     Args:
         folder: Contains ``model_index.json`` and the components' configs.
         dtype: Of the models. The VAE is in fp32, as are the modules that a class keeps in fp32.
+        device: Device of the parameters. On the meta device they take no memory; on any other they are
+            drawn at random there, as the models' classes initialise them.
 
     Raises:
         EstimateError: If a component's class or config is missing, or the pipeline cannot be built.
@@ -127,7 +130,7 @@ def build(folder: Path, dtype: torch.dtype) -> DiffusionPipeline:
             arguments[name] = None
         else:
             try:
-                arguments[name] = _component(folder, name, entry, dtype)
+                arguments[name] = _component(folder, name, entry, dtype, device)
             except (OSError, ValueError, ImportError, AttributeError) as error:
                 raise EstimateError(f"the component {name} cannot be built: {error}") from error
     if "requires_safety_checker" in arguments:
@@ -145,18 +148,31 @@ def _is_component(entry: Any) -> bool:
     return two and all(part is None or isinstance(part, str) for part in entry)
 
 
-def _component(folder: Path, name: str, entry: list[str], dtype: torch.dtype) -> Any:
+@contextmanager
+def _drawn_on(device: str, dtype: torch.dtype) -> Iterator[None]:
+    """Inside, modules are made on a device, with parameters of a dtype."""
+    usual = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(device):
+            yield
+    finally:
+        torch.set_default_dtype(usual)
+
+
+def _component(folder: Path, name: str, entry: list[str], dtype: torch.dtype, device: str) -> Any:
     cls, place = _class(*entry), folder / name
     own = torch.float32 if name in AUTOENCODERS else dtype
     if issubclass(cls, ModelMixin):
         # Pipelines read the buffers of autoencoders, so these are real; those of denoisers can be
         # large, and go on the meta device with the parameters.
-        with init_empty_weights() if hasattr(cls, "decode") else torch.device("meta"):
+        on_meta = init_empty_weights() if hasattr(cls, "decode") else torch.device("meta")
+        with on_meta if device == "meta" else _drawn_on(device, own):
             model = cls.from_config(cls.load_config(place))
         in_fp32: Mapping[str, Any] | list[str] = cls._keep_in_fp32_modules or []
         return _cast(model, own, in_fp32)
     if issubclass(cls, PreTrainedModel):
-        with init_empty_weights():
+        with init_empty_weights() if device == "meta" else _drawn_on(device, own):
             model = cls(cls.config_class.from_pretrained(place))
         # Parameters that share memory are separated when they move to the meta device.
         model.tie_weights()

@@ -121,6 +121,7 @@ class Loop:
         self.start_place: Place | None = None
         self._started = False
         self._version = 0
+        self._versions: list[tuple[int, int]] = []
         self._solver = None if plan.solver == "euler" else SecondOrder()
 
     @property
@@ -212,15 +213,24 @@ class Loop:
         self.x, self._version = x_next, x_next._version
         self.taken += 1
 
+    def record(self, record: StepRecord) -> None:
+        """Keep the record of the step that was taken last."""
+        self.records.append(record)
+        self._versions.append(record.versions)
+
     def check_complete(self, name: str) -> None:
-        """Check that all steps of the plan were taken.
+        """Check that all steps of the plan were taken, and that no recorded state was changed since.
 
         Args:
             name: Class of the pipeline, for the message.
 
         Raises:
-            UnsupportedPipelineError: If the pipeline took fewer steps.
+            UnsupportedPipelineError: If the pipeline took fewer steps, or wrote into a recorded state.
         """
+        if [r.versions for r in self.records] != self._versions:
+            raise UnsupportedPipelineError(
+                f"{name} cannot be a policy: it writes into the tensors of its scheduler's steps"
+            )
         if not self._started:
             raise UnsupportedPipelineError(
                 f"{name} cannot be a policy: its call does not use its scheduler's timesteps"

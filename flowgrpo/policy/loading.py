@@ -83,7 +83,7 @@ def _load_folder(
     config = None
     if quantize != "none":
         names = [n for n in DiffusionPipeline.load_config(folder) if _is_denoiser(n)]
-        config = _quantization(quantize, dtype, names)
+        config = quantization(quantize, dtype, names)
     variant = source.variant or variant_of(folder)
     if source.variant and not any(
         f".{source.variant}." in f.name or f".{source.variant}-" in f.name
@@ -214,7 +214,7 @@ def _complete_weights(source: str) -> Iterator[None]:
             owner.from_pretrained = original
 
 
-def _quantization(
+def quantization(
     kind: Quantization, dtype: torch.dtype, parts: list[str]
 ) -> PipelineQuantizationConfig | None:
     """The quantisation of the components ``parts`` for ``from_pretrained``."""

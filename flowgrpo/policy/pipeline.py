@@ -92,6 +92,18 @@ class _Called(NamedTuple):
     records: Sequence[StepRecord]
     audio: Audio | None
 
+    def first(self, number: int) -> "_Called":
+        """The part of the first samples."""
+        cut: dict[int, Tensor] = {}
+        records = [r.first(number, cut) for r in self.records]
+        audio = None if self.audio is None else self.audio[:number]
+        return _Called(self.output[:number], records, audio)
+
+
+def _padded(x: Tensor, extra: int) -> Tensor:
+    """A batch with its last sample repeated."""
+    return torch.cat([x, x[-1:].expand(extra, *x.shape[1:])]) if extra else x
+
 
 @dataclass
 class Learned:
@@ -124,11 +136,15 @@ class PipelinePolicy:
         pipeline: The pipeline, with a policy scheduler.
         scheduler: The policy scheduler.
         trainable: The trained parameters; None if everything is frozen.
+        compiled: The compiled blocks of each denoiser, by its name; none if nothing is compiled.
         num_evaluations: Denoiser evaluations so far, counted per sample.
         num_decodes: Decoded samples so far.
         lockstep: Makes the calls of all processes equal where ``in_lockstep`` is true.
     """
 
+    replay_batch = 0
+    """Number of states to which :meth:`replay` pads smaller batches if the denoisers are compiled; 0 pads
+    none. Set by the learner to the size of its batches."""
     keeps_means = False
     """Whether actions store the means of their steps. Set by the learner if the loss needs them."""
     in_lockstep = False
@@ -189,7 +205,7 @@ class PipelinePolicy:
             )
         self.in_lockstep = sharder is not None
         memory = memory or Memory()
-        prepare(
+        self.compiled = prepare(
             pipeline, memory, self.device, self.dtype, self._precision, places_denoisers=not sharder
         )
         fix_device(pipeline)
@@ -304,27 +320,30 @@ class PipelinePolicy:
             solver: Solver of the deterministic steps after the last stochastic step.
         """
         for rows in batches(prompts, self.batch_size):
-            part = slice(rows.start, rows.stop)
+            part, size = slice(rows.start, rows.stop), self.batch_size
+            decodes_only = nodes is not None and len(nodes) == 1
+            extra = 0 if decodes_only else self._extra(len(rows), size)
+            whole = [*prompts[part], *[prompts[rows.stop - 1]] * extra]
             plan = StepPlan(
                 nodes=nodes,
                 stochastic=stochastic,
                 transition=transition or ODE(),
-                noise=noise[part],
+                noise=noise[part].padded(extra),
                 record=record,
                 solver=solver,
             )
-            start = None if x is None else x[part]
+            start = None if x is None else _padded(x[part], extra)
             if isinstance(cache := self.pipeline.__dict__.get("encode_prompt"), PromptCache):
-                cache.announce(prompts[part], prompts[rows.stop :])
-            whole = nodes is None and x is None and not stochastic and not record
-            tuned = (sampling or self.sampling).tuned_steps() if whole else None
+                cache.announce(whole, prompts[rows.stop :])
+            is_plain = nodes is None and x is None and not stochastic and not record
+            tuned = (sampling or self.sampling).tuned_steps() if is_plain else None
             with torch.no_grad():
                 called = (
-                    self._run(prompts[part], plan, start, decode, sampling or self.sampling)
+                    self._run(whole, plan, start, decode, sampling or self.sampling)
                     if tuned is None
-                    else self._mixed(prompts[part], plan, tuned, decode, sampling or self.sampling)
+                    else self._mixed(whole, plan, tuned, decode, sampling or self.sampling)
                 )
-            output, records, audio = called
+            output, records, audio = called.first(len(rows)) if extra else called
             self.num_decodes += len(rows) * decode
             media = output.float().cpu() if decode else None
             yield Rollout(rows, None if decode else output, media, records, audio)
@@ -402,8 +421,14 @@ class PipelinePolicy:
         plan = StepPlan(
             nodes=[step, step + 1], stochastic={step}, transition=transition, record={step}
         )
-        (record,) = self._run(prompts, plan, x, False, self.sampling).records
-        return record
+        number, extra = len(prompts), self._extra(len(prompts), self.replay_batch)
+        whole = [*prompts, *[prompts[-1]] * extra]
+        (record,) = self._run(whole, plan, _padded(x, extra), False, self.sampling).records
+        return record.first(number, {}) if extra else record
+
+    def _extra(self, number: int, size: int) -> int:
+        """The number of samples that complete a batch: compiled code is made for one size."""
+        return max(0, size - number) if self.compiled and number else 0
 
     def stock_pipeline(self) -> DiffusionPipeline:
         """The pipeline with its shipped scheduler and its own methods, for export.

@@ -8,7 +8,6 @@ The second half of the file casts tensors to the precision of the model that rec
 
 import functools
 import re
-from collections import Counter
 from collections.abc import Callable, Mapping
 from functools import wraps
 from typing import Any
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from flowgrpo.policy.call import UnsupportedPipelineError
+from flowgrpo.policy.compilation import CompiledBlocks, repeated_blocks
 from flowgrpo.policy.loading import autoencoders, denoisers, helpers
 from flowgrpo.policy.offloading import Encoders, offload_autoencoder
 from flowgrpo.policy.prompt_cache import cache_encodings
@@ -68,7 +68,7 @@ def prepare(
     dtype: torch.dtype,
     precision: Callable[[], torch.dtype],
     places_denoisers: bool = True,
-) -> None:
+) -> dict[str, CompiledBlocks]:
     """Freeze the models of a pipeline, move them to their devices, and wrap the methods that it calls.
 
     Args:
@@ -79,6 +79,9 @@ def prepare(
         precision: Returns the precision of the denoisers' inputs; called in every forward pass.
         places_denoisers: Whether the denoisers are moved to the device; otherwise they stay in main
             memory, from which sharding moves their parts.
+
+    Returns:
+        The compiled blocks of each denoiser, by its name; none if nothing is compiled.
     """
     models, trained = models_of(pipeline), denoisers(pipeline)
     encoders = {k: m for k, m in models.items() if isinstance(m, PreTrainedModel)}
@@ -95,12 +98,13 @@ def prepare(
         if model.dtype != dtype and not is_quantized(model):
             model.to(dtype)
         model.forward = guarded(model.forward, device, dtype, precision)
-    prepare_denoisers(trained, memory)
+    compiled = prepare_denoisers(trained, memory)
     wrap_helpers(pipeline, device, dtype)
     prepare_decoder(pipeline, memory)
     for model in offloaded:
         offload_autoencoder(model, device)
     cache_encodings(pipeline, placed.loaded, memory, device)
+    return compiled
 
 
 def is_quantized(model: ModelMixin) -> bool:
@@ -108,12 +112,18 @@ def is_quantized(model: ModelMixin) -> bool:
     return getattr(model, "hf_quantizer", None) is not None
 
 
-def prepare_denoisers(denoisers: Mapping[str, ModelMixin], memory: Memory) -> None:
+def prepare_denoisers(
+    denoisers: Mapping[str, ModelMixin], memory: Memory
+) -> dict[str, CompiledBlocks]:
     """Apply gradient checkpointing, the attention backend and compilation to the denoisers.
+
+    Returns:
+        The compiled blocks of each denoiser, by its name; none if nothing is compiled.
 
     Raises:
         ValueError: If a denoiser does not support a setting.
     """
+    compiled: dict[str, CompiledBlocks] = {}
     for name, model in denoisers.items():
         kind = type(model).__name__
         if memory.gradient_checkpointing:
@@ -128,21 +138,8 @@ def prepare_denoisers(denoisers: Mapping[str, ModelMixin], memory: Memory) -> No
             except (ImportError, RuntimeError, ValueError) as error:
                 raise ValueError(f"memory.attention = {memory.attention!r}: {error}") from error
         if memory.compile == "regional":
-            for block in repeated_blocks(model):
-                block.compile(dynamic=False)
-
-
-def repeated_blocks(model: nn.Module) -> list[nn.Module]:
-    """The blocks that a model repeats: members of its module lists whose class occurs more than once.
-
-    Blocks inside such blocks are left out. Found by structure, because not all models of diffusers name
-    their repeated blocks (SD3 and UNets do not).
-    """
-    listed = [m for stack in model.modules() if isinstance(stack, nn.ModuleList) for m in stack]
-    counts = Counter(type(m) for m in listed)
-    chosen = [m for m in listed if counts[type(m)] > 1 and list(m.parameters())]
-    inner = {id(n) for m in chosen for n in m.modules() if n is not m}
-    return [m for m in chosen if id(m) not in inner]
+            compiled[name] = CompiledBlocks(repeated_blocks(model))
+    return compiled
 
 
 def prepare_decoder(pipeline: DiffusionPipeline, memory: Memory) -> None:

@@ -24,6 +24,7 @@ a step of higher order depends on more than the current state.
 import copy
 import inspect
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -32,7 +33,7 @@ from diffusers import DDIMScheduler, EulerDiscreteScheduler, FlowMatchEulerDiscr
 from diffusers.schedulers.scheduling_utils import SchedulerMixin, SchedulerOutput
 from torch import Tensor
 
-from flowgrpo.core.transitions import Predicted, Prediction, Step
+from flowgrpo.core.transitions import Gaussian, Predicted, Prediction, Step, Transition
 from flowgrpo.policy.call import (
     Loop,
     PipelineCall,
@@ -158,9 +159,16 @@ class _PlannedSteps:
             x_next = gaussian.sample(plan.noise.at_step(node, x.shape[1:]).to(x.device))
         loop.advance(x_next)
         if node in plan.record:
-            # Some loops write the next state into the tensor of this one.
-            x = x.clone() if x.data_ptr() == sample.data_ptr() else x
-            loop.records.append(StepRecord(node, interval, x, x_next, prediction, gaussian))
+            # Some loops write the next state into the tensor that they began with.
+            x = x.clone() if loop.taken == 1 and x.data_ptr() == sample.data_ptr() else x
+            if node in plan.stochastic and not torch.is_grad_enabled():
+                predict = partial(self._predict_again, model_output, x, node, interval)
+                distribute = partial(_distribution, plan.transition, x, interval)
+                loop.record(
+                    StepRecord(node, interval, x, x_next, predict, distribute, model_output)
+                )
+            else:
+                loop.record(StepRecord(node, interval, x, x_next, prediction, gaussian))
         return SchedulerOutput(prev_sample=x_next) if return_dict else (x_next,)
 
     def interval(self, node: int, next_node: int) -> Step:
@@ -171,12 +179,21 @@ class _PlannedSteps:
         """The predicted data ``x0`` and noise ``x1``, from the model's output at ``x``."""
         raise NotImplementedError
 
+    def _predict_again(self, output: Tensor, x: Tensor, node: int, interval: Step) -> Prediction:
+        return self._predict(output.float(), x, node, interval)
+
     def set_begin_index(self, begin_index: int = 0) -> None:
         """Do nothing: the plan says where the loop begins."""
 
     def scale_model_input(self, sample: Tensor, timestep: Tensor | None = None) -> Tensor:
         """Return the sample: states have the scale that the model expects."""
         return sample
+
+
+def _distribution(
+    transition: Transition, x: Tensor, interval: Step, prediction: Prediction
+) -> Gaussian:
+    return transition(x, prediction, interval)
 
 
 class FlowPolicyScheduler(_PlannedSteps, FlowMatchEulerDiscreteScheduler):

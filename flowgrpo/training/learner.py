@@ -99,6 +99,7 @@ class Learner:
         # means are needed from the second update on only, or if the policy that sampled is an older one.
         own_means = train.optimizer_steps == 1 and train.staleness == 0
         policy.keeps_means = needs.old_mean and not own_means
+        policy.replay_batch = train.train_batch
         self.replay = Replay(
             policy,
             loss,

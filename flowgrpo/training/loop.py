@@ -85,6 +85,8 @@ def iterate(run: TrainingRun) -> Result:
                 update_metrics = learner.update(experience, advantages, random, stale)
 
         metrics = rollout_metrics(experience, session.gather) | rollout.metrics
+        # Its latents would stay on the device during the next rollout.
+        del experience
         session.log(iteration, metrics | reward_metrics | update_metrics, rollout.scoring_seconds)
         if session.save_if_due(learner, iteration + 1):
             break

@@ -140,12 +140,13 @@ class Replay:
         if needs.average:
             with torch.no_grad(), self.policy.lockstep.using("average"):
                 average = _outputs(self.record(experience, actions))
-        state = actions.state.to(device)
+        x, rows = actions.starts()
+        state = rows.to(device)
         if needs.old_mean:
             old_mean = self._old_mean(actions, record.gaussian.mean[state])
         return LossInputs(
             policy=_outputs(record),
-            x=actions.states.to(device),
+            x=x.to(device),
             state=state,
             x_next=actions.x_next.to(device),
             old_log_prob=actions.old_log_prob.to(device),
@@ -186,11 +187,12 @@ class Replay:
         The output has a row per state, not per action.
         """
         prompts = {g.index: g.prompt for g in experience.groups}
-        group_of_state = torch.zeros(len(actions.states), dtype=torch.long)
-        group_of_state[actions.state] = actions.group  # (S,)
+        x, rows = actions.starts()
+        group_of_state = torch.zeros(len(x), dtype=torch.long)
+        group_of_state[rows] = actions.group  # (S,)
         owners = [prompts[int(g)] for g in group_of_state]
         step = int(actions.step[0])
-        return self.policy.replay(owners, actions.states, step, experience.transition)
+        return self.policy.replay(owners, x, step, experience.transition)
 
 
 def _detached(record: StepRecord) -> PolicyOutputs:

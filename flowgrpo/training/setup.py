@@ -80,6 +80,9 @@ def build(config: Config, session: Session, prompts: PromptSet, held_out: Prompt
     policy.lockstep.timeout = timedelta(minutes=config.run.rank_timeout_minutes)
     scorer.check_audio(policy.makes_audio, f"{type(policy.pipeline).__name__} makes none")
     _check_policy(policy, config, prompts, held_out)
+    for name, blocks in policy.compiled.items():
+        # After the checks, which have run it.
+        session.console.say(f"memory.compile: {blocks} of the {name} run compiled")
     session.note_prompts(_prompt_notes(policy, config, prompts, held_out))
     learner = Learner(
         policy,

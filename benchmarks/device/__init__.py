@@ -1,0 +1,1 @@
+"""Measures on a device what a CPU cannot show: ``python -m benchmarks.device``."""
