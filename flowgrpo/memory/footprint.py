@@ -106,7 +106,8 @@ def estimate_footprint(
     latent = latents.numel() // batches[0] if latents else 0
     steps = config.sampling.num_steps
     # The states at all nodes, and the means of the steps if the loss needs them in later updates.
-    kept = steps + 1 + steps * (config.loss.needs.old_mean and config.train.optimizer_steps > 1)
+    later = config.train.optimizer_steps > 1 or config.train.staleness > 0
+    kept = steps + 1 + steps * (config.loss.needs.old_mean and later)
     # Until a batch of the rollout is decoded, the model's outputs are kept as well.
     outputs = latent * batches[0] * steps * (4 if full else dtype.itemsize)
     kl = config.loss.kl_coef > 0
