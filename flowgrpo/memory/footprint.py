@@ -16,8 +16,8 @@ from flowgrpo.memory.budget import GB, Footprint, MemoryOptions
 from flowgrpo.memory.meta_pipeline import EstimateError, build, config_folder
 from flowgrpo.memory.tracer import Activations, Tracer, bytes_of
 from flowgrpo.policy.arguments import Calling, own_arguments
+from flowgrpo.policy.compilation import repeated_blocks
 from flowgrpo.policy.loading import DTYPES, denoisers
-from flowgrpo.policy.placement import repeated_blocks
 from flowgrpo.policy.settings import Full, Noise, Parallel, Weights
 from flowgrpo.policy.weights import Trainable
 from flowgrpo.rewards.settings import Reward

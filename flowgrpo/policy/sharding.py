@@ -21,7 +21,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_map
 
-from flowgrpo.policy.placement import repeated_blocks
+from flowgrpo.policy.compilation import repeated_blocks
 from flowgrpo.policy.settings import Full, Parallel, Weights
 
 
