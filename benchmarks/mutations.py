@@ -73,7 +73,7 @@ AREAS = {
     "algorithms": Area(
         ["flowgrpo/algorithms/*.py"],
         ["limits", "step_credit", "step_advantages", "find", "matching", "guard", "collect", "whole_samples",
-         "step_algorithms", "own_algorithm", "combinations"],
+         "step_algorithms"],
     ),
     "learner": Area(
         ["flowgrpo/training/learner.py", "flowgrpo/training/replay.py", "flowgrpo/training/metrics.py"],
