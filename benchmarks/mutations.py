@@ -67,7 +67,7 @@ AREAS = {
     "core": Area(
         ["flowgrpo/core/*.py"],
         ["steps", "random", "text", "tensors", "advantages", "win_rates", "geneval_rule", "transitions",
-         "solvers", "secrets", "guard", "scorer"],
+         "solvers", "secrets", "guard"],
     ),
     "losses": Area(["flowgrpo/losses/*.py"], ["limits", "losses", "matching", "learner", "objectives"]),
     "algorithms": Area(
