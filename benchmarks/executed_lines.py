@@ -1,48 +1,87 @@
 """Which tests execute which lines: a plugin of pytest for :mod:`benchmarks.mutation_runs`."""
 
+import ast
 import json
-import sys
-import threading
 from collections import defaultdict
 from collections.abc import Generator, Sequence
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import pytest
+
+NOTE = "__note_execution__"
+"""The built-in function that marked code calls."""
 
 
 class ExecutedLines:
     """Writes the seconds of each test and the lines that it executes, its fixtures included.
 
-    Lines that run in another process are not seen. A fixture that several tests share is counted for the
-    first of them only. The file maps the id of a test to
+    Lines are noted by code that :meth:`marked` adds, which costs little; tracing would double the time of
+    all other code. Lines that run in another process are not seen. A fixture that several tests share is
+    counted for the first of them only. The file maps the id of a test to
     ``{"seconds": s, "failed": bool, "lines": {path: [line, ...]}}``.
 
     Args:
-        root: The folder that paths are relative to.
-        sources: The files whose lines are recorded.
         file: The JSON file, for :meth:`write`.
     """
 
-    def __init__(self, root: Path, sources: Sequence[Path], file: Path):
-        self.names = {str(path): str(path.relative_to(root)) for path in sources}
+    def __init__(self, file: Path):
         self.file = file
-        self.lines: dict[str, set[int]] = {}
+        self.statements: list[tuple[str, range]] = []
+        self.executed: set[int] = set()
         self.tests: dict[str, dict[str, Any]] = {}
+
+    def marked(self, path: str, source: str) -> ast.Module:
+        """A module whose functions note which of their statements run.
+
+        Args:
+            path: Name of the module in the results.
+            source: Its text.
+        """
+        tree = ast.parse(source)
+        for node in ast.walk(tree):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                node.body = self._marked(path, node.body)
+        return ast.fix_missing_locations(tree)
+
+    def _marked(self, path: str, body: list[ast.stmt]) -> list[ast.stmt]:
+        """Statements with a call before each; functions inside have their own turn."""
+        found: list[ast.stmt] = []
+        for index, statement in enumerate(body):
+            inner = [getattr(statement, name, None) for name in ("body", "orelse", "finalbody")]
+            is_plain = not any(inner) or isinstance(
+                statement, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
+            )
+            last = statement.end_lineno if is_plain else inner[0][0].lineno - 1  # type: ignore[index]
+            lines = range(statement.lineno, max(last or 0, statement.lineno) + 1)
+            if not is_plain:
+                for name in ("body", "orelse", "finalbody"):
+                    if getattr(statement, name, None):
+                        setattr(statement, name, self._marked(path, getattr(statement, name)))
+                for part in (*getattr(statement, "handlers", ()), *getattr(statement, "cases", ())):
+                    part.body = self._marked(path, part.body)
+            is_docstring = index == 0 and isinstance(
+                getattr(statement, "value", None), ast.Constant
+            )
+            if not is_docstring:
+                number = ast.Constant(len(self.statements))
+                self.statements.append((path, lines))
+                call = ast.Expr(ast.Call(ast.Name(NOTE, ast.Load()), [number], []))
+                found.append(ast.copy_location(call, statement))
+            found.append(statement)
+        return found
 
     @pytest.hookimpl(wrapper=True, tryfirst=True)
     def pytest_runtest_protocol(self, item: pytest.Item) -> Generator[None, Any, Any]:
-        self.lines = defaultdict(set)
-        sys.settrace(self._call)
-        threading.settrace(self._call)
+        self.executed.clear()
         try:
             return (yield)
         finally:
-            sys.settrace(None)
-            threading.settrace(None)  # type: ignore[arg-type]
-            lines = {path: sorted(own) for path, own in self.lines.items()}
-            self._test(item.nodeid)["lines"] = lines
+            lines: dict[str, set[int]] = defaultdict(set)
+            for number in sorted(self.executed):
+                path, own = self.statements[number]
+                lines[path].update(own)
+            self._test(item.nodeid)["lines"] = {p: sorted(own) for p, own in lines.items()}
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         test = self._test(report.nodeid)
@@ -55,20 +94,6 @@ class ExecutedLines:
 
     def _test(self, name: str) -> dict[str, Any]:
         return self.tests.setdefault(name, {"seconds": 0.0, "failed": False, "lines": {}})
-
-    def _call(self, frame: FrameType, event: str, argument: Any) -> Any:
-        """Trace the functions of the sources line by line, and no others."""
-        name = self.names.get(frame.f_code.co_filename)
-        if name is None:
-            return None
-        lines = self.lines[name]
-        lines.add(frame.f_lineno)
-
-        def line(frame: FrameType, event: str, argument: Any) -> Any:
-            lines.add(frame.f_lineno)
-            return line
-
-        return line
 
 
 def _tests(file: Path) -> dict[str, dict[str, Any]]:

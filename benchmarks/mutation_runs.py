@@ -4,6 +4,7 @@ The modules and the tests are imported once. Each mutation gets a process of its
 of the functions that it changes is exchanged, so that a run takes no longer than its tests.
 """
 
+import builtins
 import gc
 import itertools
 import json
@@ -21,7 +22,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.executed_lines import ExecutedLines, by_file, failed, seconds_of, tests_of
+from benchmarks.executed_lines import NOTE, ExecutedLines, by_file, failed, seconds_of, tests_of
 
 
 @dataclass(frozen=True)
@@ -116,9 +117,20 @@ class MutationRuns:
     def _record(self, session: pytest.Session) -> None:
         """Run all tests once without a mutation."""
         began = time.monotonic()
-        recorder = ExecutedLines(self.folder, self.sources, self.recorded)
+        recorder = ExecutedLines(self.recorded)
+        codes = {}
+        for path in self.sources:
+            name = str(path.relative_to(self.folder))
+            marked = recorder.marked(name, path.read_text("utf-8"))
+            codes[str(path)] = _functions(compile(marked, str(path), "exec", dont_inherit=True))
 
         def work() -> str:
+            setattr(builtins, NOTE, recorder.executed.add)
+            for (file, name), found in self.functions.items():
+                code = codes[file].get(name)
+                for function in found:
+                    if code is not None and code.co_freevars == function.__code__.co_freevars:
+                        function.__code__ = code
             session.config.pluginmanager.register(recorder)
             run(list(self.items.values()), lambda: False)
             recorder.write()
@@ -229,6 +241,14 @@ def functions_of(files: Collection[str]) -> dict[tuple[str, str], list[FunctionT
             key = thing.__code__.co_filename, thing.__code__.co_qualname
             found.setdefault(key, []).append(thing)
     return found
+
+
+def _functions(code: CodeType) -> dict[str, CodeType]:
+    """The functions in a code object by their qualified names, without those that share a name."""
+    found = dict(_codes(code))
+    return {
+        name: one for name, one in found.items() if f"{name}#1" not in found and "#" not in name
+    }
 
 
 def _codes(code: CodeType) -> Iterator[tuple[str, CodeType]]:

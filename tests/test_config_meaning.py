@@ -1,6 +1,7 @@
 """What a configuration means: its geometry, what excludes what, what may change, and the evidence of recipes."""
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,10 @@ from flowgrpo.config.changes import CHANGEABLE, differences, flat_table, may_cha
 from flowgrpo.config.evidence import LEVELS, counts, evidence, fingerprint, next_level
 from flowgrpo.config.files import absolute
 from flowgrpo.config.reader import dotted, read
-from flowgrpo.config.reference import explain, to_table
+from flowgrpo.config.reference import explain, json_schema, to_table
 from flowgrpo.config.renamed import old_names
 from flowgrpo.config.starter import starter
+from flowgrpo.core.transitions import CPS, FlowSDE
 
 
 def config(*settings: str) -> Config:
@@ -97,6 +99,13 @@ def test_samplings_of_evaluations_and_trained_steps() -> None:
         (["model.weights={kind='noise'}"], "belong together"),
         (["algorithm={kind='find'}", "model.weights={kind='noise'}", "loss={clip_range=0.2}", "guard.reset_every=5", "loss.kl_coef=0.1"], "always the standard normal"),
         (["rewards.0.weight=0", "guard.kl=uncertain"], "loss.kl_coef above 0"),
+        (["loss={kind='nft'}"], "loss.kind and algorithm.kind do not belong together"),
+        (["loss.clip_range=0.0"], "loss.clip_range must be at least"),
+        (["algorithm={kind='matching', group_size=16, advantage={kind='per_loss'}}", "loss={kind='dgpo'}"], "DGPOLoss is not proportional to the advantage"),
+        (["algorithm.advantage={kind='per_loss'}"], ""),
+        (["algorithm={kind='pref_grpo', group_size=16, preference={kind='compared', reward='x'}}"], "algorithm: algorithm.preference.reward = 'x'"),
+        (["algorithm.advantage={kind='beta'}"], "needs exactly one reward of 0 and 1"),
+        (["loss={kind='tests.test_objectives:Distances'}"], "train.ema_decay above 0"),
     ],
 )  # fmt: skip
 def test_settings_that_exclude_each_other(settings: list[str], problem: str) -> None:
@@ -286,6 +295,68 @@ def test_tables_leave_out_what_is_not_set() -> None:
     assert table["algorithm"]["steps"] == {"kind": "random_window", "size": 1, "first": 0, "last": 4}  # fmt: skip
     assert table["run"]["trackers"] == ["tensorboard"]
     assert to_table({"a": None, "b": (1, {"c": None})}) == {"b": [1, {}]}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tree:
+    """A table that holds tables of its own kind."""
+
+    name: str
+    """Its name."""
+    size: int | None = None
+    """Its size, if it is known."""
+    children: tuple["Tree", ...] = ()
+    """The tables below."""
+
+
+def test_tables_may_hold_tables_of_their_own_kind() -> None:
+    schema = json_schema(Tree)
+    children = {"type": "array", "items": {"allOf": [{"$ref": "#/$defs/Tree"}]}}
+    assert {k: schema["properties"]["children"][k] for k in children} == children
+    assert schema["$defs"]["Tree"]["properties"]["children"] == schema["properties"]["children"]
+    found = read(Tree, {"name": "a", "size": 3, "children": [{"name": "b", "size": None}]})
+    assert found == Tree(name="a", size=3, children=(Tree(name="b"),))
+    with pytest.raises(ConfigError, match=r"children\[0\].size must be a whole number"):
+        read(Tree, {"name": "a", "children": [{"name": "b", "size": "x"}]})
+
+
+def test_a_table_of_another_kind_takes_the_place_of_the_extended_one(tmp_path: Path) -> None:
+    text = 'extends = "quickstart"\n[algorithm.transition]\n'
+    (tmp_path / "own.toml").write_text(text + 'kind = "flow_sde"\n')
+    assert load(str(tmp_path / "own.toml")).algorithm.transition == FlowSDE()
+    (tmp_path / "own.toml").write_text(text + "noise_level = 0.25\n")
+    assert load(str(tmp_path / "own.toml")).algorithm.transition == CPS(noise_level=0.25)
+
+
+def test_files_of_runs_and_of_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "run").mkdir()
+    file = tmp_path / "run" / "config.toml"
+    file.write_text('extends = "quickstart"\n[run]\nfolder = "~/elsewhere"\n')
+    assert find("~/run/config.toml") == file
+    assert load("~/run/config.toml").run.folder == str(tmp_path / "elsewhere")
+    # In a run directory it is that of the run in it, wherever it was moved.
+    (tmp_path / "run" / "inputs.json").write_text("{}")
+    assert load(str(file)).run.folder == str(tmp_path / "run")
+    assert load(str(file), ["run.folder=x"]).run.folder == "x"
+    file.rename(tmp_path / "run" / "copy.toml")
+    assert load(str(tmp_path / "run" / "copy.toml")).run.folder == str(tmp_path / "elsewhere")
+    assert find("hf:a/b") == Path("hf:a/b")
+
+
+def test_ten_mistakes_are_listed_and_the_others_counted() -> None:
+    def lines(number: int) -> list[str]:
+        with pytest.raises(ConfigError) as caught:
+            config(*(f"train.wrong{i}=1" for i in range(number)))
+        return str(caught.value).splitlines()
+
+    assert len(lines(10)) == 10
+    assert len(lines(12)) == 11
+    assert lines(12)[-1] == "and 2 more"
+    with pytest.raises(ConfigError, match="'2' is not an entry of a list of 2, counted from 0"):
+        config("rewards.2.weight=1")
+    with pytest.raises(ConfigError, match="ddof must be one of 0, 1, got True"):
+        config("algorithm.advantage={kind='group', ddof=true}")
 
 
 def test_explanations_line_by_line() -> None:

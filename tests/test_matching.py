@@ -189,6 +189,11 @@ def test_groups_do_not_see_each_other_and_failures_leave_them() -> None:
         second = loss(inputs(now[3:], old[3:], advantage[3:], base[3:]))
         wanted = torch.cat([first.loss, torch.zeros(1), second.loss])
         torch.testing.assert_close(whole.loss, wanted)
+        # A group without any known reward gives no loss, and spoils none.
+        lost = torch.tensor([True, True, True, False, False])
+        found = loss(inputs(now, old, [*advantage[:3], 0, 0], base, group=group, has_reward=lost))
+        alone = loss(inputs(now[:3], old[:3], advantage[:3], base[:3]))
+        torch.testing.assert_close(found.loss, torch.cat([alone.loss, torch.zeros(2)]))
 
 
 @pytest.mark.parametrize(("beta", "square", "factor"), [(1.0, 0.00846875, 5.0), (10.0, 0.025625, 0.5)])  # fmt: skip

@@ -572,3 +572,27 @@ def test_benchmarks_and_grids_go_to_the_trackers(start: Start, monkeypatch: pyte
         ("grid", session.folder / "grids" / "000003.png", 3),
     ]
     assert lines(session, "evaluations")[0]["bench"] == bench
+
+
+def test_objects_of_several_processes_are_gathered(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    session = start()
+    monkeypatch.setattr(sessions_module, "gather_object", lambda own: [*own, "another's"])
+    assert session.gather_objects(["own"]) == ["own"]
+    monkeypatch.setattr(sessions_module.Accelerator, "num_processes", 2)
+    assert session.gather_objects(["own"]) == ["own", "another's"]
+    assert session.gather(torch.tensor([[1.0]])).tolist() == [[1.0]]
+
+
+def test_a_session_says_only_what_matters(start: Start, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:  # fmt: skip
+    start()
+    assert capsys.readouterr().out == ""
+    claim = sessions_module.run_folder.claim
+
+    def without_locks(*arguments: Any) -> Any:
+        held, changed = claim(*arguments)
+        held.warning = "WARNING: this file system has no locks"
+        return held, changed
+
+    monkeypatch.setattr(sessions_module.run_folder, "claim", without_locks)
+    start()
+    assert capsys.readouterr().out.split() == ["WARNING:", "this", "file", "system", "has", "no", "locks"]
