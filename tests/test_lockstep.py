@@ -196,7 +196,8 @@ def test_processes_without_work_take_part_in_every_pass(
             scale = max(float(g.abs().max()) for g in gradient)
             for got, want in zip(summed, gradient, strict=True):
                 assert float((got - want).abs().max()) <= 1e-3 * scale, case
-            for name in ("loss/policy", "loss/kl", "grad_norm"):
+            assert found.keys() == metrics.keys()
+            for name in ("loss/policy", "loss/kl", "kl/velocity", "grad_norm"):
                 assert found[name] == pytest.approx(metrics[name], rel=1e-2, abs=1e-6), (case, name)
         evaluate(policy, rank)
         encode(policy, rank)

@@ -152,7 +152,7 @@ class PromptCache:
         if join is None:
             self._require_text()
             return self._remembered(bound, batched, rows, shared)
-        needed = [(row,) for row in dict.fromkeys(rows)]
+        needed: list[Rows] = [(row,) for row in dict.fromkeys(rows)]
         if self.union is not None:
             # The encoders gather their parameters from all processes, so that all encode what any of
             # them lacks. What is there comes first, before the store drops it for something new.
