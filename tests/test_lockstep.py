@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from flowgrpo.algorithms import FIND, FlowGRPO, Matching
 from flowgrpo.config import Train
 from flowgrpo.core.random import Random, SampleNoise
+from flowgrpo.core.transitions import CPS
 from flowgrpo.data.prompts import Group, Prompt
 from flowgrpo.evaluation import held_out
 from flowgrpo.losses.clipped import ClippedLoss
@@ -148,6 +149,12 @@ def evaluate(policy: PipelinePolicy, rank: int) -> None:
         experience = algorithm.collect(policy, first, scorer, RANDOM, 0)
     if rank == 1:  # Its group is flat, and is sampled again.
         experience.candidates.scores.reward[:] = 1.0
+    # A loss without a gradient: its process takes part in the backward pass of the other.
+    one = experience.actions.select(torch.tensor([0]))
+    with policy.together():
+        record = policy.replay([first[0].prompt], one.states, int(one.step[0]), CPS())
+        loss = record.prediction.output.sum() if rank == 0 else torch.zeros(())
+        policy.lockstep.backward(loss, Tensor.backward)
     before = policy.num_evaluations
     _, replaced = refilled(
         experience, 1, lambda _: first, lambda g: algorithm.collect(policy, g, scorer, RANDOM, 0),
