@@ -59,9 +59,9 @@ CASES: dict[str, Sequence[str]] = {
     "pref_grpo": ["algorithm={kind='pref_grpo', group_size=4, preference={kind='compared', reward='brightness'}}", CLIPPED],
     "tempflow_grpo": ["algorithm={kind='tempflow_grpo', group_size=4, seeds=2}", CLIPPED],
     "g2rpo": ["algorithm={kind='g2rpo', group_size=4, steps={kind='window', size=2}, granularities=[1, 2]}", CLIPPED, "train.split='steps'"],
-    "tp_grpo": ["algorithm={kind='tp_grpo', group_size=4}", CLIPPED],
+    "tp_grpo": ["algorithm={kind='tp_grpo', group_size=4, steps={kind='all', skip_last=2}}", CLIPPED],
     "vgpo": ["algorithm={kind='vgpo', group_size=4}", CLIPPED],
-    "branch_grpo": ["algorithm={kind='branch_grpo', group_size=4, splits=[0, 1]}", CLIPPED, "train.split='actions'"],
+    "branch_grpo": ["algorithm={kind='branch_grpo', group_size=4, splits=[0, 1], steps={kind='all', skip_last=2}}", CLIPPED, "train.split='actions'"],
     "diffusion_nft": ["algorithm={kind='diffusion_nft', group_size=4}", "loss={kind='nft', kl_coef=0.05}"],
     "matching": ["algorithm={kind='matching', group_size=4, num_times=2}", "loss={kind='matching', kl_coef=0.05}"],
     "matching, DGPO": ["algorithm={kind='matching', group_size=4, num_times=2}", "loss={kind='dgpo'}"],
@@ -186,17 +186,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     more = [*options.set, *(["parallel.shard=denoiser"] if options.sharded else [])]
     print("| algorithm | processes | " + " | ".join(COLUMNS) + " |")
     print("|---|--:|" + "--:|" * len(COLUMNS), flush=True)
+    failed = 0
     with tempfile.TemporaryDirectory() as place:
         model = save(options.model, Path(place) / "model")
         for name in options.algorithms:
             folders = {n: Path(place) / f"{name}-{n}" for n in (1, *options.ranks)}
-            train(folders[1], model, 1, CASES[name])
-            for number in options.ranks:
-                train(folders[number], model, number, [*CASES[name], *more])
-                found = compared(folders[1], folders[number], model)
-                cells = " | ".join(f"{found[c]:.1e}" for c in COLUMNS)
-                print(f"| {name} | {number} | {cells} |", flush=True)
-    return 0
+            try:
+                train(folders[1], model, 1, CASES[name])
+                for number in options.ranks:
+                    train(folders[number], model, number, [*CASES[name], *more])
+                    found = compared(folders[1], folders[number], model)
+                    cells = " | ".join(f"{found[c]:.1e}" for c in COLUMNS)
+                    print(f"| {name} | {number} | {cells} |", flush=True)
+            except (RuntimeError, AssertionError) as error:
+                print(f"{name}: {error}", file=sys.stderr, flush=True)
+                failed += 1
+    return int(failed > 0)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from flowgrpo.algorithms import FIND, FlowGRPO, Matching
 from flowgrpo.config import Train
 from flowgrpo.core.random import Random, SampleNoise
+from flowgrpo.core.transitions import CPS
 from flowgrpo.data.prompts import Group, Prompt
 from flowgrpo.evaluation import held_out
 from flowgrpo.losses.clipped import ClippedLoss
@@ -148,6 +149,12 @@ def evaluate(policy: PipelinePolicy, rank: int) -> None:
         experience = algorithm.collect(policy, first, scorer, RANDOM, 0)
     if rank == 1:  # Its group is flat, and is sampled again.
         experience.candidates.scores.reward[:] = 1.0
+    # A loss without a gradient: its process takes part in the backward pass of the other.
+    one = experience.actions.select(torch.tensor([0]))
+    with policy.together():
+        record = policy.replay([first[0].prompt], one.states, int(one.step[0]), CPS())
+        loss = record.prediction.output.sum() if rank == 0 else torch.zeros(())
+        policy.lockstep.backward(loss, Tensor.backward)
     before = policy.num_evaluations
     _, replaced = refilled(
         experience, 1, lambda _: first, lambda g: algorithm.collect(policy, g, scorer, RANDOM, 0),
@@ -196,7 +203,8 @@ def test_processes_without_work_take_part_in_every_pass(
             scale = max(float(g.abs().max()) for g in gradient)
             for got, want in zip(summed, gradient, strict=True):
                 assert float((got - want).abs().max()) <= 1e-3 * scale, case
-            for name in ("loss/policy", "loss/kl", "grad_norm"):
+            assert found.keys() == metrics.keys()
+            for name in ("loss/policy", "loss/kl", "kl/velocity", "grad_norm"):
                 assert found[name] == pytest.approx(metrics[name], rel=1e-2, abs=1e-6), (case, name)
         evaluate(policy, rank)
         encode(policy, rank)

@@ -211,7 +211,11 @@ def test_two_processes_equal_one(straight, tmp_path):
     for one, two in zip(
         lines(alone / "metrics.jsonl"), lines(folder / "metrics.jsonl"), strict=True
     ):
-        for key in ("reward", "reward_std", "group/zero_variance", "group/diversity", "grad_norm"):
+        assert one.keys() == two.keys()
+        for key in (
+            "reward", "reward_std", "group/zero_variance", "group/diversity", "grad_norm",
+            "kl/velocity", *(k for k in one if k.endswith("/ratio_deviation")),
+        ):  # fmt: skip
             assert one[key] == pytest.approx(two[key], rel=2e-3, abs=1e-6), key
     a, b = (
         load_file(f / "checkpoints" / "000004" / "weights.safetensors") for f in (alone, folder)

@@ -110,7 +110,8 @@ class Lockstep:
         self.in_section = False
         self._name = ""
         self._is_open = False
-        self._joined: Tensor | None = None
+        # The output of the last call with gradients, made or joined, before its backward pass.
+        self._output: Tensor | None = None
         self._group: Any = None
 
     @contextmanager
@@ -129,7 +130,7 @@ class Lockstep:
                 self._join(turn.call)
         finally:
             self.in_section = self._is_open = False
-            self._joined = None
+            self._output = None
 
     @contextmanager
     def using(self, name: str) -> Iterator[None]:
@@ -154,6 +155,12 @@ class Lockstep:
         # The call and all that follows it, to the backward pass, comes before other calls.
         self._is_open = self._is_open or call.gradient
 
+    def made(self, call: Call, records: Sequence[StepRecord]) -> None:
+        """Note that a call was made, and the steps that it recorded."""
+        if call.gradient and records:
+            output = records[-1].prediction.output
+            self._output = output if output.requires_grad else None
+
     def backward(self, loss: Tensor, run: Callable[[Tensor], None]) -> None:
         """Backpropagate a loss, if it has a gradient.
 
@@ -162,12 +169,20 @@ class Lockstep:
             run: Backpropagates it.
         """
         # The loss need not depend on the denoiser: FIND trains the initial noise.
-        if self._is_open and loss.requires_grad:
+        if self._is_open and self._output is not None:
             while (turn := self._next(_BACKWARD)) is not None and not turn.is_own:
                 self._join(turn.call)
-        self._is_open = False
+            if not loss.requires_grad:
+                self._backward_of_zeros()
+        self._is_open, self._output = False, None
         if loss.requires_grad:
             run(loss)
+
+    def _backward_of_zeros(self) -> None:
+        """The backward pass of the last call, which changes nothing."""
+        assert self._output is not None, "a backward pass without a call before it"
+        self._output.backward(torch.zeros_like(self._output))
+        self._output = None
 
     def union(self, values: list[Value]) -> list[Value]:
         """The values of all processes, in the order of the processes, each once."""
@@ -212,10 +227,7 @@ class Lockstep:
     def _join(self, call: Call | None) -> None:
         """Make a call of another process with one sample, or the backward pass of the last one."""
         if call is None:
-            assert self._joined is not None, "a backward pass without a call before it"
-            # Zero gradients: the pass changes nothing.
-            self._joined.backward(torch.zeros_like(self._joined))
-            self._joined = None
+            self._backward_of_zeros()
             return
         assert self._name in ("", call.weights), "calls of two weights at the same time"
         enters = bool(call.weights) and call.weights != self._name
@@ -223,10 +235,7 @@ class Lockstep:
             torch.set_grad_enabled(call.gradient),
             self.using(call.weights) if enters else nullcontext(),
         ):
-            records = self._perform(call)
-        if call.gradient and records:
-            output = records[-1].prediction.output
-            self._joined = output if output.requires_grad else None
+            self.made(call, self._perform(call))
 
     def _messages(self) -> Any:
         """The processes, connected for messages on the CPU, which do not wait for the accelerator."""

@@ -476,9 +476,13 @@ class PipelinePolicy:
         sampling: Sampling,
     ) -> _Called:
         """Call the pipeline, in a section when it is this process's turn."""
-        if self.lockstep.in_section:
-            self.lockstep.wait(self.lockstep.describe(prompts, plan, x, sampling))
-        return self._run_now(prompts, plan, x, decode, sampling)
+        if not self.lockstep.in_section:
+            return self._run_now(prompts, plan, x, decode, sampling)
+        call = self.lockstep.describe(prompts, plan, x, sampling)
+        self.lockstep.wait(call)
+        called = self._run_now(prompts, plan, x, decode, sampling)
+        self.lockstep.made(call, called.records)
+        return called
 
     def _join(self, call: Call) -> Sequence[StepRecord]:
         """Make a call of another process; it does not count as work of this one."""

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -281,7 +282,7 @@ class Learner:
         return total
 
     def _drift(self, experience: Experience) -> dict[str, float]:
-        """The distance of the policy from the reference, on a few states of the first process.
+        """The distance of the policy from the reference, on a few of the iteration's states.
 
         It is the metric ``kl/velocity``: the mean squared difference of the models' outputs.
 
@@ -290,30 +291,46 @@ class Learner:
         """
         if self.train.monitor_states == 0:
             return {}
-        # The first process has the first groups of the iteration, however many processes there are.
-        batches = [self._monitored(experience)] if self.accelerator.is_main_process else []
+        batches = self._monitored(experience)
         references = self.replay.references(experience, batches)
         with torch.no_grad(), self.policy.together():
             records = [self.replay.record(experience, batch) for batch in batches]
-        found = torch.zeros(2)
+        found = []
         for record, reference in zip(records, references, strict=True):
-            moved = record.prediction.output.cpu() - reference.output
-            squares = [_mean_square(moved), _mean_square(reference.output)]
-            found = torch.stack(squares)
-        drift, size = self.accelerator.reduce(found.to(self.policy.device), "sum").tolist()
-        check_drift(drift, size)
+            output = record.prediction.output.cpu()
+            moved, size = _mean_square(output - reference.output), _mean_square(reference.output)
+            found.append((len(output), moved, size))
+        every = self._of_all(found)
+        number = sum(n for n, _, _ in every)
+        drift = sum(n * moved for n, moved, _ in every) / number
+        check_drift(drift, sum(n * size for n, _, size in every) / number)
         return {"kl/velocity": drift}
 
-    def _monitored(self, experience: Experience) -> Actions:
-        """The actions of a few states. They share the step and the call of the first action."""
+    def _monitored(self, experience: Experience) -> list[Actions]:
+        """The actions from this process's share of the monitored states, as one batch or none.
+
+        Monitored are the first states, by group and sample, of the denoising step with which the
+        iteration begins. They share a call of the pipeline.
+        """
         train, actions = self.train, experience.actions
-        # Groups whose prompts can share a call with that of the first action.
         key = {g.index: call_key(g.prompt) for g in experience.groups}
-        alike = [i for i, k in key.items() if k == key[int(actions.group[0])]]
-        same = (actions.step == actions.step[0]) & torch.isin(actions.group, torch.tensor(alike))
-        first = actions.state[same].unique()
-        chosen = torch.isin(actions.state, first[: min(train.monitor_states, train.train_batch)])
-        return actions.select(chosen.nonzero().squeeze(1))
+        # Those of the first action on all processes.
+        step, first = self._of_all([(int(actions.step[0]), key[int(actions.group[0])])])[0]
+        alike = torch.tensor([i for i, k in key.items() if k == first])
+        rows = ((actions.step == step) & torch.isin(actions.group, alike)).nonzero().squeeze(1)
+        found = {
+            int(actions.state[i]): (int(actions.group[i]), int(actions.sample[i]))
+            for i in reversed(rows.tolist())
+        }
+        limit = min(train.monitor_states, train.train_batch)
+        last = sorted(self._of_all(list(found.values())))[:limit][-1]
+        chosen = sorted(state for state, place in found.items() if place <= last)[:limit]
+        own = torch.isin(actions.state, torch.tensor(chosen)).nonzero().squeeze(1)
+        return [actions.select(own)] if chosen else []
+
+    def _of_all(self, values: list[Any]) -> list[Any]:
+        """The values of all processes."""
+        return gather_object(values) if self.accelerator.num_processes > 1 else values
 
     def _follow(self) -> None:
         """After an iteration, move the behaviour weights towards the trained weights.
@@ -447,9 +464,9 @@ class Learner:
                 }
 
 
-def _mean_square(values: Tensor) -> Float[Tensor, ""]:
+def _mean_square(values: Tensor) -> float:
     """The mean over samples of their mean squares."""
-    return values.float().square().flatten(1).mean(1).mean()
+    return float(values.float().square().flatten(1).mean(1).mean())
 
 
 def sum_gradients(parameters: Sequence[nn.Parameter], accelerator: Accelerator) -> None:
