@@ -37,6 +37,7 @@ def train(config: Config) -> Result:
         with Session(config) as session, explained(session):
             if session.is_finished:
                 return already_finished(session)
+            session.announce()
             return iterate(build(config, session, prompts, held_out))
     except StopRequested as signal:
         return Result(Path(config.run.folder), [], False, str(signal))
