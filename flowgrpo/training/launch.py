@@ -278,14 +278,13 @@ def launch(command: Sequence[str], nodes: Nodes) -> int:
         output.close()
     if failed is None:
         return 0
-    status, name = _shell_status(failed.code)
+    code = failed.code or 0
+    status, name = _shell_status(code)
     if stopping and name == stopping[0]:
         return EXIT_STATUS[name]
     if not stopping:
         others = "" if nodes.nproc == 1 else "; the others were ended"
-        print(
-            f"flowgrpo: {failed.name} ended first, {_cause(failed.code)}{others}", file=sys.stderr
-        )
+        print(f"flowgrpo: {failed.name} ended first, {_cause(code)}{others}", file=sys.stderr)
     return status
 
 

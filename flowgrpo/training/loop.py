@@ -47,6 +47,7 @@ def train(config: Config, kept: Sequence[str] = ()) -> Result:
                 session.console.say(note)
             if session.is_finished:
                 return already_finished(session)
+            session.announce()
             return iterate(build(config, session, prompts, held_out))
     except StopRequested as signal:
         return Result(Path(config.run.folder), [], False, str(signal))

@@ -18,7 +18,7 @@ from accelerate.utils import gather_object
 from torch import Tensor
 
 from flowgrpo.config import Config
-from flowgrpo.config.plan import Plan
+from flowgrpo.config.plan import plan
 from flowgrpo.core.errors import DivergenceError, LostRankError
 from flowgrpo.core.measures import Measured
 from flowgrpo.core.secrets import redact_command
@@ -433,8 +433,9 @@ class Session:
         self.accelerator.end_training()
         self.accelerator.trackers = []
 
-    def announce(self, work: Plan) -> None:
+    def announce(self) -> None:
         """Print the plan of the run, and what is wasteful about it."""
+        work = plan(self.config, self.accelerator.num_processes)
         words = self.config.geometry(work.num_ranks) | work.rows()
         for name, value in words.items():
             self.console.say(f"{name:>16}  {value}")
@@ -444,6 +445,12 @@ class Session:
             notes.append(note)
         for note in notes:
             self.console.say(f"WARNING: {note}")
+
+    def announce_network(self, learner: Learner) -> None:
+        """Print what an iteration sends over the network, which depends on the trained parameters."""
+        work = plan(self.config, self.accelerator.num_processes)
+        if network := work.network(sum(p.numel() for p in learner.parameters)):
+            self.console.say(f"network: {network}")
 
     def note_prompts(self, notes: Sequence[str]) -> None:
         """Print warnings about the prompts, and keep them for the report."""

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from datetime import timedelta
 
 from flowgrpo.config import Config, ConfigError
-from flowgrpo.config.plan import plan
 from flowgrpo.core.transitions import require_path
 from flowgrpo.data.prompt_sets import PromptSet
 from flowgrpo.data.prompts import Prompt
@@ -62,8 +61,6 @@ def build(config: Config, session: Session, prompts: PromptSet, held_out: Prompt
         RewardError: If a reward cannot be trained on.
         CheckpointError: If the newest checkpoint is damaged.
     """
-    work = plan(config, session.accelerator.num_processes)
-    session.announce(work)
     scorer = _load_rewards(config, session, [*prompts.prompts, *held_out.prompts])
     policy = PipelinePolicy.from_pretrained(
         config.model.source,
@@ -92,8 +89,7 @@ def build(config: Config, session: Session, prompts: PromptSet, held_out: Prompt
         with_baseline=getattr(config.algorithm, "needs_baseline", False),
         guard=config.guard,
     )
-    if network := work.network(sum(p.numel() for p in learner.parameters)):
-        session.console.say(f"network: {network}")
+    session.announce_network(learner)
     evaluator = Evaluator(
         config.evaluation,
         session,
