@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -21,6 +22,7 @@ from flowgrpo.data.prompts import Prompt
 from flowgrpo.evaluation import comparison_grid, held_out
 from flowgrpo.evaluation.comparison_grid import ComparisonGrid
 from flowgrpo.evaluation.grid_drawing import GridRow
+from flowgrpo.evaluation.samples import Sample, thumbnail
 from flowgrpo.losses.clipped import ClippedLoss
 from flowgrpo.policy import PipelinePolicy
 from flowgrpo.rewards.scorer import RewardScorer
@@ -85,6 +87,8 @@ def test_an_evaluation_equals_the_slow_one(policy: PipelinePolicy) -> None:
     scorer.iteration, scorer.failures_seen, scorer.scored = 3, 9, 9
     items = held_out.plan(PROMPTS, 9)
     options: dict[str, Any] = {"seed": SEED, "sampling": policy.sampling, "balance": "tag"}
+    samples: list[Sample] = []
+    options["show"] = samples.extend
     found = held_out.evaluate(policy, scorer, items, metrics=[first_and_last], **options)
     # One image at a time; its noise depends on the seed and its position alone.
     images = [image(policy, i.prompt, "evaluation", i.index) for i in items]
@@ -129,6 +133,15 @@ def test_an_evaluation_equals_the_slow_one(policy: PipelinePolicy) -> None:
         own_images.setdefault(item.prompt.text, []).append(picture)
     edges = [float(m[0].mean() - 2 * m[-1].mean()) for m in own_images.values()]
     assert found["metrics"] == pytest.approx({"edges": mean(edges), "samples": 9.0}, rel=1e-3)
+    # The images without a reward, those of cubes, are in neither group.
+    rewarded = [(2 * v + 2 * n, i) for i, (_, v, n, ok) in enumerate(rows) if ok]
+    order = sorted(rewarded)[:3] + sorted(rewarded)[:-4:-1]
+    assert [s.group for s in samples] == ["highest"] * 3 + ["lowest"] * 3
+    for sample, (reward, index) in zip(samples[3:] + samples[:3], order, strict=True):
+        assert sample.prompt == items[index].prompt.text
+        assert sample.reward == pytest.approx(reward, **near)
+        assert sample.scores == pytest.approx({"brightness": light[index], "length": float(rows[index][2])}, **near)  # fmt: skip
+        assert np.abs(np.asarray(sample.picture, int) - np.asarray(thumbnail(images[index]), int)).max() <= 1  # fmt: skip
     # Another seed draws other images, and without a key there are no classes.
     other = held_out.evaluate(policy, scorer, items, seed=SEED + 1, sampling=policy.sampling)
     assert abs(other["scores"]["brightness"] - found["scores"]["brightness"]) > 1e-4

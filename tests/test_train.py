@@ -16,6 +16,7 @@ import flowgrpo
 from flowgrpo import cli
 from flowgrpo.config import ConfigError
 from flowgrpo.core.errors import DivergenceError
+from flowgrpo.evaluation.samples import load_samples
 from flowgrpo.policy import PipelinePolicy
 from flowgrpo.rewards.settings import RewardError
 from flowgrpo.training import checkpoints
@@ -129,8 +130,12 @@ def test_run_directory_is_complete(straight):
     names = {p.name for p in straight.iterdir()}
     assert {
         "config.toml", "environment.json", "metrics.jsonl", "timings.jsonl", "evaluations.jsonl",
-        "grids", "checkpoints", "export", "report.html",
+        "grids", "samples", "checkpoints", "export", "report.html",
     } <= names  # fmt: skip
+    assert len(load_samples(straight / "samples" / "000004.png")) >= 6
+    report = (straight / "report.html").read_text()
+    assert "<h2>Film strip</h2>" in report
+    assert "<h2>Best and worst samples</h2>" in report
     assert [m["iteration"] for m in lines(straight / "metrics.jsonl")] == [0, 1, 2, 3]
     assert [e["iteration"] for e in lines(straight / "evaluations.jsonl")] == [0, 2, 4]
     assert (straight / "grids" / "000004.png").stat().st_size > 5000

@@ -85,6 +85,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_weights_argument(parser)
     add_lora_argument(parser)
+    _add_sampling_arguments(parser)
+
+
+def _add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
+    """What a grid samples with where no axis says it."""
     parser.add_argument(
         "--steps",
         type=int,

@@ -59,8 +59,8 @@ def _serve(folder: Path, port: int) -> int:
     def status() -> tuple[str, str]:
         found = summarise(folder)
         planned = "" if found.iterations is None else f" of {found.iterations}"
-        updated = f"; last log line {found.updated[11:] or found.updated}" if found.updated else ""
-        return found.state, f"{found.state}, {found.iteration}{planned} iterations{updated}"
+        updated = f", {found.updated[11:] or found.updated}" if found.updated else ""
+        return found.state, f"{found.state}: {found.iteration}{planned} iterations{updated}"
 
     try:
         server = ReportServer(folder, port, status)

@@ -78,7 +78,8 @@ def film_strip(records: Records) -> str:
     )
     if len(frames) == 1:
         note = "Held-out prompts, drawn by the base model."
-    content = f'<div class="card film">{controls}{body}{data if len(frames) > 1 else ""}</div>'
+    style = f"--samples: {len(newest[0].blocks[-1])}"
+    content = f'<div class="card film" style="{style}">{controls}{body}{data if len(frames) > 1 else ""}</div>'
     return section("Film strip", note, content)
 
 
