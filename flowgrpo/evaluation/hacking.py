@@ -97,8 +97,9 @@ def changes_between(first: Mapping[str, Any], now: Mapping[str, Any]) -> list[Ch
     for name in now["scores"]:
         errors = [e.get("errors", {}).get(name) for e in (first, now)]
         error = None if None in errors else math.hypot(*(float(e) for e in errors))
-        values = [_float(e["scores"].get(name)) for e in (first, now)]
-        found.append(Change(name, *values, error, all(0 <= v <= 1 for v in values)))
+        before, after = (_float(e["scores"].get(name)) for e in (first, now))
+        in_points = all(0 <= v <= 1 for v in (before, after))
+        found.append(Change(name, before, after, error, in_points))
     return found
 
 
