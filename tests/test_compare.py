@@ -16,7 +16,7 @@ CLASSES = ("counting", "colors")
 KEYS = [
     "evaluation.images=8",
     "train.iterations=40",
-    "rewards=[{model='jpeg_size'}, {model='flowgrpo.shapes.rewards:Strict', name='strict', weight=0.0}]",
+    "rewards=[{model='jpeg_size', ignores_prompt=true}, {model='flowgrpo.shapes.rewards:Strict', name='strict', weight=0.0}]",
 ]
 
 

@@ -15,7 +15,7 @@ from flowgrpo.shapes.architecture import build_pipeline
 EXAMPLES = Path(__file__).parents[1] / "docs" / "examples"
 SETTINGS = [
     'algorithm={kind = "algorithm:WinRate", group_size = 3}',
-    'rewards=[{model="jpeg_size"}]',
+    'rewards=[{model="jpeg_size", ignores_prompt=true}]',
     "sampling.num_steps=4",
     "train.iterations=1",
     "train.groups=2",

@@ -98,9 +98,8 @@ def changes_between(first: Mapping[str, Any], now: Mapping[str, Any]) -> list[Ch
         errors = [e.get("errors", {}).get(name) for e in (first, now)]
         error = None if None in errors else math.hypot(*(float(e) for e in errors))
         before, after = (_float(e["scores"].get(name)) for e in (first, now))
-        found.append(
-            Change(name, before, after, error, min(before, after) >= 0 and max(before, after) <= 1)
-        )
+        in_points = all(0 <= v <= 1 for v in (before, after))
+        found.append(Change(name, before, after, error, in_points))
     return found
 
 

@@ -112,7 +112,7 @@ def kept_changes(there: Config, here: Config, keys: Sequence[str]) -> dict[str, 
 
 def history(folder: Path) -> list[tuple[int, Changes]]:
     """The changes of a run, each after a number of iterations, in order; sessions without one left out."""
-    found = []
+    found: list[tuple[int, Changes]] = []
     for line in _lines(folder / SESSIONS):
         pairs = {k: (v.get("from"), v.get("to")) for k, v in line.get("changed", {}).items()}
         if pairs:

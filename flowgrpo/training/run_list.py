@@ -14,7 +14,8 @@ from flowgrpo.config.files import CONFIG, INPUTS
 from flowgrpo.training import checkpoints, lock
 from flowgrpo.training.checkpoints import CheckpointError
 from flowgrpo.training.logs import LogError, Logs
-from flowgrpo.training.run_folder import FINISHED, SESSIONS
+from flowgrpo.training.run_changes import SESSIONS
+from flowgrpo.training.run_folder import FINISHED
 
 MARKS = (SESSIONS, INPUTS, FINISHED, "metrics.jsonl", "evaluations.jsonl", "checkpoints")
 """A folder with a configuration and at least one of these is a run directory."""
