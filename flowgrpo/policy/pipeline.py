@@ -52,7 +52,7 @@ from flowgrpo.policy.settings import (
     Sampling,
     Weights,
 )
-from flowgrpo.policy.sharding import gather, shard
+from flowgrpo.policy.sharding import Sharder, gather, shard
 from flowgrpo.policy.sound import as_audio, audio_rate
 from flowgrpo.policy.step_counter import counted
 from flowgrpo.policy.step_plan import StepPlan, StepRecord
@@ -179,16 +179,10 @@ class PipelinePolicy:
         self.models = models_of(pipeline)
         self.denoisers = denoisers(pipeline)
         start = read_start(pipeline, weights, self.denoisers) if weights else None
-        sharder = None
-        if parallel is not None and parallel.is_sharded and isinstance(weights, LoRA | Full):
-            sharder = partial(
-                shard, parallel=parallel, weights=weights, device=self.device, dtype=self.dtype
-            )
+        sharder = self._sharder(parallel, weights)
         self.in_lockstep = sharder is not None
         memory = memory or Memory()
-        prepare(
-            pipeline, memory, self.device, self.dtype, self._precision, places_denoisers=not sharder
-        )
+        prepare(pipeline, memory, self.device, self.dtype, self._precision, sharder is None)
         self.trainable: Trainable | InitialNoise | None = None
         if isinstance(weights, Noise):
             self.trainable = InitialNoise(weights)
@@ -493,6 +487,16 @@ class PipelinePolicy:
             return as_media(output, self.pipeline), as_audio(output, self.pipeline)
         last = self._injection.last_state(call)
         return (as_batch(output) if last is None else last), None
+
+    def _sharder(
+        self, parallel: Parallel | None, weights: Weights | Noise | None
+    ) -> Sharder | None:
+        """Divides the denoisers among the processes; None if each has whole ones."""
+        if parallel is None or not parallel.is_sharded or not isinstance(weights, LoRA | Full):
+            return None
+        return partial(
+            shard, parallel=parallel, weights=weights, device=self.device, dtype=self.dtype
+        )
 
     def _precision(self) -> torch.dtype:
         """Precision of the denoiser's inputs: that of its weights."""
