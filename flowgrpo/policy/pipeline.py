@@ -157,8 +157,7 @@ class PipelinePolicy:
             seed: Seed of the adapters' initial weights.
             with_reference: Whether :meth:`reference` will be used.
             memory: Settings that trade memory for time.
-            parallel: Whether the denoisers are divided among the processes. They are only if ``weights``
-                are trained.
+            parallel: Whether trained denoisers are divided among the processes.
 
         Raises:
             ValueError: If the pipeline cannot be a policy, or does not take a sampling argument.
@@ -179,29 +178,19 @@ class PipelinePolicy:
         self.models = models_of(pipeline)
         self.denoisers = denoisers(pipeline)
         start = read_start(pipeline, weights, self.denoisers) if weights else None
-        sharder = self._sharder(parallel, weights)
+        sharder = self._prepare(memory or Memory(), parallel, weights)
         self.in_lockstep = sharder is not None
-        memory = memory or Memory()
-        prepare(pipeline, memory, self.device, self.dtype, self._precision, sharder is None)
-        self.trainable: Trainable | InitialNoise | None = None
-        if isinstance(weights, Noise):
-            self.trainable = InitialNoise(weights)
-        elif weights is not None:
-            self.trainable = Trainable(
-                self.denoisers,
-                weights,
-                seed=seed,
-                with_reference=with_reference,
-                start=start,
-                shard=sharder,
-            )
         self.num_evaluations = self.num_decodes = 0
         self._learned = Learned()
         self._injection = LatentInjection(
             pipeline, self.scheduler, self._learned.latents, self.device
         )
-        if isinstance(self.trainable, InitialNoise):
-            self._injection.initial = self.trainable
+        self.trainable: Trainable | InitialNoise | None = None
+        if isinstance(weights, Noise):
+            self.trainable = self._injection.initial = InitialNoise(weights)
+        elif weights is not None:
+            create = partial(Trainable, seed=seed, with_reference=with_reference)
+            self.trainable = create(self.denoisers, weights, start=start, shard=sharder)
 
     @classmethod
     def from_pretrained(cls, model: str | Path | ModelSource, **options: Any) -> "PipelinePolicy":
@@ -488,15 +477,20 @@ class PipelinePolicy:
         last = self._injection.last_state(call)
         return (as_batch(output) if last is None else last), None
 
-    def _sharder(
-        self, parallel: Parallel | None, weights: Weights | Noise | None
+    def _prepare(
+        self, memory: Memory, parallel: Parallel | None, weights: Weights | Noise | None
     ) -> Sharder | None:
-        """Divides the denoisers among the processes; None if each has whole ones."""
-        if parallel is None or not parallel.is_sharded or not isinstance(weights, LoRA | Full):
-            return None
-        return partial(
-            shard, parallel=parallel, weights=weights, device=self.device, dtype=self.dtype
-        )
+        """Prepare the models of the pipeline.
+
+        Returns:
+            Divides the denoisers among the processes, once they have their adapters; None if each process
+            has whole ones.
+        """
+        sharder, device, dtype = None, self.device, self.dtype
+        if parallel is not None and parallel.is_sharded and isinstance(weights, LoRA | Full):
+            sharder = partial(shard, parallel=parallel, weights=weights, device=device, dtype=dtype)
+        prepare(self.pipeline, memory, device, dtype, self._precision, sharder is None)
+        return sharder
 
     def _precision(self) -> torch.dtype:
         """Precision of the denoiser's inputs: that of its weights."""
