@@ -406,13 +406,7 @@ class Config:
         self._check_split(num_processes)
         try:
             self.memory.check(isinstance(self.model.weights, Full))
-            self.parallel.check(
-                num_processes,
-                self.model.weights,
-                self.memory,
-                self.model.dtype,
-                self.train.optimizer,
-            )
+            self._check_parallel(num_processes)
             self.loss.check()
             self.loss.check_algorithm(algorithm.action_kind, algorithm.transition)
             self.guard.check({r.label: r.weight for r in self.rewards}, self.loss.kl_coef)
@@ -470,6 +464,12 @@ class Config:
                 raise ConfigError(f"{key}: there are two regimes {regime.tag!r}; give one a label")
             seen.append((sampling, key))
             tags.append(regime.tag)
+
+    def _check_parallel(self, num_processes: int) -> None:
+        """Raise ValueError if the denoiser cannot be divided as configured."""
+        weights, dtype = self.model.weights, self.model.dtype
+        optimizer = self.train.optimizer
+        self.parallel.check(num_processes, weights, self.memory, dtype, optimizer)
 
     def _check_benchmarks(self) -> None:
         """Raise ConfigError if benchmarks share a name."""

@@ -1,7 +1,7 @@
 """Computes the memory footprint of a configured run: weights exactly, activations by tracing."""
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -85,12 +85,7 @@ def estimate_footprint(
     trained = _trained(ours, weights)
     after = {k: bytes_of(m) for k, m in models.items()}
     _fit_decoder(config, models)
-    half = full and dtype != torch.float32
-    gathered, gradients = _gathered(ours.values(), dtype if half else None)
-    if half and config.parallel.is_sharded:
-        # The weights are gathered in this precision, so that autocast copies none.
-        for model in ours.values():
-            model.to(dtype)
+    gathered, gradients = _gathered(config, ours.values())
     tracer = Tracer(pipeline, dtype, full=full, device=device)
     batches = config.train.rollout_batch, config.train.train_batch
     # Pipelines may do anything that fake tensors do not support. Whatever that raises must not stop
@@ -136,13 +131,14 @@ def estimate_footprint(
     )
 
 
-def _gathered(models: Iterable[nn.Module], dtype: torch.dtype | None) -> tuple[int, int]:
+def _gathered(config: Config, models: Collection[nn.Module]) -> tuple[int, int]:
     """Most bytes of parameters and of gradients that are whole at a time in divided denoisers.
 
-    Args:
-        models: The denoisers; one computes at a time.
-        dtype: Precision in which parameters are gathered; None for their own.
+    If they are divided, full fine-tuning gathers the weights in the precision of the arithmetic. The
+    models get this precision, so that their trace has no copies by autocast.
     """
+    half = isinstance(config.model.weights, Full) and config.model.dtype != "float32"
+    dtype = DTYPES[config.model.dtype] if half else None
     found = [(0, 0)]
     for model in models:
 
@@ -157,6 +153,8 @@ def _gathered(models: Iterable[nn.Module], dtype: torch.dtype | None) -> tuple[i
         # Autograd's gradients, and the fp32 message.
         per_weight = (dtype or torch.float32).itemsize + 4
         found.append((outside + sum(sizes[:2]), per_weight * max(trained, default=0)))
+        if config.parallel.is_sharded and dtype is not None:
+            model.to(dtype)
     return max(p for p, _ in found), max(g for _, g in found)
 
 

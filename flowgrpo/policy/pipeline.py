@@ -54,7 +54,7 @@ from flowgrpo.policy.settings import (
     Sampling,
     Weights,
 )
-from flowgrpo.policy.sharding import gather, shard
+from flowgrpo.policy.sharding import Sharder, gather, shard
 from flowgrpo.policy.sound import as_audio, audio_rate
 from flowgrpo.policy.step_counter import counted
 from flowgrpo.policy.step_plan import StepPlan, StepRecord
@@ -176,8 +176,7 @@ class PipelinePolicy:
             seed: Seed of the adapters' initial weights.
             with_reference: Whether :meth:`reference` will be used.
             memory: Settings that trade memory for time.
-            parallel: Whether the denoisers are divided among the processes. They are only if ``weights``
-                are trained.
+            parallel: Whether trained denoisers are divided among the processes.
 
         Raises:
             ValueError: If the pipeline cannot be a policy, or does not take a sampling argument.
@@ -198,36 +197,19 @@ class PipelinePolicy:
         self.models = models_of(pipeline)
         self.denoisers = denoisers(pipeline)
         start = read_start(pipeline, weights, self.denoisers) if weights else None
-        sharder = None
-        if parallel is not None and parallel.is_sharded and isinstance(weights, LoRA | Full):
-            sharder = partial(
-                shard, parallel=parallel, weights=weights, device=self.device, dtype=self.dtype
-            )
+        sharder = self._prepare(memory or Memory(), parallel, weights)
         self.in_lockstep = sharder is not None
-        memory = memory or Memory()
-        self.compiled = prepare(
-            pipeline, memory, self.device, self.dtype, self._precision, places_denoisers=not sharder
-        )
-        fix_device(pipeline)
-        self.trainable: Trainable | InitialNoise | None = None
-        if isinstance(weights, Noise):
-            self.trainable = InitialNoise(weights)
-        elif weights is not None:
-            self.trainable = Trainable(
-                self.denoisers,
-                weights,
-                seed=seed,
-                with_reference=with_reference,
-                start=start,
-                shard=sharder,
-            )
         self.num_evaluations = self.num_decodes = 0
         self._learned, self.lockstep = Learned(), Lockstep(self._join)
         self._injection = LatentInjection(
             pipeline, self.scheduler, self._learned.latents, self.device
         )
-        if isinstance(self.trainable, InitialNoise):
-            self._injection.initial = self.trainable
+        self.trainable: Trainable | InitialNoise | None = None
+        if isinstance(weights, Noise):
+            self.trainable = self._injection.initial = InitialNoise(weights)
+        elif weights is not None:
+            create = partial(Trainable, seed=seed, with_reference=with_reference)
+            self.trainable = create(self.denoisers, weights, start=start, shard=sharder)
 
     @classmethod
     def from_pretrained(cls, model: str | Path | ModelSource, **options: Any) -> "PipelinePolicy":
@@ -587,6 +569,24 @@ class PipelinePolicy:
             return as_media(output, self.pipeline), as_audio(output, self.pipeline)
         last = self._injection.last_state(call)
         return (as_batch(output) if last is None else last), None
+
+    def _prepare(
+        self, memory: Memory, parallel: Parallel | None, weights: Weights | Noise | None
+    ) -> Sharder | None:
+        """Prepare the models of the pipeline, and set ``compiled``.
+
+        Returns:
+            Divides the denoisers among the processes, once they have their adapters; None if each process
+            has whole ones.
+        """
+        sharder, device, dtype = None, self.device, self.dtype
+        if parallel is not None and parallel.is_sharded and isinstance(weights, LoRA | Full):
+            sharder = partial(shard, parallel=parallel, weights=weights, device=device, dtype=dtype)
+        self.compiled = prepare(
+            self.pipeline, memory, device, dtype, self._precision, sharder is None
+        )
+        fix_device(self.pipeline)
+        return sharder
 
     def _precision(self) -> torch.dtype:
         """Precision of the denoiser's inputs: that of its weights."""

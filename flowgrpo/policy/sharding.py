@@ -69,6 +69,9 @@ def shard(
         for module in (*repeated_blocks(model), model):
             module.forward = _without_views(module.forward)
             fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
+        for buffer in model.buffers():
+            # The tensors of a file share its memory, which a buffer would keep.
+            buffer.data = buffer.data.clone()
         for module in model.modules():
             if isinstance(module, FSDPModule):
                 # The learner divides by the number of actions of all processes, so gradients are

@@ -114,9 +114,9 @@ def load(folder: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
     verify(folder)
     state, digests = _read_state(folder)
     if state.pop(SHARDED, False):
-        from flowgrpo.training.sharded_checkpoints import read_shards
+        from flowgrpo.training import shards
 
-        return read_shards(folder, lambda *_: None, alone=True), state
+        return shards.read(folder, lambda *_: None, alone=True), state
     return {part: load_file(file) for part, file in _parts(folder, digests)}, state
 
 

@@ -102,7 +102,7 @@ class Session:
         self.is_finished = run_folder.is_finished(config)
         launched = self.accelerator.num_processes > 1
         # With a sharded model one process cannot stop or save alone, so an iteration is finished.
-        stops_alone = self.is_main and not config.parallel.is_sharded
+        stops_alone = self.is_main and not self.is_sharded
         self.signals = Signals(self.console.say, stops_alone, launched)
 
     def __enter__(self) -> "Session":
@@ -124,6 +124,11 @@ class Session:
     def is_main(self) -> bool:
         """Whether this process writes the run directory."""
         return bool(self.accelerator.is_main_process)
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether the denoiser is divided, so that all processes save and load their parts."""
+        return self.config.parallel.is_sharded
 
     @property
     def checkpoints(self) -> Path:
@@ -173,7 +178,7 @@ class Session:
             raise  # The weights may be destroyed; the last checkpoint is better.
         except (Exception, StopRequested) as error:
             alone = self.accelerator.num_processes == 1
-            if self.config.parallel.is_sharded:
+            if self.is_sharded:
                 raise  # The other processes hold the other parts.
             expected = isinstance(error, RewardError | StopRequested | LostRankError)
             if iteration > 0 and (alone or isinstance(error, StopRequested | LostRankError)):
@@ -285,7 +290,7 @@ class Session:
         found = checkpoints.newest(self.checkpoints)
         lines: Mapping[str, int] = {}
         if found is not None:
-            if learner.is_sharded:
+            if self.is_sharded:
                 parts, state = sharded_checkpoints.load(found, learner.division)
             else:
                 parts, state = checkpoints.load(found)
@@ -337,10 +342,10 @@ class Session:
 
     def _write(self, learner: Learner, iteration: int, lines: Mapping[str, int]) -> None:
         """Write a checkpoint that counts these log lines."""
-        if not self.is_main and not learner.is_sharded:
+        if not self.is_main and not self.is_sharded:
             return
         parts, state = learner.state()
-        self._require_finite(parts, learner)
+        self._require_finite(parts)
         parts |= self.scorer.state() if self.scorer is not None else {}
         self._save(
             f"{iteration:06d}",
@@ -353,24 +358,21 @@ class Session:
                 "lines_sha256": self.logs.digests(lines),
                 "learner": state,
             },
-            learner.is_sharded,
         )
         if self.is_main:
             checkpoints.prune(self.checkpoints, self.config.run.keep_checkpoints)
         self._saved_at = time.monotonic()
 
-    def _save(
-        self, name: str, parts: Mapping[str, Tensors], state: Mapping[str, Any], sharded: bool
-    ) -> None:
+    def _save(self, name: str, parts: Mapping[str, Tensors], state: Mapping[str, Any]) -> None:
         """Write a checkpoint: the main process alone or, if the model is divided, all of them."""
         folder = self.checkpoints / name
-        if sharded:
+        if self.is_sharded:
             gather = self.gather_objects
             sharded_checkpoints.save(folder, parts, state, is_main=self.is_main, gather=gather)
         elif self.is_main:
             checkpoints.save(folder, parts, state)
 
-    def _require_finite(self, parts: Mapping[str, Tensors], learner: Learner) -> None:
+    def _require_finite(self, parts: Mapping[str, Tensors]) -> None:
         """Check the parts of a checkpoint; if the model is divided, in all processes.
 
         Raises:
@@ -381,7 +383,7 @@ class Session:
             require_finite(parts)
         except DivergenceError as error:
             problem = error
-        if learner.is_sharded:
+        if self.is_sharded:
             found = [text for text in self.gather_objects([problem and str(problem)]) if text]
             problem = DivergenceError(found[0]) if found else None
         if problem is not None:
@@ -405,13 +407,13 @@ class Session:
         # NaN is not the best either.
         if not gain > (self.best if measured is None else self.bests.get(key, -math.inf)):
             return
-        if self.is_main or learner.is_sharded:
+        if self.is_main or self.is_sharded:
             parts, _ = learner.state()
-            self._require_finite(parts, learner)
+            self._require_finite(parts)
             weights = parts.get("ema", parts["weights"])
             name = "best" if measured is None else own.folder
             state = {"iteration": iteration, "score": score}
-            self._save(name, {"weights": weights}, state, learner.is_sharded)
+            self._save(name, {"weights": weights}, state)
         # Afterwards: if this could not be written, a resumed run writes it.
         if measured is None:
             self.best = gain
