@@ -229,7 +229,10 @@ class Regime:
 
     def sampling(self, evaluation: Sampling) -> Sampling:
         """The arguments of the pipeline's call: those of the evaluation, and what differs."""
-        changed = {"num_steps": self.num_steps, "guidance_scale": self.guidance_scale}
+        changed: dict[str, Any] = {
+            "num_steps": self.num_steps,
+            "guidance_scale": self.guidance_scale,
+        }
         return replace(
             evaluation,
             **{k: v for k, v in changed.items() if v is not None},
