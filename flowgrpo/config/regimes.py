@@ -63,9 +63,10 @@ def check_regimes(regimes: Sequence[Regime], evaluation: Sampling) -> None:
         evaluation: Arguments of the pipeline's call in the evaluation itself.
 
     Raises:
-        ConfigError: If one equals another or the evaluation, or its values are not allowed.
+        ConfigError: If one names nothing that differs or equals another, or its values are not allowed.
+            One that happens to equal the evaluation is allowed: ``--set`` may have changed the latter.
     """
-    seen, tags = [(evaluation, "the evaluation itself")], list[str]()
+    seen, tags = dict[str, Sampling](), list[str]()
     for index, regime in enumerate(regimes):
         key, sampling = f"evaluation.regimes[{index}]", regime.sampling(evaluation)
         try:
@@ -74,16 +75,18 @@ def check_regimes(regimes: Sequence[Regime], evaluation: Sampling) -> None:
             sampling.check()
         except ValueError as error:
             raise ConfigError(f"{key}: {error}") from error
-        same = next((name for other, name in seen if other == sampling), "")
-        if same:
+        if regime.num_steps is None and regime.guidance_scale is None and not regime.call:
             raise ConfigError(
-                f"{key} samples like {same}; set num_steps, guidance_scale or call to something else"
+                f"{key} samples like the evaluation itself; set num_steps, guidance_scale or call"
             )
+        same = next((name for name, other in seen.items() if other == sampling), "")
+        if same:
+            raise ConfigError(f"{key} samples like {same}; remove one, or change it")
         if not all(c.isalnum() or c in "_-" for c in regime.tag):
             raise ConfigError(
                 f"{key}.label must consist of letters, digits, '_' and '-', got {regime.tag!r}"
             )
         if regime.tag in tags:
             raise ConfigError(f"{key}: there are two regimes {regime.tag!r}; give one a label")
-        seen.append((sampling, key))
+        seen[key] = sampling
         tags.append(regime.tag)
