@@ -639,6 +639,8 @@ def test_a_regime_changes_what_it_names_and_is_named_by_it():
     assert other.sampling(usual) == dataclasses.replace(usual, call={"a": 1, "b": 2.5})
     assert other.tag == "mine"
     assert dataclasses.replace(other, label="").tag == "b_2p5"
+    # The quick start evaluates guidance 3, and can be trained with it.
+    load("quickstart", ["sampling.guidance_scale=3.0"]).check()
 
 
 def test_a_loss_on_the_moving_average_needs_one():

@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 import flowgrpo
-from flowgrpo.config.schema import Regime
+from flowgrpo.config.regimes import Regime
 from flowgrpo.core.measures import MEASURES
 from flowgrpo.core.random import Random, SampleNoise
 from flowgrpo.data.prompt_sets import PromptSet

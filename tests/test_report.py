@@ -189,6 +189,13 @@ def test_other_ways_to_sample_are_in_the_verdict_and_have_tables(tmp_path):
     assert text.index("By task") < text.index("Other ways to sample") < text.index("Curves")
     assert "steps 28 guidance 3, 100 images" in text
     assert Records(folder).regime("steps_28_guidance_3").evaluations[1]["iteration"] == 40
+    # Without the base model there is nothing to compare with.
+    late = run(
+        tmp_path / "late",
+        evaluations=[evaluation(0, graded=0.5), line(20, 0.6, 0.7), line(40, 0.7, 0.7)],
+    )
+    assert Records(late).regimes() == []
+    assert "Other ways to sample" not in report(late)
 
 
 def test_only_the_newest_grid_is_embedded(full):

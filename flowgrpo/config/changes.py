@@ -28,7 +28,7 @@ CHANGEABLE: Mapping[str, str] = {
     "evaluation.metrics": "earlier evaluations do not have the new metrics",
     "evaluation.artefacts": "earlier or later evaluations then lack the measures",
     "evaluation.bench": "earlier evaluations do not have the new benchmarks",
-    "evaluation.regimes": "earlier evaluations do not have the new ways to sample",
+    "evaluation.regimes": "without those of the base model, the report leaves new ways to sample out",
     "evaluation.inspected_prompts": "of the report",
     "prompts.train": "the file may move; its contents may not change",
     "prompts.held_out": "the file may move; its contents may not change",

@@ -26,6 +26,7 @@ from flowgrpo.algorithms import base as algorithms
 from flowgrpo.algorithms.guard import Guard
 from flowgrpo.config.best import check_best
 from flowgrpo.config.bounds import check_bounds
+from flowgrpo.config.regimes import Regime, check_regimes
 from flowgrpo.core.errors import ConfigError
 from flowgrpo.core.random import Random
 from flowgrpo.losses import base as losses
@@ -220,53 +221,6 @@ class Bench:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Regime:
-    """Another way to sample in evaluations, such as with guidance after training without it.
-
-    The prompts and the noise are those of the evaluation. The best weights and the grid do not depend on
-    it.
-    """
-
-    label: str = ""
-    """Its name in logs and reports; by default made of the keys below, such as
-    ``steps_28_guidance_3``."""
-    num_steps: int | None = None
-    """Denoising steps; if unset, as in the evaluation."""
-    guidance_scale: float | None = None
-    """Guidance scale; if unset, as in the evaluation."""
-    call: dict[str, Any] = field(default_factory=dict)
-    """Further arguments of the pipeline's call that differ, such as ``true_cfg_scale``."""
-    when: Literal["every", "ends"] = "ends"
-    """At ``every`` evaluation, or only before and after training."""
-    images: int = 0
-    """Number of images, at most that of the evaluation; 0 for as many."""
-
-    @property
-    def tag(self) -> str:
-        """The name in logs and reports."""
-        values = {"steps": self.num_steps, "guidance": self.guidance_scale, **self.call}
-        parts = [f"{k}_{_plain(v)}" for k, v in values.items() if v is not None]
-        return self.label or "_".join(parts)
-
-    def sampling(self, evaluation: Sampling) -> Sampling:
-        """The arguments of the pipeline's call: those of the evaluation, and what differs."""
-        changed: dict[str, Any] = {
-            "num_steps": self.num_steps,
-            "guidance_scale": self.guidance_scale,
-        }
-        return replace(
-            evaluation,
-            **{k: v for k, v in changed.items() if v is not None},
-            call={**evaluation.call, **self.call},
-        )
-
-
-def _plain(value: Any) -> str:
-    """A value in a name: no dots, which separate keys."""
-    return (f"{value:g}" if isinstance(value, float) else str(value)).replace(".", "p")
-
-
-@dataclass(frozen=True, kw_only=True)
 class Evaluation:
     """Evaluations on held-out prompts before, during and after training.
 
@@ -435,35 +389,8 @@ class Config:
         self._check_staleness()
         self._check_kinds()
         self._check_benchmarks()
-        self._check_regimes()
+        check_regimes(self.evaluation.regimes, self.evaluation_sampling())
         check_best(self)
-
-    def _check_regimes(self) -> None:
-        """Raise ConfigError if a further way to sample equals another, or its values are not allowed."""
-        usual = self.evaluation_sampling()
-        seen = [(usual, "the evaluation itself")]
-        tags: list[str] = []
-        for index, regime in enumerate(self.evaluation.regimes):
-            key, sampling = f"evaluation.regimes[{index}]", regime.sampling(usual)
-            try:
-                if sampling.num_steps < 1 or regime.images < 0:
-                    raise ValueError("num_steps must be at least 1 and images at least 0")
-                sampling.check()
-            except ValueError as error:
-                raise ConfigError(f"{key}: {error}") from error
-            same = next((name for other, name in seen if other == sampling), "")
-            if same:
-                raise ConfigError(
-                    f"{key} samples like {same}; set num_steps, guidance_scale or call to something else"
-                )
-            if not all(c.isalnum() or c in "_-" for c in regime.tag):
-                raise ConfigError(
-                    f"{key}.label must consist of letters, digits, '_' and '-', got {regime.tag!r}"
-                )
-            if regime.tag in tags:
-                raise ConfigError(f"{key}: there are two regimes {regime.tag!r}; give one a label")
-            seen.append((sampling, key))
-            tags.append(regime.tag)
 
     def _check_parallel(self, num_processes: int) -> None:
         """Raise ValueError if the denoiser cannot be divided as configured."""

@@ -188,8 +188,14 @@ class Records:
         return found
 
     def regimes(self) -> list[str]:
-        """The further ways to sample that were evaluated, in order of the first evaluation."""
-        return list(dict.fromkeys(k for e in self.evaluations for k in e.get("regimes", {})))
+        """The further ways to sample of the first evaluation that were evaluated again since.
+
+        One that was added when a run was resumed has no base model to compare with.
+        """
+        first, *later = self.evaluations or [{}]
+        return [
+            k for k in first.get("regimes", {}) if any(k in e.get("regimes", {}) for e in later)
+        ]
 
     def regime(self, tag: str) -> "Records":
         """The same run, with the evaluations of one of the further ways to sample as its evaluations."""

@@ -255,11 +255,8 @@ def _diversity_paragraph(records: Records) -> str:
 
 
 def _regime_paragraph(records: Records, tag: str) -> str:
-    """How the scores changed with another way to sample; empty if it was evaluated once."""
-    view = records.regime(tag)
-    if len(view.evaluations) < 2:
-        return ""
-    clauses = []
+    """How the scores changed with another way to sample."""
+    view, clauses = records.regime(tag), []
     for score in view.scores():
         change = view.change(score)
         span = "" if change.kind == "unmeasured" else f", {_span(change)}{_unit(change)}"
