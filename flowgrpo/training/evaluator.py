@@ -75,7 +75,7 @@ class Evaluator:
             self.scorer.probe(images, self.comparison_grid.expanded, audio)
             self.base_images = images
 
-    def evaluate_if_due(self, iteration: int, before: Callable[[], None]) -> None:
+    def evaluate_if_due(self, iteration: int, before: Callable[[], None] = lambda: None) -> None:
         """Evaluate before the first iteration, and before every ``every``-th.
 
         Args:
