@@ -389,9 +389,9 @@ def test_submissions_are_scored_in_parts(batch, sizes, monkeypatch):
     monkeypatch.setattr(subject, "_score", lambda *part: seen.append(part) or score(*part))
     audio = Audio(torch.arange(4.0).view(4, 1, 1), 8000)
     found = subject.submit(IMAGES, PROMPTS, audio).result()
-    assert [len(m) for m, _, _ in seen] == sizes
-    assert [p for _, part, _ in seen for p in part] == PROMPTS
-    assert torch.equal(torch.cat([a.waveform for _, _, a in seen]), audio.waveform)
+    assert [len(m) for m, *_ in seen] == sizes
+    assert [p for _, part, *_ in seen for p in part] == PROMPTS
+    assert torch.equal(torch.cat([a.waveform for _, _, a, _ in seen]), audio.waveform)
     assert torch.allclose(found.reward, IMAGES.flatten(1).mean(1))
     subject.close()
 

@@ -115,7 +115,7 @@ class Evaluator:
         for note in notes:
             session.console.say(f"WARNING: {note}")
 
-    def evaluate_if_due(self, iteration: int, before: Callable[[], None]) -> None:
+    def evaluate_if_due(self, iteration: int, before: Callable[[], None] = lambda: None) -> None:
         """Evaluate before the first iteration, and before every ``every``-th.
 
         Args:
