@@ -76,6 +76,7 @@ class Footprint:
         training: Activations of one training batch with gradients.
         kl: Whether the reference policy is evaluated while these activations are alive.
         batches: The ``rollout_batch`` and ``train_batch`` for which activations were traced.
+        outputs: The denoisers' outputs of all steps of one rollout batch, kept until it is decoded.
     """
 
     denoisers: Mapping[str, int]
@@ -95,6 +96,7 @@ class Footprint:
     training: Activations
     kl: bool
     batches: tuple[int, int]
+    outputs: int = 0
 
 
 @dataclass(frozen=True)
@@ -157,8 +159,9 @@ def budget(m: Footprint, options: MemoryOptions) -> Budget:
         activations = max(activations, m.training.saved * train + reference)
     phases = {
         "text encoding": resting + round(m.encode * rollout),
-        "rollout": round(m.rollout * rollout),
-        "decoding": round(m.decode * decode) + (m.vae if options.offload_vae else 0),
+        "rollout": round((m.rollout + m.outputs) * rollout),
+        "decoding": round(m.decode * decode + m.outputs * rollout)
+        + (m.vae if options.offload_vae else 0),
         "training": 4 * m.trained + round(activations),
     }
     return Budget({k: v for k, v in resident.items() if v}, phases)
