@@ -84,11 +84,8 @@ def estimate_footprint(
         ) from error
     samples = config.train.groups * config.algorithm.group_size // num_processes
     latent = latents.numel() // batches[0] if latents else 0
-    steps = config.sampling.num_steps
-    # The states at all nodes, and the means of the steps if the loss needs them in later updates.
-    kept = steps + 1 + steps * (config.loss.needs.old_mean and config.train.optimizer_steps > 1)
-    # Until a batch of the rollout is decoded, the model's outputs are kept as well.
-    outputs = latent * batches[0] * steps * (4 if full else dtype.itemsize)
+    # Until a batch of the rollout is decoded, the model's outputs are kept.
+    outputs = latent * batches[0] * config.sampling.num_steps * (4 if full else dtype.itemsize)
     kl = config.loss.kl_coef > 0
     return Footprint(
         denoisers={k: after[k] if full else before[k] for k in ours},
@@ -100,7 +97,7 @@ def estimate_footprint(
         adapter=0 if full else 4 * trained,
         averaged=config.train.ema_decay > 0,
         reference=4 * trained if full and kl else 0,
-        experience=4 * samples * latent * kept,
+        experience=4 * samples * latent * _kept(config),
         rewards={r.label: _reward_bytes(r) for r in config.rewards},
         encode=max((v for k, v in tracer.peaks.items() if k not in ours and k != "vae"), default=0),
         rollout=max(v for k, v in tracer.peaks.items() if k in ours),
@@ -110,6 +107,13 @@ def estimate_footprint(
         kl=kl,
         batches=batches,
     )
+
+
+def _kept(config: Config) -> int:
+    """Latents kept per sample: at all nodes, and the means of the steps if later updates need them."""
+    steps = config.sampling.num_steps
+    has_means = config.loss.needs.old_mean and config.train.optimizer_steps > 1
+    return steps + 1 + steps * has_means
 
 
 def _traced(

@@ -36,7 +36,7 @@ from flowgrpo.policy.arguments import (
     own_arguments,
 )
 from flowgrpo.policy.call import PipelineCall, UnsupportedPipelineError
-from flowgrpo.policy.fixed_device import fix_device, restore_class
+from flowgrpo.policy.fixed_device import restore_class
 from flowgrpo.policy.latent_injection import LatentInjection, LatentLocations
 from flowgrpo.policy.loading import DTYPES, denoisers, load_pipeline, without_safety_checker
 from flowgrpo.policy.placement import as_batch, as_media, models_of, prepare
@@ -180,10 +180,8 @@ class PipelinePolicy:
         self.models = models_of(pipeline)
         self.denoisers = denoisers(pipeline)
         start = read_start(pipeline, weights, self.denoisers) if weights else None
-        self.compiled = prepare(
-            pipeline, memory or Memory(), self.device, self.dtype, self._precision
-        )
-        fix_device(pipeline)
+        memory = memory or Memory()
+        self.compiled = prepare(pipeline, memory, self.device, self.dtype, self._precision)
         self.trainable: Trainable | InitialNoise | None = None
         if isinstance(weights, Noise):
             self.trainable = InitialNoise(weights)
@@ -193,9 +191,8 @@ class PipelinePolicy:
             )
         self.num_evaluations = self.num_decodes = 0
         self._learned = Learned()
-        self._injection = LatentInjection(
-            pipeline, self.scheduler, self._learned.latents, self.device
-        )
+        where = self._learned.latents
+        self._injection = LatentInjection(pipeline, self.scheduler, where, self.device)
         if isinstance(self.trainable, InitialNoise):
             self._injection.initial = self.trainable
 
