@@ -436,6 +436,6 @@ def parts() -> list[Part]:
             Item("moving average", moving_average),
         ]),
         Part(5, "Wan 2.1 1.3B, 480p, 33 frames", [Item("rollout and replay", video, 120, 40)]),
-        Part(6, "The embedded model", [Item("quick start", quick_start, 120, 30), Item("pre-training", pretraining)]),
+        Part(6, "The embedded model", [Item("quick start", quick_start, 180, 30), Item("pre-training", pretraining)]),
         Part(7, "Two processes", [Item("data parallel", processes_of([]), 120, 40), *sharded()]),
     ]  # fmt: skip

@@ -85,6 +85,7 @@ class Footprint:
             outside of its blocks, a block, and the next block, which is gathered in advance.
         gathered_gradients: Size of a block's gradients before they are divided, and of the message that
             adds them.
+        outputs: The denoisers' outputs of all steps of one rollout batch, kept until it is decoded.
     """
 
     denoisers: Mapping[str, int]
@@ -107,6 +108,7 @@ class Footprint:
     batches: tuple[int, int]
     gathered: int = 0
     gathered_gradients: int = 0
+    outputs: int = 0
 
 
 @dataclass(frozen=True)
@@ -173,8 +175,9 @@ def budget(m: Footprint, options: MemoryOptions) -> Budget:
     gathered, messages = (m.gathered, m.gathered_gradients) if parts > 1 else (0, 0)
     phases = {
         "text encoding": resting + round(m.encode * rollout),
-        "rollout": round(m.rollout * rollout) + gathered,
-        "decoding": round(m.decode * decode) + (m.vae if options.offload_vae else 0),
+        "rollout": round((m.rollout + m.outputs) * rollout) + gathered,
+        "decoding": round(m.decode * decode + m.outputs * rollout)
+        + (m.vae if options.offload_vae else 0),
         "training": round(4 * trained) + round(activations) + gathered + messages,
     }
     return Budget({k: v for k, v in resident.items() if v}, phases)

@@ -99,12 +99,8 @@ def estimate_footprint(
         ) from error
     samples = config.train.groups * config.algorithm.group_size // num_processes
     latent = latents.numel() // batches[0] if latents else 0
-    steps = config.sampling.num_steps
-    # The states at all nodes, and the means of the steps if the loss needs them in later updates.
-    later = config.train.optimizer_steps > 1 or config.train.staleness > 0
-    kept = steps + 1 + steps * (config.loss.needs.old_mean and later)
-    # Until a batch of the rollout is decoded, the model's outputs are kept as well.
-    outputs = latent * batches[0] * steps * (4 if full else dtype.itemsize)
+    # Until a batch of the rollout is decoded, the model's outputs are kept.
+    outputs = latent * batches[0] * config.sampling.num_steps * (4 if full else dtype.itemsize)
     kl = config.loss.kl_coef > 0
     return Footprint(
         denoisers={k: after[k] if full else before[k] for k in ours},
@@ -118,10 +114,11 @@ def estimate_footprint(
         earlier=config.train.staleness > 0,
         reference=4 * trained if full and kl else 0,
         # With train.staleness an iteration is sampled while the one before it is kept.
-        experience=4 * samples * latent * kept * (1 + config.train.staleness),
+        experience=4 * samples * latent * _kept(config) * (1 + config.train.staleness),
         rewards={r.label: _reward_bytes(r) for r in config.rewards},
         encode=max((v for k, v in tracer.peaks.items() if k not in ours and k != "vae"), default=0),
-        rollout=max(v for k, v in tracer.peaks.items() if k in ours) + outputs,
+        rollout=max(v for k, v in tracer.peaks.items() if k in ours),
+        outputs=outputs,
         decode=tracer.peaks.get("vae", 0),
         training=training,
         kl=kl,
@@ -156,6 +153,13 @@ def _gathered(config: Config, models: Collection[nn.Module]) -> tuple[int, int]:
         if config.parallel.is_sharded and dtype is not None:
             model.to(dtype)
     return max(p for p, _ in found), max(g for _, g in found)
+
+
+def _kept(config: Config) -> int:
+    """Latents kept per sample: at all nodes, and the means of the steps if later updates need them."""
+    steps = config.sampling.num_steps
+    later = config.train.optimizer_steps > 1 or config.train.staleness > 0
+    return steps + 1 + steps * (config.loss.needs.old_mean and later)
 
 
 def _traced(

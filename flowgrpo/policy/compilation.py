@@ -54,7 +54,9 @@ class CompiledBlocks:
         config.recompile_limit = max(config.recompile_limit, VARIANTS)
         for index, block in enumerate(blocks):
             block.compile(dynamic=False, backend=self._backend(backend))
-            block._compiled_call_impl = self._watched(index, block._compiled_call_impl)
+            call = block._compiled_call_impl
+            assert call is not None, "set by compile"
+            block._compiled_call_impl = self._watched(index, call)
 
     def __str__(self) -> str:
         return f"{self.number - len(self.eager)} of {self.number} blocks"

@@ -37,7 +37,7 @@ from flowgrpo.policy.arguments import (
     own_arguments,
 )
 from flowgrpo.policy.call import PipelineCall, UnsupportedPipelineError
-from flowgrpo.policy.fixed_device import fix_device, restore_class
+from flowgrpo.policy.fixed_device import restore_class
 from flowgrpo.policy.latent_injection import LatentInjection, LatentLocations
 from flowgrpo.policy.loading import DTYPES, denoisers, load_pipeline, without_safety_checker
 from flowgrpo.policy.lockstep import Call, Lockstep
@@ -582,10 +582,8 @@ class PipelinePolicy:
         sharder, device, dtype = None, self.device, self.dtype
         if parallel is not None and parallel.is_sharded and isinstance(weights, LoRA | Full):
             sharder = partial(shard, parallel=parallel, weights=weights, device=device, dtype=dtype)
-        self.compiled = prepare(
-            self.pipeline, memory, device, dtype, self._precision, sharder is None
-        )
-        fix_device(self.pipeline)
+        is_whole = sharder is None
+        self.compiled = prepare(self.pipeline, memory, device, dtype, self._precision, is_whole)
         return sharder
 
     def _precision(self) -> torch.dtype:

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 
 from flowgrpo.policy.call import UnsupportedPipelineError
 from flowgrpo.policy.compilation import CompiledBlocks, repeated_blocks
+from flowgrpo.policy.fixed_device import fix_device
 from flowgrpo.policy.loading import autoencoders, denoisers, helpers
 from flowgrpo.policy.offloading import Encoders, offload_autoencoder
 from flowgrpo.policy.prompt_cache import cache_encodings
@@ -71,6 +72,8 @@ def prepare(
 ) -> dict[str, CompiledBlocks]:
     """Freeze the models of a pipeline, move them to their devices, and wrap the methods that it calls.
 
+    The pipeline remembers its device from then on.
+
     Args:
         pipeline: The pipeline; its models are changed.
         memory: Settings that trade memory for time.
@@ -104,6 +107,7 @@ def prepare(
     for model in offloaded:
         offload_autoencoder(model, device)
     cache_encodings(pipeline, placed.loaded, memory, device)
+    fix_device(pipeline)
     return compiled
 
 

@@ -77,9 +77,7 @@ def build(config: Config, session: Session, prompts: PromptSet, held_out: Prompt
     policy.lockstep.timeout = timedelta(minutes=config.run.rank_timeout_minutes)
     scorer.check_audio(policy.makes_audio, f"{type(policy.pipeline).__name__} makes none")
     _check_policy(policy, config, prompts, held_out)
-    for name, blocks in policy.compiled.items():
-        # After the checks, which have run it.
-        session.console.say(f"memory.compile: {blocks} of the {name} run compiled")
+    _say_compiled(policy, session)
     session.note_prompts(_prompt_notes(policy, config, prompts, held_out))
     learner = Learner(
         policy,
@@ -142,6 +140,12 @@ def _load_benchmarks(
     benchmarks = Benchmarks(config, session, policy, learner, config.evaluation_sampling())
     benchmarks.probe()
     return benchmarks
+
+
+def _say_compiled(policy: PipelinePolicy, session: Session) -> None:
+    """Say how many blocks of the denoisers ran compiled in the checks of the policy."""
+    for name, blocks in policy.compiled.items():
+        session.console.say(f"memory.compile: {blocks} of the {name} run compiled")
 
 
 def _check_policy(
