@@ -1,4 +1,4 @@
-"""Compares the verifier of the embedded world with labels that a person gave to generated pictures.
+"""Compares the verifier of the embedded world with labels of generated pictures.
 
 python -m benchmarks.verifier_agreement
 """

@@ -1,4 +1,4 @@
-"""Draws pictures of the embedded model, and numbered contact sheets on which a person labels them.
+"""Draws pictures of the embedded model, and numbered contact sheets for labelling them.
 
     python -m scripts.contact_sheets --run runs/quickstart --out labels
 
