@@ -595,4 +595,12 @@ def test_a_session_says_only_what_matters(start: Start, monkeypatch: pytest.Monk
 
     monkeypatch.setattr(sessions_module.run_folder, "claim", without_locks)
     start()
-    assert capsys.readouterr().out.split() == ["WARNING:", "this", "file", "system", "has", "no", "locks"]
+    assert capsys.readouterr().out.split() == [
+        "WARNING:",
+        "this",
+        "file",
+        "system",
+        "has",
+        "no",
+        "locks",
+    ]
