@@ -146,8 +146,10 @@ def test_an_action_with_two_advantages_has_two_losses(make: Make, experience: Ex
     inputs = learner.replay.inputs(experience, actions, both[:, 0], None, False)
     ratio = (inputs.gaussian.log_prob(inputs.x_next) - inputs.old_log_prob).exp()[:, None]
     each = torch.maximum(-both * ratio, -both * ratio.clamp(1 - 1e-3, 1 + 1e-3))
-    found = learner._loss(inputs, [both[:, 1]], UpdateStatistics(loss.metrics))
+    statistics = UpdateStatistics(loss.metrics)
+    found = learner._loss(inputs, [both[:, 1]], statistics)
     torch.testing.assert_close(found, each.sum())
+    torch.testing.assert_close(statistics.losses[0], each.sum(1).detach())
     total = both.sum(1, keepdim=True)
     one = torch.maximum(-total * ratio, -total * ratio.clamp(1 - 1e-3, 1 + 1e-3)).sum()
     assert (found - one).abs() > 1e-4, "the loss of the sum is another one"
@@ -715,3 +717,16 @@ def test_the_moving_average_and_weights_of_the_kl_reach_the_loss(make: Make, exp
     assert [float(k.mean()) for k in statistics.kls] == [2.0], "the metric is not weighted"
     plain = learner.replay.inputs(experience, experience.actions, ones(some), None, True)
     assert learner._loss(plain, [], UpdateStatistics(())).item() == number + 3 * 2 * number
+
+
+def test_old_means_are_kept_for_a_second_step_and_one_action_is_a_batch(make: Make, experience: Experience) -> None:  # fmt: skip
+    kept = {
+        (clip, updates): make(ClippedLoss(clip=clip), updates=updates).policy.keeps_means  # type: ignore[arg-type]
+        for clip in ("ratio", "kl")
+        for updates in (1, 3)
+    }
+    assert kept == {("ratio", 1): False, ("ratio", 3): False, ("kl", 1): False, ("kl", 3): True}
+    learner = make()
+    assert learner.policy.keeps_means is False
+    one = experience.actions.select(torch.tensor([3]))
+    assert learner.replay.record(experience, one).step == 1
