@@ -118,8 +118,6 @@ class Batcher:
                     break
                 jobs.append(job)
             self._answer(jobs)
-            with self._lock:
-                self.num_waiting -= sum(len(j.samples) for j in jobs)
 
     def _answer(self, jobs: Sequence[_Job]) -> None:
         try:
@@ -127,14 +125,21 @@ class Batcher:
         except BaseException as error:  # otherwise the requests would wait for ever
             if len(jobs) == 1:
                 log.warning("the reward failed: %s: %s", type(error).__name__, error)
+                self._leave(jobs[0])
                 jobs[0].done.set_exception(error)
             else:
                 for job in jobs:
                     self._answer([job])
             return
         for job in jobs:
+            self._leave(job)
             job.done.set_result(scores[: len(job.samples)])
             scores = scores[len(job.samples) :]
+
+    def _leave(self, job: _Job) -> None:
+        """Count the samples of a request as no longer waiting, before its answer arrives."""
+        with self._lock:
+            self.num_waiting -= len(job.samples)
 
     def _score(self, samples: Sequence[Sample]) -> list[float]:
         """Score samples, grouped by shape into calls of at most ``max_batch``; scores keep their order."""
