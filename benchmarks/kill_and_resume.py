@@ -3,13 +3,16 @@
     python -m benchmarks.kill_and_resume points --results kills.jsonl
     python -m benchmarks.kill_and_resume points --ranks 2 --results kills.jsonl
     python -m benchmarks.kill_and_resume random --kills 100 --results kills.jsonl
+    python -m benchmarks.kill_and_resume writes --ranks 2 --kills 40 --set parallel.shard=denoiser \
+        --results kills.jsonl
     python -m benchmarks.kill_and_resume bench --results kills.jsonl
 
 ``points`` kills with ``SIGKILL`` before every operation on a file that a run announces
 (:data:`flowgrpo.data.files.failpoint`), one after the other: the process that resumes is killed as well,
 somewhere. ``random`` kills at random moments, in all algorithms. With ``--ranks 2`` runs have two
-processes, of which one is killed; the other has to end by itself. ``bench`` kills ``flowgrpo bench`` at
-every operation.
+processes, of which one is killed; the other has to end by itself. ``writes`` kills up to 0.1 s after a
+process has begun to write its part of a checkpoint, each process in turn. ``bench`` kills ``flowgrpo
+bench`` at every operation. ``--set`` adds settings to the runs.
 
 A kill is survived if the same command then finishes. A run is identical if its checkpoints, logs, grids
 and export equal those of an uninterrupted run byte for byte and nothing is left over. Each run is a line
@@ -26,6 +29,7 @@ import signal
 import socket
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -94,20 +98,22 @@ NOT_COMPARED = re.compile(
 Act = Callable[[str, Path], None]
 
 
-def settings(algorithm: str, folder: Path) -> list[str]:
+def settings(algorithm: str, folder: Path, more: Sequence[str] = ()) -> list[str]:
     """The overrides of a run on top of the quick start."""
     table = ", ".join([f"kind='{algorithm}'", "group_size=4", *ALGORITHMS[algorithm]])
-    return [*SMALL, f"algorithm={{{table}}}", *MORE.get(algorithm, []), f"run.folder={folder}"]
+    own = [f"algorithm={{{table}}}", *MORE.get(algorithm, []), *more]
+    return [*SMALL, *own, f"run.folder={folder}"]
 
 
-def train(algorithm: str, folder: Path) -> int:
+def train(algorithm: str, folder: Path, more: Sequence[str] = ()) -> int:
     """A run, in this process. Returns its exit status."""
     import flowgrpo
     from flowgrpo.core.errors import LostRankError
     from flowgrpo.training.loop import train as run
 
     try:
-        return 0 if run(flowgrpo.load("quickstart", settings(algorithm, folder))).finished else 75
+        config = flowgrpo.load("quickstart", settings(algorithm, folder, more))
+        return 0 if run(config).finished else 75
     except LostRankError:
         return 75
 
@@ -235,6 +241,19 @@ def at(operation: str, folder: Path) -> Act:
     return act
 
 
+def late(number: int, seconds: float) -> Act:
+    """Kills the process a time after it has begun to write its part of a checkpoint for the n-th time."""
+    left = [number]
+
+    def act(kind: str, path: Path) -> None:
+        if kind == "write" and path.parent.name == "checkpoints":
+            left[0] -= 1
+            if left[0] == 0:
+                threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGKILL)).start()
+
+    return act
+
+
 def listed(file: Path, folder: Path) -> Act:
     """Writes every operation into a file, with its path in the folder."""
 
@@ -253,10 +272,13 @@ def read(results: Path) -> list[dict[str, Any]]:
 def main() -> None:
     """Kill and resume until all is done."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("mode", choices=("points", "random", "bench"))
+    parser.add_argument("mode", choices=("points", "random", "writes", "bench"))
     parser.add_argument("--ranks", type=int, default=1)
     parser.add_argument("--algorithms", nargs="+", choices=ALGORITHMS, metavar="NAME")
-    parser.add_argument("--kills", type=int, default=100, help="with random: stop after this many")
+    parser.add_argument(
+        "--kills", type=int, default=100, help="with random and writes: stop after this many"
+    )
+    parser.add_argument("--set", action="append", default=[], help="KEY=VALUE, for all runs")
     parser.add_argument("--every", type=int, default=1, help="with points: only each N-th")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--results", type=Path, default=Path("kills.jsonl"))
@@ -274,7 +296,7 @@ def examine(name: str, options: argparse.Namespace, temporary: Path, share: floa
     """Kill runs of one algorithm, or of the benchmark, and note the results."""
     temporary.mkdir()
     output = temporary / "output"
-    work = bench if options.mode == "bench" else lambda folder: train(name, folder)
+    work = bench if options.mode == "bench" else lambda folder: train(name, folder, options.set)
     runs = Runs(work, options.ranks, output)
     # Grids show the name of the run directory, which therefore is always the same.
     straight, again = temporary / "straight" / "run", temporary / "again" / "run"
@@ -291,11 +313,14 @@ def examine(name: str, options: argparse.Namespace, temporary: Path, share: floa
         f"{name}, {options.ranks} ranks: {len(points)} different operations, {whole:.0f} s",
         flush=True,
     )
-    group = f"{options.mode}/{name}/{options.ranks}"
+    group = "/".join([options.mode, name, str(options.ranks), *options.set])
     known = [row for row in read(options.results) if row["group"] == group]
-    is_random = options.mode == "random"
-    if is_random:
-        chains = _moments(options.seed, whole, share - sum(row["kills"] for row in known))
+    is_random = options.mode in ("random", "writes")
+    left = share - sum(row["kills"] for row in known)
+    if options.mode == "writes":
+        chains = _delays(options.seed, left)
+    elif is_random:
+        chains = _moments(options.seed, whole, left)
     else:
         hit = {operation for row in known for operation in row["at"]}
         chains = _chains([p for p in points[:: options.every] if p not in hit])
@@ -321,6 +346,13 @@ def _moments(seed: int, whole: float, kills: float) -> Iterator[list[float]]:
         yield [chance.uniform(0.1, 0.9) * whole for _ in range(CHAIN)]
 
 
+def _delays(seed: int, kills: float) -> Iterator[list[tuple[int, float]]]:
+    """Which write of a checkpoint is interrupted, and after how many seconds."""
+    chance = random.Random(f"{seed}/{kills}")
+    for _ in range(ceil(kills / CHAIN)):
+        yield [(chance.randint(1, 3), chance.uniform(0.0, 0.1)) for _ in range(CHAIN)]
+
+
 def _chains(points: list[str]) -> Iterator[list[str]]:
     """Operations, a few for each run. Those that a run did not come to are at the head of the next."""
     while points:
@@ -342,7 +374,9 @@ def one(runs: Runs, folder: Path, straight: Path, moments: list[Any], timed: boo
     try:
         for number, moment in enumerate(list(moments)):
             victim = number % runs.ranks if timed else 0
-            killer = {"after": moment} if timed else {"act": at(moment, folder)}
+            killer: dict[str, Any] = {"act": at(moment, folder)} if not timed else {"after": moment}
+            if isinstance(moment, tuple):
+                killer = {"act": late(*moment)}
             code = runs.attempt(folder, victim, **killer)
             if code not in (0, -9):
                 raise RuntimeError(f"exit status {code}")
