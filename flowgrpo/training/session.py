@@ -25,6 +25,7 @@ from flowgrpo.core.secrets import redact_command
 from flowgrpo.data import files
 from flowgrpo.data.prompts import Group
 from flowgrpo.policy.placement import resolve_device
+from flowgrpo.policy.sharding import gathered_bytes, gathered_dtype
 from flowgrpo.rewards.scorer import RewardScorer
 from flowgrpo.rewards.settings import RewardError
 from flowgrpo.training import checkpoints, run_folder, sharded_checkpoints, trackers
@@ -462,7 +463,9 @@ class Session:
     def announce_network(self, learner: Learner) -> None:
         """Print what an iteration sends over the network, which depends on the trained parameters."""
         work = plan(self.config, self.accelerator.num_processes)
-        if network := work.network(sum(p.numel() for p in learner.parameters)):
+        dtype = gathered_dtype(self.config.model.weights, learner.policy.dtype)
+        gathered = max(gathered_bytes(m, dtype) for m in learner.policy.denoisers.values())
+        if network := work.network(sum(p.numel() for p in learner.parameters), gathered):
             self.console.say(f"network: {network}")
 
     def note_prompts(self, notes: Sequence[str]) -> None:
