@@ -168,10 +168,12 @@ class Runs:
     Attributes:
         work: Does the work in a folder, and returns the exit status.
         output: What the processes print.
+        outlived: Most seconds for which a process went on after another one was killed.
     """
 
     def __init__(self, work: Callable[[Path], int], ranks: int, output: Path):
         self.work, self.ranks, self.output = work, ranks, output
+        self.outlived = 0.0
 
     def attempt(self, folder: Path, victim: int = 0, act: Act | None = None, after: float = 0.0) -> int:  # fmt: skip
         """Start all processes and wait for them.
@@ -207,7 +209,10 @@ class Runs:
                 code = wait(processes[victim])
         else:
             code = wait(processes[victim])
+        ended = time.monotonic()
         others = [wait(p) for r, p in enumerate(processes) if r != victim]
+        if code < 0:
+            self.outlived = max(self.outlived, time.monotonic() - ended)
         allowed = {0} if code == 0 else {0, 75}
         if not set(others) <= allowed:
             raise RuntimeError(f"the victim ended with {code}, the others with {others}")
@@ -345,9 +350,12 @@ def examine(name: str, options: argparse.Namespace, temporary: Path, share: floa
         chains = _chains([p for p in points[:: options.every] if p not in hit])
     folder = temporary / "killed" / "run"
     for chain in chains:
+        if is_random and left <= 0:
+            break
         row = {"group": group, "points": len(points)} | one(
             runs, folder, straight, chain, is_random
         )
+        left -= row["kills"]
         with options.results.open("a") as stream:
             stream.write(json.dumps(row) + "\n")
         if row["problem"] or row["wrong"]:
@@ -361,14 +369,16 @@ CHAIN = 5
 def _moments(seed: int, whole: float, kills: float) -> Iterator[list[float]]:
     """Random moments at which a run is killed, in seconds, for at least this many kills."""
     chance = random.Random(f"{seed}/{kills}")
-    for _ in range(ceil(kills / CHAIN)):
+    # A run may finish before all of its kills.
+    for _ in range(ceil(kills)):
         yield [chance.uniform(0.1, 0.9) * whole for _ in range(CHAIN)]
 
 
 def _delays(seed: int, kills: float) -> Iterator[list[tuple[int, float]]]:
     """Which write of a checkpoint is interrupted, and after how many seconds."""
     chance = random.Random(f"{seed}/{kills}")
-    for _ in range(ceil(kills / CHAIN)):
+    # A run may finish before all of its kills.
+    for _ in range(ceil(kills)):
         yield [(chance.randint(1, 3), chance.uniform(0.0, 0.1)) for _ in range(CHAIN)]
 
 
@@ -420,6 +430,7 @@ def one(runs: Runs, folder: Path, straight: Path, moments: list[Any], timed: boo
         "at": where,
         "wrong": wrong,
         "problem": problem,
+        "outlived": round(runs.outlived, 1),
     }
 
 
