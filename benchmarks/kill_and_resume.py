@@ -3,13 +3,16 @@
     python -m benchmarks.kill_and_resume points --results kills.jsonl
     python -m benchmarks.kill_and_resume points --ranks 2 --results kills.jsonl
     python -m benchmarks.kill_and_resume random --kills 100 --results kills.jsonl
+    python -m benchmarks.kill_and_resume writes --ranks 2 --kills 40 --set parallel.shard=denoiser \
+        --results kills.jsonl
     python -m benchmarks.kill_and_resume bench --results kills.jsonl
 
 ``points`` kills with ``SIGKILL`` before every operation on a file that a run announces
 (:data:`flowgrpo.data.files.failpoint`), one after the other: the process that resumes is killed as well,
 somewhere. ``random`` kills at random moments, in all algorithms. With ``--ranks 2`` runs have two
-processes, of which one is killed; the other has to end by itself. ``bench`` kills ``flowgrpo bench`` at
-every operation.
+processes, of which one is killed; the other has to end by itself. ``writes`` kills up to 0.1 s after a
+process has begun to write its part of a checkpoint, each process in turn. ``bench`` kills ``flowgrpo
+bench`` at every operation. ``--set`` adds settings to the runs.
 
 A kill is survived if the same command then finishes. A run is identical if its checkpoints, logs, grids
 and export equal those of an uninterrupted run byte for byte and nothing is left over. Each run is a line
@@ -26,6 +29,7 @@ import signal
 import socket
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -94,20 +98,22 @@ NOT_COMPARED = re.compile(
 Act = Callable[[str, Path], None]
 
 
-def settings(algorithm: str, folder: Path) -> list[str]:
+def settings(algorithm: str, folder: Path, more: Sequence[str] = ()) -> list[str]:
     """The overrides of a run on top of the quick start."""
     table = ", ".join([f"kind='{algorithm}'", "group_size=4", *ALGORITHMS[algorithm]])
-    return [*SMALL, f"algorithm={{{table}}}", *MORE.get(algorithm, []), f"run.folder={folder}"]
+    own = [f"algorithm={{{table}}}", *MORE.get(algorithm, []), *more]
+    return [*SMALL, *own, f"run.folder={folder}"]
 
 
-def train(algorithm: str, folder: Path) -> int:
+def train(algorithm: str, folder: Path, more: Sequence[str] = ()) -> int:
     """A run, in this process. Returns its exit status."""
     import flowgrpo
     from flowgrpo.core.errors import LostRankError
     from flowgrpo.training.loop import train as run
 
     try:
-        return 0 if run(flowgrpo.load("quickstart", settings(algorithm, folder))).finished else 75
+        config = flowgrpo.load("quickstart", settings(algorithm, folder, more))
+        return 0 if run(config).finished else 75
     except LostRankError:
         return 75
 
@@ -162,10 +168,12 @@ class Runs:
     Attributes:
         work: Does the work in a folder, and returns the exit status.
         output: What the processes print.
+        outlived: Most seconds for which a process went on after another one was killed.
     """
 
     def __init__(self, work: Callable[[Path], int], ranks: int, output: Path):
         self.work, self.ranks, self.output = work, ranks, output
+        self.outlived = 0.0
 
     def attempt(self, folder: Path, victim: int = 0, act: Act | None = None, after: float = 0.0) -> int:  # fmt: skip
         """Start all processes and wait for them.
@@ -201,7 +209,10 @@ class Runs:
                 code = wait(processes[victim])
         else:
             code = wait(processes[victim])
+        ended = time.monotonic()
         others = [wait(p) for r, p in enumerate(processes) if r != victim]
+        if code < 0:
+            self.outlived = max(self.outlived, time.monotonic() - ended)
         allowed = {0} if code == 0 else {0, 75}
         if not set(others) <= allowed:
             raise RuntimeError(f"the victim ended with {code}, the others with {others}")
@@ -215,8 +226,27 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def _without(file: Path, folder: Path) -> bytes:
-    """A file's contents without the folder's name."""
-    return file.read_bytes().replace(str(folder).encode(), b"")
+    """A file's contents without the folder's name, and without the order of names in a header."""
+    content = file.read_bytes()
+    if file.name.startswith("shard-"):
+        return _in_order(content)
+    if file.name == "state.json" and b'"shard-' in content:
+        # The digests of such files depend on the order.
+        state = {k: v for k, v in json.loads(content).items() if "sha256" not in k}
+        content = json.dumps(state).encode()
+    return content.replace(str(folder).encode(), b"")
+
+
+def _in_order(content: bytes) -> bytes:
+    """A safetensors file of ``torch.distributed.checkpoint`` with its metadata sorted.
+
+    The order of entries there is arbitrary, also in uninterrupted runs.
+    """
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])
+    texts = header.pop("__metadata__")
+    parsed = {k: json.loads(v) if v.startswith("{") else v for k, v in texts.items()}
+    return json.dumps([parsed, header], sort_keys=True).encode() + content[8 + length :]
 
 
 def differences(straight: Path, folder: Path) -> list[str]:
@@ -231,6 +261,19 @@ def at(operation: str, folder: Path) -> Act:
     def act(kind: str, path: Path) -> None:
         if operation == f"{kind} {path}".replace(str(folder), ""):
             os.kill(os.getpid(), signal.SIGKILL)
+
+    return act
+
+
+def late(number: int, seconds: float) -> Act:
+    """Kills the process a time after it has begun to write its part of a checkpoint for the n-th time."""
+    left = [number]
+
+    def act(kind: str, path: Path) -> None:
+        if kind == "write" and path.parent.name == "checkpoints":
+            left[0] -= 1
+            if left[0] == 0:
+                threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGKILL)).start()
 
     return act
 
@@ -253,10 +296,13 @@ def read(results: Path) -> list[dict[str, Any]]:
 def main() -> None:
     """Kill and resume until all is done."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("mode", choices=("points", "random", "bench"))
+    parser.add_argument("mode", choices=("points", "random", "writes", "bench"))
     parser.add_argument("--ranks", type=int, default=1)
     parser.add_argument("--algorithms", nargs="+", choices=ALGORITHMS, metavar="NAME")
-    parser.add_argument("--kills", type=int, default=100, help="with random: stop after this many")
+    parser.add_argument(
+        "--kills", type=int, default=100, help="with random and writes: stop after this many"
+    )
+    parser.add_argument("--set", action="append", default=[], help="KEY=VALUE, for all runs")
     parser.add_argument("--every", type=int, default=1, help="with points: only each N-th")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--results", type=Path, default=Path("kills.jsonl"))
@@ -274,7 +320,7 @@ def examine(name: str, options: argparse.Namespace, temporary: Path, share: floa
     """Kill runs of one algorithm, or of the benchmark, and note the results."""
     temporary.mkdir()
     output = temporary / "output"
-    work = bench if options.mode == "bench" else lambda folder: train(name, folder)
+    work = bench if options.mode == "bench" else lambda folder: train(name, folder, options.set)
     runs = Runs(work, options.ranks, output)
     # Grids show the name of the run directory, which therefore is always the same.
     straight, again = temporary / "straight" / "run", temporary / "again" / "run"
@@ -291,19 +337,25 @@ def examine(name: str, options: argparse.Namespace, temporary: Path, share: floa
         f"{name}, {options.ranks} ranks: {len(points)} different operations, {whole:.0f} s",
         flush=True,
     )
-    group = f"{options.mode}/{name}/{options.ranks}"
+    group = "/".join([options.mode, name, str(options.ranks), *options.set])
     known = [row for row in read(options.results) if row["group"] == group]
-    is_random = options.mode == "random"
-    if is_random:
-        chains = _moments(options.seed, whole, share - sum(row["kills"] for row in known))
+    is_random = options.mode in ("random", "writes")
+    left = share - sum(row["kills"] for row in known)
+    if options.mode == "writes":
+        chains = _delays(options.seed, left)
+    elif is_random:
+        chains = _moments(options.seed, whole, left)
     else:
         hit = {operation for row in known for operation in row["at"]}
         chains = _chains([p for p in points[:: options.every] if p not in hit])
     folder = temporary / "killed" / "run"
     for chain in chains:
+        if is_random and left <= 0:
+            break
         row = {"group": group, "points": len(points)} | one(
             runs, folder, straight, chain, is_random
         )
+        left -= row["kills"]
         with options.results.open("a") as stream:
             stream.write(json.dumps(row) + "\n")
         if row["problem"] or row["wrong"]:
@@ -317,8 +369,17 @@ CHAIN = 5
 def _moments(seed: int, whole: float, kills: float) -> Iterator[list[float]]:
     """Random moments at which a run is killed, in seconds, for at least this many kills."""
     chance = random.Random(f"{seed}/{kills}")
-    for _ in range(ceil(kills / CHAIN)):
+    # A run may finish before all of its kills.
+    for _ in range(ceil(kills)):
         yield [chance.uniform(0.1, 0.9) * whole for _ in range(CHAIN)]
+
+
+def _delays(seed: int, kills: float) -> Iterator[list[tuple[int, float]]]:
+    """Which write of a checkpoint is interrupted, and after how many seconds."""
+    chance = random.Random(f"{seed}/{kills}")
+    # A run may finish before all of its kills.
+    for _ in range(ceil(kills)):
+        yield [(chance.randint(1, 3), chance.uniform(0.0, 0.1)) for _ in range(CHAIN)]
 
 
 def _chains(points: list[str]) -> Iterator[list[str]]:
@@ -342,7 +403,9 @@ def one(runs: Runs, folder: Path, straight: Path, moments: list[Any], timed: boo
     try:
         for number, moment in enumerate(list(moments)):
             victim = number % runs.ranks if timed else 0
-            killer = {"after": moment} if timed else {"act": at(moment, folder)}
+            killer: dict[str, Any] = {"act": at(moment, folder)} if not timed else {"after": moment}
+            if isinstance(moment, tuple):
+                killer = {"act": late(*moment)}
             code = runs.attempt(folder, victim, **killer)
             if code not in (0, -9):
                 raise RuntimeError(f"exit status {code}")
@@ -367,6 +430,7 @@ def one(runs: Runs, folder: Path, straight: Path, moments: list[Any], timed: boo
         "at": where,
         "wrong": wrong,
         "problem": problem,
+        "outlived": round(runs.outlived, 1),
     }
 
 

@@ -14,6 +14,7 @@ from flowgrpo.core.measures import MEASURES, Measured, best_of, named, waited
 from flowgrpo.evaluation.hacking import SIGNS
 from flowgrpo.training import checkpoints
 from flowgrpo.training.run_checkpoints import find_checkpoint
+from tests.processes import ranks
 from tests.test_train import small
 
 HERE = "tests.test_best_and_stop"
@@ -83,8 +84,9 @@ def stopped(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "stopped"
     settings = [
         "evaluation.every=1", f"evaluation.metrics=['{HERE}:Scripted']", "evaluation.inspected_prompts=0",
-        "train.early_stopping={metric='scripted', patience=2}", "train.iterations=9",
+        "train.early_stopping={metric='scripted', patience=2}", "train.iterations=9", "train.updates=1",
         "evaluation.keep_best=['min:artefacts/contrast']", "evaluation.images_during=0",
+        "evaluation.regimes=[]",  # the script is of one evaluation per iteration
     ]  # fmt: skip
     result = flowgrpo.train(small(folder, *settings))
     return folder, settings, result
@@ -110,6 +112,29 @@ def test_a_run_that_no_longer_improves_ends_with_its_best_weights(stopped, capsy
         "has finished its 9 iterations, stopped early after 3: nothing to do"
         in capsys.readouterr().out
     )
+
+
+def test_two_processes_that_share_a_model_stop_together(stopped, tmp_path):
+    """Each reads its own part of the best weights, and all of them leave the loop."""
+    folder, settings, result = stopped
+    shorter = ["train.early_stopping.patience=1", "evaluation.keep_best=[]"]
+    sharded = ["parallel.shard=denoiser", "run.rank_timeout_minutes=1"]
+    run = small(tmp_path / "run", *settings, *shorter, *sharded)
+    for process in ranks(lambda _: int(not flowgrpo.train(run).finished)):
+        output, _ = process.communicate()
+        assert process.returncode == 0, output[-3000:]
+    lines = (tmp_path / "run" / "evaluations.jsonl").read_text().splitlines()
+    found = [json.loads(line) for line in lines]
+    assert [e["iteration"] for e in found] == [0, 1, 2, 2]
+    assert found[-1]["weights_after"] == result.evaluations[-1]["weights_after"] == 1
+    wanted, exported = (
+        load_file(next((place / "export" / "transformer").glob("*.safetensors")))
+        for place in (folder, tmp_path / "run")
+    )
+    best, _ = checkpoints.load(tmp_path / "run" / "checkpoints" / "best-scripted")
+    for name, tensor in wanted.items():
+        assert torch.equal(exported[name], best["weights"][f"transformer.{name}"])
+        assert (exported[name] - tensor).abs().mean() < 1e-5
 
 
 def test_any_checkpoint_is_found_by_what_it_is_best_at(stopped, capsys, tmp_path):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from flowgrpo.algorithms import FIND, FlowGRPO, Matching
 from flowgrpo.config import Train
-from flowgrpo.core.random import Random, SampleNoise
+from flowgrpo.core.random import Random
 from flowgrpo.core.transitions import CPS
 from flowgrpo.data.prompts import Group, Prompt
 from flowgrpo.evaluation import held_out
@@ -116,21 +116,6 @@ def watch(policy: PipelinePolicy) -> list[int]:
     return passes
 
 
-def encode(policy: PipelinePolicy, rank: int) -> None:
-    """Sharded text encoders: each process encodes what either of them needs."""
-    encoded: list[int] = []
-    policy.pipeline.text_encoder.register_forward_pre_hook(lambda *_: encoded.append(meet(3)))
-    policy.encode_in_lockstep()
-    new = [Prompt(f"{i} clouds") for i in range(4)]
-    # Two prompts of the first process and one of the second, which shares one with it.
-    own = new[:2] if rank == 0 else new[1:2]
-    noise = SampleNoise([Random(0)] * len(own))
-    with policy.together():
-        policy.images(own, noise)
-        policy.images(own, noise)
-    assert len(encoded) == 2 * 2  # each with its negative prompt
-
-
 def evaluate(policy: PipelinePolicy, rank: int) -> None:
     """What else processes do unequally: evaluations, grids of the first process, refilled groups."""
     scorer = scorer_of()
@@ -207,7 +192,6 @@ def test_processes_without_work_take_part_in_every_pass(
             for name in ("loss/policy", "loss/kl", "kl/velocity", "grad_norm"):
                 assert found[name] == pytest.approx(metrics[name], rel=1e-2, abs=1e-6), (case, name)
         evaluate(policy, rank)
-        encode(policy, rank)
         return 0
 
     for process in ranks(work):

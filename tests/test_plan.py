@@ -94,8 +94,26 @@ def test_bytes_are_those_that_are_sent():
         lambda t: sent.append(t.numel() * t.element_size()) or t
     )
     assert work.score_bytes() == sum(sent[1:]) * 3 // 4
-    assert work.network(17).startswith("102 B of gradients sent by each process per iteration (1 x")
-    assert plan(one, 1).network(17) == ""
+    words = work.network(17, 0)
+    assert words.startswith("102 B of gradients sent by each process per iteration (1 x")
+    assert plan(one, 1).network(17, 0) == ""
+
+
+def test_bytes_of_a_divided_denoiser():
+    """Eight processes in two copies of four parts; tests/test_sharding.py counts those of real processes."""
+    one = config("parallel.shard=denoiser", "parallel.shard_group=4", "loss.kl_coef=0.1")
+    work = plan(one, 8)
+    # 7 steps of the 6 samples of one group; of the 6 states of a step, 5 fit into a batch.
+    assert (work.parts, work.sampling_passes, work.forwards) == (4, 7, 6 * 2)
+    # With gradients: forward, backward and reference policy.
+    assert work.gathers == 7 + 3 * 12
+    assert work.weight_bytes(1000) == 750 * work.gathers
+    # Scattered among 4 processes; each of them sums its quarter with that of one other copy.
+    assert work.gradient_bytes(100) == 12 * (400 * 3 // 4 + 400 // 4)
+    assert work.network(100, 1000).startswith(
+        f"at least {size(750 * work.gathers)} of weights sent by each process per iteration ({work.gathers} x "
+        "gathering 1 kB, of which 7 to sample), 4.8 kB of gradients (12 x the sum of 100 gradients)"
+    )
 
 
 def test_wasteful_plans_are_told():

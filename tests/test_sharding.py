@@ -1,12 +1,14 @@
 """A denoiser that is divided among two processes trains as one process does, and saves what one reads."""
 
 import json
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from diffusers import DiffusionPipeline
@@ -24,7 +26,7 @@ from flowgrpo.losses.nft import NFTLoss
 from flowgrpo.policy import Full, LoRA, PipelinePolicy
 from flowgrpo.policy.export import export
 from flowgrpo.policy.settings import Memory, Noise, Parallel
-from flowgrpo.policy.sharding import whole
+from flowgrpo.policy.sharding import gathered_bytes, whole
 from flowgrpo.rewards.scorer import RewardScorer
 from flowgrpo.rewards.settings import Reward
 from flowgrpo.training import checkpoints, sharded_checkpoints
@@ -69,6 +71,44 @@ def iterate(learner: Learner, iteration: int) -> dict[str, float]:
     return learner.update(experience, torch.sin(5.0 * a.group + 3.0 * a.sample + a.step), random)
 
 
+def count_messages(policy: PipelinePolicy) -> Counter[str]:
+    """Count passes of the denoiser, and the bytes of its gathered weights and scattered gradients."""
+    found: Counter[str] = Counter()
+    # Their names differ between versions of torch.
+    names = ("all_gather_single", "reduce_scatter_single")
+    if not hasattr(dist, names[0]):
+        names = ("all_gather_into_tensor", "reduce_scatter_tensor")
+    gather, scatter = (getattr(dist, name) for name in names)
+    (model,) = policy.denoisers.values()
+    model.register_forward_pre_hook(
+        lambda *_: found.update(gradient=1) if torch.is_grad_enabled() else found.update(plain=1)
+    )
+
+    def gathering(output_tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
+        found["weights"] += output_tensor.nbytes
+        return gather(output_tensor, *args, **kwargs)
+
+    def scattering(output: Tensor, input: Tensor, *args: Any, **kwargs: Any) -> Any:
+        found["gradients"] += input.nbytes
+        return scatter(output, input, *args, **kwargs)
+
+    for name, counting in zip(names, (gathering, scattering), strict=True):
+        setattr(dist, name, counting)
+    return found
+
+
+def check_messages(found: Counter[str], learner: Learner) -> None:
+    """Compare with the formula of the plan: a gather per pass, and another one in each backward pass."""
+    (model,) = learner.policy.denoisers.values()
+    trained = sum(p.numel() for p in learner.parameters)
+    assert found["gradient"] > 0
+    assert found["plain"] > 0
+    gathers = found["plain"] + 2 * found["gradient"]
+    # Odd numbers of rows are padded.
+    assert found["weights"] == pytest.approx(gathers * gathered_bytes(model, None), rel=0.02)
+    assert found["gradients"] == pytest.approx(found["gradient"] * 4 * trained, rel=0.02)
+
+
 def work(model: Path, folder: Path, rank: int) -> int:
     """One of two processes: an iteration, a checkpoint, a second iteration from the other's checkpoint."""
     accelerator = Accelerator(cpu=True)
@@ -76,7 +116,10 @@ def work(model: Path, folder: Path, rank: int) -> int:
         learner = make_learner(model, kind, accelerator, parallel=Parallel(shard="denoiser"))
         place, policy = folder / kind, learner.policy
         assert policy.in_lockstep
+        sent = count_messages(learner.policy) if kind == "full" else Counter()
         metrics = [iterate(learner, 0)]
+        if kind == "full":
+            check_messages(sent, learner)
         parts, state = learner.state()
         options = {"is_main": rank == 0, "gather": gather_object}
         sharded_checkpoints.save(place / "two", parts, state, **options)

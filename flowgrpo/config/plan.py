@@ -31,6 +31,10 @@ class Plan:
         updates: Optimizer steps.
         candidates: Scored candidates of all processes.
         rewards: Number of rewards.
+        parts: Processes among which a copy of the denoiser is divided; 1 if each has a whole one.
+        sampling_passes: Passes of the denoiser in the rollout of a process, if its calls are full.
+        extra_passes: Further passes without gradients for each one with gradients: of the reference policy,
+            an old policy or the moving average, if the loss needs them.
     """
 
     num_ranks: int
@@ -43,6 +47,9 @@ class Plan:
     updates: int
     candidates: int
     rewards: int
+    parts: int = 1
+    sampling_passes: int = 0
+    extra_passes: int = 0
 
     def rows(self) -> dict[str, str]:
         """The forward passes of an optimizer step, in words."""
@@ -72,28 +79,63 @@ class Plan:
     def gradient_bytes(self, trained: int) -> int:
         """Bytes that a process sends in an iteration to sum its gradients with those of the others.
 
-        A ring sends each value 2 (N - 1) / N times (reduce-scatter, all-gather), and receives as much.
+        A ring sends each value 2 (N - 1) / N times (reduce-scatter, all-gather), and receives as much. If the
+        denoiser is divided among ``n`` processes, each backward pass scatters the sums among them, which
+        sends a value (n - 1) / n times, and c copies of the denoiser sum their parts in a ring.
 
         Args:
             trained: Number of trained parameters.
         """
+        if self.parts > 1:
+            copies, n = self.num_ranks // self.parts, self.parts
+            each = GRADIENT_BYTES * trained * ((n - 1) / n + 2 * (copies - 1) / copies / n)
+            return round(each * self.backward_passes)
         each = GRADIENT_BYTES * trained * 2 * (self.num_ranks - 1) / self.num_ranks
         return round(each * self.updates)
+
+    @property
+    def backward_passes(self) -> int:
+        """Passes of the denoiser with gradients in an iteration of a process, at least."""
+        return max(1, self.forwards) * self.updates
+
+    @property
+    def gathers(self) -> int:
+        """How often an iteration gathers a divided denoiser, at least: once in a forward pass, and again in
+        its backward pass."""
+        return self.sampling_passes + self.backward_passes * (2 + self.extra_passes)
+
+    def weight_bytes(self, gathered: int) -> int:
+        """Bytes that a process sends in an iteration to gather the weights of a divided denoiser.
+
+        A ring sends each value (n - 1) / n times among the n processes that share the denoiser.
+
+        Args:
+            gathered: Bytes of the denoiser in the precision in which it is gathered.
+        """
+        return round(gathered * self.gathers * (self.parts - 1) / self.parts)
 
     def score_bytes(self) -> int:
         """Bytes that a process receives in an iteration to know the rewards of all candidates."""
         each = SCORE_BYTES + 4 * (self.rewards - 1)
         return round(each * self.candidates * (self.num_ranks - 1) / self.num_ranks)
 
-    def network(self, trained: int) -> str:
+    def network(self, trained: int, gathered: int) -> str:
         """The bytes of an iteration on the network, in words; empty with one process.
 
         Args:
             trained: Number of trained parameters.
+            gathered: Bytes of the denoiser in the precision in which it is gathered, if it is divided.
         """
         if self.num_ranks == 1:
             return ""
         gradients, scores = self.gradient_bytes(trained), self.score_bytes()
+        if self.parts > 1:
+            return (
+                f"at least {size(self.weight_bytes(gathered))} of weights sent by each process per iteration "
+                f"({self.gathers} x gathering {size(gathered)}, of which {self.sampling_passes} to sample), "
+                f"{size(gradients)} of gradients ({self.backward_passes} x the sum of {trained:,} "
+                f"gradients), {size(scores)} of scores"
+            )
         return (
             f"{size(gradients)} of gradients sent by each process per iteration ({self.updates} x the sum of "
             f"{trained:,} gradients), {size(scores)} of scores"
@@ -117,6 +159,7 @@ def plan(config: Config, num_ranks: int = 1) -> Plan:
     else:
         states = ceil(samples / t.updates)
     cost = config.algorithm.cost(config.sampling.num_steps, 0, random)
+    needs, shard = config.loss.needs, config.parallel
     return Plan(
         num_ranks=num_ranks,
         groups=groups,
@@ -128,6 +171,9 @@ def plan(config: Config, num_ranks: int = 1) -> Plan:
         updates=t.optimizer_steps,
         candidates=round(cost.rewards * t.groups),
         rewards=len(config.rewards),
+        parts=(shard.shard_group or num_ranks) if shard.is_sharded else 1,
+        sampling_passes=ceil(cost.nfe * groups / min(samples, t.rollout_batch)),
+        extra_passes=needs.reference + needs.average + (needs.old_policy is not None),
     )
 
 

@@ -85,6 +85,7 @@ class Footprint:
             outside of its blocks, a block, and the next block, which is gathered in advance.
         gathered_gradients: Size of a block's gradients before they are divided, and of the message that
             adds them.
+        whole: Size of the largest denoiser in the precision in which it is gathered.
         outputs: The denoisers' outputs of all steps of one rollout batch, kept until it is decoded.
     """
 
@@ -108,6 +109,7 @@ class Footprint:
     batches: tuple[int, int]
     gathered: int = 0
     gathered_gradients: int = 0
+    whole: int = 0
     outputs: int = 0
 
 

@@ -19,6 +19,7 @@ from flowgrpo.policy.arguments import Calling, own_arguments
 from flowgrpo.policy.compilation import repeated_blocks
 from flowgrpo.policy.loading import DTYPES, denoisers
 from flowgrpo.policy.settings import Full, Noise, Parallel, Weights
+from flowgrpo.policy.sharding import gathered_bytes, gathered_dtype
 from flowgrpo.policy.weights import Trainable
 from flowgrpo.rewards.settings import Reward
 
@@ -85,7 +86,7 @@ def estimate_footprint(
     trained = _trained(ours, weights)
     after = {k: bytes_of(m) for k, m in models.items()}
     _fit_decoder(config, models)
-    gathered, gradients = _gathered(config, ours.values())
+    whole, gathered, gradients = _gathered(config, ours.values())
     tracer = Tracer(pipeline, dtype, full=full, device=device)
     batches = config.train.rollout_batch, config.train.train_batch
     # Pipelines may do anything that fake tensors do not support. Whatever that raises must not stop
@@ -125,34 +126,31 @@ def estimate_footprint(
         batches=batches,
         gathered=gathered,
         gathered_gradients=gradients,
+        whole=whole,
     )
 
 
-def _gathered(config: Config, models: Collection[nn.Module]) -> tuple[int, int]:
-    """Most bytes of parameters and of gradients that are whole at a time in divided denoisers.
+def _gathered(config: Config, models: Collection[nn.Module]) -> tuple[int, int, int]:
+    """Bytes of a whole denoiser as it is gathered, and most bytes of parameters and of gradients that are
+    whole at a time.
 
     If they are divided, full fine-tuning gathers the weights in the precision of the arithmetic. The
     models get this precision, so that their trace has no copies by autocast.
     """
-    half = isinstance(config.model.weights, Full) and config.model.dtype != "float32"
-    dtype = DTYPES[config.model.dtype] if half else None
-    found = [(0, 0)]
+    dtype = gathered_dtype(config.model.weights, DTYPES[config.model.dtype])
+    found = [(0, 0, 0)]
     for model in models:
-
-        def size(module: nn.Module) -> int:
-            parameters = list(module.parameters())
-            return sum(p.numel() * (dtype or p.dtype).itemsize for p in parameters)
-
-        blocks = repeated_blocks(model)
-        sizes = sorted(map(size, blocks), reverse=True)
+        blocks, whole = repeated_blocks(model), gathered_bytes(model, dtype)
+        sizes = sorted((gathered_bytes(b, dtype) for b in blocks), reverse=True)
         trained = [sum(p.numel() for p in b.parameters() if p.requires_grad) for b in blocks]
-        outside = size(model) - sum(sizes)
+        outside = whole - sum(sizes)
         # Autograd's gradients, and the fp32 message.
         per_weight = (dtype or torch.float32).itemsize + 4
-        found.append((outside + sum(sizes[:2]), per_weight * max(trained, default=0)))
+        found.append((whole, outside + sum(sizes[:2]), per_weight * max(trained, default=0)))
         if config.parallel.is_sharded and dtype is not None:
             model.to(dtype)
-    return max(p for p, _ in found), max(g for _, g in found)
+    whole, gathered, gradients = (max(column) for column in zip(*found, strict=True))
+    return whole, gathered, gradients
 
 
 def _kept(config: Config) -> int:

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -29,7 +29,6 @@ from flowgrpo.policy.step_plan import StepPlan, StepRecord
 
 Weights = Callable[[], AbstractContextManager[None]]
 """Enters a context inside which the policy has other weights."""
-Value = TypeVar("Value")
 PLAIN = (bool, int, float, str, type(None))
 
 
@@ -183,12 +182,6 @@ class Lockstep:
         assert self._output is not None, "a backward pass without a call before it"
         self._output.backward(torch.zeros_like(self._output))
         self._output = None
-
-    def union(self, values: list[Value]) -> list[Value]:
-        """The values of all processes, in the order of the processes, each once."""
-        every: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(every, values, group=self._messages())
-        return list(dict.fromkeys(value for part in every for value in part))
 
     def _next(self, own: "Call | int | None") -> "_Turn | None":
         """The call that comes next, after all processes have said what theirs is.

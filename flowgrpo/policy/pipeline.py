@@ -443,12 +443,6 @@ class PipelinePolicy:
         """
         return self.lockstep.together() if self.in_lockstep else nullcontext()
 
-    def encode_in_lockstep(self) -> None:
-        """Let every process encode each prompt that any process needs, for sharded text encoders."""
-        cache = getattr(self.pipeline, "encode_prompt", None)
-        if isinstance(cache, PromptCache):
-            cache.union = self.lockstep.union
-
     def _run(
         self,
         prompts: Sequence[Prompt],

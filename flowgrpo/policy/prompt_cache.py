@@ -106,11 +106,7 @@ class PromptCache:
 
     Attributes:
         store: The cached encodings.
-        union: Joins lists of all processes, without duplicates. Set where the text encoders are
-            sharded: every process then encodes what any of them needs.
     """
-
-    union: Callable[[list[Rows]], list[Rows]] | None = None
 
     def __init__(
         self,
@@ -158,7 +154,6 @@ class PromptCache:
         single = {n: arguments.get(n) for n in PROMPT_ARGUMENTS if n not in batched}
         shared = fingerprint([rest, single])
         if "prompt" not in batched or shared is None:
-            self._require_text()
             with self._encoders_loaded():
                 return self._encode(*args, **kwargs)
         rows = tuple(zip(*(arguments[name] for name in batched), strict=True))
@@ -171,8 +166,7 @@ class PromptCache:
                     None if has_media(rest) else self._learn_rule(bound, batched, rows)
                 )
             encoded = self._encoded(bound, batched, rows, shared)
-            # Sharded encoders stay where they are, and encode only what all processes know of.
-            if self._rules[shared] is not None and self.union is None:
+            if self._rules[shared] is not None:
                 self._encode_coming(bound, batched, rows, shared)
         return encoded
 
@@ -182,15 +176,10 @@ class PromptCache:
         """The joint encoding of the prompts, from single encodings if there is a rule to join them."""
         join = self._rules[shared]
         if join is None:
-            self._require_text()
             return self._remembered(bound, batched, rows, shared)
-        needed: list[Rows] = [(row,) for row in dict.fromkeys(rows)]
-        if self.union is not None:
-            # The encoders gather their parameters from all processes, so that all encode what any of
-            # them lacks. What is there comes first, before the store drops it for something new.
-            there = [one for one in needed if _key(shared, one) in self.store]
-            needed = there + self.union([one for one in needed if one not in there])
-        encoded = {one[0]: self._remembered(bound, batched, one, shared) for one in needed}
+        encoded = {
+            row: self._remembered(bound, batched, (row,), shared) for row in dict.fromkeys(rows)
+        }
         return join([encoded[row] for row in rows])
 
     def _encode_coming(
@@ -203,18 +192,6 @@ class PromptCache:
         for row in new[: max(0, room)]:
             key = _key(shared, (row,))
             self.store.put(key, self._call(bound, batched, (row,)))
-
-    def _require_text(self) -> None:
-        """Refuse to encode a batch of which other processes know nothing.
-
-        Raises:
-            ValueError: If the text encoders are sharded.
-        """
-        if self.union is not None:
-            raise ValueError(
-                "the pipeline encodes its prompts together with images or in whole batches, which does not "
-                "work with sharded text encoders: shard the denoiser only"
-            )
 
     def _call(self, bound: inspect.BoundArguments, batched: list[str], rows: Rows) -> Any:
         """Call ``encode_prompt`` with the given prompts and otherwise the bound arguments."""

@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_map
 
 from flowgrpo.policy.compilation import repeated_blocks
-from flowgrpo.policy.settings import Full, Parallel, Weights
+from flowgrpo.policy.settings import Full, Noise, Parallel, Weights
 
 
 def make_mesh(parallel: Parallel, device: torch.device) -> DeviceMesh:
@@ -34,6 +34,24 @@ def make_mesh(parallel: Parallel, device: torch.device) -> DeviceMesh:
     # Consecutive ranks, which launchers place on one node, share a copy.
     names = ("replicate", "shard")
     return init_device_mesh(device.type, (number // size, size), mesh_dim_names=names)
+
+
+def gathered_dtype(weights: Weights | Noise, dtype: torch.dtype) -> torch.dtype | None:
+    """The precision in which parameters are gathered; None for that in which each is kept.
+
+    In full fine-tuning, autocast would keep a copy of every gathered weight for the backward pass, and so
+    the whole model. Gathered in the precision of the arithmetic, weights need no copy.
+
+    Args:
+        weights: What is trained.
+        dtype: Precision of the arithmetic.
+    """
+    return dtype if isinstance(weights, Full) and dtype != torch.float32 else None
+
+
+def gathered_bytes(module: nn.Module, dtype: torch.dtype | None) -> int:
+    """Bytes of a module's whole parameters, gathered in a precision, or each in its own if it is None."""
+    return sum(p.numel() * (dtype or p.dtype).itemsize for p in module.parameters())
 
 
 def shard(
@@ -57,11 +75,9 @@ def shard(
     """
     mesh = make_mesh(parallel, device)
     policy = MixedPrecisionPolicy(cast_forward_inputs=False)
-    if isinstance(weights, Full) and dtype != torch.float32:
-        # Autocast would keep a copy of every gathered weight for the backward pass, and so the whole
-        # model. Gathered in the precision of the arithmetic, weights need no copy.
+    if (gathered := gathered_dtype(weights, dtype)) is not None:
         policy = MixedPrecisionPolicy(
-            param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
+            param_dtype=gathered, reduce_dtype=torch.float32, cast_forward_inputs=False
         )
     for model in models.values():
         # Parameters must be gathered anew in each forward pass, also those of the root, because the

@@ -80,7 +80,9 @@ class Rollouts:
             self.run.prompts.groups(iteration, config.train.groups, self.seed)
         )
         random = self.seed.at("train", iteration)
-        experience = config.algorithm.collect(self.run.policy, groups, deferred, random, iteration)
+        policy = self.run.policy
+        with policy.together():
+            experience = config.algorithm.collect(policy, groups, deferred, random, iteration)
         return _Unscored(experience, deferred, type(config.algorithm).__name__)
 
 

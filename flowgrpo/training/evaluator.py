@@ -24,7 +24,6 @@ from flowgrpo.evaluation.samples import FOLDER, Sample, save_samples
 from flowgrpo.policy import PipelinePolicy, Sampling
 from flowgrpo.rewards.prompt_use import find_ignoring, prompt_notes
 from flowgrpo.rewards.scorer import RewardScorer
-from flowgrpo.training import checkpoints
 from flowgrpo.training.benchmarks import Benchmarks
 from flowgrpo.training.learner import Learner
 from flowgrpo.training.run_changes import stopped_before
@@ -216,7 +215,7 @@ class Evaluator:
         number = Measured.parse(self.session.config.train.early_stopping.metric)
         is_main_one = number == Measured.parse(self.settings.best)
         folder = self.session.checkpoints / ("best" if is_main_one else number.folder)
-        parts, state = checkpoints.load(folder)
+        parts, state = self.session.load(folder, self.learner)
         assert self.policy.trainable is not None
         self.policy.trainable.load(parts["weights"])
         self._shows = int(state["iteration"])

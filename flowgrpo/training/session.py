@@ -25,6 +25,7 @@ from flowgrpo.core.secrets import redact_command
 from flowgrpo.data import files
 from flowgrpo.data.prompts import Group
 from flowgrpo.policy.placement import resolve_device
+from flowgrpo.policy.sharding import gathered_bytes, gathered_dtype
 from flowgrpo.rewards.scorer import RewardScorer
 from flowgrpo.rewards.settings import RewardError
 from flowgrpo.training import checkpoints, run_folder, sharded_checkpoints, trackers
@@ -290,10 +291,7 @@ class Session:
         found = checkpoints.newest(self.checkpoints)
         lines: Mapping[str, int] = {}
         if found is not None:
-            if self.is_sharded:
-                parts, state = sharded_checkpoints.load(found, learner.division)
-            else:
-                parts, state = checkpoints.load(found)
+            parts, state = self.load(found, learner)
             lines = state["lines"]
             if self.is_main:
                 self.logs.check(lines, state.get("lines_sha256", {}), str(found))
@@ -306,6 +304,20 @@ class Session:
         if self.is_main:
             # The iterations after the checkpoint are repeated and log the same numbers again.
             self.logs.cut(lines)
+        # The other processes read the evaluations next, which decide whether all of them stop early.
+        self.accelerator.wait_for_everyone()
+
+    def load(
+        self, folder: Path, learner: Learner
+    ) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+        """Read a checkpoint; of a divided model only this process's parts. All processes must call this.
+
+        Returns:
+            Tensors by part and name, divided as the learner's parameters are, and the state.
+        """
+        if self.is_sharded:
+            return sharded_checkpoints.load(folder, learner.division)
+        return checkpoints.load(folder)
 
     def _set_damaged_aside(self) -> None:
         """Rename damaged checkpoints until the newest one is sound.
@@ -451,7 +463,9 @@ class Session:
     def announce_network(self, learner: Learner) -> None:
         """Print what an iteration sends over the network, which depends on the trained parameters."""
         work = plan(self.config, self.accelerator.num_processes)
-        if network := work.network(sum(p.numel() for p in learner.parameters)):
+        dtype = gathered_dtype(self.config.model.weights, learner.policy.dtype)
+        gathered = max(gathered_bytes(m, dtype) for m in learner.policy.denoisers.values())
+        if network := work.network(sum(p.numel() for p in learner.parameters), gathered):
             self.console.say(f"network: {network}")
 
     def note_prompts(self, notes: Sequence[str]) -> None:
