@@ -93,7 +93,7 @@ AREAS = {
     ),
     "config": Area(
         ["flowgrpo/config/*.py"],
-        ["config_meaning", "plan", "config_files", "config", "wrong_inputs", "best_and_stop"],
+        ["config_meaning", "plan", "config_files", "config", "wrong_inputs", "best_and_stop", "staleness"],
     ),
     "serving": Area(
         ["flowgrpo/rewards/serving/*.py"], ["serving_parts", "served_conditions", "serving"]
