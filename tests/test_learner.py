@@ -914,3 +914,24 @@ def test_values_of_two_processes_are_weighted_by_their_number(make: Make, monkey
     monkeypatch.setattr("flowgrpo.training.learner.check_drift", lambda *both: seen.append(both))
     assert learner._drift(experience) == {"kl/velocity": 2.0}
     assert seen == [(2.0, 3.0)]
+
+
+def test_one_of_two_advantages_is_enough_to_train_an_action(make: Make, experience: Experience) -> None:  # fmt: skip
+    group = experience.actions.group
+    two = torch.stack([torch.where(group < 2, 2.0, 0.0), torch.where(group == 4, 3.0, 0.0)], 1)
+    make(Scripted(all_actions=False)).update(experience, two, RANDOM)
+    assert {g for i in Scripted.received for g in i.group.tolist()} == {0, 1, 4}
+    assert [i.advantage.tolist() for i in Scripted.received] == [
+        [2.0, 2.0, 2.0, 2.0, 0.0, 0.0], [0.0, 0.0, 0.0, 0.0, 3.0, 3.0],
+    ]  # fmt: skip
+
+
+def test_a_step_is_on_the_gradients_of_all_processes(make: Make, experience: Experience, monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    def doubled(parameters: Sequence[torch.nn.Parameter], accelerator: Accelerator) -> None:
+        for parameter in parameters:
+            if parameter.grad is not None:
+                parameter.grad *= 2
+
+    monkeypatch.setattr("flowgrpo.training.learner.sum_gradients", doubled)
+    learner = make(norms=[0.75])
+    assert learner.update(experience, ones(experience), RANDOM)["grad_norm"] == pytest.approx(1.5)
