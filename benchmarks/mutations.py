@@ -80,8 +80,8 @@ AREAS = {
         ["learner", "objectives", "guard"],
     ),
     "sessions": Area(
-        ["flowgrpo/training/session.py", "flowgrpo/training/checkpoints.py"],
-        ["checkpoints", "session", "setup"],
+        ["flowgrpo/training/session.py", "flowgrpo/training/*checkpoints.py", "flowgrpo/training/run_changes.py"],
+        ["checkpoints", "session", "setup", "best_and_stop"],
     ),
     "scorer": Area(
         ["flowgrpo/rewards/scorer.py", "flowgrpo/rewards/pairs.py", "flowgrpo/rewards/settings.py"],
@@ -91,7 +91,10 @@ AREAS = {
         ["flowgrpo/evaluation/*.py", "flowgrpo/training/evaluator.py"],
         ["charts", "report_numbers", "report", "card", "grid", "inspection", "evaluation", "grid_command"],
     ),
-    "config": Area(["flowgrpo/config/*.py"], ["config_meaning", "config_files", "config", "wrong_inputs"]),
+    "config": Area(
+        ["flowgrpo/config/*.py"],
+        ["config_meaning", "plan", "config_files", "config", "wrong_inputs", "best_and_stop", "staleness"],
+    ),
     "serving": Area(
         ["flowgrpo/rewards/serving/*.py"], ["serving_parts", "served_conditions", "serving"]
     ),

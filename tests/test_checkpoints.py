@@ -9,15 +9,19 @@ import pytest
 import torch
 
 from flowgrpo.data import files
+from flowgrpo.training import sharded_checkpoints
 from flowgrpo.training.checkpoints import (
     CheckpointError,
+    digest,
     load,
     newest,
     peek,
     prune,
     save,
     set_aside,
+    temporary,
     tidy,
+    verify,
 )
 
 PARTS = {
@@ -217,3 +221,67 @@ def test_a_state_is_read_without_its_tensors(folder):
     (folder / "empty.safetensors").unlink()
     with pytest.raises(CheckpointError, match=r"empty.safetensors is missing; delete .*000012"):
         peek(folder)
+
+
+def test_a_checkpoint_of_several_processes_is_complete_or_not_there(tmp_path, monkeypatch):
+    """Each process writes its file; the main one makes the folder and its state."""
+
+    def write(to, parts):
+        files.save_tensors(to / "shard-1.safetensors", parts["w"])
+
+    monkeypatch.setattr(sharded_checkpoints.shards, "write", write)
+    monkeypatch.setattr(
+        sharded_checkpoints.shards, "own_files", lambda to: [to / "shard-1.safetensors"]
+    )
+    place, parts = tmp_path / "000003", {"w": {"a": torch.ones(2)}}
+    other, gathers = tmp_path / ".000003.tmp" / "shard-2.safetensors", []
+
+    def gather(own):
+        """The second process writes a file in its own call."""
+        gathers.append(own)
+        if len(gathers) == 2:
+            files.save_tensors(other, {"b": torch.zeros(1)})
+        both = isinstance(own[0], dict)
+        return [*own, {other.name: digest(other)}] if both else [*own, None]
+
+    sharded_checkpoints.save(place, parts, {"iteration": 3}, is_main=True, gather=gather)
+    assert peek(place) == {"iteration": 3, "sharded": True}
+    verify(place)
+    assert sorted(p.name for p in place.iterdir()) == ["shard-1.safetensors", "shard-2.safetensors", "state.json"]  # fmt: skip
+    seen = []
+    monkeypatch.setattr(sharded_checkpoints.shards, "read", lambda *a: seen.append(a) or parts)
+    whole = sharded_checkpoints.load(place, len)
+    assert whole == (parts, {"iteration": 3})
+    assert seen == [(place, len)]
+    (place / "shard-2.safetensors").write_bytes(b"")
+    with pytest.raises(CheckpointError, match=r"shard-2\.safetensors is damaged"):
+        verify(place)
+
+    # An error of any process ends all of them, and what was there stays.
+    def fails(own):
+        return [*own, (errno.ENOSPC, "no space") if own == [None] and temporary(place).exists() else None]  # fmt: skip
+
+    before = (place / "state.json").read_text()
+    with pytest.raises(OSError, match="another process could not write: no space") as caught:
+        sharded_checkpoints.save(place, parts, {}, is_main=True, gather=fails)
+    assert caught.value.errno == errno.ENOSPC
+    assert (place / "state.json").read_text() == before
+    assert not temporary(place).exists()
+
+    def full(to, parts):
+        raise OSError(errno.ENOSPC, "own disk")
+
+    monkeypatch.setattr(sharded_checkpoints.shards, "write", full)
+    temporary(place).mkdir()
+    with pytest.raises(OSError, match="own disk"):
+        sharded_checkpoints.save(place, parts, {}, is_main=False, gather=lambda own: own)
+    assert temporary(place).exists(), "the main process deletes it"
+
+
+def test_a_whole_checkpoint_is_read_into_a_divided_model(folder):
+    places = []
+    parts, state = sharded_checkpoints.load(folder, lambda *given: places.append(given))
+    assert state == STATE
+    assert torch.equal(parts["weights"]["a.weight"], PARTS["weights"]["a.weight"])
+    assert parts["empty"] == {}
+    assert ("weights", "a.weight", torch.Size([2, 3])) in places

@@ -555,6 +555,14 @@ def test_the_json_schema_explains_keys_and_gives_defaults():
     }
     assert set(train["required"]) == {"iterations", "groups"}
     assert schema["$defs"]["Evaluation"]["properties"]["num_steps"]["type"] == "integer"
+    assert "default" not in train["properties"]["iterations"]
+    assert "default" not in schema["$defs"]["FlowGRPO"]["properties"]["kind"]
+    # A file needs all tables or another file that has them.
+    validator = Draft202012Validator(schema)
+    assert validator.is_valid({"extends": "quickstart", "sampling": {"num_steps": 3}})
+    assert not validator.is_valid({"sampling": {"num_steps": 3}})
+    assert not validator.is_valid({"extends": 3})
+    assert train["description"] == "Length of the run, batch geometry and optimizer."
     json.dumps(schema)
 
 

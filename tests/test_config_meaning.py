@@ -9,7 +9,7 @@ import pytest
 
 from flowgrpo.config import Config, ConfigError, find, load
 from flowgrpo.config.bounds import BOUNDS, check_bounds
-from flowgrpo.config.changes import CHANGEABLE, differences, flat_table, may_change
+from flowgrpo.config.changes import CHANGEABLE, differences, flat_table, may_change, why_fixed
 from flowgrpo.config.evidence import LEVELS, counts, evidence, fingerprint, next_level
 from flowgrpo.config.files import absolute
 from flowgrpo.config.reader import dotted, read
@@ -59,7 +59,7 @@ def test_the_geometry_in_words() -> None:
     }
 
 
-def test_samplings_of_evaluations_and_trained_steps() -> None:
+def test_samplings_of_evaluations_and_trained_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     changed = config("evaluation.num_steps=20", "sampling.guidance_scale=3.0")
     assert (changed.evaluation_sampling().num_steps, changed.evaluation_sampling().guidance_scale) == (20, 3.0)  # fmt: skip
     changed = config("evaluation.guidance_scale=2.0")
@@ -71,6 +71,11 @@ def test_samplings_of_evaluations_and_trained_steps() -> None:
     assert unnormalised.steps_by_density() == []
     sliding = 'algorithm.steps={kind = "sliding_window", size = 1, every = 1, skip_last = 1}'
     assert config(sliding, "train.iterations=3", "train.warmup=0").steps_by_density() == [0, 1, 2]
+    # Of a longer run, some iterations: here every second.
+    monkeypatch.setattr("flowgrpo.config.schema.FORESEEN", 2)
+    assert config(sliding, "train.iterations=3", "train.warmup=0").steps_by_density() == [0, 2]
+    assert config("loss={kind='nft'}").steps_by_density() == []
+    assert config("algorithm={kind='tempflow_grpo', group_size=16}").steps_by_density() == []
 
 
 # What excludes what.
@@ -106,6 +111,19 @@ def test_samplings_of_evaluations_and_trained_steps() -> None:
         (["algorithm={kind='pref_grpo', group_size=16, preference={kind='compared', reward='x'}}"], "algorithm: algorithm.preference.reward = 'x'"),
         (["algorithm.advantage={kind='beta'}"], "needs exactly one reward of 0 and 1"),
         (["loss={kind='tests.test_objectives:Distances'}"], "train.ema_decay above 0"),
+        (["sampling.base_after=0.5"], "sampling.base_after: rollouts are sampled by the trained model alone"),
+        (["evaluation.base_after=0.5", "guard.reset_every=5", "loss.kl_coef=0.1"], "evaluation.base_after needs the model before training"),
+        (["evaluation.base_after=0.5", "algorithm={kind='find'}", "model.weights={kind='noise'}", "loss={clip_range=0.2}"], "does not have; remove it"),
+        (["evaluation.base_after=0.5"], ""),
+        (["algorithm={kind='find'}", "model.weights={kind='noise'}", "loss={clip_range=0.2}"], ""),
+        (["evaluation.regimes=[{num_steps=1}, {num_steps=2, images=0}]"], ""),
+        (["evaluation.regimes=[{num_steps=3, images=-1}]"], r"regimes\[0\]: num_steps must be at least 1 and images at least 0"),
+        (["evaluation.regimes=[{guidance_scale=2.5}, {num_steps=3}, {num_steps=3}]"], r"regimes\[2\] samples like evaluation.regimes\[1\]"),
+        (["evaluation.metrics=[]", "evaluation.keep_best=['reward', 'strictt']"], r"keep_best\[1\] = 'strictt'.*\(known: reward, strict, graded, artefacts/"),
+        (["evaluation.metrics=[]", "evaluation.artefacts=false", "evaluation.best=artefacts/grid"], r"\(known: reward, strict, graded\)"),
+        (["evaluation.metrics=[]", "evaluation.best=min:artefacts/grid", "evaluation.keep_best=['graded']"], ""),
+        (["train.early_stopping.metric=reward", "evaluation.images=24", "evaluation.images_during=24", "evaluation.every=1"], ""),
+        (["evaluation.every=0", "evaluation.images_during=7"], ""),
     ],
 )  # fmt: skip
 def test_settings_that_exclude_each_other(settings: list[str], problem: str) -> None:
@@ -198,6 +216,13 @@ def test_which_keys_may_change_when_a_run_is_resumed() -> None:
         "prompts.balance", "train", "algorithm.group_size", "train.lrs",
     ]  # fmt: skip
     assert [k for k in (*may, *not_) if may_change(k)] == may
+    assert may_change("rewards.1.ignores_prompt")
+    assert not may_change("guard.ignores_prompt")
+    # The most special reason comes first.
+    assert why_fixed("train.ema_decay") == "the checkpoint holds the moving average that it defines"
+    assert why_fixed("train.groups").endswith("of different size or kind")
+    assert why_fixed("run.seed") == "every random draw depends on it"
+    assert why_fixed("elsewhere") == "it defines the run"
     assert all(CHANGEABLE.values())
 
 
@@ -356,6 +381,10 @@ def test_ten_mistakes_are_listed_and_the_others_counted() -> None:
     assert lines(12)[-1] == "and 2 more"
     with pytest.raises(ConfigError, match="'2' is not an entry of a list of 2, counted from 0"):
         config("rewards.2.weight=1")
+    for seed in (-(2**63), 2**63 - 1):
+        assert config(f"run.seed={seed}").run.seed == seed
+    with pytest.raises(ConfigError, match=r"run.seed must be a whole number of at most 64 bits"):
+        config(f"run.seed={-(2**63) - 1}")
     with pytest.raises(ConfigError, match="ddof must be one of 0, 1, got True"):
         config("algorithm.advantage={kind='group', ddof=true}")
 

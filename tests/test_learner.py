@@ -6,6 +6,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import ClassVar
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -549,26 +550,36 @@ def test_batches_by_hand(shared_policy: tuple[PipelinePolicy, Experience]) -> No
 
     assert batches(3, Whole()) == [[5], [0, 1, 2, 3], [6, 8], [4]]
     assert batches(4, Whole()) == [[5], [0, 1, 2, 3, 6, 8], [4]]
+    assert batches(2, Whole()) == [[5], [0, 1, 2, 3], [6, 8], [4]]
+    with pytest.raises(ValueError, match=r"a group has 2 states and train.train_batch is 1; set it to at least 2"):  # fmt: skip
+        batches(1, Whole())
+    trained[:] = False
+    assert batches(2, Whole()) == batches(2, Scripted()) == []
+    replay = Replay(policy, Scripted(), train_batch=1, has_one_update=True, behaviour=nullcontext, average=None)  # fmt: skip
+    assert replay.references(some, []) == []
 
 
-@pytest.mark.parametrize("changed", ["", "x0", "x1"])
+@pytest.mark.parametrize("changed", ["", "x0", "x1", "std"])
 def test_stored_outputs_come_back_whole(changed: str) -> None:
     """Also where a scheduler clamps the predicted data or noise, so that it does not follow from the output."""
     random = torch.Generator().manual_seed(0)
     x, output = torch.randn(2, 3, generator=random), torch.randn(2, 3, generator=random)
     interval = Step.flow(0.75, 0.5)
     prediction = Prediction.from_output(x, output, interval)
-    if changed:
+    if changed in ("x0", "x1"):
         prediction = replace(prediction, **{changed: getattr(prediction, changed).clamp(-0.1, 0.1)})
-    gaussian = CPS()(x, prediction, interval)
+    gaussian = CPS(log_prob="unnormalised")(x, prediction, interval)
+    if changed == "std":
+        gaussian = replace(gaussian, std=torch.tensor([[0.5, 0.5, 0.5], [0.25, 0.25, 1.0]]))
     record = StepRecord(1, interval, x, x, prediction, gaussian)
     stored = StoredOutputs.of(record)
-    assert (stored.prediction is None) is (changed == "")
+    assert (stored.prediction is None) is (changed in ("", "std"))
     restored = stored.restored(record)
     for name in ("x0", "x1", "output"):
         assert torch.equal(getattr(restored.prediction, name), getattr(prediction, name))
     assert torch.equal(restored.gaussian.mean, gaussian.mean)
-    assert restored.gaussian.std == gaussian.std
+    assert torch.equal(torch.as_tensor(restored.gaussian.std), torch.as_tensor(gaussian.std))
+    assert restored.gaussian.normalised is gaussian.normalised is False
 
 
 @pytest.mark.parametrize(
@@ -657,8 +668,9 @@ def test_every_epoch_has_a_stream_of_its_own(make: Make, experience: Experience)
     make(updates=3, epochs=3).update(experience, ones(experience), RANDOM)
     groups = [sorted(set(inputs.group.tolist())) for inputs in Scripted.received]
     for epoch, random in enumerate((RANDOM, RANDOM.at("epoch", 1), RANDOM.at("epoch", 2))):
-        order = torch.randperm(6, generator=random.generator("updates")).tolist()
-        assert groups[3 * epoch : 3 * epoch + 3] == [sorted([order[i], order[i + 3]]) for i in range(3)]  # fmt: skip
+        generator = random.generator("updates")
+        update_of = [u for _ in range(2) for u in torch.randperm(3, generator=generator).tolist()]
+        assert groups[3 * epoch : 3 * epoch + 3] == [[g for g in range(6) if update_of[g] == u] for u in range(3)]  # fmt: skip
 
 
 def test_the_distance_is_measured_in_one_batch_of_one_step_and_call(shared_policy: tuple[PipelinePolicy, Experience], make: Make, monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
@@ -666,8 +678,8 @@ def test_the_distance_is_measured_in_one_batch_of_one_step_and_call(shared_polic
     groups = [Group(0, Prompt("a")), Group(1, Prompt("b", height=64, width=32)), Group(2, Prompt("c"))]  # fmt: skip
     state, step = torch.tensor([0, 1, 2, 2, 3, 4]), torch.tensor([1, 1, 1, 1, 2, 1])
     group = torch.tensor([0, 1, 2, 2, 2, 2])
-    actions = Actions(
-        states=torch.zeros(5, 1), state=state, x_next=torch.arange(6.0).view(6, 1), step=step,
+    actions = Actions.between(
+        torch.zeros(5, 1), state=state, x_next=torch.arange(6.0).view(6, 1), step=step,
         old_log_prob=torch.zeros(6), group=group, sample=torch.arange(6),
     )  # fmt: skip
     some, seen = replace(experience, groups=groups, actions=actions), list[list[float]]()
@@ -726,7 +738,200 @@ def test_old_means_are_kept_for_a_second_step_and_one_action_is_a_batch(make: Ma
         for updates in (1, 3)
     }
     assert kept == {("ratio", 1): False, ("ratio", 3): False, ("kl", 1): False, ("kl", 3): True}
+    # Actions of an older policy need its means in the first step, too.
+    assert make(ClippedLoss(clip="kl"), staleness=1).policy.keeps_means
     learner = make()
     assert learner.policy.keeps_means is False
     one = experience.actions.select(torch.tensor([3]))
     assert learner.replay.record(experience, one).step == 1
+
+
+def test_the_weights_before_an_update_sample_and_are_in_the_checkpoint(make: Make, experience: Experience) -> None:  # fmt: skip
+    learner = make(staleness=1, updates=3)
+    first = [p.detach().clone() for p in learner.parameters]
+    with learner.weights_before():
+        assert all(torch.equal(p, w) for p, w in zip(learner.parameters, first, strict=True))
+    assert "earlier" not in learner.state()[0]
+    learner.update(experience, ones(experience), RANDOM, stale=True)
+    assert [inputs.first_update for inputs in Scripted.received] == [False] * 3
+    assert not torch.equal(learner.parameters[0], first[0])
+    with learner.weights_before():
+        assert all(torch.equal(p, w) for p, w in zip(learner.parameters, first, strict=True))
+    parts, state = learner.state()
+    assert {"ema", "behaviour", "baseline", "reference"}.isdisjoint(parts)
+    assert (state["ema_updates"], state["guard"]) == (0, None)
+    again = make(staleness=1)
+    again.restore(parts, state)
+    with again.weights_before():
+        assert all(torch.equal(p, w) for p, w in zip(again.parameters, first, strict=True))
+    plain = make()
+    plain.update(experience, ones(experience), RANDOM)
+    assert plain.earlier is None
+
+
+def test_the_old_policy_samples_from_its_step_on(make: Make) -> None:
+    class Late(Scripted):
+        @property
+        def needs(self) -> LossNeeds:
+            return LossNeeds(old_policy=self.remaining, old_policy_samples_from=2)
+
+    learner = make(Late())
+    assert learner.behaviour is not None
+    learner.behaviour[0] += 1.0
+    trained = learner.parameters[0].detach().clone()
+    for updates, samples in ((0, False), (1, False), (2, True), (3, True)):
+        learner.num_updates = updates
+        with learner.behaviour_policy():
+            assert torch.equal(learner.parameters[0], trained) is not samples
+
+
+def test_an_old_policy_that_is_copied_is_the_policy_itself_at_first(make: Make, experience: Experience) -> None:  # fmt: skip
+    class Copied(Scripted):
+        @property
+        def needs(self) -> LossNeeds:
+            return LossNeeds(old_policy=self.remaining, old_policy_is_copied=True)
+
+    learner = make(Copied())
+    assert learner.behaviour is not None
+    for weight in learner.behaviour:
+        weight += 0.05  # to tell the two apart
+    for first in (True, False):
+        inputs = learner.replay.inputs(experience, experience.actions, ones(experience), None, first)  # fmt: skip
+        assert inputs.old_policy is not None
+        old, own = inputs.old_policy, inputs.policy
+        for name in ("x0", "x1", "output"):
+            mine, other = getattr(own.prediction, name), getattr(old.prediction, name)
+            assert not other.requires_grad
+            assert torch.equal(mine, other) is first
+        assert torch.equal(own.gaussian.mean, old.gaussian.mean) is first
+        assert own.gaussian.std == old.gaussian.std
+        assert own.gaussian.normalised is old.gaussian.normalised
+
+
+def test_the_baseline_is_trained_and_saved(make: Make, experience: Experience) -> None:
+    policy, accelerator = (learner := make()).policy, learner.accelerator
+    assert learner.baseline is None
+    assert learner.with_expected(experience, list) is experience
+    settings = learner.train
+
+    def anew() -> Learner:
+        return Learner(policy, settings, Scripted(), accelerator, with_baseline=True)
+
+    one = anew()
+    found = one.with_expected(experience, list)
+    assert found.expected is not None
+    again = anew()
+    again.restore(*one.state())
+    texts = [found.groups[int(g)].prompt.text for g in found.candidates.group]
+    assert again.baseline is not None
+    expected = again.baseline.network(again.baseline._inputs(texts)).squeeze(1)
+    torch.testing.assert_close(expected.detach(), found.expected)
+
+
+def test_moments_are_restored_for_their_own_parameters(make: Make, experience: Experience) -> None:
+    learner = make()
+    learner.update(experience, ones(experience), RANDOM)
+    moments = learner.state()[0]["optimizer"]
+    names = list(learner.named)
+    assert len({k.rsplit("/", 1)[0] for k in moments}) == len(names)
+    # The 8-bit optimizer counts its steps with a number.
+    learner.adam = SimpleNamespace(state={})  # type: ignore[assignment]
+    some = {k: v for k, v in moments.items() if k.startswith(f"{names[1]}/")}
+    learner._restore_moments(some)
+    assert list(learner.adam.state) == [learner.named[names[1]]]
+    (restored,) = learner.adam.state.values()
+    assert restored["step"] == 1
+    assert isinstance(restored["step"], int)
+    assert torch.equal(restored["exp_avg"], moments[f"{names[1]}/exp_avg"])
+
+
+def test_a_divided_model_is_clipped_and_judged_with_the_others(make: Make, experience: Experience, monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    learner = make(max_grad_norm=0.75)
+    assert not learner.is_sharded
+    assert learner._is_everywhere(True)
+    assert not learner._is_everywhere(False)
+    name, parameter = next(iter(learner.named.items()))
+    shape = parameter.shape
+    assert learner.division("weights", name, shape) is None
+    learner.is_sharded, clipped = True, list[float]()
+
+    def clip(parameters: Sequence[Tensor], limit: float) -> float:
+        clipped.append(limit)
+        return 0.5
+
+    monkeypatch.setattr("flowgrpo.training.learner.clip_gradients", clip)
+    assert learner.update(experience, ones(experience), RANDOM)["grad_norm"] == 0.5
+    assert clipped == [0.75]
+    accelerator = learner.accelerator
+    other = SimpleNamespace(gather=lambda own: torch.cat([own, torch.tensor([False])]))
+    learner.accelerator = other  # type: ignore[assignment]
+    assert not learner._is_everywhere(True)
+    learner.accelerator = accelerator
+    # In place of a divided tensor, which needs a process group.
+    monkeypatch.setattr("flowgrpo.training.learner.DTensor", torch.nn.Parameter)
+    assert learner.division("weights", name, shape) is parameter
+    assert learner.division("optimizer", f"{name}/exp_avg", shape) is parameter
+    assert learner.division("optimizer", f"{name}/step", torch.Size()) is None
+    assert learner.division("weights", f"{name}/exp_avg", shape) is None
+    assert learner.division("baseline", name, shape) is None
+
+
+def test_values_of_two_processes_are_weighted_by_their_number(make: Make, monkeypatch: pytest.MonkeyPatch, experience: Experience) -> None:  # fmt: skip
+    """The other process has other numbers, which a gather appends."""
+    two = Mock(spec=Accelerator, num_processes=2, device=torch.device("cpu"))
+    two.reduce = lambda t, _: t + torch.tensor([10.0, 3.0])
+    two.gather = lambda t: torch.cat([t, torch.tensor([6.5])])
+    monkeypatch.setattr(
+        "flowgrpo.training.metrics.gather_object",
+        lambda own: [*own, {(1, "a"): (4.0, 1), (3, "a"): (2.0, 5)}],
+    )
+    found = UpdateStatistics((LossMetric("a", by_step="a"), LossMetric("b", reduce="max")))
+    found.add(1, torch.tensor([1.0, 3.0]), torch.zeros(2), {"a": torch.tensor([1.0, 2.0, 6.0]), "b": torch.tensor([5.0])})  # fmt: skip
+    found.stepped(2.0, 0.1, False)
+    metrics = found.summary(two)
+    assert metrics["loss/policy"] == pytest.approx(14 / 5)
+    assert metrics["a"] == pytest.approx(19 / 6)
+    assert metrics["b"] == 6.5
+    assert {k: v for k, v in metrics.items() if k.startswith("step/")} == {"step/1/a": 13 / 4, "step/3/a": 2.0}  # fmt: skip
+
+    rewards = rollout_metrics(experience, lambda t: torch.cat([t, torch.zeros_like(t)]))
+    own = rollout_metrics(experience, lambda t: t)
+    for name in ("group/diversity", "nfe_per_prompt", "decodes_per_prompt"):
+        assert rewards[name] == pytest.approx(own[name] / 2)
+    assert own["nfe_per_prompt"] > 0
+    assert rewards["group/duplicates"] == own["group/duplicates"]
+    assert rewards["reward"] == own["reward"]
+
+    learner = make(monitor_states=4)
+    monkeypatch.setattr("flowgrpo.training.learner.gather_object", lambda own: [*own, "other"])
+    assert learner._of_all(["own"]) == ["own"]
+    accelerator, learner.accelerator = learner.accelerator, two
+    assert learner._of_all(["own"]) == ["own", "other"]
+    learner.accelerator = accelerator
+    monkeypatch.setattr(learner, "_monitored", lambda _: [])
+    monkeypatch.setattr(learner, "_of_all", lambda _: [(3, 1.0, 2.0), (1, 5.0, 6.0)])
+    seen = list[tuple[float, float]]()
+    monkeypatch.setattr("flowgrpo.training.learner.check_drift", lambda *both: seen.append(both))
+    assert learner._drift(experience) == {"kl/velocity": 2.0}
+    assert seen == [(2.0, 3.0)]
+
+
+def test_one_of_two_advantages_is_enough_to_train_an_action(make: Make, experience: Experience) -> None:  # fmt: skip
+    group = experience.actions.group
+    two = torch.stack([torch.where(group < 2, 2.0, 0.0), torch.where(group == 4, 3.0, 0.0)], 1)
+    make(Scripted(all_actions=False)).update(experience, two, RANDOM)
+    assert {g for i in Scripted.received for g in i.group.tolist()} == {0, 1, 4}
+    assert [i.advantage.tolist() for i in Scripted.received] == [
+        [2.0, 2.0, 2.0, 2.0, 0.0, 0.0], [0.0, 0.0, 0.0, 0.0, 3.0, 3.0],
+    ]  # fmt: skip
+
+
+def test_a_step_is_on_the_gradients_of_all_processes(make: Make, experience: Experience, monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    def doubled(parameters: Sequence[torch.nn.Parameter], accelerator: Accelerator) -> None:
+        for parameter in parameters:
+            if parameter.grad is not None:
+                parameter.grad *= 2
+
+    monkeypatch.setattr("flowgrpo.training.learner.sum_gradients", doubled)
+    learner = make(norms=[0.75])
+    assert learner.update(experience, ones(experience), RANDOM)["grad_norm"] == pytest.approx(1.5)

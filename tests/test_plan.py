@@ -124,6 +124,20 @@ def test_wasteful_plans_are_told():
         "train.rollout_batch = 96 is never filled: each of the 4 processes draws 12"
     )
     assert "an optimizer step has 6 states" in second
+    # Batches that are just filled, and a batch that one process fills.
+    assert plan(config("train.rollout_batch=12", "train.train_batch=12"), 4).notes() == []
+    assert plan(config("train.rollout_batch=12", "train.train_batch=13"), 4).notes() != []
+    assert plan(config("train.rollout_batch=13"), 4).notes() != []
+    assert plan(config("train.train_batch=9"), 4).rows() == {
+        "micro-batches": "about 12 of 9 states on each process in an optimizer step"
+    }
+    assert (
+        plan(config("train.train_batch=64"), 4).rows()["micro-batches"].startswith("about 6 of 12")
+    )
+    # An algorithm that trains no denoising step has no such passes.
+    nft = plan(config("algorithm={kind='diffusion_nft', group_size=6}", "loss={kind='nft'}"), 4)
+    assert (nft.samples, nft.states, nft.forwards, nft.rows()) == (12, 0, 0, {})
+    assert nft.notes() == [n for n in nft.notes() if "rollout_batch" in n]
     # With one process a large batch costs nothing.
     assert plan(config("train.train_batch=64"), 1).notes() == []
 
@@ -137,9 +151,10 @@ def test_devices_are_counted():
 
 
 def test_sizes_have_units():
-    assert [size(n) for n in (0, 999, 1500, 2.5e9, 4e12)] == [
+    assert [size(n) for n in (0, 999, 1000, 1500, 2.5e9, 4e12)] == [
         "0 B",
         "999 B",
+        "1 kB",
         "1.5 kB",
         "2.5 GB",
         "4 TB",

@@ -690,3 +690,63 @@ def test_a_probe_counts_a_single_finite_score_as_no_constant(caplog):
         scorer(Reward(model=f"{HERE}:constant", weight=0.0), "brightness").probe(IMAGES, PROMPTS)
         scorer("constant", probe="warn").probe(IMAGES[:1], PROMPTS[:1])
     assert caplog.text == ""
+
+
+def sizes(media: Tensor, prompts: Sequence[Prompt]) -> list[float]:
+    """Where a sample is in its batch, and the size of the batch."""
+    assert len(media) == len(prompts)
+    return [10 * i + len(prompts) for i in range(len(prompts))]
+
+
+def test_one_reward_is_scored_once_in_parts_and_without_retries():
+    rewards = [Reward(model=f"{HERE}:{name}") for name in ("broken", "sizes", "Loudness", "column")]
+    subject = RewardScorer(rewards, Failures(wait=0.0, retries=3), batch=3)
+
+    def once(index: int, audio: Audio | None = None) -> Tensor | None:
+        return subject.score_once(rewards[index], IMAGES, PROMPTS, audio)
+
+    assert once(1).tolist() == [3, 13, 23, 1]
+    assert once(2, SOUND).tolist() == SOUND.waveform[:, 0, 0].abs().tolist()
+    assert calls == ["3 sounds", "1 sounds"]
+    calls.clear()
+    assert once(0) is None
+    assert once(2) is None, "no sound"
+    assert once(3) is None
+    assert calls == ["broken", "column"]
+    assert (subject.scored, subject.failures_seen) == (0, 0)
+    subject.batch = 0
+    assert once(1).tolist() == [4, 14, 24, 34]
+
+
+def test_a_judge_is_loaded_once_and_is_no_reward():
+    subject = scorer("brightness")
+    one, same, other = (Reward(model=f"{HERE}:Flaky", name=n, options={"times": 1}) for n in ("a", "a", "b"))  # fmt: skip
+    assert subject.loaded(one) is subject.loaded(same)
+    assert subject.loaded(one) is not subject.loaded(other)
+    assert list(subject.score(IMAGES, PROMPTS).raw) == ["brightness"]
+    assert subject.failures == Failures(wait=0.0)
+    assert RewardScorer([Reward(model=f"{HERE}:brightness")]).failures == Failures()
+
+
+def test_what_is_counted_and_weighed_in_a_score():
+    half = Reward(
+        model=f"{HERE}:constant", weight=0.5, schedule=((0.0, 0.0), (10.0, 1.0)), scale=4.0
+    )
+    logged = Reward(model=f"{HERE}:second_is_nan", weight=0.0)
+    subject = scorer(half, logged, retries=0)
+    subject.iteration = 5
+    images = IMAGES.clone()
+    images[3, 0, 0, 0] = math.nan
+    found = subject.submit(images, PROMPTS).result()
+    assert found.weights == {"constant": 0.25}
+    assert found.reward[:3].tolist() == [0.5] * 3
+    assert found.reward[3].isnan()
+    assert {k: v[:1].tolist() for k, v in found.parts().items()} == {"constant": [0.5]}
+    # The second sample of one reward, and the broken image of both.
+    assert (subject.scored, subject.failures_seen, subject.broken_media) == (4, 2, 1)
+    assert subject.seconds > 0
+    subject.reset()
+    assert (subject.scored, subject.failures_seen, subject.broken_media, subject.seconds) == (0, 0, 0, 0)  # fmt: skip
+    subject.iteration = None
+    assert subject.score(IMAGES, PROMPTS).weights == {"constant": 0.5}
+    assert subject._seen == [], "kept for rewards that learn only"

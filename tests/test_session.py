@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import sys
 import time
@@ -9,6 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -16,11 +18,12 @@ import torch
 import flowgrpo
 from flowgrpo.config import ConfigError
 from flowgrpo.core.errors import DivergenceError, LostRankError
+from flowgrpo.core.measures import Measured
 from flowgrpo.data.prompts import Group, Prompt
 from flowgrpo.losses.clipped import ClippedLoss
 from flowgrpo.policy import PipelinePolicy
 from flowgrpo.rewards.settings import RewardError
-from flowgrpo.training import checkpoints, trackers
+from flowgrpo.training import checkpoints, run_changes, trackers
 from flowgrpo.training import session as sessions_module
 from flowgrpo.training.learner import Learner
 from flowgrpo.training.logs import LogError
@@ -494,7 +497,7 @@ def test_a_stop_or_a_due_time_of_one_process_is_that_of_all(start: Start, policy
 
 def test_a_process_uses_the_device_and_the_processes_that_it_was_given(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
     chosen, made = list[Any](), list[Any]()
-    fake = SimpleNamespace(set_device=chosen.append)
+    fake = SimpleNamespace(set_device=chosen.append, device_count=lambda: 2)
     monkeypatch.setattr(sessions_module, "resolve_device", lambda name: "cuda:1")
     monkeypatch.setattr(torch, "get_device_module", lambda device: fake)
     signals = sessions_module.Signals
@@ -604,3 +607,141 @@ def test_a_session_says_only_what_matters(start: Start, monkeypatch: pytest.Monk
         "no",
         "locks",
     ]
+
+
+def test_other_ways_to_sample_and_artefacts_go_to_the_trackers(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    session = start()
+    tracked: list[Any] = []
+    monkeypatch.setattr(session.accelerator, "log", lambda values, step: tracked.append((values, step)))  # fmt: skip
+    slow = {"scores": {"x": 0.75}, "metrics": {"m": 2.0}, "seconds": 9.0}
+    session.log_evaluation({**result(4), "artefacts": {"grid": 1.5}, "regimes": {"slow": slow}})
+    values = {"held_out/x": 0.5, "m": 1.0, "artefacts/grid": 1.5, "held_out/slow/x": 0.75, "m/slow": 2.0}  # fmt: skip
+    assert tracked == [(values, 4)]
+    (line,) = lines(session, "evaluations")
+    assert line["regimes"] == {"slow": {"scores": {"x": 0.75}, "metrics": {"m": 2.0}}}
+
+
+def test_the_best_by_other_numbers_are_kept_apart(start: Start, policy: PipelinePolicy) -> None:
+    session = start("evaluation.best=min:graded", "evaluation.keep_best=['strict', 'min:strict']")
+    learner = learner_of(session, policy)
+    high, low = Measured.parse("strict"), Measured.parse("min:strict")
+    for iteration, value in enumerate((0.5, 0.25, 0.75, float("nan"), 0.75, 0.25)):
+        session.save_best(learner, iteration, value)
+        session.save_best(learner, iteration, value, high)
+        session.save_best(learner, iteration, value, low)
+    kept = {p.name: checkpoints.peek(p) for p in session.checkpoints.iterdir()}
+    assert kept == {
+        "best": {"iteration": 1, "score": 0.25},
+        high.folder: {"iteration": 2, "score": 0.75},
+        low.folder: {"iteration": 1, "score": 0.25},
+    }
+    session.save(learner, 6)
+    again = start("evaluation.best=min:graded", "evaluation.keep_best=['strict', 'min:strict']")
+    again.restore(learner)
+    assert again.best == -0.25
+    assert again.bests == {"strict": 0.75, "min:strict": -0.25}
+
+
+def test_a_plan_and_its_waste_are_said(start: Start, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:  # fmt: skip
+    session = start("train.rollout_batch=288")
+    session.announce()
+    learner = Mock(spec=Learner, parameters=[torch.zeros(10), torch.zeros(2, 3)])
+    session.announce_network(learner)
+    said = capsys.readouterr().out
+    assert "groups x samples  18 prompts" in " ".join(said.split(" "))
+    assert "micro-batches  about" in said
+    assert "WARNING" not in said
+    assert "network" not in said
+    monkeypatch.setattr(sessions_module.Accelerator, "num_processes", 2)
+    monkeypatch.setattr(sessions_module.Accelerator, "device", torch.device("cuda"))
+    monkeypatch.setattr(torch, "get_device_module", lambda _: SimpleNamespace(device_count=lambda: 3))  # fmt: skip
+    monkeypatch.setitem(os.environ, "LOCAL_WORLD_SIZE", "2")
+    assert sessions_module._here(torch.device("cuda")) == (2, 3)
+    session.announce()
+    session.announce_network(learner)
+    said = " ".join(capsys.readouterr().out.split())
+    assert "WARNING: train.rollout_batch = 288 is never filled" in said
+    assert "WARNING: 1 of the 3 devices here" in said
+    assert "the sum of 16 gradients" in said
+    monkeypatch.setitem(os.environ, "LOCAL_WORLD_SIZE", "3")
+    session.announce()
+    assert "devices here" not in capsys.readouterr().out
+
+
+def test_a_divided_model_is_saved_by_all_processes_together(start: Start, policy: PipelinePolicy, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:  # fmt: skip
+    session = start()
+    learner = learner_of(session, policy)
+    session.save(learner, 4)
+    made, calls = list[Any](), list[Any]()
+    signals = sessions_module.Signals
+    monkeypatch.setattr(sessions_module, "Signals", lambda *a: made.append(a[1:]) or signals(*a))
+    monkeypatch.setattr(Session, "is_sharded", True)
+    session = start()
+    assert made == [(False, False)], "it cannot stop alone"
+    fake = SimpleNamespace(
+        save=lambda folder, parts, state, **given: calls.append((folder.name, sorted(parts), state["iteration"], given["is_main"])),
+        load=lambda folder, place: calls.append((folder.name, place)) or checkpoints.load(folder),
+    )  # fmt: skip
+    monkeypatch.setattr(sessions_module, "sharded_checkpoints", fake)
+    session.restore(learner)
+    assert session.iteration == 4
+    assert calls.pop() == ("000004", learner.division)
+    with pytest.raises(StopRequested), session.rescue(learner, 5):
+        raise StopRequested("SIGTERM")
+    assert calls == []
+    monkeypatch.setattr(sessions_module.Accelerator, "is_main_process", False)
+    session.save(learner, 6)
+    session.save_best(learner, 6, 0.5)
+    assert calls == [("000006", ["optimizer", "weights"], 6, False), ("best", ["weights"], 6, False)]  # fmt: skip
+    # What is not finite in one process is refused in all.
+    monkeypatch.setattr(session, "gather_objects", lambda own: [*own, "weights contains NaN there"])
+    with pytest.raises(DivergenceError, match=r"^weights contains NaN there$"):
+        session.save(learner, 7)
+
+
+def test_changes_of_a_run_by_hand(tmp_path: Path) -> None:
+    def changed(**values: tuple[Any, Any]) -> dict[str, Any]:
+        return {k.replace("_", "."): {"from": a, "to": b} for k, (a, b) in values.items()}
+
+    rows = [
+        {"checkpoint": None},
+        {"checkpoint": 3, "changed": changed(train_lr=(1.0, 2.0)), "kept": changed(train_lr=(1.0, 2.0))},
+        {"checkpoint": 5, "changed": {}, "stopped": 5},
+        {"checkpoint": 7, "changed": changed(train_lr=(2.0, 3.0), run_threads=(1, 2)), "stopped": 2},
+    ]  # fmt: skip
+    file = tmp_path / "sessions.jsonl"
+    assert run_changes.history(tmp_path) == []
+    assert run_changes.stopped_before(tmp_path) == 0
+    file.write_text("\n".join(json.dumps(r) for r in rows) + '\n[1]\n{"checkpoint"')
+    assert run_changes.history(tmp_path) == [
+        (3, {"train.lr": (1.0, 2.0)}), (7, {"train.lr": (2.0, 3.0), "run.threads": (1, 2)}),
+    ]  # fmt: skip
+    assert run_changes.stopped_before(tmp_path) == 5
+    assert run_changes._kept(file) == {"train.lr": [1.0, 2.0, 3.0]}
+    for given, lr, notes in ((1.0, 3.0, 1), (2.0, 3.0, 1), (3.0, 3.0, 0), (4.0, 4.0, 0)):
+        config = flowgrpo.load("quickstart", [f"run.folder={tmp_path}", f"train.lr={given}"])
+        found, said = run_changes.in_force(config)
+        assert (found.train.lr, len(said)) == (lr, notes)
+    one = flowgrpo.load("quickstart", ["rewards.0.options={a=1}", "evaluation.num_steps=3"])
+    other = flowgrpo.load("quickstart", ["rewards=[{model='jpeg_size'}]"])
+    kept = run_changes.kept_changes(one, other, ["rewards.0.weight", "rewards.1.name", "evaluation.num_steps"])  # fmt: skip
+    assert list(kept) == ["rewards", "evaluation.num_steps"]
+    assert kept["evaluation.num_steps"] == {"from": 3, "to": run_changes._at(run_changes.to_table(other), "evaluation.num_steps")}  # fmt: skip
+    assert [r["model"] for r in kept["rewards"]["to"]] == ["jpeg_size"]
+    table = {"a": {"b": 1}}
+    run_changes._put(table, "a.b", None)
+    run_changes._put(table, "c.d.e", 2)
+    run_changes._put(table, "c.absent", None)
+    assert table == {"a": {}, "c": {"d": {"e": 2}}}
+    (tmp_path / "checkpoints" / "000004").mkdir(parents=True)
+    (tmp_path / "checkpoints" / "000012").mkdir()
+    for weights, words in (
+        ("lora", f"--set model.weights.init={tmp_path}/checkpoints/000012, with"),
+        ("full", f"flowgrpo export {tmp_path} --out MODEL.*--set model.path=MODEL, with"),
+        ("noise", r"^Start a new run with another --set run\.folder"),
+    ):
+        config = flowgrpo.load("quickstart", [f"run.folder={tmp_path}", f"model.weights={{kind='{weights}'}}"])  # fmt: skip
+        with pytest.raises(ConfigError, match=r"train\.groups may not change in a run: the iter"):
+            run_changes.require_changeable("train.groups", config)
+        assert re.search(words, run_changes.instead(config))
+    run_changes.require_changeable("train.lr", config)
