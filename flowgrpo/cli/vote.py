@@ -32,9 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="RUN|FOLDER",
         help="run directories, or folders of 'flowgrpo sample'; not needed to go on with votes",
     )
-    parser.add_argument(
-        "--out", default="votes", help="folder of the votes (default: %(default)s)"
-    )
+    parser.add_argument("--out", default="votes", help="folder of the votes (default: %(default)s)")
     parser.add_argument("--pairs", type=int, help="most pairs (default: all)")
     parser.add_argument("--seed", type=int, help="for the order of the pairs and the sides (default: 0)")  # fmt: skip
     parser.add_argument(
