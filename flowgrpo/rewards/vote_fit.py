@@ -17,7 +17,6 @@ from scipy.special import expit
 from flowgrpo.core.win_rates import wilson
 from flowgrpo.data.votes import VALUES, Ballot, Vote
 
-
 FOLDS = 5
 PENALTIES = np.logspace(-4, 2, 13)
 """Strengths of the L2 penalty that are tried, for features of mean 0 and standard deviation 1."""
