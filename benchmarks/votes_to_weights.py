@@ -128,7 +128,8 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path("runs/votes"))
     parser.add_argument("--iterations", type=int, default=40)
     parser.add_argument("--error", type=float, default=0.1)
-    parser.add_argument("--weight", type=float, default=0.25, help="of the head in training")
+    parser.add_argument("--weight", type=float, default=0.5, help="of the head in training")
+    parser.add_argument("--groups", type=int, default=6, help="prompts of an iteration")
     options = parser.parse_args()
     folder, began = options.folder, time.time()
     folder.mkdir(parents=True, exist_ok=True)
@@ -146,7 +147,7 @@ def main() -> None:
     size = 'name = "size", model = "benchmarks.votes_to_weights:Size", weight = 0.0'
     quick = '{name = "strict", model = "flowgrpo.shapes.rewards:Strict", weight = 0.25}, {name = "graded", model = "flowgrpo.shapes.rewards:Graded", weight = 0.75}'
     learned = f'{{name = "votes", model = "vote_head", weight = {options.weight}, options = {{file = "{head}"}}}}'
-    common = [f"train.iterations={options.iterations}", f"evaluation.every={options.iterations}", "evaluation.images=240", "evaluation.regimes=[]", "evaluation.inspected_prompts=0"]  # fmt: skip
+    common = [f"train.groups={options.groups}", f"train.rollout_batch={16 * options.groups}", f"train.iterations={options.iterations}", f"evaluation.every={options.iterations}", "evaluation.images=240", "evaluation.regimes=[]", "evaluation.inspected_prompts=0"]  # fmt: skip
     rows = []
     for name, rewards in (("votes", f"{quick}, {learned}"), ("without", quick)):
         place = folder / f"run_{name}"

@@ -299,8 +299,8 @@ def test_the_fit_finds_the_taste_and_no_taste_in_noise():
     assert fit.weight[3] == pytest.approx(0.5, rel=0.5)  # the log odds of one unit
     flipped = fit_votes(second, first, voted(1 - wins))
     assert np.allclose(flipped.weight, fit.weight, atol=1e-3)
-    intervals = [fit_votes(first, second, voted(random.integers(0, 2, 200) * 1.0), seed=s) for s in range(4)]  # fmt: skip
-    assert sum(f.low > 0.5 for f in intervals) <= 1
+    intervals = [fit_votes(first, second, voted(random.integers(0, 2, 200) * 1.0), seed=s) for s in range(2)]  # fmt: skip
+    assert all(f.low <= 0.5 for f in intervals)
     with pytest.raises(ValueError, match="at least 20 pairs"):
         fit_votes(first, second, voted(np.full(200, 0.5)))
     with pytest.raises(ValueError, match="not finite"):

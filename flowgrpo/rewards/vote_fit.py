@@ -18,8 +18,8 @@ from flowgrpo.core.win_rates import wilson
 from flowgrpo.data.votes import VALUES, Ballot, Vote
 
 FOLDS = 5
-PENALTIES = np.logspace(-4, 2, 13)
-"""Strengths of the L2 penalty that are tried, for features of mean 0 and standard deviation 1."""
+PENALTIES = np.logspace(1, -3, 9)
+"""Strengths of the L2 penalty that are tried, strongest first, for features of mean 0 and standard deviation 1."""
 FEWEST = 20
 """Fewest pairs with a preference."""
 
@@ -128,14 +128,14 @@ def fit_votes(
     for held in _folds(groups, seed):
         rest = ~held
         penalty = _penalty(x[rest], y[rest], weights[rest], groups[rest], seed + 1)
-        margins[held] = x[held] @ _solve(x[rest], y[rest], weights[rest], penalty)
+        margins[held] = x[held] @ _solve(x[rest], y[rest], weights[rest], [penalty])[0]
     hits = ((margins > 0) == (y > 0.5)) * 1.0
     hits[margins == 0] = 0.5
     number = int(preferred.sum())
     accuracy = float(hits[preferred].mean())
     low, high = wilson(accuracy, number)
     penalty = _penalty(x, y, weights, groups, seed + 1)
-    weight = np.divide(_solve(x, y, weights, penalty), scale, out=np.zeros_like(scale), where=scale > 1e-8)  # fmt: skip
+    weight = np.divide(_solve(x, y, weights, [penalty])[0], scale, out=np.zeros_like(scale), where=scale > 1e-8)  # fmt: skip
     return VoteFit(weight, mean, penalty, accuracy, low, high, number)
 
 
@@ -153,9 +153,8 @@ def _penalty(
     """The penalty with the lowest loss in cross-validation."""
     losses = np.zeros(len(PENALTIES))
     for held in _folds(groups, seed):
-        for i, penalty in enumerate(PENALTIES):
-            margin = x[held] @ _solve(x[~held], y[~held], weights[~held], float(penalty))
-            losses[i] += (weights[held] * _loss(margin, y[held])).sum()
+        solved = _solve(x[~held], y[~held], weights[~held], PENALTIES)
+        losses += [(weights[held] * _loss(x[held] @ w, y[held])).sum() for w in solved]
     return float(PENALTIES[int(losses.argmin())])
 
 
@@ -165,22 +164,25 @@ def _loss(margin: np.ndarray, y: np.ndarray) -> np.ndarray:
     return loss
 
 
-def _solve(x: np.ndarray, y: np.ndarray, weights: np.ndarray, penalty: float) -> np.ndarray:
-    """The weights that minimise the mean loss plus ``penalty / 2 * |w|^2``.
+def _solve(
+    x: np.ndarray, y: np.ndarray, weights: np.ndarray, penalties: Sequence[float] | np.ndarray
+) -> list[np.ndarray]:
+    """For each penalty the weights that minimise the mean loss plus ``penalty / 2 * |w|^2``.
 
     They are a combination of the pairs' differences, so the problem is solved in as many dimensions as
-    there are pairs or features, whichever are fewer.
+    there are pairs or features, whichever are fewer. Each solution is where the next one starts.
     """
     _, values, basis = np.linalg.svd(x, full_matrices=False)
     basis = basis[values > 1e-10 * max(1.0, values.max(initial=0.0))]
-    z, total = x @ basis.T, weights.sum()
+    z, shares, found = x @ basis.T, weights / weights.sum(), []
+    current = np.zeros(z.shape[1])
+    for penalty in penalties:
 
-    def objective(w: np.ndarray) -> tuple[float, np.ndarray]:
-        margin = z @ w
-        gradient = z.T @ (weights * (expit(margin) - y)) / total + penalty * w
-        value = (weights * _loss(margin, y)).sum() / total + penalty / 2 * w @ w
-        return float(value), gradient
+        def objective(w: np.ndarray, penalty: float = float(penalty)) -> tuple[float, np.ndarray]:
+            margin = z @ w
+            gradient = z.T @ (shares * (expit(margin) - y)) + penalty * w
+            return float(shares @ _loss(margin, y) + penalty / 2 * w @ w), gradient
 
-    found = minimize(objective, np.zeros(z.shape[1]), jac=True, method="L-BFGS-B")
-    weight: np.ndarray = found.x @ basis
-    return weight
+        current = minimize(objective, current, jac=True, method="L-BFGS-B").x
+        found.append(current @ basis)
+    return found

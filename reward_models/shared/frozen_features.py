@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ EMBEDDED = Path(__file__).resolve().parents[2] / "flowgrpo" / "shapes" / "model"
 """The autoencoder of the embedded model."""
 
 
+@runtime_checkable
 class Embedder(Protocol):
     """Maps pictures to vectors."""
 
