@@ -5,11 +5,15 @@ page contains: a page of another site can make the browser send requests here, b
 page never learns where a picture comes from; pictures are asked for by the pair and the side.
 """
 
+import base64
 import errno
 import fcntl
+import hashlib
 import json
+import re
 import secrets
 import threading
+from functools import cache
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -25,6 +29,20 @@ LARGEST = 4096
 LONGEST_NAME = 40
 SIDES = ("left", "right", "tie", "skip")
 PAGE = Path(__file__).parent / "vote_page.html"
+SCRIPT = re.compile(rb"<script>(.*?)</script>", re.DOTALL)
+
+
+@cache
+def page() -> tuple[bytes, str]:
+    """The page, and a content security policy that lets only its own script run."""
+    text = PAGE.read_bytes()
+    script = SCRIPT.search(text)
+    assert script is not None
+    known = base64.b64encode(hashlib.sha256(script[1]).digest()).decode()
+    return text, (
+        "default-src 'none'; img-src 'self' data:; style-src 'unsafe-inline'; connect-src 'self'; "
+        f"script-src 'sha256-{known}'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    )
 
 
 class VoteError(ValueError):
@@ -172,7 +190,7 @@ class _Handler(BaseHTTPRequestHandler):
             return
         voter = query.get("voter", [""])[0]
         if path == [""]:
-            self._send("text/html; charset=utf-8", PAGE.read_bytes())
+            self._send("text/html; charset=utf-8", page()[0])
         elif path == ["state"]:
             self._answer(lambda: self.server.state(voter))
         elif len(path) == 3 and path[0] == "picture" and path[1].isdecimal():
@@ -244,8 +262,7 @@ class _Handler(BaseHTTPRequestHandler):
             "Referrer-Policy": "no-referrer",
             "X-Content-Type-Options": "nosniff",
             "X-Frame-Options": "DENY",
-            "Content-Security-Policy": "default-src 'none'; img-src 'self' data:; style-src 'unsafe-inline'; "
-            "script-src 'unsafe-inline'; connect-src 'self'; base-uri 'none'; form-action 'none'",
+            "Content-Security-Policy": page()[1],
         }.items():
             self.send_header(name, value)
         self.end_headers()
