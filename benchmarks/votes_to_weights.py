@@ -1,9 +1,8 @@
 """From votes to weights: a scripted voter with a known taste votes, and the embedded model learns it.
 
 The voter prefers large shapes, which no prompt mentions, and errs at random in some of its votes. It sees
-pictures only, through the HTTP interface of the page. A head is fitted to its votes; one run trains on the
-rewards of the quick start and the head, a second one on the rewards of the quick start alone. Afterwards
-the voter votes on held-out pictures of each run before and after training.
+pictures only, through the HTTP interface of the page. A head is fitted to its votes; runs train on the
+rewards of the quick start and the head with several weights, one of them 0. Afterwards the voter votes on held-out pictures of each run before and after training.
 
 python -m benchmarks.votes_to_weights --folder runs/votes
 """
@@ -128,7 +127,9 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path("runs/votes"))
     parser.add_argument("--iterations", type=int, default=40)
     parser.add_argument("--error", type=float, default=0.1)
-    parser.add_argument("--weight", type=float, default=0.5, help="of the head in training")
+    parser.add_argument(
+        "--weights", type=float, nargs="+", default=[0.5, 0.15, 0.0], help="of the head"
+    )
     parser.add_argument("--groups", type=int, default=6, help="prompts of an iteration")
     options = parser.parse_args()
     folder, began = options.folder, time.time()
@@ -146,12 +147,15 @@ def main() -> None:
     print(f"agreement of the two voters: {found}")
     size = 'name = "size", model = "benchmarks.votes_to_weights:Size", weight = 0.0'
     quick = '{name = "strict", model = "flowgrpo.shapes.rewards:Strict", weight = 0.25}, {name = "graded", model = "flowgrpo.shapes.rewards:Graded", weight = 0.75}'
-    learned = f'{{name = "votes", model = "vote_head", weight = {options.weight}, options = {{file = "{head}"}}}}'
+    learned = (
+        f'{{name = "votes", model = "vote_head", weight = WEIGHT, options = {{file = "{head}"}}}}'
+    )
     common = [f"train.groups={options.groups}", f"train.rollout_batch={16 * options.groups}", f"train.iterations={options.iterations}", f"evaluation.every={options.iterations}", "evaluation.images=240", "evaluation.regimes=[]", "evaluation.inspected_prompts=0"]  # fmt: skip
     rows = []
-    for name, rewards in (("votes", f"{quick}, {learned}"), ("without", quick)):
+    for weight in options.weights:
+        name, rewards = f"{weight:g}", f"{quick}, {learned.replace('WEIGHT', str(weight))}"
         place = folder / f"run_{name}"
-        run("quickstart", place, [*common, f"rewards=[{rewards}, {{{size}}}]"])
+        run("quickstart", place, [*common, f"rewards=[{rewards if weight else quick}, {{{size}}}]"])
         vote(folder / f"after_{name}", [str(place), "--images", str(HELD_OUT)], ["first"], 0.0)
         (rate,) = win_rates(*read_votes(folder / f"after_{name}"))
         before, after = (e["scores"] for e in (evaluations(place)[0], evaluations(place)[-1]))
@@ -163,7 +167,12 @@ def main() -> None:
                 f"{percent(before['strict'], 240)} → {percent(after['strict'], 240)}",
             ]
         )
-    head_line = ["run", "trained picture preferred, %", "mean size, pixels", "strict, %"]
+    head_line = [
+        "weight of the head",
+        "trained picture preferred, %",
+        "mean size, pixels",
+        "strict, %",
+    ]
     print(markdown_table(head_line, rows))
     print(f"{(time.time() - began) / 60:.1f} minutes")
 

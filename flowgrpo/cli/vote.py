@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 SUMMARY = "let people vote on pairs of pictures in the browser"
 EXAMPLE = """\
-flowgrpo vote runs/quickstart --out votes               base model against trained model
+flowgrpo vote runs/quickstart --out votes
   flowgrpo vote images_a images_b --out votes             two folders of 'flowgrpo sample'
   flowgrpo vote images --out votes                        samples of the same prompt
   flowgrpo vote --out votes                               go on with these votes
@@ -106,7 +106,7 @@ def _of_runs(paths: list[Path], images: int | None) -> "list[Source]":
 
     names = _names(paths)
     if images is None:
-        found = []
+        found: list[Source] = []
         for path, name in zip(paths, names, strict=True):
             grid = newest_grid(path)
             columns = from_grid(grid, f"{name}: base", name) if grid else None
