@@ -2,7 +2,8 @@
 
 The voter prefers large shapes, which no prompt mentions, and errs at random in some of its votes. It sees
 pictures only, through the HTTP interface of the page. A head is fitted to its votes; runs train on the
-rewards of the quick start and the head with several weights, one of them 0. Afterwards the voter votes on held-out pictures of each run before and after training.
+rewards of the quick start and the head, with several weights of the head. Afterwards the voter votes on
+held-out pictures of each run before and after training.
 
 python -m benchmarks.votes_to_weights --folder runs/votes
 """
@@ -127,9 +128,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path("runs/votes"))
     parser.add_argument("--iterations", type=int, default=40)
     parser.add_argument("--error", type=float, default=0.1)
-    parser.add_argument(
-        "--weights", type=float, nargs="+", default=[0.5, 0.15, 0.0], help="of the head"
-    )
+    parser.add_argument("--weights", type=float, nargs="+", default=[0.5, 0.0], help="of the head")
     parser.add_argument("--groups", type=int, default=6, help="prompts of an iteration")
     options = parser.parse_args()
     folder, began = options.folder, time.time()

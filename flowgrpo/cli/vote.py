@@ -135,8 +135,10 @@ def _drawn(paths: list[Path], names: list[str], images: int) -> "list[Source]":
     config = run_config(paths[0])
     prompts = PromptSet.load(find(config.prompts.held_out), config.prompts.balance)
     grid = ComparisonGrid.of(prompts, images, 1, 0)
-    if len(grid.prompts) < images:
-        grid = ComparisonGrid(grid.prompts, -(-images // len(grid.prompts)), 0)
+    samples = -(-images // len(grid.prompts))
+    grid = ComparisonGrid(grid.prompts, samples, 0)
+    # The first sample of every prompt, then the second one, so that a limit leaves no prompt out.
+    order = [p * samples + s for s in range(samples) for p in range(len(grid.prompts))][:images]
     quiet()
     prepare_cpu(0)
     models = [(paths[0], "base", f"{names[0]}: base")] if len(paths) == 1 else []
@@ -148,10 +150,9 @@ def _drawn(paths: list[Path], names: list[str], images: int) -> "list[Source]":
             raise UsageError(f"{path} makes videos, and people vote on pictures here")
         media = grid.generate(policy, policy.sampling)
         pictures = [
-            Picture(p.text, to_pil_image(m.clamp(0, 1)))
-            for p, m in zip(grid.expanded, media, strict=True)
+            Picture(grid.expanded[i].text, to_pil_image(media[i].clamp(0, 1))) for i in order
         ]
-        sources.append(Source(name, pictures[:images] if len(grid.prompts) >= images else pictures))
+        sources.append(Source(name, pictures))
         del policy
     return sources
 
