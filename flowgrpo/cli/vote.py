@@ -62,7 +62,7 @@ def run(options: argparse.Namespace) -> int:
 
 def _ballot(options: argparse.Namespace) -> "Ballot":
     from flowgrpo.data.votes import is_ballot, read_ballot
-    from flowgrpo.evaluation.vote_pairs import make_ballot
+    from flowgrpo.evaluation.vote_pairs import check_free, make_ballot
 
     out = Path(options.out)
     if not options.sources:
@@ -74,6 +74,7 @@ def _ballot(options: argparse.Namespace) -> "Ballot":
                 f"{out} has no votes to go on with: name a run, or folders of 'flowgrpo sample'"
             )
         return read_ballot(out)
+    check_free(out)  # before pictures are drawn
     paths = [Path(s) for s in options.sources]
     runs = [is_run(str(p)) for p in paths]
     if options.images is not None and not any(runs):

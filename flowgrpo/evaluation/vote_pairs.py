@@ -10,7 +10,16 @@ from PIL import Image
 
 from flowgrpo.core.win_rates import pairs_of
 from flowgrpo.data.pictures import UNREADABLE, as_rgb
-from flowgrpo.data.votes import BALLOT, Ballot, Pair, Shown, file_name, read_ballot, save_picture
+from flowgrpo.data.votes import (
+    BALLOT,
+    PICTURES,
+    Ballot,
+    Pair,
+    Shown,
+    file_name,
+    read_ballot,
+    save_picture,
+)
 from flowgrpo.evaluation.tiles import open_picture, read_tiles
 
 INDEX = "index.jsonl"
@@ -153,6 +162,18 @@ def pair_up(sources: Sequence[Source]) -> list[tuple[str, Picture, str, Picture,
     )
 
 
+def check_free(folder: Path) -> None:
+    """Check that votes can be put into a folder; an interrupted start may have left pictures there.
+
+    Raises:
+        ValueError: If it has other files in it.
+    """
+    if (folder / BALLOT).is_file() or not folder.exists():
+        return
+    if not folder.is_dir() or {p.name for p in folder.iterdir()} - {PICTURES}:
+        raise ValueError(f"{folder} has other files in it: choose a new or empty folder with --out")
+
+
 def make_ballot(folder: Path, sources: Sequence[Source], seed: int, most: int) -> Ballot:
     """Choose the pairs at random, copy their pictures, and write the ballot.
 
@@ -170,11 +191,8 @@ def make_ballot(folder: Path, sources: Sequence[Source], seed: int, most: int) -
     pairs = pair_up(sources)
     order = np.random.default_rng(seed).permutation(len(pairs))
     chosen = [pairs[i] for i in (order[:most] if most else order)]
-    earlier = None
-    if (folder / BALLOT).is_file():
-        earlier = read_ballot(folder)
-    elif folder.exists() and any(folder.iterdir()):
-        raise ValueError(f"{folder} has other files in it: choose a new or empty folder with --out")
+    check_free(folder)
+    earlier = read_ballot(folder) if (folder / BALLOT).is_file() else None
     made = Ballot(
         folder,
         seed,
