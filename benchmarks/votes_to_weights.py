@@ -27,7 +27,7 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
-from benchmarks.training_runs import ROOT, evaluations, percent, run
+from benchmarks.training_runs import ROOT, evaluations, run
 from flowgrpo.data.prompts import Prompt
 from flowgrpo.data.votes import read_votes
 from flowgrpo.evaluation.vote_statistics import agreement, win_rates
@@ -122,6 +122,15 @@ def flowgrpo(*arguments: str) -> str:
     return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=env).stdout
 
 
+def change(folder: Path, reward: str, factor: float) -> str:
+    """A held-out score before and after training, and the 95 % interval of the paired difference."""
+    both = [evaluations(folder)[i]["per_image"]["scores"][reward] for i in (0, -1)]
+    before, after = (factor * np.array(scores, float) for scores in both)
+    half = 1.96 * (after - before).std(ddof=1) / len(before) ** 0.5
+    difference = (after - before).mean()
+    return f"{before.mean():.1f} → {after.mean():.1f} ({difference:+.1f} ± {half:.1f})"
+
+
 def main() -> None:
     """Do all parts; those that are done already are not repeated."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -157,13 +166,12 @@ def main() -> None:
         run("quickstart", place, [*common, f"rewards=[{rewards if weight else quick}, {{{size}}}]"])
         vote(folder / f"after_{name}", [str(place), "--images", str(HELD_OUT)], ["first"], 0.0)
         (rate,) = win_rates(*read_votes(folder / f"after_{name}"))
-        before, after = (e["scores"] for e in (evaluations(place)[0], evaluations(place)[-1]))
         rows.append(
             [
                 name,
                 f"{100 * rate.share:.1f} ({100 * rate.low:.1f} to {100 * rate.high:.1f})",
-                f"{IMAGE_SIZE * before['size']:.1f} → {IMAGE_SIZE * after['size']:.1f}",
-                f"{percent(before['strict'], 240)} → {percent(after['strict'], 240)}",
+                change(place, "size", IMAGE_SIZE),
+                change(place, "strict", 100),
             ]
         )
     head_line = [
