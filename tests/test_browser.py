@@ -15,13 +15,16 @@ from typing import Any
 import pytest
 import torch
 
+from flowgrpo.data.votes import read_votes
 from flowgrpo.evaluation.comparison_grid import write_grid
 from flowgrpo.evaluation.contact_sheet import SheetPrompt, SheetRow, media_uri, write_sheet
 from flowgrpo.evaluation.grid_drawing import GridRow
 from flowgrpo.evaluation.report import write_report
 from flowgrpo.evaluation.report_server import ReportServer
 from flowgrpo.evaluation.samples import Sample, save_samples, thumbnail
+from flowgrpo.evaluation.vote_server import VoteServer
 from tests.test_report import evaluation, metric, run
+from tests.test_votes import ballot_of
 
 EVIL = "<img src=x onerror='window.evil = 1'><script>window.evil = 1</script> a \"photo\" & more"
 LONG = "an_unbroken_name_" * 12
@@ -250,3 +253,32 @@ def test_a_live_page_follows_the_run(show, tmp_path):
     page.get_by_text("no connection").wait_for()
     assert all("ERR_CONNECTION" in c for c in show.complaints)
     show.complaints.clear()
+
+
+def test_votes_are_cast_with_the_keyboard_and_on_a_phone(show, tmp_path):
+    ballot = ballot_of(tmp_path, prompts=2)
+    with VoteServer(ballot, 0) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True)
+        thread.start()
+        page = show(server.address, PHONE, "dark")
+        assert (page.evaluate(OFF_SCREEN), page.evaluate(CONTRASTS)) == ([], [])
+        page.get_by_label("Your name").fill("<b>Anna</b>")
+        page.keyboard.press("Enter")
+        page.locator("[aria-busy=false]").wait_for()
+        assert page.locator("#prompt").inner_text() == ballot.pairs[0].prompt
+        assert page.evaluate("window.evil") is None
+        assert page.evaluate("document.documentElement.scrollWidth") == PHONE[0]
+        assert (page.evaluate(OFF_SCREEN), page.evaluate(CONTRASTS)) == ([], [])
+        keys = ["ArrowLeft", "u", "ArrowRight", "ArrowDown", "s"]
+        for key, done in zip(keys, [1, 0, 1, 2, 3], strict=True):
+            page.keyboard.press(key)
+            page.get_by_text(f"{done} of 4").wait_for()
+            page.locator("[aria-busy=false]").wait_for()
+        page.get_by_label("The left picture is better").click()
+        page.get_by_text("All pairs are done").wait_for()
+        server.shutdown()
+        thread.join()
+    votes = read_votes(ballot.folder)[1]
+    left = ["first" if ballot.first_is_left(i, "<b>Anna</b>") else "second" for i in range(4)]
+    right = "second" if left[0] == "first" else "first"
+    assert [v.choice for v in votes] == [right, "tie", "skip", left[3]]

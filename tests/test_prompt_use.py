@@ -107,7 +107,7 @@ def test_what_a_run_says(tmp_path):
 
 def test_shipped_rewards_that_ignore_prompts_say_so():
     declared = {n for n in available_rewards() if is_declared(found(n))}
-    assert declared == {"aesthetic", "deqa", "jpeg_size", "motion", "consistency"}
+    assert declared == {"aesthetic", "deqa", "jpeg_size", "motion", "consistency", "vote_head"}
 
 
 def test_a_run_is_refused_once_and_measures_once(tmp_path, monkeypatch, capsys):

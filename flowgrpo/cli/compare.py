@@ -17,11 +17,14 @@ if TYPE_CHECKING:
     from flowgrpo.rewards.scorer import RewardScorer
     from flowgrpo.rewards.settings import Reward
 
-SUMMARY = "compare runs, models or benchmark results: paired differences, and a verdict in words"
+SUMMARY = (
+    "compare runs, models, benchmark results or votes: paired differences, and a verdict in words"
+)
 EXAMPLE = """\
 flowgrpo compare runs/flow_0 runs/flow_1 runs/tp_0 runs/tp_1
   flowgrpo compare base=shapes tuned=runs/quickstart               a model and a run: images are drawn
-  flowgrpo compare bench/geneval/a bench/geneval/b                 results of 'flowgrpo bench'"""
+  flowgrpo compare bench/geneval/a bench/geneval/b                 results of 'flowgrpo bench'
+  flowgrpo compare votes                                           votes of 'flowgrpo vote'"""
 DRAWING = ("prompts", "images", "reward", "reward_option", "by", "steps", "guidance", "seed")
 """Options about drawing images; any of them means that images are drawn."""
 STEPS, IMAGES = 28, 240
@@ -60,7 +63,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "subjects",
         nargs="+",
         metavar="[NAME=]A",
-        help="run directories and models, or folders with benchmark results; the first is compared with each other one",
+        help="run directories and models, or folders with benchmark results; the first is compared with each other one. Or folders of votes",
     )
     parser.add_argument(
         "--out",
@@ -88,7 +91,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Compare, print the verdicts and write the files."""
+    from flowgrpo.data.votes import is_ballot
+
     subjects = [Subject.parse(t) for t in options.subjects]
+    votes = [is_ballot(Path(s.path)) for s in subjects]
+    if any(votes):
+        _say(_votes(subjects, votes, options), Path(options.out))
+        return 0
     if len(subjects) < 2:
         raise UsageError(
             "compare needs at least two runs, models or folders with benchmark results"
@@ -123,6 +132,27 @@ def _say(found: "Comparison", out: Path) -> None:
         console.say(f"note: {note}")
     for file in write(found, out):
         console.say(str(file))
+
+
+def _votes(
+    subjects: Sequence[Subject], are_votes: Sequence[bool], options: argparse.Namespace
+) -> "Comparison":
+    """The win rates of the two sides of votes, and how far voters agree."""
+    from flowgrpo.bench.comparison_files import Comparison
+    from flowgrpo.bench.vote_comparison import compare_votes
+    from flowgrpo.data.votes import read_votes
+
+    if not all(are_votes):
+        odd = subjects[are_votes.index(False)].path
+        raise UsageError(f"{odd} has no votes, the others have: compare folders of votes by themselves")  # fmt: skip
+    given = [n for n in (*DRAWING, "generate") if getattr(options, n) not in (None, [], False)]
+    if given or options.at != "last":
+        raise UsageError(f"votes are compared as they are: remove --{given[0].replace('_', '-') if given else 'at'}")  # fmt: skip
+    named = next((s for s in subjects if s.name), None)
+    if named is not None:
+        raise UsageError(f"{named.name}={named.path}: votes have the names of their sources; remove the name")  # fmt: skip
+    pairs, notes = compare_votes([read_votes(Path(s.path)) for s in subjects])
+    return Comparison(pairs, notes=notes)
 
 
 def _results(subjects: Sequence[Subject], are_results: Sequence[bool], other: bool) -> "Comparison":

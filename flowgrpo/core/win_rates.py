@@ -1,8 +1,12 @@
 """Win rates: the share of pairwise comparisons that each member of a group wins."""
 
+import math
+
 from flowgrpo.core.tensors import Float, Tensor, torch
 
 Pair = tuple[int, int]
+NORMAL_QUANTILE = 1.959964
+"""Quantile of the normal distribution for 95 % intervals."""
 
 
 def pairs_of(size: int, opponents: int = 0) -> list[Pair]:
@@ -56,3 +60,20 @@ def verdicts_by_score(
     gap = first - second
     verdict = torch.where(gap.abs() <= tie_margin, 0.5, (gap > 0).to(gap.dtype))
     return torch.where(gap.isfinite(), verdict, torch.nan)
+
+
+def wilson(share: float, number: int) -> tuple[float, float]:
+    """Wilson's 95 % interval of a proportion.
+
+    It also holds for means of values in [0, 1] such as ties counted half, whose variance is at most that of
+    a proportion.
+
+    Args:
+        share: The proportion, in [0, 1].
+        number: Number of observations, at least 1.
+    """
+    z = NORMAL_QUANTILE
+    middle = share + z**2 / (2 * number)
+    half = z * math.sqrt(share * (1 - share) / number + z**2 / (4 * number**2))
+    scale = 1 + z**2 / number
+    return max(0.0, (middle - half) / scale), min(1.0, (middle + half) / scale)
