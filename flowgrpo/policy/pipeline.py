@@ -37,7 +37,7 @@ from flowgrpo.policy.arguments import (
     own_arguments,
 )
 from flowgrpo.policy.call import PipelineCall, UnsupportedPipelineError
-from flowgrpo.policy.fixed_device import fix_device, restore_class
+from flowgrpo.policy.fixed_device import fix_device, fix_precision, restore_class
 from flowgrpo.policy.latent_injection import LatentInjection, LatentLocations
 from flowgrpo.policy.loading import DTYPES, denoisers, load_pipeline, without_safety_checker
 from flowgrpo.policy.lockstep import Call, Lockstep
@@ -216,6 +216,8 @@ class PipelinePolicy:
             self.trainable = create(
                 self.denoisers, weights, start=start, shard=sharder, native=native
             )
+        if not self.in_lockstep:
+            fix_precision(pipeline, self.denoisers.values())
 
     @classmethod
     def from_pretrained(cls, model: str | Path | ModelSource, **options: Any) -> "PipelinePolicy":
