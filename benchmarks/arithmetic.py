@@ -54,12 +54,13 @@ class TrafficCounter(MemoryCounter):
 
     Attributes:
         moved: Bytes read and written.
+        written: Bytes written.
         operations: Operations that move bytes.
     """
 
     def __init__(self, *arguments: Any):
         super().__init__(*arguments)
-        self.moved = self.operations = 0
+        self.moved = self.written = self.operations = 0
 
     def __torch_dispatch__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
@@ -72,7 +73,9 @@ class TrafficCounter(MemoryCounter):
         changes = func._schema.is_mutable  # type: ignore[attr-defined]
         if (not is_view or changes) and "empty" not in str(func):
             self.operations += 1
-            self.moved += sum(v.numel() * v.element_size() for v in (*read, *written))
+            size = sum(v.numel() * v.element_size() for v in written)
+            self.written += size
+            self.moved += size + sum(v.numel() * v.element_size() for v in read)
         return result
 
 
@@ -101,6 +104,7 @@ def count(model: Model, batch: int, mode: str) -> dict[str, float]:
     counter = tracer.counters[0]
     return {
         "moved": counter.moved / 1e9,
+        "written": counter.written / 1e9,
         "operations": counter.operations,
         "kept": saved / 1e9,
         "peak": peak / 1e9,
@@ -114,11 +118,24 @@ def traffic(page: Path | None) -> None:
         found = [count(model, batch, mode) for mode in MODES]
         cells = [
             " → ".join(f"{f[key]:,.{digits}f}" for f in found)
-            for key, digits in (("moved", 0), ("operations", 0), ("kept", 1), ("peak", 1))
+            for key, digits in (
+                ("moved", 0),
+                ("written", 0),
+                ("operations", 0),
+                ("kept", 1),
+                ("peak", 1),
+            )
         ]
         rows.append([title, *cells])
         print(rows[-1], flush=True)
-    head = ("model", "GB moved", "operations", "GB kept for the backward pass", "GB at the peak")
+    head = (
+        "model",
+        "GB read and written",
+        "GB written",
+        "operations",
+        "GB kept for the backward pass",
+        "GB at the peak",
+    )
     if page:
         write_marked_text(page, "arithmetic-traffic", markdown_table(head, rows))
 

@@ -7,7 +7,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ from flowgrpo.data.prompts import Prompt
 from flowgrpo.rewards.loading import load_reward
 from flowgrpo.rewards.scorer import RewardScorer
 from flowgrpo.rewards.settings import Failures, Reward, RewardError
+from flowgrpo.rewards.streams import OwnStream
 
 HERE = "tests.test_scorer"
 PROMPTS = [Prompt(f"prompt {i}") for i in range(4)]
@@ -690,3 +692,65 @@ def test_a_probe_counts_a_single_finite_score_as_no_constant(caplog):
         scorer(Reward(model=f"{HERE}:constant", weight=0.0), "brightness").probe(IMAGES, PROMPTS)
         scorer("constant", probe="warn").probe(IMAGES[:1], PROMPTS[:1])
     assert caplog.text == ""
+
+
+class Cuda:
+    """Stands in for ``torch.cuda``: notes what happens, and on which stream."""
+
+    def __init__(self) -> None:
+        self.noted: list[str] = []
+        self.current = "default"
+
+    def is_initialized(self) -> bool:
+        return True
+
+    def current_device(self) -> int:
+        return 1
+
+    def current_stream(self) -> "Cuda":
+        return self
+
+    def record_event(self) -> str:
+        self.noted.append(f"record on {self.current}")
+        return "event"
+
+    def Stream(self, device: int) -> "Cuda":
+        self.noted.append(f"stream of {device}")
+        return self
+
+    @contextmanager
+    def stream(self, stream: "Cuda") -> Iterator[None]:
+        self.current = "own"
+        yield
+        self.current = "default"
+
+    def wait_event(self, event: str) -> None:
+        self.noted.append(f"{self.current} waits for {event}")
+
+    def synchronize(self) -> None:
+        self.noted.append(f"synchronize {self.current}")
+
+
+def test_rewards_run_on_a_stream_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    own = OwnStream()
+    assert own.doing(calls.clear) == calls.clear  # without CUDA
+    cuda = Cuda()
+    monkeypatch.setattr(torch, "cuda", cuda)
+
+    def work() -> str:
+        cuda.noted.append(f"work on {cuda.current}")
+        return "scores"
+
+    def fails() -> None:
+        raise RewardError("no scores")
+
+    first, second = own.doing(work), own.doing(fails)
+    assert cuda.noted == ["stream of 1", "record on default", "record on default"]
+    cuda.noted.clear()
+    assert first() == "scores"
+    with pytest.raises(RewardError):
+        second()
+    assert cuda.noted == [
+        "own waits for event", "work on own", "synchronize own",
+        "own waits for event", "synchronize own",
+    ]  # fmt: skip
