@@ -249,7 +249,7 @@ def count(config: Config, changed: Mapping[str, Any] | None = None) -> Work:
         pipeline = build(place, dtype)
     models = denoisers(pipeline)
     parameters = sum(p.numel() for m in models.values() for p in m.parameters())
-    trained = _trained(models, config.model.weights)
+    trained = _trained(models, config.model.weights, native=False)
     tracer = CountingTracer(pipeline, dtype, full=isinstance(config.model.weights, Full))
     tracer.rollout(_arguments(config, [Prompt("a photo of a red cube")], 1))
     random = Random(config.run.seed).at("train", 0)

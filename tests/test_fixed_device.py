@@ -30,8 +30,11 @@ class Walks:
         monkeypatch.setattr(nn.Module, "named_modules", named_modules)
 
 
-def test_a_replay_walks_no_model(make_policy: MakePolicy, monkeypatch: pytest.MonkeyPatch) -> None:
-    policy = make_policy("flux")
+@pytest.mark.parametrize("name", ["flux", "wan_t2v"])
+def test_a_replay_walks_no_model(
+    name: str, make_policy: MakePolicy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy = make_policy(name)
     (rollout,) = policy.run(
         PROMPTS, noise_of(0, 1), record=[1], stochastic=[1], transition=CPS(), decode=False
     )
@@ -43,6 +46,9 @@ def test_a_replay_walks_no_model(make_policy: MakePolicy, monkeypatch: pytest.Mo
     assert pipeline._execution_device == policy.device
     pipeline.maybe_free_model_hooks()
     assert walks.number > 3
+    walks.number = 0
+    assert pipeline.transformer.dtype == policy.dtype
+    assert walks.number > 0
 
 
 def test_the_pipeline_is_still_of_its_class(make_policy: MakePolicy) -> None:

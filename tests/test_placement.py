@@ -4,17 +4,22 @@ import importlib.util
 import shutil
 from collections.abc import Mapping
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, DiffusionPipeline
+from safetensors.torch import load_file
 from torch import Tensor
 
+from benchmarks.arithmetic import RulesOfCuda
 from flowgrpo.core.transitions import CPS
 from flowgrpo.data.prompts import Prompt
-from flowgrpo.policy import Full, LoRA, Memory, PipelinePolicy, placement
+from flowgrpo.policy import Full, LoRA, Memory, PipelinePolicy, Sampling, placement
+from flowgrpo.policy.call import UnsupportedPipelineError
 from flowgrpo.policy.compilation import CompiledBlocks, repeated_blocks
+from flowgrpo.policy.export import export
 from flowgrpo.policy.offloading import Encoders, HostCopy, offload_autoencoder
 from flowgrpo.policy.prompt_cache import fingerprint
 from flowgrpo.policy.settings import PACKAGES, Quantization, require_installed
@@ -204,6 +209,90 @@ def test_a_quantised_base_is_trained_through_its_adapter(
 def test_bad_settings_are_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Memory(**settings).check(trains_all=False)
+
+
+@pytest.mark.parametrize(
+    ("settings", "trains_all", "dtype", "message"),
+    [
+        (
+            {},
+            False,
+            "float16",
+            r"'native' is not supported with model\.dtype = 'float16'.*'bfloat16'",
+        ),
+        ({}, True, "bfloat16", r"full fine-tuning keeps them in fp32; use memory\.arithmetic"),
+        ({"quantize": "nf4"}, False, "bfloat16", r"not supported with memory\.quantize = 'nf4'"),
+    ],
+)
+def test_what_needs_autocast_is_refused(
+    settings: dict[str, Any], trains_all: bool, dtype: str, message: str
+) -> None:
+    memory = Memory(arithmetic="native", **settings)
+    empty = object.__new__(DiffusionPipeline)  # refused before it is looked at
+    with pytest.raises(ValueError, match=message):
+        memory.check(trains_all, dtype)
+    weights = Full() if trains_all else LoRA()
+    with pytest.raises(ValueError, match=message):
+        PipelinePolicy(empty, sampling=Sampling(), weights=weights, dtype=dtype, memory=memory)
+
+
+@pytest.mark.parametrize("name", ["sd3", "flux"])
+def test_native_arithmetic_is_autocast_within_the_noise_of_bfloat16(
+    name: str, make_policy: MakePolicy, tmp_path: Path
+) -> None:
+    """Gradients and weights of the adapter are in fp32, and the first ratio is exactly 1."""
+    outputs, gradients, kept = {}, {}, {}
+    for mode, dtype in (("fp32", "float32"), ("autocast", "bfloat16"), ("native", "bfloat16")):
+        memory = Memory(arithmetic="native" if mode == "native" else "autocast")
+        policy = make_policy(name, dtype=dtype, memory=memory)
+        assert policy.trainable is not None
+        generator = torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            for parameter in policy.trainable.parameters.values():
+                parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
+        with RulesOfCuda():
+            (rollout,) = policy.run(
+                PROMPTS, noise_of(0, 1, 2), nodes=[0, 1], record=[0], stochastic=[0], transition=CPS(),
+                decode=False,
+            )  # fmt: skip
+            (record,) = rollout.records
+            sizes: list[int] = []
+            with torch.autograd.graph.saved_tensors_hooks(
+                lambda t, sizes=sizes: sizes.append(t.numel() * t.element_size()) or t, lambda t: t
+            ):
+                again = policy.replay(PROMPTS, record.x, 0, CPS())
+        log_prob = again.gaussian.log_prob(record.x_next)
+        assert torch.equal(log_prob, record.gaussian.log_prob(record.x_next))
+        again.prediction.output.float().square().sum().backward()
+        found = [p.grad for p in policy.trainable.parameters.values()]
+        assert all(g is not None and g.dtype == torch.float32 for g in found)
+        outputs[mode] = again.prediction.output.detach().float()
+        gradients[mode] = torch.cat([g.flatten() for g in found if g is not None])
+        kept[mode] = sum(sizes)
+        export(policy.stock_pipeline(), policy.trainable, tmp_path / mode)
+
+    def error(values: Mapping[str, Tensor], mode: str) -> float:
+        return float((values[mode] - values["fp32"]).norm() / values["fp32"].norm())
+
+    for values in (outputs, gradients):
+        assert 0 < error(values, "native") < max(2 * error(values, "autocast"), 0.02)
+    assert kept["native"] < kept["autocast"]
+    files = [
+        load_file(tmp_path / m / "pytorch_lora_weights.safetensors") for m in ("autocast", "native")
+    ]
+    assert all(
+        torch.equal(files[0][k], v) and v.dtype == torch.float32 for k, v in files[1].items()
+    )
+    assert files[0].keys() == files[1].keys()
+
+
+def test_mixed_precisions_are_answered_in_one_sentence(make_policy: MakePolicy) -> None:
+    policy = make_policy("sd3", dtype="bfloat16", memory=Memory(arithmetic="native"))
+    policy.pipeline.transformer.proj_out.float()
+    with pytest.raises(
+        UnsupportedPipelineError, match=r"SD3Transformer2DModel mixes precisions.*'autocast'"
+    ):
+        images(policy)
 
 
 def test_what_cannot_go_together_or_is_not_there(make_policy: MakePolicy) -> None:

@@ -13,7 +13,7 @@ from flowgrpo.algorithms import DanceGRPO
 from flowgrpo.core.random import Random
 from flowgrpo.core.steps import Window
 from flowgrpo.core.transitions import CPS
-from flowgrpo.data.experience import Experience
+from flowgrpo.data.experience import Experience, Latents
 from flowgrpo.data.prompt_sets import PromptSet
 from flowgrpo.data.prompts import Group, Prompt
 from flowgrpo.policy import PipelinePolicy
@@ -113,6 +113,17 @@ def test_rounds_are_bounded_and_the_number_of_processes_changes_nothing(policy: 
     )
     assert same is whole
     assert (asked, others) == ([0, 0, 0], 6)
+
+
+def test_blocks_that_are_kept_whole_are_not_copied() -> None:
+    blocks = [torch.randn(n, 2) for n in (2, 3, 1, 2)]
+    states = Latents(blocks)
+    rows = torch.tensor([0, 1, 3, 6, 7])
+    kept = states.keep(rows)
+    torch.testing.assert_close(kept.joined(), states.joined()[rows], atol=0, rtol=0)
+    copied = [b for b in kept.blocks if all(b is not own for own in blocks)]
+    assert [len(b) for b in copied] == [1]
+    assert len(states.keep(rows[:0])) == 0
 
 
 def test_a_run_refills(tmp_path: Path) -> None:

@@ -440,6 +440,7 @@ def test_the_table_of_changeable_keys_names_keys_and_is_in_the_docs():
     assert may_change("rewards.0.ignores_prompt")
     assert not may_change("run.seed")
     assert not may_change("memory.quantize")
+    assert not may_change("memory.arithmetic")
     assert not may_change("train.groups")
     assert differences(settings, config("elsewhere")) == {}
     page = (Path(__file__).parents[1] / "docs" / "configuration.md").read_text()

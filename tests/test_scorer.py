@@ -7,7 +7,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ from flowgrpo.data.prompts import Prompt
 from flowgrpo.rewards.loading import load_reward
 from flowgrpo.rewards.scorer import RewardScorer
 from flowgrpo.rewards.settings import Failures, Reward, RewardError
+from flowgrpo.rewards.streams import OwnStream
 
 HERE = "tests.test_scorer"
 PROMPTS = [Prompt(f"prompt {i}") for i in range(4)]
@@ -692,6 +694,7 @@ def test_a_probe_counts_a_single_finite_score_as_no_constant(caplog):
     assert caplog.text == ""
 
 
+<<<<<<< HEAD
 def sizes(media: Tensor, prompts: Sequence[Prompt]) -> list[float]:
     """Where a sample is in its batch, and the size of the batch."""
     assert len(media) == len(prompts)
@@ -750,3 +753,65 @@ def test_what_is_counted_and_weighed_in_a_score():
     subject.iteration = None
     assert subject.score(IMAGES, PROMPTS).weights == {"constant": 0.5}
     assert subject._seen == [], "kept for rewards that learn only"
+=======
+class Cuda:
+    """Stands in for ``torch.cuda``: notes what happens, and on which stream."""
+
+    def __init__(self) -> None:
+        self.noted: list[str] = []
+        self.current = "default"
+
+    def is_initialized(self) -> bool:
+        return True
+
+    def current_device(self) -> int:
+        return 1
+
+    def current_stream(self) -> "Cuda":
+        return self
+
+    def record_event(self) -> str:
+        self.noted.append(f"record on {self.current}")
+        return "event"
+
+    def Stream(self, device: int) -> "Cuda":
+        self.noted.append(f"stream of {device}")
+        return self
+
+    @contextmanager
+    def stream(self, stream: "Cuda") -> Iterator[None]:
+        self.current = "own"
+        yield
+        self.current = "default"
+
+    def wait_event(self, event: str) -> None:
+        self.noted.append(f"{self.current} waits for {event}")
+
+    def synchronize(self) -> None:
+        self.noted.append(f"synchronize {self.current}")
+
+
+def test_rewards_run_on_a_stream_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    own = OwnStream()
+    assert own.doing(calls.clear) == calls.clear  # without CUDA
+    cuda = Cuda()
+    monkeypatch.setattr(torch, "cuda", cuda)
+
+    def work() -> str:
+        cuda.noted.append(f"work on {cuda.current}")
+        return "scores"
+
+    def fails() -> None:
+        raise RewardError("no scores")
+
+    first, second = own.doing(work), own.doing(fails)
+    assert cuda.noted == ["stream of 1", "record on default", "record on default"]
+    cuda.noted.clear()
+    assert first() == "scores"
+    with pytest.raises(RewardError):
+        second()
+    assert cuda.noted == [
+        "own waits for event", "work on own", "synchronize own",
+        "own waits for event", "synchronize own",
+    ]  # fmt: skip
+>>>>>>> native

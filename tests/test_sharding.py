@@ -238,6 +238,7 @@ def test_the_export_of_two_processes_loads_in_diffusers(both: Any, tiny: Any) ->
     [
         ({"num_processes": 1}, "there is one; start the run with torchrun"),
         ({"memory": Memory(quantize="nf4")}, r"memory\.quantize = 'nf4' is not supported"),
+        ({"memory": Memory(arithmetic="native")}, r"memory\.arithmetic = 'native' is not supported"),
         ({"memory": Memory(compile="regional")}, r"memory\.compile = 'regional' is not supported"),
         ({"optimizer": "adamw8bit"}, r"train\.optimizer = 'adamw8bit' is not supported.*use 'adamw'"),
         ({"dtype": "float16"}, r"model\.dtype = 'float16' is not supported.*use 'bfloat16'"),

@@ -103,11 +103,12 @@ def profile_of(what: str) -> Callable[[Maker], Result]:
     return run
 
 
-def doctor_of(model: Model, dtype: str) -> Callable[[Maker], Result]:
+def doctor_of(model: Model, dtype: str, native: bool = False) -> Callable[[Maker], Result]:
     """The doctor's replay checks: noise of the log-probability against the clip range."""
 
     def run(maker: Maker) -> Result:
-        policy = maker.policy(model, 2, dtype=dtype)
+        memory = Memory(arithmetic="native" if native else "autocast")
+        policy = maker.policy(model, 2, dtype=dtype, memory=memory)
         rollout = roll(policy, 2, decode=False)
         subject = Subject(
             "random weights", policy, Settings(sampling=policy.sampling, dtype=dtype, clip_range=CLIP_RANGE),
@@ -193,20 +194,22 @@ def speed_of(memory: Memory, package: str = "") -> Callable[[Maker], Result]:
     return run
 
 
-def memory_of(model: Model) -> Callable[[Maker], Result]:
+def memory_of(model: Model, native: bool = False) -> Callable[[Maker], Result]:
     """Peak memory of a replay and its backward pass, against the estimate."""
 
     def run(maker: Maker) -> Result:
         batch = 2
-        policy = maker.policy(model, batch)
+        memory = Memory(arithmetic="native" if native else "autocast")
+        policy = maker.policy(model, batch, memory=memory)
         rollout = roll(policy, batch, decode=False)
         train(policy, rollout)
         measured = peak_bytes(lambda: train(policy, rollout))
         folder = maker.folder / model.family if maker.tiny else published_folder(model.hub)
         assert folder is not None
         pipeline = build(folder, DTYPES["bfloat16"])
-        Trainable(denoisers(pipeline), LoRA(rank=32, alpha=64), seed=0, with_reference=False)
-        tracer = Tracer(pipeline, DTYPES["bfloat16"])
+        lora = LoRA(rank=32, alpha=64)
+        Trainable(denoisers(pipeline), lora, seed=0, with_reference=False, native=native)
+        tracer = Tracer(pipeline, DTYPES["bfloat16"], native=native)
         arguments = maker.sampling(model).arguments()
         texts = [p.text for p in prompts(batch)]
         estimate = tracer.training({"prompt": texts, **arguments}).peak(False)
@@ -417,11 +420,14 @@ def parts() -> list[Part]:
     return [
         Part(0, "Profile of SD3.5-M, batch 8", [Item(w, profile_of(w)) for w in ("rollout", "replays", "references")]),
         Part(1, "Numerical noise in half precision", [
-            Item(f"{n} {d}", doctor_of(m, d)) for n, m in models.items() for d in dtypes
+            *[Item(f"{n} {d}", doctor_of(m, d)) for n, m in models.items() for d in dtypes],
+            *[Item(f"{n} bfloat16, native", doctor_of(m, "bfloat16", True)) for n, m in models.items()],
         ]),
         Part(2, "SD3.5-M, LoRA, 512x512", [
             Item("default attention", speed_of(Memory())),
+            Item("native arithmetic", speed_of(Memory(arithmetic="native"))),
             Item("memory", memory_of(SD35)),
+            Item("memory, native arithmetic", memory_of(SD35, native=True)),
             *[Item(f"{a} attention", speed_of(Memory(attention=a), p)) for a, p in attention.items()],
             Item("compiled", speed_of(Memory(compile="regional")), 150, 60),
         ]),

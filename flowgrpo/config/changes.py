@@ -19,7 +19,7 @@ CHANGEABLE: Mapping[str, str] = {
     "train.early_stopping.*": "a run that was stopped early goes on if it is extended",
     "train.rollout_batch": "less memory in sampling; results change by rounding only",
     "train.train_batch": "less memory in training; results change by rounding only",
-    "memory.*": "less memory or time; `memory.quantize` may not change, because it is another base model",
+    "memory.*": "less memory or time; `memory.quantize` and `memory.arithmetic` may not change, because the samples before and after would differ in arithmetic",
     "parallel.*": "another division of the model; results change by rounding only",
     "failures.*": "the response to failing rewards",
     "evaluation.every": "from the next iteration on",
@@ -36,10 +36,11 @@ CHANGEABLE: Mapping[str, str] = {
 }
 """Keys that may change, and the effect. A key that ends with ``.*`` stands for its whole table, and so
 does the name of a list of tables."""
-FIXED = ("memory.quantize", "run.seed")
+FIXED = ("memory.quantize", "memory.arithmetic", "run.seed")
 """Exceptions from the tables in CHANGEABLE."""
 REASONS: Mapping[str, str] = {
     "memory.quantize": "a quantised denoiser is another base model",
+    "memory.arithmetic": "the samples before and after the change would come from different arithmetic",
     "model": "the checkpoint holds the weights and the optimizer's state of this model",
     "sampling": "the samples before and after the change would come from different samplers",
     "algorithm": "the iterations before and after the change would belong to different algorithms",

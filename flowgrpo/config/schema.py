@@ -359,7 +359,7 @@ class Config:
             raise ConfigError(f"algorithm: {error}") from error
         self._check_split(num_processes)
         try:
-            self.memory.check(isinstance(self.model.weights, Full))
+            self.memory.check(isinstance(self.model.weights, Full), self.model.dtype)
             self._check_parallel(num_processes)
             self.loss.check()
             self.loss.check_algorithm(algorithm.action_kind, algorithm.transition)

@@ -54,6 +54,17 @@ class Latents:
         """All states in one new tensor."""
         return torch.cat(self.blocks)
 
+    def keep(self, rows: Int[Tensor, " rows"]) -> "Latents":
+        """The states of ascending rows; a block of which all rows are kept is not copied."""
+        ends = torch.searchsorted(rows, self._ends).tolist()
+        starts = [0, *ends[:-1]]
+        blocks = []
+        for block, end, i, j in zip(self.blocks, self._ends.tolist(), starts, ends, strict=True):
+            if i < j:
+                own = rows[i:j] - (end - len(block))
+                blocks.append(block if len(own) == len(block) else block[own])
+        return Latents(blocks or [self.blocks[0][:0]])
+
     @staticmethod
     def concatenate(parts: Sequence["Latents"]) -> "Latents":
         """The states of several parts, one after another; nothing is copied."""
@@ -126,7 +137,7 @@ class Actions:
         used, row = torch.unique(ends, return_inverse=True)
         state, next_state = row.chunk(2)
         return Actions(
-            states=Latents([self.states[used]]),
+            states=self.states.keep(used),
             state=state,
             next_state=next_state,
             step=self.step[rows],

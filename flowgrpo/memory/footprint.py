@@ -83,11 +83,17 @@ def estimate_footprint(
     ours = denoisers(pipeline)
     linear = [] if full else _linear_weights(ours.values())
     before = {k: bytes_of(m) for k, m in models.items()}
-    trained = _trained(ours, weights)
+    native = config.memory.arithmetic == "native"
+    trained = _trained(ours, weights, native)
     after = {k: bytes_of(m) for k, m in models.items()}
     _fit_decoder(config, models)
+<<<<<<< HEAD
     whole, gathered, gradients = _gathered(config, ours.values())
     tracer = Tracer(pipeline, dtype, full=full, device=device)
+=======
+    gathered, gradients = _gathered(config, ours.values())
+    tracer = Tracer(pipeline, dtype, full=full, native=native, device=device)
+>>>>>>> native
     batches = config.train.rollout_batch, config.train.train_batch
     # Pipelines may do anything that fake tensors do not support. Whatever that raises must not stop
     # a run, so it becomes the one error that the caller handles.
@@ -174,11 +180,11 @@ def _traced(
     return latents, calling(tracer.training, arguments, batches[1])
 
 
-def _trained(models: Mapping[str, ModelMixin], weights: Weights | Noise) -> int:
+def _trained(models: Mapping[str, ModelMixin], weights: Weights | Noise, native: bool) -> int:
     """Make the denoisers trainable as configured. Returns the number of trained parameters."""
     if isinstance(weights, Noise):
         return 0
-    trainable = Trainable(models, weights, seed=0, with_reference=False)
+    trainable = Trainable(models, weights, seed=0, with_reference=False, native=native)
     return sum(p.numel() for p in trainable.parameters.values())
 
 

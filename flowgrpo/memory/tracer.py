@@ -75,6 +75,7 @@ class Tracer:
         dtype: torch.dtype,
         *,
         full: bool = False,
+        native: bool = False,
         device: str = "cuda",
         block: int = CUDA_BLOCK,
     ):
@@ -82,12 +83,15 @@ class Tracer:
 
         Args:
             pipeline: From :func:`~flowgrpo.memory.meta_pipeline.build`, with adapters if configured.
-            dtype: Autocast dtype of the denoisers.
+            dtype: Precision of the denoisers' arithmetic.
             full: Whether all weights of the denoisers are trained; weights and inputs are then fp32.
+            native: Whether the denoisers compute without autocast.
             device: Device type to estimate for; no such device has to be present.
             block: Granularity of the device's allocator in bytes.
         """
-        self.dtype, self.device, self.block = dtype, device, block
+        self.device, self.block = device, block
+        # fp32 disables autocast.
+        self.autocast_dtype = torch.float32 if native else dtype
         self.input_dtype = torch.float32 if full else dtype
         self.peaks: dict[str, int] = {}
         self.latents: torch.Size | None = None
@@ -140,9 +144,13 @@ class Tracer:
                 model.disable_gradient_checkpointing()
         return Activations(saved, peak - saved, checkpointed)
 
+    def _counter(self) -> MemoryCounter:
+        """A counter of one call of a model, or of one training step."""
+        return MemoryCounter(self._parameters, self.block)
+
     def _forward_backward(self, arguments: Mapping[str, Any]) -> tuple[int, int]:
         """Bytes saved by one forward, and most bytes alive until its backward ends."""
-        self._training = counter = MemoryCounter(self._parameters, self.block)
+        self._training = counter = self._counter()
         try:
             self._run(arguments, "latent")
             saved = counter.live
@@ -217,7 +225,7 @@ class Tracer:
             shapes = [(v.shape, v.dtype) if isinstance(v, Tensor) else repr(v) for v in leaves]
             key = f"{name} {id(function)} {shapes} {spec}"
             if key not in self._cache:
-                counter = MemoryCounter(self._parameters, self.block)
+                counter = self._counter()
                 with torch.no_grad(), self._fake(name, counter):
                     result = function(*self._to_fake(name, args), **self._to_fake(name, kwargs))
                 self.peaks[name] = max(self.peaks.get(name, 0), counter.peak)
@@ -228,7 +236,7 @@ class Tracer:
 
     def _denoise(self, name: str, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Run a denoiser on fake tensors, with gradients in a training step."""
-        counter = self._training or MemoryCounter(self._parameters, self.block)
+        counter = self._training or self._counter()
         with self._fake(name, counter):
             result = function(*self._to_fake(name, args), **self._to_fake(name, kwargs))
         if self._training is None:
@@ -247,7 +255,7 @@ class Tracer:
             stack.enter_context(self._values)
             stack.enter_context(FusedAttention())
             if name in self.denoisers and autocast:
-                stack.enter_context(autocast_as_on(self.device, self.dtype))
+                stack.enter_context(autocast_as_on(self.device, self.autocast_dtype))
             # Buffers are fake only inside, because pipelines read some of them, such as the mean and
             # standard deviation of a VAE's latents.
             for holder, key, _, fake in self._buffers[name]:
@@ -281,7 +289,7 @@ class Tracer:
         if self._dummy is None:
             with self._mode:
                 self._dummy = torch.empty(1, device=self.device, requires_grad=True)
-        around = functools.partial(autocast_as_on, self.device, self.dtype)
+        around = functools.partial(autocast_as_on, self.device, self.autocast_dtype)
         return again(around, self._dummy, module, args, kwargs)
 
 

@@ -1,4 +1,4 @@
-"""Fixes a pipeline's device, which its class otherwise looks up in every call.
+"""Fixes a pipeline's device and precision, which its class otherwise looks up in every call.
 
 A pipeline of diffusers finds its execution device by walking all modules of all of its models for hooks of
 accelerate and of group offloading, and at the end of a call it walks the denoiser for hooks to reset. A
@@ -7,6 +7,7 @@ at the size of Stable Diffusion 3.5 some 4,600 modules and 32 ms. A policy place
 has no such hooks, so nothing that the walks look for changes after it was set up.
 """
 
+from collections.abc import Iterable
 from typing import Any
 
 from diffusers import DiffusionPipeline
@@ -34,9 +35,29 @@ def fix_device(pipeline: DiffusionPipeline) -> None:
     pipeline.__class__ = subclass_with(type(pipeline), members)
 
 
+def fix_precision(pipeline: DiffusionPipeline, models: Iterable[nn.Module]) -> None:
+    """Let denoisers remember their precision, which diffusers finds by walking all of their modules.
+
+    Some pipelines, such as Wan's, ask for it in every call. Nothing changes if hooks of others place the
+    pipeline's models.
+
+    Args:
+        pipeline: After :func:`fix_device`.
+        models: The denoisers, with their adapters and in their final precision.
+    """
+    if not hasattr(type(pipeline), "_before"):
+        return
+    for model in models:
+        dtype = model.dtype
+        members = {"dtype": property(lambda _, dtype=dtype: dtype), "_before": type(model)}
+        model.__class__ = subclass_with(type(model), members)
+
+
 def restore_class(pipeline: DiffusionPipeline) -> None:
-    """Undo :func:`fix_device`."""
-    pipeline.__class__ = getattr(type(pipeline), "_before", type(pipeline))
+    """Undo :func:`fix_device` and :func:`fix_precision`."""
+    models = [m for m in pipeline.components.values() if isinstance(m, nn.Module)]
+    for changed in (pipeline, *models):
+        changed.__class__ = getattr(type(changed), "_before", type(changed))
 
 
 def subclass_with(cls: type, members: dict[str, Any]) -> type:

@@ -37,7 +37,7 @@ from flowgrpo.policy.arguments import (
     own_arguments,
 )
 from flowgrpo.policy.call import PipelineCall, UnsupportedPipelineError
-from flowgrpo.policy.fixed_device import restore_class
+from flowgrpo.policy.fixed_device import fix_precision, restore_class
 from flowgrpo.policy.latent_injection import LatentInjection, LatentLocations
 from flowgrpo.policy.loading import DTYPES, denoisers, load_pipeline, without_safety_checker
 from flowgrpo.policy.lockstep import Call, Lockstep
@@ -179,8 +179,11 @@ class PipelinePolicy:
             parallel: Whether trained denoisers are divided among the processes.
 
         Raises:
-            ValueError: If the pipeline cannot be a policy, or does not take a sampling argument.
+            ValueError: If the pipeline cannot be a policy, does not take a sampling argument, or settings
+                exclude each other.
         """
+        memory = memory or Memory()
+        memory.check_arithmetic(isinstance(weights, Full), dtype)
         self.pipeline, self.sampling, self.batch_size = pipeline, sampling, batch_size
         self.dtype, self.device = DTYPES[dtype], torch.device(device)
         call = inspect.unwrap(type(pipeline).__call__)  # which disables gradients
@@ -197,7 +200,7 @@ class PipelinePolicy:
         self.models = models_of(pipeline)
         self.denoisers = denoisers(pipeline)
         start = read_start(pipeline, weights, self.denoisers) if weights else None
-        sharder = self._prepare(memory or Memory(), parallel, weights)
+        sharder = self._prepare(memory, parallel, weights)
         self.in_lockstep = sharder is not None
         self.num_evaluations = self.num_decodes = 0
         self._learned, self.lockstep = Learned(), Lockstep(self._join)
@@ -209,7 +212,12 @@ class PipelinePolicy:
             self.trainable = self._injection.initial = InitialNoise(weights)
         elif weights is not None:
             create = partial(Trainable, seed=seed, with_reference=with_reference)
-            self.trainable = create(self.denoisers, weights, start=start, shard=sharder)
+            native = memory.arithmetic == "native"
+            self.trainable = create(
+                self.denoisers, weights, start=start, shard=sharder, native=native
+            )
+        if not self.in_lockstep:
+            fix_precision(pipeline, self.denoisers.values())
 
     @classmethod
     def from_pretrained(cls, model: str | Path | ModelSource, **options: Any) -> "PipelinePolicy":

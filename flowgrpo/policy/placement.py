@@ -22,6 +22,7 @@ from flowgrpo.policy.call import UnsupportedPipelineError
 from flowgrpo.policy.compilation import CompiledBlocks, repeated_blocks
 from flowgrpo.policy.fixed_device import fix_device
 from flowgrpo.policy.loading import autoencoders, denoisers, helpers
+from flowgrpo.policy.native import refusing_mixed
 from flowgrpo.policy.offloading import Encoders, offload_autoencoder
 from flowgrpo.policy.prompt_cache import cache_encodings
 from flowgrpo.policy.settings import Memory
@@ -100,7 +101,10 @@ def prepare(
     for model in trained.values():
         if model.dtype != dtype and not is_quantized(model):
             model.to(dtype)
-        model.forward = guarded(model.forward, device, dtype, precision)
+        forward, is_native = model.forward, memory.arithmetic == "native"
+        if is_native:
+            forward = refusing_mixed(forward, model)
+        model.forward = guarded(forward, device, dtype, precision, not is_native)
     compiled = prepare_denoisers(trained, memory)
     wrap_helpers(pipeline, device, dtype)
     prepare_decoder(pipeline, memory)
@@ -260,6 +264,7 @@ def guarded(
     device: torch.device,
     dtype: torch.dtype,
     precision: Callable[[], torch.dtype],
+    autocast: bool = True,
 ) -> Callable[..., Any]:
     """A denoiser's ``forward`` that casts its inputs, and runs under autocast if ``dtype`` is not fp32.
 
@@ -270,12 +275,14 @@ def guarded(
         device: Device of the model.
         dtype: Precision of the arithmetic.
         precision: Returns the precision of the inputs; called in every forward pass.
+        autocast: Whether PyTorch chooses the precision of each operation, unless ``dtype`` is fp32.
     """
+    enabled = autocast and dtype != torch.float32
 
     @functools.wraps(forward)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
         weights = precision()
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+        with torch.autocast(device.type, dtype, enabled=enabled):
             # Timesteps and guidance scales, which have one axis, stay in fp32 until they are embedded:
             # bfloat16 rounds a timestep of 937 to a multiple of 4.
             return forward(

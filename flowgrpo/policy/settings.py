@@ -241,7 +241,7 @@ Weights = LoRA | Full
 
 @dataclass(frozen=True, kw_only=True)
 class Memory:
-    """Settings that trade memory for time. Only ``quantize`` changes what is computed."""
+    """Settings that trade memory for time. Only ``quantize`` and ``arithmetic`` change what is computed."""
 
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: much less memory, about a third more time."""
@@ -265,17 +265,23 @@ class Memory:
     quantize: Quantization = "none"
     """Precision of the frozen denoiser under its adapters: ``nf4`` and ``int8`` use bitsandbytes,
     ``torchao_int8`` uses torchao."""
+    arithmetic: Literal["autocast", "native"] = "autocast"
+    """How the denoiser computes in bfloat16: ``autocast`` lets PyTorch choose a precision for every
+    operation, so that norms return fp32 and every linear layer casts its input back; ``native`` computes
+    everything in the precision of the weights, as diffusers does in inference. Adapters keep fp32 weights
+    and fp32 gradients in both. ``native`` moves and keeps less. In float32 both are the same."""
     compile: Literal["none", "regional"] = "none"
     """``regional`` compiles the denoiser's repeated block once: minutes at the start, faster steps."""
     attention: str = ""
     """Attention backend by diffusers' name, such as ``native``, ``flash`` or ``xformers``. If empty,
     diffusers chooses."""
 
-    def check(self, trains_all: bool) -> None:
+    def check(self, trains_all: bool, dtype: str = "float32") -> None:
         """Check the settings.
 
         Args:
             trains_all: Whether weights of the denoiser are trained without adapters.
+            dtype: Precision of the denoiser's arithmetic.
 
         Raises:
             ValueError: If a value is not allowed, or settings exclude each other.
@@ -285,6 +291,7 @@ class Memory:
                 f"memory.quantize = {self.quantize!r} freezes the denoiser; it needs "
                 "model.weights.kind = 'lora'"
             )
+        self.check_arithmetic(trains_all, dtype)
         if not self.attention:
             return
         # Imports torch, and so only where a backend is named.
@@ -295,6 +302,35 @@ class Memory:
             raise ValueError(
                 f"memory.attention must be one of {', '.join(known)}, got {self.attention!r}"
                 f"{suggest(self.attention, known)}"
+            )
+
+    def check_arithmetic(self, trains_all: bool, dtype: str) -> None:
+        """Check that the denoiser can compute without autocast, if so configured.
+
+        Args:
+            trains_all: Whether weights of the denoiser are trained without adapters.
+            dtype: Precision of the denoiser's arithmetic.
+
+        Raises:
+            ValueError: If another setting needs autocast.
+        """
+        if self.arithmetic == "autocast":
+            return
+        setting = "memory.arithmetic = 'native'"
+        if dtype == "float16":
+            raise ValueError(
+                f"{setting} is not supported with model.dtype = 'float16', whose range is too small for norms "
+                "and residual sums without autocast; use model.dtype = 'bfloat16'"
+            )
+        if trains_all:
+            raise ValueError(
+                f"{setting} computes in the precision of the weights, and full fine-tuning keeps them in fp32; "
+                "use memory.arithmetic = 'autocast', or model.weights.kind = 'lora'"
+            )
+        if self.quantize != "none":
+            raise ValueError(
+                f"{setting} is not supported with memory.quantize = {self.quantize!r}; use "
+                "memory.arithmetic = 'autocast', or memory.quantize = 'none'"
             )
 
 
@@ -351,6 +387,7 @@ class Parallel:
         for value, usual, key in (
             (memory.quantize, "none", "memory.quantize"),
             (memory.compile, "none", "memory.compile"),
+            (memory.arithmetic, "autocast", "memory.arithmetic"),
             (optimizer, "adamw", "train.optimizer"),
         ):
             if value != usual:

@@ -18,6 +18,7 @@ from flowgrpo.core.transitions import Gaussian, Prediction, Step
 from flowgrpo.data.experience import INITIAL
 from flowgrpo.data.files import reached, save_tensors
 from flowgrpo.policy.adapters import LayerStart
+from flowgrpo.policy.native import compute_adapters_in_input_precision
 from flowgrpo.policy.settings import Full, LoRA, Noise, Weights
 from flowgrpo.policy.sharding import Sharder, exchanged, local
 from flowgrpo.policy.step_plan import StepRecord
@@ -53,6 +54,7 @@ class Trainable:
         with_reference: bool,
         start: Mapping[str, Mapping[str, LayerStart]] | None = None,
         shard: Sharder | None = None,
+        native: bool = False,
     ):
         """Prepare the denoisers in place: add adapters, or unfreeze parameters.
 
@@ -65,6 +67,7 @@ class Trainable:
             start: The earlier adapter from which LoRA starts, by denoiser and layer. It is then also the
                 reference policy, of which a copy is kept.
             shard: Divides the denoisers among processes, once they have their adapters.
+            native: Whether the denoisers compute without autocast, so that adapters cast their weights.
 
         Raises:
             ValueError: If LoRA targets match no layer, patterns match no parameter, or a named denoiser
@@ -84,6 +87,8 @@ class Trainable:
             if isinstance(weights, LoRA):
                 _add_adapter(model, weights, seed)
                 _start_from(model, weights, (start or {}).get(name, {}))
+                if native:
+                    compute_adapters_in_input_precision(model, ADAPTER)
             else:
                 _unfreeze(model, weights)
         if shard is not None:

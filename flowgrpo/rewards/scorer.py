@@ -32,6 +32,7 @@ from flowgrpo.rewards.protocols import (
     takes_audio,
 )
 from flowgrpo.rewards.settings import Failures, Reward, RewardError, weighted_sum
+from flowgrpo.rewards.streams import OwnStream
 from flowgrpo.rewards.worker import Worker
 
 __all__ = ["RewardScorer"]
@@ -94,7 +95,7 @@ class RewardScorer:
         self.features: Features | None = None
         self._seen: list[tuple[Tensor, list[Prompt]]] = []
         self._judges: dict[str, RewardModel | PairwiseJudge] = {}
-        self._worker = Worker("reward-scorer")
+        self._worker, self._stream = Worker("reward-scorer"), OwnStream()
         self.reset()
 
     def reset(self) -> None:
@@ -236,7 +237,7 @@ class RewardScorer:
 
         Calls of models inside belong into :meth:`call`.
         """
-        return _Watched(self._worker.submit(work), self._watch)
+        return _Watched(self._worker.submit(self._stream.doing(work)), self._watch)
 
     def call(self, label: str) -> AbstractContextManager[None]:
         """The context of one call of a model, whose duration ``failures.timeout`` limits."""
