@@ -172,7 +172,9 @@ def test_losses_on_whole_groups_need_whole_groups(settings: list[str], problem: 
 )  # fmt: skip
 def test_benchmarks_of_a_run(bench: str, best: str, problem: str) -> None:
     # Metrics have names of their own, which are known after the first evaluation.
-    found = config(f"evaluation.bench=[{bench}]", f"evaluation.best={best}", "evaluation.metrics=[]")
+    found = config(
+        f"evaluation.bench=[{bench}]", f"evaluation.best={best}", "evaluation.metrics=[]"
+    )
     assert [b.tag for b in found.evaluation.bench][-1] in bench
     if not problem:
         found.check()

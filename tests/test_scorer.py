@@ -694,7 +694,6 @@ def test_a_probe_counts_a_single_finite_score_as_no_constant(caplog):
     assert caplog.text == ""
 
 
-<<<<<<< HEAD
 def sizes(media: Tensor, prompts: Sequence[Prompt]) -> list[float]:
     """Where a sample is in its batch, and the size of the batch."""
     assert len(media) == len(prompts)
@@ -753,7 +752,8 @@ def test_what_is_counted_and_weighed_in_a_score():
     subject.iteration = None
     assert subject.score(IMAGES, PROMPTS).weights == {"constant": 0.5}
     assert subject._seen == [], "kept for rewards that learn only"
-=======
+
+
 class Cuda:
     """Stands in for ``torch.cuda``: notes what happens, and on which stream."""
 
@@ -814,4 +814,3 @@ def test_rewards_run_on_a_stream_of_their_own(monkeypatch: pytest.MonkeyPatch) -
         "own waits for event", "work on own", "synchronize own",
         "own waits for event", "synchronize own",
     ]  # fmt: skip
->>>>>>> native

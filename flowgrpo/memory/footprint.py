@@ -87,13 +87,8 @@ def estimate_footprint(
     trained = _trained(ours, weights, native)
     after = {k: bytes_of(m) for k, m in models.items()}
     _fit_decoder(config, models)
-<<<<<<< HEAD
     whole, gathered, gradients = _gathered(config, ours.values())
-    tracer = Tracer(pipeline, dtype, full=full, device=device)
-=======
-    gathered, gradients = _gathered(config, ours.values())
     tracer = Tracer(pipeline, dtype, full=full, native=native, device=device)
->>>>>>> native
     batches = config.train.rollout_batch, config.train.train_batch
     # Pipelines may do anything that fake tensors do not support. Whatever that raises must not stop
     # a run, so it becomes the one error that the caller handles.
