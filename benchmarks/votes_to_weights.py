@@ -37,7 +37,7 @@ from flowgrpo.shapes.world import IMAGE_SIZE
 from scripts.page_tables import markdown_table
 
 PROMPTS, SAMPLES = 60, 4
-HELD_OUT = 120
+HELD_OUT = 156
 CLOSE = 1 / IMAGE_SIZE
 """Differences of size up to one pixel are a tie."""
 
