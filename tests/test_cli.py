@@ -86,7 +86,7 @@ def test_arguments_that_cannot_be_parsed(arguments, message, capsys):
         (["sample", "shapes", "a cat", "--out", "x", "--steps", "0"], "--steps must be at least 1"),
         (["sample", "shapes", " ", "--out", "x"], "a prompt is empty"),
         (["train", "quickstart", "--memory-gb", "24"], "--memory-gb is for --dry-run"),
-        (["grid", "run", "--out", "x.pgn"], "--out must end in .png, got 'x.pgn'"),
+        (["grid", "run", "--out", "x.pgn"], "--out must end in .png, .webp or .html, got 'x.pgn'"),
         (["grid", "run", "--out", "x.png", "--rows", "0"], "--rows must be at least 1, got 0"),
         (["inspect", "run", "--samples", "0"], "--samples must be at least 1, got 0"),
         (["bench", "shapes"], "bench needs --model"),

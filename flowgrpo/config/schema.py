@@ -24,6 +24,7 @@ from flowgrpo.algorithms import (
 )
 from flowgrpo.algorithms import base as algorithms
 from flowgrpo.algorithms.guard import Guard
+from flowgrpo.config.benchmarks import Bench, check_benchmarks
 from flowgrpo.config.best import check_best
 from flowgrpo.config.bounds import check_bounds
 from flowgrpo.config.regimes import Regime, check_regimes
@@ -187,37 +188,6 @@ class Train:
     def optimizer_steps(self) -> int:
         """Optimizer steps per iteration."""
         return self.epochs * self.updates
-
-
-@dataclass(frozen=True, kw_only=True)
-class Bench:
-    """A benchmark of ``flowgrpo bench``, or a part of it, that is run at evaluations.
-
-    All processes make and judge their share of the images. The sampler is that of the evaluations.
-    """
-
-    name: str
-    """A benchmark that ``flowgrpo bench list`` shows, or the import path of one of your own,
-    ``"package.module:Name"``."""
-    label: str = ""
-    """Its name in logs, paths and reports; by default the last part of ``name``."""
-    when: Literal["every", "ends", "final"] = "ends"
-    """At ``every`` evaluation, at both ``ends`` of training, or only after training (``final``)."""
-    limit: int = 0
-    """Number of prompts, spread evenly over the benchmark; 0 for all. The result of a part is not the
-    benchmark's score."""
-    dimensions: tuple[str, ...] = ()
-    """Only prompts of these tasks or test points."""
-    keep_images: bool = False
-    """Keep the images after they are judged. Otherwise they are deleted; a few stay in the page."""
-    settings: dict[str, Any] = field(default_factory=dict)
-    """Settings of the benchmark, among them those of its data and its judge; ``flowgrpo bench list
-    NAME`` shows them."""
-
-    @property
-    def tag(self) -> str:
-        """The name in logs, paths and reports."""
-        return self.label or self.name.rsplit(":", 1)[-1].rsplit(".", 1)[-1]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -388,7 +358,7 @@ class Config:
         self._check_updates()
         self._check_staleness()
         self._check_kinds()
-        self._check_benchmarks()
+        check_benchmarks(self.evaluation.bench)
         check_regimes(self.evaluation.regimes, self.evaluation_sampling())
         check_best(self)
 
@@ -397,22 +367,6 @@ class Config:
         weights, dtype = self.model.weights, self.model.dtype
         optimizer = self.train.optimizer
         self.parallel.check(num_processes, weights, self.memory, dtype, optimizer)
-
-    def _check_benchmarks(self) -> None:
-        """Raise ConfigError if benchmarks share a name."""
-        benches = self.evaluation.bench
-        tags = [b.tag for b in benches]
-        for index, bench in enumerate(benches):
-            key, tag = f"evaluation.bench[{index}]", bench.tag
-            if not tag or not all(c.isalnum() or c in "_-" for c in tag) or tag == "reward":
-                raise ConfigError(
-                    f"{key}.label must consist of letters, digits, '_' and '-', and must not be 'reward', "
-                    f"got {tag!r}"
-                )
-            if tag in tags[:index]:
-                raise ConfigError(f"{key}: there are two benchmarks {tag!r}; give one a label")
-            if bench.limit < 0:
-                raise ConfigError(f"{key}.limit must be at least 0, got {bench.limit}")
 
     def _check_updates(self) -> None:
         """Raise ConfigError if the loss is not defined for the batches and updates of an iteration."""

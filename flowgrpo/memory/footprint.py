@@ -1,7 +1,8 @@
 """Computes the memory footprint of a configured run: weights exactly, activations by tracing."""
 
 import math
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -90,16 +91,8 @@ def estimate_footprint(
     whole, gathered, gradients = _gathered(config, ours.values())
     tracer = Tracer(pipeline, dtype, full=full, native=native, device=device)
     batches = config.train.rollout_batch, config.train.train_batch
-    # Pipelines may do anything that fake tensors do not support. Whatever that raises must not stop
-    # a run, so it becomes the one error that the caller handles.
-    try:
+    with _estimate_error(type(pipeline).__name__):
         latents, training = _traced(tracer, config, prompts, batches)
-    except Exception as error:
-        reason = f"{type(error).__name__}: {str(error).strip()[:200]}"
-        raise EstimateError(
-            f"{type(pipeline).__name__} cannot be traced without weights ({reason})"
-        ) from error
-    samples = config.train.groups * config.algorithm.group_size // num_processes
     latent = latents.numel() // batches[0] if latents else 0
     # Until a batch of the rollout is decoded, the model's outputs are kept.
     outputs = latent * batches[0] * config.sampling.num_steps * (4 if full else dtype.itemsize)
@@ -115,8 +108,7 @@ def estimate_footprint(
         averaged=config.train.ema_decay > 0,
         earlier=config.train.staleness > 0,
         reference=4 * trained if full and kl else 0,
-        # With train.staleness an iteration is sampled while the one before it is kept.
-        experience=4 * samples * latent * _kept(config) * (1 + config.train.staleness),
+        experience=4 * latent * _kept(config, num_processes),
         rewards={r.label: _reward_bytes(r) for r in config.rewards},
         encode=max((v for k, v in tracer.peaks.items() if k not in ours and k != "vae"), default=0),
         rollout=max(v for k, v in tracer.peaks.items() if k in ours),
@@ -154,11 +146,28 @@ def _gathered(config: Config, models: Collection[nn.Module]) -> tuple[int, int, 
     return whole, gathered, gradients
 
 
-def _kept(config: Config) -> int:
-    """Latents kept per sample: at all nodes, and the means of the steps if later updates need them."""
-    steps = config.sampling.num_steps
-    later = config.train.optimizer_steps > 1 or config.train.staleness > 0
-    return steps + 1 + steps * (config.loss.needs.old_mean and later)
+@contextmanager
+def _estimate_error(name: str) -> Iterator[None]:
+    """Turn any error into an EstimateError.
+
+    Pipelines may do anything that fake tensors do not support, and whatever that raises must not stop a
+    run.
+    """
+    try:
+        yield
+    except Exception as error:
+        reason = f"{type(error).__name__}: {str(error).strip()[:200]}"
+        raise EstimateError(f"{name} cannot be traced without weights ({reason})") from error
+
+
+def _kept(config: Config, num_processes: int) -> int:
+    """Latents that a process keeps: of each sample those at all nodes, and the means of the steps if later
+    updates need them. With ``train.staleness`` an iteration is sampled while the one before it is kept."""
+    train, steps = config.train, config.sampling.num_steps
+    samples = train.groups * config.algorithm.group_size // num_processes
+    later = train.optimizer_steps > 1 or train.staleness > 0
+    nodes = steps + 1 + steps * (config.loss.needs.old_mean and later)
+    return samples * nodes * (1 + train.staleness)
 
 
 def _traced(

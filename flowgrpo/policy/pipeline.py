@@ -8,7 +8,7 @@ denoiser's ``forward`` (inputs get the denoiser's precision).
 """
 
 import inspect
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -189,14 +189,7 @@ class PipelinePolicy:
         call = inspect.unwrap(type(pipeline).__call__)  # which disables gradients
         self._parameters = inspect.signature(call).parameters
         check_signature(pipeline, self._parameters)
-        self.shipped_scheduler = pipeline.scheduler
-        self.scheduler = policy_scheduler(pipeline.scheduler)
-        self._call_pipeline = counted(call, self.scheduler)
-        self.check_sampling(sampling)
-        self.scheduler.noise_scale = float(pipeline.config.get("noise_scale") or 1.0)
-        pipeline.scheduler = self.scheduler
-        pipeline.set_progress_bar_config(disable=True)
-        without_safety_checker(pipeline)
+        self._take_over(call)
         self.models = models_of(pipeline)
         self.denoisers = denoisers(pipeline)
         start = read_start(pipeline, weights, self.denoisers) if weights else None
@@ -207,15 +200,13 @@ class PipelinePolicy:
         self._injection = LatentInjection(
             pipeline, self.scheduler, self._learned.latents, self.device
         )
+        native = memory.arithmetic == "native"
+        create = partial(Trainable, seed=seed, with_reference=with_reference, native=native)
         self.trainable: Trainable | InitialNoise | None = None
         if isinstance(weights, Noise):
             self.trainable = self._injection.initial = InitialNoise(weights)
         elif weights is not None:
-            create = partial(Trainable, seed=seed, with_reference=with_reference)
-            native = memory.arithmetic == "native"
-            self.trainable = create(
-                self.denoisers, weights, start=start, shard=sharder, native=native
-            )
+            self.trainable = create(self.denoisers, weights, start=start, shard=sharder)
         if not self.in_lockstep:
             fix_precision(pipeline, self.denoisers.values())
 
@@ -571,6 +562,22 @@ class PipelinePolicy:
             return as_media(output, self.pipeline), as_audio(output, self.pipeline)
         last = self._injection.last_state(call)
         return (as_batch(output) if last is None else last), None
+
+    def _take_over(self, call: Callable[..., Any]) -> None:
+        """Replace the scheduler of the pipeline, whose call is ``call``, by that of the policy.
+
+        Raises:
+            ValueError: If the scheduler has no policy scheduler, or the call does not take a sampling argument.
+        """
+        pipeline = self.pipeline
+        self.shipped_scheduler = pipeline.scheduler
+        self.scheduler = policy_scheduler(pipeline.scheduler)
+        self._call_pipeline = counted(call, self.scheduler)
+        self.check_sampling(self.sampling)
+        self.scheduler.noise_scale = float(pipeline.config.get("noise_scale") or 1.0)
+        pipeline.scheduler = self.scheduler
+        pipeline.set_progress_bar_config(disable=True)
+        without_safety_checker(pipeline)
 
     def _prepare(
         self, memory: Memory, parallel: Parallel | None, weights: Weights | Noise | None

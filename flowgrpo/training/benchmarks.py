@@ -41,8 +41,9 @@ from flowgrpo.bench.progress import Progress
 from flowgrpo.bench.report import FILE, compared, read_result
 from flowgrpo.bench.run import finish
 from flowgrpo.bench.scoring import Scores, score
+from flowgrpo.config.benchmarks import Bench
 from flowgrpo.config.reader import read
-from flowgrpo.config.schema import Bench, Config, Evaluation
+from flowgrpo.config.schema import Config, Evaluation
 from flowgrpo.core.errors import ConfigError
 from flowgrpo.core.imports import suggest
 from flowgrpo.core.measures import Measured

@@ -62,19 +62,7 @@ def build(config: Config, session: Session, prompts: PromptSet, held_out: Prompt
         CheckpointError: If the newest checkpoint is damaged.
     """
     scorer = _load_rewards(config, session, [*prompts.prompts, *held_out.prompts])
-    policy = PipelinePolicy.from_pretrained(
-        config.model.source,
-        sampling=config.sampling,
-        weights=config.model.weights,
-        batch_size=config.train.rollout_batch,
-        dtype=config.model.dtype,
-        device=session.accelerator.device,
-        seed=config.run.seed,
-        with_reference=_needs_reference(config),
-        memory=config.memory,
-        parallel=config.parallel,
-    )
-    policy.lockstep.timeout = timedelta(minutes=config.run.rank_timeout_minutes)
+    policy = _load_policy(config, session)
     scorer.check_audio(policy.makes_audio, f"{type(policy.pipeline).__name__} makes none")
     _check_policy(policy, config, prompts, held_out)
     _say_compiled(policy, session)
@@ -107,6 +95,24 @@ def build(config: Config, session: Session, prompts: PromptSet, held_out: Prompt
     evaluator.resume()
     session.start_trackers()
     return TrainingRun(config, prompts, session, scorer, policy, learner, evaluator)
+
+
+def _load_policy(config: Config, session: Session) -> PipelinePolicy:
+    """The pipeline as a policy on this process's device."""
+    policy = PipelinePolicy.from_pretrained(
+        config.model.source,
+        sampling=config.sampling,
+        weights=config.model.weights,
+        batch_size=config.train.rollout_batch,
+        dtype=config.model.dtype,
+        device=session.accelerator.device,
+        seed=config.run.seed,
+        with_reference=_needs_reference(config),
+        memory=config.memory,
+        parallel=config.parallel,
+    )
+    policy.lockstep.timeout = timedelta(minutes=config.run.rank_timeout_minutes)
+    return policy
 
 
 def _load_rewards(config: Config, session: Session, prompts: Sequence[Prompt]) -> RewardScorer:
