@@ -54,13 +54,12 @@ class TrafficCounter(MemoryCounter):
 
     Attributes:
         moved: Bytes read and written.
-        written: Bytes written.
         operations: Operations that move bytes.
     """
 
     def __init__(self, *arguments: Any):
         super().__init__(*arguments)
-        self.moved = self.written = self.operations = 0
+        self.moved = self.operations = 0
 
     def __torch_dispatch__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
@@ -73,9 +72,7 @@ class TrafficCounter(MemoryCounter):
         changes = func._schema.is_mutable  # type: ignore[attr-defined]
         if (not is_view or changes) and "empty" not in str(func):
             self.operations += 1
-            size = sum(v.numel() * v.element_size() for v in written)
-            self.written += size
-            self.moved += size + sum(v.numel() * v.element_size() for v in read)
+            self.moved += sum(v.numel() * v.element_size() for v in (*read, *written))
         return result
 
 
@@ -104,7 +101,6 @@ def count(model: Model, batch: int, mode: str) -> dict[str, float]:
     counter = tracer.counters[0]
     return {
         "moved": counter.moved / 1e9,
-        "written": counter.written / 1e9,
         "operations": counter.operations,
         "kept": saved / 1e9,
         "peak": peak / 1e9,

@@ -8,6 +8,7 @@ has no such hooks, so nothing that the walks look for changes after it was set u
 """
 
 from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 from diffusers import DiffusionPipeline
@@ -48,9 +49,12 @@ def fix_precision(pipeline: DiffusionPipeline, models: Iterable[nn.Module]) -> N
     if not hasattr(type(pipeline), "_before"):
         return
     for model in models:
-        dtype = model.dtype
-        members = {"dtype": property(lambda _, dtype=dtype: dtype), "_before": type(model)}
-        model.__class__ = subclass_with(type(model), members)
+        found = property(partial(_constant, model.dtype))
+        model.__class__ = subclass_with(type(model), {"dtype": found, "_before": type(model)})
+
+
+def _constant(value: Any, _: Any) -> Any:
+    return value
 
 
 def restore_class(pipeline: DiffusionPipeline) -> None:
