@@ -44,6 +44,7 @@ Tiny = Callable[[str], Path]
 SMALL = Sampling(num_steps=4, height=16, width=16)
 FULL = (
     torch.OutOfMemoryError("CUDA out of memory"),
+    RuntimeError("[gloo/transport/tcp/pair.cc:545] Read error: Connection reset by peer"),
     RuntimeError("DefaultCPUAllocator: can't allocate memory"),
     MemoryError(),
     KeyboardInterrupt(),

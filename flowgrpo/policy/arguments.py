@@ -122,14 +122,22 @@ def check_strength(name: str, call: Mapping[str, inspect.Parameter], given: Argu
         )
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory ran out, on the accelerator or on the host.
+def is_unrelated(error: BaseException) -> bool:
+    """Whether memory ran out, on the accelerator or on the host, or another process of the run was lost.
 
     Such an error says nothing about the pipeline, so no code may conclude anything from it.
     """
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
-    return isinstance(error, RuntimeError) and OUT_OF_MEMORY.search(str(error)) is not None
+    if not isinstance(error, RuntimeError):
+        return False
+    return OUT_OF_MEMORY.search(str(error)) is not None or is_lost_rank(error)
+
+
+def is_lost_rank(error: RuntimeError) -> bool:
+    """Whether a collective operation failed because another process ended or does not answer."""
+    # Errors of gloo's transport are plain RuntimeErrors, which name the source file.
+    return isinstance(error, torch.distributed.DistError) or "gloo/transport" in str(error)
 
 
 class Calling:
@@ -178,7 +186,7 @@ class Calling:
             # Pipelines refuse a form with errors of all kinds, from a ValueError about an argument to a
             # RuntimeError about shapes inside attention.
             except Exception as error:
-                if is_out_of_memory(error):
+                if is_unrelated(error):
                     raise
                 failure = failure or error
                 continue

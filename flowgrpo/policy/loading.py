@@ -13,7 +13,7 @@ from huggingface_hub.errors import LocalEntryNotFoundError, RevisionResolutionEr
 from transformers import PreTrainedModel
 
 from flowgrpo.policy.adapters import add_adapters
-from flowgrpo.policy.arguments import is_out_of_memory
+from flowgrpo.policy.arguments import is_unrelated
 from flowgrpo.policy.settings import ModelSource, Quantization
 from flowgrpo.policy.single_file import SUFFIXES, is_single_file, load_single_file
 
@@ -165,7 +165,7 @@ def _readable(source: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if is_out_of_memory(error) or isinstance(error, ImportError) or source in str(error):
+        if is_unrelated(error) or isinstance(error, ImportError) or source in str(error):
             raise  # These have a message of their own.
         raise ValueError(
             f"the pipeline in {source} cannot be loaded ({type(error).__name__}: {error}): a file of it is "

@@ -33,7 +33,7 @@ from flowgrpo.policy.arguments import (
     check_signature,
     check_strength,
     generators_for,
-    is_out_of_memory,
+    is_unrelated,
     own_arguments,
 )
 from flowgrpo.policy.call import PipelineCall, UnsupportedPipelineError
@@ -501,7 +501,7 @@ class PipelinePolicy:
         try:
             result = attempt(plan)
         except Exception as error:
-            unrelated = isinstance(error, UnsupportedPipelineError) or is_out_of_memory(error)
+            unrelated = isinstance(error, UnsupportedPipelineError) or is_unrelated(error)
             if not empty or plan.hold or unrelated:
                 raise
             # The loop cannot be empty, or there is another cause, which the second attempt raises.
@@ -555,7 +555,7 @@ class PipelinePolicy:
             # If only states are requested, a failure after the loop is of no consequence
             # (QwenImageLayered cannot return latents).
             last = self._injection.last_state(call)
-            if decode or last is None or is_out_of_memory(error):
+            if decode or last is None or is_unrelated(error):
                 raise
             return last, None
         if decode:

@@ -11,7 +11,7 @@ from flowgrpo.core.random import Random, SampleNoise
 from flowgrpo.core.transitions import Prediction, Transition
 from flowgrpo.data.prompts import Prompt
 from flowgrpo.losses.clipped import step_gain
-from flowgrpo.policy.arguments import is_out_of_memory
+from flowgrpo.policy.arguments import is_unrelated
 from flowgrpo.policy.call import UnsupportedPipelineError
 from flowgrpo.policy.pipeline import PipelinePolicy
 from flowgrpo.policy.settings import Sampling
@@ -181,7 +181,7 @@ def _made(policy: PipelinePolicy, prompt: Prompt, sampling: Sampling) -> Size | 
         raise
     # Pipelines refuse a size with errors of all kinds.
     except Exception as error:
-        if is_out_of_memory(error):
+        if is_unrelated(error):
             raise
         return str(error).splitlines()[0] if str(error) else type(error).__name__
     return media.shape[-2], media.shape[-1], media.shape[1] if media.ndim == 5 else None

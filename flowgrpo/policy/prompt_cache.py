@@ -21,7 +21,7 @@ from PIL import Image
 from torch import Tensor
 
 from flowgrpo.data.prompts import Prompt
-from flowgrpo.policy.arguments import call_key, is_out_of_memory
+from flowgrpo.policy.arguments import call_key, is_unrelated
 from flowgrpo.policy.loading import autoencoders
 from flowgrpo.policy.settings import Memory
 from flowgrpo.policy.tensor_store import GB, TensorStore
@@ -231,7 +231,7 @@ class PromptCache:
             rule = _rule(joint, singles)
             return rule if _equal(rule(singles), joint) else None
         except (ValueError, RuntimeError, TypeError, IndexError) as error:
-            if is_out_of_memory(error):
+            if is_unrelated(error):
                 raise
             return None
         finally:

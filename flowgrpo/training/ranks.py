@@ -9,10 +9,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 
-import torch.distributed
 from accelerate.utils import InitProcessGroupKwargs
 
 from flowgrpo.core.errors import LostRankError
+from flowgrpo.policy.arguments import is_lost_rank
 
 
 def process_group(minutes: float) -> InitProcessGroupKwargs:
@@ -33,7 +33,7 @@ def bounded_wait(minutes: float) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if isinstance(error, LostRankError) or not _is_lost_rank(error):
+        if isinstance(error, LostRankError) or not is_lost_rank(error):
             raise
         if "timed out" in str(error).lower() or "timeout" in str(error).lower():
             problem = (
@@ -45,8 +45,3 @@ def bounded_wait(minutes: float) -> Iterator[None]:
         raise LostRankError(
             f"{problem}. This process ends ({str(error).splitlines()[0]})"
         ) from error
-
-
-def _is_lost_rank(error: RuntimeError) -> bool:
-    # Errors of gloo's transport are plain RuntimeErrors, which name the source file.
-    return isinstance(error, torch.distributed.DistError) or "gloo/transport" in str(error)
