@@ -81,7 +81,7 @@ AREAS = {
     ),
     "sessions": Area(
         ["flowgrpo/training/session.py", "flowgrpo/training/*checkpoints.py", "flowgrpo/training/run_changes.py"],
-        ["checkpoints", "session", "setup", "best_and_stop"],
+        ["checkpoints", "session", "setup"],
     ),
     "scorer": Area(
         ["flowgrpo/rewards/scorer.py", "flowgrpo/rewards/pairs.py", "flowgrpo/rewards/settings.py"],

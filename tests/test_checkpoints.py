@@ -8,6 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
+import flowgrpo
+import flowgrpo.config
+from flowgrpo.core.errors import ConfigError
 from flowgrpo.data import files
 from flowgrpo.training import sharded_checkpoints
 from flowgrpo.training.checkpoints import (
@@ -23,6 +26,7 @@ from flowgrpo.training.checkpoints import (
     tidy,
     verify,
 )
+from flowgrpo.training.run_checkpoints import find_checkpoint, is_name
 
 PARTS = {
     "weights": {"a.weight": torch.arange(6.0).view(2, 3), "b": torch.tensor([1.5]).bfloat16()},
@@ -285,3 +289,60 @@ def test_a_whole_checkpoint_is_read_into_a_divided_model(folder):
     assert torch.equal(parts["weights"]["a.weight"], PARTS["weights"]["a.weight"])
     assert parts["empty"] == {}
     assert ("weights", "a.weight", torch.Size([2, 3])) in places
+
+
+def test_checkpoints_of_a_run_are_found_by_what_they_are_best_at(tmp_path):
+    """A run of 9 iterations that kept the last two checkpoints and the best by its own number."""
+    flowgrpo.config.save(
+        flowgrpo.load("quickstart", ["evaluation.best=strict"]), tmp_path / "config.toml"
+    )
+    inside, log = tmp_path / "checkpoints", tmp_path / "evaluations.jsonl"
+    for name in ("best", "best:strict", "best:graded", "last", "7"):
+        with pytest.raises(FileNotFoundError, match=r"no checkpoint yet|no evaluation yet|there: none"):  # fmt: skip
+            find_checkpoint(tmp_path, name)
+    nan = float("nan")
+    numbers = {0: (0.1, 0.9, 0.0, nan), 3: (0.7, 0.5, 0.8, nan), 6: (0.6, 0.3, 0.9, nan), 9: (0.5, 0.1, 0.7, nan)}  # fmt: skip
+    rows = [{"iteration": i, "scores": dict(zip(("strict", "graded", "third", "lost"), v, strict=True))} for i, v in numbers.items()]  # fmt: skip
+    log.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    with pytest.raises(FileNotFoundError, match="has no checkpoint yet"):
+        find_checkpoint(tmp_path, "best:third")
+    for name, iteration in (("000008", 8), ("000009", 9), ("best", 3)):
+        save(inside / name, {}, {"iteration": iteration})
+    (inside / "best-unfinished").mkdir()
+    found = {
+        name: find_checkpoint(tmp_path, name).name
+        for name in ("best", "best:strict", "last", "8", "0009", "3", "best:min:graded")
+    }
+    assert found == {
+        "best": "best", "best:strict": "best", "last": "000009", "8": "000008", "0009": "000009", "3": "best",
+        "best:min:graded": "000009",
+    }  # fmt: skip
+    # Without a value, the nearest by iterations; of two as near, the earlier.
+    words = (
+        r"the best third, 0\.9, was measured after 6 iterations, .* nearest is 8, which was not "
+        r"evaluated \(there: 3, 8, 9\)\. .*keep_best = \['third'\]"
+    )
+    with pytest.raises(FileNotFoundError, match=words):
+        find_checkpoint(tmp_path, "best:third")
+    save(inside / "best-min%3Athird", {}, {"iteration": 4})
+    assert find_checkpoint(tmp_path, "best:min:third").name == "best-min%3Athird"
+    with pytest.raises(FileNotFoundError, match=r"nearest is 4, which .* \(there: 3, 4, 8, 9\)"):
+        find_checkpoint(tmp_path, "best:third")
+    with pytest.raises(
+        FileNotFoundError, match=r"the best graded, 0\.9, is that of the model before"
+    ):
+        find_checkpoint(tmp_path, "best:graded")
+    with pytest.raises(FileNotFoundError, match="no evaluation has a value of 'lost'"):
+        find_checkpoint(tmp_path, "best:lost")
+    with pytest.raises(ConfigError, match="no number 'thirdd'"):
+        find_checkpoint(tmp_path, "best:thirdd")
+    with pytest.raises(FileNotFoundError, match=r"no checkpoint after 7 iterations \(there: 3, 4, 8, 9\)"):  # fmt: skip
+        find_checkpoint(tmp_path, "7")
+    # The evaluation that ended a run early is of weights trained before.
+    rows[-1] |= {"scores": {**rows[-1]["scores"], "third": 1.0}, "weights_after": 8}
+    log.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    assert find_checkpoint(tmp_path, "best:third").name == "000008"
+    shutil.rmtree(inside / "best")
+    assert [t for t in ("best", "best:", "best:x", "last", "12", "lastt", "-1", "x:best") if is_name(t)] == ["best", "best:x", "last", "12"]  # fmt: skip
+    with pytest.raises(FileNotFoundError, match=r"nearest is 4, which was not"):
+        find_checkpoint(tmp_path, "best:strict")

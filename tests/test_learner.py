@@ -133,36 +133,6 @@ def ones(experience: Experience) -> Tensor:
     return torch.ones(len(experience.actions))
 
 
-# Several advantages of one action.
-
-
-def test_an_action_with_two_advantages_has_two_losses(make: Make, experience: Experience) -> None:
-    loss = ClippedLoss(clip_range=1e-3)
-    learner = make(loss, lr=5e-2)
-    learner.update(experience, ones(experience), RANDOM)  # ratios leave the clip range
-    actions = experience.actions
-    both = torch.stack(
-        [torch.linspace(-1, 2, len(actions)), torch.linspace(2, -3, len(actions))], 1
-    )
-    inputs = learner.replay.inputs(experience, actions, both[:, 0], None, False)
-    ratio = (inputs.gaussian.log_prob(inputs.x_next) - inputs.old_log_prob).exp()[:, None]
-    each = torch.maximum(-both * ratio, -both * ratio.clamp(1 - 1e-3, 1 + 1e-3))
-    statistics = UpdateStatistics(loss.metrics)
-    found = learner._loss(inputs, [both[:, 1]], statistics)
-    torch.testing.assert_close(found, each.sum())
-    torch.testing.assert_close(statistics.losses[0], each.sum(1).detach())
-    total = both.sum(1, keepdim=True)
-    one = torch.maximum(-total * ratio, -total * ratio.clamp(1 - 1e-3, 1 + 1e-3)).sum()
-    assert (found - one).abs() > 1e-4, "the loss of the sum is another one"
-
-    # Two advantages of opposite signs are no reason to leave an action out.
-    opposed = torch.stack([ones(experience), -ones(experience)], 1)
-    received = make(Scripted(all_actions=False))
-    received.update(experience, opposed, RANDOM)
-    assert {g for i in Scripted.received for g in i.group.tolist()} == set(range(6))
-    assert sorted({float(i.advantage[0]) for i in Scripted.received}) == [-1.0, 1.0]
-
-
 # Which actions an optimizer step trains on.
 
 
@@ -226,6 +196,36 @@ def test_actions_without_advantage_count_in_the_mean(all_actions: bool, make: Ma
     assert metrics["grad_norm"] == pytest.approx(expected, rel=1e-4)
     for got, want in zip(taken[0], Scripted.gradients[0], strict=True):
         torch.testing.assert_close(got, expected * want, atol=1e-6, rtol=1e-4)
+
+
+# Several advantages of one action.
+
+
+def test_an_action_with_two_advantages_has_two_losses(make: Make, experience: Experience) -> None:
+    loss = ClippedLoss(clip_range=1e-3)
+    learner = make(loss, lr=5e-2)
+    learner.update(experience, ones(experience), RANDOM)  # ratios leave the clip range
+    actions = experience.actions
+    both = torch.stack(
+        [torch.linspace(-1, 2, len(actions)), torch.linspace(2, -3, len(actions))], 1
+    )
+    inputs = learner.replay.inputs(experience, actions, both[:, 0], None, False)
+    ratio = (inputs.gaussian.log_prob(inputs.x_next) - inputs.old_log_prob).exp()[:, None]
+    each = torch.maximum(-both * ratio, -both * ratio.clamp(1 - 1e-3, 1 + 1e-3))
+    statistics = UpdateStatistics(loss.metrics)
+    found = learner._loss(inputs, [both[:, 1]], statistics)
+    torch.testing.assert_close(found, each.sum())
+    torch.testing.assert_close(statistics.losses[0], each.sum(1).detach())
+    total = both.sum(1, keepdim=True)
+    one = torch.maximum(-total * ratio, -total * ratio.clamp(1 - 1e-3, 1 + 1e-3)).sum()
+    assert (found - one).abs() > 1e-4, "the loss of the sum is another one"
+
+    # Two advantages of opposite signs are no reason to leave an action out.
+    opposed = torch.stack([ones(experience), -ones(experience)], 1)
+    received = make(Scripted(all_actions=False))
+    received.update(experience, opposed, RANDOM)
+    assert {g for i in Scripted.received for g in i.group.tolist()} == set(range(6))
+    assert sorted({float(i.advantage[0]) for i in Scripted.received}) == [-1.0, 1.0]
 
 
 # The step.
@@ -919,11 +919,18 @@ def test_values_of_two_processes_are_weighted_by_their_number(make: Make, monkey
 def test_one_of_two_advantages_is_enough_to_train_an_action(make: Make, experience: Experience) -> None:  # fmt: skip
     group = experience.actions.group
     two = torch.stack([torch.where(group < 2, 2.0, 0.0), torch.where(group == 4, 3.0, 0.0)], 1)
-    make(Scripted(all_actions=False)).update(experience, two, RANDOM)
+    learner = make(Scripted(all_actions=False))
+    learner.update(experience, two, RANDOM)
     assert {g for i in Scripted.received for g in i.group.tolist()} == {0, 1, 4}
     assert [i.advantage.tolist() for i in Scripted.received] == [
         [2.0, 2.0, 2.0, 2.0, 0.0, 0.0], [0.0, 0.0, 0.0, 0.0, 3.0, 3.0],
     ]  # fmt: skip
+    first, second = Scripted.received
+    both, statistics = make(ClippedLoss()), UpdateStatistics(ClippedLoss.metrics)
+    found = both._loss(first, [second.advantage], statistics)
+    # The ratios are 1, so that the loss of an action is the sum of its advantages, with their sign.
+    assert found.item() == pytest.approx(-(2.0 * 4 + 3.0 * 2), rel=1e-3)
+    assert statistics.losses[0].tolist() == pytest.approx([-2.0] * 4 + [-3.0] * 2, rel=1e-3)
 
 
 def test_a_step_is_on_the_gradients_of_all_processes(make: Make, experience: Experience, monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip

@@ -545,6 +545,18 @@ def test_the_end_of_a_session_gives_everything_back(start: Start, monkeypatch: p
     assert environment["threads"] == torch.get_num_threads()
 
 
+def test_closing_waits_for_the_others_and_ends_the_trackers_once(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    session, seen = start(), list[str]()
+    monkeypatch.setattr(session.accelerator, "wait_for_everyone", lambda: seen.append("waited"))
+    tracker = SimpleNamespace(finish=lambda: seen.append("ended"))
+    monkeypatch.setattr(session.accelerator, "end_training", tracker.finish)
+    session.accelerator.trackers = [tracker]
+    session.close()
+    assert seen == ["waited", "ended"]
+    session.__exit__()
+    assert seen == ["waited", "ended"]
+
+
 def test_changes_since_the_last_session_and_notes_on_prompts_are_said(start: Start, capsys: pytest.CaptureFixture[str]) -> None:  # fmt: skip
     first = start()
     first.log(0, METRICS, 0.0)
