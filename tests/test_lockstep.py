@@ -137,7 +137,7 @@ def evaluate(policy: PipelinePolicy, rank: int) -> None:
     # A loss without a gradient: its process takes part in the backward pass of the other.
     one = experience.actions.select(torch.tensor([0]))
     with policy.together():
-        record = policy.replay([first[0].prompt], one.states, int(one.step[0]), CPS())
+        record = policy.replay([first[0].prompt], one.starts()[0], int(one.step[0]), CPS())
         loss = record.prediction.output.sum() if rank == 0 else torch.zeros(())
         policy.lockstep.backward(loss, Tensor.backward)
     before = policy.num_evaluations

@@ -48,7 +48,7 @@ def test_forward_passes_are_those_of_the_learner(settings):
     rows = [(g, s, k) for k in steps for g in range(2) for s in range(6)]
     group, sample, step = (torch.tensor(c) for c in zip(*rows, strict=True))
     states = torch.zeros(len(rows), 1)
-    actions = Actions(
+    actions = Actions.between(
         states, torch.arange(len(rows)), states, step, torch.zeros(len(rows)), group, sample
     )
     accelerator = SimpleNamespace(reduce=lambda t, _: t)
@@ -73,7 +73,9 @@ def test_forward_passes_are_those_of_the_learner(settings):
     # With this seed the two groups are in different optimizer steps where groups are divided.
     assert largest == work.forwards
     assert sum(len(b) for b in batches) == work.forwards * work.updates
-    assert max(len(a.states) for b in batches for a, _ in b) == min(work.states, work.train_batch)
+    assert max(len(a.starts()[0]) for b in batches for a, _ in b) == min(
+        work.states, work.train_batch
+    )
 
 
 def test_bytes_are_those_that_are_sent():

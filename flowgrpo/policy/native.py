@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch.nn.functional as F
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from flowgrpo.policy.call import UnsupportedPipelineError
@@ -49,7 +50,7 @@ def compute_adapters_in_input_precision(model: nn.Module, adapter: str) -> None:
         adapter: Name of the adapter.
     """
     for layer in model.modules():
-        if adapter not in getattr(layer, "lora_A", {}):
+        if not isinstance(layer, LoraLayer) or adapter not in layer.lora_A:
             continue
         layer.cast_input_dtype_enabled = False
         for matrix in (layer.lora_A[adapter], layer.lora_B[adapter]):

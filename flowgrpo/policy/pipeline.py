@@ -564,11 +564,7 @@ class PipelinePolicy:
         return (as_batch(output) if last is None else last), None
 
     def _take_over(self, call: Callable[..., Any]) -> None:
-        """Replace the scheduler of the pipeline, whose call is ``call``, by that of the policy.
-
-        Raises:
-            ValueError: If the scheduler has no policy scheduler, or the call does not take a sampling argument.
-        """
+        """Replace the scheduler of the pipeline, whose call is ``call``, by that of the policy."""
         pipeline = self.pipeline
         self.shipped_scheduler = pipeline.scheduler
         self.scheduler = policy_scheduler(pipeline.scheduler)
@@ -591,8 +587,8 @@ class PipelinePolicy:
         sharder, device, dtype = None, self.device, self.dtype
         if parallel is not None and parallel.is_sharded and isinstance(weights, LoRA | Full):
             sharder = partial(shard, parallel=parallel, weights=weights, device=device, dtype=dtype)
-        is_whole = sharder is None
-        self.compiled = prepare(self.pipeline, memory, device, dtype, self._precision, is_whole)
+        whole = sharder is None
+        self.compiled = prepare(self.pipeline, memory, device, dtype, self._precision, whole)
         return sharder
 
     def _precision(self) -> torch.dtype:
