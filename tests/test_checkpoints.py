@@ -251,6 +251,8 @@ def test_a_checkpoint_of_several_processes_is_complete_or_not_there(tmp_path, mo
     sharded_checkpoints.save(place, parts, {"iteration": 3}, is_main=True, gather=gather)
     assert peek(place) == {"iteration": 3, "sharded": True}
     verify(place)
+    digests = json.loads((place / "state.json").read_text())["sha256"]
+    assert digests == {f.name: digest(f) for f in place.glob("*.safetensors")}
     assert sorted(p.name for p in place.iterdir()) == ["shard-1.safetensors", "shard-2.safetensors", "state.json"]  # fmt: skip
     seen = []
     monkeypatch.setattr(sharded_checkpoints.shards, "read", lambda *a: seen.append(a) or parts)

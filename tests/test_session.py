@@ -16,6 +16,7 @@ import pytest
 import torch
 
 import flowgrpo
+import flowgrpo.config
 from flowgrpo.config import ConfigError
 from flowgrpo.core.errors import DivergenceError, LostRankError
 from flowgrpo.core.measures import Measured
@@ -757,3 +758,13 @@ def test_changes_of_a_run_by_hand(tmp_path: Path) -> None:
             run_changes.require_changeable("train.groups", config)
         assert re.search(words, run_changes.instead(config))
     run_changes.require_changeable("train.lr", config)
+    with pytest.raises(ConfigError, match=f"{tmp_path} is none; to start one, use --set"):
+        run_changes.extend(tmp_path, [])
+    flowgrpo.config.save(config, tmp_path / "config.toml")
+    longer, keys = run_changes.extend(tmp_path, ["train.iterations=500", "train.lr=0.5"])
+    assert (longer.train.iterations, sorted(keys)) == (500, ["train.iterations", "train.lr"])
+    assert run_changes.extend(tmp_path, [f"train.lr={config.train.lr}"])[1] == []
+    with pytest.raises(ConfigError, match=r"run\.folder: a run stays in its directory"):
+        run_changes.extend(tmp_path, ["run.folder=elsewhere"])
+    with pytest.raises(ConfigError, match=r"train\.groups may not change"):
+        run_changes.extend(tmp_path, ["train.groups=9"])
