@@ -207,7 +207,7 @@ def test_a_configuration_with_all_of_it_can_be_written_and_read_back(tmp_path):
 
 def test_a_run_goes_by_the_schedule_and_its_evaluations_do_not(tmp_path):
     build_pipeline().save_pretrained(tmp_path / "model")
-    reward = 'rewards=[{model="jpeg_size", scale=2.0, schedule=[[0, 1], [1, 0.25]]}]'
+    reward = 'rewards=[{model="jpeg_size", ignores_prompt=true, scale=2.0, schedule=[[0, 1], [1, 0.25]]}]'
     places = [f"model.path={tmp_path / 'model'}", f"run.folder={tmp_path / 'run'}"]
     flowgrpo.train(load("quickstart", [*TINY, *places, reward, "guard={}"]))
 

@@ -302,7 +302,9 @@ def test_without_a_format_what_was_trained_is_exported(
     policy = PipelinePolicy.from_pretrained(
         tiny("sd3"), sampling=sampling_of("sd3"), weights=Full()
     )
-    monkeypatch.setattr("flowgrpo.cli.export.load_run", lambda run, weights: (policy, 1))
+    monkeypatch.setattr(
+        "flowgrpo.cli.export.load_run", lambda run, weights, with_reference: (policy, 1)
+    )
     assert main(["export", str(finished), "--out", str(tmp_path / "whole")]) == 0
     assert (tmp_path / "whole" / "model_index.json").exists()
 

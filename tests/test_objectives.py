@@ -343,7 +343,8 @@ def rows_of(groups: int, samples: int, steps: int = 1) -> Actions:
     keys = torch.cartesian_prod(torch.arange(groups), torch.arange(samples), torch.arange(steps))
     group, sample, step = keys.unbind(1)
     empty = torch.zeros(len(keys), 1)
-    return Actions(empty, torch.arange(len(keys)), empty, step, empty[:, 0], group, sample)
+    rows = torch.arange(len(keys))
+    return Actions.between(empty, rows, empty, step, empty[:, 0], group, sample)
 
 
 def waiting(update_of: Tensor, group: Tensor, num_ranks: int) -> float:

@@ -34,7 +34,7 @@ def minis_of(html):
 def test_times_by_phase(tmp_path):
     timings = [
         {"iteration": 0, "rollout": 1.0, "train": 0.5, "scoring": 0.3, "total": 1.6},
-        {"iteration": 1, "rollout": 2.0, "train": 0.5, "scoring": None, "total": 2.6, "evaluation": 9.0},
+        {"iteration": 1, "rollout": 2.0, "train": 0.5, "scoring": None, "total": 2.6},
         {"iteration": 2, "rollout": 3.0, "train": None, "scoring": 0.5, "refill": 0.25},
     ]  # fmt: skip
     ends = [evaluation(i, graded=0.5) for i in (0, 3)]
@@ -57,6 +57,11 @@ def test_times_by_phase(tmp_path):
     assert 'aria-label="rollout 39 %, train 6 %, other 1 %, refill 2 %, evaluation 52 %"' in html
     # The header's time: 1.6 + 2.6 + 3.25 and the two evaluations.
     assert "15.4 s" in text_of(report(tmp_path))
+    # Runs of this version record the time of evaluations with the times.
+    timings[1]["evaluation"] = 9.0
+    assert curves.evaluation_seconds(Records(run(tmp_path, timings=timings, evaluations=ends))) == [
+        9.0
+    ]
     # What is not accounted for is left out below a hundredth.
     timings = [{"iteration": i, "rollout": 1.0, "total": 1.01} for i in range(2)]
     folder = run(tmp_path / "b", timings=timings, metrics=[metric(0)])
