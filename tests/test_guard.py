@@ -12,7 +12,14 @@ from torch import Tensor
 
 import flowgrpo
 from flowgrpo.algorithms import FlowGRPO
-from flowgrpo.algorithms.guard import Guard, adapted, novelty_factors, of_actions
+from flowgrpo.algorithms.guard import (
+    Guard,
+    Suspicion,
+    adapted,
+    kl_weights,
+    novelty_factors,
+    of_actions,
+)
 from flowgrpo.config import ConfigError, Train
 from flowgrpo.core.advantages import GroupAdvantage
 from flowgrpo.core.guards import (
@@ -163,6 +170,13 @@ def test_the_kl_is_that_of_the_gated_samples(experience: Experience) -> None:
     assert metrics == {"guard/uncertainty": 0.4375, "guard/share": 0.1, "guard/gated": 0.25}
     one = Guarding(Guard(kl="uncertain", measured=("a",), adapt=False, share=1.0))
     assert one.applied(experience, torch.zeros(len(a)))[2]["guard/uncertainty"] == pytest.approx(0.5)  # fmt: skip
+
+
+def test_nothing_that_is_suspicious_has_no_kl(experience: Experience) -> None:
+    number = len(experience.all_candidates.step)
+    weights, part = kl_weights(experience, Suspicion(torch.full((number,), -0.1), 0.0), 0.1)
+    assert part == 0
+    assert weights.tolist() == [0.0] * len(experience.actions)
 
 
 def test_an_action_is_judged_by_the_candidates_of_its_step_or_its_sample(experience: Experience) -> None:  # fmt: skip
