@@ -31,7 +31,7 @@ EXPECTED = (ValueError, OSError, RuntimeError, ImportError, OverflowError)
 """Errors that users can correct; the message says how. Any other error is a defect and shows its
 traceback."""
 
-SHARED = ("common", "main")
+SHARED = ("common", "local_pages", "main")
 """Modules of this package that are no commands."""
 
 

@@ -1,10 +1,10 @@
 """``flowgrpo report``."""
 
 import argparse
-import errno
 from pathlib import Path
 
 from flowgrpo.cli.common import UsageError, run_config
+from flowgrpo.cli.local_pages import check_port, port_errors, serve
 
 SUMMARY = "write the report of a run, or follow a run in the browser"
 EXAMPLE = """\
@@ -38,8 +38,7 @@ def run(options: argparse.Namespace) -> int:
         raise UsageError("--port is for --serve: add --serve, or remove --port")
     if options.serve and options.out:
         raise UsageError("--serve writes no file: remove --out")
-    if options.port is not None and not 0 <= options.port <= 65535:
-        raise UsageError(f"--port must be between 0 and 65535, got {options.port}")
+    check_port(options.port or 0)
     run_config(folder)
     if options.serve:
         return _serve(folder, PORT if options.port is None else options.port)
@@ -62,23 +61,8 @@ def _serve(folder: Path, port: int) -> int:
         updated = f", {found.updated[11:] or found.updated}" if found.updated else ""
         return found.state, f"{found.state}: {found.iteration}{planned} iterations{updated}"
 
-    try:
+    with port_errors(port):
         server = ReportServer(folder, port, status)
-    except OSError as error:
-        if error.errno == errno.EADDRINUSE:
-            raise UsageError(
-                f"port {port} is taken by another program: choose another one with --port, or --port 0 for any free one"
-            ) from error
-        if error.errno == errno.EACCES:
-            raise UsageError(
-                f"port {port} may not be used by this account: choose one above 1023"
-            ) from error
-        raise
     print(f"{server.address} shows {folder}; Ctrl-C ends it", flush=True)
-    try:
-        server.serve_forever(poll_interval=0.2)
-    except KeyboardInterrupt:
-        print("stopped")
-    finally:
-        server.server_close()
+    serve(server)
     return 0

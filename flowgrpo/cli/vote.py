@@ -1,12 +1,12 @@
 """``flowgrpo vote``."""
 
 import argparse
-import errno
 import webbrowser
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from flowgrpo.cli.common import UsageError, is_run
+from flowgrpo.cli.local_pages import check_port, port_errors, serve
 
 if TYPE_CHECKING:
     from flowgrpo.data.votes import Ballot
@@ -55,8 +55,7 @@ def run(options: argparse.Namespace) -> int:
             raise UsageError(f"--{name} must be at least 1, got {value}")
     if options.seed is not None and options.seed < 0:
         raise UsageError(f"--seed must be at least 0, got {options.seed}")
-    if not 0 <= options.port <= 65535:
-        raise UsageError(f"--port must be between 0 and 65535, got {options.port}")
+    check_port(options.port)
     return _serve(_ballot(options), options.port, not options.no_browser)
 
 
@@ -161,26 +160,9 @@ def _drawn(paths: list[Path], names: list[str], images: int) -> "list[Source]":
 def _serve(ballot: "Ballot", port: int, browser: bool) -> int:
     from flowgrpo.evaluation.vote_server import VoteServer
 
-    try:
+    with port_errors(port):
         server = VoteServer(ballot, port)
-    except OSError as error:
-        if error.errno == errno.EADDRINUSE:
-            raise UsageError(
-                f"port {port} is taken by another program: choose another one with --port, or --port 0 for any free one"
-            ) from error
-        if error.errno == errno.EACCES:
-            raise UsageError(
-                f"port {port} may not be used by this account: choose one above 1023"
-            ) from error
-        raise
     print(f"{len(ballot.pairs)} pairs: {server.address}", flush=True)
     print(f"votes are stored in {ballot.folder}; Ctrl-C ends", flush=True)
-    if browser:
-        webbrowser.open(server.address)
-    try:
-        server.serve_forever(poll_interval=0.2)
-    except KeyboardInterrupt:
-        print("stopped")
-    finally:
-        server.server_close()
+    serve(server, started=lambda: browser and webbrowser.open(server.address))
     return 0

@@ -7,7 +7,6 @@ strip; without it the page shows the newest images.
 """
 
 import base64
-import hashlib
 import math
 import shlex
 import statistics
@@ -34,6 +33,7 @@ from flowgrpo.evaluation.curves import (
 )
 from flowgrpo.evaluation.film_strip import film_strip
 from flowgrpo.evaluation.hacking import hacking_section
+from flowgrpo.evaluation.local_server import script_source
 from flowgrpo.evaluation.records import INSPECTION_FILE, Change, Records, finite
 from flowgrpo.evaluation.run_history import run_history
 from flowgrpo.evaluation.sample_section import best_and_worst
@@ -116,7 +116,6 @@ def page(title: str, content: str, version: str | None = None, interval: float =
     """
     files = resources.files("flowgrpo.evaluation")
     script = files.joinpath("report_script.js").read_text("utf-8")
-    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     live = (
         ""
         if version is None
@@ -127,7 +126,7 @@ def page(title: str, content: str, version: str | None = None, interval: float =
         title=escape(title),
         content=content,
         script=script,
-        policy=f"script-src 'sha256-{digest}'"
+        policy=f"script-src {script_source(script)}"
         + ("" if version is None else "; connect-src 'self'"),
         live=live,
         status=status,

@@ -8,17 +8,14 @@ import json
 import threading
 from collections.abc import Callable
 from http import HTTPStatus
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import parse_qs, urlsplit
 
+from flowgrpo.evaluation.local_server import ADDRESS, LocalHandler
 from flowgrpo.evaluation.report import page, report_content
 from flowgrpo.evaluation.samples import FOLDER
 
-ADDRESS = "127.0.0.1"
-NAMES = {ADDRESS, "localhost"}
-"""Hosts under which a browser may ask. A page of another site can let its own name point to this address,
-and would read the report otherwise."""
 WATCHED = ("*.jsonl", "*.json", "config.toml", "inspection.html", "grids/*", f"{FOLDER}/*.png")
 """Files of a run directory from which the report is made."""
 WAITING = (
@@ -93,46 +90,26 @@ class ReportServer(ThreadingHTTPServer):
         return f"{hash(tuple(sorted(found))):x}"
 
 
-class _Handler(BaseHTTPRequestHandler):
+class _Handler(LocalHandler):
     """Answers one request."""
 
     server: ReportServer
-    server_version, sys_version = "flowgrpo", ""
 
     def do_GET(self) -> None:
         """Answer ``/`` and ``/state``."""
-        if self.headers.get("Host", "").rsplit(":", 1)[0] not in NAMES:
-            self.send_error(HTTPStatus.FORBIDDEN, "only for this machine")
+        if self.refuses_host():
             return
         asked = urlsplit(self.path)
         if asked.path == "/":
             version, title, content = self.server.current()
-            self._send(
-                "text/html; charset=utf-8", page(title, content, version, self.server.interval)
-            )
+            text = page(title, content, version, self.server.interval)
+            self.send_body("text/html; charset=utf-8", text.encode())
         elif asked.path == "/state":
             version, _, content = self.server.current()
             state, words = self.server.status()
             answer = {"version": version, "state": state, "words": words}
             if parse_qs(asked.query).get("version") != [version]:
                 answer["content"] = content
-            self._send("application/json", json.dumps(answer))
+            self.send_body("application/json", json.dumps(answer).encode())
         else:
             self.send_error(HTTPStatus.NOT_FOUND)
-
-    def _send(self, kind: str, text: str) -> None:
-        body = text.encode()
-        self.send_response(HTTPStatus.OK)
-        for name, value in {
-            "Content-Type": kind,
-            "Content-Length": str(len(body)),
-            "Cache-Control": "no-store",
-            "X-Content-Type-Options": "nosniff",
-            "X-Frame-Options": "DENY",
-        }.items():
-            self.send_header(name, value)
-        self.end_headers()
-        self.wfile.write(body)
-
-    def log_message(self, format: str, *args: object) -> None:
-        """Print nothing for each request."""

@@ -5,43 +5,40 @@ page contains: a page of another site can make the browser send requests here, b
 page never learns where a picture comes from; pictures are asked for by the pair and the side.
 """
 
-import base64
 import errno
 import fcntl
-import hashlib
 import json
 import re
 import secrets
 import threading
 from functools import cache
 from http import HTTPStatus
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 from flowgrpo.core.text import plain
 from flowgrpo.data.votes import BALLOT, Ballot, Choice, Vote, VoteBook
-from flowgrpo.evaluation.report_server import ADDRESS, NAMES
+from flowgrpo.evaluation.local_server import ADDRESS, NAMES, LocalHandler, script_source
 
 LARGEST = 4096
 """Bytes of the largest request."""
 LONGEST_NAME = 40
 SIDES = ("left", "right", "tie", "skip")
 PAGE = Path(__file__).parent / "vote_page.html"
-SCRIPT = re.compile(rb"<script>(.*?)</script>", re.DOTALL)
+SCRIPT = re.compile(r"<script>(.*?)</script>", re.DOTALL)
 
 
 @cache
-def page() -> tuple[bytes, str]:
+def page() -> tuple[str, str]:
     """The page, and a content security policy that lets only its own script run."""
-    text = PAGE.read_bytes()
+    text = PAGE.read_text("utf-8")
     script = SCRIPT.search(text)
     assert script is not None
-    known = base64.b64encode(hashlib.sha256(script[1]).digest()).decode()
     return text, (
         "default-src 'none'; img-src 'self' data:; style-src 'unsafe-inline'; connect-src 'self'; "
-        f"script-src 'sha256-{known}'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+        f"script-src {script_source(script[1])}; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
     )
 
 
@@ -176,11 +173,10 @@ def _name(voter: str) -> str:
     return voter
 
 
-class _Handler(BaseHTTPRequestHandler):
+class _Handler(LocalHandler):
     """Answers one request."""
 
     server: VoteServer
-    server_version, sys_version = "flowgrpo", ""
     timeout = 30
 
     def do_GET(self) -> None:
@@ -190,7 +186,7 @@ class _Handler(BaseHTTPRequestHandler):
             return
         voter = query.get("voter", [""])[0]
         if path == [""]:
-            self._send("text/html; charset=utf-8", page()[0])
+            self._send("text/html; charset=utf-8", page()[0].encode())
         elif path == ["state"]:
             self._answer(lambda: self.server.state(voter))
         elif len(path) == 3 and path[0] == "picture" and path[1].isdecimal():
@@ -233,8 +229,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _path(self) -> tuple[list[str] | None, dict[str, list[str]]]:
         """The parts of the path after the secret, and the query; None if the request was refused."""
-        if self.headers.get("Host", "").rsplit(":", 1)[0] not in NAMES:
-            self.send_error(HTTPStatus.FORBIDDEN, "only for this machine")
+        if self.refuses_host():
             return None, {}
         asked = urlsplit(self.path)
         parts = asked.path.split("/")
@@ -254,19 +249,5 @@ class _Handler(BaseHTTPRequestHandler):
             self._send("application/json", body, HTTPStatus.INTERNAL_SERVER_ERROR)
 
     def _send(self, kind: str, body: bytes, status: HTTPStatus = HTTPStatus.OK) -> None:
-        self.send_response(status)
-        for name, value in {
-            "Content-Type": kind,
-            "Content-Length": str(len(body)),
-            "Cache-Control": "no-store",
-            "Referrer-Policy": "no-referrer",
-            "X-Content-Type-Options": "nosniff",
-            "X-Frame-Options": "DENY",
-            "Content-Security-Policy": page()[1],
-        }.items():
-            self.send_header(name, value)
-        self.end_headers()
-        self.wfile.write(body)
-
-    def log_message(self, format: str, *args: object) -> None:
-        """Print nothing for each request."""
+        headers = {"Referrer-Policy": "no-referrer", "Content-Security-Policy": page()[1]}
+        self.send_body(kind, body, status, headers)
