@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import ClassVar
@@ -559,6 +559,43 @@ def test_batches_by_hand(shared_policy: tuple[PipelinePolicy, Experience]) -> No
     assert replay.references(some, []) == []
 
 
+def test_a_reference_that_moves_no_weights_is_evaluated_batch_by_batch(shared_policy: tuple[PipelinePolicy, Experience], monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    policy, experience = shared_policy
+    replay = Replay(policy, Scripted(), train_batch=2, has_one_update=True, behaviour=nullcontext, average=None)  # fmt: skip
+    number = len(experience.actions)
+    trained = torch.ones(number, dtype=torch.bool)
+    batches = [b for b, _ in replay.batches(experience, torch.ones(number), trained)][:3]
+    seen: list[Actions] = []
+    record, inside = replay.record, [False]
+
+    @contextmanager
+    def reference() -> Iterator[None]:
+        inside[0] = True
+        yield
+        inside[0] = False
+
+    def recorded(experience: Experience, actions: Actions) -> StepRecord:
+        assert inside[0]
+        assert not torch.is_grad_enabled()
+        seen.append(actions)
+        return record(experience, actions)
+
+    monkeypatch.setattr(replay, "record", recorded)
+    monkeypatch.setattr(policy, "reference", reference)
+    found = replay.references(experience, batches)
+    outputs = []
+    for done, one in enumerate(found, 1):
+        assert len(seen) == done
+        assert torch.is_grad_enabled()
+        assert not inside[0]
+        outputs.append(one.output)
+    monkeypatch.setattr(type(policy.trainable), "reference_is_at_hand", False)
+    seen.clear()
+    at_once = list(replay.references(experience, batches)[:3])  # type: ignore[index]
+    assert len(seen) == 3
+    assert all(torch.equal(a, b.output) for a, b in zip(outputs, at_once, strict=True))
+
+
 @pytest.mark.parametrize("changed", ["", "x0", "x1", "std"])
 def test_stored_outputs_come_back_whole(changed: str) -> None:
     """Also where a scheduler clamps the predicted data or noise, so that it does not follow from the output."""
@@ -572,7 +609,7 @@ def test_stored_outputs_come_back_whole(changed: str) -> None:
     if changed == "std":
         gaussian = replace(gaussian, std=torch.tensor([[0.5, 0.5, 0.5], [0.25, 0.25, 1.0]]))
     record = StepRecord(1, interval, x, x, prediction, gaussian)
-    stored = StoredOutputs.of(record)
+    stored = StoredOutputs.of(record).in_main_memory()
     assert (stored.prediction is None) is (changed in ("", "std"))
     restored = stored.restored(record)
     for name in ("x0", "x1", "output"):

@@ -12,6 +12,7 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import flowgrpo
 from flowgrpo.cli import main
@@ -121,6 +122,22 @@ def test_weights_are_counted_exactly(name: str, tiny: Tiny) -> None:
     for part, model in real.components.items():
         if isinstance(model, nn.Module):
             assert bytes_of(blank.components[part]) == bytes_of(model), part
+
+
+def test_a_published_model_is_built_without_memory() -> None:
+    """Not even for a moment: the allocator would keep the address space, and forks would fail."""
+    allocated: list[int] = []
+
+    class Counted(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # fmt: skip
+            made = func(*args, **kwargs or {})
+            if isinstance(made, Tensor) and made.device.type == "cpu":
+                allocated.append(made.numel() * made.element_size())
+            return made
+
+    with Counted():
+        build(Path("flowgrpo/policy/published/flux1_dev"), torch.bfloat16)
+    assert 0 < max(allocated) < 2**20, "positions, norms and schedules of noise"
 
 
 def test_published_models_have_their_size() -> None:

@@ -20,7 +20,6 @@ from statistics import mean, variance
 from typing import Any
 
 import torch
-from accelerate import init_empty_weights
 from diffusers import ModelMixin
 from huggingface_hub import snapshot_download
 from torch import Tensor, nn
@@ -29,7 +28,7 @@ from flowgrpo.config import Config, load
 from flowgrpo.config.evidence import fingerprint
 from flowgrpo.data.prompts import Prompt
 from flowgrpo.losses.clipped import ClippedLoss
-from flowgrpo.memory.meta_pipeline import PaddingTokenizer, build
+from flowgrpo.memory.meta_pipeline import PaddingTokenizer, build, with_real_buffers
 from flowgrpo.policy.placement import resolve_device
 from flowgrpo.training.ending import Result
 from flowgrpo.training.loop import train
@@ -370,8 +369,8 @@ def save_random(model: str, folder: Path, dtype: torch.dtype) -> Path:
 def fill_randomly(module: nn.Module, generator: torch.Generator) -> None:
     """Give a module on the meta device memory: random parameters, and the buffers of its class."""
     if isinstance(module, ModelMixin) and any(b.is_meta for b in module.buffers()):
-        with init_empty_weights():
-            buffers = dict(type(module).from_config(module.config).named_buffers())
+        made = with_real_buffers(lambda: type(module).from_config(module.config))
+        buffers = dict(made.named_buffers())
         for prefix, part in module.named_modules():
             for name, buffer in part._buffers.items():
                 if buffer is not None and buffer.is_meta:

@@ -7,7 +7,7 @@ otherwise :class:`PaddingTokenizer` takes its place and pads every prompt to the
 
 import importlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +19,7 @@ from diffusers import DiffusionPipeline, ModelMixin, pipelines
 from diffusers.loaders.single_file_utils import load_single_file_checkpoint
 from huggingface_hub import snapshot_download
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from transformers import BatchEncoding, PreTrainedModel
 
 from flowgrpo.policy.loading import AUTOENCODERS, expanded
@@ -148,6 +149,34 @@ def _is_component(entry: Any) -> bool:
     return two and all(part is None or isinstance(part, str) for part in entry)
 
 
+class _EmptyOnMeta(TorchFunctionMode):
+    """Inside, ``torch.empty``, which makes the parameters of torch's layers, takes no memory."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        if func is torch.empty and kwargs.get("device") is None:
+            kwargs["device"] = "meta"
+        return func(*args, **kwargs)
+
+
+def with_real_buffers(make: Callable[[], nn.Module]) -> Any:
+    """A module whose parameters are on the meta device and whose buffers have their values.
+
+    ``init_empty_weights`` alone first gives every parameter memory. The allocator can keep that as
+    address space of the process, tens of GB for a large model, and a process whose address space is
+    larger than the machine's memory can start no other process.
+    """
+    with init_empty_weights(), _EmptyOnMeta():
+        module = make()
+    if not any(b.is_meta for b in module.buffers()):
+        return module
+    # A buffer was made by torch.empty as well.
+    with init_empty_weights():
+        return make()
+
+
 @contextmanager
 def _drawn_on(device: str, dtype: torch.dtype) -> Iterator[None]:
     """Inside, modules are made on a device, with parameters of a dtype."""
@@ -166,14 +195,24 @@ def _component(folder: Path, name: str, entry: list[str], dtype: torch.dtype, de
     if issubclass(cls, ModelMixin):
         # Pipelines read the buffers of autoencoders, so these are real; those of denoisers can be
         # large, and go on the meta device with the parameters.
-        on_meta = init_empty_weights() if hasattr(cls, "decode") else torch.device("meta")
-        with on_meta if device == "meta" else _drawn_on(device, own):
-            model = cls.from_config(cls.load_config(place))
+        config = cls.load_config(place)
+        if device != "meta":
+            with _drawn_on(device, own):
+                model = cls.from_config(config)
+        elif hasattr(cls, "decode"):
+            model = with_real_buffers(lambda: cls.from_config(config))
+        else:
+            with torch.device("meta"):
+                model = cls.from_config(config)
         in_fp32: Mapping[str, Any] | list[str] = cls._keep_in_fp32_modules or []
         return _cast(model, own, in_fp32)
     if issubclass(cls, PreTrainedModel):
-        with init_empty_weights() if device == "meta" else _drawn_on(device, own):
-            model = cls(cls.config_class.from_pretrained(place))
+        settings = cls.config_class.from_pretrained(place)
+        if device == "meta":
+            model = with_real_buffers(lambda: cls(settings))
+        else:
+            with _drawn_on(device, own):
+                model = cls(settings)
         # Parameters that share memory are separated when they move to the meta device.
         model.tie_weights()
         # transformers keeps the modules of the first list in fp32 for fp16 only, of the second always.

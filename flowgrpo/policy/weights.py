@@ -106,6 +106,11 @@ class Trainable:
             [local(p).cpu().clone() for p in self.parameters.values()] if copies else None
         )
 
+    @property
+    def reference_is_at_hand(self) -> bool:
+        """Whether :meth:`reference` moves no weights: it disables adapters."""
+        return isinstance(self.weights, LoRA) and self._reference is None
+
     @contextmanager
     def reference(self) -> Iterator[None]:
         """Use the initial weights of the denoisers inside the context.
@@ -113,7 +118,7 @@ class Trainable:
         Raises:
             RuntimeError: In full fine-tuning without ``with_reference``.
         """
-        if isinstance(self.weights, LoRA) and self._reference is None:
+        if self.reference_is_at_hand:
             for model in self.denoisers.values():
                 model.disable_adapters()
             try:
@@ -239,6 +244,11 @@ class InitialNoise:
         gaussian = Gaussian(mean, one.std)
         nothing, interval = torch.zeros_like(mean), Step.flow(1.0, 1.0)
         return StepRecord(INITIAL, interval, nothing, mean, Prediction(mean, mean, mean), gaussian)
+
+    @property
+    def reference_is_at_hand(self) -> bool:
+        """True: the standard normal is no copy of weights."""
+        return True
 
     @contextmanager
     def reference(self) -> Iterator[None]:

@@ -174,7 +174,6 @@ class Learner:
             computes_all = needs.all_actions or needs.whole_groups
             trained = chosen if computes_all else chosen & differs
             batches = list(self.replay.batches(experience, advantages, trained))
-            # The reference's outputs for all batches at once, so that its weights move only once.
             referred = [batch for batch, _ in batches]
             references = self.replay.references(experience, referred) if needs.reference else []
             is_first = number_before == 0 and not stale
@@ -298,7 +297,8 @@ class Learner:
         found = []
         for record, reference in zip(records, references, strict=True):
             output = record.prediction.output.cpu()
-            moved, size = _mean_square(output - reference.output), _mean_square(reference.output)
+            initial = reference.output.cpu()
+            moved, size = _mean_square(output - initial), _mean_square(initial)
             found.append((len(output), moved, size))
         every = self._of_all(found)
         number = sum(n for n, _, _ in every)

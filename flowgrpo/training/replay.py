@@ -5,7 +5,7 @@ A replay runs the pipeline from a recorded state ``x`` for one step, and returns
 replayed with ``S <= A`` states, in one forward pass.
 """
 
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
@@ -107,18 +107,34 @@ class Replay:
 
     def references(
         self, experience: Experience, batches: Sequence[Actions]
-    ) -> list["StoredOutputs"]:
-        """The reference's outputs for all batches, on the CPU.
+    ) -> Iterable["StoredOutputs"]:
+        """The reference's outputs for all batches.
 
-        Full fine-tuning keeps the reference weights in main memory. Evaluating all batches of an
-        update at once moves them to the accelerator once per update.
+        Where disabling adapters gives the reference, each batch is evaluated when it is asked for, and
+        its outputs stay on the device. Full fine-tuning keeps the reference weights in main memory:
+        all batches of an update are evaluated at once, so that the weights move to the accelerator
+        once per update, and the outputs are kept in main memory. Sharded policies do the same, because
+        the evaluations are a section of their own.
         """
         # In lockstep, a process without batches joins the calls of the others.
         if not batches and not self.policy.in_lockstep:
             return []
+        trained = self.policy.trainable
+        is_at_hand = trained is None or trained.reference_is_at_hand
+        if is_at_hand and not self.policy.in_lockstep:
+            return self._references_in_turn(experience, batches)
         with torch.no_grad(), self.policy.reference(), self.policy.together():
             records = (self.record(experience, actions) for actions in batches)
-            return [StoredOutputs.of(record) for record in records]
+            return [StoredOutputs.of(record).in_main_memory() for record in records]
+
+    def _references_in_turn(
+        self, experience: Experience, batches: Sequence[Actions]
+    ) -> Iterator["StoredOutputs"]:
+        for actions in batches:
+            with torch.no_grad(), self.policy.reference():
+                outputs = StoredOutputs.of(self.record(experience, actions))
+            # Outside the contexts, which would otherwise hold for the caller.
+            yield outputs
 
     def inputs(
         self,
@@ -210,7 +226,7 @@ def _outputs(record: StepRecord) -> PolicyOutputs:
 
 @dataclass(frozen=True)
 class StoredOutputs:
-    """The outputs of a policy for a batch of states, on the CPU.
+    """The outputs of a policy for a batch of states, on its device or in main memory.
 
     Attributes:
         output: The model's output.
@@ -230,21 +246,39 @@ class StoredOutputs:
         p, std = record.prediction, record.gaussian.std
         implied = Prediction.from_output(record.x, p.output, record.interval)
         follows = torch.equal(implied.x0, p.x0) and torch.equal(implied.x1, p.x1)
-        return cls(
-            p.output.cpu(),
-            record.gaussian.mean.cpu(),
-            std.cpu() if isinstance(std, Tensor) else std,
-            None if follows else Prediction(p.x0.cpu(), p.x1.cpu(), p.output.cpu()),
+        return cls(p.output, record.gaussian.mean, std, None if follows else p)
+
+    def in_main_memory(self) -> "StoredOutputs":
+        """A copy in main memory.
+
+        From a CUDA device the copies go to pinned memory and the host does not wait for them. They may
+        be read only after a synchronisation, or by a copy back to the device (:meth:`restored`).
+        """
+        p = self.prediction
+        return StoredOutputs(
+            _to_main_memory(self.output),
+            _to_main_memory(self.mean),
+            _to_main_memory(self.std) if isinstance(self.std, Tensor) else self.std,
+            None if p is None else Prediction(*map(_to_main_memory, (p.x0, p.x1, p.output))),
         )
 
     def restored(self, record: StepRecord) -> PolicyOutputs:
         """The outputs on the device of another policy's record of the same states."""
         device, p = record.x.device, self.prediction
         if p is None:
-            output = self.output.to(device)
+            output = _to_device(self.output, device)
             prediction = Prediction.from_output(record.x, output, record.interval)
         else:
-            prediction = Prediction(p.x0.to(device), p.x1.to(device), p.output.to(device))
-        std = self.std.to(device) if isinstance(self.std, Tensor) else self.std
-        gaussian = Gaussian(self.mean.to(device), std, record.gaussian.normalised)
+            prediction = Prediction(*(_to_device(t, device) for t in (p.x0, p.x1, p.output)))
+        std = _to_device(self.std, device) if isinstance(self.std, Tensor) else self.std
+        gaussian = Gaussian(_to_device(self.mean, device), std, record.gaussian.normalised)
         return PolicyOutputs(prediction, gaussian)
+
+
+def _to_main_memory(tensor: Tensor) -> Tensor:
+    # PyTorch allocates the destination of such a copy in pinned memory.
+    return tensor.to("cpu", non_blocking=tensor.is_cuda)
+
+
+def _to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    return tensor.to(device, non_blocking=True)
