@@ -133,7 +133,11 @@ def write_run(folder: Path, shift: float = 0.0, keys=(), per_image: bool = True,
         jpeg = noisy(shift * iteration, 1 + iteration, 4)
         strict = np.clip(noisy(0, 2, 4) / 10, 0, 1)
         one = measured(jpeg, strict)
-        each = {"prompt": one.prompts, "class": one.classes, "scores": one.scores}
+        each: dict[str, object] = {
+            "prompt": one.prompts,
+            "class": one.classes,
+            "scores": one.scores,
+        }
         line = {
             "iteration": iteration,
             "images": 8,
@@ -142,6 +146,9 @@ def write_run(folder: Path, shift: float = 0.0, keys=(), per_image: bool = True,
             "metrics": {"diversity": 0.5},
             **({"per_image": each} if per_image else {}),
         }
+        guided = {**each, "scores": {"jpeg_size": (2 * jpeg).tolist(), "strict": strict.tolist()}}
+        if iteration in (0, after[-1]):
+            line["regimes"] = {"guidance_3": {**line, "per_image": guided}}
         logs.append("evaluations", line)
     return folder
 
@@ -176,6 +183,9 @@ def test_the_command_pools_seeds_and_writes_three_files(two, tmp_path, capsys):
     assert pair["rows"][0]["difference"] == pytest.approx(
         noisy(8.0, 41, 4).mean() - noisy(0.0, 41, 4).mean()
     )
+    (further,) = [r for r in pair["rows"] if r["reward"] == "jpeg_size, guidance 3"]
+    assert further["difference"] == pytest.approx(2 * pair["rows"][0]["difference"])
+    assert f"jpeg_size, guidance 3: {evil} better by" in said
     # The cost of 20 iterations: 18 prompts of 16 samples, 5 denoiser evaluations and 2 seconds each.
     point = found["curves"][evil][0][1]
     assert point["cost"] == {
@@ -188,6 +198,21 @@ def test_the_command_pools_seeds_and_writes_three_files(two, tmp_path, capsys):
     assert page.count("<svg") == 8
     assert "fast &lt;b>\\|" in table
     assert {line.count("|") - line.count("\\|") for line in table.splitlines() if line[:1] == "|"} == {8}  # fmt: skip
+
+
+def test_further_evaluations_are_compared_where_all_runs_have_the_same(two, tmp_path, capsys):
+    def said(*arguments: str) -> str:
+        assert main(["compare", *arguments, "--out", str(tmp_path / "out")]) == 0
+        return capsys.readouterr().out
+
+    slow, fast = str(two[0]), str(two[2])
+    assert "guidance 3" not in said(slow, fast, "--at", "20"), "not sampled so after 20 iterations"
+    other = write_run(tmp_path / "other", 0.1, ['evaluation.regimes=[{label = "guidance_3", guidance_scale = 4.0}]'])  # fmt: skip
+    found = said(slow, str(other))
+    assert "jpeg_size, guidance 3" not in found
+    assert "the further evaluation guidance_3 is left out: slow_0 and other sample it differently" in found  # fmt: skip
+    none = write_run(tmp_path / "none", 0.1, ["evaluation.regimes=[]"])
+    assert "guidance" not in said(slow, str(none))
 
 
 def test_an_evaluation_is_chosen(two, tmp_path, capsys):

@@ -15,6 +15,7 @@ from flowgrpo.evaluation.records import Records
 
 if TYPE_CHECKING:
     from flowgrpo.config import Config
+    from flowgrpo.policy import Sampling
 
 AXES = ("iterations", "samples", "seconds", "denoiser evaluations")
 """The costs over which learning curves are drawn."""
@@ -98,6 +99,26 @@ class RecordedRun:
         if first.get("iteration") != 0 or "per_image" not in first:
             return None
         return Measured.of(self.name, first, self.config.run.seed)
+
+    def in_regime(self, tag: str, iteration: int | None) -> Measured | None:
+        """The scores of one evaluation, sampled in one of the ways of ``evaluation.regimes``.
+
+        Returns:
+            None if the evaluation after these iterations did not sample that way.
+        """
+        for line in self.records.evaluations:
+            found = line.get("regimes", {}).get(tag)
+            if line["iteration"] == iteration and found is not None and "per_image" in found:
+                return Measured.of(
+                    self.name, {"iteration": iteration, **found}, self.config.run.seed
+                )
+        return None
+
+    @cached_property
+    def regimes(self) -> "dict[str, Sampling]":
+        """The further ways in which evaluations sample, by their names."""
+        usual = self.config.evaluation_sampling()
+        return {r.tag: r.sampling(usual) for r in self.config.evaluation.regimes}
 
     @cached_property
     def prompts(self) -> tuple[str, str]:

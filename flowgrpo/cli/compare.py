@@ -208,9 +208,21 @@ def _models(subjects: Sequence[Subject], options: argparse.Namespace, draws: boo
             )
         settings = _drawn(subjects, groups, runs, options)
     first = settings[0]
+    further = _regimes(groups, settings, notes) if recorded else {}
     pairs = [
-        Pair(first.name, s.name, rows(first, s), min(len(m.prompts) for m in s.members))
-        for s in settings[1:]
+        Pair(
+            first.name,
+            s.name,
+            rows(first, s)
+            + [
+                replace(row, reward=f"{row.reward}, {tag.replace('_', ' ')}")
+                for tag, (base, *others) in further.items()
+                for row in rows(base, others[number])
+                if not row.task
+            ],
+            min(len(m.prompts) for m in s.members),
+        )
+        for number, s in enumerate(settings[1:])
     ]
     if any(len(s.members) < 2 for s in settings) and runs:
         notes.append(ONE_RUN)
@@ -273,6 +285,46 @@ def _recorded(
             Setting(name, measured, before if len(before) == len(members) else (), weights)
         )
     return settings
+
+
+def _regimes(
+    groups: "Sequence[tuple[str, list[RecordedRun]]]",
+    settings: "Sequence[Setting]",
+    notes: list[str],
+) -> "dict[str, list[Setting]]":
+    """The settings at the same evaluations, sampled in each way that all runs evaluated.
+
+    Notes about ways that have one name and different meanings are appended to ``notes``.
+    """
+    runs = [run for _, members in groups for run in members]
+    found: dict[str, list[Setting]] = {}
+    for tag, sampling in runs[0].regimes.items():
+        if any(tag not in r.regimes for r in runs):
+            continue
+        other = next((r for r in runs if r.regimes[tag] != sampling), None)
+        if other is not None:
+            notes.append(
+                f"the further evaluation {tag} is left out: {runs[0].name} and {other.name} sample it "
+                "differently"
+            )
+            continue
+        each = [
+            [
+                run.in_regime(tag, measured.iteration)
+                for run, measured in zip(members, setting.members, strict=True)
+            ]
+            for (_, members), setting in zip(groups, settings, strict=True)
+        ]
+        if all(m is not None for members in each for m in members):
+            found[tag] = [
+                replace(
+                    setting,
+                    members=[_only(m, setting.rewards) for m in members if m is not None],
+                    before=(),
+                )
+                for setting, members in zip(settings, each, strict=True)
+            ]
+    return found
 
 
 def _only(measured: "Measured", names: Sequence[str]) -> "Measured":

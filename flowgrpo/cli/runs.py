@@ -44,6 +44,13 @@ def run(options: argparse.Namespace) -> int:
     columns = ("run", "state", "iteration", "last", "best", "algorithm", "model", "date")
     console.table("", columns, [_row(r, root) for r in runs])
     for one in runs:
+        for tag, found in one.regimes.items():
+            if found:
+                name, last = tag.replace("_", " "), found[-1]
+                first = f"{found[0].reward:.4g} → " if len(found) > 1 else ""
+                console.say(
+                    f"{_name(one, root)}, {name}: {first}{last.reward:.4g}@{last.iteration}"
+                )
         if one.problem:
             console.say(f"{_name(one, root)} is damaged: {one.problem}")
     if any(r.evaluations for r in runs):
@@ -92,6 +99,10 @@ def _record(one: "RunSummary") -> dict[str, Any]:
         "held_out_reward": {
             k: None if e is None else {"iteration": e.iteration, "reward": e.reward}
             for k, e in ends.items()
+        },
+        "regimes": {
+            tag: [{"iteration": e.iteration, "reward": e.reward} for e in found]
+            for tag, found in one.regimes.items()
         },
         "algorithm": one.algorithm,
         "model": one.model,

@@ -47,6 +47,7 @@ class RunSummary:
         iteration: Iterations trained.
         iterations: Iterations of the whole run; None if unknown.
         evaluations: Held-out rewards in order; those that are not finite are left out.
+        regimes: Likewise for each further way to sample, by its name.
         algorithm: Kind of the algorithm, or its import path.
         model: Path of the model.
         seed: Seed of the run; None if unknown.
@@ -60,6 +61,7 @@ class RunSummary:
     iteration: int
     iterations: int | None
     evaluations: Sequence[HeldOut]
+    regimes: Mapping[str, Sequence[HeldOut]]
     algorithm: str
     model: str
     seed: int | None
@@ -108,7 +110,7 @@ def summarise(folder: Path) -> RunSummary:
         config, problem = {}, f"{folder / CONFIG} cannot be read ({error}); restore the file"
     metrics = list(_lines(folder / "metrics.jsonl"))
     found = {e["iteration"]: e for e in _lines(folder / "evaluations.jsonl")}
-    rewards = [HeldOut(i, float(e.get("reward") or math.nan)) for i, e in sorted(found.items())]
+    tags = dict.fromkeys(t for e in found.values() for t in e.get("regimes", {}))
     total = _setting(config, "train", "iterations")
     state: State = "stopped"
     if lock.holder(folder) is not None:
@@ -123,7 +125,11 @@ def summarise(folder: Path) -> RunSummary:
         problem=problem,
         iteration=max((int(m["iteration"]) + 1 for m in metrics), default=0),
         iterations=total,
-        evaluations=[r for r in rewards if math.isfinite(r.reward)],
+        evaluations=_rewards(found),
+        regimes={
+            tag: _rewards({i: e.get("regimes", {}).get(tag, {}) for i, e in found.items()})
+            for tag in tags
+        },
         algorithm=str(_setting(config, "algorithm", "kind") or ""),
         model=str(_setting(config, "model", "path") or ""),
         seed=_setting(config, "run", "seed"),
@@ -132,6 +138,12 @@ def summarise(folder: Path) -> RunSummary:
             [folder / n for n in ("metrics.jsonl", "evaluations.jsonl", FINISHED, CONFIG)]
         ),
     )
+
+
+def _rewards(evaluations: Mapping[int, Mapping[str, Any]]) -> list[HeldOut]:
+    """The finite rewards of evaluations, by iteration."""
+    found = [HeldOut(i, float(e.get("reward") or math.nan)) for i, e in sorted(evaluations.items())]
+    return [r for r in found if math.isfinite(r.reward)]
 
 
 def _problem(folder: Path) -> str:
