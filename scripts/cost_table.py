@@ -33,6 +33,11 @@ MARKER = "cost table"
 SETTINGS: Sequence[tuple[str, int, Algorithm]] = [
     ("Flow-GRPO, SD3.5", 10, FlowGRPO()),
     ("Flow-GRPO-Fast, SD3.5, window of 3", 10, FlowGRPO(steps=RandomWindow(size=3))),
+    (
+        "Flash-GRPO, Wan 2.1, groups of 8",
+        20,
+        FlowGRPO(group_size=8, steps_per="group", steps=RandomWindow(size=1, last=10)),
+    ),
     ("DanceGRPO, FLUX", 16, DanceGRPO()),
     ("MixGRPO, FLUX, window of 4", 25, MixGRPO()),
     ("MixGRPO-Flash, FLUX, 0.4", 25, MixGRPO(flash=0.4, solver="dpm_2m")),
