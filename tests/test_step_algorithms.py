@@ -26,7 +26,7 @@ from flowgrpo.config import Config, Model, Prompts, Run, Train
 from flowgrpo.core.advantages import GroupAdvantage
 from flowgrpo.core.random import Random, SampleNoise
 from flowgrpo.core.steps import Window
-from flowgrpo.core.transitions import CPS, DDIM
+from flowgrpo.core.transitions import CPS, DDIM, StepwiseSDE
 from flowgrpo.data.experience import Candidates, Experience
 from flowgrpo.data.prompts import Group, Prompt
 from flowgrpo.losses.clipped import ClippedLoss
@@ -66,6 +66,18 @@ CASES: dict[str, tuple[str, Any]] = {
     ),
     "tp": ("sd3", TPGRPO(group_size=G)),
     "tp shared": ("sd3", TPGRPO(group_size=G, steps=Window(start=1, size=2), shared_noise=True)),
+    "stepwise": (
+        "sd3",
+        TPGRPO(
+            group_size=G,
+            steps=Window(start=1, size=3),
+            shared_noise=True,
+            completion_steps=2,
+            rivals="group",
+            turning_points="none",
+            transition=StepwiseSDE(),
+        ),
+    ),
     "vgpo": ("sd3", VGPO(group_size=G)),
     "vgpo shared": ("sd3", VGPO(group_size=G, steps=Window(start=1, size=2), shared_noise=True)),
     "branch": ("sd3", BranchGRPO(group_size=G, splits=(0, 2))),
@@ -182,7 +194,10 @@ def slow_trajectories(alone: Alone, algorithm: Any, steps: Sequence[int]) -> Ite
         x = alone.start() if shared else alone.start(i)
         for k in range(T):
             if is_tp and k in steps and not (shared and k == steps[0] and i > 0):
-                yield (i, k - 1, 1), alone.reward(x, range(k, T + 1))
+                most = algorithm.completion_steps or T
+                number = min(most, T - k)
+                nodes = [k + round((T - k) * n / number) for n in range(number + 1)]
+                yield (i, k - 1, 1), alone.reward(x, nodes)
             if not is_tp and steps[0] < k < T - 1:
                 yield (i, k - 1, 0), alone.reward(x, [k, T])
             x_next = alone.step(x, k, i if k in steps else None)

@@ -24,7 +24,7 @@ from flowgrpo.core.errors import ConfigError
 from flowgrpo.core.random import Random
 from flowgrpo.core.scores import Scores
 from flowgrpo.core.steps import AllSteps, RandomSteps, SlidingWindow, Window
-from flowgrpo.core.transitions import CPS, ODE, FlowSDE
+from flowgrpo.core.transitions import CPS, ODE, CalibratedSDE, FlowSDE, StepwiseSDE
 from flowgrpo.data.experience import Actions, Candidates, Cost, Experience
 from flowgrpo.data.prompts import Group, Prompt
 
@@ -228,14 +228,17 @@ def test_balance_keeps_the_largest_of_each_kind():
 
 
 @pytest.mark.parametrize("failed", [0.0, 0.15])
-@pytest.mark.parametrize("kind", ["none", "plain", "consistent"])
-def test_tp_grpo_is_a_score_per_step(kind, failed):
+@pytest.mark.parametrize(
+    ("kind", "rivals"),
+    [("none", "step"), ("none", "group"), ("plain", "step"), ("consistent", "step")],
+)
+def test_tp_grpo_is_a_score_per_step(kind, rivals, failed):
     steps = [0, 2, 3]
     actions = list(product(range(2), range(5), steps))
     states = [-1, 1, 2, T - 1]
     keys = [(g, i, k, 1) for g, i, k in product(range(2), range(5), states)]
     rewards = random_rewards(keys, failed=failed, seed=3)
-    algorithm = TPGRPO(turning_points=kind, balance="none", advantage=EXACT)
+    algorithm = TPGRPO(turning_points=kind, balance="none", rivals=rivals, advantage=EXACT)
     worth: dict[Key, float] = {}
     for g, i in product(range(2), range(5)):
         r = [rewards[g, i, k, 1] for k in states]
@@ -243,7 +246,11 @@ def test_tp_grpo_is_a_score_per_step(kind, failed):
         for n, k in enumerate(steps):
             worth[g, i, k] = (r[-1] if turns[n] else r[n + 1]) - r[n]
     wanted = {
-        (g, i, k): score(worth[g, i, k], [worth[g, n, k] for n in range(5)]) for g, i, k in actions
+        (g, i, k): score(
+            worth[g, i, k],
+            [worth[g, n, j] for n in range(5) for j in (steps if rivals == "group" else [k])],
+        )
+        for g, i, k in actions
     }
     expect(algorithm.advantages(made(actions, rewards)), actions, wanted)
 
@@ -489,6 +496,7 @@ def test_all_failed_is_zero(name):
         G2RPO(granularities=(1, 4), transition=CPS()),
         TempFlowGRPO(seeds=3),
         TPGRPO(turning_points="plain", steps=RandomSteps()),
+        TPGRPO(rivals="group", completion_steps=5, transition=CalibratedSDE(levels=(0.5, 0.25))),
         VGPO(negative="refuse", anchor=0.5),
         BranchGRPO(splits=(1, 2), group_size=9, children=3, depths=SlidingWindow()),
     ],
@@ -516,6 +524,10 @@ BAD = {
     "no noise": (G2RPO(transition=ODE()), "injects no noise"),
     "tp alone": (TPGRPO(group_size=1), "group_size must be at least 2"),
     "tp empty window": (TPGRPO(steps=Window(start=0, size=0)), "selects no step"),
+    "tp completions": (TPGRPO(completion_steps=-1), "completion_steps must be at least 0, got -1"),
+    "no levels": (TPGRPO(transition=CalibratedSDE()), "calibrate_noise' finds them"),
+    "a level of 0": (TPGRPO(transition=CalibratedSDE(levels=(0.3, 0.0))), r"got \[0.3, 0.0\]"),
+    "eta": (TPGRPO(transition=StepwiseSDE(eta=1.5)), "transition.eta must be in"),
     "tp by the batch": (TPGRPO(advantage=GroupAdvantage(std="batch")), "use 'group' or 'none'"),
     "vgpo alone": (VGPO(group_size=1), "group_size must be at least 2"),
     "vgpo by the batch": (VGPO(advantage=GroupAdvantage(std="batch")), "use 'group' or 'none'"),
@@ -567,6 +579,13 @@ def test_costs_at_the_papers_settings():
     assert counts(G2RPO(), 16) == (8 + 12 * (92 + 40 + 25), 288, 288)
     # The paper's code takes 64 a sample: 10, 44 for the completions and 10 for the baseline.
     assert counts(TPGRPO(), 10) == (24 * (10 + 45), 240, 240)
+    # DenseGRPO: T + T (T - 1) / 2 and T + 1 rewards a sample, of which those of the last step are none here.
+    assert counts(TPGRPO(turning_points="none"), 10) == (24 * (10 + 45), 240, 240)
+    # Stepwise: five steps, one of which shares the trajectory's forward pass; fewer at the end.
+    lengths = [min(5, 10 - k) - 1 for k in range(1, 9)]
+    five = TPGRPO(completion_steps=5, shared_noise=True, steps=Window(start=1, size=8))
+    nfe = 2 + 24 * 8 + lengths[0] + 24 * sum(lengths[1:])
+    assert counts(five, 10) == (nfe, 1 + 24 * 8, 1 + 24 * 8)
     assert counts(VGPO(), 10) == (240, 216, 216)
     assert counts(BranchGRPO(), 20) == (1 + 6 + 12 + 24 + 160, 16, 16)
 

@@ -9,11 +9,12 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from benchmarks.calibrate_noise import adjusted, first_levels, gains_of
 from flowgrpo.algorithms import TPGRPO, FlowGRPO, TempFlowGRPO
 from flowgrpo.config import Config, ConfigError, Model, Prompts, Run, Train
-from flowgrpo.core.random import Random
+from flowgrpo.core.random import Random, SampleNoise
 from flowgrpo.core.steps import AllSteps, RandomSteps, RandomWindow
-from flowgrpo.core.transitions import CPS, DDIM, DanceSDE, FlowSDE, Prediction, Step
+from flowgrpo.core.transitions import CPS, DDIM, CalibratedSDE, DanceSDE, FlowSDE, Prediction, Step
 from flowgrpo.data.experience import Actions
 from flowgrpo.data.prompts import Group, Prompt
 from flowgrpo.losses.base import LossNeeds
@@ -244,6 +245,7 @@ def config(algorithm: Any, loss: ClippedLoss, **train: Any) -> Config:
         (FlowGRPO(), ClippedLoss(chunks=(30,), clip="kl"), {}, "remove loss.chunks"),
         (FlowGRPO(), ClippedLoss(ratio="guard", step_weight="rectified"), {}, "remove loss.step_weight"),
         (TempFlowGRPO(), ClippedLoss(step_weight="rectified"), {}, "already weighs its steps"),
+        (TPGRPO(transition=CalibratedSDE(levels=(0.5,) * 5)), ClippedLoss(), {}, "has 5 numbers, but steps up to 8 are stochastic; give 9"),
         (replace(PER_GROUP, steps=AllSteps()), ClippedLoss(), {}, "use 'random_window' or 'random_steps'"),
         (replace(PER_GROUP, shared_noise=True), ClippedLoss(), {}, "needs algorithm.shared_noise = false"),
     ],
@@ -251,3 +253,33 @@ def config(algorithm: Any, loss: ClippedLoss, **train: Any) -> Config:
 def test_refused(algorithm, loss, train, message):
     with pytest.raises(ConfigError, match=message.replace("(", r"\(")):
         config(algorithm, loss, **train).check()
+
+
+# DenseGRPO's calibration.
+
+
+def test_calibration_raises_balanced_levels_and_lowers_the_others():
+    nan = float("nan")
+    gains = torch.tensor([[1, 1, -1, 0.5], [1, -1, -1, nan], [1, 1, -1, 0.0], [1, -1, -1, -0.5]])
+    found = adjusted([0.5, 0.5, 0.015, 0.2], gains, tolerance=2, change=0.01)
+    assert found == pytest.approx([0.49, 0.51, 0.01, 0.21])
+
+
+def test_calibration_measures_what_each_step_changes(policy: PipelinePolicy, scorer: RewardScorer) -> None:  # fmt: skip
+    levels = first_levels(policy)
+    sigma = policy.scheduler.interval(1, 2).noise
+    assert levels[1] == pytest.approx(0.7 * (sigma / (1 - sigma)) ** 0.5)
+    gains = gains_of(policy, GROUPS, scorer, RANDOM, levels)
+    assert gains.shape == (3, 4)
+    # The gains of a trajectory add up to its image's reward less that of its noise.
+    images = [float(r) for r in _rewards(policy, scorer, levels)]
+    noise = SampleNoise([RANDOM.at("group", g.index, 0) for g in GROUPS])
+    start = torch.cat([r.media for r in policy.run([g.prompt for g in GROUPS], noise)])
+    wanted = torch.tensor(images) - brightness(start, [])
+    torch.testing.assert_close(gains.sum(1).float(), wanted, atol=2e-5, rtol=0)
+
+
+def _rewards(policy: PipelinePolicy, scorer: RewardScorer, levels: list[float]) -> Tensor:
+    transition = CalibratedSDE(levels=tuple(levels))
+    experience = FlowGRPO(group_size=1, transition=transition).collect(policy, GROUPS, scorer, RANDOM, 0)  # fmt: skip
+    return experience.candidates.reward

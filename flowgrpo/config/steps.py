@@ -1,18 +1,29 @@
-"""Checks of losses that treat denoising steps together, against the algorithm and the updates."""
+"""Checks of settings that belong to single denoising steps, against the algorithm and the updates."""
 
 from typing import Any
 
 from flowgrpo.core.errors import ConfigError
+from flowgrpo.core.random import Random
+from flowgrpo.core.transitions import CalibratedSDE
 
 
 def check_steps(config: Any) -> None:
-    """Check ``loss.step_weight`` and ``loss.chunks`` of a configuration.
+    """Check a transition's ``levels``, ``loss.step_weight`` and ``loss.chunks`` of a configuration.
 
     Raises:
-        ConfigError: If the algorithm already weighs its steps, or an action has no chunk that belongs to one
-            sample and one optimizer step.
+        ConfigError: If a stochastic step has no level, the algorithm already weighs its steps, or an action
+            has no chunk that belongs to one sample and one optimizer step.
     """
     algorithm, needs = config.algorithm, config.loss.needs
+    if isinstance(algorithm.transition, CalibratedSDE):
+        random = Random(config.run.seed).at("train", 0)
+        last = max(algorithm.trained_steps(config.sampling.num_steps, 0, random), default=0)
+        number = len(algorithm.transition.levels)
+        if number <= last:
+            raise ConfigError(
+                f"algorithm.transition.levels has {number} numbers, but steps up to {last} are stochastic; "
+                f"give {last + 1}, one for each step from 0 on"
+            )
     name = type(algorithm).__name__
     if needs.step_weight is not None and algorithm.scales_steps:
         raise ConfigError(

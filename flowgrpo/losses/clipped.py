@@ -13,11 +13,13 @@ from flowgrpo.core.tensors import Bool, Float, Tensor, torch
 from flowgrpo.core.transitions import (
     CPS,
     DDIM,
+    CalibratedSDE,
     DanceSDE,
     FlowSDE,
     Gaussian,
     Prediction,
     Step,
+    StepwiseSDE,
     Transition,
     gaussian_kl,
 )
@@ -111,7 +113,7 @@ def guard_weight(transition: Transition, step: Step) -> float:
     Other transitions have no such factor; their weight is ``1 / step_gain``, which for
     coefficients-preserving sampling tends to ``1 / dt`` as its noise level tends to 0.
     """
-    if isinstance(transition, FlowSDE | DanceSDE):
+    if isinstance(transition, FlowSDE | DanceSDE | CalibratedSDE):
         return 1 / step.dt
     return 1 / step_gain(transition, step)
 
@@ -305,7 +307,7 @@ class ClippedLoss(Loss):
                 "'ratio', 'exact', 'none' and []"
             )
         super().check_algorithm(action_kind, transition)
-        if self.kl == "flow_grpo" and isinstance(transition, CPS | DDIM):
+        if self.kl == "flow_grpo" and isinstance(transition, CPS | DDIM | StepwiseSDE):
             raise ValueError(
                 "loss.kl = 'flow_grpo' leaves a factor dt out of the step's variance, but the variance "
                 f"of {transition.kind!r} has no such factor; use loss.kl = 'exact', which is the KL that "
