@@ -23,7 +23,7 @@ from flowgrpo.algorithms import (
     TempFlowGRPO,
 )
 from flowgrpo.core.random import Random
-from flowgrpo.core.steps import RandomWindow
+from flowgrpo.core.steps import RandomWindow, Window
 from scripts.page_tables import markdown_table, write_marked_text
 
 MARKER = "cost table"
@@ -49,6 +49,18 @@ SETTINGS: Sequence[tuple[str, int, Algorithm]] = [
     ("G²RPO, FLUX, granularities 1, 2, 3", 16, G2RPO()),
     ("G²RPO, released script, granularities 1, 2", 16, G2RPO(granularities=(1, 2))),
     ("TP-GRPO, SD3.5", 10, TPGRPO()),
+    ("DenseGRPO, SD3.5", 10, TPGRPO(turning_points="none")),
+    (
+        "Stepwise-Flow-GRPO, SD3.5, completions of 5",
+        10,
+        TPGRPO(
+            turning_points="none",
+            rivals="group",
+            completion_steps=5,
+            shared_noise=True,
+            steps=Window(start=1, size=8),
+        ),
+    ),
     ("VGPO, SD3.5", 10, VGPO()),
     ("BranchGRPO, FLUX, splits at 0, 3, 6, 9", 20, BranchGRPO()),
     ("FIND, SD 1.5", 50, FIND()),
