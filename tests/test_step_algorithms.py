@@ -81,6 +81,17 @@ CASES: dict[str, tuple[str, Any]] = {
     "vgpo": ("sd3", VGPO(group_size=G)),
     "vgpo shared": ("sd3", VGPO(group_size=G, steps=Window(start=1, size=2), shared_noise=True)),
     "branch": ("sd3", BranchGRPO(group_size=G, splits=(0, 2))),
+    "tree": (
+        "sd3",
+        BranchGRPO(
+            group_size=G,
+            splits=(1, 2),
+            between="ode",
+            rivals="leaves",
+            fusion="path_probability",
+            advantage=GroupAdvantage(),
+        ),
+    ),
     "branch late": (
         "sd3",
         BranchGRPO(group_size=G, splits=(1,), children=4, steps=Window(start=2, size=2)),
@@ -213,7 +224,8 @@ def slow_tree(alone: Alone, algorithm: BranchGRPO, steps: Sequence[int]) -> Iter
         for k in range(T):
             width = width // algorithm.children if k in algorithm.splits else width
             branch = leaf // width * width
-            stochastic = k in algorithm.splits or (k in steps and k > algorithm.splits[0])
+            others = algorithm.between == "sde" and k in steps and k > algorithm.splits[0]
+            stochastic = k in algorithm.splits or others
             x_next = alone.step(x, k, branch if stochastic else None)
             if stochastic:
                 yield (branch, k), (x, x_next)
@@ -384,6 +396,20 @@ def test_depth_pruning_drops_the_steps(
         ValueError, match=r"depths and algorithm.pruned leave steps \[3\], none of which"
     ):
         nowhere.collect(policies("sd3"), GROUPS, scorer, RANDOM, ITERATION)
+
+
+def test_shifted_splits_are_those_of_a_tree_that_begins_later(
+    policies: Callable[[str], PipelinePolicy], scorer: RewardScorer
+) -> None:
+    tree = replace(CASES["tree"][1], splits=(0, 1), shift_ratio=0.9)
+    first = tree.trained_steps(T, 0, RANDOM)[0]
+    assert first > 0, "take another seed"
+    fixed = replace(tree, splits=(first, first + 1), shift_ratio=0.0)
+    one, two = (a.collect(policies("sd3"), GROUPS, scorer, RANDOM, 0) for a in (tree, fixed))
+    assert torch.equal(one.actions.x_next, two.actions.x_next)
+    assert torch.equal(tree.advantages(one), fixed.advantages(two))
+    assert one.cost == tree.cost(T, 0, RANDOM) == fixed.cost(T, 0, RANDOM)
+    assert tree.credit_view(one).action_sample(3, first) == fixed.branch_of(3, first)
 
 
 # Credit on the embedded model, where one can see what a step does.

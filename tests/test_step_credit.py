@@ -380,6 +380,44 @@ def test_branches_by_path_probability():
     torch.testing.assert_close(found, torch.tensor([-half, half] * 2 + leaves * 2))
 
 
+@pytest.mark.parametrize("fusion", ["mean", "path_probability"])
+@pytest.mark.parametrize("failed", [None, 1])
+def test_treegrpo_fuses_the_advantages_of_leaves(fusion, failed):
+    log_probs = [0.3, -0.1, 9.0, 9.0, 0.5, 0.0, -0.2, 1.0, 9.0, 9.0, 9.0, 9.0]
+    reward = [1.0, 2.0, 4.0, 8.0]
+    if failed is not None:
+        reward[failed] = math.nan
+    algorithm = replace(TREE, rivals="leaves", fusion=fusion, advantage=EXACT)
+    found = algorithm.advantages(made(BRANCHES, leaf_rewards(*reward), log_probs))
+    leaf = [score(r, reward) for r in reward]
+    at_split = dict(zip(range(4), log_probs[4:8], strict=True))  # the leaves' own steps, at step 2
+    wanted = []
+    for _, s, k in BRANCHES:
+        below = [s, s + 1] if k < 2 else [s]
+        known = [i for i in below if i != failed]
+        weight = [math.exp(at_split[i]) if fusion != "mean" else 1.0 for i in known]
+        total = sum(w * leaf[i] for w, i in zip(weight, known, strict=True))
+        wanted.append(total / sum(weight) if known else 0.0)
+    torch.testing.assert_close(found, torch.tensor(wanted), atol=1e-5, rtol=1e-5)
+    # Nothing is standardised again on the way up.
+    assert all(abs(abs(w) - 1) > 0.02 for w in wanted[:2])
+
+
+def test_splits_begin_early_by_a_geometric_distribution():
+    algorithm = BranchGRPO(
+        group_size=8, splits=(0, 1, 2), between="ode", shift_ratio=0.5, rivals="leaves"
+    )
+    algorithm.check(6)
+    firsts = [algorithm.trained_steps(6, i, Random(0).at(i))[0] for i in range(2000)]
+    # i from 0 to 2: the last split is at most step 4.
+    for i, share in enumerate((4 / 7, 2 / 7, 1 / 7)):
+        assert firsts.count(i) / 2000 == pytest.approx(share, abs=0.04)
+    moved = next(Random(0).at(i) for i in range(20) if firsts[i] == 2)
+    assert list(algorithm.trained_steps(6, 0, moved)) == [2, 3, 4]
+    assert counts(algorithm, 6)[0] in (1 + 2 + 4 + 8 * 3, 2 + 2 + 4 + 8 * 2, 3 + 2 + 4 + 8)
+    assert algorithm.cost(6, 0, moved).nfe == 3 + 2 + 4 + 8
+
+
 def test_a_failed_leaf_leaves_its_branches_to_the_others():
     plain = replace(TREE, advantage=replace(EXACT, std="none"))
     found = plain.advantages(made(BRANCHES, leaf_rewards(math.nan, 2.0, 4.0, 6.0)))
@@ -541,6 +579,15 @@ BAD = {
     "odd extremes": (BranchGRPO(splits=(0, 1, 2, 3), width="extremes", extremes=3), "must be even"),
     "extremes of all": (BranchGRPO(splits=(0, 1, 2, 3), extremes=4), "needs algorithm.width"),
     "branch by the batch": (BranchGRPO(advantage=GroupAdvantage(std="batch")), "use 'group'"),
+    "steps without effect": (
+        BranchGRPO(group_size=4, splits=(0, 1), between="ode", steps=Window()),
+        "algorithm.steps has no effect",
+    ),
+    "shift ratio": (BranchGRPO(group_size=4, splits=(0, 1), shift_ratio=1.0), "below 1, got 1.0"),
+    "shifted depths": (
+        BranchGRPO(group_size=4, splits=(0, 1), shift_ratio=0.5, pruned=(2,)),
+        "moves the splits",
+    ),
     "pruned probabilities": (
         BranchGRPO(splits=(0, 1, 2, 3), fusion="path_probability", depths=Window()),
         "needs the steps at all splits",
