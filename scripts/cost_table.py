@@ -23,7 +23,7 @@ from flowgrpo.algorithms import (
     TempFlowGRPO,
 )
 from flowgrpo.core.random import Random
-from flowgrpo.core.steps import RandomWindow
+from flowgrpo.core.steps import RandomWindow, Window
 from scripts.page_tables import markdown_table, write_marked_text
 
 MARKER = "cost table"
@@ -33,6 +33,11 @@ MARKER = "cost table"
 SETTINGS: Sequence[tuple[str, int, Algorithm]] = [
     ("Flow-GRPO, SD3.5", 10, FlowGRPO()),
     ("Flow-GRPO-Fast, SD3.5, window of 3", 10, FlowGRPO(steps=RandomWindow(size=3))),
+    (
+        "Flash-GRPO, Wan 2.1, groups of 8",
+        20,
+        FlowGRPO(group_size=8, steps_per="group", steps=RandomWindow(size=1, last=10)),
+    ),
     ("DanceGRPO, FLUX", 16, DanceGRPO()),
     ("MixGRPO, FLUX, window of 4", 25, MixGRPO()),
     ("MixGRPO-Flash, FLUX, 0.4", 25, MixGRPO(flash=0.4, solver="dpm_2m")),
@@ -44,6 +49,18 @@ SETTINGS: Sequence[tuple[str, int, Algorithm]] = [
     ("G²RPO, FLUX, granularities 1, 2, 3", 16, G2RPO()),
     ("G²RPO, released script, granularities 1, 2", 16, G2RPO(granularities=(1, 2))),
     ("TP-GRPO, SD3.5", 10, TPGRPO()),
+    ("DenseGRPO, SD3.5", 10, TPGRPO(turning_points="none")),
+    (
+        "Stepwise-Flow-GRPO, SD3.5, completions of 5",
+        10,
+        TPGRPO(
+            turning_points="none",
+            rivals="group",
+            completion_steps=5,
+            shared_noise=True,
+            steps=Window(start=1, size=8),
+        ),
+    ),
     ("VGPO, SD3.5", 10, VGPO()),
     ("BranchGRPO, FLUX, splits at 0, 3, 6, 9", 20, BranchGRPO()),
     ("FIND, SD 1.5", 50, FIND()),

@@ -229,6 +229,19 @@ def test_refuses_wrong_options(options: dict[str, Any]) -> None:
         OCR(**options)
 
 
+def test_flash_grpos_video_reward_is_the_mean_of_the_best_frames() -> None:
+    """max(1, int(0.3 n)) frames, as in the released code; a missing score is not passed over."""
+    for number, best in ((10, 3), (5, 1), (2, 1)):
+        media = torch.rand(2, number, 3, 4, 4)
+        video = FrameScore(model="tests.test_ocr:brightness", reduce="mean_top")
+        wanted = media.flatten(2).mean(2).sort(dim=1, descending=True).values[:, :best].mean(1)
+        torch.testing.assert_close(video(media, [ask("A")] * 2), wanted)
+    media[1, 0] = torch.nan
+    assert video(media, [ask("A")] * 2).isnan().tolist() == [False, True]
+    with pytest.raises(ValueError, match=r"share in \(0, 1\], got 1, 32, 'mean_top', 0.0"):
+        FrameScore(model="tests.test_ocr:brightness", reduce="mean_top", share=0.0)
+
+
 def test_flow_grpos_video_reward_counts_frames_with_a_score_and_extra_text() -> None:
     """The released rule's own examples: 1.0 for the text in half the frames, 0.0 beside other text."""
 

@@ -26,7 +26,7 @@ from flowgrpo.config import Config, Model, Prompts, Run, Train
 from flowgrpo.core.advantages import GroupAdvantage
 from flowgrpo.core.random import Random, SampleNoise
 from flowgrpo.core.steps import Window
-from flowgrpo.core.transitions import CPS, DDIM
+from flowgrpo.core.transitions import CPS, DDIM, StepwiseSDE
 from flowgrpo.data.experience import Candidates, Experience
 from flowgrpo.data.prompts import Group, Prompt
 from flowgrpo.losses.clipped import ClippedLoss
@@ -66,9 +66,32 @@ CASES: dict[str, tuple[str, Any]] = {
     ),
     "tp": ("sd3", TPGRPO(group_size=G)),
     "tp shared": ("sd3", TPGRPO(group_size=G, steps=Window(start=1, size=2), shared_noise=True)),
+    "stepwise": (
+        "sd3",
+        TPGRPO(
+            group_size=G,
+            steps=Window(start=1, size=3),
+            shared_noise=True,
+            completion_steps=2,
+            rivals="group",
+            turning_points="none",
+            transition=StepwiseSDE(),
+        ),
+    ),
     "vgpo": ("sd3", VGPO(group_size=G)),
     "vgpo shared": ("sd3", VGPO(group_size=G, steps=Window(start=1, size=2), shared_noise=True)),
     "branch": ("sd3", BranchGRPO(group_size=G, splits=(0, 2))),
+    "tree": (
+        "sd3",
+        BranchGRPO(
+            group_size=G,
+            splits=(1, 2),
+            between="ode",
+            rivals="leaves",
+            fusion="path_probability",
+            advantage=GroupAdvantage(),
+        ),
+    ),
     "branch late": (
         "sd3",
         BranchGRPO(group_size=G, splits=(1,), children=4, steps=Window(start=2, size=2)),
@@ -182,7 +205,10 @@ def slow_trajectories(alone: Alone, algorithm: Any, steps: Sequence[int]) -> Ite
         x = alone.start() if shared else alone.start(i)
         for k in range(T):
             if is_tp and k in steps and not (shared and k == steps[0] and i > 0):
-                yield (i, k - 1, 1), alone.reward(x, range(k, T + 1))
+                most = algorithm.completion_steps or T
+                number = min(most, T - k)
+                nodes = [k + round((T - k) * n / number) for n in range(number + 1)]
+                yield (i, k - 1, 1), alone.reward(x, nodes)
             if not is_tp and steps[0] < k < T - 1:
                 yield (i, k - 1, 0), alone.reward(x, [k, T])
             x_next = alone.step(x, k, i if k in steps else None)
@@ -198,7 +224,8 @@ def slow_tree(alone: Alone, algorithm: BranchGRPO, steps: Sequence[int]) -> Iter
         for k in range(T):
             width = width // algorithm.children if k in algorithm.splits else width
             branch = leaf // width * width
-            stochastic = k in algorithm.splits or (k in steps and k > algorithm.splits[0])
+            others = algorithm.between == "sde" and k in steps and k > algorithm.splits[0]
+            stochastic = k in algorithm.splits or others
             x_next = alone.step(x, k, branch if stochastic else None)
             if stochastic:
                 yield (branch, k), (x, x_next)
@@ -369,6 +396,20 @@ def test_depth_pruning_drops_the_steps(
         ValueError, match=r"depths and algorithm.pruned leave steps \[3\], none of which"
     ):
         nowhere.collect(policies("sd3"), GROUPS, scorer, RANDOM, ITERATION)
+
+
+def test_shifted_splits_are_those_of_a_tree_that_begins_later(
+    policies: Callable[[str], PipelinePolicy], scorer: RewardScorer
+) -> None:
+    tree = replace(CASES["tree"][1], splits=(0, 1), shift_ratio=0.9)
+    first = tree.trained_steps(T, 0, RANDOM)[0]
+    assert first > 0, "take another seed"
+    fixed = replace(tree, splits=(first, first + 1), shift_ratio=0.0)
+    one, two = (a.collect(policies("sd3"), GROUPS, scorer, RANDOM, 0) for a in (tree, fixed))
+    assert torch.equal(one.actions.x_next, two.actions.x_next)
+    assert torch.equal(tree.advantages(one), fixed.advantages(two))
+    assert one.cost == tree.cost(T, 0, RANDOM) == fixed.cost(T, 0, RANDOM)
+    assert tree.credit_view(one).action_sample(3, first) == fixed.branch_of(3, first)
 
 
 # Credit on the embedded model, where one can see what a step does.

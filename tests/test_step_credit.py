@@ -24,7 +24,7 @@ from flowgrpo.core.errors import ConfigError
 from flowgrpo.core.random import Random
 from flowgrpo.core.scores import Scores
 from flowgrpo.core.steps import AllSteps, RandomSteps, SlidingWindow, Window
-from flowgrpo.core.transitions import CPS, ODE, FlowSDE
+from flowgrpo.core.transitions import CPS, ODE, CalibratedSDE, FlowSDE, StepwiseSDE
 from flowgrpo.data.experience import Actions, Candidates, Cost, Experience
 from flowgrpo.data.prompts import Group, Prompt
 
@@ -228,14 +228,17 @@ def test_balance_keeps_the_largest_of_each_kind():
 
 
 @pytest.mark.parametrize("failed", [0.0, 0.15])
-@pytest.mark.parametrize("kind", ["none", "plain", "consistent"])
-def test_tp_grpo_is_a_score_per_step(kind, failed):
+@pytest.mark.parametrize(
+    ("kind", "rivals"),
+    [("none", "step"), ("none", "group"), ("plain", "step"), ("consistent", "step")],
+)
+def test_tp_grpo_is_a_score_per_step(kind, rivals, failed):
     steps = [0, 2, 3]
     actions = list(product(range(2), range(5), steps))
     states = [-1, 1, 2, T - 1]
     keys = [(g, i, k, 1) for g, i, k in product(range(2), range(5), states)]
     rewards = random_rewards(keys, failed=failed, seed=3)
-    algorithm = TPGRPO(turning_points=kind, balance="none", advantage=EXACT)
+    algorithm = TPGRPO(turning_points=kind, balance="none", rivals=rivals, advantage=EXACT)
     worth: dict[Key, float] = {}
     for g, i in product(range(2), range(5)):
         r = [rewards[g, i, k, 1] for k in states]
@@ -243,7 +246,11 @@ def test_tp_grpo_is_a_score_per_step(kind, failed):
         for n, k in enumerate(steps):
             worth[g, i, k] = (r[-1] if turns[n] else r[n + 1]) - r[n]
     wanted = {
-        (g, i, k): score(worth[g, i, k], [worth[g, n, k] for n in range(5)]) for g, i, k in actions
+        (g, i, k): score(
+            worth[g, i, k],
+            [worth[g, n, j] for n in range(5) for j in (steps if rivals == "group" else [k])],
+        )
+        for g, i, k in actions
     }
     expect(algorithm.advantages(made(actions, rewards)), actions, wanted)
 
@@ -373,6 +380,44 @@ def test_branches_by_path_probability():
     torch.testing.assert_close(found, torch.tensor([-half, half] * 2 + leaves * 2))
 
 
+@pytest.mark.parametrize("fusion", ["mean", "path_probability"])
+@pytest.mark.parametrize("failed", [None, 1])
+def test_treegrpo_fuses_the_advantages_of_leaves(fusion, failed):
+    log_probs = [0.3, -0.1, 9.0, 9.0, 0.5, 0.0, -0.2, 1.0, 9.0, 9.0, 9.0, 9.0]
+    reward = [1.0, 2.0, 4.0, 8.0]
+    if failed is not None:
+        reward[failed] = math.nan
+    algorithm = replace(TREE, rivals="leaves", fusion=fusion, advantage=EXACT)
+    found = algorithm.advantages(made(BRANCHES, leaf_rewards(*reward), log_probs))
+    leaf = [score(r, reward) for r in reward]
+    at_split = dict(zip(range(4), log_probs[4:8], strict=True))  # the leaves' own steps, at step 2
+    wanted = []
+    for _, s, k in BRANCHES:
+        below = [s, s + 1] if k < 2 else [s]
+        known = [i for i in below if i != failed]
+        weight = [math.exp(at_split[i]) if fusion != "mean" else 1.0 for i in known]
+        total = sum(w * leaf[i] for w, i in zip(weight, known, strict=True))
+        wanted.append(total / sum(weight) if known else 0.0)
+    torch.testing.assert_close(found, torch.tensor(wanted), atol=1e-5, rtol=1e-5)
+    # Nothing is standardised again on the way up.
+    assert all(abs(abs(w) - 1) > 0.02 for w in wanted[:2])
+
+
+def test_splits_begin_early_by_a_geometric_distribution():
+    algorithm = BranchGRPO(
+        group_size=8, splits=(0, 1, 2), between="ode", shift_ratio=0.5, rivals="leaves"
+    )
+    algorithm.check(6)
+    firsts = [algorithm.trained_steps(6, i, Random(0).at(i))[0] for i in range(2000)]
+    # i from 0 to 2: the last split is at most step 4.
+    for i, share in enumerate((4 / 7, 2 / 7, 1 / 7)):
+        assert firsts.count(i) / 2000 == pytest.approx(share, abs=0.04)
+    moved = next(Random(0).at(i) for i in range(20) if firsts[i] == 2)
+    assert list(algorithm.trained_steps(6, 0, moved)) == [2, 3, 4]
+    assert counts(algorithm, 6)[0] in (1 + 2 + 4 + 8 * 3, 2 + 2 + 4 + 8 * 2, 3 + 2 + 4 + 8)
+    assert algorithm.cost(6, 0, moved).nfe == 3 + 2 + 4 + 8
+
+
 def test_a_failed_leaf_leaves_its_branches_to_the_others():
     plain = replace(TREE, advantage=replace(EXACT, std="none"))
     found = plain.advantages(made(BRANCHES, leaf_rewards(math.nan, 2.0, 4.0, 6.0)))
@@ -489,6 +534,7 @@ def test_all_failed_is_zero(name):
         G2RPO(granularities=(1, 4), transition=CPS()),
         TempFlowGRPO(seeds=3),
         TPGRPO(turning_points="plain", steps=RandomSteps()),
+        TPGRPO(rivals="group", completion_steps=5, transition=CalibratedSDE(levels=(0.5, 0.25))),
         VGPO(negative="refuse", anchor=0.5),
         BranchGRPO(splits=(1, 2), group_size=9, children=3, depths=SlidingWindow()),
     ],
@@ -516,6 +562,10 @@ BAD = {
     "no noise": (G2RPO(transition=ODE()), "injects no noise"),
     "tp alone": (TPGRPO(group_size=1), "group_size must be at least 2"),
     "tp empty window": (TPGRPO(steps=Window(start=0, size=0)), "selects no step"),
+    "tp completions": (TPGRPO(completion_steps=-1), "completion_steps must be at least 0, got -1"),
+    "no levels": (TPGRPO(transition=CalibratedSDE()), "calibrate_noise' finds them"),
+    "a level of 0": (TPGRPO(transition=CalibratedSDE(levels=(0.3, 0.0))), r"got \[0.3, 0.0\]"),
+    "eta": (TPGRPO(transition=StepwiseSDE(eta=1.5)), "transition.eta must be in"),
     "tp by the batch": (TPGRPO(advantage=GroupAdvantage(std="batch")), "use 'group' or 'none'"),
     "vgpo alone": (VGPO(group_size=1), "group_size must be at least 2"),
     "vgpo by the batch": (VGPO(advantage=GroupAdvantage(std="batch")), "use 'group' or 'none'"),
@@ -529,6 +579,15 @@ BAD = {
     "odd extremes": (BranchGRPO(splits=(0, 1, 2, 3), width="extremes", extremes=3), "must be even"),
     "extremes of all": (BranchGRPO(splits=(0, 1, 2, 3), extremes=4), "needs algorithm.width"),
     "branch by the batch": (BranchGRPO(advantage=GroupAdvantage(std="batch")), "use 'group'"),
+    "steps without effect": (
+        BranchGRPO(group_size=4, splits=(0, 1), between="ode", steps=Window()),
+        "algorithm.steps has no effect",
+    ),
+    "shift ratio": (BranchGRPO(group_size=4, splits=(0, 1), shift_ratio=1.0), "below 1, got 1.0"),
+    "shifted depths": (
+        BranchGRPO(group_size=4, splits=(0, 1), shift_ratio=0.5, pruned=(2,)),
+        "moves the splits",
+    ),
     "pruned probabilities": (
         BranchGRPO(splits=(0, 1, 2, 3), fusion="path_probability", depths=Window()),
         "needs the steps at all splits",
@@ -567,6 +626,13 @@ def test_costs_at_the_papers_settings():
     assert counts(G2RPO(), 16) == (8 + 12 * (92 + 40 + 25), 288, 288)
     # The paper's code takes 64 a sample: 10, 44 for the completions and 10 for the baseline.
     assert counts(TPGRPO(), 10) == (24 * (10 + 45), 240, 240)
+    # DenseGRPO: T + T (T - 1) / 2 and T + 1 rewards a sample, of which those of the last step are none here.
+    assert counts(TPGRPO(turning_points="none"), 10) == (24 * (10 + 45), 240, 240)
+    # Stepwise: five steps, one of which shares the trajectory's forward pass; fewer at the end.
+    lengths = [min(5, 10 - k) - 1 for k in range(1, 9)]
+    five = TPGRPO(completion_steps=5, shared_noise=True, steps=Window(start=1, size=8))
+    nfe = 2 + 24 * 8 + lengths[0] + 24 * sum(lengths[1:])
+    assert counts(five, 10) == (nfe, 1 + 24 * 8, 1 + 24 * 8)
     assert counts(VGPO(), 10) == (240, 216, 216)
     assert counts(BranchGRPO(), 20) == (1 + 6 + 12 + 24 + 160, 16, 16)
 

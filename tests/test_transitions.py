@@ -15,11 +15,13 @@ from flowgrpo.core.transitions import (
     CPS,
     DDIM,
     ODE,
+    CalibratedSDE,
     DanceSDE,
     FlowSDE,
     Gaussian,
     Prediction,
     Step,
+    StepwiseSDE,
     Transition,
     gaussian_kl,
     require_noise,
@@ -471,3 +473,39 @@ def test_ddim_from_pure_noise_and_to_the_data():
     # A step of no length, and one from the data, add nothing.
     assert DDIM()(x, Prediction(X0, X1, X1), Step.diffusion(0.36, 0.36)).std == 0
     assert DDIM()(x, Prediction(X0, X1, X1), Step.diffusion(1.0, 1.0)).std == 0
+
+
+# A level for each step, and Stepwise-Flow-GRPO's noise.
+
+
+def test_calibrated_levels_are_those_of_the_step():
+    x, v = double(0.5), double(-1.0)
+    levels = (0.9, 0.4, 0.2)
+    for index, level in enumerate(levels):
+        step = Step.flow(0.8, 0.6, index=index)
+        one = flow(CalibratedSDE(levels=levels), x, v, step)
+        other = flow(DanceSDE(noise_level=level), x, v, step)
+        assert one.std == other.std == pytest.approx(level * math.sqrt(0.2))
+        assert torch.equal(one.mean, other.mean)
+    for index in (-1, 3):
+        with pytest.raises(ValueError, match=f"has 3 numbers, but step {index} is stochastic"):
+            flow(CalibratedSDE(levels=levels), x, v, Step.flow(0.8, 0.6, index=index))
+    # The index says where a step is; steps are equal by their weights.
+    assert Step.flow(0.8, 0.6, index=1) == Step.flow(0.8, 0.6)
+
+
+@pytest.mark.parametrize("eta", [0.3, 1.0])
+def test_stepwise_noise_is_the_published_formula_and_keeps_the_variance(eta):
+    x, v, (s, e) = double(0.5), double(-1.0), (0.7, 0.4)
+    found = flow(StepwiseSDE(eta=eta), x, v, Step.flow(s, e))
+    std = eta * e * math.sqrt(1 - s)
+    assert found.std == pytest.approx(std)
+    x0, x1 = 0.5 + s, 0.5 - (1 - s)
+    assert found.mean.item() == pytest.approx((1 - e) * x0 + math.sqrt(e**2 - std**2) * x1)
+    # A predicted noise of variance 1 and the injected one together have the weight e.
+    unit = flow(StepwiseSDE(eta=eta), double(s), double(1.0), Step.flow(s, e))  # x0 = 0, x1 = 1
+    assert unit.mean.item() ** 2 + unit.std**2 == pytest.approx(e**2)
+    with pytest.raises(ValueError, match="no noise at sigma = 1"):
+        flow(StepwiseSDE(eta=eta), x, v, Step.flow(1.0, 0.8))
+    with pytest.raises(ValueError, match="stepwise_sde is defined on a rectified-flow path"):
+        StepwiseSDE()(x, Prediction(x, x, x), Step.diffusion(0.3, 0.6))

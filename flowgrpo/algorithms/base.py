@@ -147,6 +147,8 @@ class AlgorithmBase:
     group_size: int
     action_kind: ClassVar[ActionKind] = "step"
     needs_rewards: ClassVar[bool] = True
+    credits_trajectories: ClassVar[bool] = False
+    """Whether all actions of a sample have one advantage, that of its candidate."""
     collect_reads_scores: ClassVar[bool] = False
     """Whether ``collect`` uses the scores; then they cannot be computed after it (``train.staleness``)."""
 

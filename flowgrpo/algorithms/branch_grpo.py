@@ -5,6 +5,10 @@ several, and the leaves are the images. Steps that leaves share are computed onc
 branch at a step is the mean reward of the leaves below it, compared with the other branches at the
 same step.
 
+TreeGRPO (arXiv:2512.08153) standardises the rewards of the leaves and averages these advantages up the
+tree, in place of comparing branches with each other (``rivals``); its splits are a few steps in a row that
+begin at a random one (``shift_ratio``), and all other steps follow the ODE (``between``).
+
 A branch is recorded under the index of its first leaf: with 4 leaves and splits into 2 children at
 steps 0 and 2, the branches after step 0 are samples 0 and 2.
 """
@@ -16,8 +20,14 @@ from typing import Literal
 
 from flowgrpo.algorithms.base import AlgorithmBase, CreditView, Policy, Scorer
 from flowgrpo.algorithms.collection import Collection, Samples
-from flowgrpo.algorithms.credit import Derive, StepTable, check_kind, step_advantages
-from flowgrpo.core.advantages import Advantage, GroupAdvantage
+from flowgrpo.algorithms.credit import (
+    Derive,
+    StepTable,
+    check_kind,
+    refuse_separate,
+    step_advantages,
+)
+from flowgrpo.core.advantages import Advantage, GroupAdvantage, candidate_advantages
 from flowgrpo.core.random import Random
 from flowgrpo.core.steps import AllSteps, StepSelection
 from flowgrpo.core.tensors import Bool, Float, Tensor, torch
@@ -42,9 +52,18 @@ class BranchGRPO(AlgorithmBase):
     steps: StepSelection = field(default_factory=AllSteps)
     """Which steps after the first split are stochastic besides the splits. All steps before it, which
     all samples share, follow the ODE."""
+    between: Literal["sde", "ode"] = "sde"
+    """Whether steps besides the splits can be stochastic, as ``steps`` selects (BranchGRPO), or all follow
+    the ODE (TreeGRPO)."""
+    shift_ratio: float = 0.0
+    """In each iteration all splits move towards the data by ``i`` steps, with a probability proportional
+    to ``shift_ratio ** i``, as far as the grid has stochastic steps; TreeGRPO has 0.5. 0 moves none."""
+    rivals: Literal["branches", "leaves"] = "branches"
+    """What is compared within a group: the rewards of all ``branches`` at a step (BranchGRPO), or the
+    rewards of the ``leaves``, whose advantages are then fused up the tree (TreeGRPO)."""
     fusion: Literal["mean", "path_probability"] = "mean"
-    """How a branch's reward follows from its children's rewards at a split: their mean, or their mean
-    weighted by the softmax of the log-probabilities of their steps."""
+    """How a branch's reward, or its advantage, follows from those of its children at a split: their mean,
+    or their mean weighted by the softmax of the log-probabilities of their steps."""
     width: Literal["all", "best_of_siblings", "extremes", "half_of_branch", "half_of_tree"] = "all"
     """What is trained besides (width pruning): ``all``; paths to ``best_of_siblings``, the best child of
     each last split; or paths to ``extremes``, the best and the worst leaves of the group. The released
@@ -77,7 +96,10 @@ class BranchGRPO(AlgorithmBase):
     ) -> Experience:
         """Sample a tree per prompt, and keep the actions of the trained depths."""
         num_steps = policy.num_steps()
-        selected = self.steps.select(num_steps, iteration, random.at("steps"))
+        if self.shift_ratio:
+            drawn = self._shifted(num_steps, random)
+            return drawn.collect(policy, groups, scorer, random, iteration)
+        selected = self._selected(num_steps, iteration, random)
         collection = Collection(policy, groups, scorer, self.transition)
         self._grow(collection, groups, random, selected)
         experience = collection.experience()
@@ -92,6 +114,8 @@ class BranchGRPO(AlgorithmBase):
 
     def advantages(self, experience: Experience) -> Float[Tensor, " actions"]:
         """Each branch's reward against those at its step; zero if all leaves below it are pruned."""
+        if self.shift_ratio:
+            return self._as_sampled(experience).advantages(experience)
         c, chances = experience.all_candidates, self._chances(experience)
         steps = sorted(set(experience.actions.step.tolist()))
 
@@ -111,7 +135,12 @@ class BranchGRPO(AlgorithmBase):
 
             return derive
 
-        found = step_advantages(self.advantage, experience, branches(_expected))
+        if self.rivals == "leaves":
+            of_leaves = candidate_advantages(self.advantage, c.scores, c.group)
+            found = branches(_expected)(torch.where(c.valid, of_leaves.double(), torch.nan))
+            found = found.with_values(found.values.nan_to_num())
+        else:
+            found = step_advantages(self.advantage, experience, branches(_expected))
         kept = branches(lambda leaves, _: leaves.amax(-1))(self._kept(c))
         result = found.of(experience.actions) * kept.of(experience.actions)
         if self.width in ("half_of_branch", "half_of_tree"):
@@ -121,7 +150,11 @@ class BranchGRPO(AlgorithmBase):
     def check(self, num_steps: int) -> None:
         """Raise ValueError if the settings contradict each other or the grid."""
         require_noise(self.transition)
-        check_kind(self.advantage, "rewards of branches")
+        if self.rivals == "leaves":
+            self.advantage.check()
+            refuse_separate(self.advantage, "leaves of a tree")
+        else:
+            check_kind(self.advantage, "rewards of branches")
         s = self.splits
         if not s or any(b <= a for a, b in pairwise(s)) or s[0] < 0 or s[-1] > num_steps - 2:
             raise ValueError(
@@ -137,10 +170,26 @@ class BranchGRPO(AlgorithmBase):
         self.steps.check(num_steps)
         self.depths.check(num_steps)
         self._check_pruning()
+        if self.between == "ode" and self.steps != AllSteps():
+            raise ValueError(
+                "algorithm.steps has no effect with algorithm.between = 'ode', where only the splits are "
+                "stochastic; remove one of them"
+            )
+        if not 0 <= self.shift_ratio < 1:
+            raise ValueError(
+                f"algorithm.shift_ratio must be at least 0 and below 1, got {self.shift_ratio}"
+            )
+        if self.shift_ratio and (self.depths != AllSteps() or self.pruned):
+            raise ValueError(
+                "algorithm.shift_ratio moves the splits, so that algorithm.depths and algorithm.pruned would "
+                "name other branches in every iteration; remove them, or set shift_ratio to 0"
+            )
 
     def trained_steps(self, num_steps: int, iteration: int, random: Random) -> Sequence[int]:
         """The splits and the stochastic steps after the first of them, if their depth is trained."""
-        selected = self.steps.select(num_steps, iteration, random.at("steps"))
+        if self.shift_ratio:
+            return self._shifted(num_steps, random).trained_steps(num_steps, iteration, random)
+        selected = self._selected(num_steps, iteration, random)
         depths = self._depths(num_steps, iteration, random)
         stochastic = {*self.splits, *(s for s in selected if s > self.splits[0])}
         return sorted(stochastic & set(depths))
@@ -150,6 +199,8 @@ class BranchGRPO(AlgorithmBase):
 
         It does not depend on which steps are stochastic besides the splits.
         """
+        if self.shift_ratio:
+            return self._shifted(num_steps, random).cost(num_steps, iteration, random)
         nfe = sum(
             self.children ** sum(split < step for split in self.splits) for step in range(num_steps)
         )
@@ -157,12 +208,31 @@ class BranchGRPO(AlgorithmBase):
 
     def credit_view(self, experience: Experience) -> CreditView:
         """Candidates are leaves; the actions of a leaf are those of the branches above it."""
-        return CreditView(rivals=self.group_size, action_sample=self.branch_of)
+        sampled = self._as_sampled(experience) if self.shift_ratio else self
+        return CreditView(rivals=self.group_size, action_sample=sampled.branch_of)
 
     def branch_of(self, leaf: int, step: int) -> int:
         """The sample under which a leaf's branch is recorded at a step: the branch's first leaf."""
         below = self._leaves_below(step)
         return leaf // below * below
+
+    def _selected(self, num_steps: int, iteration: int, random: Random) -> Sequence[int]:
+        """The steps that are stochastic besides the splits, if they come after the first of these."""
+        if self.between == "ode":
+            return []
+        return self.steps.select(num_steps, iteration, random.at("steps"))
+
+    def _shifted(self, num_steps: int, random: Random) -> "BranchGRPO":
+        """The algorithm with the splits of an iteration (TreeGRPO, eq. 7)."""
+        places = num_steps - 1 - self.splits[-1]
+        chance = self.shift_ratio ** torch.arange(places, dtype=torch.float64)
+        shift = int(chance.multinomial(1, generator=random.generator("shift")))
+        return replace(self, splits=tuple(s + shift for s in self.splits), shift_ratio=0.0)
+
+    def _as_sampled(self, experience: Experience) -> "BranchGRPO":
+        """The algorithm with the splits by which an experience was sampled; the first is its first step."""
+        shift = int(experience.actions.step.min()) - self.splits[0]
+        return replace(self, splits=tuple(s + shift for s in self.splits), shift_ratio=0.0)
 
     def _depths(self, num_steps: int, iteration: int, random: Random) -> list[int]:
         """The steps whose actions are trained in an iteration, if they are stochastic."""
@@ -218,7 +288,11 @@ class BranchGRPO(AlgorithmBase):
                 f"algorithm.extremes = {self.extremes} needs algorithm.width = 'extremes', got "
                 f"{self.width!r}"
             )
-        if self.fusion == "path_probability" and self.advantage.over_batch:
+        if (
+            self.fusion == "path_probability"
+            and self.advantage.over_batch
+            and self.rivals == "branches"
+        ):
             # Advantages with std = 'batch' are refused before, so the kind is 'gdpo'.
             raise ValueError(
                 "algorithm.fusion = 'path_probability' knows the branches of one process only, but "

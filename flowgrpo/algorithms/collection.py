@@ -260,6 +260,7 @@ class Collection:
         step: int,
         granularities: Sequence[int] = (1,),
         strides: Strides = "even",
+        nodes: Sequence[int] = (),
         compare: bool = True,
     ) -> None:
         """Follow the ODE from states to the data, decode, and score.
@@ -274,10 +275,13 @@ class Collection:
             step: The step that the candidates judge.
             granularities: Grid intervals per step.
             strides: See :func:`subgrids`.
+            nodes: The nodes to step through, from ``node`` to the last, in place of those that
+                granularities and strides give.
             compare: As in :meth:`submit`.
         """
         end = self.policy.num_steps()
-        (nodes, same), *others = subgrids(node, end, granularities, strides).items()
+        grids = {tuple(nodes): [1]} if nodes else subgrids(node, end, granularities, strides)
+        (nodes, same), *others = grids.items()
         for rollout in self.policy.run(
             samples.prompts, samples.noise, nodes=nodes, x=x, record=[node] if others else []
         ):
@@ -364,6 +368,19 @@ class Collection:
         group = torch.cat([g for g, _ in self._thumbnails])
         small = torch.cat([t for _, t in self._thumbnails])
         return [small[group == g.index] for g in self.groups]
+
+
+def coarse_nodes(node: int, num_steps: int, most: int) -> list[int]:
+    """The nodes of a completion in at most ``most`` steps of about equal numbers of grid intervals.
+
+    Args:
+        node: The first node.
+        num_steps: The node of the data.
+        most: Largest number of steps; 0 for all steps of the grid.
+    """
+    left = num_steps - node
+    number = min(most, left) if most else left
+    return [node + round(left * i / number) for i in range(number + 1)] if number else [node]
 
 
 def subgrids(

@@ -137,18 +137,21 @@ Derive = Callable[[Float[Tensor, " candidates"]], StepTable]
 step."""
 
 
-def step_advantages(advantage: AdvantageKind, experience: Experience, derive: Derive) -> StepTable:
+def step_advantages(
+    advantage: AdvantageKind, experience: Experience, derive: Derive, jointly: bool = False
+) -> StepTable:
     """The advantage of each trajectory in its group at each step, for any kind of advantage.
 
     ``derive`` is applied to each number that the kind normalises: the reward, the tamed sum of
-    scores, or each reward by itself. The derived numbers of a group are compared step by step; cells
-    without a number get zero.
+    scores, or each reward by itself. The derived numbers of a group are compared step by step, or
+    ``jointly`` over all its steps; cells without a number get zero.
     """
     scores = experience.all_candidates.scores
     tables = {name: derive(values) for name, values in advantage.inputs(scores).items()}
     table = next(iter(tables.values()))
     cells = {name: t.values.flatten() for name, t in tables.items()}
-    found = advantage.combine(cells, table.rivals, scores.weights)
+    rivals = table.group.repeat_interleave(len(table.steps)) if jointly else table.rivals
+    found = advantage.combine(cells, rivals, scores.weights)
     return table.with_values(found.view_as(table.values))
 
 

@@ -7,7 +7,7 @@ Diffusion the transition is ``ddim``.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import ClassVar, Literal
 
 from flowgrpo.algorithms.base import AlgorithmBase, Policy, Scorer
 from flowgrpo.algorithms.credit import credit_trajectories, own_advantages
@@ -30,6 +30,7 @@ from flowgrpo.data.prompts import Group
 class DanceGRPO(AlgorithmBase):
     """Trajectory-level credit on a random fraction of the steps, best and worst of a group."""
 
+    credits_trajectories: ClassVar[bool] = True
     kind: Literal["dance_grpo"] = "dance_grpo"
     group_size: int = 12
     """Samples per prompt, at least 2."""

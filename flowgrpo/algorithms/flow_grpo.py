@@ -7,18 +7,26 @@ group, is the advantage of all stochastic steps of the trajectory (eq. 4)::
 
 *Fast* makes only a few steps stochastic: the samples of a group follow the ODE from one shared noise,
 diverge in a random window of stochastic steps, and follow the ODE again to the data.
+
+Flash-GRPO (arXiv:2605.15980) draws one stochastic step for each prompt, the same for its whole group
+(``steps_per``), and weighs a step's loss by the size of its gradient (``loss.step_weight``).
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import ClassVar, Literal
 
 from flowgrpo.algorithms.base import AlgorithmBase, Policy, Scorer
+from flowgrpo.algorithms.collection import Collection
 from flowgrpo.algorithms.credit import trajectory_advantages
-from flowgrpo.algorithms.trajectories import TrajectoryPlan, collect_trajectories
+from flowgrpo.algorithms.trajectories import (
+    TrajectoryPlan,
+    collect_trajectories,
+    sample_trajectories,
+)
 from flowgrpo.core.advantages import Advantage, GroupAdvantage
 from flowgrpo.core.random import Random
-from flowgrpo.core.steps import AllSteps, StepSelection
+from flowgrpo.core.steps import AllSteps, RandomSteps, RandomWindow, StepSelection
 from flowgrpo.core.tensors import Float, Tensor
 from flowgrpo.core.transitions import FlowSDE, Transition, require_noise
 from flowgrpo.data.experience import Experience
@@ -29,6 +37,7 @@ from flowgrpo.data.prompts import Group
 class FlowGRPO(AlgorithmBase):
     """Trajectory-level credit, with a free choice of the stochastic steps."""
 
+    credits_trajectories: ClassVar[bool] = True
     kind: Literal["flow_grpo"] = "flow_grpo"
     group_size: int = 24
     """Samples per prompt, at least 2."""
@@ -36,6 +45,9 @@ class FlowGRPO(AlgorithmBase):
     """The stochastic step."""
     steps: StepSelection = field(default_factory=AllSteps)
     """Which steps are stochastic and trained."""
+    steps_per: Literal["iteration", "group"] = "iteration"
+    """What draws steps of its own: each iteration, for all its groups, or (Flash-GRPO) each ``group``. The
+    samples of a group have the same steps either way. ``group`` needs ``steps`` that are drawn at random."""
     shared_noise: bool = False
     """Whether a group starts from one noise. The steps that its samples share are computed once."""
     noise_last: bool = False
@@ -45,8 +57,13 @@ class FlowGRPO(AlgorithmBase):
     """From rewards to advantages."""
 
     def plan(self, num_steps: int, iteration: int, random: Random) -> TrajectoryPlan:
-        """Trajectories with the iteration's stochastic steps, the same for every group."""
-        steps = self.steps.select(num_steps, iteration, random.at("steps"))
+        """Trajectories with the iteration's stochastic steps, the same for every group.
+
+        If groups draw their own, a plan with the steps of an imagined one: the work is the same for all.
+        """
+        return self._plan(self.steps.select(num_steps, iteration, random.at("steps")))
+
+    def _plan(self, steps: Sequence[int]) -> TrajectoryPlan:
         return TrajectoryPlan(
             self.group_size,
             self.transition,
@@ -63,9 +80,27 @@ class FlowGRPO(AlgorithmBase):
         random: Random,
         iteration: int,
     ) -> Experience:
-        """Sample whole trajectories."""
-        plan = self.plan(policy.num_steps(), iteration, random)
-        return collect_trajectories(policy, groups, scorer, random, plan)
+        """Sample whole trajectories; groups with the same steps together."""
+        num_steps = policy.num_steps()
+        if self.steps_per == "iteration":
+            plan = self.plan(num_steps, iteration, random)
+            return collect_trajectories(policy, groups, scorer, random, plan)
+        alike: dict[tuple[int, ...], list[Group]] = {}
+        for group in groups:
+            own = self.steps.select(num_steps, iteration, random.at("steps", group.index))
+            alike.setdefault(tuple(own), []).append(group)
+        collection = Collection(policy, groups, scorer, self.transition)
+        for steps, some in sorted(alike.items(), key=lambda item: item[0]):
+            for _ in sample_trajectories(collection, random, self._plan(steps), groups=some):
+                pass
+        return collection.experience()
+
+    def trained_steps(self, num_steps: int, iteration: int, random: Random) -> Sequence[int]:
+        """The stochastic steps; all that can be drawn if each group draws its own."""
+        if self.steps_per == "group":
+            assert isinstance(self.steps, RandomWindow | RandomSteps), "refused by check"
+            return range(self.steps.first, self.steps.last)
+        return super().trained_steps(num_steps, iteration, random)
 
     def advantages(self, experience: Experience) -> Float[Tensor, "actions *rewards"]:
         """The trajectory's advantage, for each of its actions."""
@@ -76,3 +111,13 @@ class FlowGRPO(AlgorithmBase):
         require_noise(self.transition)
         self.advantage.check()
         self.steps.check(num_steps)
+        if self.steps_per == "group" and not isinstance(self.steps, RandomWindow | RandomSteps):
+            raise ValueError(
+                f"algorithm.steps_per = 'group' draws steps for each group, but algorithm.steps.kind = "
+                f"{self.steps.kind!r} draws none; use 'random_window' or 'random_steps'"
+            )
+        if self.steps_per == "group" and self.shared_noise:
+            raise ValueError(
+                "algorithm.steps_per = 'group' needs algorithm.shared_noise = false: the steps that the "
+                "samples of a group share end at another step in every group"
+            )

@@ -6,7 +6,7 @@ Outside of the window all steps follow the ODE, so only the window's steps are t
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import ClassVar, Literal
 
 from flowgrpo.algorithms.base import AlgorithmBase, Policy, Scorer
 from flowgrpo.algorithms.credit import trajectory_advantages
@@ -25,6 +25,7 @@ from flowgrpo.data.prompts import Group
 class MixGRPO(AlgorithmBase):
     """Trajectory-level credit for the steps in a sliding window."""
 
+    credits_trajectories: ClassVar[bool] = True
     kind: Literal["mix_grpo"] = "mix_grpo"
     group_size: int = 12
     """Samples per prompt, at least 2."""

@@ -38,6 +38,7 @@ class PrefGRPO(AlgorithmBase):
 
     needs_rewards: ClassVar[bool] = False
     collect_reads_scores: ClassVar[bool] = True
+    credits_trajectories: ClassVar[bool] = True
     kind: Literal["pref_grpo"] = "pref_grpo"
     group_size: int = 8
     """Samples per prompt, at least 2."""

@@ -5,6 +5,10 @@ The state before every stochastic step is completed by the ODE and scored, which
 increment ``R_{k+1} - R_k``. At a turning point, where a trajectory changes from a step against its
 overall trend to a step with it, the reward is the aggregate ``R_n - R_k`` instead: the step's effect
 on later steps is larger than its own increment.
+
+Without turning points the increments alone remain, which are the dense rewards of DenseGRPO
+(arXiv:2601.20218, eq. 7 and 10) and the gains of Stepwise-Flow-GRPO (arXiv:2603.28718). The latter
+completes states in five steps, and standardises the gains of all steps and samples of a group together.
 """
 
 from collections.abc import Sequence
@@ -12,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from flowgrpo.algorithms.base import AlgorithmBase, CreditView, Policy, Scorer
-from flowgrpo.algorithms.collection import Collection
+from flowgrpo.algorithms.collection import Collection, coarse_nodes
 from flowgrpo.algorithms.credit import StepTable, check_kind, step_advantages
 from flowgrpo.algorithms.trajectories import TrajectoryPlan, sample_trajectories
 from flowgrpo.core.advantages import RELATIVE_FLOOR, Advantage, GroupAdvantage
@@ -46,14 +50,27 @@ class TPGRPO(AlgorithmBase):
     """Where equal numbers of turning points with rising and with falling rewards are kept: ``batch``
     among all trajectories of the iteration on all processes (appendix D), ``group`` in each group,
     ``none`` nowhere."""
+    rivals: Literal["step", "group"] = "step"
+    """The step rewards that one is compared with: those of its group at the same ``step`` (TP-GRPO,
+    DenseGRPO), or of its ``group`` at all steps (Stepwise-Flow-GRPO), so that steps which change the
+    reward more get larger advantages."""
+    completion_steps: int = 0
+    """Most steps of a completion, which are longer where fewer than all are taken; 0 takes all steps of
+    the grid (TP-GRPO, DenseGRPO), Stepwise-Flow-GRPO 5, and 1 decodes the model's prediction."""
     advantage: Advantage = field(default_factory=GroupAdvantage)
-    """From the step rewards of a group, step by step, to advantages. Multi-reward kinds use the step
+    """From the step rewards of a group to advantages. Multi-reward kinds use the step
     rewards and turning points of each reward."""
 
     def plan(self, num_steps: int, iteration: int, random: Random) -> "CompletedTrajectories":
         """Trajectories with the iteration's stochastic steps, and completions from each of them."""
         steps = self.steps.select(num_steps, iteration, random.at("steps"))
-        return CompletedTrajectories(self.group_size, self.transition, steps, self.shared_noise)
+        return CompletedTrajectories(
+            self.group_size,
+            self.transition,
+            steps,
+            self.shared_noise,
+            completion_steps=self.completion_steps,
+        )
 
     def collect(
         self,
@@ -66,7 +83,7 @@ class TPGRPO(AlgorithmBase):
         """Sample trajectories, and complete the state before each stochastic step by the ODE.
 
         The forward pass of a stochastic step also gives the ODE step from the same state, so a
-        completion costs one evaluation less than the number of steps left. Completions that would
+        completion costs one evaluation less than the number of its steps. Completions that would
         repeat another are not computed: the completion from before an ODE step equals that from
         after it, and the completion of the last state is the trajectory's image.
         """
@@ -75,20 +92,23 @@ class TPGRPO(AlgorithmBase):
         for samples, records in sample_trajectories(collection, random, plan):
             for record in records:
                 # The ODE step from the same state; the completion judges the step before.
-                x_next = ODE()(record.x, record.prediction, record.interval).mean
+                nodes = coarse_nodes(record.step, policy.num_steps(), self.completion_steps)
+                interval = policy.scheduler.interval(nodes[0], nodes[1])
+                x_next = ODE()(record.x, record.prediction, interval).mean
                 collection.complete(
-                    samples, x_next, record.step + 1, step=record.step - 1, compare=False
+                    samples, x_next, nodes[1], step=record.step - 1, nodes=nodes[1:], compare=False
                 )
         return collection.experience()
 
     def advantages(self, experience: Experience) -> Float[Tensor, " actions"]:
-        """The step rewards, standardised over the group at each step."""
+        """The step rewards, standardised over the group at each step or over all of them."""
 
         def derive(numbers: Tensor) -> StepTable:
             states, steps = self._states(experience, numbers)
             return states.with_values(self.step_rewards(states.values, states.group), steps)
 
-        return step_advantages(self.advantage, experience, derive).of(experience.actions)
+        found = step_advantages(self.advantage, experience, derive, jointly=self.rivals == "group")
+        return found.of(experience.actions)
 
     def turns(self, experience: Experience) -> StepTable:
         """1 where a step is credited as a turning point of any normalised reward; else 0."""
@@ -118,6 +138,10 @@ class TPGRPO(AlgorithmBase):
         check_kind(self.advantage, "differences of rewards", bounded=False)
         if self.group_size < 2:
             raise ValueError(f"algorithm.group_size must be at least 2, got {self.group_size}")
+        if self.completion_steps < 0:
+            raise ValueError(
+                f"algorithm.completion_steps must be at least 0, got {self.completion_steps}"
+            )
         self.steps.check(num_steps)
 
     def credit_view(self, experience: Experience) -> CreditView:
@@ -174,13 +198,21 @@ class TPGRPO(AlgorithmBase):
 
 @dataclass(frozen=True)
 class CompletedTrajectories(TrajectoryPlan):
-    """Trajectories, with a completion of the state before each stochastic step."""
+    """Trajectories, with a completion of the state before each stochastic step.
+
+    Attributes:
+        completion_steps: Most steps of a completion; 0 for all steps of the grid.
+    """
+
+    completion_steps: int = 0
 
     def cost(self, num_steps: int) -> Cost:
         """Work per prompt: that of the trajectories, and for each sample and stochastic step ``s``
-        a completion in ``T - s - 1`` evaluations; with shared noise the first step has only one."""
+        a completion in ``min(completion_steps, T - s) - 1`` evaluations, ``T - s - 1`` without a limit;
+        with shared noise the first step has only one."""
         plain = super().cost(num_steps)
-        first, *later = (num_steps - s - 1 for s in self.steps)
+        most = self.completion_steps
+        first, *later = (len(coarse_nodes(s, num_steps, most)) - 2 for s in self.steps)
         number = 1 if self.shared_noise else self.group_size
         candidates = plain.decodes + number + self.group_size * len(later)
         nfe = plain.nfe + number * first + self.group_size * sum(later)

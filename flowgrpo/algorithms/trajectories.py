@@ -84,7 +84,11 @@ def collect_trajectories(
 
 
 def sample_trajectories(
-    collection: Collection, random: Random, plan: TrajectoryPlan, record: Container[int] = ()
+    collection: Collection,
+    random: Random,
+    plan: TrajectoryPlan,
+    record: Container[int] = (),
+    groups: Sequence[Group] | None = None,
 ) -> Iterator[tuple[Samples, Sequence[StepRecord]]]:
     """Sample trajectories, record their actions, and score their images.
 
@@ -93,13 +97,15 @@ def sample_trajectories(
         random: Keyed by the iteration.
         plan: How to sample.
         record: Steps to record besides the stochastic ones; none before the first stochastic step.
+        groups: The groups that are sampled; None for all of the collection.
 
     Yields:
         The recorded steps, for algorithms that decode further candidates from them: first, if noise
         is shared, one sample per group at the first stochastic step; then each batch of samples.
     """
     policy, size = collection.policy, plan.group_size
-    samples = Samples.of(collection.groups, size, random, 1 if plan.shared_noise else None)
+    groups = collection.groups if groups is None else groups
+    samples = Samples.of(groups, size, random, 1 if plan.shared_noise else None)
     nodes, x, later = plan.nodes(policy.num_steps()), None, list(plan.steps)
     if plan.shared_noise:
         # One sample per group runs up to the first stochastic step, then all samples branch.

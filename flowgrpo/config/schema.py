@@ -28,6 +28,7 @@ from flowgrpo.config.benchmarks import Bench, check_benchmarks
 from flowgrpo.config.best import check_best
 from flowgrpo.config.bounds import check_bounds
 from flowgrpo.config.regimes import Regime, check_regimes
+from flowgrpo.config.steps import check_steps
 from flowgrpo.core.errors import ConfigError
 from flowgrpo.core.random import Random
 from flowgrpo.losses import base as losses
@@ -358,6 +359,7 @@ class Config:
         self._check_updates()
         self._check_staleness()
         self._check_kinds()
+        check_steps(self)
         check_benchmarks(self.evaluation.bench)
         check_regimes(self.evaluation.regimes, self.evaluation_sampling())
         check_best(self)

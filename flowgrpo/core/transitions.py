@@ -12,7 +12,7 @@ of 1e-4 on 65,536 elements is 6.6 nats of the true ratio.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, Protocol, runtime_checkable
 
 from flowgrpo.core.tensors import Float, Tensor, torch
@@ -37,6 +37,7 @@ class Step:
             by it.
         predicted: The model's output: the velocity ``x1 - x0`` on a flow path; on a diffusion path
             the noise, the data, or ``v = signal * x1 - noise * x0`` (arXiv:2202.00512).
+        index: The index of the step in the sampling grid; -1 if it is on none.
     """
 
     path: Path
@@ -47,13 +48,20 @@ class Step:
     sigma_max: float = 1.0
     noise_scale: float = 1.0
     predicted: Predicted = "velocity"
+    index: int = field(default=-1, compare=False)
 
     @classmethod
     def flow(
-        cls, sigma: float, sigma_next: float, sigma_max: float = 1.0, noise_scale: float = 1.0
+        cls,
+        sigma: float,
+        sigma_next: float,
+        sigma_max: float = 1.0,
+        noise_scale: float = 1.0,
+        index: int = -1,
     ) -> "Step":
         """A step on the rectified-flow path, from ``sigma`` to ``sigma_next``."""
-        return cls("flow", 1 - sigma, sigma, 1 - sigma_next, sigma_next, sigma_max, noise_scale)
+        ends = (1 - sigma, sigma, 1 - sigma_next, sigma_next)
+        return cls("flow", *ends, sigma_max, noise_scale, index=index)
 
     @classmethod
     def diffusion(
@@ -222,6 +230,58 @@ class DanceSDE:
 
 
 @dataclass(frozen=True, kw_only=True)
+class CalibratedSDE:
+    """DenseGRPO's step for flows: a diffusion coefficient ``g`` of its own for each denoising step.
+
+    The formula of ``flow_sde`` with ``g = levels[k]`` at step ``k`` (arXiv:2601.20218, eq. 11).
+    ``python -m benchmarks.calibrate_noise`` finds levels by the paper's algorithm 1.
+    """
+
+    kind: Literal["calibrated_sde"] = "calibrated_sde"
+    levels: tuple[float, ...] = ()
+    """``g`` of each denoising step from step 0 on, above 0; one for every stochastic step."""
+
+    def __call__(
+        self, x: Float[Tensor, "batch *latent"], prediction: Prediction, step: Step
+    ) -> Gaussian:
+        require_path(self, step.path)
+        if not 0 <= step.index < len(self.levels):
+            raise ValueError(
+                f"transition.levels of calibrated_sde has {len(self.levels)} numbers, but step {step.index} is "
+                "stochastic; give one for each step from 0 to the last stochastic one"
+            )
+        return _reverse_sde(x, prediction, step, self.levels[step.index])
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepwiseSDE:
+    """Stepwise-Flow-GRPO's step for flows, after DDIM (arXiv:2603.28718, eq. 8).
+
+    ``x_next = (1 - s') x0 + sqrt(s'^2 - std^2) x1 + std * noise`` with ``std = eta s' sqrt(1 - s)`` from
+    ``s`` to ``s'``. It keeps the noise variance exactly, as ``cps`` does, and injects the less the nearer
+    the state is to pure noise: nothing at ``s = 1``, where a step has no density.
+    """
+
+    kind: Literal["stepwise_sde"] = "stepwise_sde"
+    eta: float = 0.7
+    """Strength of the injected noise in (0, 1]. The paper's value was not found; this is a choice."""
+
+    def __call__(
+        self, x: Float[Tensor, "batch *latent"], prediction: Prediction, step: Step
+    ) -> Gaussian:
+        require_path(self, step.path)
+        if step.noise > 0.9995:
+            raise ValueError(
+                "stepwise_sde injects no noise at sigma = 1, so that step 0 has no density to train on; leave it "
+                "out, as algorithm.steps = {kind = 'window', start = 1, size = ...} does"
+            )
+        std = self.eta * step.noise_next * math.sqrt(step.signal)
+        kept = math.sqrt(max(0.0, step.noise_next**2 - std**2))
+        mean = step.signal_next * prediction.x0 + kept * prediction.x1
+        return Gaussian(mean, step.noise_scale * std)
+
+
+@dataclass(frozen=True, kw_only=True)
 class CPS:
     """Coefficients-preserving sampling (Flow-CPS, arXiv:2509.05952).
 
@@ -280,12 +340,13 @@ class CustomTransition(Protocol):
     ) -> Gaussian: ...
 
 
-Transition = FlowSDE | DanceSDE | CPS | DDIM | ODE | CustomTransition
+Transition = FlowSDE | DanceSDE | CalibratedSDE | StepwiseSDE | CPS | DDIM | ODE | CustomTransition
 
 
 def require_path(transition: Transition, path: Path) -> None:
     """Raise ValueError if a transition is not defined on a model's path."""
-    if isinstance(transition, FlowSDE | DanceSDE) and path != "flow":
+    flow_only = FlowSDE | DanceSDE | CalibratedSDE | StepwiseSDE
+    if isinstance(transition, flow_only) and path != "flow":
         raise ValueError(
             f"{transition.kind} is defined on a rectified-flow path, but this model predicts noise on a "
             "diffusion path: use the transition 'ddim' or 'cps'"
@@ -304,11 +365,19 @@ def require_noise(transition: Transition) -> None:
     """
     # A user's own transition may call its strength otherwise; only a known zero is refused.
     strength = getattr(transition, "noise_level", getattr(transition, "eta", 1.0))
+    if isinstance(transition, CalibratedSDE):
+        if not transition.levels or not all(level > 0 for level in transition.levels):
+            raise ValueError(
+                "transition.levels of calibrated_sde must be numbers above 0, one for each step up to the "
+                f"last stochastic one, got {list(transition.levels)}; 'python -m benchmarks.calibrate_noise' "
+                "finds them"
+            )
+        return
     if isinstance(transition, ODE) or not strength > 0:
         raise ValueError(
             f"transition {transition} injects no noise, so that its steps have no density to train on"
         )
-    if isinstance(transition, CPS | DDIM) and strength > 1:
+    if isinstance(transition, CPS | DDIM | StepwiseSDE) and strength > 1:
         name = "noise_level" if isinstance(transition, CPS) else "eta"
         raise ValueError(
             f"transition.{name} must be in (0, 1] for {transition.kind!r}, got {strength}"

@@ -271,6 +271,8 @@ def _tiny(recipe: Config, folder: Path) -> tuple[list[str], list[str]]:
     fitted = dict(FITTED.get(getattr(recipe.algorithm, "kind", ""), {}))
     if getattr(recipe.algorithm, "best_of", 0):
         fitted["algorithm.best_of"] = "2"
+    if getattr(getattr(recipe.algorithm, "steps", None), "last", 0) > 5:
+        fitted["algorithm.steps.last"] = "5"
     settings = [
         f"model.path='{model}'",
         "model.dtype='float32'",

@@ -91,6 +91,8 @@ class LossInputs:
             does not know, which stands for all. Where it is false, the advantage is 0 for that reason.
         kl_weight: The weight that the learner gives :attr:`LossOutputs.kl` of each action, besides
             ``kl_coef``; None for 1.
+        chunk_log_ratio: The mean over each action's chunk of the present log-ratios, without gradients.
+            Supplied for ``LossNeeds.chunks``.
     """
 
     policy: PolicyOutputs
@@ -111,6 +113,7 @@ class LossInputs:
     reference: PolicyOutputs | None = None
     has_reward: Bool[Tensor, " actions"] | None = None
     kl_weight: Float[Tensor, " actions"] | None = None
+    chunk_log_ratio: Float[Tensor, " actions"] | None = None
 
     def per_action(self, values: Float[Tensor, "states *rest"]) -> Float[Tensor, "actions *rest"]:
         """Values of states, repeated for the actions that start there."""
@@ -189,6 +192,11 @@ class LossNeeds:
             rewards can be added (advantages of the kind ``per_loss``).
         balanced_steps: The gradient of an action is proportional to that of its log-probability, so
             that a step with next to no noise would dominate all others. Such steps are refused.
+        step_weight: A factor above 0 of the advantages of a step's actions. The learner divides it by its
+            mean over the actions of the optimizer step on all processes.
+        chunks: Numbers of consecutive denoising steps, from step 0 on, whose log-ratios are averaged for
+            each sample (:attr:`LossInputs.chunk_log_ratio`). The learner weighs an action by 1 over the
+            number of its chunk's actions, so that the loss is a mean over chunks. Empty for none.
     """
 
     action_kinds: Sequence[ActionKind] = ("step",)
@@ -203,6 +211,8 @@ class LossNeeds:
     whole_groups: bool = False
     is_additive: bool = False
     balanced_steps: bool = False
+    step_weight: Callable[[Transition, Step], float] | None = None
+    chunks: Sequence[int] = ()
 
 
 @runtime_checkable

@@ -1,7 +1,8 @@
 """Clipped policy gradient on the log-probabilities of stochastic steps.
 
-PPO's objective (arXiv:1707.06347) by default, with two alternatives: GRPO-Guard's ratio
-(arXiv:2510.22319) and Flow-DPPO's bound on a KL in place of one on the ratio (arXiv:2606.11025).
+PPO's objective (arXiv:1707.06347) by default, with alternatives: GRPO-Guard's ratio (arXiv:2510.22319),
+Flow-DPPO's bound on a KL in place of one on the ratio (arXiv:2606.11025), Flash-GRPO's weight of a step
+(arXiv:2605.15980) and Chunk-GRPO's ratio of several steps (arXiv:2510.21583).
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,11 +13,13 @@ from flowgrpo.core.tensors import Bool, Float, Tensor, torch
 from flowgrpo.core.transitions import (
     CPS,
     DDIM,
+    CalibratedSDE,
     DanceSDE,
     FlowSDE,
     Gaussian,
     Prediction,
     Step,
+    StepwiseSDE,
     Transition,
     gaussian_kl,
 )
@@ -110,9 +113,21 @@ def guard_weight(transition: Transition, step: Step) -> float:
     Other transitions have no such factor; their weight is ``1 / step_gain``, which for
     coefficients-preserving sampling tends to ``1 / dt`` as its noise level tends to 0.
     """
-    if isinstance(transition, FlowSDE | DanceSDE):
+    if isinstance(transition, FlowSDE | DanceSDE | CalibratedSDE):
         return 1 / step.dt
     return 1 / step_gain(transition, step)
+
+
+def rectified_weight(transition: Transition, step: Step) -> float:
+    """Flash-GRPO's weight of a step: 1 over the size of the gradient of its log-probability.
+
+    With ``mean`` linear in the model's output, the derivative of the log-probability by the output, per
+    unit of noise, is ``step_gain / std``. For the SDEs that is ``sqrt(dt) / g + g sqrt(dt) (1 - sigma) /
+    (2 sigma)``, as published (arXiv:2605.15980); the formula here holds for every transition.
+    """
+    one, zero = torch.ones(1, 1, dtype=torch.float64), torch.zeros(1, 1, dtype=torch.float64)
+    std = transition(zero, Prediction.from_output(zero, one, step), step).std
+    return float(std) / step_gain(transition, step)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,6 +155,13 @@ class ClippedLoss(Loss):
     value depends on the resolution."""
     clip_high: float | None = None
     """Largest increase of the ratio, if it differs from the largest decrease; unset as ``clip_range``."""
+    step_weight: Literal["none", "rectified"] = "none"
+    """Factor of the loss of a step: ``rectified`` is Flash-GRPO's, which gives the gradients of all steps
+    the same size, divided by its mean over an optimizer step."""
+    chunks: tuple[int, ...] = ()
+    """Numbers of consecutive denoising steps, from step 0 on, that have one ratio in common (Chunk-GRPO):
+    the geometric mean of their ratios, which is clipped as one. The loss is the mean over chunks. Empty
+    for a ratio of each step."""
     kl_coef: float = 0.0
     """Weight of the KL to the reference model; 0 does not evaluate the reference at all."""
     kl: Literal["exact", "flow_grpo", "velocity"] = "exact"
@@ -162,7 +184,8 @@ class ClippedLoss(Loss):
         """Old means for the guarded ratio and the KL bound, the reference for a KL."""
         old_mean, has_kl = self.ratio == "guard" or self.clip == "kl", self.kl_coef > 0
         # The initial noise has a log-probability, but no old means and no step size.
-        needs_step = old_mean or self.kl == "flow_grpo"
+        by_step = self.step_weight != "none" or bool(self.chunks)
+        needs_step = old_mean or by_step or self.kl == "flow_grpo"
         return LossNeeds(
             action_kinds=("step",) if needs_step else ("step", "initial_noise"),
             old_mean=old_mean,
@@ -170,7 +193,9 @@ class ClippedLoss(Loss):
             # An action without advantage still has a KL.
             all_actions=has_kl,
             is_additive=True,
-            balanced_steps=self.ratio == "plain",
+            balanced_steps=self.ratio == "plain" and self.step_weight == "none",
+            step_weight=rectified_weight if self.step_weight == "rectified" else None,
+            chunks=self.chunks,
         )
 
     def __call__(self, inputs: LossInputs) -> LossOutputs:
@@ -178,15 +203,19 @@ class ClippedLoss(Loss):
         gaussian, reference = inputs.gaussian, inputs.reference
         log_ratio = self.log_ratio(gaussian, inputs.x_next, inputs.old_log_prob, inputs.old_mean)
         weight = guard_weight(inputs.transition, inputs.interval) if self.ratio == "guard" else 1.0
+        change = log_ratio.detach()
+        if inputs.chunk_log_ratio is not None:
+            # The value of the chunk's ratio, and the gradient through this action's part of it. The
+            # learner's weights make the sum of the parts the chunk's gradient.
+            log_ratio = inputs.chunk_log_ratio.to(log_ratio) + log_ratio - change
         loss, outside = self.surrogate(
             log_ratio, inputs.advantage.to(log_ratio), gaussian, inputs.old_mean, weight
         )
         kl = None
         if reference is not None:
             kl = inputs.per_action(self.kl_to(inputs.policy, reference, inputs.interval))
-        change = log_ratio.detach()
         metrics = {
-            "ratio/deviation": torch.expm1(change).abs(),
+            "ratio/deviation": torch.expm1(log_ratio.detach()).abs(),
             "ratio/clip_fraction": outside.float(),
         }
         if inputs.first_update:
@@ -250,6 +279,20 @@ class ClippedLoss(Loss):
             require_at_least("clip_high", self.clip_high, 1e-12)
             if self.clip == "kl":
                 raise ValueError("loss.clip_high has no meaning with loss.clip = 'kl'; remove it")
+        if self.ratio == "guard" and self.step_weight != "none":
+            raise ValueError(
+                "loss.ratio = 'guard' already gives the gradients of all steps one size; remove "
+                "loss.step_weight, or use loss.ratio = 'plain'"
+            )
+        if self.chunks and (self.ratio == "guard" or self.clip == "kl"):
+            raise ValueError(
+                "loss.chunks combines plain ratios of densities and bounds their mean; use loss.ratio = "
+                "'plain' and loss.clip = 'ratio', or remove loss.chunks"
+            )
+        if any(size < 1 for size in self.chunks):
+            raise ValueError(
+                f"loss.chunks must be numbers of steps, each at least 1, got {list(self.chunks)}"
+            )
         if self.kl != "exact" and self.kl_coef == 0:
             raise ValueError(
                 f"loss.kl = {self.kl!r} is set but loss.kl_coef is 0; set a coefficient or remove loss.kl"
@@ -260,10 +303,11 @@ class ClippedLoss(Loss):
         if action_kind == "initial_noise" and action_kind not in self.needs.action_kinds:
             raise ValueError(
                 "algorithm.kind = 'find' has no denoising step, which loss.ratio = 'guard', loss.clip = "
-                "'kl' and loss.kl = 'flow_grpo' need; leave them at 'plain', 'ratio' and 'exact'"
+                "'kl', loss.kl = 'flow_grpo', loss.step_weight and loss.chunks need; leave them at 'plain', "
+                "'ratio', 'exact', 'none' and []"
             )
         super().check_algorithm(action_kind, transition)
-        if self.kl == "flow_grpo" and isinstance(transition, CPS | DDIM):
+        if self.kl == "flow_grpo" and isinstance(transition, CPS | DDIM | StepwiseSDE):
             raise ValueError(
                 "loss.kl = 'flow_grpo' leaves a factor dt out of the step's variance, but the variance "
                 f"of {transition.kind!r} has no such factor; use loss.kl = 'exact', which is the KL that "

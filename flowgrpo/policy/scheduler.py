@@ -262,7 +262,7 @@ class FlowPolicyScheduler(_PlannedSteps, FlowMatchEulerDiscreteScheduler):
 
     def interval(self, node: int, next_node: int) -> Step:
         sigmas = self._grid_sigmas
-        return Step.flow(sigmas[node], sigmas[next_node], sigmas[1], self.noise_scale)
+        return Step.flow(sigmas[node], sigmas[next_node], sigmas[1], self.noise_scale, node)
 
     def _predict(self, output: Tensor, x: Tensor, node: int, interval: Step) -> Prediction:
         # Inverted grids (Mochi) run from 0 to 1, so their models predict x0 - x1, not x1 - x0.

@@ -16,8 +16,9 @@ class FrameScore:
     """The mean or the minimum of an image reward over frames, in the range of that reward.
 
     The minimum penalises a single bad frame. ``mean_positive`` is the mean of the scores above 0, and 0
-    if there are none, as Flow-GRPO's OCR reward for videos has it. If one frame has no score, the
-    video has none (NaN).
+    if there are none, as Flow-GRPO's OCR reward for videos has it. ``mean_top`` is the mean of the best
+    frames, as Flash-GRPO's HPSv3 reward for videos has it. If one frame has no score, the video has none
+    (NaN).
     """
 
     def __init__(
@@ -25,7 +26,8 @@ class FrameScore:
         model: str,
         every: int = 1,
         frames: Sequence[int] = (),
-        reduce: Literal["mean", "min", "mean_positive"] = "mean",
+        reduce: Literal["mean", "min", "mean_positive", "mean_top"] = "mean",
+        share: float = 0.3,
         batch_size: int = 32,
         options: dict[str, Any] | None = None,
     ):
@@ -35,17 +37,19 @@ class FrameScore:
             every: Stride over the frames, from the first one.
             frames: Indices of the frames to score, instead of a stride; negative ones count from
                 the end.
-            reduce: Mean or minimum of the frames' scores, or the mean of those above 0.
+            reduce: Mean or minimum of the frames' scores, the mean of those above 0, or that of the best.
+            share: Share of the frames that ``mean_top`` takes, in (0, 1], rounded down to at least one.
             batch_size: Most frames in one call of the image reward.
             options: Arguments for the image reward.
 
         Raises:
             ValueError: If an option is wrong.
         """
-        if every < 1 or batch_size < 1 or reduce not in ("mean", "min", "mean_positive"):
+        kinds = ("mean", "min", "mean_positive", "mean_top")
+        if every < 1 or batch_size < 1 or reduce not in kinds or not 0 < share <= 1:
             raise ValueError(
-                "every and batch_size must be at least 1 and reduce 'mean', 'min' or 'mean_positive', "
-                f"got {every}, {batch_size}, {reduce!r}"
+                "every and batch_size must be at least 1, reduce one of 'mean', 'min', 'mean_positive' and "
+                f"'mean_top', and share in (0, 1], got {every}, {batch_size}, {reduce!r}, {share}"
             )
         if frames and every != 1:
             raise ValueError(f"give either every or frames, got {every} and {list(frames)}")
@@ -57,7 +61,7 @@ class FrameScore:
                 f"{model!r} needs the sound of a whole video, so it cannot score frames"
             )
         self.every, self.frames = every, list(frames)
-        self.reduce, self.batch_size = reduce, batch_size
+        self.reduce, self.share, self.batch_size = reduce, share, batch_size
 
     def check(self, prompts: Sequence[Prompt]) -> None:
         """Check the prompts with the image reward.
@@ -94,6 +98,10 @@ class FrameScore:
         if self.reduce == "mean_positive":
             counted = (each > 0) | each.isnan()
             return (each * counted).sum(1) / counted.sum(1).clamp(min=1)
+        if self.reduce == "mean_top":
+            number = max(1, int(each.shape[1] * self.share))
+            # topk puts NaN first, so that a video with a missing score has none.
+            return each.topk(number, dim=1).values.mean(1)
         return each.mean(1) if self.reduce == "mean" else each.amin(1)
 
 

@@ -45,6 +45,7 @@ from flowgrpo.training.split import (
     split_samples,
     split_steps,
 )
+from flowgrpo.training.weighting import action_weights, chunk_log_ratios
 
 GRADIENT_NORMS_KEPT = 50
 """Gradient norms of past optimizer steps whose median defines a spike."""
@@ -173,14 +174,19 @@ class Learner:
             number = self.accelerator.reduce(chosen.sum().to(self.policy.device), "sum").item()
             computes_all = needs.all_actions or needs.whole_groups
             trained = chosen if computes_all else chosen & differs
-            batches = list(self.replay.batches(experience, advantages, trained))
+            weighted = self._weighted(experience, advantages, chosen)
+            batches = list(self.replay.batches(experience, weighted, trained))
             referred = [batch for batch, _ in batches]
             references = self.replay.references(experience, referred) if needs.reference else []
             is_first = number_before == 0 and not stale
+            ratios = self._chunk_log_ratios(experience, referred, is_first)
             with self.policy.together():
-                for (batch, advantage), reference in zip_longest(batches, references):
+                for (batch, advantage), reference, ratio in zip_longest(
+                    batches, references, ratios
+                ):
                     columns = [advantage] if advantage.ndim == 1 else list(advantage.unbind(1))
                     inputs = self.replay.inputs(experience, batch, columns[0], reference, is_first)
+                    inputs = replace(inputs, chunk_log_ratio=ratio)
                     loss = self._loss(inputs, columns[1:], statistics)
                     # Wan 2.2 has two denoisers. If only one is trained, the steps of the other carry
                     # no gradient, and nothing is backpropagated.
@@ -190,6 +196,38 @@ class Learner:
         self._follow()
         metrics = statistics.summary(self.accelerator) | noted | self._drift(experience)
         return metrics | self._reset_reference(metrics["loss/kl"])
+
+    def _weighted(
+        self,
+        experience: Experience,
+        advantages: Float[Tensor, "actions *rewards"],
+        chosen: Bool[Tensor, " actions"],
+    ) -> Float[Tensor, "actions *rewards"]:
+        """The advantages times the weights that the loss asks for."""
+        weights = action_weights(
+            experience.actions,
+            chosen,
+            self.loss.needs,
+            experience.transition,
+            self.policy.scheduler.interval,
+            lambda sums: self.accelerator.reduce(sums.to(self.policy.device), "sum").cpu(),
+        )
+        if weights is None:
+            return advantages
+        return advantages * (weights if advantages.ndim == 1 else weights[:, None])
+
+    def _chunk_log_ratios(
+        self, experience: Experience, batches: Sequence[Actions], is_first: bool
+    ) -> list[Float[Tensor, " actions"]]:
+        """The mean log-ratios of the chunks of each batch's actions; none if the loss has no chunks.
+
+        Before the first update all are 0. Later they take a pass without gradients of their own, as the
+        actions of a chunk are in different batches.
+        """
+        chunks = self.loss.needs.chunks
+        if not chunks or is_first:
+            return [torch.zeros(len(batch)) for batch in batches] if chunks else []
+        return chunk_log_ratios(batches, self.replay.log_ratios(experience, batches), chunks)
 
     def _reset_reference(self, kl: float) -> dict[str, float]:
         """Make the trained weights the reference policy, if the guards say so; what to log about it."""

@@ -181,6 +181,20 @@ class Replay:
             kl_weight=None if actions.kl_weight is None else actions.kl_weight.to(device),
         )
 
+    def log_ratios(
+        self, experience: Experience, batches: Sequence[Actions]
+    ) -> list[Float[Tensor, " actions"]]:
+        """The present log-ratio of each action of each batch, without gradients, on the CPU."""
+        found = []
+        with torch.no_grad(), self.policy.together():
+            for actions in batches:
+                gaussian = self.record(experience, actions).gaussian
+                device = gaussian.mean.device
+                mean = gaussian.mean[actions.starts()[1].to(device)]
+                new = Gaussian(mean, gaussian.std, gaussian.normalised)
+                found.append(new.log_prob(actions.x_next.to(device)).cpu() - actions.old_log_prob)
+        return found
+
     def _old_mean(self, actions: Actions, mean: Tensor) -> Tensor:
         """The recorded means of the steps, or with one update per iteration the policy's own.
 

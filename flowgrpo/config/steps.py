@@ -1,0 +1,51 @@
+"""Checks of settings that belong to single denoising steps, against the algorithm and the updates."""
+
+from typing import Any
+
+from flowgrpo.core.errors import ConfigError
+from flowgrpo.core.random import Random
+from flowgrpo.core.transitions import CalibratedSDE
+
+
+def check_steps(config: Any) -> None:
+    """Check a transition's ``levels``, ``loss.step_weight`` and ``loss.chunks`` of a configuration.
+
+    Raises:
+        ConfigError: If a stochastic step has no level, the algorithm already weighs its steps, or an action
+            has no chunk that belongs to one sample and one optimizer step.
+    """
+    algorithm, needs = config.algorithm, config.loss.needs
+    if isinstance(algorithm.transition, CalibratedSDE):
+        random = Random(config.run.seed).at("train", 0)
+        last = max(algorithm.trained_steps(config.sampling.num_steps, 0, random), default=0)
+        number = len(algorithm.transition.levels)
+        if number <= last:
+            raise ConfigError(
+                f"algorithm.transition.levels has {number} numbers, but steps up to {last} are stochastic; "
+                f"give {last + 1}, one for each step from 0 on"
+            )
+    name = type(algorithm).__name__
+    if needs.step_weight is not None and algorithm.scales_steps:
+        raise ConfigError(
+            f"{name} already weighs its steps; set loss.step_weight to 'none', or switch the algorithm's "
+            "own weights off (algorithm.noise_weights = false)"
+        )
+    if not needs.chunks:
+        return
+    if not getattr(algorithm, "credits_trajectories", False):
+        raise ConfigError(
+            f"loss.chunks gives consecutive steps of a sample one ratio and one advantage, but {name} gives "
+            "each step an advantage of its own; use algorithm.kind = 'flow_grpo', 'dance_grpo', 'mix_grpo' "
+            "or 'pref_grpo', or remove loss.chunks"
+        )
+    covered, needed = sum(needs.chunks), config.sampling.num_steps - 1
+    if covered < needed:
+        raise ConfigError(
+            f"loss.chunks = {list(needs.chunks)} covers steps 0 to {covered - 1}, but with sampling.num_steps = "
+            f"{needed + 1} steps up to {needed - 1} can be trained; add {needed - covered} to the sizes"
+        )
+    if config.train.split in ("steps", "actions"):
+        raise ConfigError(
+            f"loss.chunks needs all actions of a chunk in one optimizer step, which train.split = "
+            f"{config.train.split!r} divides; use 'groups' or 'samples'"
+        )
