@@ -15,6 +15,7 @@ from typing import Literal
 
 from flowgrpo.algorithms.base import AlgorithmBase, Policy, Scorer
 from flowgrpo.algorithms.credit import trajectory_advantages
+from flowgrpo.algorithms.previews import Previews
 from flowgrpo.algorithms.trajectories import TrajectoryPlan, collect_trajectories
 from flowgrpo.core.advantages import Advantage, GroupAdvantage
 from flowgrpo.core.random import Random
@@ -41,6 +42,8 @@ class FlowGRPO(AlgorithmBase):
     noise_last: bool = False
     """Whether the last step adds noise too, which is not trained and stays in the images of rollouts, as
     in Flow-GRPO's code when all steps are stochastic. Evaluations are without noise either way."""
+    previews: Previews = field(default_factory=Previews)
+    """Previews that choose the initial noises of the samples (Sol-RL)."""
     advantage: Advantage = field(default_factory=lambda: GroupAdvantage(std="batch"))
     """From rewards to advantages."""
 
@@ -53,6 +56,7 @@ class FlowGRPO(AlgorithmBase):
             steps,
             self.shared_noise,
             noise_last=self.noise_last,
+            previews=self.previews,
         )
 
     def collect(
@@ -76,3 +80,4 @@ class FlowGRPO(AlgorithmBase):
         require_noise(self.transition)
         self.advantage.check()
         self.steps.check(num_steps)
+        self.previews.check(self.group_size, num_steps, self.shared_noise)

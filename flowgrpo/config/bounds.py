@@ -22,6 +22,8 @@ BOUNDS: Mapping[str, tuple[float, float]] = {
     "sampling.width": (1, 16384),
     "sampling.num_frames": (1, 10_000),
     "algorithm.group_size": (2, 100_000),
+    "algorithm.previews.number": (0, 100_000),
+    "algorithm.previews.num_steps": (1, 1000),
     "train.iterations": (1, 10_000_000),
     "train.groups": (1, 100_000),
     "train.updates": (1, 100_000),

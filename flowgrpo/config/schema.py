@@ -24,6 +24,7 @@ from flowgrpo.algorithms import (
 )
 from flowgrpo.algorithms import base as algorithms
 from flowgrpo.algorithms.guard import Guard
+from flowgrpo.algorithms.previews import check_grid
 from flowgrpo.config.benchmarks import Bench, check_benchmarks
 from flowgrpo.config.best import check_best
 from flowgrpo.config.bounds import check_bounds
@@ -324,6 +325,7 @@ class Config:
         )
         try:
             algorithm.check(self.sampling.num_steps)
+            check_grid(algorithm, self.sampling)
             algorithm.check_rewards([r.label for r in self.rewards])
         except ValueError as error:
             raise ConfigError(f"algorithm: {error}") from error
