@@ -4,7 +4,7 @@
 chosen samples differ. ``train``: the matching quick start with previews, and without them at equal
 denoiser evaluations, once with larger groups and once with more iterations.
 
-    python -m benchmarks.previews spread [--steps 1 2 3 4 8] [--number 48]
+    python -m benchmarks.previews spread [--steps 2 3 4 6 8] [--number 24]
     python -m benchmarks.previews train [--seeds 0 1] [--folder runs/previews]
 
 Prints Markdown tables. ``train`` resumes.
@@ -28,13 +28,13 @@ from flowgrpo.training.metrics import rollout_metrics
 
 GROUP = 12
 ARMS = {
-    "12 of 24 previews": ["algorithm.previews={number=24, num_steps=3}"],
-    "larger groups": ["algorithm.group_size=21", "train.rollout_batch=126", "train.train_batch=63"],
-    "more iterations": ["train.iterations=42"],
+    "12 of 24 previews": ["algorithm.previews={number=24, num_steps=4}"],
+    "more iterations": ["train.iterations=48"],
+    "larger groups": ["algorithm.group_size=24"],
     "as the quick start": [],
 }
-"""Settings by arm. The first three have equal denoiser evaluations: 24 * 3 + 12 * 8 = 21 * 8 = 168 per prompt
-in 24 iterations, and 12 * 8 = 96 in 42."""
+"""Settings by arm. The first three have equal denoiser evaluations: 24 * 4 + 12 * 8 = 24 * 8 = 192 per prompt
+in 24 iterations, and 12 * 8 = 96 in 48."""
 SHORT = [
     "evaluation.regimes=[]", "evaluation.every=0", "evaluation.grid_prompts=1", "evaluation.grid_samples=2",
     "evaluation.inspected_prompts=0", "run.trackers=[]",
@@ -42,27 +42,25 @@ SHORT = [
 
 
 def spread(config: Config, steps: Sequence[int], number: int) -> str:
-    """The table of previews of some numbers of steps, on 36 prompts."""
+    """The table of previews of some numbers of steps, on 18 prompts."""
     policy = PipelinePolicy.from_pretrained("shapes", sampling=config.sampling)
     scorer = RewardScorer(config.rewards, config.failures)
     prompts = PromptSet(read_prompts(Path(config.prompts.train)), config.prompts.balance)
-    groups = prompts.groups(0, 36, Random(0))
+    groups = prompts.groups(0, 18, Random(0))
     lines = [
-        "| previews | evaluations per prompt | agreement | spread | groups of equal rewards |",
+        "| previews | evaluations per prompt | agreement | deviation in the group | groups of equal rewards |",
         "|---|--:|--:|--:|--:|",
     ]
     settings = [Previews(), *(Previews(number=number, num_steps=n) for n in steps)]
     for one in settings:
         algorithm = Matching(group_size=GROUP, num_times=2, previews=one)
-        found = rollout_metrics(
-            algorithm.collect(policy, groups, scorer, Random(0), 0), lambda values: values
-        )
+        experience = algorithm.collect(policy, groups, scorer, Random(0), 0)
+        found, c = rollout_metrics(experience, lambda values: values), experience.candidates
+        deviation = sum(float(c.reward[c.group == g.index].std(correction=0)) for g in groups) / 18
         name = f"{one.number} of {one.num_steps} steps" if one.number else "none"
-        agreement, ratio = (
-            found.get(f"previews/{k}", float("nan")) for k in ("agreement", "spread")
-        )
+        agreement = found.get("previews/agreement", float("nan"))
         lines.append(
-            f"| {name} | {found['nfe_per_prompt']:.0f} | {agreement:.2f} | {ratio:.2f} | {found['group/zero_variance']:.0%} |"
+            f"| {name} | {found['nfe_per_prompt']:.0f} | {agreement:.2f} | {deviation:.3f} | {found['group/zero_variance']:.0%} |"
         )
     scorer.close()
     return "\n".join(lines)
@@ -89,8 +87,8 @@ def main() -> None:
     """Run one of the measurements."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("what", choices=["spread", "train"])
-    parser.add_argument("--steps", type=int, nargs="+", default=[1, 2, 3, 4, 8])
-    parser.add_argument("--number", type=int, default=48)
+    parser.add_argument("--steps", type=int, nargs="+", default=[2, 3, 4, 6, 8])
+    parser.add_argument("--number", type=int, default=24)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--folder", type=Path, default=Path("runs/previews"))
     args = parser.parse_args()

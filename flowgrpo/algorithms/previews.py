@@ -74,13 +74,11 @@ class Chosen:
         seeds: For each group index, the numbers of the chosen initial noises, ascending. The noise of
             number ``i`` is that of a group's sample ``i`` if there were no previews.
         rewards: The rewards of the chosen previews, in this order; NaN where they failed.
-        spread: The standard deviation of the rewards of all previews of a group.
     """
 
     number: int
     seeds: Mapping[int, Sequence[int]]
     rewards: Mapping[int, Float[Tensor, " samples"]]
-    spread: Mapping[int, float]
 
     def metrics(
         self, groups: Sequence[Group], candidates: Candidates
@@ -88,7 +86,7 @@ class Chosen:
         """How well previews predicted, for each group; NaN where it is not defined.
 
         - ``previews/agreement``: correlation of the chosen samples' rewards with their previews' rewards.
-        - ``previews/spread``: standard deviation of the chosen samples' rewards, over that of all previews.
+        - ``previews/spread``: standard deviation of the chosen samples' rewards.
 
         Args:
             groups: The groups, in the order of the result.
@@ -99,14 +97,13 @@ class Chosen:
             rows = (candidates.group == group.index).nonzero().squeeze(1)
             rows = rows[candidates.sample[rows].argsort()]
             exact, before = candidates.reward[rows].double(), self.rewards[group.index].double()
+            spread.append(float(exact[exact.isfinite()].std(correction=0)))
             known = exact.isfinite() & before.isfinite()
             exact, before = exact[known], before[known]
             varies = len(exact) > 1 and exact.std() > 0 and before.std() > 0
             agreement.append(
                 float(torch.corrcoef(torch.stack([exact, before]))[0, 1]) if varies else torch.nan
             )
-            every = self.spread[group.index]
-            spread.append(float(exact.std(correction=0)) / every if every > 0 else torch.nan)
         return {
             "previews/agreement": torch.tensor(agreement),
             "previews/spread": torch.tensor(spread),
@@ -171,9 +168,8 @@ def choose(
         part = owners[rollout.rows.start : rollout.rows.stop]
         futures.append(scorer.submit(rollout.media, [g.prompt for g in part], rollout.audio))
     reward = torch.cat([f.result().reward for f in futures])
-    seeds, rewards, spread = {}, {}, {}
+    seeds, rewards = {}, {}
     for group, own in zip(groups, reward.split(settings.number), strict=True):
         rows = extreme_rows(own, group_size)
         seeds[group.index], rewards[group.index] = rows.tolist(), own[rows]
-        spread[group.index] = float(own[own.isfinite()].double().std(correction=0))
-    return Chosen(settings.number, seeds, rewards, spread)
+    return Chosen(settings.number, seeds, rewards)

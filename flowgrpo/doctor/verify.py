@@ -272,6 +272,8 @@ def _tiny(recipe: Config, folder: Path) -> tuple[list[str], list[str]]:
     fitted = dict(FITTED.get(getattr(recipe.algorithm, "kind", ""), {}))
     if getattr(recipe.algorithm, "best_of", 0):
         fitted["algorithm.best_of"] = "2"
+    if getattr(getattr(recipe.algorithm, "previews", None), "number", 0):
+        fitted["algorithm.previews"] = "{number = 4, num_steps = 2}"
     settings = [
         f"model.path='{model}'",
         "model.dtype='float32'",
