@@ -57,6 +57,7 @@ CASES: dict[str, Sequence[str]] = {
     "flow_grpo, refill": ["algorithm={kind='flow_grpo', group_size=4}", CLIPPED, f"rewards=[{{model='{HERE}:rough'}}]", "train.refill=3"],
     "flow_grpo, dropped": ["algorithm={kind='flow_grpo', group_size=4}", CLIPPED, f"rewards=[{{model='{HERE}:rough'}}]", "train.without_advantage='drop'"],
     "flow_grpo, stale": ["algorithm={kind='flow_grpo', group_size=4}", CLIPPED, "train.staleness=1", "train.iterations=3"],
+    "flow_grpo, replay": ["algorithm={kind='flow_grpo', group_size=4}", CLIPPED, "train.replay={groups=4, keep='all'}", "train.iterations=2"],
     "dance_grpo": ["algorithm={kind='dance_grpo', group_size=4}", CLIPPED, "train.split='samples'"],
     "mix_grpo": ["algorithm={kind='mix_grpo', group_size=4, steps={kind='window', size=2}}", CLIPPED],
     "pref_grpo": ["algorithm={kind='pref_grpo', group_size=4, preference={kind='compared', reward='brightness'}}", CLIPPED],

@@ -29,6 +29,7 @@ from flowgrpo.config.benchmarks import Bench, check_benchmarks
 from flowgrpo.config.best import check_best
 from flowgrpo.config.bounds import check_bounds
 from flowgrpo.config.regimes import Regime, check_regimes
+from flowgrpo.config.replay import ReplaySettings, check_replay
 from flowgrpo.core.errors import ConfigError
 from flowgrpo.core.random import Random
 from flowgrpo.losses import base as losses
@@ -152,6 +153,8 @@ class Train:
     candidates are still being scored, so that slow rewards do not hold up sampling. Actions are then
     trained on with weights one update newer than those that sampled them; their ratios are exact. It needs
     memory for the rollouts of two iterations and for one more copy of the trained weights."""
+    replay: ReplaySettings = field(default_factory=ReplaySettings)
+    """Earlier groups that are trained on again, with importance weights."""
     rollout_batch: int = 64
     """Samples in one call of the pipeline."""
     train_batch: int = 64
@@ -359,6 +362,7 @@ class Config:
             )
         self._check_updates()
         self._check_staleness()
+        check_replay(self, num_processes)
         self._check_kinds()
         check_benchmarks(self.evaluation.bench)
         check_regimes(self.evaluation.regimes, self.evaluation_sampling())

@@ -38,6 +38,7 @@ from flowgrpo.training.divergence import MAX_SKIPPED, are_finite, check_drift
 from flowgrpo.training.guard import Guarding
 from flowgrpo.training.metrics import UpdateStatistics
 from flowgrpo.training.replay import Replay
+from flowgrpo.training.replay_buffer import ReplayBuffer
 from flowgrpo.training.split import (
     has_advantage,
     split_actions,
@@ -66,6 +67,7 @@ class Learner:
         earlier: With ``train.staleness``, the trained weights before the last update; None before the first.
         baseline: The learned baseline, if the algorithm needs one.
         guarding: The guards against reward hacking, if any is on.
+        buffer: Earlier groups that are trained on again, if there are any; set by the setup.
     """
 
     def __init__(
@@ -90,6 +92,7 @@ class Learner:
         )
         self.baseline = ValueBaseline(self.parameters) if with_baseline else None
         self.guarding = Guarding(guard) if guard is not None and guard.is_active else None
+        self.buffer: ReplayBuffer | None = None
         self._reference: dict[str, Tensor] | None = None
         needs = loss.needs
         assert self.ema is not None or not needs.average, "refused by the configuration"
@@ -243,7 +246,8 @@ class Learner:
         """The optimizer step of an epoch, from 0, that trains on each action."""
         train = self.train
         if train.split == "groups":
-            return split_groups(actions, train.updates, train.groups, random)
+            number = train.groups + train.replay.groups
+            return split_groups(actions, train.updates, number, random)
         if train.split == "samples":
             return split_samples(actions, train.updates, random)
         if train.split == "actions":
@@ -402,6 +406,8 @@ class Learner:
             parts["earlier"] = dict(zip(self.named, self.earlier, strict=True))
         if self.baseline is not None:
             parts["baseline"] = self.baseline.state()
+        if self.buffer is not None and self.buffer.groups:
+            parts["replay"] = self.buffer.state()
         if self._reference is not None:
             parts["reference"] = {
                 name: divided_like(part, self.named[name]) for name, part in self._reference.items()
@@ -443,6 +449,8 @@ class Learner:
             self.earlier = [parts["earlier"][name].to(p.device) for name, p in names]
         if self.baseline is not None:
             self.baseline.restore(parts["baseline"])
+        if self.buffer is not None:
+            self.buffer.restore(parts.get("replay", {}))
         if self.guarding is not None:
             self.guarding.restore(state["guard"])
         if "reference" in parts:

@@ -18,6 +18,7 @@ from flowgrpo.training.benchmarks import Benchmarks
 from flowgrpo.training.evaluator import Evaluator
 from flowgrpo.training.inputs import shared_note
 from flowgrpo.training.learner import Learner
+from flowgrpo.training.replay_buffer import ReplayBuffer
 from flowgrpo.training.session import Session
 
 
@@ -76,6 +77,8 @@ def build(config: Config, session: Session, prompts: PromptSet, held_out: Prompt
         with_baseline=getattr(config.algorithm, "needs_baseline", False),
         guard=config.guard,
     )
+    if config.train.replay.groups:
+        learner.buffer = ReplayBuffer(config.train.replay, prompts.prompts)
     session.announce_network(learner)
     evaluator = Evaluator(
         config.evaluation,
