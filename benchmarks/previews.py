@@ -5,7 +5,7 @@ chosen samples differ. ``train``: the matching quick start with previews, and wi
 denoiser evaluations, once with larger groups and once with more iterations.
 
     python -m benchmarks.previews spread [--steps 2 3 4 6 8] [--number 24]
-    python -m benchmarks.previews train [--seeds 0 1] [--folder runs/previews]
+    python -m benchmarks.previews train [--seeds 0 1] [--iterations 24] [--folder runs/previews]
 
 Prints Markdown tables. ``train`` resumes.
 """
@@ -28,13 +28,13 @@ from flowgrpo.training.metrics import rollout_metrics
 
 GROUP = 12
 ARMS = {
-    "12 of 24 previews": ["algorithm.previews={number=24, num_steps=4}"],
-    "more iterations": ["train.iterations=48"],
-    "larger groups": ["algorithm.group_size=24"],
-    "as the quick start": [],
+    "12 of 24 previews": (1, ["algorithm.previews={number=24, num_steps=4}"]),
+    "more iterations": (2, []),
+    "larger groups": (1, ["algorithm.group_size=24"]),
+    "as the quick start": (1, []),
 }
-"""Settings by arm. The first three have equal denoiser evaluations: 24 * 4 + 12 * 8 = 24 * 8 = 192 per prompt
-in 24 iterations, and 12 * 8 = 96 in 48."""
+"""By arm, the factor of the iterations and settings. The first three have equal denoiser evaluations: 24 * 4 + 12 * 8 = 24 * 8 = 192 per prompt
+in an iteration, and 12 * 8 = 96 in each of twice as many."""
 SHORT = [
     "evaluation.regimes=[]", "evaluation.every=0", "evaluation.grid_prompts=1", "evaluation.grid_samples=2",
     "evaluation.inspected_prompts=0", "run.trackers=[]",
@@ -66,13 +66,15 @@ def spread(config: Config, steps: Sequence[int], number: int) -> str:
     return "\n".join(lines)
 
 
-def train(seeds: Sequence[int], folder: Path) -> str:
+def train(seeds: Sequence[int], folder: Path, iterations: int, arms: Sequence[str]) -> str:
     """The table of trained arms: held-out scores before and after."""
     lines = ["| arm | seed | before | after | gain |", "|---|--:|--:|--:|--:|"]
     for seed in seeds:
-        for arm, settings in ARMS.items():
+        for arm in arms:
+            factor, settings = ARMS[arm]
             place = folder / f"{arm.replace(' ', '_')}_{seed}"
             given = [*SHORT, *settings, f"run.folder='{place}'", f"run.seed={seed}"]
+            given += [f"train.iterations={factor * iterations}", "evaluation.images=480"]
             flowgrpo.train(flowgrpo.load("quickstart_matching", given))
             text = (place / "evaluations.jsonl").read_text(encoding="utf-8").splitlines()
             first, *_, last = (json.loads(line)["scores"]["strict"] for line in text)
@@ -91,11 +93,13 @@ def main() -> None:
     parser.add_argument("--number", type=int, default=24)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--folder", type=Path, default=Path("runs/previews"))
+    parser.add_argument("--iterations", type=int, default=24)
+    parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
     args = parser.parse_args()
     if args.what == "spread":
         print(spread(flowgrpo.load("quickstart_matching"), args.steps, args.number))
     else:
-        print(train(args.seeds, args.folder))
+        print(train(args.seeds, args.folder, args.iterations, args.arms))
 
 
 if __name__ == "__main__":
