@@ -181,7 +181,7 @@ def test_the_buffer_is_bounded_and_equal_on_all_ranks():
     good.add(part.groups, part.actions, part.advantages, 0, 1, lambda own: own)
     assert [g.tensors["sample"].tolist() for g in good.groups] == [[0], [0]]
     good.add(
-        part, -part.advantages, 0, 1, lambda own: own
+        part.groups, part.actions, -part.advantages, 0, 1, lambda own: own
     )  # Sample 1 is at step 1, which is too late.
     assert len(good.groups) == 2
 

@@ -81,4 +81,5 @@ def _has_trajectories(config: Any) -> bool:
         plan = algorithm.plan(config.sampling.num_steps, 0, Random(config.run.seed))
     except (AttributeError, NotImplementedError):
         return False
-    return isinstance(plan, TrajectoryPlan)
+    # Subclasses have further candidates, which judge single steps.
+    return type(plan) is TrajectoryPlan
