@@ -195,7 +195,7 @@ def test_the_buffer_is_bounded_and_equal_on_all_ranks():
         (["train.replay.groups=2", "algorithm={kind='matching'}", "loss={kind='matching'}"], "steps with a density"),
         (["train.replay.groups=2", "algorithm={kind='vgpo'}"], "VGPO judges branches or states"),
         (["train.replay.groups=2", "train.staleness=1"], "trains on actions of other weights already"),
-        (["train.replay.groups=2", "guard.reset_every=3"], "remove \\[guard\\]"),
+        (["train.replay.groups=2", "guard.reset_every=3", "loss.kl_coef=0.1"], "remove \\[guard\\]"),
     ],
 )  # fmt: skip
 def test_runs_that_cannot_replay_are_refused(settings, message):

@@ -67,7 +67,7 @@ def check_replay(config: Any, num_processes: int) -> None:
     elif train.staleness:
         problem = "train.staleness = 1 trains on actions of other weights already; set it to 0"
     elif config.guard.is_active:
-        problem = "the guards rank the candidates of the iteration alone; remove [guard]"
+        problem = "the guards judge the candidates of the iteration alone; remove [guard]"
     elif getattr(algorithm, "needs_baseline", False):
         problem = "a learned baseline judges the candidates of the iteration alone"
     if problem:

@@ -380,6 +380,7 @@ class Config:
         size = self.algorithm.group_size
         if (
             needs.whole_groups
+            and not needs.group_term
             and self.algorithm.action_kind == "noised_sample"
             and train.train_batch < size
         ):

@@ -28,16 +28,17 @@ from flowgrpo.config import Train
 from flowgrpo.core.errors import DivergenceError
 from flowgrpo.core.random import Random
 from flowgrpo.data.experience import Actions, Experience
-from flowgrpo.losses.base import Loss, LossInputs, LossOutputs
+from flowgrpo.losses.base import Loss, LossInputs, LossOutputs, WholeGroups
 from flowgrpo.policy import EMA, PipelinePolicy
 from flowgrpo.policy.arguments import call_key
 from flowgrpo.policy.sharding import clip_gradients, divided_like, local
 from flowgrpo.policy.weights import Trainable, swapped
 from flowgrpo.training.baseline import ValueBaseline
 from flowgrpo.training.divergence import MAX_SKIPPED, are_finite, check_drift
+from flowgrpo.training.group_terms import whole_groups
 from flowgrpo.training.guard import Guarding
 from flowgrpo.training.metrics import UpdateStatistics
-from flowgrpo.training.replay import Replay
+from flowgrpo.training.replay import Replay, StoredOutputs
 from flowgrpo.training.replay_buffer import ReplayBuffer
 from flowgrpo.training.split import (
     has_advantage,
@@ -181,10 +182,14 @@ class Learner:
             referred = [batch for batch, _ in batches]
             references = self.replay.references(experience, referred) if needs.reference else []
             is_first = number_before == 0 and not stale
+            wholes = self._whole_groups(experience, batches, references, is_first)
             with self.policy.together():
-                for (batch, advantage), reference in zip_longest(batches, references):
+                for (batch, advantage), reference, whole in zip_longest(
+                    batches, references, wholes
+                ):
                     columns = [advantage] if advantage.ndim == 1 else list(advantage.unbind(1))
                     inputs = self.replay.inputs(experience, batch, columns[0], reference, is_first)
+                    inputs = replace(inputs, whole=whole)
                     loss = self._loss(inputs, columns[1:], statistics)
                     # Wan 2.2 has two denoisers. If only one is trained, the steps of the other carry
                     # no gradient, and nothing is backpropagated.
@@ -194,6 +199,18 @@ class Learner:
         self._follow()
         metrics = statistics.summary(self.accelerator) | noted | self._drift(experience)
         return metrics | self._reset_reference(metrics["loss/kl"])
+
+    def _whole_groups(
+        self,
+        experience: Experience,
+        batches: Sequence[tuple[Actions, Tensor]],
+        references: Sequence[StoredOutputs],
+        is_first: bool,
+    ) -> list[WholeGroups | None]:
+        """For each batch with a part of a group, what the loss needs of the whole group."""
+        if not self.loss.needs.group_term:
+            return []
+        return whole_groups(self.replay, experience, batches, references, is_first)
 
     def _reset_reference(self, kl: float) -> dict[str, float]:
         """Make the trained weights the reference policy, if the guards say so; what to log about it."""
