@@ -59,6 +59,7 @@ CASES: dict[str, Sequence[str]] = {
     "flow_grpo, stale": ["algorithm={kind='flow_grpo', group_size=4}", CLIPPED, "train.staleness=1", "train.iterations=3"],
     "flow_grpo, Flash": ["algorithm={kind='flow_grpo', group_size=4, steps_per='group', steps={kind='random_window', size=1, last=3}}", "loss={kind='clipped', clip_range=1e-3, step_weight='rectified'}"],
     "flow_grpo, chunks": ["algorithm={kind='flow_grpo', group_size=4}", "loss={kind='clipped', clip_range=1e-3, chunks=[1, 2]}"],
+    "flow_grpo, replay": ["algorithm={kind='flow_grpo', group_size=4}", CLIPPED, "train.replay={groups=4, keep='all'}", "train.iterations=2"],
     "dance_grpo": ["algorithm={kind='dance_grpo', group_size=4}", CLIPPED, "train.split='samples'"],
     "mix_grpo": ["algorithm={kind='mix_grpo', group_size=4, steps={kind='window', size=2}}", CLIPPED],
     "pref_grpo": ["algorithm={kind='pref_grpo', group_size=4, preference={kind='compared', reward='brightness'}}", CLIPPED],

@@ -141,7 +141,8 @@ NFT = ["algorithm={kind='matching', group_size=16}", "train.train_batch=16"]
 @pytest.mark.parametrize(
     ("settings", "problem"),
     [
-        (["loss={kind='dgpo'}", "train.train_batch=15"], "set train.train_batch to at least algorithm.group_size = 16, got 15"),
+        (["loss={kind='tests.test_matching:Coupled'}", "train.train_batch=15"], "set train.train_batch to at least algorithm.group_size = 16, got 15"),
+        (["loss={kind='dgpo'}", "train.train_batch=15"], ""),
         (["loss={kind='dgpo'}", "train.split=samples", "train.updates=2"], "'samples' divides among optimizer steps"),
         (["loss={kind='dgpo'}", "train.split=actions"], "'actions' divides among optimizer steps"),
         (["loss={kind='dgpo'}"], ""),

@@ -270,12 +270,16 @@ def test_what_losses_on_noised_samples_need() -> None:
     assert needs(MatchingLoss(trail="third", kl_coef=0.1)) == {"reference": True, "all_actions": True, "share": 0.1}  # fmt: skip
     assert needs(MatchingLoss(trail="half", sampler="trained", proximal_coef=1.0)) == {"old_policy_samples_from": math.inf, "single_update": True, "all_actions": True, "share": 0.1}  # fmt: skip
     assert needs(MatchingLoss(sampler="trained")) == {"old_policy_is_copied": True, "share": 0}
-    assert needs(DGPOLoss()) == {"old_policy_samples_from": 200, "reference": True, "whole_groups": True, "share": 0.1}  # fmt: skip
-    assert needs(DGPOLoss(kl_coef=0.0)) == {"old_policy_samples_from": 200, "reference": True, "whole_groups": True, "share": 0.1}  # fmt: skip
-    assert needs(DGPOLoss(kl_coef=0.0, compare_with="old", sample_old_after=0)) == {"whole_groups": True, "share": 0.1}  # fmt: skip
-    assert needs(DGPOLoss(compare_with="old", sample_old_after=0)) == {"reference": True, "whole_groups": True, "share": 0.1}  # fmt: skip
-    assert needs(CRDLoss()) == {"old_policy_samples_from": math.inf, "reference": True, "whole_groups": True, "share": 0.75}  # fmt: skip
-    assert needs(CRDLoss(kl_coef=0.0, sampler="old")) == {"whole_groups": True, "share": 0.75}
+    assert needs(DGPOLoss()) == {"old_policy_samples_from": 200, "reference": True, "whole_groups": True, "group_term": True, "share": 0.1}  # fmt: skip
+    assert needs(DGPOLoss(kl_coef=0.0)) == {"old_policy_samples_from": 200, "reference": True, "whole_groups": True, "group_term": True, "share": 0.1}  # fmt: skip
+    assert needs(DGPOLoss(kl_coef=0.0, compare_with="old", sample_old_after=0)) == {"whole_groups": True, "group_term": True, "share": 0.1}  # fmt: skip
+    assert needs(DGPOLoss(compare_with="old", sample_old_after=0)) == {"reference": True, "whole_groups": True, "group_term": True, "share": 0.1}  # fmt: skip
+    assert needs(CRDLoss()) == {"old_policy_samples_from": math.inf, "reference": True, "whole_groups": True, "group_term": True, "share": 0.75}  # fmt: skip
+    assert needs(CRDLoss(kl_coef=0.0, sampler="old")) == {
+        "whole_groups": True,
+        "group_term": True,
+        "share": 0.75,
+    }
     assert needs(NFTLoss(kl_coef=0.0)) == {"share": 0.1}
     assert needs(NFTLoss(kl_coef=0.0, zero_advantage="train")) == {"all_actions": True, "share": 0.1}  # fmt: skip
 

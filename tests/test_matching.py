@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -18,7 +18,14 @@ from flowgrpo.core.random import Random
 from flowgrpo.core.transitions import ODE, Gaussian, Prediction, Step
 from flowgrpo.data.experience import Experience
 from flowgrpo.data.prompts import Group, Prompt
-from flowgrpo.losses.base import Loss, LossInputs, PolicyOutputs, remaining_share
+from flowgrpo.losses.base import (
+    Loss,
+    LossInputs,
+    LossNeeds,
+    LossOutputs,
+    PolicyOutputs,
+    remaining_share,
+)
 from flowgrpo.losses.group_matching import CRDLoss, DGPOLoss, dgpo_weight
 from flowgrpo.losses.matching import MatchingLoss, log_likelihood, squared_error
 from flowgrpo.policy import PipelinePolicy
@@ -255,7 +262,6 @@ def quickstart(*settings: str) -> flowgrpo.Config:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (["loss={kind='dgpo'}", "train.train_batch=2"], "train_batch to at least algorithm.group_size = 4"),
         (["loss={kind='crd'}", "train.split='samples'", "train.updates=2"], "compares the samples of a group"),
         (["loss={kind='matching', trail='third', sampler='trained'}", "train.updates=2"], "first update of an iteration only"),
         (["loss={kind='clipped'}"], "do not belong together"),
@@ -336,6 +342,52 @@ def test_the_learner_takes_the_gradient_of_the_loss_on_the_whole_batch(
     for got, want in zip(taken, expected, strict=True):
         want = torch.zeros_like(got) if want is None else want
         torch.testing.assert_close(got, want, atol=2e-3 * scale, rtol=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Coupled(Loss):
+    """A loss of one's own that couples a group in other ways than by one number per action."""
+
+    kind: str = "coupled"
+
+    @property
+    def needs(self) -> LossNeeds:
+        return LossNeeds(action_kinds=("noised_sample",), whole_groups=True)
+
+    def __call__(self, inputs: LossInputs) -> LossOutputs:
+        return LossOutputs(inputs.advantage)
+
+
+@pytest.mark.parametrize("loss", [DGPOLoss(beta=1e4, clip_range=0.0), DGPOLoss(beta=1e4, compare_with="old"), CRDLoss(beta=3.0)])  # fmt: skip
+def test_two_passes_over_a_divided_group_equal_one(
+    loss: Loss, collected: tuple[PipelinePolicy, Experience], accelerator: Accelerator
+) -> None:
+    """With weights that differ from the old policy's and the reference's; and a part alone is not enough."""
+    policy, experience = collected
+    advantages = ALGORITHM.advantages(experience)
+
+    def gradient(batch: int, divided: bool = False) -> Tensor:
+        train = Train(iterations=1, groups=2, train_batch=batch, lr=1e-12, max_grad_norm=1e9)
+        learner = Learner(policy, train, loss, accelerator)
+        before = [p.detach().clone() for p in learner.parameters]
+        generator, taken = torch.Generator().manual_seed(0), []
+        learner.adam.register_step_pre_hook(lambda *_: taken.extend(p.grad.flatten().clone() for p in learner.parameters))  # fmt: skip
+        with torch.no_grad():
+            for p in learner.parameters:
+                p += 0.1 * torch.randn(p.shape, generator=generator)
+        with pytest.MonkeyPatch.context() as patch:
+            if divided:
+                patch.setattr("flowgrpo.training.learner.whole_groups", lambda *_: [])
+            learner.update(experience, advantages, Random(0))
+        with torch.no_grad():
+            for p, old in zip(learner.parameters, before, strict=True):
+                p.copy_(old)
+        return torch.cat(taken)
+
+    one, two, wrong = gradient(6), gradient(2), gradient(2, divided=True)
+    size = float(one.norm())
+    assert float((two - one).norm()) < 1e-3 * size
+    assert float((wrong - one).norm()) > 1e-2 * size
 
 
 def test_the_old_policy_samples_after_a_number_of_optimizer_steps(

@@ -19,6 +19,7 @@ from flowgrpo.data.audio import Audio
 from flowgrpo.data.experience import Cost, Experience
 from flowgrpo.data.prompts import Group, Prompt
 from flowgrpo.losses.base import ActionKind
+from flowgrpo.policy.settings import Sampling
 from flowgrpo.policy.step_plan import StepRecord
 
 
@@ -149,8 +150,6 @@ class AlgorithmBase:
     needs_rewards: ClassVar[bool] = True
     credits_trajectories: ClassVar[bool] = False
     """Whether all actions of a sample have one advantage, that of its candidate."""
-    collect_reads_scores: ClassVar[bool] = False
-    """Whether ``collect`` uses the scores; then they cannot be computed after it (``train.staleness``)."""
 
     def plan(self, num_steps: int, iteration: int, random: Random) -> Plan:
         """The plan of an iteration: a ``TrajectoryPlan`` or a ``BranchPlan``, for instance."""
@@ -165,6 +164,11 @@ class AlgorithmBase:
     def needs_baseline(self) -> bool:
         """Whether the loop must supply ``Experience.expected``: not for comparisons within groups."""
         return False
+
+    @property
+    def collect_reads_scores(self) -> bool:
+        """Whether ``collect`` uses the scores; then they cannot be computed after it (``train.staleness``)."""
+        return bool(getattr(getattr(self, "previews", None), "number", 0))
 
     @property
     def scales_steps(self) -> bool:
@@ -263,6 +267,7 @@ class Policy(Protocol):
         num_evaluations: Denoiser evaluations so far, counted per sample and step.
         num_decodes: Decoded samples so far.
         scheduler: The sampling grid.
+        sampling: Arguments of the pipeline's call.
     """
 
     @property
@@ -276,6 +281,9 @@ class Policy(Protocol):
 
     @property
     def scheduler(self) -> Grid: ...
+
+    @property
+    def sampling(self) -> Sampling: ...
 
     def num_steps(self) -> int:
         """Steps of the sampling grid."""
@@ -292,6 +300,7 @@ class Policy(Protocol):
         transition: Transition | None = None,
         record: Collection[int] = (),
         decode: bool = True,
+        sampling: Sampling | None = None,
         solver: Solver = "euler",
     ) -> Iterator[Rollout]:
         """Sample without gradients, batch by batch, so that scoring can proceed meanwhile.
@@ -306,6 +315,7 @@ class Policy(Protocol):
             transition: The stochastic step.
             record: Steps to record.
             decode: Whether to decode the last states.
+            sampling: Arguments of the pipeline's call, if not the policy's own.
             solver: Solver of the deterministic steps after the last stochastic one.
         """
         ...

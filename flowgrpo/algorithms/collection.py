@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from flowgrpo.algorithms.base import Policy, Scorer
+from flowgrpo.algorithms.previews import Chosen
 from flowgrpo.core.guards import thumbnail
 from flowgrpo.core.random import Random, SampleNoise
 from flowgrpo.core.scores import Scores
@@ -45,7 +46,12 @@ class Samples:
 
     @classmethod
     def of(
-        cls, groups: Sequence[Group], size: int, random: Random, num_seeds: int | None = None
+        cls,
+        groups: Sequence[Group],
+        size: int,
+        random: Random,
+        num_seeds: int | None = None,
+        seeds: Mapping[int, Sequence[int]] | None = None,
     ) -> "Samples":
         """``size`` samples of each group; the samples of a group are consecutive.
 
@@ -55,6 +61,7 @@ class Samples:
             random: Keyed by the iteration.
             num_seeds: Initial noises per group, each shared by equally many consecutive samples;
                 None gives every sample its own.
+            seeds: The number of the noise of each sample, by group; by default the sample's own number.
         """
         owners = [(g, i) for g in groups for i in range(size)]
         initial = None
@@ -65,7 +72,10 @@ class Samples:
                 for seed in range(num_seeds)
                 for _ in range(size // num_seeds)
             ]
-        streams = [random.at("group", g.index, i) for g, i in owners]
+        streams = [
+            random.at("group", g.index, i if seeds is None else seeds[g.index][i])
+            for g, i in owners
+        ]
         return cls([g for g, _ in owners], [i for _, i in owners], SampleNoise(streams, initial))
 
     def __len__(self) -> int:
@@ -143,6 +153,8 @@ class Collection:
         self._num_scored = 0
         self._thumbnails: list[tuple[Tensor, Tensor]] = []
         self._step_std: dict[int, float] = {}
+        self.chosen: Chosen | None = None
+        """What previews have chosen, if there were any."""
 
     def add_actions(
         self,
@@ -311,7 +323,7 @@ class Collection:
     def experience(self) -> Experience:
         """Wait for the scorer and return the whole experience."""
         done = [(s, s.scores.result()) for s in self._submissions]
-        candidates = [
+        each = [
             Candidates(
                 group=s.samples.group,
                 sample=s.samples.sample,
@@ -321,18 +333,20 @@ class Collection:
             )
             for s, scores in done
         ]
+        candidates = Candidates.concatenate(each)
         small = self._thumbnails_by_group()
         evaluations, decodes = self._before
         number = len(self.groups)
+        previewed = 0 if self.chosen is None else self.chosen.number
         return Experience(
             groups=self.groups,
             transition=self.transition,
             actions=replace(Actions.concatenate(self._actions), states=Latents(self._blocks)),
-            candidates=Candidates.concatenate(candidates),
+            candidates=candidates,
             cost=Cost(
                 nfe=(self.policy.num_evaluations - evaluations) / number,
                 decodes=(self.policy.num_decodes - decodes) / number,
-                rewards=self._num_scored / number,
+                rewards=self._num_scored / number + previewed,
             ),
             diversity=torch.stack([s.std(0, correction=0).mean() for s in small]),
             duplicates=torch.tensor([float(len(s) - len(s.unique(dim=0))) for s in small]),
@@ -340,6 +354,7 @@ class Collection:
             media=torch.cat([s.media for s, _ in done if s.media is not None])
             if self.scorer.keeps_media
             else None,
+            by_group={} if self.chosen is None else self.chosen.metrics(self.groups, candidates),
         )
 
     def _add(

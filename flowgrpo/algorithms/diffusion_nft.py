@@ -12,6 +12,7 @@ from typing import ClassVar, Literal
 from flowgrpo.algorithms.base import AlgorithmBase, Policy, Scorer
 from flowgrpo.algorithms.credit import trajectory_advantages
 from flowgrpo.algorithms.noised_samples import collect_noised_samples
+from flowgrpo.algorithms.previews import Previews
 from flowgrpo.algorithms.trajectories import TrajectoryPlan, check_fraction
 from flowgrpo.core.advantages import Advantage, GroupAdvantage
 from flowgrpo.core.random import Random
@@ -37,12 +38,16 @@ class DiffusionNFT(AlgorithmBase):
     """How samples are drawn."""
     timestep_fraction: float = 0.99
     """Share of the grid's times that each sample is trained at, in (0, 1], at random."""
+    previews: Previews = field(default_factory=Previews)
+    """Previews that choose the initial noises of the samples (Sol-RL)."""
     advantage: Advantage = field(default_factory=lambda: GroupAdvantage(std="batch"))
     """From rewards to advantages, which the loss maps to [0, 1]."""
 
     def plan(self, num_steps: int, iteration: int, random: Random) -> TrajectoryPlan:
         """Deterministic samples, each from a noise of its own."""
-        return TrajectoryPlan(self.group_size, self.transition, [], solver=self.solver)
+        return TrajectoryPlan(
+            self.group_size, self.transition, [], solver=self.solver, previews=self.previews
+        )
 
     def collect(
         self,
@@ -72,4 +77,5 @@ class DiffusionNFT(AlgorithmBase):
     def check(self, num_steps: int) -> None:
         """Raise ValueError if a setting is out of range."""
         self.advantage.check()
+        self.previews.check(self.group_size, num_steps)
         check_fraction(self.timestep_fraction)

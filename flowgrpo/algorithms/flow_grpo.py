@@ -19,6 +19,7 @@ from typing import ClassVar, Literal
 from flowgrpo.algorithms.base import AlgorithmBase, Policy, Scorer
 from flowgrpo.algorithms.collection import Collection
 from flowgrpo.algorithms.credit import trajectory_advantages
+from flowgrpo.algorithms.previews import Previews
 from flowgrpo.algorithms.trajectories import (
     TrajectoryPlan,
     collect_trajectories,
@@ -53,6 +54,8 @@ class FlowGRPO(AlgorithmBase):
     noise_last: bool = False
     """Whether the last step adds noise too, which is not trained and stays in the images of rollouts, as
     in Flow-GRPO's code when all steps are stochastic. Evaluations are without noise either way."""
+    previews: Previews = field(default_factory=Previews)
+    """Previews that choose the initial noises of the samples (Sol-RL)."""
     advantage: Advantage = field(default_factory=lambda: GroupAdvantage(std="batch"))
     """From rewards to advantages."""
 
@@ -70,6 +73,7 @@ class FlowGRPO(AlgorithmBase):
             steps,
             self.shared_noise,
             noise_last=self.noise_last,
+            previews=self.previews,
         )
 
     def collect(
@@ -121,3 +125,9 @@ class FlowGRPO(AlgorithmBase):
                 "algorithm.steps_per = 'group' needs algorithm.shared_noise = false: the steps that the "
                 "samples of a group share end at another step in every group"
             )
+        if self.steps_per == "group" and self.previews.number:
+            raise ValueError(
+                "algorithm.previews chooses the samples of all groups at once; set "
+                "algorithm.steps_per = 'iteration' or algorithm.previews.number = 0"
+            )
+        self.previews.check(self.group_size, num_steps, self.shared_noise)

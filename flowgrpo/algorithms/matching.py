@@ -14,6 +14,7 @@ from typing import ClassVar, Literal
 from flowgrpo.algorithms.base import AlgorithmBase, Policy, Scorer
 from flowgrpo.algorithms.credit import trajectory_advantages
 from flowgrpo.algorithms.noised_samples import collect_noised_samples
+from flowgrpo.algorithms.previews import Previews
 from flowgrpo.algorithms.trajectories import TrajectoryPlan
 from flowgrpo.core.advantages import Advantage, GroupAdvantage
 from flowgrpo.core.random import Random
@@ -53,12 +54,16 @@ class Matching(AlgorithmBase):
     """Whether all samples of a group get the same noise at the same time. Their errors then differ by
     the samples alone, which lowers the variance of comparisons within the group (V-GRPO, DGPO). AWM
     and the ELBO policy gradients draw noise for each sample."""
+    previews: Previews = field(default_factory=Previews)
+    """Previews that choose the initial noises of the samples (Sol-RL)."""
     advantage: Advantage = field(default_factory=GroupAdvantage)
     """From rewards to advantages."""
 
     def plan(self, num_steps: int, iteration: int, random: Random) -> TrajectoryPlan:
         """Deterministic samples, each from a noise of its own."""
-        return TrajectoryPlan(self.group_size, self.transition, [], solver=self.solver)
+        return TrajectoryPlan(
+            self.group_size, self.transition, [], solver=self.solver, previews=self.previews
+        )
 
     def collect(
         self,
@@ -97,6 +102,7 @@ class Matching(AlgorithmBase):
     def check(self, num_steps: int) -> None:
         """Raise ValueError if a setting is out of range."""
         self.advantage.check()
+        self.previews.check(self.group_size, num_steps)
         low, high = self.time_range
         if not 0 <= low < high <= 1:
             raise ValueError(

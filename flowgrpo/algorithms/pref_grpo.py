@@ -37,7 +37,6 @@ class PrefGRPO(AlgorithmBase):
     """Trajectory-level credit by win rates, alone or together with pointwise rewards."""
 
     needs_rewards: ClassVar[bool] = False
-    collect_reads_scores: ClassVar[bool] = True
     credits_trajectories: ClassVar[bool] = True
     kind: Literal["pref_grpo"] = "pref_grpo"
     group_size: int = 8
@@ -55,6 +54,11 @@ class PrefGRPO(AlgorithmBase):
     advantage: Advantage = field(default_factory=PerReward)
     """From win rates and rewards to advantages. With ``per_reward``, as in the released code, the
     weights of preference and rewards multiply their advantages."""
+
+    @property
+    def collect_reads_scores(self) -> bool:
+        """Win rates are computed while samples are collected."""
+        return True
 
     def plan(self, num_steps: int, iteration: int, random: Random) -> TrajectoryPlan:
         """Trajectories with the iteration's stochastic steps; comparisons are not counted."""

@@ -3,10 +3,11 @@ VGPO and DiffusionNFT share."""
 
 from collections.abc import Collection as Container
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from flowgrpo.algorithms.base import Policy, Scorer
 from flowgrpo.algorithms.collection import Collection, OnBatch, Samples
+from flowgrpo.algorithms.previews import Previews, choose
 from flowgrpo.core.random import Random
 from flowgrpo.core.solvers import Solver
 from flowgrpo.core.tensors import Int, Tensor, torch
@@ -30,6 +31,7 @@ class TrajectoryPlan:
         num_after: Number of steps that are taken after the last stochastic one, of about equal parts
             of the grid; None takes all steps of the grid.
         noise_last: Whether the last step of the grid is stochastic as well; it is not trained.
+        previews: Previews that choose the initial noises; none if their number is 0.
     """
 
     group_size: int
@@ -39,6 +41,7 @@ class TrajectoryPlan:
     solver: Solver = "euler"
     num_after: int | None = None
     noise_last: bool = False
+    previews: Previews = field(default_factory=Previews)
 
     def nodes(self, num_steps: int) -> list[int]:
         """The grid nodes of a trajectory, from noise to data."""
@@ -50,10 +53,12 @@ class TrajectoryPlan:
 
     def cost(self, num_steps: int) -> Cost:
         """Work per prompt: ``G T`` evaluations, or ``(k + 1) + G (T - k - 1)`` with shared noise,
-        where ``k`` is the first stochastic step and ``T`` the number of steps that are taken."""
+        where ``k`` is the first stochastic step and ``T`` the number of steps that are taken; previews
+        add their own."""
         shared = self.steps[0] + 1 if self.shared_noise else 0
         nfe = shared + self.group_size * (len(self.nodes(num_steps)) - 1 - shared)
-        return Cost(float(nfe), float(self.group_size), float(self.group_size))
+        more, size = self.previews.cost(), float(self.group_size)
+        return Cost(nfe + more.nfe, size + more.decodes, size + more.rewards)
 
 
 def collect_trajectories(
@@ -105,7 +110,12 @@ def sample_trajectories(
     """
     policy, size = collection.policy, plan.group_size
     groups = collection.groups if groups is None else groups
-    samples = Samples.of(groups, size, random, 1 if plan.shared_noise else None)
+    seeds = None
+    if plan.previews.number:
+        args = policy, groups, collection.scorer, random
+        collection.chosen = choose(*args, plan.previews, size, plan.solver)
+        seeds = collection.chosen.seeds
+    samples = Samples.of(groups, size, random, 1 if plan.shared_noise else None, seeds)
     nodes, x, later = plan.nodes(policy.num_steps()), None, list(plan.steps)
     if plan.shared_noise:
         # One sample per group runs up to the first stochastic step, then all samples branch.

@@ -24,10 +24,12 @@ from flowgrpo.algorithms import (
 )
 from flowgrpo.algorithms import base as algorithms
 from flowgrpo.algorithms.guard import Guard
+from flowgrpo.algorithms.previews import check_grid
 from flowgrpo.config.benchmarks import Bench, check_benchmarks
 from flowgrpo.config.best import check_best
 from flowgrpo.config.bounds import check_bounds
 from flowgrpo.config.regimes import Regime, check_regimes
+from flowgrpo.config.replay import ReplaySettings, check_replay
 from flowgrpo.config.steps import check_steps
 from flowgrpo.core.errors import ConfigError
 from flowgrpo.core.random import Random
@@ -152,6 +154,8 @@ class Train:
     candidates are still being scored, so that slow rewards do not hold up sampling. Actions are then
     trained on with weights one update newer than those that sampled them; their ratios are exact. It needs
     memory for the rollouts of two iterations and for one more copy of the trained weights."""
+    replay: ReplaySettings = field(default_factory=ReplaySettings)
+    """Earlier groups that are trained on again, with importance weights."""
     rollout_batch: int = 64
     """Samples in one call of the pipeline."""
     train_batch: int = 64
@@ -325,6 +329,7 @@ class Config:
         )
         try:
             algorithm.check(self.sampling.num_steps)
+            check_grid(algorithm, self.sampling)
             algorithm.check_rewards([r.label for r in self.rewards])
         except ValueError as error:
             raise ConfigError(f"algorithm: {error}") from error
@@ -358,6 +363,7 @@ class Config:
             )
         self._check_updates()
         self._check_staleness()
+        check_replay(self, num_processes)
         self._check_kinds()
         check_steps(self)
         check_benchmarks(self.evaluation.bench)
@@ -376,6 +382,7 @@ class Config:
         size = self.algorithm.group_size
         if (
             needs.whole_groups
+            and not needs.group_term
             and self.algorithm.action_kind == "noised_sample"
             and train.train_batch < size
         ):

@@ -5,7 +5,7 @@ video that was scored. An algorithm defines which candidates judge which actions
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from flowgrpo.core.scores import Scores
 from flowgrpo.core.tensors import Bool, Float, Int, Tensor, torch
@@ -265,6 +265,7 @@ class Experience:
         media: The media of each candidate, if the scorer was asked to keep them.
         expected: The reward that a learned baseline expects of each candidate of this process; None
             if the algorithm needs none.
+        by_group: Further metrics by name, with a value for each group; NaN where it is not defined.
     """
 
     groups: Sequence[Group]
@@ -278,6 +279,7 @@ class Experience:
     gathered: Candidates | None = None
     media: Float[Tensor, "candidates *media"] | None = None
     expected: Float[Tensor, " candidates"] | None = None
+    by_group: Mapping[str, Float[Tensor, " groups"]] = field(default_factory=dict)
 
     @property
     def all_candidates(self) -> Candidates:

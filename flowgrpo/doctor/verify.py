@@ -273,6 +273,8 @@ def _tiny(recipe: Config, folder: Path) -> tuple[list[str], list[str]]:
         fitted["algorithm.best_of"] = "2"
     if getattr(getattr(recipe.algorithm, "steps", None), "last", 0) > 5:
         fitted["algorithm.steps.last"] = "5"
+    if getattr(getattr(recipe.algorithm, "previews", None), "number", 0):
+        fitted["algorithm.previews"] = "{number = 4, num_steps = 2}"
     settings = [
         f"model.path='{model}'",
         "model.dtype='float32'",

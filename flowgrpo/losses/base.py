@@ -60,6 +60,29 @@ class PolicyOutputs:
 
 
 @dataclass(frozen=True)
+class WholeGroups:
+    """All actions of the groups of a batch at its step, of which the batch holds a part.
+
+    Attributes:
+        term: What :meth:`Loss.group_term` gave for each, under the weights of this optimizer step.
+        advantage: Advantages.
+        group: Index of each action's group.
+        known: Whether each action's reward is known.
+    """
+
+    term: Float[Tensor, " all"]
+    advantage: Float[Tensor, " all"]
+    group: Int[Tensor, " all"]
+    known: Bool[Tensor, " all"]
+
+    def of(
+        self, values: Float[Tensor, " all"], group: Int[Tensor, " actions"]
+    ) -> Float[Tensor, " actions"]:
+        """For each action of a batch, the value of its group; ``values`` are equal within a group."""
+        return values[(self.group == group[:, None]).float().argmax(1)]
+
+
+@dataclass(frozen=True)
 class LossInputs:
     """A batch of ``A`` actions of one denoising step that start from ``S`` distinct states.
 
@@ -93,6 +116,8 @@ class LossInputs:
             ``kl_coef``; None for 1.
         chunk_log_ratio: The mean over each action's chunk of the present log-ratios, without gradients.
             Supplied for ``LossNeeds.chunks``.
+        whole: All actions of the batch's groups, where it holds a part of them
+            (``LossNeeds.group_term``).
     """
 
     policy: PolicyOutputs
@@ -114,6 +139,7 @@ class LossInputs:
     has_reward: Bool[Tensor, " actions"] | None = None
     kl_weight: Float[Tensor, " actions"] | None = None
     chunk_log_ratio: Float[Tensor, " actions"] | None = None
+    whole: WholeGroups | None = None
 
     def per_action(self, values: Float[Tensor, "states *rest"]) -> Float[Tensor, "actions *rest"]:
         """Values of states, repeated for the actions that start there."""
@@ -188,6 +214,9 @@ class LossNeeds:
             learner does not compute them.
         whole_groups: A batch never splits the actions of one group and step. For losses that couple
             the samples of a group, such as those on pairs. Implies ``all_actions``.
+        group_term: With ``whole_groups``: groups may be larger than a batch, because the loss couples them
+            through one number per action, :meth:`Loss.group_term`. The learner computes it for the whole group
+            first, without gradients, and supplies it as ``LossInputs.whole``.
         is_additive: The loss is proportional to the size of the advantage, so that the losses of several
             rewards can be added (advantages of the kind ``per_loss``).
         balanced_steps: The gradient of an action is proportional to that of its log-probability, so
@@ -209,6 +238,7 @@ class LossNeeds:
     reference: bool = False
     all_actions: bool = False
     whole_groups: bool = False
+    group_term: bool = False
     is_additive: bool = False
     balanced_steps: bool = False
     step_weight: Callable[[Transition, Step], float] | None = None
@@ -240,6 +270,10 @@ class Loss(Protocol):
     def __call__(self, inputs: LossInputs) -> LossOutputs:
         """The loss of each action of a batch."""
         ...
+
+    def group_term(self, inputs: LossInputs) -> Float[Tensor, " actions"]:
+        """The number of each action through which the loss couples a group (``LossNeeds.group_term``)."""
+        raise NotImplementedError(f"{type(self).__name__} needs whole groups in a batch")
 
     def check(self) -> None:
         """Raise ValueError if the settings contradict each other or cannot train."""

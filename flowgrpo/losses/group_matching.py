@@ -66,8 +66,8 @@ class DGPOLoss(Loss):
     The loss of an action is ``w A d``: ``d`` is the squared error of the model on the noised sample, and
     ``w`` the weight of its group at this time (:func:`dgpo_weight`). Its gradient is that of
     ``-log sigmoid(-s)`` over ``beta``. Actions that have left the clip range keep their part in ``w``
-    and give no gradient. A batch holds whole groups, so ``train.train_batch`` must be at least
-    ``algorithm.group_size``.
+    and give no gradient. Groups larger than ``train.train_batch`` take a second pass, which costs one
+    more evaluation of the trained and of the old policy.
     """
 
     kind: Literal["dgpo"] = "dgpo"
@@ -94,6 +94,7 @@ class DGPOLoss(Loss):
             old_policy_samples_from=self.sample_old_after,
             reference=self.kl_coef > 0 or self.compare_with == "reference",
             whole_groups=True,
+            group_term=True,
         )
 
     def __call__(self, inputs: LossInputs) -> LossOutputs:
@@ -106,7 +107,14 @@ class DGPOLoss(Loss):
             squared_error(inputs.prediction(policy), inputs.x_next, inputs.interval)
             for policy in (inputs.policy, inputs.old_policy, other)
         )
-        weight = dgpo_weight(error, base_error, advantage, inputs.group, _known(inputs), self.beta)
+        if inputs.whole is None:
+            weight = dgpo_weight(
+                error, base_error, advantage, inputs.group, _known(inputs), self.beta
+            )
+        else:
+            w, none = inputs.whole, torch.zeros_like(inputs.whole.term)
+            each = dgpo_weight(w.term, none, w.advantage, w.group, w.known, self.beta)
+            weight = w.of(each, inputs.group)
         if self.clip_range > 0:
             ratio = (old_error - error).detach().exp()
             rises, limit = advantage > 0, self.clip_range
@@ -116,6 +124,16 @@ class DGPOLoss(Loss):
         if inputs.reference is not None:
             kl = inputs.per_action(velocity_kl(inputs.policy, inputs.reference))
         return LossOutputs(weight * advantage * error, kl)
+
+    def group_term(self, inputs: LossInputs) -> Float[Tensor, " actions"]:
+        """``d - d_ref``, the difference of squared errors."""
+        other = inputs.reference if self.compare_with == "reference" else inputs.old_policy
+        assert other is not None
+        error, base_error = (
+            squared_error(inputs.prediction(policy), inputs.x_next, inputs.interval)
+            for policy in (inputs.policy, other)
+        )
+        return error - base_error
 
     def check(self) -> None:
         """Raise ValueError if the settings cannot train."""
@@ -130,8 +148,8 @@ class CRDLoss(Loss):
 
     With the implicit reward ``rho = d_old / n_old - d / n`` from squared errors, and the optimality
     ``a = A / 10 + 1/2`` in [0, 1], the loss is ``(5 / beta) (beta (rho - mean rho) - (a - mean a))^2``;
-    the means run over the prompt's samples at one time. A batch holds whole groups, so
-    ``train.train_batch`` must be at least ``algorithm.group_size``. The KL of good samples weighs more:
+    the means run over the prompt's samples at one time. Groups larger than
+    ``train.train_batch`` take a second pass, as for :class:`DGPOLoss`. The KL of good samples weighs more:
     ``m + a (1 - m)`` with ``m = 1e-4 / kl_coef``.
 
     Differs from the port that publishes the settings: its means run over all prompts of a batch, where
@@ -161,6 +179,7 @@ class CRDLoss(Loss):
             old_policy_samples_from=math.inf if self.sampler == "trained" else 0,
             reference=self.kl_coef > 0,
             whole_groups=True,
+            group_term=True,
         )
 
     def __call__(self, inputs: LossInputs) -> LossOutputs:
@@ -168,15 +187,28 @@ class CRDLoss(Loss):
         assert inputs.old_policy is not None
         known = _known(inputs)
         optimality = (inputs.advantage / 10 + 0.5).clamp(0, 1)
-        implied = self._relative(inputs, inputs.old_policy) - self._relative(inputs, inputs.policy)
-        gap = self.beta * (implied - _group_mean(implied.detach(), inputs.group, known))
-        gap = gap - (optimality - _group_mean(optimality, inputs.group, known))
+        implied = self.group_term(inputs)
+        if inputs.whole is None:
+            mean = _group_mean(implied.detach(), inputs.group, known)
+            usual = _group_mean(optimality, inputs.group, known)
+        else:
+            w = inputs.whole
+            mean = w.of(_group_mean(w.term, w.group, w.known), inputs.group)
+            every = (w.advantage / 10 + 0.5).clamp(0, 1)
+            usual = w.of(_group_mean(every, w.group, w.known), inputs.group)
+        gap = self.beta * (implied - mean)
+        gap = gap - (optimality - usual)
         kl = None
         if inputs.reference is not None:
             least = min(1.0, 1e-4 / self.kl_coef)
             weight = least + optimality * (1 - least)
             kl = weight * inputs.per_action(velocity_kl(inputs.policy, inputs.reference))
         return LossOutputs(5 / self.beta * gap.square() * known, kl)
+
+    def group_term(self, inputs: LossInputs) -> Float[Tensor, " actions"]:
+        """The implicit reward ``rho``."""
+        assert inputs.old_policy is not None
+        return self._relative(inputs, inputs.old_policy) - self._relative(inputs, inputs.policy)
 
     def _relative(self, inputs: LossInputs, policy: PolicyOutputs) -> Float[Tensor, " actions"]:
         """The squared error, divided by the mean absolute error if that is asked for."""

@@ -28,16 +28,18 @@ from flowgrpo.config import Train
 from flowgrpo.core.errors import DivergenceError
 from flowgrpo.core.random import Random
 from flowgrpo.data.experience import Actions, Experience
-from flowgrpo.losses.base import Loss, LossInputs, LossOutputs
+from flowgrpo.losses.base import Loss, LossInputs, LossOutputs, WholeGroups
 from flowgrpo.policy import EMA, PipelinePolicy
 from flowgrpo.policy.arguments import call_key
 from flowgrpo.policy.sharding import clip_gradients, divided_like, local
 from flowgrpo.policy.weights import Trainable, swapped
 from flowgrpo.training.baseline import ValueBaseline
 from flowgrpo.training.divergence import MAX_SKIPPED, are_finite, check_drift
+from flowgrpo.training.group_terms import whole_groups
 from flowgrpo.training.guard import Guarding
 from flowgrpo.training.metrics import UpdateStatistics
-from flowgrpo.training.replay import Replay
+from flowgrpo.training.replay import Replay, StoredOutputs
+from flowgrpo.training.replay_buffer import ReplayBuffer
 from flowgrpo.training.split import (
     has_advantage,
     split_actions,
@@ -67,6 +69,7 @@ class Learner:
         earlier: With ``train.staleness``, the trained weights before the last update; None before the first.
         baseline: The learned baseline, if the algorithm needs one.
         guarding: The guards against reward hacking, if any is on.
+        buffer: Earlier groups that are trained on again, if there are any; set by the setup.
     """
 
     def __init__(
@@ -91,6 +94,7 @@ class Learner:
         )
         self.baseline = ValueBaseline(self.parameters) if with_baseline else None
         self.guarding = Guarding(guard) if guard is not None and guard.is_active else None
+        self.buffer: ReplayBuffer | None = None
         self._reference: dict[str, Tensor] | None = None
         needs = loss.needs
         assert self.ema is not None or not needs.average, "refused by the configuration"
@@ -179,14 +183,18 @@ class Learner:
             referred = [batch for batch, _ in batches]
             references = self.replay.references(experience, referred) if needs.reference else []
             is_first = number_before == 0 and not stale
+            if needs.group_term:
+                # They are used twice: for the whole groups, and for the batches.
+                references = list(references)
+            wholes = self._whole_groups(experience, batches, references, is_first)
             ratios = self._chunk_log_ratios(experience, referred, is_first)
             with self.policy.together():
-                for (batch, advantage), reference, ratio in zip_longest(
-                    batches, references, ratios
+                for (batch, advantage), reference, ratio, whole in zip_longest(
+                    batches, references, ratios, wholes
                 ):
                     columns = [advantage] if advantage.ndim == 1 else list(advantage.unbind(1))
                     inputs = self.replay.inputs(experience, batch, columns[0], reference, is_first)
-                    inputs = replace(inputs, chunk_log_ratio=ratio)
+                    inputs = replace(inputs, chunk_log_ratio=ratio, whole=whole)
                     loss = self._loss(inputs, columns[1:], statistics)
                     # Wan 2.2 has two denoisers. If only one is trained, the steps of the other carry
                     # no gradient, and nothing is backpropagated.
@@ -228,6 +236,18 @@ class Learner:
         if not chunks or is_first:
             return [torch.zeros(len(batch)) for batch in batches] if chunks else []
         return chunk_log_ratios(batches, self.replay.log_ratios(experience, batches), chunks)
+
+    def _whole_groups(
+        self,
+        experience: Experience,
+        batches: Sequence[tuple[Actions, Tensor]],
+        references: Sequence[StoredOutputs],
+        is_first: bool,
+    ) -> list[WholeGroups | None]:
+        """For each batch with a part of a group, what the loss needs of the whole group."""
+        if not self.loss.needs.group_term:
+            return []
+        return whole_groups(self.replay, experience, batches, references, is_first)
 
     def _reset_reference(self, kl: float) -> dict[str, float]:
         """Make the trained weights the reference policy, if the guards say so; what to log about it."""
@@ -280,7 +300,8 @@ class Learner:
         """The optimizer step of an epoch, from 0, that trains on each action."""
         train = self.train
         if train.split == "groups":
-            return split_groups(actions, train.updates, train.groups, random)
+            number = train.groups + train.replay.groups
+            return split_groups(actions, train.updates, number, random)
         if train.split == "samples":
             return split_samples(actions, train.updates, random)
         if train.split == "actions":
@@ -440,6 +461,8 @@ class Learner:
             parts["earlier"] = dict(zip(self.named, self.earlier, strict=True))
         if self.baseline is not None:
             parts["baseline"] = self.baseline.state()
+        if self.buffer is not None and self.buffer.groups:
+            parts["replay"] = self.buffer.state()
         if self._reference is not None:
             parts["reference"] = {
                 name: divided_like(part, self.named[name]) for name, part in self._reference.items()
@@ -481,6 +504,8 @@ class Learner:
             self.earlier = [parts["earlier"][name].to(p.device) for name, p in names]
         if self.baseline is not None:
             self.baseline.restore(parts["baseline"])
+        if self.buffer is not None:
+            self.buffer.restore(parts.get("replay", {}))
         if self.guarding is not None:
             self.guarding.restore(state["guard"])
         if "reference" in parts:

@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from torch import Tensor
+
 from flowgrpo.config import Config
 from flowgrpo.core.random import Random
 from flowgrpo.data.experience import Experience
@@ -13,6 +15,7 @@ from flowgrpo.training.explained import explained
 from flowgrpo.training.inputs import check_inputs
 from flowgrpo.training.launch import num_ranks
 from flowgrpo.training.metrics import rollout_metrics
+from flowgrpo.training.replay_buffer import Replayed, with_replayed
 from flowgrpo.training.run_changes import in_force
 from flowgrpo.training.session import Session
 from flowgrpo.training.setup import TrainingRun, build
@@ -79,11 +82,16 @@ def iterate(run: TrainingRun) -> Result:
             # 2. Assign credit.
             experience = learner.with_expected(experience, session.gather_objects)
             advantages = config.algorithm.advantages(experience)
+            replayed = _with_replayed(run, experience, advantages, random, iteration)
 
             # 3. Update the weights.
             with session.phase("train"):
                 stale = rollout.metrics["staleness"] > 0
-                update_metrics = learner.update(experience, advantages, random, stale)
+                update_metrics = learner.update(
+                    replayed.experience, replayed.advantages, random, stale
+                )
+            update_metrics |= replayed.metrics
+            del replayed
 
         metrics = rollout_metrics(experience, session.gather) | rollout.metrics
         # Its latents would stay on the device during the next rollout.
@@ -92,6 +100,27 @@ def iterate(run: TrainingRun) -> Result:
         if session.save_if_due(learner, iteration + 1):
             break
     return finish(run)
+
+
+def _with_replayed(
+    run: TrainingRun, experience: Experience, advantages: Tensor, random: Random, iteration: int
+) -> Replayed:
+    """The actions of an iteration, with those of earlier groups if the run replays any."""
+    learner, session = run.learner, run.session
+    if learner.buffer is None:
+        return Replayed(experience, advantages, {})
+    return with_replayed(
+        learner.buffer,
+        learner.replay,
+        experience,
+        advantages,
+        random,
+        iteration=iteration,
+        num_groups=run.config.train.groups,
+        rank=session.accelerator.process_index,
+        num_ranks=session.accelerator.num_processes,
+        gather=session.gather_objects,
+    )
 
 
 def _with_everyone(session: Session, experience: Experience) -> Experience:

@@ -37,7 +37,14 @@ def rollout_metrics(experience: Experience, gather: Callable[[Tensor], Tensor]) 
         "failures": float((~everyone.valid).sum()),
         "nfe_per_prompt": nfe,
         "decodes_per_prompt": decodes,
+        **_means({name: gather(values) for name, values in experience.by_group.items()}),
     }
+
+
+def _means(by_group: Mapping[str, Tensor]) -> dict[str, float]:
+    """The means over the groups for which a metric is defined; without those defined for none."""
+    known = {name: values[~values.isnan()] for name, values in by_group.items()}
+    return {name: float(values.double().mean()) for name, values in known.items() if len(values)}
 
 
 class UpdateStatistics:

@@ -126,4 +126,5 @@ def merged(
         duplicates=by_place(experience.duplicates, more.duplicates),
         step_std={**experience.step_std, **more.step_std},
         media=media,
+        by_group={k: by_place(v, more.by_group[k]) for k, v in experience.by_group.items()},
     )

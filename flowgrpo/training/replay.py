@@ -80,7 +80,7 @@ class Replay:
         """Split the rows of actions so that each part has at most ``train_batch`` states.
 
         Raises:
-            ValueError: If the loss needs whole groups and a group has more states than that.
+            ValueError: If the loss needs whole groups in a batch and a group has more states than that.
         """
         limit = self.train_batch
         # Actions that share a state are never divided: one row of the model serves them all.
@@ -93,6 +93,10 @@ class Replay:
         for group in actions.group[rows].unique():
             own = rows[actions.group[rows] == group]
             number = len(actions.state[own].unique())
+            if number > limit and self.loss.needs.group_term:
+                for states in actions.state[own].unique().split(limit):
+                    yield own[torch.isin(actions.state[own], states)]
+                continue
             if number > limit:
                 raise ValueError(
                     f"the loss {type(self.loss).__name__} needs whole groups in a batch, but a group has "

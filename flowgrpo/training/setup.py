@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 
+from flowgrpo.algorithms.previews import Previews
 from flowgrpo.config import Config, ConfigError
 from flowgrpo.core.transitions import require_path
 from flowgrpo.data.prompt_sets import PromptSet
@@ -17,6 +18,7 @@ from flowgrpo.training.benchmarks import Benchmarks
 from flowgrpo.training.evaluator import Evaluator
 from flowgrpo.training.inputs import shared_note
 from flowgrpo.training.learner import Learner
+from flowgrpo.training.replay_buffer import ReplayBuffer
 from flowgrpo.training.session import Session
 
 
@@ -75,6 +77,8 @@ def build(config: Config, session: Session, prompts: PromptSet, held_out: Prompt
         with_baseline=getattr(config.algorithm, "needs_baseline", False),
         guard=config.guard,
     )
+    if config.train.replay.groups:
+        learner.buffer = ReplayBuffer(config.train.replay, prompts.prompts)
     session.announce_network(learner)
     evaluator = Evaluator(
         config.evaluation,
@@ -124,6 +128,11 @@ def _load_rewards(config: Config, session: Session, prompts: Sequence[Prompt]) -
         raise ConfigError(
             f"train.staleness = 1: reward {scorer.learning_rewards[0]!r} learns from the candidates of an iteration "
             "before the next ones are scored, so sampling cannot go ahead; set train.staleness to 0"
+        )
+    if scorer.learning_rewards and getattr(config.algorithm, "previews", Previews()).number:
+        raise ConfigError(
+            f"algorithm.previews: reward {scorer.learning_rewards[0]!r} learns from all that it scores, and would "
+            "learn to recognise previews; set algorithm.previews.number to 0"
         )
     if config.guard.novelty != "off":
         scorer.features = Features(config.guard.features, config.guard.features_options)

@@ -1,0 +1,61 @@
+"""The first of two passes over groups that are larger than a batch.
+
+A loss that couples a group through one number per action gets this number for all actions of the group
+before it is called for a part of them. The pass has no gradients and the same weights as the second.
+"""
+
+from collections.abc import Sequence
+from itertools import zip_longest
+
+import torch
+from torch import Tensor
+
+from flowgrpo.data.experience import Actions, Experience
+from flowgrpo.losses.base import WholeGroups
+from flowgrpo.training.replay import Replay, StoredOutputs
+
+
+def whole_groups(
+    replay: Replay,
+    experience: Experience,
+    batches: Sequence[tuple[Actions, Tensor]],
+    references: Sequence[StoredOutputs],
+    first_update: bool,
+) -> list[WholeGroups | None]:
+    """For each batch that holds a part of a group, the terms of the whole group; None for the others.
+
+    All processes call this. It costs one evaluation of the trained policy, and of the old policy if the
+    loss needs one, for each state of a divided group.
+
+    Args:
+        replay: Evaluates batches.
+        experience: The actions of this process.
+        batches: Actions of one step and their advantages; one that holds a part of a group holds no other.
+        references: The reference's outputs for each batch; empty if the loss needs none.
+        first_update: Whether no optimizer step has been taken since the actions were sampled.
+    """
+    parts: dict[tuple[int, int], list[int]] = {}
+    for i, (batch, _) in enumerate(batches):
+        for group in batch.group.unique().tolist():
+            parts.setdefault((int(batch.step[0]), group), []).append(i)
+    divided = {i: found[0] for found in parts.values() if len(found) > 1 for i in found}
+    gathered: dict[int, list[WholeGroups]] = {}
+    with torch.no_grad(), replay.policy.together():
+        for i, ((batch, advantage), reference) in enumerate(zip_longest(batches, references)):
+            if i not in divided:
+                continue
+            inputs = replay.inputs(experience, batch, advantage, reference, first_update)
+            assert inputs.has_reward is not None
+            term = replay.loss.group_term(inputs).detach()
+            part = WholeGroups(term, inputs.advantage, inputs.group, inputs.has_reward)
+            gathered.setdefault(divided[i], []).append(part)
+    joined = {
+        first: WholeGroups(
+            *(
+                torch.cat([getattr(p, k) for p in found])
+                for k in ("term", "advantage", "group", "known")
+            )
+        )
+        for first, found in gathered.items()
+    }
+    return [joined[divided[i]] if i in divided else None for i in range(len(batches))]
