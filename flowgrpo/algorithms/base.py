@@ -147,6 +147,9 @@ class AlgorithmBase:
     group_size: int
     action_kind: ClassVar[ActionKind] = "step"
     needs_rewards: ClassVar[bool] = True
+    assigns_credit: ClassVar[bool] = True
+    """Whether advantages come from scored candidates. If not, rewards are optional and only measured, and
+    nothing that chooses or weights samples by their rewards applies."""
     collect_reads_scores: ClassVar[bool] = False
     """Whether ``collect`` uses the scores; then they cannot be computed after it (``train.staleness``)."""
 

@@ -320,18 +320,23 @@ class Collection:
         small = self._thumbnails_by_group()
         evaluations, decodes = self._before
         number = len(self.groups)
+        nothing = torch.full((number,), torch.nan)
         return Experience(
             groups=self.groups,
             transition=self.transition,
             actions=replace(Actions.concatenate(self._actions), states=Latents(self._blocks)),
-            candidates=Candidates.concatenate(candidates),
+            candidates=Candidates.concatenate(candidates) if candidates else Candidates.none(),
             cost=Cost(
                 nfe=(self.policy.num_evaluations - evaluations) / number,
                 decodes=(self.policy.num_decodes - decodes) / number,
                 rewards=self._num_scored / number,
             ),
-            diversity=torch.stack([s.std(0, correction=0).mean() for s in small]),
-            duplicates=torch.tensor([float(len(s) - len(s.unique(dim=0))) for s in small]),
+            diversity=torch.stack([s.std(0, correction=0).mean() for s in small])
+            if small
+            else nothing,
+            duplicates=torch.tensor([float(len(s) - len(s.unique(dim=0))) for s in small])
+            if small
+            else nothing,
             step_std=dict(sorted(self._step_std.items())),
             media=torch.cat([s.media for s, _ in done if s.media is not None])
             if self.scorer.keeps_media
@@ -360,7 +365,9 @@ class Collection:
         )
 
     def _thumbnails_by_group(self) -> list[Tensor]:
-        """The thumbnails of each group's compared candidates."""
+        """The thumbnails of each group's compared candidates; none if nothing was decoded."""
+        if not self._thumbnails:
+            return []
         group = torch.cat([g for g, _ in self._thumbnails])
         small = torch.cat([t for _, t in self._thumbnails])
         return [small[group == g.index] for g in self.groups]

@@ -18,7 +18,7 @@ from diffusers import ModelMixin
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils._pytree import tree_map
 
 from flowgrpo.policy.compilation import repeated_blocks
@@ -144,6 +144,16 @@ def clip_gradients(parameters: Sequence[nn.Parameter], largest: float) -> float:
     norm = whole(torch.nn.utils.get_total_norm(gradients))
     torch.nn.utils.clip_grads_with_norm_(parameters, largest, norm)
     return float(norm)
+
+
+def part_of(whole: Tensor, parameter: Tensor) -> Tensor:
+    """This process's part of a tensor in main memory, divided as a parameter; all of it if that is whole."""
+    if not isinstance(parameter, DTensor):
+        return whole
+    mesh, placements = parameter.device_mesh, parameter.placements
+    there = whole.to(parameter.device)
+    # Every process has the tensor, so that nothing is sent.
+    return local(distribute_tensor(there, mesh, placements, src_data_rank=None)).cpu().clone()
 
 
 @contextmanager

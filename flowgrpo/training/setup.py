@@ -8,6 +8,7 @@ from flowgrpo.config import Config, ConfigError
 from flowgrpo.core.transitions import require_path
 from flowgrpo.data.prompt_sets import PromptSet
 from flowgrpo.data.prompts import Prompt
+from flowgrpo.losses.teachers import BASE
 from flowgrpo.policy import PipelinePolicy
 from flowgrpo.policy.probe import check_scales, check_sizes, fit_noise, ignores_negatives
 from flowgrpo.policy.text_length import cut_prompts, tokenizers_of
@@ -110,6 +111,7 @@ def _load_policy(config: Config, session: Session) -> PipelinePolicy:
         with_reference=_needs_reference(config),
         memory=config.memory,
         parallel=config.parallel,
+        teachers=teachers.paths if (teachers := config.loss.needs.teachers) else (),
     )
     policy.lockstep.timeout = timedelta(minutes=config.run.rank_timeout_minutes)
     return policy
@@ -134,7 +136,10 @@ def _load_rewards(config: Config, session: Session, prompts: Sequence[Prompt]) -
 def _needs_reference(config: Config) -> bool:
     """Whether anything in a run uses the model before training."""
     in_evaluations = config.evaluation.base_after is not None
-    return config.loss.needs.reference or config.train.monitor_states > 0 or in_evaluations
+    teachers = config.loss.needs.teachers
+    teaches = teachers is not None and any(t.path == BASE for t in teachers.all)
+    needed = config.loss.needs.reference or teaches
+    return needed or config.train.monitor_states > 0 or in_evaluations
 
 
 def _load_benchmarks(
