@@ -86,6 +86,8 @@ class DistillationLoss(Loss):
             action_kinds=("visited_state",),
             teachers=Teachers(self.teachers, self.task_key),
             reference=self.kl_coef > 0,
+            # The KL of stochastic steps is divided by their variance, which nears 0 at the data.
+            balanced_steps=self.target == "mean",
         )
 
     def __call__(self, inputs: LossInputs) -> LossOutputs:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 
 from flowgrpo.config import Config, ConfigError
+from flowgrpo.config.distillation import assigns_credit
 from flowgrpo.core.transitions import require_path
 from flowgrpo.data.prompt_sets import PromptSet
 from flowgrpo.data.prompts import Prompt
@@ -185,7 +186,8 @@ def _check_policy(
         raise ConfigError(f"sampling.call.negative_prompt: {_unused(policy)}")
     try:
         require_path(config.algorithm.transition, policy.scheduler.interval(0, 1).path)
-        check_scales(policy, config.algorithm.transition, config.steps_by_density())
+        remedy = "" if assigns_credit(config.algorithm) else "lower algorithm.fraction, or set loss.target = 'output'"  # fmt: skip
+        check_scales(policy, config.algorithm.transition, config.steps_by_density(), remedy)
     except ValueError as error:
         raise ConfigError(f"algorithm.transition: {error}") from error
 
