@@ -6,7 +6,7 @@ from typing import Any
 
 from flowgrpo.core.errors import ConfigError
 from flowgrpo.data.prompts import Prompt
-from flowgrpo.losses.teachers import BASE, Teacher
+from flowgrpo.losses.teachers import Teacher
 from flowgrpo.policy.settings import Sampling
 
 
@@ -42,7 +42,7 @@ def check_distillation(config: Any) -> None:
         except ValueError as error:
             text = str(error).replace("sampling.call", f"{key}.call")
             raise ConfigError(text.replace("set sampling.guidance_scale", f"set {key}.guidance_scale")) from error  # fmt: skip
-        if teacher.path == BASE and sampling == config.sampling:
+        if teacher.is_base and sampling == config.sampling:
             raise ConfigError(
                 f"{key} is the model before training and samples as the student does (guidance_scale = "
                 f"{sampling.guidance_scale}), so there is nothing to learn: give it another guidance_scale, or the "

@@ -321,12 +321,8 @@ class Config:
         self._check_grid()
         algorithm = self.algorithm
         check_distillation(self)
-        check_rewards(
-            self.rewards,
-            self.train.iterations,
-            alone=algorithm.needs_rewards,
-            binary=algorithm.needs_binary_rewards,
-        )
+        alone, binary = algorithm.needs_rewards, algorithm.needs_binary_rewards
+        check_rewards(self.rewards, self.train.iterations, alone=alone, binary=binary)
         try:
             algorithm.check(self.sampling.num_steps)
             algorithm.check_rewards([r.label for r in self.rewards])

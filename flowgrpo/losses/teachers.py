@@ -30,9 +30,9 @@ class Teacher:
     without ``tags``. Their groups take turns, so that each iteration has the same parts."""
 
     @property
-    def changes_call(self) -> bool:
-        """Whether the teacher samples with arguments of its own."""
-        return self.guidance_scale is not None or bool(self.call)
+    def is_base(self) -> bool:
+        """Whether the teacher is the model before training."""
+        return self.path == BASE
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,12 @@ class Teachers:
     @property
     def paths(self) -> list[str]:
         """The paths of the teachers' adapters, each once."""
-        return list(dict.fromkeys(t.path for t in self.all if t.path != BASE))
+        return list(dict.fromkeys(t.path for t in self.all if not t.is_base))
+
+    @property
+    def use_base(self) -> bool:
+        """Whether one of them is the model before training."""
+        return any(t.is_base for t in self.all)
 
     def of(self, metadata: Mapping[str, Any], group: int) -> int:
         """The number of a prompt's teacher.

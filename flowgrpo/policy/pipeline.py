@@ -175,10 +175,9 @@ class PipelinePolicy:
         self._parameters = inspect.signature(call).parameters
         check_signature(pipeline, self._parameters)
         self._take_over(call)
-        self.models = models_of(pipeline)
-        self.denoisers = denoisers(pipeline)
+        self.models, self.denoisers = models_of(pipeline), denoisers(pipeline)
         start = read_start(pipeline, weights, self.denoisers) if weights else None
-        taught = read_teachers(pipeline, teachers)
+        create = partial(Trainable, seed=seed, with_reference=with_reference, teachers=read_teachers(pipeline, teachers))  # fmt: skip
         sharder = self._prepare(memory, parallel, weights)
         self.in_lockstep = sharder is not None
         self.num_evaluations = self.num_decodes = 0
@@ -186,15 +185,12 @@ class PipelinePolicy:
         self._injection = LatentInjection(
             pipeline, self.scheduler, self._learned.latents, self.device
         )
-        native = memory.arithmetic == "native"
-        create = partial(Trainable, seed=seed, with_reference=with_reference, native=native)
         self.trainable: Trainable | InitialNoise | None = None
         if isinstance(weights, Noise):
             self.trainable = self._injection.initial = InitialNoise(weights)
         elif weights is not None:
-            self.trainable = create(
-                self.denoisers, weights, start=start, shard=sharder, teachers=taught
-            )
+            native = memory.arithmetic == "native"
+            self.trainable = create(self.denoisers, weights, start=start, shard=sharder, native=native)  # fmt: skip
         if not self.in_lockstep:
             fix_precision(pipeline, self.denoisers.values())
 

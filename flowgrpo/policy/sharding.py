@@ -146,14 +146,19 @@ def clip_gradients(parameters: Sequence[nn.Parameter], largest: float) -> float:
     return float(norm)
 
 
-def part_of(whole: Tensor, parameter: Tensor) -> Tensor:
-    """This process's part of a tensor in main memory, divided as a parameter; all of it if that is whole."""
-    if not isinstance(parameter, DTensor):
-        return whole
-    mesh, placements = parameter.device_mesh, parameter.placements
-    there = whole.to(parameter.device)
-    # Every process has the tensor, so that nothing is sent.
-    return local(distribute_tensor(there, mesh, placements, src_data_rank=None)).cpu().clone()
+def parts_of(wholes: Sequence[Tensor], parameters: Sequence[Tensor]) -> list[Tensor]:
+    """This process's parts of tensors in main memory, divided as parameters; all of those that are whole."""
+
+    def part(whole: Tensor, parameter: Tensor) -> Tensor:
+        if not isinstance(parameter, DTensor):
+            return whole
+        mesh, placements = parameter.device_mesh, parameter.placements
+        there = whole.to(parameter.device)
+        # Every process has the tensor, so that nothing is sent.
+        divided = distribute_tensor(there, mesh, placements, src_data_rank=None)
+        return local(divided).cpu().clone()
+
+    return [part(whole, p) for whole, p in zip(wholes, parameters, strict=True)]
 
 
 @contextmanager

@@ -20,7 +20,7 @@ from flowgrpo.data.files import reached, save_tensors
 from flowgrpo.policy.adapters import LayerStart
 from flowgrpo.policy.native import compute_adapters_in_input_precision
 from flowgrpo.policy.settings import Full, LoRA, Noise, Weights
-from flowgrpo.policy.sharding import Sharder, exchanged, local, part_of
+from flowgrpo.policy.sharding import Sharder, exchanged, local, parts_of
 from flowgrpo.policy.step_plan import StepRecord
 from flowgrpo.policy.teachers import Layers, digest, teacher_values
 
@@ -95,25 +95,27 @@ class Trainable:
                     compute_adapters_in_input_precision(model, ADAPTER)
             else:
                 _unfreeze(model, weights)
-        taught = {
-            path: teacher_values(path, layers, _trained(chosen), chosen, weights)
-            for path, layers in (teachers or {}).items()
-        }
-        self.teacher_digests = {path: digest(values) for path, values in taught.items()}
+        taught = self._taught(teachers or {})
         if shard is not None:
             shard(denoisers)
         self.is_sharded = shard is not None
         self.parameters = _trained(chosen)
-        own = list(self.parameters.values())
-        self._teachers = {
-            path: [part_of(v, p) for v, p in zip(values, own, strict=True)]
-            for path, values in taught.items()
-        }
+        self._teachers = {k: parts_of(v, list(self.parameters.values())) for k, v in taught.items()}
         copies = bool(start) or (with_reference and isinstance(weights, Full))
         # In main memory: it is used only a few times per iteration.
         self._reference = (
             [local(p).cpu().clone() for p in self.parameters.values()] if copies else None
         )
+
+    def _taught(self, teachers: Mapping[str, Layers]) -> dict[str, list[Tensor]]:
+        """The values of whole parameters for each teacher; also notes their digests."""
+        own = _trained(self.denoisers)
+        found = {
+            path: teacher_values(path, layers, own, self.denoisers, self.weights)
+            for path, layers in teachers.items()
+        }
+        self.teacher_digests = {path: digest(values) for path, values in found.items()}
+        return found
 
     @contextmanager
     def reference(self) -> Iterator[None]:

@@ -179,10 +179,9 @@ class Learner:
             references = self.replay.references(experience, referred) if needs.reference else []
             taught = self.replay.taught(experience, referred) if needs.teachers else []
             is_first = number_before == 0 and not stale
+            each = zip_longest(batches, references, taught)
             with self.policy.together():
-                for (batch, advantage), reference, teacher in zip_longest(
-                    batches, references, taught
-                ):
+                for (batch, advantage), reference, teacher in each:
                     columns = [advantage] if advantage.ndim == 1 else list(advantage.unbind(1))
                     inputs = self.replay.inputs(
                         experience, batch, columns[0], reference, is_first, teacher

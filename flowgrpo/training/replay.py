@@ -18,7 +18,6 @@ from flowgrpo.config.distillation import teacher_sampling
 from flowgrpo.core.transitions import Gaussian, Prediction
 from flowgrpo.data.experience import Actions, Experience
 from flowgrpo.losses.base import Loss, LossInputs, PolicyOutputs
-from flowgrpo.losses.teachers import BASE, Teacher
 from flowgrpo.policy import PipelinePolicy, Sampling
 from flowgrpo.policy.arguments import call_key
 from flowgrpo.policy.step_plan import StepRecord
@@ -135,16 +134,14 @@ class Replay:
                 [batches[i] for i in own],
                 teacher_sampling(teacher, self.policy.sampling),
             )
-            weights = partial(self._weights_of, teacher)
+            trainable = self.policy.trainable
+            weights: Weights = self.policy.reference
+            if not teacher.is_base:
+                assert isinstance(trainable, Trainable), "refused by the configuration"
+                weights = partial(trainable.teacher, teacher.path)
             outputs = self._outputs_of(weights, experience, chosen, sampling)
             found.update(zip(own, outputs, strict=True))
         return [found[i] for i in range(len(batches))]
-
-    def _weights_of(self, teacher: Teacher) -> AbstractContextManager[None]:
-        if teacher.path == BASE:
-            return self.policy.reference()
-        assert isinstance(self.policy.trainable, Trainable), "refused by the configuration"
-        return self.policy.trainable.teacher(teacher.path)
 
     def _outputs_of(
         self,

@@ -9,7 +9,6 @@ from flowgrpo.config.distillation import assigns_credit
 from flowgrpo.core.transitions import require_path
 from flowgrpo.data.prompt_sets import PromptSet
 from flowgrpo.data.prompts import Prompt
-from flowgrpo.losses.teachers import BASE
 from flowgrpo.policy import PipelinePolicy
 from flowgrpo.policy.probe import check_scales, check_sizes, fit_noise, ignores_negatives
 from flowgrpo.policy.text_length import cut_prompts, tokenizers_of
@@ -138,7 +137,7 @@ def _needs_reference(config: Config) -> bool:
     """Whether anything in a run uses the model before training."""
     in_evaluations = config.evaluation.base_after is not None
     teachers = config.loss.needs.teachers
-    teaches = teachers is not None and any(t.path == BASE for t in teachers.all)
+    teaches = teachers is not None and teachers.use_base
     needed = config.loss.needs.reference or teaches
     return needed or config.train.monitor_states > 0 or in_evaluations
 
