@@ -70,6 +70,7 @@ CASES: dict[str, Sequence[str]] = {
     "branch_grpo": ["algorithm={kind='branch_grpo', group_size=4, splits=[0, 1], steps={kind='all', skip_last=2}}", CLIPPED, "train.split='actions'"],
     "diffusion_nft": ["algorithm={kind='diffusion_nft', group_size=4}", "loss={kind='nft', kl_coef=0.05}"],
     "matching": ["algorithm={kind='matching', group_size=4, num_times=2}", "loss={kind='matching', kl_coef=0.05}"],
+    "distillation": ["algorithm={kind='distillation', group_size=2}", "loss={kind='distillation', teachers=[{guidance_scale=9.0}, {guidance_scale=1.0}], kl_coef=0.05}"],
     "matching, DGPO": ["algorithm={kind='matching', group_size=4, num_times=2}", "loss={kind='dgpo'}"],
     "matching, CRD": ["algorithm={kind='matching', group_size=4, num_times=2}", "loss={kind='crd'}"],
     "find": ["algorithm={kind='find', group_size=4}", "loss={kind='clipped', clip_range=1e-3}", "model.weights={kind='noise'}", "train.monitor_states=0"],

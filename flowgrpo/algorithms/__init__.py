@@ -9,6 +9,7 @@ from flowgrpo.algorithms.base import Algorithm, AlgorithmBase
 from flowgrpo.algorithms.branch_grpo import BranchGRPO
 from flowgrpo.algorithms.dance_grpo import DanceGRPO
 from flowgrpo.algorithms.diffusion_nft import DiffusionNFT
+from flowgrpo.algorithms.distillation import Distillation
 from flowgrpo.algorithms.find import FIND
 from flowgrpo.algorithms.flow_grpo import FlowGRPO
 from flowgrpo.algorithms.g2rpo import G2RPO
@@ -21,5 +22,5 @@ from flowgrpo.algorithms.vgpo import VGPO
 
 __all__ = [
     "FIND", "G2RPO", "TPGRPO", "VGPO", "Algorithm", "AlgorithmBase", "BranchGRPO", "DanceGRPO",
-    "DiffusionNFT", "FlowGRPO", "Matching", "MixGRPO", "PrefGRPO", "TempFlowGRPO",
+    "DiffusionNFT", "Distillation", "FlowGRPO", "Matching", "MixGRPO", "PrefGRPO", "TempFlowGRPO",
 ]  # fmt: skip

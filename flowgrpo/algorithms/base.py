@@ -150,6 +150,9 @@ class AlgorithmBase:
     needs_rewards: ClassVar[bool] = True
     credits_trajectories: ClassVar[bool] = False
     """Whether all actions of a sample have one advantage, that of its candidate."""
+    assigns_credit: ClassVar[bool] = True
+    """Whether advantages come from scored candidates. If not, rewards are optional and only measured, and
+    nothing that chooses or weights samples by their rewards applies."""
 
     def plan(self, num_steps: int, iteration: int, random: Random) -> Plan:
         """The plan of an iteration: a ``TrajectoryPlan`` or a ``BranchPlan``, for instance."""

@@ -333,11 +333,12 @@ class Collection:
             )
             for s, scores in done
         ]
-        candidates = Candidates.concatenate(each)
+        candidates = Candidates.concatenate(each) if each else Candidates.none()
         small = self._thumbnails_by_group()
         evaluations, decodes = self._before
         number = len(self.groups)
         previewed = 0 if self.chosen is None else self.chosen.number
+        nothing = torch.full((number,), torch.nan)
         return Experience(
             groups=self.groups,
             transition=self.transition,
@@ -348,8 +349,12 @@ class Collection:
                 decodes=(self.policy.num_decodes - decodes) / number,
                 rewards=self._num_scored / number + previewed,
             ),
-            diversity=torch.stack([s.std(0, correction=0).mean() for s in small]),
-            duplicates=torch.tensor([float(len(s) - len(s.unique(dim=0))) for s in small]),
+            diversity=torch.stack([s.std(0, correction=0).mean() for s in small])
+            if small
+            else nothing,
+            duplicates=torch.tensor([float(len(s) - len(s.unique(dim=0))) for s in small])
+            if small
+            else nothing,
             step_std=dict(sorted(self._step_std.items())),
             media=torch.cat([s.media for s, _ in done if s.media is not None])
             if self.scorer.keeps_media
@@ -379,7 +384,9 @@ class Collection:
         )
 
     def _thumbnails_by_group(self) -> list[Tensor]:
-        """The thumbnails of each group's compared candidates."""
+        """The thumbnails of each group's compared candidates; none if nothing was decoded."""
+        if not self._thumbnails:
+            return []
         group = torch.cat([g for g, _ in self._thumbnails])
         small = torch.cat([t for _, t in self._thumbnails])
         return [small[group == g.index] for g in self.groups]

@@ -47,6 +47,8 @@ def _check_measured(config: Any, key: str, wanted: Measured) -> None:
                 f"evaluation.bench[{tags.index(label)}]"
             )
         return
+    if not config.rewards and name == "reward" and key != "evaluation.best":
+        raise ConfigError(f"{key} = {str(wanted)!r}: there are no rewards; name another number")
     known = ["reward", *(r.label for r in config.rewards), *tags]
     known += [f"{ARTEFACTS}{m}" for m in MEASURES if settings.artefacts]
     # The names of metrics are known after the first evaluation, which checks them.

@@ -89,6 +89,8 @@ def check_bounds(config: Any) -> None:
         value = _value(config, key)
         if value is None:
             continue
+        if key == "algorithm.group_size" and not getattr(config.algorithm, "assigns_credit", True):
+            least = 1  # Nothing is compared within groups.
         if value < least:
             raise ConfigError(f"{key} must be at least {least}, got {value}")
         if value > most:

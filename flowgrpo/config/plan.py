@@ -149,7 +149,7 @@ def plan(config: Config, num_ranks: int = 1) -> Plan:
     groups = t.groups // num_ranks
     steps = 0
     kind: ActionKind = config.algorithm.action_kind
-    if kind == "step":
+    if kind in ("step", "visited_state"):
         steps = len(config.algorithm.trained_steps(config.sampling.num_steps, 0, random))
     samples = groups * size_
     # The states of one denoising step, and the denoising steps, in one optimizer step.
@@ -173,7 +173,14 @@ def plan(config: Config, num_ranks: int = 1) -> Plan:
         rewards=len(config.rewards),
         parts=(shard.shard_group or num_ranks) if shard.is_sharded else 1,
         sampling_passes=ceil(cost.nfe * groups / min(samples, t.rollout_batch)),
-        extra_passes=needs.reference + needs.average + (needs.old_policy is not None),
+        extra_passes=sum(
+            (
+                needs.reference,
+                needs.average,
+                needs.old_policy is not None,
+                needs.teachers is not None,
+            )
+        ),
     )
 
 

@@ -16,6 +16,7 @@ from flowgrpo.algorithms import (
     BranchGRPO,
     DanceGRPO,
     DiffusionNFT,
+    Distillation,
     FlowGRPO,
     Matching,
     MixGRPO,
@@ -28,6 +29,7 @@ from flowgrpo.algorithms.previews import check_grid
 from flowgrpo.config.benchmarks import Bench, check_benchmarks
 from flowgrpo.config.best import check_best
 from flowgrpo.config.bounds import check_bounds
+from flowgrpo.config.distillation import check_distillation
 from flowgrpo.config.regimes import Regime, check_regimes
 from flowgrpo.config.replay import ReplaySettings, check_replay
 from flowgrpo.config.steps import check_steps
@@ -36,6 +38,7 @@ from flowgrpo.core.random import Random
 from flowgrpo.losses import base as losses
 from flowgrpo.losses.base import Loss
 from flowgrpo.losses.clipped import ClippedLoss
+from flowgrpo.losses.distillation import DistillationLoss
 from flowgrpo.losses.group_matching import CRDLoss, DGPOLoss
 from flowgrpo.losses.matching import MatchingLoss
 from flowgrpo.losses.nft import NFTLoss
@@ -283,16 +286,17 @@ class Config:
     """How the processes of a run divide the model."""
     algorithm: (
         FlowGRPO | DanceGRPO | MixGRPO | PrefGRPO | DiffusionNFT | Matching
-        | TempFlowGRPO | G2RPO | TPGRPO | VGPO | BranchGRPO | FIND | Algorithm
+        | TempFlowGRPO | G2RPO | TPGRPO | VGPO | BranchGRPO | FIND | Distillation | Algorithm
     )  # fmt: skip
     """What is sampled, and which candidates give each action its advantage; ``kind`` may be the import
     path of an algorithm of your own."""
-    loss: ClippedLoss | NFTLoss | MatchingLoss | DGPOLoss | CRDLoss | Loss = field(
-        default_factory=ClippedLoss
-    )
+    loss: (
+        ClippedLoss | NFTLoss | MatchingLoss | DGPOLoss | CRDLoss | DistillationLoss | Loss
+    ) = field(default_factory=ClippedLoss)  # fmt: skip
     """The objective of an update; ``kind`` may be the import path of a loss of your own."""
-    rewards: tuple[Reward, ...]
-    """The reward models; training maximises the weighted sum of their scores."""
+    rewards: tuple[Reward, ...] = ()
+    """The reward models; training maximises the weighted sum of their scores. Algorithms that train on no
+    reward need none, and only measure those that there are."""
     guard: Guard = field(default_factory=Guard)
     """Guards against reward hacking."""
     failures: Failures = field(default_factory=Failures)
@@ -321,12 +325,9 @@ class Config:
             raise ConfigError(f"train.betas must be two numbers in [0, 1), got {list(betas)}")
         self._check_grid()
         algorithm = self.algorithm
-        check_rewards(
-            self.rewards,
-            self.train.iterations,
-            alone=algorithm.needs_rewards,
-            binary=algorithm.needs_binary_rewards,
-        )
+        check_distillation(self)
+        alone, binary = algorithm.needs_rewards, algorithm.needs_binary_rewards
+        check_rewards(self.rewards, self.train.iterations, alone=alone, binary=binary)
         try:
             algorithm.check(self.sampling.num_steps)
             check_grid(algorithm, self.sampling)

@@ -222,6 +222,12 @@ class Candidates:
         return self.map(lambda values: values[rows])
 
     @staticmethod
+    def none() -> "Candidates":
+        """No candidates, of an algorithm that judges nothing."""
+        index = torch.zeros(0, dtype=torch.long)
+        return Candidates(index, index, index, index, Scores({}, torch.zeros(0)))
+
+    @staticmethod
     def concatenate(parts: Sequence["Candidates"]) -> "Candidates":
         """Join the candidates of several batches of one iteration."""
         return Candidates(
@@ -258,8 +264,10 @@ class Experience:
         actions: The stochastic steps.
         candidates: The scored candidates of this process.
         cost: Work per prompt.
-        diversity: For each group, the mean standard deviation over the group of 8x8 thumbnails.
-        duplicates: For each group, the number of samples that equal an earlier sample of the group.
+        diversity: For each group, the mean standard deviation over the group of 8x8 thumbnails; NaN if
+            nothing was decoded.
+        duplicates: For each group, the number of samples that equal an earlier sample of the group; NaN
+            likewise.
         step_std: Standard deviation of the noise that each stochastic step injects, by step.
         gathered: The candidates of all processes; None if there is only one process.
         media: The media of each candidate, if the scorer was asked to keep them.

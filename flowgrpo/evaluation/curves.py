@@ -63,6 +63,14 @@ METRICS = {
         "Clip fraction by step",
         "Share of actions beyond the clip range. Similar at all steps.",
     ),
+    "teacher/distance": (
+        "Distance to the teachers",
+        "Squared difference of the outputs. Falls, and levels off where the student cannot follow.",
+    ),
+    "teacher_distance": (
+        "Distance to the teachers by step",
+        "Squared difference of the outputs. Falls at all steps.",
+    ),
     "grad_norm": (
         "Gradient norm",
         "Before clipping. Within one order of magnitude, without spikes.",

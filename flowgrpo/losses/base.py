@@ -16,10 +16,12 @@ from typing import ClassVar, Literal, Protocol, runtime_checkable
 
 from flowgrpo.core.tensors import Bool, Float, Int, Tensor
 from flowgrpo.core.transitions import Gaussian, Prediction, Step, Transition
+from flowgrpo.losses.teachers import Teachers
 
-ActionKind = Literal["step", "noised_sample", "initial_noise"]
+ActionKind = Literal["step", "noised_sample", "visited_state", "initial_noise"]
 """``step``: a stochastic denoising step with a log-probability. ``noised_sample``: a finished sample
-with fresh noise, which has no log-probability; ``x_next`` is the clean sample. ``initial_noise``: the
+with fresh noise, which has no log-probability; ``x_next`` is the clean sample. ``visited_state``: a
+state of a trajectory, deterministic or not, whose step is compared with a teacher's. ``initial_noise``: the
 draw of the initial latents, which has a log-probability but no ``interval`` and no step size."""
 
 
@@ -110,6 +112,7 @@ class LossInputs:
         old_policy: Outputs of the behaviour policy. Supplied for ``LossNeeds.old_policy``.
         average: Outputs of the moving average of the weights. Supplied for ``LossNeeds.average``.
         reference: Outputs of the frozen reference. Supplied for ``LossNeeds.reference``.
+        teacher: Outputs of the teacher of the batch's prompts. Supplied for ``LossNeeds.teachers``.
         has_reward: Whether all candidates of each action's sample have a reward; None if the caller
             does not know, which stands for all. Where it is false, the advantage is 0 for that reason.
         kl_weight: The weight that the learner gives :attr:`LossOutputs.kl` of each action, besides
@@ -136,6 +139,7 @@ class LossInputs:
     old_policy: PolicyOutputs | None = None
     average: PolicyOutputs | None = None
     reference: PolicyOutputs | None = None
+    teacher: PolicyOutputs | None = None
     has_reward: Bool[Tensor, " actions"] | None = None
     kl_weight: Float[Tensor, " actions"] | None = None
     chunk_log_ratio: Float[Tensor, " actions"] | None = None
@@ -210,6 +214,7 @@ class LossNeeds:
         single_update: The loss is defined in the first optimizer step of an iteration only.
         average: Outputs of the moving average of the weights, which ``train.ema_decay`` configures.
         reference: Outputs of the model that training started from.
+        teachers: Teachers, whose outputs become ``LossInputs.teacher``. A batch has prompts of one teacher.
         all_actions: Actions whose advantage is 0 contribute to the gradient, too. Otherwise the
             learner does not compute them.
         whole_groups: A batch never splits the actions of one group and step. For losses that couple
@@ -236,6 +241,7 @@ class LossNeeds:
     single_update: bool = False
     average: bool = False
     reference: bool = False
+    teachers: Teachers | None = None
     all_actions: bool = False
     whole_groups: bool = False
     group_term: bool = False

@@ -28,6 +28,8 @@ CONFIG, STATE = "config.toml", "state.json"
 """Files of a run directory and of a checkpoint in it."""
 FIRST = ".lora_A.default.weight"
 """End of the name of a layer's first matrix in a checkpoint."""
+INIT = "model.weights.init"
+"""The key of the adapter from which training starts."""
 EARLIER = "earlier"
 """Name of an adapter while it is read or added to the weights."""
 
@@ -99,25 +101,38 @@ def read_start(
     """
     if not isinstance(weights, LoRA) or not weights.init:
         return None
-    path = weights.init
+    found = read_layers(pipeline, weights.init, INIT, "give it as model.adapters")
+    _refuse_others(weights.init, found, weights, models)
+    return found
+
+
+def read_layers(
+    pipeline: DiffusionPipeline, path: str, key: str, instead: str
+) -> dict[str, dict[str, LayerStart]]:
+    """The layers of an adapter, by component of the pipeline and by layer.
+
+    Args:
+        pipeline: The pipeline, without adapters; it is the same afterwards.
+        path: A file, folder, hub id, run directory, or checkpoint of a run.
+        key: The key of the configuration that names it, for messages.
+        instead: What to do with an adapter that is no plain LoRA, for messages.
+
+    Raises:
+        FileNotFoundError: If the adapter does not exist.
+        ValueError: If it does not fit the pipeline, or is a DoRA.
+    """
     if (Path(path).expanduser() / STATE).is_file():
-        found = _checkpoint_layers(Path(path).expanduser())
-        _refuse_others(path, found, weights, models)
-        return found
+        return _checkpoint_layers(Path(path).expanduser(), key)
     _load(pipeline, Adapter(path), EARLIER)
     try:
         if any(
             getattr(m, "use_dora", {}).get(EARLIER) for p in pipeline.components.values()
             if isinstance(p, nn.Module) for m in p.modules()
         ):  # fmt: skip
-            raise ValueError(
-                f"model.weights.init: {path} is a DoRA, which is not trained further; give it as model.adapters"
-            )
-        found = _layers(pipeline, EARLIER)
+            raise ValueError(f"{key}: {path} is a DoRA, which is not supported here; {instead}")
+        return _layers(pipeline, EARLIER)
     finally:
         _unload(pipeline)
-    _refuse_others(path, found, weights, models)
-    return found
 
 
 def _refuse_others(
@@ -136,7 +151,7 @@ def _refuse_others(
         )
 
 
-def _checkpoint_layers(folder: Path) -> dict[str, dict[str, LayerStart]]:
+def _checkpoint_layers(folder: Path, key: str) -> dict[str, dict[str, LayerStart]]:
     """The layers of the adapter in a run's checkpoint: the averaged ones, if there is an average.
 
     Raises:
@@ -148,12 +163,12 @@ def _checkpoint_layers(folder: Path) -> dict[str, dict[str, LayerStart]]:
         own = tomllib.loads((run / CONFIG).read_text("utf-8"))["model"]["weights"]
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(
-            f"model.weights.init: {folder} is a checkpoint, and {run / CONFIG}, which has the rank and alpha of "
+            f"{key}: {folder} is a checkpoint, and {run / CONFIG}, which has the rank and alpha of "
             f"its adapter, cannot be read ({error!r}); write it as an adapter with flowgrpo export"
         ) from error
     if own.get("kind", "lora") != "lora":
         raise ValueError(
-            f"model.weights.init: {folder} has no adapter, because its run trained weights of the kind "
+            f"{key}: {folder} has no adapter, because its run trained weights of the kind "
             f"{own['kind']!r}; write them as a model with: flowgrpo export {run} --checkpoint "
             f"{_checkpoint_name(folder)} --out MODEL, and set model.path = MODEL"
         )
@@ -162,7 +177,7 @@ def _checkpoint_layers(folder: Path) -> dict[str, dict[str, LayerStart]]:
     try:
         tensors = load_file(file)
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"model.weights.init: {file} cannot be read: {error}") from error
+        raise ValueError(f"{key}: {file} cannot be read: {error}") from error
     scale = own["alpha"] / own["rank"]
     found: dict[str, dict[str, LayerStart]] = {}
     for name, down in tensors.items():

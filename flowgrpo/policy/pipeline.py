@@ -13,7 +13,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
@@ -37,6 +37,8 @@ from flowgrpo.policy.arguments import (
     own_arguments,
 )
 from flowgrpo.policy.call import PipelineCall, UnsupportedPipelineError
+from flowgrpo.policy.called import Called as _Called
+from flowgrpo.policy.called import padded as _padded
 from flowgrpo.policy.fixed_device import fix_precision, restore_class
 from flowgrpo.policy.latent_injection import LatentInjection, LatentLocations
 from flowgrpo.policy.loading import DTYPES, denoisers, load_pipeline, without_safety_checker
@@ -58,6 +60,7 @@ from flowgrpo.policy.sharding import Sharder, gather, shard
 from flowgrpo.policy.sound import as_audio, audio_rate
 from flowgrpo.policy.step_counter import counted
 from flowgrpo.policy.step_plan import StepPlan, StepRecord
+from flowgrpo.policy.teachers import read_teachers
 from flowgrpo.policy.weights import InitialNoise, Trainable
 
 FRAMES = ("num_frames", "video_length", "frames")
@@ -83,26 +86,6 @@ class Rollout:
     media: Float[Tensor, "batch *frames channels height width"] | None
     records: Sequence[StepRecord]
     audio: Audio | None = None
-
-
-class _Called(NamedTuple):
-    """What a call of the pipeline gave: media or last states, recorded steps, and the media's sound."""
-
-    output: Tensor
-    records: Sequence[StepRecord]
-    audio: Audio | None
-
-    def first(self, number: int) -> "_Called":
-        """The part of the first samples."""
-        cut: dict[int, Tensor] = {}
-        records = [r.first(number, cut) for r in self.records]
-        audio = None if self.audio is None else self.audio[:number]
-        return _Called(self.output[:number], records, audio)
-
-
-def _padded(x: Tensor, extra: int) -> Tensor:
-    """A batch with its last sample repeated."""
-    return torch.cat([x, x[-1:].expand(extra, *x.shape[1:])]) if extra else x
 
 
 @dataclass
@@ -163,6 +146,7 @@ class PipelinePolicy:
         with_reference: bool = False,
         memory: Memory | None = None,
         parallel: Parallel | None = None,
+        teachers: Sequence[str] = (),
     ):
         """Turn a loaded pipeline into a policy. The pipeline is changed.
 
@@ -177,6 +161,7 @@ class PipelinePolicy:
             with_reference: Whether :meth:`reference` will be used.
             memory: Settings that trade memory for time.
             parallel: Whether trained denoisers are divided among the processes.
+            teachers: Adapters whose weights ``trainable.teacher`` will apply.
 
         Raises:
             ValueError: If the pipeline cannot be a policy, does not take a sampling argument, or settings
@@ -190,9 +175,9 @@ class PipelinePolicy:
         self._parameters = inspect.signature(call).parameters
         check_signature(pipeline, self._parameters)
         self._take_over(call)
-        self.models = models_of(pipeline)
-        self.denoisers = denoisers(pipeline)
+        self.models, self.denoisers = models_of(pipeline), denoisers(pipeline)
         start = read_start(pipeline, weights, self.denoisers) if weights else None
+        create = partial(Trainable, seed=seed, with_reference=with_reference, teachers=read_teachers(pipeline, teachers))  # fmt: skip
         sharder = self._prepare(memory, parallel, weights)
         self.in_lockstep = sharder is not None
         self.num_evaluations = self.num_decodes = 0
@@ -200,13 +185,12 @@ class PipelinePolicy:
         self._injection = LatentInjection(
             pipeline, self.scheduler, self._learned.latents, self.device
         )
-        native = memory.arithmetic == "native"
-        create = partial(Trainable, seed=seed, with_reference=with_reference, native=native)
         self.trainable: Trainable | InitialNoise | None = None
         if isinstance(weights, Noise):
             self.trainable = self._injection.initial = InitialNoise(weights)
         elif weights is not None:
-            self.trainable = create(self.denoisers, weights, start=start, shard=sharder)
+            native = memory.arithmetic == "native"
+            self.trainable = create(self.denoisers, weights, start=start, shard=sharder, native=native)  # fmt: skip
         if not self.in_lockstep:
             fix_precision(pipeline, self.denoisers.values())
 
@@ -383,6 +367,7 @@ class PipelinePolicy:
         x: Float[Tensor, "batch *latent"],
         step: int,
         transition: Transition,
+        sampling: Sampling | None = None,
     ) -> StepRecord:
         """Take one step of a rollout again, with gradients.
 
@@ -395,6 +380,7 @@ class PipelinePolicy:
             step: Index of the step on the grid, or ``INITIAL`` for the draw of the initial noise, which
                 needs no states.
             transition: The stochastic step.
+            sampling: Arguments of the pipeline's call, if not the policy's own; the grid must be equal.
         """
         if step == INITIAL:
             assert isinstance(self.trainable, InitialNoise)
@@ -404,7 +390,8 @@ class PipelinePolicy:
         )
         number, extra = len(prompts), self._extra(len(prompts), self.replay_batch)
         whole = [*prompts, *[prompts[-1]] * extra]
-        (record,) = self._run(whole, plan, _padded(x, extra), False, self.sampling).records
+        sampling = sampling or self.sampling
+        (record,) = self._run(whole, plan, _padded(x, extra), False, sampling).records
         return record.first(number, {}) if extra else record
 
     def _extra(self, number: int, size: int) -> int:

@@ -117,7 +117,9 @@ def fit_noise(policy: PipelinePolicy, prompts: Sequence[Prompt]) -> None:
     policy.trainable.fit(shapes.pop(), policy.device)
 
 
-def check_scales(policy: PipelinePolicy, transition: Transition, steps: Sequence[int]) -> None:
+def check_scales(
+    policy: PipelinePolicy, transition: Transition, steps: Sequence[int], remedy: str = ""
+) -> None:
     """Check that no trained step has a gradient far above those of the other steps.
 
     The gradient of a log-density is proportional to ``1 / std``. On grids whose last but one noise level
@@ -127,6 +129,7 @@ def check_scales(policy: PipelinePolicy, transition: Transition, steps: Sequence
         policy: The policy, after a call that has set its grid.
         transition: The stochastic step.
         steps: The trained steps.
+        remedy: What to do, for the message, if it is not the choice of stochastic steps.
 
     Raises:
         ValueError: If the gradient of a step is more than MAX_SCALE times the median.
@@ -144,12 +147,15 @@ def check_scales(policy: PipelinePolicy, transition: Transition, steps: Sequence
     usual = median(scales.values())
     worst = max(scales, key=lambda step: scales[step])
     if scales[worst] > MAX_SCALE * usual:
+        remedy = remedy or (
+            "leave it out (algorithm.steps, for kind 'all' by skip_last = "
+            f"{policy.num_steps() - worst}), or set loss.ratio = 'guard'"
+        )
         left = policy.scheduler.interval(worst, worst + 1).noise_next
         raise ValueError(
             f"step {worst} of the grid adds almost no noise with this transition (sigma {left:.2g} is "
             f"left after it), so its gradient is {scales[worst] / usual:.0f} times that of the other "
-            "steps and would dominate the update: leave it out (algorithm.steps, for kind 'all' by skip_last = "
-            f"{policy.num_steps() - worst}), or set loss.ratio = 'guard'"
+            f"steps and would dominate the update: {remedy}"
         )
 
 

@@ -18,7 +18,7 @@ from diffusers import ModelMixin
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils._pytree import tree_map
 
 from flowgrpo.policy.compilation import repeated_blocks
@@ -144,6 +144,21 @@ def clip_gradients(parameters: Sequence[nn.Parameter], largest: float) -> float:
     norm = whole(torch.nn.utils.get_total_norm(gradients))
     torch.nn.utils.clip_grads_with_norm_(parameters, largest, norm)
     return float(norm)
+
+
+def parts_of(wholes: Sequence[Tensor], parameters: Sequence[Tensor]) -> list[Tensor]:
+    """This process's parts of tensors in main memory, divided as parameters; all of those that are whole."""
+
+    def part(whole: Tensor, parameter: Tensor) -> Tensor:
+        if not isinstance(parameter, DTensor):
+            return whole
+        mesh, placements = parameter.device_mesh, parameter.placements
+        there = whole.to(parameter.device)
+        # Every process has the tensor, so that nothing is sent.
+        divided = distribute_tensor(there, mesh, placements, src_data_rank=None)
+        return local(divided).cpu().clone()
+
+    return [part(whole, p) for whole, p in zip(wholes, parameters, strict=True)]
 
 
 @contextmanager

@@ -20,8 +20,9 @@ from flowgrpo.data.files import reached, save_tensors
 from flowgrpo.policy.adapters import LayerStart
 from flowgrpo.policy.native import compute_adapters_in_input_precision
 from flowgrpo.policy.settings import Full, LoRA, Noise, Weights
-from flowgrpo.policy.sharding import Sharder, exchanged, local
+from flowgrpo.policy.sharding import Sharder, exchanged, local, parts_of
 from flowgrpo.policy.step_plan import StepRecord
+from flowgrpo.policy.teachers import Layers, digest, teacher_values
 
 ATTENTION_PROJECTIONS = (
     "to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out",
@@ -43,6 +44,7 @@ class Trainable:
         weights: The settings.
         parameters: The trained parameters, by qualified names such as ``transformer.proj_out.weight``.
         is_sharded: Whether the parameters are divided among processes.
+        teacher_digests: The SHA-256 of the values of each teacher, by its path.
     """
 
     def __init__(
@@ -55,6 +57,7 @@ class Trainable:
         start: Mapping[str, Mapping[str, LayerStart]] | None = None,
         shard: Sharder | None = None,
         native: bool = False,
+        teachers: Mapping[str, Layers] | None = None,
     ):
         """Prepare the denoisers in place: add adapters, or unfreeze parameters.
 
@@ -68,10 +71,11 @@ class Trainable:
                 reference policy, of which a copy is kept.
             shard: Divides the denoisers among processes, once they have their adapters.
             native: Whether the denoisers compute without autocast, so that adapters cast their weights.
+            teachers: The adapters of teachers, by their paths; copies are kept in main memory.
 
         Raises:
-            ValueError: If LoRA targets match no layer, patterns match no parameter, or a named denoiser
-                does not exist.
+            ValueError: If LoRA targets match no layer, patterns match no parameter, a named denoiser
+                does not exist, or a teacher does not fit.
         """
         unknown = [m for m in weights.models if m not in denoisers]
         if unknown:
@@ -91,15 +95,12 @@ class Trainable:
                     compute_adapters_in_input_precision(model, ADAPTER)
             else:
                 _unfreeze(model, weights)
+        taught = self._taught(teachers or {})
         if shard is not None:
             shard(denoisers)
         self.is_sharded = shard is not None
-        self.parameters: dict[str, nn.Parameter] = {
-            f"{name}.{key}": p
-            for name, model in chosen.items()
-            for key, p in model.named_parameters()
-            if p.requires_grad
-        }
+        self.parameters = _trained(chosen)
+        self._teachers = {k: parts_of(v, list(self.parameters.values())) for k, v in taught.items()}
         copies = bool(start) or (with_reference and isinstance(weights, Full))
         # In main memory: it is used only a few times per iteration.
         self._reference = (
@@ -110,6 +111,16 @@ class Trainable:
     def reference_is_at_hand(self) -> bool:
         """Whether :meth:`reference` moves no weights: it disables adapters."""
         return isinstance(self.weights, LoRA) and self._reference is None
+
+    def _taught(self, teachers: Mapping[str, Layers]) -> dict[str, list[Tensor]]:
+        """The values of whole parameters for each teacher; also notes their digests."""
+        own = _trained(self.denoisers)
+        found = {
+            path: teacher_values(path, layers, own, self.denoisers, self.weights)
+            for path, layers in teachers.items()
+        }
+        self.teacher_digests = {path: digest(values) for path, values in found.items()}
+        return found
 
     @contextmanager
     def reference(self) -> Iterator[None]:
@@ -137,6 +148,15 @@ class Trainable:
                 copies = [r.to(p.device) for r, p in zip(copies, own, strict=True)]
             with swapped(own, copies):
                 yield
+
+    @contextmanager
+    def teacher(self, path: str) -> Iterator[None]:
+        """Use the weights of a teacher inside the context, by the path of its adapter."""
+        own, values = list(self.parameters.values()), self._teachers[path]
+        if not self.is_sharded:
+            values = [v.to(p.device) for v, p in zip(values, own, strict=True)]
+        with swapped(own, values):
+            yield
 
     def replace_reference(self, tensors: Mapping[str, Tensor]) -> None:
         """Make these values of the trained parameters the reference policy.
@@ -362,6 +382,16 @@ def require_same(parameters: Mapping[str, Tensor], tensors: Mapping[str, Tensor]
             raise ValueError(
                 f"weight {name} has shape {tuple(tensors[name].shape)}, expected {tuple(parameter.shape)}"
             )
+
+
+def _trained(denoisers: Mapping[str, ModelMixin]) -> dict[str, nn.Parameter]:
+    """The trained parameters of denoisers, by their qualified names."""
+    return {
+        f"{name}.{key}": p
+        for name, model in denoisers.items()
+        for key, p in model.named_parameters()
+        if p.requires_grad
+    }
 
 
 def _add_adapter(model: ModelMixin, lora: LoRA, seed: int) -> None:

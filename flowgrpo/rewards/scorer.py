@@ -80,8 +80,8 @@ class RewardScorer:
         for reward in rewards:
             reward.check(f"reward {reward.label!r}")
         labels = [r.label for r in rewards]
-        if not rewards or len(set(labels)) != len(labels):
-            raise ValueError(f"rewards: give at least one, with different names; got {labels}")
+        if len(set(labels)) != len(labels):
+            raise ValueError(f"rewards: give them different names; got {labels}")
         self.rewards, self.failures = list(rewards), failures or Failures()
         self.iteration: int | None = None
         self.batch, self.keeps_media = batch, False
@@ -299,10 +299,13 @@ class RewardScorer:
             r.label: self._attempt(r, m, media, prompts, audio)
             for r, m in zip(self.rewards, self.models, strict=True)
         }
-        reward = weighted_sum(self.rewards, raw, iteration)
+        # Without rewards nothing is known of the media.
+        nothing = torch.full((len(prompts),), math.nan)
+        reward = weighted_sum(self.rewards, raw, iteration) if raw else nothing
         self.broken_media += int((~finite(media, audio)).sum())
         self.scored += len(prompts)
-        self.failures_seen += int((~torch.stack(list(raw.values())).isfinite()).any(0).sum())
+        if raw:
+            self.failures_seen += int((~torch.stack(list(raw.values())).isfinite()).any(0).sum())
         features = None
         if self.features is not None and iteration is not None:
             with self.call("guard.features"):

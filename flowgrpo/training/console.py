@@ -1,5 +1,6 @@
 """Console output of a run: progress bars, lines and tables."""
 
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
@@ -84,10 +85,14 @@ class Console:
         update = (
             f"grad {metrics['grad_norm']:.3f}" if "grad_norm" in metrics else "policy not trained"
         )
+        judged = f"loss {metrics.get('loss/policy', math.nan):.4g}"  # if nothing is judged
+        if "reward" in metrics:
+            judged = (
+                f"reward {metrics['reward']:.3f} ({scores}) | flat groups "
+                f"{metrics['group/zero_variance']:.0%} | diversity {metrics['group/diversity']:.3f}"
+            )
         self.say(
-            f"[{iteration + 1:>4}/{total}] reward {metrics['reward']:.3f} ({scores}) | "
-            f"flat groups {metrics['group/zero_variance']:.0%} | diversity {metrics['group/diversity']:.3f} | "
-            f"{update} | {timings['total']:.1f} s, {clock(left)} left"
+            f"[{iteration + 1:>4}/{total}] {judged} | {update} | {timings['total']:.1f} s, {clock(left)} left"
         )
 
 

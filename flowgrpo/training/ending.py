@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from flowgrpo.config.distillation import assigns_credit
 from flowgrpo.core.random import Random
 from flowgrpo.data.files import sync_tree
 from flowgrpo.evaluation import inspection
@@ -107,7 +108,7 @@ def _inspect(run: TrainingRun) -> None:
     """
     config = run.config
     number, seed = config.evaluation.inspected_prompts, config.run.seed
-    if not number:
+    if not number or not assigns_credit(config.algorithm):
         return
     prompts = [group.prompt for group in run.prompts.groups(0, number, Random(seed))]
     strips = inspection.inspect(run.policy, config.algorithm, run.scorer, prompts, seed=seed)

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from flowgrpo.config import Config, ConfigError, find
+from flowgrpo.config.distillation import check_taught
 from flowgrpo.config.reference import to_table
 from flowgrpo.core.imports import import_path
 from flowgrpo.core.secrets import REDACTED, redacted_in
@@ -81,6 +82,7 @@ def check_inputs(config: Config, num_processes: int) -> tuple[PromptSet, PromptS
         PromptSet.load(find(file), config.prompts.balance, fixed_size)
         for file in _files(config).values()
     )
+    check_taught(config, prompts.prompts)
     for index, path in enumerate(config.evaluation.metrics):
         with _setting(f"evaluation.metrics[{index}]"):
             import_path(path)

@@ -25,7 +25,7 @@ from torch.distributed.tensor import DTensor
 
 from flowgrpo.algorithms.guard import Guard
 from flowgrpo.config import Train
-from flowgrpo.core.errors import DivergenceError
+from flowgrpo.core.errors import ConfigError, DivergenceError
 from flowgrpo.core.random import Random
 from flowgrpo.data.experience import Actions, Experience
 from flowgrpo.losses.base import Loss, LossInputs, LossOutputs, WholeGroups
@@ -182,6 +182,7 @@ class Learner:
             batches = list(self.replay.batches(experience, weighted, trained))
             referred = [batch for batch, _ in batches]
             references = self.replay.references(experience, referred) if needs.reference else []
+            taught = self.replay.taught(experience, referred) if needs.teachers else []
             is_first = number_before == 0 and not stale
             if needs.group_term:
                 # They are used twice: for the whole groups, and for the batches.
@@ -189,11 +190,13 @@ class Learner:
             wholes = self._whole_groups(experience, batches, references, is_first)
             ratios = self._chunk_log_ratios(experience, referred, is_first)
             with self.policy.together():
-                for (batch, advantage), reference, ratio, whole in zip_longest(
-                    batches, references, ratios, wholes
+                for (batch, advantage), reference, teacher, ratio, whole in zip_longest(
+                    batches, references, taught, ratios, wholes
                 ):
                     columns = [advantage] if advantage.ndim == 1 else list(advantage.unbind(1))
-                    inputs = self.replay.inputs(experience, batch, columns[0], reference, is_first)
+                    inputs = self.replay.inputs(
+                        experience, batch, columns[0], reference, is_first, teacher
+                    )
                     inputs = replace(inputs, chunk_log_ratio=ratio, whole=whole)
                     loss = self._loss(inputs, columns[1:], statistics)
                     # Wan 2.2 has two denoisers. If only one is trained, the steps of the other carry
@@ -473,8 +476,13 @@ class Learner:
             "ema_updates": self.ema.updates if self.ema else 0,
             "guard": self.guarding.state() if self.guarding else None,
             "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler else None,
+            "teachers": self._teacher_digests(),
         }
         return parts, state
+
+    def _teacher_digests(self) -> dict[str, str]:
+        trainable = self.policy.trainable
+        return trainable.teacher_digests if isinstance(trainable, Trainable) else {}
 
     def division(self, part: str, name: str, shape: torch.Size) -> Tensor | None:
         """The divided parameter as which a tensor of a checkpoint is divided; None if it is whole."""
@@ -484,8 +492,13 @@ class Learner:
         return parameter if is_alike and part != "baseline" else None
 
     def restore(self, parts: dict[str, dict[str, Tensor]], state: dict[str, Any]) -> None:
-        """Load the contents of a checkpoint, as :meth:`state` returned them."""
+        """Load the contents of a checkpoint, as :meth:`state` returned them.
+
+        Raises:
+            ConfigError: If the weights of a teacher have changed.
+        """
         assert self.policy.trainable is not None
+        require_same_teachers(state.get("teachers", {}), self._teacher_digests())
         self.policy.trainable.load(parts["weights"])
         self._restore_moments(parts["optimizer"])
         self.num_updates = state["num_updates"]
@@ -525,6 +538,20 @@ class Learner:
                     k: (v if is_plain else int(v)) if k == "step" else v.to(parameter.device)
                     for k, v in own.items()
                 }
+
+
+def require_same_teachers(before: Mapping[str, str], now: Mapping[str, str]) -> None:
+    """Check that the teachers of a run that is resumed are those with which it began.
+
+    Raises:
+        ConfigError: If the weights of one have changed.
+    """
+    for path, digest in now.items():
+        if before.get(path, digest) != digest:
+            raise ConfigError(
+                f"loss.teachers: the weights of {path} have changed since the run was started; restore them, or "
+                "choose another --set run.folder=..."
+            )
 
 
 def _mean_square(values: Tensor) -> float:

@@ -125,4 +125,6 @@ def _with_replayed(
 
 def _with_everyone(session: Session, experience: Experience) -> Experience:
     """The experience with the candidates of all processes, whose rewards advantages may need."""
+    if len(experience.candidates) == 0:  # The algorithm judges nothing, in all processes.
+        return experience
     return replace(experience, gathered=experience.candidates.map(session.gather))

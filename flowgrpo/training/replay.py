@@ -8,17 +8,20 @@ replayed with ``S <= A`` states, in one forward pass.
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from flowgrpo.config.distillation import teacher_sampling
 from flowgrpo.core.transitions import Gaussian, Prediction
 from flowgrpo.data.experience import Actions, Experience
 from flowgrpo.losses.base import Loss, LossInputs, PolicyOutputs
-from flowgrpo.policy import PipelinePolicy
+from flowgrpo.policy import PipelinePolicy, Sampling
 from flowgrpo.policy.arguments import call_key
 from flowgrpo.policy.step_plan import StepRecord
+from flowgrpo.policy.weights import Trainable
 
 Weights = Callable[[], AbstractContextManager[None]]
 """Enters a context inside which the policy has other weights."""
@@ -59,13 +62,15 @@ class Replay:
         """Batches of actions that one forward pass can serve, with their advantages.
 
         The actions of a batch share the denoising step, and their prompts can share a call of the
-        pipeline (same size, same condition image). They start from at most ``train_batch`` states.
+        pipeline (same size, same condition image) and have one teacher. They start from at most
+        ``train_batch`` states.
         """
-        actions = experience.actions
+        actions, teachers = experience.actions, self.loss.needs.teachers
         # Groups by the key that decides whether prompts can share a call.
         keys: dict[Hashable, list[int]] = {}
         for group in experience.groups:
-            keys.setdefault(call_key(group.prompt), []).append(group.index)
+            own = 0 if teachers is None else teachers.of(group.prompt.metadata, group.index)
+            keys.setdefault((call_key(group.prompt), own), []).append(group.index)
         for step in actions.step[trained].unique().tolist():
             for groups in keys.values():
                 alike = torch.isin(actions.group, torch.tensor(groups))
@@ -120,15 +125,48 @@ class Replay:
         once per update, and the outputs are kept in main memory. Sharded policies do the same, because
         the evaluations are a section of their own.
         """
-        # In lockstep, a process without batches joins the calls of the others.
-        if not batches and not self.policy.in_lockstep:
-            return []
         trained = self.policy.trainable
         is_at_hand = trained is None or trained.reference_is_at_hand
         if is_at_hand and not self.policy.in_lockstep:
             return self._references_in_turn(experience, batches)
-        with torch.no_grad(), self.policy.reference(), self.policy.together():
-            records = (self.record(experience, actions) for actions in batches)
+        return self._outputs_of(self.policy.reference, experience, batches)
+
+    def taught(self, experience: Experience, batches: Sequence[Actions]) -> list["StoredOutputs"]:
+        """The outputs of the teachers for all batches, each of its prompts' teacher, in main memory."""
+        teachers, found = self.loss.needs.teachers, dict[int, StoredOutputs]()
+        assert teachers is not None
+        metadata = {g.index: g.prompt.metadata for g in experience.groups}
+        groups = [int(b.group[0]) for b in batches]
+        owners = [teachers.of(metadata[g], g) for g in groups]
+        # In all processes in this order, also for a teacher without batches here.
+        for number, teacher in enumerate(teachers.all):
+            own = [i for i, owner in enumerate(owners) if owner == number]
+            chosen, sampling = (
+                [batches[i] for i in own],
+                teacher_sampling(teacher, self.policy.sampling),
+            )
+            trainable = self.policy.trainable
+            weights: Weights = self.policy.reference
+            if not teacher.is_base:
+                assert isinstance(trainable, Trainable), "refused by the configuration"
+                weights = partial(trainable.teacher, teacher.path)
+            outputs = self._outputs_of(weights, experience, chosen, sampling)
+            found.update(zip(own, outputs, strict=True))
+        return [found[i] for i in range(len(batches))]
+
+    def _outputs_of(
+        self,
+        weights: Weights,
+        experience: Experience,
+        batches: Sequence[Actions],
+        sampling: Sampling | None = None,
+    ) -> list["StoredOutputs"]:
+        """The outputs of the policy with other weights for all batches, in main memory."""
+        # In lockstep, a process without batches joins the calls of the others.
+        if not batches and not self.policy.in_lockstep:
+            return []
+        with torch.no_grad(), weights(), self.policy.together():
+            records = (self.record(experience, actions, sampling) for actions in batches)
             return [StoredOutputs.of(record).in_main_memory() for record in records]
 
     def _references_in_turn(
@@ -147,6 +185,7 @@ class Replay:
         advantage: Float[Tensor, " actions"],
         reference: "StoredOutputs | None",
         first_update: bool,
+        teacher: "StoredOutputs | None" = None,
     ) -> LossInputs:
         """Replay a batch with gradients and add the inputs that the loss declares."""
         needs, device = self.loss.needs, self.policy.device
@@ -181,6 +220,7 @@ class Replay:
             old_policy=old_policy,
             average=average,
             reference=None if reference is None else reference.restored(record),
+            teacher=None if teacher is None else teacher.restored(record),
             has_reward=experience.has_reward(actions).to(device),
             kl_weight=None if actions.kl_weight is None else actions.kl_weight.to(device),
         )
@@ -215,10 +255,17 @@ class Replay:
             )
         return mean.detach()
 
-    def record(self, experience: Experience, actions: Actions) -> StepRecord:
+    def record(
+        self, experience: Experience, actions: Actions, sampling: Sampling | None = None
+    ) -> StepRecord:
         """One forward pass of the policy, with its present weights, on the states of a batch.
 
         The output has a row per state, not per action.
+
+        Args:
+            experience: Has the prompts.
+            actions: The batch.
+            sampling: Arguments of the pipeline's call, if not the policy's own.
         """
         prompts = {g.index: g.prompt for g in experience.groups}
         x, rows = actions.starts()
@@ -226,7 +273,7 @@ class Replay:
         group_of_state[rows] = actions.group  # (S,)
         owners = [prompts[int(g)] for g in group_of_state]
         step = int(actions.step[0])
-        return self.policy.replay(owners, x, step, experience.transition)
+        return self.policy.replay(owners, x, step, experience.transition, sampling)
 
 
 def _detached(record: StepRecord) -> PolicyOutputs:

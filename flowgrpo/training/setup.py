@@ -6,6 +6,7 @@ from datetime import timedelta
 
 from flowgrpo.algorithms.previews import Previews
 from flowgrpo.config import Config, ConfigError
+from flowgrpo.config.distillation import assigns_credit
 from flowgrpo.core.transitions import require_path
 from flowgrpo.data.prompt_sets import PromptSet
 from flowgrpo.data.prompts import Prompt
@@ -114,6 +115,7 @@ def _load_policy(config: Config, session: Session) -> PipelinePolicy:
         with_reference=_needs_reference(config),
         memory=config.memory,
         parallel=config.parallel,
+        teachers=teachers.paths if (teachers := config.loss.needs.teachers) else (),
     )
     policy.lockstep.timeout = timedelta(minutes=config.run.rank_timeout_minutes)
     return policy
@@ -143,7 +145,10 @@ def _load_rewards(config: Config, session: Session, prompts: Sequence[Prompt]) -
 def _needs_reference(config: Config) -> bool:
     """Whether anything in a run uses the model before training."""
     in_evaluations = config.evaluation.base_after is not None
-    return config.loss.needs.reference or config.train.monitor_states > 0 or in_evaluations
+    teachers = config.loss.needs.teachers
+    teaches = teachers is not None and teachers.use_base
+    needed = config.loss.needs.reference or teaches
+    return needed or config.train.monitor_states > 0 or in_evaluations
 
 
 def _load_benchmarks(
@@ -189,7 +194,8 @@ def _check_policy(
         raise ConfigError(f"sampling.call.negative_prompt: {_unused(policy)}")
     try:
         require_path(config.algorithm.transition, policy.scheduler.interval(0, 1).path)
-        check_scales(policy, config.algorithm.transition, config.steps_by_density())
+        remedy = "" if assigns_credit(config.algorithm) else "lower algorithm.fraction, or set loss.target = 'output'"  # fmt: skip
+        check_scales(policy, config.algorithm.transition, config.steps_by_density(), remedy)
     except ValueError as error:
         raise ConfigError(f"algorithm.transition: {error}") from error
 

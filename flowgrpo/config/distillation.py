@@ -1,0 +1,96 @@
+"""Checks of a distillation: its teachers, and settings that need scored candidates."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from flowgrpo.core.errors import ConfigError
+from flowgrpo.data.prompts import Prompt
+from flowgrpo.losses.teachers import Teacher
+from flowgrpo.policy.settings import Sampling
+
+
+def assigns_credit(algorithm: Any) -> bool:
+    """Whether an algorithm's advantages come from scored candidates."""
+    return bool(getattr(algorithm, "assigns_credit", True))
+
+
+def teacher_sampling(teacher: Teacher, student: Sampling) -> Sampling:
+    """The arguments of the pipeline's call with which a teacher samples, on the student's grid."""
+    guidance = student.guidance_scale if teacher.guidance_scale is None else teacher.guidance_scale
+    return replace(student, guidance_scale=guidance, call={**student.call, **teacher.call})
+
+
+def check_distillation(config: Any) -> None:
+    """Check the teachers of a configuration, and what excludes an algorithm that judges nothing.
+
+    Raises:
+        ConfigError: With the key and what to change.
+    """
+    if not assigns_credit(config.algorithm):
+        _check_uses_of_rewards(config)
+    elif not config.rewards:
+        raise ConfigError(
+            "rewards: there are none, and the algorithm trains on them; add a table [[rewards]]"
+        )
+    teachers = config.loss.needs.teachers
+    for number, teacher in enumerate(teachers.all if teachers else ()):
+        key = f"loss.teachers[{number}]"
+        sampling = teacher_sampling(teacher, config.sampling)
+        try:
+            sampling.check()
+        except ValueError as error:
+            text = str(error).replace("sampling.call", f"{key}.call")
+            raise ConfigError(text.replace("set sampling.guidance_scale", f"set {key}.guidance_scale")) from error  # fmt: skip
+        if teacher.is_base and sampling == config.sampling:
+            raise ConfigError(
+                f"{key} is the model before training and samples as the student does (guidance_scale = "
+                f"{sampling.guidance_scale}), so there is nothing to learn: give it another guidance_scale, or the "
+                "path of an adapter"
+            )
+
+
+def _check_uses_of_rewards(config: Any) -> None:
+    """Raise ConfigError if a setting chooses or weights samples by rewards that train nothing."""
+    name = type(config.algorithm).__name__
+    for used, key in (
+        (config.guard.is_active, "guard"),
+        (config.train.refill > 0, "train.refill"),
+        (config.train.staleness > 0, "train.staleness"),
+    ):
+        if used:
+            raise ConfigError(
+                f"{key} works on the rewards of an iteration, and {name} trains on none; remove it"
+            )
+
+
+def check_taught(config: Any, prompts: Sequence[Prompt]) -> None:
+    """Check that each training prompt has a teacher, and each teacher a prompt.
+
+    Raises:
+        ConfigError: With the teacher's key or the prompt.
+    """
+    teachers = config.loss.needs.teachers
+    if teachers is None:
+        return
+    found = set[str]()
+    for prompt in prompts:
+        try:
+            teachers.of(prompt.metadata, 0)
+        except ValueError as error:
+            raise ConfigError(f"{error} (prompt {prompt.text[:80]!r})") from error
+        found.add(str(prompt.metadata.get(teachers.task_key, "")))
+    free = found - {tag for teacher in teachers.all for tag in teacher.tags}
+    for number, teacher in enumerate(teachers.all):
+        missing = [tag for tag in teacher.tags if tag not in found]
+        known = ", ".join(map(repr, sorted(found)[:20]))
+        if missing:
+            raise ConfigError(
+                f"loss.teachers[{number}].tags: no training prompt has {teachers.task_key!r} = {missing[0]!r} "
+                f"(there are: {known})"
+            )
+        if not teacher.tags and not free:
+            raise ConfigError(
+                f"loss.teachers[{number}] has no tags and would teach nothing, because the other teachers name "
+                f"all prompts ({known}); give it tags, or remove it"
+            )
