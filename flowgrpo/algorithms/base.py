@@ -17,7 +17,7 @@ from flowgrpo.core.tensors import Float, Tensor
 from flowgrpo.core.transitions import Step, Transition
 from flowgrpo.data.audio import Audio
 from flowgrpo.data.experience import Cost, Experience
-from flowgrpo.data.prompts import Group, Prompt
+from flowgrpo.data.prompts import Group, Image, Prompt
 from flowgrpo.losses.base import ActionKind
 from flowgrpo.policy.step_plan import StepRecord
 
@@ -35,6 +35,8 @@ class Algorithm(Protocol):
             kind, and ``initial_noise`` needs ``model.weights.kind = "noise"``.
         needs_rewards: Whether at least one reward must have a weight.
         needs_binary_rewards: Whether the advantages are defined only for one reward of 0 and 1.
+        num_targets: Pictures of each training prompt that are trained on: 1, or 2 for pairs; 0 where
+            pictures are sampled.
         scales_steps: Whether the advantages already bring the gradients of all steps to one scale.
     """
 
@@ -84,6 +86,9 @@ class Algorithm(Protocol):
 
     @property
     def needs_binary_rewards(self) -> bool: ...
+
+    @property
+    def num_targets(self) -> int: ...
 
     @property
     def scales_steps(self) -> bool: ...
@@ -147,6 +152,7 @@ class AlgorithmBase:
     group_size: int
     action_kind: ClassVar[ActionKind] = "step"
     needs_rewards: ClassVar[bool] = True
+    num_targets: ClassVar[int] = 0
     collect_reads_scores: ClassVar[bool] = False
     """Whether ``collect`` uses the scores; then they cannot be computed after it (``train.staleness``)."""
 
@@ -253,6 +259,17 @@ class Grid(Protocol):
 
 
 @runtime_checkable
+class Pictures(Protocol):
+    """Encodes pictures to final states of the denoising loop."""
+
+    def encode(
+        self, prompts: Sequence[Prompt], pictures: Sequence[Image], streams: Sequence[Random]
+    ) -> Float[Tensor, "batch *latent"]:
+        """The states of pictures; a sample of the VAE's posterior is drawn from each stream."""
+        ...
+
+
+@runtime_checkable
 class Policy(Protocol):
     """The part of a policy that algorithms use.
 
@@ -261,6 +278,7 @@ class Policy(Protocol):
         num_evaluations: Denoiser evaluations so far, counted per sample and step.
         num_decodes: Decoded samples so far.
         scheduler: The sampling grid.
+        pictures: Encodes pictures.
     """
 
     @property
@@ -274,6 +292,9 @@ class Policy(Protocol):
 
     @property
     def scheduler(self) -> Grid: ...
+
+    @property
+    def pictures(self) -> Pictures: ...
 
     def num_steps(self) -> int:
         """Steps of the sampling grid."""

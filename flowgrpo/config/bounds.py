@@ -22,6 +22,8 @@ BOUNDS: Mapping[str, tuple[float, float]] = {
     "sampling.width": (1, 16384),
     "sampling.num_frames": (1, 10_000),
     "algorithm.group_size": (2, 100_000),
+    "algorithm.empty_prompts": (0, 1),
+    "algorithm.distinct_times": (0, 1000),
     "train.iterations": (1, 10_000_000),
     "train.groups": (1, 100_000),
     "train.updates": (1, 100_000),
@@ -79,9 +81,12 @@ def check_bounds(config: Any) -> None:
     Raises:
         ConfigError: With the key, its value and the nearest allowed one.
     """
+    given = (
+        config.algorithm.num_targets > 0
+    )  # pictures that are not sampled, so that there is no group
     for key, (least, most) in BOUNDS.items():
         value = _value(config, key)
-        if value is None:
+        if value is None or (given and key == "algorithm.group_size"):
             continue
         if value < least:
             raise ConfigError(f"{key} must be at least {least}, got {value}")

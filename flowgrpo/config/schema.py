@@ -19,6 +19,8 @@ from flowgrpo.algorithms import (
     FlowGRPO,
     Matching,
     MixGRPO,
+    Pairs,
+    Pictures,
     PrefGRPO,
     TempFlowGRPO,
 )
@@ -27,15 +29,18 @@ from flowgrpo.algorithms.guard import Guard
 from flowgrpo.config.benchmarks import Bench, check_benchmarks
 from flowgrpo.config.best import check_best
 from flowgrpo.config.bounds import check_bounds
+from flowgrpo.config.examples import check_examples
 from flowgrpo.config.regimes import Regime, check_regimes
 from flowgrpo.core.errors import ConfigError
 from flowgrpo.core.random import Random
 from flowgrpo.losses import base as losses
 from flowgrpo.losses.base import Loss
 from flowgrpo.losses.clipped import ClippedLoss
+from flowgrpo.losses.dpo import DPOLoss
 from flowgrpo.losses.group_matching import CRDLoss, DGPOLoss
 from flowgrpo.losses.matching import MatchingLoss
 from flowgrpo.losses.nft import NFTLoss
+from flowgrpo.losses.supervised import SupervisedLoss
 from flowgrpo.policy.settings import (
     Adapter,
     Full,
@@ -99,7 +104,8 @@ class Prompts:
     train: str
     """File of training prompts (``.txt`` with one per line, ``.jsonl``, ``.csv``, ``.parquet``), or a
     Hugging Face dataset as ``hf:owner/name:split``. Besides ``prompt`` it may give
-    ``negative_prompt``, ``image`` or ``images``, ``height``, ``width`` and ``num_frames``."""
+    ``negative_prompt``, ``image`` or ``images``, ``height``, ``width`` and ``num_frames``. With the
+    algorithms ``pictures`` and ``pairs``: a ``.jsonl`` file or a folder of pictures to train on."""
     held_out: str
     """File of prompts for evaluations; they are never trained on."""
     balance: str = ""
@@ -278,16 +284,17 @@ class Config:
     """How the processes of a run divide the model."""
     algorithm: (
         FlowGRPO | DanceGRPO | MixGRPO | PrefGRPO | DiffusionNFT | Matching
-        | TempFlowGRPO | G2RPO | TPGRPO | VGPO | BranchGRPO | FIND | Algorithm
+        | TempFlowGRPO | G2RPO | TPGRPO | VGPO | BranchGRPO | FIND | Pictures | Pairs | Algorithm
     )  # fmt: skip
     """What is sampled, and which candidates give each action its advantage; ``kind`` may be the import
     path of an algorithm of your own."""
-    loss: ClippedLoss | NFTLoss | MatchingLoss | DGPOLoss | CRDLoss | Loss = field(
-        default_factory=ClippedLoss
-    )
+    loss: (
+        ClippedLoss | NFTLoss | MatchingLoss | DGPOLoss | CRDLoss | SupervisedLoss | DPOLoss | Loss
+    ) = field(default_factory=ClippedLoss)
     """The objective of an update; ``kind`` may be the import path of a loss of your own."""
-    rewards: tuple[Reward, ...]
-    """The reward models; training maximises the weighted sum of their scores."""
+    rewards: tuple[Reward, ...] = ()
+    """The reward models; training maximises the weighted sum of their scores. An algorithm that needs no
+    reward only measures them in evaluations, and runs without any."""
     guard: Guard = field(default_factory=Guard)
     """Guards against reward hacking."""
     failures: Failures = field(default_factory=Failures)
@@ -356,6 +363,7 @@ class Config:
                 "train.ema_decay above 0"
             )
         self._check_updates()
+        check_examples(self)
         self._check_staleness()
         self._check_kinds()
         check_benchmarks(self.evaluation.bench)

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
+from torch import Tensor
 
 from flowgrpo.data.prompts import Prompt
 from flowgrpo.policy.call import PREPARE_LATENTS, UnsupportedPipelineError
@@ -71,6 +72,11 @@ def batches(prompts: Sequence[Prompt], size: int) -> Iterator[range]:
         for first in range(start, end, size):
             yield range(first, min(first + size, end))
         start = end
+
+
+def padded(x: Tensor, extra: int) -> Tensor:
+    """A batch with its last sample repeated."""
+    return torch.cat([x, x[-1:].expand(extra, *x.shape[1:])]) if extra else x
 
 
 def check_signature(pipeline: DiffusionPipeline, call: Mapping[str, inspect.Parameter]) -> None:

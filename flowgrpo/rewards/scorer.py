@@ -80,8 +80,8 @@ class RewardScorer:
         for reward in rewards:
             reward.check(f"reward {reward.label!r}")
         labels = [r.label for r in rewards]
-        if not rewards or len(set(labels)) != len(labels):
-            raise ValueError(f"rewards: give at least one, with different names; got {labels}")
+        if len(set(labels)) != len(labels):
+            raise ValueError(f"rewards: give them different names; got {labels}")
         self.rewards, self.failures = list(rewards), failures or Failures()
         self.iteration: int | None = None
         self.batch, self.keeps_media = batch, False
@@ -299,10 +299,11 @@ class RewardScorer:
             r.label: self._attempt(r, m, media, prompts, audio)
             for r, m in zip(self.rewards, self.models, strict=True)
         }
-        reward = weighted_sum(self.rewards, raw, iteration)
+        reward = weighted_sum(self.rewards, raw, iteration) if raw else torch.zeros(len(prompts))
         self.broken_media += int((~finite(media, audio)).sum())
         self.scored += len(prompts)
-        self.failures_seen += int((~torch.stack(list(raw.values())).isfinite()).any(0).sum())
+        if raw:
+            self.failures_seen += int((~torch.stack(list(raw.values())).isfinite()).any(0).sum())
         features = None
         if self.features is not None and iteration is not None:
             with self.call("guard.features"):
@@ -325,7 +326,7 @@ class RewardScorer:
         Raises:
             RewardError: If a trained reward gives all of them the same score, or no finite score.
         """
-        if self.failures.probe == "off":
+        if self.failures.probe == "off" or not self.rewards:
             return
         random = torch.Generator().manual_seed(0)
         noise = torch.rand(media[:1].shape, generator=random).to(media)

@@ -84,10 +84,16 @@ class Console:
         update = (
             f"grad {metrics['grad_norm']:.3f}" if "grad_norm" in metrics else "policy not trained"
         )
+        sampled = ""
+        if "reward" in metrics:
+            sampled = (
+                f"reward {metrics['reward']:.3f} ({scores}) | flat groups {metrics['group/zero_variance']:.0%} | "
+                f"diversity {metrics['group/diversity']:.3f} | "
+            )
+        elif "loss/policy" in metrics:
+            sampled = f"loss {metrics['loss/policy']:.4f} | "
         self.say(
-            f"[{iteration + 1:>4}/{total}] reward {metrics['reward']:.3f} ({scores}) | "
-            f"flat groups {metrics['group/zero_variance']:.0%} | diversity {metrics['group/diversity']:.3f} | "
-            f"{update} | {timings['total']:.1f} s, {clock(left)} left"
+            f"[{iteration + 1:>4}/{total}] {sampled}{update} | {timings['total']:.1f} s, {clock(left)} left"
         )
 
 

@@ -107,7 +107,8 @@ def _inspect(run: TrainingRun) -> None:
     """
     config = run.config
     number, seed = config.evaluation.inspected_prompts, config.run.seed
-    if not number:
+    # Given pictures have no candidates whose credit could be shown.
+    if not number or config.algorithm.num_targets:
         return
     prompts = [group.prompt for group in run.prompts.groups(0, number, Random(seed))]
     strips = inspection.inspect(run.policy, config.algorithm, run.scorer, prompts, seed=seed)

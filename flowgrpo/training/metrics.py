@@ -21,11 +21,14 @@ def rollout_metrics(experience: Experience, gather: Callable[[Tensor], Tensor]) 
         gather: Concatenates a tensor of each process.
     """
     c, everyone = experience.candidates, experience.all_candidates
-    finite = everyone.reward[everyone.valid]
-    flat = gather(zero_variance_groups(c.reward, c.group).float())
     # Each process has equally many prompts.
     cost = torch.tensor([[experience.cost.nfe, experience.cost.decodes]], dtype=torch.float64)
     nfe, decodes = gather(cost).mean(0).tolist()
+    costs = {"nfe_per_prompt": nfe, "decodes_per_prompt": decodes}
+    if not everyone.scores.raw:  # Pictures that were given, or no rewards.
+        return {"failures": 0.0, **costs}
+    finite = everyone.reward[everyone.valid]
+    flat = gather(zero_variance_groups(c.reward, c.group).float())
     return {
         "reward": float(finite.mean()),
         "reward_std": float(finite.std(correction=0)),
@@ -35,8 +38,7 @@ def rollout_metrics(experience: Experience, gather: Callable[[Tensor], Tensor]) 
         "group/diversity": float(gather(experience.diversity).mean()),
         "group/duplicates": float(gather(experience.duplicates).sum()),
         "failures": float((~everyone.valid).sum()),
-        "nfe_per_prompt": nfe,
-        "decodes_per_prompt": decodes,
+        **costs,
     }
 
 
