@@ -21,8 +21,8 @@ from flowgrpo.training.given_pictures import (
     picture_notes,
     quality_of,
 )
-from flowgrpo.training.learner import Learner
 from flowgrpo.training.inputs import shared_note
+from flowgrpo.training.learner import Learner
 from flowgrpo.training.session import Session
 
 
