@@ -29,7 +29,7 @@ from flowgrpo.algorithms.guard import Guard
 from flowgrpo.config.benchmarks import Bench, check_benchmarks
 from flowgrpo.config.best import check_best
 from flowgrpo.config.bounds import check_bounds
-from flowgrpo.config.examples import check_examples
+from flowgrpo.config.examples import check_examples, examples_geometry
 from flowgrpo.config.regimes import Regime, check_regimes
 from flowgrpo.core.errors import ConfigError
 from flowgrpo.core.random import Random
@@ -562,11 +562,14 @@ class Config:
             if t.refill
             else ""
         )
-        return {
+        sampled = {
             "groups x samples": f"{t.groups} prompts x {size} samples = {samples} per iteration",
             "processes": f"{num_processes}, {t.groups // num_processes} groups on each",
             "rollout": f"{calls} call{'s' * (calls > 1)} of {min(t.rollout_batch, samples // num_processes)} samples on each process",
             "per prompt": self._work() + refill,
+        }
+        return {
+            **(examples_geometry(self, num_processes) or sampled),
             "optimizer steps": f"{t.optimizer_steps} per iteration{epochs}, {self._update_words()} in each",
             "in all": f"{t.iterations} iterations, {t.iterations * samples:,} samples, {t.iterations * t.optimizer_steps:,} optimizer steps",
             "denoising": f"{self.sampling.num_steps} steps, guidance {self.sampling.guidance_scale if self.sampling.guidance_scale is not None else 'as the pipeline has it'}",
