@@ -57,7 +57,9 @@ def test_every_file_loads_checks_and_round_trips(name, tmp_path):
     assert load(str(tmp_path / "config.toml")) == config
 
 
-OWN_PICTURES = {"qwen_image_edit_dance.toml", "skyreels_i2v_dance.toml"}
+OWN_PICTURES = {
+    "qwen_image_edit_dance.toml", "skyreels_i2v_dance.toml", "sd15_dpo.toml", "sdxl_dpo.toml",
+}  # fmt: skip
 """Recipes whose prompts have pictures, which are the user's; their first lines say so."""
 
 

@@ -15,6 +15,7 @@ from flowgrpo.algorithms.flow_grpo import FlowGRPO
 from flowgrpo.algorithms.g2rpo import G2RPO
 from flowgrpo.algorithms.matching import Matching
 from flowgrpo.algorithms.mix_grpo import MixGRPO
+from flowgrpo.algorithms.offline import Pairs, Pictures
 from flowgrpo.algorithms.pref_grpo import PrefGRPO
 from flowgrpo.algorithms.tempflow_grpo import TempFlowGRPO
 from flowgrpo.algorithms.tp_grpo import TPGRPO
@@ -22,5 +23,6 @@ from flowgrpo.algorithms.vgpo import VGPO
 
 __all__ = [
     "FIND", "G2RPO", "TPGRPO", "VGPO", "Algorithm", "AlgorithmBase", "BranchGRPO", "DanceGRPO",
-    "DiffusionNFT", "Distillation", "FlowGRPO", "Matching", "MixGRPO", "PrefGRPO", "TempFlowGRPO",
+    "DiffusionNFT", "Distillation", "FlowGRPO", "Matching", "MixGRPO", "Pairs", "Pictures", "PrefGRPO",
+    "TempFlowGRPO",
 ]  # fmt: skip

@@ -17,7 +17,7 @@ from flowgrpo.core.tensors import Float, Tensor
 from flowgrpo.core.transitions import Step, Transition
 from flowgrpo.data.audio import Audio
 from flowgrpo.data.experience import Cost, Experience
-from flowgrpo.data.prompts import Group, Prompt
+from flowgrpo.data.prompts import Group, Image, Prompt
 from flowgrpo.losses.base import ActionKind
 from flowgrpo.policy.settings import Sampling
 from flowgrpo.policy.step_plan import StepRecord
@@ -36,6 +36,8 @@ class Algorithm(Protocol):
             kind, and ``initial_noise`` needs ``model.weights.kind = "noise"``.
         needs_rewards: Whether at least one reward must have a weight.
         needs_binary_rewards: Whether the advantages are defined only for one reward of 0 and 1.
+        num_targets: Pictures of each training prompt that are trained on: 1, or 2 for pairs; 0 where
+            pictures are sampled.
         scales_steps: Whether the advantages already bring the gradients of all steps to one scale.
     """
 
@@ -85,6 +87,9 @@ class Algorithm(Protocol):
 
     @property
     def needs_binary_rewards(self) -> bool: ...
+
+    @property
+    def num_targets(self) -> int: ...
 
     @property
     def scales_steps(self) -> bool: ...
@@ -153,6 +158,7 @@ class AlgorithmBase:
     assigns_credit: ClassVar[bool] = True
     """Whether advantages come from scored candidates. If not, rewards are optional and only measured, and
     nothing that chooses or weights samples by their rewards applies."""
+    num_targets: ClassVar[int] = 0
 
     def plan(self, num_steps: int, iteration: int, random: Random) -> Plan:
         """The plan of an iteration: a ``TrajectoryPlan`` or a ``BranchPlan``, for instance."""
@@ -262,6 +268,17 @@ class Grid(Protocol):
 
 
 @runtime_checkable
+class Pictures(Protocol):
+    """Encodes pictures to final states of the denoising loop."""
+
+    def encode(
+        self, prompts: Sequence[Prompt], pictures: Sequence[Image], streams: Sequence[Random]
+    ) -> Float[Tensor, "batch *latent"]:
+        """The states of pictures; a sample of the VAE's posterior is drawn from each stream."""
+        ...
+
+
+@runtime_checkable
 class Policy(Protocol):
     """The part of a policy that algorithms use.
 
@@ -271,6 +288,7 @@ class Policy(Protocol):
         num_decodes: Decoded samples so far.
         scheduler: The sampling grid.
         sampling: Arguments of the pipeline's call.
+        pictures: Encodes pictures.
     """
 
     @property
@@ -287,6 +305,9 @@ class Policy(Protocol):
 
     @property
     def sampling(self) -> Sampling: ...
+
+    @property
+    def pictures(self) -> Pictures: ...
 
     def num_steps(self) -> int:
         """Steps of the sampling grid."""

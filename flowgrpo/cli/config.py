@@ -114,8 +114,8 @@ def _fitting(text: str, memory_gb: float) -> tuple[dict[str, Any], str]:
     from tempfile import TemporaryDirectory
 
     from flowgrpo.cli.common import quiet
-    from flowgrpo.config import find, load
-    from flowgrpo.data.prompt_sets import PromptSet
+    from flowgrpo.config import load
+    from flowgrpo.config.examples import training_prompts
     from flowgrpo.memory import GB, advise, budget, estimate_footprint, memory_options
 
     quiet()
@@ -123,7 +123,7 @@ def _fitting(text: str, memory_gb: float) -> tuple[dict[str, Any], str]:
         file = Path(folder) / "config.toml"
         file.write_text(text, encoding="utf-8")
         config = load(str(file))
-    parts = estimate_footprint(config, PromptSet.load(find(config.prompts.train)).prompts)
+    parts = estimate_footprint(config, training_prompts(config).prompts)
     options = memory_options(config)
     changes, fits = advise(parts, options, round(memory_gb * GB))
     peak = (changes[-1].peak if changes else budget(parts, options).peak) / GB

@@ -51,6 +51,11 @@ def run(options: argparse.Namespace) -> int:
             raise UsageError(f"--{name} must be at least 1, got {getattr(options, name)}")
     folder = Path(options.run)
     config = run_config(folder)
+    if config.algorithm.num_targets:
+        raise UsageError(
+            f"{folder} was trained on given pictures, which have no candidates and no credit to inspect; its report "
+            "shows the curves"
+        )
     if options.prompts:
         prompts = prompts_of(options.prompts)
     else:

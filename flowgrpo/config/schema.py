@@ -20,6 +20,8 @@ from flowgrpo.algorithms import (
     FlowGRPO,
     Matching,
     MixGRPO,
+    Pairs,
+    Pictures,
     PrefGRPO,
     TempFlowGRPO,
 )
@@ -30,6 +32,7 @@ from flowgrpo.config.benchmarks import Bench, check_benchmarks
 from flowgrpo.config.best import check_best
 from flowgrpo.config.bounds import check_bounds
 from flowgrpo.config.distillation import check_distillation
+from flowgrpo.config.examples import check_examples, examples_geometry
 from flowgrpo.config.regimes import Regime, check_regimes
 from flowgrpo.config.replay import ReplaySettings, check_replay
 from flowgrpo.config.steps import check_steps
@@ -39,9 +42,11 @@ from flowgrpo.losses import base as losses
 from flowgrpo.losses.base import Loss
 from flowgrpo.losses.clipped import ClippedLoss
 from flowgrpo.losses.distillation import DistillationLoss
+from flowgrpo.losses.dpo import DPOLoss
 from flowgrpo.losses.group_matching import CRDLoss, DGPOLoss
 from flowgrpo.losses.matching import MatchingLoss
 from flowgrpo.losses.nft import NFTLoss
+from flowgrpo.losses.supervised import SupervisedLoss
 from flowgrpo.policy.settings import (
     Adapter,
     Full,
@@ -105,7 +110,8 @@ class Prompts:
     train: str
     """File of training prompts (``.txt`` with one per line, ``.jsonl``, ``.csv``, ``.parquet``), or a
     Hugging Face dataset as ``hf:owner/name:split``. Besides ``prompt`` it may give
-    ``negative_prompt``, ``image`` or ``images``, ``height``, ``width`` and ``num_frames``."""
+    ``negative_prompt``, ``image`` or ``images``, ``height``, ``width`` and ``num_frames``. With the
+    algorithms ``pictures`` and ``pairs``: a ``.jsonl`` file or a folder of pictures to train on."""
     held_out: str
     """File of prompts for evaluations; they are never trained on."""
     balance: str = ""
@@ -286,12 +292,14 @@ class Config:
     """How the processes of a run divide the model."""
     algorithm: (
         FlowGRPO | DanceGRPO | MixGRPO | PrefGRPO | DiffusionNFT | Matching
-        | TempFlowGRPO | G2RPO | TPGRPO | VGPO | BranchGRPO | FIND | Distillation | Algorithm
+        | TempFlowGRPO | G2RPO | TPGRPO | VGPO | BranchGRPO | FIND | Distillation | Pictures | Pairs
+        | Algorithm
     )  # fmt: skip
     """What is sampled, and which candidates give each action its advantage; ``kind`` may be the import
     path of an algorithm of your own."""
     loss: (
-        ClippedLoss | NFTLoss | MatchingLoss | DGPOLoss | CRDLoss | DistillationLoss | Loss
+        ClippedLoss | NFTLoss | MatchingLoss | DGPOLoss | CRDLoss | DistillationLoss | SupervisedLoss
+        | DPOLoss | Loss
     ) = field(default_factory=ClippedLoss)  # fmt: skip
     """The objective of an update; ``kind`` may be the import path of a loss of your own."""
     rewards: tuple[Reward, ...] = ()
@@ -363,6 +371,7 @@ class Config:
                 "train.ema_decay above 0"
             )
         self._check_updates()
+        check_examples(self)
         self._check_staleness()
         check_replay(self, num_processes)
         self._check_kinds()
@@ -564,11 +573,14 @@ class Config:
             if t.refill
             else ""
         )
-        return {
+        sampled = {
             "groups x samples": f"{t.groups} prompts x {size} samples = {samples} per iteration",
             "processes": f"{num_processes}, {t.groups // num_processes} groups on each",
             "rollout": f"{calls} call{'s' * (calls > 1)} of {min(t.rollout_batch, samples // num_processes)} samples on each process",
             "per prompt": self._work() + refill,
+        }
+        return {
+            **(examples_geometry(self, num_processes) or sampled),
             "optimizer steps": f"{t.optimizer_steps} per iteration{epochs}, {self._update_words()} in each",
             "in all": f"{t.iterations} iterations, {t.iterations * samples:,} samples, {t.iterations * t.optimizer_steps:,} optimizer steps",
             "denoising": f"{self.sampling.num_steps} steps, guidance {self.sampling.guidance_scale if self.sampling.guidance_scale is not None else 'as the pipeline has it'}",

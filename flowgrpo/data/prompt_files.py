@@ -71,7 +71,7 @@ def read_prompts(source: Path) -> list[Prompt]:
     return prompts
 
 
-def _text_of(path: Path) -> str:
+def text_of(path: Path) -> str:
     """The text of a file in UTF-8, with or without a byte order mark; line ends are ``\\n``.
 
     Raises:
@@ -92,13 +92,23 @@ def _text_of(path: Path) -> str:
 
 
 def _read_txt(path: Path) -> Iterator[Prompt]:
-    for number, line in enumerate(_text_of(path).split("\n"), start=1):
+    for number, line in enumerate(text_of(path).split("\n"), start=1):
         if line.strip():
-            yield _from_record({"prompt": line.strip()}, f"{path}, line {number}", path.parent)
+            yield prompt_of({"prompt": line.strip()}, f"{path}, line {number}", path.parent)
 
 
 def _read_jsonl(path: Path) -> Iterator[Prompt]:
-    for number, line in enumerate(_text_of(path).split("\n"), start=1):
+    for where, record in records_of_lines(path):
+        yield prompt_of(record, where, path.parent)
+
+
+def records_of_lines(path: Path) -> Iterator[tuple[str, Any]]:
+    """The values of a file of JSON lines, each with the name of its line for messages.
+
+    Raises:
+        PromptError: On a line that is not valid JSON, or a file that is not UTF-8.
+    """
+    for number, line in enumerate(text_of(path).split("\n"), start=1):
         if not line.strip():
             continue
         try:
@@ -109,7 +119,7 @@ def _read_jsonl(path: Path) -> Iterator[Prompt]:
             raise PromptError(f"{path}, line {number}: the JSON is nested too deeply") from error
         except ValueError as error:
             raise PromptError(f"{path}, line {number}: {error}") from error
-        yield _from_record(record, f"{path}, line {number}", path.parent)
+        yield f"{path}, line {number}", record
 
 
 def _object(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
@@ -126,7 +136,7 @@ def _constant(name: str) -> Any:
 
 
 def _read_csv(path: Path) -> Iterator[Prompt]:
-    reader = csv.reader(io.StringIO(_text_of(path), newline=""))
+    reader = csv.reader(io.StringIO(text_of(path), newline=""))
     rows = _csv_rows(reader, path)
     _, header = next(rows, (0, []))
     twice = [k for k in header if header.count(k) > 1]
@@ -143,7 +153,7 @@ def _read_csv(path: Path) -> Iterator[Prompt]:
         # is missing at the end of a line.
         cells = {k: v for k, v in zip(header, row, strict=False) if k not in OWN_KEYS or v}
         numbers = {k: _number(v, k, where) for k, v in cells.items() if k in SIZES}
-        yield _from_record({**cells, **numbers}, where, path.parent)
+        yield prompt_of({**cells, **numbers}, where, path.parent)
 
 
 def _csv_rows(reader: Any, path: Path) -> Iterator[tuple[int, list[str]]]:
@@ -177,7 +187,7 @@ def _read_parquet(path: Path) -> Iterator[Prompt]:
     except (OSError, ValueError, NotImplementedError) as error:
         raise PromptError(f"{path} cannot be read as Parquet: {error}") from error
     for number, record in enumerate(records, start=1):
-        yield _from_record(record, f"{path}, row {number}", path.parent)
+        yield prompt_of(record, f"{path}, row {number}", path.parent)
 
 
 def _read_dataset(source: str) -> Iterator[Prompt]:
@@ -197,10 +207,20 @@ def _read_dataset(source: str) -> Iterator[Prompt]:
             raise PromptError(f"{source}: no split {split or 'train'!r}; there: {', '.join(rows)}")
         rows = rows[split or "train"]
     for number, record in enumerate(rows, start=1):
-        yield _from_record(record, f"{source}, row {number}", Path(name))
+        yield prompt_of(record, f"{source}, row {number}", Path(name))
 
 
-def _from_record(record: Any, where: str, folder: Path) -> Prompt:
+def prompt_of(record: Any, where: str, folder: Path) -> Prompt:
+    """The prompt of a record.
+
+    Args:
+        record: Its keys and values; see :func:`read_prompts`.
+        where: Where it comes from, for messages.
+        folder: The folder that its paths are relative to.
+
+    Raises:
+        PromptError: If it is none, or one of its images cannot be read.
+    """
     if not isinstance(record, dict):
         raise PromptError(f"{where}: expected an object with a key 'prompt', got {record!r}")
     text, negative = record.get("prompt"), record.get("negative_prompt")

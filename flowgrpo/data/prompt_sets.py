@@ -8,6 +8,7 @@ from typing import Any
 
 from flowgrpo.core.random import Random
 from flowgrpo.core.tensors import torch
+from flowgrpo.data.examples import read_examples
 from flowgrpo.data.prompt_files import PICTURES, PromptError, read_prompts
 from flowgrpo.data.prompts import Group, Prompt
 
@@ -30,13 +31,18 @@ class PromptSet:
     fixed_size: bool = True
 
     @classmethod
-    def load(cls, path: Path, balance: str = "", fixed_size: bool = True) -> "PromptSet":
+    def load(
+        cls, path: Path, balance: str = "", fixed_size: bool = True, num_targets: int = 0
+    ) -> "PromptSet":
         """Read a prompt file or dataset; see :mod:`flowgrpo.data.prompt_files` for the formats.
+
+        With ``num_targets``, 1 or 2, the pictures or pairs of a file or folder are read
+        (:mod:`flowgrpo.data.examples`).
 
         Raises:
             PromptError: If the file cannot be used, or a prompt lacks the balance key.
         """
-        prompts = read_prompts(path)
+        prompts = read_examples(path, num_targets) if num_targets else read_prompts(path)
         if balance:
             for number, prompt in enumerate(prompts, start=1):
                 if balance not in prompt.metadata:

@@ -29,6 +29,9 @@ class Prompt:
         num_frames: Frames of a video; ``None`` uses the configuration's value.
         call: Further arguments of the pipeline's call for this prompt, by their names there. Pictures
             (``control_image``, ``mask_image``, ``last_image``) are files or in memory.
+        targets: Files of the pictures that are trained on: one, or the chosen and the rejected picture
+            of a pair. None where pictures are sampled.
+        weight: Weight of the picture in training.
 
     Example:
         ``Prompt("a photo of two circles", metadata={"tag": "counting", "include": [...]})``
@@ -42,6 +45,8 @@ class Prompt:
     width: int | None = None
     num_frames: int | None = None
     call: Mapping[str, Any] = field(default_factory=dict)
+    targets: Sequence[Path] = ()
+    weight: float = 1.0
 
     @property
     def size(self) -> tuple[int | None, int | None, int | None]:
@@ -51,6 +56,10 @@ class Prompt:
     def open_images(self) -> "list[Image]":
         """The input images in memory, as RGB."""
         return [_in_memory(i) for i in self.images]
+
+    def open_targets(self) -> "list[Image]":
+        """The pictures that are trained on in memory, as RGB. They are not kept in memory."""
+        return [_read(p) for p in self.targets]
 
     def open_call(self) -> dict[str, Any]:
         """The further arguments of the call, with their pictures in memory, as RGB."""
@@ -83,6 +92,10 @@ def _in_memory(value: Any) -> Any:
 
 @lru_cache(maxsize=64)
 def _open(path: Path) -> "Image":
+    return _read(path)
+
+
+def _read(path: Path) -> "Image":
     from PIL.Image import open as open_image
 
     from flowgrpo.data.pictures import as_rgb

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from diffusers import ModelMixin
 from huggingface_hub import snapshot_download
+from PIL import Image
 from torch import Tensor, nn
 
 from flowgrpo.config import Config, load
@@ -298,6 +299,11 @@ def _tiny(recipe: Config, folder: Path) -> tuple[list[str], list[str]]:
         "the rewards, and a judge if there is one, by a stand-in without weights",
         "sizes, steps, group and updates by small ones",
     ]
+    if recipe.algorithm.num_targets:
+        # A pair is a group by itself.
+        settings.remove("algorithm.group_size=2")
+        settings += _pictures(folder, recipe.algorithm.num_targets)
+        replaced.append("the pictures by generated ones")
     if "image" in family.call:
         settings += _prompts_with_images(folder, family.call["image"])
         replaced.append("the prompts and their images by generated ones")
@@ -312,6 +318,22 @@ def _prompts_with_images(folder: Path, image: Any) -> list[str]:
     return [f"prompts.{part}='{folder / 'prompts.jsonl'}'" for part in ("train", "held_out")]
 
 
+def _pictures(folder: Path, number: int) -> list[str]:
+    """A file of generated pictures, or pairs, to train on."""
+    names = ["picture"] if number == 1 else ["chosen", "rejected"]
+    lines = []
+    for index, text in enumerate(("a red cube", "two dogs")):
+        line = {"prompt": text}
+        for place, name in enumerate(names):
+            line[name] = f"{name}{index}.png"
+            shade = Image.linear_gradient("L").rotate(90 * (2 * index + place)).convert("RGB")
+            shade.save(folder / line[name])
+        lines.append(json.dumps(line) + "\n")
+    file = folder / "examples.jsonl"
+    file.write_text("".join(lines), encoding="utf-8")
+    return [f"prompts.train='{file}'"]
+
+
 def _inline(value: Any) -> str:
     """A value as TOML on one line."""
     if isinstance(value, Mapping):
@@ -324,14 +346,23 @@ def _inline(value: Any) -> str:
 def _random_weights(recipe: Config, folder: Path, device: str) -> tuple[list[str], list[str]]:
     """What is replaced, and the settings, for a run at real size with random weights."""
     model = save_random(recipe.model.path, folder / "model", getattr(torch, recipe.model.dtype))
+    if recipe.algorithm.num_targets:
+        pictures, replaced = (
+            _pictures(folder, recipe.algorithm.num_targets),
+            ["the pictures by generated ones"],
+        )
+    else:
+        pictures, replaced = [], []
     settings = [
         f"model.path='{model}'",
         *_stand_ins(recipe),
         *_without_judge(recipe),
         *_short(recipe, recipe.train.updates),
+        *pictures,
         f"run.device={device}",
     ]
     return [
+        *replaced,
         "the model's weights by random ones",
         "the rewards, and a judge if there is one, by a stand-in without weights",
         "the number of prompts by the smallest that can be",

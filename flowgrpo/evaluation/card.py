@@ -9,6 +9,7 @@ from huggingface_hub.repocard_data import model_index_to_eval_results
 
 from flowgrpo import config as configuration
 from flowgrpo.config import Config
+from flowgrpo.config.examples import training_prompts
 from flowgrpo.core.secrets import redact_table
 from flowgrpo.data.prompt_sets import PromptSet
 from flowgrpo.evaluation.records import Records
@@ -206,14 +207,21 @@ def _base_lines(source: ModelSource) -> list[str]:
 def _data(config: Config) -> str:
     rows = []
     for label, file in (("training", config.prompts.train), ("held out", config.prompts.held_out)):
-        rows.append(f"- {label}: {_count(file)} (`{Path(file).name}`)")
-    return "Trained on prompts, without images.\n\n" + "\n".join(rows)
+        rows.append(f"- {label}: {_count(config, label == 'training')} (`{Path(file).name}`)")
+    of = {1: "pictures with prompts", 2: "pairs of a chosen and a rejected picture"}
+    data = of.get(config.algorithm.num_targets, "prompts, without images")
+    return f"Trained on {data}.\n\n" + "\n".join(rows)
 
 
-def _count(file: str) -> str:
+def _count(config: Config, training: bool) -> str:
     """The number of prompts in a file, if it still exists."""
     try:
-        return f"{len(PromptSet.load(configuration.find(file)).prompts)} prompts"
+        known = (
+            training_prompts(config)
+            if training
+            else PromptSet.load(configuration.find(config.prompts.held_out))
+        )
+        return f"{len(known.prompts)} prompts"
     except FileNotFoundError:
         return "prompts of a file that no longer exists"
 

@@ -206,7 +206,8 @@ def _summary(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         classes.setdefault(row["class"], []).append(row)
     return {
         "images": len(rows),
-        "reward": _mean([r["reward"] for r in rows]),
+        # Without any reward there is no number.
+        "reward": _mean([r["reward"] for r in rows if r["scores"]]),
         "scores": _means(rows),
         "errors": _errors(rows),
         "by_class": {

@@ -1,8 +1,8 @@
 """Prints the memory estimate of a run and the settings to change if it does not fit."""
 
-from flowgrpo.config import Config, find
+from flowgrpo.config import Config
+from flowgrpo.config.examples import training_prompts
 from flowgrpo.config.plan import plan
-from flowgrpo.data.prompt_sets import PromptSet
 from flowgrpo.memory.budget import GB, advise, budget
 from flowgrpo.memory.footprint import estimate_footprint, memory_options
 from flowgrpo.memory.meta_pipeline import EstimateError
@@ -30,7 +30,7 @@ def print_estimate(
     if published_folder(config.model.path) is not None:
         console.say(f"the sizes of {config.model.path} are in the package, so no hub is needed")
     try:
-        prompts = PromptSet.load(find(config.prompts.train)).prompts
+        prompts = training_prompts(config).prompts
         parts = estimate_footprint(config, prompts, num_processes)
     except EstimateError as error:
         console.say(f"the memory cannot be estimated: {error}")

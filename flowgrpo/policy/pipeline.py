@@ -38,11 +38,12 @@ from flowgrpo.policy.arguments import (
 )
 from flowgrpo.policy.call import PipelineCall, UnsupportedPipelineError
 from flowgrpo.policy.called import Called as _Called
-from flowgrpo.policy.called import padded as _padded
+from flowgrpo.policy.called import padded
 from flowgrpo.policy.fixed_device import fix_precision, restore_class
 from flowgrpo.policy.latent_injection import LatentInjection, LatentLocations
 from flowgrpo.policy.loading import DTYPES, denoisers, load_pipeline, without_safety_checker
 from flowgrpo.policy.lockstep import Call, Lockstep
+from flowgrpo.policy.picture_encoder import PictureEncoder
 from flowgrpo.policy.placement import as_batch, as_media, models_of, prepare
 from flowgrpo.policy.prompt_cache import ENCODING_METHODS, REWRITING_METHODS, PromptCache
 from flowgrpo.policy.scheduler import FlowPolicyScheduler, policy_scheduler
@@ -123,6 +124,7 @@ class PipelinePolicy:
         num_evaluations: Denoiser evaluations so far, counted per sample.
         num_decodes: Decoded samples so far.
         lockstep: Makes the calls of all processes equal where ``in_lockstep`` is true.
+        pictures: Encodes pictures to states.
     """
 
     replay_batch = 0
@@ -182,6 +184,7 @@ class PipelinePolicy:
         self.in_lockstep = sharder is not None
         self.num_evaluations = self.num_decodes = 0
         self._learned, self.lockstep = Learned(), Lockstep(self._join)
+        self.pictures = PictureEncoder(self)
         self._injection = LatentInjection(
             pipeline, self.scheduler, self._learned.latents, self.device
         )
@@ -297,7 +300,7 @@ class PipelinePolicy:
                 record=record,
                 solver=solver,
             )
-            start = None if x is None else _padded(x[part], extra)
+            start = None if x is None else padded(x[part], extra)
             if isinstance(cache := self.pipeline.__dict__.get("encode_prompt"), PromptCache):
                 cache.announce(whole, prompts[rows.stop :])
             is_plain = nodes is None and x is None and not stochastic and not record
@@ -391,7 +394,7 @@ class PipelinePolicy:
         number, extra = len(prompts), self._extra(len(prompts), self.replay_batch)
         whole = [*prompts, *[prompts[-1]] * extra]
         sampling = sampling or self.sampling
-        (record,) = self._run(whole, plan, _padded(x, extra), False, sampling).records
+        (record,) = self._run(whole, plan, padded(x, extra), False, sampling).records
         return record.first(number, {}) if extra else record
 
     def _extra(self, number: int, size: int) -> int:

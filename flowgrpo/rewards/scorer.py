@@ -328,7 +328,7 @@ class RewardScorer:
         Raises:
             RewardError: If a trained reward gives all of them the same score, or no finite score.
         """
-        if self.failures.probe == "off":
+        if self.failures.probe == "off" or not self.rewards:
             return
         random = torch.Generator().manual_seed(0)
         noise = torch.rand(media[:1].shape, generator=random).to(media)

@@ -108,7 +108,8 @@ def _inspect(run: TrainingRun) -> None:
     """
     config = run.config
     number, seed = config.evaluation.inspected_prompts, config.run.seed
-    if not number or not assigns_credit(config.algorithm):
+    # Given pictures and teachers have no candidates whose credit could be shown.
+    if not number or config.algorithm.num_targets or not assigns_credit(config.algorithm):
         return
     prompts = [group.prompt for group in run.prompts.groups(0, number, Random(seed))]
     strips = inspection.inspect(run.policy, config.algorithm, run.scorer, prompts, seed=seed)

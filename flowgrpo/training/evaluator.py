@@ -167,7 +167,8 @@ class Evaluator:
             scores = ", ".join(f"{k} {v:.3f}" for k, v in table["scores"].items())
             of = f", {tag}" if tag else ""
             session.console.say(
-                f"held out{of}, after {iteration} iterations, {table['images']} images: {scores}"
+                f"held out{of}, after {iteration} iterations, {table['images']} images: "
+                f"{scores or 'no reward, see the grid'}"
             )
         for line in bench_lines(found):
             session.console.say(line)

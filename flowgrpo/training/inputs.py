@@ -6,6 +6,7 @@ from pathlib import Path
 
 from flowgrpo.config import Config, ConfigError, find
 from flowgrpo.config.distillation import check_taught
+from flowgrpo.config.examples import training_prompts, training_source
 from flowgrpo.config.reference import to_table
 from flowgrpo.core.imports import import_path
 from flowgrpo.core.secrets import REDACTED, redacted_in
@@ -39,9 +40,10 @@ def check_names(config: Config, num_processes: int) -> None:
     if config.sampling.num_frames is not None:
         with _setting("sampling.num_frames"):
             require_video()
-    for key, file in _files(config).items():
-        with _setting(key):
-            find(file)
+    with _setting("prompts.train"):
+        training_source(config)
+    with _setting("prompts.held_out"):
+        find(config.prompts.held_out)
     for key, name in _weights(config).items():
         is_file = name.startswith((".", "/", "~")) or name.endswith(".safetensors")
         if is_file and not Path(name).expanduser().exists():
@@ -78,10 +80,8 @@ def check_inputs(config: Config, num_processes: int) -> tuple[PromptSet, PromptS
 
         resolve_device(config.run.device, num_processes)
     fixed_size = config.sampling.height is not None
-    prompts, held_out = (
-        PromptSet.load(find(file), config.prompts.balance, fixed_size)
-        for file in _files(config).values()
-    )
+    prompts = training_prompts(config)
+    held_out = PromptSet.load(find(config.prompts.held_out), config.prompts.balance, fixed_size)
     check_taught(config, prompts.prompts)
     for index, path in enumerate(config.evaluation.metrics):
         with _setting(f"evaluation.metrics[{index}]"):
@@ -115,13 +115,6 @@ def shared_note(train: PromptSet, held_out: PromptSet) -> list[str]:
         f"{len(both)} of {len(held_out.prompts)} held-out prompts are training prompts too, such as "
         f"{both[0].text[:80]!r}: on them, evaluations do not show whether the model does better on new prompts"
     ]
-
-
-def _files(config: Config) -> dict[str, str]:
-    return {
-        "prompts.train": config.prompts.train,
-        "prompts.held_out": config.prompts.held_out,
-    }
 
 
 def _weights(config: Config) -> dict[str, str]:

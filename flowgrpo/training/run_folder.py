@@ -10,6 +10,7 @@ from typing import Any
 from flowgrpo import config as configuration
 from flowgrpo.config import Config, ConfigError
 from flowgrpo.config.changes import differences, may_change
+from flowgrpo.config.examples import training_source
 from flowgrpo.config.files import CONFIG, INPUTS, absolute
 from flowgrpo.config.reference import to_table
 from flowgrpo.data import files
@@ -235,9 +236,15 @@ def _known_inputs(folder: Path) -> dict[str, str]:
 
 
 def _digests(config: Config) -> dict[str, str]:
-    """The SHA-256 of the prompt files; empty for a dataset that is not a file."""
-    found = {}
-    for key, name in zip(PROMPTS, (config.prompts.train, config.prompts.held_out), strict=True):
-        path = Path(configuration.find(name))
-        found[key] = hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
-    return found
+    """The SHA-256 of the prompt files; of a folder, that of its files' names and sizes; empty for a
+    dataset that is neither."""
+    sources = training_source(config), Path(configuration.find(config.prompts.held_out))
+    return dict(zip(PROMPTS, map(_digest, sources), strict=True))
+
+
+def _digest(path: Path) -> str:
+    if path.is_dir():
+        files = sorted(p for p in path.rglob("*") if p.is_file())
+        listing = [[str(p.relative_to(path)), p.stat().st_size] for p in files]
+        return hashlib.sha256(json.dumps(listing).encode()).hexdigest()
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""

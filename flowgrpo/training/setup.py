@@ -17,6 +17,12 @@ from flowgrpo.rewards.features import Features
 from flowgrpo.rewards.scorer import RewardScorer
 from flowgrpo.training.benchmarks import Benchmarks
 from flowgrpo.training.evaluator import Evaluator
+from flowgrpo.training.given_pictures import (
+    check_pictures,
+    description,
+    picture_notes,
+    quality_of,
+)
 from flowgrpo.training.inputs import shared_note
 from flowgrpo.training.learner import Learner
 from flowgrpo.training.replay_buffer import ReplayBuffer
@@ -69,7 +75,13 @@ def build(config: Config, session: Session, prompts: PromptSet, held_out: Prompt
     scorer.check_audio(policy.makes_audio, f"{type(policy.pipeline).__name__} makes none")
     _check_policy(policy, config, prompts, held_out)
     _say_compiled(policy, session)
-    session.note_prompts(_prompt_notes(policy, config, prompts, held_out))
+    notes = _prompt_notes(policy, config, prompts, held_out)
+    if config.algorithm.num_targets:
+        check_pictures(policy, prompts)
+        quality = quality_of(policy, prompts)
+        session.console.say(description(policy, config, prompts, quality))
+        notes += picture_notes(policy, config, prompts, quality)
+    session.note_prompts(notes)
     learner = Learner(
         policy,
         config.train,
@@ -126,6 +138,11 @@ def _load_rewards(config: Config, session: Session, prompts: Sequence[Prompt]) -
     scorer = RewardScorer(config.rewards, config.failures, config.memory.score_batch)
     session.scorer, scorer.safe_point = scorer, session.signals.check
     scorer.check_turns(config.train.iterations)
+    if config.algorithm.num_targets and scorer.learning_rewards:
+        raise ConfigError(
+            f"reward {scorer.learning_rewards[0]!r} learns from the samples of an iteration, and training on given "
+            "pictures samples none; remove the reward"
+        )
     if config.train.staleness and scorer.learning_rewards:
         raise ConfigError(
             f"train.staleness = 1: reward {scorer.learning_rewards[0]!r} learns from the candidates of an iteration "

@@ -1,0 +1,94 @@
+"""The training prompts of a configuration, and checks of training on given pictures."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from flowgrpo.config.files import find
+from flowgrpo.core.errors import ConfigError
+from flowgrpo.data.prompt_sets import PromptSet
+
+if TYPE_CHECKING:
+    from flowgrpo.config.schema import Config
+
+
+def training_source(config: "Config") -> Path:
+    """The file of training prompts, or the file or folder of pictures.
+
+    Raises:
+        FileNotFoundError: If there is none.
+        IsADirectoryError: If it is a folder, and the algorithm trains on no given pictures.
+    """
+    name = config.prompts.train
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        if config.algorithm.num_targets:
+            return folder
+        raise IsADirectoryError(
+            f"{name} is a folder; to train on pictures in it, set algorithm.kind = 'pictures' or 'pairs'"
+        )
+    return find(name)
+
+
+def training_prompts(config: "Config") -> PromptSet:
+    """The training prompts, with the pictures to train on if the algorithm needs them.
+
+    Raises:
+        PromptError: If a file cannot be used.
+        FileNotFoundError: If there is none.
+    """
+    return PromptSet.load(
+        training_source(config),
+        config.prompts.balance,
+        config.sampling.height is not None,
+        config.algorithm.num_targets,
+    )
+
+
+def examples_geometry(config: Any, num_processes: int) -> dict[str, str]:
+    """The batch geometry of given pictures in words; empty where pictures are sampled."""
+    groups, number = config.train.groups, config.algorithm.num_targets
+    if not number:
+        return {}
+    pictures = "pictures" if number > 1 else "picture"
+    return {
+        "examples": f"{groups} examples x {number} {pictures} = {groups * number} per iteration; nothing is sampled",
+        "processes": f"{num_processes}, {groups // num_processes} examples on each",
+    }
+
+
+def check_examples(config: Any) -> None:
+    """Check the settings of a run that trains on given pictures.
+
+    Raises:
+        ConfigError: If a setting belongs to pictures that are sampled, or does not fit the algorithm.
+    """
+    algorithm, loss, train = config.algorithm, config.loss, config.train
+    if not algorithm.num_targets:
+        return
+    kind, loss_kind = getattr(algorithm, "kind", ""), getattr(loss, "kind", "")
+    if algorithm.num_targets == 1 and loss.needs.whole_groups:
+        raise ConfigError(
+            f"loss.kind = {loss_kind!r} compares pictures of one prompt, and algorithm.kind = {kind!r} has one for "
+            "each: use loss.kind = 'supervised', or pairs with algorithm.kind = 'pairs'"
+        )
+    if algorithm.num_targets == 2 and loss_kind == "supervised":
+        raise ConfigError(
+            "loss.kind = 'supervised' would train away from rejected pictures without a bound: use loss.kind = 'dpo', "
+            "or name the chosen pictures alone and use algorithm.kind = 'pictures'"
+        )
+    if train.refill:
+        raise ConfigError(
+            f"train.refill replaces groups of equal rewards, and algorithm.kind = {kind!r} has no rewards; set it to 0"
+        )
+    guard = config.guard
+    if guard.kl != "all" or guard.novelty != "off":
+        raise ConfigError(
+            f"guard.kl and guard.novelty compare rewards of samples, and algorithm.kind = {kind!r} samples none; "
+            "remove them"
+        )
+    if config.sampling.guidance_scale is None:
+        raise ConfigError(
+            f"sampling.guidance_scale: set it with algorithm.kind = {kind!r}. 1.0 trains the model itself, as in "
+            "pre-training; evaluation.guidance_scale is that of evaluations. Models with distilled guidance, such as "
+            "FLUX.1-dev, need the value at which they are trained"
+        )
