@@ -9,17 +9,20 @@ from flowgrpo.algorithms.base import Algorithm, AlgorithmBase
 from flowgrpo.algorithms.branch_grpo import BranchGRPO
 from flowgrpo.algorithms.dance_grpo import DanceGRPO
 from flowgrpo.algorithms.diffusion_nft import DiffusionNFT
+from flowgrpo.algorithms.draft import DRaFT
 from flowgrpo.algorithms.find import FIND
 from flowgrpo.algorithms.flow_grpo import FlowGRPO
 from flowgrpo.algorithms.g2rpo import G2RPO
 from flowgrpo.algorithms.matching import Matching
 from flowgrpo.algorithms.mix_grpo import MixGRPO
 from flowgrpo.algorithms.pref_grpo import PrefGRPO
+from flowgrpo.algorithms.refl import ReFL
+from flowgrpo.algorithms.srpo import SRPO
 from flowgrpo.algorithms.tempflow_grpo import TempFlowGRPO
 from flowgrpo.algorithms.tp_grpo import TPGRPO
 from flowgrpo.algorithms.vgpo import VGPO
 
 __all__ = [
-    "FIND", "G2RPO", "TPGRPO", "VGPO", "Algorithm", "AlgorithmBase", "BranchGRPO", "DanceGRPO",
-    "DiffusionNFT", "FlowGRPO", "Matching", "MixGRPO", "PrefGRPO", "TempFlowGRPO",
+    "FIND", "G2RPO", "SRPO", "TPGRPO", "VGPO", "Algorithm", "AlgorithmBase", "BranchGRPO", "DRaFT",
+    "DanceGRPO", "DiffusionNFT", "FlowGRPO", "Matching", "MixGRPO", "PrefGRPO", "ReFL", "TempFlowGRPO",
 ]  # fmt: skip

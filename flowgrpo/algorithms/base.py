@@ -149,6 +149,10 @@ class AlgorithmBase:
     needs_rewards: ClassVar[bool] = True
     collect_reads_scores: ClassVar[bool] = False
     """Whether ``collect`` uses the scores; then they cannot be computed after it (``train.staleness``)."""
+    least_group_size: ClassVar[int] = 2
+    """The smallest group; 1 for algorithms that do not compare the samples of a group."""
+    compares_texts: ClassVar[bool] = False
+    """Whether images are scored for several texts, so that a reward must read its prompt."""
 
     def plan(self, num_steps: int, iteration: int, random: Random) -> Plan:
         """The plan of an iteration: a ``TrajectoryPlan`` or a ``BranchPlan``, for instance."""

@@ -21,7 +21,10 @@ BOUNDS: Mapping[str, tuple[float, float]] = {
     "sampling.height": (1, 16384),
     "sampling.width": (1, 16384),
     "sampling.num_frames": (1, 10_000),
-    "algorithm.group_size": (2, 100_000),
+    "algorithm.group_size": (1, 100_000),
+    "algorithm.last": (1, 1000),
+    "algorithm.renoised": (0, 1000),
+    "algorithm.span": (1, 1000),
     "train.iterations": (1, 10_000_000),
     "train.groups": (1, 100_000),
     "train.updates": (1, 100_000),
@@ -83,6 +86,8 @@ def check_bounds(config: Any) -> None:
         value = _value(config, key)
         if value is None:
             continue
+        if key == "algorithm.group_size":
+            least = getattr(config.algorithm, "least_group_size", 2)
         if value < least:
             raise ConfigError(f"{key} must be at least {least}, got {value}")
         if value > most:

@@ -10,16 +10,19 @@ from typing import Any, Literal
 from flowgrpo.algorithms import (
     FIND,
     G2RPO,
+    SRPO,
     TPGRPO,
     VGPO,
     Algorithm,
     BranchGRPO,
     DanceGRPO,
     DiffusionNFT,
+    DRaFT,
     FlowGRPO,
     Matching,
     MixGRPO,
     PrefGRPO,
+    ReFL,
     TempFlowGRPO,
 )
 from flowgrpo.algorithms import base as algorithms
@@ -28,6 +31,7 @@ from flowgrpo.config.benchmarks import Bench, check_benchmarks
 from flowgrpo.config.best import check_best
 from flowgrpo.config.bounds import check_bounds
 from flowgrpo.config.regimes import Regime, check_regimes
+from flowgrpo.config.reward_gradients import check_reward_gradients
 from flowgrpo.core.errors import ConfigError
 from flowgrpo.core.random import Random
 from flowgrpo.losses import base as losses
@@ -36,6 +40,7 @@ from flowgrpo.losses.clipped import ClippedLoss
 from flowgrpo.losses.group_matching import CRDLoss, DGPOLoss
 from flowgrpo.losses.matching import MatchingLoss
 from flowgrpo.losses.nft import NFTLoss
+from flowgrpo.losses.reward_gradient import RewardGradientLoss
 from flowgrpo.policy.settings import (
     Adapter,
     Full,
@@ -278,12 +283,12 @@ class Config:
     """How the processes of a run divide the model."""
     algorithm: (
         FlowGRPO | DanceGRPO | MixGRPO | PrefGRPO | DiffusionNFT | Matching
-        | TempFlowGRPO | G2RPO | TPGRPO | VGPO | BranchGRPO | FIND | Algorithm
+        | TempFlowGRPO | G2RPO | TPGRPO | VGPO | BranchGRPO | FIND | DRaFT | ReFL | SRPO | Algorithm
     )  # fmt: skip
     """What is sampled, and which candidates give each action its advantage; ``kind`` may be the import
     path of an algorithm of your own."""
-    loss: ClippedLoss | NFTLoss | MatchingLoss | DGPOLoss | CRDLoss | Loss = field(
-        default_factory=ClippedLoss
+    loss: ClippedLoss | NFTLoss | MatchingLoss | DGPOLoss | CRDLoss | RewardGradientLoss | Loss = (
+        field(default_factory=ClippedLoss)
     )
     """The objective of an update; ``kind`` may be the import path of a loss of your own."""
     rewards: tuple[Reward, ...]
@@ -370,6 +375,7 @@ class Config:
 
     def _check_updates(self) -> None:
         """Raise ConfigError if the loss is not defined for the batches and updates of an iteration."""
+        check_reward_gradients(self)
         loss, train, needs = self.loss, self.train, self.loss.needs
         size = self.algorithm.group_size
         if (

@@ -7,6 +7,7 @@ video that was scored. An algorithm defines which candidates judge which actions
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+from flowgrpo.core.endings import Ending
 from flowgrpo.core.scores import Scores
 from flowgrpo.core.tensors import Bool, Float, Int, Tensor, torch
 from flowgrpo.core.transitions import Transition
@@ -265,6 +266,7 @@ class Experience:
         media: The media of each candidate, if the scorer was asked to keep them.
         expected: The reward that a learned baseline expects of each candidate of this process; None
             if the algorithm needs none.
+        ending: How actions of the kind ``differentiated`` continue to the data; None for other kinds.
     """
 
     groups: Sequence[Group]
@@ -278,6 +280,7 @@ class Experience:
     gathered: Candidates | None = None
     media: Float[Tensor, "candidates *media"] | None = None
     expected: Float[Tensor, " candidates"] | None = None
+    ending: Ending | None = None
 
     @property
     def all_candidates(self) -> Candidates:

@@ -17,10 +17,12 @@ from typing import ClassVar, Literal, Protocol, runtime_checkable
 from flowgrpo.core.tensors import Bool, Float, Int, Tensor
 from flowgrpo.core.transitions import Gaussian, Prediction, Step, Transition
 
-ActionKind = Literal["step", "noised_sample", "initial_noise"]
+ActionKind = Literal["step", "noised_sample", "initial_noise", "differentiated"]
 """``step``: a stochastic denoising step with a log-probability. ``noised_sample``: a finished sample
 with fresh noise, which has no log-probability; ``x_next`` is the clean sample. ``initial_noise``: the
-draw of the initial latents, which has a log-probability but no ``interval`` and no step size."""
+draw of the initial latents, which has a log-probability but no ``interval`` and no step size.
+``differentiated``: a state from which the reward of the decoded image is differentiated; it has no
+log-probability."""
 
 
 Trail = Literal["none", "third", "half", "late", "rising"]
@@ -91,6 +93,8 @@ class LossInputs:
             does not know, which stands for all. Where it is false, the advantage is 0 for that reason.
         kl_weight: The weight that the learner gives :attr:`LossOutputs.kl` of each action, besides
             ``kl_coef``; None for 1.
+        reward: The reward of the image that each action leads to; it carries gradients. Supplied for
+            ``LossNeeds.reward_gradient``.
     """
 
     policy: PolicyOutputs
@@ -111,6 +115,7 @@ class LossInputs:
     reference: PolicyOutputs | None = None
     has_reward: Bool[Tensor, " actions"] | None = None
     kl_weight: Float[Tensor, " actions"] | None = None
+    reward: Float[Tensor, " actions"] | None = None
 
     def per_action(self, values: Float[Tensor, "states *rest"]) -> Float[Tensor, "actions *rest"]:
         """Values of states, repeated for the actions that start there."""
@@ -189,6 +194,8 @@ class LossNeeds:
             rewards can be added (advantages of the kind ``per_loss``).
         balanced_steps: The gradient of an action is proportional to that of its log-probability, so
             that a step with next to no noise would dominate all others. Such steps are refused.
+        reward_gradient: The reward of the decoded image, with its gradient. Every reward with a weight
+            must have one.
     """
 
     action_kinds: Sequence[ActionKind] = ("step",)
@@ -203,6 +210,7 @@ class LossNeeds:
     whole_groups: bool = False
     is_additive: bool = False
     balanced_steps: bool = False
+    reward_gradient: bool = False
 
 
 @runtime_checkable
