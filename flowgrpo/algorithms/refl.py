@@ -51,7 +51,7 @@ class ReFL(Differentiated):
         ):
             part = samples[rollout.rows.start : rollout.rows.stop]
             (record,) = rollout.records
-            recorder.project(part, record)
+            recorder.project(part, record, compare=True)
             add_states(recorder, part, stop, record.x, record.x_next)
         return finished(recorder, Predict())
 

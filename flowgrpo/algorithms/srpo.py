@@ -8,6 +8,7 @@ wanted and with unwanted words before the prompt; on the inverted side their rol
 penalises what any image gains by.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
@@ -120,6 +121,11 @@ class SRPO(Differentiated):
             )
         if self.span < 1:
             raise ValueError(f"algorithm.span must be at least 1, got {self.span}")
+        for key in ("denoise_excess", "invert_excess"):
+            if not all(math.isfinite(k) for k in getattr(self, key)):
+                raise ValueError(
+                    f"algorithm.{key} must be two finite numbers, got {[*getattr(self, key)]}"
+                )
         if not self.wanted or not self.unwanted:
             raise ValueError(
                 "algorithm.wanted and algorithm.unwanted need at least one word each: the reward is their difference"

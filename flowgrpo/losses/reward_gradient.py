@@ -4,6 +4,7 @@ DRaFT (arXiv:2309.17400) maximises the reward itself, ReFL (arXiv:2304.05977) an
 (arXiv:2509.06942) only up to a margin, AlignProp (arXiv:2310.03739) minimises the distance to a target.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -84,6 +85,8 @@ class RewardGradientLoss(Loss):
         """Raise ValueError if the settings cannot train."""
         require_at_least("scale", self.scale, 1e-12)
         require_at_least("kl_coef", self.kl_coef, 0.0)
+        if not math.isfinite(self.target):
+            raise ValueError(f"loss.target must be finite, got {self.target}")
         if self.form == "linear" and self.target != 0:
             raise ValueError(
                 f"loss.target = {self.target:g} has no effect with loss.form = 'linear'; set loss.form to "
