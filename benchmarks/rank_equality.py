@@ -73,6 +73,9 @@ CASES: dict[str, Sequence[str]] = {
     "distillation": ["algorithm={kind='distillation', group_size=2}", "loss={kind='distillation', teachers=[{guidance_scale=9.0}, {guidance_scale=1.0}], kl_coef=0.05}"],
     "matching, DGPO": ["algorithm={kind='matching', group_size=4, num_times=2}", "loss={kind='dgpo'}"],
     "matching, CRD": ["algorithm={kind='matching', group_size=4, num_times=2}", "loss={kind='crd'}"],
+    "draft": ["algorithm={kind='draft', group_size=4, last=2}", "loss={kind='reward_gradient', kl_coef=0.05}"],
+    "refl": ["algorithm={kind='refl', group_size=4, stop_range=[0.5, 1.0]}", "loss={kind='reward_gradient', form='hinge', target=2.0}"],
+    "srpo": ["algorithm={kind='srpo', group_size=4, step_range=[0.0, 0.5]}", "loss={kind='reward_gradient'}"],
     "find": ["algorithm={kind='find', group_size=4}", "loss={kind='clipped', clip_range=1e-3}", "model.weights={kind='noise'}", "train.monitor_states=0"],
 }  # fmt: skip
 """Every algorithm and every loss, with the settings whose statistics are over all processes."""
@@ -90,6 +93,11 @@ def brightness(media: Tensor, prompts: Sequence[Any]) -> Tensor:
 def redness(media: Tensor, prompts: Sequence[Any]) -> Tensor:
     """Mean of the red channel."""
     return media[:, 0].flatten(1).mean(1)
+
+
+# Both are differentiable as they are.
+for _reward in (brightness, redness):
+    _reward.scores_with_gradient = _reward  # type: ignore[attr-defined]
 
 
 def rough(media: Tensor, prompts: Sequence[Any]) -> Tensor:

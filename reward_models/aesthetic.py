@@ -28,6 +28,7 @@ from reward_models.shared.pictures import (
     finite_only,
     pictures,
     shrunk_and_cropped,
+    shrunk_and_cropped_with_gradient,
 )
 
 __all__ = ["Aesthetic"]
@@ -88,9 +89,21 @@ class Aesthetic:
         self, media: Float[Tensor, "batch 3 h w"], prompts: Sequence[Prompt]
     ) -> Float[Tensor, " batch"]:
         check_media(media, prompts)
-        pixels = self.preprocess(media).to(self.model.device, self.model.dtype)
+        return finite_only(self._scores(self.preprocess(media)), media)
+
+    def scores_with_gradient(
+        self, media: Float[Tensor, "batch 3 h w"], prompts: Sequence[Prompt]
+    ) -> Float[Tensor, " batch"]:
+        """The scores with the gradient of the images, which are not rounded to 8 bits."""
+        check_media(media, prompts)
+        return self._scores(
+            shrunk_and_cropped_with_gradient(media, self.side, self.side, CLIP_MEAN, CLIP_STD)
+        )
+
+    def _scores(self, pixels: Float[Tensor, "batch 3 side side"]) -> Float[Tensor, " batch"]:
+        pixels = pixels.to(self.model.device, self.model.dtype)
         features = self.model.get_image_features(pixel_values=pixels).pooler_output
-        return finite_only(self.head(F.normalize(features.float(), dim=-1)).squeeze(-1), media)
+        return self.head(F.normalize(features.float(), dim=-1)).squeeze(-1)
 
 
 def _head(path: Path, source: str) -> nn.Sequential:

@@ -13,7 +13,13 @@ from torchvision.transforms import functional as TF
 
 from flowgrpo.data.prompts import Prompt
 from reward_models.shared.checkpoints import Precision, pick_device, pick_dtype
-from reward_models.shared.pictures import check_media, eight_bits, finite_only, pictures
+from reward_models.shared.pictures import (
+    check_media,
+    eight_bits,
+    finite_only,
+    pictures,
+    shrunk_and_cropped_with_gradient,
+)
 
 __all__ = ["CLIPScore"]
 
@@ -87,11 +93,7 @@ class CLIPScore:
     def preprocess(self, media: Float[Tensor, "batch 3 h w"]) -> Float[Tensor, "batch 3 side side"]:
         """The input of the model, from images rounded to 8 bits; by default open_clip's transform."""
         if self.filter == "bilinear":
-            size = self.model.visual.image_size
-            side = size if isinstance(size, int) else size[0]
-            pixels = TF.resize(eight_bits(media).float() / 255, [side], antialias=True)
-            cropped = TF.center_crop(pixels, [side, side])
-            return TF.normalize(cropped, self.model.visual.image_mean, self.model.visual.image_std)
+            return self._bilinear(eight_bits(media).float() / 255)
         return torch.stack([self._preprocess(image) for image in pictures(media)])
 
     @torch.no_grad()
@@ -99,8 +101,50 @@ class CLIPScore:
         self, media: Float[Tensor, "batch 3 h w"], prompts: Sequence[Prompt]
     ) -> Float[Tensor, " batch"]:
         check_media(media, prompts)
-        pixels = self.preprocess(media).to(self.device, self.dtype)
+        return finite_only(self._scores(self.preprocess(media), prompts), media)
+
+    def scores_with_gradient(
+        self, media: Float[Tensor, "batch 3 h w"], prompts: Sequence[Prompt]
+    ) -> Float[Tensor, " batch"]:
+        """The scores with the gradient of the images, which are not rounded to 8 bits.
+
+        Raises:
+            ValueError: If the model does not crop its images as CLIP does.
+        """
+        check_media(media, prompts)
+        visual = self.model.visual
+        if self.filter == "bilinear":
+            return self._scores(self._bilinear(media), prompts)
+        known = visual.preprocess_cfg
+        if known.get("resize_mode", "shortest") != "shortest" or known.get("interpolation") not in (
+            None,
+            "bicubic",
+        ):
+            raise ValueError(
+                f"this model resizes images by {known.get('interpolation')} to the {known.get('resize_mode')}; with "
+                "gradients, clip_score has bicubic and shortest only"
+            )
+        side = self._side
+        pixels = shrunk_and_cropped_with_gradient(
+            media, side, side, visual.image_mean, visual.image_std
+        )
+        return self._scores(pixels, prompts)
+
+    @property
+    def _side(self) -> int:
+        size = self.model.visual.image_size
+        return size if isinstance(size, int) else size[0]
+
+    def _bilinear(self, pixels: Float[Tensor, "batch 3 h w"]) -> Float[Tensor, "batch 3 side side"]:
+        resized = TF.resize(pixels, [self._side], antialias=True)
+        cropped = TF.center_crop(resized, [self._side, self._side])
+        return TF.normalize(cropped, self.model.visual.image_mean, self.model.visual.image_std)
+
+    def _scores(
+        self, pixels: Float[Tensor, "batch 3 side side"], prompts: Sequence[Prompt]
+    ) -> Float[Tensor, " batch"]:
+        pixels = pixels.to(self.device, self.dtype)
         tokens = self.tokenizer([p.text for p in prompts]).to(self.device)
         image = F.normalize(self.model.encode_image(pixels).float(), dim=-1)
         text = F.normalize(self.model.encode_text(tokens).float(), dim=-1)
-        return finite_only((image * text).sum(-1), media)
+        return (image * text).sum(-1)

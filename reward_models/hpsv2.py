@@ -80,9 +80,11 @@ class HPSv2:
 
     def preprocess(self, media: Float[Tensor, "batch 3 h w"]) -> Float[Tensor, "batch 3 side side"]:
         """The preprocessed images: the input of the model."""
-        scale = self.side / max(media.shape[-2:])
-        height, width = (max(1, round(length * scale)) for length in media.shape[-2:])
-        pixels = eight_bits(media).float() / 255
+        return self._fitted(eight_bits(media).float() / 255)
+
+    def _fitted(self, pixels: Float[Tensor, "batch 3 h w"]) -> Float[Tensor, "batch 3 side side"]:
+        scale = self.side / max(pixels.shape[-2:])
+        height, width = (max(1, round(length * scale)) for length in pixels.shape[-2:])
         pixels = TF.resize(
             pixels, [height, width], TF.InterpolationMode.BICUBIC, antialias=self.antialias
         )
@@ -95,11 +97,25 @@ class HPSv2:
         self, media: Float[Tensor, "batch 3 h w"], prompts: Sequence[Prompt]
     ) -> Float[Tensor, " batch"]:
         check_media(media, prompts)
+        return finite_only(self._scores(self.preprocess(media), prompts), media)
+
+    def scores_with_gradient(
+        self, media: Float[Tensor, "batch 3 h w"], prompts: Sequence[Prompt]
+    ) -> Float[Tensor, " batch"]:
+        """The scores with the gradient of the images, which are not rounded to 8 bits.
+
+        The filter of the resize is that of the scores: without antialiasing if these have none.
+        """
+        check_media(media, prompts)
+        return self._scores(self._fitted(media), prompts)
+
+    def _scores(
+        self, pixels: Float[Tensor, "batch 3 side side"], prompts: Sequence[Prompt]
+    ) -> Float[Tensor, " batch"]:
         texts = list(dict.fromkeys(p.text for p in prompts))
-        pixels = self.preprocess(media).to(self.device, self.dtype)
+        pixels = pixels.to(self.device, self.dtype)
         image = F.normalize(self.model.encode_image(pixels).float(), dim=-1)
         text = F.normalize(
             self.model.encode_text(self.tokenizer(texts).to(self.device)).float(), dim=-1
         )
-        scores = (image * text[[texts.index(p.text) for p in prompts]]).sum(-1)
-        return finite_only(scores, media)
+        return (image * text[[texts.index(p.text) for p in prompts]]).sum(-1)

@@ -33,6 +33,7 @@ from reward_models.shared.pictures import (
     finite_only,
     pictures,
     shrunk_and_cropped,
+    shrunk_and_cropped_with_gradient,
 )
 
 __all__ = ["ImageReward"]
@@ -126,7 +127,20 @@ class ImageReward:
         self, media: Float[Tensor, "batch 3 h w"], prompts: Sequence[Prompt]
     ) -> Float[Tensor, " batch"]:
         check_media(media, prompts)
-        pixels = self.preprocess(media).to(self.device, self.dtype)
+        return finite_only(self._scores(self.preprocess(media), prompts), media)
+
+    def scores_with_gradient(
+        self, media: Float[Tensor, "batch 3 h w"], prompts: Sequence[Prompt]
+    ) -> Float[Tensor, " batch"]:
+        """The scores with the gradient of the images, which are not rounded to 8 bits."""
+        check_media(media, prompts)
+        pixels = shrunk_and_cropped_with_gradient(media, self.side, self.side, CLIP_MEAN, CLIP_STD)
+        return self._scores(pixels, prompts)
+
+    def _scores(
+        self, pixels: Float[Tensor, "batch 3 side side"], prompts: Sequence[Prompt]
+    ) -> Float[Tensor, " batch"]:
+        pixels = pixels.to(self.device, self.dtype)
         seen = self.model["vision"](pixel_values=pixels).last_hidden_state
         read = self.model["text"](
             **self.tokenize([p.text for p in prompts]),
@@ -135,7 +149,7 @@ class ImageReward:
             is_decoder=False,  # the words see each other in both directions
         ).last_hidden_state
         raw = self.model["head"](read[:, 0].float()).squeeze(-1)
-        return finite_only((raw - MEAN) / STD, media)
+        return (raw - MEAN) / STD
 
 
 def _renamed(key: str) -> str:

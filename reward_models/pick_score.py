@@ -10,10 +10,17 @@ from transformers import AutoProcessor, CLIPModel
 
 from flowgrpo.data.prompts import Prompt
 from reward_models.shared.checkpoints import Precision, from_pretrained, pick_device, pick_dtype
-from reward_models.shared.pictures import check_media, eight_bits, finite_only
+from reward_models.shared.pictures import (
+    check_media,
+    eight_bits,
+    finite_only,
+    shrunk_and_cropped_with_gradient,
+)
 
 __all__ = ["PickScore"]
 
+BICUBIC = 3
+"""Pillow's number of the filter."""
 PROCESSOR = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
 
 
@@ -62,17 +69,47 @@ class PickScore:
         self, media: Float[Tensor, "batch 3 h w"], prompts: Sequence[Prompt]
     ) -> Float[Tensor, " batch"]:
         check_media(media, prompts)
-        texts = list(dict.fromkeys(p.text for p in prompts))
-        inputs = self.processor(
+        pixels = self.processor.image_processor(
             images=list(eight_bits(media).cpu()),
-            text=texts,
             input_data_format="channels_first",
+            return_tensors="pt",
+        ).pixel_values
+        return finite_only(self._scores(pixels, prompts), media)
+
+    def scores_with_gradient(
+        self, media: Float[Tensor, "batch 3 h w"], prompts: Sequence[Prompt]
+    ) -> Float[Tensor, " batch"]:
+        """The scores with the gradient of the images, which are not rounded to 8 bits.
+
+        Raises:
+            ValueError: If the processor does not crop images as CLIP's does.
+        """
+        check_media(media, prompts)
+        own = self.processor.image_processor
+        side, crop = own.size.get("shortest_edge"), own.crop_size
+        if side is None or own.resample != BICUBIC or crop["height"] != crop["width"]:
+            raise ValueError(
+                "with gradients, pick_score needs CLIP's processor: the shorter side resized by a bicubic filter, and "
+                f"a square crop; this one has size {own.size}, resample {own.resample} and crop {crop}"
+            )
+        pixels = shrunk_and_cropped_with_gradient(
+            media, side, crop["height"], own.image_mean, own.image_std, "floor"
+        )
+        return self._scores(pixels, prompts)
+
+    def _scores(
+        self, pixels: Float[Tensor, "batch 3 side side"], prompts: Sequence[Prompt]
+    ) -> Float[Tensor, " batch"]:
+        texts = list(dict.fromkeys(p.text for p in prompts))
+        tokens = self.processor.tokenizer(
+            texts,
             padding="max_length",
             truncation=True,
             max_length=self.model.config.text_config.max_position_embeddings,
             return_tensors="pt",
-        ).to(self.model.device, self.model.dtype)
-        output = self.model(**inputs)  # embeddings of length 1
+        ).to(self.model.device)
+        pixels = pixels.to(self.model.device, self.model.dtype)
+        output = self.model(pixel_values=pixels, **tokens)  # embeddings of length 1
         text = output.text_embeds[[texts.index(p.text) for p in prompts]].float()
         scale = self.model.logit_scale.float().exp()
-        return finite_only(scale * (output.image_embeds.float() * text).sum(-1), media)
+        return scale * (output.image_embeds.float() * text).sum(-1)

@@ -22,7 +22,14 @@ from reward_models.aesthetic import Aesthetic
 from reward_models.dino import DINOSimilarity
 from reward_models.hpsv2 import HPSv2
 from reward_models.image_reward import ImageReward
-from reward_models.shared.pictures import CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD
+from reward_models.shared.pictures import (
+    CLIP_MEAN,
+    CLIP_STD,
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    shrunk_and_cropped,
+    shrunk_and_cropped_with_gradient,
+)
 from reward_models.siglip import SigLIPSimilarity
 from tests import zoo
 from tests.zoo import TEXTS, noise
@@ -447,3 +454,21 @@ def test_hpsv2_without_antialiasing_is_the_older_filter(make: Any, made: dict[st
     pixels = TF.normalize(pixels, list(CLIP_MEAN), list(CLIP_STD))
     torch.testing.assert_close(older.preprocess(media), pixels, rtol=0, atol=1e-5)
     assert (older.preprocess(media) - made["hpsv2"].preprocess(media)).abs().mean() > 0.05
+
+
+@pytest.mark.parametrize("name", ["hpsv2", "aesthetic", "image_reward"])
+def test_scores_have_the_gradient_of_the_images(name: str, made: dict[str, Any]) -> None:
+    zoo.check_gradient(made[name], prompts(), tolerance=1e-3 if name == "hpsv2" else 0.1)
+
+
+@pytest.mark.parametrize(("height", "width"), SIZES)
+@pytest.mark.parametrize("odd", ["round", "floor"])
+def test_pixels_with_a_gradient_are_pillows_but_for_rounding(
+    height: int, width: int, odd: Any
+) -> None:
+    media = (noise(3, height, width) * 255).round() / 255
+    options = (17, 17, (0.0,) * 3, (1.0,) * 3, odd)
+    wanted = shrunk_and_cropped(zoo.pil(media), *options)
+    found = shrunk_and_cropped_with_gradient(media, *options)
+    assert found.shape == wanted.shape
+    assert float((found - wanted).abs().max()) < 1.5 / 255

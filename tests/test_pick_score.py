@@ -15,6 +15,7 @@ from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcesso
 from flowgrpo.data.prompts import Prompt
 from reward_models.pick_score import PickScore
 from tests.tiny.parts import clip_tokenizer
+from tests.zoo import check_gradient
 
 TEXTS = ("a red cube", "two blue dogs riding a bus", "a photo of a cat")
 PROMPTS = [Prompt(t) for t in TEXTS]
@@ -195,3 +196,17 @@ def test_processor_from_another_folder(folder: Path, tmp_path: Path, reward: Pic
     split = PickScore(str(tmp_path), processor=str(folder), device="cpu")
     media = noise(3, 32, 32)
     assert torch.equal(split(media, PROMPTS), reward(media, PROMPTS))
+
+
+def test_scores_have_the_gradient_of_the_images(reward: PickScore) -> None:
+    check_gradient(reward, PROMPTS, tolerance=0.1)
+
+
+def test_another_processor_is_refused_with_a_gradient(folder: Path, tmp_path: Path) -> None:
+    CLIPModel.from_pretrained(folder).save_pretrained(tmp_path)
+    images = CLIPImageProcessor(
+        size={"height": 32, "width": 32}, crop_size={"height": 32, "width": 32}
+    )
+    CLIPProcessor(images, clip_tokenizer()).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="needs CLIP's processor"):
+        PickScore(str(tmp_path), device="cpu").scores_with_gradient(noise(3, 32, 32), PROMPTS)

@@ -19,6 +19,7 @@ from torch import Tensor
 from flowgrpo.data.prompts import Prompt
 from reward_models.clip_score import CLIPScore
 from reward_models.jpeg_size import JPEGSize
+from tests.zoo import check_gradient
 
 TINY = "flowgrpo-tiny"
 PROMPTS = [Prompt(t) for t in ("a red circle", "two stars above a very large blue cross", "x")]
@@ -180,3 +181,9 @@ def test_clip_score_refuses_unknown_names(clip_weights):
         CLIPScore("ViT-L-14", "opneai")
     with pytest.raises(ValueError, match=r"no weights '/no/such/file.pt'"):
         CLIPScore(TINY, "/no/such/file.pt")
+
+
+@pytest.mark.parametrize("kernel", ["bicubic", "bilinear"])
+def test_clip_score_has_the_gradient_of_the_images(clip_weights, kernel):
+    reward = CLIPScore(TINY, str(clip_weights), filter=kernel, device="cpu")
+    check_gradient(reward, PROMPTS, tolerance=0.1 if kernel == "bicubic" else 1e-3)

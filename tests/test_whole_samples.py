@@ -475,6 +475,10 @@ RUNS = {
         "algorithm={kind='flow_grpo', group_size=3}", "train.ema_decay=0.5",
         "loss={kind='tests.test_objectives:Distances', power=2.0, kl_coef=0.1}",
     ],
+    "draft": [
+        "algorithm={kind='draft', group_size=3, last=2, truncation='random'}", "loss={kind='reward_gradient'}",
+        "rewards=[{model='tests.test_reward_gradients:Contrast'}]",
+    ],
     "learning": [
         f"rewards=[{{model='{HERE}:Novelty'}}]", "memory.score_batch=2", "algorithm={kind='flow_grpo', group_size=3}",
     ],

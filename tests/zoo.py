@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import open_clip
+import pytest
 import torch
 from open_clip import factory
 from PIL import Image
@@ -707,3 +708,27 @@ def teach(
     head = torch.linalg.lstsq(torch.stack(seen).double(), torch.stack(wanted).double()).solution.T
     model.lm_head.weight.copy_(head.float())
     model.save_pretrained(folder)
+
+
+def check_gradient(reward: Any, prompts: Sequence[Prompt], tolerance: float) -> None:
+    """The scores with a gradient are the reward's own, and so is the slope along the gradient.
+
+    Args:
+        reward: Has ``scores_with_gradient``.
+        prompts: As many as images.
+        tolerance: Largest difference of a score, as a share of the scores' spread: rounding to 8 bits.
+    """
+    for height, width in ((33, 57), (101, 37), (64, 64)):
+        media = (noise(len(prompts), height, width, seed=height) * 255).round() / 255
+        media.requires_grad_()
+        scores = reward.scores_with_gradient(media, prompts)
+        own = reward(media.detach(), prompts)
+        spread = float(own.std()) + 1e-3
+        assert float((scores.detach().cpu() - own).abs().max()) < tolerance * spread
+        (slope,) = torch.autograd.grad(scores.sum(), media)
+        direction = slope / slope.norm()
+        step = 1e-2
+        with torch.no_grad():
+            ends = [reward.scores_with_gradient((media + s * direction).clamp(0, 1), prompts).sum() for s in (-step, step)]  # fmt: skip
+        found = float(ends[1] - ends[0]) / (2 * step)
+        assert found == pytest.approx(float(slope.norm()), rel=0.05)

@@ -10,6 +10,7 @@ from flowgrpo.algorithms.branch_grpo import BranchGRPO
 from flowgrpo.algorithms.dance_grpo import DanceGRPO
 from flowgrpo.algorithms.diffusion_nft import DiffusionNFT
 from flowgrpo.algorithms.distillation import Distillation
+from flowgrpo.algorithms.draft import DRaFT
 from flowgrpo.algorithms.find import FIND
 from flowgrpo.algorithms.flow_grpo import FlowGRPO
 from flowgrpo.algorithms.g2rpo import G2RPO
@@ -17,12 +18,14 @@ from flowgrpo.algorithms.matching import Matching
 from flowgrpo.algorithms.mix_grpo import MixGRPO
 from flowgrpo.algorithms.offline import Pairs, Pictures
 from flowgrpo.algorithms.pref_grpo import PrefGRPO
+from flowgrpo.algorithms.refl import ReFL
+from flowgrpo.algorithms.srpo import SRPO
 from flowgrpo.algorithms.tempflow_grpo import TempFlowGRPO
 from flowgrpo.algorithms.tp_grpo import TPGRPO
 from flowgrpo.algorithms.vgpo import VGPO
 
 __all__ = [
-    "FIND", "G2RPO", "TPGRPO", "VGPO", "Algorithm", "AlgorithmBase", "BranchGRPO", "DanceGRPO",
-    "DiffusionNFT", "Distillation", "FlowGRPO", "Matching", "MixGRPO", "Pairs", "Pictures", "PrefGRPO",
-    "TempFlowGRPO",
+    "FIND", "G2RPO", "SRPO", "TPGRPO", "VGPO", "Algorithm", "AlgorithmBase", "BranchGRPO", "DRaFT",
+    "DanceGRPO", "DiffusionNFT", "Distillation", "FlowGRPO", "Matching", "MixGRPO", "Pairs", "Pictures",
+    "PrefGRPO", "ReFL", "TempFlowGRPO",
 ]  # fmt: skip

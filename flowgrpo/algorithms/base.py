@@ -159,6 +159,10 @@ class AlgorithmBase:
     """Whether advantages come from scored candidates. If not, rewards are optional and only measured, and
     nothing that chooses or weights samples by their rewards applies."""
     num_targets: ClassVar[int] = 0
+    least_group_size: ClassVar[int] = 2
+    """The smallest group; 1 for algorithms that do not compare the samples of a group."""
+    compares_texts: ClassVar[bool] = False
+    """Whether images are scored for several texts, so that a reward must read its prompt."""
 
     def plan(self, num_steps: int, iteration: int, random: Random) -> Plan:
         """The plan of an iteration: a ``TrajectoryPlan`` or a ``BranchPlan``, for instance."""

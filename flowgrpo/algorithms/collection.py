@@ -309,16 +309,21 @@ class Collection:
                 assert rest.media is not None
                 self.submit(part, rest.media, step, equal, False, rest.audio)
 
-    def project(self, samples: Samples, record: StepRecord) -> None:
+    def project(self, samples: Samples, record: StepRecord, compare: bool = False) -> None:
         """Decode and score the model's prediction of the data at the start of a recorded step.
 
         The candidates judge the step before it. This needs no forward pass of its own.
+
+        Args:
+            samples: The samples of the record's rows.
+            record: The step.
+            compare: As in :meth:`submit`.
         """
         end, x0 = self.policy.num_steps(), record.prediction.x0
         for rollout in self.policy.run(samples.prompts, samples.noise, nodes=[end], x=x0):
             assert rollout.media is not None
             part = samples[rollout.rows.start : rollout.rows.stop]
-            self.submit(part, rollout.media, record.step - 1, [PROJECTION], False, rollout.audio)
+            self.submit(part, rollout.media, record.step - 1, [PROJECTION], compare, rollout.audio)
 
     def experience(self) -> Experience:
         """Wait for the scorer and return the whole experience."""

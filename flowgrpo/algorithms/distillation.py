@@ -52,6 +52,7 @@ class Distillation(AlgorithmBase):
     action_kind: ClassVar[ActionKind] = "visited_state"
     needs_rewards: ClassVar[bool] = False
     assigns_credit: ClassVar[bool] = False
+    least_group_size: ClassVar[int] = 1
     kind: Literal["distillation"] = "distillation"
     group_size: int = 1
     """Samples per prompt, at least 1; they share nothing but the prompt."""

@@ -21,11 +21,14 @@ BOUNDS: Mapping[str, tuple[float, float]] = {
     "sampling.height": (1, 16384),
     "sampling.width": (1, 16384),
     "sampling.num_frames": (1, 10_000),
-    "algorithm.group_size": (2, 100_000),
+    "algorithm.group_size": (1, 100_000),
     "algorithm.previews.number": (0, 100_000),
     "algorithm.previews.num_steps": (1, 1000),
     "algorithm.empty_prompts": (0, 1),
     "algorithm.distinct_times": (0, 1000),
+    "algorithm.last": (1, 1000),
+    "algorithm.renoised": (0, 1000),
+    "algorithm.span": (1, 1000),
     "train.iterations": (1, 10_000_000),
     "train.groups": (1, 100_000),
     "train.updates": (1, 100_000),
@@ -87,15 +90,14 @@ def check_bounds(config: Any) -> None:
     Raises:
         ConfigError: With the key, its value and the nearest allowed one.
     """
-    given = (
-        config.algorithm.num_targets > 0
-    )  # pictures that are not sampled, so that there is no group
+    # Pictures that are not sampled have no group.
+    given = config.algorithm.num_targets > 0
     for key, (least, most) in BOUNDS.items():
         value = _value(config, key)
         if value is None or (given and key == "algorithm.group_size"):
             continue
-        if key == "algorithm.group_size" and not getattr(config.algorithm, "assigns_credit", True):
-            least = 1  # Nothing is compared within groups.
+        if key == "algorithm.group_size":
+            least = getattr(config.algorithm, "least_group_size", 2)
         if value < least:
             raise ConfigError(f"{key} must be at least {least}, got {value}")
         if value > most:

@@ -10,6 +10,7 @@ from typing import Any, Literal
 from flowgrpo.algorithms import (
     FIND,
     G2RPO,
+    SRPO,
     TPGRPO,
     VGPO,
     Algorithm,
@@ -17,12 +18,14 @@ from flowgrpo.algorithms import (
     DanceGRPO,
     DiffusionNFT,
     Distillation,
+    DRaFT,
     FlowGRPO,
     Matching,
     MixGRPO,
     Pairs,
     Pictures,
     PrefGRPO,
+    ReFL,
     TempFlowGRPO,
 )
 from flowgrpo.algorithms import base as algorithms
@@ -35,6 +38,7 @@ from flowgrpo.config.distillation import check_distillation
 from flowgrpo.config.examples import check_examples, examples_geometry
 from flowgrpo.config.regimes import Regime, check_regimes
 from flowgrpo.config.replay import ReplaySettings, check_replay
+from flowgrpo.config.reward_gradients import check_reward_gradients
 from flowgrpo.config.steps import check_steps
 from flowgrpo.core.errors import ConfigError
 from flowgrpo.core.random import Random
@@ -46,6 +50,7 @@ from flowgrpo.losses.dpo import DPOLoss
 from flowgrpo.losses.group_matching import CRDLoss, DGPOLoss
 from flowgrpo.losses.matching import MatchingLoss
 from flowgrpo.losses.nft import NFTLoss
+from flowgrpo.losses.reward_gradient import RewardGradientLoss
 from flowgrpo.losses.supervised import SupervisedLoss
 from flowgrpo.policy.settings import (
     Adapter,
@@ -292,14 +297,14 @@ class Config:
     """How the processes of a run divide the model."""
     algorithm: (
         FlowGRPO | DanceGRPO | MixGRPO | PrefGRPO | DiffusionNFT | Matching
-        | TempFlowGRPO | G2RPO | TPGRPO | VGPO | BranchGRPO | FIND | Distillation | Pictures | Pairs
-        | Algorithm
+        | TempFlowGRPO | G2RPO | TPGRPO | VGPO | BranchGRPO | FIND | Distillation | DRaFT | ReFL | SRPO
+        | Pictures | Pairs | Algorithm
     )  # fmt: skip
     """What is sampled, and which candidates give each action its advantage; ``kind`` may be the import
     path of an algorithm of your own."""
     loss: (
         ClippedLoss | NFTLoss | MatchingLoss | DGPOLoss | CRDLoss | DistillationLoss | SupervisedLoss
-        | DPOLoss | Loss
+        | DPOLoss | RewardGradientLoss | Loss
     ) = field(default_factory=ClippedLoss)  # fmt: skip
     """The objective of an update; ``kind`` may be the import path of a loss of your own."""
     rewards: tuple[Reward, ...] = ()
@@ -388,6 +393,7 @@ class Config:
 
     def _check_updates(self) -> None:
         """Raise ConfigError if the loss is not defined for the batches and updates of an iteration."""
+        check_reward_gradients(self)
         loss, train, needs = self.loss, self.train, self.loss.needs
         size = self.algorithm.group_size
         if (

@@ -7,6 +7,7 @@ video that was scored. An algorithm defines which candidates judge which actions
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from flowgrpo.core.endings import Ending
 from flowgrpo.core.scores import Scores
 from flowgrpo.core.tensors import Bool, Float, Int, Tensor, torch
 from flowgrpo.core.transitions import Transition
@@ -274,6 +275,7 @@ class Experience:
         expected: The reward that a learned baseline expects of each candidate of this process; None
             if the algorithm needs none.
         by_group: Further metrics by name, with a value for each group; NaN where it is not defined.
+        ending: How actions of the kind ``differentiated`` continue to the data; None for other kinds.
     """
 
     groups: Sequence[Group]
@@ -288,6 +290,7 @@ class Experience:
     media: Float[Tensor, "candidates *media"] | None = None
     expected: Float[Tensor, " candidates"] | None = None
     by_group: Mapping[str, Float[Tensor, " groups"]] = field(default_factory=dict)
+    ending: Ending | None = None
 
     @property
     def all_candidates(self) -> Candidates:

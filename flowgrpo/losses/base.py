@@ -18,11 +18,13 @@ from flowgrpo.core.tensors import Bool, Float, Int, Tensor
 from flowgrpo.core.transitions import Gaussian, Prediction, Step, Transition
 from flowgrpo.losses.teachers import Teachers
 
-ActionKind = Literal["step", "noised_sample", "visited_state", "initial_noise"]
+ActionKind = Literal["step", "noised_sample", "visited_state", "initial_noise", "differentiated"]
 """``step``: a stochastic denoising step with a log-probability. ``noised_sample``: a finished sample
 with fresh noise, which has no log-probability; ``x_next`` is the clean sample. ``visited_state``: a
 state of a trajectory, deterministic or not, whose step is compared with a teacher's. ``initial_noise``: the
-draw of the initial latents, which has a log-probability but no ``interval`` and no step size."""
+draw of the initial latents, which has a log-probability but no ``interval`` and no step size.
+``differentiated``: a state from which the reward of the decoded image is differentiated; it has no
+log-probability."""
 
 
 Trail = Literal["none", "third", "half", "late", "rising"]
@@ -121,6 +123,8 @@ class LossInputs:
             Supplied for ``LossNeeds.chunks``.
         whole: All actions of the batch's groups, where it holds a part of them
             (``LossNeeds.group_term``).
+        reward: The reward of the image that each action leads to; it carries gradients. Supplied for
+            ``LossNeeds.reward_gradient``.
     """
 
     policy: PolicyOutputs
@@ -144,6 +148,7 @@ class LossInputs:
     kl_weight: Float[Tensor, " actions"] | None = None
     chunk_log_ratio: Float[Tensor, " actions"] | None = None
     whole: WholeGroups | None = None
+    reward: Float[Tensor, " actions"] | None = None
 
     def per_action(self, values: Float[Tensor, "states *rest"]) -> Float[Tensor, "actions *rest"]:
         """Values of states, repeated for the actions that start there."""
@@ -231,6 +236,8 @@ class LossNeeds:
         chunks: Numbers of consecutive denoising steps, from step 0 on, whose log-ratios are averaged for
             each sample (:attr:`LossInputs.chunk_log_ratio`). The learner weighs an action by 1 over the
             number of its chunk's actions, so that the loss is a mean over chunks. Empty for none.
+        reward_gradient: The reward of the decoded image, with its gradient. Every reward with a weight
+            must have one.
     """
 
     action_kinds: Sequence[ActionKind] = ("step",)
@@ -249,6 +256,7 @@ class LossNeeds:
     balanced_steps: bool = False
     step_weight: Callable[[Transition, Step], float] | None = None
     chunks: Sequence[int] = ()
+    reward_gradient: bool = False
 
 
 @runtime_checkable

@@ -77,6 +77,7 @@ def estimate_footprint(
     Raises:
         EstimateError: If the config files are not available, or the pipeline cannot be traced.
     """
+    _require_known(config)
     dtype, weights = DTYPES[config.model.dtype], config.model.weights
     pipeline = build(config_folder(config.model.source), dtype)
     full = isinstance(weights, Full)
@@ -121,6 +122,15 @@ def estimate_footprint(
         gathered_gradients=gradients,
         whole=whole,
     )
+
+
+def _require_known(config: Config) -> None:
+    """Raise EstimateError if a run keeps activations that are not traced."""
+    if config.loss.needs.reward_gradient:
+        raise EstimateError(
+            f"the loss {type(config.loss).__name__} keeps the activations of the VAE and of the rewards for its "
+            "backward pass, which are not estimated"
+        )
 
 
 def _gathered(config: Config, models: Collection[nn.Module]) -> tuple[int, int, int]:

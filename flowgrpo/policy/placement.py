@@ -16,6 +16,7 @@ import torch
 from diffusers import DiffusionPipeline, ModelMixin
 from diffusers.utils import BaseOutput
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from flowgrpo.policy.call import UnsupportedPipelineError
@@ -165,8 +166,31 @@ def prepare_decoder(pipeline: DiffusionPipeline, memory: Memory) -> None:
             raise ValueError(f"memory: {type(vae).__name__} cannot {method.replace('_', ' ')}")
         if wanted:
             getattr(vae, method)()
+    if memory.gradient_checkpointing and vae is not None:
+        _recompute_decoder(vae)
     if memory.decode_batch and vae is not None:
         vae.decode = _split(vae.decode, memory.decode_batch)
+
+
+def _recompute_decoder(vae: Any) -> None:
+    """Let a VAE recompute its activations in the backward pass, if rewards are differentiated.
+
+    Each decode is recomputed by itself, and in it each block where the VAE supports it, so that the
+    activations of one block of one part of the batch are kept. Without gradients nothing changes.
+    """
+    if getattr(vae, "_supports_gradient_checkpointing", False):
+        vae.enable_gradient_checkpointing()
+        # Condition images are encoded without gradients.
+        vae.encoder.gradient_checkpointing = False
+    decode = vae.decode
+
+    @wraps(decode)
+    def recomputed(z: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if torch.is_grad_enabled() and z.requires_grad:
+            return checkpoint(decode, z, *args, use_reentrant=False, **kwargs)
+        return decode(z, *args, **kwargs)
+
+    vae.decode = recomputed
 
 
 def _split(decode: Callable[..., Any], size: int) -> Callable[..., Any]:

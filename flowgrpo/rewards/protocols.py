@@ -28,6 +28,25 @@ class RewardModel(Protocol):
 
 
 @runtime_checkable
+class DifferentiableReward(RewardModel, Protocol):
+    """A reward with a gradient: an object with ``scores_with_gradient`` besides ``__call__``.
+
+    A function whose operations are all differentiable becomes one by an attribute that is the function
+    itself: ``brightness.scores_with_gradient = brightness``.
+    """
+
+    def scores_with_gradient(
+        self, media: Float[Tensor, "batch *frames channels height width"], prompts: Sequence[Prompt]
+    ) -> Float[Tensor, " batch"]:
+        """The scores of :meth:`__call__`, with the gradient of the media.
+
+        Media are not rounded to 8 bits here, because rounding has no gradient; scores may differ by
+        that much. The result may be on any device.
+        """
+        ...
+
+
+@runtime_checkable
 class AudioReward(Protocol):
     """Scores videos with their sound; only for pipelines that make sound.
 

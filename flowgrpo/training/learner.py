@@ -40,6 +40,7 @@ from flowgrpo.training.guard import Guarding
 from flowgrpo.training.metrics import UpdateStatistics
 from flowgrpo.training.replay import Replay, StoredOutputs
 from flowgrpo.training.replay_buffer import ReplayBuffer
+from flowgrpo.training.reward_replay import RewardReplay
 from flowgrpo.training.split import (
     has_advantage,
     split_actions,
@@ -80,6 +81,7 @@ class Learner:
         accelerator: Accelerator,
         with_baseline: bool = False,
         guard: Guard | None = None,
+        rewarded: RewardReplay | None = None,
     ):
         """Create the optimizer and the additional weights that the loss and the algorithm need."""
         assert policy.trainable is not None
@@ -113,6 +115,7 @@ class Learner:
             has_one_update=own_means,
             behaviour=self._old_policy,
             average=None if self.ema is None else self.ema.applied,
+            rewarded=rewarded,
         )
         self.num_updates = 0
         self.gradient_norms: list[float] = []

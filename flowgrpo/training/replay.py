@@ -17,11 +17,13 @@ from torch import Tensor
 from flowgrpo.config.distillation import teacher_sampling
 from flowgrpo.core.transitions import Gaussian, Prediction
 from flowgrpo.data.experience import Actions, Experience
+from flowgrpo.data.prompts import Prompt
 from flowgrpo.losses.base import Loss, LossInputs, PolicyOutputs
 from flowgrpo.policy import PipelinePolicy, Sampling
 from flowgrpo.policy.arguments import call_key
 from flowgrpo.policy.step_plan import StepRecord
 from flowgrpo.policy.weights import Trainable
+from flowgrpo.training.reward_replay import RewardReplay
 
 Weights = Callable[[], AbstractContextManager[None]]
 """Enters a context inside which the policy has other weights."""
@@ -38,6 +40,7 @@ class Replay:
             policy's own.
         behaviour: Weights of the behaviour policy.
         average: Moving average of the weights, if there is one.
+        rewarded: Replays actions to their rewards, if the loss differentiates these.
     """
 
     def __init__(
@@ -49,9 +52,10 @@ class Replay:
         has_one_update: bool,
         behaviour: Weights,
         average: Weights | None,
+        rewarded: RewardReplay | None = None,
     ):
         self.policy, self.loss, self.train_batch = policy, loss, train_batch
-        self.has_one_update = has_one_update
+        self.has_one_update, self.rewarded = has_one_update, rewarded
         policy.lockstep.weights["behaviour"] = behaviour
         if average is not None:
             policy.lockstep.weights["average"] = average
@@ -189,7 +193,12 @@ class Replay:
     ) -> LossInputs:
         """Replay a batch with gradients and add the inputs that the loss declares."""
         needs, device = self.loss.needs, self.policy.device
-        record = self.record(experience, actions)
+        reward = None
+        if needs.reward_gradient:
+            assert self.rewarded is not None
+            record, reward = self.rewarded(experience, actions, self._owners(experience, actions))
+        else:
+            record = self.record(experience, actions)
         old_policy = average = old_mean = None
         if needs.old_policy is not None and needs.old_policy_is_copied and first_update:
             old_policy = _detached(record)
@@ -223,6 +232,7 @@ class Replay:
             teacher=None if teacher is None else teacher.restored(record),
             has_reward=experience.has_reward(actions).to(device),
             kl_weight=None if actions.kl_weight is None else actions.kl_weight.to(device),
+            reward=None if reward is None else reward[state],
         )
 
     def log_ratios(
@@ -267,13 +277,17 @@ class Replay:
             actions: The batch.
             sampling: Arguments of the pipeline's call, if not the policy's own.
         """
-        prompts = {g.index: g.prompt for g in experience.groups}
-        x, rows = actions.starts()
-        group_of_state = torch.zeros(len(x), dtype=torch.long)
-        group_of_state[rows] = actions.group  # (S,)
-        owners = [prompts[int(g)] for g in group_of_state]
-        step = int(actions.step[0])
+        x, _ = actions.starts()
+        owners, step = self._owners(experience, actions), int(actions.step[0])
         return self.policy.replay(owners, x, step, experience.transition, sampling)
+
+    def _owners(self, experience: Experience, actions: Actions) -> list[Prompt]:
+        """The prompt of each distinct state of a batch."""
+        prompts = {g.index: g.prompt for g in experience.groups}
+        _, rows = torch.unique(actions.state, return_inverse=True)
+        group_of_state = torch.zeros(int(rows.max()) + 1, dtype=torch.long)
+        group_of_state[rows] = actions.group  # (S,)
+        return [prompts[int(g)] for g in group_of_state]
 
 
 def _detached(record: StepRecord) -> PolicyOutputs:

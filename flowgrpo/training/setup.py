@@ -13,6 +13,7 @@ from flowgrpo.data.prompts import Prompt
 from flowgrpo.policy import PipelinePolicy
 from flowgrpo.policy.probe import check_scales, check_sizes, fit_noise, ignores_negatives
 from flowgrpo.policy.text_length import cut_prompts, tokenizers_of
+from flowgrpo.rewards.differentiable import DifferentiableRewards
 from flowgrpo.rewards.features import Features
 from flowgrpo.rewards.scorer import RewardScorer
 from flowgrpo.training.benchmarks import Benchmarks
@@ -26,6 +27,7 @@ from flowgrpo.training.given_pictures import (
 from flowgrpo.training.inputs import shared_note
 from flowgrpo.training.learner import Learner
 from flowgrpo.training.replay_buffer import ReplayBuffer
+from flowgrpo.training.reward_replay import RewardReplay
 from flowgrpo.training.session import Session
 
 
@@ -89,6 +91,7 @@ def build(config: Config, session: Session, prompts: PromptSet, held_out: Prompt
         session.accelerator,
         with_baseline=getattr(config.algorithm, "needs_baseline", False),
         guard=config.guard,
+        rewarded=_rewarded(config, policy, scorer, prompts),
     )
     if config.train.replay.groups:
         learner.buffer = ReplayBuffer(config.train.replay, prompts.prompts)
@@ -112,6 +115,18 @@ def build(config: Config, session: Session, prompts: PromptSet, held_out: Prompt
     evaluator.resume()
     session.start_trackers()
     return TrainingRun(config, prompts, session, scorer, policy, learner, evaluator)
+
+
+def _rewarded(
+    config: Config, policy: PipelinePolicy, scorer: RewardScorer, prompts: PromptSet
+) -> RewardReplay | None:
+    """Replays actions to differentiable rewards, if the loss needs them, after one was differentiated."""
+    if not config.loss.needs.reward_gradient:
+        return None
+    rewards = DifferentiableRewards(scorer.rewards, scorer.models, lambda: scorer.iteration)
+    rewarded = RewardReplay(policy, rewards)
+    rewarded.probe(prompts.prompts[0])
+    return rewarded
 
 
 def _load_policy(config: Config, session: Session) -> PipelinePolicy:
@@ -155,6 +170,13 @@ def _load_rewards(config: Config, session: Session, prompts: Sequence[Prompt]) -
         )
     if config.guard.novelty != "off":
         scorer.features = Features(config.guard.features, config.guard.features_options)
+    if config.loss.needs.reward_gradient:
+        rewards = DifferentiableRewards(scorer.rewards, scorer.models)
+        if getattr(config.algorithm, "compares_texts", False) and rewards.ignores_prompts:
+            raise ConfigError(
+                f"rewards: {type(config.algorithm).__name__} compares the scores of an image for several texts, and all "
+                "trained rewards ignore their prompts; use a reward that reads them, such as hpsv2"
+            )
     scorer.check_prompts(prompts)
     return scorer
 
