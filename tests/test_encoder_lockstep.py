@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -128,8 +128,7 @@ def test_divided_encoders_encode_as_whole_ones(tiny: Callable[[str], Path], tmp_
 
 def test_a_divided_encoder_does_not_rewrite_prompts() -> None:
     class Pipeline(DiffusionPipeline):  # type: ignore[misc]
-        def __init__(self) -> None:
-            super().__init__()
+        components: ClassVar[dict[str, nn.Module]] = {}
 
         def upsample_prompt(self, prompt: str) -> str:
             return prompt

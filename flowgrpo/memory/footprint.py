@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import ModelMixin
+from diffusers import DiffusionPipeline, ModelMixin
 from torch import Tensor, nn
 
 from flowgrpo.config import Config
@@ -92,7 +92,6 @@ def estimate_footprint(
     after = {k: bytes_of(m) for k, m in models.items()}
     _fit_decoder(config, models)
     whole, gathered, gradients = _gathered(config, ours.values())
-    encoders = list(text_encoders(pipeline).values())
     tracer = Tracer(pipeline, dtype, full=full, native=native, device=device)
     batches = config.train.rollout_batch, config.train.train_batch
     with _estimate_error(type(pipeline).__name__):
@@ -123,9 +122,8 @@ def estimate_footprint(
         batches=batches,
         gathered=gathered,
         gathered_gradients=gradients,
-        gathered_encoders=max((_at_once(m, None) for m in encoders), default=0),
         whole=whole,
-        whole_encoders=sum(gathered_bytes(m, None) for m in encoders),
+        **_divided_encoders(pipeline),
     )
 
 
@@ -154,6 +152,15 @@ def _at_once(model: nn.Module, dtype: torch.dtype | None) -> int:
     """Most bytes of a divided model that are whole at a time: what is outside of its blocks, and two blocks."""
     sizes = sorted((gathered_bytes(b, dtype) for b in repeated_blocks(model)), reverse=True)
     return gathered_bytes(model, dtype) - sum(sizes) + sum(sizes[:2])
+
+
+def _divided_encoders(pipeline: DiffusionPipeline) -> dict[str, int]:
+    """Sizes of a pipeline's text encoders that count if they are divided."""
+    models = text_encoders(pipeline).values()
+    return {
+        "gathered_encoders": max((_at_once(m, None) for m in models), default=0),
+        "whole_encoders": sum(gathered_bytes(m, None) for m in models),
+    }
 
 
 @contextmanager
