@@ -24,6 +24,7 @@ from flowgrpo.core.measures import Measured
 from flowgrpo.core.secrets import redact_command
 from flowgrpo.data import files
 from flowgrpo.data.prompts import Group
+from flowgrpo.policy.encoder_lockstep import text_encoders
 from flowgrpo.policy.placement import resolve_device
 from flowgrpo.policy.sharding import gathered_bytes, gathered_dtype
 from flowgrpo.rewards.scorer import RewardScorer
