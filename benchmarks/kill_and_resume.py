@@ -162,6 +162,13 @@ def wait(process: int, limit: float = 900) -> int:
     return 124
 
 
+def free_port() -> int:
+    """A port of this machine at which nothing listens."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
 class Runs:
     """Runs of one kind: ``ranks`` processes that do the same work in a folder.
 
@@ -190,9 +197,7 @@ class Runs:
         """
         place = {}
         if self.ranks > 1:
-            with socket.socket() as free:
-                free.bind(("127.0.0.1", 0))
-                place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+            place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
         processes = []
         for rank in range(self.ranks):
             own = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": self.ranks} if place else {}

@@ -32,6 +32,7 @@ from flowgrpo.memory.dispatch_modes import MemoryCounter
 from flowgrpo.memory.meta_pipeline import build, config_folder
 from flowgrpo.memory.tracer import Activations, Tracer, bytes_of
 from flowgrpo.policy import Full, LoRA, PipelinePolicy
+from flowgrpo.policy.encoder_lockstep import text_encoders
 from flowgrpo.policy.loading import DTYPES, denoisers, load_pipeline
 from flowgrpo.policy.settings import Weights
 from flowgrpo.policy.weights import Trainable
@@ -248,6 +249,31 @@ def test_a_divided_denoiser_takes_its_part_and_the_blocks_that_are_gathered() ->
     assert change == GB // 2 + GB // 4 - gradients * 7 // 8
 
 
+def test_divided_text_encoders_take_their_parts_and_the_blocks_that_are_gathered() -> None:
+    encoders = {"text_encoder": 8 * GB, "image_encoder": GB}
+    footprint = replace(FOOTPRINT, encoders=encoders, gathered_encoders=GB // 2)
+    options = replace(OPTIONS, parts=8, encoder_parts=8)
+    whole, parts = (budget(footprint, o) for o in (replace(options, encoder_parts=1), options))
+    name = "weights of text_encoder"
+    assert whole.resident.pop(name) == 8 * parts.resident.pop(name) == 8 * GB
+    assert whole.resident == parts.resident
+    assert parts.phases == {
+        **whole.phases,
+        "text encoding": whole.phases["text encoding"] + GB // 2,
+    }
+    # Parts that are offloaded stay in main memory; the image encoder, which is whole, visits the device.
+    offloaded = budget(footprint, replace(options, offload_text_encoders=True))
+    assert name not in offloaded.resident
+    assert offloaded.phases["text encoding"] == parts.phases["text encoding"] + GB
+    large = replace(
+        footprint, encoders={"text_encoder": 40 * GB}, denoisers={"transformer": 20 * GB}
+    )
+    changes, fits = advise(large, replace(OPTIONS, most_parts=4), 24 * GB)
+    assert fits
+    assert "parallel.shard = 'all'" in [c.setting for c in changes]
+    assert "parallel.shard = 'denoiser'" not in [c.setting for c in changes]
+
+
 def test_sharding_is_advised_where_several_processes_can_shard() -> None:
     footprint = replace(FOOTPRINT, denoisers={"transformer": 40 * GB})
     changes, fits = advise(footprint, replace(OPTIONS, most_parts=4), 24 * GB)
@@ -273,6 +299,13 @@ def test_the_gathered_parameters_are_two_blocks_and_what_is_outside(tiny: Tiny) 
     assert found.gathered_gradients == 2 * max(blocks)
     assert memory_options(config, 2).parts == 2
     assert memory_options(config, 2).most_parts == 2
+    assert memory_options(config, 2).encoder_parts == 1
+    every = flowgrpo.load("quickstart", [*changes, "parallel.shard=all", "parallel.shard_group=2"])
+    assert memory_options(every, 4).encoder_parts == memory_options(every, 4).parts == 2
+    encoders = text_encoders(load_pipeline(tiny("sd3"))).values()
+    # Each has two blocks, so that all parameters of the largest are whole at once.
+    sizes = [sum(p.numel() * p.element_size() for p in m.parameters()) for m in encoders]
+    assert (found.gathered_encoders, found.whole_encoders) == (max(sizes), sum(sizes))
     half = replace(config, model=replace(config.model, dtype="bfloat16"))
     assert estimate_footprint(half, prompt, 2, device="cpu").gathered == parameters // 2
     quantised = flowgrpo.load("quickstart", [*changes, "model.weights.kind=lora", "memory.quantize=nf4"])  # fmt: skip

@@ -116,6 +116,8 @@ def test_bytes_of_a_divided_denoiser():
         f"at least {size(750 * work.gathers)} of weights sent by each process per iteration ({work.gathers} x "
         "gathering 1 kB, of which 7 to sample), 4.8 kB of gradients (12 x the sum of 100 gradients)"
     )
+    words = work.network(100, 1000, 8000)
+    assert words == work.network(100, 1000) + ", 6 kB of text encoders' weights for each new prompt"
 
 
 def test_wasteful_plans_are_told():

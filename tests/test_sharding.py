@@ -112,10 +112,11 @@ def check_messages(found: Counter[str], learner: Learner) -> None:
 def work(model: Path, folder: Path, rank: int) -> int:
     """One of two processes: an iteration, a checkpoint, a second iteration from the other's checkpoint."""
     accelerator = Accelerator(cpu=True)
-    for kind in WEIGHTS:
-        learner = make_learner(model, kind, accelerator, parallel=Parallel(shard="denoiser"))
+    for kind, shard in (("lora", "all"), ("full", "denoiser")):
+        learner = make_learner(model, kind, accelerator, parallel=Parallel(shard=shard))
         place, policy = folder / kind, learner.policy
         assert policy.in_lockstep
+        assert (policy.pipeline.encode_prompt.lockstep is not None) == (kind == "lora")
         sent = count_messages(learner.policy) if kind == "full" else Counter()
         metrics = [iterate(learner, 0)]
         if kind == "full":

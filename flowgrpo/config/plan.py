@@ -114,17 +114,23 @@ class Plan:
         """
         return round(gathered * self.gathers * (self.parts - 1) / self.parts)
 
+    def _encoder_words(self, encoders: int) -> str:
+        """What encoding a prompt that is not in the cache sends, in words."""
+        sent = round(encoders * (self.parts - 1) / self.parts)
+        return f", {size(sent)} of text encoders' weights for each new prompt" if sent else ""
+
     def score_bytes(self) -> int:
         """Bytes that a process receives in an iteration to know the rewards of all candidates."""
         each = SCORE_BYTES + 4 * (self.rewards - 1)
         return round(each * self.candidates * (self.num_ranks - 1) / self.num_ranks)
 
-    def network(self, trained: int, gathered: int) -> str:
+    def network(self, trained: int, gathered: int, encoders: int = 0) -> str:
         """The bytes of an iteration on the network, in words; empty with one process.
 
         Args:
             trained: Number of trained parameters.
             gathered: Bytes of the denoiser in the precision in which it is gathered, if it is divided.
+            encoders: Bytes of the text encoders, if they are divided.
         """
         if self.num_ranks == 1:
             return ""
@@ -135,7 +141,7 @@ class Plan:
                 f"({self.gathers} x gathering {size(gathered)}, of which {self.sampling_passes} to sample), "
                 f"{size(gradients)} of gradients ({self.backward_passes} x the sum of {trained:,} "
                 f"gradients), {size(scores)} of scores"
-            )
+            ) + self._encoder_words(encoders)
         return (
             f"{size(gradients)} of gradients sent by each process per iteration ({self.updates} x the sum of "
             f"{trained:,} gradients), {size(scores)} of scores"

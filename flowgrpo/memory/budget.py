@@ -36,6 +36,7 @@ class MemoryOptions:
         optimizer: A key of :data:`OPTIMIZER`.
         parts: Number of processes among which the denoisers are divided; 1 if each has whole ones.
         most_parts: Number of processes among which they could be divided.
+        encoder_parts: Number of processes among which the text encoders are divided.
     """
 
     rollout_batch: int
@@ -48,6 +49,7 @@ class MemoryOptions:
     optimizer: str = "adamw"
     parts: int = 1
     most_parts: int = 1
+    encoder_parts: int = 1
 
     def __post_init__(self) -> None:
         for name, value, known in (
@@ -85,7 +87,9 @@ class Footprint:
             outside of its blocks, a block, and the next block, which is gathered in advance.
         gathered_gradients: Size of a block's gradients before they are divided, and of the message that
             adds them.
+        gathered_encoders: The same as ``gathered`` for a text encoder; the largest of them.
         whole: Size of the largest denoiser in the precision in which it is gathered.
+        whole_encoders: Size of all text encoders.
         outputs: The denoisers' outputs of all steps of one rollout batch, kept until it is decoded.
     """
 
@@ -109,7 +113,9 @@ class Footprint:
     batches: tuple[int, int]
     gathered: int = 0
     gathered_gradients: int = 0
+    gathered_encoders: int = 0
     whole: int = 0
+    whole_encoders: int = 0
     outputs: int = 0
 
 
@@ -155,9 +161,11 @@ def budget(m: Footprint, options: MemoryOptions) -> Budget:
     parts = options.parts
     trained = m.trained / parts
     resident = {f"weights of {k}": round(v / parts) for k, v in weights.items()}
-    encoders = {f"weights of {k}": v for k, v in m.encoders.items()}
+    # Parts of divided encoders that are offloaded stay in main memory; blocks alone are gathered.
+    shared = options.encoder_parts
+    encoders = {k: round(v / (shared if is_text(k) else 1)) for k, v in m.encoders.items()}
     if not options.offload_text_encoders:
-        resident |= encoders
+        resident |= {f"weights of {k}": v for k, v in encoders.items()}
     resident |= {
         "weights of vae": 0 if options.offload_vae else m.vae,
         "adapter": round(m.adapter / parts),
@@ -168,7 +176,9 @@ def budget(m: Footprint, options: MemoryOptions) -> Budget:
         "latents of a rollout": m.experience,
         **{f"reward {k}": v for k, v in m.rewards.items() if v is not None},
     }
-    resting = sum(encoders.values()) if options.offload_text_encoders else 0
+    resting = sum(v for k, v in encoders.items() if shared == 1 or not is_text(k))
+    resting = resting if options.offload_text_encoders else 0
+    resting += m.gathered_encoders if shared > 1 else 0
     activations = m.training.peak(options.gradient_checkpointing) * train
     if m.kl and not options.gradient_checkpointing:
         # The reference policy is evaluated while the saved activations are alive.
@@ -183,6 +193,19 @@ def budget(m: Footprint, options: MemoryOptions) -> Budget:
         "training": round(4 * trained) + round(activations) + gathered + messages,
     }
     return Budget({k: v for k, v in resident.items() if v}, phases)
+
+
+def is_text(name: str) -> bool:
+    """Whether a component of this name is a text encoder, which can be divided among processes."""
+    return name.startswith("text_encoder")
+
+
+def _divided(options: MemoryOptions) -> Iterator[tuple[str, MemoryOptions]]:
+    """Divisions of the models among more processes, first that of the denoisers."""
+    if options.parts < options.most_parts:
+        yield "parallel.shard = 'denoiser'", replace(options, parts=options.most_parts)
+    if options.encoder_parts < options.parts:
+        yield "parallel.shard = 'all'", replace(options, encoder_parts=options.parts)
 
 
 @dataclass(frozen=True)
@@ -240,8 +263,7 @@ def _options(options: MemoryOptions, phase: str) -> Iterator[tuple[str, MemoryOp
         yield f"train.train_batch = {half}", replace(options, train_batch=half)
     if phase == "training" and not options.gradient_checkpointing:
         yield "memory.gradient_checkpointing = true", replace(options, gradient_checkpointing=True)
-    if options.parts < options.most_parts:
-        yield "parallel.shard = 'denoiser'", replace(options, parts=options.most_parts)
+    yield from _divided(options)
     if options.parts > 1:
         return  # A divided denoiser takes neither of the following.
     if options.optimizer == "adamw":

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import ModelMixin
+from diffusers import DiffusionPipeline, ModelMixin
 from torch import Tensor, nn
 
 from flowgrpo.config import Config
@@ -18,6 +18,7 @@ from flowgrpo.memory.meta_pipeline import EstimateError, build, config_folder
 from flowgrpo.memory.tracer import Activations, Tracer, bytes_of
 from flowgrpo.policy.arguments import Calling, own_arguments
 from flowgrpo.policy.compilation import repeated_blocks
+from flowgrpo.policy.encoder_lockstep import text_encoders
 from flowgrpo.policy.loading import DTYPES, denoisers
 from flowgrpo.policy.settings import Full, Noise, Parallel, Weights
 from flowgrpo.policy.sharding import gathered_bytes, gathered_dtype
@@ -53,12 +54,14 @@ def memory_options(config: Config, num_processes: int = 1) -> MemoryOptions:
         "decode_batch", "gradient_checkpointing", "offload_text_encoders", "offload_vae", "quantize",
     )  # fmt: skip
     fitting: dict[str, Any] = {n: getattr(memory, n) for n in names}
+    parts = (parallel.shard_group or num_processes) if parallel.is_sharded else 1
     return MemoryOptions(
         rollout_batch=config.train.rollout_batch,
         train_batch=config.train.train_batch,
         optimizer=config.train.optimizer,
-        parts=(parallel.shard_group or num_processes) if parallel.is_sharded else 1,
+        parts=parts,
         most_parts=most,
+        encoder_parts=parts if parallel.divides_encoders else 1,
         **fitting,
     )
 
@@ -121,6 +124,7 @@ def estimate_footprint(
         gathered=gathered,
         gathered_gradients=gradients,
         whole=whole,
+        **_divided_encoders(pipeline),
     )
 
 
@@ -144,16 +148,29 @@ def _gathered(config: Config, models: Collection[nn.Module]) -> tuple[int, int, 
     found = [(0, 0, 0)]
     for model in models:
         blocks, whole = repeated_blocks(model), gathered_bytes(model, dtype)
-        sizes = sorted((gathered_bytes(b, dtype) for b in blocks), reverse=True)
         trained = [sum(p.numel() for p in b.parameters() if p.requires_grad) for b in blocks]
-        outside = whole - sum(sizes)
         # Autograd's gradients, and the fp32 message.
         per_weight = (dtype or torch.float32).itemsize + 4
-        found.append((whole, outside + sum(sizes[:2]), per_weight * max(trained, default=0)))
+        found.append((whole, _at_once(model, dtype), per_weight * max(trained, default=0)))
         if config.parallel.is_sharded and dtype is not None:
             model.to(dtype)
     whole, gathered, gradients = (max(column) for column in zip(*found, strict=True))
     return whole, gathered, gradients
+
+
+def _at_once(model: nn.Module, dtype: torch.dtype | None) -> int:
+    """Most bytes of a divided model that are whole at a time: what is outside of its blocks, and two blocks."""
+    sizes = sorted((gathered_bytes(b, dtype) for b in repeated_blocks(model)), reverse=True)
+    return gathered_bytes(model, dtype) - sum(sizes) + sum(sizes[:2])
+
+
+def _divided_encoders(pipeline: DiffusionPipeline) -> dict[str, int]:
+    """Sizes of a pipeline's text encoders that count if they are divided."""
+    models = text_encoders(pipeline).values()
+    return {
+        "gathered_encoders": max((_at_once(m, None) for m in models), default=0),
+        "whole_encoders": sum(gathered_bytes(m, None) for m in models),
+    }
 
 
 @contextmanager

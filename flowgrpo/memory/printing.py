@@ -49,7 +49,8 @@ def print_estimate(
     unknown = [k for k, v in parts.rewards.items() if v is None]
     if unknown:
         console.say(f"not counted, because their size is unknown: {', '.join(unknown)}")
-    if network := plan(config, num_processes).network(parts.trained, parts.whole):
+    encoders = parts.whole_encoders if config.parallel.divides_encoders else 0
+    if network := plan(config, num_processes).network(parts.trained, parts.whole, encoders):
         console.say(f"network: {network}")
     capacity = round(memory_gb * GB) if memory_gb is not None else _device_memory()
     if capacity is None:

@@ -194,7 +194,7 @@ class Lockstep:
         Returns:
             None if all have finished.
         """
-        group = self._messages()
+        group = self.messages()
         rank, kind, node = dist.get_rank(), 0, 0
         if isinstance(own, Call):
             kind, node = own.kind(), own.nodes[0]
@@ -230,7 +230,7 @@ class Lockstep:
         ):
             self.made(call, self._perform(call))
 
-    def _messages(self) -> Any:
+    def messages(self) -> Any:
         """The processes, connected for messages on the CPU, which do not wait for the accelerator."""
         if self._group is None:
             self._group = dist.new_group(backend="gloo", timeout=self.timeout)

@@ -180,10 +180,10 @@ class PipelinePolicy:
         self.models, self.denoisers = models_of(pipeline), denoisers(pipeline)
         start = read_start(pipeline, weights, self.denoisers) if weights else None
         create = partial(Trainable, seed=seed, with_reference=with_reference, teachers=read_teachers(pipeline, teachers))  # fmt: skip
+        self._learned, self.lockstep = Learned(), Lockstep(self._join)
         sharder = self._prepare(memory, parallel, weights)
         self.in_lockstep = sharder is not None
         self.num_evaluations = self.num_decodes = 0
-        self._learned, self.lockstep = Learned(), Lockstep(self._join)
         self.pictures = PictureEncoder(self)
         self._injection = LatentInjection(
             pipeline, self.scheduler, self._learned.latents, self.device
@@ -411,7 +411,8 @@ class PipelinePolicy:
             assert isinstance(self.trainable, Trainable)
             is_main = torch.distributed.get_rank() == 0
             adapts = isinstance(self.trainable.weights, LoRA)
-            gather(self.trainable.denoisers, is_main, trained_only=adapts)
+            divided = self.trainable.denoisers if adapts else self.models
+            gather(divided, is_main, trained_only=adapts)
         self.pipeline.scheduler = self.shipped_scheduler
         self._injection.remove()
         restore_class(self.pipeline)
@@ -577,8 +578,9 @@ class PipelinePolicy:
         sharder, device, dtype = None, self.device, self.dtype
         if parallel is not None and parallel.is_sharded and isinstance(weights, LoRA | Full):
             sharder = partial(shard, parallel=parallel, weights=weights, device=device, dtype=dtype)
-        whole = sharder is None
-        self.compiled = prepare(self.pipeline, memory, device, dtype, self._precision, whole)
+        shared = parallel if sharder is not None else None
+        messages, precision = self.lockstep.messages, self._precision
+        self.compiled = prepare(self.pipeline, memory, device, dtype, precision, shared, messages)
         return sharder
 
     def _precision(self) -> torch.dtype:

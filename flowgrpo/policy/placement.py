@@ -21,12 +21,13 @@ from transformers import PreTrainedModel
 
 from flowgrpo.policy.call import UnsupportedPipelineError
 from flowgrpo.policy.compilation import CompiledBlocks, repeated_blocks
+from flowgrpo.policy.encoder_lockstep import divide_encoders
 from flowgrpo.policy.fixed_device import fix_device
 from flowgrpo.policy.loading import autoencoders, denoisers, helpers
 from flowgrpo.policy.native import refusing_mixed
 from flowgrpo.policy.offloading import Encoders, offload_autoencoder
 from flowgrpo.policy.prompt_cache import cache_encodings
-from flowgrpo.policy.settings import Memory
+from flowgrpo.policy.settings import Memory, Parallel
 
 
 def resolve_device(name: str, num_processes: int = 1) -> str:
@@ -70,7 +71,8 @@ def prepare(
     device: torch.device,
     dtype: torch.dtype,
     precision: Callable[[], torch.dtype],
-    places_denoisers: bool = True,
+    parallel: Parallel | None = None,
+    messages: Callable[[], Any] | None = None,
 ) -> dict[str, CompiledBlocks]:
     """Freeze the models of a pipeline, move them to their devices, and wrap the methods that it calls.
 
@@ -82,8 +84,9 @@ def prepare(
         device: Device on which the models compute.
         dtype: Precision of the denoisers' arithmetic.
         precision: Returns the precision of the denoisers' inputs; called in every forward pass.
-        places_denoisers: Whether the denoisers are moved to the device; otherwise they stay in main
-            memory, from which sharding moves their parts.
+        parallel: How the processes divide the models; None if each has whole ones. The denoisers then
+            stay in main memory, from which sharding moves their parts.
+        messages: Returns the process group for messages on the CPU, if text encoders are divided.
 
     Returns:
         The compiled blocks of each denoiser, by its name; none if nothing is compiled.
@@ -95,10 +98,14 @@ def prepare(
     for name, model in models.items():
         model.eval().requires_grad_(False)
         placed_elsewhere = name in encoders or any(model is o for o in offloaded)
-        placed_elsewhere |= name in trained and not places_denoisers
+        placed_elsewhere |= name in trained and parallel is not None
         if not placed_elsewhere and not is_quantized(model):
             model.to(device)
-    placed = Encoders(encoders, device, memory.offload_text_encoders)
+    lockstep, offload = None, memory.offload_text_encoders
+    if parallel is not None and parallel.divides_encoders and messages is not None:
+        lockstep = divide_encoders(pipeline, parallel, device, offload, messages)
+        encoders = {k: m for k, m in encoders.items() if k not in lockstep.models}
+    placed = Encoders(encoders, device, offload)
     for model in trained.values():
         if model.dtype != dtype and not is_quantized(model):
             model.to(dtype)
@@ -111,7 +118,7 @@ def prepare(
     prepare_decoder(pipeline, memory)
     for model in offloaded:
         offload_autoencoder(model, device)
-    cache_encodings(pipeline, placed.loaded, memory, device)
+    cache_encodings(pipeline, placed.loaded, memory, device, lockstep)
     fix_device(pipeline)
     return compiled
 

@@ -338,10 +338,10 @@ class Memory:
 class Parallel:
     """How the processes of a run divide the model. Without these settings each has a whole copy."""
 
-    shard: Literal["off", "denoiser"] = "off"
+    shard: Literal["off", "denoiser", "all"] = "off"
     """``denoiser`` divides the weights, gradients and optimizer state of the denoiser among the processes
-    (PyTorch's ``fully_shard``, FSDP2); each block is gathered for the time in which it computes. ``off``
-    is data parallelism."""
+    (PyTorch's ``fully_shard``, FSDP2); each block is gathered for the time in which it computes. ``all``
+    divides the text encoders, too. ``off`` is data parallelism."""
     shard_group: int = 0
     """Number of processes that share one copy of the denoiser; the copies are kept equal, as in data
     parallelism (hybrid sharding). Usually the number of accelerators of a node. 0 for all processes."""
@@ -350,6 +350,11 @@ class Parallel:
     def is_sharded(self) -> bool:
         """Whether the denoiser is divided among processes."""
         return self.shard != "off"
+
+    @property
+    def divides_encoders(self) -> bool:
+        """Whether the text encoders are divided among processes, too."""
+        return self.shard == "all"
 
     def check(
         self,

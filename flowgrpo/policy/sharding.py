@@ -184,7 +184,7 @@ def _copy(parameters: Sequence[nn.Parameter], values: Sequence[Tensor]) -> None:
         local(parameter).copy_(local(value))
 
 
-def gather(models: Mapping[str, ModelMixin], is_main: bool, *, trained_only: bool) -> None:
+def gather(models: Mapping[str, nn.Module], is_main: bool, *, trained_only: bool) -> None:
     """Undo :func:`shard` for export: afterwards the main process has the parameters in main memory.
 
     They are gathered one by one, so that a device holds one whole parameter at a time, and the main
@@ -192,7 +192,7 @@ def gather(models: Mapping[str, ModelMixin], is_main: bool, *, trained_only: boo
     models cannot compute afterwards. All processes must call this.
 
     Args:
-        models: The denoisers.
+        models: The denoisers, and divided text encoders; models that are not divided stay as they are.
         is_main: Whether this process keeps the values.
         trained_only: Whether frozen parameters stay divided, as the export of an adapter does not need
             them.

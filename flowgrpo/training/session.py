@@ -24,6 +24,7 @@ from flowgrpo.core.measures import Measured
 from flowgrpo.core.secrets import redact_command
 from flowgrpo.data import files
 from flowgrpo.data.prompts import Group
+from flowgrpo.policy.encoder_lockstep import text_encoders
 from flowgrpo.policy.placement import resolve_device
 from flowgrpo.policy.sharding import gathered_bytes, gathered_dtype
 from flowgrpo.rewards.scorer import RewardScorer
@@ -465,7 +466,12 @@ class Session:
         work = plan(self.config, self.accelerator.num_processes)
         dtype = gathered_dtype(self.config.model.weights, learner.policy.dtype)
         gathered = max(gathered_bytes(m, dtype) for m in learner.policy.denoisers.values())
-        if network := work.network(sum(p.numel() for p in learner.parameters), gathered):
+        encoders = text_encoders(learner.policy.pipeline).values()
+        divided = sum(
+            gathered_bytes(m, None) for m in encoders if self.config.parallel.divides_encoders
+        )
+        trained = sum(p.numel() for p in learner.parameters)
+        if network := work.network(trained, gathered, divided):
             self.console.say(f"network: {network}")
 
     def note_prompts(self, notes: Sequence[str]) -> None:
