@@ -19,6 +19,7 @@ from flowgrpo.data.audio import Audio
 from flowgrpo.data.experience import Cost, Experience
 from flowgrpo.data.prompts import Group, Prompt
 from flowgrpo.losses.base import ActionKind
+from flowgrpo.policy.settings import Sampling
 from flowgrpo.policy.step_plan import StepRecord
 
 
@@ -180,6 +181,13 @@ class AlgorithmBase:
         """The cost of the plan."""
         return self.plan(num_steps, iteration, random).cost(num_steps)
 
+    def samplings(self, own: Sampling) -> Sequence[Sampling]:
+        """Arguments of the pipeline's calls that differ from the policy's ``own``; none by default.
+
+        They are checked before the first iteration.
+        """
+        return []
+
     def credit_view(self, experience: Experience) -> "CreditView":
         """Candidates are whole samples, compared within their group."""
         return CreditView(rivals=self.group_size)
@@ -261,6 +269,7 @@ class Policy(Protocol):
         num_evaluations: Denoiser evaluations so far, counted per sample and step.
         num_decodes: Decoded samples so far.
         scheduler: The sampling grid.
+        sampling: Arguments of the pipeline's call.
     """
 
     @property
@@ -274,6 +283,9 @@ class Policy(Protocol):
 
     @property
     def scheduler(self) -> Grid: ...
+
+    @property
+    def sampling(self) -> Sampling: ...
 
     def num_steps(self) -> int:
         """Steps of the sampling grid."""
@@ -290,6 +302,7 @@ class Policy(Protocol):
         transition: Transition | None = None,
         record: Collection[int] = (),
         decode: bool = True,
+        sampling: Sampling | None = None,
         solver: Solver = "euler",
     ) -> Iterator[Rollout]:
         """Sample without gradients, batch by batch, so that scoring can proceed meanwhile.
@@ -304,6 +317,7 @@ class Policy(Protocol):
             transition: The stochastic step.
             record: Steps to record.
             decode: Whether to decode the last states.
+            sampling: Arguments of the pipeline's call, if not the policy's own.
             solver: Solver of the deterministic steps after the last stochastic one.
         """
         ...

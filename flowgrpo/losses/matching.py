@@ -154,6 +154,11 @@ class MatchingLoss(Loss):
     proximal: Literal["output", "data"] = "output"
     """The prediction that the proximal term compares: the model's output (AWM) or the predicted data
     (V-GRPO)."""
+    imitation_coef: float = 0.0
+    """Weight with which the model learns to predict all samples, whatever their rewards: the loss
+    ``-imitation_coef`` times the term of the log-likelihood. It keeps the model near the policy that
+    sampled, without another forward pass, and brings over what that one has and the trained one lacks, such
+    as guidance (``algorithm.rollout_guidance``). An advantage of -1 and a coefficient of 1 cancel."""
     kl_coef: float = 0.0
     """Weight of the squared difference to the reference's output; 0 does not evaluate it at all."""
 
@@ -168,7 +173,7 @@ class MatchingLoss(Loss):
             old_policy_is_copied=self.trail == "none",
             single_update=separate,
             reference=self.kl_coef > 0,
-            all_actions=self.kl_coef > 0 or self.proximal_coef > 0,
+            all_actions=max(self.kl_coef, self.proximal_coef, self.imitation_coef) > 0,
         )
 
     def __call__(self, inputs: LossInputs) -> LossOutputs:
@@ -181,6 +186,9 @@ class MatchingLoss(Loss):
         loss = matching_surrogate(new, old, advantage, self.surrogate, self.clip_range)
         # Without an advantage, pepg would still pull to the old policy; only a penalty does that.
         loss = loss * (advantage != 0)
+        if self.imitation_coef > 0:
+            known = 1.0 if inputs.has_reward is None else inputs.has_reward
+            loss = loss - self.imitation_coef * new * known
         if self.proximal_coef > 0:
             loss = loss + self.proximal_coef * inputs.per_action(self._distance(inputs))
         kl = None
@@ -213,7 +221,7 @@ class MatchingLoss(Loss):
         """Raise ValueError if the settings cannot train."""
         for key in ("power", "advantage_scale", "clip_range"):
             require_at_least(key, getattr(self, key), 1e-12)
-        for key in ("soft_clip", "proximal_coef", "kl_coef"):
+        for key in ("soft_clip", "proximal_coef", "imitation_coef", "kl_coef"):
             require_at_least(key, getattr(self, key), 0.0)
         if self.power > 1:
             raise ValueError(f"loss.power must be at most 1, got {self.power}")

@@ -383,6 +383,7 @@ class PipelinePolicy:
         x: Float[Tensor, "batch *latent"],
         step: int,
         transition: Transition,
+        sampling: Sampling | None = None,
     ) -> StepRecord:
         """Take one step of a rollout again, with gradients.
 
@@ -395,6 +396,7 @@ class PipelinePolicy:
             step: Index of the step on the grid, or ``INITIAL`` for the draw of the initial noise, which
                 needs no states.
             transition: The stochastic step.
+            sampling: Arguments of the pipeline's call, if not the policy's own.
         """
         if step == INITIAL:
             assert isinstance(self.trainable, InitialNoise)
@@ -404,7 +406,8 @@ class PipelinePolicy:
         )
         number, extra = len(prompts), self._extra(len(prompts), self.replay_batch)
         whole = [*prompts, *[prompts[-1]] * extra]
-        (record,) = self._run(whole, plan, _padded(x, extra), False, self.sampling).records
+        x, sampling = _padded(x, extra), sampling or self.sampling
+        (record,) = self._run(whole, plan, x, False, sampling).records
         return record.first(number, {}) if extra else record
 
     def _extra(self, number: int, size: int) -> int:

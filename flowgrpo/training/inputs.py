@@ -78,8 +78,10 @@ def check_inputs(config: Config, num_processes: int) -> tuple[PromptSet, PromptS
         resolve_device(config.run.device, num_processes)
     fixed_size = config.sampling.height is not None
     prompts, held_out = (
-        PromptSet.load(find(file), config.prompts.balance, fixed_size)
-        for file in _files(config).values()
+        PromptSet.load(find(file), config.prompts.balance, fixed_size, weights)
+        for file, weights in zip(
+            _files(config).values(), (config.prompts.weights, None), strict=True
+        )
     )
     for index, path in enumerate(config.evaluation.metrics):
         with _setting(f"evaluation.metrics[{index}]"):

@@ -7,7 +7,7 @@ replayed with ``S <= A`` states, in one forward pass.
 
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float, Int
@@ -58,8 +58,9 @@ class Replay:
     ) -> Iterator[tuple[Actions, Tensor]]:
         """Batches of actions that one forward pass can serve, with their advantages.
 
-        The actions of a batch share the denoising step, and their prompts can share a call of the
-        pipeline (same size, same condition image). They start from at most ``train_batch`` states.
+        The actions of a batch share the denoising step and the guidance scale, and their prompts can
+        share a call of the pipeline (same size, same condition image). They start from at most
+        ``train_batch`` states.
         """
         actions = experience.actions
         # Groups by the key that decides whether prompts can share a call.
@@ -69,12 +70,10 @@ class Replay:
         for step in actions.step[trained].unique().tolist():
             for groups in keys.values():
                 alike = torch.isin(actions.group, torch.tensor(groups))
-                rows = (trained & (actions.step == step) & alike).nonzero().squeeze(1)
-                # All actions with this key may be without advantage.
-                if len(rows) == 0:
-                    continue
-                for part in self._split(actions, rows):
-                    yield actions.select(part), advantages[part]
+                found = (trained & (actions.step == step) & alike).nonzero().squeeze(1)
+                for rows in _by_guidance(actions, found):
+                    for part in self._split(actions, rows):
+                        yield actions.select(part), advantages[part]
 
     def _split(self, actions: Actions, rows: Int[Tensor, " rows"]) -> Iterator[Int[Tensor, " _"]]:
         """Split the rows of actions so that each part has at most ``train_batch`` states.
@@ -192,7 +191,23 @@ class Replay:
         group_of_state[rows] = actions.group  # (S,)
         owners = [prompts[int(g)] for g in group_of_state]
         step = int(actions.step[0])
-        return self.policy.replay(owners, x, step, experience.transition)
+        sampling = self.policy.sampling
+        if actions.guidance is not None:
+            sampling = replace(sampling, guidance_scale=float(actions.guidance[0]))
+        return self.policy.replay(owners, x, step, experience.transition, sampling)
+
+
+def _by_guidance(actions: Actions, rows: Int[Tensor, " rows"]) -> list[Int[Tensor, " _"]]:
+    """The rows by the guidance scale of their actions; none if there are no rows.
+
+    All actions may be without advantage, so that there may be no rows.
+    """
+    if len(rows) == 0:
+        return []
+    if actions.guidance is None:
+        return [rows]
+    scales = actions.guidance[rows]
+    return [rows[scales == scale] for scale in scales.unique()]
 
 
 def _detached(record: StepRecord) -> PolicyOutputs:

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 
+from flowgrpo.algorithms import AlgorithmBase
 from flowgrpo.config import Config, ConfigError
 from flowgrpo.core.transitions import require_path
 from flowgrpo.data.prompt_sets import PromptSet
@@ -171,6 +172,9 @@ def _check_policy(
             check_sizes(policy, held_out.prompts[:1], sampling)
         except ValueError as error:
             raise ConfigError(f"evaluation.regimes[{index}]: {error}") from error
+    if isinstance(config.algorithm, AlgorithmBase):
+        for sampling in config.algorithm.samplings(config.sampling):
+            policy.check_sampling(sampling)
     # Last, because the checks below need the sampling grid of rollouts.
     check_sizes(policy, prompts.prompts, config.sampling)
     fit_noise(policy, [*prompts.prompts, *held_out.prompts])
