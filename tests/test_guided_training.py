@@ -20,7 +20,6 @@ from flowgrpo.rewards.scorer import RewardScorer
 from flowgrpo.rewards.settings import Failures, Reward
 from flowgrpo.training.learner import Learner
 from tests.conftest import MakePolicy, sampling_of
-from tests.test_matching import NEW, OLD, inputs
 
 GROUPS = [Group(i, Prompt(text)) for i, text in enumerate(["a cube", "a red cat"])]
 ALGORITHM = Matching(
@@ -35,7 +34,7 @@ def brightness(media: Tensor, prompts: Sequence[Prompt]) -> Tensor:
 @pytest.fixture(scope="module")
 def collected(make_policy: MakePolicy) -> tuple[PipelinePolicy, Experience]:
     sampling = replace(sampling_of("sd3", num_steps=4), guidance_scale=1.0)
-    policy = make_policy("sd3", sampling=sampling)
+    policy = make_policy("sd3", sampling=sampling, with_reference=True)
     scorer = RewardScorer([Reward(model=f"{__name__}:brightness")], Failures())
     experience = ALGORITHM.collect(policy, GROUPS, scorer, Random(3), 0)
     scorer.close()
@@ -69,7 +68,7 @@ def test_each_noised_sample_is_trained_at_each_scale(
     # The states before and after the three actions of a sample are stored once.
     assert len(a.states) == 12
     train = Train(iterations=1, groups=2, train_batch=4, lr=0.0)
-    learner = Learner(policy, train, MatchingLoss(imitation_coef=0.5), accelerator)
+    learner = Learner(policy, train, MatchingLoss(kl_coef=0.5), accelerator)
     everything = torch.ones(len(a), dtype=torch.bool)
     found: dict[float, list[Tensor]] = {}
     for batch, _ in learner.replay.batches(experience, torch.ones(len(a)), everything):
@@ -85,15 +84,24 @@ def test_each_noised_sample_is_trained_at_each_scale(
     assert learner.update(experience, ALGORITHM.advantages(experience), Random(0))["kl/velocity"] == 0  # fmt: skip
 
 
-def test_imitation_adds_the_term_of_every_sample_with_a_reward() -> None:
-    advantage, new, old = [0.16, 0.0, -1.0], NEW.expand(3, -1), OLD.expand(3, -1)
-    plain = MatchingLoss()(inputs(new, old, advantage)).loss
-    known = torch.tensor([True, True, False])
-    loss = MatchingLoss(imitation_coef=0.5)
-    assert loss.needs.all_actions
-    more = loss(inputs(new, old, advantage, has_reward=known)).loss - plain
-    # Half of the term of test_matching's vectors, mse(x0 - data) / mean(|x0 - data|) = .18.
-    assert more.tolist() == pytest.approx([0.09, 0.09, 0.0], abs=1e-6)
+def test_the_reference_has_its_own_guidance(collected: tuple[PipelinePolicy, Experience], accelerator: Accelerator) -> None:  # fmt: skip
+    """Without guidance in training, the loss's KL at the start is the distance to the guided model."""
+    policy, experience = collected
+    plain = replace(experience, actions=rows_of(experience.actions, 1.0))
+    loss = MatchingLoss(kl_coef=1.0, reference_guidance=3.0)
+    train = Train(iterations=1, groups=2, train_batch=6, lr=0.0)
+    learner = Learner(policy, train, loss, accelerator)
+    metrics = learner.update(plain, ALGORITHM.advantages(plain), Random(0))
+    one, three = (
+        learner.replay.record(experience, rows_of(experience.actions, scale)).prediction.output
+        for scale in (1.0, 3.0)
+    )
+    assert metrics["loss/kl"] == pytest.approx(
+        float((three - one).detach().square().mean()), rel=1e-4
+    )
+    assert metrics["loss/kl"] > 1e-5
+    # The metric of drift compares with the model before training, at the guidance of training.
+    assert metrics["kl/velocity"] == 0
 
 
 @pytest.mark.parametrize(
@@ -101,7 +109,8 @@ def test_imitation_adds_the_term_of_every_sample_with_a_reward() -> None:
     [
         (["algorithm.trained_guidance=[1.0, 3.0, 1.0]"], "names a scale twice"),
         (["algorithm.rollout_guidance=1e9"], "must be a number from"),
-        (["loss.imitation_coef=-0.1"], "loss.imitation_coef must be at least 0"),
+        (["loss.reference_guidance=3.0"], "needs loss.kl_coef above 0"),
+        (["loss.reference_guidance=1e9", "loss.kl_coef=1.0"], "reference_guidance must be from"),
     ],
 )
 def test_settings_that_cannot_train_are_refused(settings: list[str], message: str) -> None:

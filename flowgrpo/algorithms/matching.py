@@ -55,9 +55,7 @@ class Matching(AlgorithmBase):
     the samples alone, which lowers the variance of comparisons within the group (V-GRPO, DGPO). AWM
     and the ELBO policy gradients draw noise for each sample."""
     rollout_guidance: float | None = None
-    """Guidance scale with which samples are drawn; if unset, ``sampling.guidance_scale``. Samples that are
-    drawn with guidance and trained on without it teach the model to do without guidance; add
-    ``loss.imitation_coef``, because advantages compare these samples with each other alone."""
+    """Guidance scale with which samples are drawn; if unset, ``sampling.guidance_scale``."""
     trained_guidance: tuple[float, ...] = ()
     """Guidance scales at which the model is trained on every noised sample, such as ``[1.0, 3.0]`` for a
     model that is used without guidance and with it; each costs a forward pass with gradients. If empty,

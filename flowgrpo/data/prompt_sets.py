@@ -174,7 +174,7 @@ def _turn(weights: Sequence[int], iteration: int) -> tuple[int, int]:
     return chosen, used[chosen] - 1
 
 
-def _furthest_behind(weights: Sequence[float], used: Sequence[int], turns: int) -> int:
+def _furthest_behind(weights: Sequence[int | float], used: Sequence[int], turns: int) -> int:
     """The index that after ``turns`` turns is furthest behind its share of the next one."""
     total = sum(weights)
     return max(range(len(weights)), key=lambda w: weights[w] * (turns + 1) / total - used[w])

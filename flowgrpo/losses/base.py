@@ -181,6 +181,8 @@ class LossNeeds:
         single_update: The loss is defined in the first optimizer step of an iteration only.
         average: Outputs of the moving average of the weights, which ``train.ema_decay`` configures.
         reference: Outputs of the model that training started from.
+        reference_guidance: Guidance scale with which the reference is evaluated; None for that of
+            training.
         all_actions: Actions whose advantage is 0 contribute to the gradient, too. Otherwise the
             learner does not compute them.
         whole_groups: A batch never splits the actions of one group and step. For losses that couple
@@ -199,6 +201,7 @@ class LossNeeds:
     single_update: bool = False
     average: bool = False
     reference: bool = False
+    reference_guidance: float | None = None
     all_actions: bool = False
     whole_groups: bool = False
     is_additive: bool = False

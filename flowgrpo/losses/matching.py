@@ -154,13 +154,12 @@ class MatchingLoss(Loss):
     proximal: Literal["output", "data"] = "output"
     """The prediction that the proximal term compares: the model's output (AWM) or the predicted data
     (V-GRPO)."""
-    imitation_coef: float = 0.0
-    """Weight with which the model learns to predict all samples, whatever their rewards: the loss
-    ``-imitation_coef`` times the term of the log-likelihood. It keeps the model near the policy that
-    sampled, without another forward pass, and brings over what that one has and the trained one lacks, such
-    as guidance (``algorithm.rollout_guidance``). An advantage of -1 and a coefficient of 1 cancel."""
     kl_coef: float = 0.0
     """Weight of the squared difference to the reference's output; 0 does not evaluate it at all."""
+    reference_guidance: float | None = None
+    """Guidance scale with which the reference is evaluated; if unset, that of training. A reference with
+    guidance teaches the model to do without it: the KL then distils guidance while the rewards improve on
+    it."""
 
     @property
     def needs(self) -> LossNeeds:
@@ -173,7 +172,8 @@ class MatchingLoss(Loss):
             old_policy_is_copied=self.trail == "none",
             single_update=separate,
             reference=self.kl_coef > 0,
-            all_actions=max(self.kl_coef, self.proximal_coef, self.imitation_coef) > 0,
+            reference_guidance=self.reference_guidance,
+            all_actions=self.kl_coef > 0 or self.proximal_coef > 0,
         )
 
     def __call__(self, inputs: LossInputs) -> LossOutputs:
@@ -186,9 +186,6 @@ class MatchingLoss(Loss):
         loss = matching_surrogate(new, old, advantage, self.surrogate, self.clip_range)
         # Without an advantage, pepg would still pull to the old policy; only a penalty does that.
         loss = loss * (advantage != 0)
-        if self.imitation_coef > 0:
-            known = 1.0 if inputs.has_reward is None else inputs.has_reward
-            loss = loss - self.imitation_coef * new * known
         if self.proximal_coef > 0:
             loss = loss + self.proximal_coef * inputs.per_action(self._distance(inputs))
         kl = None
@@ -221,7 +218,17 @@ class MatchingLoss(Loss):
         """Raise ValueError if the settings cannot train."""
         for key in ("power", "advantage_scale", "clip_range"):
             require_at_least(key, getattr(self, key), 1e-12)
-        for key in ("soft_clip", "proximal_coef", "imitation_coef", "kl_coef"):
+        for key in ("soft_clip", "proximal_coef", "kl_coef"):
             require_at_least(key, getattr(self, key), 0.0)
+        if self.reference_guidance is not None:
+            if not -1e6 <= self.reference_guidance <= 1e6:
+                raise ValueError(
+                    f"loss.reference_guidance must be from -1e6 to 1e6, got {self.reference_guidance:g}"
+                )
+            if self.kl_coef == 0:
+                raise ValueError(
+                    f"loss.reference_guidance = {self.reference_guidance:g} needs loss.kl_coef above 0, the weight "
+                    "of the difference to the reference"
+                )
         if self.power > 1:
             raise ValueError(f"loss.power must be at most 1, got {self.power}")

@@ -405,9 +405,8 @@ class PipelinePolicy:
             nodes=[step, step + 1], stochastic={step}, transition=transition, record={step}
         )
         number, extra = len(prompts), self._extra(len(prompts), self.replay_batch)
-        whole = [*prompts, *[prompts[-1]] * extra]
-        x, sampling = _padded(x, extra), sampling or self.sampling
-        (record,) = self._run(whole, plan, x, False, sampling).records
+        whole, x = [*prompts, *[prompts[-1]] * extra], _padded(x, extra)
+        (record,) = self._run(whole, plan, x, False, sampling or self.sampling).records
         return record.first(number, {}) if extra else record
 
     def _extra(self, number: int, size: int) -> int:

@@ -176,7 +176,10 @@ class Learner:
             batches = list(self.replay.batches(experience, advantages, trained))
             # The reference's outputs for all batches at once, so that its weights move only once.
             referred = [batch for batch, _ in batches]
-            references = self.replay.references(experience, referred) if needs.reference else []
+            scale = needs.reference_guidance
+            references = (
+                self.replay.references(experience, referred, scale) if needs.reference else []
+            )
             is_first = number_before == 0 and not stale
             with self.policy.together():
                 for (batch, advantage), reference in zip_longest(batches, references):

@@ -105,18 +105,23 @@ class Replay:
             yield torch.cat(part)
 
     def references(
-        self, experience: Experience, batches: Sequence[Actions]
+        self, experience: Experience, batches: Sequence[Actions], guidance: float | None = None
     ) -> list["StoredOutputs"]:
         """The reference's outputs for all batches, on the CPU.
 
         Full fine-tuning keeps the reference weights in main memory. Evaluating all batches of an
         update at once moves them to the accelerator once per update.
+
+        Args:
+            experience: The iteration's experience.
+            batches: Parts of its actions.
+            guidance: The guidance scale of the reference; None for that of each action.
         """
         # In lockstep, a process without batches joins the calls of the others.
         if not batches and not self.policy.in_lockstep:
             return []
         with torch.no_grad(), self.policy.reference(), self.policy.together():
-            records = (self.record(experience, actions) for actions in batches)
+            records = (self.record(experience, actions, guidance) for actions in batches)
             return [StoredOutputs.of(record) for record in records]
 
     def inputs(
@@ -180,10 +185,13 @@ class Replay:
             )
         return mean.detach()
 
-    def record(self, experience: Experience, actions: Actions) -> StepRecord:
+    def record(
+        self, experience: Experience, actions: Actions, guidance: float | None = None
+    ) -> StepRecord:
         """One forward pass of the policy, with its present weights, on the states of a batch.
 
-        The output has a row per state, not per action.
+        The output has a row per state, not per action. ``guidance`` is the guidance scale, if not that of
+        the actions.
         """
         prompts = {g.index: g.prompt for g in experience.groups}
         x, rows = actions.starts()
@@ -192,8 +200,10 @@ class Replay:
         owners = [prompts[int(g)] for g in group_of_state]
         step = int(actions.step[0])
         sampling = self.policy.sampling
-        if actions.guidance is not None:
-            sampling = replace(sampling, guidance_scale=float(actions.guidance[0]))
+        if guidance is None and actions.guidance is not None:
+            guidance = float(actions.guidance[0])
+        if guidance is not None:
+            sampling = replace(sampling, guidance_scale=guidance)
         return self.policy.replay(owners, x, step, experience.transition, sampling)
 
 
