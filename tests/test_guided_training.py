@@ -109,10 +109,10 @@ def test_the_reference_has_its_own_guidance(collected: tuple[PipelinePolicy, Exp
     [
         (["algorithm.trained_guidance=[1.0, 3.0, 1.0]"], "names a scale twice"),
         (["algorithm.rollout_guidance=1e9"], "must be a number from"),
-        (["loss.reference_guidance=3.0"], "needs loss.kl_coef above 0"),
+        (["loss.reference_guidance=3.0", "loss.kl_coef=0.0"], "needs loss.kl_coef above 0"),
         (["loss.reference_guidance=1e9", "loss.kl_coef=1.0"], "reference_guidance must be from"),
     ],
 )
 def test_settings_that_cannot_train_are_refused(settings: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        flowgrpo.load("quickstart_matching", settings).check()
+        flowgrpo.load("quickstart", settings).check()

@@ -343,7 +343,7 @@ def test_weights_that_name_no_class_are_refused(tmp_path):
         (["prompts.weights={color_attr=2.0}", "prompts.balance=''"], "needs prompts.balance"),
     ):
         with pytest.raises(ConfigError, match=message):
-            flowgrpo.load("quickstart", settings).check()
+            flowgrpo.load("quickstart_flow_grpo", settings).check()
 
 
 def test_groups_are_indexed_and_equal_prompts_are_two_groups():
