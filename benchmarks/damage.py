@@ -58,7 +58,7 @@ def work(folder: Path) -> int:
     from flowgrpo.cli.main import main as command
 
     overrides = [*settings("flow_grpo", folder), *LONGER]
-    return command(["train", "quickstart", *(f"--set={s}" for s in overrides)])
+    return command(["train", "quickstart_flow_grpo", *(f"--set={s}" for s in overrides)])
 
 
 def killed_while_saving(operation: str, path: Path) -> None:

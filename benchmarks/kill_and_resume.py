@@ -112,7 +112,7 @@ def train(algorithm: str, folder: Path, more: Sequence[str] = ()) -> int:
     from flowgrpo.training.loop import train as run
 
     try:
-        config = flowgrpo.load("quickstart", settings(algorithm, folder, more))
+        config = flowgrpo.load("quickstart_flow_grpo", settings(algorithm, folder, more))
         return 0 if run(config).finished else 75
     except LostRankError:
         return 75

@@ -44,7 +44,7 @@ def main() -> None:
             f"run.folder={folder}/run", f"train.iterations={options.iterations}", "evaluation.every=0",
             "evaluation.images=12", "evaluation.grid_prompts=2", "evaluation.grid_samples=1", "failures.probe=off", *options.set,
         ]  # fmt: skip
-        config = flowgrpo.load("quickstart", settings)
+        config = flowgrpo.load("quickstart_flow_grpo", settings)
         captured = _capture_shapes()
         flowgrpo.train(config)
         lines = (Path(folder) / "run" / "timings.jsonl").read_text().splitlines()

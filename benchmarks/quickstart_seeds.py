@@ -1,7 +1,7 @@
 """Runs the quick start with several seeds, and prints held-out accuracy before and after, by task.
 
 python -m benchmarks.quickstart_seeds --seeds 0 1 2 --folder runs/seeds
-python -m benchmarks.quickstart_seeds --config quickstart_matching --folder runs/matching
+python -m benchmarks.quickstart_seeds --config quickstart_flow_grpo --folder runs/flow_grpo
 """
 
 import argparse

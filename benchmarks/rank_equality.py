@@ -113,7 +113,7 @@ def train(folder: Path, model: Path, number: int, settings: Sequence[str]) -> No
         RuntimeError: If one of them fails, with its output.
     """
     every = [*SETTINGS, f"model.path='{model}'", f"run.folder='{folder}'", *settings]
-    arguments = ["train", "quickstart", *(f"--set={s}" for s in every)]
+    arguments = ["train", "quickstart_flow_grpo", *(f"--set={s}" for s in every)]
     alone = number == 1
     processes = [Forked(lambda: cli.main(arguments))] if alone else ranks(lambda _: cli.main(arguments), number)  # fmt: skip
     for process in processes:

@@ -194,7 +194,7 @@ def overlap(kind: str, batch: int, iterations: int = 2) -> dict[str, float]:
             "evaluation.images=6", "evaluation.metrics=[]", "evaluation.grid_prompts=2",
             "evaluation.grid_samples=1", "failures.probe=off", "run.checkpoint_every=100",
         ]  # fmt: skip
-        flowgrpo.train(flowgrpo.load("quickstart", settings))
+        flowgrpo.train(flowgrpo.load("quickstart_flow_grpo", settings))
         lines = (Path(folder) / "run" / "timings.jsonl").read_text().splitlines()
     setup.RewardScorer = RewardScorer  # type: ignore[misc]
     return {

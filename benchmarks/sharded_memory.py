@@ -50,7 +50,7 @@ def configured(folder: Path, weights: str, processes: int) -> Config:
         "train.groups=2", "algorithm.group_size=2", "train.rollout_batch=2", "train.train_batch=2",
         "train.updates=1", "loss.kl_coef=0", "train.ema_decay=0", f"parallel.shard={'denoiser' if processes > 1 else 'off'}",
     ]  # fmt: skip
-    config = load("quickstart", changes)
+    config = load("quickstart_flow_grpo", changes)
     named = {k: v for k, v in call.items() if k in ("height", "width", "guidance_scale")}
     rest = {k: v for k, v in call.items() if k not in named}
     return replace(config, sampling=replace(config.sampling, call=rest, **named))

@@ -57,7 +57,7 @@ def iteration_seconds(
             "evaluation.grid_prompts=1", "evaluation.grid_samples=1", "run.trackers=[]", "run.device=cpu",
             "run.checkpoint_every=1000", "failures.probe=off", "run.threads=1",
         ]  # fmt: skip
-        flowgrpo.train(flowgrpo.load("quickstart", settings))
+        flowgrpo.train(flowgrpo.load("quickstart_flow_grpo", settings))
         lines = {
             name: [
                 json.loads(t) for t in Path(folder, "run", f"{name}.jsonl").read_text().splitlines()

@@ -163,7 +163,11 @@ def main() -> None:
     for weight in options.weights:
         name, rewards = f"{weight:g}", f"{quick}, {learned.replace('WEIGHT', str(weight))}"
         place = folder / f"run_{name}"
-        run("quickstart", place, [*common, f"rewards=[{rewards if weight else quick}, {{{size}}}]"])
+        run(
+            "quickstart_flow_grpo",
+            place,
+            [*common, f"rewards=[{rewards if weight else quick}, {{{size}}}]"],
+        )
         vote(folder / f"after_{name}", [str(place), "--images", str(HELD_OUT)], ["first"], 0.0)
         (rate,) = win_rates(*read_votes(folder / f"after_{name}"))
         rows.append(

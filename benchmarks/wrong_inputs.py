@@ -27,7 +27,7 @@ from tests import wrong_inputs as wrong
 from tests.tiny import save
 
 BASES = (
-    "quickstart", "sd15_dance", "flux_mix", "flux_pref", "sd35_medium_nft", "sd35_medium_tempflow", "flux_g2rpo",
+    "quickstart_flow_grpo", "sd15_dance", "flux_mix", "flux_pref", "sd35_medium_nft", "sd35_medium_tempflow", "flux_g2rpo",
     "sd35_medium_tp", "sd35_medium_vgpo", "flux_branch", "sd15_find", "sd35_medium_guard",
 )  # fmt: skip
 """Configurations of all algorithms."""
@@ -124,7 +124,7 @@ def run_configurations(number: int, start: int, folder: Path, count: Count, aliv
 
 def run_prompts(number: int, start: int, folder: Path, count: Count, alive: Any) -> None:
     """Dry runs with wrong prompt files."""
-    table = wrong.valid_table("quickstart", folder / "run")
+    table = wrong.valid_table("quickstart_flow_grpo", folder / "run")
     config = folder / "prompts.toml"
 
     @generated(number, start)

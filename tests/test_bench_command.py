@@ -52,7 +52,7 @@ def test_a_run_is_measured_before_and_after(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = tmp_path / "mine"
-    train(load("quickstart", [*TINY, "train.lr=0.01", f'run.folder="{run}"']))
+    train(load("quickstart_flow_grpo", [*TINY, "train.lr=0.01", f'run.folder="{run}"']))
     monkeypatch.chdir(tmp_path)
     common = ["--samples", "1", "--limit", "6", "--device", "cpu"]
     assert bench("compare", "shapes", "--model", str(run), *common) == 0

@@ -17,7 +17,9 @@ def card(tmp_path):
     """Makes the lines of a card, from settings on top of a run's."""
 
     def make(*settings, evaluations=2, repo="me/darker", benchmarks=()):
-        config = flowgrpo.load("quickstart", [*SETTINGS, *settings, f"run.folder={tmp_path}"])
+        config = flowgrpo.load(
+            "quickstart_flow_grpo", [*SETTINGS, *settings, f"run.folder={tmp_path}"]
+        )
         flowgrpo.config.save(config, tmp_path / "config.toml")
         lines = [
             evaluation(0, graded=0.5),

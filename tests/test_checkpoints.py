@@ -296,7 +296,7 @@ def test_a_whole_checkpoint_is_read_into_a_divided_model(folder):
 def test_checkpoints_of_a_run_are_found_by_what_they_are_best_at(tmp_path):
     """A run of 9 iterations that kept the last two checkpoints and the best by its own number."""
     flowgrpo.config.save(
-        flowgrpo.load("quickstart", ["evaluation.best=strict"]), tmp_path / "config.toml"
+        flowgrpo.load("quickstart_flow_grpo", ["evaluation.best=strict"]), tmp_path / "config.toml"
     )
     inside, log = tmp_path / "checkpoints", tmp_path / "evaluations.jsonl"
     for name in ("best", "best:strict", "best:graded", "last", "7"):

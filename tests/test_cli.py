@@ -55,7 +55,7 @@ def test_the_version(capsys):
         (["serve_reward", "x"], "unknown command 'serve_reward'; did you mean 'serve-reward'?"),
         (["train"], "required: config"),
         (
-            ["train", "quickstart", "--dryrun"],
+            ["train", "quickstart_flow_grpo", "--dryrun"],
             "unrecognized arguments: --dryrun; did you mean '--dry-run'?",
         ),
         (["sample", "m", "a", "--out", "x", "--step=3", "--sede=1"], "did you mean '--seed'?"),
@@ -85,7 +85,7 @@ def test_arguments_that_cannot_be_parsed(arguments, message, capsys):
         ),
         (["sample", "shapes", "a cat", "--out", "x", "--steps", "0"], "--steps must be at least 1"),
         (["sample", "shapes", " ", "--out", "x"], "a prompt is empty"),
-        (["train", "quickstart", "--memory-gb", "24"], "--memory-gb is for --dry-run"),
+        (["train", "quickstart_flow_grpo", "--memory-gb", "24"], "--memory-gb is for --dry-run"),
         (["grid", "run", "--out", "x.pgn"], "--out must end in .png, .webp or .html, got 'x.pgn'"),
         (["grid", "run", "--out", "x.png", "--rows", "0"], "--rows must be at least 1, got 0"),
         (["inspect", "run", "--samples", "0"], "--samples must be at least 1, got 0"),
@@ -110,7 +110,7 @@ def test_completion_knows_commands_and_options(shell, capsys):
 
 
 def test_a_wrong_configuration_is_answered_with_status_1(capsys):
-    assert main(["train", "quickstart", "--set", "train.iteration=3"]) == 1
+    assert main(["train", "quickstart_flow_grpo", "--set", "train.iteration=3"]) == 1
     error = capsys.readouterr().err
     assert error.startswith("flowgrpo: --set train.iteration=3: unknown key 'train.iteration'; did")
 
@@ -142,7 +142,7 @@ assert not found, found
             "'torch', 'diffusers', 'numpy', 'rich', 'pydantic_core'",
         ),
         (
-            [["config", "show", "quickstart"], ["train", "quickstart", "--set", "x=1"]],
+            [["config", "show", "quickstart"], ["train", "quickstart_flow_grpo", "--set", "x=1"]],
             "'torch', 'diffusers', 'transformers', 'jaxtyping', 'numpy', 'PIL', 'rich', 'pydantic'",
         ),
     ],

@@ -193,7 +193,7 @@ def test_files_say_the_same(algorithm: str) -> None:
             f"algorithm={_inline(table)}",
             *(["loss={kind='nft'}"] if algorithm == "diffusion_nft" else []),
         ]
-        read = flowgrpo.load("quickstart", settings).algorithm
+        read = flowgrpo.load("quickstart_flow_grpo", settings).algorithm
         assert read == replace(made, advantage=advantage)
 
 
@@ -274,7 +274,7 @@ def test_a_transition_on_the_other_path_ends_a_run_before_any_long_work(tmp_path
         f"run.folder='{tmp_path / 'run'}'",
     ]
     with pytest.raises(ConfigError, match=r"algorithm\.transition: ddim is defined on a diffusion"):
-        flowgrpo.train(flowgrpo.load("quickstart", settings))
+        flowgrpo.train(flowgrpo.load("quickstart_flow_grpo", settings))
     assert not (tmp_path / "run" / "evaluations.jsonl").exists()
     for transition in (FlowSDE(), DanceSDE()):
         with pytest.raises(ValueError, match="use the transition 'ddim' or 'cps'"):

@@ -105,7 +105,7 @@ def test_the_judge_goes_by_the_iteration_and_its_parts_add_up():
 )
 def test_bad_values_name_the_key(setting, message):
     with pytest.raises(ConfigError, match=message):
-        load("quickstart", [f"rewards.0.{setting}"]).check()
+        load("quickstart_flow_grpo", [f"rewards.0.{setting}"]).check()
 
 
 def test_values_that_exclude_each_other():
@@ -196,7 +196,7 @@ def test_a_reward_has_the_last_part_of_its_model_as_its_name(model, name, label)
 
 def test_a_configuration_with_all_of_it_can_be_written_and_read_back(tmp_path):
     keys = ["clip=[0.0, 1.0]", "scale=0.5", "threshold=0.25", "schedule=[[0, 0.5], [9, 1]]"]
-    config = load("quickstart", [f"rewards.0.{k}" for k in keys])
+    config = load("quickstart_flow_grpo", [f"rewards.0.{k}" for k in keys])
     config.check()
     assert config.rewards[0].schedule == ((0, 0.5), (9, 1))
     save(config, tmp_path / "config.toml")
@@ -209,7 +209,7 @@ def test_a_run_goes_by_the_schedule_and_its_evaluations_do_not(tmp_path):
     build_pipeline().save_pretrained(tmp_path / "model")
     reward = 'rewards=[{model="jpeg_size", ignores_prompt=true, scale=2.0, schedule=[[0, 1], [1, 0.25]]}]'
     places = [f"model.path={tmp_path / 'model'}", f"run.folder={tmp_path / 'run'}"]
-    flowgrpo.train(load("quickstart", [*TINY, *places, reward, "guard={}"]))
+    flowgrpo.train(load("quickstart_flow_grpo", [*TINY, *places, reward, "guard={}"]))
 
     def lines(name: str) -> list[dict[str, Any]]:
         return [json.loads(x) for x in (tmp_path / "run" / name).read_text().splitlines()]

@@ -122,7 +122,7 @@ def test_reward_hacking_is_named(trained, watched, kind, words):
 def write_run(folder: Path, shift: float = 0.0, keys=(), per_image: bool = True, after=(20, 40)):
     """A finished run of eight images, evaluated before training and after it."""
     folder.mkdir(parents=True)
-    loaded = configuration.load("quickstart", [*KEYS, f"run.folder={folder}", *keys])
+    loaded = configuration.load("quickstart_flow_grpo", [*KEYS, f"run.folder={folder}", *keys])
     configuration.save(loaded, folder / "config.toml")
     (folder / "inputs.json").write_text(json.dumps({"prompts.held_out": f"digest of {loaded.prompts.held_out}"}))  # fmt: skip
     logs = Logs(folder)

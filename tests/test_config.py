@@ -574,7 +574,7 @@ def test_the_schema_is_imported_without_heavy_packages():
         "heavy = {'torch', 'diffusers', 'transformers', 'jaxtyping', 'numpy', 'PIL'} & {*sys.modules}\n"
         "assert not heavy, heavy\n"
         "from flowgrpo.config import dump, load\n"
-        "dump(load('quickstart', ['algorithm.kind=vgpo']))\n"
+        "dump(load('quickstart_flow_grpo', ['algorithm.kind=vgpo']))\n"
         "assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
@@ -641,7 +641,7 @@ def test_a_regime_changes_what_it_names_and_is_named_by_it():
     regimes = (
         "evaluation.regimes=[{guidance_scale=3.0, num_steps=28}, {call={b=2.5}, label='mine'}]"
     )
-    config = load("quickstart", [*settings, regimes])
+    config = load("quickstart_flow_grpo", [*settings, regimes])
     one, other = config.evaluation.regimes
     usual = config.evaluation_sampling()
     guided = dataclasses.replace(usual, num_steps=28, guidance_scale=3.0)
@@ -650,11 +650,11 @@ def test_a_regime_changes_what_it_names_and_is_named_by_it():
     assert other.tag == "mine"
     assert dataclasses.replace(other, label="").tag == "b_2p5"
     # The quick start evaluates guidance 3, and can be trained with it.
-    load("quickstart", ["sampling.guidance_scale=3.0"]).check()
+    load("quickstart_flow_grpo", ["sampling.guidance_scale=3.0"]).check()
 
 
 def test_a_loss_on_the_moving_average_needs_one():
     loss = "loss={kind='tests.test_objectives:Distances'}"
-    load("quickstart", [loss, "train.ema_decay=0.9"]).check()
+    load("quickstart_flow_grpo", [loss, "train.ema_decay=0.9"]).check()
     with pytest.raises(ConfigError, match="Distances needs a moving average of the weights"):
-        load("quickstart", [loss, "train.ema_decay=0"]).check()
+        load("quickstart_flow_grpo", [loss, "train.ema_decay=0"]).check()

@@ -20,7 +20,9 @@ def write(folder: Path, name: str, text: str) -> str:
 
 
 def test_a_file_extends_another_one(tmp_path):
-    write(tmp_path, "base.toml", 'extends = "quickstart"\n[train]\nlr = 0.5\nwarmup = 3\n')
+    write(
+        tmp_path, "base.toml", 'extends = "quickstart_flow_grpo"\n[train]\nlr = 0.5\nwarmup = 3\n'
+    )
     mine = write(
         tmp_path,
         "mine.toml",
@@ -28,7 +30,7 @@ def test_a_file_extends_another_one(tmp_path):
         '[algorithm.transition]\nkind = "cps"\nnoise_level = 0.9\n'
         '[[rewards]]\nmodel = "jpeg_size"\n',
     )
-    quickstart, config = flowgrpo.load("quickstart"), flowgrpo.load(mine)
+    quickstart, config = flowgrpo.load("quickstart_flow_grpo"), flowgrpo.load(mine)
     assert (config.train.lr, config.train.warmup) == (0.25, 3)
     assert config.train.groups == quickstart.train.groups
     assert config.model == quickstart.model
@@ -40,7 +42,7 @@ def test_a_file_extends_another_one(tmp_path):
 
 
 def test_errors_name_the_file_that_has_the_key(tmp_path):
-    base = write(tmp_path, "base.toml", 'extends = "quickstart"\n[train]\nlrr = 0.5\n')
+    base = write(tmp_path, "base.toml", 'extends = "quickstart_flow_grpo"\n[train]\nlrr = 0.5\n')
     mine = write(tmp_path, "mine.toml", 'extends = "base.toml"\n[train]\ngroups = "x"\n')
     with pytest.raises(ConfigError) as caught:
         flowgrpo.load(mine)

@@ -21,7 +21,7 @@ from flowgrpo.core.transitions import CPS, FlowSDE
 
 def config(*settings: str) -> Config:
     """The quick start: 18 groups of 16 samples, 8 steps, of which the first 4 can be trained."""
-    return load("quickstart", settings)
+    return load("quickstart_flow_grpo", settings)
 
 
 # Geometry.
@@ -350,7 +350,7 @@ def test_tables_may_hold_tables_of_their_own_kind() -> None:
 
 
 def test_a_table_of_another_kind_takes_the_place_of_the_extended_one(tmp_path: Path) -> None:
-    text = 'extends = "quickstart"\n[algorithm.transition]\n'
+    text = 'extends = "quickstart_flow_grpo"\n[algorithm.transition]\n'
     (tmp_path / "own.toml").write_text(text + 'kind = "flow_sde"\n')
     assert load(str(tmp_path / "own.toml")).algorithm.transition == FlowSDE()
     (tmp_path / "own.toml").write_text(text + "noise_level = 0.25\n")
@@ -361,7 +361,7 @@ def test_files_of_runs_and_of_the_home_folder(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "run").mkdir()
     file = tmp_path / "run" / "config.toml"
-    file.write_text('extends = "quickstart"\n[run]\nfolder = "~/elsewhere"\n')
+    file.write_text('extends = "quickstart_flow_grpo"\n[run]\nfolder = "~/elsewhere"\n')
     assert find("~/run/config.toml") == file
     assert load("~/run/config.toml").run.folder == str(tmp_path / "elsewhere")
     # In a run directory it is that of the run in it, wherever it was moved.

@@ -183,7 +183,7 @@ def watched_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Sequenc
 
     sys.setprofile(profile)
     try:
-        result = flowgrpo.train(flowgrpo.load("quickstart", [*TINY, *places]))
+        result = flowgrpo.train(flowgrpo.load("quickstart_flow_grpo", [*TINY, *places]))
     finally:
         sys.setprofile(None)
     return result.folder, calls

@@ -42,7 +42,7 @@ def test_what_is_missing_is_an_error_of_the_dry_run(setting, message, monkeypatc
     there = importlib.util.find_spec
     monkeypatch.setattr(loading, "find_spec", lambda n: None if n == "rapidocr" else there(n))
     monkeypatch.chdir(ROOT)
-    assert main(["train", "quickstart", "--dry-run", "--set", setting]) == 1
+    assert main(["train", "quickstart_flow_grpo", "--dry-run", "--set", setting]) == 1
     error = capsys.readouterr().err
     assert error.startswith(f"flowgrpo: {message}")
     assert len(error.splitlines()) == 1
@@ -83,7 +83,7 @@ def test_the_run_directory_is_looked_at_and_left_alone(tmp_path):
     folder = tmp_path / "run"
 
     def config(*more):
-        return flowgrpo.load("quickstart", [f"run.folder={folder}", *more])
+        return flowgrpo.load("quickstart_flow_grpo", [f"run.folder={folder}", *more])
 
     assert run_folder.preview(config()) == "a new run"
     lock, _ = run_folder.claim(config(), 1, {})
@@ -105,7 +105,9 @@ def test_the_run_directory_is_looked_at_and_left_alone(tmp_path):
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "thesis.txt").write_text("")
     with pytest.raises(ConfigError, match="is not empty and not a run directory"):
-        run_folder.preview(flowgrpo.load("quickstart", [f"run.folder={tmp_path / 'other'}"]))
+        run_folder.preview(
+            flowgrpo.load("quickstart_flow_grpo", [f"run.folder={tmp_path / 'other'}"])
+        )
 
 
 def test_prompts_are_looked_at(tiny, tmp_path):
@@ -115,20 +117,20 @@ def test_prompts_are_looked_at(tiny, tmp_path):
     )
     prompts = PromptSet.load(tmp_path / "p.jsonl")
     settings = [f"model.path={model}", "sampling.guidance_scale=1.0"]
-    notes = _notes(flowgrpo.load("quickstart", settings), prompts, prompts)
+    notes = _notes(flowgrpo.load("quickstart_flow_grpo", settings), prompts, prompts)
     shared, training, held_out, cut, _ = notes
     assert "1 of 1 held-out prompts are training prompts too" in shared
     assert training.startswith("WARNING: training prompts: 1 of 1 have a negative prompt, which")
     assert held_out.startswith("WARNING: held-out prompts: 1 of 1 have a negative prompt")
     assert "training prompts: 1 of 1 are longer than the " in cut
     # With guidance the negative prompt is used.
-    guided = _notes(flowgrpo.load("quickstart", [settings[0], "sampling.guidance_scale=4.0"]), prompts, prompts)  # fmt: skip
+    guided = _notes(flowgrpo.load("quickstart_flow_grpo", [settings[0], "sampling.guidance_scale=4.0"]), prompts, prompts)  # fmt: skip
     assert len(guided) == 3
 
 
 def test_a_video_needs_its_writer(monkeypatch):
     there = importlib.util.find_spec
     monkeypatch.setattr("flowgrpo.data.videos.find_spec", lambda n: None if n == "imageio" else there(n))  # fmt: skip
-    config = flowgrpo.load("quickstart", ["sampling.num_frames=5"])
+    config = flowgrpo.load("quickstart_flow_grpo", ["sampling.num_frames=5"])
     with pytest.raises(ConfigError, match=r"sampling.num_frames: videos are written as MP4, which"):
         check_names(config, 1)

@@ -288,7 +288,7 @@ def evaluator(policy: PipelinePolicy, tmp_path: Path, drawn: list[tuple[Any, ...
         "train.ema_decay=0.9", "evaluation.images=4", "evaluation.images_during=2", "evaluation.every=3",
         "evaluation.grid_prompts=2", "evaluation.grid_samples=1", f"evaluation.metrics=['{HERE}:first_and_last']",
     ]  # fmt: skip
-    config = flowgrpo.load("quickstart", settings)
+    config = flowgrpo.load("quickstart_flow_grpo", settings)
     with Session(config) as session:
         learner = Learner(policy, config.train, ClippedLoss(), session.accelerator)
         scorer = scorer_of("brightness", ignores_prompt=True)

@@ -207,7 +207,7 @@ def test_a_grid_that_is_too_large_for_webp_is_written_as_png(tmp_path, monkeypat
 
 def run_with_checkpoint(folder: Path) -> Path:
     folder.mkdir()
-    configuration.save(configuration.load("quickstart", [f"run.folder={folder}"]), folder / "config.toml")  # fmt: skip
+    configuration.save(configuration.load("quickstart_flow_grpo", [f"run.folder={folder}"]), folder / "config.toml")  # fmt: skip
     checkpoints.save(folder / "checkpoints" / "000012", {"weights": {}}, {"iteration": 12})
     return folder
 

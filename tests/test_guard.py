@@ -312,4 +312,4 @@ MEASURED = "rewards=[{model='flowgrpo.shapes.rewards:ShapesReward'}, {model='flo
 )  # fmt: skip
 def test_guards_without_effect_are_refused(settings: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        flowgrpo.load("quickstart", settings).check()
+        flowgrpo.load("quickstart_flow_grpo", settings).check()

@@ -80,12 +80,12 @@ def test_every_process_has_its_place():
 
 
 def test_the_plan_counts_the_processes_to_be_started(capsys):
-    assert main(["train", "quickstart", "--nproc", "5", "--set", "train.updates=1"]) == 1
+    assert main(["train", "quickstart_flow_grpo", "--nproc", "5", "--set", "train.updates=1"]) == 1
     assert (
         "5 processes (1 x 5 = 5); the nearest that can is train.groups = 20"
         in capsys.readouterr().err
     )
-    assert main(["train", "quickstart", "--nnodes", "2"]) == 2
+    assert main(["train", "quickstart_flow_grpo", "--nnodes", "2"]) == 2
     assert "need --nproc N" in capsys.readouterr().err
 
 

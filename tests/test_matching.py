@@ -256,7 +256,9 @@ def test_times_that_cannot_be_are_refused(settings: Any, message: str) -> None:
 
 
 def quickstart(*settings: str) -> flowgrpo.Config:
-    return flowgrpo.load("quickstart", ["algorithm={kind='matching', group_size=4}", *settings])
+    return flowgrpo.load(
+        "quickstart_flow_grpo", ["algorithm={kind='matching', group_size=4}", *settings]
+    )
 
 
 @pytest.mark.parametrize(

@@ -288,7 +288,7 @@ def test_sharding_is_advised_where_several_processes_can_shard() -> None:
 def test_the_gathered_parameters_are_two_blocks_and_what_is_outside(tiny: Tiny) -> None:
     prompt = [Prompt("a red cube")]
     changes = [f"model.path={tiny('sd3')}", "sampling.height=32", "sampling.width=32", "sampling.call={max_sequence_length=16}"]  # fmt: skip
-    config = flowgrpo.load("quickstart", [*changes, "parallel.shard=denoiser"])
+    config = flowgrpo.load("quickstart_flow_grpo", [*changes, "parallel.shard=denoiser"])
     found = estimate_footprint(config, prompt, 2, device="cpu")
     (model,) = denoisers(load_pipeline(tiny("sd3"))).values()
     blocks = [bytes_of(b) for b in model.transformer_blocks]
@@ -308,7 +308,7 @@ def test_the_gathered_parameters_are_two_blocks_and_what_is_outside(tiny: Tiny) 
     assert (found.gathered_encoders, found.whole_encoders) == (max(sizes), sum(sizes))
     half = replace(config, model=replace(config.model, dtype="bfloat16"))
     assert estimate_footprint(half, prompt, 2, device="cpu").gathered == parameters // 2
-    quantised = flowgrpo.load("quickstart", [*changes, "model.weights.kind=lora", "memory.quantize=nf4"])  # fmt: skip
+    quantised = flowgrpo.load("quickstart_flow_grpo", [*changes, "model.weights.kind=lora", "memory.quantize=nf4"])  # fmt: skip
     assert memory_options(quantised, 2).most_parts == 1
 
 

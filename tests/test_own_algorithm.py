@@ -38,11 +38,11 @@ def test_it_has_a_dry_run_with_its_cost_trains_and_is_inspected(
     settings = [*SETTINGS, f"model.path='{tmp_path / 'model'}'", f"run.folder='{run}'"]
 
     options = [f"--set={s}" for s in settings]
-    assert main(["train", "quickstart", "--dry-run", *options]) == 0
+    assert main(["train", "quickstart_flow_grpo", "--dry-run", *options]) == 0
     # Step 0 once for the group, then 3 samples for 3 steps.
     assert "10 denoiser evaluations, 3 decodes" in capsys.readouterr().out
 
-    config = flowgrpo.load("quickstart", settings)
+    config = flowgrpo.load("quickstart_flow_grpo", settings)
     assert list(config.algorithm.trained_steps(4, 0, Random(0))) == [0, 1]
     assert config.steps_by_density() == [0, 1]
     assert flowgrpo.train(config).finished

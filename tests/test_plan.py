@@ -26,7 +26,7 @@ GEOMETRY = [
 
 
 def config(*more):
-    one = flowgrpo.load("quickstart", [*GEOMETRY, *more])
+    one = flowgrpo.load("quickstart_flow_grpo", [*GEOMETRY, *more])
     one.check(4)
     return one
 

@@ -118,7 +118,9 @@ def test_a_run_is_refused_once_and_measures_once(tmp_path, monkeypatch, capsys):
     def config(*more):
         settings = [s for s in SMALL if s != "failures.probe=off"]
         short = ["train.iterations=1", "evaluation.every=0", "evaluation.inspected_prompts=0"]
-        return flowgrpo.load("quickstart", [*settings, *short, f"run.folder={tmp_path}/run", *more])
+        return flowgrpo.load(
+            "quickstart_flow_grpo", [*settings, *short, f"run.folder={tmp_path}/run", *more]
+        )
 
     with pytest.raises(ConfigError, match="ignores_prompt = true"):  # before anything is written
         flowgrpo.train(config("rewards=[{model='jpeg_size'}]"))

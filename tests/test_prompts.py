@@ -2,12 +2,14 @@
 
 import json
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
-from flowgrpo.config import find
+import flowgrpo
+from flowgrpo.config import ConfigError, find
 from flowgrpo.core.random import Random
 from flowgrpo.data.prompt_sets import PromptError, PromptSet, shared
 from flowgrpo.data.prompts import Prompt
@@ -316,6 +318,32 @@ def test_balance_is_exact_in_every_iteration_and_covers_each_class():
     assert {drawn[f"few {i}"] for i in range(3)} <= {16, 17}
     odd = Counter(t.split()[0] for t in texts(prompts, range(5), 4))
     assert max(odd.values()) - min(odd.values()) <= 1
+
+
+def test_weights_draw_classes_in_proportion_and_do_not_change_with_the_start():
+    prompts = replace(prompt_set({"a": 4, "b": 2, "c": 3}), weights={"b": 3.0})
+    drawn = texts(prompts, range(10), 10)
+    assert Counter(t.split()[0] for t in drawn) == {"a": 20, "b": 60, "c": 20}
+    # Evenly over time, and every prompt of a class equally often.
+    assert all(5 <= sum(t[0] == "b" for t in drawn[i : i + 10]) <= 7 for i in range(0, 100, 10))
+    assert Counter(drawn)["b 0"] == Counter(drawn)["b 1"] == 30
+    later = replace(prompt_set({"a": 4, "b": 2, "c": 3}), weights={"b": 3.0})
+    assert texts(later, range(7, 10), 10) == drawn[70:]
+    equal = replace(prompts, weights={"a": 2.0, "b": 2.0, "c": 2.0})
+    assert texts(equal, range(4), 5) == texts(prompt_set({"a": 4, "b": 2, "c": 3}), range(4), 5)
+
+
+def test_weights_that_name_no_class_are_refused(tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text('{"prompt": "x", "tag": "colors"}\n{"prompt": "y", "tag": "position"}\n')
+    with pytest.raises(PromptError, match=r"weights.color: no prompt .* 'color'.* did you mean 'colors'"):  # fmt: skip
+        PromptSet.load(path, "tag", weights={"color": 2.0})
+    for settings, message in (
+        (["prompts.weights={color_attr=0.0}"], "color_attr must be from 1e-6"),
+        (["prompts.weights={color_attr=2.0}", "prompts.balance=''"], "needs prompts.balance"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            flowgrpo.load("quickstart_flow_grpo", settings).check()
 
 
 def test_groups_are_indexed_and_equal_prompts_are_two_groups():

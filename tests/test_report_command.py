@@ -138,7 +138,7 @@ def test_the_server_answers_this_machine_only_and_sends_what_is_new(server):
 
 def test_the_command_writes_a_report_and_refuses_in_one_sentence(tmp_path, capsys):
     folder = tmp_path / "run"
-    config = configuration.load("quickstart", [f"run.folder={folder}"])
+    config = configuration.load("quickstart_flow_grpo", [f"run.folder={folder}"])
     folder.mkdir()
     configuration.save(config, folder / "config.toml")
     with socket.create_server(("127.0.0.1", 0)) as taken:
@@ -166,7 +166,7 @@ def test_the_command_writes_a_report_and_refuses_in_one_sentence(tmp_path, capsy
 
 def test_ctrl_c_ends_the_server_cleanly(tmp_path, capsys, monkeypatch):
     folder = tmp_path / "run"
-    config = configuration.load("quickstart", [f"run.folder={folder}"])
+    config = configuration.load("quickstart_flow_grpo", [f"run.folder={folder}"])
     folder.mkdir()
     configuration.save(config, folder / "config.toml")
 

@@ -42,7 +42,7 @@ BENCH = "{name='shapes', when='every', limit=5, settings={samples=2}}"
 
 def configured(folder: Path, bench: str = BENCH, *more: str) -> flowgrpo.Config:
     settings = [*SMALL, f"run.folder={folder}", f"evaluation.bench=[{bench}]", *more]
-    return flowgrpo.load("quickstart", settings)
+    return flowgrpo.load("quickstart_flow_grpo", settings)
 
 
 def evaluations(folder: Path) -> list[dict[str, Any]]:
@@ -157,7 +157,7 @@ def subject(folder: Path, policy: PipelinePolicy, bench: str = BENCH, *process: 
 
 @pytest.fixture(scope="module")
 def policy() -> PipelinePolicy:
-    config = flowgrpo.load("quickstart", SMALL)
+    config = flowgrpo.load("quickstart_flow_grpo", SMALL)
     return PipelinePolicy.from_pretrained("shapes", sampling=config.sampling, batch_size=4)
 
 

@@ -52,7 +52,7 @@ class Counter(Learner):
 
 
 def config(folder, *more):
-    return flowgrpo.load("quickstart", [*SETTINGS, f"run.folder={folder}", *more])
+    return flowgrpo.load("quickstart_flow_grpo", [*SETTINGS, f"run.folder={folder}", *more])
 
 
 def run(folder, *more, between=lambda: None, given=None, kept=()):
@@ -153,7 +153,7 @@ def test_a_lost_process_asks_to_run_the_same_command_again(monkeypatch, capsys):
     monkeypatch.setattr("flowgrpo.training.loop.train", train)
     monkeypatch.setattr("flowgrpo.cli.train._leave", leave)
     with pytest.raises(KeyError, match="75"):
-        cli.main(["train", "quickstart"])
+        cli.main(["train", "quickstart_flow_grpo"])
     assert capsys.readouterr().err == "flowgrpo: another process of the run has ended\n"
 
 
@@ -369,7 +369,7 @@ def test_a_key_that_may_not_change_is_answered_with_what_to_do(tmp_path, capsys,
 
 
 def test_only_a_run_that_exists_is_extended(tmp_path, capsys):
-    given = ["train", "quickstart", "--set", f"run.folder={tmp_path}/b", "--resume-with", "train.lr=1e-5"]  # fmt: skip
+    given = ["train", "quickstart_flow_grpo", "--set", f"run.folder={tmp_path}/b", "--resume-with", "train.lr=1e-5"]  # fmt: skip
     assert cli.main(given) == 1
     assert "/b is none; to start one, use --set" in capsys.readouterr().err
     assert not (tmp_path / "b").exists()

@@ -130,7 +130,7 @@ def test_a_run_writes_no_secret_and_resumes_with_it_given_again(
         f"rewards.0.options.api_key={SECRET}",
         f"rewards.0.options.url=http://me:{SECRET}@host:8500",
     ]
-    config = configuration.load("quickstart", settings)
+    config = configuration.load("quickstart_flow_grpo", settings)
     for _ in range(2):  # the second is a resumed session of the same configuration
         environment = {"command": redact_command(["flowgrpo", "train", *settings])}
         lock, changed = run_folder.claim(config, 1, environment)
@@ -176,7 +176,9 @@ def test_no_code_refuses_import_paths_of_others(
         "algorithm.kind=mine:Score",
         "loss.kind=mine:Score",
     ):
-        assert main(["train", "quickstart", "--dry-run", "--no-code", "--set", setting]) == 1
+        assert (
+            main(["train", "quickstart_flow_grpo", "--dry-run", "--no-code", "--set", setting]) == 1
+        )
         assert "--no-code" in capsys.readouterr().err
     assert not (tmp_path / "ran").exists()
     assert import_path("flowgrpo.shapes.rewards:Strict")

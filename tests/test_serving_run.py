@@ -51,7 +51,7 @@ def train(server: Server, folder: Path, retries: int) -> None:
     reward = f"rewards=[{{model='remote', name='size', options={options}}}]"
     failures = [f"failures.retries={retries}", "failures.wait=0.2"]
     settings = [*SMALL, *LENGTH, *failures, reward, f"run.folder={folder}"]
-    flowgrpo.train(flowgrpo.load("quickstart", settings))
+    flowgrpo.train(flowgrpo.load("quickstart_flow_grpo", settings))
 
 
 @pytest.fixture(scope="module")

@@ -46,7 +46,9 @@ def start(tmp_path: Path) -> Iterator[Start]:
     def make(*settings: str, folder: str = "run") -> Session:
         for earlier in sessions:  # A run directory is used by one session at a time.
             earlier.__exit__()
-        config = flowgrpo.load("quickstart", [*SMALL, f"run.folder={tmp_path / folder}", *settings])
+        config = flowgrpo.load(
+            "quickstart_flow_grpo", [*SMALL, f"run.folder={tmp_path / folder}", *settings]
+        )
         sessions.append(Session(config))
         return sessions[-1]
 
@@ -734,11 +736,15 @@ def test_changes_of_a_run_by_hand(tmp_path: Path) -> None:
     assert run_changes.stopped_before(tmp_path) == 5
     assert run_changes._kept(file) == {"train.lr": [1.0, 2.0, 3.0]}
     for given, lr, notes in ((1.0, 3.0, 1), (2.0, 3.0, 1), (3.0, 3.0, 0), (4.0, 4.0, 0)):
-        config = flowgrpo.load("quickstart", [f"run.folder={tmp_path}", f"train.lr={given}"])
+        config = flowgrpo.load(
+            "quickstart_flow_grpo", [f"run.folder={tmp_path}", f"train.lr={given}"]
+        )
         found, said = run_changes.in_force(config)
         assert (found.train.lr, len(said)) == (lr, notes)
-    one = flowgrpo.load("quickstart", ["rewards.0.options={a=1}", "evaluation.num_steps=3"])
-    other = flowgrpo.load("quickstart", ["rewards=[{model='jpeg_size'}]"])
+    one = flowgrpo.load(
+        "quickstart_flow_grpo", ["rewards.0.options={a=1}", "evaluation.num_steps=3"]
+    )
+    other = flowgrpo.load("quickstart_flow_grpo", ["rewards=[{model='jpeg_size'}]"])
     kept = run_changes.kept_changes(one, other, ["rewards.0.weight", "rewards.1.name", "evaluation.num_steps"])  # fmt: skip
     assert list(kept) == ["rewards", "evaluation.num_steps"]
     assert kept["evaluation.num_steps"] == {"from": 3, "to": run_changes._at(run_changes.to_table(other), "evaluation.num_steps")}  # fmt: skip
@@ -755,7 +761,7 @@ def test_changes_of_a_run_by_hand(tmp_path: Path) -> None:
         ("full", f"flowgrpo export {tmp_path} --out MODEL.*--set model.path=MODEL, with"),
         ("noise", r"^Start a new run with another --set run\.folder"),
     ):
-        config = flowgrpo.load("quickstart", [f"run.folder={tmp_path}", f"model.weights={{kind='{weights}'}}"])  # fmt: skip
+        config = flowgrpo.load("quickstart_flow_grpo", [f"run.folder={tmp_path}", f"model.weights={{kind='{weights}'}}"])  # fmt: skip
         with pytest.raises(ConfigError, match=r"train\.groups may not change in a run: the iter"):
             run_changes.require_changeable("train.groups", config)
         assert re.search(words, run_changes.instead(config))

@@ -14,7 +14,7 @@ from flowgrpo.training.inputs import check_inputs
 
 
 def config(folder: Path, *settings: str) -> Config:
-    return flowgrpo.load("quickstart", [f"run.folder={folder / 'run'}", *settings])
+    return flowgrpo.load("quickstart_flow_grpo", [f"run.folder={folder / 'run'}", *settings])
 
 
 def edits(folder: Path) -> str:

@@ -170,7 +170,7 @@ def test_rewards_without_sound_are_refused_in_one_sentence(
 def test_a_run_with_a_silent_model_is_refused(tmp_path: Path) -> None:
     rewards = f"rewards=[{{model='{HERE}:loudness'}}]"
     config = flowgrpo.load(
-        "quickstart", [rewards, f"run.folder={tmp_path / 'run'}", "run.device=cpu"]
+        "quickstart_flow_grpo", [rewards, f"run.folder={tmp_path / 'run'}", "run.device=cpu"]
     )
     with pytest.raises(
         ConfigError, match=r"'loudness' needs sound, and \w+Pipeline makes none; remove"

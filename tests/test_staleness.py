@@ -50,7 +50,7 @@ def slow(media, prompts):
 
 
 def train(folder, *more):
-    config = flowgrpo.load("quickstart", [*SMALL, f"run.folder={folder}", *more])
+    config = flowgrpo.load("quickstart_flow_grpo", [*SMALL, f"run.folder={folder}", *more])
     EVENTS.clear()
     assert flowgrpo.train(config).finished
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
@@ -146,7 +146,7 @@ def test_a_resumed_run_has_the_same_numbers(ahead, tmp_path):
     ],
 )
 def test_what_needs_the_scores_or_the_update_before_is_refused(settings, words):
-    config = flowgrpo.load("quickstart", ["train.staleness=1", *settings])
+    config = flowgrpo.load("quickstart_flow_grpo", ["train.staleness=1", *settings])
     with pytest.raises(ConfigError, match=words):
         config.check()
 

@@ -526,7 +526,7 @@ def test_a_run_of_each_kind(kind: str, tmp_path: Path) -> None:
         "run.device='cpu'",
         f"run.folder='{tmp_path / 'run'}'",
     ]
-    config = flowgrpo.load("quickstart", settings)
+    config = flowgrpo.load("quickstart_flow_grpo", settings)
     announced = config.geometry()["per prompt"]
     assert flowgrpo.train(config).finished
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()

@@ -108,6 +108,6 @@ def test_budgets_are_in_iterations():
 
 def test_every_entry_is_a_configuration_that_can_run():
     for entry in (*ALGORITHMS, *OVEROPTIMISED):
-        flowgrpo.load("quickstart", entry.settings).check()
+        flowgrpo.load("quickstart_flow_grpo", entry.settings).check()
     slugs = [e.slug for e in (*ALGORITHMS, *OVEROPTIMISED)]
     assert len(set(slugs)) == len(slugs)

@@ -75,8 +75,8 @@ def test_values_with_a_key_of_their_own_are_refused_in_call():
     import flowgrpo
 
     with pytest.raises(ConfigError, match=r"sampling.call.guidance_scale: set sampling.guidance_s"):
-        flowgrpo.load("quickstart", ["sampling.call.guidance_scale=3.0"]).check()
+        flowgrpo.load("quickstart_flow_grpo", ["sampling.call.guidance_scale=3.0"]).check()
     with pytest.raises(ConfigError, match=r"sampling.call.num_inference_steps: set sampling.num_s"):
-        flowgrpo.load("quickstart", ["sampling.call.num_inference_steps=3"]).check()
+        flowgrpo.load("quickstart_flow_grpo", ["sampling.call.num_inference_steps=3"]).check()
     with pytest.raises(ConfigError, match=r"sampling.call.latents: the policy sets this argument"):
-        flowgrpo.load("quickstart", ["sampling.call.latents=3"]).check()
+        flowgrpo.load("quickstart_flow_grpo", ["sampling.call.latents=3"]).check()

@@ -22,7 +22,9 @@ def opened(tmp_path):
     def open_(name):
         folder = tmp_path / "tuned"
         folder.mkdir(exist_ok=True)
-        config = flowgrpo.load("quickstart", [f"run.folder={folder}", f'run.trackers=["{name}"]'])
+        config = flowgrpo.load(
+            "quickstart_flow_grpo", [f"run.folder={folder}", f'run.trackers=["{name}"]']
+        )
         start_trackers(accelerator, config)
         accelerator.log({"reward": 0.5}, step=3)
         log_picture(accelerator, "grid", tmp_path / "grid.png", 3)
@@ -93,7 +95,7 @@ def test_a_tracker_that_cannot_start_is_one_sentence(tmp_path, monkeypatch):
         raise OSError("no key\nsecond line")
 
     monkeypatch.setattr(TensorBoardTracker, "start", fail)
-    config = flowgrpo.load("quickstart", [f"run.folder={tmp_path}"])
+    config = flowgrpo.load("quickstart_flow_grpo", [f"run.folder={tmp_path}"])
     config = replace(config, run=replace(config.run, trackers=("tensorboard",)))
     with pytest.raises(ConfigError, match=r"^run.trackers: tensorboard cannot be started: no key$"):
         start_trackers(Accelerator(cpu=True), config)

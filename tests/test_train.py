@@ -67,7 +67,7 @@ def constant(media, prompts):
 
 
 def small(folder, *more):
-    return flowgrpo.load("quickstart", [*SMALL, f"run.folder={folder}", *more])
+    return flowgrpo.load("quickstart_flow_grpo", [*SMALL, f"run.folder={folder}", *more])
 
 
 def reward_settings(name):
@@ -76,7 +76,7 @@ def reward_settings(name):
 
 def arguments(folder, *more):
     settings = [f"--set={s}" for s in (*SMALL, f"run.folder={folder}", *more)]
-    return ["train", "quickstart", *settings]
+    return ["train", "quickstart_flow_grpo", *settings]
 
 
 def start(folder, *more):
@@ -421,15 +421,18 @@ def test_mistakes_on_the_command_line_are_one_line(tmp_path, capfd):
 
     for mistake, words in [
         (["train", "quickstrat"], "did you mean"),
-        (["train", "quickstart", "--set", "train.itertions=5"], "did you mean 'iterations'"),
         (
-            ["train", "quickstart", "--dry-run", "--set", "prompts.train=nowhere.jsonl"],
+            ["train", "quickstart_flow_grpo", "--set", "train.itertions=5"],
+            "did you mean 'iterations'",
+        ),
+        (
+            ["train", "quickstart_flow_grpo", "--dry-run", "--set", "prompts.train=nowhere.jsonl"],
             "no such file",
         ),
         (
             [
                 "train",
-                "quickstart",
+                "quickstart_flow_grpo",
                 "--dry-run",
                 "--set",
                 "train.groups=7",

@@ -489,7 +489,7 @@ RUNS = {
 def test_a_resumed_run_has_the_same_numbers(name: str, tmp_path: Path):
     """From files alone: what it was configured as, what it did, and what it would have done."""
     straight, stopped = tmp_path / "straight", tmp_path / "stopped"
-    config = flowgrpo.load("quickstart", [*RUN, *RUNS[name], f"run.folder={straight}"])
+    config = flowgrpo.load("quickstart_flow_grpo", [*RUN, *RUNS[name], f"run.folder={straight}"])
     assert flowgrpo.train(config).finished
     shutil.copytree(straight, stopped)
     shutil.rmtree(stopped / "checkpoints" / "000002")

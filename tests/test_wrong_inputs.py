@@ -38,7 +38,9 @@ def _no_estimate(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_configurations(tmp_path: Path) -> None:
-    tables = [wrong.valid_table(n, tmp_path / "run") for n in ("quickstart", "flux_branch")]
+    tables = [
+        wrong.valid_table(n, tmp_path / "run") for n in ("quickstart_flow_grpo", "flux_branch")
+    ]
     file = tmp_path / "wrong.toml"
     for table in tables:
         file.write_bytes(wrong.toml(table))
@@ -56,7 +58,7 @@ def test_configurations(tmp_path: Path) -> None:
 
 
 def test_prompt_files(tmp_path: Path) -> None:
-    table = wrong.valid_table("quickstart", tmp_path / "run")
+    table = wrong.valid_table("quickstart_flow_grpo", tmp_path / "run")
     config = tmp_path / "config.toml"
 
     @QUICK
@@ -98,7 +100,7 @@ def test_every_bound_is_of_a_key_and_is_checked(key: str) -> None:
     for value, words in ((least - 1, "at least"), (most + 1, "at most")):
         if abs(value) == float("inf"):
             continue
-        config = load("quickstart", [f"{key}={kind(value)}"])
+        config = load("quickstart_flow_grpo", [f"{key}={kind(value)}"])
         with pytest.raises(ConfigError, match=rf"^{key} must be {words} "):
             check_bounds(config)
 
@@ -129,11 +131,11 @@ FLOATS = (
 )
 def test_settings_that_end_in_no_run(setting: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        load("quickstart", setting).check()
+        load("quickstart_flow_grpo", setting).check()
 
 
 def test_checks_take_no_time_that_grows_with_the_run() -> None:
-    config = load("quickstart", ["train.iterations=10000000"])
+    config = load("quickstart_flow_grpo", ["train.iterations=10000000"])
     config.check()
     assert config.steps_by_density() == [0, 1, 2, 3]
 
@@ -168,7 +170,7 @@ def test_long_files_and_values_are_answered_briefly(tmp_path: Path) -> None:
     assert line_of("\n".join(lines), ("d", "e")) == len(lines)
     assert shorten("a" * 5000 + "\nb").splitlines() == ["a" * 500 + " ... " + "a" * 500, "b"]
     with pytest.raises(ConfigError) as caught:
-        load("quickstart", [f"run.trackers={list(range(200))}"])
+        load("quickstart_flow_grpo", [f"run.trackers={list(range(200))}"])
     assert str(caught.value).count("\n") == 10
     assert str(caught.value).endswith("and 190 more")
 

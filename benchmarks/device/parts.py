@@ -353,7 +353,10 @@ def quick_start(maker: Maker) -> Result:
 def pretraining(maker: Maker) -> Result:
     """Optimizer steps of the embedded model on random latents, as in its pre-training."""
     policy = PipelinePolicy.from_pretrained(
-        "shapes", sampling=flowgrpo.load("quickstart").sampling, weights=Full(), device=maker.device
+        "shapes",
+        sampling=flowgrpo.load("quickstart_flow_grpo").sampling,
+        weights=Full(),
+        device=maker.device,
     )
     (model,) = policy.denoisers.values()
     batch = 8 if maker.tiny else 256
@@ -384,7 +387,7 @@ def _train(maker: Maker, extra: Sequence[str], iterations: int, processes: int =
         start = [sys.executable]
         if processes > 1:
             start += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]  # fmt: skip
-        command = [*start, "-m", "flowgrpo", "train", "quickstart"]
+        command = [*start, "-m", "flowgrpo", "train", "quickstart_flow_grpo"]
         command += [word for s in settings for word in ("--set", s)]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         done = subprocess.run(command, capture_output=True, text=True, env=environment)

@@ -66,7 +66,7 @@ def main() -> None:
 def measure_cost(study: Study, entry: Entry, settings: Sequence[str]) -> None:
     """Measure the cost of one iteration of an entry, and save it in ``costs.json``."""
     place = study.folder / "probe" / entry.slug
-    run("quickstart", place, [*entry.settings, *QUIET, *FEW, *settings])
+    run("quickstart_flow_grpo", place, [*entry.settings, *QUIET, *FEW, *settings])
     lines = [json.loads(x) for x in (place / "metrics.jsonl").read_text().splitlines()]
     evaluations = PROMPTS * mean(line["nfe_per_prompt"] for line in lines)
     study.save_cost(entry, seconds_per_iteration(place), evaluations)
@@ -111,7 +111,7 @@ def train(study: Study, entry: Entry, budgets: Budgets, seed: int, settings: Seq
         f"evaluation.images_during={IMAGES}",
         "evaluation.metrics=['flowgrpo.shapes.rewards:Diversity', 'benchmarks.study.flawed_reward:Ink']",
     ]
-    run("quickstart", place, [*entry.settings, *QUIET, *chosen, *settings])
+    run("quickstart_flow_grpo", place, [*entry.settings, *QUIET, *chosen, *settings])
 
 
 if __name__ == "__main__":

@@ -46,7 +46,7 @@ class World:
 
     def __init__(self, entry: Entry, prompts: int, settings: Sequence[str] = ()) -> None:
         self.config: Config = flowgrpo.load(
-            "quickstart", [*entry.settings, f"train.groups={prompts}", *settings]
+            "quickstart_flow_grpo", [*entry.settings, f"train.groups={prompts}", *settings]
         )
         self.algorithm: Algorithm = self.config.algorithm
         self.policy = PipelinePolicy.from_pretrained(

@@ -34,5 +34,5 @@ class WinRate(AlgorithmBase):
 
 if __name__ == "__main__":
     small = ["train.iterations=1", "train.groups=6", "evaluation.images=6"]
-    config = flowgrpo.load("quickstart", [*small, "run.folder=win_rate"])
+    config = flowgrpo.load("quickstart_flow_grpo", [*small, "run.folder=win_rate"])
     flowgrpo.train(replace(config, algorithm=WinRate(group_size=4)))

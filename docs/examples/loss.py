@@ -28,5 +28,7 @@ class PenalisedRatio(Loss):
 
 if __name__ == "__main__":
     few = ["train.iterations=1", "train.groups=6", "algorithm.group_size=4"]
-    config = flowgrpo.load("quickstart", [*few, "evaluation.images=6", "run.folder=own_loss"])
+    config = flowgrpo.load(
+        "quickstart_flow_grpo", [*few, "evaluation.images=6", "run.folder=own_loss"]
+    )
     flowgrpo.train(replace(config, loss=PenalisedRatio(width=1e-3)))

@@ -25,6 +25,8 @@ class LinearSDE:
 
 if __name__ == "__main__":
     few = ["train.iterations=1", "train.groups=6", "algorithm.group_size=4"]
-    config = flowgrpo.load("quickstart", [*few, "evaluation.images=6", "run.folder=linear_sde"])
+    config = flowgrpo.load(
+        "quickstart_flow_grpo", [*few, "evaluation.images=6", "run.folder=linear_sde"]
+    )
     algorithm = replace(config.algorithm, transition=LinearSDE(noise_level=0.5))
     print(flowgrpo.train(replace(config, algorithm=algorithm)).evaluations[-1]["scores"])

@@ -199,6 +199,13 @@ class AlgorithmBase:
         """The cost of the plan."""
         return self.plan(num_steps, iteration, random).cost(num_steps)
 
+    def samplings(self, own: Sampling) -> Sequence[Sampling]:
+        """Arguments of the pipeline's calls that differ from the policy's ``own``; none by default.
+
+        They are checked before the first iteration.
+        """
+        return []
+
     def credit_view(self, experience: Experience) -> "CreditView":
         """Candidates are whole samples, compared within their group."""
         return CreditView(rivals=self.group_size)

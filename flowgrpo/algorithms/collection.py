@@ -166,6 +166,7 @@ class Collection:
         old_log_prob: Float[Tensor, " samples"],
         old_mean: Float[Tensor, "samples *latent"] | None = None,
         next_row: Int[Tensor, " samples"] | None = None,
+        guidance: float | None = None,
     ) -> None:
         """Record an action of each sample, from the row ``state`` of ``x`` to a row of ``x_next``.
 
@@ -180,6 +181,8 @@ class Collection:
             old_log_prob: Log-probability of each action under the policy that samples.
             old_mean: Means of the actions under it.
             next_row: The row of ``x_next`` for each action; one after another by default.
+            guidance: Guidance scale with which the model is trained on them; None for that of
+                ``sampling``. Either all actions of an iteration have one, or none.
         """
         rows = torch.arange(len(samples)) if next_row is None else next_row
         before, after = self._offset_of(x), self._offset_of(x_next)
@@ -193,6 +196,7 @@ class Collection:
                 group=samples.group,
                 sample=samples.sample,
                 old_mean=old_mean,
+                guidance=None if guidance is None else torch.full((len(samples),), float(guidance)),
             )
         )
 

@@ -7,7 +7,7 @@ come from any deterministic solver with any number of steps; nothing is stochast
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import ClassVar, Literal
 
@@ -24,6 +24,7 @@ from flowgrpo.core.transitions import ODE
 from flowgrpo.data.experience import Experience
 from flowgrpo.data.prompts import Group
 from flowgrpo.losses.base import ActionKind
+from flowgrpo.policy.settings import Sampling
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,13 +57,24 @@ class Matching(AlgorithmBase):
     and the ELBO policy gradients draw noise for each sample."""
     previews: Previews = field(default_factory=Previews)
     """Previews that choose the initial noises of the samples (Sol-RL)."""
+    rollout_guidance: float | None = None
+    """Guidance scale with which samples are drawn; if unset, ``sampling.guidance_scale``."""
+    trained_guidance: tuple[float, ...] = ()
+    """Guidance scales at which the model is trained on every noised sample, such as ``[1.0, 3.0]`` for a
+    model that is used without guidance and with it; each costs a forward pass with gradients. If empty,
+    ``sampling.guidance_scale``."""
     advantage: Advantage = field(default_factory=GroupAdvantage)
     """From rewards to advantages."""
 
     def plan(self, num_steps: int, iteration: int, random: Random) -> TrajectoryPlan:
         """Deterministic samples, each from a noise of its own."""
         return TrajectoryPlan(
-            self.group_size, self.transition, [], solver=self.solver, previews=self.previews
+            self.group_size,
+            self.transition,
+            [],
+            solver=self.solver,
+            guidance=self.rollout_guidance,
+            previews=self.previews,
         )
 
     def collect(
@@ -78,7 +90,14 @@ class Matching(AlgorithmBase):
         plan = self.plan(end, iteration, random)
         drawn = self.drawn_times(end, random)
         return collect_noised_samples(
-            policy, groups, scorer, random, plan, lambda *_: drawn, shared_noise=self.share_noise
+            policy,
+            groups,
+            scorer,
+            random,
+            plan,
+            lambda *_: drawn,
+            shared_noise=self.share_noise,
+            guidance=self.trained_guidance,
         )
 
     def advantages(self, experience: Experience) -> Float[Tensor, " actions"]:
@@ -103,6 +122,16 @@ class Matching(AlgorithmBase):
         """Raise ValueError if a setting is out of range."""
         self.advantage.check()
         self.previews.check(self.group_size, num_steps)
+        for scale in (self.rollout_guidance, *self.trained_guidance):
+            if scale is not None and not -1e6 <= scale <= 1e6:
+                raise ValueError(
+                    "algorithm.rollout_guidance and algorithm.trained_guidance must be a number from -1e6 to "
+                    f"1e6, got {scale:g}"
+                )
+        if len(set(self.trained_guidance)) < len(self.trained_guidance):
+            raise ValueError(
+                f"algorithm.trained_guidance = {list(self.trained_guidance)} names a scale twice; remove it"
+            )
         low, high = self.time_range
         if not 0 <= low < high <= 1:
             raise ValueError(
@@ -114,6 +143,11 @@ class Matching(AlgorithmBase):
                 f"algorithm.num_times must be from 1 to {number}, the times of {num_steps} steps in "
                 f"algorithm.time_range [{low:g}, {high:g}]; got {self.num_times}"
             )
+
+    def samplings(self, own: Sampling) -> list[Sampling]:
+        """The arguments of the pipeline's calls with other guidance scales than the policy's own."""
+        scales = [self.rollout_guidance, *self.trained_guidance]
+        return [replace(own, guidance_scale=s) for s in scales if s is not None]
 
     def _nodes(self, num_steps: int) -> list[int]:
         """The grid nodes in the time range; the last node is data and is not among them."""

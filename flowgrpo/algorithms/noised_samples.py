@@ -28,6 +28,7 @@ def collect_noised_samples(
     times: Times,
     *,
     shared_noise: bool = False,
+    guidance: Sequence[float] = (),
 ) -> Experience:
     """Sample, score, and record a noised version of each sample at each of its times.
 
@@ -39,6 +40,8 @@ def collect_noised_samples(
         plan: How to sample; without stochastic steps.
         times: The times of each sample.
         shared_noise: Whether the samples of a group get the same noise at the same time.
+        guidance: Guidance scales; each noised sample becomes an action for each. If empty, one action
+            with the guidance of ``sampling``.
     """
     recorder = Recorder(policy, groups, scorer, plan.transition)
     end = policy.num_steps()
@@ -58,7 +61,9 @@ def collect_noised_samples(
                 # The state before the action is the sample with noise added as at the node.
                 x = interval.signal * data + interval.noise * fresh[index]
                 number = torch.arange(len(rows))
-                recorder.add_actions(
-                    own, step, x, number, last.x_next, torch.zeros(len(rows)), next_row=index
-                )
+                density = torch.zeros(len(rows))
+                for scale in guidance or (None,):
+                    recorder.add_actions(
+                        own, step, x, number, last.x_next, density, next_row=index, guidance=scale
+                    )
     return recorder.experience()

@@ -3,7 +3,7 @@ VGPO and DiffusionNFT share."""
 
 from collections.abc import Collection as Container
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from flowgrpo.algorithms.base import Policy, Scorer
 from flowgrpo.algorithms.collection import Collection, OnBatch, Samples
@@ -14,6 +14,7 @@ from flowgrpo.core.tensors import Int, Tensor, torch
 from flowgrpo.core.transitions import Transition
 from flowgrpo.data.experience import Actions, Cost, Experience
 from flowgrpo.data.prompts import Group
+from flowgrpo.policy.settings import Sampling
 from flowgrpo.policy.step_plan import StepRecord
 
 
@@ -32,6 +33,7 @@ class TrajectoryPlan:
             of the grid; None takes all steps of the grid.
         noise_last: Whether the last step of the grid is stochastic as well; it is not trained.
         previews: Previews that choose the initial noises; none if their number is 0.
+        guidance: Guidance scale of deterministic samples; None for that of ``sampling``.
     """
 
     group_size: int
@@ -42,6 +44,7 @@ class TrajectoryPlan:
     num_after: int | None = None
     noise_last: bool = False
     previews: Previews = field(default_factory=Previews)
+    guidance: float | None = None
 
     def nodes(self, num_steps: int) -> list[int]:
         """The grid nodes of a trajectory, from noise to data."""
@@ -50,6 +53,10 @@ class TrajectoryPlan:
         number = left if self.num_after is None else min(self.num_after, left)
         after = [begin + round(left * i / number) for i in range(1, number + 1)]
         return [*range(begin + 1), *after]
+
+    def sampling(self, own: Sampling) -> Sampling:
+        """The arguments of the pipeline's call: the policy's own, with the guidance of the plan."""
+        return own if self.guidance is None else replace(own, guidance_scale=self.guidance)
 
     def cost(self, num_steps: int) -> Cost:
         """Work per prompt: ``G T`` evaluations, or ``(k + 1) + G (T - k - 1)`` with shared noise,
@@ -138,6 +145,7 @@ def sample_trajectories(
         stochastic={*later, policy.num_steps() - 1} if plan.noise_last else later,
         transition=plan.transition,
         record={*later, *record},
+        sampling=plan.sampling(policy.sampling),
         solver=plan.solver,
     ):
         assert rollout.media is not None

@@ -33,7 +33,7 @@ Place = tuple[int, int]
 SUMMARY = "draw a comparison grid: models, checkpoints, adapters, guidance, steps, seeds or samplers, same noise"
 EXAMPLE = """\
 flowgrpo grid runs/quickstart --out grid.png
-  flowgrpo grid runs/quickstart --out grid.png --axis checkpoint=base,60,120 --axis guidance=1,3
+  flowgrpo grid runs/quickstart --out grid.png --axis checkpoint=base,20,40 --axis guidance=1,3
   flowgrpo grid --axis model=shapes,runs/a,runs/b --out grid.png --prompts prompts.txt
   flowgrpo grid --from grid.png --out again.png                    the same grid again"""
 STEPS = 28

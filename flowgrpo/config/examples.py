@@ -41,6 +41,7 @@ def training_prompts(config: "Config") -> PromptSet:
         config.prompts.balance,
         config.sampling.height is not None,
         config.algorithm.num_targets,
+        config.prompts.weights,
     )
 
 

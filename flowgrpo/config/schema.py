@@ -122,6 +122,19 @@ class Prompts:
     balance: str = ""
     """Metadata key whose values are drawn equally often, such as GenEval's ``tag``. If empty, the whole
     file is drawn in a shuffled order, again and again."""
+    weights: dict[str, float] = field(default_factory=dict)
+    """How often training draws the classes of ``balance`` relative to each other, such as
+    ``{color_attr = 3.0}`` for the hardest class; 1 for a class that is not named."""
+
+    def check(self) -> None:
+        """Raise ConfigError if there are weights without classes, or a weight is out of range."""
+        if self.weights and not self.balance:
+            raise ConfigError(
+                "prompts.weights needs prompts.balance, the metadata key whose values have the weights"
+            )
+        for name, weight in self.weights.items():
+            if not 1e-6 <= weight <= 1e6:
+                raise ConfigError(f"prompts.weights.{name} must be from 1e-6 to 1e6, got {weight}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -331,6 +344,7 @@ class Config:
         """
         self._check_interfaces()
         check_bounds(self)
+        self.prompts.check()
         if self.train.ema_decay >= 1:
             raise ConfigError(f"train.ema_decay must be below 1, got {self.train.ema_decay}")
         betas = self.train.betas

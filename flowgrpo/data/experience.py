@@ -92,6 +92,8 @@ class Actions:
             ``policy.keeps_means`` is set, which the learner does when the loss needs them.
         kl_weight: Weight of each action's KL to the reference policy; None for 1. Guards against reward
             hacking set it.
+        guidance: Guidance scale with which the model is trained on each action; None for that of
+            ``sampling``.
     """
 
     states: Latents
@@ -103,6 +105,7 @@ class Actions:
     sample: Int[Tensor, " actions"]
     old_mean: Float[Tensor, "actions *latent"] | None = None
     kl_weight: Float[Tensor, " actions"] | None = None
+    guidance: Float[Tensor, " actions"] | None = None
 
     def __len__(self) -> int:
         return self.step.shape[0]
@@ -147,6 +150,7 @@ class Actions:
             sample=self.sample[rows],
             old_mean=None if self.old_mean is None else self.old_mean[rows],
             kl_weight=None if self.kl_weight is None else self.kl_weight[rows],
+            guidance=None if self.guidance is None else self.guidance[rows],
         )
 
     @staticmethod
@@ -154,7 +158,7 @@ class Actions:
         """Join the actions of several batches.
 
         Raises:
-            ValueError: If only some of them have ``old_mean``.
+            ValueError: If only some of them have ``old_mean``, or only some ``guidance``.
         """
         offsets = [0]
         for part in parts:
@@ -162,6 +166,9 @@ class Actions:
         means = [p.old_mean for p in parts if p.old_mean is not None]
         if means and len(means) < len(parts):
             raise ValueError("only some of these actions have old_mean")
+        scales = [p.guidance for p in parts if p.guidance is not None]
+        if scales and len(scales) < len(parts):
+            raise ValueError("only some of these actions have a guidance scale")
         return Actions(
             states=Latents.concatenate([p.states for p in parts]),
             # Rows of ``states`` are counted on over the batches.
@@ -172,6 +179,7 @@ class Actions:
             group=torch.cat([p.group for p in parts]),
             sample=torch.cat([p.sample for p in parts]),
             old_mean=torch.cat(means) if means else None,
+            guidance=torch.cat(scales) if scales else None,
         )
 
 

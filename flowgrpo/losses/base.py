@@ -220,6 +220,8 @@ class LossNeeds:
         average: Outputs of the moving average of the weights, which ``train.ema_decay`` configures.
         reference: Outputs of the model that training started from.
         teachers: Teachers, whose outputs become ``LossInputs.teacher``. A batch has prompts of one teacher.
+        reference_guidance: Guidance scale with which the reference is evaluated; None for that of
+            training.
         all_actions: Actions whose advantage is 0 contribute to the gradient, too. Otherwise the
             learner does not compute them.
         whole_groups: A batch never splits the actions of one group and step. For losses that couple
@@ -249,6 +251,7 @@ class LossNeeds:
     average: bool = False
     reference: bool = False
     teachers: Teachers | None = None
+    reference_guidance: float | None = None
     all_actions: bool = False
     whole_groups: bool = False
     group_term: bool = False

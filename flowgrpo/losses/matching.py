@@ -156,6 +156,10 @@ class MatchingLoss(Loss):
     (V-GRPO)."""
     kl_coef: float = 0.0
     """Weight of the squared difference to the reference's output; 0 does not evaluate it at all."""
+    reference_guidance: float | None = None
+    """Guidance scale with which the reference is evaluated; if unset, that of training. A reference with
+    guidance teaches the model to do without it: the KL then distils guidance while the rewards improve on
+    it."""
 
     @property
     def needs(self) -> LossNeeds:
@@ -168,6 +172,7 @@ class MatchingLoss(Loss):
             old_policy_is_copied=self.trail == "none",
             single_update=separate,
             reference=self.kl_coef > 0,
+            reference_guidance=self.reference_guidance,
             all_actions=self.kl_coef > 0 or self.proximal_coef > 0,
         )
 
@@ -215,5 +220,15 @@ class MatchingLoss(Loss):
             require_at_least(key, getattr(self, key), 1e-12)
         for key in ("soft_clip", "proximal_coef", "kl_coef"):
             require_at_least(key, getattr(self, key), 0.0)
+        if self.reference_guidance is not None:
+            if not -1e6 <= self.reference_guidance <= 1e6:
+                raise ValueError(
+                    f"loss.reference_guidance must be from -1e6 to 1e6, got {self.reference_guidance:g}"
+                )
+            if self.kl_coef == 0:
+                raise ValueError(
+                    f"loss.reference_guidance = {self.reference_guidance:g} needs loss.kl_coef above 0, the weight "
+                    "of the difference to the reference"
+                )
         if self.power > 1:
             raise ValueError(f"loss.power must be at most 1, got {self.power}")

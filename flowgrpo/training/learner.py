@@ -184,7 +184,10 @@ class Learner:
             weighted = self._weighted(experience, advantages, chosen)
             batches = list(self.replay.batches(experience, weighted, trained))
             referred = [batch for batch, _ in batches]
-            references = self.replay.references(experience, referred) if needs.reference else []
+            scale = needs.reference_guidance
+            references = (
+                self.replay.references(experience, referred, scale) if needs.reference else []
+            )
             taught = self.replay.taught(experience, referred) if needs.teachers else []
             is_first = number_before == 0 and not stale
             if needs.group_term:

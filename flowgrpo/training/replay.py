@@ -7,7 +7,7 @@ replayed with ``S <= A`` states, in one forward pass.
 
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -65,8 +65,9 @@ class Replay:
     ) -> Iterator[tuple[Actions, Tensor]]:
         """Batches of actions that one forward pass can serve, with their advantages.
 
-        The actions of a batch share the denoising step, and their prompts can share a call of the
-        pipeline (same size, same condition image) and have one teacher. They start from at most
+        The actions of a batch share the denoising step and the guidance scale, and their prompts can
+        share a call of the pipeline (same size, same condition image) and have one teacher. They start
+        from at most
         ``train_batch`` states.
         """
         actions, teachers = experience.actions, self.loss.needs.teachers
@@ -78,12 +79,10 @@ class Replay:
         for step in actions.step[trained].unique().tolist():
             for groups in keys.values():
                 alike = torch.isin(actions.group, torch.tensor(groups))
-                rows = (trained & (actions.step == step) & alike).nonzero().squeeze(1)
-                # All actions with this key may be without advantage.
-                if len(rows) == 0:
-                    continue
-                for part in self._split(actions, rows):
-                    yield actions.select(part), advantages[part]
+                found = (trained & (actions.step == step) & alike).nonzero().squeeze(1)
+                for rows in _by_guidance(actions, found):
+                    for part in self._split(actions, rows):
+                        yield actions.select(part), advantages[part]
 
     def _split(self, actions: Actions, rows: Int[Tensor, " rows"]) -> Iterator[Int[Tensor, " _"]]:
         """Split the rows of actions so that each part has at most ``train_batch`` states.
@@ -119,7 +118,7 @@ class Replay:
             yield torch.cat(part)
 
     def references(
-        self, experience: Experience, batches: Sequence[Actions]
+        self, experience: Experience, batches: Sequence[Actions], guidance: float | None = None
     ) -> Iterable["StoredOutputs"]:
         """The reference's outputs for all batches.
 
@@ -128,12 +127,19 @@ class Replay:
         all batches of an update are evaluated at once, so that the weights move to the accelerator
         once per update, and the outputs are kept in main memory. Sharded policies do the same, because
         the evaluations are a section of their own.
+
+        Args:
+            experience: The iteration's experience.
+            batches: Parts of its actions.
+            guidance: The guidance scale of the reference; None for that of each action.
         """
+        own = self.policy.sampling
+        sampling = None if guidance is None else replace(own, guidance_scale=guidance)
         trained = self.policy.trainable
         is_at_hand = trained is None or trained.reference_is_at_hand
         if is_at_hand and not self.policy.in_lockstep:
-            return self._references_in_turn(experience, batches)
-        return self._outputs_of(self.policy.reference, experience, batches)
+            return self._references_in_turn(experience, batches, sampling)
+        return self._outputs_of(self.policy.reference, experience, batches, sampling)
 
     def taught(self, experience: Experience, batches: Sequence[Actions]) -> list["StoredOutputs"]:
         """The outputs of the teachers for all batches, each of its prompts' teacher, in main memory."""
@@ -174,11 +180,11 @@ class Replay:
             return [StoredOutputs.of(record).in_main_memory() for record in records]
 
     def _references_in_turn(
-        self, experience: Experience, batches: Sequence[Actions]
+        self, experience: Experience, batches: Sequence[Actions], sampling: Sampling | None
     ) -> Iterator["StoredOutputs"]:
         for actions in batches:
             with torch.no_grad(), self.policy.reference():
-                outputs = StoredOutputs.of(self.record(experience, actions))
+                outputs = StoredOutputs.of(self.record(experience, actions, sampling))
             # Outside the contexts, which would otherwise hold for the caller.
             yield outputs
 
@@ -275,10 +281,14 @@ class Replay:
         Args:
             experience: Has the prompts.
             actions: The batch.
-            sampling: Arguments of the pipeline's call, if not the policy's own.
+            sampling: Arguments of the pipeline's call, if not the policy's own
+                with the guidance scale of the actions.
         """
         x, _ = actions.starts()
         owners, step = self._owners(experience, actions), int(actions.step[0])
+        if sampling is None and actions.guidance is not None:
+            scale = float(actions.guidance[0])
+            sampling = replace(self.policy.sampling, guidance_scale=scale)
         return self.policy.replay(owners, x, step, experience.transition, sampling)
 
     def _owners(self, experience: Experience, actions: Actions) -> list[Prompt]:
@@ -288,6 +298,19 @@ class Replay:
         group_of_state = torch.zeros(int(rows.max()) + 1, dtype=torch.long)
         group_of_state[rows] = actions.group  # (S,)
         return [prompts[int(g)] for g in group_of_state]
+
+
+def _by_guidance(actions: Actions, rows: Int[Tensor, " rows"]) -> list[Int[Tensor, " _"]]:
+    """The rows by the guidance scale of their actions; none if there are no rows.
+
+    All actions may be without advantage, so that there may be no rows.
+    """
+    if len(rows) == 0:
+        return []
+    if actions.guidance is None:
+        return [rows]
+    scales = actions.guidance[rows]
+    return [rows[scales == scale] for scale in scales.unique()]
 
 
 def _detached(record: StepRecord) -> PolicyOutputs:

@@ -1,9 +1,10 @@
 """Builds a run from a configuration: checks it, loads its parts, and resumes from a checkpoint."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 
+from flowgrpo.algorithms import AlgorithmBase
 from flowgrpo.algorithms.previews import Previews
 from flowgrpo.config import Config, ConfigError
 from flowgrpo.config.distillation import assigns_credit
@@ -224,6 +225,7 @@ def _check_policy(
             check_sizes(policy, held_out.prompts[:1], sampling)
         except ValueError as error:
             raise ConfigError(f"evaluation.regimes[{index}]: {error}") from error
+    _check_guidance(policy, config)
     # Last, because the checks below need the sampling grid of rollouts.
     check_sizes(policy, prompts.prompts, config.sampling)
     fit_noise(policy, [*prompts.prompts, *held_out.prompts])
@@ -237,6 +239,16 @@ def _check_policy(
         check_scales(policy, config.algorithm.transition, config.steps_by_density(), remedy)
     except ValueError as error:
         raise ConfigError(f"algorithm.transition: {error}") from error
+
+
+def _check_guidance(policy: PipelinePolicy, config: Config) -> None:
+    """Raise ValueError if the algorithm or the loss sets a guidance scale that the pipeline does not take."""
+    scale = config.loss.needs.reference_guidance
+    others = [] if scale is None else [replace(config.sampling, guidance_scale=scale)]
+    if isinstance(config.algorithm, AlgorithmBase):
+        others += config.algorithm.samplings(config.sampling)
+    for sampling in others:
+        policy.check_sampling(sampling)
 
 
 def _prompt_notes(
