@@ -391,7 +391,7 @@ def test_groups_must_divide_among_processes(minimal):
     config.check(num_processes=3)
     with pytest.raises(ConfigError, match=r"4 processes .* nearest that can is train.groups = 8"):
         config.check(num_processes=4)
-    assert config.geometry(3)["processes"] == "3, 2 groups on each"
+    assert geometry(config, 3)["processes"] == "3, 2 groups on each"
 
 
 # Settings from the command line.
@@ -442,6 +442,7 @@ OUTSIDE = """
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from flowgrpo.algorithms import FlowGRPO
+from flowgrpo.config.geometry import geometry
 from flowgrpo.core.transitions import Gaussian
 
 @dataclass(frozen=True, kw_only=True)

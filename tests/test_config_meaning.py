@@ -12,6 +12,7 @@ from flowgrpo.config.bounds import BOUNDS, check_bounds
 from flowgrpo.config.changes import CHANGEABLE, differences, flat_table, may_change, why_fixed
 from flowgrpo.config.evidence import LEVELS, counts, evidence, fingerprint, next_level
 from flowgrpo.config.files import absolute
+from flowgrpo.config.geometry import geometry
 from flowgrpo.config.reader import dotted, read
 from flowgrpo.config.reference import explain, json_schema, to_table
 from flowgrpo.config.renamed import old_names
@@ -28,7 +29,7 @@ def config(*settings: str) -> Config:
 
 
 def test_the_geometry_in_words() -> None:
-    one = config("sampling.guidance_scale=4.5", "train.updates=3").geometry()
+    one = geometry(config("sampling.guidance_scale=4.5", "train.updates=3"))
     assert one == {
         "groups x samples": "18 prompts x 16 samples = 288 per iteration",
         "processes": "1, 18 groups on each",
@@ -40,16 +41,16 @@ def test_the_geometry_in_words() -> None:
         "denoising": "8 steps, guidance 4.5",
     }
     assert one["per prompt"].endswith("16 decodes, 16 calls of each reward in the first iteration")
-    two = config("train.epochs=2", "train.rollout_batch=100", "train.refill=2", "train.updates=3").geometry(2)  # fmt: skip
+    two = geometry(config("train.epochs=2", "train.rollout_batch=100", "train.refill=2", "train.updates=3"), 2)  # fmt: skip
     assert two["processes"] == "2, 9 groups on each"
     assert two["rollout"] == "2 calls of 100 samples on each process"
     assert two["optimizer steps"] == "6 per iteration in 2 epochs, 6 groups in each"
     assert two["in all"] == "120 iterations, 34,560 samples, 720 optimizer steps"
     assert two["per prompt"].endswith("; at most 3 times as much, as groups of equal rewards are replaced")  # fmt: skip
-    free = load("sd35_medium_pickscore").geometry()["denoising"]
+    free = geometry(load("sd35_medium_pickscore"))["denoising"]
     assert "guidance" in free
     words = {
-        split: config("train.updates=4", f"train.split={split}").geometry()["optimizer steps"]
+        split: geometry(config("train.updates=4", f"train.split={split}"))["optimizer steps"]
         for split in ("samples", "steps", "actions")
     }
     assert words == {

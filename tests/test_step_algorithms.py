@@ -23,6 +23,7 @@ from flowgrpo.algorithms import (
     TempFlowGRPO,
 )
 from flowgrpo.config import Config, Model, Prompts, Run, Train
+from flowgrpo.config.geometry import geometry
 from flowgrpo.core.advantages import GroupAdvantage
 from flowgrpo.core.random import Random, SampleNoise
 from flowgrpo.core.steps import Window
@@ -527,7 +528,7 @@ def test_a_run_of_each_kind(kind: str, tmp_path: Path) -> None:
         f"run.folder='{tmp_path / 'run'}'",
     ]
     config = flowgrpo.load("quickstart_flow_grpo", settings)
-    announced = config.geometry()["per prompt"]
+    announced = geometry(config)["per prompt"]
     assert flowgrpo.train(config).finished
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     assert len(lines) == 2

@@ -152,6 +152,7 @@ def _leave(status: int) -> NoReturn:
 
 def _dry_run(config: "Config", num_processes: int, memory_gb: float | None) -> int:
     """Check everything that can be checked without the model, and print the plan."""
+    from flowgrpo.config.geometry import geometry
     from flowgrpo.config.plan import plan
     from flowgrpo.policy.model_files import locate
     from flowgrpo.training.inputs import check_inputs
@@ -163,7 +164,7 @@ def _dry_run(config: "Config", num_processes: int, memory_gb: float | None) -> i
     model, work = locate(config.model.path), plan(config, num_processes)
     rows = [
         ("model", f"{config.model.path}, {model.words}"),
-        *config.geometry(num_processes).items(),
+        *geometry(config, num_processes).items(),
         *work.rows().items(),
     ]
     for label, prompts, file in (

@@ -45,18 +45,6 @@ def training_prompts(config: "Config") -> PromptSet:
     )
 
 
-def examples_geometry(config: Any, num_processes: int) -> dict[str, str]:
-    """The batch geometry of given pictures in words; empty where pictures are sampled."""
-    groups, number = config.train.groups, config.algorithm.num_targets
-    if not number:
-        return {}
-    pictures = "pictures" if number > 1 else "picture"
-    return {
-        "examples": f"{groups} examples x {number} {pictures} = {groups * number} per iteration; nothing is sampled",
-        "processes": f"{num_processes}, {groups // num_processes} examples on each",
-    }
-
-
 def check_examples(config: Any) -> None:
     """Check the settings of a run that trains on given pictures.
 

@@ -35,7 +35,7 @@ from flowgrpo.config.benchmarks import Bench, check_benchmarks
 from flowgrpo.config.best import check_best
 from flowgrpo.config.bounds import check_bounds
 from flowgrpo.config.distillation import check_distillation
-from flowgrpo.config.examples import check_examples, examples_geometry
+from flowgrpo.config.examples import check_examples
 from flowgrpo.config.regimes import Regime, check_regimes
 from flowgrpo.config.replay import ReplaySettings, check_replay
 from flowgrpo.config.reward_gradients import check_reward_gradients
@@ -581,43 +581,3 @@ class Config:
             "base_after": self.evaluation.base_after,
         }
         return replace(self.sampling, **{k: v for k, v in changed.items() if v is not None})
-
-    def geometry(self, num_processes: int = 1) -> dict[str, str]:
-        """The batch geometry in words, to be checked before a long run."""
-        t, size = self.train, self.algorithm.group_size
-        samples = t.groups * size
-        calls = -(-samples // num_processes // t.rollout_batch)
-        epochs = f" in {t.epochs} epochs" if t.epochs > 1 else ""
-        refill = (
-            f"; at most {t.refill + 1} times as much, as groups of equal rewards are replaced"
-            if t.refill
-            else ""
-        )
-        sampled = {
-            "groups x samples": f"{t.groups} prompts x {size} samples = {samples} per iteration",
-            "processes": f"{num_processes}, {t.groups // num_processes} groups on each",
-            "rollout": f"{calls} call{'s' * (calls > 1)} of {min(t.rollout_batch, samples // num_processes)} samples on each process",
-            "per prompt": self._work() + refill,
-        }
-        return {
-            **(examples_geometry(self, num_processes) or sampled),
-            "optimizer steps": f"{t.optimizer_steps} per iteration{epochs}, {self._update_words()} in each",
-            "in all": f"{t.iterations} iterations, {t.iterations * samples:,} samples, {t.iterations * t.optimizer_steps:,} optimizer steps",
-            "denoising": f"{self.sampling.num_steps} steps, guidance {self.sampling.guidance_scale if self.sampling.guidance_scale is not None else 'as the pipeline has it'}",
-        }
-
-    def _update_words(self) -> str:
-        """The part of an iteration that one optimizer step trains on, in words."""
-        t, size = self.train, self.algorithm.group_size
-        return {
-            "groups": f"{t.groups // t.updates} groups",
-            "samples": f"{size // t.updates} samples of each of the {t.groups} groups",
-            "steps": f"an equal part of the denoising steps of all {t.groups} groups",
-            "actions": f"an equal random part of the actions of all {t.groups} groups",
-        }[t.split]
-
-    def _work(self) -> str:
-        """The cost of the first iteration per prompt, in words."""
-        random = Random(self.run.seed).at("train", 0)
-        cost = self.algorithm.cost(self.sampling.num_steps, 0, random)
-        return f"{cost.nfe:,.0f} denoiser evaluations, {cost.decodes:,.0f} decodes, {cost.rewards:,.0f} calls of each reward in the first iteration"

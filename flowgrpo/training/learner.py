@@ -30,7 +30,6 @@ from flowgrpo.core.random import Random
 from flowgrpo.data.experience import Actions, Experience
 from flowgrpo.losses.base import Loss, LossInputs, LossOutputs, WholeGroups
 from flowgrpo.policy import EMA, PipelinePolicy
-from flowgrpo.policy.arguments import call_key
 from flowgrpo.policy.sharding import clip_gradients, divided_like, local
 from flowgrpo.policy.weights import Trainable, swapped
 from flowgrpo.training.baseline import ValueBaseline
@@ -38,6 +37,7 @@ from flowgrpo.training.divergence import MAX_SKIPPED, are_finite, check_drift
 from flowgrpo.training.group_terms import whole_groups
 from flowgrpo.training.guard import Guarding
 from flowgrpo.training.metrics import UpdateStatistics
+from flowgrpo.training.monitored import monitored
 from flowgrpo.training.replay import Replay, StoredOutputs
 from flowgrpo.training.replay_buffer import ReplayBuffer
 from flowgrpo.training.reward_replay import RewardReplay
@@ -358,7 +358,8 @@ class Learner:
         """
         if self.train.monitor_states == 0:
             return {}
-        batches = self._monitored(experience)
+        limit = min(self.train.monitor_states, self.train.train_batch)
+        batches = monitored(experience, limit, self._of_all)
         references = self.replay.references(experience, batches)
         with torch.no_grad(), self.policy.together():
             records = [self.replay.record(experience, batch) for batch in batches]
@@ -373,28 +374,6 @@ class Learner:
         drift = sum(n * moved for n, moved, _ in every) / number
         check_drift(drift, sum(n * size for n, _, size in every) / number)
         return {"kl/velocity": drift}
-
-    def _monitored(self, experience: Experience) -> list[Actions]:
-        """The actions from this process's share of the monitored states, as one batch or none.
-
-        Monitored are the first states, by group and sample, of the denoising step with which the
-        iteration begins. They share a call of the pipeline.
-        """
-        train, actions = self.train, experience.actions
-        key = {g.index: call_key(g.prompt) for g in experience.groups}
-        # Those of the first action on all processes.
-        step, first = self._of_all([(int(actions.step[0]), key[int(actions.group[0])])])[0]
-        alike = torch.tensor([i for i, k in key.items() if k == first])
-        rows = ((actions.step == step) & torch.isin(actions.group, alike)).nonzero().squeeze(1)
-        found = {
-            int(actions.state[i]): (int(actions.group[i]), int(actions.sample[i]))
-            for i in reversed(rows.tolist())
-        }
-        limit = min(train.monitor_states, train.train_batch)
-        last = sorted(self._of_all(list(found.values())))[:limit][-1]
-        chosen = sorted(state for state, place in found.items() if place <= last)[:limit]
-        own = torch.isin(actions.state, torch.tensor(chosen)).nonzero().squeeze(1)
-        return [actions.select(own)] if chosen else []
 
     def _of_all(self, values: list[Any]) -> list[Any]:
         """The values of all processes."""

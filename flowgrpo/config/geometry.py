@@ -1,0 +1,60 @@
+"""The batch geometry of a run in words, to be checked before a long run."""
+
+from typing import Any
+
+from flowgrpo.core.random import Random
+
+
+def geometry(config: Any, num_processes: int = 1) -> dict[str, str]:
+    """The batch geometry in words, to be checked before a long run."""
+    t, size = config.train, config.algorithm.group_size
+    samples = t.groups * size
+    calls = -(-samples // num_processes // t.rollout_batch)
+    epochs = f" in {t.epochs} epochs" if t.epochs > 1 else ""
+    refill = (
+        f"; at most {t.refill + 1} times as much, as groups of equal rewards are replaced"
+        if t.refill
+        else ""
+    )
+    sampled = {
+        "groups x samples": f"{t.groups} prompts x {size} samples = {samples} per iteration",
+        "processes": f"{num_processes}, {t.groups // num_processes} groups on each",
+        "rollout": f"{calls} call{'s' * (calls > 1)} of {min(t.rollout_batch, samples // num_processes)} samples on each process",
+        "per prompt": _work(config) + refill,
+    }
+    return {
+        **(_given(config, num_processes) or sampled),
+        "optimizer steps": f"{t.optimizer_steps} per iteration{epochs}, {_update_words(config)} in each",
+        "in all": f"{t.iterations} iterations, {t.iterations * samples:,} samples, {t.iterations * t.optimizer_steps:,} optimizer steps",
+        "denoising": f"{config.sampling.num_steps} steps, guidance {config.sampling.guidance_scale if config.sampling.guidance_scale is not None else 'as the pipeline has it'}",
+    }
+
+
+def _update_words(config: Any) -> str:
+    """The part of an iteration that one optimizer step trains on, in words."""
+    t, size = config.train, config.algorithm.group_size
+    return {
+        "groups": f"{t.groups // t.updates} groups",
+        "samples": f"{size // t.updates} samples of each of the {t.groups} groups",
+        "steps": f"an equal part of the denoising steps of all {t.groups} groups",
+        "actions": f"an equal random part of the actions of all {t.groups} groups",
+    }[t.split]
+
+
+def _work(config: Any) -> str:
+    """The cost of the first iteration per prompt, in words."""
+    random = Random(config.run.seed).at("train", 0)
+    cost = config.algorithm.cost(config.sampling.num_steps, 0, random)
+    return f"{cost.nfe:,.0f} denoiser evaluations, {cost.decodes:,.0f} decodes, {cost.rewards:,.0f} calls of each reward in the first iteration"
+
+
+def _given(config: Any, num_processes: int) -> dict[str, str]:
+    """The batch geometry of given pictures in words; empty where pictures are sampled."""
+    groups, number = config.train.groups, config.algorithm.num_targets
+    if not number:
+        return {}
+    pictures = "pictures" if number > 1 else "picture"
+    return {
+        "examples": f"{groups} examples x {number} {pictures} = {groups * number} per iteration; nothing is sampled",
+        "processes": f"{num_processes}, {groups // num_processes} examples on each",
+    }
