@@ -4,7 +4,7 @@ A loss that couples a group through one number per action gets this number for a
 before it is called for a part of them. The pass has no gradients and the same weights as the second.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import zip_longest
 
 import torch
@@ -19,7 +19,7 @@ def whole_groups(
     replay: Replay,
     experience: Experience,
     batches: Sequence[tuple[Actions, Tensor]],
-    references: Sequence[StoredOutputs],
+    references: Iterable[StoredOutputs],
     first_update: bool,
 ) -> list[WholeGroups | None]:
     """For each batch that holds a part of a group, the terms of the whole group; None for the others.

@@ -8,7 +8,7 @@ Each process replays its own actions in batches, backpropagates the part of the 
 batch, and the gradients of all processes are added.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from itertools import zip_longest
@@ -250,7 +250,7 @@ class Learner:
         self,
         experience: Experience,
         batches: Sequence[tuple[Actions, Tensor]],
-        references: Sequence[StoredOutputs],
+        references: Iterable[StoredOutputs],
         is_first: bool,
     ) -> list[WholeGroups | None]:
         """For each batch with a part of a group, what the loss needs of the whole group."""
