@@ -6,6 +6,7 @@ from datetime import timedelta
 
 from flowgrpo.config import Config, ConfigError
 from flowgrpo.config.distillation import assigns_credit
+from flowgrpo.config.few_steps import few_step_notes
 from flowgrpo.core.transitions import require_path
 from flowgrpo.data.prompt_sets import PromptSet
 from flowgrpo.data.prompts import Prompt
@@ -67,7 +68,9 @@ def build(config: Config, session: Session, prompts: PromptSet, held_out: Prompt
     scorer.check_audio(policy.makes_audio, f"{type(policy.pipeline).__name__} makes none")
     _check_policy(policy, config, prompts, held_out)
     _say_compiled(policy, session)
-    session.note_prompts(_prompt_notes(policy, config, prompts, held_out))
+    session.note_prompts(
+        [*few_step_notes(config), *_prompt_notes(policy, config, prompts, held_out)]
+    )
     learner = Learner(
         policy,
         config.train,
