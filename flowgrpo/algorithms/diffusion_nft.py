@@ -26,7 +26,11 @@ from flowgrpo.losses.base import ActionKind
 
 @dataclass(frozen=True, kw_only=True)
 class DiffusionNFT(AlgorithmBase):
-    """Sample-level credit on the forward process."""
+    """Sample-level credit on the forward process.
+
+    It trains the model as a flow model, which checkpoints that were distilled to a few steps (Turbo,
+    Lightning, Schnell) are not: their images may lose detail, and a run says so at its start.
+    """
 
     action_kind: ClassVar[ActionKind] = "noised_sample"
     kind: Literal["diffusion_nft"] = "diffusion_nft"

@@ -33,6 +33,9 @@ class Matching(AlgorithmBase):
 
     All samples of an iteration are trained at the same times, so that a batch of one time is full. The
     losses ``matching``, ``dgpo`` and ``crd`` belong to it; ``nft`` can be used, too.
+
+    It trains the model as a flow model, which checkpoints that were distilled to a few steps (Turbo,
+    Lightning, Schnell) are not: their images may lose detail, and a run says so at its start.
     """
 
     action_kind: ClassVar[ActionKind] = "noised_sample"

@@ -152,6 +152,7 @@ def _leave(status: int) -> NoReturn:
 
 def _dry_run(config: "Config", num_processes: int, memory_gb: float | None) -> int:
     """Check everything that can be checked without the model, and print the plan."""
+    from flowgrpo.config.few_steps import few_step_notes
     from flowgrpo.config.geometry import geometry
     from flowgrpo.config.plan import plan
     from flowgrpo.policy.model_files import locate
@@ -188,7 +189,8 @@ def _dry_run(config: "Config", num_processes: int, memory_gb: float | None) -> i
     console = Console()
     for name, value in rows:
         console.say(f"{name:>20}  {value}")
-    for note in [*kept, *(f"WARNING: {n}" for n in work.notes()), *_notes(config, train, held_out)]:
+    warnings = [f"WARNING: {n}" for n in (*work.notes(), *few_step_notes(config))]
+    for note in [*kept, *warnings, *_notes(config, train, held_out)]:
         console.say(note)
     print_estimate(config, num_processes, memory_gb, console)
     console.say("the configuration is valid; nothing was loaded")

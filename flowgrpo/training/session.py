@@ -476,7 +476,7 @@ class Session:
             self.console.say(f"network: {network}")
 
     def note_prompts(self, notes: Sequence[str]) -> None:
-        """Print warnings about the prompts, and keep them for the report."""
+        """Print warnings about the model and the prompts, and keep them for the report."""
         if not self.is_main:
             return
         for note in notes:

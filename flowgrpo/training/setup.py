@@ -8,6 +8,7 @@ from flowgrpo.algorithms import AlgorithmBase
 from flowgrpo.algorithms.previews import Previews
 from flowgrpo.config import Config, ConfigError
 from flowgrpo.config.distillation import assigns_credit
+from flowgrpo.config.few_steps import few_step_notes
 from flowgrpo.core.transitions import require_path
 from flowgrpo.data.prompt_sets import PromptSet
 from flowgrpo.data.prompts import Prompt
@@ -78,7 +79,7 @@ def build(config: Config, session: Session, prompts: PromptSet, held_out: Prompt
     scorer.check_audio(policy.makes_audio, f"{type(policy.pipeline).__name__} makes none")
     _check_policy(policy, config, prompts, held_out)
     _say_compiled(policy, session)
-    notes = _prompt_notes(policy, config, prompts, held_out)
+    notes = [*few_step_notes(config), *_prompt_notes(policy, config, prompts, held_out)]
     if config.algorithm.num_targets:
         check_pictures(policy, prompts)
         quality = quality_of(policy, prompts)
