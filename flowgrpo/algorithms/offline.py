@@ -45,7 +45,7 @@ class Offline(AlgorithmBase):
     guidance intact."""
 
     @property
-    def group_size(self) -> int:
+    def group_size(self) -> int:  # type: ignore[override]
         """Pictures per example."""
         return self.num_targets
 
@@ -58,6 +58,7 @@ class Offline(AlgorithmBase):
         iteration: int,
     ) -> Experience:
         """Encode the pictures of the groups, and record a noised version of each as its action."""
+        scorer.reset()  # Its counts are those of an evaluation, and nothing is scored here.
         groups = [self._group(g, random) for g in groups]
         parts = [
             self._actions(policy, list(part), random)

@@ -248,7 +248,9 @@ def prompt_of(record: Any, where: str, folder: Path) -> Prompt:
     rest = {k: v for k, v in record.items() if k not in OWN_KEYS}
     pictures = {k: record[k] for k in PICTURES if record.get(k) is not None}
     call = call | {k: _image(v, where, folder) for k, v in pictures.items()}
-    sizes = {k: _size(record[k], k, where) for k in SIZES if record.get(k) is not None}
+    sizes: dict[str, Any] = {
+        k: _size(record[k], k, where) for k in SIZES if record.get(k) is not None
+    }
     images = _images(record, where, folder)
     return Prompt(text, negative or None, {**rest, **metadata}, images, call=call, **sizes)
 

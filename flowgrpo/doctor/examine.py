@@ -15,6 +15,7 @@ import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
 from torch import Tensor
+from torchvision.transforms.functional import to_pil_image
 
 from flowgrpo.core.random import Random, SampleNoise
 from flowgrpo.core.steps import AllSteps
@@ -104,6 +105,23 @@ class _Trial:
     tiled: bool = False
 
 
+def _pictures(policy: PipelinePolicy, prompt: Prompt, image: Tensor) -> list[str]:
+    """A sentence on whether the pipeline can be trained on given pictures, with one of its own images.
+
+    Videos are left out: their pipelines are trained on pictures with one frame.
+    """
+    if image.ndim != 3:
+        return []
+    picture = to_pil_image(image.float().clamp(0, 1).cpu())
+    try:
+        quality = policy.pictures.round_trip(prompt, picture)
+    except UnsupportedPipelineError as error:
+        return [f"no training on given pictures: {error}"]
+    return [
+        f"can be trained on given pictures: its own image, encoded and decoded, comes back with {quality:.1f} dB"
+    ]
+
+
 def examine(model: str | Path | ModelSource, settings: Settings) -> Diagnosis:
     """Run all checks on a hub id or a folder.
 
@@ -159,6 +177,7 @@ def _examine(
             trial.prompts, noise, stochastic=steps, transition=transition, record=steps
         )
     subject = Subject(model, policy, settings, trial.prompts, noise, transition, rollout)
+    notes += _pictures(policy, trial.prompts[0], trial.media[0])
     return Diagnosis(
         model=str(model),
         pipeline=name,
