@@ -96,15 +96,21 @@ def shrunk_and_cropped_with_gradient(
 ) -> Float[Tensor, "batch 3 crop crop"]:
     """As :func:`shrunk_and_cropped`, with the gradient of images in [0, 1].
 
-    The filter is the same (bicubic with antialiasing), and so is the clamp of its overshoot. Pillow rounds
-    to 8 bits after each direction, which has no gradient and is left out: before the normalisation the
-    pixels differ by up to 1.5 of 255 levels on images of 8 bits.
+    The filter is the same (bicubic with antialiasing), and so is the clamp of its overshoot after each
+    direction, horizontally first. Pillow rounds to 8 bits there, which has no gradient and is left out:
+    before the normalisation the pixels of 8-bit images differ by 0.3 of 255 levels on average, and by less
+    than 3.
     """
-    resized = TF.resize(media, [shortest], TF.InterpolationMode.BICUBIC, antialias=True)
+    height, width = media.shape[-2:]
+    longest = int(shortest * max(height, width) / min(height, width))
+    to_height, to_width = (shortest, longest) if height <= width else (longest, shortest)
+    bicubic = TF.InterpolationMode.BICUBIC
+    resized = TF.resize(media, [height, to_width], bicubic, antialias=True).clamp(0, 1)
+    resized = TF.resize(resized, [to_height, to_width], bicubic, antialias=True).clamp(0, 1)
     height, width = resized.shape[-2:]
     margins = (height - crop, width - crop)
     top, left = (round(m / 2) if odd == "round" else m // 2 for m in margins)
-    cropped = TF.crop(resized.clamp(0, 1), top, left, crop, crop)
+    cropped = TF.crop(resized, top, left, crop, crop)
     return TF.normalize(cropped, list(mean), list(std))
 
 
