@@ -14,6 +14,7 @@ from flowgrpo.algorithms.flow_grpo import FlowGRPO
 from flowgrpo.algorithms.g2rpo import G2RPO
 from flowgrpo.algorithms.matching import Matching
 from flowgrpo.algorithms.mix_grpo import MixGRPO
+from flowgrpo.algorithms.neighbor_grpo import NeighborGRPO
 from flowgrpo.algorithms.pref_grpo import PrefGRPO
 from flowgrpo.algorithms.tempflow_grpo import TempFlowGRPO
 from flowgrpo.algorithms.tp_grpo import TPGRPO
@@ -21,5 +22,6 @@ from flowgrpo.algorithms.vgpo import VGPO
 
 __all__ = [
     "FIND", "G2RPO", "TPGRPO", "VGPO", "Algorithm", "AlgorithmBase", "BranchGRPO", "DanceGRPO",
-    "DiffusionNFT", "FlowGRPO", "Matching", "MixGRPO", "PrefGRPO", "TempFlowGRPO",
+    "DiffusionNFT", "FlowGRPO", "Matching", "MixGRPO", "NeighborGRPO", "PrefGRPO",
+    "TempFlowGRPO",
 ]  # fmt: skip

@@ -19,6 +19,7 @@ from flowgrpo.algorithms import (
     FlowGRPO,
     Matching,
     MixGRPO,
+    NeighborGRPO,
     PrefGRPO,
     TempFlowGRPO,
 )
@@ -36,6 +37,7 @@ from flowgrpo.losses.base import Loss
 from flowgrpo.losses.clipped import ClippedLoss
 from flowgrpo.losses.group_matching import CRDLoss, DGPOLoss
 from flowgrpo.losses.matching import MatchingLoss
+from flowgrpo.losses.neighbor import NeighborLoss
 from flowgrpo.losses.nft import NFTLoss
 from flowgrpo.policy.settings import (
     Adapter,
@@ -279,11 +281,11 @@ class Config:
     """How the processes of a run divide the model."""
     algorithm: (
         FlowGRPO | DanceGRPO | MixGRPO | PrefGRPO | DiffusionNFT | Matching
-        | TempFlowGRPO | G2RPO | TPGRPO | VGPO | BranchGRPO | FIND | Algorithm
+        | NeighborGRPO | TempFlowGRPO | G2RPO | TPGRPO | VGPO | BranchGRPO | FIND | Algorithm
     )  # fmt: skip
     """What is sampled, and which candidates give each action its advantage; ``kind`` may be the import
     path of an algorithm of your own."""
-    loss: ClippedLoss | NFTLoss | MatchingLoss | DGPOLoss | CRDLoss | Loss = field(
+    loss: ClippedLoss | NFTLoss | MatchingLoss | DGPOLoss | CRDLoss | NeighborLoss | Loss = field(
         default_factory=ClippedLoss
     )
     """The objective of an update; ``kind`` may be the import path of a loss of your own."""

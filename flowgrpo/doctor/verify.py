@@ -53,6 +53,7 @@ FITTED = {
     "g2rpo": {"algorithm.steps.size": "2"},
     "branch_grpo": {"algorithm.splits": "[1]"},
     "matching": {"algorithm.num_times": "2"},
+    "neighbor_grpo": {"algorithm.anchors": "1"},
     "tempflow_grpo": {"algorithm.seeds": "1"},
 }
 """Settings of an algorithm that do not fit into six steps and a group of two."""

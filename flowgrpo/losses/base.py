@@ -17,10 +17,12 @@ from typing import ClassVar, Literal, Protocol, runtime_checkable
 from flowgrpo.core.tensors import Bool, Float, Int, Tensor
 from flowgrpo.core.transitions import Gaussian, Prediction, Step, Transition
 
-ActionKind = Literal["step", "noised_sample", "initial_noise"]
+ActionKind = Literal["step", "noised_sample", "initial_noise", "neighbor"]
 """``step``: a stochastic denoising step with a log-probability. ``noised_sample``: a finished sample
 with fresh noise, which has no log-probability; ``x_next`` is the clean sample. ``initial_noise``: the
-draw of the initial latents, which has a log-probability but no ``interval`` and no step size."""
+draw of the initial latents, which has a log-probability but no ``interval`` and no step size.
+``neighbor``: a deterministic step with the next state of another sample, whose log-probability is that
+among the samples of the group."""
 
 
 Trail = Literal["none", "third", "half", "late", "rising"]
