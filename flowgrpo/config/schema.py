@@ -361,7 +361,6 @@ class Config:
         self._check_updates()
         self._check_staleness()
         self._check_kinds()
-        check_steps(self)
         check_benchmarks(self.evaluation.bench)
         check_regimes(self.evaluation.regimes, self.evaluation_sampling())
         check_best(self)
@@ -495,6 +494,7 @@ class Config:
 
     def _check_kinds(self) -> None:
         """Raise ConfigError if the trained weights do not match the algorithm's kind of action or the guards."""
+        check_steps(self)
         algorithm, weights = self.algorithm, self.model.weights
         if self.evaluation.base_after is not None and (
             self.guard.resets or isinstance(weights, Noise)

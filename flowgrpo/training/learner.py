@@ -181,10 +181,9 @@ class Learner:
             references = self.replay.references(experience, referred) if needs.reference else []
             is_first = number_before == 0 and not stale
             ratios = self._chunk_log_ratios(experience, referred, is_first)
+            parts = zip_longest(batches, references, ratios)
             with self.policy.together():
-                for (batch, advantage), reference, ratio in zip_longest(
-                    batches, references, ratios
-                ):
+                for (batch, advantage), reference, ratio in parts:
                     columns = [advantage] if advantage.ndim == 1 else list(advantage.unbind(1))
                     inputs = self.replay.inputs(experience, batch, columns[0], reference, is_first)
                     inputs = replace(inputs, chunk_log_ratio=ratio)
