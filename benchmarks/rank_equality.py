@@ -68,6 +68,8 @@ CASES: dict[str, Sequence[str]] = {
     "tp_grpo": ["algorithm={kind='tp_grpo', group_size=4, steps={kind='all', skip_last=2}}", CLIPPED],
     "vgpo": ["algorithm={kind='vgpo', group_size=4}", CLIPPED],
     "branch_grpo": ["algorithm={kind='branch_grpo', group_size=4, splits=[0, 1], steps={kind='all', skip_last=2}}", CLIPPED, "train.split='actions'"],
+    "branch_grpo, Tree": ["algorithm={kind='branch_grpo', group_size=4, splits=[0, 1], between='ode', shift_ratio=0.5, rivals='leaves', fusion='path_probability'}", CLIPPED],
+    "neighbor_grpo": ["algorithm={kind='neighbor_grpo', group_size=4, anchors=2, steps={kind='window', size=2}}", "loss={kind='neighbor', clip_range=1e-3}"],
     "diffusion_nft": ["algorithm={kind='diffusion_nft', group_size=4}", "loss={kind='nft', kl_coef=0.05}"],
     "matching": ["algorithm={kind='matching', group_size=4, num_times=2}", "loss={kind='matching', kl_coef=0.05}"],
     "distillation": ["algorithm={kind='distillation', group_size=2}", "loss={kind='distillation', teachers=[{guidance_scale=9.0}, {guidance_scale=1.0}], kl_coef=0.05}"],

@@ -20,6 +20,7 @@ from flowgrpo.algorithms import (
     FlowGRPO,
     Matching,
     MixGRPO,
+    NeighborGRPO,
     PrefGRPO,
     TempFlowGRPO,
 )
@@ -47,6 +48,7 @@ SETTINGS: Sequence[tuple[str, int, Algorithm]] = [
     ("AWM, SD3.5", 14, Matching()),
     ("DGPO, SD3.5", 10, Matching(group_size=16)),
     ("DiffusionOPD, SD3.5", 10, Distillation()),
+    ("Neighbor GRPO, FLUX", 8, NeighborGRPO()),
     ("TempFlow-GRPO, 4 seeds", 10, TempFlowGRPO()),
     ("G²RPO, FLUX, granularities 1, 2, 3", 16, G2RPO()),
     ("G²RPO, released script, granularities 1, 2", 16, G2RPO(granularities=(1, 2))),
@@ -65,6 +67,11 @@ SETTINGS: Sequence[tuple[str, int, Algorithm]] = [
     ),
     ("VGPO, SD3.5", 10, VGPO()),
     ("BranchGRPO, FLUX, splits at 0, 3, 6, 9", 20, BranchGRPO()),
+    (
+        "TreeGRPO, SD3.5, 3 splits into 3 from step 0",
+        10,
+        BranchGRPO(group_size=27, children=3, splits=(0, 1, 2), between="ode", rivals="leaves"),
+    ),
     ("FIND, SD 1.5", 50, FIND()),
 ]
 """Name, number of denoising steps, algorithm with its paper's defaults."""

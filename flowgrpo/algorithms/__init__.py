@@ -16,6 +16,7 @@ from flowgrpo.algorithms.flow_grpo import FlowGRPO
 from flowgrpo.algorithms.g2rpo import G2RPO
 from flowgrpo.algorithms.matching import Matching
 from flowgrpo.algorithms.mix_grpo import MixGRPO
+from flowgrpo.algorithms.neighbor_grpo import NeighborGRPO
 from flowgrpo.algorithms.offline import Pairs, Pictures
 from flowgrpo.algorithms.pref_grpo import PrefGRPO
 from flowgrpo.algorithms.refl import ReFL
@@ -26,6 +27,6 @@ from flowgrpo.algorithms.vgpo import VGPO
 
 __all__ = [
     "FIND", "G2RPO", "SRPO", "TPGRPO", "VGPO", "Algorithm", "AlgorithmBase", "BranchGRPO", "DRaFT",
-    "DanceGRPO", "DiffusionNFT", "Distillation", "FlowGRPO", "Matching", "MixGRPO", "Pairs", "Pictures",
-    "PrefGRPO", "ReFL", "TempFlowGRPO",
+    "DanceGRPO", "DiffusionNFT", "Distillation", "FlowGRPO", "Matching", "MixGRPO", "NeighborGRPO",
+    "Pairs", "Pictures", "PrefGRPO", "ReFL", "TempFlowGRPO",
 ]  # fmt: skip

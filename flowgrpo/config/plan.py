@@ -155,15 +155,17 @@ def plan(config: Config, num_ranks: int = 1) -> Plan:
     groups = t.groups // num_ranks
     steps = 0
     kind: ActionKind = config.algorithm.action_kind
-    if kind in ("step", "visited_state"):
+    if kind in ("step", "visited_state", "neighbor"):
         steps = len(config.algorithm.trained_steps(config.sampling.num_steps, 0, random))
     samples = groups * size_
     # The states of one denoising step, and the denoising steps, in one optimizer step.
-    states, trained = samples, steps
+    # Of neighbours, the states of anchors only.
+    starts = groups * getattr(config.algorithm, "anchors", size_) if kind == "neighbor" else samples
+    states, trained = starts, steps
     if t.split == "steps":
         trained = ceil(steps / t.updates)
     else:
-        states = ceil(samples / t.updates)
+        states = ceil(starts / t.updates)
     cost = config.algorithm.cost(config.sampling.num_steps, 0, random)
     needs, shard = config.loss.needs, config.parallel
     return Plan(

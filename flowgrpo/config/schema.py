@@ -22,6 +22,7 @@ from flowgrpo.algorithms import (
     FlowGRPO,
     Matching,
     MixGRPO,
+    NeighborGRPO,
     Pairs,
     Pictures,
     PrefGRPO,
@@ -49,6 +50,7 @@ from flowgrpo.losses.distillation import DistillationLoss
 from flowgrpo.losses.dpo import DPOLoss
 from flowgrpo.losses.group_matching import CRDLoss, DGPOLoss
 from flowgrpo.losses.matching import MatchingLoss
+from flowgrpo.losses.neighbor import NeighborLoss
 from flowgrpo.losses.nft import NFTLoss
 from flowgrpo.losses.reward_gradient import RewardGradientLoss
 from flowgrpo.losses.supervised import SupervisedLoss
@@ -310,14 +312,14 @@ class Config:
     """How the processes of a run divide the model."""
     algorithm: (
         FlowGRPO | DanceGRPO | MixGRPO | PrefGRPO | DiffusionNFT | Matching
-        | TempFlowGRPO | G2RPO | TPGRPO | VGPO | BranchGRPO | FIND | Distillation | DRaFT | ReFL | SRPO
-        | Pictures | Pairs | Algorithm
+        | NeighborGRPO | TempFlowGRPO | G2RPO | TPGRPO | VGPO | BranchGRPO | FIND | Distillation | DRaFT | ReFL
+        | SRPO | Pictures | Pairs | Algorithm
     )  # fmt: skip
     """What is sampled, and which candidates give each action its advantage; ``kind`` may be the import
     path of an algorithm of your own."""
     loss: (
         ClippedLoss | NFTLoss | MatchingLoss | DGPOLoss | CRDLoss | DistillationLoss | SupervisedLoss
-        | DPOLoss | RewardGradientLoss | Loss
+        | DPOLoss | NeighborLoss | RewardGradientLoss | Loss
     ) = field(default_factory=ClippedLoss)  # fmt: skip
     """The objective of an update; ``kind`` may be the import path of a loss of your own."""
     rewards: tuple[Reward, ...] = ()
@@ -394,7 +396,6 @@ class Config:
         self._check_staleness()
         check_replay(self, num_processes)
         self._check_kinds()
-        check_steps(self)
         check_benchmarks(self.evaluation.bench)
         check_regimes(self.evaluation.regimes, self.evaluation_sampling())
         check_best(self)
@@ -530,6 +531,7 @@ class Config:
 
     def _check_kinds(self) -> None:
         """Raise ConfigError if the trained weights do not match the algorithm's kind of action or the guards."""
+        check_steps(self)
         algorithm, weights = self.algorithm, self.model.weights
         if self.evaluation.base_after is not None and (
             self.guard.resets or isinstance(weights, Noise)

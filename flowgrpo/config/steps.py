@@ -25,6 +25,8 @@ def check_steps(config: Any) -> None:
                 f"give {last + 1}, one for each step from 0 on"
             )
     name = type(algorithm).__name__
+    if algorithm.action_kind == "neighbor":
+        _check_neighbors(config)
     if needs.step_weight is not None and algorithm.scales_steps:
         raise ConfigError(
             f"{name} already weighs its steps; set loss.step_weight to 'none', or switch the algorithm's "
@@ -48,4 +50,18 @@ def check_steps(config: Any) -> None:
         raise ConfigError(
             f"loss.chunks needs all actions of a chunk in one optimizer step, which train.split = "
             f"{config.train.split!r} divides; use 'groups' or 'samples'"
+        )
+
+
+def _check_neighbors(config: Any) -> None:
+    train, anchors = config.train, config.algorithm.anchors
+    if train.train_batch < anchors:
+        raise ConfigError(
+            f"train.train_batch = {train.train_batch} must be at least algorithm.anchors = {anchors}, as the "
+            "anchors of a group are trained in one batch"
+        )
+    if train.without_advantage == "drop":
+        raise ConfigError(
+            "train.without_advantage = 'drop' leaves out samples that the probabilities of neighbor_grpo are "
+            "over; set it to 'count'"
         )

@@ -53,6 +53,7 @@ FITTED = {
     "g2rpo": {"algorithm.steps.size": "2"},
     "branch_grpo": {"algorithm.splits": "[1]"},
     "matching": {"algorithm.num_times": "2"},
+    "neighbor_grpo": {"algorithm.anchors": "1"},
     "tempflow_grpo": {"algorithm.seeds": "1"},
     "draft": {"algorithm.last": "6"},
     "srpo": {"algorithm.step_range": "[0.0, 0.7]"},

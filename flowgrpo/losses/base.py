@@ -18,13 +18,16 @@ from flowgrpo.core.tensors import Bool, Float, Int, Tensor
 from flowgrpo.core.transitions import Gaussian, Prediction, Step, Transition
 from flowgrpo.losses.teachers import Teachers
 
-ActionKind = Literal["step", "noised_sample", "visited_state", "initial_noise", "differentiated"]
+ActionKind = Literal[
+    "step", "noised_sample", "visited_state", "initial_noise", "differentiated", "neighbor"
+]
 """``step``: a stochastic denoising step with a log-probability. ``noised_sample``: a finished sample
 with fresh noise, which has no log-probability; ``x_next`` is the clean sample. ``visited_state``: a
 state of a trajectory, deterministic or not, whose step is compared with a teacher's. ``initial_noise``: the
 draw of the initial latents, which has a log-probability but no ``interval`` and no step size.
 ``differentiated``: a state from which the reward of the decoded image is differentiated; it has no
-log-probability."""
+log-probability. ``neighbor``: a deterministic step with the next state of another sample, whose
+log-probability is that among the samples of the group."""
 
 
 Trail = Literal["none", "third", "half", "late", "rising"]

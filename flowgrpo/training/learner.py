@@ -195,10 +195,9 @@ class Learner:
                 references = list(references)
             wholes = self._whole_groups(experience, batches, references, is_first)
             ratios = self._chunk_log_ratios(experience, referred, is_first)
+            parts = zip_longest(batches, references, taught, ratios, wholes)
             with self.policy.together():
-                for (batch, advantage), reference, teacher, ratio, whole in zip_longest(
-                    batches, references, taught, ratios, wholes
-                ):
+                for (batch, advantage), reference, teacher, ratio, whole in parts:
                     columns = [advantage] if advantage.ndim == 1 else list(advantage.unbind(1))
                     inputs = self.replay.inputs(
                         experience, batch, columns[0], reference, is_first, teacher
