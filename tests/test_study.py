@@ -207,7 +207,7 @@ def test_methods_are_told_apart_by_what_is_left_after_method_and_seed():
 
 def test_a_recommendation_names_no_more_than_can_be_told_apart():
     def run(seed: int, gain: float) -> Run:
-        before = {p: {"strict": 0.4, "graded": 0.6, "ink": 0.1} for p in ("plain", "guided", "second")}  # fmt: skip
+        before = {p: {"strict": 0.4, "graded": 0.6, "ink": 0.1, "diversity/color": 0.5} for p in ("plain", "guided", "second")}  # fmt: skip
         after = {p: {k: v + gain for k, v in part.items()} for p, part in before.items()}
         nothing = {"seconds": 0.0, "images": 0.0, "evaluations": 0.0}
         points = [Point(nothing, {"strict": 0.4}), Point(dict.fromkeys(nothing, 60.0), {"strict": 0.4 + gain})]  # fmt: skip

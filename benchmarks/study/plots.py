@@ -8,7 +8,7 @@ import matplotlib
 import numpy as np
 from PIL import Image
 
-from benchmarks.study.results import COLOR, Run, Runs
+from benchmarks.study.results import COLOR, Point, Run, Runs
 from benchmarks.study.statistics import half_width
 
 matplotlib.use("Agg")
@@ -18,17 +18,24 @@ COLUMNS = 5
 INK, OTHER_INK, REST = "#1f5fa8", "#c2571a", "#b8b8b8"
 
 
-def draw(runs: Runs, folder: Path) -> list[Path]:
-    """Draw all plots of the main runs as PNG files."""
+AGAINST: Sequence[tuple[str, str, Callable[[Point], float]]] = (
+    ("gain", "processor seconds of training", lambda p: p.spent["seconds"]),
+    ("diversity", "colour entropy where the prompt leaves the colour open", lambda p: p.values[COLOR]),
+    ("drift", "squared change of the model's outputs on fixed states", lambda p: p.values["drift"]),
+    ("palette", "share of pixels with colours of the world (not trained on)", lambda p: p.values["palette"]),
+)  # fmt: skip
+"""File name, words and value of what accuracy is shown against."""
+
+
+def draw(runs: Runs, folder: Path) -> dict[Path, str]:
+    """Draw all plots of the main runs as PNG files. Returns their paths with what they show."""
     folder.mkdir(parents=True, exist_ok=True)
     plt.rcParams.update({"font.size": 8})
-    return [
-        _side_by_side(runs, folder / "methods.png"),
-        _panels(runs, folder / "gain.png", "processor seconds of training", lambda p: p.spent["seconds"]),
-        _panels(runs, folder / "diversity.png", "colour entropy where the prompt leaves the colour open", lambda p: p.values[COLOR]),
-        _panels(runs, folder / "drift.png", "squared change of the model's outputs on fixed states", lambda p: p.values["drift"]),
-        _panels(runs, folder / "palette.png", "share of pixels with colours of the world (not trained on)", lambda p: p.values["palette"]),
-    ]  # fmt: skip
+    shown = {_side_by_side(runs, folder / "methods.png"): "Gains of all methods in both regimes"}
+    for name, words, across in AGAINST:
+        file = _panels(runs, folder / f"{name}.png", words, across)
+        shown[file] = f"Accuracy against {words}"
+    return shown
 
 
 def _side_by_side(runs: Runs, file: Path) -> Path:
@@ -56,9 +63,7 @@ def _side_by_side(runs: Runs, file: Path) -> Path:
     return _save(figure, file)
 
 
-def _panels(
-    runs: Runs, file: Path, words: str, across: Callable[[Run], float] | Callable[..., float]
-) -> Path:
+def _panels(runs: Runs, file: Path, words: str, across: Callable[[Point], float]) -> Path:
     """Accuracy without guidance against something, a panel per method.
 
     Thin lines are seeds, the thick line is their mean, and grey lines are the means of the others.
@@ -85,7 +90,7 @@ def _panels(
     return _save(figure, file)
 
 
-def _line(run: Run, across: Callable[..., float]) -> tuple[Sequence[float], Sequence[float]]:
+def _line(run: Run, across: Callable[[Point], float]) -> tuple[Sequence[float], Sequence[float]]:
     return [across(p) for p in run.points], [100 * p.values["strict"] for p in run.points]
 
 

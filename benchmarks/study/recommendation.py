@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from statistics import mean
 
 from benchmarks.study.plan import Kind, Plan
-from benchmarks.study.results import Runs
+from benchmarks.study.results import COLOR, Runs
 from benchmarks.study.statistics import Gains, common_seeds, half_width, leaders
 from scripts.page_tables import markdown_table
 
@@ -32,6 +32,7 @@ def recommendation(runs: Mapping[Kind, Runs], plan: Plan) -> str:
         ),
         ("An expensive reward: equal images", main.gains_at("images", images)),
         ("An expensive model: equal evaluations", main.gains_at("evaluations", evaluations)),
+        ("Variety of colours (entropy)", main.gains("plain", COLOR)),
         ("Prompts of new kinds", main.gains("second", "strict")),
         ("A flawed reward: true score", runs["flawed"].gains("plain", "graded")),
         ("A flawed reward: least ink", _negative(runs["flawed"].gains("plain", "ink"))),

@@ -6,6 +6,7 @@ from pathlib import Path
 from statistics import mean
 
 from benchmarks.study.entries import ALGORITHMS, FURTHER, RATES
+from benchmarks.study.flawed_reward import BIAS
 from benchmarks.study.plan import Kind, Plan, Store
 from benchmarks.study.plots import draw
 from benchmarks.study.recommendation import recommendation
@@ -18,6 +19,12 @@ from benchmarks.study.statistics import (
     smallest_difference,
 )
 from scripts.page_tables import markdown_table, write_marked_text
+
+PLOTS = (
+    "Of the training without guidance. The first plot shows the seeds and the intervals of their means. In the "
+    "others thin lines are seeds, the thick line their mean, and grey lines are the means of the other methods; "
+    "each line begins at the model before training."
+)
 
 
 def write_report(store: Store, plan: Plan, page: Path | None) -> str:
@@ -42,10 +49,13 @@ def write_report(store: Store, plan: Plan, page: Path | None) -> str:
         flawed(runs["flawed"]),
         tuning(store),
     ]
-    text = "\n\n".join(p for p in parts if p)
+    text = "\n\n".join(p for p in parts if p) or "No run has finished yet."
     if page is not None:
+        plots = draw(main, page.parent / page.stem) if main.by_method else {}
+        links = [f"![{words}]({page.stem}/{file.name})" for file, words in plots.items()]
+        if links:
+            text += "\n\n### Plots\n\n" + "\n\n".join([PLOTS, *links])
         write_marked_text(page, "study", text)
-        plots = draw(main, page.parent / page.stem) if main.by_method else []
         print(f"wrote {', '.join(map(str, [page, *plots]))}")
     return text
 
@@ -170,8 +180,9 @@ def flawed(runs: Runs) -> str:
     """Changes of a flawed reward, of its flaw and of the true scores after training on it."""
     if not runs.by_method:
         return ""
-    reward, graded, strict = (runs.gains("plain", n) for n in ("reward", "graded", "strict"))
-    flaw = runs.gains("plain", "ink")
+    graded, strict, flaw = (runs.gains("plain", n) for n in ("graded", "strict", "ink"))
+    # The reward that was trained on; the model before training was scored by its parts.
+    reward = {m: {s: v + BIAS * flaw[m][s] for s, v in each.items()} for m, each in graded.items()}
     rows = []
     for method in sorted(graded, key=lambda m: -mean(graded[m].values())):
         found = runs.by_method[method].values()
