@@ -144,7 +144,7 @@ class Store:
 
         The mean over tuning runs where there are any, else the median of a few iterations. Other work on
         the machine slows a process down; each time is therefore divided by that of the reference work
-        before and after it.
+        after it.
         """
         guided: Kind = "guided" if kind == "guided" else "main"
         tuned = [t for t in self.tuning_runs(entry) if t["choice"]["value"] == value]
@@ -159,7 +159,7 @@ class Store:
     def _normal(self, result: Mapping[str, Any]) -> float:
         unit = self.unit()
         assert unit is not None
-        return sum(result["seconds"]) * unit / (sum(result["reference"]) / len(result["reference"]))
+        return sum(result["seconds"]) * unit / reference_seconds(result)
 
     def tuning_runs(self, entry: Entry) -> list[dict[str, Any]]:
         """The finished tuning runs of a method."""
@@ -199,6 +199,12 @@ class Store:
         """The evaluations of the model before training, by seed."""
         found = (self.folder / "base").glob("*.json")
         return {int(f.stem): json.loads(f.read_text("utf-8")) for f in found}
+
+
+def reference_seconds(result: Mapping[str, Any]) -> float:
+    """Processor seconds of the reference work in a job; the time after it, since the one before it
+    is the first sampling of a policy and takes longer."""
+    return float(result["reference"][-1])
 
 
 def jobs(store: Store, plan: Plan, entries: Sequence[Entry] | None = None) -> Iterator[Job]:

@@ -3,13 +3,12 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from statistics import mean
 from typing import Any
 
 import numpy as np
 
 from benchmarks.study.entries import ALGORITHMS, FURTHER
-from benchmarks.study.plan import Kind, Store
+from benchmarks.study.plan import Kind, Store, reference_seconds
 from benchmarks.study.statistics import Gains
 
 COLOR = "diversity/color"
@@ -114,7 +113,7 @@ def read_runs(store: Store, kind: Kind) -> Runs:
 
 
 def _run(found: Mapping[str, Any], before: Mapping[str, Any], unit: float) -> Run:
-    speed = unit / mean(found["reference"])
+    speed = unit / reference_seconds(found)
     points = [Point(dict.fromkeys(AXES, 0.0), {**_numbers(before["plain"]), "drift": 0.0})]
     for row in found["curve"]:
         points.append(Point(_spent(row, speed), _numbers(row)))
