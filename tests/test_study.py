@@ -1,113 +1,237 @@
-"""A short version of the study, and its statistics."""
+"""A short version of the study, its order, its statistics and its second world."""
 
 import math
-import subprocess
-import sys
+from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+from scipy import stats
 
 import flowgrpo
-from benchmarks.study import report, results
+from benchmarks.study import recommendation, report, second_world, statistics
 from benchmarks.study.__main__ import main
-from benchmarks.study.entries import ALGORITHMS, OVEROPTIMISED
-from tests.processes import command
+from benchmarks.study.entries import ALGORITHMS, COMMON, FLAWED, FURTHER, RATES
+from benchmarks.study.held_out_reward import palette_share
+from benchmarks.study.plan import SHORT, Choice, Job, Plan, Store, jobs
+from benchmarks.study.results import Point, Run, Runs
+from benchmarks.study.work import work
+from flowgrpo.shapes.captions import all_records, scene_for, vocabulary
+from flowgrpo.shapes.verifier import detect, strict
+from flowgrpo.shapes.world import draw
 
-ROOT = Path(__file__).parents[1]
-
-
-start = subprocess.run
-
-
-def forked(program, *others, **options):
-    """In place of ``subprocess.run``: the same command of flowgrpo, without importing torch again."""
-    if program[:3] != [sys.executable, "-m", "flowgrpo"]:
-        return start(program, *others, **options)
-    process = command(*program[3:])
-    output, _ = process.communicate()
-    assert process.returncode == 0, output[-2000:]
-    return None
+ENTRIES = (*ALGORITHMS, *FURTHER)
 
 
-@pytest.fixture
-def study(monkeypatch, capsys):
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    monkeypatch.setattr(subprocess, "run", forked)
-
-    def run(*arguments: str) -> str:
-        monkeypatch.setattr(sys, "argv", ["study", *arguments])
-        main()
-        return str(capsys.readouterr().out)
-
-    return run
+class Stopped(Exception):
+    """Ends the work in the middle."""
 
 
-def test_a_short_study_runs_resumes_and_reports(study, tmp_path):
+def test_a_short_study_resumes_and_reports(tmp_path, monkeypatch):
+    threads = torch.get_num_threads()
+    entry, store, done = ALGORITHMS[7], Store(tmp_path / "runs"), []
     page = tmp_path / "study.md"
-    page.write_text("Before.\n<!-- study: begin -->\nold\n<!-- study: end -->\nAfter.\n")
-    small = [
-        "train.groups=4", "train.rollout_batch=64", "evaluation.images=24",
-        "evaluation.images_during=24", "evaluation.grid_prompts=1", "evaluation.grid_samples=1",
-    ]  # fmt: skip
-    arguments = [
-        "--folder", str(tmp_path / "runs"), "--only", "Flow-GRPO-Fast", "Win rates, near",
-        "--seeds", "0", "--seconds", "1e-3", "--evaluations", "1000",
-        *(f"--set={s}" for s in small),
-    ]  # fmt: skip
-    study("run", *arguments)
-    finished = sorted((tmp_path / "runs").rglob("runs/*/0/report.html"))
-    assert len(finished) == 2
-    times = [f.stat().st_mtime_ns for f in finished]
-    study("run", *arguments)
-    assert [f.stat().st_mtime_ns for f in finished] == times, "finished runs are run again"
+    page.write_text("Before.\n<!-- study: begin -->\nformer\n<!-- study: end -->\nAfter.\n")
 
-    printed = study("report", *arguments, "--write", str(page))
+    def stop(line: str) -> None:
+        done.append(line)
+        if len(done) == 7:
+            raise Stopped
+
+    small = ["train.groups=1", "sampling.num_steps=4"]
+    with pytest.raises(Stopped):
+        work(store, SHORT, [entry], small, say=stop)
+    assert store.chosen(entry) is not None, "the tuning comes first"
+    times = {f: f.stat().st_mtime_ns for f in store.folder.rglob("*.json")}
+    monkeypatch.setattr("benchmarks.study.plan.FURTHER", ())
+    work(store, SHORT, [entry], small, say=done.append)
+    torch.set_num_threads(threads)
+    assert len(done) == len(set(done)) == 11
+    assert all(f.stat().st_mtime_ns == t for f, t in times.items()), "finished jobs are done again"
+    assert next(jobs(store, SHORT, [entry]), None) is None
+
+    main(["report", "--short", "--folder", str(store.folder), "--write", str(page)])
     text = page.read_text()
     assert text.startswith("Before.\n")
     assert text.endswith("After.\n")
-    assert "old" not in text
-    assert "| Flow-GRPO-Fast (quick start) | 1 |" in printed
-    assert "| Win rates, near scores tie | 1 |" in text
-    assert {p.name for p in (tmp_path / "study").iterdir()} == {"gain.png", "diversity.png"}
+    assert "former" not in text
+    assert "| Matching (AWM, V-GRPO) | 1 |" in text
+    assert "too few common seeds" in text
+    assert {p.name for p in (tmp_path / "study").iterdir()} == {
+        "methods.png", "gain.png", "diversity.png", "drift.png", "palette.png",
+    }  # fmt: skip
+    (run,) = store.runs("main", entry).values()
+    assert run["spent"]["images"] == 12 * len(run["seconds"])
+    assert run["end"]["drift"] > 0
 
 
-def test_a_curve_is_read_between_its_evaluations_and_not_beyond():
-    curve = results.Curve([0, 10, 20], {"strict": [0.3, 0.4, 0.6]})
-    assert curve.gain("strict", 15) == pytest.approx(0.2)
-    assert curve.gain("strict", 20) == pytest.approx(0.3)
-    assert math.isnan(curve.gain("strict", 21))
-    assert report.points([0.1, math.nan]) == "not reached"
+def test_a_folder_has_one_worker_and_only_names_methods(tmp_path, capsys):
+    import fcntl
+
+    with (tmp_path / "lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(SystemExit, match="another process works on"):
+            work(Store(tmp_path), SHORT)
+    with pytest.raises(SystemExit):
+        main(["run", "--only", "PPO"])
+    assert "--only PPO names no method; there are: Flow-GRPO-Fast, " in capsys.readouterr().err
 
 
-def test_intervals_are_those_of_students_t():
-    # Of 1, 2, 3: deviation 1, t = 4.303 with 2 degrees of freedom, over the root of 3.
-    assert results.interval([1.0, 2.0, 3.0]) == pytest.approx(4.3027 / math.sqrt(3), rel=1e-4)
-    assert report.points([0.1]) == "+10.0"
-    assert report.points([0.1, 0.1]) == "+10.0 ± 0.0"
+def _tuned(entry, choice: Choice) -> dict[str, object]:
+    return {
+        "diverged": choice.rate == RATES[2], "score": choice.rate, "seconds": [2.0, 2.0], "reference": [1.0, 1.0],
+        "choice": {"rate": choice.rate, "value": choice.value},
+    }  # fmt: skip
 
 
-def test_differences_between_seeds_are_not_noise():
-    """Against the formula by hand: rows differ by 1, columns by 10, residuals of +-0.1."""
-    gains = [[0.1, 9.9, 20.0], [1.0, 11.1, 20.9], [1.9, 12.0, 22.1]]
-    grand = sum(map(sum, gains)) / 9
-    rows, columns = [sum(r) / 3 for r in gains], [sum(c) / 3 for c in zip(*gains, strict=True)]
-    square = sum(
-        (gains[i][j] - rows[i] - columns[j] + grand) ** 2 for i in range(3) for j in range(3)
-    )
-    # t with 4 degrees of freedom is 2.776.
-    expected = 2.7764 * math.sqrt(square / 4) * math.sqrt(2 / 3)
-    assert results.difference(gains) == pytest.approx(expected, rel=1e-4)
-    assert results.difference([*gains, [1.0, math.nan, 2.0]]) == pytest.approx(expected, rel=1e-4)
-    assert math.isnan(results.difference([[0.1], [0.2]]))
-
-
-def test_budgets_are_in_iterations():
-    budgets = results.Budgets(seconds=120, evaluations=30_000)
-    assert budgets.iterations(results.Cost(seconds=2.0, evaluations=1500)) == (60, 20)
+def test_all_methods_have_a_seed_before_the_next_and_lengths_by_their_cost(tmp_path):
+    """Costs of 2 s under double load are 1 s; a diverged rate is not chosen."""
+    store, plan = Store(tmp_path), Plan(seconds=60, seeds=(0, 1, 2, 3))
+    store.save_unit(0.5)
+    order = []
+    entries = ALGORITHMS[:2]
+    while (job := next(jobs(store, plan, entries), None)) and len(order) < 40:
+        order.append(job)
+        result = {"seconds": [2.0, 2.0], "reference": [1.0, 1.0]}
+        if job.work == "tune":
+            result = _tuned(job.entry, job.choice)
+        store.write(job, {"diverged": False, **result})
+    tried = [j.choice for j in order if j.work == "tune" and j.entry == entries[0]]
+    first, second = entries[0].values
+    assert tried == [*(Choice(r, first) for r in RATES), Choice(RATES[1], second)]
+    assert store.chosen(entries[0]).rate == RATES[1]
+    main_runs = [(j.seed, j.entry) for j in order if j.work == "run" and j.kind == "main"]
+    assert main_runs == [(s, e) for s in range(4) for e in entries]
+    assert {j.iterations for j in order if j.work == "run" and j.kind == "main"} == {60}
+    assert {j.iterations for j in order if j.kind == "long"} == {120}
+    assert {j.seed for j in order if j.work == "tune"} == {plan.tuning_seed}
 
 
 def test_every_entry_is_a_configuration_that_can_run():
-    for entry in (*ALGORITHMS, *OVEROPTIMISED):
-        flowgrpo.load("quickstart_flow_grpo", entry.settings).check()
-    slugs = [e.slug for e in (*ALGORITHMS, *OVEROPTIMISED)]
-    assert len(set(slugs)) == len(slugs)
+    for entry in ENTRIES:
+        for value in entry.values:
+            config = flowgrpo.load("quickstart_flow_grpo", [*COMMON, *entry.with_value(value)])
+            config.check()
+            assert config.train.groups * config.algorithm.group_size == 72
+    flowgrpo.load("quickstart_flow_grpo", [*COMMON, FLAWED]).check()
+    assert len({e.slug for e in ENTRIES}) == len(ENTRIES)
+
+
+def test_prompts_of_the_second_world_are_new_and_can_be_drawn(tmp_path):
+    known = {r["prompt"] for task in ("single_object", "two_object", "counting", "colors", "position", "color_attr") for r in all_records(task)}  # fmt: skip
+    words, rng = set(vocabulary()), np.random.default_rng(0)
+    parts = {h: {r["prompt"]: r for k in second_world.KINDS for r in second_world.split(k, h)} for h in (True, False)}  # fmt: skip
+    assert not parts[True].keys() & parts[False].keys()
+    every = {**parts[True], **parts[False]}
+    assert not every.keys() & known
+    assert {w for p in every for w in p.split()} <= words
+    for kind in second_world.KINDS:
+        record = next(r for r in every.values() if r["tag"] == kind)
+        drawn = draw(scene_for(record, rng))
+        assert strict(detect(drawn.astype(np.float32) / 255), record) == 1, record["prompt"]
+    train, held_out = second_world.write(tmp_path)
+    counts = Counter(line.split('"')[3] for line in held_out.read_text().splitlines())
+    assert set(counts) == set(second_world.KINDS)
+    assert len(train.read_text().splitlines()) > 100
+
+
+def test_the_held_out_reward_is_high_for_the_worlds_own_pictures_and_low_for_smears():
+    rng = np.random.default_rng(0)
+    scenes = [scene_for(r, rng) for r in all_records("color_attr")[:20]]
+    own = torch.tensor(np.stack([draw(s) for s in scenes])).permute(0, 3, 1, 2) / 255
+    share = palette_share(own)
+    assert share.min() > 0.94
+    smeared = torch.nn.functional.avg_pool2d(own, 9, stride=1, padding=4, count_include_pad=False)
+    assert bool((palette_share(smeared) < share - 0.03).all())
+    pink = torch.tensor([1.0, 0.5, 0.8])[:, None, None].expand(1, 3, 8, 8)
+    assert float(palette_share(pink)) == 0
+
+
+def test_a_run_is_read_between_its_evaluations_and_not_beyond():
+    points = [
+        Point({"seconds": x, "images": 10 * x, "evaluations": 0.0}, {"strict": y})
+        for x, y in ((0.0, 0.3), (10.0, 0.4), (20.0, 0.6))
+    ]
+    run = Run(0, 2, {"plain": {"strict": 0.3}}, {"plain": {"strict": 0.6}}, points)
+    assert run.gain("plain", "strict") == pytest.approx(0.3)
+    assert run.gain_at("seconds", 15) == pytest.approx(0.2)
+    assert run.gain_at("images", 200) == pytest.approx(0.3)
+    assert math.isnan(run.gain_at("images", 201))
+    short = Run(0, 2, run.before, run.after, points[:2])
+    runs = Runs({"a": {0: run}, "b": {0: short}}, {})
+    assert runs.least_spent("seconds") == 10
+    assert report.points(runs.gains_at("seconds", 15), "b") == "not reached"
+
+
+GAINS = {
+    "a": {0: 0.10, 1: 0.30, 2: 0.20, 3: 0.9},
+    "b": {0: 0.11, 1: 0.32, 2: 0.20},
+    "c": {0: 0.02, 1: 0.20, 2: 0.11},
+}
+
+
+def test_intervals_pool_the_deviations_of_all_methods():
+    """Deviations of 0.1, 0.1 and 0.2, each of three seeds: their mean square is 0.02."""
+    gains = {
+        "a": {0: 0.0, 1: 0.1, 2: 0.2},
+        "b": {0: 0.5, 1: 0.4, 2: 0.6},
+        "c": {0: -0.2, 1: 0.0, 2: 0.2},
+        "d": {0: 0.7},
+    }
+    deviation, freedom = statistics.pooled(gains)
+    assert (deviation, freedom) == (pytest.approx(math.sqrt(0.02)), 6)
+    # Student's t with 6 degrees of freedom is 2.447.
+    half = statistics.half_width(gains, 3)
+    assert half == pytest.approx(2.4469 * math.sqrt(0.02 / 3), rel=1e-4)
+    assert report.points(gains, "a") == f"+10.0 ± {100 * half:.1f}"
+    assert report.points({"a": {0: 0.1}}, "a") == "+10.0"
+    assert math.isnan(statistics.half_width({"a": {0: 0.1}}, 1))
+
+
+def test_methods_are_told_apart_by_what_is_left_after_method_and_seed():
+    """Against scipy's own Tukey test after the seeds' means are taken out, and its own quantile."""
+    common = statistics.common_seeds(GAINS)
+    assert common == [0, 1, 2]
+    table = np.array([[GAINS[m][s] for s in common] for m in GAINS])
+    left = table - table.mean(0)
+    errors = left - left.mean(1, keepdims=True)
+    mean_square = (errors**2).sum() / 4
+    expected = stats.studentized_range.ppf(0.95, 3, 4) * math.sqrt(mean_square / 3)
+    assert statistics.smallest_difference(GAINS) == pytest.approx(expected)
+    # The published value for three groups and four degrees of freedom is 5.04.
+    assert stats.studentized_range.ppf(0.95, 3, 4) == pytest.approx(5.04, abs=0.005)
+    assert statistics.leaders(GAINS) == ["b", "a"], "seeds that only one has do not count"
+    assert statistics.leaders({"a": {0: 0.1}, "b": {0: 0.3}}) == []
+
+
+def test_a_recommendation_names_no_more_than_can_be_told_apart():
+    def run(seed: int, gain: float) -> Run:
+        before = {p: {"strict": 0.4, "graded": 0.6, "ink": 0.1, "diversity/color": 0.5} for p in ("plain", "guided", "second")}  # fmt: skip
+        after = {p: {k: v + gain for k, v in part.items()} for p, part in before.items()}
+        nothing = {"seconds": 0.0, "images": 0.0, "evaluations": 0.0}
+        points = [Point(nothing, {"strict": 0.4}), Point(dict.fromkeys(nothing, 60.0), {"strict": 0.4 + gain})]  # fmt: skip
+        return Run(seed, 20, before, after, points)
+
+    found = Runs({m: {s: run(s, g) for s, g in each.items()} for m, each in GAINS.items()}, {})
+    none = Runs({}, {})
+    kinds = {"main": found, "flawed": found, "long": none, "guided": none, "second": none}
+    text = recommendation.recommendation(kinds, Plan())
+    row = next(line for line in text.splitlines() if "Accuracy in 60 processor seconds" in line)
+    assert row.split(" | ")[1:3] == ["3", "b"]
+    assert row.endswith("| a | c |")
+    assert "120 processor seconds" not in text
+    ink = next(line for line in text.splitlines() if "least ink" in line)
+    assert ink.split(" | ")[2] == "c"
+
+
+def test_results_are_kept_apart(tmp_path):
+    store, entry = Store(tmp_path), ALGORITHMS[0]
+    choice, other = (Choice(1e-4, v) for v in entry.values)
+    some = [
+        Job("run", "main", entry, 0, choice), Job("run", "main", entry, 1, choice), Job("run", "flawed", entry, 0, choice),
+        Job("tune", "main", entry, 0, choice), Job("tune", "main", entry, 0, other), Job("cost", "main", entry, 0, choice),
+        Job("cost", "guided", entry, 0, choice), Job("base", "main", None, 0), Job("run", "main", ALGORITHMS[1], 0, choice),
+    ]  # fmt: skip
+    assert len({store.file(job) for job in some}) == len(some)
+    assert all(isinstance(store.file(job), Path) for job in some)

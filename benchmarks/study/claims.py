@@ -19,7 +19,7 @@ from scipy import stats
 from torch import Tensor
 
 import flowgrpo
-from benchmarks.study.entries import ALGORITHMS, CPS, Entry
+from benchmarks.study.entries import ALGORITHMS, CPS, FURTHER
 from flowgrpo.algorithms import Algorithm
 from flowgrpo.cli.common import quiet
 from flowgrpo.config import Config, find
@@ -37,16 +37,16 @@ from scripts.page_tables import markdown_table, write_marked_text
 
 NOISE = transitions.CPS(noise_level=0.7)
 RANDOM = Random(0).at("claims")
-UNCREDITED = ("DiffusionNFT", "FIND")
-"""Entries without credit for denoising steps."""
+CREDITED = [e for e in (*ALGORITHMS, *FURTHER) if e.credited]
+"""The methods that give credit to denoising steps, with the last value of their tuned constant."""
 
 
 class World:
     """The embedded model before training, the reward scorer, and the prompts of one iteration."""
 
-    def __init__(self, entry: Entry, prompts: int, settings: Sequence[str] = ()) -> None:
+    def __init__(self, settings: Sequence[str], prompts: int) -> None:
         self.config: Config = flowgrpo.load(
-            "quickstart_flow_grpo", [*entry.settings, f"train.groups={prompts}", *settings]
+            "quickstart_flow_grpo", [*settings, f"train.groups={prompts}"]
         )
         self.algorithm: Algorithm = self.config.algorithm
         self.policy = PipelinePolicy.from_pretrained(
@@ -117,10 +117,10 @@ def main() -> None:
 def credit(prompts: int, actions: int, samples: int, only: Sequence[str]) -> str:
     """Rank correlation of each algorithm's advantages with the measured effects of its steps."""
     rows = []
-    for entry in ALGORITHMS:
-        if entry.name in UNCREDITED or not any(part in entry.name for part in only):
+    for entry in CREDITED:
+        if not any(part in entry.name for part in only):
             continue
-        world = World(entry, prompts)
+        world = World(entry.with_value(entry.values[-1]), prompts)
         found = [_credited(world, iteration, actions, samples) for iteration in range(4)]
         advantage, sampled, again, ode = (torch.cat(v) for v in zip(*found, strict=True))
         half = float(stats.spearmanr(sampled, again).statistic)
@@ -201,7 +201,7 @@ def explained(prompts: int, samples: int) -> str:
     One-way analysis of variance over states after the step, from several draws of its noise, with
     several completions of each. If the step is the only stochastic one, its noise explains everything.
     """
-    world = World(ALGORITHMS[0], prompts)
+    world = World((), prompts)
     texts = [g.prompt for g in world.groups for _ in range(samples)]
     shares = []
     for step in range(world.end - 1):
@@ -246,11 +246,7 @@ def ratios(prompts: int) -> str:
         ("plain", ["loss={ratio='plain', clip_range=1.0}"]),
         ("guarded", ["loss={ratio='guard', clip_range=1.0}"]),
     ):
-        world = World(
-            Entry(name, (everything, *settings)),
-            prompts,
-            ["train.warmup=0", "train.monitor_states=0"],
-        )
+        world = World((everything, *settings, "train.warmup=0", "train.monitor_states=0"), prompts)
         learner = Learner(
             world.policy, world.config.train, world.config.loss, Accelerator(cpu=True)
         )
@@ -291,8 +287,7 @@ def flat_groups(prompts: int) -> str:
     strict = "rewards=[{name='strict', model='flowgrpo.shapes.rewards:Strict'}]"
     rows = []
     for name, kind in (("Flow-GRPO", "flow_grpo"), ("TP-GRPO", "tp_grpo"), ("VGPO", "vgpo")):
-        entry = Entry(kind, (f"algorithm={{kind='{kind}', group_size=16, {CPS}}}", strict))
-        world = World(entry, prompts)
+        world = World((f"algorithm={{kind='{kind}', group_size=16, {CPS}}}", strict), prompts)
         experience = world.collect(0)
         advantages = world.algorithm.advantages(experience)
         c = experience.candidates

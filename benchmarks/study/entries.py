@@ -1,21 +1,30 @@
-"""The entries of the study: one per algorithm, as settings on top of the quick start.
+"""The entries of the study: one per method, as settings on top of the quick start.
 
-All entries have the same initial weights, rewards, learning rate, prompts, group size and transition
-(coefficients-preserving sampling at 0.7). Entries that train steps with different noise use GRPO-Guard's
-ratio; without it the last steps, which have the least noise, would dominate the gradient, as one entry
-shows. Entries differ in which candidates each step is credited with.
+All entries have the same initial weights, rewards, prompts, number of images per iteration, schedule and,
+where steps are stochastic, transition (coefficients-preserving sampling). Entries that train steps with
+different noise in one iteration use GRPO-Guard's ratio; without it the last steps, which have the least
+noise, would dominate the gradient. The learning rate and one constant are tuned for each entry.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
-PROMPTS = 18
-"""Prompts per iteration."""
-IMAGES = 480
-"""Held-out images per evaluation."""
+GROUPS, GROUP_SIZE = 6, 12
+"""Prompts per iteration, one of each task, and samples of each. Larger iterations would be too few in a minute."""
+RATES = (1e-4, 3e-4, 9e-4)
+"""Learning rates that are tried for each entry."""
+COMMON = (
+    f"train.groups={GROUPS}",
+    f"train.rollout_batch={GROUPS * GROUP_SIZE}",
+    "train.train_batch=72",
+    "train.warmup=2",
+    "train.schedule='linear'",
+    "train.monitor_states=0",
+    "evaluation.regimes=[]",
+)
+"""Settings of all entries; the learning rate falls to a tenth by the end of every run."""
 CPS = "transition={kind='cps', noise_level=0.7}"
 ONE_EARLY = "steps={kind='random_window', size=1, first=0, last=4}"
-THREE = "steps={kind='random_steps', count=3, first=0, last=6}"
-FOUR_EARLY = "steps={kind='window', start=0, size=4}"
 GUARD = "loss={ratio='guard', clip_range=1e-3}"
 
 
@@ -25,11 +34,17 @@ class Entry:
 
     Attributes:
         name: Name in the tables.
-        settings: ``--set`` arguments on top of the quick start.
+        settings: ``--set`` arguments on top of the quick start, with ``{}`` in the place of the constant.
+        constant: What the tuned constant is, in words.
+        values: The values of the constant that are tried.
+        credited: Whether the method gives credit to denoising steps, which ``claims`` measures.
     """
 
     name: str
-    settings: tuple[str, ...] = ()
+    settings: tuple[str, ...]
+    constant: str
+    values: tuple[str, str]
+    credited: bool = True
 
     @property
     def slug(self) -> str:
@@ -37,83 +52,147 @@ class Entry:
         plain = (c if c.isascii() and c.isalnum() else " " for c in self.name.lower())
         return "-".join("".join(plain).split())
 
+    def with_value(self, value: str) -> tuple[str, ...]:
+        """The settings with a value of the constant."""
+        return tuple(s.replace("{}", value) for s in self.settings)
 
-def _algorithm(kind: str, *settings: str) -> str:
-    table = ", ".join([f"kind='{kind}'", "group_size=16", *settings])
+
+def _algorithm(kind: str, *settings: str, size: int = GROUP_SIZE) -> str:
+    table = ", ".join([f"kind='{kind}'", f"group_size={size}", *settings])
     return f"algorithm={{{table}}}"
 
 
 ALGORITHMS = (
-    Entry("Flow-GRPO-Fast (quick start)"),
-    Entry("Flow-GRPO", (_algorithm("flow_grpo", CPS), GUARD)),
-    Entry("Flow-GRPO, 3 steps", (_algorithm("flow_grpo", CPS, THREE), GUARD)),
-    Entry("Flow-GRPO, 3 steps, plain ratio", (_algorithm("flow_grpo", CPS, THREE),)),
-    Entry("DanceGRPO", (_algorithm("dance_grpo", CPS), GUARD)),
+    Entry(
+        "Flow-GRPO-Fast",
+        (
+            _algorithm(
+                "flow_grpo", CPS, "shared_noise=true", "advantage={std='group'}",
+                "steps={kind='random_window', size={}, first=0, last=4}",
+            ),
+        ),
+        "stochastic steps",
+        ("1", "2"),
+    ),
+    Entry(
+        "Flow-GRPO",
+        (_algorithm("flow_grpo", "transition={kind='cps', noise_level={}}"), GUARD),
+        "noise level",
+        ("0.4", "0.8"),
+    ),
     Entry(
         "MixGRPO",
         (
             _algorithm(
-                "mix_grpo", CPS, "steps={kind='sliding_window', size=2, every=10, skip_last=3}"
+                "mix_grpo", CPS,
+                "steps={kind='sliding_window', size={}, every=5, skip_last=3}",
             ),
             GUARD,
         ),
+        "window",
+        ("2", "4"),
     ),
+    Entry(
+        "DanceGRPO",
+        (_algorithm("dance_grpo", CPS, "timestep_fraction={}"), GUARD),
+        "share of the steps",
+        ("0.3", "0.6"),
+    ),
+    Entry(
+        "TempFlow-GRPO",
+        (
+            _algorithm(
+                "tempflow_grpo", "seeds=2", CPS, "steps={kind='window', start=0, size={}}"
+            ),
+        ),
+        "branched steps",
+        ("2", "4"),
+    ),
+    Entry(
+        "TP-GRPO",
+        (
+            _algorithm("tp_grpo", CPS, "steps={kind='random_steps', count={}, first=0, last=6}"),
+            GUARD,
+        ),
+        "stochastic steps",
+        ("2", "4"),
+    ),
+    Entry(
+        "DiffusionNFT",
+        (_algorithm("diffusion_nft", "timestep_fraction={}"), "loss={kind='nft'}"),
+        "share of the times",
+        ("0.25", "0.99"),
+        credited=False,
+    ),
+    Entry(
+        "Matching (AWM, V-GRPO)",
+        (_algorithm("matching", "num_times={}"), "loss={kind='matching'}"),
+        "times",
+        ("2", "4"),
+        credited=False,
+    ),
+    Entry(
+        "DGPO",
+        (_algorithm("matching", "num_times=2"), "loss={kind='dgpo', beta={}}"),
+        "beta",
+        ("10", "100"),
+        credited=False,
+    ),
+    Entry(
+        "CRD",
+        (_algorithm("matching", "num_times=2"), "loss={kind='crd', beta={}}"),
+        "beta",
+        ("0.3", "1"),
+        credited=False,
+    ),
+)  # fmt: skip
+"""The methods that are compared first."""
+
+FURTHER = (
     Entry(
         "Pref-GRPO",
         (
             _algorithm(
                 "pref_grpo", CPS, ONE_EARLY, "shared_noise=true",
-                "preference={kind='compared', reward='graded', weight=1.0}",
+                "preference={kind='compared', reward='graded', weight=1.0, tie_margin={}}",
             ),
         ),
+        "margin of ties",
+        ("0.0", "0.05"),
     ),
-    Entry("DiffusionNFT", (_algorithm("diffusion_nft"), "loss={kind='nft'}")),
-    Entry("TempFlow-GRPO", (_algorithm("tempflow_grpo", "seeds=2", CPS, FOUR_EARLY),)),
-    Entry("G²RPO", (_algorithm("g2rpo", "granularities=[1, 2]", CPS, FOUR_EARLY), GUARD)),
-    Entry("TP-GRPO, 3 steps", (_algorithm("tp_grpo", CPS, THREE), GUARD)),
-    Entry("VGPO", (_algorithm("vgpo", CPS), GUARD)),
+    Entry("VGPO", (_algorithm("vgpo", CPS, "anchor={}"), GUARD), "anchor", ("0.0", "0.03")),
+    Entry(
+        "G²RPO",
+        (
+            _algorithm(
+                "g2rpo", "granularities={}", CPS, "steps={kind='window', start=0, size=4}"
+            ),
+            GUARD,
+        ),
+        "granularities",
+        ("[1]", "[1, 2]"),
+    ),
     Entry(
         "BranchGRPO",
-        (_algorithm("branch_grpo", "splits=[0, 1, 2, 3]", "children=2", CPS), GUARD),
-    ),
-    Entry(
-        "FIND",
         (
-            _algorithm("find"),
-            "model.weights={kind='noise'}",
-            "loss={clip_range=0.2}",
-            "train.lr=1e-2",
-            "train.monitor_states=0",
+            _algorithm("branch_grpo", "splits={}", "children=2", CPS, size=8),
+            "train.groups=9",
+            GUARD,
         ),
+        "splits",
+        ("[0, 1, 2]", "[0, 2, 4]"),
     ),
 )  # fmt: skip
+"""Methods that are compared when those above are done."""
 
-
-def _rewards(proxy_weight: float) -> str:
-    true = ", ".join(
-        f"{{name='{n}', model='flowgrpo.shapes.rewards:{n.capitalize()}', weight=0.0}}"
-        for n in ("strict", "graded")
-    )
-    return f"rewards=[{{name='inked', model='benchmarks.study.flawed_reward:Inked', weight={proxy_weight}}}, {true}]"
-
-
-def _scored(std: str) -> tuple[str, ...]:
-    advantage = f"advantage={{std='{std}'}}"
-    algorithm = _algorithm("flow_grpo", CPS, ONE_EARLY, "shared_noise=true", advantage)
-    return algorithm, _rewards(1.0)
-
-
-def _compared(margin: float) -> tuple[str, ...]:
-    preference = f"preference={{kind='compared', reward='inked', tie_margin={margin}}}"
-    algorithm = _algorithm("pref_grpo", CPS, ONE_EARLY, "shared_noise=true", preference)
-    return algorithm, _rewards(0.0)
-
-
-OVEROPTIMISED = (
-    Entry("Scores over the group's deviation", _scored("group")),
-    Entry("Scores over the batch's deviation", _scored("batch")),
-    Entry("Win rates", _compared(0.0)),
-    Entry("Win rates, near scores tie", _compared(0.05)),
+FLAWED = (
+    "rewards=[{name='inked', model='benchmarks.study.flawed_reward:Inked'}, "
+    "{name='strict', model='flowgrpo.shapes.rewards:Strict', weight=0.0}, "
+    "{name='graded', model='flowgrpo.shapes.rewards:Graded', weight=0.0}]"
 )
-"""Entries trained on :class:`benchmarks.study.flawed_reward.Inked`, which has a small bias to exploit.
-The true scores are recorded with weight 0."""
+"""Training on a reward with a small bias to exploit; the true scores are recorded with weight 0."""
+
+
+def by_slug() -> Mapping[str, Entry]:
+    """All entries by their names as file names."""
+    return {e.slug: e for e in (*ALGORITHMS, *FURTHER)}

@@ -1,113 +1,97 @@
-"""The study's plots: gain over time, and accuracy against diversity."""
+"""The study's plots: gains side by side, over time, and against diversity, drift and a held-out reward."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from statistics import mean
 
 import matplotlib
 import numpy as np
 from PIL import Image
-from scipy import stats
 
-from benchmarks.study.entries import ALGORITHMS, Entry
-from benchmarks.study.results import COLOUR, Budgets, Curve, Study, residual
+from benchmarks.study.results import COLOR, Point, Run, Runs
+from benchmarks.study.statistics import half_width
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-COLUMNS = 4
-INK, REST = "#1f5fa8", "#b8b8b8"
+COLUMNS = 5
+INK, OTHER_INK, REST = "#1f5fa8", "#c2571a", "#b8b8b8"
 
 
-def draw(study: Study, budgets: Budgets, folder: Path) -> list[Path]:
-    """Draw gains over time and accuracy against diversity, one panel per algorithm, as PNG files."""
+AGAINST: Sequence[tuple[str, str, Callable[[Point], float]]] = (
+    ("gain", "processor seconds of training", lambda p: p.spent["seconds"]),
+    ("diversity", "colour entropy where the prompt leaves the colour open", lambda p: p.values[COLOR]),
+    ("drift", "squared change of the model's outputs on fixed states", lambda p: p.values["drift"]),
+    ("palette", "share of pixels with colours of the world (not trained on)", lambda p: p.values["palette"]),
+)  # fmt: skip
+"""File name, words and value of what accuracy is shown against."""
+
+
+def draw(runs: Runs, folder: Path) -> dict[Path, str]:
+    """Draw all plots of the main runs as PNG files. Returns their paths with what they show."""
     folder.mkdir(parents=True, exist_ok=True)
-    runs = {e: study.curves(e) for e in ALGORITHMS}
-    runs = {e: curves for e, curves in runs.items() if curves}
     plt.rcParams.update({"font.size": 8})
-    return [
-        _over_time(study, runs, budgets, folder / "gain.png"),
-        _against_diversity(runs, folder / "diversity.png"),
-    ]
+    shown = {_side_by_side(runs, folder / "methods.png"): "Gains of all methods in both regimes"}
+    for name, words, across in AGAINST:
+        file = _panels(runs, folder / f"{name}.png", words, across)
+        shown[file] = f"Accuracy against {words}"
+    return shown
 
 
-def _panels(number: int) -> tuple[plt.Figure, Sequence[plt.Axes]]:
-    rows = -(-number // COLUMNS)
-    figure, axes = plt.subplots(
-        rows, COLUMNS, figsize=(9, 1.9 * rows), sharex=True, sharey=True, squeeze=False
-    )
-    flat = list(axes.flat)
-    for spare in flat[number:]:
-        spare.axis("off")
-    return figure, flat
-
-
-def _gains(curves: Sequence[Curve]) -> tuple[np.ndarray, np.ndarray]:
-    """Iterations, and the gain of every seed at each of them in points ``(seeds, iterations)``."""
-    iterations = np.asarray(min((c.iterations for c in curves), key=len))
-    return iterations, np.asarray([[100 * c.gain("strict", i) for i in iterations] for c in curves])
-
-
-def _halves(gains: Sequence[np.ndarray]) -> np.ndarray:
-    """Half of the 95 % confidence interval of one seed along a run, pooled over all algorithms.
-
-    Runs differ by an evaluation, so they are compared at equal shares of their length. 0 for one seed.
-    """
-    seeds = min(len(by_seed) for by_seed in gains)
-    points = min(by_seed.shape[1] for by_seed in gains)
-    if seeds < 2 or len(gains) < 2:
-        return np.zeros(points)
-    alike = np.stack([[_at_share(row, points) for row in by_seed[:seeds]] for by_seed in gains])
-    found = [residual(alike[:, :, i]) for i in range(points)]
-    return np.asarray([stats.t.ppf(0.975, freedom) * left for left, freedom in found])
-
-
-def _at_share(values: np.ndarray, points: int) -> np.ndarray:
-    """Values interpolated at ``points`` equal shares of their length."""
-    places = np.linspace(0, len(values) - 1, points)
-    return np.interp(places, np.arange(len(values)), values)
-
-
-def _over_time(study: Study, runs: dict[Entry, list[Curve]], budgets: Budgets, file: Path) -> Path:
-    figure, axes = _panels(len(runs))
-    costs = study.costs()
-    gains = {e: _gains(curves) for e, curves in runs.items()}
-    halves = _halves([by_seed for _, by_seed in gains.values()])
-    for axis, (entry, (iterations, by_seed)) in zip(axes, gains.items(), strict=False):
-        for other, (x, y) in gains.items():
-            axis.plot(x * costs[other.slug].seconds, y.mean(0), color=REST, linewidth=0.5)
-        seconds = iterations * costs[entry.slug].seconds
-        mean, half = by_seed.mean(0), _at_share(halves, len(iterations)) / len(by_seed) ** 0.5
-        axis.fill_between(seconds, mean - half, mean + half, color=INK, alpha=0.2, linewidth=0)
-        axis.plot(seconds, by_seed.T, color=INK, linewidth=0.5)
-        axis.plot(seconds, mean, color=INK, linewidth=1.8)
-        axis.axhline(0, color="black", linewidth=0.4)
-        axis.set_title(entry.name, fontsize=8)
-        axis.set_xlim(0, budgets.seconds)
-        axis.set_ylim(-3, 26)
-    figure.supxlabel("seconds of training, one core")
-    figure.supylabel("gain in strict accuracy, points")
+def _side_by_side(runs: Runs, file: Path) -> Path:
+    """Gains of all methods in both regimes, with the seeds and the intervals of the means."""
+    plain, guided = runs.gains("plain", "strict"), runs.gains("guided", "strict")
+    order = sorted(plain, key=lambda m: mean(plain[m].values()))
+    figure, axis = plt.subplots(figsize=(7, 0.45 * len(order) + 1.2))
+    for shift, gains, ink, words in (
+        (0.15, plain, INK, "8 steps without guidance"),
+        (-0.15, guided, OTHER_INK, "8 steps with guidance 3"),
+    ):
+        for row, method in enumerate(order):
+            values = [100 * v for v in gains[method].values()]
+            half = 100 * half_width(gains, len(values))
+            label = words if row == 0 else None
+            axis.plot(values, [row + shift] * len(values), ".", color=ink, alpha=0.45, markersize=4)
+            axis.plot([mean(values)], [row + shift], "|", color=ink, markersize=11, label=label)
+            if np.isfinite(half):
+                ends = [mean(values) - half, mean(values) + half]
+                axis.plot(ends, [row + shift] * 2, color=ink, linewidth=1.4)
+    axis.axvline(0, color="black", linewidth=0.5)
+    axis.set_yticks(range(len(order)), order)
+    axis.set_xlabel("gain in strict accuracy, points")
+    axis.legend(loc="lower right", frameon=False)
     return _save(figure, file)
 
 
-def _against_diversity(runs: dict[Entry, list[Curve]], file: Path) -> Path:
-    figure, axes = _panels(len(runs))
-    for axis, entry in zip(axes, runs, strict=False):
-        for name, mine in runs.items():
-            for curve in mine:
-                shown = name is entry
-                axis.plot(
-                    curve.values[COLOUR],
-                    [100 * v for v in curve.values["strict"]],
-                    color=INK if shown else REST,
-                    linewidth=1.2 if shown else 0.4,
-                    marker="o" if shown else None,
-                    markersize=2,
-                    zorder=2 if shown else 1,
-                )
-        axis.set_title(entry.name, fontsize=8)
-    figure.supxlabel("colour entropy where the prompt leaves the colour open")
+def _panels(runs: Runs, file: Path, words: str, across: Callable[[Point], float]) -> Path:
+    """Accuracy without guidance against something, a panel per method.
+
+    Thin lines are seeds, the thick line is their mean, and grey lines are the means of the others.
+    """
+    methods = runs.by_method
+    rows = -(-len(methods) // COLUMNS)
+    size = 9, 1.9 * rows + 0.3
+    figure, axes = plt.subplots(
+        rows, COLUMNS, figsize=size, sharex=True, sharey=True, squeeze=False
+    )
+    lines = {m: [_line(r, across) for r in found.values()] for m, found in methods.items()}
+    means = {m: np.mean([*each], axis=0) for m, each in lines.items()}
+    for axis, method in zip(axes.flat, methods, strict=False):
+        for x, y in means.values():
+            axis.plot(x, y, color=REST, linewidth=0.6)
+        for x, y in lines[method]:
+            axis.plot(x, y, color=INK, linewidth=0.5, alpha=0.7)
+        axis.plot(*means[method], color=INK, linewidth=1.8, marker="o", markersize=2.5)
+        axis.set_title(method, fontsize=8)
+    for spare in list(axes.flat)[len(methods) :]:
+        spare.axis("off")
+    figure.supxlabel(words)
     figure.supylabel("strict accuracy, %")
     return _save(figure, file)
+
+
+def _line(run: Run, across: Callable[[Point], float]) -> tuple[Sequence[float], Sequence[float]]:
+    return [across(p) for p in run.points], [100 * p.values["strict"] for p in run.points]
 
 
 def _save(figure: plt.Figure, file: Path) -> Path:

@@ -1,102 +1,225 @@
 """The study's tables, and the page with tables and plots."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from statistics import mean
 
-from benchmarks.study.entries import ALGORITHMS, OVEROPTIMISED, PROMPTS
+from benchmarks.study.entries import ALGORITHMS, FURTHER, RATES
+from benchmarks.study.flawed_reward import BIAS
+from benchmarks.study.plan import Kind, Plan, Store
 from benchmarks.study.plots import draw
-from benchmarks.study.results import COLOUR, Budgets, Study, difference, interval
+from benchmarks.study.recommendation import recommendation
+from benchmarks.study.results import COLOR, Runs, read_runs
+from benchmarks.study.statistics import (
+    Gains,
+    common_seeds,
+    half_width,
+    rank_correlation,
+    smallest_difference,
+)
 from scripts.page_tables import markdown_table, write_marked_text
 
-ITERATIONS = 8
-"""Number of iterations at which algorithms are compared iteration by iteration."""
+PLOTS = (
+    "Of the training without guidance. The first plot shows the seeds and the intervals of their means. In the "
+    "others thin lines are seeds, the thick line their mean, and grey lines are the means of the other methods; "
+    "each line begins at the model before training."
+)
 
 
-def points(values: Sequence[float]) -> str:
-    """The mean of shares in points out of 100, with its confidence interval if there are several."""
-    if not values or any(math.isnan(v) for v in values):
-        return "not reached"
-    half = interval(values)
-    return f"{100 * mean(values):+.1f}" + ("" if math.isnan(half) else f" ± {100 * half:.1f}")
-
-
-def write_report(study: Study, budgets: Budgets, page: Path | None) -> str:
+def write_report(store: Store, plan: Plan, page: Path | None) -> str:
     """The study's tables in Markdown.
 
     Args:
-        study: The finished runs.
-        budgets: Budgets at which they are compared.
+        store: The results.
+        plan: The sizes.
         page: Page that gets the tables between its markers, and plots in a folder of its name; ``None``
             writes nothing.
     """
-    parts = [comparison(study, budgets), overoptimisation(study)]
-    text = "\n\n".join(p for p in parts if p)
+    kinds: list[Kind] = ["main", "long", "guided", "second", "flawed"]
+    runs = {kind: read_runs(store, kind) for kind in kinds}
+    main = runs["main"]
+    parts = [
+        recommendation(runs, plan),
+        at_equal_time(main, f"Equal time: {plan.seconds:g} processor seconds"),
+        at_equal_work(main),
+        at_equal_time(runs["long"], f"Equal time: {plan.budget('long'):g} processor seconds"),
+        at_equal_time(runs["guided"], "Trained with guidance"),
+        second_world(runs["second"], main),
+        flawed(runs["flawed"]),
+        tuning(store),
+    ]
+    text = "\n\n".join(p for p in parts if p) or "No run has finished yet."
     if page is not None:
-        plots = draw(study, budgets, page.parent / page.stem)
+        plots = draw(main, page.parent / page.stem) if main.by_method else {}
+        links = [f"![{words}]({page.stem}/{file.name})" for file, words in plots.items()]
+        if links:
+            text += "\n\n### Plots\n\n" + "\n\n".join([PLOTS, *links])
         write_marked_text(page, "study", text)
-        print(f"wrote {page}, {', '.join(str(p) for p in plots)}")
+        print(f"wrote {', '.join(map(str, [page, *plots]))}")
     return text
 
 
-def comparison(study: Study, budgets: Budgets) -> str:
-    """Gains of all algorithms at three budgets; the largest gain in equal time comes first."""
-    costs, rows = study.costs(), []
-    every: list[list[list[float]]] = []
-    for entry in ALGORITHMS:
-        curves = study.curves(entry)
-        if not curves:
-            continue
-        cost = costs[entry.slug]
-        by_time, by_evaluations = budgets.iterations(cost)
-        gains = [
-            [c.gain("strict", at) for c in curves] for at in (by_time, by_evaluations, ITERATIONS)
-        ]
-        every.append(gains)
-        colour = [c.gain(COLOUR, by_time) / c.values[COLOUR][0] for c in curves]
-        cells = [
-            entry.name, str(len(curves)), f"{cost.seconds:.2f}",
-            f"{cost.evaluations / PROMPTS:.0f}", f"{by_time:.0f}",
-            *map(points, gains), f"{100 * mean(colour):+.0f} %",
-        ]  # fmt: skip
-        rows.append((mean(gains[0]), cells))
+def points(gains: Gains, method: str, percent: bool = True) -> str:
+    """The mean gain of a method with its interval, in points out of 100 or as it is."""
+    values = list(gains[method].values())
+    if any(math.isnan(v) for v in values):
+        return "not reached"
+    scale, digits = (100.0, 1) if percent else (1.0, 3)
+    half = scale * half_width(gains, len(values))
+    text = f"{scale * mean(values):+.{digits}f}"
+    return text if math.isnan(half) else f"{text} ± {half:.{digits}f}"
+
+
+def at_equal_time(runs: Runs, title: str) -> str:
+    """What each method gained in its time; the largest gain without guidance comes first."""
+    if not runs.by_method:
+        return ""
+    plain, guided = runs.gains("plain", "strict"), runs.gains("guided", "strict")
+    second, palette = runs.gains("second", "strict"), runs.gains("plain", "palette")
+    rows = []
+    for method in sorted(plain, key=lambda m: -mean(plain[m].values())):
+        found = runs.by_method[method].values()
+        drift = mean(r.points[-1].values["drift"] for r in found)
+        colors = mean(r.gain("plain", COLOR) for r in found)
+        rows.append(
+            [
+                _named(runs, method), str(len(found)),
+                f"{mean(r.points[-1].spent['seconds'] for r in found):.0f}",
+                f"{mean(r.iterations for r in found):.0f}",
+                *(points(g, method) for g in (plain, guided, second)),
+                f"{colors:+.2f}", f"{drift:.4f}", points(palette, method),
+            ]
+        )  # fmt: skip
+    rows.append(_differences([plain, guided, second], 4, 3))
+    rows.append(_base(runs))
     heads = [
-        "algorithm", "seeds", "s / iteration", "evaluations / prompt",
-        f"iterations in {budgets.seconds:.0f} s", f"gain in {budgets.seconds:.0f} s",
-        f"in {budgets.evaluations:,.0f} evaluations", f"in {ITERATIONS} iterations",
-        "colour entropy",
+        "method", "seeds", "seconds", "iterations", "gain without guidance", "with guidance 3",
+        "second world", "colour entropy", "drift", "palette",
     ]  # fmt: skip
+    return f"### {title}\n\n{markdown_table(heads, rows)}"
+
+
+def _differences(gains: list[Gains], before: int, after: int) -> list[str]:
+    seeds = len(common_seeds(gains[0]))
+    words = f"smallest difference that is not chance ({seeds} common seeds)"
+    least = [100 * smallest_difference(g) for g in gains]
+    shown = ["unknown" if math.isnan(v) else f"{v:.1f}" for v in least]
+    return [words, *[""] * (before - 1), *shown, *[""] * after]
+
+
+def _base(runs: Runs) -> list[str]:
+    """The model before training, over the seeds that any method has."""
+    found: dict[int, Mapping] = {}
+    for each in runs.by_method.values():
+        found |= {seed: run.before for seed, run in each.items()}
+
+    def level(part: str, name: str = "strict") -> float:
+        return mean(float(b[part][name]) for b in found.values())
+
+    levels = [f"{100 * level(part):.1f} %" for part in ("plain", "guided", "second")]
+    end = [f"{level('plain', COLOR):.2f}", "0", f"{100 * level('plain', 'palette'):.1f} %"]
+    return ["before training", str(len(found)), "", "", *levels, *end]
+
+
+def _named(runs: Runs, method: str) -> str:
+    lost = runs.diverged.get(method, 0)
+    return f"{method} ({lost} more diverged)" if lost else method
+
+
+def at_equal_work(runs: Runs) -> str:
+    """Gains from equal numbers of scored images and of denoiser evaluations."""
+    if not runs.by_method:
+        return ""
+    images, evaluations = runs.least_spent("images"), runs.least_spent("evaluations")
+    by_images = runs.gains_at("images", images)
+    by_evaluations = runs.gains_at("evaluations", evaluations)
+    rows = []
+    for method in sorted(by_images, key=lambda m: -mean(by_images[m].values())):
+        found = runs.by_method[method].values()
+        spent = [mean(r.points[-1].spent[a] for r in found) for a in ("images", "evaluations")]
+        rows.append(
+            [
+                method, str(len(found)), *(f"{s:,.0f}" for s in spent),
+                points(by_images, method), points(by_evaluations, method),
+            ]
+        )  # fmt: skip
+    rows.append(_differences([by_images, by_evaluations], 4, 0))
+    heads = [
+        "method", "seeds", "images scored in all", "denoiser evaluations in all",
+        f"gain in {images:,.0f} images", f"gain in {evaluations:,.0f} evaluations",
+    ]  # fmt: skip
+    return f"### Equal images, equal evaluations\n\n{markdown_table(heads, rows)}"
+
+
+def second_world(runs: Runs, main: Runs) -> str:
+    """Gains on the second world's held-out prompts after training on its training prompts."""
+    if not runs.by_method:
+        return ""
+    strict, graded = runs.gains("second", "strict"), runs.gains("second", "graded")
+    first = runs.gains("plain", "strict")
+    rows = [
+        [_named(runs, m), str(len(strict[m])), points(graded, m), points(strict, m), points(first, m)]
+        for m in sorted(graded, key=lambda m: -mean(graded[m].values()))
+    ]  # fmt: skip
+    rows.append(_differences([graded, strict, first], 2, 0))
+    both = [m for m in graded if m in main.by_method]
+    usual = main.gains("plain", "graded")
+    pairs = [[mean(g[m].values()) for m in both] for g in (graded, usual)]
+    note = ""
+    if not math.isnan(rho := rank_correlation(*pairs)):
+        note = (
+            f"\n\nRank correlation of the methods' graded gains here with those on the usual prompts: "
+            f"{rho:+.2f} ({len(both)} methods)."
+        )
+    heads = ["method", "seeds", "graded", "strict", "strict, usual prompts"]
+    return f"### Trained on the second world's prompts\n\n{markdown_table(heads, rows)}{note}"
+
+
+def flawed(runs: Runs) -> str:
+    """Changes of a flawed reward, of its flaw and of the true scores after training on it."""
+    if not runs.by_method:
+        return ""
+    graded, strict, flaw = (runs.gains("plain", n) for n in ("graded", "strict", "ink"))
+    # The reward that was trained on; the model before training was scored by its parts.
+    reward = {m: {s: v + BIAS * flaw[m][s] for s, v in each.items()} for m, each in graded.items()}
+    rows = []
+    for method in sorted(graded, key=lambda m: -mean(graded[m].values())):
+        found = runs.by_method[method].values()
+        colors = mean(r.gain("plain", COLOR) for r in found)
+        rows.append(
+            [
+                _named(runs, method), str(len(found)), *(points(g, method) for g in (reward, graded, strict, flaw)),
+                f"{colors:+.2f}",
+            ]
+        )  # fmt: skip
+    rows.append(_differences([reward, graded, strict, flaw], 2, 1))
+    heads = ["method", "seeds", "flawed reward", "graded", "strict", "ink", "colour entropy"]
+    return f"### Trained on a flawed reward\n\n{markdown_table(heads, rows)}"
+
+
+def tuning(store: Store) -> str:
+    """The scores of all tuning runs, and what was chosen."""
+    rows = []
+    for entry in (*ALGORITHMS, *FURTHER):
+        choice, tried = store.chosen(entry), store.tuning(entry)
+        if choice is None:
+            continue
+        by_rate = {c.rate: s for c, s in tried.items() if c.value == entry.values[0]}
+        (other,) = (c for c in tried if c.value == entry.values[1])
+        cost = store.seconds_per_iteration(entry, choice.value)
+        rows.append(
+            [
+                entry.name, f"{entry.constant}: {entry.values[0]}, {entry.values[1]}",
+                *(f"{100 * by_rate[rate]:.1f}" for rate in RATES),
+                f"{100 * tried[other]:.1f} at {other.rate:g}",
+                f"{choice.rate:g}, {choice.value}", f"{cost:.2f}",
+            ]
+        )  # fmt: skip
     if not rows:
         return ""
-    common = min(len(gains[0]) for gains in every)
-    halves = [difference([gains[budget][:common] for gains in every]) for budget in range(3)]
-    words = [f"chance difference of two entries, at most ({common} seeds)", "", "", "", ""]
-    words += ["" if math.isnan(half) else f"{100 * half:.1f}" for half in halves]
-    shown = [cells for _, cells in sorted(rows, key=_descending)]
-    return markdown_table(heads, [*shown, [*words, ""]])
-
-
-def _descending(row: tuple[float, object]) -> float:
-    return math.inf if math.isnan(row[0]) else -row[0]
-
-
-def overoptimisation(study: Study) -> str:
-    """Changes of a flawed reward, of its flaw and of the true scores at the end of training on it."""
-    rows = []
-    for entry in OVEROPTIMISED:
-        curves = study.curves(entry)
-        if curves:
-            last = min(c.iterations[-1] for c in curves)
-            cells = [
-                points([c.gain(n, last) for c in curves]) for n in ("inked", "graded", "strict")
-            ]
-            ink = [f"{mean(c.values['ink'][0] for c in curves):.3f}", f"{mean(c.at('ink', last) for c in curves):.3f}"]  # fmt: skip
-            colour = [c.at(COLOUR, last) / c.values[COLOUR][0] - 1 for c in curves]
-            cells += [" → ".join(ink), f"{100 * mean(colour):+.0f} %"]
-            rows.append([entry.name, str(len(curves)), f"{last:.0f}", *cells])
     heads = [
-        "advantage", "seeds", "iterations", "flawed reward", "graded", "strict", "ink",
-        "colour entropy",
+        "method", "constant", *(f"first value, rate {rate:g}" for rate in RATES),
+        "second value", "chosen", "seconds per iteration",
     ]  # fmt: skip
-    return f"### A flawed reward\n\n{markdown_table(heads, rows)}" if rows else ""
+    return f"### Tuning\n\n{markdown_table(heads, rows)}"

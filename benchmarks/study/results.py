@@ -1,138 +1,131 @@
-"""The results of the study's runs: costs, curves, and intervals of mean gains."""
+"""The finished runs of the study: what was gained, and at which cost."""
 
-import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
-from statistics import stdev
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
-from scipy import stats
 
-from benchmarks.study.entries import Entry
-from benchmarks.training_runs import evaluations
+from benchmarks.study.entries import ALGORITHMS, FURTHER
+from benchmarks.study.plan import Kind, Store, reference_seconds
+from benchmarks.study.statistics import Gains
 
-COLOUR = "diversity/color"
+COLOR = "diversity/color"
 """Name of the metric of colour entropy in evaluations."""
+AXES = ("seconds", "images", "evaluations")
+"""What runs are compared at equal amounts of."""
 
 
 @dataclass(frozen=True)
-class Cost:
-    """Cost of one iteration of an algorithm.
+class Point:
+    """An evaluation without guidance on the way of a run.
 
     Attributes:
-        seconds: Median time in seconds.
-        evaluations: Denoiser evaluations of the rollout.
+        spent: Processor seconds, scored images and denoiser evaluations until then, by :data:`AXES`.
+            Seconds are those of the machine as it was when the study began.
+        values: Scores and metrics by name, with the ``drift``.
     """
 
-    seconds: float
-    evaluations: float
+    spent: Mapping[str, float]
+    values: Mapping[str, float]
 
 
 @dataclass(frozen=True)
-class Budgets:
-    """The budgets at which algorithms are compared.
+class Run:
+    """A finished run.
 
     Attributes:
-        seconds: Training time in seconds, without evaluations.
-        evaluations: Denoiser evaluations of all rollouts.
+        seed: Its seed.
+        iterations: Its length.
+        before: The evaluation of the model before training, with the same seed.
+        after: The evaluation at the end, with the same parts (``plain``, ``guided``, ``second``).
+        points: All evaluations without guidance, from before training to the end.
     """
 
-    seconds: float
-    evaluations: float
+    seed: int
+    iterations: int
+    before: Mapping[str, Any]
+    after: Mapping[str, Any]
+    points: Sequence[Point]
 
-    def iterations(self, cost: Cost) -> tuple[float, float]:
-        """Number of iterations that each of the two budgets allows."""
-        return self.seconds / cost.seconds, self.evaluations / cost.evaluations
+    def value(self, part: str, name: str) -> float:
+        """A number of the evaluation at the end."""
+        return float(self.after[part][name])
+
+    def gain(self, part: str, name: str) -> float:
+        """The change of a number from before training to the end."""
+        return self.value(part, name) - float(self.before[part][name])
+
+    def gain_at(self, axis: str, amount: float, name: str = "strict") -> float:
+        """The change of a number at an amount spent, between evaluations linearly; NaN beyond the end."""
+        amounts = [p.spent[axis] for p in self.points]
+        values = [p.values[name] for p in self.points]
+        return float(np.interp(amount, amounts, values, right=math.nan)) - values[0]
 
 
 @dataclass(frozen=True)
-class Curve:
-    """The held-out evaluations of one run.
+class Runs:
+    """All finished runs of one kind.
 
     Attributes:
-        iterations: Iterations of the evaluations, from 0.
-        values: Values at these iterations, by name of score or metric.
+        by_method: The runs of each method that did not diverge, by seed.
+        diverged: The number of runs of each method that did.
     """
 
-    iterations: Sequence[float]
-    values: Mapping[str, Sequence[float]]
+    by_method: Mapping[str, Mapping[int, Run]]
+    diverged: Mapping[str, int]
 
-    def at(self, name: str, iteration: float) -> float:
-        """A value at an iteration, by linear interpolation; NaN beyond the last evaluation."""
-        return float(np.interp(iteration, self.iterations, self.values[name], right=math.nan))
+    def gains(self, part: str, name: str) -> Gains:
+        """Changes by method and seed."""
+        return {
+            m: {s: r.gain(part, name) for s, r in runs.items()}
+            for m, runs in self.by_method.items()
+        }
 
-    def gain(self, name: str, iteration: float) -> float:
-        """Change of a value since the first evaluation."""
-        return self.at(name, iteration) - self.values[name][0]
+    def gains_at(self, axis: str, amount: float) -> Gains:
+        """Changes of strict accuracy at an amount spent."""
+        return {
+            m: {s: r.gain_at(axis, amount) for s, r in runs.items()}
+            for m, runs in self.by_method.items()
+        }
 
-
-@dataclass(frozen=True)
-class Study:
-    """The folder that holds all runs of the study and their costs."""
-
-    folder: Path
-    _file: str = field(default="costs.json", repr=False)
-
-    def place(self, entry: Entry, seed: int) -> Path:
-        """The run directory of one algorithm and seed."""
-        return self.folder / "runs" / entry.slug / str(seed)
-
-    def costs(self) -> dict[str, Cost]:
-        """Costs that have been measured, by the entry's slug."""
-        file = self.folder / self._file
-        found = json.loads(file.read_text()) if file.exists() else {}
-        return {slug: Cost(**cost) for slug, cost in found.items()}
-
-    def save_cost(self, entry: Entry, seconds: float, evaluations: float) -> None:
-        """Add the cost of an entry to ``costs.json``."""
-        costs = {**self.costs(), entry.slug: Cost(seconds, evaluations)}
-        self.folder.mkdir(parents=True, exist_ok=True)
-        plain = {slug: vars(cost) for slug, cost in costs.items()}
-        (self.folder / self._file).write_text(json.dumps(plain, indent=1))
-
-    def curves(self, entry: Entry) -> list[Curve]:
-        """One curve per seed, of the finished runs of an entry."""
-        places = sorted((self.folder / "runs" / entry.slug).glob("*/report.html"))
-        return [_curve(evaluations(p.parent)) for p in places]
+    def least_spent(self, axis: str) -> float:
+        """The amount that every run has reached."""
+        return min(
+            r.points[-1].spent[axis] for runs in self.by_method.values() for r in runs.values()
+        )
 
 
-def _curve(lines: Sequence[dict]) -> Curve:
-    rows = {line["iteration"]: {**line["scores"], **line["metrics"]} for line in lines}
-    names = next(iter(rows.values()))
-    return Curve(list(rows), {n: [row[n] for row in rows.values()] for n in names})
+def read_runs(store: Store, kind: Kind) -> Runs:
+    """The finished runs of a kind."""
+    bases, unit = store.bases(), store.unit()
+    by_method: dict[str, dict[int, Run]] = {}
+    diverged: dict[str, int] = {}
+    for entry in (*ALGORITHMS, *FURTHER):
+        found = store.runs(kind, entry)
+        ok = {s: r for s, r in found.items() if not r["diverged"] and s in bases}
+        if found:
+            diverged[entry.name] = len([r for r in found.values() if r["diverged"]])
+        if ok and unit is not None:
+            by_method[entry.name] = {s: _run(r, bases[s]["end"], unit) for s, r in ok.items()}
+    return Runs(by_method, diverged)
 
 
-def interval(values: Sequence[float]) -> float:
-    """Half of the 95 % confidence interval of a mean (Student's t); NaN for one value."""
-    if len(values) < 2:
-        return math.nan
-    return float(stats.t.ppf(0.975, len(values) - 1)) * stdev(values) / math.sqrt(len(values))
+def _run(found: Mapping[str, Any], before: Mapping[str, Any], unit: float) -> Run:
+    speed = unit / reference_seconds(found)
+    points = [Point(dict.fromkeys(AXES, 0.0), {**_numbers(before["plain"]), "drift": 0.0})]
+    for row in found["curve"]:
+        points.append(Point(_spent(row, speed), _numbers(row)))
+    after = found["end"]
+    last = {**_numbers(after["plain"]), "drift": float(after["drift"])}
+    points.append(Point(_spent(found["spent"], speed), last))
+    return Run(found["seed"], found["iterations"], before, after, points)
 
 
-def difference(gains: Sequence[Sequence[float]]) -> float:
-    """Half of the 95 % confidence interval of the difference between two algorithms' mean gains.
-
-    The residuals of a two-way analysis of variance (algorithm and seed) are assumed to have the same
-    variance for all algorithms, which gives more degrees of freedom than the seeds of one algorithm.
-
-    Args:
-        gains: Gains ``(algorithms, seeds)``; algorithms with a NaN are left out.
-
-    Returns:
-        NaN unless there are at least two algorithms with the same seeds, and at least two seeds.
-    """
-    table = np.asarray([g for g in gains if not any(math.isnan(v) for v in g)])
-    if table.ndim != 2 or min(table.shape) < 2:
-        return math.nan
-    deviation, freedom = residual(table)
-    return float(stats.t.ppf(0.975, freedom)) * deviation * math.sqrt(2 / table.shape[1])
+def _spent(row: Mapping[str, Any], speed: float) -> dict[str, float]:
+    return {axis: float(row[axis]) * (speed if axis == "seconds" else 1.0) for axis in AXES}
 
 
-def residual(table: np.ndarray) -> tuple[float, int]:
-    """Standard deviation and degrees of freedom of the residuals of gains ``(algorithms, seeds)``."""
-    rows, columns = table.shape
-    left = table - table.mean(0) - table.mean(1, keepdims=True) + table.mean()
-    freedom = (rows - 1) * (columns - 1)
-    return math.sqrt(float((left**2).sum()) / freedom), freedom
+def _numbers(row: Mapping[str, Any]) -> dict[str, float]:
+    return {k: float(v) for k, v in row.items() if isinstance(v, int | float)}

@@ -1,0 +1,76 @@
+"""Intervals of mean gains, and which methods can be told apart."""
+
+import math
+from collections.abc import Mapping, Sequence
+from statistics import mean
+
+import numpy as np
+from scipy import stats
+
+Gains = Mapping[str, Mapping[int, float]]
+"""Gains of each method by seed."""
+
+
+def pooled(gains: Gains) -> tuple[float, int]:
+    """Standard deviation between the seeds of a method, pooled over methods, and its degrees of freedom.
+
+    Pooling assumes that the seeds of all methods vary alike, and makes intervals of few seeds usable.
+    NaN and 0 if no method has two seeds.
+    """
+    groups = [list(g.values()) for g in gains.values()]
+    freedom = sum(max(0, len(g) - 1) for g in groups)
+    if freedom == 0:
+        return math.nan, 0
+    squares = sum((v - mean(g)) ** 2 for g in groups for v in g)
+    return math.sqrt(squares / freedom), freedom
+
+
+def half_width(gains: Gains, seeds: int) -> float:
+    """Half of the 95 % interval of the mean of ``seeds`` gains (Student's t, pooled deviation)."""
+    deviation, freedom = pooled(gains)
+    if freedom == 0 or seeds == 0:
+        return math.nan
+    return float(stats.t.ppf(0.975, freedom)) * deviation / math.sqrt(seeds)
+
+
+def smallest_difference(gains: Gains) -> float:
+    """The smallest difference of two means that is not chance, for all pairs at once, at 95 %.
+
+    Tukey's range with the residuals of a two-way analysis of variance (method and seed), over the seeds
+    that all methods have. All methods of a seed are evaluated with the same noise, so what a seed adds
+    to all of them cancels.
+
+    Returns:
+        NaN unless there are two methods and two common seeds.
+    """
+    common = common_seeds(gains)
+    if len(gains) < 2 or len(common) < 2:
+        return math.nan
+    table = np.asarray([[g[s] for s in common] for g in gains.values()])
+    rows, columns = table.shape
+    left = table - table.mean(0) - table.mean(1, keepdims=True) + table.mean()
+    freedom = (rows - 1) * (columns - 1)
+    error = math.sqrt(float((left**2).sum()) / freedom / columns)
+    return float(stats.studentized_range.ppf(0.95, rows, freedom)) * error
+
+
+def common_seeds(gains: Gains) -> list[int]:
+    """The seeds that all methods have, ascending."""
+    each = [set(g) for g in gains.values()]
+    return sorted(set.intersection(*each)) if each else []
+
+
+def leaders(gains: Gains) -> list[str]:
+    """The methods that cannot be told from the best, the best one first; none without an interval."""
+    least, common = smallest_difference(gains), common_seeds(gains)
+    if math.isnan(least):
+        return []
+    means = {name: mean(g[s] for s in common) for name, g in gains.items()}
+    best = max(means.values())
+    near = [name for name, value in means.items() if best - value <= least]
+    return sorted(near, key=lambda name: -means[name])
+
+
+def rank_correlation(a: Sequence[float], b: Sequence[float]) -> float:
+    """Spearman's rank correlation; NaN for fewer than three pairs."""
+    return float(stats.spearmanr(a, b).statistic) if len(a) > 2 else math.nan

@@ -1,0 +1,175 @@
+"""Does the jobs of the plan, one after the other in one process."""
+
+import fcntl
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from benchmarks.study import second_world
+from benchmarks.study.entries import COMMON, FLAWED, Entry
+from benchmarks.study.plan import Job, Kind, Plan, Store, jobs
+from benchmarks.study.trial import Spent, Trial, load_prompts, no_threads
+from flowgrpo.core.errors import DivergenceError
+
+COST_ITERATIONS = 2
+UNTRAINED = ("algorithm={kind='matching'}", "loss={kind='matching'}")
+"""Settings for what is done with the model before training; they have no influence on it."""
+GUIDANCE = 3.0
+
+
+def work(
+    store: Store,
+    plan: Plan,
+    entries: Sequence[Entry] | None = None,
+    settings: Sequence[str] = (),
+    hours: float = float("inf"),
+    say: Callable[[str], None] = print,
+) -> None:
+    """Do all jobs that are left.
+
+    Args:
+        store: Where results are kept.
+        plan: The sizes.
+        entries: The methods; all by default.
+        settings: Further ``--set`` arguments for every run.
+        hours: No job begins after this time.
+        say: Prints a line per job.
+
+    Raises:
+        SystemExit: If another process works on the same folder.
+    """
+    no_threads()
+    worker, until = Worker(store, plan, settings), time.time() + 3600 * hours
+    with _alone(store.folder):
+        if store.unit() is None:
+            with worker.trial(UNTRAINED, plan.tuning_seed) as trial:
+                store.save_unit(median(worker.speed(trial) for _ in range(5)))
+        # After each job the order is read anew, since costs and choices depend on results.
+        while job := next(jobs(store, plan, entries), None):
+            if time.time() >= until:
+                return
+            began = time.time()
+            result = worker.do(job)
+            store.write(job, result)
+            say(
+                f"{time.strftime('%H:%M')} {store.file(job).relative_to(store.folder)}: {time.time() - began:.0f} s"
+            )
+
+
+class Worker:
+    """Does one job."""
+
+    def __init__(self, store: Store, plan: Plan, settings: Sequence[str] = ()):
+        self.store, self.plan, self.settings = store, plan, settings
+        train, held_out = second_world.write(store.folder / "prompts")
+        self.second_train, self.second_held_out = train, load_prompts(held_out)
+
+    def do(self, job: Job) -> dict[str, Any]:
+        """The result of a job."""
+        if job.work == "base":
+            with self.trial(UNTRAINED, job.seed) as trial:
+                trial.keep_states(self.plan.drift_states)
+                return {"end": self.whole(trial)}
+        assert job.entry is not None
+        assert job.choice is not None
+        settings = [
+            *job.entry.with_value(job.choice.value),
+            *self.settings_of(job.kind),
+            f"train.iterations={job.iterations or 10}",
+            f"train.lr={job.choice.rate or 1e-4}",
+        ]
+        with self.trial(settings, job.seed) as trial:
+            if job.work == "cost":
+                return self.cost(trial)
+            return self.tuning(trial, job) if job.work == "tune" else self.run(trial, job)
+
+    def trial(self, settings: Sequence[str], seed: int) -> Trial:
+        """A run with the common settings."""
+        return Trial([*COMMON, *settings, *self.settings], seed)
+
+    def speed(self, trial: Trial) -> float:
+        """Processor seconds of the reference work."""
+        return trial.reference_work(self.plan.reference_images)
+
+    def settings_of(self, kind: Kind) -> Sequence[str]:
+        """What a kind of run differs in."""
+        if kind == "flawed":
+            return [FLAWED]
+        if kind == "second":
+            return [f"prompts.train='{self.second_train}'"]
+        return [f"sampling.guidance_scale={GUIDANCE}"] if kind == "guided" else []
+
+    def cost(self, trial: Trial) -> dict[str, Any]:
+        """Processor seconds of a few iterations and of the reference work."""
+        reference = [self.speed(trial)]
+        spent = [trial.train_once() for _ in range(COST_ITERATIONS)]
+        reference.append(self.speed(trial))
+        return {"seconds": [s.seconds for s in spent], "reference": reference}
+
+    def tuning(self, trial: Trial, job: Job) -> dict[str, Any]:
+        """Train, and score images of training prompts, so that nothing is tuned to the held-out ones."""
+        done = self.trained(trial, job, points=0)
+        if not done["diverged"]:
+            found = trial.evaluate(self.plan.tuning_images, trial.prompts)
+            done |= {"score": found["reward"], "strict": found["strict"]}
+        return done
+
+    def run(self, trial: Trial, job: Job) -> dict[str, Any]:
+        """Train with evaluations on the way, and evaluate the end."""
+        trial.keep_states(self.plan.drift_states)
+        done = self.trained(trial, job, self.plan.points if job.kind in ("main", "long") else 0)
+        if not done["diverged"]:
+            done["end"] = self.whole(trial)
+        return done
+
+    def trained(self, trial: Trial, job: Job, points: int) -> dict[str, Any]:
+        """Train for the job's iterations, with ``points - 1`` evaluations on the way."""
+        at = {round(job.iterations * p / points) for p in range(1, points)} if points else set()
+        spent, seconds, curve = Spent(), [], []
+        reference, diverged = [self.speed(trial)], False
+        try:
+            for iteration in range(1, job.iterations + 1):
+                one = trial.train_once()
+                spent += one
+                seconds.append(one.seconds)
+                if iteration in at and iteration < job.iterations:
+                    found = {"iteration": iteration, **vars(spent), "drift": trial.drift()}
+                    curve.append({**found, **trial.evaluate(self.plan.images)})
+        except DivergenceError:
+            diverged = True
+        reference.append(self.speed(trial))
+        return {
+            "diverged": diverged,
+            "seconds": seconds,
+            "reference": reference,
+            "spent": vars(spent),
+            "training_rewards": trial.rewards,
+            "curve": curve,
+        }
+
+    def whole(self, trial: Trial) -> dict[str, Any]:
+        """The evaluation before and after training: both regimes, the second world, the drift."""
+        few = self.plan.few_images
+        return {
+            "plain": trial.evaluate(self.plan.images, guidance=1.0),
+            "guided": trial.evaluate(few, guidance=GUIDANCE),
+            "second": trial.evaluate(few, self.second_held_out, guidance=1.0),
+            "drift": trial.drift(),
+        }
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Hold the lock of the folder, which the system releases however the process ends."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise SystemExit(
+                f"another process works on {folder}; let it end, or choose another --folder"
+            ) from None
+        yield
