@@ -420,13 +420,13 @@ def test_explanations_line_by_line() -> None:
 
 
 def test_a_begun_configuration_keeps_its_head_and_explains_its_keys() -> None:
-    lines = starter("owner/My.Model-2", "quickstart", {"memory.offload.x": 1, "run.seed": 3}, ["One note."]).splitlines()  # fmt: skip
+    lines = starter("owner/My.Model-2", "quickstart_flow_grpo", {"memory.offload.x": 1, "run.seed": 3}, ["One note."]).splitlines()  # fmt: skip
     head = lines[: lines.index("")]
     assert (
         head[0]
-        == "# A run on owner/My.Model-2, after the recipe quickstart that comes with flowgrpo:"
+        == "# A run on owner/My.Model-2, after the recipe quickstart_flow_grpo that comes with flowgrpo:"
     )
-    first = find("quickstart").read_text().splitlines()[0].removeprefix("# ")
+    first = find("quickstart_flow_grpo").read_text().splitlines()[0].removeprefix("# ")
     assert head[1] == f"#   {first}"
     assert head[-2:] == ["# One note.", "# 'flowgrpo config explain KEY' explains any key, also those that are not here."]  # fmt: skip
     assert 'path = "owner/My.Model-2"' in lines
