@@ -37,6 +37,7 @@ from flowgrpo.policy.arguments import (
     own_arguments,
 )
 from flowgrpo.policy.call import PipelineCall, UnsupportedPipelineError
+from flowgrpo.policy.encoder_lockstep import EncoderLockstep
 from flowgrpo.policy.fixed_device import fix_precision, restore_class
 from flowgrpo.policy.latent_injection import LatentInjection, LatentLocations
 from flowgrpo.policy.loading import DTYPES, denoisers, load_pipeline, without_safety_checker
@@ -140,6 +141,7 @@ class PipelinePolicy:
         num_evaluations: Denoiser evaluations so far, counted per sample.
         num_decodes: Decoded samples so far.
         lockstep: Makes the calls of all processes equal where ``in_lockstep`` is true.
+        encoding: Makes their passes of divided text encoders equal.
     """
 
     replay_batch = 0
@@ -190,10 +192,10 @@ class PipelinePolicy:
         self._parameters = inspect.signature(call).parameters
         check_signature(pipeline, self._parameters)
         self._take_over(call)
-        self.models = models_of(pipeline)
-        self.denoisers = denoisers(pipeline)
+        self.models, self.denoisers = models_of(pipeline), denoisers(pipeline)
         start = read_start(pipeline, weights, self.denoisers) if weights else None
         self._learned, self.lockstep = Learned(), Lockstep(self._join)
+        self.encoding = EncoderLockstep(self.lockstep.messages, self.device)
         sharder = self._prepare(memory, parallel, weights)
         self.in_lockstep = sharder is not None
         self.num_evaluations = self.num_decodes = 0
@@ -207,6 +209,7 @@ class PipelinePolicy:
             self.trainable = self._injection.initial = InitialNoise(weights)
         elif weights is not None:
             self.trainable = create(self.denoisers, weights, start=start, shard=sharder)
+        self.encoding.end_before(self.denoisers)
         if not self.in_lockstep:
             fix_precision(pipeline, self.denoisers.values())
 
@@ -421,8 +424,7 @@ class PipelinePolicy:
             assert isinstance(self.trainable, Trainable)
             is_main = torch.distributed.get_rank() == 0
             adapts = isinstance(self.trainable.weights, LoRA)
-            divided = self.trainable.denoisers if adapts else self.models
-            gather(divided, is_main, trained_only=adapts)
+            gather(self.models, is_main, trained_only=adapts)
         self.pipeline.scheduler = self.shipped_scheduler
         self._injection.remove()
         restore_class(self.pipeline)
@@ -492,10 +494,9 @@ class PipelinePolicy:
         empty = len(nodes) == 1
 
         def attempt(plan: StepPlan) -> _Called:
-            def call(formed: dict[str, Any]) -> _Called:
-                return self._call(formed, plan, x, decode)
-
-            return self._learned.calling(call, arguments, len(prompts))
+            call = partial(self._call, plan=plan, x=x, decode=decode)
+            with self.encoding.together():
+                return self._learned.calling(call, arguments, len(prompts))
 
         if empty and not self._learned.empty_loop:
             plan = plan.held(sampling.num_steps)
@@ -582,15 +583,13 @@ class PipelinePolicy:
         """Prepare the models of the pipeline, and set ``compiled``.
 
         Returns:
-            Divides the denoisers among the processes, once they have their adapters; None if each process
-            has whole ones.
+            Divides the denoisers, once they have their adapters; None if each process has whole ones.
         """
         sharder, device, dtype = None, self.device, self.dtype
         if parallel is not None and parallel.is_sharded and isinstance(weights, LoRA | Full):
             sharder = partial(shard, parallel=parallel, weights=weights, device=device, dtype=dtype)
-        shared = parallel if sharder is not None else None
-        messages, precision = self.lockstep.messages, self._precision
-        self.compiled = prepare(self.pipeline, memory, device, dtype, precision, shared, messages)
+        options = {"parallel": parallel, "encoding": self.encoding} if sharder is not None else {}
+        self.compiled = prepare(self.pipeline, memory, device, dtype, self._precision, **options)
         return sharder
 
     def _precision(self) -> torch.dtype:
