@@ -588,7 +588,9 @@ class PipelinePolicy:
         sharder, device, dtype = None, self.device, self.dtype
         if parallel is not None and parallel.is_sharded and isinstance(weights, LoRA | Full):
             sharder = partial(shard, parallel=parallel, weights=weights, device=device, dtype=dtype)
-        options = {"parallel": parallel, "encoding": self.encoding} if sharder is not None else {}
+        options: dict[str, Any] = (
+            {"parallel": parallel, "encoding": self.encoding} if sharder else {}
+        )
         self.compiled = prepare(self.pipeline, memory, device, dtype, self._precision, **options)
         return sharder
 
