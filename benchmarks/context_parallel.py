@@ -29,7 +29,7 @@ from flowgrpo.core.transitions import CPS
 from flowgrpo.data.prompts import Prompt
 from flowgrpo.policy import Full, LoRA, PipelinePolicy
 from flowgrpo.policy.settings import Weights
-from scripts.page_tables import replace_marked
+from scripts.page_tables import write_marked_text
 from tests.conftest import sampling_of
 from tests.processes import ranks
 from tests.tiny import FAMILIES, save
@@ -119,7 +119,7 @@ def main() -> None:
                 rows.append("| " + " | ".join(cells) + " |")
                 print(rows[-1], flush=True)
     if options.write:
-        replace_marked(options.write, "context_parallel", "\n".join(rows))
+        write_marked_text(options.write, "context_parallel", "\n".join(rows))
 
 
 if __name__ == "__main__":

@@ -55,7 +55,10 @@ def encode_alike(rank: int) -> None:
     models = {name: Encoder() for name in ("first", "second")}
     passes: list[float] = []
     group = dist.new_group(backend="gloo")
-    lockstep = EncoderLockstep(models, lambda: group, torch.device("cpu"))
+    lockstep = EncoderLockstep(lambda: group, torch.device("cpu"))
+    lockstep.watch(models)
+    denoiser = nn.Identity()
+    lockstep.end_before({"transformer": denoiser})
 
     def note(index: int, module: nn.Module, args: Any, kwargs: Any) -> None:
         images = float(kwargs.get("image") is not None)
@@ -72,8 +75,10 @@ def encode_alike(rank: int) -> None:
         else:
             assert torch.equal(first(one), one + 1)
             assert torch.equal(second(x=one, image=one), one + 1)
-            with lockstep.together():  # has no effect
-                assert torch.equal(second(x=one, image=None), one + 1)
+            assert torch.equal(second(x=one, image=None), one + 1)
+        denoiser(one)  # ends the section
+        meet(0)
+        denoiser(one)
     # The first encoder comes first; passes of one encoder with and without images are told apart.
     assert len(passes) == lockstep.passes == 4
     assert sorted(passes) == [0, 1, 1, 1.5]
@@ -93,7 +98,7 @@ def work(folders: dict[str, Path], folder: Path, rank: int) -> int:
         assert all(isinstance(p, DTensor) for p in parameters)
         held = sum(p.to_local().numel() for p in parameters)
         assert held < 0.6 * sum(p.numel() for p in parameters)
-        lockstep = policy.pipeline.encode_prompt.lockstep
+        lockstep = policy.encoding
         x = draw(policy, OWN[rank])
         passes = lockstep.passes
         meet(passes)
@@ -134,8 +139,7 @@ def test_a_divided_encoder_does_not_rewrite_prompts() -> None:
             return prompt
 
     pipeline = Pipeline()
-    lockstep = EncoderLockstep({}, lambda: None, torch.device("cpu"))
-    cache_encodings(pipeline, torch.no_grad, Memory(), torch.device("cpu"), lockstep)
+    cache_encodings(pipeline, torch.no_grad, Memory(), torch.device("cpu"), may_rewrite=False)
     with pytest.raises(
         ValueError, match=r"Pipeline rewrites prompts \(upsample_prompt\).*'denoiser'"
     ):

@@ -116,7 +116,7 @@ def work(model: Path, folder: Path, rank: int) -> int:
         learner = make_learner(model, kind, accelerator, parallel=Parallel(shard=shard))
         place, policy = folder / kind, learner.policy
         assert policy.in_lockstep
-        assert (policy.pipeline.encode_prompt.lockstep is not None) == (kind == "lora")
+        assert bool(policy.encoding.models) == (kind == "lora")
         sent = count_messages(learner.policy) if kind == "full" else Counter()
         metrics = [iterate(learner, 0)]
         if kind == "full":

@@ -2,12 +2,13 @@
 
 A divided encoder gathers its parameters from all processes in every forward pass. Processes encode
 different prompts, though: one has more new prompts than another, or none. So within a section
-(:meth:`EncoderLockstep.together`), which a pipeline's ``encode_prompt`` opens, the processes say before
-each pass which encoder they call next. Those that call another one, or have nothing more to encode, join
-the pass with the inputs of a process that needs it, and discard the result.
+(:meth:`EncoderLockstep.together`) the processes say before each pass which encoder they call next. Those
+that call another one, or have nothing more to encode, join the pass with the inputs of a process that
+needs it, and discard the result.
 
-This is apart from :mod:`flowgrpo.policy.lockstep`, which makes calls of the whole pipeline equal: within
-calls that are equal, only the number of encoder passes differs.
+All processes make equal calls of the pipeline (:mod:`flowgrpo.policy.lockstep`); only the encoder passes in
+them differ. A section begins with a call, and ends before the first pass of its denoiser: until then, a
+process may also try several forms of the call's arguments, and encode its prompts for each.
 """
 
 import hashlib
@@ -39,12 +40,8 @@ def text_encoders(pipeline: DiffusionPipeline) -> dict[str, PreTrainedModel]:
 
 
 def divide_encoders(
-    pipeline: DiffusionPipeline,
-    parallel: Parallel,
-    device: torch.device,
-    offload: bool,
-    messages: Callable[[], Any],
-) -> "EncoderLockstep":
+    pipeline: DiffusionPipeline, parallel: Parallel, device: torch.device, offload: bool
+) -> dict[str, PreTrainedModel]:
     """Divide the frozen text encoders of a pipeline among the processes in place, block by block.
 
     Args:
@@ -53,7 +50,9 @@ def divide_encoders(
         device: Device on which they compute.
         offload: Whether the parts stay in main memory between passes; otherwise they are moved to the
             device.
-        messages: Returns the process group for messages on the CPU.
+
+    Returns:
+        The encoders, by their names in the pipeline.
 
     Raises:
         ValueError: If there is no text encoder.
@@ -77,50 +76,59 @@ def divide_encoders(
         for buffer in model.buffers():
             # The tensors of a file share its memory, which a buffer would keep.
             buffer.data = buffer.data.clone()
-    return EncoderLockstep(models, messages, device)
+    return models
 
 
 class EncoderLockstep:
     """Makes the passes of divided encoders equal on all processes within sections.
 
     Attributes:
-        models: The encoders, by their names in the pipeline.
+        models: The divided encoders, by their names in the pipeline; none if each process has whole ones.
         passes: Number of passes of this process so far, joined ones included.
         joined: Number of joined passes.
     """
 
-    def __init__(
-        self, models: Mapping[str, nn.Module], messages: Callable[[], Any], device: torch.device
-    ):
-        """Watch the passes of encoders that have been divided.
+    def __init__(self, messages: Callable[[], Any], device: torch.device):
+        """Create it without encoders.
 
         Args:
-            models: The encoders, by their names in the pipeline.
             messages: Returns the process group for messages on the CPU.
             device: Device of the inputs of joined passes.
         """
-        self.models, self._messages, self._device = dict(models), messages, device
+        self.models: dict[str, nn.Module] = {}
+        self._messages, self._device = messages, device
         self._is_open = self._joins = False
         self.passes = self.joined = 0
+
+    def watch(self, models: Mapping[str, nn.Module]) -> None:
+        """Make the passes of these encoders equal, which have been divided."""
+        self.models = dict(models)
         for index, model in enumerate(models.values()):
             # Before FSDP's own hook, which gathers parameters.
             model.register_forward_pre_hook(
                 partial(self._before, index), prepend=True, with_kwargs=True
             )
 
+    def end_before(self, denoisers: Mapping[str, nn.Module]) -> None:
+        """End a section before the first pass of one of these models, which are divided already."""
+        for model in denoisers.values() if self.models else ():
+            model.register_forward_pre_hook(lambda *_: self._end(), prepend=True)
+
     @contextmanager
     def together(self) -> Iterator[None]:
-        """A section, which all processes enter and leave. A section inside another has no effect."""
-        if self._is_open:
-            yield
-            return
-        self._is_open = True
+        """A section, which all processes enter and leave; without divided encoders it has no effect."""
+        self._is_open = bool(self.models)
         try:
             yield
-            while (turn := self._next(None)) is not None:
-                self._join(*turn)
+            self._end()
         finally:
             self._is_open = False
+
+    def _end(self) -> None:
+        """Join the passes of others until none has more, unless the section has ended before."""
+        while self._is_open and (turn := self._next(None)) is not None:
+            self._join(*turn)
+        self._is_open = False
 
     def _before(
         self, index: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]

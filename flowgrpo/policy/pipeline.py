@@ -39,6 +39,7 @@ from flowgrpo.policy.arguments import (
 from flowgrpo.policy.call import PipelineCall, UnsupportedPipelineError
 from flowgrpo.policy.called import Called as _Called
 from flowgrpo.policy.called import padded
+from flowgrpo.policy.encoder_lockstep import EncoderLockstep
 from flowgrpo.policy.fixed_device import fix_precision, restore_class
 from flowgrpo.policy.latent_injection import LatentInjection, LatentLocations
 from flowgrpo.policy.loading import DTYPES, denoisers, load_pipeline, without_safety_checker
@@ -125,6 +126,7 @@ class PipelinePolicy:
         num_decodes: Decoded samples so far.
         lockstep: Makes the calls of all processes equal where ``in_lockstep`` is true.
         pictures: Encodes pictures to states.
+        encoding: Makes their passes of divided text encoders equal.
     """
 
     replay_batch = 0
@@ -181,6 +183,7 @@ class PipelinePolicy:
         start = read_start(pipeline, weights, self.denoisers) if weights else None
         create = partial(Trainable, seed=seed, with_reference=with_reference, teachers=read_teachers(pipeline, teachers))  # fmt: skip
         self._learned, self.lockstep = Learned(), Lockstep(self._join)
+        self.encoding = EncoderLockstep(self.lockstep.messages, self.device)
         sharder = self._prepare(memory, parallel, weights)
         self.in_lockstep = sharder is not None
         self.num_evaluations = self.num_decodes = 0
@@ -194,6 +197,7 @@ class PipelinePolicy:
         elif weights is not None:
             native = memory.arithmetic == "native"
             self.trainable = create(self.denoisers, weights, start=start, shard=sharder, native=native)  # fmt: skip
+        self.encoding.end_before(self.denoisers)
         if not self.in_lockstep:
             fix_precision(pipeline, self.denoisers.values())
 
@@ -411,8 +415,7 @@ class PipelinePolicy:
             assert isinstance(self.trainable, Trainable)
             is_main = torch.distributed.get_rank() == 0
             adapts = isinstance(self.trainable.weights, LoRA)
-            divided = self.trainable.denoisers if adapts else self.models
-            gather(divided, is_main, trained_only=adapts)
+            gather(self.models, is_main, trained_only=adapts)
         self.pipeline.scheduler = self.shipped_scheduler
         self._injection.remove()
         restore_class(self.pipeline)
@@ -482,10 +485,9 @@ class PipelinePolicy:
         empty = len(nodes) == 1
 
         def attempt(plan: StepPlan) -> _Called:
-            def call(formed: dict[str, Any]) -> _Called:
-                return self._call(formed, plan, x, decode)
-
-            return self._learned.calling(call, arguments, len(prompts))
+            call = partial(self._call, plan=plan, x=x, decode=decode)
+            with self.encoding.together():
+                return self._learned.calling(call, arguments, len(prompts))
 
         if empty and not self._learned.empty_loop:
             plan = plan.held(sampling.num_steps)
@@ -572,15 +574,15 @@ class PipelinePolicy:
         """Prepare the models of the pipeline, and set ``compiled``.
 
         Returns:
-            Divides the denoisers among the processes, once they have their adapters; None if each process
-            has whole ones.
+            Divides the denoisers, once they have their adapters; None if each process has whole ones.
         """
         sharder, device, dtype = None, self.device, self.dtype
         if parallel is not None and parallel.is_sharded and isinstance(weights, LoRA | Full):
             sharder = partial(shard, parallel=parallel, weights=weights, device=device, dtype=dtype)
-        shared = parallel if sharder is not None else None
-        messages, precision = self.lockstep.messages, self._precision
-        self.compiled = prepare(self.pipeline, memory, device, dtype, precision, shared, messages)
+        options: dict[str, Any] = (
+            {"parallel": parallel, "encoding": self.encoding} if sharder else {}
+        )
+        self.compiled = prepare(self.pipeline, memory, device, dtype, self._precision, **options)
         return sharder
 
     def _precision(self) -> torch.dtype:

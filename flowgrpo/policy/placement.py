@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 
 from flowgrpo.policy.call import UnsupportedPipelineError
 from flowgrpo.policy.compilation import CompiledBlocks, repeated_blocks
-from flowgrpo.policy.encoder_lockstep import divide_encoders
+from flowgrpo.policy.encoder_lockstep import EncoderLockstep, divide_encoders
 from flowgrpo.policy.fixed_device import fix_device
 from flowgrpo.policy.loading import autoencoders, denoisers, helpers
 from flowgrpo.policy.native import refusing_mixed
@@ -72,7 +72,7 @@ def prepare(
     dtype: torch.dtype,
     precision: Callable[[], torch.dtype],
     parallel: Parallel | None = None,
-    messages: Callable[[], Any] | None = None,
+    encoding: EncoderLockstep | None = None,
 ) -> dict[str, CompiledBlocks]:
     """Freeze the models of a pipeline, move them to their devices, and wrap the methods that it calls.
 
@@ -86,7 +86,7 @@ def prepare(
         precision: Returns the precision of the denoisers' inputs; called in every forward pass.
         parallel: How the processes divide the models; None if each has whole ones. The denoisers then
             stay in main memory, from which sharding moves their parts.
-        messages: Returns the process group for messages on the CPU, if text encoders are divided.
+        encoding: Makes the passes of text encoders equal on all processes, if they are divided.
 
     Returns:
         The compiled blocks of each denoiser, by its name; none if nothing is compiled.
@@ -101,10 +101,11 @@ def prepare(
         placed_elsewhere |= name in trained and parallel is not None
         if not placed_elsewhere and not is_quantized(model):
             model.to(device)
-    lockstep, offload = None, memory.offload_text_encoders
-    if parallel is not None and parallel.divides_encoders and messages is not None:
-        lockstep = divide_encoders(pipeline, parallel, device, offload, messages)
-        encoders = {k: m for k, m in encoders.items() if k not in lockstep.models}
+    offload, may_rewrite = memory.offload_text_encoders, True
+    if parallel is not None and parallel.divides_encoders and encoding is not None:
+        encoding.watch(divide_encoders(pipeline, parallel, device, offload))
+        encoders = {k: m for k, m in encoders.items() if k not in encoding.models}
+        may_rewrite = False
     placed = Encoders(encoders, device, offload)
     for model in trained.values():
         if model.dtype != dtype and not is_quantized(model):
@@ -118,7 +119,7 @@ def prepare(
     prepare_decoder(pipeline, memory)
     for model in offloaded:
         offload_autoencoder(model, device)
-    cache_encodings(pipeline, placed.loaded, memory, device, lockstep)
+    cache_encodings(pipeline, placed.loaded, memory, device, may_rewrite)
     fix_device(pipeline)
     return compiled
 

@@ -23,7 +23,6 @@ from torch import Tensor
 from flowgrpo.data.prompts import Prompt
 from flowgrpo.policy.arguments import call_key, is_unrelated
 from flowgrpo.policy.call import UnsupportedPipelineError
-from flowgrpo.policy.encoder_lockstep import EncoderLockstep
 from flowgrpo.policy.loading import autoencoders
 from flowgrpo.policy.settings import Memory
 from flowgrpo.policy.tensor_store import GB, TensorStore
@@ -52,7 +51,7 @@ def cache_encodings(
     encoders_loaded: Callable[[], AbstractContextManager[None]],
     memory: Memory,
     device: torch.device,
-    lockstep: EncoderLockstep | None = None,
+    may_rewrite: bool = True,
 ) -> None:
     """Let a pipeline encode every prompt and every condition image once.
 
@@ -62,8 +61,7 @@ def cache_encodings(
             (:meth:`flowgrpo.policy.offloading.Encoders.loaded`).
         memory: Limits of the cache of encoded prompts.
         device: Device of the cached results when they are used.
-        lockstep: Makes the passes of text encoders equal on all processes that share them; None if each
-            process has whole ones.
+        may_rewrite: Whether a text encoder may rewrite prompts; not if it is divided among processes.
     """
     for name in ENCODING_METHODS:
         method = getattr(pipeline, name, None)
@@ -71,12 +69,12 @@ def cache_encodings(
             continue
         if name == "encode_prompt":
             store = TensorStore(int(memory.prompt_cache_gb * GB), int(memory.prompt_disk_gb * GB))
-            method = PromptCache(method, store, device, encoders_loaded, lockstep)
+            method = PromptCache(method, store, device, encoders_loaded)
         else:
             method = remembered(_with_encoders(method, encoders_loaded))
         setattr(pipeline, name, method)
     for name in REWRITING_METHODS:
-        if hasattr(pipeline, name) and lockstep is not None:
+        if hasattr(pipeline, name) and not may_rewrite:
             setattr(pipeline, name, _refusing_to_rewrite(pipeline, name))
         elif hasattr(pipeline, name):
             method = _with_encoders(getattr(pipeline, name), encoders_loaded)
@@ -127,8 +125,6 @@ class PromptCache:
 
     Attributes:
         store: The cached encodings.
-        lockstep: Makes the passes of text encoders equal on all processes that share them; None if each
-            process has whole ones.
     """
 
     def __init__(
@@ -137,7 +133,6 @@ class PromptCache:
         store: TensorStore | None = None,
         device: torch.device | None = None,
         encoders_loaded: Callable[[], AbstractContextManager[None]] = nullcontext,
-        lockstep: EncoderLockstep | None = None,
     ):
         """Wrap a pipeline's method.
 
@@ -146,9 +141,7 @@ class PromptCache:
             store: Stores the encodings. With T5-XXL a prompt takes a few megabytes.
             device: Device of the returned encodings.
             encoders_loaded: Context in which the encoders may stay on their device.
-            lockstep: Makes the passes of text encoders equal on all processes that share them.
         """
-        self.lockstep = lockstep
         self._encode, self._encoders_loaded = encode, encoders_loaded
         self._current: Sequence[Prompt] = ()
         self._coming: Sequence[Prompt] = ()
@@ -170,11 +163,6 @@ class PromptCache:
     @torch.no_grad()
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The result of ``encode_prompt`` for the same arguments."""
-        with nullcontext() if self.lockstep is None else self.lockstep.together():
-            return self._answer(args, kwargs)
-
-    def _answer(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The result of ``encode_prompt``, from the cache if possible."""
         bound = self._signature.bind(*args, **kwargs)
         bound.apply_defaults()
         arguments = bound.arguments

@@ -84,8 +84,8 @@ class RewardReplay:
         check_differentiable(self.policy)
         end = self.policy.num_steps()
         noise = SampleNoise([Random(0).at("probe")])
-        start = {"nodes": [0]} if end == 1 else {"nodes": [0, end - 1]}
-        (rollout,) = self.policy.run([prompt], noise, decode=False, **start)
+        nodes = [0] if end == 1 else [0, end - 1]
+        (rollout,) = self.policy.run([prompt], noise, decode=False, nodes=nodes)
         assert rollout.x is not None
         media = probe_media_gradient(self.policy, prompt, rollout.x)
         self.rewards(media, [prompt]).sum().backward()
