@@ -24,6 +24,7 @@ from flowgrpo.losses.distillation import DistillationLoss, distance
 from flowgrpo.losses.teachers import Teacher, Teachers, turn
 from flowgrpo.policy import Full, LoRA
 from flowgrpo.policy.export import export
+from flowgrpo.policy.teachers import require_found
 from flowgrpo.policy.weights import Trainable
 from flowgrpo.rewards.scorer import RewardScorer
 from flowgrpo.training.learner import Learner
@@ -190,6 +191,13 @@ def test_teachers_that_do_not_fit_are_refused(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         make_policy(family, weights=weights, teachers=[str(adapter)])
+
+
+def test_a_missing_teacher_is_named_before_anything_is_loaded(adapter: Path) -> None:
+    require_found([str(adapter), "owner/name"])
+    for path in ("runs/a/none", "./none", "none.safetensors", "none"):
+        with pytest.raises(FileNotFoundError, match=f"loss.teachers: no such file or folder: {path}"):  # fmt: skip
+            require_found([path])
 
 
 # Training.

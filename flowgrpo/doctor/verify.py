@@ -248,6 +248,14 @@ def _stand_ins(recipe: Config) -> list[str]:
     return [*rewards, *features]
 
 
+def _own_teachers(recipe: Config) -> list[str]:
+    """The model with another guidance in place of a distillation's teachers."""
+    if recipe.loss.needs.teachers is None:
+        return []
+    guidance = (recipe.sampling.guidance_scale or 1.0) + 3.0
+    return [f"loss.teachers=[{{path='base', guidance_scale={guidance}}}]"]
+
+
 def _without_judge(recipe: Config) -> list[str]:
     """A comparison of scores in place of a judge of pairs."""
     preference = getattr(recipe.algorithm, "preference", None)
@@ -294,6 +302,7 @@ def _tiny(recipe: Config, folder: Path) -> tuple[list[str], list[str]]:
         *(f"{k}={v}" for k, v in fitted.items()),
         "algorithm.group_size=2",
         *_stand_ins(recipe),
+        *_own_teachers(recipe),
         *_without_judge(recipe),
         *_short(recipe, min(recipe.train.updates, 2)),
         "train.lr=1e-3",
@@ -304,7 +313,7 @@ def _tiny(recipe: Config, folder: Path) -> tuple[list[str], list[str]]:
     ]
     replaced = [
         "the model by tiny random parts of the same classes",
-        "the rewards, and a judge if there is one, by a stand-in without weights",
+        "the rewards, and a judge or teachers if there are any, by stand-ins without weights",
         "sizes, steps, group and updates by small ones",
     ]
     if recipe.algorithm.num_targets:
@@ -364,6 +373,7 @@ def _random_weights(recipe: Config, folder: Path, device: str) -> tuple[list[str
     settings = [
         f"model.path='{model}'",
         *_stand_ins(recipe),
+        *_own_teachers(recipe),
         *_without_judge(recipe),
         *_short(recipe, recipe.train.updates),
         *pictures,
@@ -372,7 +382,7 @@ def _random_weights(recipe: Config, folder: Path, device: str) -> tuple[list[str
     return [
         *replaced,
         "the model's weights by random ones",
-        "the rewards, and a judge if there is one, by a stand-in without weights",
+        "the rewards, and a judge or teachers if there are any, by stand-ins without weights",
         "the number of prompts by the smallest that can be",
     ], settings
 

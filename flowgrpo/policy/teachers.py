@@ -8,6 +8,7 @@ are exchanged with the student's as those of the moving average are.
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import torch
 from diffusers import DiffusionPipeline, ModelMixin
@@ -38,6 +39,20 @@ def read_teachers(pipeline: DiffusionPipeline, paths: Sequence[str]) -> dict[str
             text = str(error)
             raise type(error)(text if KEY in text else f"{KEY}: {text}") from error
     return found
+
+
+def require_found(paths: Sequence[str]) -> None:
+    """Check, before a model is loaded, that teachers which can only be files or folders exist.
+
+    Raises:
+        FileNotFoundError: If one does not.
+    """
+    for path in paths:
+        place = Path(path).expanduser()
+        # Hub ids have one slash.
+        is_file = path.startswith((".", "/", "~")) or path.count("/") != 1 or place.suffix
+        if is_file and not place.exists():
+            raise FileNotFoundError(f"{KEY}: no such file or folder: {path}")
 
 
 def teacher_values(

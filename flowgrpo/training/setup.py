@@ -14,6 +14,7 @@ from flowgrpo.data.prompt_sets import PromptSet
 from flowgrpo.data.prompts import Prompt
 from flowgrpo.policy import PipelinePolicy
 from flowgrpo.policy.probe import check_scales, check_sizes, fit_noise, ignores_negatives
+from flowgrpo.policy.teachers import require_found
 from flowgrpo.policy.text_length import cut_prompts, tokenizers_of
 from flowgrpo.rewards.differentiable import DifferentiableRewards
 from flowgrpo.rewards.features import Features
@@ -74,6 +75,7 @@ def build(config: Config, session: Session, prompts: PromptSet, held_out: Prompt
         RewardError: If a reward cannot be trained on.
         CheckpointError: If the newest checkpoint is damaged.
     """
+    require_found(_teacher_paths(config))
     scorer = _load_rewards(config, session, [*prompts.prompts, *held_out.prompts])
     policy = _load_policy(config, session)
     scorer.check_audio(policy.makes_audio, f"{type(policy.pipeline).__name__} makes none")
@@ -144,7 +146,7 @@ def _load_policy(config: Config, session: Session) -> PipelinePolicy:
         with_reference=_needs_reference(config),
         memory=config.memory,
         parallel=config.parallel,
-        teachers=teachers.paths if (teachers := config.loss.needs.teachers) else (),
+        teachers=_teacher_paths(config),
     )
     policy.lockstep.timeout = timedelta(minutes=config.run.rank_timeout_minutes)
     return policy
@@ -181,6 +183,12 @@ def _load_rewards(config: Config, session: Session, prompts: Sequence[Prompt]) -
             )
     scorer.check_prompts(prompts)
     return scorer
+
+
+def _teacher_paths(config: Config) -> Sequence[str]:
+    """The adapters of a distillation's teachers."""
+    teachers = config.loss.needs.teachers
+    return () if teachers is None else teachers.paths
 
 
 def _needs_reference(config: Config) -> bool:
