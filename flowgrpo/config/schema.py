@@ -363,7 +363,6 @@ class Config:
                 "train.ema_decay above 0"
             )
         self._check_updates()
-        check_examples(self)
         self._check_staleness()
         self._check_kinds()
         check_benchmarks(self.evaluation.bench)
@@ -378,6 +377,7 @@ class Config:
 
     def _check_updates(self) -> None:
         """Raise ConfigError if the loss is not defined for the batches and updates of an iteration."""
+        check_examples(self)
         loss, train, needs = self.loss, self.train, self.loss.needs
         size = self.algorithm.group_size
         if (

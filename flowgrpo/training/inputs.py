@@ -5,8 +5,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from flowgrpo.config import Config, ConfigError, find
-from flowgrpo.config.examples import training_prompts, training_source
 from flowgrpo.config.reference import to_table
+from flowgrpo.config.training_data import training_prompts, training_source
 from flowgrpo.core.imports import import_path
 from flowgrpo.core.secrets import REDACTED, redacted_in
 from flowgrpo.data.prompt_sets import PromptSet, shared
