@@ -115,7 +115,7 @@ def _fitting(text: str, memory_gb: float) -> tuple[dict[str, Any], str]:
 
     from flowgrpo.cli.common import quiet
     from flowgrpo.config import load
-    from flowgrpo.config.examples import training_prompts
+    from flowgrpo.config.training_data import training_prompts
     from flowgrpo.memory import GB, advise, budget, estimate_footprint, memory_options
 
     quiet()

@@ -392,7 +392,6 @@ class Config:
                 "train.ema_decay above 0"
             )
         self._check_updates()
-        check_examples(self)
         self._check_staleness()
         check_replay(self, num_processes)
         self._check_kinds()
@@ -409,6 +408,7 @@ class Config:
     def _check_updates(self) -> None:
         """Raise ConfigError if the loss is not defined for the batches and updates of an iteration."""
         check_reward_gradients(self)
+        check_examples(self)
         loss, train, needs = self.loss, self.train, self.loss.needs
         size = self.algorithm.group_size
         if (

@@ -24,7 +24,13 @@ from flowgrpo.data.prompts import Prompt
 from flowgrpo.doctor import checks
 from flowgrpo.doctor.subject import PROMPTS, Check, CheckFunction, Settings, Subject
 from flowgrpo.policy import Full, LoRA, PipelinePolicy, Sampling
-from flowgrpo.policy.arguments import Calling, check_signature, check_strength, generators_for
+from flowgrpo.policy.arguments import (
+    Calling,
+    check_signature,
+    check_strength,
+    generators_for,
+    is_unrelated,
+)
 from flowgrpo.policy.call import UnsupportedPipelineError
 from flowgrpo.policy.loading import DTYPES, autoencoders, denoisers
 from flowgrpo.policy.placement import as_media, encode_deterministically
@@ -115,7 +121,9 @@ def _pictures(policy: PipelinePolicy, prompt: Prompt, image: Tensor) -> list[str
     picture = to_pil_image(image.float().clamp(0, 1).cpu())
     try:
         quality = policy.pictures.round_trip(prompt, picture)
-    except UnsupportedPipelineError as error:
+    except Exception as error:
+        if is_unrelated(error):
+            raise
         return [f"no training on given pictures: {error}"]
     return [
         f"can be trained on given pictures: its own image, encoded and decoded, comes back with {quality:.1f} dB"

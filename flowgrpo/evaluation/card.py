@@ -9,7 +9,7 @@ from huggingface_hub.repocard_data import model_index_to_eval_results
 
 from flowgrpo import config as configuration
 from flowgrpo.config import Config
-from flowgrpo.config.examples import training_prompts
+from flowgrpo.config.training_data import training_prompts
 from flowgrpo.core.secrets import redact_table
 from flowgrpo.data.prompt_sets import PromptSet
 from flowgrpo.evaluation.records import Records

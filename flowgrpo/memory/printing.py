@@ -1,8 +1,8 @@
 """Prints the memory estimate of a run and the settings to change if it does not fit."""
 
 from flowgrpo.config import Config
-from flowgrpo.config.examples import training_prompts
 from flowgrpo.config.plan import plan
+from flowgrpo.config.training_data import training_prompts
 from flowgrpo.memory.budget import GB, advise, budget
 from flowgrpo.memory.footprint import estimate_footprint, memory_options
 from flowgrpo.memory.meta_pipeline import EstimateError

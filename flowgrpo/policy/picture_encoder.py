@@ -11,7 +11,7 @@ import inspect
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from diffusers import DiffusionPipeline, ModelMixin
@@ -25,9 +25,6 @@ from flowgrpo.data.prompts import Prompt
 from flowgrpo.policy.call import UnsupportedPipelineError
 from flowgrpo.policy.loading import autoencoders
 
-if TYPE_CHECKING:
-    from flowgrpo.policy.pipeline import PipelinePolicy
-
 DIGIT = 16
 """Base of the digits in which positions are given: few enough to survive bfloat16."""
 PROCESSORS = ("video_processor", "image_processor")
@@ -35,6 +32,31 @@ PROCESSORS = ("video_processor", "image_processor")
 ``image_processor`` can be that of an image encoder, which is of another class."""
 TOLERANCE = 0.02
 """Largest relative difference between the VAE's input and its prediction; bfloat16 rounds by 0.004."""
+
+
+@runtime_checkable
+class Decoding(Protocol):
+    """The part of a policy that encoding needs: its pipeline, and calls of it."""
+
+    pipeline: DiffusionPipeline
+    device: torch.device
+    batch_size: int
+    num_evaluations: int
+    num_decodes: int
+
+    def run(
+        self,
+        prompts: Sequence[Prompt],
+        noise: SampleNoise,
+        *,
+        nodes: Sequence[int],
+        record: Sequence[int],
+        decode: bool,
+    ) -> Iterator[Any]: ...
+
+    def decode(
+        self, prompts: Sequence[Prompt], x: Float[Tensor, "batch *latent"]
+    ) -> Float[Tensor, "batch *media"]: ...
 
 
 @dataclass(frozen=True)
@@ -75,7 +97,7 @@ class PictureEncoder:
         policy: The policy.
     """
 
-    def __init__(self, policy: "PipelinePolicy"):
+    def __init__(self, policy: Decoding):
         self.policy = policy
         self._layouts: dict[Hashable, Layout] = {}
 
@@ -233,9 +255,7 @@ class _Spy:
             self._output = self.decode(*args, **kwargs)
         return self._output
 
-    def decoding(
-        self, policy: "PipelinePolicy", prompt: Prompt, state: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def decoding(self, policy: Decoding, prompt: Prompt, state: Tensor) -> tuple[Tensor, Tensor]:
         """The media and the VAE's input when a state is decoded."""
         self.inputs.clear()
         before = policy.num_decodes
@@ -252,9 +272,7 @@ class _Spy:
 class _NoDecoder(_Spy):
     """A pipeline without a VAE, whose state is the picture in [-1, 1]."""
 
-    def decoding(
-        self, policy: "PipelinePolicy", prompt: Prompt, state: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def decoding(self, policy: Decoding, prompt: Prompt, state: Tensor) -> tuple[Tensor, Tensor]:
         return policy.decode([prompt], state), state.detach().float().cpu()
 
 

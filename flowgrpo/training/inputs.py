@@ -6,8 +6,8 @@ from pathlib import Path
 
 from flowgrpo.config import Config, ConfigError, find
 from flowgrpo.config.distillation import check_taught
-from flowgrpo.config.examples import training_prompts, training_source
 from flowgrpo.config.reference import to_table
+from flowgrpo.config.training_data import training_prompts, training_source
 from flowgrpo.core.imports import import_path
 from flowgrpo.core.secrets import REDACTED, redacted_in
 from flowgrpo.data.prompt_sets import PromptSet, shared

@@ -10,9 +10,9 @@ from typing import Any
 from flowgrpo import config as configuration
 from flowgrpo.config import Config, ConfigError
 from flowgrpo.config.changes import differences, may_change
-from flowgrpo.config.examples import training_source
 from flowgrpo.config.files import CONFIG, INPUTS, absolute
 from flowgrpo.config.reference import to_table
+from flowgrpo.config.training_data import training_source
 from flowgrpo.data import files
 from flowgrpo.training import checkpoints, lock
 from flowgrpo.training.run_changes import HISTORY, SESSIONS, kept_changes
