@@ -10,16 +10,19 @@ from pathlib import Path
 from flowgrpo.algorithms import (
     FIND,
     G2RPO,
+    SRPO,
     TPGRPO,
     VGPO,
     Algorithm,
     BranchGRPO,
     DanceGRPO,
     DiffusionNFT,
+    DRaFT,
     FlowGRPO,
     Matching,
     MixGRPO,
     PrefGRPO,
+    ReFL,
     TempFlowGRPO,
 )
 from flowgrpo.core.random import Random
@@ -47,6 +50,9 @@ SETTINGS: Sequence[tuple[str, int, Algorithm]] = [
     ("VGPO, SD3.5", 10, VGPO()),
     ("BranchGRPO, FLUX, splits at 0, 3, 6, 9", 20, BranchGRPO()),
     ("FIND, SD 1.5", 50, FIND()),
+    ("DRaFT-1 and AlignProp, SD 1.5", 50, DRaFT()),
+    ("ReFL, SD 1.4", 40, ReFL()),
+    ("SRPO, FLUX", 25, SRPO()),
 ]
 """Name, number of denoising steps, algorithm with its paper's defaults."""
 
