@@ -10,6 +10,7 @@ from pathlib import Path
 from flowgrpo.algorithms import (
     FIND,
     G2RPO,
+    SRPO,
     TPGRPO,
     VGPO,
     Algorithm,
@@ -17,11 +18,13 @@ from flowgrpo.algorithms import (
     DanceGRPO,
     DiffusionNFT,
     Distillation,
+    DRaFT,
     FlowGRPO,
     Matching,
     MixGRPO,
     NeighborGRPO,
     PrefGRPO,
+    ReFL,
     TempFlowGRPO,
 )
 from flowgrpo.core.random import Random
@@ -73,6 +76,9 @@ SETTINGS: Sequence[tuple[str, int, Algorithm]] = [
         BranchGRPO(group_size=27, children=3, splits=(0, 1, 2), between="ode", rivals="leaves"),
     ),
     ("FIND, SD 1.5", 50, FIND()),
+    ("DRaFT-1 and AlignProp, SD 1.5", 50, DRaFT()),
+    ("ReFL, SD 1.4", 40, ReFL()),
+    ("SRPO, FLUX", 25, SRPO()),
 ]
 """Name, number of denoising steps, algorithm with its paper's defaults."""
 

@@ -84,8 +84,9 @@ class RewardReplay:
         check_differentiable(self.policy)
         end = self.policy.num_steps()
         noise = SampleNoise([Random(0).at("probe")])
-        nodes = [0] if end == 1 else [0, end - 1]
-        (rollout,) = self.policy.run([prompt], noise, decode=False, nodes=nodes)
+        # With a single step, the state before it is the initial noise.
+        nodes = sorted({0, end - 1})
+        (rollout,) = self.policy.run([prompt], noise, nodes=nodes, decode=False)
         assert rollout.x is not None
         media = probe_media_gradient(self.policy, prompt, rollout.x)
         self.rewards(media, [prompt]).sum().backward()
