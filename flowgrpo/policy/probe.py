@@ -149,7 +149,7 @@ def check_scales(policy: PipelinePolicy, transition: Transition, steps: Sequence
             f"step {worst} of the grid adds almost no noise with this transition (sigma {left:.2g} is "
             f"left after it), so its gradient is {scales[worst] / usual:.0f} times that of the other "
             "steps and would dominate the update: leave it out (algorithm.steps, for kind 'all' by skip_last = "
-            f"{policy.num_steps() - worst}), or set loss.ratio = 'guard'"
+            f"{policy.num_steps() - worst}), or set loss.ratio = 'guard' or loss.step_weight = 'rectified'"
         )
 
 
