@@ -149,7 +149,7 @@ def check_scales(
     if scales[worst] > MAX_SCALE * usual:
         remedy = remedy or (
             "leave it out (algorithm.steps, for kind 'all' by skip_last = "
-            f"{policy.num_steps() - worst}), or set loss.ratio = 'guard'"
+            f"{policy.num_steps() - worst}), or set loss.ratio = 'guard' or loss.step_weight = 'rectified'"
         )
         left = policy.scheduler.interval(worst, worst + 1).noise_next
         raise ValueError(
