@@ -191,8 +191,8 @@ def test_intervals_pool_the_deviations_of_all_methods():
 
 def test_methods_are_told_apart_by_what_is_left_after_method_and_seed():
     """Against scipy's own Tukey test after the seeds' means are taken out, and its own quantile."""
-    common = statistics.common_seeds(GAINS)
-    assert common == [0, 1, 2]
+    assert statistics.comparable(GAINS) == (["a", "b", "c"], [0, 1, 2])
+    common = [0, 1, 2]
     table = np.array([[GAINS[m][s] for s in common] for m in GAINS])
     left = table - table.mean(0)
     errors = left - left.mean(1, keepdims=True)
@@ -202,6 +202,9 @@ def test_methods_are_told_apart_by_what_is_left_after_method_and_seed():
     # The published value for three groups and four degrees of freedom is 5.04.
     assert stats.studentized_range.ppf(0.95, 3, 4) == pytest.approx(5.04, abs=0.005)
     assert statistics.leaders(GAINS) == ["b", "a"], "seeds that only one has do not count"
+    late = {**GAINS, "d": {0: 0.9}}
+    assert statistics.leaders(late) == ["b", "a"], "a method with one seed waits"
+    assert statistics.comparable({**late, "a": {0: 0.1}})[0] == ["b", "c"]
     assert statistics.leaders({"a": {0: 0.1}, "b": {0: 0.3}}) == []
 
 
@@ -217,12 +220,14 @@ def test_a_recommendation_names_no_more_than_can_be_told_apart():
     none = Runs({}, {})
     kinds = {"main": found, "flawed": found, "long": none, "guided": none, "second": none}
     text = recommendation.recommendation(kinds, Plan())
-    row = next(line for line in text.splitlines() if "Accuracy in 60 processor seconds" in line)
-    assert row.split(" | ")[1:3] == ["3", "b"]
-    assert row.endswith("| a | c |")
-    assert "120 processor seconds" not in text
-    ink = next(line for line in text.splitlines() if "least ink" in line)
-    assert ink.split(" | ")[2] == "c"
+    rows = {line.split(" | ")[0][2:]: line.split(" | ")[1:] for line in text.splitlines() if " | " in line}  # fmt: skip
+    deviation = 100 * statistics.half_width(GAINS, 3)
+    assert rows["accuracy in 60 processor seconds"] == ["3", "b, a", f"+21.0 ± {deviation:.1f} (b)", "c |"]  # fmt: skip
+    assert rows["a flawed reward: little ink"][1] == "c"
+    assert "accuracy in 120 processor seconds" not in rows
+    alike = Runs({m: {s: run(s, g) for s, g in ((0, 0.1), (1, 0.2 + 0.1 * (m == "a")), (2, 0.25))} for m in "ab"}, {})  # fmt: skip
+    text = recommendation.recommendation({**kinds, "main": alike, "flawed": none}, Plan())
+    assert "| any: none can be told from the others | +18.3 to +21.7, each ± " in text
 
 
 def test_results_are_kept_apart(tmp_path):

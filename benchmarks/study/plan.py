@@ -44,7 +44,7 @@ class Plan:
 
     seconds: float = 60.0
     tuning_seconds: float = 20.0
-    images: int = 240
+    images: int = 480
     few_images: int = 180
     tuning_images: int = 120
     drift_states: int = 78

@@ -59,7 +59,7 @@ def _side_by_side(runs: Runs, file: Path) -> Path:
     axis.axvline(0, color="black", linewidth=0.5)
     axis.set_yticks(range(len(order)), order)
     axis.set_xlabel("gain in strict accuracy, points")
-    axis.legend(loc="lower right", frameon=False)
+    axis.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2, frameon=False)
     return _save(figure, file)
 
 
@@ -83,8 +83,11 @@ def _panels(runs: Runs, file: Path, words: str, across: Callable[[Point], float]
             axis.plot(x, y, color=INK, linewidth=0.5, alpha=0.7)
         axis.plot(*means[method], color=INK, linewidth=1.8, marker="o", markersize=2.5)
         axis.set_title(method, fontsize=8)
-    for spare in list(axes.flat)[len(methods) :]:
-        spare.axis("off")
+    for number, spare in enumerate(axes.flat):
+        if number >= len(methods):
+            spare.axis("off")
+            # The panel above is the lowest of its column.
+            axes.flat[number - COLUMNS].tick_params(labelbottom=True)
     figure.supxlabel(words)
     figure.supylabel("strict accuracy, %")
     return _save(figure, file)

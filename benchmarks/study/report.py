@@ -13,7 +13,7 @@ from benchmarks.study.recommendation import recommendation
 from benchmarks.study.results import COLOR, Runs, read_runs
 from benchmarks.study.statistics import (
     Gains,
-    common_seeds,
+    comparable,
     half_width,
     rank_correlation,
     smallest_difference,
@@ -101,8 +101,8 @@ def at_equal_time(runs: Runs, title: str) -> str:
 
 
 def _differences(gains: list[Gains], before: int, after: int) -> list[str]:
-    seeds = len(common_seeds(gains[0]))
-    words = f"smallest difference that is not chance ({seeds} common seeds)"
+    methods, seeds = comparable(gains[0])
+    words = f"smallest difference that is not chance ({len(methods)} methods, {len(seeds)} seeds)"
     least = [100 * smallest_difference(g) for g in gains]
     shown = ["unknown" if math.isnan(v) else f"{v:.1f}" for v in least]
     return [words, *[""] * (before - 1), *shown, *[""] * after]

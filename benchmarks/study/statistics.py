@@ -33,20 +33,47 @@ def half_width(gains: Gains, seeds: int) -> float:
     return float(stats.t.ppf(0.975, freedom)) * deviation / math.sqrt(seeds)
 
 
+def comparable(gains: Gains) -> tuple[list[str], list[int]]:
+    """The methods that are compared, and their common seeds.
+
+    While runs are missing, methods differ in their seeds. Of all sets of seeds ``0, ..., k`` the one with
+    the most results is taken, with the methods that have all of them; with equal numbers, the one with
+    more methods. At least two seeds are needed, and otherwise all methods are returned with one seed or none.
+    """
+    seeds = sorted({s for each in gains.values() for s in each})
+    options = []
+    for number in range(2, len(seeds) + 1):
+        common = seeds[:number]
+        methods = [m for m, each in gains.items() if set(common) <= each.keys()]
+        options.append((number * len(methods), len(methods), methods, common))
+    if options and max(options)[1] > 1:
+        _, _, methods, common = max(options)
+        return methods, common
+    each_seeds = [set(each) for each in gains.values()]
+    return list(gains), sorted(set.intersection(*each_seeds)) if each_seeds else []
+
+
+def compared_means(gains: Gains) -> dict[str, float]:
+    """The mean gain of each method that is compared, over the common seeds; the largest first."""
+    methods, common = comparable(gains)
+    found = {m: mean(gains[m][s] for s in common) for m in methods} if common else {}
+    return dict(sorted(found.items(), key=lambda pair: -pair[1]))
+
+
 def smallest_difference(gains: Gains) -> float:
     """The smallest difference of two means that is not chance, for all pairs at once, at 95 %.
 
     Tukey's range with the residuals of a two-way analysis of variance (method and seed), over the seeds
-    that all methods have. All methods of a seed are evaluated with the same noise, so what a seed adds
-    to all of them cancels.
+    and methods of :func:`comparable`. All methods of a seed are evaluated with the same noise, so what a
+    seed adds to all of them cancels.
 
     Returns:
         NaN unless there are two methods and two common seeds.
     """
-    common = common_seeds(gains)
-    if len(gains) < 2 or len(common) < 2:
+    methods, common = comparable(gains)
+    if len(methods) < 2 or len(common) < 2:
         return math.nan
-    table = np.asarray([[g[s] for s in common] for g in gains.values()])
+    table = np.asarray([[gains[m][s] for s in common] for m in methods])
     rows, columns = table.shape
     left = table - table.mean(0) - table.mean(1, keepdims=True) + table.mean()
     freedom = (rows - 1) * (columns - 1)
@@ -54,21 +81,13 @@ def smallest_difference(gains: Gains) -> float:
     return float(stats.studentized_range.ppf(0.95, rows, freedom)) * error
 
 
-def common_seeds(gains: Gains) -> list[int]:
-    """The seeds that all methods have, ascending."""
-    each = [set(g) for g in gains.values()]
-    return sorted(set.intersection(*each)) if each else []
-
-
 def leaders(gains: Gains) -> list[str]:
     """The methods that cannot be told from the best, the best one first; none without an interval."""
-    least, common = smallest_difference(gains), common_seeds(gains)
+    least, means = smallest_difference(gains), compared_means(gains)
     if math.isnan(least):
         return []
-    means = {name: mean(g[s] for s in common) for name, g in gains.items()}
-    best = max(means.values())
-    near = [name for name, value in means.items() if best - value <= least]
-    return sorted(near, key=lambda name: -means[name])
+    best = next(iter(means.values()))
+    return [name for name, value in means.items() if best - value <= least]
 
 
 def rank_correlation(a: Sequence[float], b: Sequence[float]) -> float:
