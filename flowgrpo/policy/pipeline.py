@@ -576,12 +576,10 @@ class PipelinePolicy:
         Returns:
             Divides the denoisers, once they have their adapters; None if each process has whole ones.
         """
-        sharder, device, dtype = None, self.device, self.dtype
+        sharder, device, dtype, options = None, self.device, self.dtype, dict[str, Any]()
         if parallel is not None and parallel.is_sharded and isinstance(weights, LoRA | Full):
             sharder = partial(shard, parallel=parallel, weights=weights, device=device, dtype=dtype)
-        options: dict[str, Any] = (
-            {"parallel": parallel, "encoding": self.encoding} if sharder else {}
-        )
+            options = {"parallel": parallel, "encoding": self.encoding}
         self.compiled = prepare(self.pipeline, memory, device, dtype, self._precision, **options)
         return sharder
 
