@@ -15,6 +15,7 @@ from jsonschema import Draft7Validator, Draft202012Validator
 from flowgrpo.config import Config, ConfigError, find, load, override, save
 from flowgrpo.config.bounds import BOUNDS
 from flowgrpo.config.files import line_of
+from flowgrpo.config.geometry import geometry
 from flowgrpo.config.reader import read
 from flowgrpo.config.reference import dataclasses_in, documentation, explain, json_schema
 from flowgrpo.config.renamed import MOVED_MODULES, RENAMED_KEYS, old_names
@@ -442,7 +443,6 @@ OUTSIDE = """
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from flowgrpo.algorithms import FlowGRPO
-from flowgrpo.config.geometry import geometry
 from flowgrpo.core.transitions import Gaussian
 
 @dataclass(frozen=True, kw_only=True)
@@ -620,7 +620,7 @@ def test_every_field_is_documented(cls):
 
 
 LEAST = {
-    "sampling.num_steps": 1, "algorithm.group_size": 2, "train.iterations": 1, "train.groups": 1,
+    "sampling.num_steps": 1, "algorithm.group_size": 1, "train.iterations": 1, "train.groups": 1,
     "train.updates": 1, "train.rollout_batch": 1, "train.train_batch": 1, "train.warmup": 0,
     "train.ema_decay": 0, "train.ema_every": 1, "train.weight_decay": 0, "train.spike_factor": 0,
     "failures.retries": 0, "failures.wait": 0, "evaluation.every": 0, "evaluation.images": 1,
