@@ -187,13 +187,22 @@ def test_benchmarks_of_a_run(bench: str, best: str, problem: str) -> None:
     assert [b.tag for b in outside] == ["Mine", "d"]
 
 
+ALGORITHM_OF = {
+    "algorithm.group_size": "draft", "algorithm.last": "draft", "algorithm.renoised": "draft",
+    "algorithm.span": "srpo", "algorithm.distinct_times": "pictures",
+    "algorithm.empty_prompts": "pictures",
+}  # fmt: skip
+"""An algorithm that has the key, and whose bound is the lowest."""
+
+
 def test_the_bounds_themselves_are_allowed() -> None:
     for key, ends in BOUNDS.items():
         if key.startswith("model.weights"):
             continue
         for end in ends:
             if abs(end) != float("inf"):
-                others = ["train.groups=1"] if key == "algorithm.group_size" else []
+                others = [f"algorithm.kind={ALGORITHM_OF[key]}"] if key in ALGORITHM_OF else []
+                others += ["train.groups=1"] if key == "algorithm.group_size" else []
                 others += ["algorithm.group_size=2"] if key == "train.groups" else []
                 others += ["evaluation.grid_samples=1"] if key == "evaluation.grid_prompts" else []
                 others += ["evaluation.grid_prompts=1"] if key == "evaluation.grid_samples" else []

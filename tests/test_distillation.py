@@ -90,7 +90,9 @@ BASE = "loss={kind='distillation', teachers=[{guidance_scale=3.0}]}"
 
 
 def distilling(*settings: str) -> flowgrpo.Config:
-    return flowgrpo.load("quickstart", ["algorithm={kind='distillation'}", BASE, *settings])
+    return flowgrpo.load(
+        "quickstart_flow_grpo", ["algorithm={kind='distillation'}", BASE, *settings]
+    )
 
 
 @pytest.mark.parametrize(

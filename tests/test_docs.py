@@ -232,6 +232,14 @@ def test_every_key_that_a_run_writes_is_documented_and_the_reverse(name, tiny_ru
     assert not unwritten, f"docs/metrics.md explains what {name} does not have: {unwritten}"
 
 
+def test_the_metrics_of_every_loss_are_documented():
+    text = (DOCS / "metrics.md").read_text() + (DOCS / "pictures.md").read_text()
+    kinds = get_args(get_type_hints(Config)["loss"])
+    found = {m.name for loss in kinds for m in getattr(loss, "metrics", ())}
+    assert len(found) > 5
+    assert not {name for name in found if f"`{name}`" not in text}
+
+
 def documented(name: str) -> list[str]:
     """The keys in the first column of a file's table in metrics.md."""
     text = (DOCS / "metrics.md").read_text()

@@ -11,7 +11,7 @@ from flowgrpo.config.few_steps import few_step_notes, few_step_sign, parts_in
 
 
 def config(path: str = "Tongyi-MAI/Z-Image-Turbo", *settings: str) -> flowgrpo.Config:
-    return flowgrpo.load("quickstart", [f"model.path='{path}'", *settings])
+    return flowgrpo.load("quickstart_flow_grpo", [f"model.path='{path}'", *settings])
 
 
 @pytest.mark.parametrize(

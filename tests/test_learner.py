@@ -556,7 +556,7 @@ def test_batches_by_hand(shared_policy: tuple[PipelinePolicy, Experience]) -> No
     trained[:] = False
     assert batches(2, Whole()) == batches(2, Scripted()) == []
     replay = Replay(policy, Scripted(), train_batch=1, has_one_update=True, behaviour=nullcontext, average=None)  # fmt: skip
-    assert replay.references(some, []) == []
+    assert list(replay.references(some, [])) == []
 
 
 def test_a_reference_that_moves_no_weights_is_evaluated_batch_by_batch(shared_policy: tuple[PipelinePolicy, Experience], monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
@@ -574,11 +574,11 @@ def test_a_reference_that_moves_no_weights_is_evaluated_batch_by_batch(shared_po
         yield
         inside[0] = False
 
-    def recorded(experience: Experience, actions: Actions) -> StepRecord:
+    def recorded(experience: Experience, actions: Actions, sampling: None) -> StepRecord:
         assert inside[0]
         assert not torch.is_grad_enabled()
         seen.append(actions)
-        return record(experience, actions)
+        return record(experience, actions, sampling)
 
     monkeypatch.setattr(replay, "record", recorded)
     monkeypatch.setattr(policy, "reference", reference)
@@ -945,7 +945,7 @@ def test_values_of_two_processes_are_weighted_by_their_number(make: Make, monkey
     accelerator, learner.accelerator = learner.accelerator, two
     assert learner._of_all(["own"]) == ["own", "other"]
     learner.accelerator = accelerator
-    monkeypatch.setattr(learner, "_monitored", lambda _: [])
+    monkeypatch.setattr("flowgrpo.training.learner.monitored", lambda *_: [])
     monkeypatch.setattr(learner, "_of_all", lambda _: [(3, 1.0, 2.0), (1, 5.0, 6.0)])
     seen = list[tuple[float, float]]()
     monkeypatch.setattr("flowgrpo.training.learner.check_drift", lambda *both: seen.append(both))

@@ -544,7 +544,8 @@ def test_a_loss_without_a_part_is_refused():
             return inputs
 
     with pytest.raises(
-        ValueError, match="Bare has no metrics, kl_coef, check, check_algorithm, warning;"
+        ValueError,
+        match="Bare has no metrics, kl_coef, group_term, check, check_algorithm, warning;",
     ):
         check_interface(Bare())
 

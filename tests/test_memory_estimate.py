@@ -300,7 +300,9 @@ def test_the_gathered_parameters_are_two_blocks_and_what_is_outside(tiny: Tiny) 
     assert memory_options(config, 2).parts == 2
     assert memory_options(config, 2).most_parts == 2
     assert memory_options(config, 2).encoder_parts == 1
-    every = flowgrpo.load("quickstart", [*changes, "parallel.shard=all", "parallel.shard_group=2"])
+    every = flowgrpo.load(
+        "quickstart_flow_grpo", [*changes, "parallel.shard=all", "parallel.shard_group=2"]
+    )
     assert memory_options(every, 4).encoder_parts == memory_options(every, 4).parts == 2
     encoders = text_encoders(load_pipeline(tiny("sd3"))).values()
     # Each has two blocks, so that all parameters of the largest are whole at once.

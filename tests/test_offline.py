@@ -22,6 +22,7 @@ from flowgrpo.data.prompt_files import PromptError
 from flowgrpo.data.prompt_sets import PromptSet
 from flowgrpo.data.prompts import Prompt
 from flowgrpo.data.votes import Ballot, Pair, Shown, Vote, VoteBook, file_name, save_picture
+from flowgrpo.evaluation.card import model_card
 from flowgrpo.losses.dpo import DPOLoss, pairs_of
 from flowgrpo.losses.supervised import SupervisedLoss
 from flowgrpo.policy import PipelinePolicy
@@ -405,16 +406,16 @@ SFT = ["algorithm={kind='pictures'}", "loss={kind='supervised'}"]
         ([*DPO, "algorithm.empty_prompts=1.0"], r"empty_prompts must be in \[0, 1\)"),
         ([*DPO, "loss.beta=0"], "loss.beta must be at least"),
         ([*SFT, "loss={kind='clipped'}"], "do not belong together"),
-        (["rewards=[]"], "rewards: give at least one; this algorithm trains on rewards"),
+        (["rewards=[]"], "rewards: there are none, and the algorithm trains on them"),
     ],
 )  # fmt: skip
 def test_contradictions_are_found_before_anything_is_loaded(settings: list[str], message: str) -> None:  # fmt: skip
     with pytest.raises(ConfigError, match=message):
-        flowgrpo.load("quickstart", settings).check()
+        flowgrpo.load("quickstart_flow_grpo", settings).check()
 
 
 def test_training_needs_a_scale_of_guidance(tmp_path: Path) -> None:
-    config = flowgrpo.load("quickstart", DPO)
+    config = flowgrpo.load("quickstart_flow_grpo", DPO)
     config = replace(config, sampling=replace(config.sampling, guidance_scale=None))
     with pytest.raises(ConfigError, match=r"sampling.guidance_scale: set it .* 1.0 trains the model itself"):  # fmt: skip
         config.check()
@@ -437,7 +438,7 @@ def test_pairs_train_without_a_reward_and_resume_bit_equal(
 ) -> None:
     settings = [*SMALL, *DPO, "rewards=[]", f"model.path='{untrained}'", f"prompts.train='{pairs}'"]
     straight, halted = tmp_path / "straight", tmp_path / "halted"
-    arguments = ["train", "quickstart", *(f"--set={s}" for s in settings)]
+    arguments = ["train", "quickstart_flow_grpo", *(f"--set={s}" for s in settings)]
     assert main([*arguments, f"--set=run.folder='{straight}'"]) == 0
     said = capsys.readouterr().out
     assert "training on 24 pairs of 64 x 64 pixels, 0.333 passes in 2 iterations" in said
@@ -467,7 +468,7 @@ def test_pictures_train_and_a_reward_is_measured_only(
     (source / "examples.jsonl").rename(source / "metadata.jsonl")
     run = tmp_path / "run"
     settings = [*SMALL, *SFT, f"model.path='{untrained}'", f"prompts.train='{source}'", "train.updates=1", f"run.folder='{run}'"]  # fmt: skip
-    config = flowgrpo.load("quickstart", settings)
+    config = flowgrpo.load("quickstart_flow_grpo", settings)
     assert flowgrpo.train(config).finished
     metrics, (evaluation, *_) = records(run), records(run, "evaluations.jsonl")
     assert all(m["loss/policy"] > 0 and m["nfe_per_prompt"] == 0 for m in metrics)
@@ -476,16 +477,18 @@ def test_pictures_train_and_a_reward_is_measured_only(
     # A picture more is another training set.
     picture(source / "pictures" / "more.png")
     with pytest.raises(ConfigError, match=r"prompts\.train"):
-        flowgrpo.train(flowgrpo.load("quickstart", [*settings, "train.iterations=3"]))
+        flowgrpo.train(flowgrpo.load("quickstart_flow_grpo", [*settings, "train.iterations=3"]))
 
 
 def test_a_dry_run_reads_the_pictures(pairs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     settings = [*SMALL, *DPO, "rewards=[]", f"prompts.train='{pairs}'"]
-    assert main(["train", "quickstart", "--dry-run", *(f"--set={s}" for s in settings)]) == 0
+    assert (
+        main(["train", "quickstart_flow_grpo", "--dry-run", *(f"--set={s}" for s in settings)]) == 0
+    )
     said = capsys.readouterr().out
     assert "4 examples x 2 pictures = 8 per iteration" in said
     assert "24 (" in said
     first = json.loads(pairs.read_text().splitlines()[0])
     broken = lines(pairs.with_name("broken.jsonl"), {**first, "chosen": "gone.png"})
-    assert main(["train", "quickstart", "--dry-run", *(f"--set={s}" for s in settings), f"--set=prompts.train='{broken}'"]) != 0  # fmt: skip
+    assert main(["train", "quickstart_flow_grpo", "--dry-run", *(f"--set={s}" for s in settings), f"--set=prompts.train='{broken}'"]) != 0  # fmt: skip
     assert "broken.jsonl, line 1: there is no picture" in capsys.readouterr().err

@@ -48,7 +48,7 @@ def darkness(media, prompts):
 
 
 def train(folder, *more):
-    config = flowgrpo.load("quickstart", [*SMALL, f"run.folder={folder}", *more])
+    config = flowgrpo.load("quickstart_flow_grpo", [*SMALL, f"run.folder={folder}", *more])
     assert flowgrpo.train(config).finished
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
@@ -200,4 +200,4 @@ def test_the_buffer_is_bounded_and_equal_on_all_ranks():
 )  # fmt: skip
 def test_runs_that_cannot_replay_are_refused(settings, message):
     with pytest.raises(ConfigError, match=message):
-        flowgrpo.load("quickstart", settings).check()
+        flowgrpo.load("quickstart_flow_grpo", settings).check()

@@ -383,7 +383,7 @@ def config(*more: str) -> Config:
         "algorithm={kind='draft'}", "loss={kind='reward_gradient'}", f"rewards=[{{model='{HERE}:Contrast'}}]",
         "train.updates=1", *more,
     ]  # fmt: skip
-    loaded = flowgrpo.load("quickstart", settings)
+    loaded = flowgrpo.load("quickstart_flow_grpo", settings)
     loaded.check()
     return loaded
 
@@ -415,7 +415,7 @@ def test_settings_that_do_not_fit_are_refused(setting: str, message: str) -> Non
 
 def test_divided_denoisers_are_refused() -> None:
     loaded = flowgrpo.load(
-        "quickstart",
+        "quickstart_flow_grpo",
         ["algorithm={kind='draft'}", "loss={kind='reward_gradient'}", "parallel.shard='denoiser'"],
     )
     with pytest.raises(ConfigError, match=r"parallel\.shard.*set it to 'none'"):
@@ -425,7 +425,7 @@ def test_divided_denoisers_are_refused() -> None:
 def test_groups_of_one_sample_are_for_reward_gradients_alone() -> None:
     assert config("algorithm.group_size=1").algorithm.group_size == 1
     with pytest.raises(ConfigError, match="at least 2"):
-        flowgrpo.load("quickstart", ["algorithm.group_size=1"]).check()
+        flowgrpo.load("quickstart_flow_grpo", ["algorithm.group_size=1"]).check()
 
 
 @pytest.mark.parametrize(

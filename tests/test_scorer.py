@@ -177,8 +177,8 @@ def test_two_rewards_need_two_names():
         scorer("brightness", "brightness")
     named = Reward(model=f"{HERE}:brightness", name="light")
     assert set(scorer("brightness", named).score(IMAGES, PROMPTS).raw) == {"brightness", "light"}
-    with pytest.raises(ValueError, match="at least one"):
-        scorer()
+    # Without a reward nothing is known of the media.
+    assert scorer().score(IMAGES, PROMPTS).reward.isnan().all()
 
 
 # Scoring.

@@ -19,6 +19,7 @@ from flowgrpo.data.prompt_files import PromptError, read_prompts
 from flowgrpo.memory import printing
 from flowgrpo.rewards.settings import Reward, check_rewards
 from tests import wrong_inputs as wrong
+from tests.test_config_meaning import ALGORITHM_OF
 
 SECONDS = 5.0
 QUICK = settings(
@@ -100,7 +101,8 @@ def test_every_bound_is_of_a_key_and_is_checked(key: str) -> None:
     for value, words in ((least - 1, "at least"), (most + 1, "at most")):
         if abs(value) == float("inf"):
             continue
-        config = load("quickstart_flow_grpo", [f"{key}={kind(value)}"])
+        algorithm = [f"algorithm.kind={ALGORITHM_OF[key]}"] if key in ALGORITHM_OF else []
+        config = load("quickstart_flow_grpo", [*algorithm, f"{key}={kind(value)}"])
         with pytest.raises(ConfigError, match=rf"^{key} must be {words} "):
             check_bounds(config)
 

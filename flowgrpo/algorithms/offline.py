@@ -31,6 +31,7 @@ class Offline(AlgorithmBase):
 
     action_kind: ClassVar[ActionKind] = "noised_sample"
     needs_rewards: ClassVar[bool] = False
+    assigns_credit: ClassVar[bool] = False
     transition: ODE = field(default_factory=ODE)
     """Nothing is stochastic here."""
     times: Literal["uniform", "logit_normal"] = "uniform"

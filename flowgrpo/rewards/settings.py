@@ -210,7 +210,9 @@ def check_rewards(
     if not alone:
         return
     if not rewards:
-        raise ConfigError("rewards: give at least one; this algorithm trains on rewards")
+        raise ConfigError(
+            "rewards: there are none, and the algorithm trains on them; add a table [[rewards]]"
+        )
     if all(r.weight == 0 for r in rewards):
         raise ConfigError("rewards: every weight is 0, so there is nothing to train on")
     # Which weights are 0 changes only at the points of the schedules.
