@@ -22,6 +22,7 @@ from flowgrpo.data.prompt_files import PromptError
 from flowgrpo.data.prompt_sets import PromptSet
 from flowgrpo.data.prompts import Prompt
 from flowgrpo.data.votes import Ballot, Pair, Shown, Vote, VoteBook, file_name, save_picture
+from flowgrpo.evaluation.card import model_card
 from flowgrpo.losses.dpo import DPOLoss, pairs_of
 from flowgrpo.losses.supervised import SupervisedLoss
 from flowgrpo.policy import PipelinePolicy
