@@ -19,6 +19,8 @@ from flowgrpo.policy.single_file import is_single_file
 from flowgrpo.policy.weights import NOISE_FILE
 
 GRID = "grid.png"
+METHODS = {0: "with reinforcement learning", 1: "on pictures", 2: "on preference pairs"}
+"""By the number of given pictures of each training prompt."""
 LICENCES: Mapping[str, tuple[str, str | None]] = {
     "Qwen/Qwen-Image": ("apache-2.0", None),
     "Tongyi-MAI/Z-Image-Turbo": ("apache-2.0", None),
@@ -70,7 +72,7 @@ def model_card(run: Path, repo_id: str, benchmarks: Sequence[Mapping[str, Any]] 
         license=licence,
         license_name=name,
         pipeline_tag="text-to-video" if video else "text-to-image",
-        tags=["flowgrpo", "reinforcement-learning", config.model.weights.kind],
+        tags=["flowgrpo", *_method_tags(config), config.model.weights.kind],
         model_name=repo_id.rsplit("/", 1)[-1] if benchmarks else None,
         eval_results=[
             r for b in benchmarks for r in model_index_to_eval_results(b["model_index"])[1]
@@ -82,7 +84,7 @@ def model_card(run: Path, repo_id: str, benchmarks: Sequence[Mapping[str, Any]] 
     parts = [
         f"---\n{data.to_yaml()}\n---",
         f"# {repo_id.rsplit('/', 1)[-1]}",
-        f"`{base}`, fine-tuned with reinforcement learning by flowgrpo "
+        f"`{base}`, fine-tuned {METHODS[config.algorithm.num_targets]} by flowgrpo "
         f"({algorithm}, {config.model.weights.kind}, {last['iteration']} iterations).",
         _licence(base, licence, name),
         f"![Base and tuned model, same prompts and same noise]({GRID})" if newest_grid(run) else "",
@@ -104,6 +106,11 @@ def model_card(run: Path, repo_id: str, benchmarks: Sequence[Mapping[str, Any]] 
     return ModelCard("\n\n".join(p for p in parts if p) + "\n")
 
 
+def _method_tags(config: Config) -> list[str]:
+    """The method by its name on the hub."""
+    return {1: [], 2: ["dpo"]}.get(config.algorithm.num_targets, ["reinforcement-learning"])
+
+
 def _licence(base: str, licence: str | None, name: str | None) -> str:
     if licence is None:
         return f"The licence of `{base}` is unknown to flowgrpo; it also applies to these weights."
@@ -111,6 +118,8 @@ def _licence(base: str, licence: str | None, name: str | None) -> str:
 
 
 def _changes(records: Records) -> str:
+    if not records.scores():
+        return "No reward was measured."
     lines = ["| prompts | score | before | after | change | |", "|---|---|---|---|---|---|"]
     for task in (None, *records.tasks()):
         for score in records.scores():
