@@ -399,9 +399,9 @@ SFT = ["algorithm={kind='pictures'}", "loss={kind='supervised'}"]
     [
         ([*SFT, "loss={kind='dpo'}"], "compares pictures of one prompt"),
         ([*DPO, "loss={kind='supervised'}"], "train away from rejected pictures"),
-        ([*DPO, "train.refill=1"], "train.refill replaces groups of equal rewards"),
-        ([*DPO, "guard={novelty='relative', features='clip_score'}"], "guard.kl and guard.novelty compare rewards"),
-        ([*DPO, "train.staleness=1"], "train.staleness = 1 is not possible"),
+        ([*DPO, "train.refill=1"], "train.refill works on the rewards of an iteration"),
+        ([*DPO, "guard={novelty='relative', features='clip_score'}"], "guard works on the rewards of an iteration"),
+        ([*DPO, "train.staleness=1"], "train.staleness works on the rewards of an iteration"),
         ([*DPO, "train.train_batch=1"], "set train.train_batch to at least algorithm.group_size = 2"),
         ([*DPO, "algorithm.empty_prompts=1.0"], r"empty_prompts must be in \[0, 1\)"),
         ([*DPO, "loss.beta=0"], "loss.beta must be at least"),

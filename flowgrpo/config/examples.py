@@ -11,7 +11,7 @@ def check_examples(config: Any) -> None:
     Raises:
         ConfigError: If a setting belongs to pictures that are sampled, or does not fit the algorithm.
     """
-    algorithm, loss, train = config.algorithm, config.loss, config.train
+    algorithm, loss = config.algorithm, config.loss
     if not algorithm.num_targets:
         return
     kind, loss_kind = getattr(algorithm, "kind", ""), getattr(loss, "kind", "")
@@ -24,16 +24,6 @@ def check_examples(config: Any) -> None:
         raise ConfigError(
             "loss.kind = 'supervised' would train away from rejected pictures without a bound: use loss.kind = 'dpo', "
             "or name the chosen pictures alone and use algorithm.kind = 'pictures'"
-        )
-    if train.refill:
-        raise ConfigError(
-            f"train.refill replaces groups of equal rewards, and algorithm.kind = {kind!r} has no rewards; set it to 0"
-        )
-    guard = config.guard
-    if guard.kl != "all" or guard.novelty != "off":
-        raise ConfigError(
-            f"guard.kl and guard.novelty compare rewards of samples, and algorithm.kind = {kind!r} samples none; "
-            "remove them"
         )
     if config.sampling.guidance_scale is None:
         raise ConfigError(

@@ -37,7 +37,9 @@ def _reward_warnings(records: Records) -> list[str]:
             "groups, so the model learns nothing from images on which a reward model fails."
         )
     flat = records.recent("group/zero_variance")
-    if flat > MAX_ZERO_VARIANCE:
+    # The gradient of a reward does not compare samples.
+    compares = records.setting("loss.kind") != "reward_gradient"
+    if compares and flat > MAX_ZERO_VARIANCE:
         found.append(
             f"{100 * flat:.0f} % of the groups in the last {RECENT} iterations had no variance: all "
             "samples have the same reward, so there is nothing to learn from. Prompts may be too easy "
