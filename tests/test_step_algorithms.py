@@ -502,6 +502,7 @@ RUNS = {
     ],
     "vgpo": ["anchor=0.1", "negative='refuse'"],
     "branch_grpo": ["splits=[0, 1]", "fusion='path_probability'", "width='best_of_siblings'"],
+    "neighbor_grpo": ["anchors=2", "steps={kind='window', size=2}"],
 }
 
 
@@ -511,6 +512,7 @@ def test_a_run_of_each_kind(kind: str, tmp_path: Path) -> None:
         f"algorithm.kind={kind}",
         "algorithm.group_size=4",
         *(f"algorithm.{s}" for s in RUNS[kind]),
+        *(["loss.kind='neighbor'"] if kind == "neighbor_grpo" else []),
         "sampling.num_steps=4",
         "train.iterations=2",
         "train.groups=3",
