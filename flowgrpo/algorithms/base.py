@@ -19,7 +19,6 @@ from flowgrpo.data.audio import Audio
 from flowgrpo.data.experience import Cost, Experience
 from flowgrpo.data.prompts import Group, Prompt
 from flowgrpo.losses.base import ActionKind
-from flowgrpo.policy.settings import Sampling
 from flowgrpo.policy.step_plan import StepRecord
 
 
@@ -265,7 +264,6 @@ class Policy(Protocol):
         num_evaluations: Denoiser evaluations so far, counted per sample and step.
         num_decodes: Decoded samples so far.
         scheduler: The sampling grid.
-        sampling: Arguments of the pipeline's call.
     """
 
     @property
@@ -279,9 +277,6 @@ class Policy(Protocol):
 
     @property
     def scheduler(self) -> Grid: ...
-
-    @property
-    def sampling(self) -> Sampling: ...
 
     def num_steps(self) -> int:
         """Steps of the sampling grid."""
@@ -298,7 +293,7 @@ class Policy(Protocol):
         transition: Transition | None = None,
         record: Collection[int] = (),
         decode: bool = True,
-        sampling: Sampling | None = None,
+        num_steps: int | None = None,
         solver: Solver = "euler",
     ) -> Iterator[Rollout]:
         """Sample without gradients, batch by batch, so that scoring can proceed meanwhile.
@@ -313,7 +308,7 @@ class Policy(Protocol):
             transition: The stochastic step.
             record: Steps to record.
             decode: Whether to decode the last states.
-            sampling: Arguments of the pipeline's call, if not the policy's own.
+            num_steps: Steps of the grid, if not those of :meth:`num_steps`.
             solver: Solver of the deterministic steps after the last stochastic one.
         """
         ...
