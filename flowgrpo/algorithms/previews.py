@@ -12,7 +12,7 @@ clearer differences, at a fraction of the cost of drawing all ``number`` samples
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from flowgrpo.algorithms.base import Policy, Scorer
 from flowgrpo.core.random import Random, SampleNoise
@@ -20,7 +20,6 @@ from flowgrpo.core.solvers import Solver
 from flowgrpo.core.tensors import Float, Int, Tensor, torch
 from flowgrpo.data.experience import Candidates, Cost
 from flowgrpo.data.prompts import Group
-from flowgrpo.policy.settings import Sampling
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,17 +109,6 @@ class Chosen:
         }
 
 
-def check_grid(algorithm: object, sampling: Sampling) -> None:
-    """Raise ValueError if an algorithm draws previews whose number of steps has no grid."""
-    settings = getattr(algorithm, "previews", Previews())
-    if settings.number and (sampling.sigmas or sampling.timesteps) and settings.num_steps != sampling.num_steps:  # fmt: skip
-        key = "sigmas" if sampling.sigmas else "timesteps"
-        raise ValueError(
-            f"sampling.{key} gives the grid for {sampling.num_steps} steps and none for the previews' "
-            f"{settings.num_steps}; remove it, or set algorithm.previews.num_steps = {sampling.num_steps}"
-        )
-
-
 def extreme_rows(reward: Float[Tensor, " previews"], number: int) -> Int[Tensor, " number"]:
     """The rows of the best and of the worst rewards, ascending; of an odd number, one more of the best.
 
@@ -159,10 +147,12 @@ def choose(
     """
     owners = [g for g in groups for _ in range(settings.number)]
     streams = [random.at("group", g.index, i) for g in groups for i in range(settings.number)]
-    sampling = replace(policy.sampling, num_steps=settings.num_steps)
     futures = []
     for rollout in policy.run(
-        [g.prompt for g in owners], SampleNoise(streams), sampling=sampling, solver=solver
+        [g.prompt for g in owners],
+        SampleNoise(streams),
+        num_steps=settings.num_steps,
+        solver=solver,
     ):
         assert rollout.media is not None
         part = owners[rollout.rows.start : rollout.rows.stop]

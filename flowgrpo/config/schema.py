@@ -31,12 +31,12 @@ from flowgrpo.algorithms import (
 )
 from flowgrpo.algorithms import base as algorithms
 from flowgrpo.algorithms.guard import Guard
-from flowgrpo.algorithms.previews import check_grid
 from flowgrpo.config.benchmarks import Bench, check_benchmarks
 from flowgrpo.config.best import check_best
 from flowgrpo.config.bounds import check_bounds
 from flowgrpo.config.distillation import check_distillation
 from flowgrpo.config.examples import check_examples
+from flowgrpo.config.previews import check_previews
 from flowgrpo.config.regimes import Regime, check_regimes
 from flowgrpo.config.replay import ReplaySettings, check_replay
 from flowgrpo.config.reward_gradients import check_reward_gradients
@@ -359,7 +359,6 @@ class Config:
         check_rewards(self.rewards, self.train.iterations, alone=alone, binary=binary)
         try:
             algorithm.check(self.sampling.num_steps)
-            check_grid(algorithm, self.sampling)
             algorithm.check_rewards([r.label for r in self.rewards])
         except ValueError as error:
             raise ConfigError(f"algorithm: {error}") from error
@@ -372,20 +371,8 @@ class Config:
             self.guard.check({r.label: r.weight for r in self.rewards}, self.loss.kl_coef)
         except ValueError as error:
             raise ConfigError(str(error)) from error
-        if (
-            getattr(getattr(algorithm, "advantage", None), "is_separate", False)
-            and not self.loss.needs.is_additive
-        ):
-            raise ConfigError(
-                f"algorithm.advantage.kind = 'per_loss' adds the losses of several rewards, and the loss "
-                f"{type(self.loss).__name__} is not proportional to the advantage; use 'per_reward'"
-            )
-        keep, size = getattr(getattr(algorithm, "advantage", None), "keep", 0), algorithm.group_size
-        if keep >= size:
-            raise ConfigError(
-                f"algorithm.advantage.keep must be below algorithm.group_size = {size}, got {keep}: with all "
-                "samples kept, nothing is chosen"
-            )
+        check_previews(algorithm, self.sampling)
+        self._check_advantage()
         if self.loss.needs.average and not self.train.ema_decay:
             raise ConfigError(
                 f"the loss {type(self.loss).__name__} needs a moving average of the weights; set "
@@ -398,6 +385,21 @@ class Config:
         check_benchmarks(self.evaluation.bench)
         check_regimes(self.evaluation.regimes, self.evaluation_sampling())
         check_best(self)
+
+    def _check_advantage(self) -> None:
+        """Raise ConfigError if the kind of advantage does not suit the loss or the groups."""
+        advantage, size = getattr(self.algorithm, "advantage", None), self.algorithm.group_size
+        if getattr(advantage, "is_separate", False) and not self.loss.needs.is_additive:
+            raise ConfigError(
+                f"algorithm.advantage.kind = 'per_loss' adds the losses of several rewards, and the loss "
+                f"{type(self.loss).__name__} is not proportional to the advantage; use 'per_reward'"
+            )
+        keep = getattr(advantage, "keep", 0)
+        if keep >= size:
+            raise ConfigError(
+                f"algorithm.advantage.keep must be below algorithm.group_size = {size}, got {keep}: with all "
+                "samples kept, nothing is chosen"
+            )
 
     def _check_parallel(self, num_processes: int) -> None:
         """Raise ValueError if the denoiser cannot be divided as configured."""

@@ -273,6 +273,7 @@ class PipelinePolicy:
         record: Collection[int] = (),
         decode: bool = True,
         sampling: Sampling | None = None,
+        num_steps: int | None = None,
         solver: Solver = "euler",
     ) -> Iterator[Rollout]:
         """Sample without gradients, one batch at a time, so that scoring can overlap with sampling.
@@ -289,8 +290,10 @@ class PipelinePolicy:
             decode: Whether to decode media.
             sampling: Arguments of the pipeline's call, if not the policy's own. Its ``base_after`` applies
                 to whole deterministic calls.
+            num_steps: Steps of the grid, if not those of the sampling.
             solver: Solver of the deterministic steps after the last stochastic step.
         """
+        sampling = (sampling or self.sampling).with_steps(num_steps)
         for rows in batches(prompts, self.batch_size):
             part, size = slice(rows.start, rows.stop), self.batch_size
             decodes_only = nodes is not None and len(nodes) == 1
@@ -308,13 +311,12 @@ class PipelinePolicy:
             if isinstance(cache := self.pipeline.__dict__.get("encode_prompt"), PromptCache):
                 cache.announce(whole, prompts[rows.stop :])
             is_plain = nodes is None and x is None and not stochastic and not record
-            tuned = (sampling or self.sampling).tuned_steps() if is_plain else None
+            tuned = sampling.tuned_steps() if is_plain else None
             with torch.no_grad():
-                called = (
-                    self._run(whole, plan, start, decode, sampling or self.sampling)
-                    if tuned is None
-                    else self._mixed(whole, plan, tuned, decode, sampling or self.sampling)
-                )
+                if tuned is None:
+                    called = self._run(whole, plan, start, decode, sampling)
+                else:
+                    called = self._mixed(whole, plan, tuned, decode, sampling)
             output, records, audio = called.first(len(rows)) if extra else called
             self.num_decodes += len(rows) * decode
             media = output.float().cpu() if decode else None

@@ -222,17 +222,8 @@ def with_replayed(
     drawn = buffer.drawn(one.shape, random, rank, num_ranks, num_groups)
     found = Replayed(experience, advantages, {"replay/groups": 0.0})
     if drawn:
-        groups = [Group(index, buffer.prompts[g.prompt]) for index, g in drawn]
-        stored = Actions.concatenate([g.actions(index, one.device) for index, g in drawn])
-        now = evaluated(replay, replace(experience, groups=groups, actions=stored))
-        weight, size = sequence_weights(now.old_log_prob - stored.old_log_prob, stored)
-        weight = weight.clamp(max=buffer.settings.max_weight)
-        own = torch.cat([g.tensors["advantage"] for _, g in drawn])
-        own = own * (weight if own.ndim == 1 else weight[:, None]).to(own.dtype)
-        every = gather(
-            [(float((weight / size).sum()), float((1 / size).sum()), float(weight.max()))]
-        )
-        ages = gather([float(iteration - g.iteration) for _, g in drawn])
+        groups, now, own, weights = _reweighted(buffer, replay, experience, drawn)
+        ages = [float(iteration - g.iteration) for _, g in drawn]
         found = Replayed(
             replace(
                 experience,
@@ -240,16 +231,42 @@ def with_replayed(
                 actions=Actions.concatenate([fresh, now]),
             ),
             torch.cat([advantages, own.to(advantages.device)]),
-            {
-                "replay/groups": float(len(ages)),
-                "replay/age": sum(ages) / len(ages),
-                "replay/weight": sum(w for w, _, _ in every) / sum(n for _, n, _ in every),
-                "replay/largest_weight": max(largest for _, _, largest in every),
-            },
+            _metrics(gather(ages), gather(weights)),
         )
     last_step = policy.num_steps() - buffer.settings.skip_last
     buffer.add(experience.groups, fresh, advantages, iteration, last_step, gather)
     return found
+
+
+def _reweighted(
+    buffer: ReplayBuffer,
+    replay: Replay,
+    experience: Experience,
+    drawn: Sequence[tuple[int, Stored]],
+) -> tuple[list[Group], Actions, Tensor, list[float]]:
+    """Drawn groups, their actions under the present weights, weighted advantages, and the weights.
+
+    The weights are one for each trajectory.
+    """
+    device = experience.actions.states[0].device
+    groups = [Group(index, buffer.prompts[g.prompt]) for index, g in drawn]
+    stored = Actions.concatenate([g.actions(index, device) for index, g in drawn])
+    now = evaluated(replay, replace(experience, groups=groups, actions=stored))
+    each, row = sequence_weights(now.old_log_prob - stored.old_log_prob, stored)
+    each = each.clamp(max=buffer.settings.max_weight)
+    own = torch.cat([g.tensors["advantage"] for _, g in drawn])
+    weight = each[row].to(own.dtype)
+    return groups, now, own * (weight if own.ndim == 1 else weight[:, None]), each.tolist()
+
+
+def _metrics(ages: Sequence[float], weights: Sequence[float]) -> dict[str, float]:
+    """What to log about the replayed groups and trajectories of all processes."""
+    return {
+        "replay/groups": float(len(ages)),
+        "replay/age": sum(ages) / len(ages),
+        "replay/weight": sum(weights) / len(weights),
+        "replay/largest_weight": max(weights),
+    }
 
 
 def evaluated(replay: Replay, experience: Experience) -> Actions:
@@ -275,9 +292,9 @@ def evaluated(replay: Replay, experience: Experience) -> Actions:
 
 
 def sequence_weights(log_ratio: Tensor, actions: Actions) -> tuple[Tensor, Tensor]:
-    """For each action, ``exp`` of the mean log-ratio of its trajectory, and the trajectory's number of actions."""
+    """For each trajectory, ``exp`` of the mean log-ratio of its actions; and each action's trajectory."""
     key = torch.stack([actions.group, actions.sample], 1)
     _, row = key.unique(dim=0, return_inverse=True)
     number = torch.bincount(row).to(log_ratio)
     total = torch.zeros_like(number).index_add_(0, row, log_ratio)
-    return (total / number).exp()[row], number[row]
+    return (total / number).exp(), row
