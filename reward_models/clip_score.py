@@ -30,7 +30,7 @@ class CLIPScore:
     The default is OpenAI's ViT-L/14 (MIT, 224x224). Prompts are cut after 77 tokens. About 1.7 GB in
     fp32. The shorter side is resized and the centre cropped. Three variants of the resize are in
     use; the numbers are the mean differences from the first of the pixels that CLIP sees, in 8-bit
-    levels, on the picture ``docs/quickstart.png``:
+    levels, on the picture ``docs/quickstart_flow_grpo.png``:
 
     - Pillow's bicubic filter (open_clip, the CLIP paper's code): ``filter = "bicubic"``, the default.
       The processor of transformers differs by less than 0.01.

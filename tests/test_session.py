@@ -657,12 +657,12 @@ def test_the_best_by_other_numbers_are_kept_apart(start: Start, policy: Pipeline
     assert again.bests == {"strict": 0.75, "min:strict": -0.25}
 
 
-def test_a_plan_and_its_waste_are_said(start: Start, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:  # fmt: skip
+def test_a_plan_and_its_waste_are_said(start: Start, policy: PipelinePolicy, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:  # fmt: skip
     session = start("train.rollout_batch=288")
     session.announce()
-    policy = SimpleNamespace(dtype=torch.float32, denoisers={"transformer": torch.nn.Linear(2, 2)}, pipeline=SimpleNamespace(components={}))  # fmt: skip
+    network = SimpleNamespace(dtype=torch.float32, denoisers={"transformer": torch.nn.Linear(2, 2)}, pipeline=policy.pipeline)  # fmt: skip
     weights = [torch.zeros(10), torch.zeros(2, 3)]
-    learner = Mock(spec=Learner, parameters=weights, policy=policy)
+    learner = Mock(spec=Learner, parameters=weights, policy=network)
     session.announce_network(learner)
     said = capsys.readouterr().out
     assert "groups x samples  18 prompts" in " ".join(said.split(" "))
