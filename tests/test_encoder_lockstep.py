@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 from flowgrpo.core.random import Random, SampleNoise
 from flowgrpo.data.prompts import Prompt
 from flowgrpo.policy import Full, PipelinePolicy
-from flowgrpo.policy.encoder_lockstep import EncoderLockstep, text_encoders
+from flowgrpo.policy.encoder_lockstep import EncoderLockstep, divide_encoders, text_encoders
 from flowgrpo.policy.prompt_cache import cache_encodings
 from flowgrpo.policy.settings import Memory, Parallel
 from tests.conftest import sampling_of
@@ -131,7 +131,7 @@ def test_divided_encoders_encode_as_whole_ones(tiny: Callable[[str], Path], tmp_
         assert all(torch.equal(found[k], weights[k]) for k in found)
 
 
-def test_a_divided_encoder_does_not_rewrite_prompts() -> None:
+def test_what_divided_encoders_cannot_do_is_refused() -> None:
     class Pipeline(DiffusionPipeline):  # type: ignore[misc]
         components: ClassVar[dict[str, nn.Module]] = {}
 
@@ -140,6 +140,8 @@ def test_a_divided_encoder_does_not_rewrite_prompts() -> None:
 
     pipeline = Pipeline()
     cache_encodings(pipeline, torch.no_grad, Memory(), torch.device("cpu"), may_rewrite=False)
+    with pytest.raises(ValueError, match=r"'all': Pipeline has no text encoder .* use 'denoiser'"):
+        divide_encoders(pipeline, Parallel(shard="all"), torch.device("cpu"), offload=False)
     with pytest.raises(
         ValueError, match=r"Pipeline rewrites prompts \(upsample_prompt\).*'denoiser'"
     ):
