@@ -313,6 +313,12 @@ def test_warnings_from_metrics_appear_exactly_when_they_should(tmp_path, metrics
     assert ('class="card warnings"' in report(tmp_path)) == (words is not None)
 
 
+def test_equal_rewards_are_no_fault_where_samples_are_not_compared(tmp_path):
+    metrics = with_last(20, **{"group/zero_variance": 1.0})
+    config = "[loss]\nkind = 'reward_gradient'\n"
+    assert warnings(Records(run(tmp_path, metrics=metrics, config=config))) == []
+
+
 @pytest.mark.parametrize(
     ("before", "after", "words"),
     [

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
@@ -11,11 +12,12 @@ from torch import Tensor
 
 import flowgrpo
 from flowgrpo.algorithms import SRPO, DRaFT, ReFL
-from flowgrpo.config import Config, ConfigError, Train
+from flowgrpo.config import Config, ConfigError, Train, find
 from flowgrpo.core.endings import JudgedText
 from flowgrpo.core.random import Random
 from flowgrpo.core.transitions import ODE, Gaussian, Prediction, Step
 from flowgrpo.data.experience import Experience
+from flowgrpo.data.prompt_sets import PromptSet
 from flowgrpo.data.prompts import Group, Prompt
 from flowgrpo.losses.base import LossInputs, PolicyOutputs
 from flowgrpo.losses.reward_gradient import RewardGradientLoss
@@ -27,6 +29,9 @@ from flowgrpo.rewards.differentiable import WITH_GRADIENT, DifferentiableRewards
 from flowgrpo.rewards.loading import FOLDER, available_rewards
 from flowgrpo.rewards.scorer import RewardScorer
 from flowgrpo.rewards.settings import Failures, Reward, RewardError
+from flowgrpo.shapes.captions import scene_for
+from flowgrpo.shapes.denoiser_reward import DenoiserReward
+from flowgrpo.shapes.world import draw
 from flowgrpo.training.learner import Learner
 from flowgrpo.training.reward_replay import RewardReplay
 from tests.conftest import MakePolicy, sampling_of
@@ -476,3 +481,24 @@ def test_a_quantised_decoder_is_refused(sd3: PipelinePolicy) -> None:
             check_differentiable(sd3)
     finally:
         del vae.hf_quantizer
+
+
+def test_the_denoisers_reward_reads_prompts_and_rises_along_its_gradient() -> None:
+    """On true scenes of the embedded world."""
+    prompts = PromptSet.load(find("prompts/shapes_held_out.jsonl")).prompts
+    prompts = [p for p in prompts if p.metadata["tag"] == "colors"][:4]
+    rng = np.random.default_rng(0)
+    scenes = [draw(scene_for(dict(p.metadata), rng)) for p in prompts]
+    media = torch.from_numpy(np.stack(scenes)).permute(0, 3, 1, 2).float() / 255
+    reward = DenoiserReward()
+    own, others = reward(media, prompts), reward(media, [*prompts[1:], prompts[0]])
+    assert bool((own > others).all())
+    assert float(own.mean()) > 0 > float(others.mean())
+    media.requires_grad_()
+    scores = reward.scores_with_gradient(media, prompts)
+    assert torch.equal(scores.detach(), own)
+    (slope,) = torch.autograd.grad(scores.sum(), media)
+    step = 0.02 * slope / slope.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
+    assert bool((reward((media.detach() + step).clamp(0, 1), prompts) > own).all())
+    with pytest.raises(ValueError, match="64x64 pixels"):
+        reward(torch.rand(1, 3, 32, 32), prompts[:1])
