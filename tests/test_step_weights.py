@@ -23,7 +23,7 @@ from flowgrpo.policy import PipelinePolicy
 from flowgrpo.rewards.scorer import RewardScorer
 from flowgrpo.rewards.settings import Failures, Reward
 from flowgrpo.training.learner import Learner
-from flowgrpo.training.weighting import action_weights
+from flowgrpo.training.weighting import action_weights, chunk_log_ratios
 from tests.conftest import MakePolicy, sampling_of
 
 HERE = "tests.test_step_weights"
@@ -117,6 +117,17 @@ def test_weights_are_one_on_average_over_all_processes(chunks, weighted):
     total = 3 + sum(w for w, c in zip(plain, chosen, strict=True) if c)
     number = 10 + int(chosen.sum())
     torch.testing.assert_close(found[chosen], torch.tensor(plain)[chosen] * number / total)
+
+
+def test_a_chunk_has_the_mean_of_its_log_ratios_over_all_batches():
+    batches = [
+        some_actions([(0, 0, 0), (0, 1, 0)]),
+        some_actions([(0, 0, 1), (0, 1, 1)]),
+        some_actions([(0, 0, 2), (0, 0, 3)]),
+    ]
+    log_ratios = [torch.tensor(v) for v in ([1.0, 2.0], [3.0, 4.0], [5.0, 7.0])]
+    found = chunk_log_ratios(batches, log_ratios, (1, 3))
+    assert [f.tolist() for f in found] == [[1.0, 2.0], [5.0, 4.0], [5.0, 5.0]]
 
 
 # Steps of each group.
