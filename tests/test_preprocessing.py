@@ -128,7 +128,9 @@ def test_clip_score_sees_what_open_clips_transform_makes(
 
 def test_variants_of_clip_score_differ_by_the_documented_pixels(tmp_path: Path) -> None:
     """DiffusionNFT's transform, and the figures in the docstring, on the picture named there."""
-    image = Image.open(Path(__file__).parents[1] / "docs" / "quickstart_flow_grpo.png").convert("RGB")
+    image = Image.open(Path(__file__).parents[1] / "docs" / "quickstart_flow_grpo.png").convert(
+        "RGB"
+    )
     tensor = transforms.functional.to_tensor(image)
     nft = [transforms.Resize(224), transforms.CenterCrop(224), transforms.Normalize(CLIP_MEAN, CLIP_STD)]  # fmt: skip
     bicubic = transforms.InterpolationMode.BICUBIC
