@@ -183,7 +183,7 @@ def test_mistakes_in_training_are_answered_in_one_line_before_torch_is_imported(
         f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
         "from flowgrpo.cli import main\n"
         f"for setting in {[*ANSWERS]}:\n"
-        "    assert main(['train', 'quickstart', '--set', setting]) == 1\n"
+        "    assert main(['train', 'quickstart_flow_grpo', '--set', setting]) == 1\n"
         "assert not {'torch', 'diffusers', 'numpy'} & {*sys.modules}\n"
     )
     done = subprocess.run(
