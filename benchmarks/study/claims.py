@@ -10,7 +10,6 @@ and scored, and the mean rewards are compared.
 import argparse
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -274,10 +273,12 @@ def _log_ratios(world: World, experience: Experience) -> Mapping[int, Tensor]:
         part = actions.select((actions.step == step).nonzero().squeeze(1))
         owners = [prompts[int(g)] for g in part.group]
         with torch.no_grad():
-            record = world.policy.replay(owners, part.states, step, experience.transition)
+            states = part.states[part.state]
+            record = world.policy.replay(owners, states, step, experience.transition)
         assert part.old_mean is not None
-        gaussian = replace(record.gaussian, mean=record.gaussian.mean[part.state])
-        found[step] = settings.log_ratio(gaussian, part.x_next, part.old_log_prob, part.old_mean)
+        found[step] = settings.log_ratio(
+            record.gaussian, part.x_next, part.old_log_prob, part.old_mean
+        )
     return found
 
 
