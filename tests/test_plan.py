@@ -16,7 +16,8 @@ from flowgrpo.core.transitions import FlowSDE
 from flowgrpo.data.experience import Actions, Candidates, Cost, Experience
 from flowgrpo.data.prompts import Group, Prompt
 from flowgrpo.training.launch import check_devices, idle_devices
-from flowgrpo.training.learner import Learner, sum_gradients
+from flowgrpo.training.learner import Learner
+from flowgrpo.training.optimizer import sum_gradients
 from flowgrpo.training.replay import Replay
 
 GEOMETRY = [

@@ -335,7 +335,7 @@ class Policy(Protocol):
         transition: Transition | None = None,
         record: Collection[int] = (),
         decode: bool = True,
-        num_steps: int | None = None,
+        sampling: Sampling | None = None,
         solver: Solver = "euler",
     ) -> Iterator[Rollout]:
         """Sample without gradients, batch by batch, so that scoring can proceed meanwhile.
@@ -350,7 +350,7 @@ class Policy(Protocol):
             transition: The stochastic step.
             record: Steps to record.
             decode: Whether to decode the last states.
-            num_steps: Steps of the grid, if not those of :meth:`num_steps`.
+            sampling: Arguments of the pipeline's call, if not :attr:`sampling`.
             solver: Solver of the deterministic steps after the last stochastic one.
         """
         ...

@@ -151,7 +151,7 @@ def choose(
     for rollout in policy.run(
         [g.prompt for g in owners],
         SampleNoise(streams),
-        num_steps=settings.num_steps,
+        sampling=policy.sampling.with_steps(settings.num_steps),
         solver=solver,
     ):
         assert rollout.media is not None

@@ -10,7 +10,7 @@ from flowgrpo.cli.common import UsageError, check_folder, is_run
 
 if TYPE_CHECKING:
     from flowgrpo.bench.comparison import Measured, Setting
-    from flowgrpo.bench.comparison_files import Comparison
+    from flowgrpo.bench.comparison_files import Comparison, Pair
     from flowgrpo.bench.run_scores import RecordedRun
     from flowgrpo.data.prompt_sets import PromptSet
     from flowgrpo.policy import PipelinePolicy, Sampling
@@ -179,8 +179,7 @@ def _results(subjects: Sequence[Subject], are_results: Sequence[bool], other: bo
 
 def _models(subjects: Sequence[Subject], options: argparse.Namespace, draws: bool) -> "Comparison":
     """Compare runs and models: by recorded scores if they suffice, else by images drawn now."""
-    from flowgrpo.bench.comparison import rows
-    from flowgrpo.bench.comparison_files import ONE_RUN, Comparison, Pair
+    from flowgrpo.bench.comparison_files import ONE_RUN, Comparison
     from flowgrpo.bench.run_scores import RecordedRun, pooled
 
     for one in subjects:
@@ -207,23 +206,8 @@ def _models(subjects: Sequence[Subject], options: argparse.Namespace, draws: boo
                 "images were drawn"
             )
         settings = _drawn(subjects, groups, runs, options)
-    first = settings[0]
     further = _regimes(groups, settings, notes) if recorded else {}
-    pairs = [
-        Pair(
-            first.name,
-            s.name,
-            rows(first, s)
-            + [
-                replace(row, reward=f"{row.reward}, {tag.replace('_', ' ')}")
-                for tag, (base, *others) in further.items()
-                for row in rows(base, others[number])
-                if not row.task
-            ],
-            min(len(m.prompts) for m in s.members),
-        )
-        for number, s in enumerate(settings[1:])
-    ]
+    first, pairs = settings[0], _pairs(settings, further)
     if any(len(s.members) < 2 for s in settings) and runs:
         notes.append(ONE_RUN)
     after = {m.iteration for s in settings for m in s.members if m.iteration is not None}
@@ -239,6 +223,26 @@ def _models(subjects: Sequence[Subject], options: argparse.Namespace, draws: boo
     differing = {n: {k: (b, a) for k, (a, b) in d.items()} for n, d in differing.items()}
     curves = {n: [r.curve() for r in members] for n, members in groups}
     return Comparison(pairs, settings, curves, differing, notes)
+
+
+def _pairs(settings: "Sequence[Setting]", further: "dict[str, list[Setting]]") -> "list[Pair]":
+    """The first setting with each other one; rewards have rows for further ways to sample as well."""
+    from flowgrpo.bench.comparison import rows
+    from flowgrpo.bench.comparison_files import Pair
+
+    first, pairs = settings[0], []
+    for number, other in enumerate(settings[1:]):
+        found = rows(first, other)
+        for tag, (base, *others) in further.items():
+            name = tag.replace("_", " ")
+            found += [
+                replace(row, reward=f"{row.reward}, {name}")
+                for row in rows(base, others[number])
+                if not row.task
+            ]
+        images = min(len(m.prompts) for m in other.members)
+        pairs.append(Pair(first.name, other.name, found, images))
+    return pairs
 
 
 def _recorded(

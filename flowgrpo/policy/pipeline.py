@@ -181,22 +181,20 @@ class PipelinePolicy:
         self._take_over(call)
         self.models, self.denoisers = models_of(pipeline), denoisers(pipeline)
         start = read_start(pipeline, weights, self.denoisers) if weights else None
-        create = partial(Trainable, seed=seed, with_reference=with_reference, teachers=read_teachers(pipeline, teachers))  # fmt: skip
+        taught = read_teachers(pipeline, teachers)
+        create = partial(Trainable, seed=seed, with_reference=with_reference, start=start, teachers=taught)  # fmt: skip
         self._learned, self.lockstep = Learned(), Lockstep(self._join)
         self.encoding = EncoderLockstep(self.lockstep.messages, self.device)
         sharder = self._prepare(memory, parallel, weights)
-        self.in_lockstep = sharder is not None
-        self.num_evaluations = self.num_decodes = 0
+        self.in_lockstep, self.num_evaluations, self.num_decodes = sharder is not None, 0, 0
         self.pictures = PictureEncoder(self)
-        self._injection = LatentInjection(
-            pipeline, self.scheduler, self._learned.latents, self.device
-        )
+        self._injection = LatentInjection(pipeline, self.scheduler, self._learned.latents, self.device)  # fmt: skip
         self.trainable: Trainable | InitialNoise | None = None
         if isinstance(weights, Noise):
             self.trainable = self._injection.initial = InitialNoise(weights)
         elif weights is not None:
             native = memory.arithmetic == "native"
-            self.trainable = create(self.denoisers, weights, start=start, shard=sharder, native=native)  # fmt: skip
+            self.trainable = create(self.denoisers, weights, shard=sharder, native=native)
         self.encoding.end_before(self.denoisers)
         if not self.in_lockstep:
             fix_precision(pipeline, self.denoisers.values())
@@ -273,7 +271,6 @@ class PipelinePolicy:
         record: Collection[int] = (),
         decode: bool = True,
         sampling: Sampling | None = None,
-        num_steps: int | None = None,
         solver: Solver = "euler",
     ) -> Iterator[Rollout]:
         """Sample without gradients, one batch at a time, so that scoring can overlap with sampling.
@@ -290,10 +287,9 @@ class PipelinePolicy:
             decode: Whether to decode media.
             sampling: Arguments of the pipeline's call, if not the policy's own. Its ``base_after`` applies
                 to whole deterministic calls.
-            num_steps: Steps of the grid, if not those of the sampling.
             solver: Solver of the deterministic steps after the last stochastic step.
         """
-        sampling = (sampling or self.sampling).with_steps(num_steps)
+        sampling = sampling or self.sampling
         for rows in batches(prompts, self.batch_size):
             part, size = slice(rows.start, rows.stop), self.batch_size
             decodes_only = nodes is not None and len(nodes) == 1

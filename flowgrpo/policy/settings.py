@@ -150,9 +150,9 @@ class Sampling:
         if self.sigmas and self.timesteps:
             raise ValueError("sampling.sigmas and sampling.timesteps both set the grid; remove one")
 
-    def with_steps(self, num_steps: int | None) -> "Sampling":
-        """The same with another number of steps; None changes nothing."""
-        return self if num_steps is None else replace(self, num_steps=num_steps)
+    def with_steps(self, num_steps: int) -> "Sampling":
+        """The same with another number of steps."""
+        return replace(self, num_steps=num_steps)
 
     def tuned_steps(self) -> int | None:
         """The steps of the trained model, if the model before training takes the others; else None.

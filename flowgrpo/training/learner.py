@@ -20,7 +20,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from jaxtyping import Bool, Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from flowgrpo.algorithms.guard import Guard
@@ -38,6 +38,7 @@ from flowgrpo.training.group_terms import whole_groups
 from flowgrpo.training.guard import Guarding
 from flowgrpo.training.metrics import UpdateStatistics
 from flowgrpo.training.monitored import monitored
+from flowgrpo.training.optimizer import adamw, sum_gradients
 from flowgrpo.training.replay import Replay, StoredOutputs
 from flowgrpo.training.replay_buffer import ReplayBuffer
 from flowgrpo.training.reward_replay import RewardReplay
@@ -89,7 +90,7 @@ class Learner:
         self.named = policy.trainable.parameters
         self.parameters = list(self.named.values())
         self.is_sharded = isinstance(policy.trainable, Trainable) and policy.trainable.is_sharded
-        self.adam = _adamw(self.parameters, train)
+        self.adam = adamw(self.parameters, train)
         self.optimizer = accelerator.prepare(self.adam)
         self.ema = (
             EMA(self.parameters, train.ema_decay, train.ema_every) if train.ema_decay > 0 else None
@@ -183,19 +184,8 @@ class Learner:
             trained = chosen if computes_all else chosen & differs
             weighted = self._weighted(experience, advantages, chosen)
             batches = list(self.replay.batches(experience, weighted, trained))
-            referred = [batch for batch, _ in batches]
-            scale = needs.reference_guidance
-            references = (
-                self.replay.references(experience, referred, scale) if needs.reference else []
-            )
-            taught = self.replay.taught(experience, referred) if needs.teachers else []
             is_first = number_before == 0 and not stale
-            if needs.group_term:
-                # They are used twice: for the whole groups, and for the batches.
-                references = list(references)
-            wholes = self._whole_groups(experience, batches, references, is_first)
-            ratios = self._chunk_log_ratios(experience, referred, is_first)
-            parts = zip_longest(batches, references, taught, ratios, wholes)
+            parts = self._with_outputs(experience, batches, is_first)
             with self.policy.together():
                 for (batch, advantage), reference, teacher, ratio, whole in parts:
                     columns = [advantage] if advantage.ndim == 1 else list(advantage.unbind(1))
@@ -212,6 +202,31 @@ class Learner:
         self._follow()
         metrics = statistics.summary(self.accelerator) | noted | self._drift(experience)
         return metrics | self._reset_reference(metrics["loss/kl"])
+
+    def _with_outputs(
+        self,
+        experience: Experience,
+        batches: Sequence[tuple[Actions, Tensor]],
+        is_first: bool,
+    ) -> Iterator[tuple[Any, ...]]:
+        """Each batch with what the loss needs of other weights and of other batches; None for the rest.
+
+        Returns:
+            The batch and its advantages, the outputs of the reference and of the teacher, the log-ratios
+            of chunks, and the whole groups. What has to be evaluated for all batches at once, in sections
+            of its own, is evaluated by this call.
+        """
+        needs, referred = self.loss.needs, [batch for batch, _ in batches]
+        references: Iterable[StoredOutputs] = []
+        if needs.reference:
+            references = self.replay.references(experience, referred, needs.reference_guidance)
+        taught = self.replay.taught(experience, referred) if needs.teachers else []
+        if needs.group_term:
+            # They are used twice: for the whole groups, and for the batches.
+            references = list(references)
+        wholes = self._whole_groups(experience, batches, references, is_first)
+        ratios = self._chunk_log_ratios(experience, referred, is_first)
+        return zip_longest(batches, references, taught, ratios, wholes)
 
     def _weighted(
         self,
@@ -541,42 +556,6 @@ def require_same_teachers(before: Mapping[str, str], now: Mapping[str, str]) -> 
 def _mean_square(values: Tensor) -> float:
     """The mean over samples of their mean squares."""
     return float(values.float().square().flatten(1).mean(1).mean())
-
-
-def sum_gradients(parameters: Sequence[nn.Parameter], accelerator: Accelerator) -> None:
-    """Replace each gradient by its sum over all processes, in one message.
-
-    The sum is not divided by the number of processes: each process has already divided its loss by
-    the number of actions on all of them. Parameters without a gradient contribute zeros, because the
-    processes may have trained different denoisers.
-    """
-    for parameter in parameters:
-        if parameter.grad is None:
-            parameter.grad = torch.zeros_like(parameter)
-    # FSDP has added the gradients of divided parameters in the backward pass.
-    own = [p for p in parameters if not isinstance(p, DTensor)]
-    if accelerator.num_processes > 1 and own:
-        flat = torch.cat([p.grad.flatten() for p in own if p.grad is not None])
-        flat = accelerator.reduce(flat, "sum")
-        sizes = [p.numel() for p in own]
-        for parameter, part in zip(own, flat.split(sizes), strict=True):
-            parameter.grad = part.view_as(parameter)
-
-
-def _adamw(parameters: list[nn.Parameter], train: Train) -> torch.optim.Optimizer:
-    """AdamW, with moments in fp32 or in 8 bits."""
-    betas = (train.betas[0], train.betas[1])
-    if train.optimizer == "adamw":
-        return torch.optim.AdamW(
-            parameters, lr=train.lr, betas=betas, weight_decay=train.weight_decay
-        )
-    if parameters[0].device.type == "cpu":
-        raise ValueError(
-            "train.optimizer = 'adamw8bit' runs on an accelerator only; use 'adamw' on the CPU"
-        )
-    from bitsandbytes.optim import AdamW8bit
-
-    return AdamW8bit(parameters, lr=train.lr, betas=betas, weight_decay=train.weight_decay)
 
 
 def _require_per_action(loss: Loss, outputs: LossOutputs, inputs: LossInputs) -> None:

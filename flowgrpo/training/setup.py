@@ -81,13 +81,7 @@ def build(config: Config, session: Session, prompts: PromptSet, held_out: Prompt
     scorer.check_audio(policy.makes_audio, f"{type(policy.pipeline).__name__} makes none")
     _check_policy(policy, config, prompts, held_out)
     _say_compiled(policy, session)
-    notes = [*few_step_notes(config), *_prompt_notes(policy, config, prompts, held_out)]
-    if config.algorithm.num_targets:
-        check_pictures(policy, prompts)
-        quality = quality_of(policy, prompts)
-        session.console.say(description(policy, config, prompts, quality))
-        notes += picture_notes(policy, config, prompts, quality)
-    session.note_prompts(notes)
+    session.note_prompts(_notes(config, session, policy, prompts, held_out))
     learner = Learner(
         policy,
         config.train,
@@ -119,6 +113,23 @@ def build(config: Config, session: Session, prompts: PromptSet, held_out: Prompt
     evaluator.resume()
     session.start_trackers()
     return TrainingRun(config, prompts, session, scorer, policy, learner, evaluator)
+
+
+def _notes(
+    config: Config,
+    session: Session,
+    policy: PipelinePolicy,
+    prompts: PromptSet,
+    held_out: PromptSet,
+) -> list[str]:
+    """Warnings about the model, the prompts and given pictures; also describes the pictures."""
+    notes = [*few_step_notes(config), *_prompt_notes(policy, config, prompts, held_out)]
+    if config.algorithm.num_targets:
+        check_pictures(policy, prompts)
+        quality = quality_of(policy, prompts)
+        session.console.say(description(policy, config, prompts, quality))
+        notes += picture_notes(policy, config, prompts, quality)
+    return notes
 
 
 def _rewarded(
