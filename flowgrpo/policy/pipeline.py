@@ -193,8 +193,7 @@ class PipelinePolicy:
         if isinstance(weights, Noise):
             self.trainable = self._injection.initial = InitialNoise(weights)
         elif weights is not None:
-            native = memory.arithmetic == "native"
-            self.trainable = create(self.denoisers, weights, shard=sharder, native=native)
+            self.trainable = create(self.denoisers, weights, shard=sharder, native=memory.arithmetic == "native")  # fmt: skip
         self.encoding.end_before(self.denoisers)
         if not self.in_lockstep:
             fix_precision(pipeline, self.denoisers.values())
