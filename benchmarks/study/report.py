@@ -206,13 +206,13 @@ def tuning(store: Store) -> str:
         if choice is None:
             continue
         by_rate = {c.rate: s for c, s in tried.items() if c.value == entry.values[0]}
-        (other,) = (c for c in tried if c.value == entry.values[1])
+        others = sorted((c for c in tried if c.value == entry.values[1]), key=lambda c: c.rate)
         cost = store.seconds_per_iteration(entry, choice.value)
         rows.append(
             [
                 entry.name, f"{entry.constant}: {entry.values[0]}, {entry.values[1]}",
                 *(f"{100 * by_rate[rate]:.1f}" for rate in RATES),
-                f"{100 * tried[other]:.1f} at {other.rate:g}",
+                ", ".join(f"{100 * tried[c]:.1f} at {c.rate:g}" for c in others),
                 f"{choice.rate:g}, {choice.value}", f"{cost:.2f}",
             ]
         )  # fmt: skip
