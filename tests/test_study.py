@@ -10,12 +10,12 @@ import torch
 from scipy import stats
 
 import flowgrpo
-from benchmarks.study import recommendation, report, second_world, statistics
+from benchmarks.study import paper_claims, recommendation, report, second_world, statistics
 from benchmarks.study.__main__ import main
 from benchmarks.study.entries import ALGORITHMS, COMMON, FLAWED, FURTHER, RATES
 from benchmarks.study.held_out_reward import palette_share
 from benchmarks.study.plan import SHORT, Choice, Job, Plan, Store, jobs
-from benchmarks.study.results import Point, Run, Runs
+from benchmarks.study.results import AXES, Point, Run, Runs
 from benchmarks.study.work import work
 from flowgrpo.shapes.captions import all_records, scene_for, vocabulary
 from flowgrpo.shapes.verifier import detect, strict
@@ -206,6 +206,24 @@ def test_methods_are_told_apart_by_what_is_left_after_method_and_seed():
     assert statistics.leaders(late) == ["b", "a"], "a method with one seed waits"
     assert statistics.comparable({**late, "a": {0: 0.1}})[0] == ["b", "c"]
     assert statistics.leaders({"a": {0: 0.1}, "b": {0: 0.3}}) == []
+
+
+def test_a_claim_is_shown_if_the_difference_exceeds_its_interval():
+    """The residuals by hand: t with 4 degrees of freedom is 2.776."""
+    table = np.array([[GAINS[m][s] for s in range(3)] for m in GAINS])
+    left = table - table.mean(0) - table.mean(1, keepdims=True) + table.mean()
+    half = 2.7764 * math.sqrt((left**2).sum() / 4) * math.sqrt(2 / 3)
+    difference, found, seeds = statistics.contrast(GAINS, "a", "c")
+    assert (difference, found, seeds) == (pytest.approx(0.09), pytest.approx(half, rel=1e-4), 3)
+    assert math.isnan(statistics.contrast({"a": {0: 0.1}, "b": {0: 0.2}}, "a", "b")[1])
+    nothing = Point(dict.fromkeys(AXES, 0.0), {"strict": 0.4})
+    runs = {
+        name: {s: Run(s, 2, {}, {}, [nothing, Point(dict.fromkeys(AXES, 9.0), {"strict": 0.4 + g})]) for s, g in GAINS[m].items()}
+        for name, m in (("MixGRPO", "a"), ("Flow-GRPO", "c"), ("DanceGRPO", "b"), ("DGPO", "c"))
+    }  # fmt: skip
+    rows = paper_claims.paper_claims(Runs(runs, {})).splitlines()
+    verdicts = [r.split(" | ")[-1] for r in rows if "| seconds |" in r]
+    assert verdicts == ["not shown |", "**shown** |", "not shown |"]
 
 
 def test_a_recommendation_names_no_more_than_can_be_told_apart():

@@ -7,6 +7,7 @@ from statistics import mean
 
 from benchmarks.study.entries import ALGORITHMS, FURTHER, RATES
 from benchmarks.study.flawed_reward import BIAS
+from benchmarks.study.paper_claims import paper_claims
 from benchmarks.study.plan import Kind, Plan, Store
 from benchmarks.study.plots import draw
 from benchmarks.study.recommendation import recommendation
@@ -47,6 +48,7 @@ def write_report(store: Store, plan: Plan, page: Path | None) -> str:
         at_equal_time(runs["guided"], "Trained with guidance"),
         second_world(runs["second"], main),
         flawed(runs["flawed"]),
+        paper_claims(main),
         tuning(store),
     ]
     text = "\n\n".join(p for p in parts if p) or "No run has finished yet."

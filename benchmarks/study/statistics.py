@@ -70,15 +70,44 @@ def smallest_difference(gains: Gains) -> float:
     Returns:
         NaN unless there are two methods and two common seeds.
     """
+    error, freedom, methods, seeds = residual(gains)
+    if freedom == 0:
+        return math.nan
+    quantile = float(stats.studentized_range.ppf(0.95, methods, freedom))
+    return quantile * error / math.sqrt(seeds)
+
+
+def residual(gains: Gains) -> tuple[float, int, int, int]:
+    """What is left of gains after the means of methods and of seeds are taken out.
+
+    Returns:
+        Its standard deviation, its degrees of freedom, and the numbers of methods and of seeds of
+        :func:`comparable`; NaN and 0 degrees without two of each.
+    """
     methods, common = comparable(gains)
     if len(methods) < 2 or len(common) < 2:
-        return math.nan
+        return math.nan, 0, len(methods), len(common)
     table = np.asarray([[gains[m][s] for s in common] for m in methods])
     rows, columns = table.shape
     left = table - table.mean(0) - table.mean(1, keepdims=True) + table.mean()
     freedom = (rows - 1) * (columns - 1)
-    error = math.sqrt(float((left**2).sum()) / freedom / columns)
-    return float(stats.studentized_range.ppf(0.95, rows, freedom)) * error
+    return math.sqrt(float((left**2).sum()) / freedom), freedom, rows, columns
+
+
+def contrast(gains: Gains, better: str, than: str) -> tuple[float, float, int]:
+    """The mean difference of two methods over their common seeds.
+
+    Returns:
+        The difference, half of its 95 % interval (Student's t, the deviation of :func:`residual`; NaN
+        without one or with a gain that was not reached), and the number of seeds.
+    """
+    seeds = sorted(gains[better].keys() & gains[than].keys())
+    error, freedom, _, _ = residual(gains)
+    if len(seeds) < 2 or freedom == 0:
+        return math.nan, math.nan, len(seeds)
+    difference = mean(gains[better][s] - gains[than][s] for s in seeds)
+    half = float(stats.t.ppf(0.975, freedom)) * error * math.sqrt(2 / len(seeds))
+    return difference, half, len(seeds)
 
 
 def leaders(gains: Gains) -> list[str]:
