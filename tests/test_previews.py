@@ -123,4 +123,4 @@ def test_how_well_previews_predict_is_logged(policy: PipelinePolicy, scorer: Rew
 )  # fmt: skip
 def test_previews_that_cannot_be_are_refused(settings: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        flowgrpo.load("quickstart_matching", settings).check()
+        flowgrpo.load("quickstart", settings).check()
