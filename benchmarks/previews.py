@@ -1,7 +1,7 @@
 """Previews that choose samples (Sol-RL), measured on the embedded model.
 
 ``spread``: how well previews of few steps predict the rewards of samples of 8 steps, and how much more the
-chosen samples differ. ``train``: the matching quick start with previews, and without them at equal
+chosen samples differ. ``train``: the quick start with previews, and without them at equal
 denoiser evaluations, once with larger groups and once with more iterations.
 
     python -m benchmarks.previews spread [--steps 2 3 4 6 8] [--number 24]

@@ -208,7 +208,9 @@ def test_a_reader_that_stops_early_is_no_error():
 
 def test_config_list_show_explain_and_schema(tmp_path, capsys):
     assert main(["config", "list"]) == 0
-    assert "quickstart               Trains the model" in capsys.readouterr().out
+    listed = capsys.readouterr().out
+    assert "quickstart               Trains the model" in listed
+    assert ": [" not in listed
     assert main(["config", "show", "quickstart", "--set", "train.lr=0.5"]) == 0
     (tmp_path / "shown.toml").write_text(capsys.readouterr().out)
     assert flowgrpo.load(str(tmp_path / "shown.toml")) == flowgrpo.load("quickstart", ["train.lr=0.5"])  # fmt: skip

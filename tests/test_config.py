@@ -494,6 +494,8 @@ def test_explain_reaches_nested_keys_and_all_kinds():
     assert "required" in explain(Config, "train.iterations")
     assert "allowed: 'exact', 'flow_grpo', 'velocity'" in explain(Config, "loss.kl")
     assert "weight" in explain(Config, "rewards")
+    # A table that several kinds share is explained once.
+    assert explain(Config, "algorithm.previews.num_steps").count("(Previews;") == 1
 
 
 def test_explain_an_unknown_key():

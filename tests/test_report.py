@@ -267,7 +267,9 @@ def test_one_evaluation_or_none_makes_no_claim(tmp_path):
     assert "nothing to compare" in once
     assert "graded 50.0 ± 2.5 points" in once
     none = verdict(run(tmp_path / "none", metrics=[metric(i) for i in range(9)]))
-    assert "cannot say whether the model is better" in none
+    assert "was not evaluated on held-out prompts" in none
+    page = run(tmp_path / "unscored", evaluations=[evaluation(0), evaluation(9)])
+    assert "No reward was measured on held-out prompts" in verdict(page)
 
 
 def test_standard_error_is_that_of_a_proportion_and_never_zero():

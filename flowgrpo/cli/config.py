@@ -142,6 +142,10 @@ def _list(options: argparse.Namespace) -> None:
 
     for file in sorted(find("quickstart").parent.glob("*.toml")):
         first = file.read_text(encoding="utf-8").splitlines()[0].lstrip("# ")
+        if first.endswith(
+            ":"
+        ):  # it leads to the command on the next lines, which the list does not show
+            first = first[:-1] + "."
         print(f"{file.stem:<24} {first} [evidence: {LEVELS[evidence(file.stem)]}]")
 
 

@@ -93,7 +93,10 @@ def explain(cls: type, key: str) -> str:
             )
         if depth == len(parts) - 1:
             return "\n".join(_explanation(c, part, key) for c in owners)
-        here = [m for c in owners for m in dataclasses_in(get_type_hints(c)[part])]
+        # Several kinds can share a table, as three algorithms share that of previews.
+        here = list(
+            dict.fromkeys(m for c in owners for m in dataclasses_in(get_type_hints(c)[part]))
+        )
     return ""
 
 

@@ -71,13 +71,25 @@ METRICS = {
         "Distance to the teachers by step",
         "Squared difference of the outputs. Falls at all steps.",
     ),
+    "dpo/accuracy": (
+        "Pairs preferred rightly",
+        "Share of pairs whose chosen picture the policy prefers more than the reference. Rises above 0.5.",
+    ),
+    "dpo/margin": (
+        "Margin of chosen pictures",
+        "Mean argument of the loss's sigmoid. Rises slowly.",
+    ),
+    "dpo/chosen_error": (
+        "Error on chosen pictures",
+        "Above that of the reference. About 0 or below; if it grows, the model leaves them.",
+    ),
     "grad_norm": (
         "Gradient norm",
         "Before clipping. Within one order of magnitude, without spikes.",
     ),
     "loss/policy": (
         "Policy loss",
-        "Around zero. Its size does not indicate progress.",
+        "With advantages around zero, and no sign of progress. Without them it falls.",
     ),
     "loss/kl": (
         "KL to the reference",
@@ -221,7 +233,7 @@ def times(records: Records) -> str:
         swatch = f'<i class="s{index % charts.NUM_COLORS}"></i>{escape(name.replace("_", " "))}'
         rows.append(_time_row(swatch, values, f"{100 * sum(values) / whole:.0f} %"))
     scoring = [t["scoring"] for t in records.timings if t.get("scoring") is not None]
-    if scoring:
+    if any(scoring):
         rows.append(_time_row("reward models, in parallel with the rollout", scoring))
     rows.append(_time_row("<b>iteration</b>", [total(t) for t in records.timings]))
     head = "<tr><th></th><th>median</th><th>longest</th><th>share of all</th></tr>"

@@ -184,6 +184,12 @@ def _card(headline: str, text: Sequence[str], *more: str) -> str:
 
 
 def _training_only(records: Records) -> tuple[str, list[str]]:
+    if records.evaluations:
+        text = (
+            "Held-out images were generated without a reward, so this report cannot say whether the model "
+            "is better; compare the images. A table <code>[[rewards]]</code> measures them."
+        )
+        return "No reward was measured on held-out prompts.", [text]
     values = finite(records.series("reward"))
     few = max(1, len(values) // 10)
     text = "Without held-out evaluations this report cannot say whether the model is better."

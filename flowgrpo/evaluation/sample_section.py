@@ -25,6 +25,8 @@ def best_and_worst(records: Records) -> str:
             cards.append(
                 f'<div class="card"><h3>{title}</h3><div class="samples">{figures}</div></div>'
             )
+    if not cards:
+        return ""  # a run without rewards has no order of samples
     note = (
         f"Of the held-out evaluation after {number(int(files[-1].stem))} iterations. Look for a way in "
         "which images with a high reward are alike, and for good images with a low one: both are faults "
