@@ -21,7 +21,7 @@ def check_steps(config: Any) -> None:
     """
     algorithm, needs = config.algorithm, config.loss.needs
     if isinstance(algorithm.transition, CalibratedSDE):
-        last = _last_stochastic(config)
+        last = max(stochastic_steps(config), default=0)
         number = len(algorithm.transition.levels)
         if number <= last:
             raise ConfigError(
@@ -70,15 +70,14 @@ def steps_of_any_iteration(config: Any, algorithm: Any) -> list[int]:
     return sorted(found)
 
 
-def _last_stochastic(config: Any) -> int:
-    """The last step at which an algorithm's transition is used in any iteration of a run."""
+def stochastic_steps(config: Any) -> list[int]:
+    """The steps at which an algorithm's transition is used in any iteration of a run, ascending."""
     algorithm = config.algorithm
-    if getattr(algorithm, "noise_last", False):
-        return int(config.sampling.num_steps) - 1
     if hasattr(algorithm, "depths"):
         # Branches are stochastic whether or not their depth is trained.
         algorithm = replace(algorithm, depths=AllSteps(), pruned=())
-    return max(steps_of_any_iteration(config, algorithm), default=0)
+    last = [config.sampling.num_steps - 1] if getattr(algorithm, "noise_last", False) else []
+    return [*steps_of_any_iteration(config, algorithm), *last]
 
 
 def _check_neighbors(config: Any) -> None:
