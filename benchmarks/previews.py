@@ -35,7 +35,10 @@ ARMS = {
 }
 """By arm, the factor of the iterations and settings. The first three have equal denoiser evaluations: 24 * 4 + 12 * 8 = 24 * 8 = 192 per prompt
 in an iteration, and 12 * 8 = 96 in each of twice as many."""
+RECIPE = "quickstart"
 SHORT = [
+    # Rewards alone, without what the guided reference of the quick start teaches.
+    "loss={kind='matching'}", "prompts.weights={}",
     "evaluation.regimes=[]", "evaluation.every=0", "evaluation.grid_prompts=1", "evaluation.grid_samples=2",
     "evaluation.inspected_prompts=0", "run.trackers=[]",
 ]  # fmt: skip
@@ -75,7 +78,7 @@ def train(seeds: Sequence[int], folder: Path, iterations: int, arms: Sequence[st
             place = folder / f"{arm.replace(' ', '_')}_{seed}"
             given = [*SHORT, *settings, f"run.folder='{place}'", f"run.seed={seed}"]
             given += [f"train.iterations={factor * iterations}", "evaluation.images=480"]
-            flowgrpo.train(flowgrpo.load("quickstart", given))
+            flowgrpo.train(flowgrpo.load(RECIPE, given))
             text = (place / "evaluations.jsonl").read_text(encoding="utf-8").splitlines()
             first, *_, last = (json.loads(line)["scores"]["strict"] for line in text)
             lines.append(
@@ -97,7 +100,7 @@ def main() -> None:
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
     args = parser.parse_args()
     if args.what == "spread":
-        print(spread(flowgrpo.load("quickstart"), args.steps, args.number))
+        print(spread(flowgrpo.load(RECIPE), args.steps, args.number))
     else:
         print(train(args.seeds, args.folder, args.iterations, args.arms))
 

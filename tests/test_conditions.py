@@ -10,12 +10,12 @@ from flowgrpo.algorithms import FlowGRPO
 from flowgrpo.config import Config, Model, Prompts, Run, Train
 from flowgrpo.core.random import Random
 from flowgrpo.core.steps import Window
-from flowgrpo.core.transitions import CPS, DDIM, FlowSDE
+from flowgrpo.core.transitions import CPS, DDIM, FlowSDE, StepwiseSDE
 from flowgrpo.data.prompts import Group, Prompt
 from flowgrpo.losses.clipped import ClippedLoss
 from flowgrpo.policy import PipelinePolicy, Sampling
 from flowgrpo.policy.arguments import batches
-from flowgrpo.policy.probe import check_scales, check_sizes
+from flowgrpo.policy.probe import check_defined, check_scales, check_sizes
 from flowgrpo.rewards.scorer import RewardScorer
 from flowgrpo.rewards.settings import Reward
 from flowgrpo.training.learner import Learner
@@ -111,6 +111,15 @@ def test_every_family_passes_the_checks_before_a_run(name: str, make_policy: Mak
     flow = FAMILIES[name].prediction == "flow"
     transition = FlowSDE(noise_level=0.7) if flow else DDIM(eta=1.0)
     check_scales(policy, transition, range(policy.num_steps() - 1))
+
+
+def test_a_transition_is_checked_at_each_of_its_steps(make_policy: MakePolicy) -> None:
+    """Whatever the loss does with steps of little noise, and if there is one step only."""
+    policy = make_policy("sd3", weights=None)
+    check_sizes(policy, [Prompt("a")], policy.sampling)
+    check_defined(policy, StepwiseSDE(), [1, 2])
+    with pytest.raises(ValueError, match="step 0 has no density"):
+        check_defined(policy, StepwiseSDE(), [0])
 
 
 @pytest.mark.parametrize(

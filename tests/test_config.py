@@ -107,6 +107,7 @@ def test_a_round_trip_keeps_what_is_not_default(minimal, tmp_path):
         (f"train.lr={10**400}", "train.lr must be "),
         ("train.groups=true", "train.groups must be a whole number, got True"),
         ("train.lr=true", "train.lr must be a number, got True"),
+        ("prompts.weights={two='3'}", r"prompts.weights.two must be a number, got '3' \(str\)"),
         ("run.folder=3", "run.folder must be a string, got 3"),
         ("algorithm.shared_noise=1", "algorithm.shared_noise must be true or false, got 1"),
         ("train.lr=nan", "train.lr must be finite, got nan"),

@@ -73,7 +73,7 @@ def test_samplings_of_evaluations_and_trained_steps(monkeypatch: pytest.MonkeyPa
     sliding = 'algorithm.steps={kind = "sliding_window", size = 1, every = 1, skip_last = 1}'
     assert config(sliding, "train.iterations=3", "train.warmup=0").steps_by_density() == [0, 1, 2]
     # Of a longer run, some iterations: here every second.
-    monkeypatch.setattr("flowgrpo.config.schema.FORESEEN", 2)
+    monkeypatch.setattr("flowgrpo.config.steps.FORESEEN", 2)
     assert config(sliding, "train.iterations=3", "train.warmup=0").steps_by_density() == [0, 2]
     assert config("loss={kind='nft'}").steps_by_density() == []
     assert config("algorithm={kind='tempflow_grpo', group_size=16}").steps_by_density() == []

@@ -306,6 +306,7 @@ MEASURED = "rewards=[{model='flowgrpo.shapes.rewards:ShapesReward'}, {model='flo
         (["guard.kl='uncertain'", "guard.share=0.5", MEASURED], "guard.share must be from 0.02 to 0.2 if it adapts"),
         (["guard.share=0.0"], "guard.share must be above 0"),
         (["guard.features='dino'"], "guard.features needs guard.novelty"),
+        (["guard.novelty='relative'", "algorithm={kind='draft'}", "loss={kind='reward_gradient'}"], "algorithm.group_size = 1; raise it"),
         (["guard.features_options={a=1}"], "guard.features_options needs guard.features"),
         (["guard.reset_every=-1", "loss.kl_coef=0.1"], "must be at least 0"),
     ],

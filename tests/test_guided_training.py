@@ -14,10 +14,12 @@ from flowgrpo.config import ConfigError, Train
 from flowgrpo.core.random import Random, SampleNoise
 from flowgrpo.data.experience import Actions, Experience
 from flowgrpo.data.prompts import Group, Prompt
+from flowgrpo.losses.group_matching import DGPOLoss
 from flowgrpo.losses.matching import MatchingLoss
 from flowgrpo.policy import PipelinePolicy
 from flowgrpo.rewards.scorer import RewardScorer
 from flowgrpo.rewards.settings import Failures, Reward
+from flowgrpo.training.group_terms import whole_groups
 from flowgrpo.training.learner import Learner
 from tests.conftest import MakePolicy, sampling_of
 
@@ -102,6 +104,22 @@ def test_the_reference_has_its_own_guidance(collected: tuple[PipelinePolicy, Exp
     assert metrics["loss/kl"] > 1e-5
     # The metric of drift compares with the model before training, at the guidance of training.
     assert metrics["kl/velocity"] == 0
+
+
+def test_groups_are_compared_at_one_guidance_scale(
+    collected: tuple[PipelinePolicy, Experience], accelerator: Accelerator
+) -> None:
+    """A group is whole in a batch of one scale; a divided one is joined with its parts of that scale."""
+    policy, experience = collected
+    loss, advantages = DGPOLoss(compare_with="old", kl_coef=0.0), ALGORITHM.advantages(experience)
+    everything = torch.ones(len(experience.actions), dtype=torch.bool)
+    for train_batch, number in ((6, 3), (2, 12)):
+        train = Train(iterations=1, groups=2, train_batch=train_batch, lr=0.0)
+        replay = Learner(policy, train, loss, accelerator).replay
+        batches = list(replay.batches(experience, advantages, everything))
+        found = whole_groups(replay, experience, batches, [], True)
+        assert len(found) == number
+        assert all(w is None if train_batch == 6 else len(w.term) == 3 for w in found)
 
 
 @pytest.mark.parametrize(

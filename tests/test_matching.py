@@ -269,6 +269,8 @@ def quickstart(*settings: str) -> flowgrpo.Config:
         (["loss={kind='clipped'}"], "do not belong together"),
         (["algorithm.advantage={kind='best', keep=4}", "loss={kind='matching'}"], "keep must be below algorithm.group_size = 4"),
         (["loss={kind='matching', power=2.0}"], "loss.power must be at most 1"),
+        (["algorithm.advantage={kind='best', keep=1}", "loss={kind='dpo'}"], "needs a rejected sample"),
+        (["loss={kind='supervised'}"], "train away from samples of negative advantage"),
     ],
 )  # fmt: skip
 def test_settings_that_cannot_train_are_refused(settings: list[str], message: str) -> None:

@@ -13,7 +13,7 @@ from flowgrpo.algorithms import DiffusionNFT, FlowGRPO, Matching
 from flowgrpo.algorithms.previews import Previews, extreme_rows
 from flowgrpo.config import ConfigError
 from flowgrpo.core.random import Random, SampleNoise
-from flowgrpo.core.steps import Window
+from flowgrpo.core.steps import RandomSteps, Window
 from flowgrpo.core.transitions import FlowSDE
 from flowgrpo.data.experience import INITIAL
 from flowgrpo.data.prompts import Group, Prompt
@@ -108,6 +108,28 @@ def test_how_well_previews_predict_is_logged(policy: PipelinePolicy, scorer: Rew
     assert all(d > e.reward[e.group == g].std(correction=0) for g, d in enumerate(deviations))
     assert "previews/spread" not in rollout_metrics(every, lambda values: values)
     assert INITIAL not in experience.actions.step
+
+
+def test_previews_are_drawn_with_the_guidance_of_the_samples(policy: PipelinePolicy, scorer: RewardScorer) -> None:  # fmt: skip
+    """With as many steps and the same guidance, a preview is the sample."""
+    previews = Previews(number=4, num_steps=T)
+    algorithm = Matching(group_size=2, num_times=1, rollout_guidance=9.0, previews=previews)
+    experience = algorithm.collect(policy, GROUPS, scorer, Random(3), 0)
+    every = replace(algorithm, group_size=4, previews=Previews()).collect(policy, GROUPS, scorer, Random(3), 0)  # fmt: skip
+    for group in (0, 1):
+        chosen, drawn = (e.candidates.reward[e.candidates.group == group] for e in (experience, every))  # fmt: skip
+        wanted = torch.stack([drawn.min(), drawn.max()])
+        torch.testing.assert_close(chosen.sort().values, wanted, atol=1e-5, rtol=0)
+
+
+def test_groups_with_steps_of_their_own_have_previews(policy: PipelinePolicy, scorer: RewardScorer) -> None:  # fmt: skip
+    groups = [Group(i, Prompt("a cube")) for i in range(3)]
+    steps = RandomSteps(count=1, first=0, last=T - 1)
+    algorithm = FlowGRPO(group_size=2, previews=Previews(number=3, num_steps=1), steps=steps, steps_per="group")  # fmt: skip
+    experience = algorithm.collect(policy, groups, scorer, Random(3), 0)
+    assert len(experience.actions.step.unique()) > 1
+    assert experience.by_group["previews/spread"].isfinite().all()
+    assert experience.cost == algorithm.cost(T, 0, Random(3))
 
 
 @pytest.mark.parametrize(

@@ -192,6 +192,7 @@ def test_the_buffer_is_bounded_and_equal_on_all_ranks():
         (["train.replay={groups=3}", "train.updates=2"], "the nearest that can is 4"),
         (["train.replay={groups=4, capacity=2}"], "capacity of at least as many groups, got 2"),
         (["train.replay={groups=2, skip_last=7}"], "use at most 6"),
+        (["train.replay={groups=2, skip_last=3}", "algorithm={kind='flow_grpo', steps={kind='window', start=5, size=2}}"], "replays nothing: the steps that are trained begin with 5"),
         (["train.replay.groups=2", "algorithm={kind='matching'}", "loss={kind='matching'}"], "steps with a density"),
         (["train.replay.groups=2", "algorithm={kind='vgpo'}"], "VGPO judges branches or states"),
         (["train.replay.groups=2", "train.staleness=1"], "trains on actions of other weights already"),

@@ -10,10 +10,10 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from benchmarks.calibrate_noise import adjusted, first_levels, gains_of
-from flowgrpo.algorithms import TPGRPO, FlowGRPO, TempFlowGRPO
+from flowgrpo.algorithms import TPGRPO, BranchGRPO, FlowGRPO, TempFlowGRPO
 from flowgrpo.config import Config, ConfigError, Model, Prompts, Run, Train
 from flowgrpo.core.random import Random, SampleNoise
-from flowgrpo.core.steps import AllSteps, RandomSteps, RandomWindow
+from flowgrpo.core.steps import AllSteps, RandomSteps, RandomWindow, SlidingWindow
 from flowgrpo.core.transitions import CPS, DDIM, CalibratedSDE, DanceSDE, FlowSDE, Prediction, Step
 from flowgrpo.data.experience import Actions
 from flowgrpo.data.prompts import Group, Prompt
@@ -241,7 +241,7 @@ def config(algorithm: Any, loss: ClippedLoss, **train: Any) -> Config:
         loss=loss,
         rewards=(Reward(model=f"{HERE}:brightness"),),
         prompts=Prompts(train="", held_out=""),
-        train=Train(iterations=1, groups=2, **train),
+        train=Train(**{"iterations": 1, "groups": 2, **train}),
         run=Run(folder=""),
     )
 
@@ -257,6 +257,9 @@ def config(algorithm: Any, loss: ClippedLoss, **train: Any) -> Config:
         (FlowGRPO(), ClippedLoss(ratio="guard", step_weight="rectified"), {}, "remove loss.step_weight"),
         (TempFlowGRPO(), ClippedLoss(step_weight="rectified"), {}, "already weighs its steps"),
         (TPGRPO(transition=CalibratedSDE(levels=(0.5,) * 5)), ClippedLoss(), {}, "has 5 numbers, but steps up to 8 are stochastic; give 9"),
+        (FlowGRPO(transition=CalibratedSDE(levels=(0.5,) * 9), noise_last=True), ClippedLoss(), {}, "has 9 numbers, but steps up to 9 are stochastic"),
+        (FlowGRPO(transition=CalibratedSDE(levels=(0.5,) * 2), steps=SlidingWindow(size=2, every=1)), ClippedLoss(), {"iterations": 4}, "steps up to 4 are stochastic"),
+        (BranchGRPO(transition=CalibratedSDE(levels=(0.5,) * 8), pruned=(8,)), ClippedLoss(), {}, "steps up to 8 are stochastic"),
         (replace(PER_GROUP, steps=AllSteps()), ClippedLoss(), {}, "use 'random_window' or 'random_steps'"),
         (replace(PER_GROUP, shared_noise=True), ClippedLoss(), {}, "needs algorithm.shared_noise = false"),
     ],

@@ -125,9 +125,4 @@ class FlowGRPO(AlgorithmBase):
                 "algorithm.steps_per = 'group' needs algorithm.shared_noise = false: the steps that the "
                 "samples of a group share end at another step in every group"
             )
-        if self.steps_per == "group" and self.previews.number:
-            raise ValueError(
-                "algorithm.previews chooses the samples of all groups at once; set "
-                "algorithm.steps_per = 'iteration' or algorithm.previews.number = 0"
-            )
         self.previews.check(self.group_size, num_steps, self.shared_noise)

@@ -20,6 +20,7 @@ from flowgrpo.core.solvers import Solver
 from flowgrpo.core.tensors import Float, Int, Tensor, torch
 from flowgrpo.data.experience import Candidates, Cost
 from flowgrpo.data.prompts import Group
+from flowgrpo.policy.settings import Sampling
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,6 +80,12 @@ class Chosen:
     seeds: Mapping[int, Sequence[int]]
     rewards: Mapping[int, Float[Tensor, " samples"]]
 
+    def joined(self, other: "Chosen | None") -> "Chosen":
+        """The samples of both, which are of different groups."""
+        if other is None:
+            return self
+        return Chosen(self.number, {**other.seeds, **self.seeds}, {**other.rewards, **self.rewards})
+
     def metrics(
         self, groups: Sequence[Group], candidates: Candidates
     ) -> dict[str, Float[Tensor, " groups"]]:
@@ -133,6 +140,7 @@ def choose(
     settings: Previews,
     group_size: int,
     solver: Solver,
+    sampling: Sampling,
 ) -> Chosen:
     """Draw and score previews, and choose ``group_size`` initial noises of each group.
 
@@ -144,6 +152,8 @@ def choose(
         settings: The previews.
         group_size: Samples per prompt that are drawn exactly.
         solver: Solver of the previews.
+        sampling: Arguments of the pipeline's call with which the samples are drawn; previews differ in
+            their number of steps alone.
     """
     owners = [g for g in groups for _ in range(settings.number)]
     streams = [random.at("group", g.index, i) for g in groups for i in range(settings.number)]
@@ -151,7 +161,7 @@ def choose(
     for rollout in policy.run(
         [g.prompt for g in owners],
         SampleNoise(streams),
-        sampling=policy.sampling.with_steps(settings.num_steps),
+        sampling=sampling.with_steps(settings.num_steps),
         solver=solver,
     ):
         assert rollout.media is not None

@@ -120,8 +120,10 @@ def sample_trajectories(
     seeds = None
     if plan.previews.number:
         args = policy, groups, collection.scorer, random
-        collection.chosen = choose(*args, plan.previews, size, plan.solver)
-        seeds = collection.chosen.seeds
+        chosen = choose(*args, plan.previews, size, plan.solver, plan.sampling(policy.sampling))
+        # Groups with other stochastic steps are sampled by a call of their own.
+        collection.chosen = chosen.joined(collection.chosen)
+        seeds = chosen.seeds
     samples = Samples.of(groups, size, random, 1 if plan.shared_noise else None, seeds)
     nodes, x, later = plan.nodes(policy.num_steps()), None, list(plan.steps)
     if plan.shared_noise:

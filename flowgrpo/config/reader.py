@@ -115,7 +115,9 @@ def _schema(hint: Any) -> core_schema.CoreSchema:
             [_schema(arguments[0])], variadic_item_index=0, strict=False
         )
     if origin in (dict, Mapping):
-        return core_schema.dict_schema(strict=True)
+        return core_schema.dict_schema(
+            values_schema=_schema(arguments[1]) if arguments else None, strict=True
+        )
     if origin in (Union, types.UnionType):
         either = core_schema.union_schema(
             [_schema(a) for a in arguments if a is not types.NoneType]

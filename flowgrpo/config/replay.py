@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from flowgrpo.algorithms.trajectories import TrajectoryPlan
+from flowgrpo.config.steps import steps_of_any_iteration
 from flowgrpo.core.errors import ConfigError
 from flowgrpo.core.random import Random
 
@@ -48,12 +49,7 @@ def check_replay(config: Any, num_processes: int) -> None:
         raise ConfigError(
             f"{key} needs a train.replay.capacity of at least as many groups, got {settings.capacity}"
         )
-    steps = config.sampling.num_steps
-    if settings.skip_last >= steps - 1:
-        raise ConfigError(
-            f"train.replay.skip_last = {settings.skip_last} leaves nothing to replay of {steps} steps, of which the "
-            f"last is never trained; use at most {max(0, steps - 2)}"
-        )
+    _check_skipped(config)
     problem = ""
     if algorithm.action_kind != "step" or loss.needs.old_policy is not None:
         problem = "only denoising steps with a density have importance weights"
@@ -72,6 +68,24 @@ def check_replay(config: Any, num_processes: int) -> None:
         problem = "a learned baseline judges the candidates of the iteration alone"
     if problem:
         raise ConfigError(f"{key} is not possible here: {problem}; or set it to 0")
+
+
+def _check_skipped(config: Any) -> None:
+    """Raise ConfigError if all steps that are trained are left out of replays."""
+    settings = config.train.replay
+    steps = config.sampling.num_steps
+    if settings.skip_last >= steps - 1:
+        raise ConfigError(
+            f"train.replay.skip_last = {settings.skip_last} leaves nothing to replay of {steps} steps, of which the "
+            f"last is never trained; use at most {max(0, steps - 2)}"
+        )
+    first = min(steps_of_any_iteration(config, config.algorithm), default=0)
+    if config.algorithm.action_kind == "step" and first >= steps - settings.skip_last:
+        raise ConfigError(
+            f"train.replay.groups = {settings.groups} replays nothing: the steps that are trained begin with {first}, and "
+            f"train.replay.skip_last = {settings.skip_last} leaves out those from {steps - settings.skip_last} on; "
+            "lower it, or set train.replay.groups = 0"
+        )
 
 
 def _has_trajectories(config: Any) -> bool:

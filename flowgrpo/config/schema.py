@@ -31,6 +31,7 @@ from flowgrpo.algorithms import (
 )
 from flowgrpo.algorithms import base as algorithms
 from flowgrpo.algorithms.guard import Guard
+from flowgrpo.config.advantages import check_advantage
 from flowgrpo.config.benchmarks import Bench, check_benchmarks
 from flowgrpo.config.best import check_best
 from flowgrpo.config.bounds import check_bounds
@@ -40,7 +41,7 @@ from flowgrpo.config.previews import check_previews
 from flowgrpo.config.regimes import Regime, check_regimes
 from flowgrpo.config.replay import ReplaySettings, check_replay
 from flowgrpo.config.reward_gradients import check_reward_gradients
-from flowgrpo.config.steps import check_steps
+from flowgrpo.config.steps import check_steps, steps_of_any_iteration
 from flowgrpo.core.errors import ConfigError
 from flowgrpo.core.random import Random
 from flowgrpo.losses import base as losses
@@ -68,10 +69,6 @@ from flowgrpo.rewards.settings import Failures, Reward, check_rewards
 
 Split = Literal["groups", "samples", "steps", "actions"]
 """What is divided among the optimizer steps of an iteration."""
-
-
-FORESEEN = 10_000
-"""Most iterations of a run whose choices of steps are computed before it starts."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -372,7 +369,7 @@ class Config:
         except ValueError as error:
             raise ConfigError(str(error)) from error
         check_previews(algorithm, self.sampling)
-        self._check_advantage()
+        check_advantage(self)
         if self.loss.needs.average and not self.train.ema_decay:
             raise ConfigError(
                 f"the loss {type(self.loss).__name__} needs a moving average of the weights; set "
@@ -385,21 +382,6 @@ class Config:
         check_benchmarks(self.evaluation.bench)
         check_regimes(self.evaluation.regimes, self.evaluation_sampling())
         check_best(self)
-
-    def _check_advantage(self) -> None:
-        """Raise ConfigError if the kind of advantage does not suit the loss or the groups."""
-        advantage, size = getattr(self.algorithm, "advantage", None), self.algorithm.group_size
-        if getattr(advantage, "is_separate", False) and not self.loss.needs.is_additive:
-            raise ConfigError(
-                f"algorithm.advantage.kind = 'per_loss' adds the losses of several rewards, and the loss "
-                f"{type(self.loss).__name__} is not proportional to the advantage; use 'per_reward'"
-            )
-        keep = getattr(advantage, "keep", 0)
-        if keep >= size:
-            raise ConfigError(
-                f"algorithm.advantage.keep must be below algorithm.group_size = {size}, got {keep}: with all "
-                "samples kept, nothing is chosen"
-            )
 
     def _check_parallel(self, num_processes: int) -> None:
         """Raise ValueError if the denoiser cannot be divided as configured."""
@@ -567,15 +549,7 @@ class Config:
             or getattr(algorithm.transition, "log_prob", "") == "unnormalised"
         ):
             return []
-        found = set[int]()
-        # Of a longer run, iterations at equal distances.
-        every = -(-self.train.iterations // FORESEEN)
-        for iteration in range(0, self.train.iterations, every):
-            random = Random(self.run.seed).at("train", iteration)
-            found.update(algorithm.trained_steps(self.sampling.num_steps, iteration, random))
-            if len(found) >= self.sampling.num_steps - 1:  # the last step is never stochastic
-                break
-        return sorted(found)
+        return steps_of_any_iteration(self, algorithm)
 
     def evaluation_sampling(self) -> Sampling:
         """Arguments of the pipeline's call in evaluations."""

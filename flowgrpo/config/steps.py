@@ -1,10 +1,15 @@
 """Checks of settings that belong to single denoising steps, against the algorithm and the updates."""
 
+from dataclasses import replace
 from typing import Any
 
 from flowgrpo.core.errors import ConfigError
 from flowgrpo.core.random import Random
+from flowgrpo.core.steps import AllSteps
 from flowgrpo.core.transitions import CalibratedSDE
+
+FORESEEN = 10_000
+"""Most iterations of a run whose choices of steps are computed before it starts."""
 
 
 def check_steps(config: Any) -> None:
@@ -16,8 +21,7 @@ def check_steps(config: Any) -> None:
     """
     algorithm, needs = config.algorithm, config.loss.needs
     if isinstance(algorithm.transition, CalibratedSDE):
-        random = Random(config.run.seed).at("train", 0)
-        last = max(algorithm.trained_steps(config.sampling.num_steps, 0, random), default=0)
+        last = max(stochastic_steps(config), default=0)
         number = len(algorithm.transition.levels)
         if number <= last:
             raise ConfigError(
@@ -51,6 +55,29 @@ def check_steps(config: Any) -> None:
             f"loss.chunks needs all actions of a chunk in one optimizer step, which train.split = "
             f"{config.train.split!r} divides; use 'groups' or 'samples'"
         )
+
+
+def steps_of_any_iteration(config: Any, algorithm: Any) -> list[int]:
+    """The steps that an algorithm trains in any iteration of a run, ascending."""
+    found, steps = set[int](), config.sampling.num_steps
+    # Of a longer run, iterations at equal distances.
+    every = -(-config.train.iterations // FORESEEN)
+    for iteration in range(0, config.train.iterations, every):
+        random = Random(config.run.seed).at("train", iteration)
+        found.update(algorithm.trained_steps(steps, iteration, random))
+        if len(found) >= steps - 1:  # the last step is never trained by its density
+            break
+    return sorted(found)
+
+
+def stochastic_steps(config: Any) -> list[int]:
+    """The steps at which an algorithm's transition is used in any iteration of a run, ascending."""
+    algorithm = config.algorithm
+    if hasattr(algorithm, "depths"):
+        # Branches are stochastic whether or not their depth is trained.
+        algorithm = replace(algorithm, depths=AllSteps(), pruned=())
+    last = [config.sampling.num_steps - 1] if getattr(algorithm, "noise_last", False) else []
+    return [*steps_of_any_iteration(config, algorithm), *last]
 
 
 def _check_neighbors(config: Any) -> None:

@@ -117,6 +117,23 @@ def fit_noise(policy: PipelinePolicy, prompts: Sequence[Prompt]) -> None:
     policy.trainable.fit(shapes.pop(), policy.device)
 
 
+def check_defined(policy: PipelinePolicy, transition: Transition, steps: Sequence[int]) -> None:
+    """Check that a transition is defined at each step at which it is used.
+
+    Args:
+        policy: The policy, after a call that has set its grid.
+        transition: The stochastic step.
+        steps: The steps.
+
+    Raises:
+        ValueError: From the transition, where it is not.
+    """
+    zero = torch.zeros(1, 1, dtype=torch.float64)
+    for step in steps:
+        interval = policy.scheduler.interval(step, step + 1)
+        transition(zero, Prediction(zero, zero, zero), interval)
+
+
 def check_scales(
     policy: PipelinePolicy, transition: Transition, steps: Sequence[int], remedy: str = ""
 ) -> None:

@@ -34,10 +34,12 @@ def whole_groups(
         references: The reference's outputs for each batch; empty if the loss needs none.
         first_update: Whether no optimizer step has been taken since the actions were sampled.
     """
-    parts: dict[tuple[int, int], list[int]] = {}
+    # A group is compared at one time and with one guidance scale, as in a batch that holds all of it.
+    parts: dict[tuple[int, float | None, int], list[int]] = {}
     for i, (batch, _) in enumerate(batches):
+        scale = None if batch.guidance is None else float(batch.guidance[0])
         for group in batch.group.unique().tolist():
-            parts.setdefault((int(batch.step[0]), group), []).append(i)
+            parts.setdefault((int(batch.step[0]), scale, group), []).append(i)
     divided = {i: found[0] for found in parts.values() if len(found) > 1 for i in found}
     gathered: dict[int, list[WholeGroups]] = {}
     with torch.no_grad(), replay.policy.together():

@@ -9,11 +9,18 @@ from flowgrpo.algorithms.previews import Previews
 from flowgrpo.config import Config, ConfigError
 from flowgrpo.config.distillation import assigns_credit
 from flowgrpo.config.few_steps import few_step_notes
+from flowgrpo.config.steps import stochastic_steps
 from flowgrpo.core.transitions import require_path
 from flowgrpo.data.prompt_sets import PromptSet
 from flowgrpo.data.prompts import Prompt
 from flowgrpo.policy import PipelinePolicy
-from flowgrpo.policy.probe import check_scales, check_sizes, fit_noise, ignores_negatives
+from flowgrpo.policy.probe import (
+    check_defined,
+    check_scales,
+    check_sizes,
+    fit_noise,
+    ignores_negatives,
+)
 from flowgrpo.policy.teachers import require_found
 from flowgrpo.policy.text_length import cut_prompts, tokenizers_of
 from flowgrpo.rewards.differentiable import DifferentiableRewards
@@ -255,6 +262,7 @@ def _check_policy(
         raise ConfigError(f"sampling.call.negative_prompt: {_unused(policy)}")
     try:
         require_path(config.algorithm.transition, policy.scheduler.interval(0, 1).path)
+        check_defined(policy, config.algorithm.transition, stochastic_steps(config))
         remedy = "" if assigns_credit(config.algorithm) else "lower algorithm.fraction, or set loss.target = 'output'"  # fmt: skip
         check_scales(policy, config.algorithm.transition, config.steps_by_density(), remedy)
     except ValueError as error:
