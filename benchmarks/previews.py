@@ -75,7 +75,7 @@ def train(seeds: Sequence[int], folder: Path, iterations: int, arms: Sequence[st
             place = folder / f"{arm.replace(' ', '_')}_{seed}"
             given = [*SHORT, *settings, f"run.folder='{place}'", f"run.seed={seed}"]
             given += [f"train.iterations={factor * iterations}", "evaluation.images=480"]
-            flowgrpo.train(flowgrpo.load("quickstart_matching", given))
+            flowgrpo.train(flowgrpo.load("quickstart", given))
             text = (place / "evaluations.jsonl").read_text(encoding="utf-8").splitlines()
             first, *_, last = (json.loads(line)["scores"]["strict"] for line in text)
             lines.append(
@@ -97,7 +97,7 @@ def main() -> None:
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
     args = parser.parse_args()
     if args.what == "spread":
-        print(spread(flowgrpo.load("quickstart_matching"), args.steps, args.number))
+        print(spread(flowgrpo.load("quickstart"), args.steps, args.number))
     else:
         print(train(args.seeds, args.folder, args.iterations, args.arms))
 
