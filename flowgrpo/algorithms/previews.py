@@ -117,7 +117,8 @@ class Chosen:
 
 
 def extreme_rows(reward: Float[Tensor, " previews"], number: int) -> Int[Tensor, " number"]:
-    """The rows of the best and of the worst rewards, ascending; of an odd number, one more of the best.
+    """The rows of the best and of the worst rewards, ascending; of an odd number, one more of the worst, as
+    in the released code.
 
     Rewards that are not finite are chosen only if there are too few others. Of equal rewards, the first
     count as the worse ones.
@@ -128,7 +129,7 @@ def extreme_rows(reward: Float[Tensor, " previews"], number: int) -> Int[Tensor,
     if len(order) < number:
         lost = (~known).nonzero().squeeze(1)[: number - len(order)]
         return torch.cat([order, lost]).sort().values
-    worst = number // 2
+    worst = number - number // 2
     return torch.cat([order[:worst], order[len(order) - number + worst :]]).sort().values
 
 

@@ -123,7 +123,8 @@ def rectified_weight(transition: Transition, step: Step) -> float:
 
     With ``mean`` linear in the model's output, the derivative of the log-probability by the output, per
     unit of noise, is ``step_gain / std``. For the SDEs that is ``sqrt(dt) / g + g sqrt(dt) (1 - sigma) /
-    (2 sigma)``, as published (arXiv:2605.15980); the formula here holds for every transition.
+    (2 sigma)``, as published (arXiv:2605.15980); the formula here holds for every transition. The learner
+    divides weights by their mean over an optimizer step; the released code by that of each micro-batch.
     """
     one, zero = torch.ones(1, 1, dtype=torch.float64), torch.zeros(1, 1, dtype=torch.float64)
     std = transition(zero, Prediction.from_output(zero, one, step), step).std
