@@ -41,7 +41,7 @@ def write_report(store: Store, plan: Plan, page: Path | None) -> str:
     runs = {kind: read_runs(store, kind) for kind in kinds}
     main = runs["main"]
     parts = [
-        recommendation(runs, plan),
+        recommendation(runs, plan) or "No reported run has finished yet.",
         at_equal_time(main, f"Equal time: {plan.seconds:g} processor seconds"),
         at_equal_work(main),
         at_equal_time(runs["long"], f"Equal time: {plan.budget('long'):g} processor seconds"),
@@ -51,7 +51,7 @@ def write_report(store: Store, plan: Plan, page: Path | None) -> str:
         paper_claims(main),
         tuning(store),
     ]
-    text = "\n\n".join(p for p in parts if p) or "No run has finished yet."
+    text = "\n\n".join(p for p in parts if p)
     if page is not None:
         plots = draw(main, page.parent / page.stem) if main.by_method else {}
         links = [f"![{words}]({page.stem}/{file.name})" for file, words in plots.items()]
