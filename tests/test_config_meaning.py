@@ -47,6 +47,13 @@ def test_the_geometry_in_words() -> None:
     assert two["optimizer steps"] == "6 per iteration in 2 epochs, 6 groups in each"
     assert two["in all"] == "120 iterations, 34,560 samples, 720 optimizer steps"
     assert two["per prompt"].endswith("; at most 3 times as much, as groups of equal rewards are replaced")  # fmt: skip
+    replayed = geometry(config("train.replay={groups=6, capacity=30}"))
+    assert replayed["replay"] == "6 earlier groups in an iteration, of the newest 30"
+    chosen = geometry(load("quickstart", ["algorithm.previews={number=24, num_steps=4}"]))
+    assert chosen["previews"] == "24 of 4 steps per prompt choose its 12 samples"
+    pairs = geometry(load("sd15_dpo"))
+    assert pairs["optimizer steps"].endswith(" examples in each")
+    assert " pictures, " in pairs["in all"]
     free = geometry(load("sd35_medium_pickscore"))["denoising"]
     assert "guidance" in free
     words = {

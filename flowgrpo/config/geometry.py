@@ -22,10 +22,11 @@ def geometry(config: Any, num_processes: int = 1) -> dict[str, str]:
         "rollout": f"{calls} call{'s' * (calls > 1)} of {min(t.rollout_batch, samples // num_processes)} samples on each process",
         "per prompt": _work(config) + refill,
     }
+    given = _given(config, num_processes)
     return {
-        **(_given(config, num_processes) or sampled),
+        **(given or sampled | _beside(config)),
         "optimizer steps": f"{t.optimizer_steps} per iteration{epochs}, {_update_words(config)} in each",
-        "in all": f"{t.iterations} iterations, {t.iterations * samples:,} samples, {t.iterations * t.optimizer_steps:,} optimizer steps",
+        "in all": f"{t.iterations} iterations, {t.iterations * samples:,} {'pictures' if given else 'samples'}, {t.iterations * t.optimizer_steps:,} optimizer steps",
         "denoising": f"{config.sampling.num_steps} steps, guidance {config.sampling.guidance_scale if config.sampling.guidance_scale is not None else 'as the pipeline has it'}",
     }
 
@@ -33,8 +34,9 @@ def geometry(config: Any, num_processes: int = 1) -> dict[str, str]:
 def _update_words(config: Any) -> str:
     """The part of an iteration that one optimizer step trains on, in words."""
     t, size = config.train, config.algorithm.group_size
+    kind = "examples" if config.algorithm.num_targets else "groups"
     return {
-        "groups": f"{t.groups // t.updates} groups",
+        "groups": f"{t.groups // t.updates} {kind}",
         "samples": f"{size // t.updates} samples of each of the {t.groups} groups",
         "steps": f"an equal part of the denoising steps of all {t.groups} groups",
         "actions": f"an equal random part of the actions of all {t.groups} groups",
@@ -46,6 +48,21 @@ def _work(config: Any) -> str:
     random = Random(config.run.seed).at("train", 0)
     cost = config.algorithm.cost(config.sampling.num_steps, 0, random)
     return f"{cost.nfe:,.0f} denoiser evaluations, {cost.decodes:,.0f} decodes, {cost.rewards:,.0f} calls of each reward in the first iteration"
+
+
+def _beside(config: Any) -> dict[str, str]:
+    """What is drawn or trained on beside an iteration's samples, in words: previews and earlier groups."""
+    rows = {}
+    previews, replay = getattr(config.algorithm, "previews", None), config.train.replay
+    if previews and previews.number:
+        rows["previews"] = (
+            f"{previews.number} of {previews.num_steps} steps per prompt choose its {config.algorithm.group_size} samples"
+        )
+    if replay.groups:
+        rows["replay"] = (
+            f"{replay.groups} earlier groups in an iteration, of the newest {replay.capacity}"
+        )
+    return rows
 
 
 def _given(config: Any, num_processes: int) -> dict[str, str]:

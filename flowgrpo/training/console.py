@@ -87,10 +87,13 @@ class Console:
         )
         judged = f"loss {metrics.get('loss/policy', math.nan):.4g}"  # if nothing is judged
         if "reward" in metrics:
-            judged = (
-                f"reward {metrics['reward']:.3f} ({scores}) | flat groups "
-                f"{metrics['group/zero_variance']:.0%} | diversity {metrics['group/diversity']:.3f}"
-            )
+            judged = f"reward {metrics['reward']:.3f} ({scores})"
+            # A differentiated reward compares no samples, and its groups may be single samples.
+            if "reward/differentiated" not in metrics:
+                judged += (
+                    f" | flat groups {metrics['group/zero_variance']:.0%}"
+                    f" | diversity {metrics['group/diversity']:.3f}"
+                )
         self.say(
             f"[{iteration + 1:>4}/{total}] {judged} | {update} | {timings['total']:.1f} s, {clock(left)} left"
         )
