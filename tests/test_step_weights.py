@@ -259,7 +259,7 @@ def config(algorithm: Any, loss: ClippedLoss, **train: Any) -> Config:
         (TPGRPO(transition=CalibratedSDE(levels=(0.5,) * 5)), ClippedLoss(), {}, "has 5 numbers, but steps up to 8 are stochastic; give 9"),
         (FlowGRPO(transition=CalibratedSDE(levels=(0.5,) * 9), noise_last=True), ClippedLoss(), {}, "has 9 numbers, but steps up to 9 are stochastic"),
         (FlowGRPO(transition=CalibratedSDE(levels=(0.5,) * 2), steps=SlidingWindow(size=2, every=1)), ClippedLoss(), {"iterations": 4}, "steps up to 4 are stochastic"),
-        (BranchGRPO(transition=CalibratedSDE(levels=(0.5,) * 8), pruned=(8,)), ClippedLoss(), {}, "steps up to 8 are stochastic"),
+        (BranchGRPO(group_size=4, splits=(0, 3), transition=CalibratedSDE(levels=(0.5,) * 8), pruned=(8,)), ClippedLoss(), {}, "steps up to 8 are stochastic"),
         (replace(PER_GROUP, steps=AllSteps()), ClippedLoss(), {}, "use 'random_window' or 'random_steps'"),
         (replace(PER_GROUP, shared_noise=True), ClippedLoss(), {}, "needs algorithm.shared_noise = false"),
     ],

@@ -2,7 +2,7 @@
 VGPO and DiffusionNFT share."""
 
 from collections.abc import Collection as Container
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from flowgrpo.algorithms.base import Policy, Scorer
@@ -117,13 +117,7 @@ def sample_trajectories(
     """
     policy, size = collection.policy, plan.group_size
     groups = collection.groups if groups is None else groups
-    seeds = None
-    if plan.previews.number:
-        args = policy, groups, collection.scorer, random
-        chosen = choose(*args, plan.previews, size, plan.solver, plan.sampling(policy.sampling))
-        # Groups with other stochastic steps are sampled by a call of their own.
-        collection.chosen = chosen.joined(collection.chosen)
-        seeds = chosen.seeds
+    seeds = _preview(collection, random, plan, groups) if plan.previews.number else None
     samples = Samples.of(groups, size, random, 1 if plan.shared_noise else None, seeds)
     nodes, x, later = plan.nodes(policy.num_steps()), None, list(plan.steps)
     if plan.shared_noise:
@@ -157,6 +151,18 @@ def sample_trajectories(
             if taken.step in later:
                 collection.add_step(part, taken)
         yield part, rollout.records
+
+
+def _preview(
+    collection: Collection, random: Random, plan: TrajectoryPlan, groups: Sequence[Group]
+) -> Mapping[int, Sequence[int]]:
+    """The numbers of the initial noises that previews choose, by the index of their group."""
+    policy = collection.policy
+    args = policy, groups, collection.scorer, random, plan.previews, plan.group_size, plan.solver
+    chosen = choose(*args, plan.sampling(policy.sampling))
+    # Groups with other stochastic steps are sampled by a call of their own.
+    collection.chosen = chosen.joined(collection.chosen)
+    return chosen.seeds
 
 
 def random_fraction(
