@@ -54,6 +54,19 @@ def test_the_loss_equals_the_vectors(transition: Any, target: Any, wanted: float
     assert float(distance(student, teacher, target)) == pytest.approx(wanted, rel=1e-3)
 
 
+def test_flow_opds_released_loss_is_dt_times_the_divergence() -> None:
+    """Its script train_sd3_opd_mix.py, mode ``gkd``: the step's mean and ``std_dev_t`` as computed there."""
+    sigma, dt, level = 0.8, -0.2, 0.7
+    g = (sigma / (1 - sigma)) ** 0.5 * level
+    gain = (1 + g**2 * (1 - sigma) / (2 * sigma)) * dt
+    released = float((gain * (STUDENT - TEACHER)).square().mean()) / (2 * g**2)
+    student, teacher = (
+        outputs(v, Step.flow(sigma, sigma + dt), FlowSDE(noise_level=level))
+        for v in (STUDENT, TEACHER)
+    )
+    assert -dt * float(distance(student, teacher, "mean")) == pytest.approx(released, rel=1e-3)
+
+
 @pytest.mark.parametrize("predicted", ["noise", "v"])
 def test_on_a_diffusion_path_the_steps_are_those_of_ddim(predicted: Any) -> None:
     step = Step.diffusion(0.3, 0.6, predicted)

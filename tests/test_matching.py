@@ -313,6 +313,17 @@ def test_a_group_shares_times_and_noise(collected: tuple[PipelinePolicy, Experie
         assert float(noise.std()) == pytest.approx(1, abs=0.3)
 
 
+def test_the_noise_has_the_deviation_of_the_path(make_policy: MakePolicy) -> None:
+    """PRX in pixel space starts from noise of standard deviation 2 (diffusers' ``noise_scale``)."""
+    policy = make_policy("prx_pixel", weights=None, sampling=sampling_of("prx_pixel", num_steps=4))
+    scorer = RewardScorer([Reward(model=f"{__name__}:brightness")], Failures())
+    a = replace(ALGORITHM, num_times=1).collect(policy, GROUPS, scorer, Random(3), 0).actions
+    scorer.close()
+    interval = policy.scheduler.interval(int(a.step[0]), int(a.step[0]) + 1)
+    noise = (a.states[a.state] - interval.signal * a.x_next) / interval.noise
+    assert float(noise.std()) == pytest.approx(policy.pipeline.config.noise_scale, rel=0.1)
+
+
 @pytest.mark.parametrize("loss", [MatchingLoss(weight="ghuber", proximal_coef=0.5), DGPOLoss(), CRDLoss()])  # fmt: skip
 def test_the_learner_takes_the_gradient_of_the_loss_on_the_whole_batch(
     loss: Loss, collected: tuple[PipelinePolicy, Experience], accelerator: Accelerator

@@ -333,7 +333,7 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_examples(tmp_path_factory.mktemp("pairs"), "pairs", 24)
 
 
-@pytest.mark.parametrize("family", ["sd3", "sd15"])
+@pytest.mark.parametrize("family", ["sd3", "sd15", "prx_pixel"])
 def test_a_pair_gets_one_time_and_one_noise_whatever_the_process(
     family: str, make_policy: MakePolicy, pairs: Path
 ) -> None:
@@ -355,7 +355,8 @@ def test_a_pair_gets_one_time_and_one_noise_whatever_the_process(
         noise.append((a.states[int(a.state[i])] - interval.signal * a.x_next[i]) / interval.noise)
     for w, r in zip(noise[::2], noise[1::2], strict=True):
         torch.testing.assert_close(w, r, atol=1e-4, rtol=0)
-    assert abs(float(torch.stack(noise).std()) - 1) < 0.1
+    wanted = policy.pipeline.config.get("noise_scale", 1.0)  # 2 for PRX in pixel space
+    assert float(torch.stack(noise).std()) == pytest.approx(wanted, rel=0.1)
     assert (noise[0] - noise[2]).abs().mean() > 0.5
     texts = [g.prompt.text for g in whole.groups]
     assert 0 < texts.count("") < 6

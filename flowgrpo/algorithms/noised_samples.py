@@ -59,7 +59,7 @@ def collect_noised_samples(
                 fresh = noise.at_step(step, last.x_next.shape[1:]).to(last.x_next.device)
                 interval, data = policy.scheduler.interval(step, step + 1), last.x_next[index]
                 # The state before the action is the sample with noise added as at the node.
-                x = interval.signal * data + interval.noise * fresh[index]
+                x = interval.signal * data + interval.noise * interval.noise_scale * fresh[index]
                 number = torch.arange(len(rows))
                 density = torch.zeros(len(rows))
                 for scale in guidance or (None,):

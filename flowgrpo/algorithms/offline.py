@@ -107,7 +107,7 @@ class Offline(AlgorithmBase):
             noise = own.at_step(step, data.shape[1:]).to(data.device)
             interval = policy.scheduler.interval(step, step + 1)
             rows = slice(row * size, (row + 1) * size)
-            x[rows] = interval.signal * data[rows] + interval.noise * noise
+            x[rows] = interval.signal * data[rows] + interval.noise * interval.noise_scale * noise
             steps += [step] * size
         number = torch.arange(len(data))
         return Actions(

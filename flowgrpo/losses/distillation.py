@@ -59,7 +59,8 @@ class DistillationLoss(Loss):
     """Matches a teacher's step at each state of the student's own trajectories.
 
     DiffusionOPD (arXiv:2605.15055); also Flow-OPD's closed form (arXiv:2605.08063, the mode ``gkd`` of its
-    code). Belongs to the algorithm ``distillation``. Rewards, if there are any, are only measured.
+    code, which leaves the step's length ``dt`` out of the variance: its loss of a step is ``dt`` times that
+    of ``mean``). Belongs to the algorithm ``distillation``. Rewards, if there are any, are only measured.
     """
 
     metrics: ClassVar[Sequence[LossMetric]] = (
@@ -77,7 +78,8 @@ class DistillationLoss(Loss):
     which weights noisy states most."""
     kl_coef: float = 0.0
     """Weight of the squared difference to the output of the model before training; 0 does not evaluate it.
-    Flow-OPD's code has 0.04, to its own anchor."""
+    Flow-OPD's code has 0.04, for the KL of the steps without ``dt`` from an anchor of its own: it does not
+    carry over."""
 
     @property
     def needs(self) -> LossNeeds:
