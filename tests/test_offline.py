@@ -20,7 +20,7 @@ from flowgrpo.core.random import Random
 from flowgrpo.data.examples import read_examples, smaller_than
 from flowgrpo.data.prompt_files import PromptError
 from flowgrpo.data.prompt_sets import PromptSet
-from flowgrpo.data.prompts import Prompt
+from flowgrpo.data.prompts import Group, Prompt
 from flowgrpo.data.votes import Ballot, Pair, Shown, Vote, VoteBook, file_name, save_picture
 from flowgrpo.evaluation.card import model_card
 from flowgrpo.losses.dpo import DPOLoss, pairs_of
@@ -381,6 +381,13 @@ def test_times_have_their_distribution(times: Any, mean: float, std: float, dist
     assert 0 < min(drawn) < max(drawn) < 1
     if distinct and times == "uniform":  # one in each eighth
         assert [int(8 * d) for d in drawn[:8]] == list(range(8))
+
+
+def test_a_share_of_examples_has_an_empty_prompt() -> None:
+    algorithm, groups = Pictures(empty_prompts=0.2), [Group(i, Prompt("a cat")) for i in range(400)]
+    texts = [algorithm._group(g, Random(0)).prompt.text for g in groups]
+    assert texts.count("") / 400 == pytest.approx(0.2, abs=0.06)
+    assert texts.count("") + texts.count("a cat") == 400
 
 
 # Configurations and runs.

@@ -1,6 +1,7 @@
 """Rewards with a gradient: against samplers written straight, on real pipelines, and what is refused."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -362,6 +363,9 @@ def test_forms_of_the_loss(
     assert found.tolist() == pytest.approx(wanted)
     (gradient,) = torch.autograd.grad(found.sum(), reward)
     assert gradient.tolist() == pytest.approx(slope)
+    # The advantage is the weight of an action, and 0 where the reward failed.
+    weighted = loss(replace(inputs, advantage=torch.tensor([0.5, 0.0]))).loss
+    assert weighted.tolist() == pytest.approx([wanted[0] / 2, 0.0])
 
 
 @pytest.mark.parametrize("algorithm", [DRaFT(last=2, group_size=2), ReFL(group_size=3), SRPO()])
