@@ -355,6 +355,8 @@ def compared(first: Path, second: Path) -> list[dict[str, Any]]:
     for estimated in differences(first, second):
         metric = estimated.metric
         verdict = "noise" if estimated.is_noise else "higher" if estimated.value > 0 else "lower"
+        if not math.isfinite(estimated.low):
+            verdict = "unknown"  # Too few prompts for an interval.
         found.append(
             {
                 **_scaled(estimated),
