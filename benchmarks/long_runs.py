@@ -45,7 +45,7 @@ def launch(settings: Sequence[str], ranks: int, pinned: bool, output: Path) -> l
     started = []
     for rank in range(ranks):
         own = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-        command = [sys.executable, "-m", "flowgrpo", "train", "quickstart"]
+        command = [sys.executable, "-m", "flowgrpo", "train", "quickstart_flow_grpo"]
         command += [f"--set={s}" for s in settings]
         core = ["taskset", "-c", str(rank)] if pinned else []
         more = place | own if ranks > 1 else {}
