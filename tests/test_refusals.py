@@ -254,6 +254,13 @@ def test_the_command_takes_an_image_and_writes_json(
     assert f"{image} is not an image that can be read" in capsys.readouterr().err
 
 
+def test_more_steps_than_the_training_timesteps_are_refused(tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:  # fmt: skip
+    """The grid of SD 1.5 is moved up by its steps_offset, and does not fit with all 1000 timesteps."""
+    command = ["sample", str(tiny("sd15")), "a cat", "--steps", "1000", "--out", str(tmp_path)]
+    assert main(command) == 1
+    assert "sampling.num_steps = 1000 gives the timestep 1000" in capsys.readouterr().err
+
+
 def test_the_form_that_works_is_kept() -> None:
     picture = Image.new("RGB", (2, 2))
     seen: list[Any] = []

@@ -323,6 +323,11 @@ class DiffusionPolicyScheduler(_PlannedSteps, DDIMScheduler):
                 grid = [int(t) for t in self.timesteps.cpu()]
                 # DDIM steps from t to t - stride, which on some grids is not the next timestep.
                 stride = self.config.num_train_timesteps // num_inference_steps
+                if grid[0] >= len(self.alphas_cumprod):
+                    raise ValueError(
+                        f"sampling.num_steps = {len(grid)} gives the timestep {grid[0]}, and the scheduler has "
+                        f"0 to {len(self.alphas_cumprod) - 1} (its steps_offset moves the grid up); set fewer steps"
+                    )
                 self._landings = [self._alpha_bar(t - stride) for t in grid]
                 self._alpha_bars = [self._alpha_bar(t) for t in (*grid, -1)]
             else:
