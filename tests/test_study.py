@@ -1,6 +1,7 @@
 """A short version of the study, its order, its statistics and its second world."""
 
 import math
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from benchmarks.study.entries import ALGORITHMS, COMMON, FLAWED, FURTHER, RATES
 from benchmarks.study.held_out_reward import palette_share
 from benchmarks.study.plan import SHORT, Choice, Job, Plan, Store, jobs
 from benchmarks.study.results import AXES, Point, Run, Runs
-from benchmarks.study.work import work
+from benchmarks.study.work import Worker, work
 from flowgrpo.shapes.captions import all_records, scene_for, vocabulary
 from flowgrpo.shapes.verifier import detect, strict
 from flowgrpo.shapes.world import draw
@@ -66,13 +67,38 @@ def test_a_short_study_resumes_and_reports(tmp_path, monkeypatch):
     assert run["end"]["drift"] > 0
 
 
-def test_a_folder_has_one_worker_and_only_names_methods(tmp_path, capsys):
-    import fcntl
+def test_processes_share_the_jobs_of_a_folder(tmp_path, monkeypatch):
+    """Of two workers none repeats what the other does; what was claimed by a process that is gone is free."""
+    entry, doing, lines = ALGORITHMS[7], [], []
+    Store(tmp_path).save_unit(0.5)
 
-    with (tmp_path / "lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        with pytest.raises(SystemExit, match="another process works on"):
-            work(Store(tmp_path), SHORT)
+    def stop(seconds: float) -> None:
+        raise Stopped
+
+    def do(self: Worker, job: Job) -> dict[str, object]:
+        doing.append(self.store.file(job))
+        if len(doing) == 1:
+            raise Stopped
+        if len(doing) == 2:  # While this job is done, another worker does what it can.
+            monkeypatch.setattr(time, "sleep", stop)
+            with pytest.raises(Stopped):
+                work(Store(tmp_path), SHORT, [entry, ALGORITHMS[0]], say=lines.append)
+        found = {"seconds": [2.0, 2.0], "reference": [1.0, 1.0], "diverged": False}
+        return found | (_tuned(entry, job.choice) if job.work == "tune" else {})
+
+    monkeypatch.setattr(Worker, "do", do)
+    monkeypatch.setattr("benchmarks.study.plan.FURTHER", ())
+    threads = torch.get_num_threads()
+    with pytest.raises(Stopped):
+        work(Store(tmp_path), SHORT, [entry])
+    work(Store(tmp_path), SHORT, [entry, ALGORITHMS[0]], say=lines.append)
+    torch.set_num_threads(threads)
+    assert doing[0] == doing[1], "a claim outlives its process"
+    assert len(set(doing[1:])) == len(doing[1:]) == len(lines)
+    assert next(jobs(Store(tmp_path), SHORT, [entry, ALGORITHMS[0]]), None) is None
+
+
+def test_only_names_methods(capsys):
     with pytest.raises(SystemExit):
         main(["run", "--only", "PPO"])
     assert "--only PPO names no method; there are: Flow-GRPO-Fast, " in capsys.readouterr().err

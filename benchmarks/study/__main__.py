@@ -4,7 +4,8 @@
     python -m benchmarks.study report --folder runs/study --write docs/study.md
 
 ``run`` does one piece of work after the other and keeps the result of each in a file, so it can be
-stopped at any time and continued by the same command. ``report`` makes tables and plots of what is done.
+stopped at any time and continued by the same command; several processes with the same folder share the
+work. ``report`` makes tables and plots of what is done.
 """
 
 import argparse

@@ -208,7 +208,7 @@ def reference_seconds(result: Mapping[str, Any]) -> float:
 
 
 def jobs(store: Store, plan: Plan, entries: Sequence[Entry] | None = None) -> Iterator[Job]:
-    """The jobs that are left, in order. Each is made when it is asked for, from the results before it.
+    """The jobs that can be done now, in order. Others follow from their results; ask again after each job.
 
     Args:
         store: The results.
@@ -237,10 +237,13 @@ def _left(store: Store, some: Iterator[Job]) -> Iterator[Job]:
 
 def _tuning(store: Store, plan: Plan, entries: Sequence[Entry]) -> Iterator[Job]:
     for entry in entries:
-        while choice := store.untried(entry):
-            yield Job("cost", "main", entry, plan.tuning_seed, Choice(0.0, choice.value))
-            job = Job("tune", "main", entry, plan.tuning_seed, choice)
-            yield _with_length(store, job, plan.tuning_seconds)
+        if choice := store.untried(entry):
+            cost = Job("cost", "main", entry, plan.tuning_seed, Choice(0.0, choice.value))
+            if store.read(cost) is None:
+                yield cost
+            else:
+                job = Job("tune", "main", entry, plan.tuning_seed, choice)
+                yield _with_length(store, job, plan.tuning_seconds)
 
 
 def _reported(
@@ -255,7 +258,10 @@ def _reported(
             if choice is None:
                 continue
             if kind == "guided":
-                yield Job("cost", "guided", entry, plan.tuning_seed, Choice(0.0, choice.value))
+                cost = Job("cost", "guided", entry, plan.tuning_seed, Choice(0.0, choice.value))
+                if store.read(cost) is None:
+                    yield cost
+                    continue
             yield _with_length(store, Job("run", kind, entry, seed, choice), plan.budget(kind))
 
 

@@ -1,4 +1,4 @@
-"""Does the jobs of the plan, one after the other in one process."""
+"""Does the jobs of the plan, one after the other; several processes share the jobs of a folder."""
 
 import fcntl
 import time
@@ -28,7 +28,7 @@ def work(
     hours: float = float("inf"),
     say: Callable[[str], None] = print,
 ) -> None:
-    """Do all jobs that are left.
+    """Do all jobs that are left, together with other processes that work on the same folder.
 
     Args:
         store: Where results are kept.
@@ -38,25 +38,31 @@ def work(
         hours: No job begins after this time.
         say: Prints a line per job.
 
-    Raises:
-        SystemExit: If another process works on the same folder.
     """
     no_threads()
     worker, until = Worker(store, plan, settings), time.time() + 3600 * hours
-    with _alone(store.folder):
+    with _claim(store.folder / "locks" / "unit", wait=True):
         if store.unit() is None:
             with worker.trial(UNTRAINED, plan.tuning_seed) as trial:
                 store.save_unit(median(worker.speed(trial) for _ in range(5)))
-        # After each job the order is read anew, since costs and choices depend on results.
-        while job := next(jobs(store, plan, entries), None):
-            if time.time() >= until:
-                return
-            began = time.time()
-            result = worker.do(job)
-            store.write(job, result)
-            say(
-                f"{time.strftime('%H:%M')} {store.file(job).relative_to(store.folder)}: {time.time() - began:.0f} s"
-            )
+    # After each job the order is read anew, since costs and choices depend on results.
+    while left := list(jobs(store, plan, entries)):
+        if time.time() >= until:
+            return
+        if not any(_done(worker, job, say) for job in left):
+            time.sleep(1)  # Others do all of them; their results may ask for more.
+
+
+def _done(worker: "Worker", job: Job, say: Callable[[str], None]) -> bool:
+    """Do a job and keep its result, unless another process does it or has done it."""
+    file, began = worker.store.file(job), time.time()
+    name = file.relative_to(worker.store.folder)
+    with _claim(worker.store.folder / "locks" / "-".join(name.parts)) as claimed:
+        if not claimed or file.exists():
+            return False
+        worker.store.write(job, worker.do(job))
+    say(f"{time.strftime('%H:%M')} {name}: {time.time() - began:.0f} s")
+    return True
 
 
 class Worker:
@@ -162,14 +168,13 @@ class Worker:
 
 
 @contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Hold the lock of the folder, which the system releases however the process ends."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "lock").open("w") as file:
+def _claim(file: Path, wait: bool = False) -> Iterator[bool]:
+    """Hold a lock, which the system releases however the process ends; False if another process has it."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("w") as stream:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise SystemExit(
-                f"another process works on {folder}; let it end, or choose another --folder"
-            ) from None
-        yield
+            fcntl.flock(stream, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
