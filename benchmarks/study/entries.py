@@ -26,6 +26,8 @@ COMMON = (
 CPS = "transition={kind='cps', noise_level=0.7}"
 ONE_EARLY = "steps={kind='random_window', size=1, first=0, last=4}"
 GUARD = "loss={ratio='guard', clip_range=1e-3}"
+PROXY = "{name='proxy', model='benchmarks.study.held_out_reward:PaletteReward', weight=0.0}"
+"""A reward that is only measured; GARDO compares the trained reward with it."""
 
 
 @dataclass(frozen=True)
@@ -182,13 +184,102 @@ FURTHER = (
         "splits",
         ("[0, 1, 2]", "[0, 2, 4]"),
     ),
+    Entry(
+        "RAFT",
+        (
+            _algorithm(
+                "matching", "num_times=2", "share_noise=false", "advantage={kind='best', keep={}}"
+            ),
+            "loss={kind='matching', weight='uniform'}",
+            "train.without_advantage='drop'",
+        ),
+        "samples kept",
+        ("1", "3"),
+        credited=False,
+    ),
+    Entry(
+        "Online DPO",
+        (
+            _algorithm("matching", "num_times=2"),
+            "loss={kind='dpo', beta={}}",
+        ),
+        "beta",
+        ("100", "1000"),
+        credited=False,
+    ),
+    Entry(
+        "Matching, guided reference",
+        (
+            _algorithm("matching", "num_times=2"),
+            "loss={kind='matching', kl_coef={}, reference_guidance=3.0}",
+        ),
+        "weight of the KL",
+        ("0.3", "1.0"),
+        credited=False,
+    ),
+    Entry(
+        "Matching, GARDO",
+        (
+            _algorithm("matching", "num_times=2"),
+            "loss={kind='matching', kl_coef={}}",
+            "guard={kl='uncertain', novelty='relative', measured=['proxy']}",
+            "rewards=[{name='strict', model='flowgrpo.shapes.rewards:Strict', weight=0.25}, "
+            "{name='graded', model='flowgrpo.shapes.rewards:Graded', weight=0.75}, "
+            f"{PROXY}]",
+        ),
+        "weight of the KL",
+        ("0.1", "1.0"),
+        credited=False,
+    ),
+    Entry(
+        "Flash-GRPO",
+        (
+            _algorithm(
+                "flow_grpo", CPS, "steps_per='group'",
+                "steps={kind='random_window', size=1, first=0, last={}}",
+            ),
+            "loss={step_weight='rectified'}",
+        ),
+        "last step",
+        ("4", "6"),
+    ),
+    Entry(
+        "Chunk-GRPO",
+        (
+            _algorithm("flow_grpo", "transition={kind='cps', noise_level=0.4}"),
+            "loss={chunks={}}",
+            "train.updates=2",
+        ),
+        "chunks",
+        ("[2, 2, 3]", "[7]"),
+    ),
+    Entry(
+        "Neighbor GRPO",
+        (_algorithm("neighbor_grpo", "perturbation={}"), "loss={kind='neighbor'}"),
+        "perturbation",
+        ("0.3", "0.6"),
+        credited=False,
+    ),
+    Entry(
+        "Stepwise-Flow-GRPO",
+        (
+            _algorithm(
+                "tp_grpo", "turning_points='none'", "rivals='group'", "completion_steps={}",
+                "shared_noise=true", CPS, "steps={kind='window', start=0, size=4}",
+            ),
+            GUARD,
+        ),
+        "steps of a completion",
+        ("2", "4"),
+    ),
 )  # fmt: skip
 """Methods that are compared when those above are done."""
 
 FLAWED = (
     "rewards=[{name='inked', model='benchmarks.study.flawed_reward:Inked'}, "
     "{name='strict', model='flowgrpo.shapes.rewards:Strict', weight=0.0}, "
-    "{name='graded', model='flowgrpo.shapes.rewards:Graded', weight=0.0}]"
+    "{name='graded', model='flowgrpo.shapes.rewards:Graded', weight=0.0}, "
+    f"{PROXY}]"
 )
 """Training on a reward with a small bias to exploit; the true scores are recorded with weight 0."""
 

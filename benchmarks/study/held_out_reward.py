@@ -26,6 +26,15 @@ class Palette:
         return {"palette": float(torch.cat([palette_share(m) for m in media]).mean())}
 
 
+class PaletteReward:
+    """The same share of each image as a reward, which GARDO measures beside the trained one."""
+
+    def __call__(
+        self, media: Float[Tensor, "batch 3 h w"], prompts: Sequence[Prompt]
+    ) -> Float[Tensor, " batch"]:
+        return palette_share(media)
+
+
 def palette_share(media: Float[Tensor, "batch 3 h w"]) -> Float[Tensor, " batch"]:
     """The share of pixels of each image near a colour of the world, in [0, 1]."""
     colors = torch.tensor([BACKGROUND, *COLORS.values()]).float() / 255

@@ -219,16 +219,17 @@ def jobs(store: Store, plan: Plan, entries: Sequence[Entry] | None = None) -> It
     further = FURTHER if entries is None else ()
     early, late = plan.seeds[:3], plan.seeds[3:]
     yield from _left(store, _tuning(store, plan, first))
-    order: list[tuple[Kind, Sequence[int]]] = [
-        ("main", early), ("flawed", early[:1]), ("second", early[:1]), ("main", late),
-        ("flawed", early[1:]), ("second", early[1:]), ("long", early), ("guided", early),
+    order: list[tuple[Kind, Sequence[int], Sequence[Entry]]] = [
+        ("main", early, first), ("flawed", early[:1], first), ("second", early[:1], first),
+        ("main", late, first), ("flawed", early[1:], first), ("second", early[1:], first),
+        ("main", early, further), ("flawed", early, further),
+        ("long", early, first), ("guided", early, first),
+        ("second", early, further), ("main", late, further),
     ]  # fmt: skip
-    for kind, seeds in order:
-        yield from _left(store, _reported(store, plan, kind, seeds, first))
-    yield from _left(store, _tuning(store, plan, further))
-    order = [("main", plan.seeds), ("flawed", early), ("second", early)]
-    for kind, seeds in order:
-        yield from _left(store, _reported(store, plan, kind, seeds, further))
+    for kind, seeds, some in order:
+        if some is further:
+            yield from _left(store, _tuning(store, plan, further))
+        yield from _left(store, _reported(store, plan, kind, seeds, some))
 
 
 def _left(store: Store, some: Iterator[Job]) -> Iterator[Job]:
