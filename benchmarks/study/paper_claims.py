@@ -35,6 +35,10 @@ CLAIMS = (
     Claim("DGPO is about 20 times as fast as Flow-GRPO (arXiv:2510.08425)", "DGPO", "Flow-GRPO", "seconds"),
     Claim("TempFlow-GRPO's credit learns more than Flow-GRPO's (arXiv:2508.04324)", "TempFlow-GRPO", "Flow-GRPO", "images"),
     Claim("TP-GRPO's credit learns more than Flow-GRPO's (arXiv:2602.06422)", "TP-GRPO", "Flow-GRPO", "images"),
+    Claim("Stepwise-Flow-GRPO gains more than Flow-GRPO in a given time (arXiv:2603.28718)", "Stepwise-Flow-GRPO", "Flow-GRPO", "seconds"),
+    Claim("ratios of chunks gain more than those of single steps (Chunk-GRPO, arXiv:2510.21583)", "Chunk-GRPO", "Flow-GRPO", "images"),
+    Claim("Flash-GRPO is 6 times as fast as Flow-GRPO (arXiv:2605.15980)", "Flash-GRPO", "Flow-GRPO", "seconds"),
+    Claim("Neighbor GRPO gains more than MixGRPO (arXiv:2511.16955)", "Neighbor GRPO", "MixGRPO", "seconds"),
 )  # fmt: skip
 
 

@@ -13,7 +13,9 @@ NOTE = (
 )
 
 
-def recommendation(runs: Mapping[Kind, Runs], plan: Plan) -> str:
+def recommendation(
+    runs: Mapping[Kind, Runs], plan: Plan, title: str = "Which method for which purpose"
+) -> str:
     """A row per purpose: what to take, what is behind it, and what cannot be told apart.
 
     With fewer than two common seeds nothing can be told apart, and the table says so.
@@ -43,7 +45,7 @@ def recommendation(runs: Mapping[Kind, Runs], plan: Plan) -> str:
     rows = [_row(words, gains) for words, gains in purposes if gains]
     heads = ["purpose", "seeds", "take one of", "its mean gain, points", "behind"]
     table = markdown_table(heads, rows)
-    return f"### Which method for which purpose\n\n{table}\n\n{NOTE}{_missing(main)}"
+    return f"### {title}\n\n{table}\n\n{NOTE}{_missing(main)}"
 
 
 def _negative(gains: Gains) -> Gains:

@@ -48,7 +48,8 @@ def write_report(store: Store, plan: Plan, page: Path | None) -> str:
         at_equal_time(runs["guided"], "Trained with guidance"),
         second_world(runs["second"], main),
         flawed(runs["flawed"]),
-        paper_claims(main),
+        all_methods(store, plan),
+        paper_claims(read_runs(store, "main", (*ALGORITHMS, *FURTHER))),
         tuning(store),
     ]
     text = "\n\n".join(p for p in parts if p)
@@ -60,6 +61,22 @@ def write_report(store: Store, plan: Plan, page: Path | None) -> str:
         write_marked_text(page, "study", text)
         print(f"wrote {', '.join(map(str, [page, *plots]))}")
     return text
+
+
+def all_methods(store: Store, plan: Plan) -> str:
+    """The tables with the further methods, over the seeds that most methods have."""
+    kinds: list[Kind] = ["main", "long", "guided", "second", "flawed"]
+    runs = {kind: read_runs(store, kind, (*ALGORITHMS, *FURTHER)) for kind in kinds}
+    main = runs["main"]
+    if not any(e.name in main.by_method for e in FURTHER):
+        return ""
+    parts = [
+        recommendation(runs, plan, "All methods: which for which purpose"),
+        at_equal_time(main, f"All methods, equal time: {plan.seconds:g} processor seconds"),
+        at_equal_work(main, "All methods, equal images, equal evaluations"),
+        flawed(runs["flawed"], "All methods, trained on a flawed reward"),
+    ]
+    return "\n\n".join(p for p in parts if p)
 
 
 def points(gains: Gains, method: str, percent: bool = True) -> str:
@@ -129,7 +146,7 @@ def _named(runs: Runs, method: str) -> str:
     return f"{method} ({lost} more diverged)" if lost else method
 
 
-def at_equal_work(runs: Runs) -> str:
+def at_equal_work(runs: Runs, title: str = "Equal images, equal evaluations") -> str:
     """Gains from equal numbers of scored images and of denoiser evaluations."""
     if not runs.by_method:
         return ""
@@ -151,7 +168,7 @@ def at_equal_work(runs: Runs) -> str:
         "method", "seeds", "images scored in all", "denoiser evaluations in all",
         f"gain in {images:,.0f} images", f"gain in {evaluations:,.0f} evaluations",
     ]  # fmt: skip
-    return f"### Equal images, equal evaluations\n\n{markdown_table(heads, rows)}"
+    return f"### {title}\n\n{markdown_table(heads, rows)}"
 
 
 def second_world(runs: Runs, main: Runs) -> str:
@@ -178,7 +195,7 @@ def second_world(runs: Runs, main: Runs) -> str:
     return f"### Trained on the second world's prompts\n\n{markdown_table(heads, rows)}{note}"
 
 
-def flawed(runs: Runs) -> str:
+def flawed(runs: Runs, title: str = "Trained on a flawed reward") -> str:
     """Changes of a flawed reward, of its flaw and of the true scores after training on it."""
     if not runs.by_method:
         return ""
@@ -197,7 +214,7 @@ def flawed(runs: Runs) -> str:
         )  # fmt: skip
     rows.append(_differences([reward, graded, strict, flaw], 2, 1))
     heads = ["method", "seeds", "flawed reward", "graded", "strict", "ink", "colour entropy"]
-    return f"### Trained on a flawed reward\n\n{markdown_table(heads, rows)}"
+    return f"### {title}\n\n{markdown_table(heads, rows)}"
 
 
 def tuning(store: Store) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.study.entries import ALGORITHMS, FURTHER
+from benchmarks.study.entries import ALGORITHMS, Entry
 from benchmarks.study.plan import Kind, Store, reference_seconds
 from benchmarks.study.statistics import Gains
 
@@ -97,12 +97,12 @@ class Runs:
         )
 
 
-def read_runs(store: Store, kind: Kind) -> Runs:
-    """The finished runs of a kind."""
+def read_runs(store: Store, kind: Kind, entries: Sequence[Entry] = ALGORITHMS) -> Runs:
+    """The finished runs of a kind of some methods."""
     bases, unit = store.bases(), store.unit()
     by_method: dict[str, dict[int, Run]] = {}
     diverged: dict[str, int] = {}
-    for entry in (*ALGORITHMS, *FURTHER):
+    for entry in entries:
         found = store.runs(kind, entry)
         ok = {s: r for s, r in found.items() if not r["diverged"] and s in bases}
         if found:
