@@ -11,7 +11,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any, Literal
 
-from benchmarks.study.entries import ALGORITHMS, FURTHER, RATES, Entry
+from benchmarks.study.entries import ALGORITHMS, FURTHER, GROUP_SIZE, GROUPS, RATES, Entry
 from flowgrpo.data import files
 
 Kind = Literal["main", "flawed", "second", "guided", "long"]
@@ -34,7 +34,7 @@ class Plan:
         images: Held-out images of an evaluation.
         few_images: Images of an evaluation with guidance and of one of the second world.
         tuning_images: Images of training prompts that score a tuning run.
-        drift_states: Paths on whose states the drift is measured.
+        drift_states: Paths on whose states the drift is measured, at most a batch of samples.
         reference_images: Images of the work that measures the machine's speed.
         points: Evaluations of a run; the last is at its end.
         kinds: What is trained.
@@ -47,7 +47,7 @@ class Plan:
     images: int = 480
     few_images: int = 180
     tuning_images: int = 120
-    drift_states: int = 78
+    drift_states: int = GROUPS * GROUP_SIZE
     reference_images: int = 24
     points: int = 2
     kinds: tuple[Kind, ...] = tuple(KINDS)
