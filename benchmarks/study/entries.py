@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 GROUPS, GROUP_SIZE = 6, 12
 """Prompts per iteration, one of each task, and samples of each. Larger iterations would be too few in a minute."""
-RATES = (3e-4, 9e-4, 2.7e-3)
+RATES = (1e-4, 3e-4, 9e-4)
 """Learning rates that are tried for each entry."""
 COMMON = (
     f"train.groups={GROUPS}",

@@ -30,7 +30,8 @@ class Plan:
 
     Attributes:
         seconds: Budget of a run: processor seconds of rollouts and updates.
-        tuning_seconds: Budget of a tuning run.
+        tuning_seconds: Budget of a tuning run; as long as a run, because rates that are best after a third of
+            it destroy the model later.
         images: Held-out images of an evaluation.
         few_images: Images of an evaluation with guidance and of one of the second world.
         tuning_images: Images of training prompts that score a tuning run.
@@ -43,10 +44,10 @@ class Plan:
     """
 
     seconds: float = 60.0
-    tuning_seconds: float = 20.0
+    tuning_seconds: float = 60.0
     images: int = 480
     few_images: int = 180
-    tuning_images: int = 120
+    tuning_images: int = 240
     drift_states: int = GROUPS * GROUP_SIZE
     reference_images: int = 24
     points: int = 2
