@@ -29,7 +29,12 @@ class Stopped(Exception):
     """Ends the work in the middle."""
 
 
-def test_a_short_study_resumes_and_reports(tmp_path, monkeypatch):
+def table(page: str) -> str:
+    """The tables of a page before its plots."""
+    return page.split("begin -->\n")[1].split("\n\n### Plots")[0]
+
+
+def test_a_short_study_resumes_and_reports(tmp_path, monkeypatch, capsys):
     threads = torch.get_num_threads()
     entry, store, done = ALGORITHMS[7], Store(tmp_path / "runs"), []
     page = tmp_path / "study.md"
@@ -60,8 +65,11 @@ def test_a_short_study_resumes_and_reports(tmp_path, monkeypatch):
     assert "| Matching (AWM, V-GRPO) | 1 |" in text
     assert "too few common seeds" in text
     assert {p.name for p in (tmp_path / "study").iterdir()} == {
-        "methods.png", "gain.png", "diversity.png", "drift.png", "palette.png",
+        "methods.png", "gain.png", "diversity.png", "drift.png", "palette.png", "results.jsonl",
     }  # fmt: skip
+    again = ["report", "--short", "--folder", str(tmp_path / "again")]
+    main([*again, "--start", str(tmp_path / "study" / "results.jsonl")])
+    assert capsys.readouterr().out.rstrip().endswith(table(text))
     (run,) = store.runs("main", entry).values()
     assert run["spent"]["images"] == 12 * len(run["seconds"])
     assert run["end"]["drift"] > 0

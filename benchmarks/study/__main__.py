@@ -23,6 +23,11 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("command", choices=["run", "report"])
     parser.add_argument("--folder", type=Path, default=Path("runs/study"))
+    parser.add_argument(
+        "--start",
+        type=Path,
+        help="packed results that are not done again (docs/study/results.jsonl)",
+    )
     parser.add_argument("--only", nargs="+", help="only methods whose name contains one of these")
     parser.add_argument(
         "--hours", type=float, default=float("inf"), help="begin nothing after this"
@@ -30,7 +35,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--short", action="store_true", help="try the code; results say nothing")
     parser.add_argument("--set", action="append", default=[], help="settings of all runs")
     parser.add_argument(
-        "--write", type=Path, help="page that gets the tables; plots go into a folder of its name"
+        "--write",
+        type=Path,
+        help="page that gets the tables; plots and packed results go into a folder of its name",
     )
     options = parser.parse_args(arguments)
     entries = None
@@ -40,6 +47,8 @@ def main(arguments: list[str] | None = None) -> None:
             names = ", ".join(e.name for e in (*ALGORITHMS, *FURTHER))
             parser.error(f"--only {' '.join(options.only)} names no method; there are: {names}")
     store, plan = Store(options.folder), SHORT if options.short else Plan()
+    if options.start:
+        store.unpack(options.start)
     if options.command == "run":
         os.environ["OMP_NUM_THREADS"] = "1"
         from benchmarks.study.work import work

@@ -130,6 +130,32 @@ class Store:
         name = job.entry.name if job.entry else ""
         files.write_whole(file, json.dumps({"entry": name, **described, **result}, indent=1))
 
+    def pack(self, file: Path) -> None:
+        """Write all results into one file, a line per job, which can be kept beside the page."""
+        found = [self.folder / "unit.json", *sorted(self.folder.glob("*/**/*.json"))]
+        lines = [
+            json.dumps(
+                {"file": f.relative_to(self.folder).as_posix(), **json.loads(f.read_text("utf-8"))}
+            )
+            for f in found
+        ]
+        files.write_whole(file, "".join(f"{line}\n" for line in lines))
+
+    def unpack(self, file: Path) -> None:
+        """Write the results of a packed file that the folder does not have.
+
+        Raises:
+            ValueError: If a name in it leads out of the folder.
+        """
+        for line in file.read_text("utf-8").splitlines():
+            result = json.loads(line)
+            target = self.folder / result.pop("file")
+            if not target.resolve().is_relative_to(self.folder.resolve()):
+                raise ValueError(f"{file}: {target} is outside of {self.folder}")
+            if not target.exists():
+                target.parent.mkdir(parents=True, exist_ok=True)
+                files.write_whole(target, json.dumps(result, indent=1))
+
     def unit(self) -> float | None:
         """Processor seconds of the reference work when the study began; None before that."""
         file = self.folder / "unit.json"

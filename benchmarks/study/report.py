@@ -34,8 +34,8 @@ def write_report(store: Store, plan: Plan, page: Path | None) -> str:
     Args:
         store: The results.
         plan: The sizes.
-        page: Page that gets the tables between its markers, and plots in a folder of its name; ``None``
-            writes nothing.
+        page: Page that gets the tables between its markers, and plots and packed results in a folder of
+            its name; ``None`` writes nothing.
     """
     kinds: list[Kind] = ["main", "long", "guided", "second", "flawed"]
     runs = {kind: read_runs(store, kind) for kind in kinds}
@@ -59,7 +59,10 @@ def write_report(store: Store, plan: Plan, page: Path | None) -> str:
         if links:
             text += "\n\n### Plots\n\n" + "\n\n".join([PLOTS, *links])
         write_marked_text(page, "study", text)
-        print(f"wrote {', '.join(map(str, [page, *plots]))}")
+        packed = page.parent / page.stem / "results.jsonl"
+        packed.parent.mkdir(parents=True, exist_ok=True)
+        store.pack(packed)
+        print(f"wrote {', '.join(map(str, [page, packed, *plots]))}")
     return text
 
 

@@ -41,7 +41,7 @@ def work(
     """
     no_threads()
     worker, until = Worker(store, plan, settings), time.time() + 3600 * hours
-    with _claim(store.folder / "locks" / "unit", wait=True):
+    with _claim(store.folder / "locks" / "unit.lock", wait=True):
         if store.unit() is None:
             with worker.trial(UNTRAINED, plan.tuning_seed) as trial:
                 store.save_unit(median(worker.speed(trial) for _ in range(5)))
@@ -57,7 +57,9 @@ def _done(worker: "Worker", job: Job, say: Callable[[str], None]) -> bool:
     """Do a job and keep its result, unless another process does it or has done it."""
     file, began = worker.store.file(job), time.time()
     name = file.relative_to(worker.store.folder)
-    with _claim(worker.store.folder / "locks" / "-".join(name.parts)) as claimed:
+    with _claim(
+        worker.store.folder / "locks" / "-".join(name.with_suffix(".lock").parts)
+    ) as claimed:
         if not claimed or file.exists():
             return False
         worker.store.write(job, worker.do(job))
