@@ -359,7 +359,8 @@ class Config:
             algorithm.check_rewards([r.label for r in self.rewards])
         except ValueError as error:
             raise ConfigError(f"algorithm: {error}") from error
-        self._check_split(num_processes)
+        shares = self.parallel.shares(num_processes)
+        self._check_split(shares)
         try:
             self.memory.check(isinstance(self.model.weights, Full), self.model.dtype)
             self._check_parallel(num_processes)
@@ -377,7 +378,7 @@ class Config:
             )
         self._check_updates()
         self._check_staleness()
-        check_replay(self, num_processes)
+        check_replay(self, shares)
         self._check_kinds()
         check_benchmarks(self.evaluation.bench)
         check_regimes(self.evaluation.regimes, self.evaluation_sampling())

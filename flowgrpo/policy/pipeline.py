@@ -39,6 +39,7 @@ from flowgrpo.policy.arguments import (
 from flowgrpo.policy.call import PipelineCall, UnsupportedPipelineError
 from flowgrpo.policy.called import Called as _Called
 from flowgrpo.policy.called import padded
+from flowgrpo.policy.context import divide_tokens, explained
 from flowgrpo.policy.encoder_lockstep import EncoderLockstep
 from flowgrpo.policy.fixed_device import fix_precision, restore_class
 from flowgrpo.policy.latent_injection import LatentInjection, LatentLocations
@@ -134,6 +135,8 @@ class PipelinePolicy:
     none. Set by the learner to the size of its batches."""
     keeps_means = False
     """Whether actions store the means of their steps. Set by the learner if the loss needs them."""
+    context = 1
+    """Number of consecutive processes that compute each sample together (``parallel.context``)."""
     in_lockstep = False
     """Whether all processes must make equal passes of the denoiser, because its parameters are sharded."""
 
@@ -195,6 +198,10 @@ class PipelinePolicy:
         elif weights is not None:
             self.trainable = create(self.denoisers, weights, shard=sharder, native=memory.arithmetic == "native")  # fmt: skip
         self.encoding.end_before(self.denoisers)
+        if parallel is not None and parallel.context > 1:
+            self.context = parallel.context
+            divide_tokens(self.denoisers, self.context, self.device)
+            self._call_pipeline = explained(self._call_pipeline, self.context)
         if not self.in_lockstep:
             fix_precision(pipeline, self.denoisers.values())
 
