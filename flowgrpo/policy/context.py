@@ -56,13 +56,18 @@ def check_denoisers(denoisers: Mapping[str, ModelMixin], number: int) -> None:
             )
 
 
-def divide_tokens(denoisers: Mapping[str, ModelMixin], number: int, device: torch.device) -> None:
+def divide_tokens(
+    denoisers: Mapping[str, ModelMixin], number: int, device: torch.device
+) -> "list[AttentionCount]":
     """Divide the tokens of each sample among ``number`` consecutive processes. All processes call this.
 
     Args:
         denoisers: With their adapters.
         number: Processes that share a sample; divides their number.
         device: Device of this process.
+
+    Returns:
+        Counts of the attentions of each denoiser.
     """
     check_denoisers(denoisers, number)
     mesh = _mesh(number, device)
@@ -72,6 +77,7 @@ def divide_tokens(denoisers: Mapping[str, ModelMixin], number: int, device: torc
             model.enable_parallelism(config=config)
         if type(model).__name__ == "QwenImageTransformer2DModel":
             model.forward = _with_even_text(model.forward, number)
+    return [AttentionCount(model, number) for model in denoisers.values()]
 
 
 def _mesh(number: int, device: torch.device) -> DeviceMesh:
@@ -145,9 +151,11 @@ class AttentionCount:
             number: Processes that share a sample, if its tokens are divided already.
         """
         self.most = self._now = 0
+        self._is_inside = False
         self._number = number
         crosses = type(model).__name__ == "WanTransformer3DModel"
         model.register_forward_pre_hook(self._begin)
+        model.register_forward_hook(self._end, always_call=True)
         for module in model.modules():
             if hasattr(getattr(module, "processor", None), "_parallel_config"):
                 module.register_forward_pre_hook(
@@ -155,7 +163,11 @@ class AttentionCount:
                 )
 
     def _begin(self, *_: Any) -> None:
-        self._now = 0
+        self._now, self._is_inside = 0, True
+
+    def _end(self, *_: Any) -> None:
+        # With gradient checkpointing, the backward pass calls attentions as well.
+        self._is_inside = False
 
     def _add(self, module: Any, args: Any, kwargs: Any, crosses: bool) -> None:
         """Count one attention. Texts are attended to by an attention of its own, which is not divided
@@ -163,7 +175,7 @@ class AttentionCount:
         names = ("hidden_states", "encoder_hidden_states")
         tokens = [*args[:2], *(kwargs[n] for n in names[len(args) :] if n in kwargs)]
         found = [t for t in tokens if isinstance(t, Tensor)]
-        if crosses and len(found) > 1:
+        if not self._is_inside or (crosses and len(found) > 1):
             return
         width = module.inner_dim
         self._now += self._number * width * sum(t.shape[1] for t in found)

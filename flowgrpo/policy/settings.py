@@ -429,6 +429,12 @@ class Parallel:
         """Number of equal parts of the work: of the processes, or of the groups that compute together."""
         return 1 if num_processes % self.context else num_processes // self.context
 
+    def workers(self, shares: int) -> str:
+        """Those that have equal parts of the work, in words."""
+        if self.context == 1:
+            return f"{shares} processes"
+        return f"{shares} set{'s' * (shares > 1)} of {self.context} processes (parallel.context)"
+
     def _check_context(self, num_processes: int, weights: Weights | Noise, memory: Memory) -> None:
         """Raise ValueError if the tokens of a sample cannot be divided as configured."""
         number = self.context

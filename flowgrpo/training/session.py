@@ -489,7 +489,9 @@ class Session:
             gathered_bytes(m, None) for m in encoders if self.config.parallel.divides_encoders
         )
         trained = sum(p.numel() for p in learner.parameters)
-        if network := work.network(trained, gathered, divided):
+        policy = learner.policy
+        attention = policy.dtype.itemsize * max((c.most for c in policy.attentions), default=0)
+        if network := work.network(trained, gathered, divided, attention):
             self.console.say(f"network: {network}")
 
     def note_prompts(self, notes: Sequence[str]) -> None:
