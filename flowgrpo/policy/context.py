@@ -41,7 +41,7 @@ def check_denoisers(denoisers: Mapping[str, ModelMixin], number: int) -> None:
             divided.
     """
     for name, model in denoisers.items():
-        kind = type(model).__name__
+        kind = _kind(model)
         if kind not in MEASURED:
             raise ValueError(
                 f"parallel.context = {number} is not supported for {kind}; the denoisers that it was measured for are "
@@ -75,9 +75,15 @@ def divide_tokens(
         config = ContextParallelConfig(ulysses_degree=number, mesh=mesh)
         with _countable():
             model.enable_parallelism(config=config)
-        if type(model).__name__ == "QwenImageTransformer2DModel":
+        if _kind(model) == "QwenImageTransformer2DModel":
             model.forward = _with_even_text(model.forward, number)
     return [AttentionCount(model, number) for model in denoisers.values()]
+
+
+def _kind(model: nn.Module) -> str:
+    """The name of a denoiser's class; sharding makes a subclass of it."""
+    names = [c.__name__ for c in type(model).__mro__]
+    return next((n for n in names if n in MEASURED), names[0])
 
 
 def _mesh(number: int, device: torch.device) -> DeviceMesh:
@@ -153,7 +159,7 @@ class AttentionCount:
         self.most = self._now = 0
         self._is_inside = False
         self._number = number
-        crosses = type(model).__name__ == "WanTransformer3DModel"
+        crosses = _kind(model) == "WanTransformer3DModel"
         model.register_forward_pre_hook(self._begin)
         model.register_forward_hook(self._end, always_call=True)
         for module in model.modules():
