@@ -85,12 +85,11 @@ def estimate_footprint(
     _require_known(config)
     dtype, weights = DTYPES[config.model.dtype], config.model.weights
     pipeline = build(config_folder(config.model.source), dtype)
-    full = isinstance(weights, Full)
+    full, kl = isinstance(weights, Full), config.loss.kl_coef > 0
     models = {k: m for k, m in pipeline.components.items() if isinstance(m, nn.Module)}
-    ours = denoisers(pipeline)
+    ours, native = denoisers(pipeline), config.memory.arithmetic == "native"
     linear = [] if full else _linear_weights(ours.values())
     before = {k: bytes_of(m) for k, m in models.items()}
-    native = config.memory.arithmetic == "native"
     trained = _trained(ours, weights, native)
     after = {k: bytes_of(m) for k, m in models.items()}
     _fit_decoder(config, models)
@@ -103,7 +102,6 @@ def estimate_footprint(
     latent = latents.numel() // batches[0] if latents else 0
     # Until a batch of the rollout is decoded, the model's outputs are kept.
     outputs = latent * batches[0] * config.sampling.num_steps * (4 if full else dtype.itemsize)
-    kl = config.loss.kl_coef > 0
     return Footprint(
         denoisers={k: after[k] if full else before[k] for k in ours},
         linear=sum(w.numel() for w in linear),

@@ -10,12 +10,15 @@ that comes through its tokens: the whole gradient is the sum over the processes,
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import wraps
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from diffusers import ContextParallelConfig, ModelMixin
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+if TYPE_CHECKING:
+    from flowgrpo.policy.pipeline import PipelinePolicy
 
 MEASURED = (
     "FluxTransformer2DModel",
@@ -78,6 +81,13 @@ def divide_tokens(
         if _kind(model) == "QwenImageTransformer2DModel":
             model.forward = _with_even_text(model.forward, number)
     return [AttentionCount(model, number) for model in denoisers.values()]
+
+
+def share_samples(policy: "PipelinePolicy", number: int) -> None:
+    """Let ``number`` consecutive processes compute each sample of a policy together."""
+    policy.context = number
+    policy.attentions = divide_tokens(policy.denoisers, number, policy.device)
+    policy._call_pipeline = explained(policy._call_pipeline, number)
 
 
 def _kind(model: nn.Module) -> str:

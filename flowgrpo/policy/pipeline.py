@@ -39,7 +39,7 @@ from flowgrpo.policy.arguments import (
 from flowgrpo.policy.call import PipelineCall, UnsupportedPipelineError
 from flowgrpo.policy.called import Called as _Called
 from flowgrpo.policy.called import padded
-from flowgrpo.policy.context import AttentionCount, divide_tokens, explained
+from flowgrpo.policy.context import AttentionCount, share_samples
 from flowgrpo.policy.encoder_lockstep import EncoderLockstep
 from flowgrpo.policy.fixed_device import fix_precision, restore_class
 from flowgrpo.policy.latent_injection import LatentInjection, LatentLocations
@@ -201,9 +201,7 @@ class PipelinePolicy:
             self.trainable = create(self.denoisers, weights, shard=sharder, native=memory.arithmetic == "native")  # fmt: skip
         self.encoding.end_before(self.denoisers)
         if parallel is not None and parallel.context > 1:
-            self.context = parallel.context
-            self.attentions = divide_tokens(self.denoisers, self.context, self.device)
-            self._call_pipeline = explained(self._call_pipeline, self.context)
+            share_samples(self, parallel.context)
         if not self.in_lockstep:
             fix_precision(pipeline, self.denoisers.values())
 

@@ -56,6 +56,7 @@ class Session:
         best: The best value so far of the number that ``evaluation.best`` names; of one whose lowest value
             is the best, its negative.
         bests: The same for the other numbers whose best weights are kept, by name.
+        processes: The processes, each by itself.
         shares: The share of this process in the work.
         once: Does work in the first process of a share, and tells the others its result.
         score_once: The same for rewards, which are computed on another thread.
@@ -96,6 +97,7 @@ class Session:
             Shares(self.accelerator, config.parallel.context),
             timedelta(minutes=patience),
         )
+        self.processes = Shares(self.accelerator)
         with bounded_wait(patience):
             # Scores are told on the scorer's thread.
             self.once, self.score_once = Once(self.shares, wait), Once(self.shares, wait)
@@ -226,8 +228,7 @@ class Session:
             or (run.checkpoint_minutes > 0 and minutes >= run.checkpoint_minutes)
         )
         flags = torch.tensor([[float(self.stopping), float(due and self.is_main)]])
-        # Of all processes, whatever they share.
-        flags = Shares(self.accelerator).gather(flags)
+        flags = self.processes.gather(flags)
         stopping, save = flags.bool().any(0).tolist()
         if stopping and not self.stopping:
             self.signals.stopping = "SIGTERM"  # Another process received it.
@@ -397,7 +398,7 @@ class Session:
         """Write a checkpoint: the main process alone or, if the model is divided, all of them."""
         folder = self.checkpoints / name
         if self.is_sharded:
-            gather = Shares(self.accelerator).gather_objects
+            gather = self.processes.gather_objects
             sharded_checkpoints.save(folder, parts, state, is_main=self.is_main, gather=gather)
         elif self.is_main:
             checkpoints.save(folder, parts, state)
@@ -414,7 +415,7 @@ class Session:
         except DivergenceError as error:
             problem = error
         if self.is_sharded:
-            every = Shares(self.accelerator).gather_objects([problem and str(problem)])
+            every = self.processes.gather_objects([problem and str(problem)])
             found = [text for text in every if text]
             problem = DivergenceError(found[0]) if found else None
         if problem is not None:
