@@ -4,11 +4,11 @@
 
 For each tiny family of the tests whose denoiser has a plan for context parallelism in diffusers, two
 processes of gloo run a rollout of two samples and replay one step with gradients, each with half of the
-sequence (Ulysses attention, backend ``native``). The gradients of both are added. The table has the
-largest differences of the states and of the model output, and the norm of the difference of the gradients
-over their norm, for LoRA and for full fine-tuning. ``--method ring`` tries ring attention instead.
+sequence (``parallel.context = 2``). The gradients of both are added. The table has the largest differences
+of the states and of the model output, and the norm of the difference of the gradients over their norm, for
+LoRA and for full fine-tuning. Families that flowgrpo refuses are tried, too.
 
-flowgrpo does not switch context parallelism on; this is the evidence for what it would compute.
+``python -m benchmarks.rank_equality --model wan_t2v --set parallel.context=2`` compares whole runs.
 """
 
 import argparse
@@ -16,19 +16,19 @@ import tempfile
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from diffusers import ContextParallelConfig
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from flowgrpo.core.random import Random, SampleNoise
 from flowgrpo.core.transitions import CPS
 from flowgrpo.data.prompts import Prompt
-from flowgrpo.policy import Full, LoRA, PipelinePolicy
-from flowgrpo.policy.settings import Weights
+from flowgrpo.policy import Full, LoRA, PipelinePolicy, context
+from flowgrpo.policy.settings import Parallel, Weights
 from scripts.page_tables import write_marked_text
 from tests.conftest import sampling_of
 from tests.processes import ranks
@@ -36,30 +36,28 @@ from tests.tiny import FAMILIES, save
 
 WEIGHTS: dict[str, Weights] = {"LoRA": LoRA(rank=2, alpha=4), "full": Full()}
 PROMPTS = [Prompt("a red cube"), Prompt("two dogs")]
-USUAL = ("wan_t2v", "wan22", "wan_i2v", "flux", "flux2_klein", "qwen_image", "ltx")
+USUAL = (
+    "wan_t2v", "wan22", "wan_i2v", "flux", "flux_kontext", "flux2", "flux2_klein", "qwen_image", "qwen_image_edit", "ltx", "ltx2",
+)  # fmt: skip
 
 
-def compute(model: Path, name: str, weights: Weights, degree: str = "") -> dict[str, Tensor]:
+def compute(model: Path, name: str, weights: Weights, number: int = 1) -> dict[str, Tensor]:
     """States of a rollout, the output of a replayed step, and gradients, by name.
 
     Args:
         model: The folder of the family.
         name: The family.
         weights: What is trained.
-        degree: The argument of diffusers that divides the sequence between two processes; empty for none.
+        number: Processes that compute each sample together.
     """
-    policy = PipelinePolicy.from_pretrained(model, sampling=sampling_of(name), weights=weights)
+    options: dict[str, Any] = {"sampling": sampling_of(name), "weights": weights}
+    policy = PipelinePolicy.from_pretrained(model, **options, parallel=Parallel(context=number))
     assert policy.trainable is not None
     random = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for key, parameter in policy.trainable.parameters.items():
             if "lora_B" in key:  # which is 0 at first, so that the other matrix has no gradient
                 parameter.copy_(0.05 * torch.randn(parameter.shape, generator=random))
-    if degree:
-        # On a CPU diffusers divides by the number of accelerators, which is 0.
-        torch.accelerator.device_count = lambda: 2
-        for denoiser in policy.denoisers.values():
-            denoiser.enable_parallelism(config=ContextParallelConfig(**{degree: 2}))
     noise = SampleNoise([Random(0).at(i) for i in range(len(PROMPTS))])
     step = {"stochastic": {1}, "transition": CPS(), "record": {1}}
     (rollout,) = policy.run(PROMPTS, noise, decode=False, **step)
@@ -74,10 +72,11 @@ def compute(model: Path, name: str, weights: Weights, degree: str = "") -> dict[
     return {k: v.contiguous() for k, v in found.items()}
 
 
-def work(rank: int, model: Path, name: str, weights: Weights, degree: str, file: Path) -> int:
+def work(rank: int, model: Path, name: str, weights: Weights, file: Path) -> int:
     """One of two processes."""
     Accelerator(cpu=True)
-    found = compute(model, name, weights, degree)
+    context.check_denoisers = lambda *_: None
+    found = compute(model, name, weights, number=2)
     for key, value in found.items():
         if key.startswith("gradient"):
             dist.all_reduce(value)
@@ -86,13 +85,13 @@ def work(rank: int, model: Path, name: str, weights: Weights, degree: str, file:
     return 0
 
 
-def compare(name: str, kind: str, degree: str, temporary: Path) -> Sequence[str]:
+def compare(name: str, kind: str, temporary: Path) -> Sequence[str]:
     """A row of the table."""
     model, file = temporary / name, temporary / f"{name}-{kind}.safetensors"
     if not model.exists():
         save(name, model)
     one = compute(model, name, WEIGHTS[kind])
-    processes = ranks(partial(work, model=model, name=name, weights=WEIGHTS[kind], degree=degree, file=file))  # fmt: skip
+    processes = ranks(partial(work, model=model, name=name, weights=WEIGHTS[kind], file=file))  # fmt: skip
     outputs = [process.communicate(timeout=600)[0] for process in processes]
     if [process.returncode for process in processes] != [0, 0]:
         return name, kind, f"fails: {outputs[0].strip().splitlines()[-1]}", "", ""
@@ -108,14 +107,13 @@ def main() -> None:
     """Compare, print the table, and write it to a page if asked."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--families", nargs="+", choices=FAMILIES, default=USUAL, metavar="NAME")
-    parser.add_argument("--method", choices=("ulysses", "ring"), default="ulysses")
     parser.add_argument("--write", type=Path, help="page with the marks of the table")
     options = parser.parse_args()
     rows = ["| family | weights | states | model output | gradient |", "|---|---|--:|--:|--:|"]
     with tempfile.TemporaryDirectory() as temporary:
         for name in options.families:
             for kind in WEIGHTS:
-                cells = compare(name, kind, f"{options.method}_degree", Path(temporary))
+                cells = compare(name, kind, Path(temporary))
                 rows.append("| " + " | ".join(cells) + " |")
                 print(rows[-1], flush=True)
     if options.write:

@@ -33,12 +33,13 @@ from torch import Tensor
 
 from flowgrpo import cli
 from flowgrpo.training import checkpoints
+from tests.conftest import NAMED, sampling_of
 from tests.processes import Forked, ranks
 from tests.tiny import save
 
 HERE = "benchmarks.rank_equality"
 SETTINGS = [
-    "model.weights={kind='full'}", "sampling={num_steps=4, height=16, width=16, guidance_scale=4.5, call={max_sequence_length=16}}",
+    "model.weights={kind='full'}",
     f"rewards=[{{model='{HERE}:brightness'}}, {{model='{HERE}:redness', weight=0.5}}]",
     "prompts.balance=''", "train.iterations=1", "train.groups=8", "train.rollout_batch=8", "train.train_batch=8",
     "train.updates=2", "train.lr=1e-4", "train.weight_decay=0", "evaluation.images=6", "evaluation.every=0",
@@ -46,6 +47,9 @@ SETTINGS = [
     "evaluation.inspected_prompts=0", "run.threads=1", "run.device=cpu", "run.trackers=[]",
     "run.checkpoint_every=1", "failures.probe=off",
 ]  # fmt: skip
+SD3 = (
+    "sampling={num_steps=4, height=16, width=16, guidance_scale=4.5, call={max_sequence_length=16}}"
+)
 CLIPPED = "loss={kind='clipped', clip_range=1e-3, kl_coef=0.05}"
 CASES: dict[str, Sequence[str]] = {
     "flow_grpo": ["algorithm={kind='flow_grpo', group_size=4}", CLIPPED],
@@ -94,7 +98,7 @@ def brightness(media: Tensor, prompts: Sequence[Any]) -> Tensor:
 
 def redness(media: Tensor, prompts: Sequence[Any]) -> Tensor:
     """Mean of the red channel."""
-    return media[:, 0].flatten(1).mean(1)
+    return media[..., 0, :, :].flatten(1).mean(1)
 
 
 # Both are differentiable as they are.
@@ -108,13 +112,34 @@ def rough(media: Tensor, prompts: Sequence[Any]) -> Tensor:
     return torch.where(rough, media.flatten(1).mean(1), 0.5)
 
 
+def sampling(family: str) -> list[str]:
+    """The settings of the sampling of a tiny family: four steps of its smallest call."""
+    if family == "sd3":
+        return [SD3]
+    own = sampling_of(family, num_steps=4)
+    named = {k: v for k in NAMED if (v := getattr(own, k)) is not None}
+    parts = [f"{k}={json.dumps(v)}" for k, v in named.items()]
+    call = ", ".join(f"{k}={json.dumps(v)}" for k, v in own.call.items())
+    # The metric of the configuration is for images.
+    return [
+        f"sampling={{num_steps=4, {', '.join(parts)}, call={{{call}}}}}",
+        "evaluation.metrics=[]",
+    ]
+
+
 def train(folder: Path, model: Path, number: int, settings: Sequence[str]) -> None:
     """A run on a number of processes.
 
     Raises:
         RuntimeError: If one of them fails, with its output.
     """
-    every = [*SETTINGS, f"model.path='{model}'", f"run.folder='{folder}'", *settings]
+    every = [
+        *SETTINGS,
+        *sampling(model.name),
+        f"model.path='{model}'",
+        f"run.folder='{folder}'",
+        *settings,
+    ]
     arguments = ["train", "quickstart_flow_grpo", *(f"--set={s}" for s in every)]
     alone = number == 1
     processes = [Forked(lambda: cli.main(arguments))] if alone else ranks(lambda _: cli.main(arguments), number)  # fmt: skip
@@ -158,9 +183,10 @@ def compared(one: Path, other: Path, model: Path) -> dict[str, float]:
     moments = [{k: v for k, v in part.items() if k.endswith("/exp_avg")} for part in parts]
     found["gradient"] = distance(moments[0], moments[1]) / distance(moments[0], None)
     weights = [load(folder, "weights") for folder in (one, other)]
-    found["weights"] = distance(weights[0], weights[1]) / distance(
-        weights[0], start(model, weights[0])
-    )
+    # The second matrices of adapters are 0 at first; the first ones are random.
+    added = {k: v for k, v in weights[0].items() if "lora_B" in k}
+    moved = distance(added, None) if added else distance(weights[0], start(model, weights[0]))
+    found["weights"] = distance(weights[0], weights[1]) / moved
     return found
 
 
@@ -199,21 +225,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--set", action="append", default=[], help="KEY=VALUE, for several processes"
     )
+    parser.add_argument("--lora", action="store_true", help="adapters in place of all weights")
     parser.add_argument("--sharded", action="store_true", help="--set parallel.shard=denoiser")
     options = parser.parse_args(arguments)
     more = [*options.set, *(["parallel.shard=denoiser"] if options.sharded else [])]
+    own = ["model.weights={kind='lora', rank=2, alpha=4}"] if options.lora else []
     print("| algorithm | processes | " + " | ".join(COLUMNS) + " |")
     print("|---|--:|" + "--:|" * len(COLUMNS), flush=True)
     failed = 0
     with tempfile.TemporaryDirectory() as place:
-        model = save(options.model, Path(place) / "model")
+        model = save(options.model, Path(place) / options.model)
         names = [n for n in options.algorithms if n != "find" or not options.sharded]
         for name in names:
             folders = {n: Path(place) / f"{name}-{n}" for n in (1, *options.ranks)}
             try:
-                train(folders[1], model, 1, CASES[name])
+                train(folders[1], model, 1, [*CASES[name], *own])
                 for number in options.ranks:
-                    train(folders[number], model, number, [*CASES[name], *more])
+                    train(folders[number], model, number, [*CASES[name], *own, *more])
                     found = compared(folders[1], folders[number], model)
                     cells = " | ".join(f"{found[c]:.1e}" for c in COLUMNS)
                     print(f"| {name} | {number} | {cells} |", flush=True)

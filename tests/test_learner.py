@@ -33,6 +33,7 @@ from flowgrpo.training.divergence import check_drift
 from flowgrpo.training.learner import Learner
 from flowgrpo.training.metrics import UpdateStatistics, rollout_metrics
 from flowgrpo.training.replay import Replay, StoredOutputs
+from flowgrpo.training.shares import Shares
 from tests.conftest import MakePolicy, sampling_of
 
 RANDOM = Random(3).at("train", 2)
@@ -476,7 +477,7 @@ def test_update_metrics_by_hand(accelerator: Accelerator) -> None:
     found.stepped(2.0, 0.1, True)
     found.stepped(4.0, 0.3, False)
     found.stepped(9.0, 0.2, True)
-    assert found.summary(accelerator) == pytest.approx(
+    assert found.summary(Shares(accelerator)) == pytest.approx(
         {
             "loss/policy": 4.0, "loss/kl": 0.5, "grad_norm": 5.0, "lr": 0.2, "skipped_updates": 2.0,
             "a": 4.0, "b": 5.0, "c": 0.0, "step/1/a": 6.5, "step/4/a": 1.5,
@@ -915,17 +916,17 @@ def test_a_divided_model_is_clipped_and_judged_with_the_others(make: Make, exper
 
 def test_values_of_two_processes_are_weighted_by_their_number(make: Make, monkeypatch: pytest.MonkeyPatch, experience: Experience) -> None:  # fmt: skip
     """The other process has other numbers, which a gather appends."""
-    two = Mock(spec=Accelerator, num_processes=2, device=torch.device("cpu"))
+    two = Mock(spec=Accelerator, num_processes=2, process_index=0, device=torch.device("cpu"))
     two.reduce = lambda t, _: t + torch.tensor([10.0, 3.0])
     two.gather = lambda t: torch.cat([t, torch.tensor([6.5])])
     monkeypatch.setattr(
-        "flowgrpo.training.metrics.gather_object",
+        "flowgrpo.training.shares.gather_object",
         lambda own: [*own, {(1, "a"): (4.0, 1), (3, "a"): (2.0, 5)}],
     )
     found = UpdateStatistics((LossMetric("a", by_step="a"), LossMetric("b", reduce="max")))
     found.add(1, torch.tensor([1.0, 3.0]), torch.zeros(2), {"a": torch.tensor([1.0, 2.0, 6.0]), "b": torch.tensor([5.0])})  # fmt: skip
     found.stepped(2.0, 0.1, False)
-    metrics = found.summary(two)
+    metrics = found.summary(Shares(two))
     assert metrics["loss/policy"] == pytest.approx(14 / 5)
     assert metrics["a"] == pytest.approx(19 / 6)
     assert metrics["b"] == 6.5
@@ -940,13 +941,11 @@ def test_values_of_two_processes_are_weighted_by_their_number(make: Make, monkey
     assert rewards["reward"] == own["reward"]
 
     learner = make(monitor_states=4)
-    monkeypatch.setattr("flowgrpo.training.learner.gather_object", lambda own: [*own, "other"])
-    assert learner._of_all(["own"]) == ["own"]
-    accelerator, learner.accelerator = learner.accelerator, two
-    assert learner._of_all(["own"]) == ["own", "other"]
-    learner.accelerator = accelerator
+    monkeypatch.setattr("flowgrpo.training.shares.gather_object", lambda own: [*own, "other"])
+    assert learner.shares.gather_objects(["own"]) == ["own"]
+    assert Shares(two).gather_objects(["own"]) == ["own", "other"]
     monkeypatch.setattr("flowgrpo.training.learner.monitored", lambda *_: [])
-    monkeypatch.setattr(learner, "_of_all", lambda _: [(3, 1.0, 2.0), (1, 5.0, 6.0)])
+    monkeypatch.setattr(learner.shares, "gather_objects", lambda _: [(3, 1.0, 2.0), (1, 5.0, 6.0)])
     seen = list[tuple[float, float]]()
     monkeypatch.setattr("flowgrpo.training.learner.check_drift", lambda *both: seen.append(both))
     assert learner._drift(experience) == {"kl/velocity": 2.0}

@@ -52,9 +52,9 @@ def test_forward_passes_are_those_of_the_learner(settings):
     actions = Actions.between(
         states, torch.arange(len(rows)), states, step, torch.zeros(len(rows)), group, sample
     )
-    accelerator = SimpleNamespace(reduce=lambda t, _: t)
+    shares = SimpleNamespace(sum=lambda t: t)
     policy = SimpleNamespace(num_steps=lambda: 7, device="cpu")
-    learner = SimpleNamespace(train=one.train, accelerator=accelerator, policy=policy)
+    learner = SimpleNamespace(train=one.train, shares=shares, policy=policy)
     learner._update_of = lambda *a: Learner._update_of(learner, *a)
     score = torch.zeros(12)
     candidates = Candidates(

@@ -11,8 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
+from accelerate import Accelerator
 
 import flowgrpo
 from flowgrpo.bench.base import BenchError, Failure, Json, Judged, Picture
@@ -27,6 +29,7 @@ from flowgrpo.training.console import Console
 from flowgrpo.training.inputs import check_inputs
 from flowgrpo.training.learner import Learner
 from flowgrpo.training.session import Session
+from flowgrpo.training.shares import Shares
 
 HERE = "tests.test_run_benchmarks"
 OVERALL = "overall (mean over samples)"
@@ -134,12 +137,14 @@ class Fake(Session):
     def __init__(self, folder: Path, rank: int = 0, ranks: int = 1, gather: Any = None):
         self.folder, self.gather_objects = folder, gather or (lambda values: values)  # type: ignore[method-assign]
         wait = (lambda: gather([])) if gather else (lambda: None)
-        self.accelerator = SimpleNamespace(
+        self.accelerator = Mock(
+            spec=Accelerator,
             process_index=rank,
             num_processes=ranks,
             is_main_process=rank == 0,
             wait_for_everyone=wait,
-        )  # type: ignore[assignment]
+        )
+        self.shares, self.once = Shares(self.accelerator), lambda work: work()  # type: ignore[assignment]
         self.console = Console(enabled=False)
         self.signals = SimpleNamespace(check=lambda: None)  # type: ignore[assignment]
 

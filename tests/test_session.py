@@ -14,6 +14,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
+from accelerate import Accelerator
 
 import flowgrpo
 import flowgrpo.config
@@ -29,6 +30,7 @@ from flowgrpo.training import session as sessions_module
 from flowgrpo.training.learner import Learner
 from flowgrpo.training.logs import LogError
 from flowgrpo.training.session import Session
+from flowgrpo.training.shares import Shares
 from flowgrpo.training.signals import StopRequested
 from tests.conftest import MakePolicy
 
@@ -238,7 +240,7 @@ def test_groups_are_shared_in_order(start: Start, monkeypatch: pytest.MonkeyPatc
     assert session.share(groups) == groups
     for rank, own in ((0, [0, 1]), (1, [2, 3]), (2, [4, 5])):
         with monkeypatch.context() as patch:
-            patch.setattr(session, "accelerator", SimpleNamespace(num_processes=3, process_index=rank))  # fmt: skip
+            patch.setattr(session, "shares", Shares(Mock(spec=Accelerator, num_processes=3, process_index=rank)))  # fmt: skip
             assert [g.index for g in session.share(groups)] == own
 
 
@@ -487,7 +489,7 @@ def test_a_stop_or_a_due_time_of_one_process_is_that_of_all(start: Start, policy
     assert session.save_if_due(learner, 1) is False
     assert saved == []
     others = torch.tensor([[0.0, 1.0]])
-    monkeypatch.setattr(session, "gather", lambda own: torch.cat([own, others]))
+    monkeypatch.setattr(session.processes, "gather", lambda own: torch.cat([own, others]))
     assert session.save_if_due(learner, 2) is False
     assert (saved, session.stopping) == ([2], False)
     others = torch.tensor([[1.0, 0.0]])
@@ -594,7 +596,7 @@ def test_benchmarks_and_grids_go_to_the_trackers(start: Start, monkeypatch: pyte
 
 def test_objects_of_several_processes_are_gathered(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
     session = start()
-    monkeypatch.setattr(sessions_module, "gather_object", lambda own: [*own, "another's"])
+    monkeypatch.setattr("flowgrpo.training.shares.gather_object", lambda own: [*own, "another's"])
     assert session.gather_objects(["own"]) == ["own"]
     monkeypatch.setattr(sessions_module.Accelerator, "num_processes", 2)
     assert session.gather_objects(["own"]) == ["own", "another's"]
@@ -660,7 +662,7 @@ def test_the_best_by_other_numbers_are_kept_apart(start: Start, policy: Pipeline
 def test_a_plan_and_its_waste_are_said(start: Start, policy: PipelinePolicy, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:  # fmt: skip
     session = start("train.rollout_batch=288")
     session.announce()
-    network = SimpleNamespace(dtype=torch.float32, denoisers={"transformer": torch.nn.Linear(2, 2)}, pipeline=policy.pipeline)  # fmt: skip
+    network = SimpleNamespace(dtype=torch.float32, attentions=(), denoisers={"transformer": torch.nn.Linear(2, 2)}, pipeline=policy.pipeline)  # fmt: skip
     weights = [torch.zeros(10), torch.zeros(2, 3)]
     learner = Mock(spec=Learner, parameters=weights, policy=network)
     session.announce_network(learner)
@@ -711,7 +713,9 @@ def test_a_divided_model_is_saved_by_all_processes_together(start: Start, policy
     session.save_best(learner, 6, 0.5)
     assert calls == [("000006", ["optimizer", "weights"], 6, False), ("best", ["weights"], 6, False)]  # fmt: skip
     # What is not finite in one process is refused in all.
-    monkeypatch.setattr(session, "gather_objects", lambda own: [*own, "weights contains NaN there"])
+    monkeypatch.setattr(
+        session.processes, "gather_objects", lambda own: [*own, "weights contains NaN there"]
+    )
     with pytest.raises(DivergenceError, match=r"^weights contains NaN there$"):
         session.save(learner, 7)
 

@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, is_dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -132,6 +133,7 @@ def make_missing(
     batches: Sequence[Sequence[Item]],
     progress: Progress,
     check: Callable[[], None] = lambda: None,
+    once: Callable[[Callable[[], Any]], Any] = lambda work: work(),
 ) -> None:
     """Make the images of some of a plan's batches that are not there yet, with their text files.
 
@@ -141,22 +143,30 @@ def make_missing(
         batches: Batches of the plan.
         progress: Counts images.
         check: Called before each batch; what it raises ends the work.
+        once: Does the work on files in one of several processes that compute the images together, and
+            returns its result in all of them.
 
     Raises:
         BenchError: If an image cannot be written, or the pipeline makes videos.
     """
-    missing = [[i for i in batch if not i.path.exists()] for batch in batches]
-    write_sidecars(plan, [i.entry for batch in missing for i in batch])
+    missing = once(lambda: _prepared(plan, batches))
     with Writer(plan.benchmark.video_fps) as writer:
-        for batch, absent in zip(batches, missing, strict=True):
-            if absent:
+        for batch, rows in zip(batches, missing, strict=True):
+            if rows:
                 check()
                 # The whole batch, although some of it may be there: its composition decides the
                 # last bits of floating-point arithmetic.
                 media = sample(policy, plan, batch)
-                rows = [batch.index(item) for item in absent]
-                writer.put([(batch[row].path, media[row]) for row in rows])
-                progress.step(len(absent))
+                once(partial(writer.put, [(batch[row].path, media[row]) for row in rows]))
+                progress.step(len(rows))
+
+
+def _prepared(plan: Plan, batches: Sequence[Sequence[Item]]) -> list[list[int]]:
+    """Write the text files of missing images; which images of each batch are missing."""
+    missing = [[n for n, item in enumerate(b) if not item.path.exists()] for b in batches]
+    absent = [b[n] for b, rows in zip(batches, missing, strict=True) for n in rows]
+    write_sidecars(plan, [item.entry for item in absent])
+    return missing
 
 
 def sample(

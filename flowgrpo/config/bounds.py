@@ -71,6 +71,7 @@ BOUNDS: Mapping[str, tuple[float, float]] = {
     "memory.decode_batch": (0, ANY),
     "memory.score_batch": (0, ANY),
     "parallel.shard_group": (0, 100_000),
+    "parallel.context": (1, 100_000),
     "run.threads": (0, 1024),
     "run.checkpoint_every": (1, ANY),
     "run.checkpoint_minutes": (0, ANY),

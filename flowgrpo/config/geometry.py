@@ -9,7 +9,8 @@ def geometry(config: Any, num_processes: int = 1) -> dict[str, str]:
     """The batch geometry in words, to be checked before a long run."""
     t, size = config.train, config.algorithm.group_size
     samples = t.groups * size
-    calls = -(-samples // num_processes // t.rollout_batch)
+    shares = config.parallel.shares(num_processes)
+    calls = -(-samples // shares // t.rollout_batch)
     epochs = f" in {t.epochs} epochs" if t.epochs > 1 else ""
     refill = (
         f"; at most {t.refill + 1} times as much, as groups of equal rewards are replaced"
@@ -18,8 +19,8 @@ def geometry(config: Any, num_processes: int = 1) -> dict[str, str]:
     )
     sampled = {
         "groups x samples": f"{t.groups} prompts x {size} samples = {samples} per iteration",
-        "processes": f"{num_processes}, {t.groups // num_processes} groups on each",
-        "rollout": f"{calls} call{'s' * (calls > 1)} of {min(t.rollout_batch, samples // num_processes)} samples on each process",
+        "processes": f"{_processes(config, num_processes)}, {t.groups // shares} groups on each",
+        "rollout": f"{calls} call{'s' * (calls > 1)} of {min(t.rollout_batch, samples // shares)} samples on each process",
         "per prompt": _work(config) + refill,
     }
     given = _given(config, num_processes)
@@ -29,6 +30,16 @@ def geometry(config: Any, num_processes: int = 1) -> dict[str, str]:
         "in all": f"{t.iterations} iterations, {t.iterations * samples:,} {'pictures' if given else 'samples'}, {t.iterations * t.optimizer_steps:,} optimizer steps",
         "denoising": f"{config.sampling.num_steps} steps, guidance {config.sampling.guidance_scale if config.sampling.guidance_scale is not None else 'as the pipeline has it'}",
     }
+
+
+def _processes(config: Any, num_processes: int) -> str:
+    """The processes, or those of them that work on different groups, in words."""
+    number = config.parallel.context
+    if number == 1:
+        return f"{num_processes}"
+    shares = config.parallel.shares(num_processes)
+    sets = f"{shares} set{'s' * (shares > 1)} of {number}"
+    return f"{num_processes}, as {sets} that compute each sample together (parallel.context)"
 
 
 def _update_words(config: Any) -> str:
@@ -71,7 +82,8 @@ def _given(config: Any, num_processes: int) -> dict[str, str]:
     if not number:
         return {}
     pictures = "pictures" if number > 1 else "picture"
+    shares = config.parallel.shares(num_processes)
     return {
         "examples": f"{groups} examples x {number} {pictures} = {groups * number} per iteration; nothing is sampled",
-        "processes": f"{num_processes}, {groups // num_processes} examples on each",
+        "processes": f"{_processes(config, num_processes)}, {groups // shares} examples on each",
     }

@@ -35,6 +35,12 @@ class Plan:
         sampling_passes: Passes of the denoiser in the rollout of a process, if its calls are full.
         extra_passes: Further passes without gradients for each one with gradients: of the reference policy,
             an old policy or the moving average, if the loss needs them.
+        context: Processes that compute each sample together; ``groups``, ``samples`` and the like are then
+            those of all of them.
+        workers: Those that work on different groups, in words.
+        sampled: Evaluations of the denoiser for one sample in the rollout of a process.
+        trained_states: States that a process replays with gradients in an iteration; 0 if unknown.
+        recomputes: Whether the backward pass computes the forward pass again.
     """
 
     num_ranks: int
@@ -50,6 +56,11 @@ class Plan:
     parts: int = 1
     sampling_passes: int = 0
     extra_passes: int = 0
+    context: int = 1
+    workers: str = "process"
+    sampled: int = 0
+    trained_states: int = 0
+    recomputes: bool = False
 
     def rows(self) -> dict[str, str]:
         """The forward passes of an optimizer step, in words."""
@@ -65,13 +76,13 @@ class Plan:
         notes = []
         if self.num_ranks > 1 and self.samples < self.rollout_batch:
             notes.append(
-                f"train.rollout_batch = {self.rollout_batch} is never filled: each of the {self.num_ranks} processes "
+                f"train.rollout_batch = {self.rollout_batch} is never filled: each of the {self.workers} "
                 f"draws {self.samples} samples per iteration; use fewer processes or more train.groups"
             )
         if self.num_ranks > 1 and 0 < self.states < self.train_batch:
             notes.append(
                 f"train.train_batch = {self.train_batch} is never filled: an optimizer step has {self.states} states "
-                f"of a denoising step on each of the {self.num_ranks} processes; use fewer processes, fewer "
+                f"of a denoising step on each of the {self.workers}; use fewer processes, fewer "
                 "train.updates or more train.groups"
             )
         return notes
@@ -122,18 +133,52 @@ class Plan:
     def score_bytes(self) -> int:
         """Bytes that a process receives in an iteration to know the rewards of all candidates."""
         each = SCORE_BYTES + 4 * (self.rewards - 1)
-        return round(each * self.candidates * (self.num_ranks - 1) / self.num_ranks)
+        total = each * self.candidates * self.context
+        return round(total * (self.num_ranks - 1) / self.num_ranks)
 
-    def network(self, trained: int, gathered: int, encoders: int = 0) -> str:
+    @property
+    def exchanges(self) -> int:
+        """How often an iteration exchanges the tokens of a sample's pass for heads, at least.
+
+        Once in a forward pass and once in its backward pass, and once more if that computes the forward
+        pass again.
+        """
+        replayed = self.trained_states * (2 + self.recomputes + self.extra_passes)
+        return self.sampled + replayed
+
+    def token_bytes(self, attention: int) -> int:
+        """Bytes that a process sends in an iteration to exchange tokens for heads in attentions.
+
+        An exchange sends queries, keys, values and outputs, or their gradients. A process has 1 / N of the
+        tokens, and keeps 1 / N of the heads of these.
+
+        Args:
+            attention: Bytes of all queries of a pass of the denoiser for one sample.
+        """
+        n = self.context
+        return round(self.exchanges * 4 * attention / n * (n - 1) / n)
+
+    def network(self, trained: int, gathered: int, encoders: int = 0, attention: int = 0) -> str:
         """The bytes of an iteration on the network, in words; empty with one process.
 
         Args:
             trained: Number of trained parameters.
             gathered: Bytes of the denoiser in the precision in which it is gathered, if it is divided.
             encoders: Bytes of the text encoders, if they are divided.
+            attention: As in :meth:`token_bytes`, if processes compute samples together.
         """
         if self.num_ranks == 1:
             return ""
+        words = self._parameter_words(trained, gathered, encoders)
+        if self.context > 1:
+            words += (
+                f", and at least {size(self.token_bytes(attention))} of tokens ({self.exchanges} x exchanging the "
+                f"tokens of a sample, {size(4 * attention)} in all)"
+            )
+        return words
+
+    def _parameter_words(self, trained: int, gathered: int, encoders: int) -> str:
+        """What is sent of weights, gradients and scores, in words."""
         gradients, scores = self.gradient_bytes(trained), self.score_bytes()
         if self.parts > 1:
             return (
@@ -152,7 +197,7 @@ def plan(config: Config, num_ranks: int = 1) -> Plan:
     """The plan of a configuration that has been checked for this number of processes."""
     t, size_, random = config.train, config.algorithm.group_size, Random(config.run.seed)
     random = random.at("train", 0)
-    groups = t.groups // num_ranks
+    groups = t.groups // config.parallel.shares(num_ranks)
     steps = 0
     kind: ActionKind = config.algorithm.action_kind
     if kind in ("step", "visited_state", "neighbor"):
@@ -189,6 +234,11 @@ def plan(config: Config, num_ranks: int = 1) -> Plan:
                 needs.teachers is not None,
             )
         ),
+        context=config.parallel.context,
+        workers=config.parallel.workers(config.parallel.shares(num_ranks)),
+        sampled=round(cost.nfe * groups),
+        trained_states=starts * steps * t.epochs,
+        recomputes=config.memory.gradient_checkpointing,
     )
 
 

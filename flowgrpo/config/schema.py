@@ -359,7 +359,8 @@ class Config:
             algorithm.check_rewards([r.label for r in self.rewards])
         except ValueError as error:
             raise ConfigError(f"algorithm: {error}") from error
-        self._check_split(num_processes)
+        shares = self.parallel.shares(num_processes)
+        self._check_split(shares, self.parallel.workers(shares))
         try:
             self.memory.check(isinstance(self.model.weights, Full), self.model.dtype)
             self._check_parallel(num_processes)
@@ -377,7 +378,7 @@ class Config:
             )
         self._check_updates()
         self._check_staleness()
-        check_replay(self, num_processes)
+        check_replay(self, shares)
         self._check_kinds()
         check_benchmarks(self.evaluation.bench)
         check_regimes(self.evaluation.regimes, self.evaluation_sampling())
@@ -473,16 +474,16 @@ class Config:
                 "more, or with algorithm.kind = 'diffusion_nft' or 'find', which train no denoising step"
             )
 
-    def _check_split(self, num_processes: int) -> None:
+    def _check_split(self, shares: int, workers: str) -> None:
         """Raise ConfigError if the groups, or what else is split, cannot be divided.
 
         Groups are divided among the processes, and what ``train.split`` names among the updates.
         """
         train, updates = self.train, self.train.updates
-        step, among = num_processes, f"{num_processes} processes"
+        step, among = shares, workers
         if train.split == "groups":
             step *= updates
-            among = f"train.updates = {updates} optimizer steps and {among} ({updates} x {num_processes} = {step})"
+            among = f"train.updates = {updates} optimizer steps and {among} ({updates} x {shares} = {step})"
         if train.groups % step:
             nearest = max(step, round(train.groups / step) * step)
             raise ConfigError(

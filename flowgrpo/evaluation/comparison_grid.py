@@ -111,7 +111,7 @@ class ComparisonGrid:
         scorer: RewardScorer,
         sampling: Sampling,
         title: str,
-        path: Path,
+        path: Path | None,
         narrow: bool = False,
     ) -> None:
         """Draw the images of several models next to each other, with their scores, and save the grid.
@@ -125,7 +125,8 @@ class ComparisonGrid:
                 0 or 1, else the score.
             sampling: Arguments with which the images were generated, for the subtitle.
             title: Headline.
-            path: PNG file to write; its folder is created.
+            path: PNG file to write; its folder is created. None scores the images only, for processes that take
+                part in their scoring.
             narrow: Draw for the screen of a phone, with the models below each other.
 
         Raises:
@@ -135,6 +136,8 @@ class ComparisonGrid:
         for block in images:
             label, values = scorer.marks(block, self.expanded)
             notes.append([""] * len(block) if values is None else marks(values))
+        if path is None:
+            return
         rows = []
         for row, prompt in enumerate(self.prompts):
             part = slice(row * self.samples, (row + 1) * self.samples)

@@ -37,6 +37,7 @@ class MemoryOptions:
         parts: Number of processes among which the denoisers are divided; 1 if each has whole ones.
         most_parts: Number of processes among which they could be divided.
         encoder_parts: Number of processes among which the text encoders are divided.
+        context: Number of processes that compute each sample together.
     """
 
     rollout_batch: int
@@ -50,6 +51,7 @@ class MemoryOptions:
     parts: int = 1
     most_parts: int = 1
     encoder_parts: int = 1
+    context: int = 1
 
     def __post_init__(self) -> None:
         for name, value, known in (
@@ -91,6 +93,8 @@ class Footprint:
         whole: Size of the largest denoiser in the precision in which it is gathered.
         whole_encoders: Size of all text encoders.
         outputs: The denoisers' outputs of all steps of one rollout batch, kept until it is decoded.
+        attention: Numbers in all queries of a denoiser's pass for one sample, if processes compute samples
+            together.
     """
 
     denoisers: Mapping[str, int]
@@ -117,6 +121,7 @@ class Footprint:
     whole: int = 0
     whole_encoders: int = 0
     outputs: int = 0
+    attention: int = 0
 
 
 @dataclass(frozen=True)
@@ -187,10 +192,10 @@ def budget(m: Footprint, options: MemoryOptions) -> Budget:
     gathered, messages = (m.gathered, m.gathered_gradients) if parts > 1 else (0, 0)
     phases = {
         "text encoding": resting + round(m.encode * rollout),
-        "rollout": round((m.rollout + m.outputs) * rollout) + gathered,
+        "rollout": round((m.rollout / options.context + m.outputs) * rollout) + gathered,
         "decoding": round(m.decode * decode + m.outputs * rollout)
         + (m.vae if options.offload_vae else 0),
-        "training": round(4 * trained) + round(activations) + gathered + messages,
+        "training": round(4 * trained) + round(activations / options.context) + gathered + messages,
     }
     return Budget({k: v for k, v in resident.items() if v}, phases)
 

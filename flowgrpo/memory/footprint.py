@@ -18,6 +18,7 @@ from flowgrpo.memory.meta_pipeline import EstimateError, build, config_folder
 from flowgrpo.memory.tracer import Activations, Tracer, bytes_of
 from flowgrpo.policy.arguments import Calling, own_arguments
 from flowgrpo.policy.compilation import repeated_blocks
+from flowgrpo.policy.context import AttentionCount, check_denoisers
 from flowgrpo.policy.encoder_lockstep import text_encoders
 from flowgrpo.policy.loading import DTYPES, denoisers
 from flowgrpo.policy.settings import Full, Noise, Parallel, Weights
@@ -62,6 +63,7 @@ def memory_options(config: Config, num_processes: int = 1) -> MemoryOptions:
         parts=parts,
         most_parts=most,
         encoder_parts=parts if parallel.divides_encoders else 1,
+        context=parallel.context,
         **fitting,
     )
 
@@ -83,16 +85,16 @@ def estimate_footprint(
     _require_known(config)
     dtype, weights = DTYPES[config.model.dtype], config.model.weights
     pipeline = build(config_folder(config.model.source), dtype)
-    full = isinstance(weights, Full)
+    full, kl = isinstance(weights, Full), config.loss.kl_coef > 0
     models = {k: m for k, m in pipeline.components.items() if isinstance(m, nn.Module)}
-    ours = denoisers(pipeline)
+    ours, native = denoisers(pipeline), config.memory.arithmetic == "native"
     linear = [] if full else _linear_weights(ours.values())
     before = {k: bytes_of(m) for k, m in models.items()}
-    native = config.memory.arithmetic == "native"
     trained = _trained(ours, weights, native)
     after = {k: bytes_of(m) for k, m in models.items()}
     _fit_decoder(config, models)
     whole, gathered, gradients = _gathered(config, ours.values())
+    counts = _attentions(config, ours)
     tracer = Tracer(pipeline, dtype, full=full, native=native, device=device)
     batches = config.train.rollout_batch, config.train.train_batch
     with _estimate_error(type(pipeline).__name__):
@@ -100,7 +102,6 @@ def estimate_footprint(
     latent = latents.numel() // batches[0] if latents else 0
     # Until a batch of the rollout is decoded, the model's outputs are kept.
     outputs = latent * batches[0] * config.sampling.num_steps * (4 if full else dtype.itemsize)
-    kl = config.loss.kl_coef > 0
     return Footprint(
         denoisers={k: after[k] if full else before[k] for k in ours},
         linear=sum(w.numel() for w in linear),
@@ -124,8 +125,25 @@ def estimate_footprint(
         gathered=gathered,
         gathered_gradients=gradients,
         whole=whole,
+        attention=max((c.most for c in counts), default=0),
         **_divided_encoders(pipeline),
     )
+
+
+def _attentions(config: Config, models: Mapping[str, ModelMixin]) -> list[AttentionCount]:
+    """Counts of the divided attentions of each denoiser; none if no samples are computed together.
+
+    Raises:
+        EstimateError: If the tokens of a denoiser cannot be divided.
+    """
+    number = config.parallel.context
+    if number == 1:
+        return []
+    try:
+        check_denoisers(models, number)
+    except ValueError as error:
+        raise EstimateError(str(error)) from error
+    return [AttentionCount(m) for m in models.values()]
 
 
 def _require_known(config: Config) -> None:
@@ -191,7 +209,7 @@ def _kept(config: Config, num_processes: int) -> int:
     """Latents that a process keeps: of each sample those at all nodes, and the means of the steps if later
     updates need them. With ``train.staleness`` an iteration is sampled while the one before it is kept."""
     train, steps = config.train, config.sampling.num_steps
-    samples = train.groups * config.algorithm.group_size // num_processes
+    samples = train.groups * config.algorithm.group_size // config.parallel.shares(num_processes)
     later = train.optimizer_steps > 1 or train.staleness > 0
     nodes = steps + 1 + steps * (config.loss.needs.old_mean and later)
     return samples * nodes * (1 + train.staleness)

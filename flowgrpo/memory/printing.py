@@ -6,6 +6,7 @@ from flowgrpo.config.training_data import training_prompts
 from flowgrpo.memory.budget import GB, advise, budget
 from flowgrpo.memory.footprint import estimate_footprint, memory_options
 from flowgrpo.memory.meta_pipeline import EstimateError
+from flowgrpo.policy.loading import DTYPES
 from flowgrpo.policy.model_files import published_folder
 from flowgrpo.training.console import Console
 
@@ -41,7 +42,7 @@ def print_estimate(
     rows += [(k, gb(v), "largest" if k == total.phase else "") for k, v in total.phases.items()]
     training, plain = parts.training, parts.training.peak(False)
     if training.checkpointed is not None:
-        scale = options.train_batch / parts.batches[1]
+        scale = options.train_batch / parts.batches[1] / options.context
         kept = f"{gb(plain * scale)} without, {gb(training.peak(True) * scale)} with"
         rows.append(("activations, gradient checkpointing", kept, ""))
     rows.append(("peak", gb(total.peak), "always + largest"))
@@ -50,7 +51,9 @@ def print_estimate(
     if unknown:
         console.say(f"not counted, because their size is unknown: {', '.join(unknown)}")
     encoders = parts.whole_encoders if config.parallel.divides_encoders else 0
-    if network := plan(config, num_processes).network(parts.trained, parts.whole, encoders):
+    attention = parts.attention * DTYPES[config.model.dtype].itemsize
+    work = plan(config, num_processes)
+    if network := work.network(parts.trained, parts.whole, encoders, attention):
         console.say(f"network: {network}")
     capacity = round(memory_gb * GB) if memory_gb is not None else _device_memory()
     if capacity is None:

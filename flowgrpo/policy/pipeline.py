@@ -39,6 +39,7 @@ from flowgrpo.policy.arguments import (
 from flowgrpo.policy.call import PipelineCall, UnsupportedPipelineError
 from flowgrpo.policy.called import Called as _Called
 from flowgrpo.policy.called import padded
+from flowgrpo.policy.context import AttentionCount, share_samples
 from flowgrpo.policy.encoder_lockstep import EncoderLockstep
 from flowgrpo.policy.fixed_device import fix_precision, restore_class
 from flowgrpo.policy.latent_injection import LatentInjection, LatentLocations
@@ -122,6 +123,7 @@ class PipelinePolicy:
         scheduler: The policy scheduler.
         trainable: The trained parameters; None if everything is frozen.
         compiled: The compiled blocks of each denoiser, by its name; none if nothing is compiled.
+        attentions: Counts of the attentions of each denoiser, if processes compute samples together.
         num_evaluations: Denoiser evaluations so far, counted per sample.
         num_decodes: Decoded samples so far.
         lockstep: Makes the calls of all processes equal where ``in_lockstep`` is true.
@@ -134,6 +136,9 @@ class PipelinePolicy:
     none. Set by the learner to the size of its batches."""
     keeps_means = False
     """Whether actions store the means of their steps. Set by the learner if the loss needs them."""
+    context = 1
+    """Number of consecutive processes that compute each sample together (``parallel.context``)."""
+    attentions: Sequence[AttentionCount] = ()
     in_lockstep = False
     """Whether all processes must make equal passes of the denoiser, because its parameters are sharded."""
 
@@ -195,6 +200,8 @@ class PipelinePolicy:
         elif weights is not None:
             self.trainable = create(self.denoisers, weights, shard=sharder, native=memory.arithmetic == "native")  # fmt: skip
         self.encoding.end_before(self.denoisers)
+        if parallel is not None and parallel.context > 1:
+            share_samples(self, parallel.context)
         if not self.in_lockstep:
             fix_precision(pipeline, self.denoisers.values())
 

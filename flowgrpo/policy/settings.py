@@ -349,6 +349,10 @@ class Parallel:
     shard_group: int = 0
     """Number of processes that share one copy of the denoiser; the copies are kept equal, as in data
     parallelism (hybrid sharding). Usually the number of accelerators of a node. 0 for all processes."""
+    context: int = 1
+    """Number of consecutive processes that compute each image or video together: each has a part of its tokens
+    (Ulysses attention of diffusers). For videos whose activations do not fit on one device. Must divide the
+    number of processes and the denoiser's number of attention heads. 1 is off."""
 
     @property
     def is_sharded(self) -> bool:
@@ -380,6 +384,7 @@ class Parallel:
         Raises:
             ValueError: With the key, if it cannot be divided.
         """
+        self._check_context(num_processes, weights, memory)
         if not self.is_sharded:
             if self.shard_group:
                 raise ValueError(
@@ -419,6 +424,48 @@ class Parallel:
                 f"parallel.shard_group = {self.shard_group} does not divide {num_processes} processes into equal "
                 f"groups of several; use {' or '.join(map(str, sizes))}, or 0 for all"
             )
+
+    def shares(self, num_processes: int) -> int:
+        """Number of equal parts of the work: of the processes, or of the groups that compute together."""
+        return 1 if num_processes % self.context else num_processes // self.context
+
+    def workers(self, shares: int) -> str:
+        """Those that have equal parts of the work, in words."""
+        if self.context == 1:
+            return f"{shares} processes"
+        return f"{shares} set{'s' * (shares > 1)} of {self.context} processes (parallel.context)"
+
+    def _check_context(self, num_processes: int, weights: Weights | Noise, memory: Memory) -> None:
+        """Raise ValueError if the tokens of a sample cannot be divided as configured."""
+        number = self.context
+        if number == 1:
+            return
+        key = f"parallel.context = {number}"
+        if num_processes == 1:
+            raise ValueError(
+                f"{key} divides the tokens of a sample among processes, and there is one; start the run with "
+                f"--nproc {number} or a multiple of it, or use 1"
+            )
+        if num_processes % number:
+            sizes = [n for n in range(1, num_processes + 1) if num_processes % n == 0]
+            raise ValueError(
+                f"{key} does not divide {num_processes} processes into equal groups; use "
+                f"{', '.join(map(str, sizes[:-1]))} or {sizes[-1]}"
+            )
+        if isinstance(weights, Noise):
+            raise ValueError(
+                f"model.weights.kind = 'noise' trains the initial noise, whose gradient is not divided among "
+                f"tokens, and is not supported with {key}; use 1"
+            )
+        for value, usual, name in (
+            (memory.quantize, "none", "memory.quantize"),
+            (memory.compile, "none", "memory.compile"),
+            (memory.attention or "native", "native", "memory.attention"),
+        ):
+            if value != usual:
+                raise ValueError(
+                    f"{name} = {value!r} is not supported with {key}; use {usual!r}, or parallel.context = 1"
+                )
 
 
 def require_installed(memory: Memory, optimizer: str) -> None:

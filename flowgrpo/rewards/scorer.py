@@ -58,6 +58,8 @@ class RewardScorer:
         seconds: Time spent scoring since the last :meth:`reset`.
         keeps_media: Whether experience keeps the media of its candidates, for inspection.
         features: Computes the features of candidates, in training only; None if nothing needs them.
+        once: Does the work in one of several processes with the same candidates, and returns its result in
+            all of them; None if each process scores its own candidates.
     """
 
     def __init__(
@@ -92,6 +94,7 @@ class RewardScorer:
             if isinstance(m, LearningReward)
         }
         self.safe_point: Callable[[], None] = lambda: None
+        self.once: Callable[[Callable[[], Any]], Any] | None = None
         self.features: Features | None = None
         self._seen: list[tuple[Tensor, list[Prompt]]] = []
         self._judges: dict[str, RewardModel | PairwiseJudge] = {}
@@ -237,7 +240,20 @@ class RewardScorer:
 
         Calls of models inside belong into :meth:`call`.
         """
+        if self.once is not None:
+            work = partial(self._done_once, work, self.once)
         return _Watched(self._worker.submit(self._stream.doing(work)), self._watch)
+
+    def _done_once(self, work: Callable[[], Any], once: Callable[[Callable[[], Any]], Any]) -> Any:
+        """The result of work that one of several processes does; the others take over its counts."""
+
+        def counted() -> tuple[Any, Sequence[Any]]:
+            result = work()
+            return result, (self.failures_seen, self.scored, self.seconds, self.broken_media)
+
+        result, counts = once(counted)
+        self.failures_seen, self.scored, self.seconds, self.broken_media = counts
+        return result
 
     def call(self, label: str) -> AbstractContextManager[None]:
         """The context of one call of a model, whose duration ``failures.timeout`` limits."""

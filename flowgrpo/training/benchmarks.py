@@ -220,7 +220,7 @@ class Benchmarks:
 
     def _plan(self, one: RunBenchmark, folder: Path, about: Mapping[str, Any]) -> Plan:
         part = {"limit": one.settings.limit, "dimensions": list(one.settings.dimensions)}
-        accelerator = self.session.accelerator
+        shares = self.session.shares
         label = label_of(f"{self.session.folder.resolve().name}-{about.get('iteration', 0):06d}")
         subject = Subject(
             label,
@@ -236,8 +236,8 @@ class Benchmarks:
             subject,
             seed=self.seed,
             batch=self.policy.batch_size,
-            rank=accelerator.process_index,
-            num_ranks=accelerator.num_processes,
+            rank=shares.index,
+            num_ranks=shares.number,
         )
 
     @cached_property
@@ -280,11 +280,13 @@ class Benchmarks:
         mine = plan.items()[plan.rank :: plan.num_ranks]
         items = [item for batch in mine for item in batch]
         try:
-            there = sum(item.path.exists() for item in items)
+            there = session.once(lambda: sum(item.path.exists() for item in items))
             title = f"{one.settings.tag}, images"
             progress = Progress(title, len(items), there, session.console.say)
             self._make(plan, mine, progress)
             progress.close()
+            if not session.shares.leads:
+                return {}
             judge = one.benchmark.judge()
             out = plan.folder if plan.rank == 0 else plan.folder / "processes" / str(plan.rank)
             scores = score(
@@ -315,7 +317,10 @@ class Benchmarks:
         problem = None
         with self.policy.together():
             try:
-                make_missing(plan, self.policy, batches, progress, self.session.signals.check)
+                session = self.session
+                make_missing(
+                    plan, self.policy, batches, progress, session.signals.check, session.once
+                )
             except BenchError as error:
                 problem = error
         if problem is not None:

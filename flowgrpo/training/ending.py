@@ -67,7 +67,7 @@ def finish(run: TrainingRun, early: int | None = None) -> Result:
         evaluator.evaluate(run.config.train.iterations if early is None else early, full=True)
         session.drop_phases()
         with run.learner.behaviour_policy(), run.policy.together():
-            if session.is_main:
+            if session.shares_main:
                 _inspect(run)
         # Of a model that is divided among processes, all export together.
         if session.is_main or run.policy.in_lockstep:
@@ -113,7 +113,8 @@ def _inspect(run: TrainingRun) -> None:
         return
     prompts = [group.prompt for group in run.prompts.groups(0, number, Random(seed))]
     strips = inspection.inspect(run.policy, config.algorithm, run.scorer, prompts, seed=seed)
-    inspection.write_fragment(strips, run.session.folder)
+    if run.session.is_main:
+        inspection.write_fragment(strips, run.session.folder)
 
 
 def _export(run: TrainingRun) -> Exported:

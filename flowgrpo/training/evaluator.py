@@ -67,10 +67,13 @@ class Evaluator:
 
     def keep_base_images(self) -> None:
         """Draw and save the base model's images for the grids, unless an earlier session did."""
+        session = self.session
+        missing = session.shares_main and not session.once(self._has_base_images)
         with self.policy.together():
-            if self.session.is_main and not self._has_base_images():
+            if missing:
                 drawn = self.comparison_grid.generate_with_audio(self.policy, self.sampling)
-                save_images(self._base_file, *drawn)
+                if session.is_main:
+                    save_images(self._base_file, *drawn)
 
     def _has_base_images(self) -> bool:
         try:
@@ -86,12 +89,17 @@ class Evaluator:
             RewardError: If a reward is constant or not finite on them.
         """
         self.evaluations = self.session.past_evaluations()
-        images = load_images(self._base_file)
-        if images is not None and self.session.is_main:
-            audio = load_audio(self._base_file)
+        if not self.session.shares_main:
+            return
+        images, audio = self.session.once(self._load_base_images)
+        if images is not None:
             self.scorer.probe(images, self.comparison_grid.expanded, audio)
             self._check_prompt_use(images, audio)
             self.base_images = images
+
+    def _load_base_images(self) -> tuple[Tensor | None, Audio | None]:
+        images = load_images(self._base_file)
+        return images, None if images is None else load_audio(self._base_file)
 
     def _check_prompt_use(self, images: Tensor, audio: Audio | None) -> None:
         """Name the trained rewards that ignore their prompts; measured once per run.
@@ -104,13 +112,14 @@ class Evaluator:
             return
         file = session.folder / PROMPT_USE
         trained = {r.label for r in scorer.rewards if r.weight != 0}
-        found = _read_prompt_use(file)
+        found = session.once(partial(_read_prompt_use, file))
         if found.keys() != trained:
             found = find_ignoring(scorer, images, self.comparison_grid.expanded, audio)
         notes = prompt_notes(
             scorer.rewards, found, self.needs_rewards, refuse=scorer.failures.probe == "refuse"
         )
-        files.write_whole(file, json.dumps({"ignores_prompt": found, "notes": notes}, indent=1))
+        if session.is_main:
+            files.write_whole(file, json.dumps({"ignores_prompt": found, "notes": notes}, indent=1))
         for note in notes:
             session.console.say(f"WARNING: {note}")
 
@@ -145,7 +154,7 @@ class Evaluator:
                 if full or regime.when == "every"
             }
             with self.policy.together():
-                if session.is_main:
+                if session.shares_main:
                     self._save_grid(iteration)
             found = self.benchmarks.run(iteration, full) if self.benchmarks else {}
         self.scorer.check_media()
@@ -239,7 +248,7 @@ class Evaluator:
         With ``shown_after``, the iteration, images of highest and lowest reward are saved, and artefacts
         measured as configured.
         """
-        accelerator = self.session.accelerator
+        shares = self.session.shares
         return held_out.evaluate(
             self.policy,
             self.scorer,
@@ -250,8 +259,8 @@ class Evaluator:
             metrics=self.metrics,
             artefacts=self.settings.artefacts and shown_after is not None,
             gather=self.session.gather_objects,
-            rank=accelerator.process_index,
-            num_ranks=accelerator.num_processes,
+            rank=shares.index,
+            num_ranks=shares.number,
             show=None if shown_after is None else partial(self._save_samples, shown_after),
         )
 
@@ -281,7 +290,7 @@ class Evaluator:
             self.scorer,
             self.sampling,
             f"{self.model_name}: {self.session.folder.name}",
-            self.session.grid(iteration),
+            self.session.grid(iteration) if self.session.is_main else None,
         )
 
 

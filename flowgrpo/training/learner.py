@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.distributed.tensor import DTensor
@@ -42,6 +41,7 @@ from flowgrpo.training.optimizer import adamw, sum_gradients
 from flowgrpo.training.replay import Replay, StoredOutputs
 from flowgrpo.training.replay_buffer import ReplayBuffer
 from flowgrpo.training.reward_replay import RewardReplay
+from flowgrpo.training.shares import Shares
 from flowgrpo.training.split import (
     has_advantage,
     split_actions,
@@ -87,6 +87,7 @@ class Learner:
         """Create the optimizer and the additional weights that the loss and the algorithm need."""
         assert policy.trainable is not None
         self.policy, self.train, self.loss, self.accelerator = policy, train, loss, accelerator
+        self.shares = Shares(accelerator, policy.context)
         self.named = policy.trainable.parameters
         self.parameters = list(self.named.values())
         self.is_sharded = isinstance(policy.trainable, Trainable) and policy.trainable.is_sharded
@@ -179,7 +180,7 @@ class Learner:
         for number_before, chosen in enumerate(self._parts(actions, random)):
             # The actions of this optimizer step, and their number on all processes.
             chosen = kept & chosen
-            number = self.accelerator.reduce(chosen.sum().to(self.policy.device), "sum").item()
+            number = self.shares.sum(chosen.sum().to(self.policy.device)).item()
             computes_all = needs.all_actions or needs.whole_groups
             trained = chosen if computes_all else chosen & differs
             weighted = self._weighted(experience, advantages, chosen)
@@ -200,7 +201,7 @@ class Learner:
             self._step(statistics)
         self._check_finite(statistics.norms)
         self._follow()
-        metrics = statistics.summary(self.accelerator) | noted | self._drift(experience)
+        metrics = statistics.summary(self.shares) | noted | self._drift(experience)
         return metrics | self._reset_reference(metrics["loss/kl"])
 
     def _with_outputs(
@@ -241,7 +242,7 @@ class Learner:
             self.loss.needs,
             experience.transition,
             self.policy.scheduler.interval,
-            lambda sums: self.accelerator.reduce(sums.to(self.policy.device), "sum").cpu(),
+            lambda sums: self.shares.sum(sums.to(self.policy.device)).cpu(),
         )
         if weights is None:
             return advantages
@@ -331,7 +332,7 @@ class Learner:
             return split_actions(actions, train.updates, random)
         # Processes can have trained different steps, and all must divide them alike.
         counts = torch.bincount(actions.step, minlength=self.policy.num_steps())
-        everywhere = self.accelerator.reduce(counts.to(self.policy.device), "sum")
+        everywhere = self.shares.sum(counts.to(self.policy.device))
         return split_steps(actions, train.updates, everywhere.cpu().nonzero().squeeze(1))
 
     def _loss(
@@ -373,7 +374,7 @@ class Learner:
         if self.train.monitor_states == 0:
             return {}
         limit = min(self.train.monitor_states, self.train.train_batch)
-        batches = monitored(experience, limit, self._of_all)
+        batches = monitored(experience, limit, self.shares.gather_objects)
         references = self.replay.references(experience, batches)
         with torch.no_grad(), self.policy.together():
             records = [self.replay.record(experience, batch) for batch in batches]
@@ -383,15 +384,11 @@ class Learner:
             initial = reference.output.cpu()
             moved, size = _mean_square(output - initial), _mean_square(initial)
             found.append((len(output), moved, size))
-        every = self._of_all(found)
+        every = self.shares.gather_objects(found)
         number = sum(n for n, _, _ in every)
         drift = sum(n * moved for n, moved, _ in every) / number
         check_drift(drift, sum(n * size for n, _, size in every) / number)
         return {"kl/velocity": drift}
-
-    def _of_all(self, values: list[Any]) -> list[Any]:
-        """The values of all processes."""
-        return gather_object(values) if self.accelerator.num_processes > 1 else values
 
     def _follow(self) -> None:
         """After an iteration, move the behaviour weights towards the trained weights.

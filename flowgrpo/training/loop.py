@@ -117,8 +117,8 @@ def _with_replayed(
         random,
         iteration=iteration,
         num_groups=run.config.train.groups,
-        rank=session.accelerator.process_index,
-        num_ranks=session.accelerator.num_processes,
+        rank=session.shares.index,
+        num_ranks=session.shares.number,
         gather=session.gather_objects,
     )
 

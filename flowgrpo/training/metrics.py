@@ -4,13 +4,12 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import gather_object
 from torch import Tensor
 
 from flowgrpo.core.advantages import zero_variance_groups
 from flowgrpo.data.experience import Experience
 from flowgrpo.losses.base import LossMetric
+from flowgrpo.training.shares import Shares
 
 
 def rollout_metrics(experience: Experience, gather: Callable[[Tensor], Tensor]) -> dict[str, float]:
@@ -90,11 +89,11 @@ class UpdateStatistics:
         self.lr = lr
         self.skipped += skipped
 
-    def summary(self, accelerator: Accelerator) -> dict[str, float]:
+    def summary(self, shares: Shares) -> dict[str, float]:
         """The metrics over all processes; each process must call this."""
         metrics = {
-            "loss/policy": _mean(self.losses, accelerator),
-            "loss/kl": _mean(self.kls, accelerator),
+            "loss/policy": _mean(self.losses, shares),
+            "loss/kl": _mean(self.kls, shares),
             "grad_norm": sum(self.norms) / len(self.norms),
             "lr": self.lr,
             "skipped_updates": float(self.skipped),
@@ -102,10 +101,10 @@ class UpdateStatistics:
         for metric in self.declared:
             parts = [part for own in self.values[metric.name].values() for part in own]
             reduce = _max if metric.reduce == "max" else _mean
-            metrics[metric.name] = reduce(parts, accelerator)
-        return metrics | self._by_step(accelerator)
+            metrics[metric.name] = reduce(parts, shares)
+        return metrics | self._by_step(shares)
 
-    def _by_step(self, accelerator: Accelerator) -> dict[str, float]:
+    def _by_step(self, shares: Shares) -> dict[str, float]:
         """Means of single denoising steps, for the metrics that ask for them."""
         own = {
             (step, metric.by_step): (float(torch.cat(parts).mean()), sum(map(len, parts)))
@@ -113,7 +112,7 @@ class UpdateStatistics:
             if metric.by_step
             for step, parts in self.values[metric.name].items()
         }
-        every = gather_object([own]) if accelerator.num_processes > 1 else [own]
+        every = shares.gather_objects([own])
         found = {}
         for step, name in sorted({key for part in every for key in part}):
             parts = [part[step, name] for part in every if (step, name) in part]
@@ -122,23 +121,23 @@ class UpdateStatistics:
         return found
 
 
-def _mean(parts: Sequence[Tensor], accelerator: Accelerator) -> float:
+def _mean(parts: Sequence[Tensor], shares: Shares) -> float:
     total = torch.stack(
         [
             torch.stack([p.sum() for p in parts]).sum()
             if parts
-            else torch.zeros((), device=accelerator.device),
-            torch.tensor(float(sum(p.numel() for p in parts)), device=accelerator.device),
+            else torch.zeros((), device=shares.accelerator.device),
+            torch.tensor(float(sum(p.numel() for p in parts)), device=shares.accelerator.device),
         ]
     )
-    total = accelerator.reduce(total, "sum")
+    total = shares.sum(total)
     return float(total[0] / total[1].clamp(min=1))
 
 
-def _max(parts: Sequence[Tensor], accelerator: Accelerator) -> float:
+def _max(parts: Sequence[Tensor], shares: Shares) -> float:
     largest = (
         torch.stack([p.max() for p in parts]).max()
         if parts
-        else torch.zeros((), device=accelerator.device)
+        else torch.zeros((), device=shares.accelerator.device)
     )
-    return float(accelerator.gather(largest.reshape(1)).max())
+    return float(shares.gather(largest.reshape(1)).max())

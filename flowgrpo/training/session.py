@@ -8,13 +8,13 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
+from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
 from torch import Tensor
 
 from flowgrpo.config import Config
@@ -40,6 +40,7 @@ from flowgrpo.training.learner import Learner
 from flowgrpo.training.lock import RunLock
 from flowgrpo.training.logs import Logs
 from flowgrpo.training.ranks import bounded_wait, process_group
+from flowgrpo.training.shares import Once, Shares
 from flowgrpo.training.signals import Signals, StopRequested
 
 
@@ -55,6 +56,10 @@ class Session:
         best: The best value so far of the number that ``evaluation.best`` names; of one whose lowest value
             is the best, its negative.
         bests: The same for the other numbers whose best weights are kept, by name.
+        processes: The processes, each by itself.
+        shares: The share of this process in the work.
+        once: Does work in the first process of a share, and tells the others its result.
+        score_once: The same for rewards, which are computed on another thread.
         signals: The signals that this process has received.
         is_finished: Whether the run had finished before this session; there is nothing to do then.
     """
@@ -88,6 +93,14 @@ class Session:
                 kwargs_handlers=[process_group(patience)],
             )
         self._check_world()
+        self.shares, wait = (
+            Shares(self.accelerator, config.parallel.context),
+            timedelta(minutes=patience),
+        )
+        self.processes = Shares(self.accelerator)
+        with bounded_wait(patience):
+            # Scores are told on the scorer's thread.
+            self.once, self.score_once = Once(self.shares, wait), Once(self.shares, wait)
         self.console = Console(enabled=self.is_main)
         self.iteration, self.best = 0, -math.inf
         self.bests: dict[str, float] = {}
@@ -129,6 +142,11 @@ class Session:
         return bool(self.accelerator.is_main_process)
 
     @property
+    def shares_main(self) -> bool:
+        """Whether this process does what the main process does: it is that, or computes its samples with it."""
+        return self.shares.index == 0
+
+    @property
     def is_sharded(self) -> bool:
         """Whether the denoiser is divided, so that all processes save and load their parts."""
         return self.config.parallel.is_sharded
@@ -144,18 +162,16 @@ class Session:
 
     def share(self, groups: list[Group]) -> list[Group]:
         """The part of the groups that this process handles; groups are never split."""
-        size = len(groups) // self.accelerator.num_processes
-        return groups[self.accelerator.process_index * size :][:size]
+        size = len(groups) // self.shares.number
+        return groups[self.shares.index * size :][:size]
 
     def gather(self, tensor: Tensor) -> Tensor:
-        """The concatenation of a tensor of each process, on the CPU."""
-        if self.accelerator.num_processes == 1:
-            return tensor.cpu()
-        return self.accelerator.gather(tensor.to(self.accelerator.device)).cpu()
+        """The concatenation of a tensor of each process, or of each share of several, on the CPU."""
+        return self.shares.gather(tensor)
 
     def gather_objects(self, values: list[Any]) -> list[Any]:
-        """The concatenation of a list of each process."""
-        return gather_object(values) if self.accelerator.num_processes > 1 else values
+        """The concatenation of a list of each process, or of each share of several."""
+        return self.shares.gather_objects(values)
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -212,7 +228,8 @@ class Session:
             or (run.checkpoint_minutes > 0 and minutes >= run.checkpoint_minutes)
         )
         flags = torch.tensor([[float(self.stopping), float(due and self.is_main)]])
-        stopping, save = self.gather(flags).bool().any(0).tolist()
+        flags = self.processes.gather(flags)
+        stopping, save = flags.bool().any(0).tolist()
         if stopping and not self.stopping:
             self.signals.stopping = "SIGTERM"  # Another process received it.
         if stopping or save:
@@ -381,7 +398,7 @@ class Session:
         """Write a checkpoint: the main process alone or, if the model is divided, all of them."""
         folder = self.checkpoints / name
         if self.is_sharded:
-            gather = self.gather_objects
+            gather = self.processes.gather_objects
             sharded_checkpoints.save(folder, parts, state, is_main=self.is_main, gather=gather)
         elif self.is_main:
             checkpoints.save(folder, parts, state)
@@ -398,7 +415,8 @@ class Session:
         except DivergenceError as error:
             problem = error
         if self.is_sharded:
-            found = [text for text in self.gather_objects([problem and str(problem)]) if text]
+            every = self.processes.gather_objects([problem and str(problem)])
+            found = [text for text in every if text]
             problem = DivergenceError(found[0]) if found else None
         if problem is not None:
             raise problem
@@ -472,7 +490,9 @@ class Session:
             gathered_bytes(m, None) for m in encoders if self.config.parallel.divides_encoders
         )
         trained = sum(p.numel() for p in learner.parameters)
-        if network := work.network(trained, gathered, divided):
+        policy = learner.policy
+        attention = policy.dtype.itemsize * max((c.most for c in policy.attentions), default=0)
+        if network := work.network(trained, gathered, divided, attention):
             self.console.say(f"network: {network}")
 
     def note_prompts(self, notes: Sequence[str]) -> None:

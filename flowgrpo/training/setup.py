@@ -174,6 +174,7 @@ def _load_rewards(config: Config, session: Session, prompts: Sequence[Prompt]) -
     """The rewards, after checks that they suit the run, and the features of the guards."""
     scorer = RewardScorer(config.rewards, config.failures, config.memory.score_batch)
     session.scorer, scorer.safe_point = scorer, session.signals.check
+    scorer.once = session.score_once if session.shares.context > 1 else None
     scorer.check_turns(config.train.iterations)
     if config.algorithm.num_targets and scorer.learning_rewards:
         raise ConfigError(
