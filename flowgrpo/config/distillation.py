@@ -42,7 +42,9 @@ def check_distillation(config: Any) -> None:
         except ValueError as error:
             text = str(error).replace("sampling.call", f"{key}.call")
             raise ConfigError(text.replace("set sampling.guidance_scale", f"set {key}.guidance_scale")) from error  # fmt: skip
-        if teacher.is_base and sampling == config.sampling:
+        # With a fake score the student is a model of few steps, and the teacher is not.
+        imitates = config.loss.needs.fake_score is None
+        if imitates and teacher.is_base and sampling == config.sampling:
             raise ConfigError(
                 f"{key} is the model before training and samples as the student does (guidance_scale = "
                 f"{sampling.guidance_scale}), so there is nothing to learn: give it another guidance_scale, or the "

@@ -6,6 +6,9 @@ from typing import Any
 
 BASE = "base"
 """The teacher that is the model before training."""
+PIPELINE = "pipeline"
+"""The teacher that is the pipeline without trained adapters: the model before training, unless training
+starts from an adapter (``model.weights.init``)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -14,7 +17,7 @@ class Teacher:
 
     path: str = BASE
     """The teacher's weights: ``base`` for the model before training, which needs another guidance than
-    the student's; or a LoRA adapter of the same model: a file, folder, hub id or the directory of a finished
+    the student's; ``pipeline`` for the same without ``model.weights.init``; or a LoRA adapter of the same model: a file, folder, hub id or the directory of a finished
     run, as in ``model.adapters``, or a checkpoint of a run, such as ``runs/a/checkpoints/best``."""
     guidance_scale: float | None = None
     """Guidance scale of the teacher; if unset, that of ``sampling``. With another scale than the student's,

@@ -74,6 +74,7 @@ class Footprint:
         adapter: Size of the adapters, which come on top of ``denoisers``; 0 for full fine-tuning.
         averaged: Whether a moving average of the trained weights is kept.
         earlier: Whether the trained weights before the last update are kept (``train.staleness``).
+        fake_score: Whether there is a fake score: values of the trained weights and AdamW's moments of its own.
         reference: Size of the reference policy's copy of the trained weights; 0 if it needs none.
         experience: Size of the states that a rollout stores.
         rewards: Size of each reward model on the device, by label; ``None`` if unknown.
@@ -102,6 +103,7 @@ class Footprint:
     adapter: int
     averaged: bool
     earlier: bool = False
+    fake_score: bool = False
     reference: int
     experience: int
     rewards: Mapping[str, int | None]
@@ -172,6 +174,7 @@ def budget(m: Footprint, options: MemoryOptions) -> Budget:
         f"optimizer ({options.optimizer})": round(trained * OPTIMIZER[options.optimizer]),
         "moving average": round(4 * trained) if m.averaged else 0,
         "weights before the update": round(4 * trained) if m.earlier else 0,
+        "fake score and its optimizer": round(12 * trained) if m.fake_score else 0,
         "reference": round(m.reference / parts),
         "latents of a rollout": m.experience,
         **{f"reward {k}": v for k, v in m.rewards.items() if v is not None},

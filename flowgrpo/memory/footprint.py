@@ -111,6 +111,7 @@ def estimate_footprint(
         adapter=0 if full else 4 * trained,
         averaged=config.train.ema_decay > 0,
         earlier=config.train.staleness > 0,
+        fake_score=config.loss.needs.fake_score is not None,
         reference=4 * trained if full and kl else 0,
         experience=4 * latent * _kept(config, num_processes),
         rewards={r.label: _reward_bytes(r) for r in config.rewards},

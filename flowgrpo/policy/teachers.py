@@ -14,6 +14,7 @@ import torch
 from diffusers import DiffusionPipeline, ModelMixin
 from torch import Tensor, nn
 
+from flowgrpo.losses.teachers import PIPELINE
 from flowgrpo.policy.adapters import LayerStart, read_layers
 from flowgrpo.policy.settings import LoRA, Weights
 
@@ -33,6 +34,9 @@ def read_teachers(pipeline: DiffusionPipeline, paths: Sequence[str]) -> dict[str
     """
     found: dict[str, Layers] = {}
     for path in paths:
+        if path == PIPELINE:
+            found[path] = {}
+            continue
         try:
             found[path] = read_layers(pipeline, path, KEY, "use a LoRA as teacher")
         except (FileNotFoundError, ValueError) as error:
@@ -49,6 +53,8 @@ def require_found(paths: Sequence[str]) -> None:
     """
     for path in paths:
         place = Path(path).expanduser()
+        if path == PIPELINE:
+            continue
         # Hub ids have one slash.
         is_file = path.startswith((".", "/", "~")) or path.count("/") != 1 or place.suffix
         if is_file and not place.exists():
