@@ -24,8 +24,3 @@ def check_distribution_matching(config: Any) -> None:
             f"model.dtype = 'float16' is not possible with the loss {name}: gradients are scaled for one optimizer, and "
             "the fake score has a second one; use 'bfloat16' or 'float32'"
         )
-    if config.guard.resets:
-        raise ConfigError(
-            "guard.reset_every and guard.reset_above replace the model before training, which is a teacher of the loss "
-            f"{name}; remove them"
-        )

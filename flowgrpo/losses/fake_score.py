@@ -45,6 +45,6 @@ class FakeScore:
             )
 
 
-def _require_at_least(key: str, value: float, least: float) -> None:
+def _require_at_least(key: str, value: int | float, least: int | float) -> None:
     if not value >= least or math.isinf(value):
         raise ValueError(f"loss.fake.{key} must be at least {least:g}, got {value}")
