@@ -221,7 +221,7 @@ WITH = ["algorithm={kind='rtdmd'}", "loss={kind='dmd'}"]
         ([*WITH, "parallel.shard='denoiser'"], "parallel.shard = 'denoiser' is not possible with the loss DMDLoss"),
         ([*WITH, "model.dtype='float16'"], "model.dtype = 'float16' is not possible"),
         ([*WITH, "guard.reset_every=3"], "there is none; set loss.kl_coef"),
-        ([*WITH, "train.updates=2"], "first update of an iteration only"),
+        ([*WITH, "train.updates=2", "train.groups=16"], "first update of an iteration only"),
         ([*WITH, "sampling.num_steps=1"], "num_steps must be at least 2, got 1"),
         ([*WITH, "loss.fake.lr=0"], "loss.fake.lr must be at least 1e-12"),
         ([*WITH, "loss.fake.grid=2000"], "at most 1000 steps"),
@@ -239,7 +239,7 @@ def test_settings_that_do_not_fit_are_refused(settings: list[str], message: str)
 def test_a_model_of_few_steps_is_no_teacher() -> None:
     (note,) = few_step_notes(matching(*WITH, "model.path='stabilityai/sdxl-turbo'"))
     assert "its own teacher" in note
-    other = "loss.teachers=[{path='stabilityai/stable-diffusion-xl-base-1.0'}]"
+    other = "loss.teachers=[{path='stabilityai/stable-diffusion-xl-base-1.0', weights='model'}]"
     assert few_step_notes(matching(*WITH, "model.path='stabilityai/sdxl-turbo'", other)) == []
 
 

@@ -34,6 +34,8 @@ def check_distillation(config: Any) -> None:
             "rewards: there are none, and the algorithm trains on them; add a table [[rewards]]"
         )
     teachers = config.loss.needs.teachers
+    if teachers and teachers.models:
+        _check_whole_models(config, teachers.models[0])
     for number, teacher in enumerate(teachers.all if teachers else ()):
         key = f"loss.teachers[{number}]"
         sampling = teacher_sampling(teacher, config.sampling)
@@ -50,6 +52,21 @@ def check_distillation(config: Any) -> None:
                 f"{sampling.guidance_scale}), so there is nothing to learn: give it another guidance_scale, or the "
                 "path of an adapter"
             )
+
+
+def _check_whole_models(config: Any, path: str) -> None:
+    """Raise ConfigError if the weights of a whole model cannot take the place of the student's."""
+    key = f"loss.teachers: weights = 'model' of {path}"
+    if config.parallel.is_sharded:
+        raise ConfigError(
+            f"{key} is not possible with parallel.shard = {config.parallel.shard!r}, which divides the student's weights "
+            "alone; set it to 'off', or use an adapter as teacher"
+        )
+    if config.memory.quantize != "none":
+        raise ConfigError(
+            f"{key} is not possible with memory.quantize = {config.memory.quantize!r}: the student's weights have another "
+            "form than the teacher's; set it to 'none', or use an adapter as teacher"
+        )
 
 
 def _check_uses_of_rewards(config: Any) -> None:

@@ -17,7 +17,7 @@ def check_distribution_matching(config: Any) -> None:
     if config.parallel.is_sharded:
         raise ConfigError(
             f"parallel.shard = {config.parallel.shard!r} is not possible with the loss {name}: its fake score has an "
-            "optimizer of its own, which is not divided; set it to 'none'"
+            "optimizer of its own, which is not divided; set it to 'off'"
         )
     if config.model.dtype == "float16":
         raise ConfigError(

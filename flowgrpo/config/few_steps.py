@@ -91,7 +91,7 @@ def few_step_notes(config: Any) -> list[str]:
     if needs.fake_score is not None and needs.teachers.use_base:
         notes.append(
             f"{begin}, and it is its own teacher (loss.teachers): a model of a few steps does not know the scores that "
-            "are matched. Set loss.teachers[0].path to the model that it was distilled from, or, if the few-step "
+            "are matched. Set loss.teachers[0] to {path = MODEL, weights = 'model'} with the model that it was distilled from, or, if the few-step "
             "adapter is model.weights.init, to 'pipeline'"
         )
     if algorithm.action_kind == "step" and isinstance(algorithm.transition, FlowSDE | DanceSDE):

@@ -36,6 +36,7 @@ from flowgrpo.training.loop import train
 
 TINY = {
     "stabilityai/stable-diffusion-3.5-medium": "sd3",
+    "stabilityai/stable-diffusion-3.5-large": "sd3",
     "black-forest-labs/FLUX.1-dev": "flux",
     "black-forest-labs/FLUX.2-klein-base-9B": "flux2_klein",
     "stable-diffusion-v1-5/stable-diffusion-v1-5": "sd15",

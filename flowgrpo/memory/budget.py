@@ -82,6 +82,8 @@ class Footprint:
         rollout: Activations of the denoisers without gradients for one rollout batch.
         decode: Activations of the VAE for one rollout batch.
         training: Activations of one training batch with gradients.
+        teacher: Size of the weights of a teacher that is a whole model, which are on the device while it is
+            evaluated; 0 if there is none.
         kl: Whether the reference policy is evaluated while these activations are alive.
         batches: The ``rollout_batch`` and ``train_batch`` for which activations were traced.
         gathered: Size of the parameters of a divided denoiser that are whole at the same time: those
@@ -119,6 +121,7 @@ class Footprint:
     whole: int = 0
     whole_encoders: int = 0
     outputs: int = 0
+    teacher: int = 0
 
 
 @dataclass(frozen=True)
@@ -195,6 +198,9 @@ def budget(m: Footprint, options: MemoryOptions) -> Budget:
         + (m.vae if options.offload_vae else 0),
         "training": round(4 * trained) + round(activations) + gathered + messages,
     }
+    if m.teacher:
+        evaluated = m.rollout * options.train_batch / m.batches[0]
+        phases["teacher"] = m.teacher + round(evaluated)
     return Budget({k: v for k, v in resident.items() if v}, phases)
 
 

@@ -101,6 +101,8 @@ def estimate_footprint(
     # Until a batch of the rollout is decoded, the model's outputs are kept.
     outputs = latent * batches[0] * config.sampling.num_steps * (4 if full else dtype.itemsize)
     kl = config.loss.kl_coef > 0
+    teachers = config.loss.needs.teachers
+    taught = sum(after[k] if full else before[k] for k in ours)
     return Footprint(
         denoisers={k: after[k] if full else before[k] for k in ours},
         linear=sum(w.numel() for w in linear),
@@ -124,6 +126,7 @@ def estimate_footprint(
         batches=batches,
         gathered=gathered,
         gathered_gradients=gradients,
+        teacher=taught if teachers and teachers.models else 0,
         whole=whole,
         **_divided_encoders(pipeline),
     )

@@ -14,13 +14,12 @@ import torch
 from diffusers import DiffusionPipeline, ModelMixin
 from torch import Tensor, nn
 
-from flowgrpo.losses.teachers import PIPELINE
+from flowgrpo.losses.teachers import KEY, PIPELINE
 from flowgrpo.policy.adapters import LayerStart, read_layers
 from flowgrpo.policy.settings import LoRA, Weights
 
 Layers = Mapping[str, Mapping[str, LayerStart]]
 """The layers of an adapter, by denoiser and by layer."""
-KEY = "loss.teachers"
 FIRST, SECOND = ".lora_A.default.weight", ".lora_B.default.weight"
 """Ends of the names of a trained layer's two matrices."""
 
