@@ -8,8 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from flowgrpo.algorithms import (
+    DMD,
     FIND,
     G2RPO,
+    RTDMD,
     SRPO,
     TPGRPO,
     VGPO,
@@ -51,6 +53,8 @@ SETTINGS: Sequence[tuple[str, int, Algorithm]] = [
     ("AWM, SD3.5", 14, Matching()),
     ("DGPO, SD3.5", 10, Matching(group_size=16)),
     ("DiffusionOPD, SD3.5", 10, Distillation()),
+    ("DMD, SD3.5, last step", 4, DMD(matched="last")),
+    ("RTDMD, SD3.5", 4, RTDMD()),
     ("Neighbor GRPO, FLUX", 8, NeighborGRPO()),
     ("TempFlow-GRPO, 4 seeds", 10, TempFlowGRPO()),
     ("G²RPO, FLUX, granularities 1, 2, 3", 16, G2RPO()),

@@ -119,6 +119,8 @@ def distilling(*settings: str) -> flowgrpo.Config:
         (["loss.teachers=[{path='a', tags=['x'], share=2}]"], "has tags and a share"),
         (["loss.teachers=[{path='a', tags=['x']}, {path='b', tags=['x']}]"], "both have the tag 'x'"),
         (["loss.teachers=[{call={height=3}}]"], r"loss.teachers\[0\].call.height: set sampling.height"),
+        (["loss.teachers=[{weights='model', guidance_scale=3.0}]"], "is the student's own model; with weights"),
+        (["loss.teachers=[{path='a', weights='model'}]", "memory.quantize='nf4'"], "not possible with memory.quantize"),
         (["loss={kind='clipped'}"], "do not belong together"),
         (["algorithm={kind='flow_grpo'}"], "do not belong together"),
         (["algorithm.fraction=0"], "fraction must be in"),
@@ -270,6 +272,53 @@ def test_the_learner_takes_the_gradient_of_each_prompts_teacher(
     apart = [(x - y).norm() for x, y in zip(taken, wanted, strict=True)]
     size = torch.stack([g.norm() for g in wanted]).norm()
     assert float(torch.stack(apart).norm()) < 1e-3 * float(size)
+
+
+def test_a_whole_model_teaches(
+    make_policy: MakePolicy, tiny: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """Its images are those of the stock pipeline, whatever the student's adapter or weights."""
+    other = DiffusionPipeline.from_pretrained(tiny("sd3"))
+    with torch.no_grad():
+        for p in other.transformer.parameters():
+            p.add_(0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(2)))
+    other.save_pretrained(tmp_path)
+    prompts, noise, path = [Prompt(t) for t in PROMPTS], noise_of(0, 1), str(tmp_path)
+    wanted = make_policy("sd3", weights=None).__class__.from_pretrained(tmp_path, sampling=sampling_of("sd3")).images(prompts, noise)  # fmt: skip
+    for weights in (LoRA(rank=2, alpha=2), Full()):
+        policy = make_policy("sd3", weights=weights, whole_teachers=[path])
+        assert isinstance(policy.trainable, Trainable)
+        with torch.no_grad():
+            for p in policy.trainable.parameters.values():
+                p.add_(0.1)
+        before = policy.images(prompts, noise)
+        with policy.trainable.teacher(path):
+            assert torch.allclose(policy.images(prompts, noise), wanted, atol=1e-6)
+        assert torch.equal(policy.images(prompts, noise), before)
+        assert not torch.allclose(before, wanted, atol=1e-3)
+        assert list(policy.trainable.teacher_digests) == [path]
+
+
+def test_a_model_of_another_architecture_is_no_teacher(make_policy: MakePolicy, tiny: Callable[[str], Path], tmp_path: Path) -> None:  # fmt: skip
+    with pytest.raises(ValueError, match="has no transformer, and the student has one"):
+        make_policy("sd3", whole_teachers=[str(tiny("sd15"))])
+    with pytest.raises(
+        ValueError,
+        match=r"the transformer of .* is a FluxTransformer2DModel, and the student's a SD3",
+    ):
+        make_policy("sd3", whole_teachers=[str(tiny("flux"))])
+    wider = DiffusionPipeline.from_pretrained(tiny("sd3"))
+    config = dict(wider.transformer.config) | {
+        "num_layers": wider.transformer.config.num_layers + 1
+    }
+    wider.transformer = type(wider.transformer).from_config(config)
+    wider.save_pretrained(tmp_path)
+    with pytest.raises(
+        ValueError, match=r"another architecture than the student: transformer\.transformer_blocks"
+    ):
+        make_policy("sd3", whole_teachers=[str(tmp_path)])
+    with pytest.raises(FileNotFoundError, match=r"loss\.teachers: no such folder"):
+        make_policy("sd3", whole_teachers=["./nowhere"])
 
 
 def numbers(folder: Path) -> list[dict[str, float]]:

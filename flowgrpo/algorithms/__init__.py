@@ -10,6 +10,7 @@ from flowgrpo.algorithms.branch_grpo import BranchGRPO
 from flowgrpo.algorithms.dance_grpo import DanceGRPO
 from flowgrpo.algorithms.diffusion_nft import DiffusionNFT
 from flowgrpo.algorithms.distillation import Distillation
+from flowgrpo.algorithms.dmd import DMD
 from flowgrpo.algorithms.draft import DRaFT
 from flowgrpo.algorithms.find import FIND
 from flowgrpo.algorithms.flow_grpo import FlowGRPO
@@ -20,13 +21,14 @@ from flowgrpo.algorithms.neighbor_grpo import NeighborGRPO
 from flowgrpo.algorithms.offline import Pairs, Pictures
 from flowgrpo.algorithms.pref_grpo import PrefGRPO
 from flowgrpo.algorithms.refl import ReFL
+from flowgrpo.algorithms.rtdmd import RTDMD
 from flowgrpo.algorithms.srpo import SRPO
 from flowgrpo.algorithms.tempflow_grpo import TempFlowGRPO
 from flowgrpo.algorithms.tp_grpo import TPGRPO
 from flowgrpo.algorithms.vgpo import VGPO
 
 __all__ = [
-    "FIND", "G2RPO", "SRPO", "TPGRPO", "VGPO", "Algorithm", "AlgorithmBase", "BranchGRPO", "DRaFT",
+    "DMD", "FIND", "G2RPO", "RTDMD", "SRPO", "TPGRPO", "VGPO", "Algorithm", "AlgorithmBase", "BranchGRPO", "DRaFT",
     "DanceGRPO", "DiffusionNFT", "Distillation", "FlowGRPO", "Matching", "MixGRPO", "NeighborGRPO",
     "Pairs", "Pictures", "PrefGRPO", "ReFL", "TempFlowGRPO",
 ]  # fmt: skip

@@ -167,6 +167,7 @@ class Collection:
         old_mean: Float[Tensor, "samples *latent"] | None = None,
         next_row: Int[Tensor, " samples"] | None = None,
         guidance: float | None = None,
+        generated: bool = False,
     ) -> None:
         """Record an action of each sample, from the row ``state`` of ``x`` to a row of ``x_next``.
 
@@ -183,6 +184,7 @@ class Collection:
             next_row: The row of ``x_next`` for each action; one after another by default.
             guidance: Guidance scale with which the model is trained on them; None for that of
                 ``sampling``. Either all actions of an iteration have one, or none.
+            generated: Whether ``x_next`` is the data that the model predicts at ``x``.
         """
         rows = torch.arange(len(samples)) if next_row is None else next_row
         before, after = self._offset_of(x), self._offset_of(x_next)
@@ -197,6 +199,7 @@ class Collection:
                 sample=samples.sample,
                 old_mean=old_mean,
                 guidance=None if guidance is None else torch.full((len(samples),), float(guidance)),
+                generated=torch.ones(len(samples), dtype=torch.bool) if generated else None,
             )
         )
 

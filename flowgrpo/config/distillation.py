@@ -34,6 +34,8 @@ def check_distillation(config: Any) -> None:
             "rewards: there are none, and the algorithm trains on them; add a table [[rewards]]"
         )
     teachers = config.loss.needs.teachers
+    if teachers and teachers.models:
+        _check_whole_models(config, teachers.models[0])
     for number, teacher in enumerate(teachers.all if teachers else ()):
         key = f"loss.teachers[{number}]"
         sampling = teacher_sampling(teacher, config.sampling)
@@ -42,12 +44,29 @@ def check_distillation(config: Any) -> None:
         except ValueError as error:
             text = str(error).replace("sampling.call", f"{key}.call")
             raise ConfigError(text.replace("set sampling.guidance_scale", f"set {key}.guidance_scale")) from error  # fmt: skip
-        if teacher.is_base and sampling == config.sampling:
+        # With a fake score the student is a model of few steps, and the teacher is not.
+        imitates = config.loss.needs.fake_score is None
+        if imitates and teacher.is_base and sampling == config.sampling:
             raise ConfigError(
                 f"{key} is the model before training and samples as the student does (guidance_scale = "
                 f"{sampling.guidance_scale}), so there is nothing to learn: give it another guidance_scale, or the "
                 "path of an adapter"
             )
+
+
+def _check_whole_models(config: Any, path: str) -> None:
+    """Raise ConfigError if the weights of a whole model cannot take the place of the student's."""
+    key = f"loss.teachers: weights = 'model' of {path}"
+    if config.parallel.is_sharded:
+        raise ConfigError(
+            f"{key} is not possible with parallel.shard = {config.parallel.shard!r}, which divides the student's weights "
+            "alone; set it to 'off', or use an adapter as teacher"
+        )
+    if config.memory.quantize != "none":
+        raise ConfigError(
+            f"{key} is not possible with memory.quantize = {config.memory.quantize!r}: the student's weights have another "
+            "form than the teacher's; set it to 'none', or use an adapter as teacher"
+        )
 
 
 def _check_uses_of_rewards(config: Any) -> None:

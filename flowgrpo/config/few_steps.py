@@ -87,6 +87,13 @@ def few_step_notes(config: Any) -> list[str]:
             f"detail. {advice}"
         ]
     notes = []
+    needs = config.loss.needs
+    if needs.fake_score is not None and needs.teachers.use_base:
+        notes.append(
+            f"{begin}, and it is its own teacher (loss.teachers): a model of a few steps does not know the scores that "
+            "are matched. Set loss.teachers[0] to {path = MODEL, weights = 'model'} with the model that it was distilled from, or, if the few-step "
+            "adapter is model.weights.init, to 'pipeline'"
+        )
     if algorithm.action_kind == "step" and isinstance(algorithm.transition, FlowSDE | DanceSDE):
         notes.append(
             f"{begin}, and the noise of {algorithm.transition.kind!r} is exact for short steps only: rollouts are "

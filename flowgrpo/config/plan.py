@@ -200,8 +200,10 @@ def plan(config: Config, num_ranks: int = 1) -> Plan:
     groups = t.groups // config.parallel.shares(num_ranks)
     steps = 0
     kind: ActionKind = config.algorithm.action_kind
-    if kind in ("step", "visited_state", "neighbor"):
+    if kind in ("step", "visited_state", "neighbor", "step_and_generated"):
         steps = len(config.algorithm.trained_steps(config.sampling.num_steps, 0, random))
+    if kind in ("generated", "step_and_generated"):
+        steps += 1
     samples = groups * size_
     # The states of one denoising step, and the denoising steps, in one optimizer step.
     # Of neighbours, the states of anchors only.

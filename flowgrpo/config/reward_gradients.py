@@ -18,7 +18,7 @@ def check_reward_gradients(config: Any) -> None:
         raise ConfigError(
             f"parallel.shard = {config.parallel.shard!r} is not possible with the loss {name}: its backward pass goes "
             "through several steps of the denoiser, for which the processes do not gather the parameters in one "
-            "order; set it to 'none'"
+            "order; set it to 'off'"
         )
     if config.memory.offload_vae:
         raise ConfigError(

@@ -8,8 +8,10 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from flowgrpo.algorithms import (
+    DMD,
     FIND,
     G2RPO,
+    RTDMD,
     SRPO,
     TPGRPO,
     VGPO,
@@ -36,6 +38,7 @@ from flowgrpo.config.benchmarks import Bench, check_benchmarks
 from flowgrpo.config.best import check_best
 from flowgrpo.config.bounds import check_bounds
 from flowgrpo.config.distillation import check_distillation
+from flowgrpo.config.distribution_matching import check_distribution_matching
 from flowgrpo.config.examples import check_examples
 from flowgrpo.config.previews import check_previews
 from flowgrpo.config.regimes import Regime, check_regimes
@@ -48,6 +51,7 @@ from flowgrpo.losses import base as losses
 from flowgrpo.losses.base import Loss
 from flowgrpo.losses.clipped import ClippedLoss
 from flowgrpo.losses.distillation import DistillationLoss
+from flowgrpo.losses.dmd import DMDLoss
 from flowgrpo.losses.dpo import DPOLoss
 from flowgrpo.losses.group_matching import CRDLoss, DGPOLoss
 from flowgrpo.losses.matching import MatchingLoss
@@ -310,13 +314,13 @@ class Config:
     algorithm: (
         FlowGRPO | DanceGRPO | MixGRPO | PrefGRPO | DiffusionNFT | Matching
         | NeighborGRPO | TempFlowGRPO | G2RPO | TPGRPO | VGPO | BranchGRPO | FIND | Distillation | DRaFT | ReFL
-        | SRPO | Pictures | Pairs | Algorithm
+        | SRPO | Pictures | Pairs | DMD | RTDMD | Algorithm
     )  # fmt: skip
     """What is sampled, and which candidates give each action its advantage; ``kind`` may be the import
     path of an algorithm of your own."""
     loss: (
         ClippedLoss | NFTLoss | MatchingLoss | DGPOLoss | CRDLoss | DistillationLoss | SupervisedLoss
-        | DPOLoss | NeighborLoss | RewardGradientLoss | Loss
+        | DPOLoss | NeighborLoss | RewardGradientLoss | DMDLoss | Loss
     ) = field(default_factory=ClippedLoss)  # fmt: skip
     """The objective of an update; ``kind`` may be the import path of a loss of your own."""
     rewards: tuple[Reward, ...] = ()
@@ -393,6 +397,7 @@ class Config:
     def _check_updates(self) -> None:
         """Raise ConfigError if the loss is not defined for the batches and updates of an iteration."""
         check_reward_gradients(self)
+        check_distribution_matching(self)
         check_examples(self)
         loss, train, needs = self.loss, self.train, self.loss.needs
         size = self.algorithm.group_size

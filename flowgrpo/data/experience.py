@@ -94,6 +94,8 @@ class Actions:
             hacking set it.
         guidance: Guidance scale with which the model is trained on each action; None for that of
             ``sampling``.
+        generated: Which actions lead to data that the model predicts, in place of a denoising step; None for
+            none.
     """
 
     states: Latents
@@ -106,6 +108,7 @@ class Actions:
     old_mean: Float[Tensor, "actions *latent"] | None = None
     kl_weight: Float[Tensor, " actions"] | None = None
     guidance: Float[Tensor, " actions"] | None = None
+    generated: Bool[Tensor, " actions"] | None = None
 
     def __len__(self) -> int:
         return self.step.shape[0]
@@ -124,6 +127,13 @@ class Actions:
         """Actions from states of their own, ``x[state]``, to states of their own, ``x_next``."""
         next_state = len(x) + torch.arange(len(x_next))
         return cls(Latents([x, x_next]), state, next_state, step, old_log_prob, group, sample)
+
+    @property
+    def is_generated(self) -> Bool[Tensor, " actions"]:
+        """``generated``, with False where it is None."""
+        if self.generated is None:
+            return torch.zeros(len(self), dtype=torch.bool)
+        return self.generated
 
     @property
     def x_next(self) -> Float[Tensor, "actions *latent"]:
@@ -151,6 +161,7 @@ class Actions:
             old_mean=None if self.old_mean is None else self.old_mean[rows],
             kl_weight=None if self.kl_weight is None else self.kl_weight[rows],
             guidance=None if self.guidance is None else self.guidance[rows],
+            generated=None if self.generated is None else self.generated[rows],
         )
 
     @staticmethod
@@ -180,6 +191,9 @@ class Actions:
             sample=torch.cat([p.sample for p in parts]),
             old_mean=torch.cat(means) if means else None,
             guidance=torch.cat(scales) if scales else None,
+            generated=torch.cat([p.is_generated for p in parts])
+            if any(p.generated is not None for p in parts)
+            else None,
         )
 
 

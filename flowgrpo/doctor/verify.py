@@ -36,6 +36,7 @@ from flowgrpo.training.loop import train
 
 TINY = {
     "stabilityai/stable-diffusion-3.5-medium": "sd3",
+    "stabilityai/stable-diffusion-3.5-large": "sd3",
     "black-forest-labs/FLUX.1-dev": "flux",
     "black-forest-labs/FLUX.2-klein-base-9B": "flux2_klein",
     "stable-diffusion-v1-5/stable-diffusion-v1-5": "sd15",
@@ -218,6 +219,8 @@ def _environment(config: Config) -> dict[str, str]:
 
 def _short(recipe: Config, updates: int) -> list[str]:
     """Settings for one iteration with as few groups and pictures as there can be."""
+    # A grid that is given has its own number of steps.
+    given = len(recipe.sampling.sigmas or recipe.sampling.timesteps)
     return [
         "train.iterations=1",
         f"train.updates={updates}",
@@ -227,7 +230,7 @@ def _short(recipe: Config, updates: int) -> list[str]:
         # Its judge needs weights; it has tests of its own.
         "evaluation.bench=[]",
         "evaluation.images=6",
-        "evaluation.num_steps=2",
+        f"evaluation.num_steps={given or 2}",
         "evaluation.grid_prompts=1",
         "evaluation.grid_samples=1",
         "failures.probe=off",
@@ -254,6 +257,11 @@ def _own_teachers(recipe: Config) -> list[str]:
         return []
     guidance = (recipe.sampling.guidance_scale or 1.0) + 3.0
     return [f"loss.teachers=[{{path='base', guidance_scale={guidance}}}]"]
+
+
+def _without_start(recipe: Config) -> list[str]:
+    """No earlier adapter to start from."""
+    return ["model.weights.init=''"] if getattr(recipe.model.weights, "init", "") else []
 
 
 def _without_judge(recipe: Config) -> list[str]:
@@ -303,6 +311,7 @@ def _tiny(recipe: Config, folder: Path) -> tuple[list[str], list[str]]:
         "algorithm.group_size=2",
         *_stand_ins(recipe),
         *_own_teachers(recipe),
+        *_without_start(recipe),
         *_without_judge(recipe),
         *_short(recipe, min(recipe.train.updates, 2)),
         "train.lr=1e-3",
@@ -374,6 +383,7 @@ def _random_weights(recipe: Config, folder: Path, device: str) -> tuple[list[str
         f"model.path='{model}'",
         *_stand_ins(recipe),
         *_own_teachers(recipe),
+        *_without_start(recipe),
         *_without_judge(recipe),
         *_short(recipe, recipe.train.updates),
         *pictures,

@@ -16,18 +16,22 @@ from typing import ClassVar, Literal, Protocol, runtime_checkable
 
 from flowgrpo.core.tensors import Bool, Float, Int, Tensor
 from flowgrpo.core.transitions import Gaussian, Prediction, Step, Transition
+from flowgrpo.losses.fake_score import FakeScore
 from flowgrpo.losses.teachers import Teachers
 
 ActionKind = Literal[
-    "step", "noised_sample", "visited_state", "initial_noise", "differentiated", "neighbor"
-]
+    "step", "noised_sample", "visited_state", "initial_noise", "differentiated", "neighbor",
+    "generated", "step_and_generated",
+]  # fmt: skip
 """``step``: a stochastic denoising step with a log-probability. ``noised_sample``: a finished sample
 with fresh noise, which has no log-probability; ``x_next`` is the clean sample. ``visited_state``: a
 state of a trajectory, deterministic or not, whose step is compared with a teacher's. ``initial_noise``: the
 draw of the initial latents, which has a log-probability but no ``interval`` and no step size.
 ``differentiated``: a state from which the reward of the decoded image is differentiated; it has no
 log-probability. ``neighbor``: a deterministic step with the next state of another sample, whose
-log-probability is that among the samples of the group."""
+log-probability is that among the samples of the group. ``generated``: a state of a trajectory from which
+the model predicts the data, ``x_next``, whose distribution is matched with a teacher's; it has no
+log-probability. ``step_and_generated``: both, ``step`` and ``generated``."""
 
 
 Trail = Literal["none", "third", "half", "late", "rising"]
@@ -128,6 +132,8 @@ class LossInputs:
             (``LossNeeds.group_term``).
         reward: The reward of the image that each action leads to; it carries gradients. Supplied for
             ``LossNeeds.reward_gradient``.
+        direction: The direction against which generated data moves to match the teacher's distribution;
+            None if the batch's actions are steps. Supplied for ``LossNeeds.fake_score``.
     """
 
     policy: PolicyOutputs
@@ -152,6 +158,7 @@ class LossInputs:
     chunk_log_ratio: Float[Tensor, " actions"] | None = None
     whole: WholeGroups | None = None
     reward: Float[Tensor, " actions"] | None = None
+    direction: Float[Tensor, "actions *latent"] | None = None
 
     def per_action(self, values: Float[Tensor, "states *rest"]) -> Float[Tensor, "actions *rest"]:
         """Values of states, repeated for the actions that start there."""
@@ -243,6 +250,8 @@ class LossNeeds:
             number of its chunk's actions, so that the loss is a mean over chunks. Empty for none.
         reward_gradient: The reward of the decoded image, with its gradient. Every reward with a weight
             must have one.
+        fake_score: How the score of the policy's own samples is learned; with the teachers it gives
+            :attr:`LossInputs.direction`. The teachers are then evaluated at noised samples alone.
     """
 
     action_kinds: Sequence[ActionKind] = ("step",)
@@ -263,6 +272,7 @@ class LossNeeds:
     step_weight: Callable[[Transition, Step], float] | None = None
     chunks: Sequence[int] = ()
     reward_gradient: bool = False
+    fake_score: FakeScore | None = None
 
 
 @runtime_checkable

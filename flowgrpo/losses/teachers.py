@@ -2,10 +2,14 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
+KEY = "loss.teachers"
 BASE = "base"
 """The teacher that is the model before training."""
+PIPELINE = "pipeline"
+"""The teacher that is the pipeline without trained adapters: the model before training, unless training
+starts from an adapter (``model.weights.init``)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -14,8 +18,12 @@ class Teacher:
 
     path: str = BASE
     """The teacher's weights: ``base`` for the model before training, which needs another guidance than
-    the student's; or a LoRA adapter of the same model: a file, folder, hub id or the directory of a finished
+    the student's; ``pipeline`` for the same without ``model.weights.init``; or a LoRA adapter of the same model: a file, folder, hub id or the directory of a finished
     run, as in ``model.adapters``, or a checkpoint of a run, such as ``runs/a/checkpoints/best``."""
+    weights: Literal["adapter", "model"] = "adapter"
+    """What ``path`` is: an ``adapter``, or a whole ``model``, the folder or hub id of a pipeline whose denoisers
+    have the student's architecture. Their weights are held in main memory, and take their place on the
+    device beside the student's while the teacher is evaluated."""
     guidance_scale: float | None = None
     """Guidance scale of the teacher; if unset, that of ``sampling``. With another scale than the student's,
     guidance is distilled into the weights."""
@@ -50,7 +58,13 @@ class Teachers:
     @property
     def paths(self) -> list[str]:
         """The paths of the teachers' adapters, each once."""
-        return list(dict.fromkeys(t.path for t in self.all if not t.is_base))
+        some = (t for t in self.all if not t.is_base and t.weights == "adapter")
+        return list(dict.fromkeys(t.path for t in some))
+
+    @property
+    def models(self) -> list[str]:
+        """The paths of the teachers that are whole models, each once."""
+        return list(dict.fromkeys(t.path for t in self.all if t.weights == "model"))
 
     @property
     def use_base(self) -> bool:
@@ -93,6 +107,11 @@ class Teachers:
                 raise ValueError(
                     f"loss.teachers[{number}].path is empty; use {BASE!r} for the model before training, or the "
                     "path of an adapter"
+                )
+            if teacher.weights == "model" and teacher.path in (BASE, PIPELINE):
+                raise ValueError(
+                    f"loss.teachers[{number}].path = {teacher.path!r} is the student's own model; with weights = "
+                    "'model' give the folder or hub id of another pipeline"
                 )
             if not 0 < teacher.share < float("inf"):
                 raise ValueError(

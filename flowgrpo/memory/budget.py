@@ -76,6 +76,7 @@ class Footprint:
         adapter: Size of the adapters, which come on top of ``denoisers``; 0 for full fine-tuning.
         averaged: Whether a moving average of the trained weights is kept.
         earlier: Whether the trained weights before the last update are kept (``train.staleness``).
+        fake_score: Whether there is a fake score: values of the trained weights and AdamW's moments of its own.
         reference: Size of the reference policy's copy of the trained weights; 0 if it needs none.
         experience: Size of the states that a rollout stores.
         rewards: Size of each reward model on the device, by label; ``None`` if unknown.
@@ -83,6 +84,8 @@ class Footprint:
         rollout: Activations of the denoisers without gradients for one rollout batch.
         decode: Activations of the VAE for one rollout batch.
         training: Activations of one training batch with gradients.
+        teacher: Size of the weights of a teacher that is a whole model, which are on the device while it is
+            evaluated; 0 if there is none.
         kl: Whether the reference policy is evaluated while these activations are alive.
         batches: The ``rollout_batch`` and ``train_batch`` for which activations were traced.
         gathered: Size of the parameters of a divided denoiser that are whole at the same time: those
@@ -106,6 +109,7 @@ class Footprint:
     adapter: int
     averaged: bool
     earlier: bool = False
+    fake_score: bool = False
     reference: int
     experience: int
     rewards: Mapping[str, int | None]
@@ -122,6 +126,7 @@ class Footprint:
     whole_encoders: int = 0
     outputs: int = 0
     attention: int = 0
+    teacher: int = 0
 
 
 @dataclass(frozen=True)
@@ -177,6 +182,7 @@ def budget(m: Footprint, options: MemoryOptions) -> Budget:
         f"optimizer ({options.optimizer})": round(trained * OPTIMIZER[options.optimizer]),
         "moving average": round(4 * trained) if m.averaged else 0,
         "weights before the update": round(4 * trained) if m.earlier else 0,
+        "fake score and its optimizer": round(12 * trained) if m.fake_score else 0,
         "reference": round(m.reference / parts),
         "latents of a rollout": m.experience,
         **{f"reward {k}": v for k, v in m.rewards.items() if v is not None},
@@ -197,6 +203,9 @@ def budget(m: Footprint, options: MemoryOptions) -> Budget:
         + (m.vae if options.offload_vae else 0),
         "training": round(4 * trained) + round(activations / options.context) + gathered + messages,
     }
+    if m.teacher:
+        evaluated = m.rollout * options.train_batch / m.batches[0]
+        phases["teacher"] = m.teacher + round(evaluated)
     return Budget({k: v for k, v in resident.items() if v}, phases)
 
 

@@ -102,6 +102,8 @@ def estimate_footprint(
     latent = latents.numel() // batches[0] if latents else 0
     # Until a batch of the rollout is decoded, the model's outputs are kept.
     outputs = latent * batches[0] * config.sampling.num_steps * (4 if full else dtype.itemsize)
+    teachers = config.loss.needs.teachers
+    taught = sum(after[k] if full else before[k] for k in ours)
     return Footprint(
         denoisers={k: after[k] if full else before[k] for k in ours},
         linear=sum(w.numel() for w in linear),
@@ -112,6 +114,7 @@ def estimate_footprint(
         adapter=0 if full else 4 * trained,
         averaged=config.train.ema_decay > 0,
         earlier=config.train.staleness > 0,
+        fake_score=config.loss.needs.fake_score is not None,
         reference=4 * trained if full and kl else 0,
         experience=4 * latent * _kept(config, num_processes),
         rewards={r.label: _reward_bytes(r) for r in config.rewards},
@@ -124,6 +127,7 @@ def estimate_footprint(
         batches=batches,
         gathered=gathered,
         gathered_gradients=gradients,
+        teacher=taught if teachers and teachers.models else 0,
         whole=whole,
         attention=max((c.most for c in counts), default=0),
         **_divided_encoders(pipeline),

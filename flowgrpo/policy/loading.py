@@ -92,7 +92,7 @@ def _load_folder(
         raise ValueError(
             f"model.variant = {source.variant!r}: {source.path} has no weights of this variant; remove it"
         )
-    with _readable(source.path), _complete_weights(source.path):
+    with _readable(source.path), complete_weights(source.path):
         return DiffusionPipeline.from_pretrained(
             str(folder),
             dtype={"default": dtype, **exact},
@@ -174,7 +174,7 @@ def _readable(source: str) -> Iterator[None]:
 
 
 @contextmanager
-def _complete_weights(source: str) -> Iterator[None]:
+def complete_weights(source: str) -> Iterator[None]:
     """Refuse models, loaded inside, whose files lack weights or have others.
 
     Diffusers and transformers only log a warning, and give missing weights random values. Both report

@@ -65,6 +65,7 @@ from flowgrpo.policy.step_counter import counted
 from flowgrpo.policy.step_plan import StepPlan, StepRecord
 from flowgrpo.policy.teachers import read_teachers
 from flowgrpo.policy.weights import InitialNoise, Trainable
+from flowgrpo.policy.whole_teachers import read_whole_teachers
 
 FRAMES = ("num_frames", "video_length", "frames")
 """Names that video pipelines give to the number of frames (Latte, Sana-Video)."""
@@ -156,6 +157,7 @@ class PipelinePolicy:
         memory: Memory | None = None,
         parallel: Parallel | None = None,
         teachers: Sequence[str] = (),
+        whole_teachers: Sequence[str] = (),
     ):
         """Turn a loaded pipeline into a policy. The pipeline is changed.
 
@@ -171,6 +173,7 @@ class PipelinePolicy:
             memory: Settings that trade memory for time.
             parallel: Whether trained denoisers are divided among the processes.
             teachers: Adapters whose weights ``trainable.teacher`` will apply.
+            whole_teachers: Pipelines whose denoisers' weights it will apply.
 
         Raises:
             ValueError: If the pipeline cannot be a policy, does not take a sampling argument, or settings
@@ -187,7 +190,8 @@ class PipelinePolicy:
         self.models, self.denoisers = models_of(pipeline), denoisers(pipeline)
         start = read_start(pipeline, weights, self.denoisers) if weights else None
         taught = read_teachers(pipeline, teachers)
-        create = partial(Trainable, seed=seed, with_reference=with_reference, start=start, teachers=taught)  # fmt: skip
+        whole = read_whole_teachers(whole_teachers, self.denoisers, self.dtype)
+        create = partial(Trainable, seed=seed, with_reference=with_reference, start=start, teachers=taught, whole_teachers=whole)  # fmt: skip
         self._learned, self.lockstep = Learned(), Lockstep(self._join)
         self.encoding = EncoderLockstep(self.lockstep.messages, self.device)
         sharder = self._prepare(memory, parallel, weights)

@@ -14,12 +14,12 @@ import torch
 from diffusers import DiffusionPipeline, ModelMixin
 from torch import Tensor, nn
 
+from flowgrpo.losses.teachers import KEY, PIPELINE
 from flowgrpo.policy.adapters import LayerStart, read_layers
 from flowgrpo.policy.settings import LoRA, Weights
 
 Layers = Mapping[str, Mapping[str, LayerStart]]
 """The layers of an adapter, by denoiser and by layer."""
-KEY = "loss.teachers"
 FIRST, SECOND = ".lora_A.default.weight", ".lora_B.default.weight"
 """Ends of the names of a trained layer's two matrices."""
 
@@ -33,6 +33,9 @@ def read_teachers(pipeline: DiffusionPipeline, paths: Sequence[str]) -> dict[str
     """
     found: dict[str, Layers] = {}
     for path in paths:
+        if path == PIPELINE:
+            found[path] = {}
+            continue
         try:
             found[path] = read_layers(pipeline, path, KEY, "use a LoRA as teacher")
         except (FileNotFoundError, ValueError) as error:
@@ -49,6 +52,8 @@ def require_found(paths: Sequence[str]) -> None:
     """
     for path in paths:
         place = Path(path).expanduser()
+        if path == PIPELINE:
+            continue
         # Hub ids have one slash.
         is_file = path.startswith((".", "/", "~")) or path.count("/") != 1 or place.suffix
         if is_file and not place.exists():

@@ -23,6 +23,7 @@ from flowgrpo.policy.settings import Full, LoRA, Noise, Weights
 from flowgrpo.policy.sharding import Sharder, exchanged, local, parts_of
 from flowgrpo.policy.step_plan import StepRecord
 from flowgrpo.policy.teachers import Layers, digest, teacher_values
+from flowgrpo.policy.whole_teachers import Whole, exchanged_for
 
 ATTENTION_PROJECTIONS = (
     "to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out",
@@ -58,6 +59,7 @@ class Trainable:
         shard: Sharder | None = None,
         native: bool = False,
         teachers: Mapping[str, Layers] | None = None,
+        whole_teachers: Mapping[str, Whole] | None = None,
     ):
         """Prepare the denoisers in place: add adapters, or unfreeze parameters.
 
@@ -72,6 +74,7 @@ class Trainable:
             shard: Divides the denoisers among processes, once they have their adapters.
             native: Whether the denoisers compute without autocast, so that adapters cast their weights.
             teachers: The adapters of teachers, by their paths; copies are kept in main memory.
+            whole_teachers: The weights of teachers that are whole models, by their paths.
 
         Raises:
             ValueError: If LoRA targets match no layer, patterns match no parameter, a named denoiser
@@ -100,6 +103,9 @@ class Trainable:
             shard(denoisers)
         self.is_sharded = shard is not None
         self.parameters = _trained(chosen)
+        self._whole, self._all = whole_teachers or {}, denoisers
+        whole_digests = {k: digest(list(v.values())) for k, v in self._whole.items()}
+        self.teacher_digests |= whole_digests
         self._teachers = {k: parts_of(v, list(self.parameters.values())) for k, v in taught.items()}
         copies = bool(start) or (with_reference and isinstance(weights, Full))
         # In main memory: it is used only a few times per iteration.
@@ -151,7 +157,18 @@ class Trainable:
 
     @contextmanager
     def teacher(self, path: str) -> Iterator[None]:
-        """Use the weights of a teacher inside the context, by the path of its adapter."""
+        """Use the weights of a teacher inside the context, by the path of its adapter or model."""
+        if path in self._whole:
+            adapted = self.denoisers.values() if isinstance(self.weights, LoRA) else ()
+            for model in adapted:
+                model.disable_adapters()
+            try:
+                with swapped(*exchanged_for(self._whole[path], self._all)):
+                    yield
+            finally:
+                for model in adapted:
+                    model.enable_adapters()
+            return
         own, values = list(self.parameters.values()), self._teachers[path]
         if not self.is_sharded:
             values = [v.to(p.device) for v, p in zip(values, own, strict=True)]

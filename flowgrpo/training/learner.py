@@ -32,6 +32,7 @@ from flowgrpo.policy import EMA, PipelinePolicy
 from flowgrpo.policy.sharding import clip_gradients, divided_like, local
 from flowgrpo.policy.weights import Trainable, swapped
 from flowgrpo.training.baseline import ValueBaseline
+from flowgrpo.training.distribution_matching import DistributionMatching
 from flowgrpo.training.divergence import MAX_SKIPPED, are_finite, check_drift
 from flowgrpo.training.group_terms import whole_groups
 from flowgrpo.training.guard import Guarding
@@ -71,6 +72,7 @@ class Learner:
         earlier: With ``train.staleness``, the trained weights before the last update; None before the first.
         baseline: The learned baseline, if the algorithm needs one.
         guarding: The guards against reward hacking, if any is on.
+        matching: The fake score, if the loss matches distributions.
         buffer: Earlier groups that are trained on again, if there are any; set by the setup.
     """
 
@@ -119,6 +121,11 @@ class Learner:
             average=None if self.ema is None else self.ema.applied,
             rewarded=rewarded,
         )
+        self.matching: DistributionMatching | None = None
+        if needs.fake_score is not None:
+            self.matching = DistributionMatching(
+                policy, self.replay, needs.fake_score, accelerator, train.train_batch
+            )
         self.num_updates = 0
         self.gradient_norms: list[float] = []
         self._lost_iterations = 0
@@ -172,6 +179,8 @@ class Learner:
         noted: dict[str, float] = {}
         if self.guarding is not None:
             experience, advantages, noted = self.guarding.applied(experience, advantages)
+        if self.matching is not None:
+            noted |= self.matching.prepare(experience, random)
         actions = experience.actions
         kept = torch.ones(len(actions), dtype=torch.bool)
         differs = advantages != 0 if advantages.ndim == 1 else (advantages != 0).any(1)
@@ -194,6 +203,8 @@ class Learner:
                         experience, batch, columns[0], reference, is_first, teacher
                     )
                     inputs = replace(inputs, chunk_log_ratio=ratio, whole=whole)
+                    if self.matching is not None:
+                        inputs = replace(inputs, direction=self.matching.direction(batch))
                     loss = self._loss(inputs, columns[1:], statistics)
                     # Wan 2.2 has two denoisers. If only one is trained, the steps of the other carry
                     # no gradient, and nothing is backpropagated.
@@ -221,7 +232,8 @@ class Learner:
         references: Iterable[StoredOutputs] = []
         if needs.reference:
             references = self.replay.references(experience, referred, needs.reference_guidance)
-        taught = self.replay.taught(experience, referred) if needs.teachers else []
+        at_states = needs.teachers and not needs.fake_score
+        taught = self.replay.taught(experience, referred) if at_states else []
         if needs.group_term:
             # They are used twice: for the whole groups, and for the batches.
             references = list(references)
@@ -460,6 +472,8 @@ class Learner:
             parts["earlier"] = dict(zip(self.named, self.earlier, strict=True))
         if self.baseline is not None:
             parts["baseline"] = self.baseline.state()
+        if self.matching is not None:
+            parts |= self.matching.state()
         if self.buffer is not None and self.buffer.groups:
             parts["replay"] = self.buffer.state()
         if self._reference is not None:
@@ -513,6 +527,8 @@ class Learner:
             self.earlier = [parts["earlier"][name].to(p.device) for name, p in names]
         if self.baseline is not None:
             self.baseline.restore(parts["baseline"])
+        if self.matching is not None:
+            self.matching.restore(parts)
         if self.buffer is not None:
             self.buffer.restore(parts.get("replay", {}))
         if self.guarding is not None:

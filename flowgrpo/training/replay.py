@@ -19,6 +19,7 @@ from flowgrpo.core.transitions import Gaussian, Prediction
 from flowgrpo.data.experience import Actions, Experience
 from flowgrpo.data.prompts import Prompt
 from flowgrpo.losses.base import Loss, LossInputs, PolicyOutputs
+from flowgrpo.losses.teachers import Teacher
 from flowgrpo.policy import PipelinePolicy, Sampling
 from flowgrpo.policy.arguments import call_key
 from flowgrpo.policy.step_plan import StepRecord
@@ -139,10 +140,19 @@ class Replay:
         is_at_hand = trained is None or trained.reference_is_at_hand
         if is_at_hand and not self.policy.in_lockstep:
             return self._references_in_turn(experience, batches, sampling)
-        return self._outputs_of(self.policy.reference, experience, batches, sampling)
+        return self.outputs_of(self.policy.reference, experience, batches, sampling)
 
-    def taught(self, experience: Experience, batches: Sequence[Actions]) -> list["StoredOutputs"]:
-        """The outputs of the teachers for all batches, each of its prompts' teacher, in main memory."""
+    def taught(
+        self, experience: Experience, batches: Sequence[Actions], sampling: Sampling | None = None
+    ) -> list["StoredOutputs"]:
+        """The outputs of the teachers for all batches, each of its prompts' teacher, in main memory.
+
+        Args:
+            experience: The iteration's experience.
+            batches: Parts of its actions, or others of its prompts.
+            sampling: Arguments of the pipeline's call that the teachers' own come on top of; by default the
+                policy's.
+        """
         teachers, found = self.loss.needs.teachers, dict[int, StoredOutputs]()
         assert teachers is not None
         metadata = {g.index: g.prompt.metadata for g in experience.groups}
@@ -151,20 +161,21 @@ class Replay:
         # In all processes in this order, also for a teacher without batches here.
         for number, teacher in enumerate(teachers.all):
             own = [i for i, owner in enumerate(owners) if owner == number]
-            chosen, sampling = (
-                [batches[i] for i in own],
-                teacher_sampling(teacher, self.policy.sampling),
+            call = teacher_sampling(teacher, sampling or self.policy.sampling)
+            outputs = self.outputs_of(
+                self.teacher_weights(teacher), experience, [batches[i] for i in own], call
             )
-            trainable = self.policy.trainable
-            weights: Weights = self.policy.reference
-            if not teacher.is_base:
-                assert isinstance(trainable, Trainable), "refused by the configuration"
-                weights = partial(trainable.teacher, teacher.path)
-            outputs = self._outputs_of(weights, experience, chosen, sampling)
             found.update(zip(own, outputs, strict=True))
         return [found[i] for i in range(len(batches))]
 
-    def _outputs_of(
+    def teacher_weights(self, teacher: Teacher) -> Weights:
+        """Enters a context inside which the policy has the weights of a teacher."""
+        if teacher.is_base:
+            return self.policy.reference
+        assert isinstance(self.policy.trainable, Trainable), "refused by the configuration"
+        return partial(self.policy.trainable.teacher, teacher.path)
+
+    def outputs_of(
         self,
         weights: Weights,
         experience: Experience,

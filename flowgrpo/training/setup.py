@@ -165,6 +165,7 @@ def _load_policy(config: Config, session: Session) -> PipelinePolicy:
         memory=config.memory,
         parallel=config.parallel,
         teachers=_teacher_paths(config),
+        whole_teachers=teachers.models if (teachers := config.loss.needs.teachers) else (),
     )
     policy.lockstep.timeout = timedelta(minutes=config.run.rank_timeout_minutes)
     return policy
