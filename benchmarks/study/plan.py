@@ -12,7 +12,7 @@ from statistics import median
 from typing import Any, Literal
 
 from benchmarks.study.entries import ALGORITHMS, FURTHER, RATES, Entry
-from flowgrpo.data import files
+from flowgrpo.data import files, strict_json
 
 Kind = Literal["main", "flawed", "second", "guided", "long"]
 KINDS: Mapping[Kind, str] = {
@@ -127,7 +127,7 @@ class Store:
         file.parent.mkdir(parents=True, exist_ok=True)
         described = {k: v for k, v in asdict(job).items() if k != "entry"}
         name = job.entry.name if job.entry else ""
-        files.write_whole(file, json.dumps({"entry": name, **described, **result}, indent=1))
+        files.write_whole(file, strict_json.dumps({"entry": name, **described, **result}, indent=1))
 
     def unit(self) -> float | None:
         """Processor seconds of the reference work when the study began; None before that."""
@@ -137,7 +137,7 @@ class Store:
     def save_unit(self, seconds: float) -> None:
         """Keep the processor seconds of the reference work."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        files.write_whole(self.folder / "unit.json", json.dumps({"seconds": seconds}))
+        files.write_whole(self.folder / "unit.json", strict_json.dumps({"seconds": seconds}))
 
     def seconds_per_iteration(self, entry: Entry, value: str, kind: Kind = "main") -> float | None:
         """Processor seconds of an iteration, on the machine as it was when the study began.

@@ -81,7 +81,9 @@ class RecordedRun:
         if at == "last":
             chosen = known[-1:]
         elif at == "best":
-            rewards = [e for e in known if math.isfinite(e.get("reward") or math.nan)]
+            rewards = [
+                e for e in known if e.get("reward") is not None and math.isfinite(e["reward"])
+            ]
             chosen = [max(rewards, key=lambda e: e["reward"])] if rewards else []
         else:
             chosen = [e for e in known if e["iteration"] == int(at)]

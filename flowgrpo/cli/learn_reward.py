@@ -1,11 +1,11 @@
 """``flowgrpo learn-reward``."""
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
 from flowgrpo.cli.common import UsageError, parse_setting
+from flowgrpo.data import strict_json
 
 SUMMARY = "fit a reward to the votes of people, over frozen features of pictures"
 EXAMPLE = """\
@@ -86,7 +86,7 @@ def run(options: argparse.Namespace) -> int:
         )
     tensors = {"weight": torch.from_numpy(fit.weight).float(), "mean": torch.from_numpy(fit.mean).float(), "probe": features([probe])[0]}  # fmt: skip
     notes: dict[str, Any] = {
-        "kind": "flowgrpo-vote-head", "format": 1, "features": options.features, "options": json.dumps(settings),
+        "kind": "flowgrpo-vote-head", "format": 1, "features": options.features, "options": strict_json.dumps(settings),
         "accuracy": f"{fit.accuracy:.4f}", "low": f"{fit.low:.4f}", "high": f"{fit.high:.4f}", "pairs": fit.pairs,
         "penalty": f"{fit.penalty:g}", "ballots": " ".join(b.digest for b, _ in read),
     }  # fmt: skip

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flowgrpo.cli.common import UsageError, parse_setting, quiet, read_image
+from flowgrpo.data import strict_json
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -401,7 +402,7 @@ def _score_batch(
 
 def _write_jsonl(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
     """One object per line; failed scores are null, as JSON has no NaN."""
-    path.write_text("".join(json.dumps(_without_nan(r)) + "\n" for r in records), "utf-8")
+    path.write_text("".join(strict_json.dumps(r) + "\n" for r in records), "utf-8")
 
 
 def _write_csv(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
@@ -409,10 +410,4 @@ def _write_csv(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, list(records[0]))
         writer.writeheader()
-        writer.writerows(_without_nan(r) for r in records)
-
-
-def _without_nan(record: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()
-    }
+        writer.writerows(strict_json.finite(r) for r in records)

@@ -155,6 +155,7 @@ def _dry_run(config: "Config", num_processes: int, memory_gb: float | None) -> i
     from flowgrpo.config.few_steps import few_step_notes
     from flowgrpo.config.geometry import geometry
     from flowgrpo.config.plan import plan
+    from flowgrpo.config.without_effect import idle_notes
     from flowgrpo.policy.model_files import locate
     from flowgrpo.training.inputs import check_inputs
     from flowgrpo.training.run_changes import in_force
@@ -189,7 +190,8 @@ def _dry_run(config: "Config", num_processes: int, memory_gb: float | None) -> i
     console = Console()
     for name, value in rows:
         console.say(f"{name:>20}  {value}")
-    warnings = [f"WARNING: {n}" for n in (*work.notes(), *few_step_notes(config))]
+    notes = (*work.notes(), *idle_notes(config), *few_step_notes(config))
+    warnings = [f"WARNING: {n}" for n in notes]
     for note in [*kept, *warnings, *_notes(config, train, held_out)]:
         console.say(note)
     print_estimate(config, num_processes, memory_gb, console)

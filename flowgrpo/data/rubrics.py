@@ -12,6 +12,8 @@ from jaxtyping import Float
 from scipy.optimize import minimize
 from scipy.special import expit
 
+from flowgrpo.data import strict_json
+
 KEYS = ("rubric", "weight", "note")
 
 
@@ -67,7 +69,7 @@ def read_rubrics(given: str | Sequence[str | Mapping[str, Any]]) -> list[Rubric]
 def write_rubrics(path: Path, rubrics: Sequence[Rubric]) -> None:
     """Write a ``.jsonl`` file for :func:`read_rubrics`."""
     records = [{"rubric": r.text, "weight": r.weight, "note": r.note} for r in rubrics]
-    path.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records))
+    path.write_text("".join(strict_json.dumps(r, ensure_ascii=False) + "\n" for r in records))
 
 
 def _rubric(entry: Any, where: str) -> Rubric:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from flowgrpo.core.imports import suggest
+from flowgrpo.data import strict_json
 from flowgrpo.data.prompts import Prompt
 from flowgrpo.evaluation.samplers import Sampler
 
@@ -185,7 +186,7 @@ class GridSettings:
 
     def to_json(self) -> str:
         """The settings as JSON for the metadata of a picture."""
-        return json.dumps({"format": FORMAT, **asdict(self)}, ensure_ascii=False)
+        return strict_json.dumps({"format": FORMAT, **asdict(self)}, ensure_ascii=False)
 
     @classmethod
     def from_picture(cls, path: Path) -> "GridSettings":

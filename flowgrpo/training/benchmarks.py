@@ -47,6 +47,7 @@ from flowgrpo.config.schema import Config, Evaluation
 from flowgrpo.core.errors import ConfigError
 from flowgrpo.core.imports import suggest
 from flowgrpo.core.measures import Measured
+from flowgrpo.data import strict_json
 from flowgrpo.policy import PipelinePolicy, Sampling
 from flowgrpo.training.learner import Learner
 from flowgrpo.training.session import Session
@@ -262,7 +263,7 @@ class Benchmarks:
         A folder that was made with others, such as the weights of a run that took another turn after
         it was interrupted, is emptied.
         """
-        settings = json.loads(json.dumps(settings_of(plan, plan.subject.identity())))
+        settings = json.loads(strict_json.dumps(settings_of(plan, plan.subject.identity())))
         try:
             same = read_json(plan.folder / SETTINGS).get("settings") == settings
         except BenchError:

@@ -12,7 +12,7 @@ from torch import Tensor
 from flowgrpo.config.schema import Evaluation
 from flowgrpo.core.imports import import_path
 from flowgrpo.core.measures import Measured, waited
-from flowgrpo.data import files
+from flowgrpo.data import files, strict_json
 from flowgrpo.data.audio import Audio
 from flowgrpo.data.prompt_sets import PromptSet
 from flowgrpo.evaluation import held_out
@@ -110,7 +110,9 @@ class Evaluator:
         notes = prompt_notes(
             scorer.rewards, found, self.needs_rewards, refuse=scorer.failures.probe == "refuse"
         )
-        files.write_whole(file, json.dumps({"ignores_prompt": found, "notes": notes}, indent=1))
+        files.write_whole(
+            file, strict_json.dumps({"ignores_prompt": found, "notes": notes}, indent=1)
+        )
         for note in notes:
             session.console.say(f"WARNING: {note}")
 

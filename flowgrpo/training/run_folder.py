@@ -13,7 +13,7 @@ from flowgrpo.config.changes import differences, may_change
 from flowgrpo.config.files import CONFIG, INPUTS, absolute
 from flowgrpo.config.reference import to_table
 from flowgrpo.config.training_data import training_source
-from flowgrpo.data import files
+from flowgrpo.data import files, strict_json
 from flowgrpo.training import checkpoints, lock
 from flowgrpo.training.run_changes import HISTORY, SESSIONS, kept_changes
 
@@ -65,8 +65,8 @@ def claim(
         if changed:
             _keep_configuration(folder)
         files.write_whole(file, configuration.dump(absolute(config)))
-        files.write_whole(folder / INPUTS, json.dumps(inputs, indent=1))
-        files.write_whole(folder / "environment.json", json.dumps(environment, indent=1))
+        files.write_whole(folder / INPUTS, strict_json.dumps(inputs, indent=1))
+        files.write_whole(folder / "environment.json", strict_json.dumps(environment, indent=1))
         if (folder / FINISHED).exists():
             files.delete(folder / FINISHED)
         if stopped is not None:
@@ -144,13 +144,13 @@ def mark_stopped(config: Config, after: int, checkpoint: str, best: int, value: 
         "value": value,
         "settings": settings,
     }
-    files.write_whole(Path(config.run.folder) / STOPPED, json.dumps(found, indent=1))
+    files.write_whole(Path(config.run.folder) / STOPPED, strict_json.dumps(found, indent=1))
 
 
 def mark_finished(config: Config) -> None:
     """Note that the run has finished."""
     done = {"iterations": config.train.iterations, "at": time.strftime("%Y-%m-%d %H:%M:%S")}
-    files.write_whole(Path(config.run.folder) / FINISHED, json.dumps(done))
+    files.write_whole(Path(config.run.folder) / FINISHED, strict_json.dumps(done))
 
 
 def _changes(

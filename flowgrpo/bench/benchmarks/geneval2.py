@@ -36,6 +36,7 @@ from flowgrpo.bench.data import open_data, read_jsonl
 from flowgrpo.bench.files import write_atomically, write_json
 from flowgrpo.bench.judging import in_flight
 from flowgrpo.core.tensors import Float, Tensor, torch
+from flowgrpo.data import strict_json
 from flowgrpo.data.prompts import Prompt
 
 __all__ = ["GenEval2"]
@@ -139,7 +140,7 @@ class GenEval2(Benchmark):
         images = {r.entry.prompt.text: r.path for r in first if r.path}
         write_json(folder / "images.json", images)
         scores = [[] if r.judgement is None else list(r.judgement["atoms"]) for r in first]
-        write_atomically(folder / "scores.json", json.dumps(scores).encode())
+        write_atomically(folder / "scores.json", strict_json.dumps(scores).encode())
         return [folder / "images.json", folder / "scores.json"]
 
     def read_results(self, path: Path) -> Iterator[tuple[Entry, int, Json]]:

@@ -30,6 +30,7 @@ from flowgrpo.bench.data import open_data, read_jsonl
 from flowgrpo.bench.endpoint import EndpointJudge, EndpointSettings, named_note
 from flowgrpo.bench.files import fingerprint, write_atomically
 from flowgrpo.bench.wording import Wording
+from flowgrpo.data import strict_json
 from flowgrpo.data.prompts import Prompt
 
 __all__ = ["WISE"]
@@ -175,7 +176,7 @@ class WISE(EndpointSettings, Benchmark):
             }
             keys = ("score",) if self.protocol == "verified" else MARKS
             row.update({k: result.judgement[k] for k in keys})
-            lines.append(json.dumps(row, ensure_ascii=False) + "\n")
+            lines.append(strict_json.dumps(row, ensure_ascii=False) + "\n")
         write_atomically(folder / "scores.jsonl", "".join(lines).encode())
         return [folder / "scores.jsonl"]
 
