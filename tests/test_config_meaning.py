@@ -94,11 +94,11 @@ def test_samplings_of_evaluations_and_trained_steps(monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize(
     ("settings", "problem"),
     [
-        (["train.updates=4"], r"among train.updates = 4 optimizer steps and 1 processes \(4 x 1 = 4\); the nearest that can is train.groups = 16"),
+        (["train.updates=4"], r"among train.updates = 4 optimizer steps and 1 process \(4 x 1 = 4\); the nearest that can is train.groups = 16"),
         (["train.groups=1", "train.updates=2"], "nearest that can is train.groups = 2"),
         (["train.updates=5", "train.split=samples"], "group_size = 16 cannot be divided among train.updates = 5"),
         (["train.updates=8", "train.split=samples"], ""),
-        (["train.updates=2", "train.split=steps"], "cannot divide 1 trained steps among train.updates = 2"),
+        (["train.updates=2", "train.split=steps"], "cannot divide 1 trained step among train.updates = 2"),
         (["train.updates=2", "train.split=steps", "algorithm.steps.size=2"], ""),
         (["train.split=steps", "algorithm={kind='diffusion_nft'}", "loss={kind='nft'}"], "DiffusionNFT trains none"),
         (["train.betas=[0.9, 1.0]"], "betas must be two numbers"),

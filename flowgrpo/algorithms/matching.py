@@ -25,6 +25,7 @@ from flowgrpo.core.advantages import Advantage, GroupAdvantage
 from flowgrpo.core.random import Random
 from flowgrpo.core.solvers import Solver
 from flowgrpo.core.tensors import Float, Tensor, torch
+from flowgrpo.core.text import counted
 from flowgrpo.core.transitions import ODE
 from flowgrpo.data.experience import Experience
 from flowgrpo.data.prompts import Group
@@ -157,7 +158,7 @@ class Matching(AlgorithmBase):
         number = len(self._nodes(num_steps))
         if not 1 <= self.num_times <= number:
             raise ValueError(
-                f"algorithm.num_times must be from 1 to {number}, the times of {num_steps} steps in "
+                f"algorithm.num_times must be from 1 to {number}, the times of {counted(num_steps, 'step')} in "
                 f"algorithm.time_range [{low:g}, {high:g}]; got {self.num_times}"
             )
 

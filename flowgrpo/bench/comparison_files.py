@@ -206,7 +206,7 @@ def _pair(pair: Pair) -> str:
             for i, c in enumerate(cells)
         )
         body += f'<tr class="all">{inner}</tr>' if not row.task else f"<tr>{inner}</tr>"
-    note = f"{pair.images:,} images." if pair.images else ""
+    note = f"{counted(pair.images, 'image', ',')}." if pair.images else ""
     table = f'<div class="card"><div class="scroll"><table>{head}{body}</table></div></div>'
     return section(f"{pair.first} → {pair.second}", note, table)
 

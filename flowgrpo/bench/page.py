@@ -13,6 +13,7 @@ from PIL import Image
 
 from flowgrpo.bench.base import BenchError
 from flowgrpo.bench.report import compared, interval, read_result, settings_line, show
+from flowgrpo.core.text import counted
 from flowgrpo.data import strict_json
 from flowgrpo.evaluation.report import write_page
 
@@ -49,7 +50,7 @@ def _chips(result: Mapping[str, Any]) -> str:
     counts = result["counts"]
     chips = [
         result["label"],
-        f"{counts['judged']} images of {counts['prompts']} prompts",
+        f"{counted(counts['judged'], 'image')} of {counted(counts['prompts'], 'prompt')}",
         settings_line(result),
         f"judge: {result['judge']['title']} {result['judge']['version']}".strip(),
     ]

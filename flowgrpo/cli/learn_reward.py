@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from flowgrpo.cli.common import UsageError, parse_setting
+from flowgrpo.core.text import counted
 from flowgrpo.data import strict_json
 
 SUMMARY = "fit a reward to the votes of people, over frozen features of pictures"
@@ -76,7 +77,7 @@ def run(options: argparse.Namespace) -> int:
     fit = fit_votes(first, second, voted, seed=options.seed)
     line = (
         f"held-out accuracy {100 * fit.accuracy:.1f} % (95 % interval {100 * fit.low:.1f} to {100 * fit.high:.1f}) "
-        f"on {fit.pairs} pairs, by {len(chosen)} voter{'s' if len(chosen) > 1 else ''}; L2 penalty {fit.penalty:.2g}"
+        f"on {counted(fit.pairs, 'pair')}, by {counted(len(chosen), 'voter')}; L2 penalty {fit.penalty:.2g}"
     )
     print(line)
     if fit.low <= 0.5 and not options.force:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flowgrpo.cli.common import UsageError, parse_setting, quiet, read_image
+from flowgrpo.core.text import counted
 from flowgrpo.data import strict_json
 
 if TYPE_CHECKING:
@@ -342,7 +343,7 @@ def _prompts_of(
         prompts = list(PromptSet.load(find(prompt_file)).prompts)
         if len(prompts) != len(media):
             raise ValueError(
-                f"{prompt_file} has {len(prompts)} prompts for {len(media)} images in {folder}"
+                f"{prompt_file} has {counted(len(prompts), 'prompt')} for {counted(len(media), 'image')} in {folder}"
             )
         return prompts
     index = folder / "index.jsonl"
@@ -363,13 +364,13 @@ def _prompts_of(
     absent = [f for f in known if f not in names]
     if absent:
         raise ValueError(
-            f"{index} lists {len(absent)} files that are not in {folder}, such as {absent[0]}; restore them, "
-            "remove their lines, or give --prompts"
+            f"{index} lists {counted(len(absent), 'file')} not found in {folder}, such as {absent[0]}; restore what is "
+            "missing, remove its lines, or give --prompts"
         )
     unknown = [m.name for m in media if m.name not in known]
     if unknown:
         raise ValueError(
-            f"{index} does not know {unknown[0]} ({len(unknown)} images in all); give --prompts"
+            f"{index} does not know {unknown[0]} ({counted(len(unknown), 'image')} in all); give --prompts"
         )
     return [Prompt(known[m.name]["prompt"], metadata=known[m.name]["metadata"]) for m in media]
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from flowgrpo.cli.common import CONFIG_HELP, UsageError, add_set_argument, is_run, quiet
-from flowgrpo.core.text import plain
+from flowgrpo.core.text import counted, plain
 
 if TYPE_CHECKING:
     from flowgrpo.config import Config
@@ -173,7 +173,9 @@ def _dry_run(config: "Config", num_processes: int, memory_gb: float | None) -> i
         ("training prompts", train, config.prompts.train),
         ("held-out prompts", held_out, config.prompts.held_out),
     ):
-        classes = f" in {len(prompts.classes())} classes" if config.prompts.balance else ""
+        classes = (
+            f" in {counted(len(prompts.classes()), 'class')}" if config.prompts.balance else ""
+        )
         rows.append((label, f"{len(prompts.prompts)}{classes} ({file})"))
     # Reward models are not loaded: they may be large, or need weights that are not here.
     for reward in config.rewards:
@@ -254,8 +256,8 @@ def _benchmarks(config: "Config") -> list[tuple[str, str]]:
         rows.append(
             (
                 f"benchmark {one.settings.tag}",
-                f"{len(one.entries)} prompts x {one.benchmark.samples} images, {times} times: "
-                f"{times * one.images:,} images; judge: {one.benchmark.about.judge}",
+                f"{counted(len(one.entries), 'prompt')} x {counted(one.benchmark.samples, 'image')}, {times} times: "
+                f"{counted(times * one.images, 'image', ',')}; judge: {one.benchmark.about.judge}",
             )
         )
     return rows

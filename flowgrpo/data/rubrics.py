@@ -12,6 +12,7 @@ from jaxtyping import Float
 from scipy.optimize import minimize
 from scipy.special import expit
 
+from flowgrpo.core.text import counted
 from flowgrpo.data import strict_json
 
 KEYS = ("rubric", "weight", "note")
@@ -142,7 +143,7 @@ def fit_rubrics(
     x = differences[np.isfinite(differences).all(axis=1)]
     if folds < 2 or len(x) < 2 * folds:
         raise ValueError(
-            f"{len(x)} of {len(differences)} pairs have an answer to every rubric; {folds} folds "
+            f"{len(x)} of {counted(len(differences), 'pair')} have an answer to every rubric; {counted(folds, 'fold')} "
             f"(at least 2) need at least {2 * folds}"
         )
     scale = np.sqrt((x**2).mean(axis=0))

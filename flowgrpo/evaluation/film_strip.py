@@ -7,6 +7,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from flowgrpo.core.text import counted
 from flowgrpo.data import strict_json
 from flowgrpo.evaluation.charts import number, points
 from flowgrpo.evaluation.curves import section
@@ -55,7 +56,7 @@ def film_strip(records: Records) -> str:
     scores = {e["iteration"]: _scores(records, e) for e in records.evaluations}
     described = [
         {
-            "name": "base model" if n == 0 else f"after {number(n)} iterations",
+            "name": "base model" if n == 0 else f"after {counted(number(n), 'iteration')}",
             "scores": scores.get(n, ""),
             # The page shows the last frame, and the script reads its images there.
             "images": [] if index == len(frames) - 1 else [source for source, _ in tiles],

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from flowgrpo.core.imports import suggest
+from flowgrpo.core.text import counted
 
 Quantization = Literal["none", "nf4", "int8", "torchao_int8"]
 PACKAGES = {"nf4": "bitsandbytes", "int8": "bitsandbytes", "torchao_int8": "torchao"}
@@ -143,7 +144,7 @@ class Sampling:
                 )
             if len(values) != self.num_steps:
                 raise ValueError(
-                    f"sampling.{name} has {len(values)} values and num_steps is {self.num_steps}; set "
+                    f"sampling.{name} has {counted(len(values), 'value')} and num_steps is {self.num_steps}; set "
                     f"num_steps = {len(values)}, in evaluations too"
                 )
         self.tuned_steps()
@@ -416,7 +417,7 @@ class Parallel:
         if self.shard_group and (self.shard_group == 1 or num_processes % self.shard_group):
             sizes = [n for n in range(2, num_processes + 1) if num_processes % n == 0]
             raise ValueError(
-                f"parallel.shard_group = {self.shard_group} does not divide {num_processes} processes into equal "
+                f"parallel.shard_group = {self.shard_group} does not divide {counted(num_processes, 'process')} into equal "
                 f"groups of several; use {' or '.join(map(str, sizes))}, or 0 for all"
             )
 

@@ -47,6 +47,7 @@ from flowgrpo.config.schema import Config, Evaluation
 from flowgrpo.core.errors import ConfigError
 from flowgrpo.core.imports import suggest
 from flowgrpo.core.measures import Measured
+from flowgrpo.core.text import counted
 from flowgrpo.data import strict_json
 from flowgrpo.policy import PipelinePolicy, Sampling
 from flowgrpo.training.learner import Learner
@@ -343,7 +344,7 @@ class Benchmarks:
                 problem = str(error)
         if problem:
             self.session.console.say(
-                f"WARNING: the benchmark {one.settings.tag} failed after {iteration} iterations, and the run "
+                f"WARNING: the benchmark {one.settings.tag} failed after {counted(iteration, 'iteration')}, and the run "
                 f"goes on without its results: {problem}. The images stay in {plan.folder}"
             )
             self._problem = problem

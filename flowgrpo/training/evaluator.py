@@ -12,6 +12,7 @@ from torch import Tensor
 from flowgrpo.config.schema import Evaluation
 from flowgrpo.core.imports import import_path
 from flowgrpo.core.measures import Measured, waited
+from flowgrpo.core.text import counted
 from flowgrpo.data import files, strict_json
 from flowgrpo.data.audio import Audio
 from flowgrpo.data.prompt_sets import PromptSet
@@ -169,7 +170,7 @@ class Evaluator:
             scores = ", ".join(f"{k} {v:.3f}" for k, v in table["scores"].items())
             of = f", {tag}" if tag else ""
             session.console.say(
-                f"held out{of}, after {iteration} iterations, {table['images']} images: "
+                f"held out{of}, after {counted(iteration, 'iteration')}, {counted(table['images'], 'image')}: "
                 f"{scores or 'no reward, see the grid'}"
             )
         for line in bench_lines(found):
@@ -278,7 +279,7 @@ class Evaluator:
     def _save_grid(self, iteration: int) -> None:
         tuned = self.comparison_grid.generate(self.policy, self.sampling)
         self.comparison_grid.save(
-            ["base", f"after {iteration} iterations"],
+            ["base", f"after {counted(iteration, 'iteration')}"],
             [self.base_images, tuned],
             self.scorer,
             self.sampling,
@@ -303,7 +304,7 @@ def bench_lines(found: Mapping[str, Mapping[str, Any]]) -> list[str]:
         results = record.get("results", {})
         for name in list(record.get("main", ()))[:1]:
             low, high = record["intervals"][name]
-            text = f"{record['title']}, {record['images']} images: {name} {_number(results[name])}"
+            text = f"{record['title']}, {counted(record['images'], 'image')}: {name} {_number(results[name])}"
             text += f" ({_number(low)} to {_number(high)})"
             if name in record["changes"]:
                 change = record["changes"][name]

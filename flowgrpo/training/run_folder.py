@@ -13,6 +13,7 @@ from flowgrpo.config.changes import differences, may_change
 from flowgrpo.config.files import CONFIG, INPUTS, absolute
 from flowgrpo.config.reference import to_table
 from flowgrpo.config.training_data import training_source
+from flowgrpo.core.text import counted
 from flowgrpo.data import files, strict_json
 from flowgrpo.training import checkpoints, lock
 from flowgrpo.training.run_changes import HISTORY, SESSIONS, kept_changes
@@ -96,7 +97,11 @@ def preview(config: Config) -> str:
             "finished: the run would do nothing; --resume-with train.iterations=... trains further"
         )
     newest = checkpoints.newest(folder / "checkpoints")
-    words = "starts again" if newest is None else f"resumes after {int(newest.name)} iterations"
+    words = (
+        "starts again"
+        if newest is None
+        else f"resumes after {counted(int(newest.name), 'iteration')}"
+    )
     changes = ", ".join(f"{k} {old!r} -> {new!r}" for k, (old, new) in changed.items())
     return f"{words}, with {changes}" if changes else words
 
@@ -187,7 +192,7 @@ def _changes(
     trained = int(newest.name) if newest is not None and newest.name.isdigit() else 0
     if trained > config.train.iterations:
         raise ConfigError(
-            f"{folder} has already trained {trained} iterations, more than train.iterations = "
+            f"{folder} has already trained {counted(trained, 'iteration')}, more than train.iterations = "
             f"{config.train.iterations}"
         )
     return changed

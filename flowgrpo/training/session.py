@@ -22,6 +22,7 @@ from flowgrpo.config.plan import plan
 from flowgrpo.core.errors import DivergenceError, LostRankError
 from flowgrpo.core.measures import Measured
 from flowgrpo.core.secrets import redact_command
+from flowgrpo.core.text import counted
 from flowgrpo.data import files, strict_json
 from flowgrpo.data.prompts import Group
 from flowgrpo.policy.encoder_lockstep import text_encoders
@@ -188,7 +189,7 @@ class Session:
                 with nullcontext() if expected else suppress(Exception):
                     self._write(learner, iteration, self._lines)
                     self.console.say(
-                        f"saved after {iteration} iterations; the same command resumes from there"
+                        f"saved after {counted(iteration, 'iteration')}; the same command resumes from there"
                     )
             raise
 
@@ -498,7 +499,7 @@ class Session:
         launched = int(os.environ.get("WORLD_SIZE", "1"))
         if launched != self.accelerator.num_processes:
             raise RuntimeError(
-                f"the launcher started {launched} processes, but torch.distributed sees "
+                f"the launcher started {counted(launched, 'process')}, but torch.distributed sees "
                 f"{self.accelerator.num_processes}: every process would train alone. Start with "
                 "'flowgrpo train ... --nproc N'; on CPUs add --set run.device=cpu"
             )

@@ -32,6 +32,7 @@ from flowgrpo.bench.files import write_atomically
 from flowgrpo.bench.judging import in_batches
 from flowgrpo.core.imports import import_path
 from flowgrpo.core.tensors import Float, Tensor
+from flowgrpo.core.text import counted
 from flowgrpo.data import strict_json
 from flowgrpo.data.prompts import Prompt
 
@@ -288,7 +289,7 @@ def read_official(path: Path, entries: Sequence[Entry]) -> Iterator[tuple[Entry,
         entry = places.get(json.dumps(record, sort_keys=True))
         if entry is None or not isinstance(correct, bool | int):
             raise BenchError(
-                f"{path}, line {number}: {row.get('prompt')!r} is none of the {len(entries)} prompts, or "
+                f"{path}, line {number}: {row.get('prompt')!r} is none of the {counted(len(entries), 'prompt')}, or "
                 "of another version of the benchmark"
             )
         sample = seen.get(entry.key, 0)

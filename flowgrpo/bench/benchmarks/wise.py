@@ -30,6 +30,7 @@ from flowgrpo.bench.data import open_data, read_jsonl
 from flowgrpo.bench.endpoint import EndpointJudge, EndpointSettings, named_note
 from flowgrpo.bench.files import fingerprint, write_atomically
 from flowgrpo.bench.wording import Wording
+from flowgrpo.core.text import counted
 from flowgrpo.data import strict_json
 from flowgrpo.data.prompts import Prompt
 
@@ -130,7 +131,9 @@ class WISE(EndpointSettings, Benchmark):
         if len(set(keys)) < len(keys):
             raise BenchError(f"{self.data_file}: a prompt_id stands there twice")
         if len(keys) != PROMPTS and not self.any_data:
-            raise BenchError(f"{self.data_file}: {len(keys)} prompts instead of {PROMPTS}")
+            raise BenchError(
+                f"{self.data_file}: {counted(len(keys), 'prompt')} instead of {PROMPTS}"
+            )
         return sorted(entries, key=lambda e: int(e.key))
 
     def files(self, entry: Entry, sample: int) -> Sequence[str]:
