@@ -26,6 +26,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from benchmarks.device.models import FLUX, SD35, Model, prompts
 from benchmarks.doctor_families import measured, verdict
 from flowgrpo.cli.common import quiet
+from flowgrpo.data import strict_json
 from flowgrpo.doctor import Settings, examine
 from flowgrpo.memory.dispatch_modes import MemoryCounter
 from flowgrpo.memory.meta_pipeline import build
@@ -190,7 +191,7 @@ def doctor(file: Path, names: Sequence[str], page: Path | None) -> None:
                 continue
             began = time.perf_counter()
             results[name][mode] = found = diagnose(name, mode)
-            file.write_text(json.dumps(results, indent=1) + "\n")
+            file.write_text(strict_json.dumps(results, indent=1) + "\n")
             seconds = time.perf_counter() - began
             print(f"{name}, {mode}: {seconds:.0f} s, {outcome(found)}", flush=True)
     if page:

@@ -8,7 +8,6 @@ process of its own, and prints the elapsed time beside the ideal one, calls x se
 
 import argparse
 import asyncio
-import json
 import multiprocessing
 import re
 import tempfile
@@ -20,6 +19,7 @@ from PIL import Image
 
 from flowgrpo.bench.base import load_benchmark
 from flowgrpo.bench.run import Part, score_folder
+from flowgrpo.data import strict_json
 
 POINTS = re.compile(rb"each of these (\d+) points")
 
@@ -39,7 +39,7 @@ def serve(seconds: float, said: Connection) -> None:
                 text = f"<analysis>[]</analysis> <score>{[1] * int(found[1])}</score>"
                 message = {"role": "assistant", "content": text}
                 reply = {"choices": [{"index": 0, "message": message}]}
-            content = json.dumps(reply).encode()
+            content = strict_json.dumps(reply).encode()
             head = f"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: {len(content)}"
             writer.write(head.encode() + b"\r\n\r\n" + content)
             await writer.drain()

@@ -8,7 +8,6 @@ if the run finishes with other files; these are listed. Writes the table of ``do
 """
 
 import argparse
-import json
 import os
 import shutil
 import signal
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.kill_and_resume import Runs, differences, preload, read, settings
+from flowgrpo.data import strict_json
 from scripts.page_tables import markdown_table, write_marked_text
 
 MARKER = "damage"
@@ -108,7 +108,7 @@ def measure(results: Path) -> None:
                 row = {"file": name, "damage": damage.__name__}
                 row |= try_one(runs, folder, straight)
                 with results.open("a") as stream:
-                    stream.write(json.dumps(row) + "\n")
+                    stream.write(strict_json.dumps(row) + "\n")
                 print(row, flush=True)
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from flowgrpo.cli.common import quiet
+from flowgrpo.data import strict_json
 from flowgrpo.doctor import Settings, examine
 from scripts.page_tables import markdown_table, write_marked_text
 from tests.conftest import sampling_of
@@ -49,7 +50,7 @@ def main() -> None:
         if not file.exists():
             began = time.perf_counter()
             result = diagnose(name, dtype, options.device)
-            file.write_text(json.dumps(result, indent=1) + "\n")
+            file.write_text(strict_json.dumps(result, indent=1) + "\n")
             seconds = time.perf_counter() - began
             print(f"{name}, {dtype}: {seconds:.0f} s, {verdict(result)}", flush=True)
         results[name][dtype] = json.loads(file.read_text())

@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 
+from flowgrpo.data import strict_json
+
 NOTE = "__note_execution__"
 """The built-in function that marked code calls."""
 
@@ -90,7 +92,7 @@ class ExecutedLines:
 
     def write(self) -> None:
         """Write the file."""
-        self.file.write_text(json.dumps(self.tests))
+        self.file.write_text(strict_json.dumps(self.tests))
 
     def _test(self, name: str) -> dict[str, Any]:
         return self.tests.setdefault(name, {"seconds": 0.0, "failed": False, "lines": {}})

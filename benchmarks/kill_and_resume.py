@@ -38,6 +38,8 @@ from math import ceil
 from pathlib import Path
 from typing import Any
 
+from flowgrpo.data import strict_json
+
 SMALL = [
     "sampling.num_steps=4",
     "train.iterations=2",
@@ -238,7 +240,7 @@ def _without(file: Path, folder: Path) -> bytes:
     if file.name == "state.json" and b'"shard-' in content:
         # The digests of such files depend on the order.
         state = {k: v for k, v in json.loads(content).items() if "sha256" not in k}
-        content = json.dumps(state).encode()
+        content = strict_json.dumps(state).encode()
     return content.replace(str(folder).encode(), b"")
 
 
@@ -362,7 +364,7 @@ def examine(name: str, options: argparse.Namespace, temporary: Path, share: floa
         )
         left -= row["kills"]
         with options.results.open("a") as stream:
-            stream.write(json.dumps(row) + "\n")
+            stream.write(strict_json.dumps(row) + "\n")
         if row["problem"] or row["wrong"]:
             print(f"  {group}: {row}", flush=True)
 

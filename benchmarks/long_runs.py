@@ -19,7 +19,6 @@ Linux only.
 """
 
 import argparse
-import json
 import os
 import subprocess
 import sys
@@ -34,6 +33,7 @@ import numpy as np
 
 from benchmarks.kill_and_resume import SMALL, free_port
 from benchmarks.training_runs import ROOT, seconds_per_iteration
+from flowgrpo.data import strict_json
 
 Row = dict[str, float]
 TICK = os.sysconf("SC_CLK_TCK")
@@ -92,7 +92,7 @@ def watch(processes: Sequence[subprocess.Popen[bytes]], folder: Path, results: P
                     with suppress(FileNotFoundError, ProcessLookupError, KeyError):
                         rows.append({"iteration": done, "rank": rank, **state(process.pid)})
                         with results.open("a") as stream:
-                            stream.write(json.dumps(rows[-1]) + "\n")
+                            stream.write(strict_json.dumps(rows[-1]) + "\n")
         time.sleep(0.05)
     if any(p.returncode for p in processes):
         raise RuntimeError(f"exit statuses {[p.returncode for p in processes]}")

@@ -7,7 +7,6 @@ of the functions that it changes is exchanged, so that a run takes no longer tha
 import builtins
 import gc
 import itertools
-import json
 import os
 import signal
 import subprocess
@@ -23,6 +22,7 @@ from typing import Any
 import pytest
 
 from benchmarks.executed_lines import NOTE, ExecutedLines, by_file, failed, seconds_of, tests_of
+from flowgrpo.data import strict_json
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ class MutationRuns:
             taken = round(time.monotonic() - began, 1)
             row = {**trial.row, "caught": bool(by), "by": by, "seconds": taken}
             with self.results.open("a") as stream:
-                stream.write(json.dumps(row) + "\n")
+                stream.write(strict_json.dumps(row) + "\n")
             if not by:
                 self._say(f"survived: {trial.path}:{trial.lines.start} {row['old']!r} -> {row['new']!r}")  # fmt: skip
         return True

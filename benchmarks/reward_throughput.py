@@ -30,6 +30,7 @@ import flowgrpo
 from benchmarks.reward_cases import REAL, SIZE, TINY, Make
 from flowgrpo.cli.common import quiet
 from flowgrpo.core.scores import Scores
+from flowgrpo.data import strict_json
 from flowgrpo.data.audio import Audio
 from flowgrpo.data.prompts import Prompt
 from flowgrpo.rewards.loading import load_reward
@@ -253,7 +254,7 @@ def main() -> None:
 
     def keep(kind: str, name: str, value: Mapping[str, Any]) -> None:
         results[kind][name] = value
-        file.write_text(json.dumps(results, indent=1) + "\n")
+        file.write_text(strict_json.dumps(results, indent=1) + "\n")
         print(name, value, flush=True)
 
     makes = {"tiny": TINY, "real": REAL}[options.size]

@@ -24,6 +24,7 @@ import flowgrpo
 from flowgrpo.config import Config
 from flowgrpo.config.plan import size
 from flowgrpo.core.random import Random
+from flowgrpo.data import strict_json
 from flowgrpo.data.prompts import Prompt
 from flowgrpo.memory.dispatch_modes import MemoryCounter
 from flowgrpo.memory.footprint import _arguments, _trained
@@ -243,7 +244,7 @@ def count(config: Config, changed: Mapping[str, Any] | None = None) -> Work:
                 published_folder(config.model.path) or place, folder, dirs_exist_ok=True
             )
             file = Path(folder, "transformer", "config.json")
-            file.write_text(json.dumps(json.loads(file.read_text()) | changed))
+            file.write_text(strict_json.dumps(json.loads(file.read_text()) | changed))
             place = Path(folder)
         dtype = DTYPES[config.model.dtype]
         pipeline = build(place, dtype)
@@ -324,7 +325,7 @@ def works(recount: bool = False) -> dict[str, Work]:
             title: asdict(count(flowgrpo.load(recipe, list(settings)), changed))
             for title, (recipe, settings, changed, _) in MODELS.items()
         }
-        COUNTED.write_text(json.dumps(found, indent=1) + "\n")
+        COUNTED.write_text(strict_json.dumps(found, indent=1) + "\n")
     return {title: Work(**values) for title, values in json.loads(COUNTED.read_text()).items()}
 
 

@@ -10,7 +10,6 @@ contents look like boundaries; bodies of the largest size. Linux only.
 
 import argparse
 import base64
-import json
 import os
 import subprocess
 import sys
@@ -23,6 +22,7 @@ import httpx
 import torch
 from torch import Tensor
 
+from flowgrpo.data import strict_json
 from flowgrpo.data.pictures import png_of
 from flowgrpo.data.prompts import Prompt
 from flowgrpo.rewards.serving.multipart import Part, join
@@ -51,7 +51,7 @@ def worst_requests(decoded: int, body: int, images: int) -> dict[str, tuple[str,
         Part(
             "request",
             "application/json",
-            json.dumps({"samples": [{"prompt": "a"}] * images}).encode(),
+            strict_json.dumps({"samples": [{"prompt": "a"}] * images}).encode(),
         )
     ]
     encoded = base64.b64encode(png).decode()
@@ -59,7 +59,7 @@ def worst_requests(decoded: int, body: int, images: int) -> dict[str, tuple[str,
         f"{images} blank PNGs of {side}x{side}": join([*parts, *[Part("image", "image/png", png)] * images]),
         "the same as JSON": (
             "application/json",
-            json.dumps({"samples": [{"prompt": "a", "image": encoded}] * images}).encode(),
+            strict_json.dumps({"samples": [{"prompt": "a", "image": encoded}] * images}).encode(),
         ),
         "the most values in JSON": ("application/json", b'{"samples": [' + b"{}," * 330_000 + b"{}]}"),
         "the largest body of JSON lists": ("application/json", b'{"samples": [' + b"[]," * (body // 3 - 10) + b"[]]}"),

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from flowgrpo.config import Config, load
+from flowgrpo.data import strict_json
 from flowgrpo.data.prompts import Group, Prompt
 from flowgrpo.memory import GB, budget, estimate_footprint, memory_options
 
@@ -102,7 +103,7 @@ def work(folder: Path, weights: str, out: Path) -> None:
     scorer.close()
     between = resident() - before - mapped
     found = {"peak": peak - mapped, "seconds": seconds, "between": between, "mapped": mapped}
-    (out / f"{accelerator.process_index}.json").write_text(json.dumps(found))
+    (out / f"{accelerator.process_index}.json").write_text(strict_json.dumps(found))
     accelerator.wait_for_everyone()
     accelerator.end_training()
 

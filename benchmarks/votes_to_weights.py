@@ -28,6 +28,7 @@ from PIL import Image
 from torch import Tensor
 
 from benchmarks.training_runs import ROOT, evaluations, run
+from flowgrpo.data import strict_json
 from flowgrpo.data.prompts import Prompt
 from flowgrpo.data.votes import read_votes
 from flowgrpo.evaluation.vote_statistics import agreement, win_rates
@@ -97,7 +98,7 @@ def _all(address: str, voter: str, error: float, seed: int) -> int:
         if abs(left - right) <= CLOSE:
             choice = "tie"
         body = {"voter": voter, "pair": state["pair"], "choice": choice}
-        request = urllib.request.Request(f"{address}vote", json.dumps(body).encode())
+        request = urllib.request.Request(f"{address}vote", strict_json.dumps(body).encode())
         with urllib.request.urlopen(request, timeout=60) as answer:
             state = json.load(answer)
         cast += 1

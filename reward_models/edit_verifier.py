@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from flowgrpo.data import strict_json
 from flowgrpo.data.prompts import Prompt
 from reward_models.shared.answers import Answer
 from reward_models.shared.chat import Chat
@@ -187,10 +188,10 @@ class EditVerifier:
             for prompt, score, checks in zip(prompts, scores, self.last, strict=True):
                 record = {
                     "instruction": prompt.text,
-                    "score": score if math.isfinite(score) else None,
+                    "score": score,
                     "checks": [asdict(c) for c in checks],
                 }
-                file.write(json.dumps(record, ensure_ascii=False) + "\n")
+                file.write(strict_json.dumps(record, ensure_ascii=False) + "\n")
 
 
 def _own_principles(prompt: Prompt) -> list[Principle] | None:

@@ -10,7 +10,6 @@ and the sheets show these.
 """
 
 import argparse
-import json
 import random
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from flowgrpo.cli.common import load_run, quiet
 from flowgrpo.config import find
+from flowgrpo.data import strict_json
 from flowgrpo.data.prompt_sets import PromptSet
 from flowgrpo.evaluation.held_out import noise_for, plan
 from flowgrpo.policy import PipelinePolicy, Sampling
@@ -56,7 +56,7 @@ def main() -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     _save_atlas([picture for picture, _ in found], options.out / "pictures.webp")
     rows = [about | {"right": None} for _, about in found]
-    lines = ",\n".join(json.dumps(row) for row in rows)
+    lines = ",\n".join(strict_json.dumps(row) for row in rows)
     (options.out / "labels.json").write_text(f"[\n{lines}\n]\n")
     page = COLUMNS * ROWS
     for start in range(0, len(found), page):

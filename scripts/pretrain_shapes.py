@@ -9,7 +9,6 @@ prompts badly, which leaves something for reinforcement learning to improve.
 
 import argparse
 import copy
-import json
 import os
 import time
 from dataclasses import asdict, dataclass
@@ -25,6 +24,7 @@ from rich.progress import track
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from flowgrpo.data import strict_json
 from flowgrpo.shapes.architecture import CAPTION_TOKENS, build_pipeline
 from flowgrpo.shapes.captions import TASKS, Record, all_records, corrupt, scene_for
 from flowgrpo.shapes.world import BACKGROUND, COLORS, IMAGE_SIZE, SHAPES, draw, place
@@ -311,7 +311,7 @@ def main() -> None:
     recipe = Recipe(**options)
     state = out / "state"
     state.mkdir(parents=True, exist_ok=True)
-    (out / "recipe.json").write_text(json.dumps(asdict(recipe), indent=2) + "\n")
+    (out / "recipe.json").write_text(strict_json.dumps(asdict(recipe), indent=2) + "\n")
     if start is None:
         pipeline = build_pipeline(recipe.latent_channels, recipe.seed)
         train_autoencoder(pipeline, recipe, state)

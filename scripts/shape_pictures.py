@@ -8,12 +8,12 @@ training prompt of the same task.
 """
 
 import argparse
-import json
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
+from flowgrpo.data import strict_json
 from flowgrpo.shapes.captions import TASKS, Record, combination, scene_for, split
 from flowgrpo.shapes.world import draw
 
@@ -46,7 +46,7 @@ def write_examples(folder: Path, kind: str, number: int, seed: int = 0) -> Path:
             other = others[int(rng.integers(len(others)))]
             line["chosen"] = _draw(record, rng, folder, f"{index:05d}_chosen.png")
             line["rejected"] = _draw(other, rng, folder, f"{index:05d}_rejected.png")
-        lines.append(json.dumps(line) + "\n")
+        lines.append(strict_json.dumps(line) + "\n")
     file = folder / "examples.jsonl"
     file.write_text("".join(lines), encoding="utf-8")
     return file

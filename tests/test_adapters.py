@@ -238,7 +238,7 @@ def test_adapters_that_do_not_fit_are_refused(
         },
         tmp_path / "wide.safetensors",
     )
-    assert "(1 layers in the file)" in refused("sd3", tmp_path / "wide.safetensors")
+    assert "(1 layer in the file)" in refused("sd3", tmp_path / "wide.safetensors")
     save_file({"a": up}, tmp_path / "none.safetensors")
     assert "none of its 1 tensors is a part of one" in refused("sd3", tmp_path / "none.safetensors")
     (tmp_path / "torn.safetensors").write_bytes(b"torn")
@@ -262,7 +262,7 @@ def test_an_adapter_of_a_text_encoder_is_no_start(tiny: Tiny, tmp_path: Path) ->
         f"{layer}.alpha": torch.tensor(2.0),
     }
     save_file(tensors, file)
-    with pytest.raises(ValueError, match=r"also adapts 1 layers of text_encoder.*model\.adapters"):
+    with pytest.raises(ValueError, match=r"also adapts 1 layer of text_encoder.*model\.adapters"):
         PipelinePolicy.from_pretrained(
             tiny("sd15"), sampling=sampling_of("sd15"), weights=LoRA(init=str(file))
         )

@@ -18,7 +18,8 @@ ORDER = [
 """A module may import only from earlier ones, or from its own package."""
 SHARED_WITH_REWARDS = {
     "flowgrpo.data.prompts", "flowgrpo.data.pictures", "flowgrpo.data.audio", "flowgrpo.data.rubrics",
-    "flowgrpo.core.geneval", "flowgrpo.rewards.serving.protocol", "flowgrpo.rewards.serving.client",
+    "flowgrpo.core.geneval", "flowgrpo.data.strict_json", "flowgrpo.rewards.serving.protocol",
+    "flowgrpo.rewards.serving.client",
 }  # fmt: skip
 """What reward models may import: types and pictures, a scoring rule that has tests of its own, and the
 wire format with its client, because both ends must agree on every byte."""

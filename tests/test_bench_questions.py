@@ -173,7 +173,7 @@ def test_dpgs_official_results_are_read(dpg: DPGBench, tmp_path: Path) -> None:
         with pytest.raises(BenchError, match=problem):
             import_results(tmp_path / "x", dpg, results, "mine")
     results.write_text("/a/COCOval1.png, 0.5, 0.5, 0.5, 0.5, 0.5\n")
-    with pytest.raises(BenchError, match="more than 1 images of COCOval1"):
+    with pytest.raises(BenchError, match="more than 1 image of COCOval1"):
         import_results(tmp_path / "x", replace(dpg, samples=1), results, "mine")
 
 

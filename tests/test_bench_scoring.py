@@ -240,7 +240,7 @@ def test_missing_truncated_and_foreign_images(drawn: Path, tmp_path: Path) -> No
     (images / "00003/samples/0001.png").unlink()
     broken = images / "00004/samples/0000.png"
     broken.write_bytes(broken.read_bytes()[:100])
-    with pytest.raises(BenchError, match=r"1 of 78 images are missing.*00003/samples/0001\.png"):
+    with pytest.raises(BenchError, match=r"1 of 78 images is missing.*00003/samples/0001\.png"):
         scored(tmp_path / "out", images)
     result = scored(tmp_path / "out", images, allow_missing=True)
     assert result["counts"]["missing"] == 1

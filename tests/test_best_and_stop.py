@@ -154,14 +154,14 @@ def test_any_checkpoint_is_found_by_what_it_is_best_at(stopped, capsys, tmp_path
     assert (
         cli.main(["export", str(folder), "--checkpoint", "best:scripted", "--out", str(out)]) == 0
     )
-    assert "weights after 1 iterations:" in capsys.readouterr().out
+    assert "weights after 1 iteration:" in capsys.readouterr().out
     one, other = (next((f / "transformer").glob("*.safetensors")) for f in (out, folder / "export"))
     assert all(torch.equal(t, load_file(other)[k]) for k, t in load_file(one).items())
     half, base = tmp_path / "half", tmp_path / "base"
     for scale, to in (("0.5", half), ("0", base)):
         given = ["--checkpoint", "best:scripted", "--scale", scale, "--out", str(to)]
         assert cli.main(["export", str(folder), *given]) == 0
-    assert "weights after 1 iterations, scaled by 0.5:" in capsys.readouterr().out
+    assert "weights after 1 iteration, scaled by 0.5:" in capsys.readouterr().out
     tuned, halved, start = (load_file(next((f / "transformer").glob("*.safetensors"))) for f in (out, half, base))  # fmt: skip
     assert any(not torch.equal(tuned[k], start[k]) for k in start)
     for key, tensor in halved.items():

@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from flowgrpo.algorithms import DanceGRPO, FlowGRPO
-from flowgrpo.algorithms.dance_grpo import extremes
+from flowgrpo.algorithms.credit import extremes
 from flowgrpo.config import Config, Model, Prompts, Run, Train
 from flowgrpo.core.random import Random, SampleNoise
 from flowgrpo.core.steps import AllSteps, Window

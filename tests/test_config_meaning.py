@@ -1,12 +1,13 @@
 """What a configuration means: its geometry, what excludes what, what may change, and the evidence of recipes."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass, fields, is_dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import pytest
 
+from flowgrpo.algorithms.previews import Previews
 from flowgrpo.config import Config, ConfigError, find, load
 from flowgrpo.config.bounds import BOUNDS, check_bounds
 from flowgrpo.config.changes import CHANGEABLE, differences, flat_table, may_change, why_fixed
@@ -17,6 +18,7 @@ from flowgrpo.config.reader import dotted, read
 from flowgrpo.config.reference import explain, json_schema, to_table
 from flowgrpo.config.renamed import old_names
 from flowgrpo.config.starter import starter
+from flowgrpo.config.without_effect import RULES, idle_notes
 from flowgrpo.core.transitions import CPS, FlowSDE
 
 
@@ -92,11 +94,11 @@ def test_samplings_of_evaluations_and_trained_steps(monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize(
     ("settings", "problem"),
     [
-        (["train.updates=4"], r"among train.updates = 4 optimizer steps and 1 processes \(4 x 1 = 4\); the nearest that can is train.groups = 16"),
+        (["train.updates=4"], r"among train.updates = 4 optimizer steps and 1 process \(4 x 1 = 4\); the nearest that can is train.groups = 16"),
         (["train.groups=1", "train.updates=2"], "nearest that can is train.groups = 2"),
         (["train.updates=5", "train.split=samples"], "group_size = 16 cannot be divided among train.updates = 5"),
         (["train.updates=8", "train.split=samples"], ""),
-        (["train.updates=2", "train.split=steps"], "cannot divide 1 trained steps among train.updates = 2"),
+        (["train.updates=2", "train.split=steps"], "cannot divide 1 trained step among train.updates = 2"),
         (["train.updates=2", "train.split=steps", "algorithm.steps.size=2"], ""),
         (["train.split=steps", "algorithm={kind='diffusion_nft'}", "loss={kind='nft'}"], "DiffusionNFT trains none"),
         (["train.betas=[0.9, 1.0]"], "betas must be two numbers"),
@@ -141,6 +143,95 @@ def test_settings_that_exclude_each_other(settings: list[str], problem: str) -> 
         return
     with pytest.raises(ConfigError, match=problem):
         found.check()
+
+
+@pytest.mark.parametrize(
+    ("settings", "key", "switch"),
+    [
+        (["train.replay.capacity=32"], "train.replay.capacity = 32", "train.replay.groups = 0"),
+        (["train.early_stopping.patience=5"], "train.early_stopping.patience = 5", 'train.early_stopping.metric = ""'),
+        (["train.ema_every=8"], "train.ema_every = 8", "train.ema_decay = 0.0"),
+        (["train.split=samples", "train.updates=1"], 'train.split = "samples"', "train.updates = 1"),
+        (["evaluation.every=0", "evaluation.images_during=48"], "evaluation.images_during = 48", "evaluation.every = 0"),
+        (["guard.adapt=false"], "guard.adapt = false", 'guard.kl = "all"'),
+        (["failures={retries=0, wait=5.0}"], "failures.wait = 5.0", "failures.retries = 0"),
+        (["memory.arithmetic=native"], 'memory.arithmetic = "native"', 'model.dtype = "float32"'),
+        (["rewards.1.weight=0.0", "rewards.1.schedule=[[5, 1.0]]"], "rewards[1].schedule = [[5.0, 1.0]]", "rewards[1].weight = 0.0"),
+        (["algorithm.previews.num_steps=4"], "algorithm.previews.num_steps = 4", "algorithm.previews.number = 0"),
+        (["algorithm.steps={kind='sliding_window', decay_from=3}"], "algorithm.steps.decay_from = 3", "algorithm.steps.decay = 0.0"),
+        (["algorithm.advantage={kind='group', std='none', ddof=1}"], "algorithm.advantage.ddof = 1", 'algorithm.advantage.std = "none"'),
+        (["algorithm.advantage={kind='log_tamed', above=2.0}"], "algorithm.advantage.above = 2.0", 'algorithm.advantage.threshold = "mean"'),
+        (["algorithm={kind='vgpo', anchor=0.0, anchor_steps=3}"], "algorithm.anchor_steps = 3", "algorithm.anchor = 0.0"),
+        (["algorithm={kind='tp_grpo', turning_points='none', balance='group'}"], 'algorithm.balance = "group"', 'algorithm.turning_points = "none"'),
+        (["algorithm={kind='branch_grpo', pruned_every=3}"], "algorithm.pruned_every = 3", "algorithm.pruned = []"),
+        (["algorithm={kind='branch_grpo', pruned=[3], pruned_until=1}"], "algorithm.pruned_until = 1", "algorithm.pruned_every = 0"),
+        (["algorithm={kind='srpo', branches='denoise', invert_excess=[0.1, 0.2]}"], "algorithm.invert_excess = [0.1, 0.2]", 'algorithm.branches = "denoise"'),
+        (["loss={kind='matching', power=0.5}"], "loss.power = 0.5", 'loss.weight = "adaptive"'),
+        (["loss={kind='matching', surrogate='pepg', clip_range=0.5}"], "loss.clip_range = 0.5", 'loss.surrogate = "pepg"'),
+        (["loss={kind='matching', proximal='data'}"], 'loss.proximal = "data"', "loss.proximal_coef = 0.0"),
+        (["loss={kind='distillation', teachers=[{path='a', tags=['x'], share=2.0}]}"], "loss.teachers[0].share = 2.0", 'loss.teachers[0].tags = ["x"]'),
+    ],
+)  # fmt: skip
+def test_a_key_without_effect_is_named_with_its_switch(
+    settings: list[str], key: str, switch: str
+) -> None:
+    (note,) = idle_notes(config(*settings))
+    assert note.startswith(f"{key} has no effect while {switch}: change ")
+
+
+ALWAYS_ON = {"memory", "evaluation", "sampling", "failures", "parallel", "guard", "model.weights"}
+"""Tables in which no single key switches off all others; single keys have rules, or are refused."""
+
+
+def test_every_table_that_can_be_off_names_its_keys() -> None:
+    """A table whose default switches it off is covered key by key, also one that is added later."""
+    base, found = config(), set[str]()
+    for path, table in (*default_tables(base, ""), *default_tables(base.train, "train.")):
+        if path in ALWAYS_ON:
+            continue
+        found.add(path)
+        off = dict.fromkeys(f.name for f in fields(table))
+        switches = {rule.switch for rule in RULES if rule.table == path and not rule.keys}
+        assert len(switches) == 1, f"{path} needs a rule in flowgrpo.config.without_effect"
+        for name in off.keys() - switches:
+            changed = replace(table, **{name: other_value(table, name)})
+            notes = idle_notes(set_table(base, path.split("."), changed))
+            assert any(n.startswith(f"{path}.{name} = ") for n in notes), (path, name)
+    assert found == {"train.replay", "train.early_stopping"}
+    for name in (f.name for f in fields(Previews) if f.name != "number"):
+        changed = replace(Previews(), **{name: other_value(Previews(), name)})
+        previews = set_table(base, ["algorithm", "previews"], changed)
+        assert any(n.startswith(f"algorithm.previews.{name} = ") for n in idle_notes(previews))
+
+
+def default_tables(table: Any, above: str) -> list[tuple[str, Any]]:
+    """The tables below one that are made of defaults alone and have no kinds."""
+    found = []
+    for field in fields(table):
+        made = field.default_factory
+        if made is not MISSING and is_dataclass(made) and not hasattr(made, "kind"):
+            found.append((f"{above}{field.name}", made()))
+    return found
+
+
+def other_value(table: Any, name: str) -> Any:
+    """A value of a key that is not its default."""
+    value, hint = getattr(table, name), get_type_hints(type(table))[name]
+    if get_origin(hint) is Literal:
+        return next(choice for choice in get_args(hint) if choice != value)
+    return not value if isinstance(value, bool) else value + 1
+
+
+def set_table(here: Any, path: list[str], table: Any) -> Any:
+    """A copy of settings with another table at a path."""
+    below = table if len(path) == 1 else set_table(getattr(here, path[0]), path[1:], table)
+    return replace(here, **{path[0]: below})
+
+
+def test_no_recipe_has_a_key_without_effect() -> None:
+    recipes = sorted((Path(__file__).parents[1] / "configs").glob("*.toml"))
+    assert len(recipes) > 40
+    assert {r.stem: notes for r in recipes if (notes := idle_notes(load(str(r))))} == {}
 
 
 NFT = ["algorithm={kind='matching', group_size=16}", "train.train_batch=16"]

@@ -277,6 +277,23 @@ def test_the_picture_of_credit_shows_what_the_algorithms_collect():
     assert (DOCS / "credit.svg").read_text() == credit_picture.picture()
 
 
+def test_every_whole_configuration_of_the_pages_is_valid(tmp_path: Path) -> None:
+    """Blocks with a model and a run directory are meant to be run as they are."""
+    pages = {p.name: p.read_text() for p in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]}
+    whole = [
+        (name, block)
+        for name, text in pages.items()
+        for block in re.findall(r"```toml\n(.*?)```", text, re.DOTALL)
+        if re.search(r"^\[model\]$", block, re.M) and re.search(r"^\[run\]$", block, re.M)
+    ]
+    assert {name for name, _ in whole} >= {"pictures.md"}
+    assert any('path = "shapes"' in block for _, block in whole)
+    for number, (name, block) in enumerate(whole):
+        file = tmp_path / f"{number}_{name}.toml"
+        file.write_text(block)
+        flowgrpo.load(str(file)).check()
+
+
 def test_every_name_exists():
     missing = [m for m in mentions(r"flowgrpo(\.\w+)+") if not exists(m[1])]
     assert not missing

@@ -119,7 +119,7 @@ def test_prompts_are_looked_at(tiny, tmp_path):
     settings = [f"model.path={model}", "sampling.guidance_scale=1.0"]
     notes = _notes(flowgrpo.load("quickstart_flow_grpo", settings), prompts, prompts)
     shared, training, held_out, cut, _ = notes
-    assert "1 of 1 held-out prompts are training prompts too" in shared
+    assert "1 of 1 held-out prompt is a training prompt too" in shared
     assert training.startswith("WARNING: training prompts: 1 of 1 have a negative prompt, which")
     assert held_out.startswith("WARNING: held-out prompts: 1 of 1 have a negative prompt")
     assert "training prompts: 1 of 1 are longer than the " in cut

@@ -33,6 +33,7 @@ from flowgrpo.shapes.architecture import build_pipeline
 from flowgrpo.training import checkpoints
 from scripts.shape_pictures import write_examples
 from tests.conftest import MakePolicy, sampling_of
+from tests.strict import read_strictly
 from tests.test_matching import NOISE, SAMPLE, inputs, of_errors
 
 # Losses.
@@ -459,6 +460,7 @@ def test_pairs_train_without_a_reward_and_resume_bit_equal(
         first, second = (load_file(f / f"{part}.safetensors") for f in (one, two))
         assert first.keys() == second.keys()
         assert all(torch.equal(first[k], second[k]) for k in first)
+    read_strictly(straight)
     metrics, others = records(straight), records(halted)
     assert "reward" not in metrics[0]
     assert "score/strict" not in metrics[0]

@@ -163,7 +163,7 @@ def test_prompts_that_both_sets_have(tmp_path):
     assert [p.text for p in shared(train, held_out)] == ["a red cube "]
     (note,) = shared_note(train, held_out)
     assert note.startswith(
-        "1 of 3 held-out prompts are training prompts too, such as 'a red cube '"
+        "1 of 3 held-out prompts is a training prompt too, such as 'a red cube '"
     )
     assert shared_note(train, PromptSet([held_out.prompts[2]])) == []
 

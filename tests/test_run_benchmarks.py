@@ -267,7 +267,7 @@ def test_a_judge_that_stops_does_not_stop_the_run_and_its_images_are_kept(
     assert "WARNING: the benchmark Sleepy failed after 0 iterations" in said
     assert "the judge has gone to bed" in said
     assert [e["bench"]["Sleepy"] for e in evaluations(folder)] == [{"problem": "the judge has gone to bed"}] * 2  # fmt: skip
-    assert "has no results after 1 iterations: the judge has gone to bed" in (folder / "report.html").read_text()  # fmt: skip
+    assert "has no results after 1 iteration: the judge has gone to bed" in (folder / "report.html").read_text()  # fmt: skip
     last = folder / "bench" / "Sleepy" / "000001"
     assert len(list(last.rglob("*.png"))) == 10
     monkeypatch.setattr(Sleepy, "awake", True)

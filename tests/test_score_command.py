@@ -144,7 +144,7 @@ def test_an_index_must_fit_its_folder(images, capsys):
     for text, message in [
         ("".join(json.dumps(e) + "\n" for e in entries), "line 4: 2.png is there twice"),
         (json.dumps({"file": "0.png"}), "line 1 is not one of 'flowgrpo sample'"),
-        (json.dumps(entries[0] | {"file": "9.png"}), "lists 1 files that are not in"),
+        (json.dumps(entries[0] | {"file": "9.png"}), "lists 1 file not found in"),
     ]:
         index.write_text(text)
         assert main(command) == 1

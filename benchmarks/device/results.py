@@ -16,6 +16,7 @@ import torch
 
 from benchmarks.device.models import Maker
 from benchmarks.device.parts import Item, Part
+from flowgrpo.data import strict_json
 
 START, END = "<!-- device:start -->", "<!-- device:end -->"
 NOTHING = "Nothing has been measured on a GPU yet."
@@ -30,13 +31,13 @@ class Results:
         # A process that was killed may have left half a line.
         self.lines: list[dict[str, Any]] = [json.loads(t) for t in text.splitlines() if _is_json(t)]
         if text and not text.endswith("\n"):
-            file.write_text("".join(json.dumps(line) + "\n" for line in self.lines))
+            file.write_text("".join(strict_json.dumps(line) + "\n" for line in self.lines))
 
     def add(self, line: dict[str, Any]) -> None:
         """Append a line, and write it at once."""
         self.lines.append(line)
         with self.file.open("a") as file:
-            file.write(json.dumps(line) + "\n")
+            file.write(strict_json.dumps(line) + "\n")
             file.flush()
 
     def has(self, part: Part, item: Item, environment: dict[str, Any]) -> bool:
@@ -116,7 +117,7 @@ def measure(
             taken = round(time.monotonic() - began, 1)
             line = {"part": part.number, "key": item.key, "seconds": taken, **found}
             results.add({**line, "environment": environment})
-            print(json.dumps(line))
+            print(strict_json.dumps(line))
             maker.free()
 
 

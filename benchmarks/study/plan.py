@@ -12,7 +12,7 @@ from statistics import median
 from typing import Any, Literal
 
 from benchmarks.study.entries import ALGORITHMS, FURTHER, GROUP_SIZE, GROUPS, RATES, Entry
-from flowgrpo.data import files
+from flowgrpo.data import files, strict_json
 
 Kind = Literal["main", "flawed", "second", "guided", "long"]
 KINDS: Mapping[Kind, str] = {
@@ -128,13 +128,13 @@ class Store:
         file.parent.mkdir(parents=True, exist_ok=True)
         described = {k: v for k, v in asdict(job).items() if k != "entry"}
         name = job.entry.name if job.entry else ""
-        files.write_whole(file, json.dumps({"entry": name, **described, **result}, indent=1))
+        files.write_whole(file, strict_json.dumps({"entry": name, **described, **result}, indent=1))
 
     def pack(self, file: Path) -> None:
         """Write all results into one file, a line per job, which can be kept beside the page."""
         found = [self.folder / "unit.json", *sorted(self.folder.glob("*/**/*.json"))]
         lines = [
-            json.dumps(
+            strict_json.dumps(
                 {"file": f.relative_to(self.folder).as_posix(), **json.loads(f.read_text("utf-8"))}
             )
             for f in found
@@ -154,7 +154,7 @@ class Store:
                 raise ValueError(f"{file}: {target} is outside of {self.folder}")
             if not target.exists():
                 target.parent.mkdir(parents=True, exist_ok=True)
-                files.write_whole(target, json.dumps(result, indent=1))
+                files.write_whole(target, strict_json.dumps(result, indent=1))
 
     def unit(self) -> float | None:
         """Processor seconds of the reference work when the study began; None before that."""
@@ -164,7 +164,7 @@ class Store:
     def save_unit(self, seconds: float) -> None:
         """Keep the processor seconds of the reference work."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        files.write_whole(self.folder / "unit.json", json.dumps({"seconds": seconds}))
+        files.write_whole(self.folder / "unit.json", strict_json.dumps({"seconds": seconds}))
 
     def seconds_per_iteration(self, entry: Entry, value: str, kind: Kind = "main") -> float | None:
         """Processor seconds of an iteration, on the machine as it was when the study began.

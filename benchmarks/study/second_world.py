@@ -5,13 +5,13 @@ knows: colours with numbers, colours with positions, the same colour twice, one 
 two sorts with a number, and three shapes. Other words, colours or sizes would need another model.
 """
 
-import json
 import zlib
 from collections.abc import Callable, Sequence
 from itertools import combinations, permutations, product
 from pathlib import Path
 
 from flowgrpo.core.geneval import RELATIONS
+from flowgrpo.data import strict_json
 from flowgrpo.shapes.captions import Record, plural, with_article
 from flowgrpo.shapes.world import COLORS, SHAPES
 
@@ -43,7 +43,7 @@ def write(folder: Path) -> tuple[Path, Path]:
     files = folder / "second_world_train.jsonl", folder / "second_world_held_out.jsonl"
     for file, held_out in zip(files, (False, True), strict=True):
         kinds = [split(kind, held_out, 8 if held_out else 60) for kind in KINDS]
-        file.write_text("".join(json.dumps(r) + "\n" for kind in kinds for r in kind))
+        file.write_text("".join(strict_json.dumps(r) + "\n" for kind in kinds for r in kind))
     return files
 
 

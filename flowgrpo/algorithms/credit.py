@@ -198,3 +198,30 @@ def refuse_binary(advantage: AdvantageKind, compared: str) -> None:
         raise ValueError(
             f"algorithm.advantage.kind = 'beta' is for rewards of 0 and 1, but here {compared} are compared"
         )
+
+
+def extremes(
+    advantage: Float[Tensor, "candidates *rewards"],
+    group: Int[Tensor, " candidates"],
+    number: int,
+) -> Float[Tensor, "candidates *rewards"]:
+    """Set all but the ``number / 2`` largest and smallest advantages of each group to zero.
+
+    Advantages of several rewards are ordered by their sum.
+    """
+    kept = torch.zeros_like(advantage)
+    total = advantage if advantage.ndim == 1 else advantage.sum(1)
+    for g in group.unique():
+        rows = (group == g).nonzero().squeeze(1)
+        order = rows[total[rows].argsort(stable=True)]
+        for part in (order[: number // 2], order[len(order) - number // 2 :]):
+            kept[part] = advantage[part]
+    return kept
+
+
+def check_best_of(number: int, group_size: int) -> None:
+    """Raise ValueError if :func:`extremes` cannot choose this many samples of a group; 0 is allowed."""
+    if number % 2 or not 0 <= number <= group_size:
+        raise ValueError(
+            f"algorithm.best_of must be even and at most group_size = {group_size}, got {number}"
+        )

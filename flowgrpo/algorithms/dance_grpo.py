@@ -10,7 +10,12 @@ from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal
 
 from flowgrpo.algorithms.base import AlgorithmBase, Policy, Scorer
-from flowgrpo.algorithms.credit import credit_trajectories, own_advantages
+from flowgrpo.algorithms.credit import (
+    check_best_of,
+    credit_trajectories,
+    extremes,
+    own_advantages,
+)
 from flowgrpo.algorithms.trajectories import (
     TrajectoryPlan,
     check_fraction,
@@ -20,7 +25,7 @@ from flowgrpo.algorithms.trajectories import (
 from flowgrpo.core.advantages import Advantage, GroupAdvantage
 from flowgrpo.core.random import Random
 from flowgrpo.core.steps import AllSteps, StepSelection
-from flowgrpo.core.tensors import Float, Int, Tensor, torch
+from flowgrpo.core.tensors import Float, Tensor
 from flowgrpo.core.transitions import DanceSDE, Transition, require_noise
 from flowgrpo.data.experience import Experience
 from flowgrpo.data.prompts import Group
@@ -81,26 +86,4 @@ class DanceGRPO(AlgorithmBase):
         self.advantage.check()
         self.steps.check(num_steps)
         check_fraction(self.timestep_fraction)
-        if self.best_of % 2 or not 0 <= self.best_of <= self.group_size:
-            raise ValueError(
-                f"algorithm.best_of must be even and at most group_size = {self.group_size}, got {self.best_of}"
-            )
-
-
-def extremes(
-    advantage: Float[Tensor, "candidates *rewards"],
-    group: Int[Tensor, " candidates"],
-    number: int,
-) -> Float[Tensor, "candidates *rewards"]:
-    """Set all but the ``number / 2`` largest and smallest advantages of each group to zero.
-
-    Advantages of several rewards are ordered by their sum.
-    """
-    kept = torch.zeros_like(advantage)
-    total = advantage if advantage.ndim == 1 else advantage.sum(1)
-    for g in group.unique():
-        rows = (group == g).nonzero().squeeze(1)
-        order = rows[total[rows].argsort(stable=True)]
-        for part in (order[: number // 2], order[len(order) - number // 2 :]):
-            kept[part] = advantage[part]
-    return kept
+        check_best_of(self.best_of, self.group_size)

@@ -13,6 +13,7 @@ from flowgrpo.algorithms.base import AlgorithmBase, Policy, Scorer
 from flowgrpo.algorithms.collection import Collection, Samples
 from flowgrpo.core.random import Random
 from flowgrpo.core.tensors import Float, Tensor, torch
+from flowgrpo.core.text import counted
 from flowgrpo.core.transitions import ODE, Transition
 from flowgrpo.data.experience import Cost, Experience
 from flowgrpo.data.prompts import Group
@@ -116,7 +117,7 @@ class Distillation(AlgorithmBase):
             raise ValueError(f"algorithm.fraction must be in (0, 1], got {self.fraction:g}")
         if not self.plan(num_steps, 0, Random(0)).steps:
             raise ValueError(
-                f"algorithm.fraction = {self.fraction:g} of sampling.num_steps = {num_steps} steps leaves no step to "
+                f"algorithm.fraction = {self.fraction:g} of sampling.num_steps = {counted(num_steps, 'step')} leaves no step to "
                 "train on"
                 + ("" if isinstance(self.transition, ODE) else " with a stochastic transition")
                 + "; raise one of them"

@@ -12,7 +12,12 @@ from itertools import pairwise
 from typing import ClassVar, Literal
 
 from flowgrpo.algorithms.base import AlgorithmBase, Policy, Scorer
-from flowgrpo.algorithms.credit import trajectory_advantages
+from flowgrpo.algorithms.credit import (
+    check_best_of,
+    credit_trajectories,
+    extremes,
+    own_advantages,
+)
 from flowgrpo.algorithms.noised_samples import collect_noised_samples
 from flowgrpo.algorithms.previews import Previews
 from flowgrpo.algorithms.trajectories import TrajectoryPlan
@@ -20,6 +25,7 @@ from flowgrpo.core.advantages import Advantage, GroupAdvantage
 from flowgrpo.core.random import Random
 from flowgrpo.core.solvers import Solver
 from flowgrpo.core.tensors import Float, Tensor, torch
+from flowgrpo.core.text import counted
 from flowgrpo.core.transitions import ODE
 from flowgrpo.data.experience import Experience
 from flowgrpo.data.prompts import Group
@@ -66,6 +72,9 @@ class Matching(AlgorithmBase):
     """Guidance scales at which the model is trained on every noised sample, such as ``[1.0, 3.0]`` for a
     model that is used without guidance and with it; each costs a forward pass with gradients. If empty,
     ``sampling.guidance_scale``."""
+    best_of: int = 0
+    """Train only on this many samples of a group, half the best and half the worst; 0 for all. With the
+    loss ``dpo`` the two that make its pair are enough."""
     advantage: Advantage = field(default_factory=GroupAdvantage)
     """From rewards to advantages."""
 
@@ -104,8 +113,13 @@ class Matching(AlgorithmBase):
         )
 
     def advantages(self, experience: Experience) -> Float[Tensor, " actions"]:
-        """The sample's advantage, at each time that it is trained at."""
-        return trajectory_advantages(self.advantage, experience)
+        """The sample's advantage, at each time that it is trained at; zero between best and worst."""
+        c = experience.candidates
+        advantage = own_advantages(self.advantage, experience)
+        if self.best_of:
+            # Statistics are over the whole group; only then are the samples between dropped.
+            advantage = extremes(advantage, c.group, self.best_of)
+        return credit_trajectories(experience.actions, c, advantage)
 
     def drawn_times(self, num_steps: int, random: Random) -> list[int]:
         """The grid nodes of an iteration, ascending."""
@@ -125,6 +139,7 @@ class Matching(AlgorithmBase):
         """Raise ValueError if a setting is out of range."""
         self.advantage.check()
         self.previews.check(self.group_size, num_steps)
+        check_best_of(self.best_of, self.group_size)
         for scale in (self.rollout_guidance, *self.trained_guidance):
             if scale is not None and not -1e6 <= scale <= 1e6:
                 raise ValueError(
@@ -143,7 +158,7 @@ class Matching(AlgorithmBase):
         number = len(self._nodes(num_steps))
         if not 1 <= self.num_times <= number:
             raise ValueError(
-                f"algorithm.num_times must be from 1 to {number}, the times of {num_steps} steps in "
+                f"algorithm.num_times must be from 1 to {number}, the times of {counted(num_steps, 'step')} in "
                 f"algorithm.time_range [{low:g}, {high:g}]; got {self.num_times}"
             )
 

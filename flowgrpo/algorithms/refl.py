@@ -13,6 +13,7 @@ from flowgrpo.algorithms.collection import Collection, Samples
 from flowgrpo.algorithms.differentiated import Differentiated, add_states, finished
 from flowgrpo.core.endings import Predict
 from flowgrpo.core.random import Random
+from flowgrpo.core.text import counted
 from flowgrpo.core.transitions import ODE
 from flowgrpo.data.experience import Cost, Experience
 from flowgrpo.data.prompts import Group
@@ -74,7 +75,7 @@ class ReFL(Differentiated):
             )
         if not self._stops(num_steps):
             raise ValueError(
-                f"algorithm.stop_range = [{low:g}, {high:g}] has no step of a grid of {num_steps} steps; widen it, or "
+                f"algorithm.stop_range = [{low:g}, {high:g}] has no step of a grid of {counted(num_steps, 'step')}; widen it, or "
                 "raise sampling.num_steps"
             )
 

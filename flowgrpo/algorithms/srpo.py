@@ -19,6 +19,7 @@ from flowgrpo.algorithms.differentiated import Differentiated, add_states, finis
 from flowgrpo.algorithms.trajectories import TrajectoryPlan, sample_trajectories
 from flowgrpo.core.endings import DirectAlign, JudgedText
 from flowgrpo.core.random import Random
+from flowgrpo.core.text import counted
 from flowgrpo.core.transitions import ODE
 from flowgrpo.data.experience import Experience
 from flowgrpo.data.prompts import Group
@@ -132,8 +133,8 @@ class SRPO(Differentiated):
             )
         if not self._landings(num_steps):
             raise ValueError(
-                f"algorithm.step_range = [{low:g}, {high:g}] of {num_steps} steps has no node with "
-                f"algorithm.span = {self.span} steps beside it; widen it, or raise sampling.num_steps"
+                f"algorithm.step_range = [{low:g}, {high:g}] of {counted(num_steps, 'step')} has no node with "
+                f"algorithm.span = {counted(self.span, 'step')} beside it; widen it, or raise sampling.num_steps"
             )
 
     def _landings(self, num_steps: int) -> list[int]:

@@ -48,12 +48,18 @@ class Measured:
     def of(cls, name: str, line: Mapping[str, Any], seed: int | None = None) -> "Measured":
         """The result of an evaluation, which must have ``per_image``."""
         each = line["per_image"]
-        metrics = {k: v for k, v in line.get("metrics", {}).items() if v is not None}
+        metrics = {
+            k: v for k, v in line.get("metrics", {}).items() if v is not None and math.isfinite(v)
+        }
+        scores = {
+            k: [math.nan if v is None else v for v in values]
+            for k, values in each["scores"].items()
+        }
         return cls(
             name,
             each["prompt"],
             each["class"],
-            each["scores"],
+            scores,
             metrics,
             line.get("iteration"),
             seed,

@@ -1,6 +1,5 @@
 """Writes a comparison as JSON, as Markdown and as an HTML page."""
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -10,6 +9,7 @@ from typing import Any
 
 from flowgrpo.bench.comparison import Row, Setting, exploitation
 from flowgrpo.bench.run_scores import AXES, CurvePoint
+from flowgrpo.data import strict_json
 from flowgrpo.data.files import write_whole
 from flowgrpo.evaluation.charts import Line, legend, line_chart
 from flowgrpo.evaluation.curves import section
@@ -61,7 +61,7 @@ def write(comparison: Comparison, folder: Path) -> list[Path]:
     """Write ``comparison.json``, ``comparison.md`` and ``comparison.html`` into a folder."""
     folder.mkdir(parents=True, exist_ok=True)
     files = [folder / f"comparison.{end}" for end in ("json", "md", "html")]
-    write_whole(files[0], json.dumps(as_json(comparison), indent=1, ensure_ascii=False))
+    write_whole(files[0], strict_json.dumps(as_json(comparison), indent=1, ensure_ascii=False))
     write_whole(files[1], markdown(comparison))
     write_page(files[2], "flowgrpo comparison", _page(comparison))
     return files
@@ -206,7 +206,7 @@ def _pair(pair: Pair) -> str:
             for i, c in enumerate(cells)
         )
         body += f'<tr class="all">{inner}</tr>' if not row.task else f"<tr>{inner}</tr>"
-    note = f"{pair.images:,} images." if pair.images else ""
+    note = f"{counted(pair.images, 'image', ',')}." if pair.images else ""
     table = f'<div class="card"><div class="scroll"><table>{head}{body}</table></div></div>'
     return section(f"{pair.first} → {pair.second}", note, table)
 

@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 from flowgrpo.bench.base import BenchError, Failure, Json, Judged, Picture
 from flowgrpo.bench.chat import ChatModel, Server
 from flowgrpo.bench.judging import in_flight
+from flowgrpo.core.text import counted
 
 T = TypeVar("T")
 
@@ -143,7 +144,7 @@ class EndpointJudge:
             found = self.model.ask(content, parse, max_tokens, system)
             if found is not None:
                 return found
-        raise Unusable(f"no usable answer in {self.settings.attempts} attempts")
+        raise Unusable(f"no usable answer in {counted(self.settings.attempts, 'attempt')}")
 
 
 def named_note(model: str, published: Sequence[str]) -> tuple[str, ...]:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from flowgrpo.bench.base import BenchError, Json
+from flowgrpo.data import strict_json
 from flowgrpo.data.files import reached, rename
 
 log = logging.getLogger(__name__)
@@ -46,7 +47,7 @@ def write_atomically(path: Path, data: bytes) -> None:
 
 def write_json(path: Path, table: Json) -> None:
     """Write a table as JSON, atomically."""
-    write_atomically(path, (json.dumps(table, indent=1, ensure_ascii=False) + "\n").encode())
+    write_atomically(path, (strict_json.dumps(table, indent=1, ensure_ascii=False) + "\n").encode())
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -124,7 +125,10 @@ class Log:
         Raises:
             BenchError: If the disk is full.
         """
-        line = (json.dumps({**record, "crc": checksum(record)}, ensure_ascii=False) + "\n").encode()
+        # The checksum must be that of what is read back.
+        kept = strict_json.finite(record)
+        text = strict_json.dumps({**kept, "crc": checksum(kept)}, ensure_ascii=False)
+        line = f"{text}\n".encode()
         try:
             reached("write", self.path)
             if self._file.write(line) != len(line):
@@ -134,7 +138,7 @@ class Log:
                 self._file.truncate(self._end)
             raise _explained(error, self.path) from error
         self._end += len(line)
-        self.records.append(dict(record))
+        self.records.append(kept)
 
     def close(self) -> None:
         """Close the file, and wait until it is on the disk."""

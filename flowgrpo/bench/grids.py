@@ -5,6 +5,7 @@ from pathlib import Path
 
 from flowgrpo.bench.base import BenchError
 from flowgrpo.bench.files import write_atomically
+from flowgrpo.core.text import counted
 
 COLUMNS = 2
 
@@ -53,7 +54,9 @@ def tile_box(size: tuple[int, int], number: int, count: int) -> tuple[int, int, 
     columns = min(COLUMNS, count)
     rows = -(-count // columns)
     if size[0] % columns or size[1] % rows:
-        raise BenchError(f"an image of {size[0]}x{size[1]} is no grid of {columns}x{rows} images")
+        raise BenchError(
+            f"an image of {size[0]}x{size[1]} is no grid of {columns}x{counted(rows, 'image')}"
+        )
     width, height = size[0] // columns, size[1] // rows
     row, column = divmod(number, columns)
     return column * width, row * height, (column + 1) * width, (row + 1) * height

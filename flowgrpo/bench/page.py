@@ -4,7 +4,6 @@ import base64
 import contextlib
 import html
 import io
-import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,6 +13,8 @@ from PIL import Image
 
 from flowgrpo.bench.base import BenchError
 from flowgrpo.bench.report import compared, interval, read_result, settings_line, show
+from flowgrpo.core.text import counted
+from flowgrpo.data import strict_json
 from flowgrpo.evaluation.report import write_page
 
 THUMBNAIL, NUM_THUMBNAILS = 128, 16
@@ -49,7 +50,7 @@ def _chips(result: Mapping[str, Any]) -> str:
     counts = result["counts"]
     chips = [
         result["label"],
-        f"{counts['judged']} images of {counts['prompts']} prompts",
+        f"{counted(counts['judged'], 'image')} of {counted(counts['prompts'], 'prompt')}",
         settings_line(result),
         f"judge: {result['judge']['title']} {result['judge']['version']}".strip(),
     ]
@@ -168,7 +169,7 @@ def _images(folder: Path, result: Mapping[str, Any]) -> str:
 
 def _settings(result: Mapping[str, Any]) -> str:
     keys = ("generation", "judge", "data", "counts", "interval", "versions", "command")
-    text = json.dumps({k: result[k] for k in keys}, indent=1, ensure_ascii=False)
+    text = strict_json.dumps({k: result[k] for k in keys}, indent=1, ensure_ascii=False)
     return (
         f'<details class="card"><summary>{html.escape(result["label"])}: everything needed to repeat it'
         f"</summary><pre>{html.escape(text)}</pre></details>"

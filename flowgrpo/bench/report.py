@@ -22,6 +22,7 @@ from flowgrpo.bench.models import versions
 from flowgrpo.bench.scoring import Scores
 from flowgrpo.bench.statistics import RESAMPLES, Estimate, Table, compare, estimate
 from flowgrpo.core.secrets import redact_command
+from flowgrpo.core.text import counted
 
 FILE, POINTS = "bench.json", "points.json"
 FORMAT = 1
@@ -187,17 +188,20 @@ def warnings_of(result: Mapping[str, Any]) -> list[str]:
     counts, found = result["counts"], [*result["data"]["notes"], *result["judge"]["notes"]]
     if counts["prompts"] < counts["prompts_of_benchmark"]:
         found.append(
-            f"only {counts['prompts']} of {counts['prompts_of_benchmark']} prompts: this is a part of the "
+            f"only {counts['prompts']} of {counted(counts['prompts_of_benchmark'], 'prompt')}: this is a part of the "
             "benchmark, not its score"
         )
     if counts["missing"]:
+        verbs = ("is", "counts") if counts["missing"] == 1 else ("are", "count")
         found.append(
-            f"{counts['missing']} images are missing and count for nothing; the strict score counts them as wrong"
+            f"{counted(counts['missing'], 'image')} {verbs[0]} missing and {verbs[1]} for nothing; the strict score "
+            "counts missing images as wrong"
         )
     if counts["failed"]:
+        verb = "counts" if counts["failed"] == 1 else "count"
         found.append(
-            f"{counts['failed']} images could not be judged and count for nothing; strict counts them as "
-            "wrong. Run the same command again to judge them"
+            f"{counted(counts['failed'], 'image')} could not be judged and {verb} for nothing; strict counts such "
+            "images as wrong. Run the same command again to judge what is left"
         )
     judges = {r["judge"] for r in result["references"]} - {result["judge"]["title"]}
     if judges:
@@ -236,7 +240,9 @@ def model_index(result: Mapping[str, Any]) -> list[dict[str, Any]]:
     ]
     counts, title = result["counts"], result["title"]
     if counts["prompts"] < counts["prompts_of_benchmark"]:
-        title = f"{title}, {counts['prompts']} of {counts['prompts_of_benchmark']} prompts"
+        title = (
+            f"{title}, {counts['prompts']} of {counted(counts['prompts_of_benchmark'], 'prompt')}"
+        )
     dataset = {"name": title, "type": result["benchmark"]}
     found = {"task": {"type": result["task"]}, "dataset": dataset, "metrics": metrics}
     return [{"name": result["label"], "results": [found]}]

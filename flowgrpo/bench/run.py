@@ -11,6 +11,7 @@ from flowgrpo.bench.generation import SETTINGS, Plan, generate, pictures_in, wai
 from flowgrpo.bench.page import NUM_THUMBNAILS, write_html
 from flowgrpo.bench.report import FILE, write_results
 from flowgrpo.bench.scoring import Scores, check_sidecars, score
+from flowgrpo.core.text import counted
 
 
 @dataclass(frozen=True)
@@ -91,8 +92,9 @@ def require_complete(
             f"{root} holds no image of {benchmark.name}: the first would be {first}. Is it the folder of "
             "another benchmark?"
         )
+    verb = "is" if len(missing) == 1 else "are"
     raise BenchError(
-        f"{len(missing)} of {len(missing) + len(pictures)} images are missing in {root}, the first is "
+        f"{len(missing)} of {counted(len(missing) + len(pictures), 'image')} {verb} missing in {root}, the first is "
         f"{first}: make them with 'flowgrpo bench generate', choose a part with --limit or --dimension, "
         "or accept it with --allow-missing"
     )

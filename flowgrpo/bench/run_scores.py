@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from flowgrpo.bench.base import BenchError
 from flowgrpo.bench.comparison import Measured
+from flowgrpo.core.text import counted
 from flowgrpo.evaluation.curves import total
 from flowgrpo.evaluation.records import Records
 
@@ -81,13 +82,15 @@ class RecordedRun:
         if at == "last":
             chosen = known[-1:]
         elif at == "best":
-            rewards = [e for e in known if math.isfinite(e.get("reward") or math.nan)]
+            rewards = [
+                e for e in known if e.get("reward") is not None and math.isfinite(e["reward"])
+            ]
             chosen = [max(rewards, key=lambda e: e["reward"])] if rewards else []
         else:
             chosen = [e for e in known if e["iteration"] == int(at)]
         if not chosen:
             there = ", ".join(str(e["iteration"]) for e in known)
-            advice = f"choose one of the evaluations after {there} iterations with --at" if there else (
+            advice = f"choose one of the evaluations after {counted(there, 'iteration')} with --at" if there else (
                 "draw the images again with --generate"
             )  # fmt: skip
             raise BenchError(f"{self.folder} has no recorded scores for --at {at}: {advice}")
@@ -203,4 +206,4 @@ def pooled(
 def _name(name: str | None, members: Sequence[RecordedRun]) -> str:
     """The name of a setting, in which the number of its seeds is said."""
     base = name or members[0].name
-    return base if len(members) == 1 else f"{base} ({len(members)} seeds)"
+    return base if len(members) == 1 else f"{base} ({counted(len(members), 'seed')})"

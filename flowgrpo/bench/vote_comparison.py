@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 from flowgrpo.bench.comparison import Row
 from flowgrpo.bench.comparison_files import Pair
+from flowgrpo.core.text import counted
 from flowgrpo.data.votes import Ballot, Vote
 from flowgrpo.evaluation.vote_statistics import WinRate, agreement, win_rates
 
@@ -39,8 +40,8 @@ def compare_votes(
         for rate in rates:
             pairs.append(Pair(rate.first, rate.second, [_row(rate)], rate.pairs))
             notes.append(
-                f"{rate.second} wins {100 * rate.share:.1f} % of {rate.pairs} pairs against {rate.first} (95 % "
-                f"interval {100 * rate.low:.1f} to {100 * rate.high:.1f}; {rate.votes} votes, {rate.ties} ties)"
+                f"{counted(rate.second, 'win')} {100 * rate.share:.1f} % of {counted(rate.pairs, 'pair')} against {rate.first} (95 % "
+                f"interval {100 * rate.low:.1f} to {100 * rate.high:.1f}; {counted(rate.votes, 'vote')}, {counted(rate.ties, 'tie')})"
             )
         found = agreement(votes)
         if found is None:
@@ -48,7 +49,7 @@ def compare_votes(
         else:
             alpha = "unknown" if math.isnan(found.alpha) else f"{found.alpha:.2f}"
             notes.append(
-                f"{ballot.folder}: {found.voters} voters agree on {100 * found.share:.1f} % of their verdicts on "
+                f"{ballot.folder}: {counted(found.voters, 'voter')} agree on {100 * found.share:.1f} % of their verdicts on "
                 f"{found.pairs} common pairs (Krippendorff's alpha {alpha})"
             )
     return pairs, notes

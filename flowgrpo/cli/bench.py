@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flowgrpo.cli.common import LORA_HELP, SOURCE_OPTIONS, UsageError
+from flowgrpo.core.text import counted
 
 if TYPE_CHECKING:
     from flowgrpo.bench.base import Benchmark
@@ -443,7 +444,7 @@ def _estimate(plan: "Plan", benchmark: "Benchmark") -> int:
     images = sum(map(len, batches))
     absent = sum(not i.path.exists() for b in batches for i in b)
     print(
-        f"{benchmark.title}: {len(plan.entries)} prompts, {images} images, {absent} of them to be made"
+        f"{benchmark.title}: {counted(len(plan.entries), 'prompt')}, {counted(images, 'image')}, {absent} of them to be made"
     )
     print(f"judge: {type(benchmark).about.judge}")
     print(
@@ -477,8 +478,8 @@ def _show(result: Mapping[str, Any], folder: Path) -> None:
     console.say(f"{result['title']}: {result['label']}")
     console.say(f"  {settings_line(result)}")
     console.say(
-        f"  {counts['judged']} images judged, {counts['failed']} failed, {counts['missing']} missing; "
-        f"{counts['prompts']} of {counts['prompts_of_benchmark']} prompts"
+        f"  {counted(counts['judged'], 'image')} judged, {counts['failed']} failed, {counts['missing']} missing; "
+        f"{counts['prompts']} of {counted(counts['prompts_of_benchmark'], 'prompt')}"
     )
     rows = []
     for m in result["metrics"]:

@@ -1,12 +1,12 @@
 """``flowgrpo config``."""
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
 from flowgrpo.cli.common import UsageError, add_set_argument, parse_setting
 from flowgrpo.core.errors import ConfigError
+from flowgrpo.data import strict_json
 
 SUMMARY = "explain, list, show or begin configurations, or write their JSON schema"
 EXAMPLE = "flowgrpo config explain algorithm.steps"
@@ -153,7 +153,7 @@ def _schema(options: argparse.Namespace) -> None:
     from flowgrpo.config import Config
     from flowgrpo.config.reference import json_schema
 
-    text = json.dumps(json_schema(Config), indent=2)
+    text = strict_json.dumps(json_schema(Config), indent=2)
     if options.out:
         Path(options.out).write_text(text + "\n", encoding="utf-8")
         print(options.out)

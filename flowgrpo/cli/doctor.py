@@ -1,7 +1,6 @@
 """``flowgrpo doctor``."""
 
 import argparse
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +15,7 @@ from flowgrpo.cli.common import (
     sampling_of,
     source_of,
 )
+from flowgrpo.data import strict_json
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -76,7 +76,7 @@ def run(options: argparse.Namespace) -> int:
 
 def _write_json(file: str | None, table: dict[str, Any]) -> None:
     if file:
-        Path(file).write_text(json.dumps(table, indent=1) + "\n")
+        Path(file).write_text(strict_json.dumps(table, indent=1) + "\n")
 
 
 def _open(file: str) -> "Image":

@@ -5,6 +5,7 @@ import math
 from pathlib import Path
 
 from flowgrpo.cli.common import UsageError, add_weights_argument, load_run, quiet, run_config
+from flowgrpo.core.text import counted
 
 SUMMARY = "write a run's weights in another format"
 EXAMPLE = "flowgrpo export runs/quickstart --format merged --out model"
@@ -69,7 +70,7 @@ def run(options: argparse.Namespace) -> int:
         }[options.format]
         exported = write(pipeline, trainable, out)
     strength = f", scaled by {options.scale:g}" if scaled else ""
-    print(f"weights after {iteration} iterations{strength}:")
+    print(f"weights after {counted(iteration, 'iteration')}{strength}:")
     print("\n".join(exported.lines()))
     note = formats.base_note(run_config(Path(options.run)).model.source, trainable)
     if note and options.format not in ("merged", "checkpoint", "denoiser"):

@@ -18,6 +18,7 @@ from flowgrpo.cli.common import (
     quiet,
     run_config,
 )
+from flowgrpo.core.text import counted
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -476,7 +477,7 @@ def title_of(kind: str, value: Any, trained: int | None) -> str:
     """
     if kind == "checkpoint":
         number = trained if trained is not None else value
-        return "base" if value == "base" else f"after {number} iterations" if str(number).isdecimal() else str(value)  # fmt: skip
+        return "base" if value == "base" else f"after {counted(number, 'iteration')}" if str(number).isdecimal() else str(value)  # fmt: skip
     if kind in ("model", "lora"):
         return Path(value).name or str(value)
     return f"{kind} {value:g}" if isinstance(value, float) else f"{kind} {value}"
@@ -499,7 +500,7 @@ def _heading(settings: "GridSettings", shape: Sequence[int]) -> tuple[str, str]:
     steps = " and ".join(str(n) for n in sorted({s.num_steps for s in used}))
     same = ["deterministic sampler" if start.sampler == "ode" else f"sampler {start.sampler}"]
     same = same if "sampler" not in kinds else []
-    same += [f"{steps} steps"] if "steps" not in kinds else []
+    same += [f"{counted(steps, 'step')}"] if "steps" not in kinds else []
     same += [f"guidance {guidance}"] if "guidance" not in kinds else []
     same += [f"{width}x{height}"]
     same += [f"seed {start.seed}, same noise in the same place"] if "seed" not in kinds else []

@@ -12,6 +12,7 @@ from flowgrpo.cli.common import (
     quiet,
     run_config,
 )
+from flowgrpo.core.text import counted
 
 SUMMARY = "show which denoising steps a run's algorithm rewards, trajectory by trajectory"
 EXAMPLE = "flowgrpo inspect runs/quickstart --number 2"
@@ -71,7 +72,7 @@ def run(options: argparse.Namespace) -> int:
     )
     scorer.close()
     out = Path(options.out) if options.out else folder / "inspect.html"
-    after = "the base model" if options.base else f"after {iteration} iterations"
+    after = "the base model" if options.base else f"after {counted(iteration, 'iteration')}"
     title = f"{folder.resolve().name} · what {config.algorithm.__class__.__name__} rewards, {after}"
     print(
         write_page(

@@ -1,11 +1,12 @@
 """``flowgrpo learn-reward``."""
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
 from flowgrpo.cli.common import UsageError, parse_setting
+from flowgrpo.core.text import counted
+from flowgrpo.data import strict_json
 
 SUMMARY = "fit a reward to the votes of people, over frozen features of pictures"
 EXAMPLE = """\
@@ -76,7 +77,7 @@ def run(options: argparse.Namespace) -> int:
     fit = fit_votes(first, second, voted, seed=options.seed)
     line = (
         f"held-out accuracy {100 * fit.accuracy:.1f} % (95 % interval {100 * fit.low:.1f} to {100 * fit.high:.1f}) "
-        f"on {fit.pairs} pairs, by {len(chosen)} voter{'s' if len(chosen) > 1 else ''}; L2 penalty {fit.penalty:.2g}"
+        f"on {counted(fit.pairs, 'pair')}, by {counted(len(chosen), 'voter')}; L2 penalty {fit.penalty:.2g}"
     )
     print(line)
     if fit.low <= 0.5 and not options.force:
@@ -86,7 +87,7 @@ def run(options: argparse.Namespace) -> int:
         )
     tensors = {"weight": torch.from_numpy(fit.weight).float(), "mean": torch.from_numpy(fit.mean).float(), "probe": features([probe])[0]}  # fmt: skip
     notes: dict[str, Any] = {
-        "kind": "flowgrpo-vote-head", "format": 1, "features": options.features, "options": json.dumps(settings),
+        "kind": "flowgrpo-vote-head", "format": 1, "features": options.features, "options": strict_json.dumps(settings),
         "accuracy": f"{fit.accuracy:.4f}", "low": f"{fit.low:.4f}", "high": f"{fit.high:.4f}", "pairs": fit.pairs,
         "penalty": f"{fit.penalty:g}", "ballots": " ".join(b.digest for b, _ in read),
     }  # fmt: skip

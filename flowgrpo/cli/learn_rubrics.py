@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flowgrpo.cli.common import UsageError, parse_setting, read_image
+from flowgrpo.core.text import counted
 
 if TYPE_CHECKING:
     from flowgrpo.data.prompts import Prompt
@@ -72,12 +73,12 @@ def run(options: argparse.Namespace) -> int:
         if fit.weights[i] > 0:
             column = differences[np.isfinite(differences[:, i]), i]
             agreed = ((column > 0) + 0.5 * (column == 0)).mean()
-            note = f"alone agrees with {agreed:.0%} of {len(column)} pairs"
+            note = f"alone agrees with {agreed:.0%} of {counted(len(column), 'pair')}"
             kept.append(Rubric(candidates[i].text, round(float(fit.weights[i]), 4), note))
     write_rubrics(Path(options.out), kept)
     console.table(
-        f"{len(kept)} of {len(candidates)} rubrics kept; together they order {fit.accuracy:.0%} of "
-        f"held-out pairs as people did ({fit.pairs} of {len(pairs)} pairs could be used)",
+        f"{len(kept)} of {counted(len(candidates), 'rubric')} kept; together they order {fit.accuracy:.0%} of "
+        f"held-out pairs as people did ({fit.pairs} of {counted(len(pairs), 'pair')} could be used)",
         ["rubric", "weight", ""],
         [[r.text, f"{r.weight:.3f}", r.note] for r in kept],
     )

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from flowgrpo.cli.common import UsageError, run_config
 from flowgrpo.cli.local_pages import check_port, port_errors, serve
+from flowgrpo.core.text import counted
 
 SUMMARY = "write the report of a run, or follow a run in the browser"
 EXAMPLE = """\
@@ -59,7 +60,10 @@ def _serve(folder: Path, port: int) -> int:
         found = summarise(folder)
         planned = "" if found.iterations is None else f" of {found.iterations}"
         updated = f", {found.updated[11:] or found.updated}" if found.updated else ""
-        return found.state, f"{found.state}: {found.iteration}{planned} iterations{updated}"
+        return (
+            found.state,
+            f"{found.state}: {found.iteration}{counted(planned, 'iteration')}{updated}",
+        )
 
     with port_errors(port):
         server = ReportServer(folder, port, status)

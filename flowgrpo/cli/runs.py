@@ -1,10 +1,10 @@
 """``flowgrpo runs``."""
 
 import argparse
-import json
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from flowgrpo.data import strict_json
 
 if TYPE_CHECKING:
     from flowgrpo.training.run_list import HeldOut, RunSummary
@@ -32,8 +32,7 @@ def run(options: argparse.Namespace) -> int:
     root = Path(options.folder)
     runs = sorted(map(summarise, find_runs(root)), key=lambda r: (r.updated, r.folder))
     if options.json:
-        json.dump([_record(r) for r in runs], sys.stdout, indent=1)
-        print()
+        print(strict_json.dumps([_record(r) for r in runs], indent=1))
         return 0
     if not runs:
         print(f"there are no run directories in {root}")

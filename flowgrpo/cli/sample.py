@@ -1,7 +1,6 @@
 """``flowgrpo sample``."""
 
 import argparse
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,6 +13,7 @@ from flowgrpo.cli.common import (
     prompts_of,
     quiet,
 )
+from flowgrpo.data import strict_json
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -114,7 +114,7 @@ def run(options: argparse.Namespace) -> int:
                 continue
             _save(media, out / name, fps, audio)
             records.append({"file": name, "prompt": prompt.text, "metadata": dict(prompt.metadata)})
-    (out / "index.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records), "utf-8")
+    (out / "index.jsonl").write_text("".join(strict_json.dumps(r) + "\n" for r in records), "utf-8")
     console.say(f"{len(records)} {'videos' if policy.makes_videos else 'images'} in {out}")
     if broken:
         more = f" and {len(broken) - 3} more" if len(broken) > 3 else ""

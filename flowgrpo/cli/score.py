@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flowgrpo.cli.common import UsageError, parse_setting, quiet, read_image
+from flowgrpo.core.text import counted
+from flowgrpo.data import strict_json
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -341,7 +343,7 @@ def _prompts_of(
         prompts = list(PromptSet.load(find(prompt_file)).prompts)
         if len(prompts) != len(media):
             raise ValueError(
-                f"{prompt_file} has {len(prompts)} prompts for {len(media)} images in {folder}"
+                f"{prompt_file} has {counted(len(prompts), 'prompt')} for {counted(len(media), 'image')} in {folder}"
             )
         return prompts
     index = folder / "index.jsonl"
@@ -362,13 +364,13 @@ def _prompts_of(
     absent = [f for f in known if f not in names]
     if absent:
         raise ValueError(
-            f"{index} lists {len(absent)} files that are not in {folder}, such as {absent[0]}; restore them, "
-            "remove their lines, or give --prompts"
+            f"{index} lists {counted(len(absent), 'file')} not found in {folder}, such as {absent[0]}; restore what is "
+            "missing, remove its lines, or give --prompts"
         )
     unknown = [m.name for m in media if m.name not in known]
     if unknown:
         raise ValueError(
-            f"{index} does not know {unknown[0]} ({len(unknown)} images in all); give --prompts"
+            f"{index} does not know {unknown[0]} ({counted(len(unknown), 'image')} in all); give --prompts"
         )
     return [Prompt(known[m.name]["prompt"], metadata=known[m.name]["metadata"]) for m in media]
 
@@ -401,7 +403,7 @@ def _score_batch(
 
 def _write_jsonl(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
     """One object per line; failed scores are null, as JSON has no NaN."""
-    path.write_text("".join(json.dumps(_without_nan(r)) + "\n" for r in records), "utf-8")
+    path.write_text("".join(strict_json.dumps(r) + "\n" for r in records), "utf-8")
 
 
 def _write_csv(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
@@ -409,10 +411,4 @@ def _write_csv(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, list(records[0]))
         writer.writeheader()
-        writer.writerows(_without_nan(r) for r in records)
-
-
-def _without_nan(record: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()
-    }
+        writer.writerows(strict_json.finite(r) for r in records)

@@ -9,7 +9,7 @@ import threading
 from pathlib import Path
 
 from flowgrpo.cli.common import UsageError, parse_setting
-from flowgrpo.core.text import plain
+from flowgrpo.core.text import counted, plain
 
 SUMMARY = "serve a reward over HTTP, from an environment or a machine of its own"
 EXAMPLE = (
@@ -143,7 +143,7 @@ def run(options: argparse.Namespace) -> int:
     print("stopping after the requests in progress (again to stop at once)", flush=True)
     if not server.close():
         print(
-            f"flowgrpo: {server.batcher.num_waiting} samples were not scored within {server.drain:g} s",
+            f"flowgrpo: not scored within {server.drain:g} s: {counted(server.batcher.num_waiting, 'sample')}",
             file=sys.stderr,
         )
         return 1

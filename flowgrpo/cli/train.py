@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from flowgrpo.cli.common import CONFIG_HELP, UsageError, add_set_argument, is_run, quiet
-from flowgrpo.core.text import plain
+from flowgrpo.core.text import counted, plain
 
 if TYPE_CHECKING:
     from flowgrpo.config import Config
@@ -155,6 +155,7 @@ def _dry_run(config: "Config", num_processes: int, memory_gb: float | None) -> i
     from flowgrpo.config.few_steps import few_step_notes
     from flowgrpo.config.geometry import geometry
     from flowgrpo.config.plan import plan
+    from flowgrpo.config.without_effect import idle_notes
     from flowgrpo.policy.model_files import locate
     from flowgrpo.training.inputs import check_inputs
     from flowgrpo.training.run_changes import in_force
@@ -172,7 +173,9 @@ def _dry_run(config: "Config", num_processes: int, memory_gb: float | None) -> i
         ("training prompts", train, config.prompts.train),
         ("held-out prompts", held_out, config.prompts.held_out),
     ):
-        classes = f" in {len(prompts.classes())} classes" if config.prompts.balance else ""
+        classes = (
+            f" in {counted(len(prompts.classes()), 'class')}" if config.prompts.balance else ""
+        )
         rows.append((label, f"{len(prompts.prompts)}{classes} ({file})"))
     # Reward models are not loaded: they may be large, or need weights that are not here.
     for reward in config.rewards:
@@ -189,7 +192,8 @@ def _dry_run(config: "Config", num_processes: int, memory_gb: float | None) -> i
     console = Console()
     for name, value in rows:
         console.say(f"{name:>20}  {value}")
-    warnings = [f"WARNING: {n}" for n in (*work.notes(), *few_step_notes(config))]
+    notes = (*work.notes(), *idle_notes(config), *few_step_notes(config))
+    warnings = [f"WARNING: {n}" for n in notes]
     for note in [*kept, *warnings, *_notes(config, train, held_out)]:
         console.say(note)
     print_estimate(config, num_processes, memory_gb, console)
@@ -252,8 +256,8 @@ def _benchmarks(config: "Config") -> list[tuple[str, str]]:
         rows.append(
             (
                 f"benchmark {one.settings.tag}",
-                f"{len(one.entries)} prompts x {one.benchmark.samples} images, {times} times: "
-                f"{times * one.images:,} images; judge: {one.benchmark.about.judge}",
+                f"{counted(len(one.entries), 'prompt')} x {counted(one.benchmark.samples, 'image')}, {times} times: "
+                f"{counted(times * one.images, 'image', ',')}; judge: {one.benchmark.about.judge}",
             )
         )
     return rows

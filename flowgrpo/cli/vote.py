@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from flowgrpo.cli.common import UsageError, is_run
 from flowgrpo.cli.local_pages import check_port, port_errors, serve
+from flowgrpo.core.text import counted
 
 if TYPE_CHECKING:
     from flowgrpo.data.votes import Ballot
@@ -162,7 +163,7 @@ def _serve(ballot: "Ballot", port: int, browser: bool) -> int:
 
     with port_errors(port):
         server = VoteServer(ballot, port)
-    print(f"{len(ballot.pairs)} pairs: {server.address}", flush=True)
+    print(f"{counted(len(ballot.pairs), 'pair')}: {server.address}", flush=True)
     print(f"votes are stored in {ballot.folder}; Ctrl-C ends", flush=True)
     serve(server, started=lambda: browser and webbrowser.open(server.address))
     return 0

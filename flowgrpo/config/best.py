@@ -5,6 +5,7 @@ from typing import Any
 from flowgrpo.core.errors import ConfigError
 from flowgrpo.core.imports import suggest
 from flowgrpo.core.measures import ARTEFACTS, MEASURES, Measured
+from flowgrpo.core.text import counted
 
 
 def check_best(config: Any) -> None:
@@ -31,7 +32,7 @@ def check_best(config: Any) -> None:
     if settings.images_during not in (0, settings.images):
         raise ConfigError(
             f"train.early_stopping compares evaluations, and those with evaluation.images_during = "
-            f"{settings.images_during} images have other prompts than the first one with {settings.images}; "
+            f"{counted(settings.images_during, 'image')} have other prompts than the first one with {settings.images}; "
             "set evaluation.images_during = 0"
         )
 

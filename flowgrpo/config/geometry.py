@@ -3,6 +3,7 @@
 from typing import Any
 
 from flowgrpo.core.random import Random
+from flowgrpo.core.text import counted
 
 
 def geometry(config: Any, num_processes: int = 1) -> dict[str, str]:
@@ -11,24 +12,24 @@ def geometry(config: Any, num_processes: int = 1) -> dict[str, str]:
     samples = t.groups * size
     shares = config.parallel.shares(num_processes)
     calls = -(-samples // shares // t.rollout_batch)
-    epochs = f" in {t.epochs} epochs" if t.epochs > 1 else ""
+    epochs = f" in {counted(t.epochs, 'epoch')}" if t.epochs > 1 else ""
     refill = (
         f"; at most {t.refill + 1} times as much, as groups of equal rewards are replaced"
         if t.refill
         else ""
     )
     sampled = {
-        "groups x samples": f"{t.groups} prompts x {size} samples = {samples} per iteration",
-        "processes": f"{_processes(config, num_processes)}, {t.groups // shares} groups on each",
-        "rollout": f"{calls} call{'s' * (calls > 1)} of {min(t.rollout_batch, samples // shares)} samples on each process",
+        "groups x samples": f"{counted(t.groups, 'prompt')} x {counted(size, 'sample')} = {samples} per iteration",
+        "processes": f"{_processes(config, num_processes)}, {counted(t.groups // shares, 'group')} on each",
+        "rollout": f"{counted(calls, 'call')} of {counted(min(t.rollout_batch, samples // shares), 'sample')} on each process",
         "per prompt": _work(config) + refill,
     }
     given = _given(config, num_processes)
     return {
         **(given or sampled | _beside(config)),
         "optimizer steps": f"{t.optimizer_steps} per iteration{epochs}, {_update_words(config)} in each",
-        "in all": f"{t.iterations} iterations, {t.iterations * samples:,} {'pictures' if given else 'samples'}, {t.iterations * t.optimizer_steps:,} optimizer steps",
-        "denoising": f"{config.sampling.num_steps} steps, guidance {config.sampling.guidance_scale if config.sampling.guidance_scale is not None else 'as the pipeline has it'}",
+        "in all": f"{counted(t.iterations, 'iteration')}, {counted(t.iterations * samples, 'picture' if given else 'sample', ',')}, {counted(t.iterations * t.optimizer_steps, 'optimizer step', ',')}",
+        "denoising": f"{counted(config.sampling.num_steps, 'step')}, guidance {config.sampling.guidance_scale if config.sampling.guidance_scale is not None else 'as the pipeline has it'}",
     }
 
 
@@ -38,19 +39,19 @@ def _processes(config: Any, num_processes: int) -> str:
     if number == 1:
         return f"{num_processes}"
     shares = config.parallel.shares(num_processes)
-    sets = f"{shares} set{'s' * (shares > 1)} of {number}"
+    sets = f"{counted(shares, 'set')} of {number}"
     return f"{num_processes}, as {sets} that compute each sample together (parallel.context)"
 
 
 def _update_words(config: Any) -> str:
     """The part of an iteration that one optimizer step trains on, in words."""
     t, size = config.train, config.algorithm.group_size
-    kind = "examples" if config.algorithm.num_targets else "groups"
+    kind = "example" if config.algorithm.num_targets else "group"
     return {
-        "groups": f"{t.groups // t.updates} {kind}",
-        "samples": f"{size // t.updates} samples of each of the {t.groups} groups",
-        "steps": f"an equal part of the denoising steps of all {t.groups} groups",
-        "actions": f"an equal random part of the actions of all {t.groups} groups",
+        "groups": counted(t.groups // t.updates, kind),
+        "samples": f"{counted(size // t.updates, 'sample')} of each of the {counted(t.groups, 'group')}",
+        "steps": f"an equal part of the denoising steps of all {counted(t.groups, 'group')}",
+        "actions": f"an equal random part of the actions of all {counted(t.groups, 'group')}",
     }[t.split]
 
 
@@ -58,7 +59,7 @@ def _work(config: Any) -> str:
     """The cost of the first iteration per prompt, in words."""
     random = Random(config.run.seed).at("train", 0)
     cost = config.algorithm.cost(config.sampling.num_steps, 0, random)
-    return f"{cost.nfe:,.0f} denoiser evaluations, {cost.decodes:,.0f} decodes, {cost.rewards:,.0f} calls of each reward in the first iteration"
+    return f"{counted(cost.nfe, 'denoiser evaluation', ',.0f')}, {counted(cost.decodes, 'decode', ',.0f')}, {counted(cost.rewards, 'call', ',.0f')} of each reward in the first iteration"
 
 
 def _beside(config: Any) -> dict[str, str]:
@@ -67,11 +68,11 @@ def _beside(config: Any) -> dict[str, str]:
     previews, replay = getattr(config.algorithm, "previews", None), config.train.replay
     if previews and previews.number:
         rows["previews"] = (
-            f"{previews.number} of {previews.num_steps} steps per prompt choose its {config.algorithm.group_size} samples"
+            f"{previews.number} of {counted(previews.num_steps, 'step')} per prompt choose its {counted(config.algorithm.group_size, 'sample')}"
         )
     if replay.groups:
         rows["replay"] = (
-            f"{replay.groups} earlier groups in an iteration, of the newest {replay.capacity}"
+            f"{counted(replay.groups, 'earlier group')} in an iteration, of the newest {replay.capacity}"
         )
     return rows
 
@@ -81,9 +82,8 @@ def _given(config: Any, num_processes: int) -> dict[str, str]:
     groups, number = config.train.groups, config.algorithm.num_targets
     if not number:
         return {}
-    pictures = "pictures" if number > 1 else "picture"
     shares = config.parallel.shares(num_processes)
     return {
-        "examples": f"{groups} examples x {number} {pictures} = {groups * number} per iteration; nothing is sampled",
-        "processes": f"{_processes(config, num_processes)}, {groups // shares} examples on each",
+        "examples": f"{counted(groups, 'example')} x {counted(number, 'picture')} = {groups * number} per iteration; nothing is sampled",
+        "processes": f"{_processes(config, num_processes)}, {counted(groups // shares, 'example')} on each",
     }

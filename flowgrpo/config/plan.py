@@ -5,6 +5,7 @@ from math import ceil
 
 from flowgrpo.config.schema import Config
 from flowgrpo.core.random import Random
+from flowgrpo.core.text import counted
 from flowgrpo.losses.base import ActionKind
 
 GRADIENT_BYTES = 4
@@ -68,7 +69,7 @@ class Plan:
             return {}
         size = min(self.train_batch, self.states)
         return {
-            "micro-batches": f"about {self.forwards} of {size} states on each process in an optimizer step"
+            "micro-batches": f"about {self.forwards} of {counted(size, 'state')} on each process in an optimizer step"
         }
 
     def notes(self) -> list[str]:
@@ -77,11 +78,11 @@ class Plan:
         if self.num_ranks > 1 and self.samples < self.rollout_batch:
             notes.append(
                 f"train.rollout_batch = {self.rollout_batch} is never filled: each of the {self.workers} "
-                f"draws {self.samples} samples per iteration; use fewer processes or more train.groups"
+                f"draws {counted(self.samples, 'sample')} per iteration; use fewer processes or more train.groups"
             )
         if self.num_ranks > 1 and 0 < self.states < self.train_batch:
             notes.append(
-                f"train.train_batch = {self.train_batch} is never filled: an optimizer step has {self.states} states "
+                f"train.train_batch = {self.train_batch} is never filled: an optimizer step has {counted(self.states, 'state')} "
                 f"of a denoising step on each of the {self.workers}; use fewer processes, fewer "
                 "train.updates or more train.groups"
             )
@@ -189,7 +190,7 @@ class Plan:
             ) + self._encoder_words(encoders)
         return (
             f"{size(gradients)} of gradients sent by each process per iteration ({self.updates} x the sum of "
-            f"{trained:,} gradients), {size(scores)} of scores"
+            f"{counted(trained, 'gradient', ',')}), {size(scores)} of scores"
         )
 
 

@@ -2,6 +2,7 @@
 
 from flowgrpo.algorithms.previews import Previews
 from flowgrpo.core.errors import ConfigError
+from flowgrpo.core.text import counted
 from flowgrpo.policy.settings import Sampling
 
 
@@ -12,6 +13,6 @@ def check_previews(algorithm: object, sampling: Sampling) -> None:
     if settings.number and is_given and settings.num_steps != steps:
         key = "sigmas" if sampling.sigmas else "timesteps"
         raise ConfigError(
-            f"sampling.{key} gives the grid for {steps} steps and none for the previews' {settings.num_steps}; "
+            f"sampling.{key} gives the grid for {counted(steps, 'step')} and none for the previews' {settings.num_steps}; "
             f"remove it, or set algorithm.previews.num_steps = {steps}"
         )

@@ -7,6 +7,7 @@ from flowgrpo.algorithms.trajectories import TrajectoryPlan
 from flowgrpo.config.steps import steps_of_any_iteration
 from flowgrpo.core.errors import ConfigError
 from flowgrpo.core.random import Random
+from flowgrpo.core.text import counted
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +43,7 @@ def check_replay(config: Any, num_processes: int) -> None:
     if settings.groups % step:
         nearest = max(step, round(settings.groups / step) * step)
         raise ConfigError(
-            f"{key} cannot be divided among the {num_processes} processes and the optimizer steps; the nearest "
+            f"{key} cannot be divided among the {counted(num_processes, 'process')} and the optimizer steps; the nearest "
             f"that can is {nearest}"
         )
     if settings.capacity < settings.groups:
@@ -76,7 +77,7 @@ def _check_skipped(config: Any) -> None:
     steps = config.sampling.num_steps
     if settings.skip_last >= steps - 1:
         raise ConfigError(
-            f"train.replay.skip_last = {settings.skip_last} leaves nothing to replay of {steps} steps, of which the "
+            f"train.replay.skip_last = {settings.skip_last} leaves nothing to replay of {counted(steps, 'step')}, of which the "
             f"last is never trained; use at most {max(0, steps - 2)}"
         )
     first = min(steps_of_any_iteration(config, config.algorithm), default=0)

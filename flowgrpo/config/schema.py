@@ -47,6 +47,7 @@ from flowgrpo.config.reward_gradients import check_reward_gradients
 from flowgrpo.config.steps import check_steps, steps_of_any_iteration
 from flowgrpo.core.errors import ConfigError
 from flowgrpo.core.random import Random
+from flowgrpo.core.text import counted
 from flowgrpo.losses import base as losses
 from flowgrpo.losses.base import Loss
 from flowgrpo.losses.clipped import ClippedLoss
@@ -488,7 +489,7 @@ class Config:
         step, among = shares, workers
         if train.split == "groups":
             step *= updates
-            among = f"train.updates = {updates} optimizer steps and {among} ({updates} x {shares} = {step})"
+            among = f"train.updates = {counted(updates, 'optimizer step')} and {among} ({updates} x {shares} = {step})"
         if train.groups % step:
             nearest = max(step, round(train.groups / step) * step)
             raise ConfigError(
@@ -498,7 +499,7 @@ class Config:
         if train.split == "samples" and self.algorithm.group_size % updates:
             raise ConfigError(
                 f"algorithm.group_size = {self.algorithm.group_size} cannot be divided among train.updates = "
-                f"{updates} optimizer steps with train.split = 'samples'; use a divisor of the group size"
+                f"{counted(updates, 'optimizer step')} with train.split = 'samples'; use a divisor of the group size"
             )
         if train.split == "steps":
             random = Random(self.run.seed).at("train", 0)
@@ -510,8 +511,8 @@ class Config:
                 )
             if len(steps) < updates:
                 raise ConfigError(
-                    f"train.split = 'steps' cannot divide {len(steps)} trained steps among train.updates = "
-                    f"{updates} optimizer steps; use at most {len(steps)}, or another train.split"
+                    f"train.split = 'steps' cannot divide {counted(len(steps), 'trained step')} among train.updates = "
+                    f"{counted(updates, 'optimizer step')}; use at most {len(steps)}, or another train.split"
                 )
         if self.loss.needs.whole_groups and train.split in ("samples", "actions"):
             raise ConfigError(

@@ -6,6 +6,7 @@ from typing import Any
 from flowgrpo.core.errors import ConfigError
 from flowgrpo.core.random import Random
 from flowgrpo.core.steps import AllSteps
+from flowgrpo.core.text import counted
 from flowgrpo.core.transitions import CalibratedSDE
 
 FORESEEN = 10_000
@@ -25,7 +26,7 @@ def check_steps(config: Any) -> None:
         number = len(algorithm.transition.levels)
         if number <= last:
             raise ConfigError(
-                f"algorithm.transition.levels has {number} numbers, but steps up to {last} are stochastic; "
+                f"algorithm.transition.levels has {counted(number, 'number')}, but steps up to {last} are stochastic; "
                 f"give {last + 1}, one for each step from 0 on"
             )
     name = type(algorithm).__name__
@@ -48,7 +49,7 @@ def check_steps(config: Any) -> None:
     if covered < needed:
         raise ConfigError(
             f"loss.chunks = {list(needs.chunks)} covers steps 0 to {covered - 1}, but with sampling.num_steps = "
-            f"{needed + 1} steps up to {needed - 1} can be trained; add {needed - covered} to the sizes"
+            f"{counted(needed + 1, 'step')} up to {needed - 1} can be trained; add {needed - covered} to the sizes"
         )
     if config.train.split in ("steps", "actions"):
         raise ConfigError(

@@ -15,6 +15,7 @@ from typing import Literal
 
 from flowgrpo.core.random import Random
 from flowgrpo.core.tensors import torch
+from flowgrpo.core.text import counted
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +73,7 @@ class RandomWindow:
         """Raise ValueError if the window does not fit into the range, or the range into the grid."""
         if self.last - self.size < self.first:
             raise ValueError(
-                f"steps: no window of {self.size} steps fits into [{self.first}, {self.last})"
+                f"steps: no window of {counted(self.size, 'step')} fits into [{self.first}, {self.last})"
             )
         _check_steps(range(self.first, self.last), num_steps, self)
         _check_steps(range(self.first, self.first + self.size), num_steps, self)
@@ -103,7 +104,7 @@ class RandomSteps:
         _check_steps(pool, num_steps, self)
         if not 1 <= self.count <= len(pool):
             raise ValueError(
-                f"steps: cannot draw {self.count} of the {len(pool)} steps in [{self.first}, {self.last})"
+                f"steps: cannot draw {self.count} of the {counted(len(pool), 'step')} in [{self.first}, {self.last})"
             )
 
     def select(self, num_steps: int, iteration: int, random: Random) -> list[int]:
@@ -145,7 +146,7 @@ class SlidingWindow:
         _check_skip_last(self.skip_last)
         if num_steps - self.skip_last - self.size < 0:
             raise ValueError(
-                f"steps: a window of {self.size} does not fit into {num_steps} steps without the last {self.skip_last}"
+                f"steps: a window of {self.size} does not fit into {counted(num_steps, 'step')} without the last {self.skip_last}"
             )
         if self.decay < 0:
             raise ValueError(f"steps: decay must be at least 0, got {self.decay}")

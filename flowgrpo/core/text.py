@@ -35,3 +35,22 @@ def shorten(text: str, limit: int = 1000) -> str:
     return "\n".join(
         line if len(line) <= limit else f"{line[:half]} ... {line[-half:]}" for line in lines
     )
+
+
+def counted(number: int | float | str, noun: str, spec: str = "") -> str:
+    """A number with its noun, in the plural unless it is shown as 1: ``1 step``, ``12 optimizer steps``.
+
+    Args:
+        number: The number, or its text.
+        noun: The noun in the singular, also with words before it.
+        spec: How the number is formatted, such as ``,``.
+    """
+    shown = format(number, spec)
+    return f"{shown} {noun if shown == '1' else plural(noun)}"
+
+
+def plural(noun: str) -> str:
+    """The plural of a regular English noun."""
+    if noun.endswith(("s", "x", "sh", "tch", "nch")):
+        return f"{noun}es"
+    return f"{noun[:-1]}ies" if noun.endswith("y") and noun[-2:-1] not in "aeiou" else f"{noun}s"

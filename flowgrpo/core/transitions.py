@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import Literal, Protocol, runtime_checkable
 
 from flowgrpo.core.tensors import Float, Tensor, torch
+from flowgrpo.core.text import counted
 
 Path = Literal["flow", "diffusion"]
 Predicted = Literal["velocity", "noise", "v", "data"]
@@ -247,7 +248,7 @@ class CalibratedSDE:
         require_path(self, step.path)
         if not 0 <= step.index < len(self.levels):
             raise ValueError(
-                f"transition.levels of calibrated_sde has {len(self.levels)} numbers, but step {step.index} is "
+                f"transition.levels of calibrated_sde has {counted(len(self.levels), 'number')}, but step {step.index} is "
                 "stochastic; give one for each step from 0 to the last stochastic one"
             )
         return _reverse_sde(x, prediction, step, self.levels[step.index])

@@ -5,7 +5,6 @@ with :func:`reached`. Each operation calls :data:`failpoint` before it touches t
 can end the process, or fail, at every single one.
 """
 
-import json
 import os
 import re
 import shutil
@@ -13,6 +12,8 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from flowgrpo.data import strict_json
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -117,4 +118,4 @@ def append(path: Path, record: Mapping[str, Any]) -> None:
     """Append one line of JSON. It is on the disk after :func:`sync`."""
     reached("write", path)
     with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(record) + "\n")
+        file.write(strict_json.dumps(record) + "\n")

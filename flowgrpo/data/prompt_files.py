@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from flowgrpo.core.text import counted
 from flowgrpo.data.prompts import Image, Prompt
 
 HUB = "hf:"
@@ -146,7 +147,7 @@ def _read_csv(path: Path) -> Iterator[Prompt]:
         where = f"{path}, line {number}"
         if len(row) > len(header):
             raise PromptError(
-                f"{where}: {len(row)} cells, but the header has {len(header)}; put text with a comma in "
+                f"{where}: {counted(len(row), 'cell')}, but the header has {len(header)}; put text with a comma in "
                 'quotes: "a red cube, a blue ball"'
             )
         # Every cell is text; an empty cell of a known key means that it is not set, as does a cell that

@@ -12,6 +12,9 @@ from jaxtyping import Float
 from scipy.optimize import minimize
 from scipy.special import expit
 
+from flowgrpo.core.text import counted
+from flowgrpo.data import strict_json
+
 KEYS = ("rubric", "weight", "note")
 
 
@@ -67,7 +70,7 @@ def read_rubrics(given: str | Sequence[str | Mapping[str, Any]]) -> list[Rubric]
 def write_rubrics(path: Path, rubrics: Sequence[Rubric]) -> None:
     """Write a ``.jsonl`` file for :func:`read_rubrics`."""
     records = [{"rubric": r.text, "weight": r.weight, "note": r.note} for r in rubrics]
-    path.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records))
+    path.write_text("".join(strict_json.dumps(r, ensure_ascii=False) + "\n" for r in records))
 
 
 def _rubric(entry: Any, where: str) -> Rubric:
@@ -140,7 +143,7 @@ def fit_rubrics(
     x = differences[np.isfinite(differences).all(axis=1)]
     if folds < 2 or len(x) < 2 * folds:
         raise ValueError(
-            f"{len(x)} of {len(differences)} pairs have an answer to every rubric; {folds} folds "
+            f"{len(x)} of {counted(len(differences), 'pair')} have an answer to every rubric; {counted(folds, 'fold')} "
             f"(at least 2) need at least {2 * folds}"
         )
     scale = np.sqrt((x**2).mean(axis=0))

@@ -16,6 +16,7 @@ from typing import Any, Literal, get_args
 
 from PIL import Image
 
+from flowgrpo.data import strict_json
 from flowgrpo.data.files import append, reached, replacing, sync, write_whole
 
 FORMAT = 1
@@ -106,7 +107,7 @@ class Ballot:
             "seed": self.seed,
             "pairs": [asdict(p) for p in self.pairs],
         }
-        write_whole(self.folder / BALLOT, json.dumps(body, indent=1, ensure_ascii=False))
+        write_whole(self.folder / BALLOT, strict_json.dumps(body, indent=1, ensure_ascii=False))
 
 
 def is_ballot(path: Path) -> bool:
@@ -245,7 +246,7 @@ class VoteBook:
                 if vote.choice == "second":
                     files.reverse()
                 lines.append({"prompt": pair.prompt, "preferred": files[0], "other": files[1]})
-        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+        text = "".join(strict_json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
         write_whole(self.ballot.folder / PAIRS, text)
 
     def repair(self) -> None:

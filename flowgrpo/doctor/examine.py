@@ -19,6 +19,7 @@ from torchvision.transforms.functional import to_pil_image
 
 from flowgrpo.core.random import Random, SampleNoise
 from flowgrpo.core.steps import AllSteps
+from flowgrpo.core.text import counted
 from flowgrpo.core.transitions import CPS, DDIM, Transition
 from flowgrpo.data.prompts import Prompt
 from flowgrpo.doctor import checks
@@ -303,7 +304,7 @@ def _trial(
         except (UnsupportedPipelineError, torch.OutOfMemoryError):
             raise
         except Exception as error:
-            words = [f"{len(prompts)} prompt{'s' * (len(prompts) > 1)}", made]
+            words = [counted(len(prompts), "prompt"), made]
             words.append("with a tiled decoder" if tiled else "")
             tried.append(f"{', '.join(w for w in words if w)}: {_in_short(error)}")
             continue

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from flowgrpo.core.random import Random
+from flowgrpo.core.text import counted
 from flowgrpo.doctor.subject import Check, Subject
 
 
@@ -28,7 +29,9 @@ def gradients(subject: Subject, stock: Tensor) -> Sequence[Check]:
     # In some transformers the last block does not use all of its weights, so a weight without a
     # gradient is an error only if the output depends on it.
     cut = bool(missed) and _output_depends_on(subject, missed)
-    words = f"{reached}/{len(trained)} tensors, {moved} not zero, {leaked} others"
+    words = (
+        f"{reached}/{counted(len(trained), 'tensor')}, {moved} not zero, {counted(leaked, 'other')}"
+    )
     if missed and not cut:
         words += f" ({len(missed)} do not change the output)"
     if replaced:

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from flowgrpo.config import Config, load
 from flowgrpo.config.evidence import fingerprint
+from flowgrpo.data import strict_json
 from flowgrpo.data.prompts import Prompt
 from flowgrpo.losses.clipped import ClippedLoss
 from flowgrpo.memory.meta_pipeline import PaddingTokenizer, build, with_real_buffers
@@ -121,7 +122,7 @@ class Record:
 
     def to_json(self) -> str:
         """The record as text."""
-        return json.dumps(asdict(self), indent=1) + "\n"
+        return strict_json.dumps(asdict(self), indent=1) + "\n"
 
 
 def verify(
@@ -339,7 +340,7 @@ def _tiny(recipe: Config, folder: Path) -> tuple[list[str], list[str]]:
 def _prompts_with_images(folder: Path, image: Any) -> list[str]:
     """Files of prompts with a condition image."""
     image.save(folder / "condition.png")
-    lines = [json.dumps({"prompt": text, "image": "condition.png"}) for text in ("a red cube", "two dogs")]  # fmt: skip
+    lines = [strict_json.dumps({"prompt": text, "image": "condition.png"}) for text in ("a red cube", "two dogs")]  # fmt: skip
     (folder / "prompts.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
     return [f"prompts.{part}='{folder / 'prompts.jsonl'}'" for part in ("train", "held_out")]
 
@@ -354,7 +355,7 @@ def _pictures(folder: Path, number: int) -> list[str]:
             line[name] = f"{name}{index}.png"
             shade = Image.linear_gradient("L").rotate(90 * (2 * index + place)).convert("RGB")
             shade.save(folder / line[name])
-        lines.append(json.dumps(line) + "\n")
+        lines.append(strict_json.dumps(line) + "\n")
     file = folder / "examples.jsonl"
     file.write_text("".join(lines), encoding="utf-8")
     return [f"prompts.train='{file}'"]

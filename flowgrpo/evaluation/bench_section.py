@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
+from flowgrpo.core.text import counted
 from flowgrpo.evaluation.charts import Line, legend, line_chart, number
 from flowgrpo.evaluation.curves import section
 from flowgrpo.evaluation.records import Records
@@ -28,7 +29,7 @@ def benchmarks(records: Records) -> str:
 def problems(records: Records) -> list[str]:
     """A sentence for each evaluation at which a benchmark has no results."""
     return [
-        f"The benchmark {label} has no results after {evaluation['iteration']} iterations: "
+        f"The benchmark {label} has no results after {counted(evaluation['iteration'], 'iteration')}: "
         f"{table['problem']}"
         for evaluation in records.evaluations
         for label, table in evaluation.get("bench", {}).items()
@@ -54,7 +55,9 @@ def _card(records: Records, label: str) -> str:
         return ""
     first, last = series[0][1], series[-1][1]
     failed = f", {number(last['failed'])} failed" if last["failed"] else ""
-    images = f"{number(last['images'])} images{failed}; <code>{escape(last['folder'])}</code>"
+    images = (
+        f"{counted(number(last['images']), 'image')}{failed}; <code>{escape(last['folder'])}</code>"
+    )
     rows = "".join(_row(name, first, last, len(series) > 1) for name in last["results"])
     head = "<tr><th></th><th>before</th><th>after</th><th>change</th><th>95 % interval</th></tr>"
     if len(series) == 1:

@@ -11,6 +11,7 @@ from flowgrpo import config as configuration
 from flowgrpo.config import Config
 from flowgrpo.config.training_data import training_prompts
 from flowgrpo.core.secrets import redact_table
+from flowgrpo.core.text import counted
 from flowgrpo.data.prompt_sets import PromptSet
 from flowgrpo.evaluation.records import Records
 from flowgrpo.policy.export.adapter_files import COMFYUI_FOLDER, DIFFUSERS_FILE, KOHYA_FOLDER
@@ -59,7 +60,7 @@ def model_card(run: Path, repo_id: str, benchmarks: Sequence[Mapping[str, Any]] 
     config, records = configuration.load(str(run / "config.toml")), Records(run)
     if len(records.evaluations) < 2:
         raise ValueError(
-            f"{run} has {len(records.evaluations)} held-out evaluations; a model card needs one before "
+            f"{run} has {counted(len(records.evaluations), 'held-out evaluation')}; a model card needs one before "
             "and one after training"
         )
     base = config.model.path
@@ -85,11 +86,11 @@ def model_card(run: Path, repo_id: str, benchmarks: Sequence[Mapping[str, Any]] 
         f"---\n{data.to_yaml()}\n---",
         f"# {repo_id.rsplit('/', 1)[-1]}",
         f"`{base}`, fine-tuned {METHODS[config.algorithm.num_targets]} by flowgrpo "
-        f"({algorithm}, {config.model.weights.kind}, {last['iteration']} iterations).",
+        f"({algorithm}, {config.model.weights.kind}, {counted(last['iteration'], 'iteration')}).",
         _licence(base, licence, name),
         f"![Base and tuned model, same prompts and same noise]({GRID})" if newest_grid(run) else "",
         "## Before and after\n\n"
-        f"Held-out prompts, deterministic sampler, same noise; {first['images']} images before, "
+        f"Held-out prompts, deterministic sampler, same noise; {counted(first['images'], 'image')} before, "
         f"{last['images']} after. A change of at most two standard errors counts as noise."
         f"\n\n{_changes(records)}",
         *(
@@ -230,7 +231,7 @@ def _count(config: Config, training: bool) -> str:
             if training
             else PromptSet.load(configuration.find(config.prompts.held_out))
         )
-        return f"{len(known.prompts)} prompts"
+        return f"{counted(len(known.prompts), 'prompt')}"
     except FileNotFoundError:
         return "prompts of a file that no longer exists"
 

@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from flowgrpo.core.random import Random, SampleNoise
+from flowgrpo.core.text import counted
 from flowgrpo.data.audio import Audio
 from flowgrpo.data.files import replacing, save_tensors
 from flowgrpo.data.prompt_sets import PromptSet
@@ -146,7 +147,7 @@ class ComparisonGrid:
         height, width = images[0].shape[-2:]
         guidance = "default" if sampling.guidance_scale is None else f"{sampling.guidance_scale:g}"
         subtitle = (
-            f"deterministic sampler, {sampling.num_steps} steps, guidance {guidance}, {width}x{height}, "
+            f"deterministic sampler, {counted(sampling.num_steps, 'step')}, guidance {guidance}, {width}x{height}, "
             f"seed {self.seed}, same noise in the same place{f'; marks: {label}' if label else ''}"
         )
         fps = frames_per_second(sampling.call)

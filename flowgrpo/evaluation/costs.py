@@ -3,6 +3,7 @@
 import math
 from html import escape
 
+from flowgrpo.core.text import counted
 from flowgrpo.evaluation.charts import Number, duration, number
 from flowgrpo.evaluation.curves import evaluation_seconds, section, total
 from flowgrpo.evaluation.records import Records
@@ -25,7 +26,7 @@ def costs(records: Records) -> str:
     devices = int(records.environment.get("processes", 1))
     seconds = sum(total(t) for t in records.timings) * devices
     held_out = sum(evaluation_seconds(records)) * devices
-    name = "device-seconds" if devices == 1 else f"device-seconds of {devices} devices"
+    name = "device-seconds" if devices == 1 else f"device-seconds of {counted(devices, 'device')}"
     rows += [_row(f"{name}, iterations", seconds, iterations)]
     rows += [_row(f"{name}, held-out evaluations", held_out, None)]
     head = "<tr><th></th><th>in all</th><th>per iteration</th></tr>"

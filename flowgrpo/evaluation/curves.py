@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from html import escape
 
+from flowgrpo.core.text import counted
 from flowgrpo.evaluation import charts
 from flowgrpo.evaluation.charts import Line, Number, Point, duration, line_chart, number
 from flowgrpo.evaluation.records import RECENT, Records, finite
@@ -287,7 +288,7 @@ def _smoothed(name: str, curve: Sequence[Point], color: int = 0) -> list[Line]:
     off = finite([(x, abs(y - a)) for (x, y), (_, a) in zip(curve, average, strict=True)])
     if statistics.fmean(off) < STEADY * (max(values) - min(values)):
         return [plain]
-    smooth = Line(f"{name}, mean over {window} iterations", charts.thin(average), color)
+    smooth = Line(f"{name}, mean over {counted(window, 'iteration')}", charts.thin(average), color)
     return [replace(plain, faint=True), smooth]
 
 

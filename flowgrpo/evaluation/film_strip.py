@@ -1,6 +1,5 @@
 """The report's film strip: the same prompts and the same noise after more and more iterations."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -8,6 +7,8 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from flowgrpo.core.text import counted
+from flowgrpo.data import strict_json
 from flowgrpo.evaluation.charts import number, points
 from flowgrpo.evaluation.curves import section
 from flowgrpo.evaluation.records import Records
@@ -55,7 +56,7 @@ def film_strip(records: Records) -> str:
     scores = {e["iteration"]: _scores(records, e) for e in records.evaluations}
     described = [
         {
-            "name": "base model" if n == 0 else f"after {number(n)} iterations",
+            "name": "base model" if n == 0 else f"after {counted(number(n), 'iteration')}",
             "scores": scores.get(n, ""),
             # The page shows the last frame, and the script reads its images there.
             "images": [] if index == len(frames) - 1 else [source for source, _ in tiles],
@@ -69,7 +70,7 @@ def film_strip(records: Records) -> str:
         last = described[-1]
         controls = CONTROLS.format(last=len(frames) - 1, name=last["name"])
         controls += f'<p class="quiet film-scores">{escape(str(last["scores"]))}</p>'
-    text = json.dumps(described, ensure_ascii=False).replace("<", "\\u003c")
+    text = strict_json.dumps(described, ensure_ascii=False).replace("<", "\\u003c")
     data = f'<script type="application/json" class="film-data">{text}</script>'
     note = (
         "Held-out prompts, with the same noise at the same place. The slider goes from the base model to "

@@ -14,6 +14,8 @@ from jaxtyping import Float
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from flowgrpo.core.text import counted
+
 TICK, CROSS = "✓", "✗"
 """A note that begins with one of these is drawn as a green or red mark on the image."""
 
@@ -272,7 +274,9 @@ def _check(rows: Sequence[GridRow], columns: Sequence[str], scale: int | None) -
     shape = tuple(rows[0].blocks[0].shape) if rows[0].blocks else ()
     for row in rows:
         if len(row.blocks) != len(columns):
-            raise ValueError(f"{row.label!r}: {len(row.blocks)} blocks for {len(columns)} columns")
+            raise ValueError(
+                f"{row.label!r}: {counted(len(row.blocks), 'block')} for {counted(len(columns), 'column')}"
+            )
         for column, block in zip(columns, row.blocks, strict=True):
             where = f"{row.label!r}, {column!r}"
             if block.ndim not in (4, 5) or block.shape[-3] not in (1, 3) or 0 in block.shape:
@@ -287,7 +291,7 @@ def _check(rows: Sequence[GridRow], columns: Sequence[str], scale: int | None) -
         counts = None if row.notes is None else [len(notes) for notes in row.notes]
         if counts is not None and counts != [shape[0]] * len(columns):
             raise ValueError(
-                f"{row.label!r}: {len(columns)} blocks of {shape[0]} samples need as many notes, "
+                f"{row.label!r}: {counted(len(columns), 'block')} of {counted(shape[0], 'sample')} need as many notes, "
                 f"got {counts}"
             )
 

@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from flowgrpo.core.imports import suggest
+from flowgrpo.core.text import counted
+from flowgrpo.data import strict_json
 from flowgrpo.data.prompts import Prompt
 from flowgrpo.evaluation.samplers import Sampler
 
@@ -173,7 +175,7 @@ class GridSettings:
         total, most = number * len(cells) * self.samples, MOST_IN_SHEET if sheet else MOST_IMAGES
         if total > most:
             raise ValueError(
-                f"a grid of {number} prompts, {len(cells)} cells and {self.samples} samples has {total} "
+                f"a grid of {counted(number, 'prompt')}, {counted(len(cells), 'cell')} and {counted(self.samples, 'sample')} has {total} "
                 f"images, more than the {most} of {'a contact sheet' if sheet else 'a picture'}: "
                 f"{_that_fits(number, len(cells), self.samples, most)}"
                 + (
@@ -185,7 +187,7 @@ class GridSettings:
 
     def to_json(self) -> str:
         """The settings as JSON for the metadata of a picture."""
-        return json.dumps({"format": FORMAT, **asdict(self)}, ensure_ascii=False)
+        return strict_json.dumps({"format": FORMAT, **asdict(self)}, ensure_ascii=False)
 
     @classmethod
     def from_picture(cls, path: Path) -> "GridSettings":
@@ -218,11 +220,11 @@ def _that_fits(number: int, cells: int, samples: int, most: int) -> str:
     """The nearest smaller grids, in words."""
     found = []
     if (fewer := most // (number * cells)) >= 1:
-        found.append(f"--samples {fewer} ({number * cells * fewer} images)")
+        found.append(f"--samples {fewer} ({counted(number * cells * fewer, 'image')})")
     if (fewer := most // (cells * samples)) >= 1:
-        found.append(f"--rows {fewer} ({cells * samples * fewer} images)")
+        found.append(f"--rows {fewer} ({counted(cells * samples * fewer, 'image')})")
     if (fewer := most // (number * samples)) >= 1:
-        found.append(f"axes with at most {fewer} cells")
+        found.append(f"axes with at most {counted(fewer, 'cell')}")
     return f"what fits is {' or '.join(found)}" if found else "reduce --rows and --samples"
 
 

@@ -96,10 +96,11 @@ def changes_between(first: Mapping[str, Any], now: Mapping[str, Any]) -> list[Ch
     found = []
     for name in now["scores"]:
         errors = [e.get("errors", {}).get(name) for e in (first, now)]
-        error = None if None in errors else math.hypot(*(float(e) for e in errors))
+        error = math.hypot(*map(_float, errors))
         before, after = (_float(e["scores"].get(name)) for e in (first, now))
         in_points = all(0 <= v <= 1 for v in (before, after))
-        found.append(Change(name, before, after, error, in_points))
+        known = error if math.isfinite(error) else None
+        found.append(Change(name, before, after, known, in_points))
     return found
 
 

@@ -244,7 +244,7 @@ class Records:
         mean = _float((line["scores"] if task is None else table).get(score))
         images, errors = table.get("images", 0), table.get("errors", {})
         if score in errors:
-            return mean, float(errors[score])
+            return mean, _float(errors[score])
         known = images > 0 and math.isfinite(mean) and self.in_points(score)
         return mean, standard_error(mean, images) if known else None
 

@@ -18,6 +18,7 @@ from string import Template
 
 from PIL import Image
 
+from flowgrpo.core.text import counted
 from flowgrpo.data.files import write_whole
 from flowgrpo.evaluation.bench_section import benchmarks
 from flowgrpo.evaluation.charts import Number, dumbbell, duration, number
@@ -146,7 +147,7 @@ def _name(records: Records) -> str:
 def _header(records: Records) -> str:
     planned = records.setting("train.iterations")
     of = f" of {number(planned)}" if planned else ""
-    chips = [f"{number(len(records.metrics))}{of} iterations"]
+    chips = [f"{number(len(records.metrics))}{counted(of, 'iteration')}"]
     chips += [
         f"{words} {records.setting(key)}"
         for words, key in CHIPS.items()
@@ -210,7 +211,7 @@ def _evaluated_once(records: Records) -> tuple[str, list[str]]:
     iteration = records.evaluations[0]["iteration"]
     return (
         "The model was evaluated once, so there is nothing to compare with yet.",
-        [f"After {number(iteration)} iterations: {', '.join(parts)}."],
+        [f"After {counted(number(iteration), 'iteration')}: {', '.join(parts)}."],
     )
 
 
@@ -242,11 +243,11 @@ def _scores_paragraph(records: Records, changes: Sequence[Change]) -> str:
     tasks = ""
     if {"rose", "fell", "noise"} & set(kinds):
         tasks = (
-            f" Of {len(kinds)} tasks, {escape(first)} rose in {kinds.count('rose')}, fell in "
+            f" Of {counted(len(kinds), 'task')}, {escape(first)} rose in {kinds.count('rose')}, fell in "
             f"{kinds.count('fell')} and stayed within noise in {kinds.count('noise')}."
         )
     iteration = number(records.evaluations[-1]["iteration"])
-    return f"After {iteration} iterations, {'; '.join(clauses)}.{tasks}"
+    return f"After {counted(iteration, 'iteration')}, {'; '.join(clauses)}.{tasks}"
 
 
 def _diversity_paragraph(records: Records) -> str:
@@ -279,10 +280,10 @@ def _about_numbers(records: Records, changes: Sequence[Change]) -> str:
     """The number of images, and the meaning and the source of the errors."""
     ends = (records.evaluations[0], records.evaluations[-1])
     first, last = (number(e.get("images", math.nan)) for e in ends)
-    text = [f"{last} held-out images."]
+    text = [f"{counted(last, 'held-out image')}."]
     if first != last:
         text = [
-            f"The first evaluation has {first} images and the last {last}, so their prompts differ "
+            f"The first evaluation has {counted(first, 'image')} and the last {last}, so their prompts differ "
             "and the change is only approximate."
         ]
     if any(c.error is not None for c in changes):
@@ -325,7 +326,7 @@ def _warnings(records: Records) -> str:
     if not found:
         return ""
     items = "".join(f"<li>{escape(text)}</li>" for text in found)
-    title = "1 warning" if len(found) == 1 else f"{len(found)} warnings"
+    title = counted(len(found), "warning")
     return f'<section class="card warnings"><h3>{title}</h3><ul>{items}</ul></section>'
 
 
@@ -376,7 +377,7 @@ def _regimes(records: Records) -> str:
         view = records.regime(tag)
         if cards := _task_cards(view):
             images = number(view.evaluations[-1].get("images", math.nan))
-            title = f"{escape(_regime_name(tag))}, {images} images"
+            title = f"{escape(_regime_name(tag))}, {counted(images, 'image')}"
             parts.append(f'<h3>{title}</h3><div class="pair">{cards}</div>')
     note = "The same weights and prompts, sampled in the ways that <code>evaluation.regimes</code> names."
     return section("Other ways to sample", note, "".join(parts))

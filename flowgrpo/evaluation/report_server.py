@@ -4,7 +4,6 @@ It listens on the loopback address only and answers two paths: ``/``, the page, 
 page asks every two seconds. The answer holds the new content if files of the run have changed since.
 """
 
-import json
 import threading
 from collections.abc import Callable
 from http import HTTPStatus
@@ -12,6 +11,7 @@ from http.server import ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import parse_qs, urlsplit
 
+from flowgrpo.data import strict_json
 from flowgrpo.evaluation.local_server import ADDRESS, LocalHandler
 from flowgrpo.evaluation.report import page, report_content
 from flowgrpo.evaluation.samples import FOLDER
@@ -110,6 +110,6 @@ class _Handler(LocalHandler):
             answer = {"version": version, "state": state, "words": words}
             if parse_qs(asked.query).get("version") != [version]:
                 answer["content"] = content
-            self.send_body("application/json", json.dumps(answer).encode())
+            self.send_body("application/json", strict_json.dumps(answer).encode())
         else:
             self.send_error(HTTPStatus.NOT_FOUND)

@@ -4,6 +4,7 @@ import json
 from html import escape
 from typing import Any
 
+from flowgrpo.core.text import counted
 from flowgrpo.evaluation.charts import number
 from flowgrpo.evaluation.curves import section
 from flowgrpo.evaluation.records import Records
@@ -44,9 +45,9 @@ def _early_stop(records: Records) -> str:
         found = json.loads((records.folder / "early_stop.json").read_text("utf-8"))
         metric, patience = found["settings"]["metric"], found["settings"]["patience"]
         text = (
-            f"Early stopping ended the run after {number(found['after'])} iterations: {metric} had not improved "
-            f"in {patience} evaluations. The last evaluation and the export are of the weights after "
-            f"{number(found['best'])} iterations, whose {metric} was {number(found['value'])}."
+            f"Early stopping ended the run after {counted(number(found['after']), 'iteration')}: {metric} had not improved "
+            f"in {counted(patience, 'evaluation')}. The last evaluation and the export are of the weights after "
+            f"{counted(number(found['best']), 'iteration')}, whose {metric} was {number(found['value'])}."
         )
     except (OSError, ValueError, KeyError, TypeError):
         return ""

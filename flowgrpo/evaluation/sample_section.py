@@ -5,6 +5,7 @@ from functools import lru_cache
 from html import escape
 from pathlib import Path
 
+from flowgrpo.core.text import counted
 from flowgrpo.evaluation.charts import number
 from flowgrpo.evaluation.curves import section
 from flowgrpo.evaluation.records import Records
@@ -28,7 +29,7 @@ def best_and_worst(records: Records) -> str:
     if not cards:
         return ""  # a run without rewards has no order of samples
     note = (
-        f"Of the held-out evaluation after {number(int(files[-1].stem))} iterations. Look for a way in "
+        f"Of the held-out evaluation after {counted(number(int(files[-1].stem)), 'iteration')}. Look for a way in "
         "which images with a high reward are alike, and for good images with a low one: both are faults "
         "of the reward. Of equal rewards the first are shown."
     )

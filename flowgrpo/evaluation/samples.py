@@ -11,6 +11,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from flowgrpo.core.tensors import Float, Tensor, torch
+from flowgrpo.data import strict_json
 from flowgrpo.data.files import replacing
 from flowgrpo.evaluation.tiles import LONGEST, open_picture
 
@@ -112,7 +113,7 @@ def save_samples(path: Path, samples: Sequence[Sample]) -> None:
         )
         top += sample.picture.height + GAP
     info = PngInfo()
-    info.add_itxt(KEY, json.dumps(records, ensure_ascii=False))
+    info.add_itxt(KEY, strict_json.dumps(records, ensure_ascii=False))
     with replacing(path) as temporary:
         canvas.save(temporary, format="PNG", pnginfo=info)
 

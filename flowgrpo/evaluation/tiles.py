@@ -13,6 +13,7 @@ from typing import Any
 
 from PIL import Image
 
+from flowgrpo.data import strict_json
 from flowgrpo.data.pictures import UNREADABLE
 
 KEY = "flowgrpo-tiles"
@@ -67,7 +68,7 @@ def tiles_to_json(rows: Sequence[TileRow]) -> str:
         }
         for r in rows
     ]
-    return json.dumps(found, ensure_ascii=False)
+    return strict_json.dumps(found, ensure_ascii=False)
 
 
 def read_tiles(picture: Image.Image) -> list[TileRow]:

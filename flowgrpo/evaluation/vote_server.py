@@ -19,6 +19,7 @@ from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 from flowgrpo.core.text import plain
+from flowgrpo.data import strict_json
 from flowgrpo.data.votes import BALLOT, Ballot, Choice, Vote, VoteBook
 from flowgrpo.evaluation.local_server import ADDRESS, NAMES, LocalHandler, script_source
 
@@ -240,12 +241,12 @@ class _Handler(LocalHandler):
 
     def _answer(self, made: Any) -> None:
         try:
-            self._send("application/json", json.dumps(made()).encode())
+            self._send("application/json", strict_json.dumps(made()).encode())
         except VoteError as error:
-            body = json.dumps({"error": str(error)}).encode()
+            body = strict_json.dumps({"error": str(error)}).encode()
             self._send("application/json", body, HTTPStatus.CONFLICT)
         except OSError as error:
-            body = json.dumps({"error": f"the vote was not stored: {error}"}).encode()
+            body = strict_json.dumps({"error": f"the vote was not stored: {error}"}).encode()
             self._send("application/json", body, HTTPStatus.INTERNAL_SERVER_ERROR)
 
     def _send(self, kind: str, body: bytes, status: HTTPStatus = HTTPStatus.OK) -> None:

@@ -1,5 +1,6 @@
 """Warnings about the metrics of a run, as sentences for its report."""
 
+from flowgrpo.core.text import counted
 from flowgrpo.evaluation.bench_section import problems
 from flowgrpo.evaluation.charts import number
 from flowgrpo.evaluation.hacking import fallen, seen
@@ -61,7 +62,7 @@ def _update_warnings(records: Records) -> list[str]:
     if above:
         found.append(
             f"The log-probabilities' numerical noise reached {number(max(above))}, more than half "
-            f"the clip range of {number(clip)}, in {len(above)} of {len(noise)} iterations. "
+            f"the clip range of {number(clip)}, in {len(above)} of {counted(len(noise), 'iteration')}. "
             "Clipping then depends on rounding errors; use a higher precision or a wider clip range."
         )
     return found
@@ -71,8 +72,9 @@ def _diversity_warnings(records: Records) -> list[str]:
     found = []
     duplicates = records.total("group/duplicates")
     if duplicates > 0:
+        verb = "is" if duplicates == 1 else "are"
         found.append(
-            f"Duplicates: {number(duplicates)} samples are identical to another sample of their "
+            f"Duplicates: {counted(number(duplicates), 'sample')} {verb} identical to another sample of their "
             "group. Samples of one prompt should have different noise."
         )
     for change in records.diversities():

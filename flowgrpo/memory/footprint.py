@@ -102,8 +102,7 @@ def estimate_footprint(
     latent = latents.numel() // batches[0] if latents else 0
     # Until a batch of the rollout is decoded, the model's outputs are kept.
     outputs = latent * batches[0] * config.sampling.num_steps * (4 if full else dtype.itemsize)
-    teachers = config.loss.needs.teachers
-    taught = sum(after[k] if full else before[k] for k in ours)
+    taught = sum(after[k] if full else before[k] for k in ours) if _whole_teachers(config) else 0
     return Footprint(
         denoisers={k: after[k] if full else before[k] for k in ours},
         linear=sum(w.numel() for w in linear),
@@ -127,11 +126,17 @@ def estimate_footprint(
         batches=batches,
         gathered=gathered,
         gathered_gradients=gradients,
-        teacher=taught if teachers and teachers.models else 0,
+        teacher=taught,
         whole=whole,
         attention=max((c.most for c in counts), default=0),
         **_divided_encoders(pipeline),
     )
+
+
+def _whole_teachers(config: Config) -> bool:
+    """Whether a teacher is a model of its own, not an adapter."""
+    teachers = config.loss.needs.teachers
+    return teachers is not None and bool(teachers.models)
 
 
 def _attentions(config: Config, models: Mapping[str, ModelMixin]) -> list[AttentionCount]:

@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from flowgrpo.core.text import counted
 from flowgrpo.policy.settings import Adapter, LoRA, Noise, Weights
 
 EXPORTED = "pytorch_lora_weights.safetensors"
@@ -144,7 +145,7 @@ def _refuse_others(
     """Raise ValueError if an adapter has layers in models that are not trained."""
     others = {k: len(v) for k, v in found.items() if k not in (weights.models or models)}
     if others:
-        words = " and ".join(f"{n} layers of {k}" for k, n in others.items())
+        words = " and ".join(f"{counted(n, 'layer')} of {k}" for k, n in others.items())
         raise ValueError(
             f"model.weights.init: {path} also adapts {words}, which this run does not train; give it as "
             "model.adapters, a frozen part of the model"
@@ -231,14 +232,14 @@ def _load(pipeline: DiffusionPipeline, adapter: Adapter, name: str) -> None:
                 pipeline.load_lora_weights(source, **options, **second)
         except (OSError, ValueError, KeyError, RuntimeError, TypeError, AttributeError) as error:
             first = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-            count = f" ({raw} layers in the file)" if raw else ""
+            count = f" ({counted(raw, 'layer')} in the file)" if raw else ""
             raise ValueError(
                 f"adapter {adapter.path} does not fit {cls}{count}: {first}"
             ) from error
         wanted, placed = len({_layer(k) for k in converted}), _count(pipeline, name) - before
         if placed < wanted or not placed:
             raise ValueError(
-                f"adapter {adapter.path} does not fit {cls}: {placed} of its {wanted or raw} layers have a "
+                f"adapter {adapter.path} does not fit {cls}: {placed} of its {counted(wanted or raw, 'layer')} have a "
                 "place in it; it was made for another model, or its names are in a format that diffusers "
                 "does not know"
             )
@@ -301,7 +302,7 @@ def _files(pipeline: DiffusionPipeline, adapter: Adapter) -> list[tuple[Path, st
     files = sorted(path.glob("*.safetensors"))
     if len(files) != 1:
         raise FileNotFoundError(
-            f"{adapter.path} has {len(files) or 'no'} adapter file{'s' * (len(files) != 1)}"
+            f"{adapter.path} has {counted(len(files) or 'no', 'adapter file')}"
             f"{': give one of them' if files else ' (.safetensors)'}"
         )
     return [(files[0], adapter.model)]
@@ -323,7 +324,7 @@ def _matrices_in(file: Path) -> int:
     number = sum(1 for k in keys if MATRICES.search(k))
     if not number:
         raise ValueError(
-            f"{file} is not a LoRA adapter: none of its {len(keys)} tensors is a part of one"
+            f"{file} is not a LoRA adapter: none of its {counted(len(keys), 'tensor')} is a part of one"
         )
     return number
 

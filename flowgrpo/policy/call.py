@@ -15,6 +15,7 @@ from torch import Tensor
 
 from flowgrpo.core.random import SampleNoise
 from flowgrpo.core.solvers import SecondOrder
+from flowgrpo.core.text import counted
 from flowgrpo.core.transitions import ODE, Prediction, Step, Transition
 from flowgrpo.policy.step_plan import StepPlan, StepRecord
 
@@ -170,7 +171,7 @@ class Loop:
         noise = self.plan.noise
         if noise and len(noise) != len(sample):
             raise UnsupportedPipelineError(
-                f"the pipeline cannot be a policy: it steps {len(sample)} states for {len(noise)} prompts "
+                f"the pipeline cannot be a policy: it steps {counted(len(sample), 'state')} for {counted(len(noise), 'prompt')} "
                 "(the frames of a video one by one)"
             )
         if self.x is None:
@@ -237,7 +238,7 @@ class Loop:
             )
         if self.taken != self.num_steps:
             raise UnsupportedPipelineError(
-                f"{name} cannot be a policy: it took {self.taken} of {self.num_steps} denoising steps, "
+                f"{name} cannot be a policy: it took {self.taken} of {counted(self.num_steps, 'denoising step')}, "
                 "because an argument such as strength cuts its schedule or because it samples in its own "
                 "way"
             )

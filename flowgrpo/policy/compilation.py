@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from flowgrpo.core.text import counted
+
 log = logging.getLogger(__name__)
 
 VARIANTS = 64
@@ -59,7 +61,7 @@ class CompiledBlocks:
             block._compiled_call_impl = self._watched(index, call)
 
     def __str__(self) -> str:
-        return f"{self.number - len(self.eager)} of {self.number} blocks"
+        return f"{self.number - len(self.eager)} of {counted(self.number, 'block')}"
 
     def _backend(self, name: str) -> Callable[..., Any]:
         """The backend, whose compiled code counts its calls."""

@@ -21,6 +21,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from flowgrpo.core.random import Random, SampleNoise
+from flowgrpo.core.text import counted
 from flowgrpo.data.prompts import Prompt
 from flowgrpo.policy.call import UnsupportedPipelineError
 from flowgrpo.policy.loading import autoencoders
@@ -158,7 +159,7 @@ class PictureEncoder:
             shift = seen(torch.zeros(number)).flatten()
             if shift.numel() != number:
                 raise UnsupportedPipelineError(
-                    f"{name} cannot be trained on pictures: its VAE decodes {shift.numel()} numbers, and the "
+                    f"{name} cannot be trained on pictures: its VAE decodes {counted(shift.numel(), 'number')}, and the "
                     f"state of its loop has {number}"
                 )
             scale = seen(torch.ones(number)).flatten() - shift
@@ -334,7 +335,7 @@ def _size(media: Tensor, name: str) -> dict[str, int]:
     shape = media.shape[1:]
     if len(shape) == 4 and shape[0] > 1:
         raise UnsupportedPipelineError(
-            f"{name} makes videos of {shape[0]} frames, and pictures have one: set sampling.num_frames = 1"
+            f"{name} makes videos of {counted(shape[0], 'frame')}, and pictures have one: set sampling.num_frames = 1"
         )
     if shape[-3] != 3:
         raise UnsupportedPipelineError(

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
+from flowgrpo.core.text import counted
 from flowgrpo.policy.call import UnsupportedPipelineError
 from flowgrpo.policy.compilation import CompiledBlocks, repeated_blocks
 from flowgrpo.policy.encoder_lockstep import EncoderLockstep, divide_encoders
@@ -55,7 +56,7 @@ def resolve_device(name: str, num_processes: int = 1) -> str:
         raise ValueError(f"{name!r} is not available here: there are {backend.device_count()}")
     if device.index is not None and num_processes > 1:
         raise ValueError(
-            f"{name!r} is one device, but there are {num_processes} processes; use {device.type!r}"
+            f"{name!r} is one device, but there are {counted(num_processes, 'process')}; use {device.type!r}"
         )
     return name
 

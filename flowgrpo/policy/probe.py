@@ -8,6 +8,7 @@ from statistics import median
 import torch
 
 from flowgrpo.core.random import Random, SampleNoise
+from flowgrpo.core.text import counted
 from flowgrpo.core.transitions import Prediction, Transition
 from flowgrpo.data.prompts import Prompt
 from flowgrpo.losses.clipped import step_gain
@@ -236,5 +237,5 @@ def _nearest(
 def _words(size: Size) -> str:
     height, width, frames = size
     parts = [f"{height} high" if height else "", f"{width} wide" if width else ""]
-    parts.append(f"{frames} frames" if frames else "")
+    parts.append(f"{counted(frames, 'frame')}" if frames else "")
     return ", ".join(p for p in parts if p)

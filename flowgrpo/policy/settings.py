@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from flowgrpo.core.imports import suggest
+from flowgrpo.core.text import counted
 
 Quantization = Literal["none", "nf4", "int8", "torchao_int8"]
 PACKAGES = {"nf4": "bitsandbytes", "int8": "bitsandbytes", "torchao_int8": "torchao"}
@@ -143,7 +144,7 @@ class Sampling:
                 )
             if len(values) != self.num_steps:
                 raise ValueError(
-                    f"sampling.{name} has {len(values)} values and num_steps is {self.num_steps}; set "
+                    f"sampling.{name} has {counted(len(values), 'value')} and num_steps is {self.num_steps}; set "
                     f"num_steps = {len(values)}, in evaluations too"
                 )
         self.tuned_steps()
@@ -421,7 +422,7 @@ class Parallel:
         if self.shard_group and (self.shard_group == 1 or num_processes % self.shard_group):
             sizes = [n for n in range(2, num_processes + 1) if num_processes % n == 0]
             raise ValueError(
-                f"parallel.shard_group = {self.shard_group} does not divide {num_processes} processes into equal "
+                f"parallel.shard_group = {self.shard_group} does not divide {counted(num_processes, 'process')} into equal "
                 f"groups of several; use {' or '.join(map(str, sizes))}, or 0 for all"
             )
 
@@ -432,8 +433,8 @@ class Parallel:
     def workers(self, shares: int) -> str:
         """Those that have equal parts of the work, in words."""
         if self.context == 1:
-            return f"{shares} processes"
-        return f"{shares} set{'s' * (shares > 1)} of {self.context} processes (parallel.context)"
+            return counted(shares, "process")
+        return f"{counted(shares, 'set')} of {self.context} processes (parallel.context)"
 
     def _check_context(self, num_processes: int, weights: Weights | Noise, memory: Memory) -> None:
         """Raise ValueError if the tokens of a sample cannot be divided as configured."""

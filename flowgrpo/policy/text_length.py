@@ -4,6 +4,7 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from flowgrpo.core.text import counted
 from flowgrpo.data.prompts import Prompt
 from flowgrpo.policy.settings import Sampling
 
@@ -56,8 +57,9 @@ def cut_prompts(
         shown = longest if len(longest) <= 60 else f"{longest[:60]}…"
         whole = [n for n, m in limits.items() if n != name and (m is None or m >= lengths[longest])]
         others = f"; {' and '.join(whole)} read them whole" if whole else ""
+        verb = "is" if len(cut) == 1 else "are"
         found.append(
-            f"{len(cut)} of {len(prompts)} are longer than the {limit} tokens that the encoder of {name} "
+            f"{len(cut)} of {len(prompts)} {verb} longer than the {counted(limit, 'token')} that the encoder of {name} "
             f"reads, and the rest is ignored there. The longest has {lengths[longest]}: {shown!r}{others}"
         )
     return found

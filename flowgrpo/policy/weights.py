@@ -14,6 +14,7 @@ from peft import LoraConfig
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from flowgrpo.core.text import counted
 from flowgrpo.core.transitions import Gaussian, Prediction, Step
 from flowgrpo.data.experience import INITIAL
 from flowgrpo.data.files import reached, save_tensors
@@ -457,7 +458,7 @@ def _start_from(model: ModelMixin, lora: LoRA, start: Mapping[str, LayerStart]) 
     more = sorted(start.keys() - adapted.keys())
     if more:
         raise ValueError(
-            f"model.weights.init has {len(more)} of its {len(start)} layers outside of model.weights.targets, "
+            f"model.weights.init has {len(more)} of its {counted(len(start), 'layer')} outside of model.weights.targets, "
             f"such as {more[0]}; add them to the targets"
         )
     rank = max((len(layer.down) for layer in start.values()), default=0)

@@ -6,6 +6,7 @@ from typing import cast
 
 from flowgrpo.core.errors import ConfigError
 from flowgrpo.core.tensors import Float, Tensor
+from flowgrpo.core.text import counted
 from flowgrpo.data.prompts import Prompt
 from flowgrpo.rewards.prompt_use import is_declared
 from flowgrpo.rewards.protocols import DifferentiableReward, RewardModel, takes_audio
@@ -106,8 +107,8 @@ def _scores(
     values = scores(media, prompts)
     if values.shape != (len(prompts),):
         raise RewardError(
-            f"reward {label!r}: scores_with_gradient returned shape {tuple(values.shape)} for {len(prompts)} "
-            f"samples; expected ({len(prompts)},)"
+            f"reward {label!r}: scores_with_gradient returned shape {tuple(values.shape)} for "
+            f"{counted(len(prompts), 'sample')}; expected ({len(prompts)},)"
         )
     if not values.requires_grad:
         raise RewardError(

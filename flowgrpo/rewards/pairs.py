@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, runtime_checkable
 
 from flowgrpo.core.tensors import Float, Tensor, torch
+from flowgrpo.core.text import counted
 from flowgrpo.core.win_rates import pairs_of, win_rates
 from flowgrpo.data.prompts import Prompt
 from flowgrpo.rewards.loading import check_name
@@ -218,7 +219,7 @@ class PairwiseScorer:
         self.missing += failed
         if failed and failures.then == "stop":
             raise RewardError(
-                f"{self.settings.model!r} gave no verdict on {failed} of {len(verdicts)} pairs: {problem}"
+                f"{self.settings.model!r} gave no verdict on {failed} of {counted(len(verdicts), 'pair')}: {problem}"
             )
         return verdicts
 

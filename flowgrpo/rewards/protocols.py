@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal, Protocol, runtime_checkable
 
 from flowgrpo.core.tensors import Float, Tensor, torch
+from flowgrpo.core.text import counted
 from flowgrpo.data.audio import Audio
 from flowgrpo.data.prompts import Prompt
 from flowgrpo.rewards.settings import RewardError
@@ -135,10 +136,10 @@ def checked_scores(label: str, values: Any, number: int) -> Float[Tensor, " batc
         tensor = torch.as_tensor(values, dtype=torch.float32).detach().cpu()
     except (TypeError, ValueError, RuntimeError) as error:
         raise RewardError(
-            f"reward {label!r} returned {values!r}; expected {number} numbers"
+            f"reward {label!r} returned {values!r}; expected {counted(number, 'number')}"
         ) from error
     if tensor.shape != (number,):
         raise RewardError(
-            f"reward {label!r} returned shape {tuple(tensor.shape)} for {number} samples; expected ({number},)"
+            f"reward {label!r} returned shape {tuple(tensor.shape)} for {counted(number, 'sample')}; expected ({number},)"
         )
     return torch.where(tensor.isfinite(), tensor, math.nan)

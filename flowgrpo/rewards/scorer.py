@@ -17,6 +17,7 @@ from typing import Any, cast
 from flowgrpo.core.errors import ConfigError, DivergenceError
 from flowgrpo.core.scores import Scores
 from flowgrpo.core.tensors import Float, Tensor, torch
+from flowgrpo.core.text import counted
 from flowgrpo.data.audio import Audio
 from flowgrpo.data.prompts import Prompt
 from flowgrpo.rewards.features import Features
@@ -421,7 +422,7 @@ class RewardScorer:
         """Raise DivergenceError if too many media since the last :meth:`reset` were not finite."""
         if self.broken_media > self.failures.max_rate * self.scored:
             raise DivergenceError(
-                f"{self.broken_media} of {self.scored} images of the policy contain NaN or infinity"
+                f"{self.broken_media} of {counted(self.scored, 'image')} of the policy contain NaN or infinity"
             )
 
     def close(self, wait: bool = True) -> None:

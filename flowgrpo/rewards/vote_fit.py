@@ -14,6 +14,7 @@ from jaxtyping import Float
 from scipy.optimize import minimize
 from scipy.special import expit
 
+from flowgrpo.core.text import counted
 from flowgrpo.core.win_rates import wilson
 from flowgrpo.data.votes import VALUES, Ballot, Vote
 
@@ -113,7 +114,7 @@ def fit_votes(
     prompts = {g for g, p in zip(voted.groups, preferred, strict=True) if p}
     if preferred.sum() < FEWEST or len(prompts) < FOLDS:
         raise ValueError(
-            f"{int(preferred.sum())} pairs of {len(prompts)} prompts have a preference; at least {FEWEST} pairs "
+            f"{counted(int(preferred.sum()), 'pair')} of {counted(len(prompts), 'prompt')} have a preference; at least {FEWEST} pairs "
             f"of {FOLDS} prompts are needed: go on with 'flowgrpo vote'"
         )
     both = np.concatenate([first, second]).astype(np.float64)

@@ -47,6 +47,8 @@ from flowgrpo.config.schema import Config, Evaluation
 from flowgrpo.core.errors import ConfigError
 from flowgrpo.core.imports import suggest
 from flowgrpo.core.measures import Measured
+from flowgrpo.core.text import counted
+from flowgrpo.data import strict_json
 from flowgrpo.policy import PipelinePolicy, Sampling
 from flowgrpo.training.learner import Learner
 from flowgrpo.training.session import Session
@@ -262,7 +264,7 @@ class Benchmarks:
         A folder that was made with others, such as the weights of a run that took another turn after
         it was interrupted, is emptied.
         """
-        settings = json.loads(json.dumps(settings_of(plan, plan.subject.identity())))
+        settings = json.loads(strict_json.dumps(settings_of(plan, plan.subject.identity())))
         try:
             same = read_json(plan.folder / SETTINGS).get("settings") == settings
         except BenchError:
@@ -347,7 +349,7 @@ class Benchmarks:
                 problem = str(error)
         if problem:
             self.session.console.say(
-                f"WARNING: the benchmark {one.settings.tag} failed after {iteration} iterations, and the run "
+                f"WARNING: the benchmark {one.settings.tag} failed after {counted(iteration, 'iteration')}, and the run "
                 f"goes on without its results: {problem}. The images stay in {plan.folder}"
             )
             self._problem = problem

@@ -14,7 +14,7 @@ from typing import Any
 from urllib.parse import quote, unquote
 
 from flowgrpo.core.tensors import Tensor
-from flowgrpo.data import files
+from flowgrpo.data import files, strict_json
 
 STATE = "state.json"
 OWN_DIGEST = "state_sha256"
@@ -98,8 +98,11 @@ def _write(folder: Path, parts: Mapping[str, Tensors]) -> dict[str, str]:
 
 
 def _write_state(folder: Path, state: Mapping[str, Any], digests: Mapping[str, str]) -> None:
-    body = {**state, "sha256": digests}
-    files.write(folder / STATE, json.dumps({**body, OWN_DIGEST: _state_digest(body)}, indent=1))
+    # The digest must be that of what is read back, so numbers that are not finite go first.
+    body = strict_json.finite({**state, "sha256": digests})
+    files.write(
+        folder / STATE, strict_json.dumps({**body, OWN_DIGEST: _state_digest(body)}, indent=1)
+    )
     files.sync(folder)
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from flowgrpo.config.distillation import assigns_credit
 from flowgrpo.core.random import Random
+from flowgrpo.core.text import counted
 from flowgrpo.data.files import sync_tree
 from flowgrpo.evaluation import inspection
 from flowgrpo.evaluation.report import write_report
@@ -40,7 +41,7 @@ def already_finished(session: Session) -> Result:
     more, stopped = session.config.train.iterations * 2, early_stop(session.folder)
     early = "" if stopped is None else f", stopped early after {stopped['after']}"
     session.console.say(
-        f"{session.folder} has finished its {session.config.train.iterations} iterations{early}: nothing to do. "
+        f"{session.folder} has finished its {counted(session.config.train.iterations, 'iteration')}{early}: nothing to do. "
         f"Report: {session.folder / 'report.html'}. To train further: flowgrpo train {session.folder} "
         f"--resume-with train.iterations={more}"
     )
@@ -94,9 +95,9 @@ def _stop_early(run: TrainingRun, iteration: int) -> None:
     if session.is_main:
         mark_stopped(run.config, iteration, checkpoint, best, value)
     session.console.say(
-        f"stopped early after {iteration} of {run.config.train.iterations} iterations: {settings.metric} did "
-        f"not improve by more than {settings.min_gain:g} in {settings.patience} evaluations. The weights "
-        f"after {best} iterations, with {value:.4g}, are evaluated again and exported"
+        f"stopped early after {iteration} of {counted(run.config.train.iterations, 'iteration')}: {settings.metric} did "
+        f"not improve by more than {settings.min_gain:g} in {counted(settings.patience, 'evaluation')}. The weights "
+        f"after {counted(best, 'iteration')}, with {value:.4g}, are evaluated again and exported"
         + ("; they are those before training" if best == 0 else "")
     )
 
@@ -158,7 +159,7 @@ def _print_scores(
     """Tables of held-out scores before and after training, over all images and by class."""
     rows = [("all", before["scores"], after["scores"])]
     rows += [(c, before["by_class"][c], after["by_class"][c]) for c in before["by_class"]]
-    title = f"held out{regime}, {after['images']} images, deterministic sampler"
+    title = f"held out{regime}, {counted(after['images'], 'image')}, deterministic sampler"
     every = list(before["scores"])
     # A terminal is wide enough for two rewards side by side.
     for names in (every[i : i + 2] for i in range(0, len(every), 2)):

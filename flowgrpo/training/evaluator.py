@@ -12,7 +12,8 @@ from torch import Tensor
 from flowgrpo.config.schema import Evaluation
 from flowgrpo.core.imports import import_path
 from flowgrpo.core.measures import Measured, waited
-from flowgrpo.data import files
+from flowgrpo.core.text import counted
+from flowgrpo.data import files, strict_json
 from flowgrpo.data.audio import Audio
 from flowgrpo.data.prompt_sets import PromptSet
 from flowgrpo.evaluation import held_out
@@ -119,7 +120,8 @@ class Evaluator:
             scorer.rewards, found, self.needs_rewards, refuse=scorer.failures.probe == "refuse"
         )
         if session.is_main:
-            files.write_whole(file, json.dumps({"ignores_prompt": found, "notes": notes}, indent=1))
+            record = {"ignores_prompt": found, "notes": notes}
+            files.write_whole(file, strict_json.dumps(record, indent=1))
         for note in notes:
             session.console.say(f"WARNING: {note}")
 
@@ -176,7 +178,7 @@ class Evaluator:
             scores = ", ".join(f"{k} {v:.3f}" for k, v in table["scores"].items())
             of = f", {tag}" if tag else ""
             session.console.say(
-                f"held out{of}, after {iteration} iterations, {table['images']} images: "
+                f"held out{of}, after {counted(iteration, 'iteration')}, {counted(table['images'], 'image')}: "
                 f"{scores or 'no reward, see the grid'}"
             )
         for line in bench_lines(found):
@@ -285,7 +287,7 @@ class Evaluator:
     def _save_grid(self, iteration: int) -> None:
         tuned = self.comparison_grid.generate(self.policy, self.sampling)
         self.comparison_grid.save(
-            ["base", f"after {iteration} iterations"],
+            ["base", f"after {counted(iteration, 'iteration')}"],
             [self.base_images, tuned],
             self.scorer,
             self.sampling,
@@ -310,7 +312,7 @@ def bench_lines(found: Mapping[str, Mapping[str, Any]]) -> list[str]:
         results = record.get("results", {})
         for name in list(record.get("main", ()))[:1]:
             low, high = record["intervals"][name]
-            text = f"{record['title']}, {record['images']} images: {name} {_number(results[name])}"
+            text = f"{record['title']}, {counted(record['images'], 'image')}: {name} {_number(results[name])}"
             text += f" ({_number(low)} to {_number(high)})"
             if name in record["changes"]:
                 change = record["changes"][name]

@@ -2,6 +2,7 @@
 
 from flowgrpo.config import Config, ConfigError
 from flowgrpo.core.random import Random
+from flowgrpo.core.text import counted
 from flowgrpo.data.examples import smaller_than
 from flowgrpo.data.prompt_sets import PromptSet
 from flowgrpo.policy import PipelinePolicy
@@ -37,10 +38,12 @@ def description(policy: PipelinePolicy, config: Config, prompts: PromptSet, qual
     number, train = len(prompts.prompts), config.train
     layout = policy.pictures.layout(prompts.prompts[0])
     passes = train.iterations * train.groups / number
-    sizes = f" and {len(prompts.buckets) - 1} more sizes" if len(prompts.buckets) > 1 else ""
+    sizes = (
+        f" and {counted(len(prompts.buckets) - 1, 'more size')}" if len(prompts.buckets) > 1 else ""
+    )
     return (
-        f"training on {number} {_name(config)} of {layout.height} x {layout.width} pixels{sizes}, {passes:.3g} passes "
-        f"in {train.iterations} iterations; encoded and decoded, the first picture comes back with {quality:.1f} dB"
+        f"training on {number} {_name(config)} of {layout.height} x {layout.width} pixels{sizes}, {counted(passes, 'pass', '.3g')} "
+        f"in {counted(train.iterations, 'iteration')}; encoded and decoded, the first picture comes back with {quality:.1f} dB"
     )
 
 

@@ -10,6 +10,7 @@ from flowgrpo.config.reference import to_table
 from flowgrpo.config.training_data import training_prompts, training_source
 from flowgrpo.core.imports import import_path
 from flowgrpo.core.secrets import REDACTED, redacted_in
+from flowgrpo.core.text import counted
 from flowgrpo.data.prompt_sets import PromptSet, shared
 from flowgrpo.data.videos import require_video
 from flowgrpo.policy.model_files import check_path
@@ -111,8 +112,9 @@ def shared_note(train: PromptSet, held_out: PromptSet) -> list[str]:
     both = shared(train, held_out)
     if not both:
         return []
+    verb = "is a training prompt" if len(both) == 1 else "are training prompts"
     return [
-        f"{len(both)} of {len(held_out.prompts)} held-out prompts are training prompts too, such as "
+        f"{len(both)} of {counted(len(held_out.prompts), 'held-out prompt')} {verb} too, such as "
         f"{both[0].text[:80]!r}: on them, evaluations do not show whether the model does better on new prompts"
     ]
 

@@ -23,6 +23,7 @@ from types import FrameType
 from typing import IO
 
 from flowgrpo.core.errors import ConfigError
+from flowgrpo.core.text import counted
 from flowgrpo.training.signals import EXIT_STATUS, HANDLED
 
 LAUNCHED = "FLOWGRPO_LAUNCHED"
@@ -86,14 +87,14 @@ def _refuse_strangers(environ: Mapping[str, str]) -> None:
     tasks = _number(environ, "SLURM_STEP_NUM_TASKS")
     if tasks > 1:
         raise ConfigError(
-            f"srun started {tasks} tasks, and each would be a run of its own; start one task per node, and let it "
+            f"srun started {counted(tasks, 'task')}, and each would be a run of its own; start one task per node, and let it "
             "start the processes: srun --ntasks-per-node=1 flowgrpo train ... --nproc GPUS_PER_NODE --nnodes "
             "$SLURM_NNODES --master $(hostname)"
         )
     for name in MPI_SIZES:
         if _number(environ, name) > 1:
             raise ConfigError(
-                f"MPI started {environ[name]} processes ({name}), and each would be a run of its own; "
+                f"MPI started {counted(environ[name], 'process')} ({name}), and each would be a run of its own; "
                 f"{_right_command(_number(environ, name))}"
             )
     if _number(environ, "JOB_COMPLETION_INDEX") > 0:
@@ -116,8 +117,8 @@ def check_devices(ranks: int, devices: int) -> None:
     """Raise ConfigError if there are more processes on this machine than devices that they can see."""
     if ranks > devices:
         raise ConfigError(
-            f"{ranks} processes were started on this machine, and they can see {devices} "
-            f"device{'s' * (devices != 1)}; use --nproc {max(1, devices)}, or run.device = 'cpu'"
+            f"{counted(ranks, 'process')} were started on this machine, and they can see {devices} "
+            f"{'device' if devices == 1 else 'devices'}; use --nproc {max(1, devices)}, or run.device = 'cpu'"
         )
 
 
@@ -131,7 +132,7 @@ def idle_devices(ranks: int, devices: int) -> str:
     if ranks >= devices:
         return ""
     return (
-        f"{devices - ranks} of the {devices} devices here are not used; --nproc {devices} uses all, and "
+        f"{devices - ranks} of the {counted(devices, 'device')} here are not used; --nproc {devices} uses all, and "
         "CUDA_VISIBLE_DEVICES hides those that are meant for something else"
     )
 
@@ -190,8 +191,8 @@ class Nodes:
         tasks = _number(environ, "SLURM_STEP_NUM_TASKS")
         if tasks > nnodes:
             raise ConfigError(
-                f"srun started {tasks} tasks for --nnodes {nnodes}, and each would start a run of its own; use srun "
-                f"--ntasks-per-node=1, and --nnodes {tasks} for {tasks} nodes"
+                f"srun started {counted(tasks, 'task')} for --nnodes {nnodes}, and each would start a run of its own; use srun "
+                f"--ntasks-per-node=1, and --nnodes {tasks} for {counted(tasks, 'node')}"
             )
         if nnodes == 1:
             if node_rank or master:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from flowgrpo.core.errors import ConfigError
+from flowgrpo.data import strict_json
 
 try:
     import fcntl
@@ -63,7 +64,7 @@ class RunLock:
                 "sure that it is gone, because some network file systems do not share locks between hosts"
             )
         self._write(
-            json.dumps(
+            strict_json.dumps(
                 {
                     "host": socket.gethostname(),
                     "pid": os.getpid(),

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from flowgrpo.core.text import counted
 from flowgrpo.data import files
 
 NAMES = ("metrics", "timings", "evaluations")
@@ -61,7 +62,7 @@ class Logs:
             lines = self._lines(name)
             if len(lines) < number:
                 raise LogError(
-                    f"{self._file(name)} has {len(lines)} lines, but {source} was written after {number}: "
+                    f"{self._file(name)} has {counted(len(lines), 'line')}, but {source} was written after {number}: "
                     f"lines are lost; {advice}"
                 )
             for row, line in enumerate(lines[:number], 1):
@@ -69,7 +70,7 @@ class Logs:
                     raise LogError(f"{self._file(name)}, line {row} is broken; {advice}")
             if name in digests and digests[name] != _digest(lines[:number]):
                 raise LogError(
-                    f"{self._file(name)}: one of its first {number} lines is not what was logged (the SHA-256 "
+                    f"{self._file(name)}: one of its first {counted(number, 'line')} is not what was logged (the SHA-256 "
                     f"of {source} differs); {advice}"
                 )
 

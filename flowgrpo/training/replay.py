@@ -15,6 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from flowgrpo.config.distillation import teacher_sampling
+from flowgrpo.core.text import counted
 from flowgrpo.core.transitions import Gaussian, Prediction
 from flowgrpo.data.experience import Actions, Experience
 from flowgrpo.data.prompts import Prompt
@@ -109,7 +110,7 @@ class Replay:
             if number > limit:
                 raise ValueError(
                     f"the loss {type(self.loss).__name__} needs whole groups in a batch, but a group has "
-                    f"{number} states and train.train_batch is {limit}; set it to at least {number}"
+                    f"{counted(number, 'state')} and train.train_batch is {limit}; set it to at least {number}"
                 )
             if filled + number > limit:
                 yield torch.cat(part)

@@ -5,6 +5,7 @@ from pathlib import Path
 from flowgrpo.config import load
 from flowgrpo.config.files import CONFIG
 from flowgrpo.core.measures import Measured, best_of
+from flowgrpo.core.text import counted
 from flowgrpo.evaluation.records import read_lines
 from flowgrpo.training import checkpoints
 
@@ -37,7 +38,7 @@ def find_checkpoint(folder: Path, name: str) -> Path:
         if int(name) not in known:
             there = ", ".join(map(str, sorted(known))) or "none"
             raise FileNotFoundError(
-                f"{folder} has no checkpoint after {int(name)} iterations (there: {there}); "
+                f"{folder} has no checkpoint after {counted(int(name), 'iteration')} (there: {there}); "
                 "run.keep_checkpoints says how many are kept"
             )
         return known[int(name)]
@@ -75,7 +76,7 @@ def _best_by(folder: Path, number: Measured) -> Path:
         raise FileNotFoundError(f"{folder} has no checkpoint yet")
     measured = f", with {values[nearest]:.4g}" if nearest in values else ", which was not evaluated"
     raise FileNotFoundError(
-        f"{folder}: {value}was measured after {iteration} iterations, and that checkpoint was not kept. The "
+        f"{folder}: {value}was measured after {counted(iteration, 'iteration')}, and that checkpoint was not kept. The "
         f"nearest is {nearest}{measured} (there: {', '.join(map(str, sorted(known)))}). To keep the best in a "
         f"run, set evaluation.keep_best = ['{number}']"
     )

@@ -13,7 +13,8 @@ from flowgrpo.config.changes import differences, may_change
 from flowgrpo.config.files import CONFIG, INPUTS, absolute
 from flowgrpo.config.reference import to_table
 from flowgrpo.config.training_data import training_source
-from flowgrpo.data import files
+from flowgrpo.core.text import counted
+from flowgrpo.data import files, strict_json
 from flowgrpo.training import checkpoints, lock
 from flowgrpo.training.run_changes import HISTORY, SESSIONS, kept_changes
 
@@ -65,8 +66,8 @@ def claim(
         if changed:
             _keep_configuration(folder)
         files.write_whole(file, configuration.dump(absolute(config)))
-        files.write_whole(folder / INPUTS, json.dumps(inputs, indent=1))
-        files.write_whole(folder / "environment.json", json.dumps(environment, indent=1))
+        files.write_whole(folder / INPUTS, strict_json.dumps(inputs, indent=1))
+        files.write_whole(folder / "environment.json", strict_json.dumps(environment, indent=1))
         if (folder / FINISHED).exists():
             files.delete(folder / FINISHED)
         if stopped is not None:
@@ -96,7 +97,11 @@ def preview(config: Config) -> str:
             "finished: the run would do nothing; --resume-with train.iterations=... trains further"
         )
     newest = checkpoints.newest(folder / "checkpoints")
-    words = "starts again" if newest is None else f"resumes after {int(newest.name)} iterations"
+    words = (
+        "starts again"
+        if newest is None
+        else f"resumes after {counted(int(newest.name), 'iteration')}"
+    )
     changes = ", ".join(f"{k} {old!r} -> {new!r}" for k, (old, new) in changed.items())
     return f"{words}, with {changes}" if changes else words
 
@@ -144,13 +149,13 @@ def mark_stopped(config: Config, after: int, checkpoint: str, best: int, value: 
         "value": value,
         "settings": settings,
     }
-    files.write_whole(Path(config.run.folder) / STOPPED, json.dumps(found, indent=1))
+    files.write_whole(Path(config.run.folder) / STOPPED, strict_json.dumps(found, indent=1))
 
 
 def mark_finished(config: Config) -> None:
     """Note that the run has finished."""
     done = {"iterations": config.train.iterations, "at": time.strftime("%Y-%m-%d %H:%M:%S")}
-    files.write_whole(Path(config.run.folder) / FINISHED, json.dumps(done))
+    files.write_whole(Path(config.run.folder) / FINISHED, strict_json.dumps(done))
 
 
 def _changes(
@@ -187,7 +192,7 @@ def _changes(
     trained = int(newest.name) if newest is not None and newest.name.isdigit() else 0
     if trained > config.train.iterations:
         raise ConfigError(
-            f"{folder} has already trained {trained} iterations, more than train.iterations = "
+            f"{folder} has already trained {counted(trained, 'iteration')}, more than train.iterations = "
             f"{config.train.iterations}"
         )
     return changed

@@ -142,7 +142,8 @@ def summarise(folder: Path) -> RunSummary:
 
 def _rewards(evaluations: Mapping[int, Mapping[str, Any]]) -> list[HeldOut]:
     """The finite rewards of evaluations, by iteration."""
-    found = [HeldOut(i, float(e.get("reward") or math.nan)) for i, e in sorted(evaluations.items())]
+    rewards = {i: e.get("reward") for i, e in sorted(evaluations.items())}
+    found = [HeldOut(i, float(reward)) for i, reward in rewards.items() if reward is not None]
     return [r for r in found if math.isfinite(r.reward)]
 
 

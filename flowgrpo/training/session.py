@@ -1,6 +1,5 @@
 """A session of a run: its processes, the run directory, logs, checkpoints and resuming."""
 
-import json
 import math
 import os
 import platform
@@ -23,7 +22,8 @@ from flowgrpo.config.plan import plan
 from flowgrpo.core.errors import DivergenceError, LostRankError
 from flowgrpo.core.measures import Measured
 from flowgrpo.core.secrets import redact_command
-from flowgrpo.data import files
+from flowgrpo.core.text import counted
+from flowgrpo.data import files, strict_json
 from flowgrpo.data.prompts import Group
 from flowgrpo.policy.encoder_lockstep import text_encoders
 from flowgrpo.policy.placement import resolve_device
@@ -205,7 +205,7 @@ class Session:
                 with nullcontext() if expected else suppress(Exception):
                     self._write(learner, iteration, self._lines)
                     self.console.say(
-                        f"saved after {iteration} iterations; the same command resumes from there"
+                        f"saved after {counted(iteration, 'iteration')}; the same command resumes from there"
                     )
             raise
 
@@ -317,7 +317,9 @@ class Session:
             learner.restore(parts, state["learner"])
             if self.scorer is not None:
                 self.scorer.restore(parts)
-            self.iteration, self.best = state["iteration"], state["best"]
+            # Without an evaluation that has the number, the best value is -inf, which JSON lacks.
+            best = state["best"]
+            self.iteration, self.best = state["iteration"], -math.inf if best is None else best
             self.bests = dict(state.get("bests", {}))
             self.console.say(f"resuming at iteration {self.iteration} from {found}")
         if self.is_main:
@@ -503,7 +505,7 @@ class Session:
             self.console.say(f"WARNING: {note}")
         file = self.folder / run_folder.NOTES
         if notes or file.exists():
-            files.write_whole(file, json.dumps({"notes": list(notes)}, indent=1))
+            files.write_whole(file, strict_json.dumps({"notes": list(notes)}, indent=1))
 
     def start_trackers(self) -> None:
         """Open the experiment trackers, such as TensorBoard.
@@ -517,7 +519,7 @@ class Session:
         launched = int(os.environ.get("WORLD_SIZE", "1"))
         if launched != self.accelerator.num_processes:
             raise RuntimeError(
-                f"the launcher started {launched} processes, but torch.distributed sees "
+                f"the launcher started {counted(launched, 'process')}, but torch.distributed sees "
                 f"{self.accelerator.num_processes}: every process would train alone. Start with "
                 "'flowgrpo train ... --nproc N'; on CPUs add --set run.device=cpu"
             )

@@ -10,6 +10,7 @@ from flowgrpo.config import Config, ConfigError
 from flowgrpo.config.distillation import assigns_credit
 from flowgrpo.config.few_steps import few_step_notes
 from flowgrpo.config.steps import stochastic_steps
+from flowgrpo.config.without_effect import idle_notes
 from flowgrpo.core.transitions import require_path
 from flowgrpo.data.prompt_sets import PromptSet
 from flowgrpo.data.prompts import Prompt
@@ -130,7 +131,11 @@ def _notes(
     held_out: PromptSet,
 ) -> list[str]:
     """Warnings about the model, the prompts and given pictures; also describes the pictures."""
-    notes = [*few_step_notes(config), *_prompt_notes(policy, config, prompts, held_out)]
+    notes = [
+        *idle_notes(config),
+        *few_step_notes(config),
+        *_prompt_notes(policy, config, prompts, held_out),
+    ]
     if config.algorithm.num_targets:
         check_pictures(policy, prompts)
         quality = quality_of(policy, prompts)

@@ -25,6 +25,7 @@ except ModuleNotFoundError as error:
         "judges behind an endpoint need the openai client: pip install 'flowgrpo[judge]'"
     ) from error
 
+from flowgrpo.data import strict_json
 from flowgrpo.rewards.serving.client import RETRIED, Endpoints, Refused, Unavailable, retry_after
 from flowgrpo.rewards.serving.protocol import unpack_error
 from reward_models.shared.answers import Answer
@@ -221,7 +222,7 @@ class Chat:
         place.parent.mkdir(parents=True, exist_ok=True)
         # Written atomically: several processes may share the folder, and any of them may be killed.
         temporary = place.with_suffix(f".{os.getpid()}.{threading.get_ident()}")
-        temporary.write_text(json.dumps({"text": answer.text, "first": dict(answer.first)}))
+        temporary.write_text(strict_json.dumps({"text": answer.text, "first": dict(answer.first)}))
         temporary.replace(place)
 
     def _check(self) -> None:

@@ -3,8 +3,7 @@
 ``python -m scripts.prompt_sets --out prompts`` writes the files.
 """
 
-import json
-
+from flowgrpo.data import strict_json
 from scripts.prompt_sets import geneval, shapes, text_rendering
 
 TEXT_RENDERING_SEED = 7
@@ -24,5 +23,5 @@ def generated_files() -> dict[str, list[str]]:
         "shapes_train.jsonl": shapes.train_records(),
         "shapes_held_out.jsonl": shapes.held_out_records(),
     }
-    files = {name: [json.dumps(r) for r in rows] for name, rows in records.items()}
+    files = {name: [strict_json.dumps(r) for r in rows] for name, rows in records.items()}
     return {"geneval.jsonl": geneval.lines(), **files}

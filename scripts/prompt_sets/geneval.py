@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from flowgrpo.core.geneval import RELATIONS
+from flowgrpo.data import strict_json
 from flowgrpo.shapes.captions import combination, plural, with_article
 
 Record = dict[str, Any]
@@ -122,7 +123,7 @@ def records() -> list[Record]:
 
 def lines() -> list[str]:
     """The lines of the benchmark's file, without duplicates."""
-    return list(dict.fromkeys(json.dumps(record) for record in _drawn(SEED)))
+    return list(dict.fromkeys(strict_json.dumps(record) for record in _drawn(SEED)))
 
 
 def train_records(number: int = 300) -> list[Record]:

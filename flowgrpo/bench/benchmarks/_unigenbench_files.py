@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from flowgrpo.bench.base import BenchError, Entry, Json, Result
 from flowgrpo.bench.files import write_atomically
+from flowgrpo.data import strict_json
 from flowgrpo.data.prompts import Prompt
 
 DIMENSIONS = (
@@ -182,14 +183,14 @@ def write_official(folder: Path, name: str, results: Sequence[Result]) -> Sequen
         if judgement is not None:
             score = [int(s) if s == int(s) else s for s in judgement["score"]]
             table = {"prompt": result.entry.prompt.text, "testpoint": points, "score": score}
-            kept = json.dumps(table, ensure_ascii=False, indent=4)
+            kept = strict_json.dumps(table, ensure_ascii=False, indent=4)
         output = "" if judgement is None else judgement.get("output", "")
         writer.writerow(
             [result.entry.key, result.entry.prompt.text, str(points), output, kept, result.path]
         )
     table_file, summary = folder / f"{name}.csv", folder / f"{name}.json"
     write_atomically(table_file, text.getvalue().encode())
-    content = json.dumps(official_summary(results), ensure_ascii=False, indent=4)
+    content = strict_json.dumps(official_summary(results), ensure_ascii=False, indent=4)
     write_atomically(summary, content.encode())
     return [table_file, summary]
 

@@ -28,6 +28,7 @@ from flowgrpo.bench.base import (
 from flowgrpo.bench.data import HUB, open_data
 from flowgrpo.bench.endpoint import EndpointJudge, EndpointSettings
 from flowgrpo.bench.grids import tile_box, write_grid
+from flowgrpo.core.text import counted
 from flowgrpo.data.prompts import Prompt
 
 __all__ = ["DPGBench"]
@@ -84,7 +85,11 @@ class DPGBench(EndpointSettings, Benchmark):
                 raise BenchError(f"{folder} has no folder 'prompts'; or give {source} itself")
         path, data = open_data(source, {}, how=HOW)
         items = len(_items(path, data.sha256))
-        notes = [] if items == ITEMS else [f"{items} prompts instead of the published {ITEMS}"]
+        notes = (
+            []
+            if items == ITEMS
+            else [f"{counted(items, 'prompt')} instead of the published {ITEMS}"]
+        )
         return path, prompts, Data(data.source, data.sha256, data.name, (*data.notes, *notes))
 
     def data(self) -> Data:
@@ -170,7 +175,7 @@ class DPGBench(EndpointSettings, Benchmark):
         for entry, sample, judgement in found:
             if sample >= self.samples:
                 raise BenchError(
-                    f"{path}: more than {self.samples} images of {entry.key}: give their number with --samples"
+                    f"{path}: more than {counted(self.samples, 'image')} of {entry.key}: give their number with --samples"
                 )
             yield entry, sample, judgement
 

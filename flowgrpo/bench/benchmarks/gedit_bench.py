@@ -31,6 +31,7 @@ from flowgrpo.bench.benchmarks._viescore import PERCEPTION, SEMANTICS, edit_imag
 from flowgrpo.bench.endpoint import EndpointJudge, EndpointSettings, named_note
 from flowgrpo.bench.files import fingerprint, write_atomically
 from flowgrpo.bench.sources import extract, open_dataset
+from flowgrpo.core.text import counted
 from flowgrpo.data.prompts import Prompt
 
 __all__ = ["GEditBench"]
@@ -101,7 +102,9 @@ class GEditBench(EndpointSettings, Benchmark):
         records, digest = self._records()
         found = sum(r["instruction_language"] == self.language for r in records)
         notes = (
-            () if found == ITEMS else (f"{found} instructions instead of the published {ITEMS}",)
+            ()
+            if found == ITEMS
+            else (f"{counted(found, 'instruction')} instead of the published {ITEMS}",)
         )
         return Data(self.data_file, digest, notes=notes)
 

@@ -32,6 +32,8 @@ from flowgrpo.bench.files import write_atomically
 from flowgrpo.bench.judging import in_batches
 from flowgrpo.core.imports import import_path
 from flowgrpo.core.tensors import Float, Tensor
+from flowgrpo.core.text import counted
+from flowgrpo.data import strict_json
 from flowgrpo.data.prompts import Prompt
 
 __all__ = ["GenEval"]
@@ -88,7 +90,7 @@ class GenEval(Benchmark):
 
     def sidecars(self, entry: Entry) -> Mapping[str, str]:
         """``00000/metadata.jsonl``, as the official evaluator reads it."""
-        return {f"{entry.key}/metadata.jsonl": json.dumps(record_of(entry)) + "\n"}
+        return {f"{entry.key}/metadata.jsonl": strict_json.dumps(record_of(entry)) + "\n"}
 
     def judge(self) -> "DetectorJudge":
         """Load the detector and the colour classifier."""
@@ -110,7 +112,7 @@ class GenEval(Benchmark):
         """``results.jsonl`` and ``summary.txt`` as the official scripts write them."""
         lines = [official_line(r) for r in results if r.judgement is not None]
         rows = folder / "results.jsonl"
-        write_atomically(rows, "".join(json.dumps(line) + "\n" for line in lines).encode())
+        write_atomically(rows, "".join(strict_json.dumps(line) + "\n" for line in lines).encode())
         write_atomically(folder / "summary.txt", official_summary(lines).encode())
         return [rows, folder / "summary.txt"]
 
@@ -231,7 +233,7 @@ def official_line(result: Result) -> dict[str, Any]:
         "prompt": record["prompt"],
         "correct": bool(result.judgement["correct"]),
         "reason": result.judgement.get("reason", ""),
-        "metadata": json.dumps(record),
+        "metadata": strict_json.dumps(record),
         "details": result.judgement.get("details", "{}"),
     }
 
@@ -287,7 +289,7 @@ def read_official(path: Path, entries: Sequence[Entry]) -> Iterator[tuple[Entry,
         entry = places.get(json.dumps(record, sort_keys=True))
         if entry is None or not isinstance(correct, bool | int):
             raise BenchError(
-                f"{path}, line {number}: {row.get('prompt')!r} is none of the {len(entries)} prompts, or "
+                f"{path}, line {number}: {row.get('prompt')!r} is none of the {counted(len(entries), 'prompt')}, or "
                 "of another version of the benchmark"
             )
         sample = seen.get(entry.key, 0)

@@ -36,6 +36,8 @@ from flowgrpo.bench.data import open_data, read_jsonl
 from flowgrpo.bench.files import write_atomically, write_json
 from flowgrpo.bench.judging import in_flight
 from flowgrpo.core.tensors import Float, Tensor, torch
+from flowgrpo.core.text import counted
+from flowgrpo.data import strict_json
 from flowgrpo.data.prompts import Prompt
 
 __all__ = ["GenEval2"]
@@ -114,7 +116,7 @@ class GenEval2(Benchmark):
             geometric = _geometric(atoms)
             yield AM, sum(atoms) / len(atoms)
             yield GM, geometric
-            yield f"GM, {entry.prompt.metadata['atom_count']} atoms", geometric
+            yield f"GM, {counted(entry.prompt.metadata['atom_count'], 'atom')}", geometric
             yield from ((f"AM, {s}", a) for s, a in zip(entry.dimensions, atoms, strict=True))
 
     def metrics(self) -> Sequence[Metric]:
@@ -126,7 +128,10 @@ class GenEval2(Benchmark):
             Metric(GM, ((GM,),), headline=True),
             Metric(AM, ((AM,),), headline=True),
             *(Metric(f"AM, {s}", ((f"AM, {s}",),), radar=True) for s in skills),
-            *(Metric(f"GM, {c} atoms", ((f"GM, {c} atoms",),)) for c in counts),
+            *(
+                Metric(f"GM, {counted(c, 'atom')}", ((f"GM, {counted(c, 'atom')}",),))
+                for c in counts
+            ),
         ]
 
     def references(self) -> Sequence[Reference]:
@@ -139,7 +144,7 @@ class GenEval2(Benchmark):
         images = {r.entry.prompt.text: r.path for r in first if r.path}
         write_json(folder / "images.json", images)
         scores = [[] if r.judgement is None else list(r.judgement["atoms"]) for r in first]
-        write_atomically(folder / "scores.json", json.dumps(scores).encode())
+        write_atomically(folder / "scores.json", strict_json.dumps(scores).encode())
         return [folder / "images.json", folder / "scores.json"]
 
     def read_results(self, path: Path) -> Iterator[tuple[Entry, int, Json]]:
@@ -150,11 +155,13 @@ class GenEval2(Benchmark):
         except (OSError, ValueError) as error:
             raise BenchError(f"{path} cannot be read: {error}") from error
         if not isinstance(rows, list) or len(rows) != len(entries):
-            raise BenchError(f"{path}: expected a list for each of the {len(entries)} prompts")
+            raise BenchError(
+                f"{path}: expected a list for each of the {counted(len(entries), 'prompt')}"
+            )
         for entry, row in zip(entries, rows, strict=True):
             if row and len(row) != len(entry.dimensions):
                 raise BenchError(
-                    f"{path}: {len(row)} scores for the {len(entry.dimensions)} questions of prompt "
+                    f"{path}: {len(row)} scores for the {counted(len(entry.dimensions), 'question')} of prompt "
                     f"{entry.key}: it is of another version or method than soft_tifa"
                 )
             if row:
@@ -361,7 +368,7 @@ def other_judge(model: str) -> tuple[str, ...]:
 
 def _reference(value: float, steps: int, guidance: float, size: int) -> Reference:
     settings = {"num_steps": steps, "guidance_scale": guidance, "height": size, "width": size}
-    name = f"SD3.5-M ({steps} steps, guidance {guidance:g}, {size})"
+    name = f"SD3.5-M ({counted(steps, 'step')}, guidance {guidance:g}, {size})"
     return Reference(name, {GM: value}, "UniRL issue 221", settings, "Qwen3-VL-8B-Instruct")
 
 

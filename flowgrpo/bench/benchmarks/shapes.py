@@ -4,7 +4,6 @@ It runs the whole code path in about a minute on two CPU cores: layout, rule and
 GenEval; the judge reads images by colour and outline.
 """
 
-import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +34,7 @@ from flowgrpo.bench.data import open_data
 from flowgrpo.bench.files import write_atomically
 from flowgrpo.bench.judging import in_batches
 from flowgrpo.core.tensors import Float, Tensor
+from flowgrpo.data import strict_json
 
 __all__ = ["Shapes"]
 
@@ -75,7 +75,7 @@ class Shapes(Benchmark):
 
     def sidecars(self, entry: Entry) -> Mapping[str, str]:
         """As GenEval."""
-        return {f"{entry.key}/metadata.jsonl": json.dumps(record_of(entry)) + "\n"}
+        return {f"{entry.key}/metadata.jsonl": strict_json.dumps(record_of(entry)) + "\n"}
 
     def judge(self) -> "Verifier":
         """The verifier needs no weights."""

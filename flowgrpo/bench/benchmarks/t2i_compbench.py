@@ -25,6 +25,7 @@ from flowgrpo.bench.base import (
 )
 from flowgrpo.bench.data import open_data
 from flowgrpo.bench.reward_judge import RewardJudge, rewards_of
+from flowgrpo.core.text import counted
 from flowgrpo.data.prompts import Prompt
 
 __all__ = ["T2ICompBench"]
@@ -168,7 +169,7 @@ class T2ICompBench(Benchmark):
         for number, value in found:
             if not 0 <= number < self.samples * len(entries):
                 raise BenchError(
-                    f"{path}: image {number} is beyond the {len(entries)} prompts x {self.samples} images; "
+                    f"{path}: image {number} is beyond the {counted(len(entries), 'prompt')} x {counted(self.samples, 'image')}; "
                     "give the number of images per prompt with --samples"
                 )
             place, sample = divmod(number, self.samples)

@@ -30,6 +30,7 @@ from flowgrpo.bench.chat import picture_bytes
 from flowgrpo.bench.data import read_jsonl
 from flowgrpo.bench.endpoint import EndpointJudge, EndpointSettings, named_note
 from flowgrpo.bench.files import fingerprint, read_json
+from flowgrpo.core.text import counted
 from flowgrpo.data.prompts import Prompt
 
 __all__ = ["TIIFBench"]
@@ -248,7 +249,9 @@ def _read(folder: Path, subset: str, _digest: str) -> Sequence[Entry]:
         other = questions / f"{kind}_eval_prompts.jsonl"
         texts, asked = read_jsonl(file), read_jsonl(other)
         if len(texts) != len(asked):
-            raise BenchError(f"{other} has {len(asked)} lines, and {file} has {len(texts)}")
+            raise BenchError(
+                f"{other} has {counted(len(asked), 'line')}, and {file} has {len(texts)}"
+            )
         for length in LENGTHS:
             for line, (text, record) in enumerate(zip(texts, asked, strict=True)):
                 found.append(_entry(kind, length, line, text, record, other))

@@ -42,6 +42,7 @@ from flowgrpo.bench.chat import ChatModel, picture_bytes
 from flowgrpo.bench.data import open_data
 from flowgrpo.bench.files import fingerprint
 from flowgrpo.bench.judging import in_flight
+from flowgrpo.core.text import counted
 
 __all__ = ["UniGenBench"]
 
@@ -274,7 +275,7 @@ class PointJudge:
                 )
                 if found is not None:
                     return found
-            reason = f"no usable answer in {self.settings.attempts} attempts"
+            reason = f"no usable answer in {counted(self.settings.attempts, 'attempt')}"
         except (BenchError, RuntimeError, OSError) as error:
             reason = str(error)
         return Failure(reason)

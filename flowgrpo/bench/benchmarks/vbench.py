@@ -28,6 +28,7 @@ from flowgrpo.bench.base import (
 from flowgrpo.bench.data import open_data
 from flowgrpo.bench.reward_judge import rewards_of
 from flowgrpo.bench.videos import VideoRewardJudge
+from flowgrpo.core.text import counted
 from flowgrpo.data.prompts import Prompt
 
 __all__ = ["VBench"]
@@ -151,7 +152,7 @@ class VBench(Benchmark):
         lines = path.read_text(encoding="utf-8-sig").rstrip("\n").split("\n")
         if len(lines) != number:
             raise BenchError(
-                f"{self.augmented} has {len(lines)} lines, and VBench_full_info.json {number} records: "
+                f"{self.augmented} has {counted(len(lines), 'line')}, and VBench_full_info.json {counted(number, 'record')}: "
                 "line i must belong to record i"
             )
         return [line.strip() for line in lines]

@@ -30,6 +30,8 @@ from flowgrpo.bench.data import open_data, read_jsonl
 from flowgrpo.bench.endpoint import EndpointJudge, EndpointSettings, named_note
 from flowgrpo.bench.files import fingerprint, write_atomically
 from flowgrpo.bench.wording import Wording
+from flowgrpo.core.text import counted
+from flowgrpo.data import strict_json
 from flowgrpo.data.prompts import Prompt
 
 __all__ = ["WISE"]
@@ -129,7 +131,9 @@ class WISE(EndpointSettings, Benchmark):
         if len(set(keys)) < len(keys):
             raise BenchError(f"{self.data_file}: a prompt_id stands there twice")
         if len(keys) != PROMPTS and not self.any_data:
-            raise BenchError(f"{self.data_file}: {len(keys)} prompts instead of {PROMPTS}")
+            raise BenchError(
+                f"{self.data_file}: {counted(len(keys), 'prompt')} instead of {PROMPTS}"
+            )
         return sorted(entries, key=lambda e: int(e.key))
 
     def files(self, entry: Entry, sample: int) -> Sequence[str]:
@@ -175,7 +179,7 @@ class WISE(EndpointSettings, Benchmark):
             }
             keys = ("score",) if self.protocol == "verified" else MARKS
             row.update({k: result.judgement[k] for k in keys})
-            lines.append(json.dumps(row, ensure_ascii=False) + "\n")
+            lines.append(strict_json.dumps(row, ensure_ascii=False) + "\n")
         write_atomically(folder / "scores.jsonl", "".join(lines).encode())
         return [folder / "scores.jsonl"]
 
