@@ -10,15 +10,14 @@ that comes through its tokens: the whole gradient is the sum over the processes,
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import wraps
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from diffusers import ContextParallelConfig, ModelMixin
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-if TYPE_CHECKING:
-    from flowgrpo.policy.pipeline import PipelinePolicy
+from flowgrpo.policy.settings import Parallel
 
 MEASURED = (
     "FluxTransformer2DModel",
@@ -83,11 +82,27 @@ def divide_tokens(
     return [AttentionCount(model, number) for model in denoisers.values()]
 
 
-def share_samples(policy: "PipelinePolicy", number: int) -> None:
-    """Let ``number`` consecutive processes compute each sample of a policy together."""
-    policy.context = number
-    policy.attentions = divide_tokens(policy.denoisers, number, policy.device)
-    policy._call_pipeline = explained(policy._call_pipeline, number)
+def share_samples(
+    denoisers: Mapping[str, ModelMixin],
+    parallel: Parallel | None,
+    device: torch.device,
+    call: Callable[..., Any],
+) -> "tuple[list[AttentionCount], Callable[..., Any]]":
+    """Let processes compute each sample together, if so configured.
+
+    Args:
+        denoisers: With their adapters.
+        parallel: The settings.
+        device: Device of this process.
+        call: The pipeline's call.
+
+    Returns:
+        Counts of the attentions of each denoiser, none if samples are not shared; and the call to use.
+    """
+    if parallel is None or parallel.context == 1:
+        return [], call
+    counts = divide_tokens(denoisers, parallel.context, device)
+    return counts, explained(call, parallel.context)
 
 
 def _kind(model: nn.Module) -> str:
@@ -158,6 +173,7 @@ class AttentionCount:
 
     Attributes:
         most: The most that a pass has had so far, for one sample and all of its tokens.
+        number: Processes that share a sample.
     """
 
     def __init__(self, model: nn.Module, number: int = 1):
@@ -168,7 +184,7 @@ class AttentionCount:
         """
         self.most = self._now = 0
         self._is_inside = False
-        self._number = number
+        self.number = number
         crosses = _kind(model) == "WanTransformer3DModel"
         model.register_forward_pre_hook(self._begin)
         model.register_forward_hook(self._end, always_call=True)
@@ -194,5 +210,5 @@ class AttentionCount:
         if not self._is_inside or (crosses and len(found) > 1):
             return
         width = module.inner_dim
-        self._now += self._number * width * sum(t.shape[1] for t in found)
+        self._now += self.number * width * sum(t.shape[1] for t in found)
         self.most = max(self.most, self._now)

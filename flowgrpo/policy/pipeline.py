@@ -39,7 +39,7 @@ from flowgrpo.policy.arguments import (
 from flowgrpo.policy.call import PipelineCall, UnsupportedPipelineError
 from flowgrpo.policy.called import Called as _Called
 from flowgrpo.policy.called import padded
-from flowgrpo.policy.context import AttentionCount, share_samples
+from flowgrpo.policy.context import share_samples
 from flowgrpo.policy.encoder_lockstep import EncoderLockstep
 from flowgrpo.policy.fixed_device import fix_precision, restore_class
 from flowgrpo.policy.latent_injection import LatentInjection, LatentLocations
@@ -137,9 +137,6 @@ class PipelinePolicy:
     none. Set by the learner to the size of its batches."""
     keeps_means = False
     """Whether actions store the means of their steps. Set by the learner if the loss needs them."""
-    context = 1
-    """Number of consecutive processes that compute each sample together (``parallel.context``)."""
-    attentions: Sequence[AttentionCount] = ()
     in_lockstep = False
     """Whether all processes must make equal passes of the denoiser, because its parameters are sharded."""
 
@@ -188,8 +185,7 @@ class PipelinePolicy:
         check_signature(pipeline, self._parameters)
         self._take_over(call)
         self.models, self.denoisers = models_of(pipeline), denoisers(pipeline)
-        start = read_start(pipeline, weights, self.denoisers) if weights else None
-        taught = read_teachers(pipeline, teachers)
+        start, taught = read_start(pipeline, weights, self.denoisers) if weights else None, read_teachers(pipeline, teachers)  # fmt: skip
         whole = read_whole_teachers(whole_teachers, self.denoisers, self.dtype)
         create = partial(Trainable, seed=seed, with_reference=with_reference, start=start, teachers=taught, whole_teachers=whole)  # fmt: skip
         self._learned, self.lockstep = Learned(), Lockstep(self._join)
@@ -204,8 +200,7 @@ class PipelinePolicy:
         elif weights is not None:
             self.trainable = create(self.denoisers, weights, shard=sharder, native=memory.arithmetic == "native")  # fmt: skip
         self.encoding.end_before(self.denoisers)
-        if parallel is not None and parallel.context > 1:
-            share_samples(self, parallel.context)
+        self.attentions, self._call_pipeline = share_samples(self.denoisers, parallel, self.device, self._call_pipeline)  # fmt: skip
         if not self.in_lockstep:
             fix_precision(pipeline, self.denoisers.values())
 
@@ -249,6 +244,11 @@ class PipelinePolicy:
                     f"{'sampling' if name in sampling.arguments() else 'prompts'}: {type(self.pipeline).__name__} takes no argument {name!r}; it takes {', '.join(own)}"
                 )
         check_strength(type(self.pipeline).__name__, self._parameters, sampling.call)
+
+    @property
+    def context(self) -> int:
+        """Number of consecutive processes that compute each sample together (``parallel.context``)."""
+        return self.attentions[0].number if self.attentions else 1
 
     @property
     def displaces(self) -> bool:
