@@ -42,8 +42,8 @@ def distil(folder: Path, num_steps: int, iterations: int, groups: int = 48) -> s
     """Distil the embedded model, and return the table of its evaluations."""
     given = [
         *EVALUATED, *grid(num_steps), "algorithm={kind='dmd'}", "train.spike_factor=0",
-        "loss={kind='dmd', teachers=[{guidance_scale=3.0}], fake={lr=3e-4, updates=2, num_times=2, weight_cap=0.0}}",
-        f"train.iterations={iterations}", f"train.groups={groups}", "train.lr=1e-4", f"evaluation.every={iterations // 3}",
+        "loss={kind='dmd', teachers=[{guidance_scale=3.0}], fake={lr=3e-4, updates=4, num_times=2, weight_cap=0.0}}",
+        f"train.iterations={iterations}", f"train.groups={groups}", "train.lr=5e-5", f"evaluation.every={iterations // 3}",
         f"run.folder='{folder / 'distilled'}'",
     ]  # fmt: skip
     flowgrpo.train(flowgrpo.load("quickstart", given))

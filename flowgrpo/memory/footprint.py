@@ -101,8 +101,6 @@ def estimate_footprint(
     # Until a batch of the rollout is decoded, the model's outputs are kept.
     outputs = latent * batches[0] * config.sampling.num_steps * (4 if full else dtype.itemsize)
     kl = config.loss.kl_coef > 0
-    teachers = config.loss.needs.teachers
-    taught = sum(after[k] if full else before[k] for k in ours)
     return Footprint(
         denoisers={k: after[k] if full else before[k] for k in ours},
         linear=sum(w.numel() for w in linear),
@@ -111,9 +109,7 @@ def estimate_footprint(
         vae=before.get("vae", 0),
         trained=trained,
         adapter=0 if full else 4 * trained,
-        averaged=config.train.ema_decay > 0,
-        earlier=config.train.staleness > 0,
-        fake_score=config.loss.needs.fake_score is not None,
+        **_further_weights(config, sum(after[k] if full else before[k] for k in ours)),
         reference=4 * trained if full and kl else 0,
         experience=4 * latent * _kept(config, num_processes),
         rewards={r.label: _reward_bytes(r) for r in config.rewards},
@@ -126,10 +122,20 @@ def estimate_footprint(
         batches=batches,
         gathered=gathered,
         gathered_gradients=gradients,
-        teacher=taught if teachers and teachers.models else 0,
         whole=whole,
         **_divided_encoders(pipeline),
     )
+
+
+def _further_weights(config: Config, whole: int) -> dict[str, Any]:
+    """The parts of a footprint that are further weights, with the size of the denoisers."""
+    needs = config.loss.needs
+    return {
+        "averaged": config.train.ema_decay > 0,
+        "earlier": config.train.staleness > 0,
+        "fake_score": needs.fake_score is not None,
+        "teacher": whole if needs.teachers and needs.teachers.models else 0,
+    }
 
 
 def _require_known(config: Config) -> None:
