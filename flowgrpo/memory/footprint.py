@@ -174,7 +174,7 @@ def _at_once(model: nn.Module, dtype: torch.dtype | None) -> int:
     return gathered_bytes(model, dtype) - sum(sizes) + sum(sizes[:2])
 
 
-def _divided_encoders(pipeline: DiffusionPipeline) -> dict[str, int]:
+def _divided_encoders(pipeline: DiffusionPipeline) -> dict[str, Any]:
     """Sizes of a pipeline's text encoders that count if they are divided."""
     models = text_encoders(pipeline).values()
     return {

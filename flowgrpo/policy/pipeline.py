@@ -184,7 +184,7 @@ class PipelinePolicy:
         self._take_over(call)
         self.models, self.denoisers = models_of(pipeline), denoisers(pipeline)
         start = read_start(pipeline, weights, self.denoisers) if weights else None
-        taught = {"teachers": read_teachers(pipeline, teachers), "whole_teachers": read_whole_teachers(whole_teachers, self.denoisers, self.dtype)}  # fmt: skip
+        taught: dict[str, Any] = {"teachers": read_teachers(pipeline, teachers), "whole_teachers": read_whole_teachers(whole_teachers, self.denoisers, self.dtype)}  # fmt: skip
         create = partial(Trainable, seed=seed, with_reference=with_reference, start=start, **taught)
         self._learned, self.lockstep = Learned(), Lockstep(self._join)
         self.encoding = EncoderLockstep(self.lockstep.messages, self.device)

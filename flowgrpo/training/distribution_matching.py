@@ -180,12 +180,12 @@ class DistributionMatching:
         levels = [low + (high - low) * (i + float(u)) / number for i, u in enumerate(draws)]
         turn = torch.randperm(number, generator=random.generator("turns")).tolist()
         prompts = {g.index: g.prompt for g in experience.groups}
-        together: dict[Hashable, list[int]] = {}
+        together: dict[tuple[Hashable, int, int], list[int]] = {}
         for row, (group, sample, _) in enumerate(_keys(actions)):
             taught_by = self.teachers.of(prompts[group].metadata, group)
-            key = call_key(prompts[group]), taught_by, turn[(group + sample) % number]
+            key = (call_key(prompts[group]), taught_by, turn[(group + sample) % number])
             together.setdefault(key, []).append(row)
-        for (_, _, level), rows in together.items():  # type: ignore[misc]
+        for (_, _, level), rows in together.items():
             for part in torch.tensor(rows).split(self.train_batch):
                 some = actions.select(part)
                 grid = self._grid(prompts[int(some.group[0])])
