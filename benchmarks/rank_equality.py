@@ -79,6 +79,8 @@ CASES: dict[str, Sequence[str]] = {
     "distillation": ["algorithm={kind='distillation', group_size=2}", "loss={kind='distillation', teachers=[{guidance_scale=9.0}, {guidance_scale=1.0}], kl_coef=0.05}"],
     "matching, DGPO": ["algorithm={kind='matching', group_size=4, num_times=2}", "loss={kind='dgpo'}"],
     "matching, CRD": ["algorithm={kind='matching', group_size=4, num_times=2}", "loss={kind='crd'}"],
+    "dmd": ["algorithm={kind='dmd', group_size=2}", "loss={kind='dmd', fake={updates=2, num_times=2}}", "train.updates=1"],
+    "rtdmd": ["algorithm={kind='rtdmd', group_size=4}", "loss={kind='dmd', weight=0.1, fake={num_times=2}, teachers=[{guidance_scale=9.0}]}", "train.updates=1"],
     "draft": ["algorithm={kind='draft', group_size=4, last=2}", "loss={kind='reward_gradient', kl_coef=0.05}"],
     "refl": ["algorithm={kind='refl', group_size=4, stop_range=[0.5, 1.0]}", "loss={kind='reward_gradient', form='hinge', target=2.0}"],
     "srpo": ["algorithm={kind='srpo', group_size=4, step_range=[0.0, 0.5]}", "loss={kind='reward_gradient'}"],
@@ -87,7 +89,18 @@ CASES: dict[str, Sequence[str]] = {
 """Every algorithm and every loss, with the settings whose statistics are over all processes."""
 OF_SCALE_1 = ("loss/policy", "ratio/", "log_prob/", "step/")
 """Beginnings of the names of metrics whose differences are compared as they are."""
-LOSSES = ("loss/", "ratio/", "log_prob/", "step/", "kl/", "grad_norm", "distance/", "guard/")
+LOSSES = (
+    "loss/",
+    "ratio/",
+    "log_prob/",
+    "step/",
+    "kl/",
+    "grad_norm",
+    "distance/",
+    "guard/",
+    "fake_score/",
+    "matching/",
+)
 """Beginnings of the names of metrics of updates; the others are of rollouts."""
 
 

@@ -16,12 +16,13 @@ import flowgrpo
 from flowgrpo.algorithms import DMD, RTDMD
 from flowgrpo.config import ConfigError, Train
 from flowgrpo.config.few_steps import few_step_notes
+from flowgrpo.core.matching import matching_direction
 from flowgrpo.core.random import Random
 from flowgrpo.core.steps import Window
 from flowgrpo.core.transitions import CPS, ODE, Step
 from flowgrpo.data.experience import Actions
 from flowgrpo.data.prompts import Group, Prompt
-from flowgrpo.losses.dmd import DMDLoss, matching_direction
+from flowgrpo.losses.dmd import DMDLoss
 from flowgrpo.losses.fake_score import FakeScore
 from flowgrpo.losses.teachers import PIPELINE, Teacher
 from flowgrpo.policy import LoRA, PipelinePolicy, Sampling

@@ -8,6 +8,8 @@ import pytest
 
 import flowgrpo
 from flowgrpo.config.few_steps import few_step_notes, few_step_sign, parts_in
+from flowgrpo.training.setup import _parts
+from tests.conftest import MakePolicy
 
 
 def config(path: str = "Tongyi-MAI/Z-Image-Turbo", *settings: str) -> flowgrpo.Config:
@@ -82,3 +84,14 @@ def test_the_warning_names_what_does_not_suit(settings: list[str], wanted: list[
     assert len(notes) == len(wanted)
     for note, part in zip(notes, wanted, strict=True):
         assert part in note
+
+
+def test_a_loaded_pipeline_is_known_by_its_parts(make_policy: MakePolicy) -> None:
+    """As a hub model under a name that says nothing; other loaded pipelines show no sign."""
+    flux, sd3 = (_parts(make_policy(name, weights=None)) for name in ("flux", "sd3"))
+    quiet = config("somebody/model", "loss.kl_coef=0.0")
+    assert few_step_notes(quiet, sd3) == []
+    flux["transformer/config.json"]["guidance_embeds"] = False
+    assert "guidance_embeds = false" in few_step_notes(quiet, flux)[0]
+    flux["transformer/config.json"]["guidance_embeds"] = True
+    assert few_step_notes(quiet, flux) == []

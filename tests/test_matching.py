@@ -14,6 +14,7 @@ import flowgrpo
 from flowgrpo.algorithms import Matching
 from flowgrpo.config import ConfigError, Train
 from flowgrpo.core.advantages import BestAdvantage
+from flowgrpo.core.matching import squared_error
 from flowgrpo.core.random import Random
 from flowgrpo.core.transitions import ODE, Gaussian, Prediction, Step
 from flowgrpo.data.experience import Experience
@@ -27,7 +28,7 @@ from flowgrpo.losses.base import (
     remaining_share,
 )
 from flowgrpo.losses.group_matching import CRDLoss, DGPOLoss, dgpo_weight
-from flowgrpo.losses.matching import MatchingLoss, log_likelihood, squared_error
+from flowgrpo.losses.matching import MatchingLoss, log_likelihood
 from flowgrpo.policy import PipelinePolicy
 from flowgrpo.rewards.scorer import RewardScorer
 from flowgrpo.rewards.settings import Failures, Reward

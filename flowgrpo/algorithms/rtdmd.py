@@ -22,7 +22,7 @@ from flowgrpo.algorithms.dmd import add_generated
 from flowgrpo.algorithms.trajectories import TrajectoryPlan, sample_trajectories
 from flowgrpo.core.advantages import Advantage, GroupAdvantage
 from flowgrpo.core.random import Random
-from flowgrpo.core.steps import RandomSteps, StepSelection
+from flowgrpo.core.steps import AllSteps, StepSelection
 from flowgrpo.core.tensors import Float, Tensor, torch
 from flowgrpo.core.transitions import CPS, Transition, require_noise
 from flowgrpo.data.experience import Experience
@@ -40,8 +40,9 @@ class RTDMD(AlgorithmBase):
     """Samples per prompt, at least 2."""
     transition: Transition = field(default_factory=lambda: CPS(noise_level=0.9))
     """The stochastic step. ``cps`` is exact for long steps."""
-    steps: StepSelection = field(default_factory=lambda: RandomSteps(count=2, first=0, last=3))
-    """Which steps are stochastic and trained by the policy gradient: two of the first three of four steps."""
+    steps: StepSelection = field(default_factory=AllSteps)
+    """Which steps are stochastic and trained by the policy gradient. RTDMD draws two of the first three of
+    four steps in each iteration, ``{kind = "random_steps", count = 2, first = 0, last = 3}``."""
     advantage: Advantage = field(default_factory=lambda: GroupAdvantage(std="batch"))
     """From rewards to advantages. With several rewards, RTDMD has ``gdpo``."""
 

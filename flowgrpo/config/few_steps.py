@@ -66,13 +66,17 @@ def parts_in(folder: Path) -> dict[str, Any]:
     return {k: v for k, v in found.items() if isinstance(v, dict)}
 
 
-def few_step_notes(config: Any) -> list[str]:
+def few_step_notes(config: Any, found: Mapping[str, Any] | None = None) -> list[str]:
     """Sentences about a configuration whose algorithm is known to blur models of a few steps; or none.
 
     Reported for Z-Image-Turbo after thousands of updates of Flow-GRPO and of DiffusionNFT without a KL; on
     FLUX.2 klein, DiffusionNFT has not blurred images.
+
+    Args:
+        config: The configuration.
+        found: The configurations of the loaded pipeline's parts, as :func:`few_step_sign` takes them.
     """
-    sign = few_step_sign(config)
+    sign = few_step_sign(config, found)
     if not sign:
         return []
     begin = f"the model seems to be distilled to a few steps ({sign})"

@@ -253,16 +253,12 @@ def _stand_ins(recipe: Config) -> list[str]:
 
 
 def _own_teachers(recipe: Config) -> list[str]:
-    """The model with another guidance in place of a distillation's teachers."""
+    """No adapter to start from, and the model with another guidance in place of a distillation's teachers."""
+    start = ["model.weights.init=''"] if getattr(recipe.model.weights, "init", "") else []
     if recipe.loss.needs.teachers is None:
-        return []
+        return start
     guidance = (recipe.sampling.guidance_scale or 1.0) + 3.0
-    return [f"loss.teachers=[{{path='base', guidance_scale={guidance}}}]"]
-
-
-def _without_start(recipe: Config) -> list[str]:
-    """No earlier adapter to start from."""
-    return ["model.weights.init=''"] if getattr(recipe.model.weights, "init", "") else []
+    return [*start, f"loss.teachers=[{{path='base', guidance_scale={guidance}}}]"]
 
 
 def _without_judge(recipe: Config) -> list[str]:
@@ -312,7 +308,6 @@ def _tiny(recipe: Config, folder: Path) -> tuple[list[str], list[str]]:
         "algorithm.group_size=2",
         *_stand_ins(recipe),
         *_own_teachers(recipe),
-        *_without_start(recipe),
         *_without_judge(recipe),
         *_short(recipe, min(recipe.train.updates, 2)),
         "train.lr=1e-3",
@@ -384,7 +379,6 @@ def _random_weights(recipe: Config, folder: Path, device: str) -> tuple[list[str
         f"model.path='{model}'",
         *_stand_ins(recipe),
         *_own_teachers(recipe),
-        *_without_start(recipe),
         *_without_judge(recipe),
         *_short(recipe, recipe.train.updates),
         *pictures,

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
-from flowgrpo.core.tensors import Float, Tensor, torch
+from flowgrpo.core.tensors import torch
 from flowgrpo.losses.base import (
     Loss,
     LossInputs,
@@ -28,27 +28,6 @@ from flowgrpo.losses.base import (
 from flowgrpo.losses.clipped import clipped_surrogate
 from flowgrpo.losses.fake_score import FakeScore
 from flowgrpo.losses.teachers import Teacher, Teachers
-
-SMALLEST = 1e-6
-"""Smallest mean distance by which a direction is divided."""
-
-
-def matching_direction(
-    data: Float[Tensor, "batch *latent"],
-    fake: Float[Tensor, "batch *latent"],
-    teacher: Float[Tensor, "batch *latent"],
-) -> Float[Tensor, "batch *latent"]:
-    """The direction against which samples move to match the teacher's distribution.
-
-    ``(fake - teacher) / mean |data - teacher|`` with the mean over a sample's elements.
-
-    Args:
-        data: The samples.
-        fake: The data that the fake score predicts at noised versions of them.
-        teacher: The data that the teacher predicts there.
-    """
-    size = (data - teacher).abs().flatten(1).mean(1).clamp(min=SMALLEST)
-    return (fake - teacher) / size.view(-1, *[1] * (data.ndim - 1))
 
 
 @dataclass(frozen=True, kw_only=True)

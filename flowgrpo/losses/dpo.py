@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+from flowgrpo.core.matching import squared_error
 from flowgrpo.core.tensors import Float, Int, Tensor, torch
 from flowgrpo.losses.base import (
     Loss,
@@ -19,7 +20,6 @@ from flowgrpo.losses.base import (
     require_at_least,
     velocity_kl,
 )
-from flowgrpo.losses.matching import squared_error
 
 
 def pairs_of(

@@ -10,6 +10,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+from flowgrpo.core.matching import error_scale, squared_error
 from flowgrpo.core.tensors import Bool, Float, Int, Tensor, torch
 from flowgrpo.losses.base import (
     Loss,
@@ -22,7 +23,6 @@ from flowgrpo.losses.base import (
     require_at_least,
     velocity_kl,
 )
-from flowgrpo.losses.matching import error_scale, squared_error
 
 
 def group_sum(

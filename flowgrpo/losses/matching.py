@@ -11,6 +11,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+from flowgrpo.core.matching import squared_error
 from flowgrpo.core.tensors import Float, Tensor, torch
 from flowgrpo.core.transitions import Prediction, Step
 from flowgrpo.losses.base import (
@@ -27,28 +28,6 @@ from flowgrpo.losses.base import (
 
 Weight = Literal["uniform", "t", "t_squared", "huber", "ghuber", "adaptive"]
 _FLOOR = 1e-10  # Keeps the powers of a vanishing error differentiable; the released code's value.
-
-
-def squared_error(
-    prediction: Prediction, data: Float[Tensor, "batch *latent"], step: Step
-) -> Float[Tensor, " batch"]:
-    """Mean squared error of a prediction for noised samples.
-
-    On a flow path it is the error of the velocity, on a diffusion path that of the noise: both follow
-    from the error of the predicted data, ``x0 - data``, by ``1 / t`` and ``signal / noise``.
-
-    Args:
-        prediction: The prediction at the noised samples; each ``(batch, *latent)``.
-        data: The samples.
-        step: The time of the noised samples.
-    """
-    error = (prediction.x0.float() - data.detach().float()) * error_scale(step)
-    return error.square().flatten(1).mean(1)
-
-
-def error_scale(step: Step) -> float:
-    """The factor from the error of the predicted data to that of the velocity or noise."""
-    return (1.0 if step.path == "flow" else step.signal) / step.noise
 
 
 def log_likelihood(

@@ -102,7 +102,6 @@ def estimate_footprint(
     latent = latents.numel() // batches[0] if latents else 0
     # Until a batch of the rollout is decoded, the model's outputs are kept.
     outputs = latent * batches[0] * config.sampling.num_steps * (4 if full else dtype.itemsize)
-    taught = sum(after[k] if full else before[k] for k in ours) if _whole_teachers(config) else 0
     return Footprint(
         denoisers={k: after[k] if full else before[k] for k in ours},
         linear=sum(w.numel() for w in linear),
@@ -111,9 +110,7 @@ def estimate_footprint(
         vae=before.get("vae", 0),
         trained=trained,
         adapter=0 if full else 4 * trained,
-        averaged=config.train.ema_decay > 0,
-        earlier=config.train.staleness > 0,
-        fake_score=config.loss.needs.fake_score is not None,
+        **_further_weights(config, sum(after[k] if full else before[k] for k in ours)),
         reference=4 * trained if full and kl else 0,
         experience=4 * latent * _kept(config, num_processes),
         rewards={r.label: _reward_bytes(r) for r in config.rewards},
@@ -126,17 +123,10 @@ def estimate_footprint(
         batches=batches,
         gathered=gathered,
         gathered_gradients=gradients,
-        teacher=taught,
         whole=whole,
         attention=max((c.most for c in counts), default=0),
         **_divided_encoders(pipeline),
     )
-
-
-def _whole_teachers(config: Config) -> bool:
-    """Whether a teacher is a model of its own, not an adapter."""
-    teachers = config.loss.needs.teachers
-    return teachers is not None and bool(teachers.models)
 
 
 def _attentions(config: Config, models: Mapping[str, ModelMixin]) -> list[AttentionCount]:
@@ -153,6 +143,17 @@ def _attentions(config: Config, models: Mapping[str, ModelMixin]) -> list[Attent
     except ValueError as error:
         raise EstimateError(str(error)) from error
     return [AttentionCount(m) for m in models.values()]
+
+
+def _further_weights(config: Config, whole: int) -> dict[str, Any]:
+    """The parts of a footprint that are further weights, with the size of the denoisers."""
+    needs = config.loss.needs
+    return {
+        "averaged": config.train.ema_decay > 0,
+        "earlier": config.train.staleness > 0,
+        "fake_score": needs.fake_score is not None,
+        "teacher": whole if needs.teachers and needs.teachers.models else 0,
+    }
 
 
 def _require_known(config: Config) -> None:
@@ -191,7 +192,7 @@ def _at_once(model: nn.Module, dtype: torch.dtype | None) -> int:
     return gathered_bytes(model, dtype) - sum(sizes) + sum(sizes[:2])
 
 
-def _divided_encoders(pipeline: DiffusionPipeline) -> dict[str, int]:
+def _divided_encoders(pipeline: DiffusionPipeline) -> dict[str, Any]:
     """Sizes of a pipeline's text encoders that count if they are divided."""
     models = text_encoders(pipeline).values()
     return {

@@ -137,6 +137,7 @@ class PipelinePolicy:
     none. Set by the learner to the size of its batches."""
     keeps_means = False
     """Whether actions store the means of their steps. Set by the learner if the loss needs them."""
+    trainable: Trainable | InitialNoise | None = None
     in_lockstep = False
     """Whether all processes must make equal passes of the denoiser, because its parameters are sharded."""
 
@@ -169,8 +170,7 @@ class PipelinePolicy:
             with_reference: Whether :meth:`reference` will be used.
             memory: Settings that trade memory for time.
             parallel: Whether trained denoisers are divided among the processes.
-            teachers: Adapters whose weights ``trainable.teacher`` will apply.
-            whole_teachers: Pipelines whose denoisers' weights it will apply.
+            teachers, whole_teachers: Adapters and pipelines whose weights ``trainable.teacher`` will apply.
 
         Raises:
             ValueError: If the pipeline cannot be a policy, does not take a sampling argument, or settings
@@ -185,16 +185,15 @@ class PipelinePolicy:
         check_signature(pipeline, self._parameters)
         self._take_over(call)
         self.models, self.denoisers = models_of(pipeline), denoisers(pipeline)
-        start, taught = read_start(pipeline, weights, self.denoisers) if weights else None, read_teachers(pipeline, teachers)  # fmt: skip
-        whole = read_whole_teachers(whole_teachers, self.denoisers, self.dtype)
-        create = partial(Trainable, seed=seed, with_reference=with_reference, start=start, teachers=taught, whole_teachers=whole)  # fmt: skip
+        taught: dict[str, Any] = {"teachers": read_teachers(pipeline, teachers), "whole_teachers": read_whole_teachers(whole_teachers, self.denoisers, self.dtype)}  # fmt: skip
+        start = read_start(pipeline, weights, self.denoisers) if weights else None
+        create = partial(Trainable, seed=seed, with_reference=with_reference, start=start, **taught)
         self._learned, self.lockstep = Learned(), Lockstep(self._join)
         self.encoding = EncoderLockstep(self.lockstep.messages, self.device)
         sharder = self._prepare(memory, parallel, weights)
         self.in_lockstep, self.num_evaluations, self.num_decodes = sharder is not None, 0, 0
         self.pictures = PictureEncoder(self)
         self._injection = LatentInjection(pipeline, self.scheduler, self._learned.latents, self.device)  # fmt: skip
-        self.trainable: Trainable | InitialNoise | None = None
         if isinstance(weights, Noise):
             self.trainable = self._injection.initial = InitialNoise(weights)
         elif weights is not None:

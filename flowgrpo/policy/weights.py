@@ -74,8 +74,7 @@ class Trainable:
                 reference policy, of which a copy is kept.
             shard: Divides the denoisers among processes, once they have their adapters.
             native: Whether the denoisers compute without autocast, so that adapters cast their weights.
-            teachers: The adapters of teachers, by their paths; copies are kept in main memory.
-            whole_teachers: The weights of teachers that are whole models, by their paths.
+            teachers, whole_teachers: Adapters and whole models that teach, by their paths, in main memory.
 
         Raises:
             ValueError: If LoRA targets match no layer, patterns match no parameter, a named denoiser
@@ -88,7 +87,7 @@ class Trainable:
                 f"{', '.join(denoisers)}"
             )
         chosen = {k: m for k, m in denoisers.items() if not weights.models or k in weights.models}
-        self.denoisers, self.weights = chosen, weights
+        self.denoisers, self._all, self.weights, self._whole = chosen, denoisers, weights, whole_teachers or {}  # fmt: skip
         for model in denoisers.values():
             model.requires_grad_(False)
         for name, model in chosen.items():
@@ -104,9 +103,6 @@ class Trainable:
             shard(denoisers)
         self.is_sharded = shard is not None
         self.parameters = _trained(chosen)
-        self._whole, self._all = whole_teachers or {}, denoisers
-        whole_digests = {k: digest(list(v.values())) for k, v in self._whole.items()}
-        self.teacher_digests |= whole_digests
         self._teachers = {k: parts_of(v, list(self.parameters.values())) for k, v in taught.items()}
         copies = bool(start) or (with_reference and isinstance(weights, Full))
         # In main memory: it is used only a few times per iteration.
@@ -126,7 +122,8 @@ class Trainable:
             path: teacher_values(path, layers, own, self.denoisers, self.weights)
             for path, layers in teachers.items()
         }
-        self.teacher_digests = {path: digest(values) for path, values in found.items()}
+        every = found | {path: list(values.values()) for path, values in self._whole.items()}
+        self.teacher_digests = {path: digest(values) for path, values in every.items()}
         return found
 
     @contextmanager

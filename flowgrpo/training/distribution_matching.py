@@ -17,13 +17,11 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from flowgrpo.core.errors import DivergenceError
+from flowgrpo.core.matching import matching_direction, squared_error
 from flowgrpo.core.random import Random, SampleNoise
 from flowgrpo.core.transitions import ODE, Prediction, Step
 from flowgrpo.data.experience import Actions, Experience
 from flowgrpo.data.prompts import Prompt
-from flowgrpo.losses.dmd import matching_direction
-from flowgrpo.losses.fake_score import FakeScore
-from flowgrpo.losses.matching import squared_error
 from flowgrpo.policy import PipelinePolicy
 from flowgrpo.policy.arguments import call_key
 from flowgrpo.policy.weights import Trainable, swapped
@@ -58,19 +56,19 @@ class DistributionMatching:
         self,
         policy: PipelinePolicy,
         replay: Replay,
-        settings: FakeScore,
         accelerator: Accelerator,
         train_batch: int,
     ):
         """Begin as the first teacher."""
         assert isinstance(policy.trainable, Trainable), "refused by the configuration"
-        teachers = replay.loss.needs.teachers
+        settings, teachers = replay.loss.needs.fake_score, replay.loss.needs.teachers
+        assert settings is not None
         assert teachers is not None
-        self.policy, self.replay, self.settings = policy, replay, settings
+        self.policy, self.replay, self.settings, self.teachers = policy, replay, settings, teachers
         self.accelerator, self.train_batch = accelerator, train_batch
         self.named = policy.trainable.parameters
         self.parameters = list(self.named.values())
-        with replay.teacher_weights(teachers.all[0])():
+        with replay.teacher_weights(0)():
             self.values = [nn.Parameter(p.detach().clone()) for p in self.parameters]
         self.adam = torch.optim.AdamW(self.values, lr=settings.lr, weight_decay=0.0)
         # RTDMD's grids have 1,000 nodes; the prediction between two nodes changes little.
@@ -182,14 +180,12 @@ class DistributionMatching:
         levels = [low + (high - low) * (i + float(u)) / number for i, u in enumerate(draws)]
         turn = torch.randperm(number, generator=random.generator("turns")).tolist()
         prompts = {g.index: g.prompt for g in experience.groups}
-        together: dict[Hashable, list[int]] = {}
-        teachers = self.replay.loss.needs.teachers
-        assert teachers is not None
+        together: dict[tuple[Hashable, int, int], list[int]] = {}
         for row, (group, sample, _) in enumerate(_keys(actions)):
-            taught_by = teachers.of(prompts[group].metadata, group)
-            key = call_key(prompts[group]), taught_by, turn[(group + sample) % number]
+            taught_by = self.teachers.of(prompts[group].metadata, group)
+            key = (call_key(prompts[group]), taught_by, turn[(group + sample) % number])
             together.setdefault(key, []).append(row)
-        for (_, _, level), rows in together.items():  # type: ignore[misc]
+        for (_, _, level), rows in together.items():
             for part in torch.tensor(rows).split(self.train_batch):
                 some = actions.select(part)
                 grid = self._grid(prompts[int(some.group[0])])

@@ -124,7 +124,7 @@ class Learner:
         self.matching: DistributionMatching | None = None
         if needs.fake_score is not None:
             self.matching = DistributionMatching(
-                policy, self.replay, needs.fake_score, accelerator, train.train_batch
+                policy, self.replay, accelerator, train.train_batch
             )
         self.num_updates = 0
         self.gradient_norms: list[float] = []
@@ -202,9 +202,7 @@ class Learner:
                     inputs = self.replay.inputs(
                         experience, batch, columns[0], reference, is_first, teacher
                     )
-                    inputs = replace(inputs, chunk_log_ratio=ratio, whole=whole)
-                    if self.matching is not None:
-                        inputs = replace(inputs, direction=self.matching.direction(batch))
+                    inputs = replace(inputs, chunk_log_ratio=ratio, whole=whole, direction=self._direction(batch))  # fmt: skip
                     loss = self._loss(inputs, columns[1:], statistics)
                     # Wan 2.2 has two denoisers. If only one is trained, the steps of the other carry
                     # no gradient, and nothing is backpropagated.
@@ -214,6 +212,10 @@ class Learner:
         self._follow()
         metrics = statistics.summary(self.shares) | noted | self._drift(experience)
         return metrics | self._reset_reference(metrics["loss/kl"])
+
+    def _direction(self, batch: Actions) -> Float[Tensor, "actions *latent"] | None:
+        """The directions of a batch of generated actions, if the loss matches distributions."""
+        return None if self.matching is None else self.matching.direction(batch)
 
     def _with_outputs(
         self,

@@ -20,7 +20,6 @@ from flowgrpo.core.transitions import Gaussian, Prediction
 from flowgrpo.data.experience import Actions, Experience
 from flowgrpo.data.prompts import Prompt
 from flowgrpo.losses.base import Loss, LossInputs, PolicyOutputs
-from flowgrpo.losses.teachers import Teacher
 from flowgrpo.policy import PipelinePolicy, Sampling
 from flowgrpo.policy.arguments import call_key
 from flowgrpo.policy.step_plan import StepRecord
@@ -164,13 +163,15 @@ class Replay:
             own = [i for i, owner in enumerate(owners) if owner == number]
             call = teacher_sampling(teacher, sampling or self.policy.sampling)
             outputs = self.outputs_of(
-                self.teacher_weights(teacher), experience, [batches[i] for i in own], call
+                self.teacher_weights(number), experience, [batches[i] for i in own], call
             )
             found.update(zip(own, outputs, strict=True))
         return [found[i] for i in range(len(batches))]
 
-    def teacher_weights(self, teacher: Teacher) -> Weights:
-        """Enters a context inside which the policy has the weights of a teacher."""
+    def teacher_weights(self, number: int) -> Weights:
+        """Enters a context inside which the policy has the weights of one of the loss's teachers."""
+        assert self.loss.needs.teachers is not None
+        teacher = self.loss.needs.teachers.all[number]
         if teacher.is_base:
             return self.policy.reference
         assert isinstance(self.policy.trainable, Trainable), "refused by the configuration"

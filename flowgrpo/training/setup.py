@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from typing import Any
 
 from flowgrpo.algorithms import AlgorithmBase
 from flowgrpo.algorithms.previews import Previews
@@ -133,7 +134,7 @@ def _notes(
     """Warnings about the model, the prompts and given pictures; also describes the pictures."""
     notes = [
         *idle_notes(config),
-        *few_step_notes(config),
+        *few_step_notes(config, _parts(policy)),
         *_prompt_notes(policy, config, prompts, held_out),
     ]
     if config.algorithm.num_targets:
@@ -142,6 +143,17 @@ def _notes(
         session.console.say(description(policy, config, prompts, quality))
         notes += picture_notes(policy, config, prompts, quality)
     return notes
+
+
+def _parts(policy: PipelinePolicy) -> dict[str, Any]:
+    """The configurations of the loaded pipeline's parts, by their paths in its folder; of hub models, too."""
+    pipeline = policy.pipeline
+    denoiser = policy.denoisers.get("transformer")
+    return {
+        "model_index.json": {**pipeline.config, "_class_name": type(pipeline).__name__},
+        "transformer/config.json": {} if denoiser is None else dict(denoiser.config),
+        "scheduler/scheduler_config.json": {"_class_name": type(policy.shipped_scheduler).__name__},
+    }
 
 
 def _rewarded(
