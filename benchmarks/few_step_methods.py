@@ -13,8 +13,9 @@ frequency`` the share of the spectrum at more than a quarter of a cycle per pixe
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import flowgrpo
 
@@ -62,15 +63,14 @@ def grid(num_steps: int) -> list[str]:
 HEAD = "strict | palette | high frequency | variety of colours"
 
 
-def evaluations_of(folder: Path) -> list[dict[str, object]]:
+def evaluations_of(folder: Path) -> list[dict[str, Any]]:
     """The evaluations of a run, by iteration; of equal iterations, the last."""
     lines = (folder / "evaluations.jsonl").read_text(encoding="utf-8").splitlines()
     return list({e["iteration"]: e for e in map(json.loads, lines)}.values())
 
 
-def measured(evaluation: dict[str, object]) -> str:
+def measured(e: Mapping[str, Any]) -> str:
     """The cells of one evaluation."""
-    e = json.loads(json.dumps(evaluation))
     strict, error = e["scores"]["strict"], e["errors"]["strict"]
     return (
         f"{strict:.1%} ({100 * error:.1f}) | {e['metrics']['palette']:.3f} | "

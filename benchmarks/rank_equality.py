@@ -131,8 +131,8 @@ def sampling(family: str) -> list[str]:
         return [SD3]
     own = sampling_of(family, num_steps=4)
     named = {k: v for k in NAMED if (v := getattr(own, k)) is not None}
-    parts = [f"{k}={json.dumps(v)}" for k, v in named.items()]
-    call = ", ".join(f"{k}={json.dumps(v)}" for k, v in own.call.items())
+    parts = [f"{k}={json.dumps(v, allow_nan=False)}" for k, v in named.items()]
+    call = ", ".join(f"{k}={json.dumps(v, allow_nan=False)}" for k, v in own.call.items())
     # The metric of the configuration is for images.
     return [
         f"sampling={{num_steps=4, {', '.join(parts)}, call={{{call}}}}}",

@@ -185,9 +185,8 @@ class PipelinePolicy:
         check_signature(pipeline, self._parameters)
         self._take_over(call)
         self.models, self.denoisers = models_of(pipeline), denoisers(pipeline)
-        taught: dict[str, Any] = {"teachers": read_teachers(pipeline, teachers), "whole_teachers": read_whole_teachers(whole_teachers, self.denoisers, self.dtype)}  # fmt: skip
-        start = read_start(pipeline, weights, self.denoisers) if weights else None
-        create = partial(Trainable, seed=seed, with_reference=with_reference, start=start, **taught)
+        given: dict[str, Any] = {"start": read_start(pipeline, weights, self.denoisers) if weights else None, "teachers": read_teachers(pipeline, teachers), "whole_teachers": read_whole_teachers(whole_teachers, self.denoisers, self.dtype)}  # fmt: skip
+        create = partial(Trainable, seed=seed, with_reference=with_reference, **given)
         self._learned, self.lockstep = Learned(), Lockstep(self._join)
         self.encoding = EncoderLockstep(self.lockstep.messages, self.device)
         sharder = self._prepare(memory, parallel, weights)
