@@ -565,7 +565,7 @@ class PipelinePolicy:
         pipeline = self.pipeline
         self.shipped_scheduler = pipeline.scheduler
         self.scheduler = policy_scheduler(pipeline.scheduler)
-        self._call_pipeline = counted(call, self.scheduler)
+        self._call_pipeline: Callable[..., Any] = counted(call, self.scheduler)
         self.check_sampling(self.sampling)
         self.scheduler.noise_scale = float(pipeline.config.get("noise_scale") or 1.0)
         pipeline.scheduler = self.scheduler
