@@ -136,6 +136,7 @@ class PipelinePolicy:
     none. Set by the learner to the size of its batches."""
     keeps_means = False
     """Whether actions store the means of their steps. Set by the learner if the loss needs them."""
+    _call_pipeline: Callable[..., Any]
     in_lockstep = False
     """Whether all processes must make equal passes of the denoiser, because its parameters are sharded."""
 
@@ -565,7 +566,7 @@ class PipelinePolicy:
         pipeline = self.pipeline
         self.shipped_scheduler = pipeline.scheduler
         self.scheduler = policy_scheduler(pipeline.scheduler)
-        self._call_pipeline: Callable[..., Any] = counted(call, self.scheduler)
+        self._call_pipeline = counted(call, self.scheduler)
         self.check_sampling(self.sampling)
         self.scheduler.noise_scale = float(pipeline.config.get("noise_scale") or 1.0)
         pipeline.scheduler = self.scheduler
