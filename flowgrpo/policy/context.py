@@ -49,6 +49,11 @@ def check_denoisers(denoisers: Mapping[str, ModelMixin], number: int) -> None:
                 f"parallel.context = {number} is not supported for {kind}; the denoisers that it was measured for are "
                 f"{', '.join(MEASURED)}. Use 1, and memory.gradient_checkpointing or parallel.shard to save memory"
             )
+        if any("KV" in type(getattr(m, "processor", None)).__name__ for m in model.modules()):
+            raise ValueError(
+                f"parallel.context = {number} is not supported for a {kind} that caches keys and values (FLUX.2 klein "
+                "KV), for which it was not measured; use 1"
+            )
         heads = int(model.config["num_attention_heads"])
         if heads % number:
             sizes = [n for n in range(2, heads + 1) if heads % n == 0]

@@ -138,6 +138,7 @@ class PipelinePolicy:
     keeps_means = False
     """Whether actions store the means of their steps. Set by the learner if the loss needs them."""
     trainable: Trainable | InitialNoise | None = None
+    _call_pipeline: Callable[..., Any]
     in_lockstep = False
     """Whether all processes must make equal passes of the denoiser, because its parameters are sharded."""
 

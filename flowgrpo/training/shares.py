@@ -78,7 +78,8 @@ class Once:
             shares: The shares.
             timeout: How long a process waits for the result.
         """
-        self._shares, self._group, self._first = shares, None, 0
+        self._shares, self._first = shares, 0
+        self._group: Any = None
         size = shares.context
         for start in range(0, shares.number * size, size) if size > 1 else ():
             group = dist.new_group([*range(start, start + size)], timeout=timeout, backend="gloo")
@@ -98,9 +99,9 @@ class Once:
                 dist.broadcast_object_list(told, src=self._first, group=self._group)
                 raise
         dist.broadcast_object_list(told, src=self._first, group=self._group)
-        result, error = told[0]
-        if error is not None:
-            raise error
+        result, problem = told[0]
+        if problem is not None:
+            raise problem
         return result
 
 
