@@ -184,8 +184,8 @@ class PipelinePolicy:
         self._take_over(call)
         self.models, self.denoisers = models_of(pipeline), denoisers(pipeline)
         start = read_start(pipeline, weights, self.denoisers) if weights else None
-        taught: dict[str, Any] = {"teachers": read_teachers(pipeline, teachers), "whole_teachers": read_whole_teachers(whole_teachers, self.denoisers, self.dtype)}  # fmt: skip
-        create = partial(Trainable, seed=seed, with_reference=with_reference, start=start, **taught)
+        taught, whole = read_teachers(pipeline, teachers), read_whole_teachers(whole_teachers, self.denoisers, self.dtype)  # fmt: skip
+        create = partial(Trainable, seed=seed, with_reference=with_reference, start=start, teachers=taught, whole_teachers=whole)  # fmt: skip
         self._learned, self.lockstep = Learned(), Lockstep(self._join)
         self.encoding = EncoderLockstep(self.lockstep.messages, self.device)
         sharder = self._prepare(memory, parallel, weights)
