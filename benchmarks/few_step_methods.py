@@ -12,6 +12,7 @@ Prints Markdown tables. Both resume. ``strict`` is held-out accuracy in the mode
 frequency`` the share of the spectrum at more than a quarter of a cycle per pixel.
 """
 
+import argparse
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path

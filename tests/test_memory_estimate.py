@@ -204,6 +204,16 @@ FOOTPRINT = Footprint(
 OPTIONS = MemoryOptions(rollout_batch=4, train_batch=4)
 
 
+def test_second_models_are_counted() -> None:
+    """A fake score's values and two moments, always; a teacher's weights while it is evaluated."""
+    plain = budget(FOOTPRINT, OPTIONS)
+    scored = budget(replace(FOOTPRINT, fake_score=True), OPTIONS)
+    assert scored.peak - plain.peak == 12 * FOOTPRINT.trained
+    taught = budget(replace(FOOTPRINT, teacher=4 * GB), replace(OPTIONS, train_batch=2))
+    assert taught.phases["teacher"] == 4 * GB + GB // 2
+    assert "teacher" not in plain.phases
+
+
 def test_a_budget_adds_the_largest_phase() -> None:
     found = budget(FOOTPRINT, OPTIONS)
     assert found.phase == "training"

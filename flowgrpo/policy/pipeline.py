@@ -186,8 +186,8 @@ class PipelinePolicy:
         check_signature(pipeline, self._parameters)
         self._take_over(call)
         self.models, self.denoisers = models_of(pipeline), denoisers(pipeline)
-        given: dict[str, Any] = {"start": read_start(pipeline, weights, self.denoisers) if weights else None, "teachers": read_teachers(pipeline, teachers), "whole_teachers": read_whole_teachers(whole_teachers, self.denoisers, self.dtype)}  # fmt: skip
-        create = partial(Trainable, seed=seed, with_reference=with_reference, **given)
+        start, taught = read_start(pipeline, weights, self.denoisers) if weights else None, read_teachers(pipeline, teachers)  # fmt: skip
+        create = partial(Trainable, seed=seed, with_reference=with_reference, start=start, teachers=taught, whole_teachers=read_whole_teachers(whole_teachers, self.denoisers, self.dtype))  # fmt: skip
         self._learned, self.lockstep = Learned(), Lockstep(self._join)
         self.encoding = EncoderLockstep(self.lockstep.messages, self.device)
         sharder = self._prepare(memory, parallel, weights)
