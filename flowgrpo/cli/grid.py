@@ -105,7 +105,7 @@ def _add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
         "--sampler",
         default="ode",
         metavar="NAME[:STRENGTH]",
-        help="ode, the deterministic sampler of evaluations; dpm_2m; or a transition of training: flow_sde, dance_sde, cps or ddim, such as cps:0.5 (default: %(default)s)",
+        help="ode, the deterministic sampler of evaluations; dpm_2m; or a transition of training: flow_sde, dance_sde, cps or ddim, such as cps:0.5; shipped, the pipeline's own scheduler; or a class of diffusers, such as UniPCMultistepScheduler (default: %(default)s)",
     )
 
 
