@@ -123,7 +123,7 @@ def _settings(name: str) -> set[str]:
     kind = getattr(diffusers, name, None)
     if kind is None or not (isinstance(kind, type) and issubclass(kind, SchedulerMixin)):
         return set()
-    return set(inspect.signature(kind.__init__).parameters) - {"self"}
+    return set(inspect.signature(kind).parameters)
 
 
 def _media(

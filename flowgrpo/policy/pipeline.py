@@ -134,6 +134,8 @@ class PipelinePolicy:
     none. Set by the learner to the size of its batches."""
     keeps_means = False
     """Whether actions store the means of their steps. Set by the learner if the loss needs them."""
+    last_grid: tuple[Sampling, Any] | None = None
+    """The sampling and the size of the prompts of the last call, which decide the scheduler's grid."""
     in_lockstep = False
     """Whether all processes must make equal passes of the denoiser, because its parameters are sharded."""
 
@@ -475,6 +477,7 @@ class PipelinePolicy:
         """
         if isinstance(self.scheduler, FlowPolicyScheduler):
             self.scheduler.fixed_shift = sampling.shift
+        self.last_grid = (sampling, prompts[0].size)
         arguments = sampling.arguments() | own_arguments(prompts)
         if not arguments.keys() <= self._parameters.keys():
             self.check_sampling(sampling, prompts[:1])
