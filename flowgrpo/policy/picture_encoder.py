@@ -44,6 +44,8 @@ class Decoding(Protocol):
     batch_size: int
     num_evaluations: int
     num_decodes: int
+    sampling: Any
+    last_grid: Any
 
     def run(
         self,
@@ -51,7 +53,7 @@ class Decoding(Protocol):
         noise: SampleNoise,
         *,
         nodes: Sequence[int],
-        record: Sequence[int],
+        record: Sequence[int] = (),
         decode: bool,
     ) -> Iterator[Any]: ...
 
