@@ -241,6 +241,8 @@ def test_a_grid_over_schedulers_is_made_again_from_its_picture(tiny, tmp_path):
     assert main(["grid", *arguments, "--samples", "2", "--axis", axis, "--out", str(first)]) == 0
     assert main(["grid", "--from", str(first), "--out", str(again)]) == 0
     assert first.read_bytes() == again.read_bytes()
+    title = grid.title_of("sampler", "EulerAncestralDiscreteScheduler", None)
+    assert title == "sampler EulerAncestralDiscrete"
 
 
 def test_a_contact_sheet_and_a_webp_hold_their_settings(tiny, tmp_path, capsys):

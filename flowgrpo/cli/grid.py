@@ -480,6 +480,9 @@ def title_of(kind: str, value: Any, trained: int | None) -> str:
         return "base" if value == "base" else f"after {counted(number, 'iteration')}" if str(number).isdecimal() else str(value)  # fmt: skip
     if kind in ("model", "lora"):
         return Path(value).name or str(value)
+    if kind == "sampler":
+        # Classes of diffusers have long names, and columns are narrow.
+        value = str(value).removesuffix("Scheduler")
     return f"{kind} {value:g}" if isinstance(value, float) else f"{kind} {value}"
 
 
