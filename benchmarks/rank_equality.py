@@ -33,6 +33,7 @@ from torch import Tensor
 
 from flowgrpo import cli
 from flowgrpo.training import checkpoints
+from scripts.shape_pictures import write_examples
 from tests.conftest import NAMED, sampling_of
 from tests.processes import Forked, ranks
 from tests.tiny import save
@@ -50,6 +51,8 @@ SETTINGS = [
 SD3 = (
     "sampling={num_steps=4, height=16, width=16, guidance_scale=4.5, call={max_sequence_length=16}}"
 )
+GIVEN = "GIVEN"
+"""Stands for the file of pairs of pictures in settings."""
 CLIPPED = "loss={kind='clipped', clip_range=1e-3, kl_coef=0.05}"
 CASES: dict[str, Sequence[str]] = {
     "flow_grpo": ["algorithm={kind='flow_grpo', group_size=4}", CLIPPED],
@@ -63,7 +66,8 @@ CASES: dict[str, Sequence[str]] = {
     "flow_grpo, stale": ["algorithm={kind='flow_grpo', group_size=4}", CLIPPED, "train.staleness=1", "train.iterations=3"],
     "flow_grpo, Flash": ["algorithm={kind='flow_grpo', group_size=4, steps_per='group', steps={kind='random_window', size=1, last=3}}", "loss={kind='clipped', clip_range=1e-3, step_weight='rectified'}"],
     "flow_grpo, chunks": ["algorithm={kind='flow_grpo', group_size=4}", "loss={kind='clipped', clip_range=1e-3, chunks=[1, 2]}"],
-    "flow_grpo, replay": ["algorithm={kind='flow_grpo', group_size=4}", CLIPPED, "train.replay={groups=4, keep='all'}", "train.iterations=2"],
+    "flow_grpo, replay": ["algorithm={kind='flow_grpo', group_size=4}", CLIPPED, "train.replay={groups=8, keep='all'}", "train.iterations=2"],
+    "flow_grpo, previews": ["algorithm={kind='flow_grpo', group_size=4, previews={number=8, num_steps=2}}", CLIPPED],
     "dance_grpo": ["algorithm={kind='dance_grpo', group_size=4}", CLIPPED, "train.split='samples'"],
     "mix_grpo": ["algorithm={kind='mix_grpo', group_size=4, steps={kind='window', size=2}}", CLIPPED],
     "pref_grpo": ["algorithm={kind='pref_grpo', group_size=4, preference={kind='compared', reward='brightness'}}", CLIPPED],
@@ -84,6 +88,7 @@ CASES: dict[str, Sequence[str]] = {
     "draft": ["algorithm={kind='draft', group_size=4, last=2}", "loss={kind='reward_gradient', kl_coef=0.05}"],
     "refl": ["algorithm={kind='refl', group_size=4, stop_range=[0.5, 1.0]}", "loss={kind='reward_gradient', form='hinge', target=2.0}"],
     "srpo": ["algorithm={kind='srpo', group_size=4, step_range=[0.0, 0.5]}", "loss={kind='reward_gradient'}"],
+    "pairs": ["algorithm={kind='pairs', distinct_times=2}", "loss={kind='dpo', beta=100.0}", f"prompts.train='{GIVEN}'"],
     "find": ["algorithm={kind='find', group_size=4}", "loss={kind='clipped', clip_range=1e-3}", "model.weights={kind='noise'}", "train.monitor_states=0"],
 }  # fmt: skip
 """Every algorithm and every loss, with the settings whose statistics are over all processes."""
@@ -153,6 +158,9 @@ def train(folder: Path, model: Path, number: int, settings: Sequence[str]) -> No
         f"run.folder='{folder}'",
         *settings,
     ]
+    if any(GIVEN in s for s in settings):
+        pairs = write_examples(model.parent / "given", "pairs", 24)
+        every = [s.replace(GIVEN, str(pairs)) for s in every]
     arguments = ["train", "quickstart_flow_grpo", *(f"--set={s}" for s in every)]
     alone = number == 1
     processes = [Forked(lambda: cli.main(arguments))] if alone else ranks(lambda _: cli.main(arguments), number)  # fmt: skip

@@ -10,8 +10,8 @@ from flowgrpo.data.prompts import Prompt
 from flowgrpo.policy import Noise, PipelinePolicy
 from flowgrpo.policy.auxiliary_latents import AuxiliaryLatents
 from flowgrpo.policy.call import PipelineCall, UnsupportedPipelineError
-from flowgrpo.policy.pipeline import Rollout
 from flowgrpo.policy.probe import fit_noise
+from flowgrpo.policy.rollout import Rollout
 from flowgrpo.policy.step_plan import StepPlan
 from tests.conftest import MakePolicy, noise_of
 

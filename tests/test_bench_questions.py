@@ -504,7 +504,7 @@ def test_tiifs_data_and_wording_are_checked(tiif: TIIFBench, tmp_path: Path) -> 
     file = tmp_path / "data" / "testmini_eval_prompts" / "text_eval_prompts.jsonl"
     lines = file.read_text().splitlines()
     for text, problem in [
-        (lines[0], "has 1 lines"),
+        (lines[0], "has 1 line,"),
         (
             "\n".join([lines[0], lines[1].replace('"no"', '"maybe"')]),
             "line 2: no record of TIIF-Bench",

@@ -89,7 +89,7 @@ def test_videos_are_named_as_the_official_package_reads_them(
     with pytest.raises(BenchError, match="makes images, and vbench is about videos"):
         generate_folder(Plan(tmp_path / "sd", vbench, entries[:1], images_only))
     (tmp_path / "longer.txt").write_text("one")
-    with pytest.raises(BenchError, match=r"has 1 lines, and VBench_full_info\.json 4 records"):
+    with pytest.raises(BenchError, match=r"has 1 line, and VBench_full_info\.json 4 records"):
         longer.entries()
 
 

@@ -12,9 +12,15 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
+from flowgrpo.bench.comparison import Setting
+from flowgrpo.bench.comparison import rows as differences
+from flowgrpo.bench.comparison_files import Comparison, Pair
+from flowgrpo.bench.comparison_files import write as write_comparison
+from flowgrpo.bench.run_scores import AXES, CurvePoint
 from flowgrpo.data.votes import read_votes
 from flowgrpo.evaluation.comparison_grid import write_grid
 from flowgrpo.evaluation.contact_sheet import SheetPrompt, SheetRow, media_uri, write_sheet
@@ -23,6 +29,7 @@ from flowgrpo.evaluation.report import write_report
 from flowgrpo.evaluation.report_server import ReportServer
 from flowgrpo.evaluation.samples import Sample, save_samples, thumbnail
 from flowgrpo.evaluation.vote_server import VoteServer
+from tests.test_compare import measured
 from tests.test_report import evaluation, metric, run
 from tests.test_votes import ballot_of
 
@@ -201,6 +208,45 @@ def test_nothing_is_off_screen_and_all_text_is_readable(show, finished, scheme):
         assert page.evaluate("document.documentElement.scrollWidth") == size[0]
         assert page.evaluate(OFF_SCREEN) == []
         assert page.evaluate(CONTRASTS) == []
+
+
+CUT = """() => [...document.querySelectorAll("svg text")].filter((text) => {
+  const [own, chart] = [text, text.ownerSVGElement].map((e) => e.getBoundingClientRect());
+  return own.left < chart.left - 0.5 || own.right > chart.right + 0.5 || own.top < chart.top - 0.5 || own.bottom > chart.bottom + 0.5;
+}).map((text) => text.textContent)"""
+"""Labels of charts that reach beyond their chart, where they are cut."""
+OVERLAPPING = """() => [...document.querySelectorAll("svg")].flatMap((chart) => {
+  const boxes = [...chart.querySelectorAll("text")].map((t) => [t.textContent, t.getBoundingClientRect()]);
+  return boxes.flatMap(([a, p], i) => boxes.slice(i + 1).filter(([, q]) => p.left < q.right && q.left < p.right && p.top < q.bottom && q.top < p.bottom).map(([b]) => [a, b]));
+})"""
+"""Pairs of labels of one chart that overlap."""
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_long_labels_of_the_comparison_page_are_whole(show, tmp_path, scheme):
+    """Curves over millions of evaluations, of rewards in the millions and of tiny ones."""
+
+    def points(factor: float) -> list[CurvePoint]:
+        cost = dict.fromkeys(AXES, 12345678.0)
+        return [
+            CurvePoint({k: v * i for k, v in cost.items()}, {"large": -factor * 9_876_543.0 - i, "small": factor * 1.2345e-6 * (i + 1), EVIL: factor * 0.5})
+            for i in range(6)
+        ]  # fmt: skip
+
+    settings = [
+        Setting(name, [measured(np.linspace(0, 1, 8) * f, name=name)]) for name, f in (("a", 1), (LONG, 2))
+    ]  # fmt: skip
+    pair = Pair("a", LONG, differences(*settings), 8)
+    curves = {"a": [points(1.0)], LONG: [points(2.0)]}
+    *_, file = write_comparison(Comparison([pair], settings, curves), tmp_path / "out")
+    page = show(file.as_uri(), PHONE, scheme)
+    assert page.locator("svg").count() >= 9
+    for size in (PHONE, DESKTOP):
+        page.set_viewport_size({"width": size[0], "height": size[1]})
+        assert page.evaluate(CUT) == []
+        assert page.evaluate(OVERLAPPING) == []
+        assert page.evaluate("document.documentElement.scrollWidth") == size[0]
+        assert (page.evaluate(OFF_SCREEN), page.evaluate(CONTRASTS)) == ([], [])
 
 
 def test_a_contact_sheet_is_lazy_safe_and_fits_a_phone(show, tmp_path):

@@ -162,7 +162,7 @@ def test_every_stroke_of_a_chart_is_in_its_place():
     assert re.findall(r'middle" x="[^"]*" y="[^"]*">([^<]*)<', alone) == ["3", "4"]
     # A curve that is flat up to rounding looks flat, in the middle.
     flat = line_chart([Line("a", [(0, 1.0), (1, 1 + 1e-9)])], height=132)
-    assert re.findall(r' d="M48.0 ([0-9.]*)L410.0 ([0-9.]*)"', flat) == [("60.3", "59.7")]
+    assert re.findall(r' d="M48.0 ([0-9.]*)L410.0 ([0-9.]*)"', flat) == [("60.0", "60.0")]
 
 
 def test_hover_columns_name_the_curves_that_have_a_value_there():

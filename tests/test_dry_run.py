@@ -122,7 +122,7 @@ def test_prompts_are_looked_at(tiny, tmp_path):
     assert "1 of 1 held-out prompt is a training prompt too" in shared
     assert training.startswith("WARNING: training prompts: 1 of 1 have a negative prompt, which")
     assert held_out.startswith("WARNING: held-out prompts: 1 of 1 have a negative prompt")
-    assert "training prompts: 1 of 1 are longer than the " in cut
+    assert "training prompts: 1 of 1 is longer than the " in cut
     # With guidance the negative prompt is used.
     guided = _notes(flowgrpo.load("quickstart_flow_grpo", [settings[0], "sampling.guidance_scale=4.0"]), prompts, prompts)  # fmt: skip
     assert len(guided) == 3

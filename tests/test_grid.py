@@ -176,7 +176,7 @@ def test_values_just_outside_the_range_are_clamped():
     [
         ([], ["base"], {}, "needs rows"),
         ([GridRow("p", [])], [], {}, "needs rows"),
-        ([GridRow("p", [images(RED)])], ["base", "tuned"], {}, "1 blocks for 2 columns"),
+        ([GridRow("p", [images(RED)])], ["base", "tuned"], {}, "1 block for 2 columns"),
         ([GridRow("p", [images(RED), images(RED, BLUE)])], ["a", "b"], {}, "'b': shape"),
         (
             [GridRow("p", [images(RED)]), GridRow("q", [images(RED, BLUE)])],

@@ -3,11 +3,14 @@
 import base64
 import io
 import json
+import re
 from pathlib import Path
 
+import diffusers
 import numpy as np
 import pytest
 import torch
+from diffusers import DiffusionPipeline
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
@@ -71,6 +74,11 @@ def test_a_scale_applies_to_the_adapter_of_the_other_axis(order):
         ("sampler=ode,cps:1.5", "above 0 and at most 1"),
         ("sampler=flow_sde:x", "above 0 and at most 10"),
         ("sampler=dpm_2m:0.5", "has no strength"),
+        ("sampler=UniPCMultistepScheduler:1", "a scheduler of diffusers has no strength"),
+        (
+            "sampler=UniPCMultiStepScheduler",
+            "no such scheduler; did you mean 'UniPCMultistepScheduler'",
+        ),
     ],
 )
 def test_wrong_axes_are_refused(text, message):
@@ -160,6 +168,81 @@ def test_a_sampler_takes_its_steps_and_the_noise_is_the_same(tiny):
     assert not torch.equal(images("dpm_2m"), ode)
     for other in ("cps", "flow_sde:0.7"):
         assert not torch.allclose(images(other), ode, atol=1e-3), other
+
+
+def from_diffusers(folder: Path, scheduler: str, changes: dict, prompts: list[str]) -> torch.Tensor:
+    """Media of diffusers' own pipeline and scheduler, from the initial noise of a grid with seed 4."""
+    pipeline = DiffusionPipeline.from_pretrained(folder)
+    pipeline.set_progress_bar_config(disable=True)
+    kind = getattr(diffusers, scheduler)
+    pipeline.scheduler = kind.from_config({**pipeline.scheduler.config, **changes})
+    noise = SampleNoise([Random(4).at("grid", row, 0) for row in range(len(prompts))])
+    made = pipeline(prompts, num_inference_steps=3, generator=noise.initial(), output_type="pt")
+    return made.images
+
+
+FLOW = {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
+
+
+@pytest.mark.parametrize(
+    ("family", "scheduler", "changes"),
+    [
+        ("sd15", "DDIMScheduler", {}),
+        ("sd15", "HeunDiscreteScheduler", {}),
+        ("sd15", "EulerAncestralDiscreteScheduler", {}),
+        ("sd3", "FlowMatchHeunDiscreteScheduler", {}),
+        # The tiny SD3 has the shift 3 of the published one.
+        ("sd3", "UniPCMultistepScheduler", {**FLOW, "flow_shift": 3.0}),
+        ("sd3", "DPMSolverMultistepScheduler", {**FLOW, "flow_shift": 3.0}),
+    ],
+)
+def test_a_scheduler_of_diffusers_samples_as_in_its_own_pipeline(tiny, family, scheduler, changes):
+    folder, prompts = tiny(family), ["a cat", "a dog"]
+    policy = PipelinePolicy.from_pretrained(str(folder), sampling=Sampling(num_steps=3))
+    drawn = ComparisonGrid([Prompt(p) for p in prompts], 1, 4)
+    ode = drawn.generate_with(policy, policy.sampling, Sampler.parse("ode"))
+    media = drawn.generate_with(policy, policy.sampling, Sampler.parse(scheduler))
+    expected = from_diffusers(folder, scheduler, changes, prompts)
+    assert torch.allclose(media, expected, atol=2e-5)
+    assert torch.equal(
+        drawn.generate_with(policy, policy.sampling, Sampler.parse(scheduler)), media
+    )
+    # The policy's own sampler is in place again.
+    assert torch.equal(drawn.generate_with(policy, policy.sampling, Sampler.parse("ode")), ode)
+    shipped = drawn.generate_with(policy, policy.sampling, Sampler.parse("shipped"))
+    own = "PNDMScheduler" if family == "sd15" else "FlowMatchEulerDiscreteScheduler"
+    assert torch.allclose(shipped, from_diffusers(folder, own, {}, prompts), atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("family", "scheduler", "reason"),
+    [
+        ("sd3", "DDIMScheduler", "made for a rectified-flow model; those that can: DEISMultistep.*UniPC"),
+        ("sd15", "FlowMatchEulerDiscreteScheduler", "made for a diffusion model; those that can: DDIMScheduler, "),
+        ("flux", "FlowMatchHeunDiscreteScheduler", "FluxPipeline cannot be sampled with FlowMatchHeun.*custom sigmas"),
+    ],
+)  # fmt: skip
+def test_a_scheduler_that_does_not_fit_is_refused(tiny, family, scheduler, reason, tmp_path, capsys):  # fmt: skip
+    (tmp_path / "prompts.txt").write_text("a cat\n")
+    arguments = ["grid", str(tiny(family)), "--prompts", str(tmp_path / "prompts.txt"), "--steps", "2", "--samples", "1"]  # fmt: skip
+    out = tmp_path / "grid.png"
+    assert main([*arguments, "--axis", f"sampler=ode,{scheduler}", "--out", str(out)]) != 0
+    said = " ".join(capsys.readouterr().err.split())
+    assert re.search(reason, said), said
+    assert "Traceback" not in said
+    assert not out.exists()
+
+
+def test_a_grid_over_schedulers_is_made_again_from_its_picture(tiny, tmp_path):
+    (tmp_path / "prompts.txt").write_text("a cat\n")
+    first, again = tmp_path / "first.png", tmp_path / "again.png"
+    arguments = [str(tiny("sd15")), "--prompts", str(tmp_path / "prompts.txt"), "--steps", "2"]
+    axis = "sampler=ode,shipped,UniPCMultistepScheduler,EulerAncestralDiscreteScheduler"
+    assert main(["grid", *arguments, "--samples", "2", "--axis", axis, "--out", str(first)]) == 0
+    assert main(["grid", "--from", str(first), "--out", str(again)]) == 0
+    assert first.read_bytes() == again.read_bytes()
+    title = grid.title_of("sampler", "EulerAncestralDiscreteScheduler", None)
+    assert title == "sampler EulerAncestralDiscrete"
 
 
 def test_a_contact_sheet_and_a_webp_hold_their_settings(tiny, tmp_path, capsys):

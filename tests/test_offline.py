@@ -16,7 +16,7 @@ import flowgrpo
 from flowgrpo.algorithms import Pairs, Pictures
 from flowgrpo.cli import main
 from flowgrpo.config import ConfigError
-from flowgrpo.core.random import Random
+from flowgrpo.core.random import Random, SampleNoise
 from flowgrpo.data.examples import read_examples, smaller_than
 from flowgrpo.data.prompt_files import PromptError
 from flowgrpo.data.prompt_sets import PromptSet
@@ -266,6 +266,26 @@ def test_states_of_pictures_are_those_of_diffusers(family: str, make_policy: Mak
     found = policy.pictures.layout(PROMPT).states(latents)
     torch.testing.assert_close(found, packed(policy, latents), atol=2e-5, rtol=2e-5)
     assert policy.num_decodes == policy.num_evaluations == 0
+
+
+@pytest.mark.parametrize("family", ["sd3", "sd15", "flux"])
+def test_pictures_are_noised_on_the_grid_of_training_after_an_evaluation(
+    family: str, make_policy: MakePolicy
+) -> None:
+    """An evaluation with other steps leaves another grid behind, on which the times would be wrong."""
+    policy, stream = make_policy(family, weights=None), [Random(3)]
+    first = policy.pictures.encode([PROMPT], [PICTURE], stream)
+    own = [policy.scheduler.interval(k, k + 1) for k in range(policy.num_steps())]
+    for steps in (policy.num_steps() + 3, 2):
+        noise = SampleNoise([Random(1)])
+        policy.images([PROMPT], noise, replace(policy.sampling, num_steps=steps))
+        before = policy.num_evaluations
+        assert torch.equal(policy.pictures.encode([PROMPT], [PICTURE], stream), first)
+        assert policy.num_evaluations == before
+        assert [policy.scheduler.interval(k, k + 1) for k in range(policy.num_steps())] == own
+    # Nothing is called if the grid is the right one.
+    policy.run = None  # type: ignore[method-assign, assignment]
+    policy.pictures.encode([PROMPT], [PICTURE], stream)
 
 
 @pytest.mark.parametrize("family", ["sana", "lumina2", "cogvideox", "ltx"])

@@ -17,7 +17,7 @@ from flowgrpo.core.random import Random, SampleNoise
 from flowgrpo.core.transitions import CPS, ODE
 from flowgrpo.data.prompts import Prompt
 from flowgrpo.policy import Full, PipelinePolicy, Sampling
-from flowgrpo.policy.pipeline import Rollout
+from flowgrpo.policy.rollout import Rollout
 from tests.conftest import MakePolicy, noise_of, sampling_of, transition_of
 
 NAMES = ["sd15", "sdxl", "sd3", "flux", "wan_t2v"]

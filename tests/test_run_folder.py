@@ -287,7 +287,7 @@ def test_lost_and_broken_log_lines_are_found_before_training(tmp_path, broken):
     with pytest.raises(LogError, match="one of its first 2 lines is not what was logged"):
         run(tmp_path / "a", more)
     file.write_text(lines[0] + "\n")
-    with pytest.raises(LogError, match=r"has 1 lines, but .*000002 was written after 2"):
+    with pytest.raises(LogError, match=r"has 1 line, but .*000002 was written after 2"):
         run(tmp_path / "a", more)
 
 

@@ -10,7 +10,7 @@ import torch
 from flowgrpo.cli import main
 from flowgrpo.data import videos
 from flowgrpo.policy import Sampling
-from flowgrpo.policy.pipeline import Rollout
+from flowgrpo.policy.rollout import Rollout
 
 imageio_ffmpeg = pytest.importorskip("imageio_ffmpeg")
 

@@ -17,7 +17,7 @@ from flowgrpo.memory.meta_pipeline import build
 from flowgrpo.policy import LoRA, Memory, PipelinePolicy, Sampling
 from flowgrpo.policy.loading import DTYPES, load_pipeline, quantization
 from flowgrpo.policy.model_files import published_folder
-from flowgrpo.policy.pipeline import Rollout
+from flowgrpo.policy.rollout import Rollout
 from flowgrpo.policy.settings import Quantization, Weights
 
 TRANSITION = FlowSDE(noise_level=0.7)

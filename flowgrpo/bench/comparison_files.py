@@ -9,6 +9,7 @@ from typing import Any
 
 from flowgrpo.bench.comparison import Row, Setting, exploitation
 from flowgrpo.bench.run_scores import AXES, CurvePoint
+from flowgrpo.core.text import counted
 from flowgrpo.data import strict_json
 from flowgrpo.data.files import write_whole
 from flowgrpo.evaluation.charts import Line, legend, line_chart

@@ -105,7 +105,7 @@ def _add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
         "--sampler",
         default="ode",
         metavar="NAME[:STRENGTH]",
-        help="ode, the deterministic sampler of evaluations; dpm_2m; or a transition of training: flow_sde, dance_sde, cps or ddim, such as cps:0.5 (default: %(default)s)",
+        help="ode, the deterministic sampler of evaluations; dpm_2m; or a transition of training: flow_sde, dance_sde, cps or ddim, such as cps:0.5; shipped, the pipeline's own scheduler; or a class of diffusers, such as UniPCMultistepScheduler (default: %(default)s)",
     )
 
 
@@ -480,6 +480,9 @@ def title_of(kind: str, value: Any, trained: int | None) -> str:
         return "base" if value == "base" else f"after {counted(number, 'iteration')}" if str(number).isdecimal() else str(value)  # fmt: skip
     if kind in ("model", "lora"):
         return Path(value).name or str(value)
+    if kind == "sampler":
+        # Classes of diffusers have long names, and columns are narrow.
+        value = str(value).removesuffix("Scheduler")
     return f"{kind} {value:g}" if isinstance(value, float) else f"{kind} {value}"
 
 

@@ -10,7 +10,7 @@ from flowgrpo.core.random import SampleNoise
 from flowgrpo.core.transitions import Transition
 from flowgrpo.data.prompts import Prompt
 from flowgrpo.policy import Memory, PipelinePolicy, Sampling
-from flowgrpo.policy.pipeline import Rollout
+from flowgrpo.policy.rollout import Rollout
 from flowgrpo.policy.settings import ModelSource, Weights
 
 PROMPTS: Sequence[Prompt] = (

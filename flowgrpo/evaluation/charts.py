@@ -13,7 +13,7 @@ has fixed colours and no values on hovering; Pygal 3.1 shows values with a scrip
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html import escape
 from itertools import pairwise
 
@@ -143,6 +143,10 @@ def line_chart(
     The y range includes error bars. If no value is finite, the result is a paragraph that says so.
     """
     frame = _Frame.around(lines, width, height)
+    if frame is not None:
+        texts = tick_labels(ticks(frame.low, frame.high, num_ticks))
+        # Long labels need a wider margin.
+        frame = replace(frame, left=max(LEFT, 8 + max(map(_text_width, texts))))
     if frame is None:
         return '<p class="quiet">no finite values</p>'
     label = escape(", ".join(line.name for line in lines if not line.faint))
@@ -150,16 +154,40 @@ def line_chart(
     levels = ticks(frame.low, frame.high, num_ticks)
     for value, text in zip(levels, tick_labels(levels), strict=True):
         y = frame.y(value)
-        parts.append(f'<path class="grid" d="M{LEFT:g} {y:.1f}H{width - RIGHT:g}"/>')
-        parts.append(f'<text class="tick" x="{LEFT - 6:g}" y="{y + 3.5:.1f}">{text}</text>')
-    for value in ticks(frame.first, frame.last, 4):
-        if value == int(value):
-            at = f'x="{frame.x(value):.1f}" y="{height - 6:g}"'
-            parts.append(f'<text class="tick middle" {at}>{number(value)}</text>')
+        parts.append(f'<path class="grid" d="M{frame.left:g} {y:.1f}H{width - RIGHT:g}"/>')
+        parts.append(f'<text class="tick" x="{frame.left - 6:g}" y="{y + 3.5:.1f}">{text}</text>')
+    for x, text in _x_labels(frame):
+        at = f'x="{x:.1f}" y="{height - 6:g}"'
+        parts.append(f'<text class="tick middle" {at}>{text}</text>')
     parts += [_curve(line, frame) for line in lines]
     if not any(line.dots for line in lines):
         parts += _hover_columns([line for line in lines if not line.faint], frame)
     return "".join([*parts, "</svg>"])
+
+
+def _text_width(text: str) -> float:
+    """The width of a tick's label in a wide font (DejaVu Sans) of 11 pixels; most fonts are narrower."""
+    widths = {".": 3.6, ",": 3.6, "−": 9.3}
+    return sum(widths.get(c, 7.1) for c in text)
+
+
+def _x_labels(frame: "_Frame") -> list[tuple[float, str]]:
+    """The middles and the texts of the labels of the x axis, whole numbers that do not overlap.
+
+    Labels next to the edges move inwards, so that none is cut.
+    """
+    found: list[tuple[float, str]] = []
+    free = 0.0
+    for value in ticks(frame.first, frame.last, 4):
+        if value != int(value):
+            continue
+        text = number(value)
+        half = _text_width(text) / 2
+        x = min(frame.x(value), frame.width - half - 1)
+        if x - half >= free:
+            found.append((x, text))
+            free = x + half + 4
+    return found
 
 
 @dataclass(frozen=True)
@@ -172,6 +200,7 @@ class _Frame:
     high: Number
     width: int
     height: int
+    left: float = LEFT
 
     @staticmethod
     def around(lines: Sequence[Line], width: int, height: int) -> "_Frame | None":
@@ -185,15 +214,17 @@ class _Frame:
         if not ys:
             return None
         low, high = min(ys), max(ys)
-        # A flat curve needs a range above zero; one that is flat up to rounding should look flat.
-        spread = max(high - low, 1e-6 * max(abs(low), abs(high)))
-        padding = 0.08 * spread or 1.0
+        # A flat curve needs a range above zero; one that is flat up to rounding should look flat, with
+        # ticks of few digits.
+        spread, size = high - low, max(abs(low), abs(high))
+        padding = 0.08 * spread if spread > 1e-6 * size else 0.1 * size or 1.0
         return _Frame(
             min(xs), max(max(xs), min(xs) + 1), low - padding, high + padding, width, height
         )
 
     def x(self, value: Number) -> float:
-        return LEFT + (value - self.first) / (self.last - self.first) * (self.width - LEFT - RIGHT)
+        share = (value - self.first) / (self.last - self.first)
+        return self.left + share * (self.width - self.left - RIGHT)
 
     def y(self, value: Number) -> float:
         share = (value - self.low) / (self.high - self.low)
@@ -231,7 +262,7 @@ def _hover_columns(lines: Sequence[Line], frame: _Frame) -> list[str]:
     values = [dict(line.points) for line in lines]
     # Each column reaches half of the way to its neighbours.
     centres = [frame.x(x) for x in xs]
-    edges = [LEFT, *((a + b) / 2 for a, b in pairwise(centres)), frame.width - RIGHT]
+    edges = [frame.left, *((a + b) / 2 for a, b in pairwise(centres)), frame.width - RIGHT]
     parts = []
     for x, (left, right) in zip(xs, pairwise(edges), strict=True):
         texts = [f"{lines[0].axis} {number(x)}"]

@@ -25,6 +25,7 @@ from flowgrpo.evaluation.grid_settings import DESCRIPTION
 from flowgrpo.evaluation.samplers import Sampler
 from flowgrpo.evaluation.tiles import KEY, Tile, TileRow, tiles_to_json
 from flowgrpo.policy import PipelinePolicy, Sampling
+from flowgrpo.policy.other_scheduler import with_other_scheduler
 from flowgrpo.rewards.scorer import RewardScorer
 
 LONGEST_WEBP = 16383
@@ -70,8 +71,12 @@ class ComparisonGrid:
         """As :meth:`generate`, with another sampler; a stochastic one injects the same noise each time.
 
         Raises:
-            ValueError: If its transition is not defined for the model.
+            ValueError: If its transition is not defined for the model, or its scheduler does not fit it.
         """
+        if sampler.scheduler:
+            return with_other_scheduler(
+                policy, self.expanded, self._noise, sampling, sampler.scheduler
+            )
         steps = sampler.stochastic(sampling.num_steps)
         done = policy.run(
             self.expanded,

@@ -44,7 +44,7 @@ KINDS: Mapping[str, str] = {
     "guidance": "guidance scales",
     "steps": "denoising steps",
     "seed": "seeds of the initial noise",
-    "sampler": "ode, dpm_2m, or a transition with or without its strength, such as flow_sde or cps:0.5",
+    "sampler": "ode, dpm_2m, a transition with or without its strength, such as flow_sde or cps:0.5; shipped, the pipeline's own scheduler, or a class of diffusers, such as UniPCMultistepScheduler",
     "base_after": "of a run: shares of the steps (below 1) or numbers of steps after which the model before training takes over",
 }
 """The axes of a grid, and their values."""

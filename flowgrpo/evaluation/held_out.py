@@ -21,7 +21,7 @@ from flowgrpo.data.prompts import Prompt
 from flowgrpo.evaluation.artefacts import measure, summarise
 from flowgrpo.evaluation.samples import Sample, extremes, thumbnail
 from flowgrpo.policy import PipelinePolicy, Sampling
-from flowgrpo.policy.pipeline import Rollout
+from flowgrpo.policy.rollout import Rollout
 from flowgrpo.rewards.scorer import RewardScorer
 
 Metric = Callable[[Sequence[Prompt], Sequence[Float[Tensor, "_ *_"]]], Mapping[str, float]]

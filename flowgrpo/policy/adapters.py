@@ -324,7 +324,7 @@ def _matrices_in(file: Path) -> int:
     number = sum(1 for k in keys if MATRICES.search(k))
     if not number:
         raise ValueError(
-            f"{file} is not a LoRA adapter: none of its {counted(len(keys), 'tensor')} is a part of one"
+            f"{file} is not a LoRA adapter: none of its tensors ({len(keys)}) is a part of one"
         )
     return number
 

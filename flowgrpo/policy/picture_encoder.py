@@ -44,6 +44,8 @@ class Decoding(Protocol):
     batch_size: int
     num_evaluations: int
     num_decodes: int
+    sampling: Any
+    last_grid: Any
 
     def run(
         self,
@@ -51,7 +53,7 @@ class Decoding(Protocol):
         noise: SampleNoise,
         *,
         nodes: Sequence[int],
-        record: Sequence[int],
+        record: Sequence[int] = (),
         decode: bool,
     ) -> Iterator[Any]: ...
 
@@ -125,7 +127,23 @@ class PictureEncoder:
             fitted = [fit(p, layout.height, layout.width) for p in pictures[part]]
             latents = self._latents(fitted, layout, streams[part])
             found.append(layout.states(latents).to(self.policy.device))
+        self._use_own_grid(prompts[0])
         return torch.cat(found)
+
+    def _use_own_grid(self, prompt: Prompt) -> None:
+        """Set the scheduler's grid to that of the policy's own sampling at the size of a prompt.
+
+        States are noised at nodes of this grid, and the last call may have been that of an evaluation with
+        other steps. A call with an empty loop sets the grid.
+        """
+        policy = self.policy
+        if policy.last_grid == (policy.sampling, prompt.size):
+            return
+        before = policy.num_evaluations
+        noise = SampleNoise([Random(0).at("grid")])
+        for _ in policy.run([prompt], noise, nodes=[0], decode=False):
+            pass
+        policy.num_evaluations = before
 
     def round_trip(self, prompt: Prompt, picture: Image.Image) -> float:
         """How well the pipeline decodes an encoded picture: the peak signal-to-noise ratio in dB."""

@@ -10,7 +10,7 @@ denoiser's ``forward`` (inputs get the denoiser's precision).
 import inspect
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,6 @@ from flowgrpo.data.experience import INITIAL
 from flowgrpo.data.prompts import Prompt
 from flowgrpo.policy.adapters import read_start
 from flowgrpo.policy.arguments import (
-    Calling,
     batches,
     check_signature,
     check_strength,
@@ -42,12 +41,13 @@ from flowgrpo.policy.called import padded
 from flowgrpo.policy.context import share_samples
 from flowgrpo.policy.encoder_lockstep import EncoderLockstep
 from flowgrpo.policy.fixed_device import fix_precision, restore_class
-from flowgrpo.policy.latent_injection import LatentInjection, LatentLocations
+from flowgrpo.policy.latent_injection import LatentInjection
 from flowgrpo.policy.loading import DTYPES, denoisers, load_pipeline, without_safety_checker
 from flowgrpo.policy.lockstep import Call, Lockstep
 from flowgrpo.policy.picture_encoder import PictureEncoder
 from flowgrpo.policy.placement import as_batch, as_media, models_of, prepare
 from flowgrpo.policy.prompt_cache import ENCODING_METHODS, REWRITING_METHODS, PromptCache
+from flowgrpo.policy.rollout import Learned, Rollout
 from flowgrpo.policy.scheduler import FlowPolicyScheduler, policy_scheduler
 from flowgrpo.policy.settings import (
     Full,
@@ -69,45 +69,6 @@ from flowgrpo.policy.whole_teachers import read_whole_teachers
 
 FRAMES = ("num_frames", "video_length", "frames")
 """Names that video pipelines give to the number of frames (Latte, Sana-Video)."""
-
-
-@dataclass(frozen=True)
-class Rollout:
-    """One batch that was run through the pipeline.
-
-    Attributes:
-        rows: Indices of the batch among the requested samples.
-        x: The last states, in the layout of the denoising loop; None if media were decoded.
-        media: Decoded images ``(B, C, H, W)`` or videos ``(B, F, C, H, W)`` in [0, 1]; None if only
-            states were requested.
-        records: The recorded steps, in order.
-        audio: The sound of the decoded videos; None if the pipeline makes none, or nothing was
-            decoded.
-    """
-
-    rows: range
-    x: Float[Tensor, "batch *latent"] | None
-    media: Float[Tensor, "batch *frames channels height width"] | None
-    records: Sequence[StepRecord]
-    audio: Audio | None = None
-
-
-@dataclass
-class Learned:
-    """Facts about a pipeline that its calls have shown, and that later calls rely on.
-
-    Attributes:
-        calling: The form of the arguments that the pipeline takes.
-        latents: Where the states of its loop are in the tensors that it prepares.
-        empty_loop: Whether the loop may be empty. False once a call failed with an empty loop and
-            succeeded with a step that keeps its state.
-        enumerates: Whether the loop enumerates its steps, so that it can be given the whole grid.
-    """
-
-    calling: Calling = field(default_factory=Calling)
-    latents: LatentLocations = field(default_factory=LatentLocations)
-    empty_loop: bool = True
-    enumerates: bool = False
 
 
 class PipelinePolicy:
@@ -139,6 +100,8 @@ class PipelinePolicy:
     """Whether actions store the means of their steps. Set by the learner if the loss needs them."""
     trainable: Trainable | InitialNoise | None = None
     _call_pipeline: Callable[..., Any]
+    last_grid: tuple[Sampling, Any] | None = None
+    """The sampling and the size of the prompts of the last call, which decide the scheduler's grid."""
     in_lockstep = False
     """Whether all processes must make equal passes of the denoiser, because its parameters are sharded."""
 
@@ -186,8 +149,9 @@ class PipelinePolicy:
         check_signature(pipeline, self._parameters)
         self._take_over(call)
         self.models, self.denoisers = models_of(pipeline), denoisers(pipeline)
-        start, taught = read_start(pipeline, weights, self.denoisers) if weights else None, read_teachers(pipeline, teachers)  # fmt: skip
-        create = partial(Trainable, seed=seed, with_reference=with_reference, start=start, teachers=taught, whole_teachers=read_whole_teachers(whole_teachers, self.denoisers, self.dtype))  # fmt: skip
+        create = self._creator(
+            weights, teachers, whole_teachers, seed=seed, with_reference=with_reference
+        )
         self._learned, self.lockstep = Learned(), Lockstep(self._join)
         self.encoding = EncoderLockstep(self.lockstep.messages, self.device)
         sharder = self._prepare(memory, parallel, weights)
@@ -485,6 +449,7 @@ class PipelinePolicy:
         """
         if isinstance(self.scheduler, FlowPolicyScheduler):
             self.scheduler.fixed_shift = sampling.shift
+        self.last_grid = (sampling, prompts[0].size)
         arguments = sampling.arguments() | own_arguments(prompts)
         if not arguments.keys() <= self._parameters.keys():
             self.check_sampling(sampling, prompts[:1])
@@ -574,6 +539,22 @@ class PipelinePolicy:
         pipeline.scheduler = self.scheduler
         pipeline.set_progress_bar_config(disable=True)
         without_safety_checker(pipeline)
+
+    def _creator(
+        self,
+        weights: Weights | Noise | None,
+        teachers: Sequence[str],
+        whole_teachers: Sequence[str],
+        **options: Any,
+    ) -> Callable[..., Trainable]:
+        """Makes the trained parameters once the models are placed; files are read now."""
+        return partial(
+            Trainable,
+            start=read_start(self.pipeline, weights, self.denoisers) if weights else None,
+            teachers=read_teachers(self.pipeline, teachers),
+            whole_teachers=read_whole_teachers(whole_teachers, self.denoisers, self.dtype),
+            **options,
+        )
 
     def _prepare(
         self, memory: Memory, parallel: Parallel | None, weights: Weights | Noise | None

@@ -59,7 +59,7 @@ def cut_prompts(
         others = f"; {' and '.join(whole)} read them whole" if whole else ""
         verb = "is" if len(cut) == 1 else "are"
         found.append(
-            f"{len(cut)} of {len(prompts)} {verb} longer than the {counted(limit, 'token')} that the encoder of {name} "
+            f"{len(cut)} of {len(prompts)} {verb} longer than the {counted(limit or 0, 'token')} that the encoder of {name} "
             f"reads, and the rest is ignored there. The longest has {lengths[longest]}: {shown!r}{others}"
         )
     return found
