@@ -149,9 +149,7 @@ class PipelinePolicy:
         check_signature(pipeline, self._parameters)
         self._take_over(call)
         self.models, self.denoisers = models_of(pipeline), denoisers(pipeline)
-        create = self._creator(
-            weights, teachers, whole_teachers, seed=seed, with_reference=with_reference
-        )
+        create = self._creator(weights, teachers, whole_teachers, seed, with_reference)
         self._learned, self.lockstep = Learned(), Lockstep(self._join)
         self.encoding = EncoderLockstep(self.lockstep.messages, self.device)
         sharder = self._prepare(memory, parallel, weights)
@@ -545,7 +543,8 @@ class PipelinePolicy:
         weights: Weights | Noise | None,
         teachers: Sequence[str],
         whole_teachers: Sequence[str],
-        **options: Any,
+        seed: int,
+        with_reference: bool,
     ) -> Callable[..., Trainable]:
         """Makes the trained parameters once the models are placed; files are read now."""
         return partial(
@@ -553,7 +552,8 @@ class PipelinePolicy:
             start=read_start(self.pipeline, weights, self.denoisers) if weights else None,
             teachers=read_teachers(self.pipeline, teachers),
             whole_teachers=read_whole_teachers(whole_teachers, self.denoisers, self.dtype),
-            **options,
+            seed=seed,
+            with_reference=with_reference,
         )
 
     def _prepare(
