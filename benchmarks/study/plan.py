@@ -247,8 +247,8 @@ def jobs(store: Store, plan: Plan, entries: Sequence[Entry] | None = None) -> It
     early, late = plan.seeds[:3], plan.seeds[3:]
     yield from _left(store, _tuning(store, plan, first))
     order: list[tuple[Kind, Sequence[int], Sequence[Entry]]] = [
-        ("main", early, first), ("flawed", early[:1], first), ("second", early[:1], first),
-        ("main", late, first), ("flawed", early[1:], first), ("second", early[1:], first),
+        ("main", early, first), ("flawed", early[:1], first), ("main", late, first),
+        ("second", early[:1], first), ("flawed", early[1:], first), ("second", early[1:], first),
         ("main", early, further), ("flawed", early, further),
         ("long", early, first), ("guided", early, first),
         ("second", early, further), ("main", late, further),
