@@ -92,7 +92,7 @@ CASES: dict[str, Sequence[str]] = {
     "find": ["algorithm={kind='find', group_size=4}", "loss={kind='clipped', clip_range=1e-3}", "model.weights={kind='noise'}", "train.monitor_states=0"],
 }  # fmt: skip
 """Every algorithm and every loss, with the settings whose statistics are over all processes."""
-OF_SCALE_1 = ("loss/policy", "ratio/", "log_prob/", "step/")
+OF_SCALE_1 = ("loss/policy", "ratio/", "log_prob/", "step/", "dpo/")
 """Beginnings of the names of metrics whose differences are compared as they are."""
 LOSSES = (
     "loss/",
@@ -105,6 +105,7 @@ LOSSES = (
     "guard/",
     "fake_score/",
     "matching/",
+    "dpo/",
 )
 """Beginnings of the names of metrics of updates; the others are of rollouts."""
 
