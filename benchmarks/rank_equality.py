@@ -84,7 +84,7 @@ CASES: dict[str, Sequence[str]] = {
     "matching, DGPO": ["algorithm={kind='matching', group_size=4, num_times=2}", "loss={kind='dgpo'}"],
     "matching, CRD": ["algorithm={kind='matching', group_size=4, num_times=2}", "loss={kind='crd'}"],
     "dmd": ["algorithm={kind='dmd', group_size=2}", "loss={kind='dmd', fake={updates=2, num_times=2}}", "train.updates=1"],
-    "rtdmd": ["algorithm={kind='rtdmd', group_size=4}", "loss={kind='dmd', weight=0.1, fake={num_times=2}, teachers=[{guidance_scale=9.0}]}", "train.updates=1"],
+    "rtdmd": ["algorithm={kind='rtdmd', group_size=4, steps={kind='random_steps', count=2, first=0, last=2}}", "loss={kind='dmd', weight=0.1, fake={num_times=2}, teachers=[{guidance_scale=9.0}]}", "train.updates=1"],
     "draft": ["algorithm={kind='draft', group_size=4, last=2}", "loss={kind='reward_gradient', kl_coef=0.05}"],
     "refl": ["algorithm={kind='refl', group_size=4, stop_range=[0.5, 1.0]}", "loss={kind='reward_gradient', form='hinge', target=2.0}"],
     "srpo": ["algorithm={kind='srpo', group_size=4, step_range=[0.0, 0.5]}", "loss={kind='reward_gradient'}"],
