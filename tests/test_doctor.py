@@ -214,7 +214,7 @@ def test_a_gradient_that_leaks_is_caught(tiny: Tiny, monkeypatch: pytest.MonkeyP
     after_init(
         monkeypatch, lambda p: p.denoisers["transformer"].proj_out.weight.requires_grad_(True)
     )
-    assert failures(tiny("sd3"), "sd3")[GRADIENTS].endswith("1 others")
+    assert failures(tiny("sd3"), "sd3")[GRADIENTS].endswith("1 other")
 
 
 def test_inexact_injection_is_caught(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:

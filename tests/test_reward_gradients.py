@@ -427,7 +427,7 @@ def test_divided_denoisers_are_refused() -> None:
         "quickstart_flow_grpo",
         ["algorithm={kind='draft'}", "loss={kind='reward_gradient'}", "parallel.shard='denoiser'"],
     )
-    with pytest.raises(ConfigError, match=r"parallel\.shard.*set it to 'none'"):
+    with pytest.raises(ConfigError, match=r"parallel\.shard.*set it to 'off'"):
         loaded.check(2)
 
 
