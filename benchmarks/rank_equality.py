@@ -176,8 +176,10 @@ def lines(file: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in file.read_text().splitlines()]
 
 
-def difference(name: str, one: float, other: float) -> float:
-    """The difference of a metric, over the larger value unless its scale is 1."""
+def difference(name: str, one: float | None, other: float | None) -> float:
+    """The difference of a metric, over the larger value unless its scale is 1; infinite if one has none."""
+    if one is None or other is None:
+        return 0.0 if one is other else math.inf
     size = 1.0 if name.startswith(OF_SCALE_1) else max(abs(one), abs(other))
     return abs(one - other) / size if size > 0 else 0.0
 

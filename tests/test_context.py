@@ -17,7 +17,7 @@ from diffusers.models import attention_dispatch
 from diffusers.models.transformers.transformer_flux2 import Flux2KVAttnProcessor
 from torch import Tensor
 
-from flowgrpo import cli
+from flowgrpo import cli, training
 from flowgrpo.config import ConfigError, load
 from flowgrpo.config.geometry import geometry
 from flowgrpo.config.plan import Plan, plan
@@ -129,6 +129,22 @@ def test_a_run_equals_that_of_one_process(tmp_path: Path, tiny: Callable[[str], 
     output = finished(ranks(partial(work, model=model, folder=two)))
     assert "2, as 1 set of 2 that compute each sample together (parallel.context), 2 groups on each" in output  # fmt: skip
     compare(one, two)
+
+
+def test_sums_over_processes_count_each_sample_once() -> None:
+    """Processes that compute together have the same samples: what is summed or listed goes through ``Shares``.
+
+    Gradients are summed over all processes, and whether a number is finite is asked of all.
+    """
+    found = {
+        file.name: len(re.findall(r"accelerator\.(?:reduce|gather)\(|[^.]gather_object\(", text))
+        for file in Path(training.__file__).parent.glob("*.py")
+        if (text := file.read_text("utf-8"))
+    }
+    assert {k: v for k, v in found.items() if v and k != "shares.py"} == {
+        "learner.py": 1,
+        "optimizer.py": 1,
+    }
 
 
 @pytest.mark.parametrize(

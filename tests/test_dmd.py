@@ -228,6 +228,7 @@ WITH = ["algorithm={kind='rtdmd'}", "loss={kind='dmd'}"]
         ([*WITH, "loss.fake.grid=2000"], "at most 1000 steps"),
         ([*WITH, "loss.fake.range=[0.5, 0.1]"], "rise within"),
         ([*WITH, "loss.teachers=[]"], "loss.teachers is empty"),
+        ([*WITH, "loss.teachers=[{path='a', weights='model'}]", "model.weights={kind='lora'}"], "whose weights an adapter cannot hold"),
         ([*WITH, "train.replay.groups=2"], "importance weights"),
         (["algorithm={kind='dmd'}", WITH[1], "train.refill=1"], "train.refill works on the rewards"),
     ],

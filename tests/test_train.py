@@ -148,7 +148,7 @@ def test_run_directory_is_complete(straight):
 def test_a_replay_that_is_no_rollout_is_told_at_once(tmp_path, monkeypatch, capsys):
     short = ["train.iterations=2", "evaluation.images=6", "evaluation.every=0"]
     flowgrpo.train(small(tmp_path / "sound", *short))
-    assert "WARNING" not in capsys.readouterr().out
+    assert "WARNING: before any update" not in capsys.readouterr().out
     init = PipelinePolicy.__init__
 
     def with_dropout(self, *args, **kwargs):

@@ -7,7 +7,7 @@ from typing import Any
 from flowgrpo.core.errors import ConfigError
 from flowgrpo.data.prompts import Prompt
 from flowgrpo.losses.teachers import Teacher
-from flowgrpo.policy.settings import Sampling
+from flowgrpo.policy.settings import Full, Sampling
 
 
 def assigns_credit(algorithm: Any) -> bool:
@@ -35,7 +35,7 @@ def check_distillation(config: Any) -> None:
         )
     teachers = config.loss.needs.teachers
     if teachers and teachers.models:
-        _check_whole_models(config, teachers.models[0])
+        _check_whole_models(config, teachers.models[0], teachers.all[0].weights == "model")
     for number, teacher in enumerate(teachers.all if teachers else ()):
         key = f"loss.teachers[{number}]"
         sampling = teacher_sampling(teacher, config.sampling)
@@ -54,13 +54,26 @@ def check_distillation(config: Any) -> None:
             )
 
 
-def _check_whole_models(config: Any, path: str) -> None:
-    """Raise ConfigError if the weights of a whole model cannot take the place of the student's."""
+def _check_whole_models(config: Any, path: str, first: bool) -> None:
+    """Raise ConfigError if the weights of a whole model cannot take the place of the student's.
+
+    Args:
+        config: The configuration.
+        path: The model.
+        first: Whether it is the first teacher.
+    """
     key = f"loss.teachers: weights = 'model' of {path}"
     if config.parallel.is_sharded:
         raise ConfigError(
             f"{key} is not possible with parallel.shard = {config.parallel.shard!r}, which divides the student's weights "
             "alone; set it to 'off', or use an adapter as teacher"
+        )
+    fake = config.loss.needs.fake_score
+    if fake is not None and first and not isinstance(config.model.weights, Full):
+        raise ConfigError(
+            f"{key} is not possible with the loss 'dmd' and an adapter as model.weights: the fake score begins as the "
+            "first teacher, whose weights an adapter cannot hold; set model.weights.kind = 'full', or use an adapter "
+            "as teacher"
         )
     if config.memory.quantize != "none":
         raise ConfigError(

@@ -3,8 +3,8 @@
 The KL of the generator's distribution from a teacher's, at a noised sample ``x_t = signal x + noise e``,
 has a gradient with respect to the sample ``x`` that is the difference of two scores: that of the
 generator's own samples, which a further model learns (the *fake score*), and the teacher's. In terms of
-the data that the two predict at ``x_t`` (DMD, arXiv:2311.18828; DMD2, arXiv:2405.14867; the divisor is that of
-RTDMD's released code)::
+the data that the two predict at ``x_t`` (DMD, arXiv:2311.18828; the divisor is that of the
+released code of DMD2, arXiv:2405.14867, and of RTDMD)::
 
     d    = (x0_fake(x_t) - x0_teacher(x_t)) / mean |x - x0_teacher(x_t)|
     loss = weight / 2 * mean (x - sg(x - d))^2            whose gradient is that of weight * mean(sg(d) x)

@@ -167,7 +167,7 @@ def explained(call: Callable[..., Any], number: int) -> Callable[..., Any]:
                 raise
             raise ValueError(
                 f"parallel.context = {number} does not divide the tokens of this size; choose a height, width and number "
-                "of frames whose number of tokens it divides"
+                "of frames whose number of tokens it divides, and a sampling.call.max_sequence_length that it divides"
             ) from error
 
     return calling

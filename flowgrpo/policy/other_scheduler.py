@@ -34,6 +34,11 @@ FLOW_MATCHING = (
     "FlowMatchLCMScheduler",
 )
 """Schedulers that are made for rectified-flow models."""
+LEAVING_NOISE = ("DEISMultistepScheduler", "SASolverScheduler")
+"""Classes whose grid of a flow ends twice at its smallest noise and not at 0, in diffusers 0.42: their
+pictures keep noise (0.1 of its standard deviation with 28 steps and shift 3)."""
+CONTINUOUS = ("EDMDPMSolverMultistepScheduler", "EDMEulerScheduler")
+"""Classes that give the denoiser noise levels in the place of the timesteps that it was trained with."""
 
 
 def with_other_scheduler(
@@ -62,6 +67,11 @@ def with_other_scheduler(
             f"sampler {name}: sampling.{key} belongs to flowgrpo's own sampler; remove it, or use the sampler 'ode'"
         )
     scheduler = compatible(policy.shipped_scheduler, name)
+    if sampling.sigmas and getattr(scheduler.config, "use_flow_sigmas", False):
+        raise ValueError(
+            f"sampler {name} makes a grid of its own, and sampling.sigmas would be ignored; remove it, or use a sampler "
+            f"of {', '.join(FLOW_MATCHING)}"
+        )
     done = []
     for rows in batches(prompts, policy.batch_size):
         part = slice(rows.start, rows.stop)
@@ -110,9 +120,9 @@ def compatible_names(shipped: SchedulerMixin) -> list[str]:
     if is_flow(shipped):
         others = [k.name for k in KarrasDiffusionSchedulers] + ["SASolverScheduler"]
         found |= {n for n in FLOW_MATCHING if hasattr(diffusers, n)}
-        found |= {n for n in others if "use_flow_sigmas" in _settings(n)}
+        found |= {n for n in others if "use_flow_sigmas" in _settings(n)} - {*LEAVING_NOISE}
     else:
-        found |= {c.__name__ for c in shipped.compatibles}
+        found |= {c.__name__ for c in shipped.compatibles} - {*CONTINUOUS}
         # Some of them exist as a placeholder that says which package is missing.
         found = {n for n in found if n == type(shipped).__name__ or _settings(n)}
     return sorted(found)

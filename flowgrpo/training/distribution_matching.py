@@ -12,7 +12,6 @@ from math import isfinite
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
@@ -27,6 +26,7 @@ from flowgrpo.policy.arguments import call_key
 from flowgrpo.policy.weights import Trainable, swapped
 from flowgrpo.training.optimizer import sum_gradients
 from flowgrpo.training.replay import Replay
+from flowgrpo.training.shares import Shares
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class DistributionMatching:
         self,
         policy: PipelinePolicy,
         replay: Replay,
-        accelerator: Accelerator,
+        shares: Shares,
         train_batch: int,
     ):
         """Begin as the first teacher."""
@@ -65,7 +65,7 @@ class DistributionMatching:
         assert settings is not None
         assert teachers is not None
         self.policy, self.replay, self.settings, self.teachers = policy, replay, settings, teachers
-        self.accelerator, self.train_batch = accelerator, train_batch
+        self.shares, self.train_batch = shares, train_batch
         self.named = policy.trainable.parameters
         self.parameters = list(self.named.values())
         with replay.teacher_weights(0)():
@@ -123,7 +123,7 @@ class DistributionMatching:
         """One optimizer step of the fake score: its mean loss over all processes, and the gradient's norm."""
         some = list(noised)
         count = torch.tensor(sum(len(n.rows) for n in some), device=self.policy.device)
-        number = float(self.accelerator.reduce(count, "sum"))
+        number = float(self.shares.sum(count))
         total = torch.zeros((), dtype=torch.float64)
         cap = self.settings.weight_cap
         with self.applied():
@@ -139,7 +139,7 @@ class DistributionMatching:
                 total += loss.detach().double().cpu()
         for value, parameter in zip(self.values, self.parameters, strict=True):
             value.grad, parameter.grad = parameter.grad, None
-        sum_gradients(self.values, self.accelerator)
+        sum_gradients(self.values, self.shares.accelerator)
         norm = float(torch.nn.utils.clip_grad_norm_(self.values, self.settings.max_grad_norm))
         if not isfinite(norm):
             raise DivergenceError(
@@ -147,7 +147,7 @@ class DistributionMatching:
             )
         self.adam.step()
         self.adam.zero_grad()
-        everywhere = self.accelerator.reduce(total.float().to(self.policy.device), "sum")
+        everywhere = self.shares.sum(total.float().to(self.policy.device))
         return float(everywhere), norm
 
     def _find_directions(

@@ -124,7 +124,7 @@ class Learner:
         self.matching: DistributionMatching | None = None
         if needs.fake_score is not None:
             self.matching = DistributionMatching(
-                policy, self.replay, accelerator, train.train_batch
+                policy, self.replay, self.shares, train.train_batch
             )
         self.num_updates = 0
         self.gradient_norms: list[float] = []
