@@ -9,7 +9,8 @@
 
 ``points`` kills with ``SIGKILL`` before every operation on a file that a run announces
 (:data:`flowgrpo.data.files.failpoint`), one after the other: the process that resumes is killed as well,
-somewhere. ``random`` kills at random moments, in all algorithms. With ``--ranks 2`` runs have two
+somewhere. ``random`` kills at random moments, in
+the algorithms of ``ALGORITHMS``. With ``--ranks 2`` runs have two
 processes, of which one is killed; the other has to end by itself. ``writes`` kills up to 0.1 s after a
 process has begun to write its part of a checkpoint, each process in turn. ``bench`` kills ``flowgrpo
 bench`` at every operation. ``--set`` adds settings to the runs.

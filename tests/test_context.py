@@ -155,7 +155,7 @@ def test_sums_over_processes_count_each_sample_once() -> None:
         (("memory.compile='regional'",), 2, "memory.compile = 'regional' is not supported with parallel.context"),
         (("memory.quantize='nf4'", "model.weights.kind='lora'"), 2, "memory.quantize = 'nf4' is not supported with"),
         (("memory.attention='flash'",), 2, "memory.attention = 'flash' is not supported with"),
-        (("train.groups=3", "train.updates=1"), 4, "train.groups = 3 cannot be divided among train.updates = 1 optimizer steps and 2 sets of 2 processes (parallel.context) (1 x 2 = 2)"),
+        (("train.groups=3", "train.updates=1"), 4, "train.groups = 3 cannot be divided among train.updates = 1 optimizer step and 2 sets of 2 processes (parallel.context) (1 x 2 = 2)"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_computed_together_is_refused(
@@ -164,6 +164,14 @@ def test_what_cannot_be_computed_together_is_refused(
     configuration = load("quickstart_flow_grpo", ["parallel.context=2", *settings])
     with pytest.raises(ConfigError, match=re.escape(words)):
         configuration.check(processes)
+
+
+def test_a_dry_run_refuses_denoisers_that_were_not_measured(capsys: Any) -> None:
+    settings = ["--set=parallel.context=2", "--nproc", "2", "--dry-run"]
+    assert cli.main(["train", "quickstart_flow_grpo", *settings]) != 0
+    said = capsys.readouterr()
+    assert "is not supported for CogView4Transformer2DModel" in " ".join(said.err.split())
+    assert "the configuration is valid" not in said.out
 
 
 def test_denoisers_that_were_not_measured_are_refused(make_policy: MakePolicy) -> None:

@@ -27,6 +27,7 @@ from flowgrpo.policy.export import export
 from flowgrpo.policy.teachers import require_found
 from flowgrpo.policy.weights import Trainable
 from flowgrpo.rewards.scorer import RewardScorer
+from flowgrpo.training.inputs import check_names
 from flowgrpo.training.learner import Learner
 from flowgrpo.training.loop import train
 from tests.conftest import MakePolicy, noise_of, sampling_of
@@ -113,6 +114,7 @@ def distilling(*settings: str) -> flowgrpo.Config:
     [
         (["loss={kind='distillation'}"], "loss.teachers is empty"),
         (["loss.teachers=[{}]"], r"teachers\[0\] is the model before training and samples as the student"),
+        (["loss.teachers=[{path='pipeline'}]"], "there is nothing to learn: give it another guidance_scale"),
         (["loss.teachers=[{guidance_scale=1.0}]"], "there is nothing to learn: give it another guidance_scale"),
         (["loss.teachers=[{path=''}]"], r"teachers\[0\].path is empty"),
         (["loss.teachers=[{path='a', share=0}]"], r"share must be above 0, got 0"),
@@ -381,3 +383,13 @@ def test_equal_outputs_are_named() -> None:
     loss = DistillationLoss(teachers=(Teacher(guidance_scale=2.0),))
     assert "nothing to learn" in loss.warning({"teacher/distance": 0.0})
     assert loss.warning({"teacher/distance": 1e-9}) == ""
+
+
+def test_teachers_that_are_missing_are_named_before_anything_is_loaded() -> None:
+    for weights in ("model", "adapter"):
+        config = flowgrpo.load(
+            "quickstart_distillation",
+            [f"loss.teachers=[{{path='/nope/x', weights='{weights}', guidance_scale=3.0}}]"],
+        )
+        with pytest.raises(ConfigError, match=r"loss\.teachers\[0\]\.path: no such file or folder: /nope/x"):  # fmt: skip
+            check_names(config, 1)

@@ -217,10 +217,10 @@ def test_a_scheduler_of_diffusers_samples_as_in_its_own_pipeline(tiny, family, s
 @pytest.mark.parametrize(
     ("family", "scheduler", "reason"),
     [
-        ("sd3", "DDIMScheduler", "made for a rectified-flow model; those that can: DPMSolver.*UniPC"),
-        ("sd3", "DEISMultistepScheduler", "made for a rectified-flow model; those that can: DPMSolver"),
-        ("sd15", "EDMEulerScheduler", "made for a diffusion model; those that can: DDIMScheduler, "),
-        ("sd15", "FlowMatchEulerDiscreteScheduler", "made for a diffusion model; those that can: DDIMScheduler, "),
+        ("sd3", "DDIMScheduler", "made for a rectified-flow model; those that may, if the pipeline.s call accepts them: DPMSolver.*UniPC"),
+        ("sd3", "DEISMultistepScheduler", "made for a rectified-flow model; those that may, if the pipeline.s call accepts them: DPMSolver"),
+        ("sd15", "EDMEulerScheduler", "made for a diffusion model; those that may, if the pipeline.s call accepts them: DDIMScheduler, "),
+        ("sd15", "FlowMatchEulerDiscreteScheduler", "made for a diffusion model; those that may, if the pipeline.s call accepts them: DDIMScheduler, "),
         ("flux", "FlowMatchHeunDiscreteScheduler", "FluxPipeline cannot be sampled with FlowMatchHeun.*custom sigmas"),
     ],
 )  # fmt: skip

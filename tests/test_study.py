@@ -106,10 +106,23 @@ def test_processes_share_the_jobs_of_a_folder(tmp_path, monkeypatch):
     assert next(jobs(Store(tmp_path), SHORT, [entry, ALGORITHMS[0]]), None) is None
 
 
-def test_only_names_methods(capsys):
-    with pytest.raises(SystemExit):
-        main(["run", "--only", "PPO"])
-    assert "--only PPO names no method; there are: Flow-GRPO-Fast, " in capsys.readouterr().err
+def test_bad_input_is_answered_in_a_sentence(tmp_path, capsys):
+    packed, results = tmp_path / "results.jsonl", tmp_path / "runs"
+    packed.write_text('{"file": "unit.json", "seconds": 1.0}\n{"file": "../out.json"}\n')
+    cut = results / "base" / "0.json"
+    cut.parent.mkdir(parents=True)
+    cut.write_text('{"end": ')
+    for arguments, message in (
+        (["run", "--only", "PPO"], "--only PPO names no method; there are: Flow-GRPO-Fast, "),
+        (["report", "--only", "DGPO"], "belong to run"),
+        (["report", "--start", str(tmp_path / "gone.jsonl")], "No such file"),
+        (["report", "--folder", str(results), "--start", str(packed)], "line 2: "),
+        (["report", "--folder", str(results)], "0.json is damaged"),
+    ):
+        with pytest.raises(SystemExit):
+            main(arguments)
+        assert message in capsys.readouterr().err
+    assert not (results / "unit.json").exists()
 
 
 def _tuned(entry, choice: Choice) -> dict[str, object]:

@@ -9,10 +9,12 @@ work. ``report`` makes tables and plots of what is done.
 """
 
 import argparse
+import math
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.study.entries import ALGORITHMS, FURTHER
+from benchmarks.study.entries import ALGORITHMS, FURTHER, Entry
 from benchmarks.study.plan import SHORT, Plan, Store
 
 
@@ -29,9 +31,7 @@ def main(arguments: list[str] | None = None) -> None:
         help="packed results that are not done again (docs/study/results.jsonl)",
     )
     parser.add_argument("--only", nargs="+", help="only methods whose name contains one of these")
-    parser.add_argument(
-        "--hours", type=float, default=float("inf"), help="begin nothing after this"
-    )
+    parser.add_argument("--hours", type=float, default=math.inf, help="begin nothing after this")
     parser.add_argument("--short", action="store_true", help="try the code; results say nothing")
     parser.add_argument("--set", action="append", default=[], help="settings of all runs")
     parser.add_argument(
@@ -47,6 +47,18 @@ def main(arguments: list[str] | None = None) -> None:
             names = ", ".join(e.name for e in (*ALGORITHMS, *FURTHER))
             parser.error(f"--only {' '.join(options.only)} names no method; there are: {names}")
     store, plan = Store(options.folder), SHORT if options.short else Plan()
+    if options.command == "report" and (options.only or options.set or options.hours != math.inf):
+        parser.error("--only, --set and --hours belong to run")
+    try:
+        _work(options, store, plan, entries)
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
+
+
+def _work(
+    options: argparse.Namespace, store: Store, plan: Plan, entries: Sequence[Entry] | None
+) -> None:
+    """Run or report."""
     if options.start:
         store.unpack(options.start)
     if options.command == "run":

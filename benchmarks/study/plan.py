@@ -120,7 +120,7 @@ class Store:
     def read(self, job: Job) -> dict[str, Any] | None:
         """The result of a job; None if it is not done."""
         file = self.file(job)
-        return json.loads(file.read_text("utf-8")) if file.exists() else None
+        return _read(file) if file.exists() else None
 
     def write(self, job: Job, result: Mapping[str, Any]) -> None:
         """Keep the result of a job."""
@@ -145,13 +145,21 @@ class Store:
         """Write the results of a packed file that the folder does not have.
 
         Raises:
-            ValueError: If a name in it leads out of the folder.
+            ValueError: If a line is no result, or its name leads out of the folder; nothing is written then.
         """
-        for line in file.read_text("utf-8").splitlines():
-            result = json.loads(line)
-            target = self.folder / result.pop("file")
+        found: dict[Path, dict[str, Any]] = {}
+        for number, line in enumerate(file.read_text("utf-8").splitlines(), 1):
+            try:
+                result = json.loads(line)
+                target = self.folder / result.pop("file")
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise ValueError(
+                    f"{file}, line {number}, is no packed result: {error!r}"
+                ) from error
             if not target.resolve().is_relative_to(self.folder.resolve()):
-                raise ValueError(f"{file}: {target} is outside of {self.folder}")
+                raise ValueError(f"{file}, line {number}: {target} is outside of {self.folder}")
+            found[target] = result
+        for target, result in found.items():
             if not target.exists():
                 target.parent.mkdir(parents=True, exist_ok=True)
                 files.write_whole(target, strict_json.dumps(result, indent=1))
@@ -191,7 +199,7 @@ class Store:
     def tuning_runs(self, entry: Entry) -> list[dict[str, Any]]:
         """The finished tuning runs of a method."""
         found = sorted((self.folder / "tune" / entry.slug).glob("*.json"))
-        return [json.loads(f.read_text("utf-8")) for f in found]
+        return [_read(f) for f in found]
 
     def tuning(self, entry: Entry) -> dict[Choice, float]:
         """The score of each finished tuning run; minus infinity if training diverged."""
@@ -219,13 +227,24 @@ class Store:
         """The finished runs of a method by seed."""
         found = {}
         for file in (self.folder / kind / entry.slug).glob("*.json"):
-            found[int(file.stem)] = json.loads(file.read_text("utf-8"))
+            found[int(file.stem)] = _read(file)
         return dict(sorted(found.items()))
 
     def bases(self) -> dict[int, dict[str, Any]]:
         """The evaluations of the model before training, by seed."""
         found = (self.folder / "base").glob("*.json")
-        return {int(f.stem): json.loads(f.read_text("utf-8")) for f in found}
+        return {int(f.stem): _read(f) for f in found}
+
+
+def _read(file: Path) -> dict[str, Any]:
+    """A result; ValueError with its file if it is damaged."""
+    try:
+        found: dict[str, Any] = json.loads(file.read_text("utf-8"))
+    except ValueError as error:
+        raise ValueError(
+            f"{file} is damaged ({error}); delete it, and run does it again"
+        ) from error
+    return found
 
 
 def reference_seconds(result: Mapping[str, Any]) -> float:

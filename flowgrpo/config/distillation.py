@@ -6,7 +6,7 @@ from typing import Any
 
 from flowgrpo.core.errors import ConfigError
 from flowgrpo.data.prompts import Prompt
-from flowgrpo.losses.teachers import Teacher
+from flowgrpo.losses.teachers import PIPELINE, Teacher
 from flowgrpo.policy.settings import Full, Sampling
 
 
@@ -46,7 +46,10 @@ def check_distillation(config: Any) -> None:
             raise ConfigError(text.replace("set sampling.guidance_scale", f"set {key}.guidance_scale")) from error  # fmt: skip
         # With a fake score the student is a model of few steps, and the teacher is not.
         imitates = config.loss.needs.fake_score is None
-        if imitates and teacher.is_base and sampling == config.sampling:
+        # Without an adapter to start from, the pipeline is the model before training as well.
+        starts = bool(getattr(config.model.weights, "init", ""))
+        is_base = teacher.is_base or (teacher.path == PIPELINE and not starts)
+        if imitates and is_base and sampling == config.sampling:
             raise ConfigError(
                 f"{key} is the model before training and samples as the student does (guidance_scale = "
                 f"{sampling.guidance_scale}), so there is nothing to learn: give it another guidance_scale, or the "

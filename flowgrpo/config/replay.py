@@ -68,7 +68,8 @@ def check_replay(config: Any, num_processes: int) -> None:
     elif getattr(algorithm, "needs_baseline", False):
         problem = "a learned baseline judges the candidates of the iteration alone"
     if problem:
-        raise ConfigError(f"{key} is not possible here: {problem}; or set it to 0")
+        also = "or set" if "; " in problem else "set"
+        raise ConfigError(f"{key} is not possible here: {problem}; {also} it to 0")
 
 
 def _check_skipped(config: Any) -> None:

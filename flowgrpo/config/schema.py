@@ -414,10 +414,11 @@ class Config:
                 "(memory.gradient_checkpointing saves memory)"
             )
         if needs.single_update and train.optimizer_steps > 1:
+            other = ", or let the old policy sample (loss.sampler = 'old')"
             raise ConfigError(
                 f"the loss {type(loss).__name__} with these settings is defined in the first update of an "
-                f"iteration only, and it has {train.optimizer_steps}; set train.updates and train.epochs to 1, or "
-                "let the old policy sample (loss.sampler = 'old')"
+                f"iteration only, and it has {train.optimizer_steps}; set train.updates and train.epochs to 1"
+                f"{other if hasattr(loss, 'sampler') else ''}"
             )
 
     def _check_staleness(self) -> None:
@@ -441,8 +442,9 @@ class Config:
         elif needs.single_update:
             problem = f"the loss {name} with these settings is defined for actions of the present weights only"
         if problem:
+            also = "or set" if "; " in problem else "set"
             raise ConfigError(
-                f"train.staleness = 1 is not possible here: {problem}; or set train.staleness to 0"
+                f"train.staleness = 1 is not possible here: {problem}; {also} train.staleness to 0"
             )
 
     def _check_interfaces(self) -> None:

@@ -112,6 +112,6 @@ class DistillationLoss(Loss):
         if metrics.get("teacher/distance", 1.0) > 0:
             return ""
         return (
-            "the teachers' outputs equal the student's, so there is nothing to learn: does the pipeline use "
-            "the guidance that loss.teachers sets?"
+            "the teachers' outputs equal the student's, so there is nothing to learn; check that the pipeline uses "
+            "the guidance that loss.teachers sets"
         )

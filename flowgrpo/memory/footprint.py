@@ -12,6 +12,7 @@ from diffusers import DiffusionPipeline, ModelMixin
 from torch import Tensor, nn
 
 from flowgrpo.config import Config
+from flowgrpo.core.errors import ConfigError
 from flowgrpo.data.prompts import Prompt
 from flowgrpo.memory.budget import GB, Footprint, MemoryOptions
 from flowgrpo.memory.meta_pipeline import EstimateError, build, config_folder
@@ -133,7 +134,7 @@ def _attentions(config: Config, models: Mapping[str, ModelMixin]) -> list[Attent
     """Counts of the divided attentions of each denoiser; none if no samples are computed together.
 
     Raises:
-        EstimateError: If the tokens of a denoiser cannot be divided.
+        ConfigError: If the tokens of a denoiser cannot be divided.
     """
     number = config.parallel.context
     if number == 1:
@@ -141,7 +142,7 @@ def _attentions(config: Config, models: Mapping[str, ModelMixin]) -> list[Attent
     try:
         check_denoisers(models, number)
     except ValueError as error:
-        raise EstimateError(str(error)) from error
+        raise ConfigError(str(error)) from error
     return [AttentionCount(m) for m in models.values()]
 
 

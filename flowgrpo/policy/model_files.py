@@ -13,6 +13,7 @@ PUBLISHED = {
     "CompVis/stable-diffusion-v1-4": "sd15",  # the same sizes
     "stabilityai/stable-diffusion-xl-base-1.0": "sdxl_base",
     "stabilityai/stable-diffusion-3.5-medium": "sd35_medium",
+    "stabilityai/stable-diffusion-3.5-large": "sd35_large",
     "black-forest-labs/FLUX.1-dev": "flux1_dev",
     "Qwen/Qwen-Image": "qwen_image",
     "Wan-AI/Wan2.1-T2V-1.3B-Diffusers": "wan21_t2v_1_3b",

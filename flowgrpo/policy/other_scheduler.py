@@ -96,7 +96,7 @@ def compatible(shipped: SchedulerMixin, name: str) -> SchedulerMixin:
     if name not in known:
         kind = "a rectified-flow model" if is_flow(shipped) else "a diffusion model"
         raise ValueError(
-            f"sampler {name} cannot take the place of this model's {own}, which is made for {kind}; those that can: "
+            f"sampler {name} cannot take the place of this model's {own}, which is made for {kind}; those that may, if the pipeline's call accepts them: "
             f"{', '.join(known)}"
         )
     kind, config = getattr(diffusers, name), dict(shipped.config)

@@ -434,7 +434,7 @@ class Parallel:
         """Those that have equal parts of the work, in words."""
         if self.context == 1:
             return counted(shares, "process")
-        return f"{counted(shares, 'set')} of {self.context} processes (parallel.context)"
+        return f"{counted(shares, 'set')} of {counted(self.context, 'process')} (parallel.context)"
 
     def _check_context(self, num_processes: int, weights: Weights | Noise, memory: Memory) -> None:
         """Raise ValueError if the tokens of a sample cannot be divided as configured."""
@@ -450,7 +450,7 @@ class Parallel:
         if num_processes % number:
             sizes = [n for n in range(1, num_processes + 1) if num_processes % n == 0]
             raise ValueError(
-                f"{key} does not divide {num_processes} processes into equal groups; use "
+                f"{key} does not divide {counted(num_processes, 'process')} into equal groups; use "
                 f"{', '.join(map(str, sizes[:-1]))} or {sizes[-1]}"
             )
         if isinstance(weights, Noise):

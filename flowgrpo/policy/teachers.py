@@ -40,6 +40,8 @@ def read_teachers(pipeline: DiffusionPipeline, paths: Sequence[str]) -> dict[str
             found[path] = read_layers(pipeline, path, KEY, "use a LoRA as teacher")
         except (FileNotFoundError, ValueError) as error:
             text = str(error)
+            if (Path(path).expanduser() / "model_index.json").is_file():
+                text += "; it is a whole pipeline: set weights = 'model' for this teacher"
             raise type(error)(text if KEY in text else f"{KEY}: {text}") from error
     return found
 

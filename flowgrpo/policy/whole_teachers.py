@@ -6,6 +6,7 @@ disabled meanwhile.
 """
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import torch
 from diffusers import ModelMixin
@@ -40,7 +41,9 @@ def _weights(path: str, denoisers: Mapping[str, ModelMixin], dtype: torch.dtype)
     try:
         folder = pipeline_folder(ModelSource(path=expanded(path)))
     except FileNotFoundError as error:
-        raise FileNotFoundError(f"{KEY}: {error}") from error
+        export = Path(path).expanduser() / "export"
+        hint = f"; the weights of this run are in {export}" if export.is_dir() else ""
+        raise FileNotFoundError(f"{KEY}: {error}{hint}") from error
     found: dict[str, Tensor] = {}
     for name, student in denoisers.items():
         if not (folder / name / "config.json").is_file():
@@ -56,9 +59,15 @@ def _weights(path: str, denoisers: Mapping[str, ModelMixin], dtype: torch.dtype)
                 "have the student's architecture"
             )
         with complete_weights(path):
-            model = type(student).from_pretrained(
-                str(folder), subfolder=name, torch_dtype=dtype, variant=variant_of(folder)
-            )
+            try:
+                model = type(student).from_pretrained(
+                    str(folder), subfolder=name, torch_dtype=dtype, variant=variant_of(folder)
+                )
+            except OSError as error:
+                raise ValueError(
+                    f"{KEY}: the weights of the {name} of {path} cannot be read; download or export them again "
+                    f"({str(error).strip()})"
+                ) from error
         own = {k: v.detach() for k, v in model.named_parameters()}
         _require_alike(path, name, own, dict(student.named_parameters()))
         found |= {f"{name}.{k}": v for k, v in own.items()}

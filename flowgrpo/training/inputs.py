@@ -120,9 +120,12 @@ def shared_note(train: PromptSet, held_out: PromptSet) -> list[str]:
 
 
 def _weights(config: Config) -> dict[str, str]:
-    """Weights besides the model itself: the base of a single file, and earlier adapters."""
+    """Weights besides the model itself: the base of a single file, earlier adapters, and teachers."""
     found = {"model.base": config.model.base}
     found |= {f"model.adapters[{i}].path": a.path for i, a in enumerate(config.model.adapters)}
+    teachers = config.loss.needs.teachers
+    for number, teacher in enumerate(teachers.all if teachers else ()):
+        found[f"loss.teachers[{number}].path"] = teacher.path
     return found | {"model.weights.init": getattr(config.model.weights, "init", "")}
 
 
