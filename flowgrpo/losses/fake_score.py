@@ -22,7 +22,10 @@ class FakeScore:
     more varied, and make more and smaller batches."""
     range: tuple[float, float] = (0.02, 0.98)
     """The smallest and the largest noise level: ``sigma`` of a flow, in (0, 1), and of other models the share
-    of the timesteps."""
+    of the timesteps. Levels are drawn uniformly and moved to the nearest node of the grid; RTDMD's are
+    continuous. A scheduler with a large shift has few nodes at low noise: with diffusers'
+    ``FlowMatchEulerDiscreteScheduler``, its own sigmas and a static shift of 12, levels below 0.126 all
+    become 0.126, which no ``grid`` changes."""
     grid: int = 100
     """Steps of the pipeline's own grid, among whose nodes noise levels are taken."""
     weight_cap: float = 10.0
