@@ -65,7 +65,7 @@ def test_both_means_and_the_tokens_that_count(benchmark: GenEval2, tmp_path: Pat
         "AM, count": pytest.approx(100 * two),
         "AM, object": pytest.approx(100 * yes),
         "AM, attribute": 0.0,
-        "GM, 1 atoms": pytest.approx(100 * yes),
+        "GM, 1 atom": pytest.approx(100 * yes),
         "GM, 3 atoms": 0.0,
     }
     assert result["title"] == "GenEval 2 (tiny, endpoint)"

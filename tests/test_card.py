@@ -76,7 +76,7 @@ def test_the_card_of_an_adapter(card, tmp_path):
     assert newest_grid(tmp_path) == tmp_path / "grids" / "000008.png"
     assert "![Base and tuned model, same prompts and same noise](grid.png)" in card()
     with pytest.raises(
-        ValueError, match="has 1 held-out evaluations; a model card needs one before"
+        ValueError, match="has 1 held-out evaluation; a model card needs one before"
     ):
         card(evaluations=1)
 

@@ -40,7 +40,7 @@ def test_the_count_the_limit_and_the_longest_are_named():
     )
     assert "The longest has 22: 'long long" in clip
     assert "read them whole" not in clip
-    assert t5.startswith("1 of 4 are longer than the 12 tokens that the encoder of tokenizer_2")
+    assert t5.startswith("1 of 4 is longer than the 12 tokens that the encoder of tokenizer_2")
     longer = Sampling(call={"max_sequence_length": 30})
     (only,) = cut_prompts(tokenizers, call, longer, prompts)
     assert only.endswith("; tokenizer_2 read them whole")
