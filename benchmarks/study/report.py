@@ -19,6 +19,7 @@ from benchmarks.study.statistics import (
     rank_correlation,
     smallest_difference,
 )
+from flowgrpo.core.text import counted
 from scripts.page_tables import markdown_table, write_marked_text
 
 PLOTS = (
@@ -124,7 +125,8 @@ def at_equal_time(runs: Runs, title: str) -> str:
 
 def _differences(gains: list[Gains], before: int, after: int) -> list[str]:
     methods, seeds = comparable(gains[0])
-    words = f"smallest difference that is not chance ({len(methods)} methods, {len(seeds)} seeds)"
+    numbers = f"{counted(len(methods), 'method')}, {counted(len(seeds), 'seed')}"
+    words = f"smallest difference that is not chance ({numbers})"
     least = [100 * smallest_difference(g) for g in gains]
     shown = ["unknown" if math.isnan(v) else f"{v:.1f}" for v in least]
     return [words, *[""] * (before - 1), *shown, *[""] * after]

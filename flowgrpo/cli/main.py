@@ -18,7 +18,7 @@ from flowgrpo.core.text import plain, shorten
 
 EPILOG = """\
 first steps:
-  flowgrpo train quickstart              train the model in the package; minutes on two CPU cores
+  flowgrpo train quickstart --nproc 2    train the model in the package; five minutes on two CPU cores
   flowgrpo train quickstart --dry-run    print the plan without loading a model
   flowgrpo doctor shapes                 check that a model can be trained
   flowgrpo config explain train.lr       explain a key of a configuration
