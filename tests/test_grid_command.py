@@ -33,7 +33,7 @@ from flowgrpo.evaluation.grid_settings import (
     prompt_record,
 )
 from flowgrpo.evaluation.samplers import Sampler
-from flowgrpo.policy import PipelinePolicy, Sampling
+from flowgrpo.policy import PipelinePolicy, Sampling, other_scheduler
 from flowgrpo.training import checkpoints
 
 START = Cell("m", "last", (), None, None, 0)
@@ -233,6 +233,26 @@ def test_a_scheduler_that_does_not_fit_is_refused(tiny, family, scheduler, reaso
     assert re.search(reason, said), said
     assert "Traceback" not in said
     assert not out.exists()
+
+
+def test_schedulers_that_are_offered_end_without_noise():
+    """By diffusers' own grids of a flow; those that are left out repeat their smallest noise at the end."""
+    shipped = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
+    flow = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0}
+    left_out = [getattr(diffusers, n).from_config(flow) for n in other_scheduler.LEAVING_NOISE]
+    offered = [other_scheduler.compatible(shipped, n) for n in other_scheduler.compatible_names(shipped)]  # fmt: skip
+    assert len(offered) > 4
+    for scheduler, ends in [*((s, True) for s in offered), *((s, False) for s in left_out)]:
+        scheduler.set_timesteps(10)
+        assert (float(scheduler.sigmas[-1]) == 0) == ends, type(scheduler).__name__
+
+
+def test_a_grid_of_noise_levels_is_refused_where_diffusers_ignores_it(tiny):
+    policy = PipelinePolicy.from_pretrained(str(tiny("flux")), sampling=Sampling(num_steps=2))
+    levels = Sampling(num_steps=2, sigmas=(1.0, 0.5))
+    drawn = ComparisonGrid([Prompt("a cat")], 1, 4)
+    with pytest.raises(ValueError, match=r"sampling\.sigmas would be ignored"):
+        drawn.generate_with(policy, levels, Sampler.parse("UniPCMultistepScheduler"))
 
 
 def test_a_grid_over_schedulers_is_made_again_from_its_picture(tiny, tmp_path):

@@ -146,6 +146,7 @@ def test_published_models_have_their_size() -> None:
         ("sd35_medium", "transformer"): 2_243_171_520,
         ("sd35_medium", "text_encoder_2"): 694_659_840,
         ("sd35_medium", "text_encoder_3"): 4_762_310_656,
+        ("sd35_large", "transformer"): 8_056_627_520,
         ("flux1_dev", "transformer"): 11_901_408_320,
         ("flux1_dev", "text_encoder"): 123_060_480,
         ("flux1_dev", "vae"): 83_819_683,

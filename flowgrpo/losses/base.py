@@ -9,7 +9,6 @@ declares which of them it needs (:class:`LossNeeds`), and the learner supplies t
 The same declaration lets a configuration be checked before a model is loaded.
 """
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal, Protocol, runtime_checkable
@@ -340,9 +339,3 @@ def velocity_kl(policy: PolicyOutputs, reference: PolicyOutputs) -> Float[Tensor
     """Mean square of the difference of two policies' model outputs."""
     gap = policy.prediction.output - reference.prediction.output
     return gap.float().square().flatten(1).mean(1)
-
-
-def require_at_least(key: str, value: int | float, least: float) -> None:
-    """Raise ValueError unless a setting is finite and at least ``least``."""
-    if not value >= least or math.isinf(value):
-        raise ValueError(f"loss.{key} must be at least {least:g}, got {value}")

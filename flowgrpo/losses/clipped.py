@@ -31,9 +31,9 @@ from flowgrpo.losses.base import (
     LossNeeds,
     LossOutputs,
     PolicyOutputs,
-    require_at_least,
     velocity_kl,
 )
+from flowgrpo.losses.checks import require_at_least
 
 DEFAULT_BOUNDS: Mapping[str, float] = {"ratio": 1e-4, "kl": 1e-6}
 """``clip_range`` by what it bounds. Flow-DPPO's authors use 1e-7 for the Flow-SDE and 1e-6 for CPS

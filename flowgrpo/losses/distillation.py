@@ -18,9 +18,9 @@ from flowgrpo.losses.base import (
     LossNeeds,
     LossOutputs,
     PolicyOutputs,
-    require_at_least,
     velocity_kl,
 )
+from flowgrpo.losses.checks import require_at_least
 from flowgrpo.losses.teachers import Teacher, Teachers
 
 Target = Literal["mean", "output", "data"]

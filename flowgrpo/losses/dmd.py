@@ -23,8 +23,8 @@ from flowgrpo.losses.base import (
     LossMetric,
     LossNeeds,
     LossOutputs,
-    require_at_least,
 )
+from flowgrpo.losses.checks import require_at_least
 from flowgrpo.losses.clipped import clipped_surrogate
 from flowgrpo.losses.fake_score import FakeScore
 from flowgrpo.losses.teachers import Teacher, Teachers

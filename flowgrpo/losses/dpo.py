@@ -17,9 +17,9 @@ from flowgrpo.losses.base import (
     LossMetric,
     LossNeeds,
     LossOutputs,
-    require_at_least,
     velocity_kl,
 )
+from flowgrpo.losses.checks import require_at_least
 
 
 def pairs_of(

@@ -1,7 +1,8 @@
 """How the score of a policy's own samples is learned, for distribution matching."""
 
-import math
 from dataclasses import dataclass
+
+from flowgrpo.losses.checks import require_at_least
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,17 +38,12 @@ class FakeScore:
     def check(self) -> None:
         """Raise ValueError if a setting is out of range."""
         for key in ("lr", "max_grad_norm"):
-            _require_at_least(key, getattr(self, key), 1e-12)
+            require_at_least(f"fake.{key}", getattr(self, key), 1e-12)
         for key, least in (("updates", 1), ("num_times", 1), ("weight_cap", 0.0), ("grid", 2)):
-            _require_at_least(key, getattr(self, key), least)
+            require_at_least(f"fake.{key}", getattr(self, key), least)
         if self.grid > 1000:
             raise ValueError(f"loss.fake.grid must be at most 1000 steps, got {self.grid}")
         if len(self.range) != 2 or not 0 < self.range[0] < self.range[1] < 1:
             raise ValueError(
                 f"loss.fake.range must be two numbers that rise within (0, 1), got {list(self.range)}"
             )
-
-
-def _require_at_least(key: str, value: int | float, least: int | float) -> None:
-    if not value >= least or math.isinf(value):
-        raise ValueError(f"loss.fake.{key} must be at least {least:g}, got {value}")

@@ -20,9 +20,9 @@ from flowgrpo.losses.base import (
     PolicyOutputs,
     Trail,
     remaining_share,
-    require_at_least,
     velocity_kl,
 )
+from flowgrpo.losses.checks import require_at_least
 
 
 def group_sum(

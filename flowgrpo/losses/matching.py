@@ -22,9 +22,9 @@ from flowgrpo.losses.base import (
     PolicyOutputs,
     Trail,
     remaining_share,
-    require_at_least,
     velocity_kl,
 )
+from flowgrpo.losses.checks import require_at_least
 
 Weight = Literal["uniform", "t", "t_squared", "huber", "ghuber", "adaptive"]
 _FLOOR = 1e-10  # Keeps the powers of a vanishing error differentiable; the released code's value.

@@ -14,9 +14,9 @@ from flowgrpo.losses.base import (
     LossNeeds,
     LossOutputs,
     remaining_share,
-    require_at_least,
     velocity_kl,
 )
+from flowgrpo.losses.checks import require_at_least
 
 
 def nft_loss(

@@ -16,9 +16,9 @@ from flowgrpo.losses.base import (
     LossMetric,
     LossNeeds,
     LossOutputs,
-    require_at_least,
     velocity_kl,
 )
+from flowgrpo.losses.checks import require_at_least
 
 Form = Literal["linear", "hinge", "distance"]
 

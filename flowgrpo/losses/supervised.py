@@ -12,9 +12,9 @@ from flowgrpo.losses.base import (
     LossInputs,
     LossNeeds,
     LossOutputs,
-    require_at_least,
     velocity_kl,
 )
+from flowgrpo.losses.checks import require_at_least
 from flowgrpo.losses.matching import Weight, log_likelihood
 
 
