@@ -8,6 +8,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -29,6 +30,7 @@ from flowgrpo.policy import LoRA, Memory, PipelinePolicy
 from flowgrpo.policy.context import _with_even_text, check_denoisers, explained
 from flowgrpo.policy.settings import Noise, Parallel
 from flowgrpo.training import checkpoints
+from flowgrpo.training.shares import Shares
 from tests.conftest import MakePolicy, sampling_of
 from tests.processes import Forked, ranks
 
@@ -129,6 +131,15 @@ def test_a_run_equals_that_of_one_process(tmp_path: Path, tiny: Callable[[str], 
     output = finished(ranks(partial(work, model=model, folder=two)))
     assert "2, as 1 set of 2 that compute each sample together (parallel.context), 2 groups on each" in output  # fmt: skip
     compare(one, two)
+
+
+def test_the_first_process_of_a_share_counts_for_it() -> None:
+    """Of two processes with the same samples, one adds them to a sum."""
+    for rank, (index, counts) in enumerate([(0, True), (0, False), (1, True), (1, False)]):
+        alone = Mock(process_index=rank, num_processes=4, reduce=lambda own, how: own)
+        shares = Shares(alone, 2)
+        assert (shares.index, shares.number, shares.leads) == (index, 2, counts)
+        assert float(shares.sum(torch.tensor(3.0))) == (3.0 if counts else 0.0)
 
 
 def test_sums_over_processes_count_each_sample_once() -> None:
