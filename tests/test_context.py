@@ -136,7 +136,7 @@ def test_a_run_equals_that_of_one_process(tmp_path: Path, tiny: Callable[[str], 
 def test_the_first_process_of_a_share_counts_for_it() -> None:
     """Of two processes with the same samples, one adds them to a sum."""
     for rank, (index, counts) in enumerate([(0, True), (0, False), (1, True), (1, False)]):
-        alone = Mock(process_index=rank, num_processes=4, reduce=lambda own, how: own)
+        alone = Mock(Accelerator, process_index=rank, num_processes=4, reduce=lambda own, how: own)
         shares = Shares(alone, 2)
         assert (shares.index, shares.number, shares.leads) == (index, 2, counts)
         assert float(shares.sum(torch.tensor(3.0))) == (3.0 if counts else 0.0)
