@@ -267,9 +267,9 @@ def jobs(store: Store, plan: Plan, entries: Sequence[Entry] | None = None) -> It
     yield from _left(store, _tuning(store, plan, first))
     order: list[tuple[Kind, Sequence[int], Sequence[Entry]]] = [
         ("main", early, first), ("flawed", early[:1], first), ("main", late, first),
-        ("second", early[:1], first), ("flawed", early[1:], first), ("second", early[1:], first),
+        ("flawed", early[1:], first), ("second", early[:1], first),
         ("main", early, further), ("flawed", early, further),
-        ("long", early, first), ("guided", early, first),
+        ("second", early[1:], first), ("guided", early, first), ("long", early, first),
         ("second", early, further), ("main", late, further),
     ]  # fmt: skip
     for kind, seeds, some in order:
