@@ -24,10 +24,11 @@ from rich.progress import track
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from flowgrpo.core.imports import import_path
 from flowgrpo.data import strict_json
-from flowgrpo.shapes.architecture import CAPTION_TOKENS, build_pipeline
+from flowgrpo.shapes.architecture import CAPTION_TOKENS, build_pipeline, build_tokenizer
 from flowgrpo.shapes.captions import TASKS, Record, all_records, corrupt, scene_for
-from flowgrpo.shapes.world import BACKGROUND, COLORS, IMAGE_SIZE, SHAPES, draw, place
+from flowgrpo.shapes.world import BACKGROUND, IMAGE_SIZE, SHAPES, WORLD, World, draw, place
 from flowgrpo.training.cpu import prepare_cpu
 
 TASK_SHARES = (0.06, 0.18, 0.2, 0.12, 0.2, 0.24)
@@ -159,7 +160,9 @@ def focus(pixels: Tensor) -> Tensor:
     return 1 + 3 * F.max_pool2d(shape, 5, stride=1, padding=2)
 
 
-def train_autoencoder(pipeline: CogView4Pipeline, recipe: Recipe, folder: Path) -> None:
+def train_autoencoder(
+    pipeline: CogView4Pipeline, recipe: Recipe, folder: Path, world: World
+) -> None:
     """Fit the autoencoder to random scenes with an L1 loss, weighted towards the shapes."""
     vae = pipeline.vae.train().to(memory_format=torch.channels_last)
     stage = Stage(
@@ -175,9 +178,11 @@ def train_autoencoder(pipeline: CogView4Pipeline, recipe: Recipe, folder: Path) 
                 draw(
                     place(
                         list(rng.choice(SHAPES, number)),
-                        list(rng.choice(list(COLORS), number)),
+                        list(rng.choice(list(world.colors), number)),
                         rng,
-                    )
+                        world=world,
+                    ),
+                    world=world,
                 )
             )
         pixels = to_pixels(images).to(memory_format=torch.channels_last)
@@ -198,21 +203,22 @@ def train_autoencoder(pipeline: CogView4Pipeline, recipe: Recipe, folder: Path) 
 
 
 def encode_scenes(
-    pipeline: CogView4Pipeline, recipe: Recipe, folder: Path
+    pipeline: CogView4Pipeline, recipe: Recipe, folder: Path, world: World
 ) -> tuple[Tensor, list[Record]]:
     """Latents ``(N, C, h, w)`` of captioned scenes, scaled to unit variance, and their records.
 
     The latents are stored in ``folder``, so that a resumed run does not encode them again.
     """
     rng = np.random.default_rng((recipe.seed, 2))
-    tasks = {task: all_records(task) for task in TASKS}
+    tasks = {task: all_records(task, world) for task in TASKS}
     names = rng.choice(TASKS, recipe.scenes, p=TASK_SHARES)
     records = [tasks[str(name)][int(rng.integers(len(tasks[str(name)])))] for name in names]
     file = folder / "latents.safetensors"
     if not file.exists() and is_main():
         encoded = []
         for start in track(range(0, recipe.scenes, 250), "scenes", console=console):
-            images = [draw(scene_for(r, rng)) for r in records[start : start + 250]]
+            some = records[start : start + 250]
+            images = [draw(scene_for(r, rng, world), world=world) for r in some]
             with torch.no_grad():
                 encoded.append(pipeline.vae.encode(to_pixels(images)).latent_dist.mean.contiguous())
         save_file({"latents": torch.cat(encoded)}, file)
@@ -232,9 +238,28 @@ def caption_ids(pipeline: CogView4Pipeline, captions: list[str]) -> Tensor:
     return ids.input_ids
 
 
-def train_denoiser(pipeline: CogView4Pipeline, recipe: Recipe, folder: Path) -> None:
+def adopt_words(pipeline: CogView4Pipeline, world: World) -> None:
+    """Give a pipeline the words of another world.
+
+    Known words keep their embeddings. A new colour has that of the known colour in its place until it is
+    trained further, and other new words the mean of all.
+    """
+    known = pipeline.tokenizer.get_vocab()
+    pipeline.tokenizer = build_tokenizer(world)
+    former = pipeline.text_encoder.get_input_embeddings().weight.detach().clone()
+    old_colors = [c for c in WORLD.colors if c in known]
+    stands_for = dict(zip(world.colors, old_colors, strict=False))
+    pipeline.text_encoder.resize_token_embeddings(len(pipeline.tokenizer), mean_resizing=False)
+    weight = pipeline.text_encoder.get_input_embeddings().weight
+    with torch.no_grad():
+        for word, index in pipeline.tokenizer.get_vocab().items():
+            source = known.get(word, known.get(stands_for.get(word, "")))
+            weight[index] = former.mean(0) if source is None else former[source]
+
+
+def train_denoiser(pipeline: CogView4Pipeline, recipe: Recipe, folder: Path, world: World) -> None:
     """Train the denoiser by rectified flow (arXiv:2209.03003) on scenes with corrupted captions."""
-    latents, records = encode_scenes(pipeline, recipe, folder)
+    latents, records = encode_scenes(pipeline, recipe, folder, world)
     modules = {
         "transformer": pipeline.transformer.train(),
         "text_encoder": pipeline.text_encoder.train(),
@@ -242,14 +267,14 @@ def train_denoiser(pipeline: CogView4Pipeline, recipe: Recipe, folder: Path) -> 
     stage = Stage(
         "denoiser", modules, folder, recipe.denoiser_lr, recipe.denoiser_steps, recipe.ema_decay
     )
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    batch = recipe.denoiser_batch // world
+    rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    batch = recipe.denoiser_batch // ranks
     size = torch.full((batch, 2), float(IMAGE_SIZE))
     began = time.time()
     for step in track(range(stage.step, recipe.denoiser_steps), "denoiser", console=console):
         rng = np.random.default_rng((recipe.seed, 3, step, rank))
         rows = rng.integers(len(records), size=batch)
-        captions = [corrupt(records[i]["prompt"], recipe.caption_noise, rng) for i in rows]
+        captions = [corrupt(records[i]["prompt"], recipe.caption_noise, rng, world) for i in rows]
         captions = ["" if rng.random() < recipe.caption_dropout else c for c in captions]
         x0 = latents[torch.from_numpy(rows)]
         noise = torch.from_numpy(rng.standard_normal(x0.shape, dtype=np.float32))
@@ -294,17 +319,27 @@ def main() -> None:
     )
     parser.add_argument(
         "--pipeline",
-        help="pipeline to continue from: its autoencoder is kept, its denoiser is trained further",
+        help="pipeline to continue from; its autoencoder is kept unless --autoencoder-steps is given",
+    )
+    parser.add_argument(
+        "--world",
+        type=import_path,
+        default="flowgrpo.shapes.world:WORLD",
+        help="import path of what the pictures show (default: %(default)s)",
     )
     for name, value in asdict(Recipe()).items():
         parser.add_argument(
             f"--{name.replace('_', '-')}",
             type=type(value),
-            default=value,
-            help="default: %(default)s",
+            default=None if name == "autoencoder_steps" else value,
+            help=f"default: {value}",
         )
     options = vars(parser.parse_args())
-    out, threads, start = (options.pop(name) for name in ("out", "threads", "pipeline"))
+    out, threads, start, world = (
+        options.pop(name) for name in ("out", "threads", "pipeline", "world")
+    )
+    if options["autoencoder_steps"] is None:
+        options["autoencoder_steps"] = 0 if start else Recipe.autoencoder_steps
     prepare_cpu(threads)
     if "WORLD_SIZE" in os.environ:
         dist.init_process_group("gloo")
@@ -313,11 +348,13 @@ def main() -> None:
     state.mkdir(parents=True, exist_ok=True)
     (out / "recipe.json").write_text(strict_json.dumps(asdict(recipe), indent=2) + "\n")
     if start is None:
-        pipeline = build_pipeline(recipe.latent_channels, recipe.seed)
-        train_autoencoder(pipeline, recipe, state)
+        pipeline = build_pipeline(recipe.latent_channels, recipe.seed, world)
     else:
         pipeline = CogView4Pipeline.from_pretrained(start)
-    train_denoiser(pipeline, recipe, state)
+        adopt_words(pipeline, world)
+    if recipe.autoencoder_steps:
+        train_autoencoder(pipeline, recipe, state, world)
+    train_denoiser(pipeline, recipe, state, world)
     if is_main():
         pipeline.save_pretrained(out / "pipeline")
         console.print(f"saved {out / 'pipeline'}")

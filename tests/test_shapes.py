@@ -16,7 +16,6 @@ from flowgrpo.core.geneval import OPPOSITE, RELATIONS, relations_between
 from flowgrpo.data.prompts import Prompt
 from flowgrpo.shapes.captions import (
     TASKS,
-    WORD_CLASSES,
     Record,
     all_records,
     combination,
@@ -24,10 +23,11 @@ from flowgrpo.shapes.captions import (
     scene_for,
     split,
     vocabulary,
+    word_classes,
 )
 from flowgrpo.shapes.rewards import Diversity, Graded, Strict, StrictAndGraded
 from flowgrpo.shapes.verifier import OTHER, Detection, detect, graded, strict, strict_and_graded
-from flowgrpo.shapes.world import BACKGROUND, COLORS, GAP, SHAPES, SceneObject, draw
+from flowgrpo.shapes.world import BACKGROUND, GAP, SHAPES, WORLD, SceneObject, draw
 
 Picture = np.ndarray
 
@@ -119,7 +119,7 @@ def test_exchanged_colors_fail():
 
 def test_a_wrong_color_fails():
     for record, (item,) in of_task("colors"):
-        other = next(c for c in COLORS if c != item.color)
+        other = next(c for c in WORLD.colors if c != item.color)
         assert_fails(record, [recolored(item, other)])
 
 
@@ -165,14 +165,14 @@ def test_noise_is_no_object():
             assert genuine(noise) == []
 
 
-@pytest.mark.parametrize("color", [*COLORS.values(), BACKGROUND, (0, 0, 0), (255, 255, 255)])
+@pytest.mark.parametrize("color", [*WORLD.colors.values(), BACKGROUND, (0, 0, 0), (255, 255, 255)])
 def test_a_flat_color_is_no_object(color):
     assert genuine(np.full((64, 64, 3), np.asarray(color) / 255)) == []
 
 
 def test_a_gradient_is_no_object():
     ramp = np.linspace(0, 1, 64)[:, None, None]
-    for color in COLORS.values():
+    for color in WORLD.colors.values():
         for ground in (np.asarray(BACKGROUND) / 255, np.ones(3), np.zeros(3)):
             image = np.broadcast_to(ramp * color / 255 + (1 - ramp) * ground, (64, 64, 3))
             assert genuine(image) == []
@@ -184,7 +184,7 @@ Pen = Callable[[ImageDraw.ImageDraw, np.random.Generator, tuple[int, int, int]],
 
 def drawings(pen: Pen, number: int = 150) -> list[Picture]:
     """Pictures that ``pen`` draws at four times the size, in random colours of the world."""
-    rng, palette = np.random.default_rng(2), list(COLORS.values())
+    rng, palette = np.random.default_rng(2), list(WORLD.colors.values())
     pictures = []
     for _ in range(number):
         canvas = Image.new("RGB", (256, 256), BACKGROUND)
@@ -245,7 +245,7 @@ def test_a_shape_of_two_colors_is_no_object():
     rng = np.random.default_rng(3)
     for shape in SHAPES:
         for _ in range(20):
-            one, other = rng.permutation(list(COLORS))[:2]
+            one, other = rng.permutation(list(WORLD.colors))[:2]
             x, y = rng.uniform(22, 42, size=2)
             image, second = (
                 rendered([SceneObject(shape, str(c), float(x), float(y), 11.0)])
@@ -268,7 +268,7 @@ def test_a_square_with_round_sides_is_neither_square_nor_circle():
     y, x = (np.mgrid[:64, :64] - 31.5) / 13
     for power, shapes in ((2, ["circle"]), (2.9, []), (20, ["square"])):
         image = np.full((64, 64, 3), BACKGROUND) / 255
-        image[np.abs(x) ** power + np.abs(y) ** power < 1] = np.asarray(COLORS["blue"]) / 255
+        image[np.abs(x) ** power + np.abs(y) ** power < 1] = np.asarray(WORLD.colors["blue"]) / 255
         assert genuine(image) == shapes, power
 
 
@@ -313,13 +313,13 @@ def test_corrupting_at_rate_0_changes_nothing():
 
 
 def family(word: str) -> int | None:
-    return next((i for i, f in enumerate(WORD_CLASSES) if word in f), None)
+    return next((i for i, f in enumerate(word_classes()) if word in f), None)
 
 
 @pytest.mark.parametrize("rate", [0.15, 0.6])
 def test_corrupting_changes_each_kind_of_word_at_the_rate(rate):
     rng = np.random.default_rng(0)
-    changed: dict[int, list[bool]] = {i: [] for i in range(len(WORD_CLASSES))}
+    changed: dict[int, list[bool]] = {i: [] for i in range(len(word_classes()))}
     for task in ("colors", "counting", "color_attr"):
         for record in all_records(task) * (1 if task == "color_attr" else 20):
             before, after = record["prompt"].split(), corrupt(record["prompt"], rate, rng).split()
@@ -405,7 +405,7 @@ def test_diversity_is_0_for_equal_images_and_1_for_uniform_colors():
     record = all_records("single_object")[0]
     prompt = Prompt(record["prompt"], metadata=record)
     same = images([[SceneObject("circle", "red", 32.0, 32.0, 10.0)]] * 7)
-    every = images([[SceneObject("circle", c, 32.0, 32.0, 10.0)] for c in COLORS])
+    every = images([[SceneObject("circle", c, 32.0, 32.0, 10.0)] for c in WORLD.colors])
     moved = images([[SceneObject("circle", "red", 20.0 + 8 * i, 32.0, 8.0 + i)] for i in range(4)])
     assert Diversity()([prompt], [same]) == {
         "diversity/color": 0,
@@ -421,7 +421,7 @@ def test_diversity_is_0_for_equal_images_and_1_for_uniform_colors():
 
 def test_diversity_ignores_colors_that_the_prompt_asks_for():
     record = next(r for r in all_records("colors") if r["prompt"] == "a photo of a red circle")
-    every = images([[SceneObject("circle", c, 32.0, 32.0, 10.0)] for c in COLORS])
+    every = images([[SceneObject("circle", c, 32.0, 32.0, 10.0)] for c in WORLD.colors])
     assert Diversity()([Prompt("", metadata=record)], [every])["diversity/color"] == 0
 
 
@@ -429,7 +429,7 @@ def test_a_colour_must_be_near_its_name():
     y, x = np.mgrid[:64, :64]
     disc = (y - 32) ** 2 + (x - 32) ** 2 < 120
     pink = (248, 150, 190)
-    for value, color in (((128, 128, 128), ""), (COLORS["purple"], "purple"), (pink, OTHER)):
+    for value, color in (((128, 128, 128), ""), (WORLD.colors["purple"], "purple"), (pink, OTHER)):
         image = np.full((64, 64, 3), BACKGROUND, dtype=np.float32) / 255
         image[disc] = np.asarray(value, dtype=np.float32) / 255
         (found,) = detect(image)

@@ -17,16 +17,16 @@ from torch import nn
 from transformers import GlmConfig, GlmModel, PreTrainedTokenizerFast
 
 from flowgrpo.shapes.captions import vocabulary
-from flowgrpo.shapes.world import IMAGE_SIZE
+from flowgrpo.shapes.world import IMAGE_SIZE, WORLD, World
 
 LATENT_SIZE = IMAGE_SIZE // 8
 CAPTION_TOKENS = 16
 """Tokens of an encoded caption; ``CogView4Pipeline`` pads on the left to a multiple of this."""
 
 
-def build_tokenizer() -> PreTrainedTokenizerFast:
+def build_tokenizer(world: World = WORLD) -> PreTrainedTokenizerFast:
     """A tokenizer with one token per word of the captions; other words become ``<unk>``."""
-    words = ["<pad>", "<unk>", "<bos>", *vocabulary()]
+    words = ["<pad>", "<unk>", "<bos>", *vocabulary(world)]
     tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     # The empty caption of classifier-free guidance needs at least one token.
@@ -108,11 +108,13 @@ def build_transformer(
     return transformer
 
 
-def build_pipeline(latent_channels: int = 4, seed: int = 0) -> CogView4Pipeline:
+def build_pipeline(
+    latent_channels: int = 4, seed: int = 0, world: World = WORLD
+) -> CogView4Pipeline:
     """The pipeline with random weights, which depend on the seed alone."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        tokenizer = build_tokenizer()
+        tokenizer = build_tokenizer(world)
         return CogView4Pipeline(
             tokenizer=tokenizer,
             text_encoder=build_text_encoder(len(tokenizer)).eval(),

@@ -11,19 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from flowgrpo.core.geneval import RELATIONS, relations_between
-from flowgrpo.shapes.world import COLORS, COUNTS, SHAPES, SceneObject, place
+from flowgrpo.core.geneval import relations_between
+from flowgrpo.shapes.world import COUNTS, SHAPES, WORLD, SceneObject, World, place
 
 TASKS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 Record = dict[str, Any]
-
-WORD_CLASSES: tuple[tuple[str, ...], ...] = (
-    tuple(COLORS),
-    tuple(COUNTS.values()),
-    SHAPES,
-    tuple(s + ("es" if s.endswith("s") else "s") for s in SHAPES),
-)
-"""Words that can replace each other when a caption is corrupted."""
 
 
 def plural(shape: str) -> str:
@@ -36,40 +28,44 @@ def with_article(words: str) -> str:
     return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
 
 
+def word_classes(world: World = WORLD) -> tuple[tuple[str, ...], ...]:
+    """Words that can replace each other when a caption is corrupted."""
+    plurals = tuple(plural(s) for s in SHAPES)
+    return tuple(world.colors), tuple(COUNTS.values()), SHAPES, plurals
+
+
 def _clause(shape: str, count: int = 1, **more: Any) -> Record:
     return {"class": shape, "count": count, **more}
 
 
-def all_records(task: str) -> list[Record]:
+def all_records(task: str, world: World = WORLD) -> list[Record]:
     """Every prompt of one task, in a fixed order."""
-    pairs = list(permutations(SHAPES, 2))
+    pairs, colors = list(permutations(SHAPES, 2)), tuple(world.colors)
     rows: list[tuple[list[Record], str]] = []
     if task == "single_object":
         rows = [([_clause(s)], with_article(s)) for s in SHAPES]
     elif task == "two_object":
-        rows = [
-            ([_clause(a), _clause(b)], f"{with_article(a)} and {with_article(b)}") for a, b in pairs
-        ]
+        rows = [([_clause(a), _clause(b)], _pair(a, world.conjunction, b)) for a, b in pairs]
     elif task == "counting":
         rows = [
             ([_clause(s, n)], f"{word} {plural(s)}") for s in SHAPES for n, word in COUNTS.items()
         ]
     elif task == "colors":
-        rows = [([_clause(s, color=c)], with_article(f"{c} {s}")) for s in SHAPES for c in COLORS]
+        rows = [([_clause(s, color=c)], with_article(f"{c} {s}")) for s in SHAPES for c in colors]
     elif task == "position":
         rows = [
-            ([_clause(b), _clause(a, position=[r, 0])], f"{with_article(a)} {r} {with_article(b)}")
+            ([_clause(b), _clause(a, position=[r, 0])], _pair(a, words, b))
             for a, b in pairs
-            for r in RELATIONS
+            for r, words in world.relations.items()
         ]
     elif task == "color_attr":
         rows = [
             (
                 [_clause(a, color=c), _clause(b, color=d)],
-                f"{with_article(f'{c} {a}')} and {with_article(f'{d} {b}')}",
+                _pair(f"{c} {a}", world.conjunction, f"{d} {b}"),
             )
             for a, b in pairs
-            for c, d in permutations(COLORS, 2)
+            for c, d in permutations(colors, 2)
         ]
     else:
         raise ValueError(f"unknown task {task!r}; known: {', '.join(TASKS)}")
@@ -78,8 +74,12 @@ def all_records(task: str) -> list[Record]:
         record: Record = {"tag": task, "include": include}
         if task == "counting":
             record["exclude"] = [_clause(include[0]["class"], include[0]["count"] + 1)]
-        records.append({**record, "prompt": f"a photo of {words}"})
+        records.append({**record, "prompt": world.caption.format(words)})
     return records
+
+
+def _pair(first: str, words: str, second: str) -> str:
+    return f"{with_article(first)} {words} {with_article(second)}"
 
 
 def combination(record: Record) -> str:
@@ -98,41 +98,43 @@ def combination(record: Record) -> str:
     return f"{record['tag']}: {', '.join(parts)}"
 
 
-def split(task: str, held_out: bool, share: float = 0.3) -> list[Record]:
+def split(task: str, held_out: bool, share: float = 0.3, world: World = WORLD) -> list[Record]:
     """The training or held-out prompts of a task, whose combinations are disjoint.
 
     Args:
         task: One of :data:`TASKS`.
         held_out: Whether to return the held-out prompts.
         share: Approximate share of combinations that are held out, chosen by a hash.
+        world: The world that the prompts are about.
     """
-    records = all_records(task)
+    records = all_records(task, world)
     names = sorted({combination(r) for r in records}, key=lambda name: zlib.crc32(name.encode()))
     chosen = set(names[: max(1, round(share * len(names)))])
     return [r for r in records if (combination(r) in chosen) == held_out]
 
 
-def scene_for(record: Record, rng: np.random.Generator) -> list[SceneObject]:
+def scene_for(record: Record, rng: np.random.Generator, world: World = WORLD) -> list[SceneObject]:
     """A random scene that matches a caption, with no other objects and random unspecified attributes."""
     shapes = [c["class"] for c in record["include"] for _ in range(c["count"])]
     fixed = [c.get("color") for c in record["include"] for _ in range(c["count"])]
-    colors = [c or str(rng.choice(list(COLORS))) for c in fixed]
+    colors = [c or str(rng.choice(list(world.colors))) for c in fixed]
     relation = next((c["position"][0] for c in record["include"] if "position" in c), None)
     while True:
-        scene = place(shapes, colors, rng)
+        scene = place(shapes, colors, rng, world=world)
         if relation is None or relation in relations_between(scene[1].box, scene[0].box):
             return scene
 
 
-def corrupt(caption: str, rate: float, rng: np.random.Generator) -> str:
+def corrupt(caption: str, rate: float, rng: np.random.Generator, world: World = WORLD) -> str:
     """Replace each colour, number, relation and shape by another of its kind with probability ``rate``."""
-    relation = next((r for r in RELATIONS if f" {r} " in caption), None)
+    relations = tuple(world.relations.values())
+    relation = next((r for r in relations if f" {r} " in caption), None)
     if relation is not None and rng.random() < rate:
-        others = [r for r in RELATIONS if r != relation]
+        others = [r for r in relations if r != relation]
         caption = caption.replace(f" {relation} ", f" {rng.choice(others)} ")
-    words = caption.split()
+    words, classes = caption.split(), word_classes(world)
     for i, word in enumerate(words):
-        family = next((f for f in WORD_CLASSES if word in f), None)
+        family = next((f for f in classes if word in f), None)
         if family is not None and rng.random() < rate:
             words[i] = str(rng.choice([w for w in family if w != word]))
             if words[i - 1] in ("a", "an"):
@@ -140,8 +142,7 @@ def corrupt(caption: str, rate: float, rng: np.random.Generator) -> str:
     return " ".join(words)
 
 
-def vocabulary() -> list[str]:
+def vocabulary(world: World = WORLD) -> list[str]:
     """Every word that occurs in captions, sorted."""
-    return sorted(
-        {w for task in TASKS for r in all_records(task) for w in r["prompt"].split()} | {"an"}
-    )
+    records = (r for task in TASKS for r in all_records(task, world))
+    return sorted({w for r in records for w in r["prompt"].split()} | {"an"})

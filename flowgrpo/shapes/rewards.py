@@ -11,12 +11,12 @@ from torch import Tensor
 from flowgrpo.data.prompts import Prompt
 from flowgrpo.shapes import verifier
 from flowgrpo.shapes.verifier import Detection, detect
-from flowgrpo.shapes.world import COLORS, IMAGE_SIZE
+from flowgrpo.shapes.world import IMAGE_SIZE, WORLD, World
 
 
-def detections(images: Float[Tensor, "batch 3 h w"]) -> list[list[Detection]]:
+def detections(images: Float[Tensor, "batch 3 h w"], world: World = WORLD) -> list[list[Detection]]:
     """The detected objects of each image."""
-    return [detect(image) for image in images.permute(0, 2, 3, 1).numpy()]
+    return [detect(image, world) for image in images.permute(0, 2, 3, 1).numpy()]
 
 
 def _record(prompt: Prompt) -> Mapping[str, object]:
@@ -28,37 +28,48 @@ def _record(prompt: Prompt) -> Mapping[str, object]:
     return prompt.metadata
 
 
-class Strict:
+class _Verified:
+    """A reward that looks for the objects of a world."""
+
+    def __init__(self, world: World = WORLD):
+        """
+        Args:
+            world: What the images show.
+        """
+        self.world = world
+
+
+class Strict(_Verified):
     """1 if an image matches its prompt by GenEval's rule, else 0."""
 
     def __call__(
         self, media: Float[Tensor, "batch 3 h w"], prompts: Sequence[Prompt]
     ) -> Float[Tensor, " batch"]:
-        found = detections(media)
+        found = detections(media, self.world)
         return torch.tensor(
             [verifier.strict(d, dict(_record(p))) for d, p in zip(found, prompts, strict=True)]
         )
 
 
-class Graded:
+class Graded(_Verified):
     """Partial credit in [0, 1] for the objects and attributes of the prompt that an image shows."""
 
     def __call__(
         self, media: Float[Tensor, "batch 3 h w"], prompts: Sequence[Prompt]
     ) -> Float[Tensor, " batch"]:
-        found = detections(media)
+        found = detections(media, self.world)
         return torch.tensor(
             [verifier.graded(d, dict(_record(p))) for d, p in zip(found, prompts, strict=True)]
         )
 
 
-class StrictAndGraded:
+class StrictAndGraded(_Verified):
     """The mean of :class:`Strict` and :class:`Graded`, with one detection per image."""
 
     def __call__(
         self, media: Float[Tensor, "batch 3 h w"], prompts: Sequence[Prompt]
     ) -> Float[Tensor, " batch"]:
-        found = detections(media)
+        found = detections(media, self.world)
         return torch.tensor(
             [
                 sum(verifier.strict_and_graded(d, dict(_record(p)))) / 2
@@ -67,7 +78,7 @@ class StrictAndGraded:
         )
 
 
-class Diversity:
+class Diversity(_Verified):
     """A metric of evaluations: diversity of the attributes that a prompt leaves open.
 
     ``diversity/color`` is the entropy of the colours of objects whose colour the prompt does not name,
@@ -82,12 +93,15 @@ class Diversity:
         colors: Counter[str] = Counter()
         positions, sizes = [], []
         for prompt, images in zip(prompts, media, strict=True):
-            found = [[d for d in ds if d.genuine] for ds in detections(images)]
+            found = [[d for d in ds if d.genuine] for ds in detections(images, self.world)]
             open_shapes = {
                 c["class"] for c in prompt.metadata.get("include", ()) if "color" not in c
             }
             colors.update(
-                d.color for ds in found for d in ds if d.shape in open_shapes and d.color in COLORS
+                d.color
+                for ds in found
+                for d in ds
+                if d.shape in open_shapes and d.color in self.world.colors
             )
             wanted = [c["class"] for c in prompt.metadata.get("include", ())]
             for shape in wanted:
@@ -98,7 +112,7 @@ class Diversity:
                     positions.append(float(centres.std(0, correction=0).mean()) / IMAGE_SIZE)
                     sizes.append(float((boxes[:, 2] - boxes[:, 0]).std(correction=0)) / IMAGE_SIZE)
         return {
-            "diversity/color": entropy(colors) / math.log(len(COLORS)),
+            "diversity/color": entropy(colors) / math.log(len(self.world.colors)),
             "diversity/position": sum(positions) / max(1, len(positions)),
             "diversity/size": sum(sizes) / max(1, len(sizes)),
         }

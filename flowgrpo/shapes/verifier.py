@@ -6,6 +6,7 @@ rectangles, irregular blobs and regions of mixed colours do not count. The bound
 360 generated pictures (``benchmarks/verifier_labels``).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -15,7 +16,7 @@ from jaxtyping import Float
 from scipy import ndimage
 
 from flowgrpo.core.geneval import relations_between
-from flowgrpo.shapes.world import BACKGROUND, COLORS, SHAPES, SceneObject, draw
+from flowgrpo.shapes.world import BACKGROUND, SHAPES, WORLD, SceneObject, World, draw
 
 FOREGROUND_DISTANCE = 0.2
 """RGB distance (components in [0, 1]) from the background beyond which a pixel is foreground."""
@@ -91,23 +92,28 @@ def _to_grid(mask: np.ndarray) -> np.ndarray:
     return mask[rows[:, None], cols[None, :]]
 
 
-_PALETTE = np.asarray([*COLORS.values(), BACKGROUND], dtype=np.float32) / 255
-_NAMES = (*COLORS, OTHER)
+@cache
+def _palette(world: World) -> np.ndarray:
+    """The colours of a world, and the background, with components in [0, 1]."""
+    return np.asarray([*world.colors.values(), BACKGROUND], dtype=np.float32) / 255
 
 
-def detect(image: Float[np.ndarray, "h w 3"]) -> list[Detection]:
+def detect(image: Float[np.ndarray, "h w 3"], world: World = WORLD) -> list[Detection]:
     """Find the regions of one image with components in [0, 1], largest first."""
-    distance = ((image[:, :, None, :] - _PALETTE) ** 2).sum(-1)
+    distance = ((image[:, :, None, :] - _palette(world)) ** 2).sum(-1)
+    names = (*world.colors, OTHER)
     labels, _ = ndimage.label(distance[:, :, -1] > FOREGROUND_DISTANCE**2)
     found = []
     for index, window in enumerate(ndimage.find_objects(labels), start=1):
         region = labels[window] == index
         if np.count_nonzero(region) >= MIN_AREA:
-            found.append(_detection(region, image[window], distance[window], window))
+            found.append(_detection(region, image[window], distance[window], window, names))
     return sorted(found, key=lambda d: -d.area)
 
 
-def _color(pixels: np.ndarray, distance: np.ndarray) -> tuple[str, np.ndarray, float]:
+def _color(
+    pixels: np.ndarray, distance: np.ndarray, names: Sequence[str]
+) -> tuple[str, np.ndarray, float]:
     """The colour of some pixels, its shade, and the share of the pixels that have its shade.
 
     The shade is the mean of the pixels with the most frequent colour. A colour that drifts, such as red
@@ -117,22 +123,28 @@ def _color(pixels: np.ndarray, distance: np.ndarray) -> tuple[str, np.ndarray, f
     Args:
         pixels: Components ``(pixels, 3)``.
         distance: Squared RGB distances ``(pixels, colours)`` to the named colours.
+        names: The names of the colours, and that of another colour.
     """
+    named = len(names) - 1
     label = distance.argmin(-1)
     unnamed = distance.min(-1) > MAX_COLOR_DISTANCE**2
-    label[unnamed] = len(COLORS)
-    label[unnamed & (np.ptp(pixels, axis=-1) < MIN_CHROMA)] = len(COLORS) + 1
-    votes = np.bincount(label, minlength=len(COLORS) + 2)[:-1]
+    label[unnamed] = named
+    label[unnamed & (np.ptp(pixels, axis=-1) < MIN_CHROMA)] = named + 1
+    votes = np.bincount(label, minlength=named + 2)[:-1]
     color = int(votes.argmax())
     if 2 * votes.sum() < len(pixels):
-        return _NAMES[color], pixels.mean(0), 0.0
+        return names[color], pixels.mean(0), 0.0
     shade = pixels[label == color].mean(0)
     alike = ((pixels - shade) ** 2).sum(-1) <= MAX_SHADE_DISTANCE**2
-    return _NAMES[color], shade, float(alike.mean())
+    return names[color], shade, float(alike.mean())
 
 
 def _detection(
-    region: np.ndarray, image: np.ndarray, distance: np.ndarray, window: tuple[slice, slice]
+    region: np.ndarray,
+    image: np.ndarray,
+    distance: np.ndarray,
+    window: tuple[slice, slice],
+    names: Sequence[str],
 ) -> Detection:
     """Classify one region.
 
@@ -141,10 +153,11 @@ def _detection(
         image: Components ``(h, w, 3)`` of the region's window.
         distance: Squared RGB distances ``(h, w, colours + 1)`` to the colours and the background.
         window: Position of the mask in the image.
+        names: The names of the colours, and that of another colour.
     """
     inner = ndimage.binary_erosion(region)
     within = inner if inner.any() else region
-    color, shade, purity = _color(image[within], distance[within][:, :-1])
+    color, shade, purity = _color(image[within], distance[within][:, :-1], names)
     # Edges are anti-aliased: a pixel belongs to the object if it is nearer to the object's colour than to
     # the background.
     mask = region & (((image - shade) ** 2).sum(-1) < distance[:, :, -1])

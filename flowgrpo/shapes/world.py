@@ -1,10 +1,11 @@
-"""The embedded world: its shapes and colours, and how scenes are laid out and drawn.
+"""The embedded world: its shapes, colours and words, and how scenes are laid out and drawn.
 
 A scene is a light grey square canvas with one to four upright coloured shapes that do not touch.
 Coordinates are pixels, x to the right and y downwards.
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 
@@ -12,22 +13,51 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image, ImageDraw
 
+from flowgrpo.core.geneval import RELATIONS
+
 IMAGE_SIZE = 64
 BACKGROUND = (236, 236, 234)
-COLORS: dict[str, tuple[int, int, int]] = {
-    "red": (214, 40, 40),
-    "orange": (247, 137, 20),
-    "yellow": (248, 214, 42),
-    "green": (44, 160, 70),
-    "blue": (38, 92, 210),
-    "purple": (128, 56, 176),
-}
 SHAPES = ("circle", "square", "triangle")
 COUNTS = {2: "two", 3: "three", 4: "four"}
-MIN_RADIUS, MAX_RADIUS = 8.0, 13.0
 GAP = 3.0
 """Smallest distance in pixels between the bounding boxes of two shapes."""
 SUPERSAMPLING = 4
+
+
+@dataclass(frozen=True, eq=False)
+class World:
+    """What differs between worlds that are drawn, described and judged by the same code.
+
+    Attributes:
+        colors: The colours by name, as RGB components from 0 to 255.
+        radius: Smallest and largest scale of a shape's outline, in pixels.
+        caption: A caption, with ``{}`` in the place of its content.
+        conjunction: The words between two objects.
+        relations: The words for each of GenEval's relations between positions.
+    """
+
+    colors: Mapping[str, tuple[int, int, int]]
+    radius: tuple[float, float]
+    caption: str
+    conjunction: str
+    relations: Mapping[str, str]
+
+
+WORLD = World(
+    colors={
+        "red": (214, 40, 40),
+        "orange": (247, 137, 20),
+        "yellow": (248, 214, 42),
+        "green": (44, 160, 70),
+        "blue": (38, 92, 210),
+        "purple": (128, 56, 176),
+    },
+    radius=(8.0, 13.0),
+    caption="a photo of {}",
+    conjunction="and",
+    relations={relation: relation for relation in RELATIONS},
+)
+"""The world of the model that ships with flowgrpo."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +66,7 @@ class SceneObject:
 
     Attributes:
         shape: One of :data:`SHAPES`.
-        color: A key of :data:`COLORS`.
+        color: The name of one of the world's colours.
         x: Centre in pixels from the left.
         y: Centre in pixels from the top.
         radius: Scale of the outline in pixels.
@@ -77,31 +107,39 @@ def unit_outline(shape: str) -> tuple[tuple[float, float], ...]:
     raise ValueError(f"unknown shape {shape!r}; known: {', '.join(SHAPES)}")
 
 
-def draw(scene: list[SceneObject], size: int = IMAGE_SIZE) -> UInt8[np.ndarray, "h w 3"]:
+def draw(
+    scene: list[SceneObject], size: int = IMAGE_SIZE, world: World = WORLD
+) -> UInt8[np.ndarray, "h w 3"]:
     """Render a scene, anti-aliased. Raises ValueError for an unknown shape or colour."""
     scale = SUPERSAMPLING * size / IMAGE_SIZE
     canvas = Image.new("RGB", (size * SUPERSAMPLING, size * SUPERSAMPLING), BACKGROUND)
     pen = ImageDraw.Draw(canvas)
     for item in scene:
-        if item.color not in COLORS:
-            raise ValueError(f"unknown colour {item.color!r}; known: {', '.join(COLORS)}")
-        pen.polygon([(x * scale, y * scale) for x, y in item.outline()], fill=COLORS[item.color])
+        if item.color not in world.colors:
+            raise ValueError(f"unknown colour {item.color!r}; known: {', '.join(world.colors)}")
+        fill = world.colors[item.color]
+        pen.polygon([(x * scale, y * scale) for x, y in item.outline()], fill=fill)
     return np.asarray(canvas.resize((size, size), Image.Resampling.BOX))
 
 
 def place(
-    shapes: list[str], colors: list[str], rng: np.random.Generator, max_tries: int = 200
+    shapes: list[str],
+    colors: list[str],
+    rng: np.random.Generator,
+    max_tries: int = 200,
+    world: World = WORLD,
 ) -> list[SceneObject]:
     """Lay out shapes at random positions and sizes so that none touch. Many shapes are smaller.
 
     After ``max_tries`` positions without success, the layout starts anew.
     """
-    top = MAX_RADIUS if len(shapes) <= 2 else MAX_RADIUS - 1.5 * (len(shapes) - 2)
+    least, top = world.radius
+    top -= 1.5 * max(0, len(shapes) - 2)
     while True:
         scene: list[SceneObject] = []
         for _ in range(max_tries):
             shape, color = shapes[len(scene)], colors[len(scene)]
-            radius = float(rng.uniform(MIN_RADIUS, top))
+            radius = float(rng.uniform(least, top))
             margin = 1.15 * radius + 1
             x, y = rng.uniform(margin, IMAGE_SIZE - margin, size=2)
             item = SceneObject(shape, color, float(x), float(y), radius)
