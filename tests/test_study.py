@@ -1,5 +1,6 @@
 """A short version of the study, its order, its statistics and its second world."""
 
+import json
 import math
 import time
 from collections import Counter
@@ -8,19 +9,30 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from diffusers import DiffusionPipeline
 from scipy import stats
 
 import flowgrpo
-from benchmarks.study import paper_claims, recommendation, report, second_world, statistics
+from benchmarks.study import (
+    new_kinds,
+    paper_claims,
+    recommendation,
+    report,
+    second_world,
+    statistics,
+)
 from benchmarks.study.__main__ import main
 from benchmarks.study.entries import ALGORITHMS, COMMON, FLAWED, FURTHER, RATES
 from benchmarks.study.held_out_reward import palette_share
 from benchmarks.study.plan import SHORT, Choice, Job, Plan, Store, jobs
 from benchmarks.study.results import AXES, Point, Run, Runs
 from benchmarks.study.work import Worker, work
-from flowgrpo.shapes.captions import all_records, scene_for, vocabulary
+from flowgrpo.data.prompts import Prompt
+from flowgrpo.shapes import rewards
+from flowgrpo.shapes.captions import TASKS, all_records, scene_for, vocabulary
 from flowgrpo.shapes.verifier import detect, strict
 from flowgrpo.shapes.world import draw
+from scripts import pretrain_shapes
 
 ENTRIES = (*ALGORITHMS, *FURTHER)
 
@@ -165,22 +177,49 @@ def test_every_entry_is_a_configuration_that_can_run():
     assert len({e.slug for e in ENTRIES}) == len(ENTRIES)
 
 
-def test_prompts_of_the_second_world_are_new_and_can_be_drawn(tmp_path):
-    known = {r["prompt"] for task in ("single_object", "two_object", "counting", "colors", "position", "color_attr") for r in all_records(task)}  # fmt: skip
+def test_prompts_of_new_kinds_are_new_and_can_be_drawn(tmp_path):
+    known = {r["prompt"] for task in TASKS for r in all_records(task)}
     words, rng = set(vocabulary()), np.random.default_rng(0)
-    parts = {h: {r["prompt"]: r for k in second_world.KINDS for r in second_world.split(k, h)} for h in (True, False)}  # fmt: skip
-    assert not parts[True].keys() & parts[False].keys()
-    every = {**parts[True], **parts[False]}
-    assert not every.keys() & known
-    assert {w for p in every for w in p.split()} <= words
-    for kind in second_world.KINDS:
-        record = next(r for r in every.values() if r["tag"] == kind)
+    every = [r for kind in new_kinds.KINDS for r in new_kinds.chosen(kind)]
+    assert not {r["prompt"] for r in every} & known
+    assert {w for r in every for w in r["prompt"].split()} <= words
+    for kind in new_kinds.KINDS:
+        record = next(r for r in every if r["tag"] == kind)
         drawn = draw(scene_for(record, rng))
         assert strict(detect(drawn.astype(np.float32) / 255), record) == 1, record["prompt"]
-    train, held_out = second_world.write(tmp_path)
-    counts = Counter(line.split('"')[3] for line in held_out.read_text().splitlines())
-    assert set(counts) == set(second_world.KINDS)
-    assert len(train.read_text().splitlines()) > 100
+    lines = new_kinds.write(tmp_path).read_text().splitlines()
+    assert Counter(line.split('"')[3] for line in lines) == Counter(r["tag"] for r in every)
+
+
+def test_the_second_world_has_other_words_colours_and_sizes_and_is_judged_by_its_own(tmp_path):
+    rng, world = np.random.default_rng(0), second_world.WORLD
+    prompts = [json.loads(line) for f in second_world.write_prompts(tmp_path) for line in f.read_text().splitlines()]  # fmt: skip
+    assert not {r["prompt"] for r in prompts} & {r["prompt"] for t in TASKS for r in all_records(t)}
+    assert {r["tag"] for r in prompts} == set(TASKS)
+    scenes = [scene_for(r, rng, world) for r in prompts]
+    assert all(world.radius[0] <= o.radius <= world.radius[1] for scene in scenes for o in scene)
+    media = torch.tensor(np.stack([draw(s, world=world) for s in scenes])).permute(0, 3, 1, 2) / 255
+    asked = [Prompt(r["prompt"], metadata=r) for r in prompts]
+    assert second_world.Strict()(media, asked).mean() > 0.97
+    assert palette_share(media, world).min() > 0.9
+    colored = [i for i, r in enumerate(prompts) if r["tag"] in ("colors", "color_attr")]
+    named = [asked[i] for i in colored]
+    assert rewards.Strict()(media[colored], named).max() == 0, (
+        "the first world knows no such colours"
+    )
+
+
+def test_a_model_learns_the_words_of_another_world_in_the_place_of_its_own():
+    pipeline = DiffusionPipeline.from_pretrained("flowgrpo/shapes/model")
+    before = pipeline.text_encoder.get_input_embeddings().weight.detach().clone()
+    known = pipeline.tokenizer.get_vocab()
+    pretrain_shapes.adopt_words(pipeline, second_world.WORLD)
+    new, after = pipeline.tokenizer.get_vocab(), pipeline.text_encoder.get_input_embeddings().weight
+    assert len(after) == len(new) == pipeline.text_encoder.config.vocab_size
+    for word, source in (("circle", "circle"), ("<bos>", "<bos>"), ("pink", "red"), ("navy", "purple")):  # fmt: skip
+        assert torch.equal(after[new[word]], before[known[source]])
+    ids = pipeline.tokenizer("a drawing with a pink circle").input_ids
+    assert known["<unk>"] == new["<unk>"] not in ids
 
 
 def test_the_held_out_reward_is_high_for_the_worlds_own_pictures_and_low_for_smears():
@@ -275,7 +314,7 @@ def test_a_claim_is_shown_if_the_difference_exceeds_its_interval():
 
 def test_a_recommendation_names_no_more_than_can_be_told_apart():
     def run(seed: int, gain: float) -> Run:
-        before = {p: {"strict": 0.4, "graded": 0.6, "ink": 0.1, "diversity/color": 0.5} for p in ("plain", "guided", "second")}  # fmt: skip
+        before = {p: {"strict": 0.4, "graded": 0.6, "ink": 0.1, "diversity/color": 0.5} for p in ("plain", "guided", "new_kinds")}  # fmt: skip
         after = {p: {k: v + gain for k, v in part.items()} for p, part in before.items()}
         nothing = {"seconds": 0.0, "images": 0.0, "evaluations": 0.0}
         points = [Point(nothing, {"strict": 0.4}), Point(dict.fromkeys(nothing, 60.0), {"strict": 0.4 + gain})]  # fmt: skip
@@ -301,7 +340,7 @@ def test_results_are_kept_apart(tmp_path):
     some = [
         Job("run", "main", entry, 0, choice), Job("run", "main", entry, 1, choice), Job("run", "flawed", entry, 0, choice),
         Job("tune", "main", entry, 0, choice), Job("tune", "main", entry, 0, other), Job("cost", "main", entry, 0, choice),
-        Job("cost", "guided", entry, 0, choice), Job("base", "main", None, 0), Job("run", "main", ALGORITHMS[1], 0, choice),
+        Job("cost", "guided", entry, 0, choice), Job("base", "main", None, 0), Job("base", "second", None, 0), Job("run", "main", ALGORITHMS[1], 0, choice),
     ]  # fmt: skip
     assert len({store.file(job) for job in some}) == len(some)
     assert all(isinstance(store.file(job), Path) for job in some)

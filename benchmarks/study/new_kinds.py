@@ -18,7 +18,8 @@ from flowgrpo.shapes.world import SHAPES, WORLD
 KINDS = (
     "colored_count", "colored_position", "same_color", "one_color", "count_and_one", "three_shapes",
 )  # fmt: skip
-HELD_OUT_SHARE = 0.3
+MAX_PROMPTS, MAX_SHARE = 8, 0.3
+"""Largest number and largest share of the prompts of a kind that are evaluated."""
 
 
 def all_records(kind: str) -> list[Record]:
@@ -30,21 +31,19 @@ def all_records(kind: str) -> list[Record]:
     ]
 
 
-def split(kind: str, held_out: bool, limit: int = 60) -> list[Record]:
-    """The training or held-out prompts of a kind, at most ``limit``, chosen by a hash of their text."""
+def chosen(kind: str) -> list[Record]:
+    """The prompts of a kind that are evaluated, at most :data:`MAX_PROMPTS`, chosen by a hash of their text."""
     ordered = sorted(all_records(kind), key=lambda r: zlib.crc32(r["prompt"].encode()))
-    cut = max(1, round(HELD_OUT_SHARE * len(ordered)))
-    return (ordered[:cut] if held_out else ordered[cut:])[:limit]
+    return ordered[: min(MAX_PROMPTS, round(MAX_SHARE * len(ordered)))]
 
 
-def write(folder: Path) -> tuple[Path, Path]:
-    """Write the training and the held-out prompts as files, and return their paths."""
+def write(folder: Path) -> Path:
+    """Write the prompts as a file, and return its path."""
     folder.mkdir(parents=True, exist_ok=True)
-    files = folder / "second_world_train.jsonl", folder / "second_world_held_out.jsonl"
-    for file, held_out in zip(files, (False, True), strict=True):
-        kinds = [split(kind, held_out, 8 if held_out else 60) for kind in KINDS]
-        file.write_text("".join(strict_json.dumps(r) + "\n" for kind in kinds for r in kind))
-    return files
+    file = folder / "new_kinds.jsonl"
+    records = (r for kind in KINDS for r in chosen(kind))
+    file.write_text("".join(strict_json.dumps(r) + "\n" for r in records), encoding="utf-8")
+    return file
 
 
 def _clause(shape: str, count: int = 1, **more: object) -> Record:

@@ -18,7 +18,7 @@ Kind = Literal["main", "flawed", "second", "guided", "long"]
 KINDS: Mapping[Kind, str] = {
     "main": "training without guidance",
     "flawed": "training on the flawed reward",
-    "second": "training on the second world's prompts",
+    "second": "training in the second world",
     "guided": "training with guidance",
     "long": "training twice as long",
 }
@@ -33,7 +33,7 @@ class Plan:
         tuning_seconds: Budget of a tuning run; as long as a run, because rates that are best after a third of
             it destroy the model later.
         images: Held-out images of an evaluation.
-        few_images: Images of an evaluation with guidance and of one of the second world.
+        few_images: Images of an evaluation with guidance and of one of prompts of new kinds.
         tuning_images: Images of training prompts that score a tuning run.
         drift_states: Paths on whose states the drift is measured, at most a batch of samples.
         reference_images: Images of the work that measures the machine's speed.
@@ -81,7 +81,7 @@ class Job:
 
     Attributes:
         work: ``cost``: time per iteration; ``tune``: a tuning run; ``base``: the evaluation of the model
-            before training; ``run``: a reported run.
+            before training, in the second world if that is the kind; ``run``: a reported run.
         kind: What is trained; of cost, with or without guidance.
         entry: The method; None for ``base``.
         seed: The seed.
@@ -102,12 +102,14 @@ class Store:
 
     def __init__(self, folder: Path):
         self.folder = folder
+        self.second_model = folder / "second_world" / "pipeline"
+        """The model of the second world, which its page tells how to train; nothing is run there without."""
 
     def file(self, job: Job) -> Path:
         """Where the result of a job is kept."""
         slug = job.entry.slug if job.entry else ""
         if job.work == "base":
-            return self.folder / "base" / f"{job.seed}.json"
+            return self.folder / _bases(job.kind) / f"{job.seed}.json"
         if job.work == "run":
             return self.folder / job.kind / slug / f"{job.seed}.json"
         assert job.entry is not None
@@ -132,7 +134,9 @@ class Store:
 
     def pack(self, file: Path) -> None:
         """Write all results into one file, a line per job, which can be kept beside the page."""
-        found = [self.folder / "unit.json", *sorted(self.folder.glob("*/**/*.json"))]
+        folders = ("base", "cost", *KINDS, "second_base", "tune")
+        results = (f for name in folders for f in sorted((self.folder / name).rglob("*.json")))
+        found = [self.folder / "unit.json", *results]
         lines = [
             strict_json.dumps(
                 {"file": f.relative_to(self.folder).as_posix(), **json.loads(f.read_text("utf-8"))}
@@ -230,10 +234,15 @@ class Store:
             found[int(file.stem)] = _read(file)
         return dict(sorted(found.items()))
 
-    def bases(self) -> dict[int, dict[str, Any]]:
-        """The evaluations of the model before training, by seed."""
-        found = (self.folder / "base").glob("*.json")
+    def bases(self, kind: Kind = "main") -> dict[int, dict[str, Any]]:
+        """The evaluations of the model before training of a kind, by seed."""
+        found = (self.folder / _bases(kind)).glob("*.json")
         return {int(f.stem): _read(f) for f in found}
+
+
+def _bases(kind: Kind) -> str:
+    """The folder with the evaluations of the model before training."""
+    return "second_base" if kind == "second" else "base"
 
 
 def _read(file: Path) -> dict[str, Any]:
@@ -267,9 +276,9 @@ def jobs(store: Store, plan: Plan, entries: Sequence[Entry] | None = None) -> It
     yield from _left(store, _tuning(store, plan, first))
     order: list[tuple[Kind, Sequence[int], Sequence[Entry]]] = [
         ("main", early, first), ("flawed", early[:1], first), ("main", late, first),
-        ("flawed", early[1:], first), ("second", early[:1], first),
+        ("flawed", early[1:], first), ("second", early, first),
         ("main", early, further), ("flawed", early, further),
-        ("second", early[1:], first), ("guided", early, first), ("long", early, first),
+        ("guided", early, first), ("long", early, first),
         ("second", early, further), ("main", late, further),
     ]  # fmt: skip
     for kind, seeds, some in order:
@@ -296,10 +305,10 @@ def _tuning(store: Store, plan: Plan, entries: Sequence[Entry]) -> Iterator[Job]
 def _reported(
     store: Store, plan: Plan, kind: Kind, seeds: Sequence[int], entries: Sequence[Entry]
 ) -> Iterator[Job]:
-    if kind not in plan.kinds:
+    if kind not in plan.kinds or (kind == "second" and not store.second_model.exists()):
         return
     for seed in seeds:
-        yield Job("base", "main", None, seed)
+        yield Job("base", "second" if kind == "second" else "main", None, seed)
         for entry in entries:
             choice = store.chosen(entry)
             if choice is None:

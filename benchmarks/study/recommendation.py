@@ -38,7 +38,8 @@ def recommendation(
         ("an expensive reward: equal images", main.gains_at("images", images)),
         ("an expensive model: equal evaluations", main.gains_at("evaluations", evaluations)),
         ("variety of colours (entropy)", main.gains("plain", COLOR)),
-        ("prompts of new kinds", main.gains("second", "strict")),
+        ("prompts of new kinds", main.gains("new_kinds", "strict")),
+        ("another world, with the settings of this one", runs["second"].gains("plain", "strict")),
         ("a flawed reward: the true score", runs["flawed"].gains("plain", "graded")),
         ("a flawed reward: little ink", _negative(runs["flawed"].gains("plain", "ink"))),
     ]

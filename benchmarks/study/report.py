@@ -1,7 +1,7 @@
 """The study's tables, and the page with tables and plots."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import mean
 
@@ -99,7 +99,7 @@ def at_equal_time(runs: Runs, title: str) -> str:
     if not runs.by_method:
         return ""
     plain, guided = runs.gains("plain", "strict"), runs.gains("guided", "strict")
-    second, palette = runs.gains("second", "strict"), runs.gains("plain", "palette")
+    kinds, palette = runs.gains("new_kinds", "strict"), runs.gains("plain", "palette")
     rows = []
     for method in sorted(plain, key=lambda m: -mean(plain[m].values())):
         found = runs.by_method[method].values()
@@ -110,15 +110,15 @@ def at_equal_time(runs: Runs, title: str) -> str:
                 _named(runs, method), str(len(found)),
                 f"{mean(r.points[-1].spent['seconds'] for r in found):.0f}",
                 f"{mean(r.iterations for r in found):.0f}",
-                *(points(g, method) for g in (plain, guided, second)),
+                *(points(g, method) for g in (plain, guided, kinds)),
                 f"{colors:+.2f}", f"{drift:.4f}", points(palette, method),
             ]
         )  # fmt: skip
-    rows.append(_differences([plain, guided, second], 4, 3))
+    rows.append(_differences([plain, guided, kinds], 4, 3))
     rows.append(_base(runs))
     heads = [
         "method", "seeds", "seconds", "iterations", "gain without guidance", "with guidance 3",
-        "second world", "colour entropy", "drift", "palette",
+        "new kinds of prompts", "colour entropy", "drift", "palette",
     ]  # fmt: skip
     return f"### {title}\n\n{markdown_table(heads, rows)}"
 
@@ -132,7 +132,9 @@ def _differences(gains: list[Gains], before: int, after: int) -> list[str]:
     return [words, *[""] * (before - 1), *shown, *[""] * after]
 
 
-def _base(runs: Runs) -> list[str]:
+def _base(
+    runs: Runs, parts: Sequence[str] = ("plain", "guided", "new_kinds"), empty: int = 3
+) -> list[str]:
     """The model before training, over the seeds that any method has."""
     found: dict[int, Mapping] = {}
     for each in runs.by_method.values():
@@ -141,9 +143,9 @@ def _base(runs: Runs) -> list[str]:
     def level(part: str, name: str = "strict") -> float:
         return mean(float(b[part][name]) for b in found.values())
 
-    levels = [f"{100 * level(part):.1f} %" for part in ("plain", "guided", "second")]
+    levels = [f"{100 * level(part):.1f} %" for part in parts]
     end = [f"{level('plain', COLOR):.2f}", "0", f"{100 * level('plain', 'palette'):.1f} %"]
-    return ["before training", str(len(found)), "", "", *levels, *end]
+    return ["before training", str(len(found)), *[""] * (empty - 1), *levels, *end]
 
 
 def _named(runs: Runs, method: str) -> str:
@@ -177,27 +179,29 @@ def at_equal_work(runs: Runs, title: str = "Equal images, equal evaluations") ->
 
 
 def second_world(runs: Runs, main: Runs) -> str:
-    """Gains on the second world's held-out prompts after training on its training prompts."""
+    """Gains after training and on held-out prompts of the second world, with the settings of the first."""
     if not runs.by_method:
         return ""
-    strict, graded = runs.gains("second", "strict"), runs.gains("second", "graded")
-    first = runs.gains("plain", "strict")
-    rows = [
-        [_named(runs, m), str(len(strict[m])), points(graded, m), points(strict, m), points(first, m)]
-        for m in sorted(graded, key=lambda m: -mean(graded[m].values()))
-    ]  # fmt: skip
-    rows.append(_differences([graded, strict, first], 2, 0))
-    both = [m for m in graded if m in main.by_method]
-    usual = main.gains("plain", "graded")
-    pairs = [[mean(g[m].values()) for m in both] for g in (graded, usual)]
-    note = ""
-    if not math.isnan(rho := rank_correlation(*pairs)):
-        note = (
-            f"\n\nRank correlation of the methods' graded gains here with those on the usual prompts: "
-            f"{rho:+.2f} ({len(both)} methods)."
-        )
-    heads = ["method", "seeds", "graded", "strict", "strict, usual prompts"]
-    return f"### Trained on the second world's prompts\n\n{markdown_table(heads, rows)}{note}"
+    plain, guided = runs.gains("plain", "strict"), runs.gains("guided", "strict")
+    rows = []
+    for method in sorted(plain, key=lambda m: -mean(plain[m].values())):
+        found = runs.by_method[method].values()
+        colors = mean(r.gain("plain", COLOR) for r in found)
+        gains = (points(g, method) for g in (plain, guided))
+        rows.append([_named(runs, method), str(len(found)), *gains, f"{colors:+.2f}"])
+    rows.append(_differences([plain, guided], 2, 1))
+    rows.append(_base(runs, ("plain", "guided"), 1)[:5])
+    both = [m for m in plain if m in main.by_method]
+    usual = main.gains("plain", "strict")
+    rho = rank_correlation(*([mean(g[m].values()) for m in both] for g in (plain, usual)))
+    note = (
+        ""
+        if math.isnan(rho)
+        else f"\n\nRank correlation of the methods' gains without guidance with those in the first world: "
+        f"{rho:+.2f} ({counted(len(both), 'method')})."
+    )
+    heads = ["method", "seeds", "gain without guidance", "with guidance 3", "colour entropy"]
+    return f"### Trained in the second world\n\n{markdown_table(heads, rows)}{note}"
 
 
 def flawed(runs: Runs, title: str = "Trained on a flawed reward") -> str:

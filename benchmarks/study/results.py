@@ -39,7 +39,8 @@ class Run:
         seed: Its seed.
         iterations: Its length.
         before: The evaluation of the model before training, with the same seed.
-        after: The evaluation at the end, with the same parts (``plain``, ``guided``, ``second``).
+        after: The evaluation at the end, with the same parts: ``plain``, ``guided`` and, but in the second world,
+            ``new_kinds``.
         points: All evaluations without guidance, from before training to the end.
     """
 
@@ -99,7 +100,7 @@ class Runs:
 
 def read_runs(store: Store, kind: Kind, entries: Sequence[Entry] = ALGORITHMS) -> Runs:
     """The finished runs of a kind of some methods."""
-    bases, unit = store.bases(), store.unit()
+    bases, unit = store.bases(kind), store.unit()
     by_method: dict[str, dict[int, Run]] = {}
     diverged: dict[str, int] = {}
     for entry in entries:

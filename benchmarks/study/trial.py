@@ -26,9 +26,8 @@ from flowgrpo.evaluation import held_out
 from flowgrpo.policy import PipelinePolicy, Sampling
 from flowgrpo.rewards.scorer import RewardScorer
 from flowgrpo.shapes.rewards import Diversity
+from flowgrpo.shapes.world import WORLD, World
 from flowgrpo.training.learner import Learner
-
-METRICS = (Diversity(), Ink(), Palette())
 
 
 @dataclass(frozen=True)
@@ -60,12 +59,14 @@ _Kept = tuple[Sequence[Prompt], SampleNoise, Sequence[tuple[int, Tensor, Tensor]
 class Trial:
     """A policy in training, and everything that it is trained and evaluated with."""
 
-    def __init__(self, settings: Sequence[str], seed: int):
+    def __init__(self, settings: Sequence[str], seed: int, world: World = WORLD):
         """
         Args:
             settings: ``--set`` arguments on top of the quick start.
             seed: Seed of training and of evaluations.
+            world: What the pictures show.
         """
+        self.metrics = (Diversity(world), Ink(), Palette(world))
         config = flowgrpo.load(
             "quickstart_flow_grpo", [*settings, f"run.seed={seed}", "run.device='cpu'"]
         )
@@ -164,7 +165,7 @@ class Trial:
             seed=self.seed,
             sampling=sampling,
             balance=prompts.balance,
-            metrics=METRICS,
+            metrics=self.metrics,
         )
 
     def keep_states(self, paths: int) -> None:

@@ -8,11 +8,12 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from benchmarks.study import second_world
+from benchmarks.study import new_kinds, second_world
 from benchmarks.study.entries import COMMON, FLAWED, Entry
 from benchmarks.study.plan import Job, Kind, Plan, Store, jobs
 from benchmarks.study.trial import Spent, Trial, load_prompts, no_threads
 from flowgrpo.core.errors import DivergenceError
+from flowgrpo.shapes.world import WORLD, World
 
 COST_ITERATIONS = 2
 UNTRAINED = ("algorithm={kind='matching'}", "loss={kind='matching'}")
@@ -45,6 +46,11 @@ def work(
         if store.unit() is None:
             with worker.trial(UNTRAINED, plan.tuning_seed) as trial:
                 store.save_unit(median(worker.speed(trial) for _ in range(5)))
+    if "second" in plan.kinds and not store.second_model.exists():
+        say(
+            f"without {store.second_model} no method is trained in the second world; "
+            "benchmarks/study/second_world.py tells how to make it"
+        )
     # After each job the order is read anew, since costs and choices depend on results.
     while left := list(jobs(store, plan, entries)):
         if time.time() >= until:
@@ -72,15 +78,16 @@ class Worker:
 
     def __init__(self, store: Store, plan: Plan, settings: Sequence[str] = ()):
         self.store, self.plan, self.settings = store, plan, settings
-        train, held_out = second_world.write(store.folder / "prompts")
-        self.second_train, self.second_held_out = train, load_prompts(held_out)
+        self.new_kinds = load_prompts(new_kinds.write(store.folder / "prompts"))
+        self.second_prompts = second_world.write_prompts(store.folder / "prompts")
 
     def do(self, job: Job) -> dict[str, Any]:
         """The result of a job."""
         if job.work == "base":
-            with self.trial(UNTRAINED, job.seed) as trial:
+            settings = [*UNTRAINED, *self.settings_of(job.kind)]
+            with self.trial(settings, job.seed, _world(job.kind)) as trial:
                 trial.keep_states(self.plan.drift_states)
-                return {"end": self.whole(trial)}
+                return {"end": self.whole(trial, job.kind)}
         assert job.entry is not None
         assert job.choice is not None
         settings = [
@@ -89,14 +96,14 @@ class Worker:
             f"train.iterations={job.iterations or 10}",
             f"train.lr={job.choice.rate or 1e-4}",
         ]
-        with self.trial(settings, job.seed) as trial:
+        with self.trial(settings, job.seed, _world(job.kind)) as trial:
             if job.work == "cost":
                 return self.cost(trial)
             return self.tuning(trial, job) if job.work == "tune" else self.run(trial, job)
 
-    def trial(self, settings: Sequence[str], seed: int) -> Trial:
+    def trial(self, settings: Sequence[str], seed: int, world: World = WORLD) -> Trial:
         """A run with the common settings."""
-        return Trial([*COMMON, *settings, *self.settings], seed)
+        return Trial([*COMMON, *settings, *self.settings], seed, world)
 
     def speed(self, trial: Trial) -> float:
         """Processor seconds of the reference work."""
@@ -107,7 +114,13 @@ class Worker:
         if kind == "flawed":
             return [FLAWED]
         if kind == "second":
-            return [f"prompts.train='{self.second_train}'"]
+            train, held_out = self.second_prompts
+            return [
+                second_world.REWARDS,
+                f"model.path='{self.store.second_model}'",
+                f"prompts.train='{train}'",
+                f"prompts.held_out='{held_out}'",
+            ]
         return [f"sampling.guidance_scale={GUIDANCE}"] if kind == "guided" else []
 
     def cost(self, trial: Trial) -> dict[str, Any]:
@@ -130,7 +143,7 @@ class Worker:
         trial.keep_states(self.plan.drift_states)
         done = self.trained(trial, job, self.plan.points if job.kind in ("main", "long") else 0)
         if not done["diverged"]:
-            done["end"] = self.whole(trial)
+            done["end"] = self.whole(trial, job.kind)
         return done
 
     def trained(self, trial: Trial, job: Job, points: int) -> dict[str, Any]:
@@ -158,15 +171,21 @@ class Worker:
             "curve": curve,
         }
 
-    def whole(self, trial: Trial) -> dict[str, Any]:
-        """The evaluation before and after training: both regimes, the second world, the drift."""
+    def whole(self, trial: Trial, kind: Kind) -> dict[str, Any]:
+        """The evaluation before and after training: both regimes, prompts of new kinds, the drift."""
         few = self.plan.few_images
-        return {
+        found = {
             "plain": trial.evaluate(self.plan.images, guidance=1.0),
             "guided": trial.evaluate(few, guidance=GUIDANCE),
-            "second": trial.evaluate(few, self.second_held_out, guidance=1.0),
-            "drift": trial.drift(),
         }
+        if kind != "second":
+            found["new_kinds"] = trial.evaluate(few, self.new_kinds, guidance=1.0)
+        return {**found, "drift": trial.drift()}
+
+
+def _world(kind: Kind) -> World:
+    """What the pictures of a kind of run show."""
+    return second_world.WORLD if kind == "second" else WORLD
 
 
 @contextmanager
