@@ -9,22 +9,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from flowgrpo.core.advantages import (
-    GDPO,
-    Advantage,
+from flowgrpo.core.advantages import Advantage, candidate_advantages
+from flowgrpo.core.group_statistics import has_no_variance, zero_variance_groups
+from flowgrpo.core.multi_reward_advantages import GDPO, LogTamed, PerLoss, PerReward
+from flowgrpo.core.scores import Scores
+from flowgrpo.core.single_reward_advantages import (
     BestAdvantage,
     BetaAdvantage,
     GroupAdvantage,
-    LogTamed,
-    PerLoss,
-    PerReward,
     VirtualBest,
     beta_parameters,
-    candidate_advantages,
-    has_no_variance,
-    zero_variance_groups,
 )
-from flowgrpo.core.scores import Scores
 
 SingleReward = GroupAdvantage | BetaAdvantage | VirtualBest
 HPS = [0.3457, 0.3530, 0.3496, 0.3494]

@@ -28,16 +28,9 @@ from flowgrpo.algorithms import (
 )
 from flowgrpo.config import Config, ConfigError, Model, Prompts, Run, Train
 from flowgrpo.config.reference import to_table
-from flowgrpo.core.advantages import (
-    GDPO,
-    BetaAdvantage,
-    GroupAdvantage,
-    LogTamed,
-    PerLoss,
-    PerReward,
-    VirtualBest,
-)
+from flowgrpo.core.multi_reward_advantages import GDPO, LogTamed, PerLoss, PerReward
 from flowgrpo.core.random import Random
+from flowgrpo.core.single_reward_advantages import BetaAdvantage, GroupAdvantage, VirtualBest
 from flowgrpo.core.steps import Window
 from flowgrpo.core.transitions import CPS, DDIM, ODE, DanceSDE, FlowSDE, require_path
 from flowgrpo.data.prompts import Group, Prompt

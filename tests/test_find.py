@@ -17,8 +17,9 @@ import flowgrpo
 from flowgrpo.algorithms import FIND
 from flowgrpo.cli import main
 from flowgrpo.config import Config, ConfigError, Model, Prompts, Run, Train
-from flowgrpo.core.advantages import GDPO, GroupAdvantage, LogTamed, PerReward, VirtualBest
+from flowgrpo.core.multi_reward_advantages import GDPO, LogTamed, PerReward
 from flowgrpo.core.random import Random
+from flowgrpo.core.single_reward_advantages import GroupAdvantage, VirtualBest
 from flowgrpo.core.transitions import Gaussian, gaussian_kl
 from flowgrpo.data.experience import INITIAL, Experience
 from flowgrpo.data.prompts import Group, Prompt

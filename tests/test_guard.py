@@ -21,7 +21,6 @@ from flowgrpo.algorithms.guard import (
     of_actions,
 )
 from flowgrpo.config import ConfigError, Train
-from flowgrpo.core.advantages import GroupAdvantage
 from flowgrpo.core.guards import (
     gated,
     nearest_distance,
@@ -32,6 +31,7 @@ from flowgrpo.core.guards import (
 )
 from flowgrpo.core.random import Random
 from flowgrpo.core.scores import Scores
+from flowgrpo.core.single_reward_advantages import GroupAdvantage
 from flowgrpo.core.transitions import FlowSDE
 from flowgrpo.data.experience import Candidates, Experience
 from flowgrpo.data.prompts import Group, Prompt

@@ -24,8 +24,9 @@ from flowgrpo.algorithms import (
 from flowgrpo.algorithms.base import AlgorithmBase, CreditView, check_interface
 from flowgrpo.algorithms.dance_grpo import extremes
 from flowgrpo.algorithms.guard import Guard
-from flowgrpo.core.advantages import GroupAdvantage, PerLoss
+from flowgrpo.core.multi_reward_advantages import PerLoss
 from flowgrpo.core.random import Random
+from flowgrpo.core.single_reward_advantages import GroupAdvantage
 from flowgrpo.core.steps import AllSteps, SlidingWindow, Window
 from flowgrpo.core.transitions import CPS, DDIM, DanceSDE, FlowSDE
 from flowgrpo.data.experience import Cost

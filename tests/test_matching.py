@@ -13,9 +13,9 @@ from torch import Tensor
 import flowgrpo
 from flowgrpo.algorithms import Matching
 from flowgrpo.config import ConfigError, Train
-from flowgrpo.core.advantages import BestAdvantage
 from flowgrpo.core.matching import squared_error
 from flowgrpo.core.random import Random
+from flowgrpo.core.single_reward_advantages import BestAdvantage
 from flowgrpo.core.transitions import ODE, Gaussian, Prediction, Step
 from flowgrpo.data.experience import Experience
 from flowgrpo.data.prompts import Group, Prompt

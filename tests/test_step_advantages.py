@@ -12,16 +12,9 @@ import torch
 from torch import Tensor
 
 from flowgrpo.algorithms import G2RPO, TPGRPO, VGPO, BranchGRPO, TempFlowGRPO
-from flowgrpo.core.advantages import (
-    GDPO,
-    BetaAdvantage,
-    GroupAdvantage,
-    LogTamed,
-    PerLoss,
-    PerReward,
-    VirtualBest,
-)
+from flowgrpo.core.multi_reward_advantages import GDPO, LogTamed, PerLoss, PerReward
 from flowgrpo.core.scores import Scores
+from flowgrpo.core.single_reward_advantages import BetaAdvantage, GroupAdvantage, VirtualBest
 from flowgrpo.core.steps import AllSteps
 from flowgrpo.core.transitions import FlowSDE
 from flowgrpo.data.experience import Actions, Candidates, Cost, Experience

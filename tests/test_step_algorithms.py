@@ -24,8 +24,8 @@ from flowgrpo.algorithms import (
 )
 from flowgrpo.config import Config, Model, Prompts, Run, Train
 from flowgrpo.config.geometry import geometry
-from flowgrpo.core.advantages import GroupAdvantage
 from flowgrpo.core.random import Random, SampleNoise
+from flowgrpo.core.single_reward_advantages import GroupAdvantage
 from flowgrpo.core.steps import Window
 from flowgrpo.core.transitions import CPS, DDIM, StepwiseSDE
 from flowgrpo.data.experience import Candidates, Experience

@@ -19,10 +19,10 @@ from flowgrpo.algorithms.tp_grpo import balance, differences, turning_points
 from flowgrpo.algorithms.vgpo import temporal_weights, values
 from flowgrpo.config.reader import read
 from flowgrpo.config.reference import to_table
-from flowgrpo.core.advantages import GroupAdvantage
 from flowgrpo.core.errors import ConfigError
 from flowgrpo.core.random import Random
 from flowgrpo.core.scores import Scores
+from flowgrpo.core.single_reward_advantages import GroupAdvantage
 from flowgrpo.core.steps import AllSteps, RandomSteps, SlidingWindow, Window
 from flowgrpo.core.transitions import CPS, ODE, CalibratedSDE, FlowSDE, StepwiseSDE
 from flowgrpo.data.experience import Actions, Candidates, Cost, Experience

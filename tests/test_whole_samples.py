@@ -15,8 +15,9 @@ from torch import Tensor
 import flowgrpo
 from flowgrpo.algorithms import Algorithm, DanceGRPO, DiffusionNFT, FlowGRPO, MixGRPO, PrefGRPO
 from flowgrpo.config import Config, ConfigError, Model, Prompts, Run, Train
-from flowgrpo.core.advantages import GDPO, BetaAdvantage, GroupAdvantage, LogTamed, PerReward
+from flowgrpo.core.multi_reward_advantages import GDPO, LogTamed, PerReward
 from flowgrpo.core.random import Random, SampleNoise
+from flowgrpo.core.single_reward_advantages import BetaAdvantage, GroupAdvantage
 from flowgrpo.core.steps import SlidingWindow, Window
 from flowgrpo.core.transitions import CPS, DDIM, DanceSDE, FlowSDE
 from flowgrpo.data.experience import Candidates, Experience

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from flowgrpo.algorithms.pref_grpo import rates_by_score
-from flowgrpo.core.advantages import GroupAdvantage
+from flowgrpo.core.single_reward_advantages import GroupAdvantage
 from flowgrpo.core.win_rates import pairs_of, verdicts_by_score, win_rates
 from flowgrpo.data.prompts import Prompt
 from flowgrpo.rewards.pairs import PairwisePreference, PairwiseScorer, PointwisePreference

@@ -23,7 +23,7 @@ from flowgrpo.algorithms import Algorithm
 from flowgrpo.cli.common import quiet
 from flowgrpo.config import Config, find
 from flowgrpo.core import transitions
-from flowgrpo.core.advantages import zero_variance_groups
+from flowgrpo.core.group_statistics import zero_variance_groups
 from flowgrpo.core.random import Random, SampleNoise
 from flowgrpo.data.experience import Actions, Experience
 from flowgrpo.data.prompt_sets import PromptSet

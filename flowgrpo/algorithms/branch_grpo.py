@@ -27,8 +27,9 @@ from flowgrpo.algorithms.credit import (
     refuse_separate,
     step_advantages,
 )
-from flowgrpo.core.advantages import Advantage, GroupAdvantage, candidate_advantages
+from flowgrpo.core.advantages import Advantage, candidate_advantages
 from flowgrpo.core.random import Random
+from flowgrpo.core.single_reward_advantages import GroupAdvantage
 from flowgrpo.core.steps import AllSteps, StepSelection
 from flowgrpo.core.tensors import Bool, Float, Tensor, torch
 from flowgrpo.core.transitions import DanceSDE, Transition, require_noise

@@ -22,8 +22,9 @@ from flowgrpo.algorithms.trajectories import (
     collect_trajectories,
     random_fraction,
 )
-from flowgrpo.core.advantages import Advantage, GroupAdvantage
+from flowgrpo.core.advantages import Advantage
 from flowgrpo.core.random import Random
+from flowgrpo.core.single_reward_advantages import GroupAdvantage
 from flowgrpo.core.steps import AllSteps, StepSelection
 from flowgrpo.core.tensors import Float, Tensor
 from flowgrpo.core.transitions import DanceSDE, Transition, require_noise

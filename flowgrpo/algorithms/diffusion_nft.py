@@ -14,8 +14,9 @@ from flowgrpo.algorithms.credit import trajectory_advantages
 from flowgrpo.algorithms.noised_samples import collect_noised_samples
 from flowgrpo.algorithms.previews import Previews
 from flowgrpo.algorithms.trajectories import TrajectoryPlan, check_fraction
-from flowgrpo.core.advantages import Advantage, GroupAdvantage
+from flowgrpo.core.advantages import Advantage
 from flowgrpo.core.random import Random
+from flowgrpo.core.single_reward_advantages import GroupAdvantage
 from flowgrpo.core.solvers import PlainSolver
 from flowgrpo.core.tensors import Float, Tensor, torch
 from flowgrpo.core.transitions import ODE

@@ -13,8 +13,9 @@ from flowgrpo.algorithms.base import AlgorithmBase, Policy, Scorer
 from flowgrpo.algorithms.collection import Collection
 from flowgrpo.algorithms.credit import credit_trajectories, trajectory_advantages
 from flowgrpo.algorithms.trajectories import TrajectoryPlan, sample_trajectories
-from flowgrpo.core.advantages import Advantage, GroupAdvantage
+from flowgrpo.core.advantages import Advantage
 from flowgrpo.core.random import Random
+from flowgrpo.core.single_reward_advantages import GroupAdvantage
 from flowgrpo.core.solvers import PlainSolver
 from flowgrpo.core.tensors import Float, Tensor, torch
 from flowgrpo.core.transitions import ODE

@@ -25,8 +25,9 @@ from flowgrpo.algorithms.trajectories import (
     collect_trajectories,
     sample_trajectories,
 )
-from flowgrpo.core.advantages import Advantage, GroupAdvantage
+from flowgrpo.core.advantages import Advantage
 from flowgrpo.core.random import Random
+from flowgrpo.core.single_reward_advantages import GroupAdvantage
 from flowgrpo.core.steps import AllSteps, RandomSteps, RandomWindow, StepSelection
 from flowgrpo.core.tensors import Float, Tensor
 from flowgrpo.core.transitions import FlowSDE, Transition, require_noise

@@ -15,7 +15,8 @@ from flowgrpo.algorithms.base import AlgorithmBase, CreditView, Policy, Scorer
 from flowgrpo.algorithms.branches import BranchPlan, collect_branches
 from flowgrpo.algorithms.collection import Strides
 from flowgrpo.algorithms.credit import branch_advantages, refuse_separate
-from flowgrpo.core.advantages import Advantage, PerReward
+from flowgrpo.core.advantages import Advantage
+from flowgrpo.core.multi_reward_advantages import PerReward
 from flowgrpo.core.random import Random
 from flowgrpo.core.steps import StepSelection, Window
 from flowgrpo.core.tensors import Float, Tensor

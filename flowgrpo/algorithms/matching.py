@@ -21,8 +21,9 @@ from flowgrpo.algorithms.credit import (
 from flowgrpo.algorithms.noised_samples import collect_noised_samples
 from flowgrpo.algorithms.previews import Previews
 from flowgrpo.algorithms.trajectories import TrajectoryPlan
-from flowgrpo.core.advantages import Advantage, GroupAdvantage
+from flowgrpo.core.advantages import Advantage
 from flowgrpo.core.random import Random
+from flowgrpo.core.single_reward_advantages import GroupAdvantage
 from flowgrpo.core.solvers import Solver
 from flowgrpo.core.tensors import Float, Tensor, torch
 from flowgrpo.core.text import counted

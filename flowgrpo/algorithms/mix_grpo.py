@@ -11,7 +11,8 @@ from typing import ClassVar, Literal
 from flowgrpo.algorithms.base import AlgorithmBase, Policy, Scorer
 from flowgrpo.algorithms.credit import trajectory_advantages
 from flowgrpo.algorithms.trajectories import TrajectoryPlan, collect_trajectories
-from flowgrpo.core.advantages import Advantage, PerReward
+from flowgrpo.core.advantages import Advantage
+from flowgrpo.core.multi_reward_advantages import PerReward
 from flowgrpo.core.random import Random
 from flowgrpo.core.solvers import Solver
 from flowgrpo.core.steps import SlidingWindow, StepSelection

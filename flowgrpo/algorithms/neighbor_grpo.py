@@ -21,8 +21,9 @@ from flowgrpo.algorithms.base import AlgorithmBase, Policy, Scorer
 from flowgrpo.algorithms.collection import Collection, Samples
 from flowgrpo.algorithms.credit import credit_trajectories, own_advantages, refuse_separate
 from flowgrpo.algorithms.trajectories import TrajectoryPlan
-from flowgrpo.core.advantages import Advantage, GroupAdvantage
+from flowgrpo.core.advantages import Advantage
 from flowgrpo.core.random import Random, SampleNoise
+from flowgrpo.core.single_reward_advantages import GroupAdvantage
 from flowgrpo.core.solvers import Solver
 from flowgrpo.core.steps import StepSelection, Window
 from flowgrpo.core.tensors import Float, Int, Tensor, torch

@@ -18,7 +18,8 @@ from flowgrpo.algorithms.trajectories import (
     collect_trajectories,
     random_fraction,
 )
-from flowgrpo.core.advantages import Advantage, PerReward
+from flowgrpo.core.advantages import Advantage
+from flowgrpo.core.multi_reward_advantages import PerReward
 from flowgrpo.core.random import Random
 from flowgrpo.core.steps import AllSteps, StepSelection
 from flowgrpo.core.tensors import Float, Int, Tensor, torch

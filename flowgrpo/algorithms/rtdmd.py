@@ -20,8 +20,9 @@ from flowgrpo.algorithms.collection import Collection
 from flowgrpo.algorithms.credit import trajectory_advantages
 from flowgrpo.algorithms.dmd import add_generated
 from flowgrpo.algorithms.trajectories import TrajectoryPlan, sample_trajectories
-from flowgrpo.core.advantages import Advantage, GroupAdvantage
+from flowgrpo.core.advantages import Advantage
 from flowgrpo.core.random import Random
+from flowgrpo.core.single_reward_advantages import GroupAdvantage
 from flowgrpo.core.steps import AllSteps, StepSelection
 from flowgrpo.core.tensors import Float, Tensor, torch
 from flowgrpo.core.transitions import CPS, Transition, require_noise

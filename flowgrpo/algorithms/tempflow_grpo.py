@@ -14,8 +14,9 @@ from typing import Literal
 from flowgrpo.algorithms.base import AlgorithmBase, CreditView, Policy, Scorer
 from flowgrpo.algorithms.branches import BranchPlan, collect_branches
 from flowgrpo.algorithms.credit import branch_advantages, refuse_separate
-from flowgrpo.core.advantages import Advantage, GroupAdvantage
+from flowgrpo.core.advantages import Advantage
 from flowgrpo.core.random import Random
+from flowgrpo.core.single_reward_advantages import GroupAdvantage
 from flowgrpo.core.steps import AllSteps, StepSelection
 from flowgrpo.core.tensors import Float, Tensor, torch
 from flowgrpo.core.transitions import FlowSDE, Transition, require_noise

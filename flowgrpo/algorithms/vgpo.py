@@ -19,8 +19,10 @@ from flowgrpo.algorithms.base import AlgorithmBase, CreditView, Policy, Scorer
 from flowgrpo.algorithms.collection import Collection
 from flowgrpo.algorithms.credit import StepTable, check_kind, step_advantages
 from flowgrpo.algorithms.trajectories import TrajectoryPlan, sample_trajectories
-from flowgrpo.core.advantages import RELATIVE_FLOOR, REWARD, Advantage, GroupAdvantage
+from flowgrpo.core.advantages import Advantage
+from flowgrpo.core.group_statistics import RELATIVE_FLOOR
 from flowgrpo.core.random import Random
+from flowgrpo.core.single_reward_advantages import REWARD, GroupAdvantage
 from flowgrpo.core.steps import AllSteps, StepSelection
 from flowgrpo.core.tensors import Float, Tensor, torch
 from flowgrpo.core.transitions import FlowSDE, Transition, require_noise

@@ -10,7 +10,7 @@ RENAMED_KEYS = {"evaluation.measures": "evaluation.metrics"}
 """From old dotted keys to new ones."""
 
 MOVED_MODULES = {
-    "flowgrpo.core.several": "flowgrpo.core.advantages",
+    "flowgrpo.core.several": "flowgrpo.core.multi_reward_advantages",
     "flowgrpo.frames": "flowgrpo.rewards.frames",
     "flowgrpo.pairwise": "flowgrpo.rewards.pairs",
 }

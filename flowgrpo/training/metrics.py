@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from flowgrpo.core.advantages import zero_variance_groups
+from flowgrpo.core.group_statistics import zero_variance_groups
 from flowgrpo.data.experience import Experience
 from flowgrpo.losses.base import LossMetric
 from flowgrpo.training.shares import Shares

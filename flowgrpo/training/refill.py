@@ -13,7 +13,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from flowgrpo.core.advantages import zero_variance_groups
+from flowgrpo.core.group_statistics import zero_variance_groups
 from flowgrpo.data.experience import Actions, Candidates, Cost, Experience
 from flowgrpo.data.prompts import Group
 
