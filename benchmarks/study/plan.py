@@ -276,8 +276,8 @@ def jobs(store: Store, plan: Plan, entries: Sequence[Entry] | None = None) -> It
     yield from _left(store, _tuning(store, plan, first))
     order: list[tuple[Kind, Sequence[int], Sequence[Entry]]] = [
         ("main", early, first), ("flawed", early[:1], first), ("main", late, first),
-        ("flawed", early[1:], first), ("second", early, first),
-        ("main", early, further), ("flawed", early, further),
+        ("flawed", early[1:], first), ("second", early[:2], first),
+        ("main", early, further), ("second", early[2:], first), ("flawed", early, further),
         ("guided", early, first), ("long", early, first),
         ("second", early, further), ("main", late, further),
     ]  # fmt: skip
