@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from flowgrpo.core.imports import import_path, suggest
+from flowgrpo.policy.model_files import ask_hub, may_be_id
 from flowgrpo.rewards.protocols import PairwiseJudge, RewardModel
 from flowgrpo.rewards.settings import Reward
 
@@ -78,6 +79,38 @@ def check_installed(model: str) -> None:
         raise ImportError(
             f"reward {module.__name__.rpartition('.')[2]!r} needs {' and '.join(absent)}: pip install {install}"
         )
+
+
+def check_places(reward: Reward, key: str) -> None:
+    """Check the files, folders and models that the options of a reward name, before anything is loaded.
+
+    A module names the options that are a file, a folder or a hub id in ``WEIGHTS``, and those that are a
+    file or a folder in ``PATHS``. Models that are not here are looked up on the hub, if it can be asked.
+
+    Args:
+        reward: The reward; :func:`check_installed` has accepted its model.
+        key: Its key, for the error.
+
+    Raises:
+        ValueError: If one does not exist.
+    """
+    module = sys.modules[
+        reward.model.partition(":")[0] if ":" in reward.model else f"{PACKAGE}.{reward.model}"
+    ]
+    may_be_ids = getattr(module, "WEIGHTS", ())
+    for option in (*may_be_ids, *getattr(module, "PATHS", ())):
+        name = reward.options.get(option)
+        if not isinstance(name, str) or not name or Path(name).exists():
+            continue
+        place = f"{key}.options.{option}"
+        if Path(name).expanduser().exists():
+            raise ValueError(f"{place}: rewards do not replace ~; give the whole path of {name}")
+        if option not in may_be_ids or not may_be_id(name):
+            raise ValueError(f"{place}: no such file or folder: {name}")
+        try:
+            ask_hub(name)
+        except FileNotFoundError as error:
+            raise ValueError(f"{place}: {error}") from error
 
 
 def found(model: str) -> object:

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 from flowgrpo.config import Config, ConfigError, find
 from flowgrpo.config.distillation import check_taught
@@ -13,10 +12,11 @@ from flowgrpo.core.secrets import REDACTED, redacted_in
 from flowgrpo.core.text import counted
 from flowgrpo.data.prompt_sets import PromptSet, shared
 from flowgrpo.data.videos import require_video
-from flowgrpo.policy.model_files import check_path
+from flowgrpo.policy.model_files import Check, ask_hub, check_adapter, check_path, check_start
 from flowgrpo.policy.settings import require_installed
-from flowgrpo.rewards.loading import check_installed, check_name, found
+from flowgrpo.rewards.loading import check_installed, check_name, check_places, found
 from flowgrpo.rewards.prompt_use import is_declared, prompt_notes
+from flowgrpo.rewards.settings import Reward
 from flowgrpo.training.trackers import check_trackers
 
 
@@ -45,10 +45,9 @@ def check_names(config: Config, num_processes: int) -> None:
         training_source(config)
     with _setting("prompts.held_out"):
         find(config.prompts.held_out)
-    for key, name in _weights(config).items():
-        is_file = name.startswith((".", "/", "~")) or name.endswith(".safetensors")
-        if is_file and not Path(name).expanduser().exists():
-            raise ConfigError(f"{key}: no such file or folder: {name}")
+    for key, name, check in _weights(config):
+        with _setting(key):
+            check(name)
     for index, reward in enumerate(config.rewards):
         if ":" not in reward.model:
             with _setting(f"rewards[{index}].model"):
@@ -91,6 +90,7 @@ def check_inputs(config: Config, num_processes: int) -> tuple[PromptSet, PromptS
         with _setting(f"rewards[{index}].model"):
             check_name(reward.model)
             check_installed(reward.model)
+        check_places(reward, f"rewards[{index}]")
     if config.failures.probe == "refuse":
         declared = {r.label: is_declared(found(r.model)) for r in config.rewards}
         prompt_notes(config.rewards, declared, config.algorithm.needs_rewards, refuse=True)
@@ -98,6 +98,8 @@ def check_inputs(config: Config, num_processes: int) -> tuple[PromptSet, PromptS
         with _setting("guard.features"):
             check_name(config.guard.features)
             check_installed(config.guard.features)
+        features = Reward(model=config.guard.features, options=config.guard.features_options)
+        check_places(features, "guard.features")
     with _setting("model.path"):
         check_path(config.model.path)
     if config.evaluation.bench:
@@ -119,14 +121,40 @@ def shared_note(train: PromptSet, held_out: PromptSet) -> list[str]:
     ]
 
 
-def _weights(config: Config) -> dict[str, str]:
-    """Weights besides the model itself: the base of a single file, earlier adapters, and teachers."""
-    found = {"model.base": config.model.base}
-    found |= {f"model.adapters[{i}].path": a.path for i, a in enumerate(config.model.adapters)}
+def absent_weights(config: Config, and_model: bool = True) -> list[str]:
+    """A sentence for each model or adapter that is not here while the hub cannot be asked for it.
+
+    Args:
+        config: The configuration.
+        and_model: Whether to look for the model itself, too.
+
+    Raises:
+        ConfigError: If one is neither here nor on the hub.
+    """
+    weights, absent = _weights(config), []
+    if and_model and config.model.path != "shapes":
+        weights.append(("model.path", config.model.path, check_path))
+    for key, name, check in weights:
+        with _setting(key):
+            if check(name) is None and (reason := ask_hub(name)):
+                absent.append(
+                    f"{key}: {name} is no file or folder here; as an id of the hub, {reason}"
+                )
+    return absent
+
+
+def _weights(config: Config) -> list[tuple[str, str, Check]]:
+    """Weights besides the model itself, each with its key and check: the base of a single file, earlier
+    adapters, and teachers."""
+    found: list[tuple[str, str, Check]] = [("model.base", config.model.base, check_path)]
+    found += [(f"model.adapters[{i}].path", a.path, check_adapter) for i, a in enumerate(config.model.adapters)]  # fmt: skip
+    found += [("model.weights.init", getattr(config.model.weights, "init", ""), check_start)]
     teachers = config.loss.needs.teachers
     for number, teacher in enumerate(teachers.all if teachers else ()):
-        found[f"loss.teachers[{number}].path"] = teacher.path
-    return found | {"model.weights.init": getattr(config.model.weights, "init", "")}
+        if teacher.is_named:
+            check = check_path if teacher.weights == "model" else check_start
+            found.append((f"loss.teachers[{number}].path", teacher.path, check))
+    return [one for one in found if one[1]]
 
 
 @contextmanager

@@ -23,7 +23,6 @@ from flowgrpo.policy.probe import (
     fit_noise,
     ignores_negatives,
 )
-from flowgrpo.policy.teachers import require_found
 from flowgrpo.policy.text_length import cut_prompts, tokenizers_of
 from flowgrpo.rewards.differentiable import DifferentiableRewards
 from flowgrpo.rewards.features import Features
@@ -36,7 +35,7 @@ from flowgrpo.training.given_pictures import (
     picture_notes,
     quality_of,
 )
-from flowgrpo.training.inputs import shared_note
+from flowgrpo.training.inputs import absent_weights, shared_note
 from flowgrpo.training.learner import Learner
 from flowgrpo.training.replay_buffer import ReplayBuffer
 from flowgrpo.training.reward_replay import RewardReplay
@@ -73,7 +72,7 @@ def build(config: Config, session: Session, prompts: PromptSet, held_out: Prompt
 
     1. Nothing is loaded: the configuration, the device, optional packages, prompt files and the import
        paths of rewards and metrics (:func:`flowgrpo.training.inputs.check_inputs`); then the run
-       directory (:class:`Session`).
+       directory (:class:`Session`), and whether models and adapters that are not here are on the hub.
     2. The rewards are loaded: whether they can use the prompts, and let the policy train.
     3. The pipeline is loaded: sizes, initial noise and transition (:func:`_check_policy`).
     4. The judges of benchmarks are asked about one image.
@@ -84,7 +83,8 @@ def build(config: Config, session: Session, prompts: PromptSet, held_out: Prompt
         RewardError: If a reward cannot be trained on.
         CheckpointError: If the newest checkpoint is damaged.
     """
-    require_found(_teacher_paths(config))
+    if absent := absent_weights(config):
+        raise ConfigError(absent[0])
     scorer = _load_rewards(config, session, [*prompts.prompts, *held_out.prompts])
     policy = _load_policy(config, session)
     scorer.check_audio(policy.makes_audio, f"{type(policy.pipeline).__name__} makes none")
