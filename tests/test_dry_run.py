@@ -16,11 +16,12 @@ from flowgrpo.cli.train import _notes
 from flowgrpo.config import ConfigError
 from flowgrpo.data.prompt_sets import PromptSet
 from flowgrpo.memory.meta_pipeline import config_folder
+from flowgrpo.policy import settings
 from flowgrpo.policy.model_files import PUBLISHED, ask_hub, check_path, locate
 from flowgrpo.rewards import loading
 from flowgrpo.rewards.loading import check_installed, check_places
 from flowgrpo.rewards.settings import Reward
-from flowgrpo.training import run_folder
+from flowgrpo.training import run_folder, trackers
 from flowgrpo.training.inputs import absent_weights, check_names
 
 ROOT = Path(__file__).parents[1]
@@ -34,6 +35,30 @@ def offline(monkeypatch, tmp_path):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
 
 
+def test_a_plan_needs_no_optional_package(monkeypatch, capsys):
+    """It names all that are not installed; a run refuses them before anything is loaded."""
+    there, absent = importlib.util.find_spec, ("rapidocr", "bitsandbytes", "wandb")
+    for module in (loading, settings, trackers):
+        monkeypatch.setattr(module, "find_spec", lambda n: None if n in absent else there(n))
+    given = [
+        "--set=rewards=[{model='ocr'}]",
+        "--set=train.optimizer=adamw8bit",
+        "--set=run.trackers=['wandb']",
+    ]
+    assert main(["train", "quickstart_flow_grpo", "--dry-run", *given]) == 0
+    said = capsys.readouterr().out
+    assert "reward ocr  weight 1" in said
+    (line,) = [n for n in said.split("\n") if n.startswith("before the run can start: ")]
+    optimizer = "train.optimizer = 'adamw8bit' needs bitsandbytes: pip install 'flowgrpo[quant]'"
+    assert line.removeprefix("before the run can start: ").split("; ") == [
+        optimizer,
+        "run.trackers[0]: 'wandb' is not installed: pip install 'flowgrpo[wandb]'",
+        "rewards[0].model: reward 'ocr' needs rapidocr: pip install 'flowgrpo[ocr]'",
+    ]
+    assert main(["train", "quickstart_flow_grpo", *given]) == 1
+    assert capsys.readouterr().err.startswith(f"flowgrpo: {optimizer}; run.trackers[0]: ")
+
+
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
@@ -41,13 +66,10 @@ def offline(monkeypatch, tmp_path):
         ("model.path=a/b/c", "model.path: no such folder or file: a/b/c"),
         ("model.path=prompts", "model.path: prompts is not a diffusers pipeline: it has no model_"),
         ('run.trackers=["wandbb"]', "run.trackers[0]: unknown tracker 'wandbb'; did you mean 'wan"),
-        ("rewards=[{model='ocr'}]", "rewards[0].model: reward 'ocr' needs rapidocr: pip install '"),
         ("rewards=[{model='no_such:R'}]", "rewards[0].model: 'no_such:R': there is no module 'no_"),
     ],
 )
 def test_what_is_missing_is_an_error_of_the_dry_run(setting, message, monkeypatch, capsys):
-    there = importlib.util.find_spec
-    monkeypatch.setattr(loading, "find_spec", lambda n: None if n == "rapidocr" else there(n))
     monkeypatch.chdir(ROOT)
     assert main(["train", "quickstart_flow_grpo", "--dry-run", "--set", setting]) == 1
     error = capsys.readouterr().err

@@ -162,7 +162,8 @@ def _dry_run(config: "Config", num_processes: int, memory_gb: float | None) -> i
     from flowgrpo.training.run_folder import preview
 
     config, kept = in_force(config)
-    train, held_out = check_inputs(config, num_processes)
+    packages: list[str] = []
+    train, held_out = check_inputs(config, num_processes, packages)
     model, work = locate(config.model.path), plan(config, num_processes)
     absent = absent_weights(config, and_model=False)
     rows = [
@@ -199,6 +200,8 @@ def _dry_run(config: "Config", num_processes: int, memory_gb: float | None) -> i
         console.say(note)
     print_estimate(config, num_processes, memory_gb, console)
     console.say("the configuration is valid; nothing was loaded")
+    if packages:
+        console.say(f"before the run can start: {'; '.join(packages)}")
     if not model.is_here:
         console.say(f"the model {config.model.path} has to be downloaded before the run can start")
     return 0

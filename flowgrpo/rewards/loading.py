@@ -13,6 +13,7 @@ from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any
 
+from flowgrpo.core.errors import ConfigError
 from flowgrpo.core.imports import import_path, suggest
 from flowgrpo.policy.model_files import ask_hub, may_be_id
 from flowgrpo.rewards.protocols import PairwiseJudge, RewardModel
@@ -92,7 +93,7 @@ def check_places(reward: Reward, key: str) -> None:
         key: Its key, for the error.
 
     Raises:
-        ValueError: If one does not exist.
+        ConfigError: If one does not exist.
     """
     module = sys.modules[
         reward.model.partition(":")[0] if ":" in reward.model else f"{PACKAGE}.{reward.model}"
@@ -104,13 +105,13 @@ def check_places(reward: Reward, key: str) -> None:
             continue
         place = f"{key}.options.{option}"
         if Path(name).expanduser().exists():
-            raise ValueError(f"{place}: rewards do not replace ~; give the whole path of {name}")
+            raise ConfigError(f"{place}: rewards do not replace ~; give the whole path of {name}")
         if option not in may_be_ids or not may_be_id(name):
-            raise ValueError(f"{place}: no such file or folder: {name}")
+            raise ConfigError(f"{place}: no such file or folder: {name}")
         try:
             ask_hub(name)
         except FileNotFoundError as error:
-            raise ValueError(f"{place}: {error}") from error
+            raise ConfigError(f"{place}: {error}") from error
 
 
 def found(model: str) -> object:
