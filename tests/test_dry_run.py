@@ -40,6 +40,7 @@ def test_a_plan_needs_no_optional_package(monkeypatch, capsys):
     there, absent = importlib.util.find_spec, ("rapidocr", "bitsandbytes", "wandb")
     for module in (loading, settings, trackers):
         monkeypatch.setattr(module, "find_spec", lambda n: None if n in absent else there(n))
+    monkeypatch.setattr("flowgrpo.memory.printing.print_estimate", lambda *_: None)
     given = [
         "--set=rewards=[{model='ocr'}]",
         "--set=train.optimizer=adamw8bit",
@@ -139,11 +140,11 @@ def test_a_path_with_one_slash_is_not_taken_for_an_id(hub, tmp_path, monkeypatch
             absent_weights(config)
     reward = Reward(model="aesthetic", options={"head": "runs/firt"})
     check_installed("aesthetic")
-    with pytest.raises(ValueError, match=r"r.options.head: no such file or folder: runs/firt; did"):
+    with pytest.raises(ValueError, match=r"r.head: no such file or folder: runs/firt; did"):
         check_places(reward, "r")
     check_places(replace(reward, options={"head": "owner/name"}), "r")
     for name, words in (("./head.pth", "no such file or folder"), ("~", "do not replace ~")):
-        with pytest.raises(ValueError, match=rf"r.options.head: .*{words}"):
+        with pytest.raises(ValueError, match=rf"r.head: .*{words}"):
             check_places(replace(reward, options={"head": name}), "r")
 
 

@@ -90,7 +90,7 @@ def check_places(reward: Reward, key: str) -> None:
 
     Args:
         reward: The reward; :func:`check_installed` has accepted its model.
-        key: Its key, for the error.
+        key: The key of its options, for the error.
 
     Raises:
         ConfigError: If one does not exist.
@@ -103,7 +103,7 @@ def check_places(reward: Reward, key: str) -> None:
         name = reward.options.get(option)
         if not isinstance(name, str) or not name or Path(name).exists():
             continue
-        place = f"{key}.options.{option}"
+        place = f"{key}.{option}"
         if Path(name).expanduser().exists():
             raise ConfigError(f"{place}: rewards do not replace ~; give the whole path of {name}")
         if option not in may_be_ids or not may_be_id(name):
@@ -143,7 +143,21 @@ def load_model(reward: Reward) -> RewardModel | PairwiseJudge:
 
 def construct(reward: Reward) -> Any:
     """As :func:`load_model`, for a model that may have another interface."""
-    target = found(reward.model)
+    target: Any = found(reward.model)
+    check_options(reward, target)
+    return target(**reward.options) if isinstance(target, type) else target
+
+
+def check_options(reward: Reward, target: Any) -> None:
+    """Check that a reward's class takes its options, without constructing it.
+
+    Args:
+        reward: The reward.
+        target: The class or function that :func:`found` returns.
+
+    Raises:
+        ValueError: If it does not, or is neither a class nor a function.
+    """
     if not callable(target):
         raise ValueError(f"reward {reward.model!r} is {target!r}, neither a class nor a function")
     if isinstance(target, type):
@@ -153,12 +167,10 @@ def construct(reward: Reward) -> Any:
             raise ValueError(
                 f"reward {reward.label!r}: {error}; it takes {inspect.signature(target)}"
             ) from error
-        return target(**reward.options)
-    if reward.options:
+    elif reward.options:
         raise ValueError(
             f"reward {reward.label!r} is a function and takes no options, got {reward.options}"
         )
-    return target
 
 
 def load_reward(reward: Reward) -> RewardModel:

@@ -14,7 +14,7 @@ from flowgrpo.data.prompt_sets import PromptSet, shared
 from flowgrpo.data.videos import require_video
 from flowgrpo.policy.model_files import Check, ask_hub, check_adapter, check_path, check_start
 from flowgrpo.policy.settings import absent_packages
-from flowgrpo.rewards.loading import check_installed, check_name, check_places, found
+from flowgrpo.rewards.loading import check_installed, check_name, check_options, check_places, found
 from flowgrpo.rewards.prompt_use import is_declared, prompt_notes
 from flowgrpo.rewards.settings import Reward
 from flowgrpo.training.trackers import absent_trackers
@@ -106,21 +106,20 @@ def check_inputs(
     importable = []
     for index, reward in enumerate(config.rewards):
         with _collected(absent):
-            with _setting(f"rewards[{index}].model"):
-                check_name(reward.model)
-                check_installed(reward.model)
-            check_places(reward, f"rewards[{index}]")
+            _check_model(f"rewards[{index}]", reward)
             importable.append(reward)
+    preference = getattr(config.algorithm, "preference", None)
+    if judge := getattr(preference, "model", ""):
+        with _collected(absent):
+            options = getattr(preference, "options", {})
+            _check_model("algorithm.preference", Reward(model=judge, options=options))
     if config.failures.probe == "refuse":
         declared = {r.label: is_declared(found(r.model)) for r in importable}
         prompt_notes(config.rewards, declared, config.algorithm.needs_rewards, refuse=True)
     if config.guard.features:
         with _collected(absent):
-            with _setting("guard.features"):
-                check_name(config.guard.features)
-                check_installed(config.guard.features)
             features = Reward(model=config.guard.features, options=config.guard.features_options)
-            check_places(features, "guard.features")
+            _check_model("guard.features", features, "guard.features", "guard.features_options")
     with _setting("model.path"):
         check_path(config.model.path)
     if config.evaluation.bench:
@@ -140,6 +139,27 @@ def shared_note(train: PromptSet, held_out: PromptSet) -> list[str]:
         f"{len(both)} of {counted(len(held_out.prompts), 'held-out prompt')} {verb} too, such as "
         f"{both[0].text[:80]!r}: on them, evaluations do not show whether the model does better on new prompts"
     ]
+
+
+def _check_model(key: str, reward: Reward, name: str = "", options: str = "") -> None:
+    """Check a model that scores, compares or embeds media, without constructing it.
+
+    Args:
+        key: Key of its table, for the error.
+        reward: Its name and its options.
+        name: Key of its name, by default ``model`` of the table.
+        options: Key of its options, by default ``options`` of the table.
+
+    Raises:
+        ConfigError: If there is none, a package of it is not installed, or its options are wrong.
+    """
+    with _setting(name or f"{key}.model"):
+        check_name(reward.model)
+        check_installed(reward.model)
+    options = options or f"{key}.options"
+    with _setting(options):
+        check_options(reward, found(reward.model))
+    check_places(reward, options)
 
 
 def absent_weights(config: Config, and_model: bool = True) -> list[str]:
