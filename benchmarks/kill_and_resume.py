@@ -52,6 +52,7 @@ SMALL = [
     "evaluation.images=2",
     "evaluation.every=1",
     "evaluation.images_during=2",
+    "evaluation.regimes=[{guidance_scale=3.0, images=2}]",
     "evaluation.grid_prompts=1",
     "evaluation.grid_samples=1",
     "evaluation.inspected_prompts=1",
@@ -80,8 +81,17 @@ ALGORITHMS = {
     "vgpo": (CPS,),
     "branch_grpo": ("splits=[0, 1]", "children=2", CPS),
     "find": (),
+    "neighbor_grpo": ("anchors=2", WINDOW),
+    "matching": ("num_times=2",),
+    "distillation": (),
+    "dmd": (),
+    "rtdmd": (CPS, "steps={kind='random_steps', count=2, first=0, last=2}"),
+    "draft": (),
+    "refl": ("stop_range=[0.5, 1.0]",),
+    "srpo": ("step_range=[0.0, 0.5]",),
 }  # fmt: skip
 """Settings of each algorithm besides its kind and the group size."""
+DIFFERENTIABLE = "rewards=[{model='flowgrpo.shapes.denoiser_reward:DenoiserReward'}]"
 MORE = {
     "vgpo": ["loss={ratio='guard', clip_range=1e-3}"],
     "branch_grpo": ["loss={ratio='guard', clip_range=1e-3}"],
@@ -92,6 +102,16 @@ MORE = {
         "train.lr=1e-2",
         "train.monitor_states=0",
     ],
+    "neighbor_grpo": ["loss={kind='neighbor', clip_range=1e-3}"],
+    "matching": ["loss={kind='matching', kl_coef=0.05}"],
+    "distillation": [
+        "loss={kind='distillation', teachers=[{guidance_scale=3.0}, {guidance_scale=1.5}]}"
+    ],
+    "dmd": ["loss={kind='dmd', fake={updates=2, num_times=2}}"],
+    "rtdmd": ["loss={kind='dmd', weight=0.1, fake={num_times=2}, teachers=[{guidance_scale=3.0}]}"],
+    "draft": ["loss={kind='reward_gradient'}", DIFFERENTIABLE],
+    "refl": ["loss={kind='reward_gradient', form='hinge', target=2.0}", DIFFERENTIABLE],
+    "srpo": ["loss={kind='reward_gradient'}", DIFFERENTIABLE],
 }
 NOT_COMPARED = re.compile(
     r"timings|sessions|environment|finished|run\.lock|report\.html|config\.toml|\.lock$|bench\.json|"

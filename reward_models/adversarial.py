@@ -33,6 +33,8 @@ from reward_models.shared.pictures import (
 from reward_models.shared.similarity import squashed
 
 __all__ = ["Adversarial"]
+WEIGHTS = ("model",)
+PATHS = ("root", "references")
 
 HIDDEN = 512
 

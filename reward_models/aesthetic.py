@@ -32,6 +32,7 @@ from reward_models.shared.pictures import (
 )
 
 __all__ = ["Aesthetic"]
+WEIGHTS = ("model", "head")
 
 FILES = ("aesthetic-model.pth", "sac+logos+ava1-l14-linearMSE.pth")
 LAYERS = (0, 2, 4, 6, 7)

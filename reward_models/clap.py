@@ -16,6 +16,7 @@ from flowgrpo.data.prompts import Prompt
 from reward_models.shared.checkpoints import Precision, from_pretrained, pick_device, pick_dtype
 
 __all__ = ["CLAPScore"]
+WEIGHTS = ("model",)
 
 
 class CLAPScore:

@@ -24,6 +24,7 @@ from reward_models.shared.mplug_owl2 import Owl2
 from reward_models.shared.pictures import check_media, finite_only, pictures
 
 __all__ = ["DeQA"]
+WEIGHTS = ("model",)
 
 BEFORE = "USER: How would you rate the quality of this image?\n"
 AFTER = "\nASSISTANT: The quality of the image is"

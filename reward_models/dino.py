@@ -15,6 +15,8 @@ from reward_models.shared.pictures import IMAGENET_MEAN, IMAGENET_STD, shrunk_an
 from reward_models.shared.similarity import ReferenceSimilarity, Several, squashed
 
 __all__ = ["DINOSimilarity"]
+WEIGHTS = ("model",)
+PATHS = ("root",)
 
 UNTRAINED = ("embeddings.mask_token",)
 

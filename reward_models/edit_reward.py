@@ -27,6 +27,7 @@ from reward_models.shared.qwen2_vl import (
 from reward_models.shared.templates import template
 
 __all__ = ["EditReward"]
+WEIGHTS = ("model", "base")
 
 FILES = ("model.safetensors", "model.pth")
 PIXELS = 256 * 28 * 28

@@ -33,6 +33,7 @@ from reward_models.shared.checkpoints import Precision, pick_device, pick_dtype
 from reward_models.shared.pictures import check_media, eight_bits
 
 __all__ = ["GenEval"]
+WEIGHTS = ("detector",)
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 SHORTEST_EDGE, LONGEST_EDGE, SIZE_DIVISOR = 800, 1333, 32

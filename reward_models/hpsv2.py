@@ -21,6 +21,7 @@ from reward_models.shared.checkpoints import (
 from reward_models.shared.pictures import CLIP_MEAN, CLIP_STD, check_media, eight_bits, finite_only
 
 __all__ = ["HPSv2"]
+WEIGHTS = ("model",)
 
 FILES = ("HPS_v2.1_compressed.pt", "HPS_v2_compressed.pt")
 

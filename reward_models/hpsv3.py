@@ -27,6 +27,7 @@ from reward_models.shared.qwen2_vl import (
 from reward_models.shared.templates import template
 
 __all__ = ["HPSv3"]
+WEIGHTS = ("model", "base")
 
 FILES = ("HPSv3.safetensors",)
 PIXELS = 256 * 28 * 28

@@ -37,6 +37,7 @@ from reward_models.shared.pictures import (
 )
 
 __all__ = ["ImageReward"]
+WEIGHTS = ("model", "tokenizer")
 
 FILES = ("ImageReward.pt",)
 MEAN, STD = 0.16717362830052426, 1.0333394966054072

@@ -21,6 +21,7 @@ from reward_models.shared.pictures import (
 )
 
 __all__ = ["Physics"]
+WEIGHTS = ("model",)
 
 
 class Physics:

@@ -18,6 +18,7 @@ from reward_models.shared.pictures import (
 )
 
 __all__ = ["PickScore"]
+WEIGHTS = ("model", "processor")
 
 BICUBIC = 3
 """Pillow's number of the filter."""

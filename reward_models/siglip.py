@@ -13,6 +13,8 @@ from reward_models.shared.checkpoints import Precision, from_pretrained, pick_de
 from reward_models.shared.similarity import ReferenceSimilarity, Several, squashed
 
 __all__ = ["SigLIPSimilarity"]
+WEIGHTS = ("model",)
+PATHS = ("root",)
 
 MEAN = STD = (0.5, 0.5, 0.5)
 TEXT_PARTS = ("text_model.", "logit_scale", "logit_bias")

@@ -28,6 +28,8 @@ from reward_models.shared.pictures import (
 )
 
 __all__ = ["SubjectIdentity"]
+WEIGHTS = ("model", "detector")
+PATHS = ("root",)
 
 RESIZE, CROP = 256, 224
 

@@ -19,6 +19,7 @@ from reward_models.shared.pictures import check_media, finite_only, pictures
 from reward_models.shared.templates import template
 
 __all__ = ["UnifiedReward"]
+WEIGHTS = ("model",)
 
 log = logging.getLogger(__name__)
 

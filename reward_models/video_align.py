@@ -29,6 +29,7 @@ from reward_models.shared.qwen2_vl import (
 from reward_models.shared.templates import template
 
 __all__ = ["VideoAlign"]
+WEIGHTS = ("model", "base")
 
 TOKENS = {"VQ": "<|VQ_reward|>", "MQ": "<|MQ_reward|>", "TA": "<|TA_reward|>"}
 MEAN, STD = (3.6757, 1.1646, 2.8105), (2.2476, 1.3811, 2.5121)

@@ -20,6 +20,7 @@ from reward_models.shared.qwen2_vl import chunks, frame_rates, shown_frames
 from reward_models.shared.templates import template
 
 __all__ = ["VideoScore2"]
+WEIGHTS = ("model",)
 
 log = logging.getLogger(__name__)
 

@@ -14,6 +14,7 @@ from reward_models.shared.frozen_features import FrozenFeatures, probe
 from reward_models.shared.pictures import check_media, finite_only, pictures
 
 __all__ = ["VoteHead"]
+PATHS = ("file",)
 
 KIND, FORMAT = "flowgrpo-vote-head", 1
 TOLERANCE = 0.02

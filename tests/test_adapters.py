@@ -245,7 +245,7 @@ def test_adapters_that_do_not_fit_are_refused(
     )
     (tmp_path / "torn.safetensors").write_bytes(b"torn")
     assert "not in safetensors' format" in refused("sd3", tmp_path / "torn.safetensors")
-    assert "no such adapter" in refused("sd3", tmp_path / "absent.safetensors")
+    assert "adapter: no such file or folder" in refused("sd3", tmp_path / "absent.safetensors")
     (tmp_path / "empty").mkdir()
     assert "has no adapter files (.safetensors)" in refused("sd3", tmp_path / "empty")
     policy = make_policy("sd3")

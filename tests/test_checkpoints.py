@@ -88,8 +88,18 @@ def test_missing_and_cut_files_are_found(folder):
     with pytest.raises(CheckpointError, match=r"optimizer.safetensors is damaged"):
         load(folder)
     file.unlink()
-    with pytest.raises(CheckpointError, match=r"optimizer.safetensors"):
+    with pytest.raises(
+        CheckpointError, match=r"optimizer.safetensors is missing; delete .*000012 to"
+    ):
         load(folder)
+    best = folder.rename(folder.with_name("best"))
+    with pytest.raises(
+        CheckpointError, match=r"is missing; restore the file, or use another checkp"
+    ):
+        load(best)
+    (best / "state.json").unlink()
+    with pytest.raises(CheckpointError, match=r"best/state.json is missing; restore the file"):
+        load(best)
 
 
 def test_a_changed_digit_of_the_state_is_found(folder):
@@ -126,7 +136,7 @@ def test_a_broken_state_is_found(folder, text):
 
 
 def test_a_missing_checkpoint_is_an_error(tmp_path):
-    with pytest.raises(CheckpointError, match=r"state.json cannot be read"):
+    with pytest.raises(CheckpointError, match=r"state.json is missing; delete"):
         load(tmp_path / "000001")
 
 

@@ -169,6 +169,25 @@ def test_settings_that_exclude_each_other(settings: list[str], problem: str) -> 
         (["loss={kind='matching', power=0.5}"], "loss.power = 0.5", 'loss.weight = "adaptive"'),
         (["loss={kind='matching', surrogate='pepg', clip_range=0.5}"], "loss.clip_range = 0.5", 'loss.surrogate = "pepg"'),
         (["loss={kind='matching', proximal='data'}"], 'loss.proximal = "data"', "loss.proximal_coef = 0.0"),
+        (["algorithm={kind='dmd'}", "loss={kind='dmd', clip_range=0.1}"], "loss.clip_range = 0.1", 'algorithm.kind = "dmd"'),
+        (["algorithm={kind='rtdmd'}", "loss={kind='dmd', clip_range=0.1}"], "loss.clip_range = 0.1", 'algorithm.kind = "rtdmd"'),
+        (["algorithm={kind='dmd', matched='last'}", "loss={kind='dmd'}", "sampling.num_steps=1"], 'algorithm.matched = "last"', "sampling.num_steps = 1"),
+        (["algorithm={kind='dmd', transition={kind='cps', log_prob='unnormalised'}}", "loss={kind='dmd'}"], 'algorithm.transition.log_prob = "unnormalised"', 'algorithm.kind = "dmd"'),
+        (["algorithm={kind='distillation'}", "train.without_advantage=drop"], 'train.without_advantage = "drop"', 'algorithm.kind = "distillation"'),
+        (["algorithm={kind='distillation'}", "failures.probe=off"], 'failures.probe = "off"', 'algorithm.kind = "distillation"'),
+        (["algorithm={kind='dmd'}", "loss={kind='dmd'}", "rewards.0.ignores_prompt=true"], "rewards[0].ignores_prompt = true", 'algorithm.kind = "dmd"'),
+        (["algorithm={kind='distillation', score_rollouts=true}", "rewards=[]"], "algorithm.score_rollouts = true", "rewards = []"),
+        (["algorithm={kind='dmd'}", "loss={kind='dmd'}", "rewards=[]", "memory.score_batch=2"], "memory.score_batch = 2", "rewards = []"),
+        (["algorithm={kind='g2rpo', granularities=[2], integration='mean'}"], 'algorithm.integration = "mean"', "algorithm.granularities = [2]"),
+        (["algorithm={kind='g2rpo', granularities=[1], strides='released'}"], 'algorithm.strides = "released"', "algorithm.granularities = [1]"),
+        (["rewards.1.weight=0.0", "rewards.1.threshold=0.5"], "rewards[1].threshold = 0.5", "rewards[1].weight = 0.0"),
+        (["evaluation={every=0, regimes=[{num_steps=2, when='every'}]}"], 'evaluation.regimes[0].when = "every"', "evaluation.every = 0"),
+        (["run.device=cpu", "memory.offload_vae=true"], "memory.offload_vae = true", 'run.device = "cpu"'),
+        (["memory={decode_batch=1, vae_slicing=true}"], "memory.vae_slicing = true", "memory.decode_batch = 1"),
+        (["model.weights={kind='noise'}", "memory.gradient_checkpointing=true"], "memory.gradient_checkpointing = true", 'model.weights.kind = "noise"'),
+        (["loss={kind='matching', sampler='trained'}"], 'loss.sampler = "trained"', 'loss.trail = "none"'),
+        (["loss={kind='dgpo', trail='none', sample_old_after=9}"], "loss.sample_old_after = 9", 'loss.trail = "none"'),
+        (["loss={kind='matching', trail='third', sampler='trained', clip_range=0.1}"], "loss.clip_range = 0.1", 'loss.sampler = "trained", whose ratio is 1'),
         (["loss={kind='distillation', teachers=[{path='a', tags=['x'], share=2.0}]}"], "loss.teachers[0].share = 2.0", 'loss.teachers[0].tags = ["x"]'),
     ],
 )  # fmt: skip
@@ -177,6 +196,38 @@ def test_a_key_without_effect_is_named_with_its_switch(
 ) -> None:
     (note,) = idle_notes(config(*settings))
     assert note.startswith(f"{key} has no effect while {switch}: change ")
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        (["algorithm={kind='dmd', group_size=2}", "train.groups=2", "loss={kind='dmd', fake={num_times=5}}"], "loss.fake.num_times = 5 has no other effect than 3, which follows from train.groups and algorithm.group_size"),
+        (["algorithm={kind='dmd', group_size=2}", "train.groups=2", "loss={kind='dmd', fake={num_times=3}}"], ""),
+        (["train.monitor_states=65"], "train.monitor_states = 65 has no other effect than 64, which follows from train.train_batch"),
+        (["memory.decode_batch=300"], "memory.decode_batch = 300 has no other effect than 288, which follows from train.rollout_batch"),
+        (["evaluation.regimes=[{num_steps=2, images=481}]"], "evaluation.regimes[0].images = 481 has no other effect than 480"),
+        (["algorithm={kind='tp_grpo', completion_steps=9}"], "algorithm.completion_steps = 9 has no other effect than 8"),
+        (["algorithm={kind='vgpo', anchor_steps=8}"], "algorithm.anchor_steps = 8 has no other effect than 7"),
+        (["algorithm={kind='pref_grpo', group_size=8, preference={kind='judged', model='a', opponents=5}}"], "algorithm.preference.opponents = 5 has no other effect than 4"),
+        (["loss={kind='distillation', task_key='task', teachers=[{path='a'}]}"], 'loss.task_key = "task" has no effect while no teacher has tags'),
+        (["loss={kind='distillation', task_key='task', teachers=[{path='a', tags=['x']}, {path='b'}]}"], ""),
+        (["loss={kind='distillation', teachers=[{path='a', share=2.0}]}"], "loss.teachers[0].share = 2 has no effect"),
+        (["loss.step_weight=rectified"], 'loss.step_weight = "rectified" has no effect while an iteration trains one denoising step'),
+        (["loss.step_weight=rectified", "algorithm.steps.size=2"], ""),
+        (["loss={kind='matching', clip_range=0.1}"], "loss.clip_range = 0.1 has no effect while an iteration has one optimizer step"),
+        (["loss={kind='matching', clip_range=0.1}", "train.epochs=2"], ""),
+        (["loss={kind='matching', clip_range=0.1, trail='third'}"], ""),
+        (["evaluation.every=120", "evaluation.images_during=24"], "evaluation.images_during = 24 has no effect while evaluation.every = 120 is not below train.iterations = 120"),
+        (["evaluation.every=120", "evaluation.bench=[{name='shapes', when='every'}]"], 'evaluation.bench[0].when = "every" is the same as "ends" here'),
+        (["algorithm={kind='distillation'}", "evaluation.inspected_prompts=2"], 'evaluation.inspected_prompts = 2 has no effect while algorithm.kind = "distillation"'),
+        (["algorithm={kind='distillation'}", "evaluation.inspected_prompts=0"], ""),
+    ],
+)  # fmt: skip
+def test_numbers_beyond_their_limits_and_choices_of_one_are_named(
+    settings: list[str], sentence: str
+) -> None:
+    notes = idle_notes(config("evaluation.images_during=0", *settings))
+    assert [n[: len(sentence)] for n in notes] == [sentence] * bool(sentence)
 
 
 ALWAYS_ON = {"memory", "evaluation", "sampling", "failures", "parallel", "guard", "model.weights"}

@@ -38,7 +38,7 @@ HERE = "tests.test_context"
 SETTINGS = [
     "model.weights={kind='lora', rank=2, alpha=4}",
     "sampling={num_steps=2, height=32, width=32, num_frames=5, guidance_scale=5.0, call={max_sequence_length=16}}",
-    f"rewards=[{{model='{HERE}:brightness'}}]", "algorithm={kind='flow_grpo', group_size=2}",
+    f"rewards=[{{model='{HERE}:Brightness'}}]", "algorithm={kind='flow_grpo', group_size=2}",
     "loss={kind='clipped', clip_range=1e-3, kl_coef=0.05}", "prompts.balance=''", "train.iterations=1",
     "train.groups=2", "train.updates=2", "train.split='samples'", "train.rollout_batch=4", "train.train_batch=4",
     "train.lr=1e-3", "evaluation.images=2", "evaluation.every=0", "evaluation.metrics=[]",
@@ -47,11 +47,15 @@ SETTINGS = [
 ]  # fmt: skip
 
 
-def brightness(media: Tensor, prompts: Any) -> Tensor:
+class Brightness:
     """The mean of all pixels, in the first process only: the others are told."""
-    if os.environ.get("RANK", "0") != "0":
-        raise RuntimeError("scored by another process than the first")
-    return media.flatten(1).mean(1)
+
+    def __init__(self) -> None:
+        if os.environ.get("RANK", "0") != "0":
+            raise RuntimeError("loaded by another process than the first")
+
+    def __call__(self, media: Tensor, prompts: Any) -> Tensor:
+        return media.flatten(1).mean(1)
 
 
 def command(model: Path, folder: Path, *settings: str) -> int:

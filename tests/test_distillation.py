@@ -21,9 +21,10 @@ from flowgrpo.core.transitions import CPS, ODE, FlowSDE, Prediction, Step
 from flowgrpo.data.prompts import Group, Prompt
 from flowgrpo.losses.base import PolicyOutputs
 from flowgrpo.losses.distillation import DistillationLoss, distance
-from flowgrpo.losses.teachers import Teacher, Teachers, turn
-from flowgrpo.policy import Full, LoRA
+from flowgrpo.losses.teachers import PIPELINE, Teacher, Teachers, turn
+from flowgrpo.policy import Full, LoRA, PipelinePolicy
 from flowgrpo.policy.export import export
+from flowgrpo.policy.settings import Adapter, ModelSource
 from flowgrpo.policy.teachers import require_found
 from flowgrpo.policy.weights import Trainable
 from flowgrpo.rewards.scorer import RewardScorer
@@ -212,11 +213,16 @@ def test_teachers_that_do_not_fit_are_refused(
         make_policy(family, weights=weights, teachers=[str(adapter)])
 
 
-def test_a_missing_teacher_is_named_before_anything_is_loaded(adapter: Path) -> None:
-    require_found([str(adapter), "owner/name"])
+def test_a_missing_adapter_is_named_before_anything_is_loaded(adapter: Path) -> None:
+    require_found(LoRA(init=str(adapter)), [str(adapter), PIPELINE])
     for path in ("runs/a/none", "./none", "none.safetensors", "none"):
         with pytest.raises(FileNotFoundError, match=f"loss.teachers: no such file or folder: {path}"):  # fmt: skip
-            require_found([path])
+            PipelinePolicy.from_pretrained("not loaded", teachers=[path])
+        with pytest.raises(FileNotFoundError, match=f"model.weights.init: no such file or folder: {path}"):  # fmt: skip
+            PipelinePolicy.from_pretrained("not loaded", weights=LoRA(init=path))
+        source = ModelSource(path="not loaded", adapters=(Adapter(path),))
+        with pytest.raises(FileNotFoundError, match=rf"adapter: no such file or folder: {path}"):  # fmt: skip
+            PipelinePolicy.from_pretrained(source)
 
 
 # Training.
@@ -391,5 +397,5 @@ def test_teachers_that_are_missing_are_named_before_anything_is_loaded() -> None
             "quickstart_distillation",
             [f"loss.teachers=[{{path='/nope/x', weights='{weights}', guidance_scale=3.0}}]"],
         )
-        with pytest.raises(ConfigError, match=r"loss\.teachers\[0\]\.path: no such file or folder: /nope/x"):  # fmt: skip
+        with pytest.raises(ConfigError, match=r"loss\.teachers\[0\]\.path: no such f.* or f.*: /nope/x"):  # fmt: skip
             check_names(config, 1)

@@ -2,7 +2,11 @@
 
 import importlib.util
 import json
+import re
+from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 
 import pytest
 
@@ -12,10 +16,13 @@ from flowgrpo.cli.train import _notes
 from flowgrpo.config import ConfigError
 from flowgrpo.data.prompt_sets import PromptSet
 from flowgrpo.memory.meta_pipeline import config_folder
-from flowgrpo.policy.model_files import PUBLISHED, check_path, locate
+from flowgrpo.policy import settings
+from flowgrpo.policy.model_files import PUBLISHED, ask_hub, check_path, locate
 from flowgrpo.rewards import loading
-from flowgrpo.training import run_folder
-from flowgrpo.training.inputs import check_names
+from flowgrpo.rewards.loading import check_installed, check_places
+from flowgrpo.rewards.settings import Reward
+from flowgrpo.training import run_folder, trackers
+from flowgrpo.training.inputs import absent_weights, check_names
 
 ROOT = Path(__file__).parents[1]
 
@@ -23,8 +30,34 @@ ROOT = Path(__file__).parents[1]
 @pytest.fixture
 def offline(monkeypatch, tmp_path):
     """No hub and an empty cache."""
+    ask_hub.cache_clear()
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+
+
+def test_a_plan_needs_no_optional_package(monkeypatch, capsys):
+    """It names all that are not installed; a run refuses them before anything is loaded."""
+    there, absent = importlib.util.find_spec, ("rapidocr", "bitsandbytes", "wandb")
+    for module in (loading, settings, trackers):
+        monkeypatch.setattr(module, "find_spec", lambda n: None if n in absent else there(n))
+    monkeypatch.setattr("flowgrpo.memory.printing.print_estimate", lambda *_: None)
+    given = [
+        "--set=rewards=[{model='ocr'}]",
+        "--set=train.optimizer=adamw8bit",
+        "--set=run.trackers=['wandb']",
+    ]
+    assert main(["train", "quickstart_flow_grpo", "--dry-run", *given]) == 0
+    said = capsys.readouterr().out
+    assert "reward ocr  weight 1" in said
+    (line,) = [n for n in said.split("\n") if n.startswith("before the run can start: ")]
+    optimizer = "train.optimizer = 'adamw8bit' needs bitsandbytes: pip install 'flowgrpo[quant]'"
+    assert line.removeprefix("before the run can start: ").split("; ") == [
+        optimizer,
+        "run.trackers[0]: 'wandb' is not installed: pip install 'flowgrpo[wandb]'",
+        "rewards[0].model: reward 'ocr' needs rapidocr: pip install 'flowgrpo[ocr]'",
+    ]
+    assert main(["train", "quickstart_flow_grpo", *given]) == 1
+    assert capsys.readouterr().err.startswith(f"flowgrpo: {optimizer}; run.trackers[0]: ")
 
 
 @pytest.mark.parametrize(
@@ -34,13 +67,10 @@ def offline(monkeypatch, tmp_path):
         ("model.path=a/b/c", "model.path: no such folder or file: a/b/c"),
         ("model.path=prompts", "model.path: prompts is not a diffusers pipeline: it has no model_"),
         ('run.trackers=["wandbb"]', "run.trackers[0]: unknown tracker 'wandbb'; did you mean 'wan"),
-        ("rewards=[{model='ocr'}]", "rewards[0].model: reward 'ocr' needs rapidocr: pip install '"),
         ("rewards=[{model='no_such:R'}]", "rewards[0].model: 'no_such:R': there is no module 'no_"),
     ],
 )
 def test_what_is_missing_is_an_error_of_the_dry_run(setting, message, monkeypatch, capsys):
-    there = importlib.util.find_spec
-    monkeypatch.setattr(loading, "find_spec", lambda n: None if n == "rapidocr" else there(n))
     monkeypatch.chdir(ROOT)
     assert main(["train", "quickstart_flow_grpo", "--dry-run", "--set", setting]) == 1
     error = capsys.readouterr().err
@@ -58,8 +88,81 @@ def test_paths_and_ids_are_told_apart(tmp_path, offline):
     assert not found.is_here
     assert found.words.startswith("NOT HERE: it is not in the cache, and the hub cannot be asked (")
     assert "\n" not in found.words
-    with pytest.raises(FileNotFoundError, match="is neither a folder nor the id of a model"):
+    with pytest.raises(
+        FileNotFoundError, match="a model is neither a file or folder here nor the id of a model"
+    ):
         locate("a model")
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """A hub that has the model ``owner/name`` and no other, and an empty cache."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            is_there = self.path.split("?")[0] == "/api/models/owner/name"
+            body = json.dumps({"id": "owner/name", "siblings": []} if is_there else {}).encode()
+            self.send_response(200 if is_there else 404)
+            # The hub's answer for models that do not exist.
+            self.send_header("X-Error-Code", "" if is_there else "RepoNotFound")
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_):
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}"
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", address)
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+        ask_hub.cache_clear()
+        yield
+        ask_hub.cache_clear()
+        server.shutdown()
+
+
+def test_a_path_with_one_slash_is_not_taken_for_an_id(hub, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "first").mkdir(parents=True)
+    teacher = "loss={kind='distillation', teachers=[{path='%s', weights='model'}]}"
+    for setting, key in (
+        ("model.path=%s", "model.path"),
+        ("model.weights={kind='lora', init='%s'}", "model.weights.init"),
+        ("model.adapters=[{path='%s'}]", "model.adapters[0].path"),
+        (teacher, "loss.teachers[0].path"),
+    ):
+        assert absent_weights(flowgrpo.load("quickstart_flow_grpo", [setting % "owner/name"])) == []
+        config = flowgrpo.load("quickstart_flow_grpo", [setting % "runs/firt"])
+        sentence = f"{key}: no such file or folder: runs/firt; did you mean 'runs/first'?; and on the hub there is no"
+        with pytest.raises(ConfigError, match=re.escape(sentence)):
+            absent_weights(config)
+    reward = Reward(model="aesthetic", options={"head": "runs/firt"})
+    check_installed("aesthetic")
+    with pytest.raises(ValueError, match=r"r.head: no such file or folder: runs/firt; did"):
+        check_places(reward, "r")
+    check_places(replace(reward, options={"head": "owner/name"}), "r")
+    for name, words in (("./head.pth", "no such file or folder"), ("~", "do not replace ~")):
+        with pytest.raises(ValueError, match=rf"r.head: .*{words}"):
+            check_places(replace(reward, options={"head": name}), "r")
+
+
+def test_without_a_hub_an_id_is_told_from_a_path_by_its_folder(offline, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    with pytest.raises(FileNotFoundError, match=r"^no such file or folder: runs/firt$"):
+        ask_hub("runs/firt")
+    config = flowgrpo.load(
+        "quickstart_flow_grpo", ["model.weights={kind='lora', init='owner/name-v1.5'}"]
+    )
+    (note,) = absent_weights(config)
+    assert note.startswith("model.weights.init: owner/name-v1.5 is no file or folder here; as an id of the hub, it is not in the c")  # fmt: skip
+    cached = tmp_path / "cache" / "models--owner--name-v1.5" / "snapshots" / "1" / "a.safetensors"
+    cached.parent.mkdir(parents=True)
+    cached.touch()
+    ask_hub.cache_clear()
+    assert absent_weights(config) == []
 
 
 FROM_HUB = {

@@ -36,6 +36,7 @@ from flowgrpo.evaluation.samplers import Sampler
 from flowgrpo.policy import PipelinePolicy, Sampling, other_scheduler
 from flowgrpo.training import checkpoints
 
+UNIPC = "UniPCMultistepScheduler"
 START = Cell("m", "last", (), None, None, 0)
 
 
@@ -310,9 +311,10 @@ def test_a_grid_that_is_too_large_for_webp_is_written_as_png(tmp_path, monkeypat
     assert Image.open(file).text[KEY] == "{}"
 
 
-def run_with_checkpoint(folder: Path) -> Path:
+def run_with_checkpoint(folder: Path, *settings: str) -> Path:
     folder.mkdir()
-    configuration.save(configuration.load("quickstart_flow_grpo", [f"run.folder={folder}"]), folder / "config.toml")  # fmt: skip
+    settings = (f"run.folder={folder}", *settings)
+    configuration.save(configuration.load("quickstart_flow_grpo", settings), folder / "config.toml")
     checkpoints.save(folder / "checkpoints" / "000012", {"weights": {}}, {"iteration": 12})
     return folder
 
@@ -320,6 +322,8 @@ def run_with_checkpoint(folder: Path) -> Path:
 def test_what_cannot_be_drawn_is_refused_before_a_model_is_loaded(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(grid, "_load", lambda *_: pytest.fail("a model was loaded"))
     run = str(run_with_checkpoint(tmp_path / "run"))
+    mixed = str(run_with_checkpoint(tmp_path / "mixed", "evaluation.base_after=4"))
+    shifted = str(run_with_checkpoint(tmp_path / "shifted", "sampling.shift=3.0"))
     plain, newer, changed = (tmp_path / f"{n}.png" for n in ("plain", "newer", "changed"))
     picture = Image.new("RGB", (4, 4))
     picture.save(plain)
@@ -346,6 +350,13 @@ def test_what_cannot_be_drawn_is_refused_before_a_model_is_loaded(tmp_path, caps
         (["--axis", f"model={run},{tmp_path / 'empty'}"], "neither a run directory"),
         (["--axis", f"model={run},shapes", "--axis", "checkpoint=12,base"], "shapes is none"),
         ([run, "--reward-option", "a.b=1"], "is for a --reward"),
+        ([run, "--axis", "base_after=4", "--steps", "4"], "--axis base_after: base_after must be a share"),
+        ([run, "--axis", "base_after=4", "--axis", f"sampler=ode,{UNIPC}"], f"--axis base_after exchanges the model between two steps of the samplers ode and dpm_2m, and --axis sampler has {UNIPC}; use only these samplers, or remove --axis base_after"),
+        ([run, "--axis", "base_after=4", "--sampler", "cps"], "and --sampler has cps; use only"),
+        ([mixed, "--axis", "sampler=ode,cps"], "evaluation.base_after of the run exchanges"),
+        ([shifted, "--sampler", UNIPC], f"sampling.shift of the run sets the grid of flowgrpo's own samplers, and --sampler has {UNIPC}"),
+        ([run, "--axis", "lora=none,./a.safetensors"], "--axis lora: no such file or folder: ./a.safetensors"),
+        ([run, "--lora", "runs/a/b:0.5"], "--lora: no such file or folder: runs/a/b"),
         ([run, "--sampler", "cps:2"], "--sampler: sampler 'cps:2': the strength must be"),
         (["--from", str(plain)], "has no settings of a grid"),
         (["--from", str(newer)], "another version of flowgrpo"),
@@ -353,7 +364,7 @@ def test_what_cannot_be_drawn_is_refused_before_a_model_is_loaded(tmp_path, caps
         (["--from", str(changed), "--narrow"], "remove --narrow"),
         ([run, "--from", str(changed)], "remove a model"),
         (["--from", str(tmp_path / "absent.png")], "absent.png"),
-    ]:
+    ]:  # fmt: skip
         assert main(["grid", *arguments, "--out", str(tmp_path / "x.png")]) in (1, 2), arguments
         error = capsys.readouterr().err
         assert message in error, arguments

@@ -1,6 +1,7 @@
 """Settings of the ``[memory]`` section change what is kept, not what comes out."""
 
 import importlib.util
+import re
 import shutil
 from collections.abc import Mapping
 from functools import partial
@@ -10,6 +11,10 @@ from typing import Any
 import pytest
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline
+from diffusers.models.attention_dispatch import (
+    AttentionBackendName,
+    _check_attention_backend_requirements,
+)
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -22,7 +27,7 @@ from flowgrpo.policy.compilation import CompiledBlocks, repeated_blocks
 from flowgrpo.policy.export import export
 from flowgrpo.policy.offloading import Encoders, HostCopy, offload_autoencoder
 from flowgrpo.policy.prompt_cache import fingerprint
-from flowgrpo.policy.settings import PACKAGES, Quantization, require_installed
+from flowgrpo.policy.settings import PACKAGES, Quantization, absent_packages
 from flowgrpo.policy.step_plan import StepRecord
 from tests.conftest import MakePolicy, noise_of, transition_of
 
@@ -181,9 +186,10 @@ def test_repeated_blocks_are_found(name: str, kinds: set[str], make_policy: Make
 def test_a_quantised_base_is_trained_through_its_adapter(
     kind: Quantization, make_policy: MakePolicy
 ) -> None:
-    if importlib.util.find_spec(PACKAGES[kind]) is None:
-        pytest.skip(f"{PACKAGES[kind]} is not installed")
-    if PACKAGES[kind] == "bitsandbytes" and not torch.cuda.is_available():
+    package = PACKAGES[kind].module
+    if importlib.util.find_spec(package) is None:
+        pytest.skip(f"{package} is not installed")
+    if package == "bitsandbytes" and not torch.cuda.is_available():
         pytest.skip("diffusers quantises with bitsandbytes on an accelerator only")
     policy = make_policy("sd3", memory=Memory(quantize=kind))
     exact = images(make_policy("sd3"))
@@ -304,11 +310,25 @@ def test_what_cannot_go_together_or_is_not_there(make_policy: MakePolicy) -> Non
 
 def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("flowgrpo.policy.settings.find_spec", lambda name: None)
-    require_installed(Memory(), "adamw")
-    with pytest.raises(ImportError, match=r"quantize = 'nf4' needs bitsandbytes: pip install"):
-        require_installed(Memory(quantize="nf4"), "adamw")
-    with pytest.raises(ImportError, match="optimizer = 'adamw8bit' needs bitsandbytes"):
-        require_installed(Memory(), "adamw8bit")
+    assert absent_packages(Memory(attention="_native_flash"), "adamw") == []
+    install = "needs bitsandbytes: pip install 'flowgrpo[quant]'"
+    assert absent_packages(Memory(quantize="nf4"), "adamw8bit") == [
+        f"memory.quantize = 'nf4' {install}",
+        f"train.optimizer = 'adamw8bit' {install}",
+    ]
+    # The packages that diffusers itself misses here, by its messages.
+    missed = {}
+    for backend in AttentionBackendName:
+        try:
+            _check_attention_backend_requirements(backend)
+        except RuntimeError as error:
+            missed[backend.value] = re.sub(r"\W", "", str(error)).lower()
+    missed = {k: v for k, v in missed.items() if not k.endswith(("npu", "xla"))}
+    assert "xformers" in missed
+    for backend, message in missed.items():
+        (sentence,) = absent_packages(Memory(attention=backend), "adamw")
+        package = sentence.removeprefix(f"memory.attention = '{backend}' needs ").partition(":")[0]
+        assert re.sub(r"\W", "", package).lower() in message
 
 
 def test_encoders_stay_where_they_are_on_the_cpu() -> None:

@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from flowgrpo.core.errors import ConfigError, DivergenceError
 from flowgrpo.core.imports import import_path
 from flowgrpo.data.audio import Audio
 from flowgrpo.data.prompts import Prompt
+from flowgrpo.rewards.elsewhere import LoadedElsewhere, load_once
 from flowgrpo.rewards.loading import load_reward
 from flowgrpo.rewards.scorer import RewardScorer
 from flowgrpo.rewards.settings import Failures, Reward, RewardError
@@ -440,6 +442,20 @@ class Alternating(Counting):
 
     def trains(self, iteration: int) -> str:
         return "policy" if iteration % 3 == 2 else "reward"
+
+
+def test_one_of_several_processes_loads_the_rewards():
+    """The others know what the run asks of a model; a model that learns is loaded everywhere."""
+    rewards = [Reward(model=f"{HERE}:{m}") for m in ("brightness", "Counting", "Loudness")]
+    told: list[Any] = []
+    first = load_once(rewards, lambda work: told.append(work()) or told[0])
+    assert first[0] is brightness
+    second = load_once(rewards, lambda work: told[0])
+    assert isinstance(second[1], Counting)
+    assert second[2] == LoadedElsewhere(takes_audio=True, ignores_prompt=False)
+    assert RewardScorer(rewards, load=lambda _: second).audio_rewards == ["Loudness"]
+    with pytest.raises(RuntimeError, match="loaded in the first process of the set only"):
+        second[0](IMAGES, PROMPTS)
 
 
 def test_a_reward_takes_turns_with_the_policy():

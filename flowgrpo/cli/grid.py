@@ -248,6 +248,9 @@ def _rewards(options: argparse.Namespace, own: "Sequence[Reward]") -> list[Mappi
 
 def _check_models(settings: "GridSettings") -> None:
     """Refuse folders that are no models and checkpoints that do not exist, before anything is loaded."""
+    from flowgrpo.policy.model_files import check_adapter, require
+    from flowgrpo.policy.settings import Adapter
+
     on_axis = any(a.kind == "checkpoint" for a in settings.axes)
     for cell in [c for _, _, c in settings.cells()]:
         check_folder(cell.model)
@@ -255,13 +258,46 @@ def _check_models(settings: "GridSettings") -> None:
             run_config(Path(cell.model))
             if cell.checkpoint != "base":
                 checkpoint_of(Path(cell.model), str(cell.checkpoint))
-            try:
-                _sampling(settings, cell).check()
-            except ValueError as error:
-                raise UsageError(f"--axis: {error}") from error
-        elif on_axis or cell.base_after is not None:
+        else:
+            require(cell.model, _given(settings, "model"))
+        if not is_run(cell.model) and (on_axis or cell.base_after is not None):
             kind = "checkpoint" if on_axis else "base_after"
             raise UsageError(f"--axis {kind} is for run directories, and {cell.model} is none")
+        for text in cell.loras:
+            require(Adapter.parse(text).path, _given(settings, "lora"), check_adapter)
+        _check_sampling(settings, cell)
+
+
+def _given(settings: "GridSettings", kind: str) -> str:
+    """The option that gave a value of the cells, as a user typed it."""
+    if any(a.kind == kind for a in settings.axes):
+        return f"--axis {kind}"
+    return "the model" if kind == "model" else f"--{kind}"
+
+
+def _check_sampling(settings: "GridSettings", cell: "Cell") -> None:
+    """Raise UsageError if the arguments of a cell contradict each other, by the names under which they were given."""
+    from flowgrpo.evaluation.samplers import Sampler
+
+    sampling, sampler = _sampling(settings, cell), Sampler.parse(cell.sampler)
+    mixes = "evaluation.base_after of the run" if cell.base_after is None else _given(settings, "base_after")  # fmt: skip
+    try:
+        sampling.check()
+    except ValueError as error:
+        name = _given(settings, "steps") if sampling.base_after is None else mixes
+        raise UsageError(f"{name}: {error}") from error
+    named = f"{_given(settings, 'sampler')} has {cell.sampler}"
+    if sampling.base_after is not None and (sampler.scheduler or sampler.transition is not None):
+        other = f", or remove {mixes}" if mixes.startswith("--") else ""
+        raise UsageError(
+            f"{mixes} exchanges the model between two steps of the samplers ode and dpm_2m, and {named}; use only "
+            f"these samplers{other}"
+        )
+    if sampling.shift is not None and sampler.scheduler:
+        raise UsageError(
+            f"sampling.shift of the run sets the grid of flowgrpo's own samplers, and {named}; use only ode, dpm_2m or "
+            "transitions"
+        )
 
 
 def _resolved(settings: "GridSettings") -> "GridSettings":

@@ -157,13 +157,15 @@ def _dry_run(config: "Config", num_processes: int, memory_gb: float | None) -> i
     from flowgrpo.config.plan import plan
     from flowgrpo.config.without_effect import idle_notes
     from flowgrpo.policy.model_files import locate
-    from flowgrpo.training.inputs import check_inputs
+    from flowgrpo.training.inputs import absent_weights, check_inputs
     from flowgrpo.training.run_changes import in_force
     from flowgrpo.training.run_folder import preview
 
     config, kept = in_force(config)
-    train, held_out = check_inputs(config, num_processes)
+    packages: list[str] = []
+    train, held_out = check_inputs(config, num_processes, packages)
     model, work = locate(config.model.path), plan(config, num_processes)
+    absent = absent_weights(config, and_model=False)
     rows = [
         ("model", f"{config.model.path}, {model.words}"),
         *geometry(config, num_processes).items(),
@@ -194,10 +196,12 @@ def _dry_run(config: "Config", num_processes: int, memory_gb: float | None) -> i
         console.say(f"{name:>20}  {value}")
     notes = (*work.notes(), *idle_notes(config), *few_step_notes(config))
     warnings = [f"WARNING: {n}" for n in notes]
-    for note in [*kept, *warnings, *_notes(config, train, held_out)]:
+    for note in [*kept, *warnings, *_notes(config, train, held_out), *absent]:
         console.say(note)
     print_estimate(config, num_processes, memory_gb, console)
     console.say("the configuration is valid; nothing was loaded")
+    if packages:
+        console.say(f"before the run can start: {'; '.join(packages)}")
     if not model.is_here:
         console.say(f"the model {config.model.path} has to be downloaded before the run can start")
     return 0

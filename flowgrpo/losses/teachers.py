@@ -42,6 +42,11 @@ class Teacher:
         """Whether the teacher is the model before training."""
         return self.path == BASE
 
+    @property
+    def is_named(self) -> bool:
+        """Whether ``path`` names weights of its own: a file, a folder or a hub id."""
+        return self.path not in (BASE, PIPELINE)
+
 
 @dataclass(frozen=True)
 class Teachers:

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from flowgrpo.core.text import counted
+from flowgrpo.policy.model_files import CONFIG, STATE, check_adapter, checkpoint_name
 from flowgrpo.policy.settings import Adapter, LoRA, Noise, Weights
 
 EXPORTED = "pytorch_lora_weights.safetensors"
@@ -25,8 +26,6 @@ EXPORTED = "pytorch_lora_weights.safetensors"
 MATRICES = re.compile(r"lora_A|lora_down|lora\.down|lora_linear_layer\.down|_lora\.down|lokr_w1")
 """The first matrix of a layer, by which layers are counted; each layer has one."""
 SECOND_EXPERT = "transformer_2"
-CONFIG, STATE = "config.toml", "state.json"
-"""Files of a run directory and of a checkpoint in it."""
 FIRST = ".lora_A.default.weight"
 """End of the name of a layer's first matrix in a checkpoint."""
 INIT = "model.weights.init"
@@ -171,10 +170,12 @@ def _checkpoint_layers(folder: Path, key: str) -> dict[str, dict[str, LayerStart
         raise ValueError(
             f"{key}: {folder} has no adapter, because its run trained weights of the kind "
             f"{own['kind']!r}; write them as a model with: flowgrpo export {run} --checkpoint "
-            f"{_checkpoint_name(folder)} --out MODEL, and set model.path = MODEL"
+            f"{checkpoint_name(folder)} --out MODEL, and set model.path = MODEL"
         )
     average = folder / "ema.safetensors"
     file = average if average.is_file() else folder / "weights.safetensors"
+    if not file.is_file():
+        raise ValueError(f"{key}: {file} is missing; give another checkpoint of the run")
     try:
         tensors = load_file(file)
     except (SafetensorError, OSError) as error:
@@ -188,11 +189,6 @@ def _checkpoint_layers(folder: Path, key: str) -> dict[str, dict[str, LayerStart
             up = tensors[f"{denoiser}.{path}{FIRST.replace('lora_A', 'lora_B')}"]
             found.setdefault(denoiser, {})[path] = LayerStart(down.float(), up.float() * scale)
     return found
-
-
-def _checkpoint_name(folder: Path) -> str:
-    """The name of a checkpoint's folder for ``--checkpoint``."""
-    return str(int(folder.name)) if folder.name.isdecimal() else "best"
 
 
 def _load(pipeline: DiffusionPipeline, adapter: Adapter, name: str) -> None:
@@ -266,34 +262,9 @@ def _files(pipeline: DiffusionPipeline, adapter: Adapter) -> list[tuple[Path, st
     Raises:
         FileNotFoundError: If there is no such file, or a folder has none or several.
     """
-    path = Path(adapter.path).expanduser()
-    if path.is_file():
-        return [(path, adapter.model)]
-    if not path.is_dir():
-        if (
-            path.is_absolute()
-            or adapter.path.startswith((".", "~"))
-            or path.suffix
-            or adapter.path.count("/") != 1
-        ):
-            raise FileNotFoundError(f"no such adapter: {adapter.path}")
-        return [(path, adapter.model)]
-    if (path / CONFIG).is_file():
-        if not (path / "export").is_dir():
-            raise FileNotFoundError(
-                f"{adapter.path} is a run that has not finished; write its adapter with: flowgrpo export "
-                f"{adapter.path} --out FOLDER, or give one of its checkpoints as model.weights.init"
-            )
-        path = path / "export"
-        if (path / "model_index.json").is_file():
-            raise FileNotFoundError(
-                f"{adapter.path} trained whole weights, so it has no adapter; give {path} as model.path"
-            )
-    if (path / STATE).is_file():
-        raise FileNotFoundError(
-            f"{adapter.path} is a checkpoint of a run; write its adapter with: flowgrpo export "
-            f"{path.absolute().parents[1]} --checkpoint {_checkpoint_name(path)} --out FOLDER"
-        )
+    path = check_adapter(adapter.path)
+    if path is None or path.is_file():
+        return [(path or Path(adapter.path), adapter.model)]
     denoisers = [n for n in pipeline.components if n.split("_")[0] in ("transformer", "unet")]
     found = [(path / EXPORTED, adapter.model)] if (path / EXPORTED).is_file() else []
     found += [(path / n / EXPORTED, n) for n in denoisers if (path / n / EXPORTED).is_file()]

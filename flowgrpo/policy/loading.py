@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from flowgrpo.policy.adapters import add_adapters
 from flowgrpo.policy.arguments import is_unrelated
+from flowgrpo.policy.model_files import check_adapter, require
 from flowgrpo.policy.settings import ModelSource, Quantization
 from flowgrpo.policy.single_file import SUFFIXES, is_single_file, load_single_file
 
@@ -51,6 +52,8 @@ def load_pipeline(
             f"model.adapters are added to the weights, which memory.quantize = {quantize!r} rounds; merge "
             "them into the model first, or set memory.quantize = 'none'"
         )
+    for adapter in source.adapters:
+        require(adapter.path, "adapter", check_adapter)
     path = Path(source.path)
     if is_single_file(path):
         if quantize != "none":

@@ -63,7 +63,7 @@ from flowgrpo.policy.sharding import Sharder, gather, shard
 from flowgrpo.policy.sound import as_audio, audio_rate
 from flowgrpo.policy.step_counter import counted
 from flowgrpo.policy.step_plan import StepPlan, StepRecord
-from flowgrpo.policy.teachers import read_teachers
+from flowgrpo.policy.teachers import read_teachers, require_found
 from flowgrpo.policy.weights import InitialNoise, Trainable
 from flowgrpo.policy.whole_teachers import read_whole_teachers
 
@@ -175,9 +175,10 @@ class PipelinePolicy:
             options: Arguments of the constructor.
 
         Raises:
-            FileNotFoundError: If the folder is not a pipeline.
+            FileNotFoundError: If the folder is not a pipeline, or an adapter does not exist.
             ValueError: If weights or adapters do not fit the pipeline.
         """
+        require_found(options.get("weights"), options.get("teachers", ()))
         memory: Memory = options.get("memory") or Memory()
         dtype = DTYPES[options.get("dtype", "float32")]
         return cls(load_pipeline(model, dtype, memory.quantize), **options)

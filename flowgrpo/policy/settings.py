@@ -15,8 +15,34 @@ from flowgrpo.core.imports import suggest
 from flowgrpo.core.text import counted
 
 Quantization = Literal["none", "nf4", "int8", "torchao_int8"]
-PACKAGES = {"nf4": "bitsandbytes", "int8": "bitsandbytes", "torchao_int8": "torchao"}
+
+
+@dataclass(frozen=True)
+class Package:
+    """An optional package: what it is called, the module that is imported, and how it is installed."""
+
+    name: str
+    module: str
+    install: str
+
+
+QUANT = "pip install 'flowgrpo[quant]'"
+BITSANDBYTES = Package("bitsandbytes", "bitsandbytes", QUANT)
+PACKAGES = {
+    "nf4": BITSANDBYTES,
+    "int8": BITSANDBYTES,
+    "torchao_int8": Package("torchao", "torchao", QUANT),
+}
 """The package that each quantisation needs."""
+ATTENTION = {
+    "hub": Package("kernels", "kernels", "pip install kernels"),
+    "native": None,
+    "3": Package("FlashAttention 3", "flash_attn_3", "build it from source"),
+    "flash": Package("flash-attn", "flash_attn", "pip install flash-attn"),
+    "sage": Package("sageattention", "sageattention", "pip install sageattention"),
+    "xformers": Package("xformers", "xformers", "pip install 'flowgrpo[xformers]'"),
+}
+"""The package that an attention backend of diffusers 0.42 needs, by a part of its name; the first one counts."""
 OWN_KEYS = {
     "num_inference_steps": "num_steps",
     "guidance_scale": "guidance_scale",
@@ -469,19 +495,21 @@ class Parallel:
                 )
 
 
-def require_installed(memory: Memory, optimizer: str) -> None:
-    """Check that the packages of the settings are installed.
+def absent_packages(memory: Memory, optimizer: str) -> list[str]:
+    """A sentence for each package of the settings that is not installed, with the command that installs it.
 
     Args:
         memory: The memory settings.
         optimizer: Name of the optimizer.
-
-    Raises:
-        ImportError: With the setting and the command that installs its package.
     """
-    wanted = {f"memory.quantize = {memory.quantize!r}": PACKAGES.get(memory.quantize, "")}
+    wanted = {f"memory.quantize = {memory.quantize!r}": PACKAGES.get(memory.quantize)}
     if optimizer == "adamw8bit":
-        wanted["train.optimizer = 'adamw8bit'"] = "bitsandbytes"
-    for setting, package in wanted.items():
-        if package and find_spec(package) is None:
-            raise ImportError(f"{setting} needs {package}: pip install 'flowgrpo[quant]'")
+        wanted["train.optimizer = 'adamw8bit'"] = PACKAGES["int8"]
+    wanted[f"memory.attention = {memory.attention!r}"] = next(
+        (p for part, p in ATTENTION.items() if part in memory.attention.split("_")), None
+    )
+    return [
+        f"{setting} needs {package.name}: {package.install}"
+        for setting, package in wanted.items()
+        if package is not None and find_spec(package.module) is None
+    ]

@@ -15,8 +15,9 @@ from diffusers import DiffusionPipeline, ModelMixin
 from torch import Tensor, nn
 
 from flowgrpo.losses.teachers import KEY, PIPELINE
-from flowgrpo.policy.adapters import LayerStart, read_layers
-from flowgrpo.policy.settings import LoRA, Weights
+from flowgrpo.policy.adapters import INIT, LayerStart, read_layers
+from flowgrpo.policy.model_files import check_start, require
+from flowgrpo.policy.settings import LoRA, Noise, Weights
 
 Layers = Mapping[str, Mapping[str, LayerStart]]
 """The layers of an adapter, by denoiser and by layer."""
@@ -46,20 +47,17 @@ def read_teachers(pipeline: DiffusionPipeline, paths: Sequence[str]) -> dict[str
     return found
 
 
-def require_found(paths: Sequence[str]) -> None:
-    """Check, before a model is loaded, that teachers which can only be files or folders exist.
+def require_found(weights: Weights | Noise | None, teachers: Sequence[str]) -> None:
+    """Check, before a model is loaded, that the adapters from which it starts or learns exist.
 
     Raises:
         FileNotFoundError: If one does not.
     """
-    for path in paths:
-        place = Path(path).expanduser()
-        if path == PIPELINE:
-            continue
-        # Hub ids have one slash.
-        is_file = path.startswith((".", "/", "~")) or path.count("/") != 1 or place.suffix
-        if is_file and not place.exists():
-            raise FileNotFoundError(f"{KEY}: no such file or folder: {path}")
+    if isinstance(weights, LoRA) and weights.init:
+        require(weights.init, INIT, check_start)
+    for path in teachers:
+        if path != PIPELINE:
+            require(path, KEY, check_start)
 
 
 def teacher_values(

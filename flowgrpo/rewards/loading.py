@@ -13,7 +13,9 @@ from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any
 
+from flowgrpo.core.errors import ConfigError
 from flowgrpo.core.imports import import_path, suggest
+from flowgrpo.policy.model_files import ask_hub, may_be_id
 from flowgrpo.rewards.protocols import PairwiseJudge, RewardModel
 from flowgrpo.rewards.settings import Reward
 
@@ -80,6 +82,38 @@ def check_installed(model: str) -> None:
         )
 
 
+def check_places(reward: Reward, key: str) -> None:
+    """Check the files, folders and models that the options of a reward name, before anything is loaded.
+
+    A module names the options that are a file, a folder or a hub id in ``WEIGHTS``, and those that are a
+    file or a folder in ``PATHS``. Models that are not here are looked up on the hub, if it can be asked.
+
+    Args:
+        reward: The reward; :func:`check_installed` has accepted its model.
+        key: The key of its options, for the error.
+
+    Raises:
+        ConfigError: If one does not exist.
+    """
+    module = sys.modules[
+        reward.model.partition(":")[0] if ":" in reward.model else f"{PACKAGE}.{reward.model}"
+    ]
+    may_be_ids = getattr(module, "WEIGHTS", ())
+    for option in (*may_be_ids, *getattr(module, "PATHS", ())):
+        name = reward.options.get(option)
+        if not isinstance(name, str) or not name or Path(name).exists():
+            continue
+        place = f"{key}.{option}"
+        if Path(name).expanduser().exists():
+            raise ConfigError(f"{place}: rewards do not replace ~; give the whole path of {name}")
+        if option not in may_be_ids or not may_be_id(name):
+            raise ConfigError(f"{place}: no such file or folder: {name}")
+        try:
+            ask_hub(name)
+        except FileNotFoundError as error:
+            raise ConfigError(f"{place}: {error}") from error
+
+
 def found(model: str) -> object:
     """The class or function that a reward's name means, imported but not called.
 
@@ -109,7 +143,21 @@ def load_model(reward: Reward) -> RewardModel | PairwiseJudge:
 
 def construct(reward: Reward) -> Any:
     """As :func:`load_model`, for a model that may have another interface."""
-    target = found(reward.model)
+    target: Any = found(reward.model)
+    check_options(reward, target)
+    return target(**reward.options) if isinstance(target, type) else target
+
+
+def check_options(reward: Reward, target: Any) -> None:
+    """Check that a reward's class takes its options, without constructing it.
+
+    Args:
+        reward: The reward.
+        target: The class or function that :func:`found` returns.
+
+    Raises:
+        ValueError: If it does not, or is neither a class nor a function.
+    """
     if not callable(target):
         raise ValueError(f"reward {reward.model!r} is {target!r}, neither a class nor a function")
     if isinstance(target, type):
@@ -119,12 +167,10 @@ def construct(reward: Reward) -> Any:
             raise ValueError(
                 f"reward {reward.label!r}: {error}; it takes {inspect.signature(target)}"
             ) from error
-        return target(**reward.options)
-    if reward.options:
+    elif reward.options:
         raise ValueError(
             f"reward {reward.label!r} is a function and takes no options, got {reward.options}"
         )
-    return target
 
 
 def load_reward(reward: Reward) -> RewardModel:

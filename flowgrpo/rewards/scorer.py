@@ -20,8 +20,9 @@ from flowgrpo.core.tensors import Float, Tensor, torch
 from flowgrpo.core.text import counted
 from flowgrpo.data.audio import Audio
 from flowgrpo.data.prompts import Prompt
+from flowgrpo.rewards.elsewhere import load_all
 from flowgrpo.rewards.features import Features
-from flowgrpo.rewards.loading import load_model, load_reward
+from flowgrpo.rewards.loading import load_model
 from flowgrpo.rewards.pairs import PairwisePreference, PairwiseScorer
 from flowgrpo.rewards.protocols import (
     AlternatingReward,
@@ -68,6 +69,7 @@ class RewardScorer:
         rewards: Sequence[Reward],
         failures: Failures | None = None,
         batch: int = 0,
+        load: Callable[[Sequence[Reward]], list[RewardModel]] = load_all,
     ):
         """Load the reward models.
 
@@ -75,6 +77,7 @@ class RewardScorer:
             rewards: The rewards to train on, and those with weight 0 to log.
             failures: What happens when one fails.
             batch: Most samples in one call of a reward model; 0 scores each submission whole.
+            load: Loads them.
 
         Raises:
             ValueError: If a reward is unknown, or two have the same name.
@@ -88,7 +91,7 @@ class RewardScorer:
         self.rewards, self.failures = list(rewards), failures or Failures()
         self.iteration: int | None = None
         self.batch, self.keeps_media = batch, False
-        self.models = [load_reward(r) for r in rewards]
+        self.models = load(rewards)
         self._learners = {
             r.label: m
             for r, m in zip(rewards, self.models, strict=True)

@@ -131,7 +131,9 @@ def verify(folder: Path) -> None:
     """
     for name, expected in _read_state(folder)[1].items():
         file = folder / name
-        if not file.exists() or digest(file) != expected:
+        if not file.exists():
+            raise CheckpointError(f"{file} is missing; {_advice(folder)}")
+        if digest(file) != expected:
             raise CheckpointError(
                 f"{file} is damaged: its SHA-256 is not the one in {STATE}; {_advice(folder)}"
             )
@@ -170,6 +172,8 @@ def _read_state(folder: Path) -> tuple[dict[str, Any], dict[str, str]]:
         own = state.pop(OWN_DIGEST)
         is_sound = own == _state_digest(state)
         digests = state.pop("sha256")
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{folder / STATE} is missing; {_advice(folder)}") from error
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(
             f"{folder / STATE} cannot be read ({error!r}); {_advice(folder)}"
@@ -182,6 +186,8 @@ def _read_state(folder: Path) -> tuple[dict[str, Any], dict[str, str]]:
 
 
 def _advice(folder: Path) -> str:
+    if not folder.name.isdecimal():
+        return "restore the file, or use another checkpoint of the run, such as its last"
     return f"delete {folder} to resume from the previous checkpoint, or restore the file"
 
 

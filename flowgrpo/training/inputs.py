@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 from flowgrpo.config import Config, ConfigError, find
 from flowgrpo.config.distillation import check_taught
@@ -13,22 +12,29 @@ from flowgrpo.core.secrets import REDACTED, redacted_in
 from flowgrpo.core.text import counted
 from flowgrpo.data.prompt_sets import PromptSet, shared
 from flowgrpo.data.videos import require_video
-from flowgrpo.policy.model_files import check_path
-from flowgrpo.policy.settings import require_installed
-from flowgrpo.rewards.loading import check_installed, check_name, found
+from flowgrpo.policy.model_files import Check, ask_hub, check_adapter, check_path, check_start
+from flowgrpo.policy.settings import absent_packages
+from flowgrpo.rewards.loading import check_installed, check_name, check_options, check_places, found
 from flowgrpo.rewards.prompt_use import is_declared, prompt_notes
-from flowgrpo.training.trackers import check_trackers
+from flowgrpo.rewards.settings import Reward
+from flowgrpo.training.trackers import absent_trackers
 
 
-def check_names(config: Config, num_processes: int) -> None:
+def check_names(config: Config, num_processes: int, absent: list[str] | None = None) -> None:
     """Check the settings, and that files, rewards and optional packages exist.
 
     No prompt file is read, and no module of the user is imported for a reward or a metric.
 
+    Args:
+        config: The configuration.
+        num_processes: Number of processes of the run.
+        absent: Gets a sentence for each optional package that is not installed, for a dry run, which goes on
+            without it.
+
     Raises:
         ConfigError: If settings contradict each other, do not fit the number of processes, or name
-            a prompt file, a reward or a tracker that does not exist or is not installed.
-        ImportError: If an optional package is not installed.
+            a prompt file, a reward or a tracker that does not exist; or, without ``absent``, if an
+            optional package is not installed.
     """
     config.check(num_processes)
     if key := redacted_in(to_table(config)):
@@ -36,26 +42,31 @@ def check_names(config: Config, num_processes: int) -> None:
             f"{key} is {REDACTED}: secrets are left out of saved configurations; give it again with "
             f"--set {key}=..."
         )
-    require_installed(config.memory, config.train.optimizer)
-    check_trackers(config.run.trackers)
+    packages = absent_packages(config.memory, config.train.optimizer)
+    packages += absent_trackers(config.run.trackers)
     if config.sampling.num_frames is not None:
-        with _setting("sampling.num_frames"):
+        with _collected(packages), _setting("sampling.num_frames"):
             require_video()
+    if packages and absent is None:
+        raise ConfigError("; ".join(packages))
+    if absent is not None:
+        absent += packages
     with _setting("prompts.train"):
         training_source(config)
     with _setting("prompts.held_out"):
         find(config.prompts.held_out)
-    for key, name in _weights(config).items():
-        is_file = name.startswith((".", "/", "~")) or name.endswith(".safetensors")
-        if is_file and not Path(name).expanduser().exists():
-            raise ConfigError(f"{key}: no such file or folder: {name}")
+    for key, name, check in _weights(config):
+        with _setting(key):
+            check(name)
     for index, reward in enumerate(config.rewards):
         if ":" not in reward.model:
             with _setting(f"rewards[{index}].model"):
                 check_name(reward.model)
 
 
-def check_inputs(config: Config, num_processes: int) -> tuple[PromptSet, PromptSet]:
+def check_inputs(
+    config: Config, num_processes: int, absent: list[str] | None = None
+) -> tuple[PromptSet, PromptSet]:
     """Check everything that can be checked before anything is loaded or written.
 
     - The names of files, packages and rewards (:func:`check_names`).
@@ -66,15 +77,20 @@ def check_inputs(config: Config, num_processes: int) -> tuple[PromptSet, PromptS
     - Not all trained rewards say that they ignore prompts, unless this is meant.
     - Benchmarks exist, and so do their data.
 
+    Args:
+        config: The configuration.
+        num_processes: Number of processes of the run.
+        absent: As for :func:`check_names`, also for the packages of rewards and metrics.
+
     Returns:
         The training prompts and the held-out prompts.
 
     Raises:
         ConfigError: As :func:`check_names`, or if an import path cannot be imported.
-        ImportError: If an optional package is not installed.
+        ImportError: If a package that prompt files need is not installed.
         PromptError: If a prompt file cannot be used.
     """
-    check_names(config, num_processes)
+    check_names(config, num_processes, absent)
     with _setting("run.device"):
         # Imports torch, which the checks above do without.
         from flowgrpo.policy.placement import resolve_device
@@ -85,19 +101,25 @@ def check_inputs(config: Config, num_processes: int) -> tuple[PromptSet, PromptS
     held_out = PromptSet.load(find(config.prompts.held_out), config.prompts.balance, fixed_size)
     check_taught(config, prompts.prompts)
     for index, path in enumerate(config.evaluation.metrics):
-        with _setting(f"evaluation.metrics[{index}]"):
+        with _collected(absent), _setting(f"evaluation.metrics[{index}]"):
             import_path(path)
+    importable = []
     for index, reward in enumerate(config.rewards):
-        with _setting(f"rewards[{index}].model"):
-            check_name(reward.model)
-            check_installed(reward.model)
+        with _collected(absent):
+            _check_model(f"rewards[{index}]", reward)
+            importable.append(reward)
+    preference = getattr(config.algorithm, "preference", None)
+    if judge := getattr(preference, "model", ""):
+        with _collected(absent):
+            options = getattr(preference, "options", {})
+            _check_model("algorithm.preference", Reward(model=judge, options=options))
     if config.failures.probe == "refuse":
-        declared = {r.label: is_declared(found(r.model)) for r in config.rewards}
+        declared = {r.label: is_declared(found(r.model)) for r in importable}
         prompt_notes(config.rewards, declared, config.algorithm.needs_rewards, refuse=True)
     if config.guard.features:
-        with _setting("guard.features"):
-            check_name(config.guard.features)
-            check_installed(config.guard.features)
+        with _collected(absent):
+            features = Reward(model=config.guard.features, options=config.guard.features_options)
+            _check_model("guard.features", features, "guard.features", "guard.features_options")
     with _setting("model.path"):
         check_path(config.model.path)
     if config.evaluation.bench:
@@ -119,14 +141,72 @@ def shared_note(train: PromptSet, held_out: PromptSet) -> list[str]:
     ]
 
 
-def _weights(config: Config) -> dict[str, str]:
-    """Weights besides the model itself: the base of a single file, earlier adapters, and teachers."""
-    found = {"model.base": config.model.base}
-    found |= {f"model.adapters[{i}].path": a.path for i, a in enumerate(config.model.adapters)}
+def _check_model(key: str, reward: Reward, name: str = "", options: str = "") -> None:
+    """Check a model that scores, compares or embeds media, without constructing it.
+
+    Args:
+        key: Key of its table, for the error.
+        reward: Its name and its options.
+        name: Key of its name, by default ``model`` of the table.
+        options: Key of its options, by default ``options`` of the table.
+
+    Raises:
+        ConfigError: If there is none, a package of it is not installed, or its options are wrong.
+    """
+    with _setting(name or f"{key}.model"):
+        check_name(reward.model)
+        check_installed(reward.model)
+    options = options or f"{key}.options"
+    with _setting(options):
+        check_options(reward, found(reward.model))
+    check_places(reward, options)
+
+
+def absent_weights(config: Config, and_model: bool = True) -> list[str]:
+    """A sentence for each model or adapter that is not here while the hub cannot be asked for it.
+
+    Args:
+        config: The configuration.
+        and_model: Whether to look for the model itself, too.
+
+    Raises:
+        ConfigError: If one is neither here nor on the hub.
+    """
+    weights, absent = _weights(config), []
+    if and_model and config.model.path != "shapes":
+        weights.append(("model.path", config.model.path, check_path))
+    for key, name, check in weights:
+        with _setting(key):
+            if check(name) is None and (reason := ask_hub(name)):
+                absent.append(
+                    f"{key}: {name} is no file or folder here; as an id of the hub, {reason}"
+                )
+    return absent
+
+
+def _weights(config: Config) -> list[tuple[str, str, Check]]:
+    """Weights besides the model itself, each with its key and check: the base of a single file, earlier
+    adapters, and teachers."""
+    found: list[tuple[str, str, Check]] = [("model.base", config.model.base, check_path)]
+    found += [(f"model.adapters[{i}].path", a.path, check_adapter) for i, a in enumerate(config.model.adapters)]  # fmt: skip
+    found += [("model.weights.init", getattr(config.model.weights, "init", ""), check_start)]
     teachers = config.loss.needs.teachers
     for number, teacher in enumerate(teachers.all if teachers else ()):
-        found[f"loss.teachers[{number}].path"] = teacher.path
-    return found | {"model.weights.init": getattr(config.model.weights, "init", "")}
+        if teacher.is_named:
+            check = check_path if teacher.weights == "model" else check_start
+            found.append((f"loss.teachers[{number}].path", teacher.path, check))
+    return [one for one in found if one[1]]
+
+
+@contextmanager
+def _collected(absent: list[str] | None) -> Iterator[None]:
+    """Add an error about a package that is not installed to a list, if there is one."""
+    try:
+        yield
+    except ConfigError as error:
+        if absent is None or not isinstance(error.__cause__, ImportError):
+            raise
+        absent.append(str(error))
 
 
 @contextmanager

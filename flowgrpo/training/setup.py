@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 from flowgrpo.algorithms import AlgorithmBase
@@ -23,9 +24,9 @@ from flowgrpo.policy.probe import (
     fit_noise,
     ignores_negatives,
 )
-from flowgrpo.policy.teachers import require_found
 from flowgrpo.policy.text_length import cut_prompts, tokenizers_of
 from flowgrpo.rewards.differentiable import DifferentiableRewards
+from flowgrpo.rewards.elsewhere import load_all, load_once
 from flowgrpo.rewards.features import Features
 from flowgrpo.rewards.scorer import RewardScorer
 from flowgrpo.training.benchmarks import Benchmarks
@@ -36,7 +37,7 @@ from flowgrpo.training.given_pictures import (
     picture_notes,
     quality_of,
 )
-from flowgrpo.training.inputs import shared_note
+from flowgrpo.training.inputs import absent_weights, shared_note
 from flowgrpo.training.learner import Learner
 from flowgrpo.training.replay_buffer import ReplayBuffer
 from flowgrpo.training.reward_replay import RewardReplay
@@ -73,7 +74,7 @@ def build(config: Config, session: Session, prompts: PromptSet, held_out: Prompt
 
     1. Nothing is loaded: the configuration, the device, optional packages, prompt files and the import
        paths of rewards and metrics (:func:`flowgrpo.training.inputs.check_inputs`); then the run
-       directory (:class:`Session`).
+       directory (:class:`Session`), and whether models and adapters that are not here are on the hub.
     2. The rewards are loaded: whether they can use the prompts, and let the policy train.
     3. The pipeline is loaded: sizes, initial noise and transition (:func:`_check_policy`).
     4. The judges of benchmarks are asked about one image.
@@ -84,7 +85,8 @@ def build(config: Config, session: Session, prompts: PromptSet, held_out: Prompt
         RewardError: If a reward cannot be trained on.
         CheckpointError: If the newest checkpoint is damaged.
     """
-    require_found(_teacher_paths(config))
+    if absent := absent_weights(config):
+        raise ConfigError(absent[0])
     scorer = _load_rewards(config, session, [*prompts.prompts, *held_out.prompts])
     policy = _load_policy(config, session)
     scorer.check_audio(policy.makes_audio, f"{type(policy.pipeline).__name__} makes none")
@@ -190,7 +192,10 @@ def _load_policy(config: Config, session: Session) -> PipelinePolicy:
 
 def _load_rewards(config: Config, session: Session, prompts: Sequence[Prompt]) -> RewardScorer:
     """The rewards, after checks that they suit the run, and the features of the guards."""
-    scorer = RewardScorer(config.rewards, config.failures, config.memory.score_batch)
+    # A reward that is differentiated is computed in every process.
+    in_all = session.shares.context == 1 or config.loss.needs.reward_gradient
+    load = load_all if in_all else partial(load_once, once=session.once)
+    scorer = RewardScorer(config.rewards, config.failures, config.memory.score_batch, load)
     session.scorer, scorer.safe_point = scorer, session.signals.check
     scorer.once = session.score_once if session.shares.context > 1 else None
     scorer.check_turns(config.train.iterations)
@@ -210,7 +215,12 @@ def _load_rewards(config: Config, session: Session, prompts: Sequence[Prompt]) -
             "learn to recognise previews; set algorithm.previews.number to 0"
         )
     if config.guard.novelty != "off":
-        scorer.features = Features(config.guard.features, config.guard.features_options)
+
+        def load_features() -> None:
+            scorer.features = Features(config.guard.features, config.guard.features_options)
+
+        # They are computed where the scores are.
+        session.once(load_features)
     if config.loss.needs.reward_gradient:
         rewards = DifferentiableRewards(scorer.rewards, scorer.models)
         if getattr(config.algorithm, "compares_texts", False) and rewards.ignores_prompts:
@@ -218,7 +228,7 @@ def _load_rewards(config: Config, session: Session, prompts: Sequence[Prompt]) -
                 f"rewards: {type(config.algorithm).__name__} compares the scores of an image for several texts, and all "
                 "trained rewards ignore their prompts; use a reward that reads them, such as hpsv2"
             )
-    scorer.check_prompts(prompts)
+    session.once(partial(scorer.check_prompts, prompts))
     return scorer
 
 

@@ -38,12 +38,13 @@ LOGIN = {
 }
 
 
-def check_trackers(names: Sequence[str]) -> None:
-    """Check that the trackers of ``run.trackers`` exist and are installed. Nothing is imported.
+def absent_trackers(names: Sequence[str]) -> list[str]:
+    """A sentence for each tracker of ``run.trackers`` that is not installed. Nothing is imported.
 
     Raises:
-        ConfigError: With the nearest name, or the command that installs the package.
+        ConfigError: If there is no such tracker, with the nearest name.
     """
+    absent = []
     for index, name in enumerate(names):
         key = f"run.trackers[{index}]"
         if name not in PACKAGES:
@@ -54,7 +55,8 @@ def check_trackers(names: Sequence[str]) -> None:
         spec = find_spec(module)
         # A folder of that name in the working directory, as W&B makes one, is found without an origin.
         if spec is None or spec.origin is None:
-            raise ConfigError(f"{key}: {name!r} is not installed: pip install {package}")
+            absent.append(f"{key}: {name!r} is not installed: pip install {package}")
+    return absent
 
 
 def start_trackers(accelerator: "Accelerator", config: "Config") -> None:
