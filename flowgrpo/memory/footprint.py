@@ -4,7 +4,6 @@ import math
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,8 +13,10 @@ from torch import Tensor, nn
 from flowgrpo.config import Config
 from flowgrpo.core.errors import ConfigError
 from flowgrpo.data.prompts import Prompt
-from flowgrpo.memory.budget import GB, Footprint, MemoryOptions
+from flowgrpo.memory.budget import Footprint, MemoryOptions
+from flowgrpo.memory.media_tracer import MediaTracer
 from flowgrpo.memory.meta_pipeline import EstimateError, build, config_folder
+from flowgrpo.memory.rewards import TracedRewards, reward_sizes, traced_rewards
 from flowgrpo.memory.tracer import Activations, Tracer, bytes_of
 from flowgrpo.policy.arguments import Calling, own_arguments
 from flowgrpo.policy.compilation import repeated_blocks
@@ -25,17 +26,6 @@ from flowgrpo.policy.loading import DTYPES, denoisers
 from flowgrpo.policy.settings import Full, Noise, Parallel, Weights
 from flowgrpo.policy.sharding import gathered_bytes, gathered_dtype
 from flowgrpo.policy.weights import Trainable
-from flowgrpo.rewards.settings import Reward
-
-REWARDS = {
-    "clip_score": 4 * 427_616_513,
-    "geneval": round(1.5 * GB),
-    "jpeg_size": 0,
-    "ocr": 0,
-    "pick_score": 4 * 986_109_441,
-}
-"""Bytes on the device of reward models that come with flowgrpo, with parameters in fp32. The size of
-any other reward model is unknown."""
 
 
 def memory_options(config: Config, num_processes: int = 1) -> MemoryOptions:
@@ -83,7 +73,6 @@ def estimate_footprint(
     Raises:
         EstimateError: If the config files are not available, or the pipeline cannot be traced.
     """
-    _require_known(config)
     dtype, weights = DTYPES[config.model.dtype], config.model.weights
     pipeline = build(config_folder(config.model.source), dtype)
     full, kl = isinstance(weights, Full), config.loss.kl_coef > 0
@@ -96,10 +85,22 @@ def estimate_footprint(
     _fit_decoder(config, models)
     whole, gathered, gradients = _gathered(config, ours.values())
     counts = _attentions(config, ours)
-    tracer = Tracer(pipeline, dtype, full=full, native=native, device=device)
+    tracer = MediaTracer(pipeline, dtype, full=full, native=native, device=device)
     batches = config.train.rollout_batch, config.train.train_batch
+    sizes: Mapping[str, int | None]
     with _estimate_error(type(pipeline).__name__):
-        latents, training = _traced(tracer, config, prompts, batches)
+        calling = Calling()
+        calling(tracer.rollout, _arguments(config, prompts, batches[0]), batches[0])
+        latents, peaks = tracer.latents, dict(tracer.peaks)
+        if config.loss.needs.reward_gradient:
+            rewards = traced_rewards(config.rewards, device)
+            training, sizes = (
+                _differentiated(tracer, calling, config, prompts, rewards),
+                rewards.sizes,
+            )
+        else:
+            training = _trained_on(tracer, calling, config, prompts)
+            sizes = reward_sizes(config.rewards, device)
     latent = latents.numel() // batches[0] if latents else 0
     # Until a batch of the rollout is decoded, the model's outputs are kept.
     outputs = latent * batches[0] * config.sampling.num_steps * (4 if full else dtype.itemsize)
@@ -114,11 +115,11 @@ def estimate_footprint(
         **_further_weights(config, sum(after[k] if full else before[k] for k in ours)),
         reference=4 * trained if full and kl else 0,
         experience=4 * latent * _kept(config, num_processes),
-        rewards={r.label: _reward_bytes(r) for r in config.rewards},
-        encode=max((v for k, v in tracer.peaks.items() if k not in ours and k != "vae"), default=0),
-        rollout=max(v for k, v in tracer.peaks.items() if k in ours),
+        rewards=sizes,
+        encode=max((v for k, v in peaks.items() if k not in ours and k != "vae"), default=0),
+        rollout=max(v for k, v in peaks.items() if k in ours),
         outputs=outputs,
-        decode=tracer.peaks.get("vae", 0),
+        decode=peaks.get("vae", 0),
         training=training,
         kl=kl,
         batches=batches,
@@ -155,15 +156,6 @@ def _further_weights(config: Config, whole: int) -> dict[str, Any]:
         "fake_score": needs.fake_score is not None,
         "teacher": whole if needs.teachers and needs.teachers.models else 0,
     }
-
-
-def _require_known(config: Config) -> None:
-    """Raise EstimateError if a run keeps activations that are not traced."""
-    if config.loss.needs.reward_gradient:
-        raise EstimateError(
-            f"the loss {type(config.loss).__name__} keeps the activations of the VAE and of the rewards for its "
-            "backward pass, which are not estimated"
-        )
 
 
 def _gathered(config: Config, models: Collection[nn.Module]) -> tuple[int, int, int]:
@@ -226,18 +218,45 @@ def _kept(config: Config, num_processes: int) -> int:
     return samples * nodes * (1 + train.staleness)
 
 
-def _traced(
-    tracer: Tracer, config: Config, prompts: Sequence[Prompt], batches: tuple[int, int]
-) -> tuple[torch.Size | None, Activations]:
-    """The shape of a rollout batch's latents, and the activations of a training batch."""
-    calling = Calling()
-    calling(tracer.rollout, _arguments(config, prompts, batches[0]), batches[0])
-    latents = tracer.latents
+def _trained_on(
+    tracer: Tracer, calling: Calling, config: Config, prompts: Sequence[Prompt]
+) -> Activations:
+    """The activations of a training batch."""
     if isinstance(config.model.weights, Noise):
         # The initial noise is trained, so no gradient passes through a model.
-        return latents, Activations(0, 0, None)
-    arguments = _arguments(config, prompts, batches[1])
-    return latents, calling(tracer.training, arguments, batches[1])
+        return Activations(0, 0, None)
+    batch = config.train.train_batch
+    return calling(tracer.training, _arguments(config, prompts, batch), batch)
+
+
+def _differentiated(
+    tracer: MediaTracer,
+    calling: Calling,
+    config: Config,
+    prompts: Sequence[Prompt],
+    rewards: TracedRewards,
+) -> Activations:
+    """The activations of a training batch whose rewards are differentiated.
+
+    Raises:
+        EstimateError: If the algorithm does not say how many steps are differentiated.
+    """
+    algorithm, batch = config.algorithm, config.train.train_batch
+    try:
+        steps, texts = algorithm.differentiated_steps, algorithm.judged_texts  # type: ignore[union-attr]
+    except AttributeError as error:
+        raise EstimateError(
+            f"{type(algorithm).__name__} has no differentiated_steps and judged_texts, which say how many steps and "
+            "scores are differentiated; inherit from flowgrpo.algorithms.differentiated.Differentiated"
+        ) from error
+    shown = [prompts[0]] * batch
+    tracer.score_with(
+        lambda media: rewards.scores(media, shown, texts),
+        rewards.models,
+        config.memory.decode_batch,
+    )
+    arguments = _arguments(config, prompts, batch)
+    return calling(lambda given: tracer.media_training(given, steps), arguments, batch)
 
 
 def _trained(models: Mapping[str, ModelMixin], weights: Weights | Noise, native: bool) -> int:
@@ -274,10 +293,3 @@ def _fit_decoder(config: Config, models: dict[str, nn.Module]) -> None:
     for setting, switch in (("vae_tiling", "enable_tiling"), ("vae_slicing", "enable_slicing")):
         if getattr(memory, setting) and hasattr(vae, switch):
             getattr(vae, switch)()
-
-
-def _reward_bytes(reward: Reward) -> int | None:
-    """Bytes of a reward model on the device; ``None`` if unknown."""
-    if reward.model == "flowgrpo.rewards.frames:FrameMean":
-        return REWARDS.get(str(reward.options.get("model")))
-    return REWARDS.get(Path(reward.model).name)
