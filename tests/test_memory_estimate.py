@@ -192,14 +192,13 @@ FOOTPRINT = Footprint(
     trained=GB // 64,
     adapter=GB // 16,
     averaged=False,
-    reference=0,
     experience=0,
     rewards={"pick_score": 4 * GB, "own": None},
     encode=0,
     rollout=GB,
     decode=4 * GB,
     training=Activations(saved=16 * GB, transient=GB, checkpointed=2 * GB),
-    kl=False,
+    within=False,
     batches=(4, 4),
 )
 OPTIONS = MemoryOptions(rollout_batch=4, train_batch=4)
@@ -210,7 +209,8 @@ def test_second_models_are_counted() -> None:
     plain = budget(FOOTPRINT, OPTIONS)
     scored = budget(replace(FOOTPRINT, fake_score=True), OPTIONS)
     assert scored.peak - plain.peak == 12 * FOOTPRINT.trained
-    taught = budget(replace(FOOTPRINT, teacher=4 * GB), replace(OPTIONS, train_batch=2))
+    other = {"teacher": (4 * GB, FOOTPRINT.rollout)}
+    taught = budget(replace(FOOTPRINT, others=other), replace(OPTIONS, train_batch=2))
     assert taught.phases["teacher"] == 4 * GB + GB // 2
     assert "teacher" not in plain.phases
 
@@ -233,7 +233,7 @@ def test_a_budget_adds_the_largest_phase() -> None:
     assert resident.peak - offloaded_vae.peak == GB
     assert offloaded_vae.phases["decoding"] - resident.phases["decoding"] == GB
     assert "weights of vae" not in offloaded_vae.resident
-    kept = replace(FOOTPRINT, kl=True)
+    kept = replace(FOOTPRINT, within=True)
     assert budget(kept, OPTIONS).phases["training"] == found.phases["training"]
     wide = replace(kept, rollout=6 * GB)
     assert budget(wide, OPTIONS).phases["training"] == round((4 / 64 + 16 + 6) * GB)
@@ -241,7 +241,11 @@ def test_a_budget_adds_the_largest_phase() -> None:
 
 def test_a_divided_denoiser_takes_its_part_and_the_blocks_that_are_gathered() -> None:
     footprint = replace(
-        FOOTPRINT, averaged=True, reference=GB, gathered=GB // 2, gathered_gradients=GB // 4
+        FOOTPRINT,
+        averaged=True,
+        others={"reference": (GB, 0)},
+        gathered=GB // 2,
+        gathered_gradients=GB // 4,
     )
     alone, parts = budget(footprint, OPTIONS), budget(footprint, replace(OPTIONS, parts=8))
     divided = (
@@ -249,11 +253,12 @@ def test_a_divided_denoiser_takes_its_part_and_the_blocks_that_are_gathered() ->
         "adapter",
         "optimizer (adamw)",
         "moving average",
-        "reference",
     )
     for name, size in alone.resident.items():
         assert parts.resident[name] == (size / 8 if name in divided else size), name
     assert parts.phases["rollout"] - alone.phases["rollout"] == GB // 2
+    assert alone.phases["reference"] == GB
+    assert parts.phases["reference"] == GB // 8 + GB // 2
     assert parts.phases["decoding"] == alone.phases["decoding"]
     gradients = 4 * footprint.trained
     change = parts.phases["training"] - alone.phases["training"]

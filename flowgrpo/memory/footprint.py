@@ -1,5 +1,6 @@
 """Computes the memory footprint of a configured run: weights exactly, activations by tracing."""
 
+import functools
 import math
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ from flowgrpo.data.prompts import Prompt
 from flowgrpo.memory.budget import Footprint, MemoryOptions
 from flowgrpo.memory.media_tracer import MediaTracer
 from flowgrpo.memory.meta_pipeline import EstimateError, build, config_folder
+from flowgrpo.memory.other_weights import evaluates_within, kept_weights, other_policies
 from flowgrpo.memory.rewards import TracedRewards, reward_sizes, traced_rewards
 from flowgrpo.memory.tracer import Activations, Tracer, bytes_of
 from flowgrpo.policy.arguments import Calling, own_arguments
@@ -23,7 +25,7 @@ from flowgrpo.policy.compilation import repeated_blocks
 from flowgrpo.policy.context import AttentionCount, check_denoisers
 from flowgrpo.policy.encoder_lockstep import text_encoders
 from flowgrpo.policy.loading import DTYPES, denoisers
-from flowgrpo.policy.settings import Full, Noise, Parallel, Weights
+from flowgrpo.policy.settings import Full, Noise, Parallel, Sampling, Weights
 from flowgrpo.policy.sharding import gathered_bytes, gathered_dtype
 from flowgrpo.policy.weights import Trainable
 
@@ -42,6 +44,10 @@ def memory_options(config: Config, num_processes: int = 1) -> MemoryOptions:
         )
     except ValueError:
         most = 1
+    needs = config.loss.needs
+    if needs.reward_gradient or needs.fake_score or (needs.teachers and needs.teachers.models):
+        # The configuration refuses to divide their models.
+        most = 1
     names = (
         "decode_batch", "gradient_checkpointing", "offload_text_encoders", "offload_vae", "quantize",
     )  # fmt: skip
@@ -55,6 +61,7 @@ def memory_options(config: Config, num_processes: int = 1) -> MemoryOptions:
         most_parts=most,
         encoder_parts=parts if parallel.divides_encoders else 1,
         context=parallel.context,
+        vae_stays=needs.reward_gradient,
         **fitting,
     )
 
@@ -75,13 +82,17 @@ def estimate_footprint(
     """
     dtype, weights = DTYPES[config.model.dtype], config.model.weights
     pipeline = build(config_folder(config.model.source), dtype)
-    full, kl = isinstance(weights, Full), config.loss.kl_coef > 0
+    full = isinstance(weights, Full)
     models = {k: m for k, m in pipeline.components.items() if isinstance(m, nn.Module)}
     ours, native = denoisers(pipeline), config.memory.arithmetic == "native"
-    linear = [] if full else _linear_weights(ours.values())
+    teachers = config.loss.needs.teachers
+    # With a whole model as teacher, the configuration refuses quantised weights.
+    fixed = full or bool(teachers and teachers.models)
+    linear = [] if fixed else _linear_weights(ours.values())
     before = {k: bytes_of(m) for k, m in models.items()}
     trained = _trained(ours, weights, native)
     after = {k: bytes_of(m) for k, m in models.items()}
+    own = {k: after[k] if full else before[k] for k in ours}
     _fit_decoder(config, models)
     whole, gathered, gradients = _gathered(config, ours.values())
     counts = _attentions(config, ours)
@@ -92,6 +103,7 @@ def estimate_footprint(
         calling = Calling()
         calling(tracer.rollout, _arguments(config, prompts, batches[0]), batches[0])
         latents, peaks = tracer.latents, dict(tracer.peaks)
+        rollout = max(v for k, v in peaks.items() if k in ours)
         if config.loss.needs.reward_gradient:
             rewards = traced_rewards(config.rewards, device)
             training, sizes = (
@@ -101,27 +113,29 @@ def estimate_footprint(
         else:
             training = _trained_on(tracer, calling, config, prompts)
             sizes = reward_sizes(config.rewards, device)
+        evaluated = functools.partial(_evaluated, tracer, calling, config, prompts, rollout)
+        others = other_policies(config, 4 * trained, sum(own.values()), evaluated)
     latent = latents.numel() // batches[0] if latents else 0
     # Until a batch of the rollout is decoded, the model's outputs are kept.
     outputs = latent * batches[0] * config.sampling.num_steps * (4 if full else dtype.itemsize)
     return Footprint(
-        denoisers={k: after[k] if full else before[k] for k in ours},
+        denoisers=own,
         linear=sum(w.numel() for w in linear),
         linear_bytes=sum(w.numel() * w.element_size() for w in linear),
         encoders={k: v for k, v in before.items() if k not in ours and k != "vae"},
         vae=before.get("vae", 0),
         trained=trained,
         adapter=0 if full else 4 * trained,
-        **_further_weights(config, sum(after[k] if full else before[k] for k in ours)),
-        reference=4 * trained if full and kl else 0,
+        **kept_weights(config),
         experience=4 * latent * _kept(config, num_processes),
         rewards=sizes,
         encode=max((v for k, v in peaks.items() if k not in ours and k != "vae"), default=0),
-        rollout=max(v for k, v in peaks.items() if k in ours),
+        rollout=rollout,
         outputs=outputs,
         decode=peaks.get("vae", 0),
         training=training,
-        kl=kl,
+        within=evaluates_within(config),
+        others=others,
         batches=batches,
         gathered=gathered,
         gathered_gradients=gradients,
@@ -145,17 +159,6 @@ def _attentions(config: Config, models: Mapping[str, ModelMixin]) -> list[Attent
     except ValueError as error:
         raise ConfigError(str(error)) from error
     return [AttentionCount(m) for m in models.values()]
-
-
-def _further_weights(config: Config, whole: int) -> dict[str, Any]:
-    """The parts of a footprint that are further weights, with the size of the denoisers."""
-    needs = config.loss.needs
-    return {
-        "averaged": config.train.ema_decay > 0,
-        "earlier": config.train.staleness > 0,
-        "fake_score": needs.fake_score is not None,
-        "teacher": whole if needs.teachers and needs.teachers.models else 0,
-    }
 
 
 def _gathered(config: Config, models: Collection[nn.Module]) -> tuple[int, int, int]:
@@ -218,6 +221,28 @@ def _kept(config: Config, num_processes: int) -> int:
     return samples * nodes * (1 + train.staleness)
 
 
+def _evaluated(
+    tracer: Tracer,
+    calling: Calling,
+    config: Config,
+    prompts: Sequence[Prompt],
+    usual: int,
+    sampling: Sampling,
+) -> int:
+    """The denoisers' activations in a rollout batch with other arguments of the call than the policy's.
+
+    Args:
+        usual: Those with the policy's arguments.
+    """
+    if replace(sampling, num_steps=config.sampling.num_steps) == config.sampling:
+        return usual
+    batch = config.train.rollout_batch
+    tracer.peaks.clear()
+    given = _arguments(replace(config, sampling=sampling), prompts, batch)
+    calling(tracer.rollout, given, batch)
+    return max(v for k, v in tracer.peaks.items() if k in tracer.denoisers)
+
+
 def _trained_on(
     tracer: Tracer, calling: Calling, config: Config, prompts: Sequence[Prompt]
 ) -> Activations:
@@ -250,13 +275,9 @@ def _differentiated(
             "scores are differentiated; inherit from flowgrpo.algorithms.differentiated.Differentiated"
         ) from error
     shown = [prompts[0]] * batch
-    tracer.score_with(
-        lambda media: rewards.scores(media, shown, texts),
-        rewards.models,
-        config.memory.decode_batch,
-    )
+    tracer.score_with(lambda media: rewards.scores(media, shown, texts), rewards.models)
     arguments = _arguments(config, prompts, batch)
-    return calling(lambda given: tracer.media_training(given, steps), arguments, batch)
+    return calling(lambda given: tracer.media_training(given, steps, batch), arguments, batch)
 
 
 def _trained(models: Mapping[str, ModelMixin], weights: Weights | Noise, native: bool) -> int:

@@ -24,26 +24,24 @@ class MediaTracer(Tracer):
     """A tracer whose training step ends with scores of decoded media."""
 
     _scores: Scores
-    _decode_batch = 0
     _rewards: Sequence[str] = ()
 
-    def score_with(
-        self, scores: Scores, models: Mapping[str, nn.Module], decode_batch: int = 0
-    ) -> None:
+    def score_with(self, scores: Scores, models: Mapping[str, nn.Module]) -> None:
         """Set what is differentiated.
 
         Args:
             scores: Called with media on the device, under fake tensors.
             models: The models that it calls, by names of their own, with parameters on the meta device.
-            decode_batch: Latents that are decoded at a time; 0 for all.
         """
-        self._scores, self._decode_batch, self._rewards = scores, decode_batch, list(models)
+        self._scores, self._rewards = scores, list(models)
         for name, model in models.items():
             self._parameters += fake_parameters(model, self._mode, self.device)
             self._buffers[name] = fake_buffers(model, self._mode, self.device)
             self._parameters += [fake for *_, fake in self._buffers[name]]
 
-    def media_training(self, arguments: Mapping[str, Any], steps: int) -> Activations:
+    def media_training(
+        self, arguments: Mapping[str, Any], steps: int, batch: int = 1
+    ) -> Activations:
         """Take the last steps with gradients, decode, score and backpropagate.
 
         From the second on, every step adds the same: its saved tensors. So two are traced at most.
@@ -51,17 +49,24 @@ class MediaTracer(Tracer):
         Args:
             arguments: Of the pipeline's call.
             steps: Steps at the end of the grid that are differentiated.
+            batch: Samples in the batch.
 
         Returns:
             The activations without and with gradient checkpointing.
         """
-        plain = _extended(functools.partial(self._media_pass, arguments), steps)
-        saved, peak = plain
-        checkpointed = None
+        measure = functools.partial(self._media_pass, arguments)
+        saved, peak = _extended(measure, steps)
         with self._recomputing() as is_possible:
-            if is_possible:
-                _, checkpointed = _extended(functools.partial(self._media_pass, arguments), steps)
-        return Activations(saved, peak - saved, checkpointed)
+            if not is_possible:
+                return Activations(saved, peak - saved, None)
+            whole = measure(1)[1]
+            _, checkpointed = _extended(measure, steps, {1: (0, whole)})
+        decoder = 0
+        if batch > 1:
+            with self._recomputing(decode_batch=1):
+                # One sample's part less than the whole decoder, of which there are `batch`.
+                decoder = round(max(0, whole - measure(1)[1]) * batch / (batch - 1))
+        return Activations(saved, peak - saved, checkpointed, decoder)
 
     def _media_pass(self, arguments: Mapping[str, Any], steps: int) -> tuple[int, int]:
         """Bytes saved by the forward passes, and most bytes alive until the backward pass ends."""
@@ -98,15 +103,19 @@ class MediaTracer(Tracer):
                 self._values.guesses = False
 
     @contextmanager
-    def _recomputing(self) -> Iterator[bool]:
-        """Inside, blocks are recomputed as with ``memory.gradient_checkpointing``; false if that is not possible."""
+    def _recomputing(self, decode_batch: int = 0) -> Iterator[bool]:
+        """Inside, blocks are recomputed as with ``memory.gradient_checkpointing``; false if that is not possible.
+
+        Args:
+            decode_batch: Latents that are decoded at a time; 0 for all.
+        """
         found = [
             m for m in self.denoisers.values() if getattr(m, "_supports_gradient_checkpointing", 0)
         ]
         for model in found:
             model.enable_gradient_checkpointing(self._checkpoint)
         vae = self.models.get("vae")
-        before = None if vae is None else self._recompute_decoder(vae)
+        before = None if vae is None else self._recompute_decoder(vae, decode_batch)
         try:
             yield bool(found)
         finally:
@@ -117,7 +126,7 @@ class MediaTracer(Tracer):
                 if getattr(vae, "_supports_gradient_checkpointing", False):
                     vae.disable_gradient_checkpointing()
 
-    def _recompute_decoder(self, vae: Any) -> Callable[..., Any]:
+    def _recompute_decoder(self, vae: Any, size: int) -> Callable[..., Any]:
         """Recompute each decode, and its blocks, as a policy does. Returns the method before."""
         if getattr(vae, "_supports_gradient_checkpointing", False):
             vae.enable_gradient_checkpointing(self._exactly_recomputed)
@@ -129,7 +138,6 @@ class MediaTracer(Tracer):
         def recomputed(*args: Any, **kwargs: Any) -> Any:
             return self._recomputed(nullcontext, inner, args, kwargs)
 
-        size = self._decode_batch
         vae.decode = self._wrap_method("vae", split_decode(recomputed, size) if size else recomputed)  # fmt: skip
         return before
 
@@ -138,10 +146,21 @@ class MediaTracer(Tracer):
         return self._recomputed(nullcontext, module, args, kwargs)
 
 
-def _extended(measure: Callable[[int], tuple[int, int]], steps: int) -> tuple[int, int]:
-    """Measurements for a number of steps, from those of one and of two."""
+def _extended(
+    measure: Callable[[int], tuple[int, int]],
+    steps: int,
+    known: Mapping[int, tuple[int, int]] | None = None,
+) -> tuple[int, int]:
+    """Measurements for a number of steps, from those of one and of two.
+
+    Args:
+        measure: Measures a number of steps.
+        steps: The number.
+        known: Measurements by their number.
+    """
+    known = known or {}
     if steps <= 2:
-        return measure(steps)
-    one, two = measure(1), measure(2)
+        return known.get(steps) or measure(steps)
+    one, two = (known.get(n) or measure(n) for n in (1, 2))
     saved, peak = (b + (steps - 2) * (b - a) for a, b in zip(one, two, strict=True))
     return saved, peak

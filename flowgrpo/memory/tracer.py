@@ -47,16 +47,24 @@ class Activations:
         saved: Tensors saved by autograd without gradient checkpointing.
         transient: Most bytes alive beyond ``saved`` at any time.
         checkpointed: Most bytes alive with gradient checkpointing; ``None`` if no model supports it.
+        decoder: Bytes of ``checkpointed`` that the VAE takes while it recomputes a whole batch. They shrink
+            with the number of latents that are decoded at a time.
     """
 
     saved: int
     transient: int
     checkpointed: int | None
+    decoder: int = 0
 
-    def peak(self, checkpointing: bool) -> int:
-        """Most bytes alive at any time, with or without gradient checkpointing."""
+    def peak(self, checkpointing: bool, decoded: float = 1.0) -> int:
+        """Most bytes alive at any time, with or without gradient checkpointing.
+
+        Args:
+            checkpointing: Whether blocks are recomputed.
+            decoded: Share of the batch that the VAE decodes at a time.
+        """
         if checkpointing and self.checkpointed is not None:
-            return self.checkpointed
+            return self.checkpointed - round(self.decoder * (1 - decoded))
         return self.saved + self.transient
 
 
