@@ -15,9 +15,11 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import flowgrpo
+from benchmarks.memory_of_rewards import Case, estimate, measure, peak, save_reward
 from flowgrpo.cli import main
 from flowgrpo.core.transitions import CPS
 from flowgrpo.data.prompts import Prompt
+from flowgrpo.losses.teachers import PIPELINE
 from flowgrpo.memory import (
     GB,
     EstimateError,
@@ -30,6 +32,7 @@ from flowgrpo.memory import (
 )
 from flowgrpo.memory.dispatch_modes import MemoryCounter
 from flowgrpo.memory.meta_pipeline import build, config_folder
+from flowgrpo.memory.other_weights import other_policies
 from flowgrpo.memory.tracer import Activations, Tracer, bytes_of
 from flowgrpo.policy import Full, LoRA, PipelinePolicy
 from flowgrpo.policy.encoder_lockstep import text_encoders
@@ -115,6 +118,70 @@ def test_activations_are_those_of_a_real_replay(
     _, peak = measured(tiny(name), name, dtype, weights, checkpointing=True)
     assert found.peak(True) == pytest.approx(peak, rel=0.15)
     assert found.peak(True) < found.peak(False)
+
+
+def test_gradients_of_rewards_keep_steps_decoder_and_reward(tiny: Tiny, tmp_path: Path) -> None:
+    """Three steps, of which two are traced; the real update decodes one latent at a time."""
+    case = Case("sd3", steps=3, decode_batch=1)
+    reward = save_reward(tmp_path)
+    found = estimate(case, tiny("sd3"), reward)
+    for checkpointing in (False, True):
+        real = measure(case, tiny("sd3"), reward, checkpointing)
+        assert peak(found, case, checkpointing) == pytest.approx(real, rel=0.15)
+    assert found.checkpointed is not None
+    assert found.decoder > 0.2 * found.checkpointed
+    assert found.checkpointed < 0.4 * found.peak(False)
+
+
+def test_rewards_with_gradients_are_estimated_in_a_dry_run(
+    tiny: Tiny, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """HPS v2 at its real size, whose activations for two texts outweigh those of a tiny FLUX."""
+    settings = ["sampling.num_steps=4", "sampling.height=32", "sampling.width=32", "algorithm.step_range=[0.1,0.8]", "train.optimizer=adamw"]  # fmt: skip
+    options = [f"--set={s}" for s in (f"model.path={tiny('flux')}", *settings)]
+    assert main(["train", "flux_srpo", "--dry-run", "--memory-gb=4.5", *options]) == 0
+    said = capsys.readouterr().out
+    assert "3.67" in said.partition("reward hpsv2")[2].partition("\n")[0]
+    assert "not counted" not in said
+    assert "offload_vae" not in said.partition("does NOT fit")[2]
+    held = said.partition("activations, gradient checkpointing")[2].split()[0]
+    assert float(held) > 1
+
+
+def test_policies_besides_the_trained_one_are_counted() -> None:
+    """Copies of trained weights move to the device; a guided teacher or reference runs on larger batches."""
+
+    def found(name: str, *changes: str) -> dict[str, tuple[int, int]]:
+        config = flowgrpo.load(name, ["train.monitor_states=0", *changes])
+        guided = config.sampling.guidance_scale
+
+        def evaluated(sampling: Any) -> int:
+            return 2 if sampling.guidance_scale != guided else 1
+
+        return other_policies(config, 100, 1000, evaluated)
+
+    assert found("quickstart") == {"reference": (100, 2)}
+    assert found("quickstart", "model.weights={kind='lora'}") == {"reference": (0, 2)}
+    assert found("quickstart_flow_grpo") == {}
+    assert found("quickstart_distillation") == {"teacher": (100, 2)}
+    lora = ["model.weights={kind='lora'}"]
+    assert found("quickstart_distillation", *lora) == {"teacher": (0, 2)}
+    adapter = [*lora, "loss.teachers=[{path='an/adapter', guidance_scale=1.0}]"]
+    assert found("quickstart_distillation", *adapter) == {"teacher": (100, 1)}
+    model = [*lora, "loss.teachers=[{path='a/model', weights='model', guidance_scale=1.0}]"]
+    assert found("quickstart_distillation", *model) == {"teacher": (1000, 1)}
+
+
+@pytest.mark.parametrize("weights", [LoRA(rank=2, alpha=2), Full()], ids=["lora", "full"])
+def test_copies_of_teachers_and_references_have_the_size_of_the_trained_weights(
+    weights: Weights, tiny: Tiny
+) -> None:
+    models = denoisers(load_pipeline(tiny("sd3")))
+    made = Trainable(models, weights, seed=0, with_reference=True, teachers={PIPELINE: {}, "b": {}})
+    trained = sum(p.numel() for p in made.parameters.values())
+    for copy in (*made._teachers.values(), made._reference or []):
+        assert sum(t.nbytes for t in copy) == (4 * trained if copy else 0)
+    assert bool(made._reference) == isinstance(weights, Full)
 
 
 @pytest.mark.parametrize("name", ["sd15", "sd3", "wan_t2v", "cogvideox"])
@@ -205,7 +272,7 @@ OPTIONS = MemoryOptions(rollout_batch=4, train_batch=4)
 
 
 def test_second_models_are_counted() -> None:
-    """A fake score's values and two moments, always; a teacher's weights while it is evaluated."""
+    """A fake score's values and two moments, always; a teacher's weights while it is evaluated; an old policy."""
     plain = budget(FOOTPRINT, OPTIONS)
     scored = budget(replace(FOOTPRINT, fake_score=True), OPTIONS)
     assert scored.peak - plain.peak == 12 * FOOTPRINT.trained
@@ -213,6 +280,20 @@ def test_second_models_are_counted() -> None:
     taught = budget(replace(FOOTPRINT, others=other), replace(OPTIONS, train_batch=2))
     assert taught.phases["teacher"] == 4 * GB + GB // 2
     assert "teacher" not in plain.phases
+    old = budget(replace(FOOTPRINT, old_policy=True), OPTIONS)
+    assert old.peak - plain.peak == 4 * FOOTPRINT.trained
+
+
+def test_decoding_in_parts_is_advised_where_the_decoder_is_recomputed() -> None:
+    """Of the peak with checkpointing, the VAE's part shrinks with the latents that it decodes at a time."""
+    training = Activations(saved=64 * GB, transient=0, checkpointed=12 * GB, decoder=8 * GB)
+    footprint = replace(FOOTPRINT, training=training, encoders={}, vae=GB)
+    options = replace(OPTIONS, gradient_checkpointing=True, vae_stays=True)
+    whole, single = (budget(footprint, replace(options, decode_batch=d)) for d in (0, 1))
+    assert whole.phases["training"] - single.phases["training"] == 6 * GB
+    changes, fits = advise(footprint, options, 17 * GB)
+    assert fits
+    assert [c.setting for c in changes] == ["memory.decode_batch = 1"]
 
 
 def test_a_budget_adds_the_largest_phase() -> None:

@@ -283,13 +283,14 @@ def _options(
     if phase in ("rollout", "text encoding") and options.rollout_batch > 1:
         half = options.rollout_batch // 2
         yield f"train.rollout_batch = {half}", replace(options, rollout_batch=half)
+    recomputes = options.gradient_checkpointing and m.training.decoder > 0
+    if phase == "training" and recomputes and options.decode_batch != 1:
+        yield "memory.decode_batch = 1", replace(options, decode_batch=1)
     if phase == "training" and options.train_batch > 1:
         half = options.train_batch // 2
         yield f"train.train_batch = {half}", replace(options, train_batch=half)
     if phase == "training" and not options.gradient_checkpointing:
         yield "memory.gradient_checkpointing = true", replace(options, gradient_checkpointing=True)
-    if phase == "training" and m.training.decoder and options.decode_batch != 1:
-        yield "memory.decode_batch = 1", replace(options, decode_batch=1)
     yield from _divided(options)
     if options.parts > 1:
         return  # A divided denoiser takes neither of the following.
