@@ -28,10 +28,10 @@ from flowgrpo.algorithms.tp_grpo import differences
 from flowgrpo.cli.common import device_of, quiet
 from flowgrpo.config import Config, find
 from flowgrpo.core.errors import ConfigError
-from flowgrpo.core.random import Random
+from flowgrpo.core.random import Random, SampleNoise
 from flowgrpo.core.transitions import CalibratedSDE, FlowSDE, Prediction
 from flowgrpo.data.prompt_sets import PromptSet
-from flowgrpo.data.prompts import Group
+from flowgrpo.data.prompts import Group, Prompt
 from flowgrpo.policy import PipelinePolicy
 from flowgrpo.rewards.scorer import RewardScorer
 
@@ -57,12 +57,15 @@ def adjusted(
     return result
 
 
-def first_levels(policy: Policy, noise_level: float = 0.7) -> list[float]:
-    """``g`` of ``flow_sde`` at each step but the last.
+def first_levels(policy: Policy, prompt: Prompt, noise_level: float = 0.7) -> list[float]:
+    """``g`` of ``flow_sde`` at each step but the last, on the grid of a prompt's size.
 
     Raises:
         ValueError: If the model is not on a rectified-flow path.
     """
+    # A call that takes no step sets the grid.
+    for _ in policy.run([prompt], SampleNoise([Random(0)]), nodes=[0], decode=False):
+        pass
     zero, found = torch.zeros(1, 1), []
     for step in range(policy.num_steps() - 1):
         interval = policy.scheduler.interval(step, step + 1)
@@ -97,7 +100,7 @@ def calibrate(
     prompts = PromptSet.load(find(config.prompts.train), config.prompts.balance)
     scorer, seed = RewardScorer(config.rewards, config.failures), Random(config.run.seed)
     try:
-        levels = first_levels(policy)
+        levels = first_levels(policy, prompts.prompts[0])
         for number in range(rounds):
             groups = prompts.groups(number, samples, seed)
             gains = gains_of(policy, groups, scorer, seed.at("calibration", number), levels)

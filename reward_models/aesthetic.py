@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import CLIPModel
 
 from flowgrpo.data.prompts import Prompt
+from reward_models.shared.blank import CLIP_L, blank_clip
 from reward_models.shared.checkpoints import (
     Precision,
     find_file,
@@ -37,6 +38,9 @@ WEIGHTS = ("model", "head")
 FILES = ("aesthetic-model.pth", "sac+logos+ava1-l14-linearMSE.pth")
 LAYERS = (0, 2, 4, 6, 7)
 """Indices of the linear layers in the published head; the others were dropout."""
+MODEL = "openai/clip-vit-large-patch14"
+WIDTHS = (1024, 128, 64, 16, 1)
+"""Outputs of these layers."""
 
 
 class Aesthetic:
@@ -56,7 +60,7 @@ class Aesthetic:
 
     def __init__(
         self,
-        model: str = "openai/clip-vit-large-patch14",
+        model: str = MODEL,
         head: str = "trl-lib/ddpo-aesthetic-predictor",
         dtype: Precision = "float32",
         device: str = "auto",
@@ -80,6 +84,19 @@ class Aesthetic:
         if width != wanted:
             raise ValueError(f"head {head!r} takes {wanted} features; {model!r} has {width}")
         self.side: int = self.model.config.vision_config.image_size
+
+    @classmethod
+    def without_weights(
+        cls, model: str = MODEL, head: str = "", dtype: Precision = "float32", device: str = ""
+    ) -> "Aesthetic":
+        """The reward at its sizes on the meta device, for estimates of memory; options as of the constructor."""
+        made = cls.__new__(cls)
+        made.model = blank_clip(model, MODEL, CLIP_L, pick_dtype(dtype))
+        sizes = zip(WIDTHS, (made.model.config.projection_dim, *WIDTHS), strict=False)
+        with torch.device("meta"):
+            made.head = numbered(dict(zip(LAYERS, sizes, strict=True))).requires_grad_(False)
+        made.side = made.model.config.vision_config.image_size
+        return made
 
     def preprocess(self, media: Float[Tensor, "batch 3 h w"]) -> Float[Tensor, "batch 3 side side"]:
         """The preprocessed images: the input of the model."""

@@ -12,6 +12,7 @@ from torch import Tensor
 from torchvision.transforms import functional as TF
 
 from flowgrpo.data.prompts import Prompt
+from reward_models.shared.blank import blank_open_clip
 from reward_models.shared.checkpoints import Precision, pick_device, pick_dtype
 from reward_models.shared.pictures import (
     check_media,
@@ -77,10 +78,7 @@ class CLIPScore:
                 raise ValueError(
                     f"no weights {pretrained!r} for {model}: neither a file nor one of {', '.join(known)}"
                 )
-        # OpenAI's weights were trained with another activation than the architecture's name says.
-        quick = not own_weights and bool(
-            (open_clip.get_pretrained_cfg(model, pretrained) or {}).get("quick_gelu")
-        )
+        quick = not own_weights and _is_quick(model, pretrained)
         # This function refuses a model without weights; open_clip's others draw them at random.
         self.model, self._preprocess = open_clip.create_model_from_pretrained(
             model,
@@ -89,6 +87,23 @@ class CLIPScore:
         )
         self.model.to(self.device, self.dtype).eval().requires_grad_(False)
         self.tokenizer = open_clip.get_tokenizer(model)
+
+    @classmethod
+    def without_weights(
+        cls,
+        model: str = "ViT-L-14",
+        pretrained: str = "openai",
+        filter: Literal["bicubic", "bilinear"] = "bicubic",
+        dtype: Precision = "float32",
+        device: str = "",
+    ) -> "CLIPScore":
+        """The reward at its sizes on the meta device, for estimates of memory; options as of the constructor."""
+        made = cls.__new__(cls)
+        made.filter, made.dtype, made.device = filter, pick_dtype(dtype), device
+        quick = _is_quick(model, pretrained)
+        made.model = blank_open_clip(model, made.dtype, force_quick_gelu=quick)
+        made.tokenizer = open_clip.get_tokenizer(model)
+        return made
 
     def preprocess(self, media: Float[Tensor, "batch 3 h w"]) -> Float[Tensor, "batch 3 side side"]:
         """The input of the model, from images rounded to 8 bits; by default open_clip's transform."""
@@ -148,3 +163,8 @@ class CLIPScore:
         image = F.normalize(self.model.encode_image(pixels).float(), dim=-1)
         text = F.normalize(self.model.encode_text(tokens).float(), dim=-1)
         return (image * text).sum(-1)
+
+
+def _is_quick(model: str, pretrained: str) -> bool:
+    """Whether weights were trained with another activation than the architecture's name says, as OpenAI's."""
+    return bool((open_clip.get_pretrained_cfg(model, pretrained) or {}).get("quick_gelu"))

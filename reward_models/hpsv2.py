@@ -1,6 +1,7 @@
 """HPS v2.1: a CLIP model trained on human preferences (arXiv:2306.09341)."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import open_clip
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from torchvision.transforms import functional as TF
 
 from flowgrpo.data.prompts import Prompt
+from reward_models.shared.blank import blank_open_clip
 from reward_models.shared.checkpoints import (
     Precision,
     find_file,
@@ -76,8 +78,24 @@ class HPSv2:
         self.model.to(self.device, precision).eval().requires_grad_(False)
         self.dtype, self.antialias = precision, antialias
         self.tokenizer = open_clip.get_tokenizer(architecture)
-        size = self.model.visual.image_size
-        self.side = size if isinstance(size, int) else size[0]
+        self.side = _side(self.model)
+
+    @classmethod
+    def without_weights(
+        cls,
+        model: str = "",
+        architecture: str = "ViT-H-14",
+        antialias: bool = True,
+        dtype: Precision = "float32",
+        device: str = "",
+    ) -> "HPSv2":
+        """The reward at its sizes on the meta device, for estimates of memory; options as of the constructor."""
+        made = cls.__new__(cls)
+        made.dtype, made.device, made.antialias = pick_dtype(dtype), device, antialias
+        made.model = blank_open_clip(architecture, made.dtype)
+        made.tokenizer = open_clip.get_tokenizer(architecture)
+        made.side = _side(made.model)
+        return made
 
     def preprocess(self, media: Float[Tensor, "batch 3 h w"]) -> Float[Tensor, "batch 3 side side"]:
         """The preprocessed images: the input of the model."""
@@ -120,3 +138,8 @@ class HPSv2:
             self.model.encode_text(self.tokenizer(texts).to(self.device)).float(), dim=-1
         )
         return (image * text[[texts.index(p.text) for p in prompts]]).sum(-1)
+
+
+def _side(model: Any) -> int:
+    size = model.visual.image_size
+    return size if isinstance(size, int) else size[0]

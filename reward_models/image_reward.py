@@ -16,6 +16,7 @@ from transformers import (
 )
 
 from flowgrpo.data.prompts import Prompt
+from reward_models.shared.blank import PaddedTexts
 from reward_models.shared.checkpoints import (
     Precision,
     find_file,
@@ -59,6 +60,20 @@ RENAMED = (
     (r"^mlp\.layers\.", "head."),
 )
 """Replacements, in order, from the published names of weights to those of transformers."""
+PUBLISHED = {
+    "vision.embeddings.patch_embedding.weight": (1024, 3, 16, 16),
+    "vision.embeddings.position_embedding": (1, 197, 1024),
+    "vision.encoder.layers.0.mlp.fc1.weight": (4096, 1024),
+    "vision.encoder.layers.23.mlp.fc1.weight": (4096, 1024),
+    "text.embeddings.word_embeddings.weight": (30524, 768),
+    "text.embeddings.position_embeddings.weight": (512, 768),
+    "text.encoder.layer.0.intermediate.dense.weight": (3072, 768),
+    "text.encoder.layer.11.intermediate.dense.weight": (3072, 768),
+    **{f"head.{n}.weight": shape for n, shape in zip(
+        MLP_LAYERS, ((1024, 768), (128, 1024), (64, 128), (16, 64), (1, 16)), strict=True
+    )},
+}  # fmt: skip
+"""Shapes of the published weights from which the sizes of the model follow, by the names of transformers."""
 UNUSED = ("blip.vision_proj.", "blip.text_proj.", "blip.text_encoder.embeddings.position_ids")
 """Weights of pre-training, and a table that transformers computes."""
 
@@ -112,6 +127,22 @@ class ImageReward:
         vision: Any = self.model["vision"]
         self.side: int = vision.config.image_size
         self.tokenizer = AutoTokenizer.from_pretrained(tokenizer)
+
+    @classmethod
+    def without_weights(
+        cls, model: str = "", tokenizer: str = "", dtype: Precision = "float32", device: str = ""
+    ) -> "ImageReward":
+        """The reward at its sizes on the meta device, for estimates of memory; options as of the constructor."""
+        made = cls.__new__(cls)
+        made.dtype, made.device, made.tokenizer = pick_dtype(dtype), device, PaddedTexts()
+        with torch.device("meta"):
+            shapes = {name: torch.empty(shape) for name, shape in PUBLISHED.items()}
+            made.model = _empty(shapes, "published").eval().requires_grad_(False)
+        for name in ("vision", "text"):
+            made.model[name].to(made.dtype)
+        vision: Any = made.model["vision"]
+        made.side = vision.config.image_size
+        return made
 
     def preprocess(self, media: Float[Tensor, "batch 3 h w"]) -> Float[Tensor, "batch 3 side side"]:
         """The preprocessed images: the input of the model."""

@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import AutoProcessor, CLIPModel
 
 from flowgrpo.data.prompts import Prompt
+from reward_models.shared.blank import CLIP_H, blank_clip, blank_processor
 from reward_models.shared.checkpoints import Precision, from_pretrained, pick_device, pick_dtype
 from reward_models.shared.pictures import (
     check_media,
@@ -22,7 +23,7 @@ WEIGHTS = ("model", "processor")
 
 BICUBIC = 3
 """Pillow's number of the filter."""
-PROCESSOR = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
+MODEL, PROCESSOR = "yuvalkirstain/PickScore_v1", "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
 
 
 class PickScore:
@@ -39,7 +40,7 @@ class PickScore:
 
     def __init__(
         self,
-        model: str = "yuvalkirstain/PickScore_v1",
+        model: str = MODEL,
         processor: str = "",
         dtype: Precision = "float32",
         device: str = "auto",
@@ -64,6 +65,17 @@ class PickScore:
             pick_device(device)
         )
         self.processor = AutoProcessor.from_pretrained(processor)
+
+    @classmethod
+    def without_weights(
+        cls, model: str = MODEL, processor: str = "", dtype: Precision = "float32", device: str = ""
+    ) -> "PickScore":
+        """The reward at its sizes on the meta device, for estimates of memory; options as of the constructor."""
+        made = cls.__new__(cls)
+        made.model = blank_clip(model, MODEL, CLIP_H, pick_dtype(dtype))
+        side = made.model.config.vision_config.image_size
+        made.processor = blank_processor(processor or model, side)
+        return made
 
     @torch.no_grad()
     def __call__(

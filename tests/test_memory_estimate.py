@@ -15,9 +15,11 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import flowgrpo
+from benchmarks.memory_of_rewards import Case, estimate, measure, peak, save_reward
 from flowgrpo.cli import main
 from flowgrpo.core.transitions import CPS
 from flowgrpo.data.prompts import Prompt
+from flowgrpo.losses.teachers import PIPELINE
 from flowgrpo.memory import (
     GB,
     EstimateError,
@@ -30,6 +32,7 @@ from flowgrpo.memory import (
 )
 from flowgrpo.memory.dispatch_modes import MemoryCounter
 from flowgrpo.memory.meta_pipeline import build, config_folder
+from flowgrpo.memory.other_weights import other_policies
 from flowgrpo.memory.tracer import Activations, Tracer, bytes_of
 from flowgrpo.policy import Full, LoRA, PipelinePolicy
 from flowgrpo.policy.encoder_lockstep import text_encoders
@@ -117,6 +120,70 @@ def test_activations_are_those_of_a_real_replay(
     assert found.peak(True) < found.peak(False)
 
 
+def test_gradients_of_rewards_keep_steps_decoder_and_reward(tiny: Tiny, tmp_path: Path) -> None:
+    """Three steps, of which two are traced; the real update decodes one latent at a time."""
+    case = Case("sd3", steps=3, decode_batch=1)
+    reward = save_reward(tmp_path)
+    found = estimate(case, tiny("sd3"), reward)
+    for checkpointing in (False, True):
+        real = measure(case, tiny("sd3"), reward, checkpointing)
+        assert peak(found, case, checkpointing) == pytest.approx(real, rel=0.15)
+    assert found.checkpointed is not None
+    assert found.decoder > 0.2 * found.checkpointed
+    assert found.checkpointed < 0.4 * found.peak(False)
+
+
+def test_rewards_with_gradients_are_estimated_in_a_dry_run(
+    tiny: Tiny, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """HPS v2 at its real size, whose activations for two texts outweigh those of a tiny FLUX."""
+    settings = ["sampling.num_steps=4", "sampling.height=32", "sampling.width=32", "algorithm.step_range=[0.1,0.8]", "train.optimizer=adamw"]  # fmt: skip
+    options = [f"--set={s}" for s in (f"model.path={tiny('flux')}", *settings)]
+    assert main(["train", "flux_srpo", "--dry-run", "--memory-gb=4.5", *options]) == 0
+    said = capsys.readouterr().out
+    assert "3.67" in said.partition("reward hpsv2")[2].partition("\n")[0]
+    assert "not counted" not in said
+    assert "offload_vae" not in said.partition("does NOT fit")[2]
+    held = said.partition("activations, gradient checkpointing")[2].split()[0]
+    assert float(held) > 1
+
+
+def test_policies_besides_the_trained_one_are_counted() -> None:
+    """Copies of trained weights move to the device; a guided teacher or reference runs on larger batches."""
+
+    def found(name: str, *changes: str) -> dict[str, tuple[int, int]]:
+        config = flowgrpo.load(name, ["train.monitor_states=0", *changes])
+        guided = config.sampling.guidance_scale
+
+        def evaluated(sampling: Any) -> int:
+            return 2 if sampling.guidance_scale != guided else 1
+
+        return other_policies(config, 100, 1000, evaluated)
+
+    assert found("quickstart") == {"reference": (100, 2)}
+    assert found("quickstart", "model.weights={kind='lora'}") == {"reference": (0, 2)}
+    assert found("quickstart_flow_grpo") == {}
+    assert found("quickstart_distillation") == {"teacher": (100, 2)}
+    lora = ["model.weights={kind='lora'}"]
+    assert found("quickstart_distillation", *lora) == {"teacher": (0, 2)}
+    adapter = [*lora, "loss.teachers=[{path='an/adapter', guidance_scale=1.0}]"]
+    assert found("quickstart_distillation", *adapter) == {"teacher": (100, 1)}
+    model = [*lora, "loss.teachers=[{path='a/model', weights='model', guidance_scale=1.0}]"]
+    assert found("quickstart_distillation", *model) == {"teacher": (1000, 1)}
+
+
+@pytest.mark.parametrize("weights", [LoRA(rank=2, alpha=2), Full()], ids=["lora", "full"])
+def test_copies_of_teachers_and_references_have_the_size_of_the_trained_weights(
+    weights: Weights, tiny: Tiny
+) -> None:
+    models = denoisers(load_pipeline(tiny("sd3")))
+    made = Trainable(models, weights, seed=0, with_reference=True, teachers={PIPELINE: {}, "b": {}})
+    trained = sum(p.numel() for p in made.parameters.values())
+    for copy in (*made._teachers.values(), made._reference or []):
+        assert sum(t.nbytes for t in copy) == (4 * trained if copy else 0)
+    assert bool(made._reference) == isinstance(weights, Full)
+
+
 @pytest.mark.parametrize("name", ["sd15", "sd3", "wan_t2v", "cogvideox"])
 def test_weights_are_counted_exactly(name: str, tiny: Tiny) -> None:
     blank, real = build(tiny(name), torch.float16), load_pipeline(tiny(name), torch.float16)
@@ -192,27 +259,41 @@ FOOTPRINT = Footprint(
     trained=GB // 64,
     adapter=GB // 16,
     averaged=False,
-    reference=0,
     experience=0,
     rewards={"pick_score": 4 * GB, "own": None},
     encode=0,
     rollout=GB,
     decode=4 * GB,
     training=Activations(saved=16 * GB, transient=GB, checkpointed=2 * GB),
-    kl=False,
+    within=False,
     batches=(4, 4),
 )
 OPTIONS = MemoryOptions(rollout_batch=4, train_batch=4)
 
 
 def test_second_models_are_counted() -> None:
-    """A fake score's values and two moments, always; a teacher's weights while it is evaluated."""
+    """A fake score's values and two moments, always; a teacher's weights while it is evaluated; an old policy."""
     plain = budget(FOOTPRINT, OPTIONS)
     scored = budget(replace(FOOTPRINT, fake_score=True), OPTIONS)
     assert scored.peak - plain.peak == 12 * FOOTPRINT.trained
-    taught = budget(replace(FOOTPRINT, teacher=4 * GB), replace(OPTIONS, train_batch=2))
+    other = {"teacher": (4 * GB, FOOTPRINT.rollout)}
+    taught = budget(replace(FOOTPRINT, others=other), replace(OPTIONS, train_batch=2))
     assert taught.phases["teacher"] == 4 * GB + GB // 2
     assert "teacher" not in plain.phases
+    old = budget(replace(FOOTPRINT, old_policy=True), OPTIONS)
+    assert old.peak - plain.peak == 4 * FOOTPRINT.trained
+
+
+def test_decoding_in_parts_is_advised_where_the_decoder_is_recomputed() -> None:
+    """Of the peak with checkpointing, the VAE's part shrinks with the latents that it decodes at a time."""
+    training = Activations(saved=64 * GB, transient=0, checkpointed=12 * GB, decoder=8 * GB)
+    footprint = replace(FOOTPRINT, training=training, encoders={}, vae=GB)
+    options = replace(OPTIONS, gradient_checkpointing=True, vae_stays=True)
+    whole, single = (budget(footprint, replace(options, decode_batch=d)) for d in (0, 1))
+    assert whole.phases["training"] - single.phases["training"] == 6 * GB
+    changes, fits = advise(footprint, options, 17 * GB)
+    assert fits
+    assert [c.setting for c in changes] == ["memory.decode_batch = 1"]
 
 
 def test_a_budget_adds_the_largest_phase() -> None:
@@ -233,7 +314,7 @@ def test_a_budget_adds_the_largest_phase() -> None:
     assert resident.peak - offloaded_vae.peak == GB
     assert offloaded_vae.phases["decoding"] - resident.phases["decoding"] == GB
     assert "weights of vae" not in offloaded_vae.resident
-    kept = replace(FOOTPRINT, kl=True)
+    kept = replace(FOOTPRINT, within=True)
     assert budget(kept, OPTIONS).phases["training"] == found.phases["training"]
     wide = replace(kept, rollout=6 * GB)
     assert budget(wide, OPTIONS).phases["training"] == round((4 / 64 + 16 + 6) * GB)
@@ -241,7 +322,11 @@ def test_a_budget_adds_the_largest_phase() -> None:
 
 def test_a_divided_denoiser_takes_its_part_and_the_blocks_that_are_gathered() -> None:
     footprint = replace(
-        FOOTPRINT, averaged=True, reference=GB, gathered=GB // 2, gathered_gradients=GB // 4
+        FOOTPRINT,
+        averaged=True,
+        others={"reference": (GB, 0)},
+        gathered=GB // 2,
+        gathered_gradients=GB // 4,
     )
     alone, parts = budget(footprint, OPTIONS), budget(footprint, replace(OPTIONS, parts=8))
     divided = (
@@ -249,11 +334,12 @@ def test_a_divided_denoiser_takes_its_part_and_the_blocks_that_are_gathered() ->
         "adapter",
         "optimizer (adamw)",
         "moving average",
-        "reference",
     )
     for name, size in alone.resident.items():
         assert parts.resident[name] == (size / 8 if name in divided else size), name
     assert parts.phases["rollout"] - alone.phases["rollout"] == GB // 2
+    assert alone.phases["reference"] == GB
+    assert parts.phases["reference"] == GB // 8 + GB // 2
     assert parts.phases["decoding"] == alone.phases["decoding"]
     gradients = 4 * footprint.trained
     change = parts.phases["training"] - alone.phases["training"]

@@ -24,6 +24,13 @@ class Differentiated(AlgorithmBase):
 
     action_kind: ClassVar[ActionKind] = "differentiated"
     least_group_size: ClassVar[int] = 1
+    judged_texts: ClassVar[int] = 1
+    """Texts for which each image of an update is scored."""
+
+    @property
+    def differentiated_steps(self) -> int:
+        """Most steps of an update that the gradient passes through."""
+        return 1
 
     def advantages(self, experience: Experience) -> Float[Tensor, " actions"]:
         """1 for every action, 0 where the sample's reward failed."""

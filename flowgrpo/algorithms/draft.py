@@ -43,6 +43,11 @@ class DRaFT(Differentiated):
     other noise, which lowers the variance of the gradient at the cost of the last step alone. Needs
     ``last = 1``. 0 differentiates the sampler's own last step."""
 
+    @property
+    def differentiated_steps(self) -> int:
+        """The last ``last`` steps."""
+        return self.last
+
     def plan(self, num_steps: int, iteration: int, random: Random) -> TrajectoryPlan:
         """Deterministic samples, each from a noise of its own."""
         return TrajectoryPlan(self.group_size, self.transition, [])

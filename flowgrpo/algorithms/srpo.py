@@ -36,6 +36,7 @@ class SRPO(Differentiated):
     """
 
     compares_texts: ClassVar[bool] = True
+    judged_texts: ClassVar[int] = 2
     kind: Literal["srpo"] = "srpo"
     group_size: int = 1
     """Samples per prompt, at least 1. They are not compared with each other."""

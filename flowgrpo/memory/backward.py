@@ -137,6 +137,10 @@ def _arrive(
 def _called(node: Any, gradients: list[Tensor | None]) -> Sequence[Tensor | None]:
     if hasattr(node, "job"):
         return _computed_again(node, gradients)
+    if hasattr(node, "cross"):
+        (gradient,) = gradients
+        # One edge per tensor argument.
+        return (None if gradient is None else node.cross(gradient),)
     results = node(*gradients)
     return results if isinstance(results, tuple) else (results,)
 

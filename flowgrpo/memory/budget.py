@@ -5,7 +5,7 @@ the sum of all resident parts plus the largest phase, since only one phase runs 
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from flowgrpo.memory.tracer import Activations
 
@@ -38,6 +38,7 @@ class MemoryOptions:
         most_parts: Number of processes among which they could be divided.
         encoder_parts: Number of processes among which the text encoders are divided.
         context: Number of processes that compute each sample together.
+        vae_stays: Whether the VAE must stay on the device, because it is differentiated.
     """
 
     rollout_batch: int
@@ -52,6 +53,7 @@ class MemoryOptions:
     most_parts: int = 1
     encoder_parts: int = 1
     context: int = 1
+    vae_stays: bool = False
 
     def __post_init__(self) -> None:
         for name, value, known in (
@@ -77,16 +79,16 @@ class Footprint:
         averaged: Whether a moving average of the trained weights is kept.
         earlier: Whether the trained weights before the last update are kept (``train.staleness``).
         fake_score: Whether there is a fake score: values of the trained weights and AdamW's moments of its own.
-        reference: Size of the reference policy's copy of the trained weights; 0 if it needs none.
+        old_policy: Whether values of the trained weights are kept for the old policy.
         experience: Size of the states that a rollout stores.
         rewards: Size of each reward model on the device, by label; ``None`` if unknown.
         encode: Activations of the encoders for one rollout batch.
         rollout: Activations of the denoisers without gradients for one rollout batch.
         decode: Activations of the VAE for one rollout batch.
         training: Activations of one training batch with gradients.
-        teacher: Size of the weights of a teacher that is a whole model, which are on the device while it is
-            evaluated; 0 if there is none.
-        kl: Whether the reference policy is evaluated while these activations are alive.
+        others: Other policies that are evaluated before an update, such as the reference and teachers, by
+            name: the size of weights that are on the device meanwhile, and the activations of one rollout batch.
+        within: Whether other weights are evaluated while the activations of training are alive.
         batches: The ``rollout_batch`` and ``train_batch`` for which activations were traced.
         gathered: Size of the parameters of a divided denoiser that are whole at the same time: those
             outside of its blocks, a block, and the next block, which is gathered in advance.
@@ -110,14 +112,14 @@ class Footprint:
     averaged: bool
     earlier: bool = False
     fake_score: bool = False
-    reference: int
+    old_policy: bool = False
     experience: int
     rewards: Mapping[str, int | None]
     encode: int
     rollout: int
     decode: int
     training: Activations
-    kl: bool
+    within: bool
     batches: tuple[int, int]
     gathered: int = 0
     gathered_gradients: int = 0
@@ -126,7 +128,7 @@ class Footprint:
     whole_encoders: int = 0
     outputs: int = 0
     attention: int = 0
-    teacher: int = 0
+    others: Mapping[str, tuple[int, int]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -183,18 +185,19 @@ def budget(m: Footprint, options: MemoryOptions) -> Budget:
         "moving average": round(4 * trained) if m.averaged else 0,
         "weights before the update": round(4 * trained) if m.earlier else 0,
         "fake score and its optimizer": round(12 * trained) if m.fake_score else 0,
-        "reference": round(m.reference / parts),
+        "old policy": round(4 * trained) if m.old_policy else 0,
         "latents of a rollout": m.experience,
         **{f"reward {k}": v for k, v in m.rewards.items() if v is not None},
     }
     resting = sum(v for k, v in encoders.items() if shared == 1 or not is_text(k))
     resting = resting if options.offload_text_encoders else 0
     resting += m.gathered_encoders if shared > 1 else 0
-    activations = m.training.peak(options.gradient_checkpointing) * train
-    if m.kl and not options.gradient_checkpointing:
-        # The reference policy is evaluated while the saved activations are alive.
-        reference = m.rollout * options.train_batch / m.batches[0]
-        activations = max(activations, m.training.saved * train + reference)
+    activations = trained_activations(m, options, options.gradient_checkpointing)
+    scale = options.train_batch / m.batches[0] / options.context
+    if m.within and not options.gradient_checkpointing:
+        activations = max(
+            activations, m.training.saved * train + m.rollout * scale * options.context
+        )
     gathered, messages = (m.gathered, m.gathered_gradients) if parts > 1 else (0, 0)
     phases = {
         "text encoding": resting + round(m.encode * rollout),
@@ -203,10 +206,16 @@ def budget(m: Footprint, options: MemoryOptions) -> Budget:
         + (m.vae if options.offload_vae else 0),
         "training": round(4 * trained) + round(activations / options.context) + gathered + messages,
     }
-    if m.teacher:
-        evaluated = m.rollout * options.train_batch / m.batches[0]
-        phases["teacher"] = m.teacher + round(evaluated)
+    for name, (size, evaluated) in m.others.items():
+        phases[name] = round(size / parts) + round(evaluated * scale) + gathered
     return Budget({k: v for k, v in resident.items() if v}, phases)
+
+
+def trained_activations(m: Footprint, options: MemoryOptions, checkpointing: bool) -> float:
+    """Most bytes of activations of a training batch, in all processes that compute it together."""
+    batch = options.train_batch
+    decoded = min(options.decode_batch or batch, batch) / batch
+    return m.training.peak(checkpointing, decoded) * batch / m.batches[1]
 
 
 def is_text(name: str) -> bool:
@@ -244,7 +253,7 @@ def advise(m: Footprint, options: MemoryOptions, capacity: int) -> tuple[Sequenc
     now = budget(m, options)
     changes: list[Advice] = []
     while now.needed > capacity:
-        for setting, other in _options(options, now.phase):
+        for setting, other in _options(m, options, now.phase):
             less = budget(m, other)
             # A change that saves less than 2 % costs speed for nothing.
             if less.peak < 0.98 * now.peak:
@@ -259,11 +268,13 @@ def advise(m: Footprint, options: MemoryOptions, capacity: int) -> tuple[Sequenc
     return changes, True
 
 
-def _options(options: MemoryOptions, phase: str) -> Iterator[tuple[str, MemoryOptions]]:
+def _options(
+    m: Footprint, options: MemoryOptions, phase: str
+) -> Iterator[tuple[str, MemoryOptions]]:
     """Changes that may lower the memory of a phase, ordered by their cost in speed and precision."""
     if not options.offload_text_encoders:
         yield "memory.offload_text_encoders = true", replace(options, offload_text_encoders=True)
-    if not options.offload_vae and phase != "decoding":
+    if not options.offload_vae and phase != "decoding" and not options.vae_stays:
         yield "memory.offload_vae = true", replace(options, offload_vae=True)
     decoded = options.decode_batch or options.rollout_batch
     if phase == "decoding" and decoded > 1:
@@ -272,6 +283,9 @@ def _options(options: MemoryOptions, phase: str) -> Iterator[tuple[str, MemoryOp
     if phase in ("rollout", "text encoding") and options.rollout_batch > 1:
         half = options.rollout_batch // 2
         yield f"train.rollout_batch = {half}", replace(options, rollout_batch=half)
+    recomputes = options.gradient_checkpointing and m.training.decoder > 0
+    if phase == "training" and recomputes and options.decode_batch != 1:
+        yield "memory.decode_batch = 1", replace(options, decode_batch=1)
     if phase == "training" and options.train_batch > 1:
         half = options.train_batch // 2
         yield f"train.train_batch = {half}", replace(options, train_batch=half)

@@ -1,10 +1,10 @@
 """Computes the memory footprint of a configured run: weights exactly, activations by tracing."""
 
+import functools
 import math
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,28 +14,20 @@ from torch import Tensor, nn
 from flowgrpo.config import Config
 from flowgrpo.core.errors import ConfigError
 from flowgrpo.data.prompts import Prompt
-from flowgrpo.memory.budget import GB, Footprint, MemoryOptions
+from flowgrpo.memory.budget import Footprint, MemoryOptions
+from flowgrpo.memory.media_tracer import MediaTracer
 from flowgrpo.memory.meta_pipeline import EstimateError, build, config_folder
+from flowgrpo.memory.other_weights import evaluates_within, kept_weights, other_policies
+from flowgrpo.memory.rewards import TracedRewards, reward_sizes, traced_rewards
 from flowgrpo.memory.tracer import Activations, Tracer, bytes_of
 from flowgrpo.policy.arguments import Calling, own_arguments
 from flowgrpo.policy.compilation import repeated_blocks
 from flowgrpo.policy.context import AttentionCount, check_denoisers
 from flowgrpo.policy.encoder_lockstep import text_encoders
 from flowgrpo.policy.loading import DTYPES, denoisers
-from flowgrpo.policy.settings import Full, Noise, Parallel, Weights
+from flowgrpo.policy.settings import Full, Noise, Parallel, Sampling, Weights
 from flowgrpo.policy.sharding import gathered_bytes, gathered_dtype
 from flowgrpo.policy.weights import Trainable
-from flowgrpo.rewards.settings import Reward
-
-REWARDS = {
-    "clip_score": 4 * 427_616_513,
-    "geneval": round(1.5 * GB),
-    "jpeg_size": 0,
-    "ocr": 0,
-    "pick_score": 4 * 986_109_441,
-}
-"""Bytes on the device of reward models that come with flowgrpo, with parameters in fp32. The size of
-any other reward model is unknown."""
 
 
 def memory_options(config: Config, num_processes: int = 1) -> MemoryOptions:
@@ -52,6 +44,10 @@ def memory_options(config: Config, num_processes: int = 1) -> MemoryOptions:
         )
     except ValueError:
         most = 1
+    needs = config.loss.needs
+    if needs.reward_gradient or needs.fake_score or (needs.teachers and needs.teachers.models):
+        # The configuration refuses to divide their models.
+        most = 1
     names = (
         "decode_batch", "gradient_checkpointing", "offload_text_encoders", "offload_vae", "quantize",
     )  # fmt: skip
@@ -65,6 +61,7 @@ def memory_options(config: Config, num_processes: int = 1) -> MemoryOptions:
         most_parts=most,
         encoder_parts=parts if parallel.divides_encoders else 1,
         context=parallel.context,
+        vae_stays=needs.reward_gradient,
         **fitting,
     )
 
@@ -83,44 +80,62 @@ def estimate_footprint(
     Raises:
         EstimateError: If the config files are not available, or the pipeline cannot be traced.
     """
-    _require_known(config)
     dtype, weights = DTYPES[config.model.dtype], config.model.weights
     pipeline = build(config_folder(config.model.source), dtype)
-    full, kl = isinstance(weights, Full), config.loss.kl_coef > 0
+    full = isinstance(weights, Full)
     models = {k: m for k, m in pipeline.components.items() if isinstance(m, nn.Module)}
     ours, native = denoisers(pipeline), config.memory.arithmetic == "native"
-    linear = [] if full else _linear_weights(ours.values())
+    teachers = config.loss.needs.teachers
+    # With a whole model as teacher, the configuration refuses quantised weights.
+    fixed = full or bool(teachers and teachers.models)
+    linear = [] if fixed else _linear_weights(ours.values())
     before = {k: bytes_of(m) for k, m in models.items()}
     trained = _trained(ours, weights, native)
     after = {k: bytes_of(m) for k, m in models.items()}
+    own = {k: after[k] if full else before[k] for k in ours}
     _fit_decoder(config, models)
     whole, gathered, gradients = _gathered(config, ours.values())
     counts = _attentions(config, ours)
-    tracer = Tracer(pipeline, dtype, full=full, native=native, device=device)
+    tracer = MediaTracer(pipeline, dtype, full=full, native=native, device=device)
     batches = config.train.rollout_batch, config.train.train_batch
+    sizes: Mapping[str, int | None]
     with _estimate_error(type(pipeline).__name__):
-        latents, training = _traced(tracer, config, prompts, batches)
+        calling = Calling()
+        calling(tracer.rollout, _arguments(config, prompts, batches[0]), batches[0])
+        latents, peaks = tracer.latents, dict(tracer.peaks)
+        rollout = max(v for k, v in peaks.items() if k in ours)
+        if config.loss.needs.reward_gradient:
+            rewards = traced_rewards(config.rewards, device)
+            training, sizes = (
+                _differentiated(tracer, calling, config, prompts, rewards),
+                rewards.sizes,
+            )
+        else:
+            training = _trained_on(tracer, calling, config, prompts)
+            sizes = reward_sizes(config.rewards, device)
+        evaluated = functools.partial(_evaluated, tracer, calling, config, prompts, rollout)
+        others = other_policies(config, 4 * trained, sum(own.values()), evaluated)
     latent = latents.numel() // batches[0] if latents else 0
     # Until a batch of the rollout is decoded, the model's outputs are kept.
     outputs = latent * batches[0] * config.sampling.num_steps * (4 if full else dtype.itemsize)
     return Footprint(
-        denoisers={k: after[k] if full else before[k] for k in ours},
+        denoisers=own,
         linear=sum(w.numel() for w in linear),
         linear_bytes=sum(w.numel() * w.element_size() for w in linear),
         encoders={k: v for k, v in before.items() if k not in ours and k != "vae"},
         vae=before.get("vae", 0),
         trained=trained,
         adapter=0 if full else 4 * trained,
-        **_further_weights(config, sum(after[k] if full else before[k] for k in ours)),
-        reference=4 * trained if full and kl else 0,
+        **kept_weights(config),
         experience=4 * latent * _kept(config, num_processes),
-        rewards={r.label: _reward_bytes(r) for r in config.rewards},
-        encode=max((v for k, v in tracer.peaks.items() if k not in ours and k != "vae"), default=0),
-        rollout=max(v for k, v in tracer.peaks.items() if k in ours),
+        rewards=sizes,
+        encode=max((v for k, v in peaks.items() if k not in ours and k != "vae"), default=0),
+        rollout=rollout,
         outputs=outputs,
-        decode=tracer.peaks.get("vae", 0),
+        decode=peaks.get("vae", 0),
         training=training,
-        kl=kl,
+        within=evaluates_within(config),
+        others=others,
         batches=batches,
         gathered=gathered,
         gathered_gradients=gradients,
@@ -144,26 +159,6 @@ def _attentions(config: Config, models: Mapping[str, ModelMixin]) -> list[Attent
     except ValueError as error:
         raise ConfigError(str(error)) from error
     return [AttentionCount(m) for m in models.values()]
-
-
-def _further_weights(config: Config, whole: int) -> dict[str, Any]:
-    """The parts of a footprint that are further weights, with the size of the denoisers."""
-    needs = config.loss.needs
-    return {
-        "averaged": config.train.ema_decay > 0,
-        "earlier": config.train.staleness > 0,
-        "fake_score": needs.fake_score is not None,
-        "teacher": whole if needs.teachers and needs.teachers.models else 0,
-    }
-
-
-def _require_known(config: Config) -> None:
-    """Raise EstimateError if a run keeps activations that are not traced."""
-    if config.loss.needs.reward_gradient:
-        raise EstimateError(
-            f"the loss {type(config.loss).__name__} keeps the activations of the VAE and of the rewards for its "
-            "backward pass, which are not estimated"
-        )
 
 
 def _gathered(config: Config, models: Collection[nn.Module]) -> tuple[int, int, int]:
@@ -226,18 +221,63 @@ def _kept(config: Config, num_processes: int) -> int:
     return samples * nodes * (1 + train.staleness)
 
 
-def _traced(
-    tracer: Tracer, config: Config, prompts: Sequence[Prompt], batches: tuple[int, int]
-) -> tuple[torch.Size | None, Activations]:
-    """The shape of a rollout batch's latents, and the activations of a training batch."""
-    calling = Calling()
-    calling(tracer.rollout, _arguments(config, prompts, batches[0]), batches[0])
-    latents = tracer.latents
+def _evaluated(
+    tracer: Tracer,
+    calling: Calling,
+    config: Config,
+    prompts: Sequence[Prompt],
+    usual: int,
+    sampling: Sampling,
+) -> int:
+    """The denoisers' activations in a rollout batch with other arguments of the call than the policy's.
+
+    Args:
+        usual: Those with the policy's arguments.
+    """
+    if replace(sampling, num_steps=config.sampling.num_steps) == config.sampling:
+        return usual
+    batch = config.train.rollout_batch
+    tracer.peaks.clear()
+    given = _arguments(replace(config, sampling=sampling), prompts, batch)
+    calling(tracer.rollout, given, batch)
+    return max(v for k, v in tracer.peaks.items() if k in tracer.denoisers)
+
+
+def _trained_on(
+    tracer: Tracer, calling: Calling, config: Config, prompts: Sequence[Prompt]
+) -> Activations:
+    """The activations of a training batch."""
     if isinstance(config.model.weights, Noise):
         # The initial noise is trained, so no gradient passes through a model.
-        return latents, Activations(0, 0, None)
-    arguments = _arguments(config, prompts, batches[1])
-    return latents, calling(tracer.training, arguments, batches[1])
+        return Activations(0, 0, None)
+    batch = config.train.train_batch
+    return calling(tracer.training, _arguments(config, prompts, batch), batch)
+
+
+def _differentiated(
+    tracer: MediaTracer,
+    calling: Calling,
+    config: Config,
+    prompts: Sequence[Prompt],
+    rewards: TracedRewards,
+) -> Activations:
+    """The activations of a training batch whose rewards are differentiated.
+
+    Raises:
+        EstimateError: If the algorithm does not say how many steps are differentiated.
+    """
+    algorithm, batch = config.algorithm, config.train.train_batch
+    try:
+        steps, texts = algorithm.differentiated_steps, algorithm.judged_texts  # type: ignore[union-attr]
+    except AttributeError as error:
+        raise EstimateError(
+            f"{type(algorithm).__name__} has no differentiated_steps and judged_texts, which say how many steps and "
+            "scores are differentiated; inherit from flowgrpo.algorithms.differentiated.Differentiated"
+        ) from error
+    shown = [prompts[0]] * batch
+    tracer.score_with(lambda media: rewards.scores(media, shown, texts), rewards.models)
+    arguments = _arguments(config, prompts, batch)
+    return calling(lambda given: tracer.media_training(given, steps, batch), arguments, batch)
 
 
 def _trained(models: Mapping[str, ModelMixin], weights: Weights | Noise, native: bool) -> int:
@@ -274,10 +314,3 @@ def _fit_decoder(config: Config, models: dict[str, nn.Module]) -> None:
     for setting, switch in (("vae_tiling", "enable_tiling"), ("vae_slicing", "enable_slicing")):
         if getattr(memory, setting) and hasattr(vae, switch):
             getattr(vae, switch)()
-
-
-def _reward_bytes(reward: Reward) -> int | None:
-    """Bytes of a reward model on the device; ``None`` if unknown."""
-    if reward.model == "flowgrpo.rewards.frames:FrameMean":
-        return REWARDS.get(str(reward.options.get("model")))
-    return REWARDS.get(Path(reward.model).name)

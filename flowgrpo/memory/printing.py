@@ -3,7 +3,7 @@
 from flowgrpo.config import Config
 from flowgrpo.config.plan import plan
 from flowgrpo.config.training_data import training_prompts
-from flowgrpo.memory.budget import GB, advise, budget
+from flowgrpo.memory.budget import GB, advise, budget, trained_activations
 from flowgrpo.memory.footprint import estimate_footprint, memory_options
 from flowgrpo.memory.meta_pipeline import EstimateError
 from flowgrpo.policy.loading import DTYPES
@@ -40,10 +40,9 @@ def print_estimate(
     total = budget(parts, options)
     rows = [(k, gb(v), "always") for k, v in total.resident.items()]
     rows += [(k, gb(v), "largest" if k == total.phase else "") for k, v in total.phases.items()]
-    training, plain = parts.training, parts.training.peak(False)
-    if training.checkpointed is not None:
-        scale = options.train_batch / parts.batches[1] / options.context
-        kept = f"{gb(plain * scale)} without, {gb(training.peak(True) * scale)} with"
+    if parts.training.checkpointed is not None:
+        each = (trained_activations(parts, options, w) / options.context for w in (False, True))
+        kept = "{} without, {} with".format(*map(gb, each))
         rows.append(("activations, gradient checkpointing", kept, ""))
     rows.append(("peak", gb(total.peak), "always + largest"))
     console.table("memory of one process, GB", ["part", "GB", ""], rows)
@@ -68,7 +67,11 @@ def print_estimate(
     for change in changes:
         console.say(f"  {change.setting:<40} leaves a peak of {gb(change.peak)} GB")
     if not fits:
-        console.say("  it does not fit even then: use a smaller image, a smaller model, or LoRA")
+        fewer = getattr(config.algorithm, "differentiated_steps", 1) > 1
+        less = "a smaller algorithm.last, " if fewer else ""
+        console.say(
+            f"  it does not fit even then: use {less}a smaller image, a smaller model, or LoRA"
+        )
 
 
 def gb(number: int | float) -> str:

@@ -27,6 +27,7 @@ from flowgrpo.memory.dispatch_modes import (
     MemoryCounter,
     autocast_as_on,
 )
+from flowgrpo.memory.links import enter, leave
 from flowgrpo.policy.fixed_device import subclass_with
 from flowgrpo.policy.loading import denoisers
 from flowgrpo.policy.placement import as_fp32, cast
@@ -46,16 +47,24 @@ class Activations:
         saved: Tensors saved by autograd without gradient checkpointing.
         transient: Most bytes alive beyond ``saved`` at any time.
         checkpointed: Most bytes alive with gradient checkpointing; ``None`` if no model supports it.
+        decoder: Bytes of ``checkpointed`` that the VAE takes while it recomputes a whole batch. They shrink
+            with the number of latents that are decoded at a time.
     """
 
     saved: int
     transient: int
     checkpointed: int | None
+    decoder: int = 0
 
-    def peak(self, checkpointing: bool) -> int:
-        """Most bytes alive at any time, with or without gradient checkpointing."""
+    def peak(self, checkpointing: bool, decoded: float = 1.0) -> int:
+        """Most bytes alive at any time, with or without gradient checkpointing.
+
+        Args:
+            checkpointing: Whether blocks are recomputed.
+            decoded: Share of the batch that the VAE decodes at a time.
+        """
         if checkpointing and self.checkpointed is not None:
-            return self.checkpointed
+            return self.checkpointed - round(self.decoder * (1 - decoded))
         return self.saved + self.transient
 
 
@@ -105,6 +114,8 @@ class Tracer:
         self._cache: dict[str, Any] = {}
         # The counter of a training step; None during a rollout.
         self._training: MemoryCounter | None = None
+        # Whether gradients pass from one model to another.
+        self._linked = False
         self._dummy: Tensor | None = None
         self.pipeline = pipeline
         self._call = inspect.unwrap(type(pipeline).__call__)
@@ -165,11 +176,15 @@ class Tracer:
             self._training = None
             self._outputs.clear()
 
-    def _run(self, arguments: Mapping[str, Any], output: str) -> None:
-        """Call the pipeline for the first step of its schedule."""
+    def _run(
+        self, arguments: Mapping[str, Any], output: str, nodes: Sequence[int] | None = None
+    ) -> Any:
+        """Call the pipeline for some nodes of its schedule, by default for the first step."""
         steps = int(arguments.get("num_inference_steps", 1))
-        self.pipeline.scheduler.begin(StepPlan(nodes=[0, 1] if steps else None))
-        self._call(
+        first = [0, 1] if steps else None
+        record = set(nodes[:1]) if nodes else ()
+        self.pipeline.scheduler.begin(StepPlan(nodes=nodes or first, record=record))
+        return self._call(
             self.pipeline,
             **arguments,
             generator=torch.Generator().manual_seed(0),
@@ -195,8 +210,8 @@ class Tracer:
         The ``forward`` of every submodule is wrapped, since pipelines also call parts of a model; of
         diffusers' models, ``encode`` and ``decode`` as well.
         """
-        self._parameters += _fake_parameters(model, self._mode, self.device)
-        self._buffers[name] = _fake_buffers(model, self._mode, self.device)
+        self._parameters += fake_parameters(model, self._mode, self.device)
+        self._buffers[name] = fake_buffers(model, self._mode, self.device)
         self._parameters += [fake for *_, fake in self._buffers[name]]
         inner = torch.device(self.device, 0) if self.device != "cpu" else CPU
 
@@ -219,9 +234,11 @@ class Tracer:
                 # Called by another method of a model, with fake tensors already.
                 return function(*args, **kwargs)
             if name in self.denoisers:
-                return self._denoise(name, function, args, kwargs)
+                return self._differentiated(name, function, args, kwargs)
             # Pipelines call encoders many times with arguments of the same shapes.
             leaves, spec = tree_flatten((args, kwargs))
+            if any(isinstance(v, Tensor) and v.requires_grad for v in leaves):
+                return self._differentiated(name, function, args, kwargs)
             shapes = [(v.shape, v.dtype) if isinstance(v, Tensor) else repr(v) for v in leaves]
             key = f"{name} {id(function)} {shapes} {spec}"
             if key not in self._cache:
@@ -234,17 +251,20 @@ class Tracer:
 
         return wrapped
 
-    def _denoise(self, name: str, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        """Run a denoiser on fake tensors, with gradients in a training step."""
+    def _differentiated(
+        self, name: str, function: Callable[..., Any], args: Any, kwargs: Any
+    ) -> Any:
+        """Run a component on fake tensors, with gradients in a training step."""
         counter = self._training or self._counter()
         with self._fake(name, counter):
             result = function(*self._to_fake(name, args), **self._to_fake(name, kwargs))
         if self._training is None:
             self.peaks[name] = max(self.peaks.get(name, 0), counter.peak)
         else:
-            # Holding the results keeps autograd's graph and its saved tensors alive.
-            self._outputs.append((name, result))
-        return _to_real(result)
+            # Holding the results keeps autograd's graph and its saved tensors alive. If gradients pass to
+            # other models, their results do.
+            self._outputs.append((name, None if self._linked else result))
+        return _to_real(result, self._linked)
 
     @contextmanager
     def _fake(self, name: str, counter: MemoryCounter, autocast: bool = True) -> Iterator[None]:
@@ -274,7 +294,10 @@ class Tracer:
         def convert(value: Any) -> Any:
             if not isinstance(value, Tensor) or isinstance(value, FakeTensor):
                 return value
-            fake = torch.empty(value.shape, dtype=value.dtype, device=self.device)
+            if value.requires_grad:
+                fake = enter(value, self.device)
+            else:
+                fake = torch.empty(value.shape, dtype=value.dtype, device=self.device)
             self._values.tell(fake, value)
             if name in self.denoisers:
                 return cast(fake, self.input_dtype, 2)
@@ -284,12 +307,18 @@ class Tracer:
 
     def _checkpoint(self, module: Any, *args: Any, **kwargs: Any) -> Any:
         """Gradient checkpointing of a block, in place of ``torch.utils.checkpoint.checkpoint``."""
+        around = functools.partial(autocast_as_on, self.device, self.autocast_dtype)
+        return self._recomputed(around, module, args, kwargs)
+
+    def _recomputed(
+        self, around: Callable[[], Any], module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Call a block, and in training save its arguments alone."""
         if self._training is None:
             return module(*args, **kwargs)
         if self._dummy is None:
             with self._mode:
                 self._dummy = torch.empty(1, device=self.device, requires_grad=True)
-        around = functools.partial(autocast_as_on, self.device, self.autocast_dtype)
         return again(around, self._dummy, module, args, kwargs)
 
 
@@ -299,7 +328,7 @@ def bytes_of(model: nn.Module) -> int:
     return sum(t.numel() * t.element_size() for t in seen.values())
 
 
-def _fake_parameters(model: nn.Module, mode: FakeTensorMode, device: str) -> Sequence[Tensor]:
+def fake_parameters(model: nn.Module, mode: FakeTensorMode, device: str) -> Sequence[Tensor]:
     """Replace a model's parameters by fake tensors; shared parameters stay shared."""
     made: dict[int, Tensor] = {}
     for module in model.modules():
@@ -314,7 +343,7 @@ def _fake_parameters(model: nn.Module, mode: FakeTensorMode, device: str) -> Seq
     return list(made.values())
 
 
-def _fake_buffers(
+def fake_buffers(
     model: nn.Module, mode: FakeTensorMode, device: str
 ) -> list[tuple[dict[str, Any], str, Tensor, Tensor]]:
     """Of each buffer: the table that holds it, its key there, the buffer, and a fake copy."""
@@ -333,15 +362,20 @@ def _with_device(cls: type, device: Callable[[Any], torch.device], *names: str) 
     return subclass_with(cls, {n: property(device) for n in names})
 
 
-def _to_real(value: Any) -> Any:
-    """Replace fake tensors by zeros on the CPU, also inside diffusers' output objects."""
+def _to_real(value: Any, linked: bool = False) -> Any:
+    """Replace fake tensors by zeros on the CPU, also inside diffusers' output objects.
+
+    If ``linked``, the zeros carry the gradient.
+    """
 
     def leaf(value: Any) -> Any:
         if isinstance(value, FakeTensor):
+            if linked and value.requires_grad:
+                return leave(value)
             return torch.zeros(value.shape, dtype=value.dtype)
         if type(value).__module__.startswith("diffusers") and hasattr(value, "__dict__"):
             clone = object.__new__(type(value))
-            clone.__dict__ = {k: _to_real(v) for k, v in vars(value).items()}
+            clone.__dict__ = {k: _to_real(v, linked) for k, v in vars(value).items()}
             return clone
         return value
 

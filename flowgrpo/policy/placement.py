@@ -178,7 +178,7 @@ def prepare_decoder(pipeline: DiffusionPipeline, memory: Memory) -> None:
     if memory.gradient_checkpointing and vae is not None:
         _recompute_decoder(vae)
     if memory.decode_batch and vae is not None:
-        vae.decode = _split(vae.decode, memory.decode_batch)
+        vae.decode = split_decode(vae.decode, memory.decode_batch)
 
 
 def _recompute_decoder(vae: Any) -> None:
@@ -202,7 +202,7 @@ def _recompute_decoder(vae: Any) -> None:
     vae.decode = recomputed
 
 
-def _split(decode: Callable[..., Any], size: int) -> Callable[..., Any]:
+def split_decode(decode: Callable[..., Any], size: int) -> Callable[..., Any]:
     """``decode`` applied to at most ``size`` samples at a time."""
 
     @wraps(decode)

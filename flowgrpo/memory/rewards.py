@@ -1,0 +1,121 @@
+"""Sizes of reward models, and rewards without weights whose scores can be traced."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from flowgrpo.data.prompts import Prompt
+from flowgrpo.memory.budget import GB
+from flowgrpo.memory.tracer import bytes_of
+from flowgrpo.rewards.differentiable import DifferentiableRewards
+from flowgrpo.rewards.loading import found
+from flowgrpo.rewards.settings import Reward
+
+PARAMETERS = {
+    "aesthetic": 428_544_482,
+    "clip_score": 427_616_513,
+    "hpsv2": 986_109_441,
+    "image_reward": 446_206_689,
+    "pick_score": 986_109_441,
+}
+"""Parameters of rewards that come with flowgrpo, at their default options."""
+BYTES = {"geneval": round(1.5 * GB), "jpeg_size": 0, "ocr": 0}
+"""Bytes on the device of further ones."""
+FRAMES = ("flowgrpo.rewards.frames:FrameMean", "flowgrpo.rewards.frames:FrameScore")
+"""Rewards that apply an image reward to frames."""
+OTHER_MODEL = ("model", "architecture")
+"""Options with which a reward has another model than in :data:`PARAMETERS`."""
+
+
+@dataclass(frozen=True)
+class TracedRewards:
+    """Rewards whose gradient is traced.
+
+    Attributes:
+        sizes: Bytes of each reward model on the device, by label; ``None`` if unknown.
+        rewards: The rewards with a weight that could be built.
+        made: These, without weights, in the same order.
+    """
+
+    sizes: Mapping[str, int | None]
+    rewards: Sequence[Reward] = ()
+    made: Sequence[Any] = field(default=())
+
+    @property
+    def models(self) -> dict[str, nn.Module]:
+        """The models of the rewards, by names that no component of a pipeline has."""
+        return {
+            f"reward {i} {key}": model
+            for i, one in enumerate(self.made)
+            for key, model in _models(one).items()
+        }
+
+    def scores(self, media: Tensor, prompts: Sequence[Prompt], texts: int) -> list[Tensor]:
+        """The rewards of media for several texts; the media's sum if no reward could be built."""
+        if not self.made:
+            return [media.flatten(1).sum(1)]
+        rewards = DifferentiableRewards(self.rewards, self.made)
+        return [rewards(media, prompts) for _ in range(texts)]
+
+
+def reward_sizes(rewards: Sequence[Reward], device: str) -> dict[str, int | None]:
+    """Bytes of each reward model on a device type, by label; ``None`` if unknown."""
+    return {r.label: _size(r, device) for r in rewards}
+
+
+def traced_rewards(rewards: Sequence[Reward], device: str) -> TracedRewards:
+    """Build the rewards that are differentiated, without weights."""
+    sizes = reward_sizes([r for r in rewards if r.weight == 0], device)
+    used, made = [], []
+    for reward in (r for r in rewards if r.weight != 0):
+        one = None if _is_elsewhere(reward, device) else _blank(reward, device)
+        sizes[reward.label] = _size(reward, device) if one is None else _bytes(one)
+        if hasattr(one, "scores_with_gradient"):
+            used.append(reward)
+            made.append(one)
+        elif not _is_elsewhere(reward, device):
+            # Without its activations the size would say too little.
+            sizes[reward.label] = None
+    return TracedRewards(sizes, used, made)
+
+
+def _size(reward: Reward, device: str) -> int | None:
+    if reward.model in FRAMES:
+        name, options = str(reward.options.get("model")), dict(reward.options.get("options") or {})
+        return _size(Reward(model=name, options=options), device)
+    if _is_elsewhere(reward, device):
+        return 0
+    if reward.model in BYTES:
+        return BYTES[reward.model]
+    if reward.model in PARAMETERS and not any(k in reward.options for k in OTHER_MODEL):
+        dtype = getattr(torch, str(reward.options.get("dtype", "float32")), torch.float32)
+        return int(PARAMETERS[reward.model] * dtype.itemsize)
+    one = _blank(reward, device)
+    return None if one is None else _bytes(one)
+
+
+def _is_elsewhere(reward: Reward, device: str) -> bool:
+    """Whether a reward is computed on a device of another type, such as the CPU."""
+    own = str(reward.options.get("device", "auto"))
+    return own != "auto" and own.partition(":")[0] != device
+
+
+def _blank(reward: Reward, device: str) -> Any:
+    """A reward without weights; None if it cannot be built."""
+    try:
+        make = getattr(found(reward.model), "without_weights", None)
+        return None if make is None else make(**{**reward.options, "device": device})
+    # A wrong option or a missing file is reported when the reward is loaded.
+    except (ImportError, OSError, TypeError, ValueError):
+        return None
+
+
+def _models(reward: Any) -> dict[str, nn.Module]:
+    return {k: v for k, v in vars(reward).items() if isinstance(v, nn.Module)}
+
+
+def _bytes(reward: Any) -> int:
+    return sum(map(bytes_of, _models(reward).values()))
