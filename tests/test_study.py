@@ -329,6 +329,18 @@ def test_a_recommendation_names_no_more_than_can_be_told_apart():
     assert rows["accuracy in 60 processor seconds"] == ["3", "b, a", f"+21.0 ± {deviation:.1f} (b)", "c |"]  # fmt: skip
     assert rows["a flawed reward: little ink"][1] == "c"
     assert "accuracy in 120 processor seconds" not in rows
+    hurt = {"d": {s: run(s, g) for s, g in ((0, -0.3), (1, -0.05), (2, 0.1), (3, 0.2))}}
+    worse = Runs({**found.by_method, **hurt}, {})
+    assert worse.collapsed() == ["d"]
+    again = recommendation.recommendation({**kinds, "flawed": worse}, Plan()).splitlines()
+    row = next(line for line in again if line.startswith("| a flawed reward: the true score"))
+    assert row.endswith("c, d (destroys the model) |")
+    assert row.split(" | ")[:-1] == ["| a flawed reward: the true score", *rows["a flawed reward: the true score"][:-1]]  # fmt: skip
+    table = report.flawed(worse).splitlines()
+    assert sum("| d (destroyed the model in a run) | 4 |" in line for line in table) == 1
+    assert [line for line in table if line.startswith(("| a |", "| b |"))] == [
+        line for line in report.flawed(found).splitlines() if line.startswith(("| a |", "| b |"))
+    ]
     alike = Runs({m: {s: run(s, g) for s, g in ((0, 0.1), (1, 0.2 + 0.1 * (m == "a")), (2, 0.25))} for m in "ab"}, {})  # fmt: skip
     text = recommendation.recommendation({**kinds, "main": alike, "flawed": none}, Plan())
     assert "| any: none can be told from the others | +18.3 to +21.7, each ± " in text

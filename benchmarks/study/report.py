@@ -150,7 +150,10 @@ def _base(
 
 def _named(runs: Runs, method: str) -> str:
     lost = runs.diverged.get(method, 0)
-    return f"{method} ({lost} more diverged)" if lost else method
+    notes = [f"{lost} more diverged"] if lost else []
+    if method in runs.collapsed():
+        notes.append("destroyed the model in a run")
+    return f"{method} ({'; '.join(notes)})" if notes else method
 
 
 def at_equal_work(runs: Runs, title: str = "Equal images, equal evaluations") -> str:
@@ -208,22 +211,27 @@ def flawed(runs: Runs, title: str = "Trained on a flawed reward") -> str:
     """Changes of a flawed reward, of its flaw and of the true scores after training on it."""
     if not runs.by_method:
         return ""
-    graded, strict, flaw = (runs.gains("plain", n) for n in ("graded", "strict", "ink"))
-    # The reward that was trained on; the model before training was scored by its parts.
-    reward = {m: {s: v + BIAS * flaw[m][s] for s, v in each.items()} for m, each in graded.items()}
+    lost = runs.collapsed()
+    graded = runs.gains("plain", "graded")
     rows = []
     for method in sorted(graded, key=lambda m: -mean(graded[m].values())):
         found = runs.by_method[method].values()
         colors = mean(r.gain("plain", COLOR) for r in found)
-        rows.append(
-            [
-                _named(runs, method), str(len(found)), *(points(g, method) for g in (reward, graded, strict, flaw)),
-                f"{colors:+.2f}",
-            ]
-        )  # fmt: skip
-    rows.append(_differences([reward, graded, strict, flaw], 2, 1))
+        # The runs of a method that destroys the model have an interval of their own.
+        alike = Runs({method: runs.by_method[method]}, {}) if method in lost else runs.steady()
+        gains = (points(g, method) for g in _flawed_gains(alike))
+        rows.append([_named(runs, method), str(len(found)), *gains, f"{colors:+.2f}"])
+    rows.append(_differences(_flawed_gains(runs.steady()), 2, 1))
     heads = ["method", "seeds", "flawed reward", "graded", "strict", "ink", "colour entropy"]
     return f"### {title}\n\n{markdown_table(heads, rows)}"
+
+
+def _flawed_gains(runs: Runs) -> list[Gains]:
+    """Changes of the flawed reward, of the graded and the strict score, and of the ink."""
+    graded, strict, flaw = (runs.gains("plain", n) for n in ("graded", "strict", "ink"))
+    # The reward that was trained on; the model before training was scored by its parts.
+    reward = {m: {s: v + BIAS * flaw[m][s] for s, v in each.items()} for m, each in graded.items()}
+    return [reward, graded, strict, flaw]
 
 
 def tuning(store: Store) -> str:

@@ -13,6 +13,8 @@ from benchmarks.study.statistics import Gains
 
 COLOR = "diversity/color"
 """Name of the metric of colour entropy in evaluations."""
+COLLAPSE = -0.1
+"""A run whose strict accuracy changed by less than this has destroyed the model."""
 AXES = ("seconds", "images", "evaluations")
 """What runs are compared at equal amounts of."""
 
@@ -76,6 +78,20 @@ class Runs:
 
     by_method: Mapping[str, Mapping[int, Run]]
     diverged: Mapping[str, int]
+
+    def collapsed(self) -> list[str]:
+        """The methods that destroyed the model in one of their runs."""
+        gains = self.gains("plain", "strict")
+        return [m for m, each in gains.items() if min(each.values()) < COLLAPSE]
+
+    def steady(self) -> "Runs":
+        """The runs of the other methods.
+
+        Runs that destroy the model differ from each other by tens of points; the deviation that the
+        methods are assumed to share is not theirs.
+        """
+        lost = self.collapsed()
+        return Runs({m: r for m, r in self.by_method.items() if m not in lost}, self.diverged)
 
     def gains(self, part: str, name: str) -> Gains:
         """Changes by method and seed."""
