@@ -1,4 +1,4 @@
-"""Keys that have no effect because another key switches off what they belong to.
+"""Keys that have no effect because another key switches off what they belong to, and numbers above which nothing changes.
 
 A configuration may hold such keys, for example one that switches off what the configuration that it extends
 has on. They are named before a run and in a dry run, so that nobody takes them for settings of the run.
