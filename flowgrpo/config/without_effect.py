@@ -1,4 +1,4 @@
-"""Keys that have no effect because another key switches off what they belong to.
+"""Keys that have no effect because another key switches off what they belong to, and numbers above which nothing changes.
 
 A configuration may hold such keys, for example one that switches off what the configuration that it extends
 has on. They are named before a run and in a dry run, so that nobody takes them for settings of the run.
@@ -45,8 +45,6 @@ class Rule:
     is_off: Callable[[Any], bool]
 
 
-UNJUDGED = is_one_of("distillation", "dmd", "pictures", "pairs")
-"""Kinds of algorithms that train on no reward: those that are configured are only measured."""
 RULES = (
     Rule("train.replay", (), "groups", equals(0)),
     Rule("train.early_stopping", (), "metric", equals("")),
@@ -58,14 +56,11 @@ RULES = (
     # All of these advantages are 1, or 1 and -1.
     Rule("train", ("without_advantage",), "algorithm.kind", is_one_of("distillation", "dmd", "pairs")),
     Rule("evaluation.regimes.*", ("when",), "evaluation.every", equals(0)),
-    Rule("failures", ("probe",), "algorithm.kind", UNJUDGED),
     Rule("memory", ("arithmetic",), "model.dtype", equals("float32")),
     Rule("memory", ("offload_text_encoders", "offload_vae"), "run.device", equals("cpu")),
     Rule("memory", ("gradient_checkpointing",), "model.weights.kind", equals("noise")),
-    Rule("memory", ("vae_slicing",), "decode_batch", equals(1)),
-    Rule("memory", ("score_batch",), "rewards", equals(())),
     Rule("rewards.*", ("scale", "shift", "clip", "log", "threshold", "schedule", "ignores_prompt"), "weight", equals(0)),
-    Rule("rewards.*", ("schedule", "ignores_prompt"), "algorithm.kind", UNJUDGED),
+    Rule("rewards.*", ("schedule",), "algorithm.kind", is_one_of("dmd", "pictures", "pairs")),
     Rule("algorithm.previews", (), "number", equals(0)),
     Rule("algorithm.steps", ("decay_from",), "decay", equals(0)),
     Rule("algorithm.depths", ("decay_from",), "decay", equals(0)),
@@ -76,7 +71,6 @@ RULES = (
     Rule("algorithm", ("integration",), "granularities", lambda found: len(found) == 1),
     Rule("algorithm", ("strides",), "granularities", equals((1,))),
     Rule("algorithm", ("matched",), "sampling.num_steps", equals(1)),
-    Rule("algorithm", ("score_rollouts",), "rewards", equals(())),
     Rule("algorithm.transition", ("log_prob",), "algorithm.kind", equals("dmd")),
     Rule("algorithm", ("invert_excess",), "branches", equals("denoise")),
     Rule("algorithm.advantage", ("ddof", "epsilon"), "std", equals("none")),
@@ -130,10 +124,11 @@ class Limit:
 
 LIMITS = (
     # The sample of a group takes the level of its number plus the group's.
-    Limit("loss.fake.num_times", lambda c: c.train.groups + c.algorithm.group_size - 1,
+    Limit("loss.fake.num_times", lambda c: c.train.groups * (1 + c.train.refill) + c.algorithm.group_size - 1,
           "train.groups and algorithm.group_size, whose samples take turns with the noise levels"),
     Limit("train.monitor_states", lambda c: c.train.train_batch, "train.train_batch"),
-    Limit("memory.decode_batch", lambda c: c.train.rollout_batch, "train.rollout_batch"),
+    Limit("memory.decode_batch", lambda c: max(c.train.rollout_batch, c.train.train_batch),
+          "train.rollout_batch and train.train_batch"),
     Limit("evaluation.regimes.*.images", lambda c: max(c.evaluation.images, c.evaluation.images_during),
           "evaluation.images"),
     Limit("algorithm.completion_steps", lambda c: c.sampling.num_steps, "sampling.num_steps"),
@@ -177,7 +172,7 @@ def _of_teachers(config: Any) -> Iterator[str]:
 def _of_single_steps(config: Any) -> Iterator[str]:
     """Settings of the ratio that need a further step, or a further update."""
     loss, algorithm = config.loss, config.algorithm
-    if getattr(loss, "step_weight", "none") != "none":
+    if getattr(loss, "step_weight", "none") != "none" and not config.train.replay.groups:
         random = Random(config.run.seed).at("train", 0)
         steps = algorithm.trained_steps(config.sampling.num_steps, 0, random)
         if len(steps) == 1 and getattr(algorithm, "steps_per", "iteration") == "iteration":

@@ -103,23 +103,7 @@ def check_inputs(
     for index, path in enumerate(config.evaluation.metrics):
         with _collected(absent), _setting(f"evaluation.metrics[{index}]"):
             import_path(path)
-    importable = []
-    for index, reward in enumerate(config.rewards):
-        with _collected(absent):
-            _check_model(f"rewards[{index}]", reward)
-            importable.append(reward)
-    preference = getattr(config.algorithm, "preference", None)
-    if judge := getattr(preference, "model", ""):
-        with _collected(absent):
-            options = getattr(preference, "options", {})
-            _check_model("algorithm.preference", Reward(model=judge, options=options))
-    if config.failures.probe == "refuse":
-        declared = {r.label: is_declared(found(r.model)) for r in importable}
-        prompt_notes(config.rewards, declared, config.algorithm.needs_rewards, refuse=True)
-    if config.guard.features:
-        with _collected(absent):
-            features = Reward(model=config.guard.features, options=config.guard.features_options)
-            _check_model("guard.features", features, "guard.features", "guard.features_options")
+    _check_models(config, absent)
     with _setting("model.path"):
         check_path(config.model.path)
     if config.evaluation.bench:
@@ -139,6 +123,31 @@ def shared_note(train: PromptSet, held_out: PromptSet) -> list[str]:
         f"{len(both)} of {counted(len(held_out.prompts), 'held-out prompt')} {verb} too, such as "
         f"{both[0].text[:80]!r}: on them, evaluations do not show whether the model does better on new prompts"
     ]
+
+
+def _check_models(config: Config, absent: list[str] | None) -> None:
+    """Check the rewards, the judge of pairs and the model of the guards' features, without constructing them.
+
+    Raises:
+        ConfigError: As :func:`_check_model`, or if all trained rewards ignore their prompts.
+    """
+    importable = []
+    for index, reward in enumerate(config.rewards):
+        with _collected(absent):
+            _check_model(f"rewards[{index}]", reward)
+            importable.append(reward)
+    preference = getattr(config.algorithm, "preference", None)
+    if judge := getattr(preference, "model", ""):
+        with _collected(absent):
+            options = getattr(preference, "options", {})
+            _check_model("algorithm.preference", Reward(model=judge, options=options))
+    if config.failures.probe == "refuse":
+        declared = {r.label: is_declared(found(r.model)) for r in importable}
+        prompt_notes(config.rewards, declared, config.algorithm.needs_rewards, refuse=True)
+    if config.guard.features:
+        with _collected(absent):
+            features = Reward(model=config.guard.features, options=config.guard.features_options)
+            _check_model("guard.features", features, "guard.features", "guard.features_options")
 
 
 def _check_model(key: str, reward: Reward, name: str = "", options: str = "") -> None:
