@@ -9,7 +9,12 @@ from flowgrpo.core.errors import ConfigError
 from flowgrpo.data import strict_json
 
 SUMMARY = "explain, list, show or begin configurations, or write their JSON schema"
-EXAMPLE = "flowgrpo config explain algorithm.steps"
+EXAMPLE = """\
+flowgrpo config explain algorithm.steps
+  flowgrpo config explain AWM                       which keys select a published method
+  flowgrpo config list sd35                         the configurations for a model or a method
+  flowgrpo config init MODEL --recipe NAME --out my.toml    begin a file of your own
+  flowgrpo config show my.toml                      all keys with their values"""
 
 OPTIONS = {
     "set": ("show", "init"),
@@ -29,7 +34,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "with flowgrpo; write a JSON schema for editors; show a configuration with all defaults",
     )
     parser.add_argument(
-        "name", nargs="?", help="a key such as train.lr, a model (init), or a configuration (show)"
+        "name",
+        nargs="?",
+        help="a key such as train.lr or a method (explain), a model (init), a configuration (show), or a "
+        "word to look for (list)",
     )
     add_set_argument(parser)
     parser.add_argument(
@@ -137,16 +145,36 @@ def _fitting(text: str, memory_gb: float) -> tuple[dict[str, Any], str]:
 
 
 def _list(options: argparse.Namespace) -> None:
+    """Print the configurations, all or those that a word is about, and the evidence that they work."""
     from flowgrpo.config.evidence import LEVELS, evidence
-    from flowgrpo.config.files import find
+    from flowgrpo.config.methods import method
+    from flowgrpo.config.recipes import summaries
 
-    for file in sorted(find("quickstart").parent.glob("*.toml")):
-        first = file.read_text(encoding="utf-8").splitlines()[0].lstrip("# ")
-        if first.endswith(
-            ":"
-        ):  # it leads to the command on the next lines, which the list does not show
-            first = first[:-1] + "."
-        print(f"{file.stem:<24} {first} [evidence: {LEVELS[evidence(file.stem)]}]")
+    found, word = summaries(), options.name
+    if word is not None:
+        known = method(word)
+        recipe = known.recipe if known is not None else ""
+        found = {
+            name: text
+            for name, text in found.items()
+            if word.lower() in f"{name} {text}".lower() or name == recipe
+        }
+        if not found:
+            words = f"{known.words}; " if known is not None else ""
+            raise UsageError(
+                f"no configuration for {word!r}: {words}'flowgrpo config list' lists all"
+            )
+    for name, text in found.items():
+        print(f"{name:<24} {text}")
+    names: dict[str, list[str]] = {}
+    for name in found:
+        names.setdefault(evidence(name), []).append(name)
+    most = max(names, key=lambda level: len(names[level]))
+    print("\nevidence that they work (docs/recipes.md; 'flowgrpo verify NAME' adds more):")
+    for level in LEVELS:
+        if level in names:
+            of = "all" if len(names) == 1 else "the others" if level == most else ", ".join(names[level])  # fmt: skip
+            print(f"  {LEVELS[level]}: {of}")
 
 
 def _schema(options: argparse.Namespace) -> None:

@@ -79,6 +79,8 @@ def run(options: argparse.Namespace) -> int:
         raise UsageError(f"--memory-gb must be above 0, got {options.memory_gb:g}")
     nodes = _nodes(options)
     config, kept = _configuration(options)
+    for note in _left_out(options):
+        print(plain(f"note: {note}"))
     num_processes = num_ranks() if nodes is None else nodes.size
     if options.dry_run:
         return _dry_run(config, num_processes, options.memory_gb)
@@ -143,6 +145,15 @@ def _configuration(options: argparse.Namespace) -> "tuple[Config, list[str]]":
     return extend(Path(load(name, options.set).run.folder), options.resume_with)
 
 
+def _left_out(options: argparse.Namespace) -> list[str]:
+    """Sentences about keys that do not apply any more; from one of the processes."""
+    from flowgrpo.config.files import dropped_keys
+
+    if options.resume_with or is_run(options.config) or os.environ.get("RANK", "0") != "0":
+        return []
+    return dropped_keys(options.config, options.set)
+
+
 def _leave(status: int) -> NoReturn:
     """End the process at once: Python's own end would wait for a reward that is still scoring."""
     sys.stdout.flush()
@@ -154,6 +165,7 @@ def _dry_run(config: "Config", num_processes: int, memory_gb: float | None) -> i
     """Check everything that can be checked without the model, and print the plan."""
     from flowgrpo.config.few_steps import few_step_notes
     from flowgrpo.config.geometry import geometry
+    from flowgrpo.config.method_rows import method_rows
     from flowgrpo.config.plan import plan
     from flowgrpo.config.without_effect import idle_notes
     from flowgrpo.policy.model_files import locate
@@ -168,6 +180,7 @@ def _dry_run(config: "Config", num_processes: int, memory_gb: float | None) -> i
     absent = absent_weights(config, and_model=False)
     rows = [
         ("model", f"{config.model.path}, {model.words}"),
+        *method_rows(config).items(),
         *geometry(config, num_processes).items(),
         *work.rows().items(),
     ]

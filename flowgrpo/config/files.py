@@ -142,9 +142,7 @@ def load(name: str, settings: Sequence[str] = ()) -> "Config":
 
     path = find(name)
     layers = _layers(path)
-    table: dict[str, Any] = {}
-    for layer in reversed(layers):
-        table = _extended(table, layer.table)
+    table = _merged(layers)
     in_run = path.name == CONFIG and (path.parent / INPUTS).is_file()
     if in_run and "folder" in table.get("run", {}):
         table["run"]["folder"] = str(path.parent)
@@ -163,6 +161,30 @@ def load(name: str, settings: Sequence[str] = ()) -> "Config":
         folder = str(Path(config.run.folder).expanduser())
         return replace(config, run=replace(config.run, folder=folder))
     return config
+
+
+def dropped_keys(name: str, settings: Sequence[str]) -> list[str]:
+    """Sentences about keys of a configuration file that settings of a ``kind`` drop.
+
+    A table of another kind has keys of its own, so that, for instance, the ``group_size`` of the file
+    does not apply to another algorithm.
+    """
+    from flowgrpo.config.reader import dropped
+
+    found = dropped(_merged(_layers(find(name))), settings)
+    return [
+        f"--set {setting} leaves out {', '.join(keys)} of the file, which belong to the other kind; set "
+        "again what is to hold"
+        for setting, keys in found.items()
+    ]
+
+
+def _merged(layers: Sequence[Layer]) -> dict[str, Any]:
+    """The table of a file with those that it extends."""
+    table: dict[str, Any] = {}
+    for layer in reversed(layers):
+        table = _extended(table, layer.table)
+    return table
 
 
 def _layers(path: Path) -> list[Layer]:

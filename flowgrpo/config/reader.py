@@ -24,6 +24,7 @@ from pydantic_core import (
     core_schema,
 )
 
+from flowgrpo.config.methods import advice
 from flowgrpo.config.reference import documentation, is_required
 from flowgrpo.config.renamed import RENAMED_KEYS, old_names
 from flowgrpo.core.errors import ConfigError
@@ -192,7 +193,7 @@ def _member(members: Sequence[type], value: Any) -> type[Any]:
     if not isinstance(kind, str) or kind not in by_kind:
         raise _wrong(
             f"must be one of {allowed}, or an import path 'package.module:name', "
-            f"got {kind!r}{suggest(str(kind), by_kind)}",
+            f"got {kind!r}{suggest(str(kind), by_kind)}{advice(str(kind))}",
             key=".kind",
         )
     return by_kind[kind]
@@ -301,20 +302,51 @@ def override(table: dict[str, Any], settings: Sequence[str]) -> dict[str, Any]:
         key, equals, text = setting.partition("=")
         if not equals:
             raise ConfigError(f"--set needs key=value, got {setting!r}")
-        *parents, last = key.strip().split(".")
-        here: Any = result
-        for part in parents:
-            here = _inner(here, part, key)
         try:
             value = tomllib.loads(f"value = {text}")["value"]
         except tomllib.TOMLDecodeError:
             value = text
-        if not isinstance(here, dict):
-            raise ConfigError(f"--set {key}: {last!r} is an entry of a list; set one of its keys")
-        if last == "kind" and here.get("kind") != value:
-            here.clear()
-        here[last] = value
+        assign(result, key, value)
     return result
+
+
+def assign(table: dict[str, Any], key: str, value: Any) -> None:
+    """Set a dotted key of a table in place. A ``kind`` drops the other keys of its table.
+
+    Raises:
+        ConfigError: If the key leads through something that is not a table.
+    """
+    *parents, last = key.strip().split(".")
+    here: Any = table
+    for part in parents:
+        here = _inner(here, part, key)
+    if not isinstance(here, dict):
+        raise ConfigError(f"--set {key}: {last!r} is an entry of a list; set one of its keys")
+    if last == "kind" and here.get("kind") != value:
+        here.clear()
+    here[last] = value
+
+
+def dropped(table: Mapping[str, Any], settings: Sequence[str]) -> dict[str, list[str]]:
+    """The keys of a table that settings of a ``kind`` drop and nothing sets again, by setting."""
+    found = {}
+    for index, setting in enumerate(settings):
+        key = setting.partition("=")[0].strip()
+        if key.rpartition(".")[2] != "kind":
+            continue
+        here = _table_at(override(dict(table), settings[:index]), key)
+        after = _table_at(override(dict(table), settings), key)
+        if gone := [k for k in here if k != "kind" and k not in after]:
+            found[setting] = gone
+    return found
+
+
+def _table_at(table: Any, key: str) -> Mapping[str, Any]:
+    """The table that holds a dotted key; empty if there is none."""
+    for part in key.split(".")[:-1]:
+        inner = table[int(part)] if isinstance(table, list) else table.get(part)
+        table = inner if isinstance(inner, dict | list) else {}
+    return table if isinstance(table, dict) else {}
 
 
 def _inner(here: Any, part: str, key: str) -> Any:

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from functools import cache
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
+from flowgrpo.config.methods import method
 from flowgrpo.core.errors import ConfigError
 from flowgrpo.core.imports import suggest
 
@@ -77,11 +78,13 @@ def _documented(cls: Any) -> dict[str, str]:
 
 
 def explain(cls: type, key: str) -> str:
-    """What a dotted key means, its type and default.
+    """What a dotted key means, its type and default; or how a published method is selected by its name.
 
     Raises:
         ConfigError: If there is no such key; with the known ones.
     """
+    if (found := method(key)) is not None:
+        return found.words
     here: list[type] = [cls]
     parts = key.split(".")
     for depth, part in enumerate(parts):

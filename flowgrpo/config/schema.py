@@ -40,6 +40,7 @@ from flowgrpo.config.bounds import check_bounds
 from flowgrpo.config.distillation import check_distillation
 from flowgrpo.config.distribution_matching import check_distribution_matching
 from flowgrpo.config.examples import check_examples
+from flowgrpo.config.loss import check_loss
 from flowgrpo.config.previews import check_previews
 from flowgrpo.config.regimes import Regime, check_regimes
 from flowgrpo.config.replay import ReplaySettings, check_replay
@@ -370,7 +371,7 @@ class Config:
             self.memory.check(isinstance(self.model.weights, Full), self.model.dtype)
             self._check_parallel(num_processes)
             self.loss.check()
-            self.loss.check_algorithm(algorithm.action_kind, algorithm.transition)
+            check_loss(self)
             self.guard.check({r.label: r.weight for r in self.rewards}, self.loss.kl_coef)
         except ValueError as error:
             raise ConfigError(str(error)) from error

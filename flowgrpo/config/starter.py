@@ -6,12 +6,12 @@ import re
 import textwrap
 import tomllib
 from collections.abc import Mapping, Sequence
-from itertools import takewhile
 from pathlib import Path
 from typing import Any, get_type_hints
 
 from flowgrpo.config.files import find
-from flowgrpo.config.reader import default_member, kind_of
+from flowgrpo.config.reader import assign, default_member, kind_of
+from flowgrpo.config.recipes import head_of
 from flowgrpo.config.reference import dataclasses_in, documentation
 from flowgrpo.config.schema import Config
 from flowgrpo.core.errors import ConfigError
@@ -63,25 +63,15 @@ def starter(model: str, recipe: str, settings: Mapping[str, Any], notes: Sequenc
     table = tomllib.loads(source.read_text(encoding="utf-8"))
     name = Path(model).name.lower().replace(".", "_")
     for key, value in {"model.path": model, "run.folder": f"runs/{name}", **settings}.items():
-        *parents, last = key.split(".")
-        here = table
-        for parent in parents:
-            here = here.setdefault(parent, {})
-        here[last] = value
+        assign(table, key, value)
     first = f"A run on {model}, after the recipe {recipe} that comes with flowgrpo:"
     last = "'flowgrpo config explain KEY' explains any key, also those that are not here."
     head = [
         *_comment(first),
-        *(f"#   {line}" for line in _head_of(source)),
+        *(f"#   {line}" for line in head_of(source)),
         *(line for text in (*notes, last) for line in _comment(text)),
     ]
     return "\n".join([*head, "", *_commented(dumps(table))]) + "\n"
-
-
-def _head_of(file: Path) -> list[str]:
-    """The comment at the beginning of a file, without its marks."""
-    lines = file.read_text(encoding="utf-8").splitlines()
-    return [line.lstrip("# ") for line in takewhile(lambda line: line.startswith("#"), lines)]
 
 
 def _commented(text: str) -> list[str]:

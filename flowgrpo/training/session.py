@@ -18,6 +18,7 @@ from torch import Tensor
 
 from flowgrpo.config import Config
 from flowgrpo.config.geometry import geometry
+from flowgrpo.config.method_rows import method_rows
 from flowgrpo.config.plan import plan
 from flowgrpo.core.errors import DivergenceError, LostRankError
 from flowgrpo.core.measures import Measured
@@ -472,7 +473,7 @@ class Session:
     def announce(self) -> None:
         """Print the plan of the run, and what is wasteful about it."""
         work = plan(self.config, self.accelerator.num_processes)
-        words = geometry(self.config, work.num_ranks) | work.rows()
+        words = method_rows(self.config) | geometry(self.config, work.num_ranks) | work.rows()
         for name, value in words.items():
             self.console.say(f"{name:>16}  {value}")
         notes = work.notes()
