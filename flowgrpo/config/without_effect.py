@@ -61,6 +61,9 @@ RULES = (
     Rule("memory", ("gradient_checkpointing",), "model.weights.kind", equals("noise")),
     Rule("rewards.*", ("scale", "shift", "clip", "log", "threshold", "schedule", "ignores_prompt"), "weight", equals(0)),
     Rule("rewards.*", ("schedule",), "algorithm.kind", is_one_of("dmd", "pictures", "pairs")),
+    Rule("rewards.*", ("ignores_prompt",), "failures.probe", equals("off")),
+    # Evaluations use the full weight.
+    Rule("rewards.*", ("schedule",), "algorithm.score_rollouts", equals(False)),
     Rule("algorithm.previews", (), "number", equals(0)),
     Rule("algorithm.steps", ("decay_from",), "decay", equals(0)),
     Rule("algorithm.depths", ("decay_from",), "decay", equals(0)),
