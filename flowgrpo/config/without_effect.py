@@ -181,7 +181,7 @@ def _of_single_steps(config: Any) -> Iterator[str]:
         if len(steps) == 1 and getattr(algorithm, "steps_per", "iteration") == "iteration":
             yield (
                 f"{_shown('loss.step_weight', loss.step_weight)} has no effect while an iteration trains one denoising "
-                "step, because the mean of the weights is 1: train several (algorithm.steps), or remove it"
+                "step, because its weight, divided by the mean, is 1: train several (algorithm.steps), or remove it"
             )
     if getattr(loss, "kind", "") != "matching" or loss.surrogate == "pepg" or loss.clip_range == 1:
         return
