@@ -175,6 +175,8 @@ def test_settings_that_exclude_each_other(settings: list[str], problem: str) -> 
         (["algorithm={kind='dmd', transition={kind='cps', log_prob='unnormalised'}}", "loss={kind='dmd'}"], 'algorithm.transition.log_prob = "unnormalised"', 'algorithm.kind = "dmd"'),
         (["algorithm={kind='distillation'}", "train.without_advantage=drop"], 'train.without_advantage = "drop"', 'algorithm.kind = "distillation"'),
         (["algorithm={kind='dmd'}", "loss={kind='dmd'}", "rewards.0.schedule=[[5, 1.0]]"], "rewards[0].schedule = [[5.0, 1.0]]", 'algorithm.kind = "dmd"'),
+        (["algorithm={kind='distillation'}", "rewards.0.schedule=[[5, 1.0]]"], "rewards[0].schedule = [[5.0, 1.0]]", "algorithm.score_rollouts = false"),
+        (["failures.probe=off", "rewards.0.ignores_prompt=true"], "rewards[0].ignores_prompt = true", 'failures.probe = "off"'),
         (["algorithm={kind='g2rpo', granularities=[2], integration='mean'}"], 'algorithm.integration = "mean"', "algorithm.granularities = [2]"),
         (["algorithm={kind='g2rpo', granularities=[1], strides='released'}"], 'algorithm.strides = "released"', "algorithm.granularities = [1]"),
         (["rewards.1.weight=0.0", "rewards.1.threshold=0.5"], "rewards[1].threshold = 0.5", "rewards[1].weight = 0.0"),

@@ -96,15 +96,16 @@ def test_paths_and_ids_are_told_apart(tmp_path, offline):
 
 @pytest.fixture
 def hub(monkeypatch, tmp_path):
-    """A hub that has the model ``owner/name`` and no other, and an empty cache."""
+    """A hub that has the model ``owner/name``, and fails for ``owner/busy``; an empty cache."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self):
-            is_there = self.path.split("?")[0] == "/api/models/owner/name"
+            name = self.path.split("?")[0].removeprefix("/api/models/")
+            is_there = name == "owner/name"
             body = json.dumps({"id": "owner/name", "siblings": []} if is_there else {}).encode()
-            self.send_response(200 if is_there else 404)
+            self.send_response({"owner/name": 200, "owner/busy": 500}.get(name, 404))
             # The hub's answer for models that do not exist.
-            self.send_header("X-Error-Code", "" if is_there else "RepoNotFound")
+            self.send_header("X-Error-Code", "RepoNotFound" if "owner" not in name else "")
             self.send_header("Content-Length", str(len(body)))
             self.end_headers()
             self.wfile.write(body)
@@ -138,6 +139,7 @@ def test_a_path_with_one_slash_is_not_taken_for_an_id(hub, tmp_path, monkeypatch
         sentence = f"{key}: no such file or folder: runs/firt; did you mean 'runs/first'?; and on the hub there is no"
         with pytest.raises(ConfigError, match=re.escape(sentence)):
             absent_weights(config)
+    assert ask_hub("owner/busy") == "", "the download is tried, and says why it fails"
     reward = Reward(model="aesthetic", options={"head": "runs/firt"})
     check_installed("aesthetic")
     with pytest.raises(ValueError, match=r"r.head: no such file or folder: runs/firt; did"):
@@ -163,6 +165,7 @@ def test_without_a_hub_an_id_is_told_from_a_path_by_its_folder(offline, tmp_path
     cached.touch()
     ask_hub.cache_clear()
     assert absent_weights(config) == []
+    assert locate("owner/name-v1.5").words.startswith("on the hub, or a part of it in the cache (")
 
 
 FROM_HUB = {

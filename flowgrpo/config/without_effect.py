@@ -61,6 +61,9 @@ RULES = (
     Rule("memory", ("gradient_checkpointing",), "model.weights.kind", equals("noise")),
     Rule("rewards.*", ("scale", "shift", "clip", "log", "threshold", "schedule", "ignores_prompt"), "weight", equals(0)),
     Rule("rewards.*", ("schedule",), "algorithm.kind", is_one_of("dmd", "pictures", "pairs")),
+    Rule("rewards.*", ("ignores_prompt",), "failures.probe", equals("off")),
+    # Evaluations use the full weight.
+    Rule("rewards.*", ("schedule",), "algorithm.score_rollouts", equals(False)),
     Rule("algorithm.previews", (), "number", equals(0)),
     Rule("algorithm.steps", ("decay_from",), "decay", equals(0)),
     Rule("algorithm.depths", ("decay_from",), "decay", equals(0)),
@@ -178,7 +181,7 @@ def _of_single_steps(config: Any) -> Iterator[str]:
         if len(steps) == 1 and getattr(algorithm, "steps_per", "iteration") == "iteration":
             yield (
                 f"{_shown('loss.step_weight', loss.step_weight)} has no effect while an iteration trains one denoising "
-                "step, because the mean of the weights is 1: train several (algorithm.steps), or remove it"
+                "step, because its weight, divided by the mean, is 1: train several (algorithm.steps), or remove it"
             )
     if getattr(loss, "kind", "") != "matching" or loss.surrogate == "pepg" or loss.clip_range == 1:
         return

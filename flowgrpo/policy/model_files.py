@@ -173,7 +173,12 @@ def ask_hub(name: str) -> str:
         FileNotFoundError: If there is none, or the name can only be a path.
     """
     from huggingface_hub import HfApi, constants
-    from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        RepositoryNotFoundError,
+    )
     from huggingface_hub.file_download import repo_folder_name
 
     try:
@@ -194,6 +199,9 @@ def ask_hub(name: str) -> str:
             f"no such file or folder: {name}{_beside(name)}; and on the hub there is no such model, or it is "
             "private and 'hf auth login' is missing"
         ) from error
+    except HfHubHTTPError:
+        # The hub is there, and busy, for instance. The download tries again, and names the reason.
+        return ""
     # Without a network, each version of the hub's client and of its HTTP library raises errors of its own.
     except Exception as error:
         if Path(name).parent != Path() and Path(name).parent.is_dir():
@@ -228,5 +236,10 @@ def locate(model: str) -> Found:
 
     if isinstance(try_to_load_from_cache(model, INDEX), str):
         return Found("in the cache of the hub", True)
-    size = sum(f.size or 0 for f in HfApi().model_info(model, files_metadata=True, timeout=10).siblings or ())  # fmt: skip
+    try:
+        files = HfApi().model_info(model, files_metadata=True, timeout=10).siblings or ()
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        return Found(f"on the hub, or a part of it in the cache ({reason})", False)
+    size = sum(f.size or 0 for f in files)
     return Found(f"on the hub; {size / 1e9:.1f} GB in all its files", False)
