@@ -98,24 +98,8 @@ def estimate_footprint(
     counts = _attentions(config, ours)
     tracer = MediaTracer(pipeline, dtype, full=full, native=native, device=device)
     batches = config.train.rollout_batch, config.train.train_batch
-    sizes: Mapping[str, int | None]
     with _estimate_error(type(pipeline).__name__):
-        calling = Calling()
-        calling(tracer.rollout, _arguments(config, prompts, batches[0]), batches[0])
-        latents, peaks = tracer.latents, dict(tracer.peaks)
-        rollout = max(v for k, v in peaks.items() if k in ours)
-        if config.loss.needs.reward_gradient:
-            rewards = traced_rewards(config.rewards, device)
-            training, sizes = (
-                _differentiated(tracer, calling, config, prompts, rewards),
-                rewards.sizes,
-            )
-        else:
-            training = _trained_on(tracer, calling, config, prompts)
-            sizes = reward_sizes(config.rewards, device)
-        evaluated = functools.partial(_evaluated, tracer, calling, config, prompts, rollout)
-        others = other_policies(config, 4 * trained, sum(own.values()), evaluated)
-    latent = latents.numel() // batches[0] if latents else 0
+        latent, traced = _traced(tracer, config, prompts, 4 * trained, sum(own.values()))
     # Until a batch of the rollout is decoded, the model's outputs are kept.
     outputs = latent * batches[0] * config.sampling.num_steps * (4 if full else dtype.itemsize)
     return Footprint(
@@ -128,20 +112,15 @@ def estimate_footprint(
         adapter=0 if full else 4 * trained,
         **kept_weights(config),
         experience=4 * latent * _kept(config, num_processes),
-        rewards=sizes,
-        encode=max((v for k, v in peaks.items() if k not in ours and k != "vae"), default=0),
-        rollout=rollout,
         outputs=outputs,
-        decode=peaks.get("vae", 0),
-        training=training,
         within=evaluates_within(config),
-        others=others,
         batches=batches,
         gathered=gathered,
         gathered_gradients=gradients,
         whole=whole,
         attention=max((c.most for c in counts), default=0),
         **_divided_encoders(pipeline),
+        **traced,
     )
 
 
@@ -219,6 +198,42 @@ def _kept(config: Config, num_processes: int) -> int:
     later = train.optimizer_steps > 1 or train.staleness > 0
     nodes = steps + 1 + steps * (config.loss.needs.old_mean and later)
     return samples * nodes * (1 + train.staleness)
+
+
+def _traced(
+    tracer: MediaTracer, config: Config, prompts: Sequence[Prompt], trained: int, whole: int
+) -> tuple[int, dict[str, Any]]:
+    """The size of one sample's latents, in elements, and the parts of a footprint that are traced.
+
+    Args:
+        tracer: The pipeline.
+        config: Configuration of the run.
+        prompts: Its training prompts.
+        trained: Bytes of values of the trained weights.
+        whole: Bytes of the denoisers.
+    """
+    calling, batch = Calling(), config.train.rollout_batch
+    calling(tracer.rollout, _arguments(config, prompts, batch), batch)
+    latents, peaks = tracer.latents, dict(tracer.peaks)
+    ours = tracer.denoisers
+    rollout = max(v for k, v in peaks.items() if k in ours)
+    if config.loss.needs.reward_gradient:
+        rewards = traced_rewards(config.rewards, tracer.device)
+        sizes = rewards.sizes
+        training = _differentiated(tracer, calling, config, prompts, rewards)
+    else:
+        sizes = reward_sizes(config.rewards, tracer.device)
+        training = _trained_on(tracer, calling, config, prompts)
+    evaluated = functools.partial(_evaluated, tracer, calling, config, prompts, rollout)
+    parts = {
+        "rewards": sizes,
+        "encode": max((v for k, v in peaks.items() if k not in ours and k != "vae"), default=0),
+        "rollout": rollout,
+        "decode": peaks.get("vae", 0),
+        "training": training,
+        "others": other_policies(config, trained, whole, evaluated),
+    }
+    return latents.numel() // batch if latents else 0, parts
 
 
 def _evaluated(

@@ -3,7 +3,7 @@
 from flowgrpo.config import Config
 from flowgrpo.config.plan import plan
 from flowgrpo.config.training_data import training_prompts
-from flowgrpo.memory.budget import GB, advise, budget, trained_activations
+from flowgrpo.memory.budget import GB, Footprint, MemoryOptions, advise, budget, trained_activations
 from flowgrpo.memory.footprint import estimate_footprint, memory_options
 from flowgrpo.memory.meta_pipeline import EstimateError
 from flowgrpo.policy.loading import DTYPES
@@ -58,12 +58,20 @@ def print_estimate(
     if capacity is None:
         console.say("no GPU found; use --memory-gb N to compare with a device of N GB")
         return
-    needed = f"with CUDA's context and fragmentation, {gb(total.needed)} GB of {gb(capacity)} GB"
+    _print_advice(config, parts, options, capacity, console)
+
+
+def _print_advice(
+    config: Config, parts: Footprint, options: MemoryOptions, capacity: int, console: Console
+) -> None:
+    """Print whether a run fits into ``capacity`` bytes, and otherwise what to change."""
+    needed = budget(parts, options).needed
+    said = f"with CUDA's context and fragmentation, {gb(needed)} GB of {gb(capacity)} GB"
     changes, fits = advise(parts, options, capacity)
     if not changes and fits:
-        console.say(f"{needed}: fits")
+        console.say(f"{said}: fits")
         return
-    console.say(f"{needed}: does NOT fit. Change these settings, in this order:")
+    console.say(f"{said}: does NOT fit. Change these settings, in this order:")
     for change in changes:
         console.say(f"  {change.setting:<40} leaves a peak of {gb(change.peak)} GB")
     if not fits:
