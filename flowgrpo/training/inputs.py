@@ -15,6 +15,7 @@ from flowgrpo.data.prompt_sets import PromptSet, shared
 from flowgrpo.data.videos import require_video
 from flowgrpo.policy.model_files import check_path
 from flowgrpo.policy.settings import require_installed
+from flowgrpo.rewards.calls import check_call
 from flowgrpo.rewards.loading import check_installed, check_name, found
 from flowgrpo.rewards.prompt_use import is_declared, prompt_notes
 from flowgrpo.training.trackers import check_trackers
@@ -91,6 +92,7 @@ def check_inputs(config: Config, num_processes: int) -> tuple[PromptSet, PromptS
         with _setting(f"rewards[{index}].model"):
             check_name(reward.model)
             check_installed(reward.model)
+            check_call(reward.model, found(reward.model))
     if config.failures.probe == "refuse":
         declared = {r.label: is_declared(found(r.model)) for r in config.rewards}
         prompt_notes(config.rewards, declared, config.algorithm.needs_rewards, refuse=True)
