@@ -164,3 +164,34 @@ def test_the_page_names_every_benchmark_and_setting() -> None:
         assert owners, key
         if key == "split":
             load_benchmark("unigenbench", {"split": value})
+
+
+def test_a_judge_that_cannot_be_had_is_named_before_images_are_made(tmp_path, monkeypatch, capsys):
+    import huggingface_hub
+
+    def no_network(*args, **kwargs):
+        raise OSError("no network")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", no_network)
+    command = ["geneval", "--model", "shapes", "--limit", "1", *QUICK]
+    assert bench(*command, "--set", "detector=nobody/no-detector") == 1
+    message = capsys.readouterr().err
+    assert (
+        "the judge nobody/no-detector is not here, and the hub does not give it (no network)"
+        in message
+    )
+    assert "--set detector=FOLDER" in message
+    assert not (tmp_path / "bench").exists()
+
+
+def test_images_whose_judge_fails_to_load_are_kept_with_the_next_command(
+    tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "empty"
+    folder.mkdir()
+    command = ["geneval", "--model", "shapes", "--limit", "1", *QUICK]
+    assert bench(*command, "--set", f"detector={folder}") == 1
+    assert "flowgrpo bench score bench/geneval/shapes" in capsys.readouterr().err
+    assert len(list((tmp_path / "bench/geneval/shapes/images").rglob("*.png"))) > 0

@@ -360,3 +360,17 @@ def test_spread_is_even_over_classes_and_prompts():
     assert Counter(p.text for p, s in pairs if s == 0) == Counter(p.text for p in prompts.prompts)
     assert len({(p.text, s) for p, s in pairs}) == 12
     assert prompts.spread(5) == pairs[:5]
+
+
+def test_all_broken_lines_are_named(tmp_path):
+    good, broken = '{"prompt": "a"}\n', 'x\n{"caption": "b"}\n'
+    with pytest.raises(PromptError) as error:
+        PromptSet.load(write(tmp_path, "p.jsonl", good + broken))
+    first, second = str(error.value).split("\n")
+    assert "p.jsonl, line 2: not valid JSON" in first
+    assert "p.jsonl, line 3: needs a key 'prompt'" in second
+    with pytest.raises(PromptError) as error:
+        PromptSet.load(write(tmp_path, "p.jsonl", good + broken * 6))
+    assert str(error.value).split("\n")[-2:][1] == "and 2 more"
+    with pytest.raises(PromptError, match=r"line 2: .*\n.*line 4: "):
+        PromptSet.load(write(tmp_path, "p.csv", "prompt,height\na,x\nb,64\nc,0\n"))

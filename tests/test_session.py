@@ -27,6 +27,7 @@ from flowgrpo.policy import PipelinePolicy
 from flowgrpo.rewards.settings import RewardError
 from flowgrpo.training import checkpoints, run_changes, trackers
 from flowgrpo.training import session as sessions_module
+from flowgrpo.training.ending import Result
 from flowgrpo.training.learner import Learner
 from flowgrpo.training.logs import LogError
 from flowgrpo.training.session import Session
@@ -780,3 +781,16 @@ def test_changes_of_a_run_by_hand(tmp_path: Path) -> None:
         run_changes.extend(tmp_path, ["run.folder=elsewhere"])
     with pytest.raises(ConfigError, match=r"train\.groups may not change"):
         run_changes.extend(tmp_path, ["train.groups=9"])
+
+
+def test_a_function_of_the_user_gets_what_is_logged(tmp_path):
+    heard: list[Any] = []
+    config = flowgrpo.load("quickstart_flow_grpo", [*SMALL, f"run.folder={tmp_path / 'heard'}"])
+    with Session(config, on_log=lambda name, record: heard.append((name, record))) as session:
+        session.log(0, METRICS, 0.0)
+        session.log_evaluation(result(1))
+        assert heard == [
+            ("metrics", lines(session, "metrics")[0]),
+            ("evaluations", lines(session, "evaluations")[0]),
+        ]
+        assert Result(session.folder, [], True).metrics == [{"iteration": 0, **METRICS}]

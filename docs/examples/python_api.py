@@ -1,7 +1,9 @@
 """flowgrpo from Python: load a model, draw, score, train, and use the result with diffusers alone."""
 
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from diffusers import DiffusionPipeline
 
@@ -38,9 +40,18 @@ def main(folder: Path) -> None:
             f"run.folder={folder / 'run'}",
         ],
     )
-    result = flowgrpo.train(config)
+
+    # A logger of your own gets every record of metrics.jsonl and evaluations.jsonl.
+    def on_log(name: str, record: Mapping[str, Any]) -> None:
+        print("mine:", name, record["iteration"], "reward", record["reward"])
+
+    result = flowgrpo.train(config, on_log=on_log)
     before, after = result.evaluations[0], result.evaluations[-1]
     print("held out before", before["scores"], "after", after["scores"])
+
+    # One row per iteration and one per held-out image, for instance for pandas.DataFrame.
+    print([{k: row[k] for k in ("iteration", "reward", "score/graded")} for row in result.metrics])
+    print("held-out images", after["per_image"]["scores"]["graded"])
 
     # The export is a pipeline folder (or a LoRA adapter); nothing of flowgrpo is needed to use it.
     pipeline = DiffusionPipeline.from_pretrained(result.folder / "export")

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torchvision.transforms.functional import to_pil_image
 
 from flowgrpo import Prompt, Reward, RewardScorer
 
@@ -21,6 +22,12 @@ class Darkness:
         return (1 - media.flatten(1).mean(1)) ** self.power
 
 
+def num_colors(media: Tensor, prompts: Sequence[Prompt]) -> list[float]:
+    """A function that needs PIL images; texts are prompts[i].text, other keys prompts[i].metadata."""
+    images = [to_pil_image(image) for image in media]
+    return [float(len(image.getcolors(maxcolors=2**24))) for image in images]
+
+
 if __name__ == "__main__":
     scorer = RewardScorer([Reward(model="reward:Darkness", weight=0.5, options={"power": 2.0})])
     grey = torch.stack([torch.full((3, 8, 8), level) for level in (0.0, 0.5, 1.0)])
@@ -28,3 +35,4 @@ if __name__ == "__main__":
     print("scores", scores.raw["Darkness"].tolist(), "rewards", scores.reward.tolist())
     assert scores.raw["Darkness"].tolist() == [1.0, 0.25, 0.0]
     scorer.close()
+    assert num_colors(grey, [Prompt("a photo of nothing")] * 3) == [1.0, 1.0, 1.0]

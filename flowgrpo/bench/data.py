@@ -103,3 +103,35 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
             raise BenchError(f"{path}, line {number}: expected a JSON object, got {record!r}")
         records.append(record)
     return records
+
+
+def require_model(model: str, option: str) -> None:
+    """Check, before images are made, that a judge's model can be loaded. Nothing is downloaded.
+
+    Args:
+        model: A folder, or the hub id of a model of transformers.
+        option: How another one is named, for the message.
+
+    Raises:
+        BenchError: If it is neither a folder nor in the hub's cache, and the hub does not have it or
+            cannot be asked.
+    """
+    from huggingface_hub import HfApi, try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    if Path(model).expanduser().is_dir():
+        return
+    try:
+        if isinstance(try_to_load_from_cache(model, "config.json"), str):
+            return
+        HfApi().model_info(model, timeout=10)
+    except HFValidationError as error:
+        raise BenchError(f"the judge {model} is neither a folder nor the id of a model") from error
+    # Without a network, each version of the hub's client and of its HTTP library raises errors of its own.
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise BenchError(
+            f"the judge {model} is not here, and the hub does not give it ({reason}): 'hf download {model}' "
+            f"where there is a network, or name a folder with {option}. Without a judge, 'flowgrpo bench "
+            "generate' makes the images, and 'flowgrpo bench score FOLDER' judges them later"
+        ) from error

@@ -103,7 +103,7 @@ def run(options: argparse.Namespace) -> int:
 
 def _whole(name: str, options: argparse.Namespace, judge: bool) -> int:
     """Generate, and judge unless only images are wanted."""
-    from flowgrpo.bench.base import load_benchmark
+    from flowgrpo.bench.base import BenchError, load_benchmark
     from flowgrpo.bench.run import Part, generate_folder, score_folder
 
     benchmark = load_benchmark(name, settings_of(options))
@@ -119,7 +119,13 @@ def _whole(name: str, options: argparse.Namespace, judge: bool) -> int:
         if not plan.rank:
             print(plan.folder)
         return 0
-    result = score_folder(plan.folder, benchmark, part, plan.subject.label, judge=loaded)
+    try:
+        result = score_folder(plan.folder, benchmark, part, plan.subject.label, judge=loaded)
+    except OSError as error:  # of a judge whose files cannot be had
+        raise BenchError(
+            f"the images are made, but not judged: {error}\nTo judge them once this is mended: flowgrpo bench "
+            f"score {plan.folder}"
+        ) from error
     _show(result, plan.folder)
     return 0
 

@@ -25,6 +25,8 @@ FIXED = (
 OWN_KEYS = (
     "prompt", "negative_prompt", "image", "images", "metadata", "call", *SIZES, *PICTURES,
 )  # fmt: skip
+LISTED = 10
+"""Broken records of a file that an error names."""
 SUFFIXES = (".txt", ".jsonl", ".csv", ".parquet")
 """Suffixes of prompt files."""
 
@@ -44,15 +46,15 @@ def read_prompts(source: Path) -> list[Prompt]:
     prompt file.
 
     Raises:
-        PromptError: On a broken line, an image that cannot be read, an empty file, or an unknown
-            suffix.
+        PromptError: On broken lines, images that cannot be read, an empty file, or an unknown suffix.
+            All broken lines are named, up to :data:`LISTED`.
         FileNotFoundError: If there is no such file.
         ImportError: If a format needs a package that is not installed; the message names it.
     """
     if str(source).startswith(HUB):
         prompts = list(_read_dataset(str(source)))
     else:
-        readers: dict[str, Callable[[Path], Iterator[Prompt]]] = {
+        readers: dict[str, Callable[[Path], Iterator[Prompt | PromptError]]] = {
             ".txt": _read_txt,
             ".jsonl": _read_jsonl,
             ".csv": _read_csv,
@@ -66,7 +68,9 @@ def read_prompts(source: Path) -> list[Prompt]:
             )
         if not source.is_file():
             raise FileNotFoundError(f"no prompt file {source}")
-        prompts = list(readers[suffix](source))
+        read = list(readers[suffix](source))
+        _raise_all([r for r in read if isinstance(r, PromptError)])
+        prompts = [r for r in read if isinstance(r, Prompt)]
     if not prompts:
         raise PromptError(f"{source}: no prompts in it")
     return prompts
@@ -92,15 +96,25 @@ def text_of(path: Path) -> str:
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
+def _raise_all(faults: Sequence[PromptError]) -> None:
+    """Raise one error with the messages of all, if there are any."""
+    if faults:
+        more = [f"and {len(faults) - LISTED} more"] if len(faults) > LISTED else []
+        raise PromptError("\n".join([*map(str, faults[:LISTED]), *more])) from faults[0]
+
+
 def _read_txt(path: Path) -> Iterator[Prompt]:
     for number, line in enumerate(text_of(path).split("\n"), start=1):
         if line.strip():
             yield prompt_of({"prompt": line.strip()}, f"{path}, line {number}", path.parent)
 
 
-def _read_jsonl(path: Path) -> Iterator[Prompt]:
-    for where, record in records_of_lines(path):
-        yield prompt_of(record, where, path.parent)
+def _read_jsonl(path: Path) -> Iterator[Prompt | PromptError]:
+    for where, line in _lines(path):
+        try:
+            yield prompt_of(_value(line, where), where, path.parent)
+        except PromptError as error:
+            yield error
 
 
 def records_of_lines(path: Path) -> Iterator[tuple[str, Any]]:
@@ -109,18 +123,27 @@ def records_of_lines(path: Path) -> Iterator[tuple[str, Any]]:
     Raises:
         PromptError: On a line that is not valid JSON, or a file that is not UTF-8.
     """
+    for where, line in _lines(path):
+        yield where, _value(line, where)
+
+
+def _lines(path: Path) -> Iterator[tuple[str, str]]:
+    """The lines of a file that are not empty, each after its name for messages."""
     for number, line in enumerate(text_of(path).split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line, object_pairs_hook=_object, parse_constant=_constant)
-        except json.JSONDecodeError as error:
-            raise PromptError(f"{path}, line {number}: not valid JSON: {error}") from error
-        except RecursionError as error:
-            raise PromptError(f"{path}, line {number}: the JSON is nested too deeply") from error
-        except ValueError as error:
-            raise PromptError(f"{path}, line {number}: {error}") from error
-        yield f"{path}, line {number}", record
+        if line.strip():
+            yield f"{path}, line {number}", line
+
+
+def _value(line: str, where: str) -> Any:
+    """The value of a line of JSON. Raises PromptError if it is not valid."""
+    try:
+        return json.loads(line, object_pairs_hook=_object, parse_constant=_constant)
+    except json.JSONDecodeError as error:
+        raise PromptError(f"{where}: not valid JSON: {error}") from error
+    except RecursionError as error:
+        raise PromptError(f"{where}: the JSON is nested too deeply") from error
+    except ValueError as error:
+        raise PromptError(f"{where}: {error}") from error
 
 
 def _object(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
@@ -136,7 +159,7 @@ def _constant(name: str) -> Any:
     raise ValueError(f"{name} is not valid JSON")
 
 
-def _read_csv(path: Path) -> Iterator[Prompt]:
+def _read_csv(path: Path) -> Iterator[Prompt | PromptError]:
     reader = csv.reader(io.StringIO(text_of(path), newline=""))
     rows = _csv_rows(reader, path)
     _, header = next(rows, (0, []))
@@ -153,8 +176,11 @@ def _read_csv(path: Path) -> Iterator[Prompt]:
         # Every cell is text; an empty cell of a known key means that it is not set, as does a cell that
         # is missing at the end of a line.
         cells = {k: v for k, v in zip(header, row, strict=False) if k not in OWN_KEYS or v}
-        numbers = {k: _number(v, k, where) for k, v in cells.items() if k in SIZES}
-        yield prompt_of({**cells, **numbers}, where, path.parent)
+        try:
+            numbers = {k: _number(v, k, where) for k, v in cells.items() if k in SIZES}
+            yield prompt_of({**cells, **numbers}, where, path.parent)
+        except PromptError as error:
+            yield error
 
 
 def _csv_rows(reader: Any, path: Path) -> Iterator[tuple[int, list[str]]]:

@@ -20,6 +20,7 @@ from flowgrpo.core.tensors import Float, Tensor, torch
 from flowgrpo.core.text import counted
 from flowgrpo.data.audio import Audio
 from flowgrpo.data.prompts import Prompt
+from flowgrpo.rewards.calls import problem_of
 from flowgrpo.rewards.elsewhere import load_all
 from flowgrpo.rewards.features import Features
 from flowgrpo.rewards.loading import load_model
@@ -92,6 +93,7 @@ class RewardScorer:
         self.iteration: int | None = None
         self.batch, self.keeps_media = batch, False
         self.models = load(rewards)
+        self._problems: dict[str, str] = {}
         self._learners = {
             r.label: m
             for r, m in zip(rewards, self.models, strict=True)
@@ -361,6 +363,7 @@ class RewardScorer:
             if not values.isfinite().any():
                 raise RewardError(
                     f"reward {reward.label!r} gave no finite score to {len(values)} probe images"
+                    + (f": {problem}" if (problem := self._problems.get(reward.label)) else "")
                 )
             finite = values[values.isfinite()]
             if not bool(on_noise.isfinite().all()):
@@ -464,9 +467,9 @@ class RewardScorer:
             except (RewardError, KeyboardInterrupt):
                 raise
             except (Exception, SystemExit) as error:
-                # sys.exit() in a reward would end the whole run, with exit status 0.
-                problem: object = "it called sys.exit" if isinstance(error, SystemExit) else error
+                problem = problem_of(error)
                 log.warning("reward %r failed (attempt %d): %s", reward.label, attempt + 1, problem)
+                self._problems[reward.label] = problem
                 continue
             values = checked_scores(reward.label, values, len(prompts))
             values = values.where(fit, math.nan)

@@ -83,7 +83,7 @@ class Console:
         )
         # A reward that takes turns with the policy learns alone in some iterations.
         update = (
-            f"grad {metrics['grad_norm']:.3f}" if "grad_norm" in metrics else "policy not trained"
+            f"grad {metrics['grad_norm']:.3g}" if "grad_norm" in metrics else "policy not trained"
         )
         judged = f"loss {metrics.get('loss/policy', math.nan):.4g}"  # if nothing is judged
         if "reward" in metrics:

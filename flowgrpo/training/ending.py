@@ -14,6 +14,7 @@ from flowgrpo.evaluation.report import write_report
 from flowgrpo.policy.export import Exported, base_note, export
 from flowgrpo.training.console import Console
 from flowgrpo.training.evaluator import bench_lines
+from flowgrpo.training.logs import Logs
 from flowgrpo.training.run_folder import early_stop, mark_finished, mark_stopped
 from flowgrpo.training.session import Session
 from flowgrpo.training.setup import TrainingRun
@@ -34,6 +35,15 @@ class Result:
     evaluations: list[Mapping[str, Any]]
     finished: bool
     stopped_by: str = ""
+
+    @property
+    def metrics(self) -> list[Mapping[str, Any]]:
+        """The numbers of each iteration of the run so far, for ``pandas.DataFrame(result.metrics)``.
+
+        The rewards are ``reward``, the mean of an iteration, and ``score/NAME`` for each reward model.
+        They are read from ``metrics.jsonl``, so that iterations before a resume are there, too.
+        """
+        return Logs(self.folder).read("metrics")
 
 
 def already_finished(session: Session) -> Result:

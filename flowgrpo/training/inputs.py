@@ -14,6 +14,7 @@ from flowgrpo.data.prompt_sets import PromptSet, shared
 from flowgrpo.data.videos import require_video
 from flowgrpo.policy.model_files import Check, ask_hub, check_adapter, check_path, check_start
 from flowgrpo.policy.settings import absent_packages
+from flowgrpo.rewards.calls import check_call
 from flowgrpo.rewards.loading import check_installed, check_name, check_options, check_places, found
 from flowgrpo.rewards.prompt_use import is_declared, prompt_notes
 from flowgrpo.rewards.settings import Reward
@@ -135,6 +136,8 @@ def _check_models(config: Config, absent: list[str] | None) -> None:
     for index, reward in enumerate(config.rewards):
         with _collected(absent):
             _check_model(f"rewards[{index}]", reward)
+            with _setting(f"rewards[{index}].model"):
+                check_call(reward.model, found(reward.model))
             importable.append(reward)
     preference = getattr(config.algorithm, "preference", None)
     if judge := getattr(preference, "model", ""):

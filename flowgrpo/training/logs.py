@@ -2,13 +2,15 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from flowgrpo.core.text import counted
 from flowgrpo.data import files
 
+OnLog = Callable[[str, Mapping[str, Any]], None]
+"""A user's function of the name of a log and of a record of it."""
 NAMES = ("metrics", "timings", "evaluations")
 REPRODUCIBLE = ("metrics", "evaluations")
 """Logs that are equal in every repetition of a run; checksums of the others would not be."""

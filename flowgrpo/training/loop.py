@@ -14,6 +14,7 @@ from flowgrpo.training.ending import Result, already_finished, finish
 from flowgrpo.training.explained import explained
 from flowgrpo.training.inputs import check_inputs
 from flowgrpo.training.launch import num_ranks
+from flowgrpo.training.logs import OnLog
 from flowgrpo.training.metrics import rollout_metrics
 from flowgrpo.training.replay_buffer import Replayed, with_replayed
 from flowgrpo.training.run_changes import in_force
@@ -24,7 +25,9 @@ from flowgrpo.training.signals import StopRequested
 __all__ = ["Result", "train"]
 
 
-def train(config: Config, kept: Sequence[str] = ()) -> Result:
+def train(
+    config: Config, kept: Sequence[str] = (), on_log: OnLog = lambda name, record: None
+) -> Result:
     """Fine-tune a pipeline with a configuration. Resumes a run that was interrupted.
 
     A run that has finished is not touched. Signals are described in
@@ -34,6 +37,10 @@ def train(config: Config, kept: Sequence[str] = ()) -> Result:
         config: The configuration.
         kept: Keys that it changes in a run that exists, and that stay changed when the run is resumed
             with the configuration that started it (:func:`flowgrpo.training.run_changes.extend`).
+        on_log: A function of a name and a record, for loggers of your own. It gets ``"metrics"`` with
+            the numbers of an iteration after each one, and ``"evaluations"`` with the result of a
+            held-out evaluation after each one (docs/metrics.md explains both), in the main process,
+            once they are in the run directory. An error in it ends the run; the same call resumes it.
 
     Raises:
         ConfigError: If the configuration cannot be run; before the model is loaded, where possible.
@@ -45,7 +52,7 @@ def train(config: Config, kept: Sequence[str] = ()) -> Result:
     config, notes = in_force(config)
     prompts, held_out = check_inputs(config, num_ranks())
     try:
-        with Session(config, kept) as session, explained(session):
+        with Session(config, kept, on_log) as session, explained(session):
             for note in notes:
                 session.console.say(note)
             if session.is_finished:

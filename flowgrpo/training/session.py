@@ -39,7 +39,7 @@ from flowgrpo.training.divergence import require_finite
 from flowgrpo.training.launch import check_devices, idle_devices
 from flowgrpo.training.learner import Learner
 from flowgrpo.training.lock import RunLock
-from flowgrpo.training.logs import Logs
+from flowgrpo.training.logs import Logs, OnLog
 from flowgrpo.training.ranks import bounded_wait, process_group
 from flowgrpo.training.shares import Once, Shares
 from flowgrpo.training.signals import Signals, StopRequested
@@ -65,12 +65,16 @@ class Session:
         is_finished: Whether the run had finished before this session; there is nothing to do then.
     """
 
-    def __init__(self, config: Config, kept: Sequence[str] = ()):
+    def __init__(
+        self, config: Config, kept: Sequence[str] = (), on_log: OnLog = lambda name, record: None
+    ):
         """Start the process group and claim the run directory.
 
         Args:
             config: The configuration.
             kept: Keys of it whose change stays in force when the run is resumed without it.
+            on_log: Gets each record of the logs ``metrics`` and ``evaluations`` once it is written, in
+                the main process.
 
         Raises:
             ConfigError: If the directory belongs to another configuration or is in use.
@@ -78,7 +82,7 @@ class Session:
             RuntimeError: If a launcher started processes that are not connected to each other.
         """
         prepare_cpu(config.run.threads)
-        self.config, self.folder = config, Path(config.run.folder)
+        self.config, self.folder, self.on_log = config, Path(config.run.folder), on_log
         device = torch.device(resolve_device(config.run.device))
         cpu = device.type == "cpu"
         if not cpu:
@@ -250,10 +254,12 @@ class Session:
         }
         self._phases = {}
         if self.is_main:
-            self.logs.append("metrics", {"iteration": iteration, **metrics})
+            record = {"iteration": iteration, **metrics}
+            self.logs.append("metrics", record)
             self.logs.append("timings", {"iteration": iteration, **timings})
             self.console.iteration(iteration, self.config.train.iterations, metrics, timings)
             self._warn(metrics)
+            self.on_log("metrics", record)
         self.accelerator.log(dict(metrics), step=iteration)
 
     def _warn(self, metrics: Mapping[str, float]) -> None:
@@ -271,6 +277,7 @@ class Session:
         if self.is_main:
             # Two runs of one configuration write the same lines.
             self.logs.append("evaluations", _timeless(result))
+            self.on_log("evaluations", _timeless(result))
         flat = {f"held_out/{k}": v for k, v in result["scores"].items()} | result["metrics"]
         flat |= {f"artefacts/{k}": v for k, v in result.get("artefacts", {}).items()}
         for tag, table in result.get("regimes", {}).items():

@@ -27,7 +27,7 @@ from flowgrpo.bench.base import (
     Reference,
     Result,
 )
-from flowgrpo.bench.data import open_data, read_jsonl
+from flowgrpo.bench.data import open_data, read_jsonl, require_model
 from flowgrpo.bench.files import write_atomically
 from flowgrpo.bench.judging import in_batches
 from flowgrpo.core.imports import import_path
@@ -42,6 +42,7 @@ TASKS = ("single_object", "two_object", "counting", "colors", "position", "color
 OVERALL, SAMPLES = "overall (mean over tasks)", "overall (mean over samples)"
 ANY, IMAGES = "% correct prompts (any image)", "any image correct"
 REWARD = "reward_models.geneval:GenEval"
+IMPORT_PATH = re.compile(r"[A-Za-z_][\w.]*:\w+")
 PUBLISHED = {
     "md5:9a0ed515640279a48ed3380d90aec0ed": "evaluation_metadata.jsonl of djghosh13/geneval",
 }
@@ -91,6 +92,11 @@ class GenEval(Benchmark):
     def sidecars(self, entry: Entry) -> Mapping[str, str]:
         """``00000/metadata.jsonl``, as the official evaluator reads it."""
         return {f"{entry.key}/metadata.jsonl": strict_json.dumps(record_of(entry)) + "\n"}
+
+    def check_judge(self) -> None:
+        """Refuse a detector that is neither here nor on a hub that answers."""
+        if not IMPORT_PATH.fullmatch(self.detector):
+            require_model(self.detector, "--set detector=FOLDER")
 
     def judge(self) -> "DetectorJudge":
         """Load the detector and the colour classifier."""
@@ -175,7 +181,7 @@ class DetectorJudge:
             ValueError: If the detector or an option does not exist.
         """
         given: Any = detector
-        if re.fullmatch(r"[A-Za-z_][\w.]*:\w+", detector):
+        if IMPORT_PATH.fullmatch(detector):
             given = import_path(detector)
             given = given() if isinstance(given, type) else given
         self.detector, self.options, self.batch = detector, dict(options), batch
