@@ -30,7 +30,8 @@ from flowgrpo.rewards.settings import Reward
 from reward_models.pick_score import PickScore
 from tests.conftest import noise_of, sampling_of
 from tests.tiny import FAMILIES, save
-from tests.zoo import clip_tokenizer, save_clip
+from tests.tiny.parts import clip_tokenizer
+from tests.zoo import save_clip
 
 LORA, NUM_STEPS = LoRA(rank=4, alpha=8), 4
 PROMPTS = [Prompt("a red cube"), Prompt("two dogs")]

@@ -114,7 +114,7 @@ class MediaTracer(Tracer):
         ]
         for model in found:
             model.enable_gradient_checkpointing(self._checkpoint)
-        vae = self.models.get("vae")
+        vae: Any = self.models.get("vae")
         before = None if vae is None else self._recompute_decoder(vae, decode_batch)
         try:
             yield bool(found)

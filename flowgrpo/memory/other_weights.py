@@ -2,13 +2,14 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 from flowgrpo.config import Config
 from flowgrpo.config.distillation import teacher_sampling
 from flowgrpo.policy.settings import Full, Sampling
 
 
-def kept_weights(config: Config) -> dict[str, bool]:
+def kept_weights(config: Config) -> dict[str, Any]:
     """Which further values of the trained weights a run keeps on the device, by names of a footprint."""
     needs = config.loss.needs
     return {
