@@ -1,9 +1,7 @@
 """flowgrpo from Python: load a model, draw, score, train, and use the result with diffusers alone."""
 
 import tempfile
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from diffusers import DiffusionPipeline
 
@@ -40,24 +38,19 @@ def main(folder: Path) -> None:
             f"run.folder={folder / 'run'}",
         ],
     )
-
     # A logger of your own gets every record of metrics.jsonl and evaluations.jsonl.
-    def on_log(name: str, record: Mapping[str, Any]) -> None:
-        print("mine:", name, record["iteration"], "reward", record["reward"])
-
-    result = flowgrpo.train(config, on_log=on_log)
+    result = flowgrpo.train(config, on_log=lambda name, record: print(name, record["reward"]))
     before, after = result.evaluations[0], result.evaluations[-1]
     print("held out before", before["scores"], "after", after["scores"])
 
-    # One row per iteration and one per held-out image, for instance for pandas.DataFrame.
-    print([{k: row[k] for k in ("iteration", "reward", "score/graded")} for row in result.metrics])
+    # One row per iteration, for instance for pandas.DataFrame, and one score per held-out image.
+    print("rewards", [row["reward"] for row in result.metrics])
     print("held-out images", after["per_image"]["scores"]["graded"])
 
     # The export is a pipeline folder (or a LoRA adapter); nothing of flowgrpo is needed to use it.
     pipeline = DiffusionPipeline.from_pretrained(result.folder / "export")
-    image = pipeline("a photo of a red triangle", num_inference_steps=8, guidance_scale=1.0).images[
-        0
-    ]
+    drawn = pipeline("a photo of a red triangle", num_inference_steps=8, guidance_scale=1.0)
+    image = drawn.images[0]
     image.save(folder / "triangle.png")
     print("drawn with diffusers alone:", folder / "triangle.png", image.size)
 

@@ -146,6 +146,7 @@ class Evaluator:
         """
         settings, session = self.settings, self.session
         number = settings.images if full or not settings.images_during else settings.images_during
+        session.console.say(f"evaluating {counted(number, 'held-out image')} ...")
         with session.phase("evaluation"), self.evaluated_weights():
             result = self._scored(self.sampling, number, iteration)
             regimes = {

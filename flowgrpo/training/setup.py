@@ -172,6 +172,8 @@ def _rewarded(
 
 def _load_policy(config: Config, session: Session) -> PipelinePolicy:
     """The pipeline as a policy on this process's device."""
+    # It can take minutes, in which a log file would otherwise say nothing.
+    session.console.say(f"loading {config.model.path} ...")
     policy = PipelinePolicy.from_pretrained(
         config.model.source,
         sampling=config.sampling,
