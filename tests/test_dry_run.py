@@ -17,7 +17,7 @@ from flowgrpo.config import ConfigError
 from flowgrpo.data.prompt_sets import PromptSet
 from flowgrpo.memory.meta_pipeline import config_folder
 from flowgrpo.policy import settings
-from flowgrpo.policy.model_files import PUBLISHED, ask_hub, check_path, locate
+from flowgrpo.policy.model_files import PUBLISHED, _answer, ask_hub, check_path, locate, require
 from flowgrpo.rewards import loading
 from flowgrpo.rewards.loading import check_installed, check_places
 from flowgrpo.rewards.settings import Reward
@@ -30,7 +30,7 @@ ROOT = Path(__file__).parents[1]
 @pytest.fixture
 def offline(monkeypatch, tmp_path):
     """No hub and an empty cache."""
-    ask_hub.cache_clear()
+    _answer.cache_clear()
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
 
@@ -118,9 +118,9 @@ def hub(monkeypatch, tmp_path):
         address = f"http://127.0.0.1:{server.server_port}"
         monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", address)
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
-        ask_hub.cache_clear()
+        _answer.cache_clear()
         yield
-        ask_hub.cache_clear()
+        _answer.cache_clear()
         server.shutdown()
 
 
@@ -150,11 +150,14 @@ def test_a_path_with_one_slash_is_not_taken_for_an_id(hub, tmp_path, monkeypatch
             check_places(replace(reward, options={"head": name}), "r")
 
 
-def test_without_a_hub_an_id_is_told_from_a_path_by_its_folder(offline, tmp_path, monkeypatch):
+def test_without_a_hub_a_name_may_be_an_id_also_beside_a_folder_of_its_owner(offline, tmp_path, monkeypatch):  # fmt: skip
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "runs").mkdir()
-    with pytest.raises(FileNotFoundError, match=r"^no such file or folder: runs/firt$"):
-        ask_hub("runs/firt")
+    (tmp_path / "runs" / "first").mkdir(parents=True)
+    reason = ask_hub("runs/firt")
+    assert reason.startswith("it is not in the cache, and the hub cannot be asked (")
+    assert reason.endswith("; did you mean 'runs/first'?")
+    with pytest.raises(FileNotFoundError, match="r: runs/firt is no file or folder here; as an id"):
+        require("runs/firt", "r")
     config = flowgrpo.load(
         "quickstart_flow_grpo", ["model.weights={kind='lora', init='owner/name-v1.5'}"]
     )
@@ -163,7 +166,6 @@ def test_without_a_hub_an_id_is_told_from_a_path_by_its_folder(offline, tmp_path
     cached = tmp_path / "cache" / "models--owner--name-v1.5" / "snapshots" / "1" / "a.safetensors"
     cached.parent.mkdir(parents=True)
     cached.touch()
-    ask_hub.cache_clear()
     assert absent_weights(config) == []
     assert locate("owner/name-v1.5").words.startswith("on the hub, or a part of it in the cache (")
 

@@ -1,13 +1,16 @@
 """What a reward of the user's own takes, and what is said about a mistake in it."""
 
+import functools
 import inspect
+import sys
+from types import ModuleType
 
 import pytest
 import torch
 
 from flowgrpo import Prompt, Reward, RewardScorer
 from flowgrpo.rewards.calls import check_call, problem_of
-from flowgrpo.rewards.loading import available_rewards, found
+from flowgrpo.rewards.loading import available_rewards, check_places, found
 from flowgrpo.rewards.settings import Failures, RewardError
 
 HERE = __name__
@@ -50,7 +53,35 @@ class One:
     def __call__(self, media): ...
 
 
-@pytest.mark.parametrize("target", [good, Sound, Sound(), lambda *x: 0, max, inspect.Signature])
+def adapted(score):
+    @functools.wraps(score)
+    def call(media, prompts):
+        return score(media)
+
+    return call
+
+
+@adapted
+def of_media(media):
+    return media.mean((1, 2, 3))
+
+
+class Static:
+    @staticmethod
+    def __call__(media, prompts): ...
+
+
+class Hears:
+    def __init__(self):
+        self.takes_audio = True
+
+    def __call__(self, media, prompts, audio): ...
+
+
+@pytest.mark.parametrize(
+    "target",
+    [good, Sound, Sound(), lambda *x: 0, max, inspect.Signature, of_media, Static, Hears, Hears()],
+)
 def test_what_takes_media_and_prompts_is_accepted(target):
     check_call("x", target)
 
@@ -67,6 +98,14 @@ def test_what_takes_media_and_prompts_is_accepted(target):
 def test_what_takes_anything_else_is_refused(target, words):
     with pytest.raises(ValueError, match=words):
         check_call("x", target)
+
+
+@pytest.mark.parametrize("value", [None, 0.5, ("head", 1)])
+def test_another_meaning_of_weights_in_a_module_is_no_declaration(value, monkeypatch):
+    module = ModuleType("mine")
+    module.WEIGHTS = value
+    monkeypatch.setitem(sys.modules, "mine", module)
+    check_places(Reward(model="mine:Score", options={"head": "nowhere.pth"}), "rewards[0].options")
 
 
 def test_the_shipped_rewards_take_media_and_prompts():

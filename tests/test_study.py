@@ -304,7 +304,7 @@ def test_a_claim_is_shown_if_the_difference_exceeds_its_interval():
     assert math.isnan(statistics.contrast({"a": {0: 0.1}, "b": {0: 0.2}}, "a", "b")[1])
     nothing = Point(dict.fromkeys(AXES, 0.0), {"strict": 0.4})
     runs = {
-        name: {s: Run(s, 2, {}, {}, [nothing, Point(dict.fromkeys(AXES, 9.0), {"strict": 0.4 + g})]) for s, g in GAINS[m].items()}
+        name: {s: Run(s, 2, {"plain": {"strict": 0.4}}, {"plain": {"strict": 0.4 + g}}, [nothing, Point(dict.fromkeys(AXES, 9.0), {"strict": 0.4 + g})]) for s, g in GAINS[m].items()}
         for name, m in (("MixGRPO", "a"), ("Flow-GRPO", "c"), ("DanceGRPO", "b"), ("DGPO", "c"))
     }  # fmt: skip
     rows = paper_claims.paper_claims(Runs(runs, {})).splitlines()
@@ -314,10 +314,10 @@ def test_a_claim_is_shown_if_the_difference_exceeds_its_interval():
 
 def test_a_recommendation_names_no_more_than_can_be_told_apart():
     def run(seed: int, gain: float) -> Run:
-        before = {p: {"strict": 0.4, "graded": 0.6, "ink": 0.1, "diversity/color": 0.5} for p in ("plain", "guided", "new_kinds")}  # fmt: skip
+        before = {p: {"strict": 0.4, "graded": 0.6, "ink": 0.1, "palette": 0.9, "diversity/color": 0.5} for p in ("plain", "guided", "new_kinds")}  # fmt: skip
         after = {p: {k: v + gain for k, v in part.items()} for p, part in before.items()}
         nothing = {"seconds": 0.0, "images": 0.0, "evaluations": 0.0}
-        points = [Point(nothing, {"strict": 0.4}), Point(dict.fromkeys(nothing, 60.0), {"strict": 0.4 + gain})]  # fmt: skip
+        points = [Point(nothing, {"strict": 0.4}), Point(dict.fromkeys(nothing, 60.0), {"strict": 0.4 + gain, "drift": 0.1})]  # fmt: skip
         return Run(seed, 20, before, after, points)
 
     found = Runs({m: {s: run(s, g) for s, g in each.items()} for m, each in GAINS.items()}, {})
@@ -341,6 +341,9 @@ def test_a_recommendation_names_no_more_than_can_be_told_apart():
     assert [line for line in table if line.startswith(("| a |", "| b |"))] == [
         line for line in report.flawed(found).splitlines() if line.startswith(("| a |", "| b |"))
     ]
+    for shown in (report.at_equal_time, report.at_equal_work):
+        one, both = (shown(some, "Title").splitlines() for some in (found, worse))
+        assert [line for line in one if line.startswith("| a |")] == [line for line in both if line.startswith("| a |")]  # fmt: skip
     alike = Runs({m: {s: run(s, g) for s, g in ((0, 0.1), (1, 0.2 + 0.1 * (m == "a")), (2, 0.25))} for m in "ab"}, {})  # fmt: skip
     text = recommendation.recommendation({**kinds, "main": alike, "flawed": none}, Plan())
     assert "| any: none can be told from the others | +18.3 to +21.7, each ± " in text

@@ -25,10 +25,12 @@ def recommendation(
     main = runs["main"]
     if not main.by_method:
         return ""
-    images, evaluations = main.least_spent("images"), main.least_spent("evaluations")
     lost = {kind: some.collapsed() for kind, some in runs.items()}
     runs = {kind: some.steady() for kind, some in runs.items()}
     main = runs["main"]
+    if not main.by_method:
+        return f"### {title}\n\nEvery method destroyed the model in one of its runs."
+    images, evaluations = main.least_spent("images"), main.least_spent("evaluations")
     purposes: list[tuple[str, Kind, Gains]] = [
         (f"accuracy in {plan.seconds:g} processor seconds", "main", main.gains("plain", "strict")),
         (

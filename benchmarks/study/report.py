@@ -98,11 +98,10 @@ def at_equal_time(runs: Runs, title: str) -> str:
     """What each method gained in its time; the largest gain without guidance comes first."""
     if not runs.by_method:
         return ""
-    plain, guided = runs.gains("plain", "strict"), runs.gains("guided", "strict")
-    kinds, palette = runs.gains("new_kinds", "strict"), runs.gains("plain", "palette")
+    shown = [("plain", "strict"), ("guided", "strict"), ("new_kinds", "strict")]
     rows = []
-    for method in sorted(plain, key=lambda m: -mean(plain[m].values())):
-        found = runs.by_method[method].values()
+    for method in _by_gain(runs):
+        found, alike = runs.by_method[method].values(), runs.alike(method)
         drift = mean(r.points[-1].values["drift"] for r in found)
         colors = mean(r.gain("plain", COLOR) for r in found)
         rows.append(
@@ -110,17 +109,23 @@ def at_equal_time(runs: Runs, title: str) -> str:
                 _named(runs, method), str(len(found)),
                 f"{mean(r.points[-1].spent['seconds'] for r in found):.0f}",
                 f"{mean(r.iterations for r in found):.0f}",
-                *(points(g, method) for g in (plain, guided, kinds)),
-                f"{colors:+.2f}", f"{drift:.4f}", points(palette, method),
+                *(points(alike.gains(*names), method) for names in shown),
+                f"{colors:+.2f}", f"{drift:.4f}", points(alike.gains("plain", "palette"), method),
             ]
         )  # fmt: skip
-    rows.append(_differences([plain, guided, kinds], 4, 3))
+    rows.append(_differences([runs.steady().gains(*names) for names in shown], 4, 3))
     rows.append(_base(runs))
     heads = [
         "method", "seeds", "seconds", "iterations", "gain without guidance", "with guidance 3",
         "new kinds of prompts", "colour entropy", "drift", "palette",
     ]  # fmt: skip
     return f"### {title}\n\n{markdown_table(heads, rows)}"
+
+
+def _by_gain(runs: Runs) -> list[str]:
+    """The methods, those with the largest gain of strict accuracy first."""
+    gains = runs.gains("plain", "strict")
+    return sorted(gains, key=lambda m: -mean(gains[m].values()))
 
 
 def _differences(gains: list[Gains], before: int, after: int) -> list[str]:
@@ -160,20 +165,17 @@ def at_equal_work(runs: Runs, title: str = "Equal images, equal evaluations") ->
     """Gains from equal numbers of scored images and of denoiser evaluations."""
     if not runs.by_method:
         return ""
-    images, evaluations = runs.least_spent("images"), runs.least_spent("evaluations")
+    steady = runs.steady() if runs.steady().by_method else runs
+    amounts = {axis: steady.least_spent(axis) for axis in ("images", "evaluations")}
+    images, evaluations = amounts.values()
     by_images = runs.gains_at("images", images)
-    by_evaluations = runs.gains_at("evaluations", evaluations)
     rows = []
     for method in sorted(by_images, key=lambda m: -mean(by_images[m].values())):
-        found = runs.by_method[method].values()
-        spent = [mean(r.points[-1].spent[a] for r in found) for a in ("images", "evaluations")]
-        rows.append(
-            [
-                method, str(len(found)), *(f"{s:,.0f}" for s in spent),
-                points(by_images, method), points(by_evaluations, method),
-            ]
-        )  # fmt: skip
-    rows.append(_differences([by_images, by_evaluations], 4, 0))
+        found, alike = runs.by_method[method].values(), runs.alike(method)
+        spent = [mean(r.points[-1].spent[a] for r in found) for a in amounts]
+        gains = [points(alike.gains_at(a, n), method) for a, n in amounts.items()]
+        rows.append([method, str(len(found)), *(f"{s:,.0f}" for s in spent), *gains])
+    rows.append(_differences([steady.gains_at(a, n) for a, n in amounts.items()], 4, 0))
     heads = [
         "method", "seeds", "images scored in all", "denoiser evaluations in all",
         f"gain in {images:,.0f} images", f"gain in {evaluations:,.0f} evaluations",
@@ -185,17 +187,17 @@ def second_world(runs: Runs, main: Runs) -> str:
     """Gains after training and on held-out prompts of the second world, with the settings of the first."""
     if not runs.by_method:
         return ""
-    plain, guided = runs.gains("plain", "strict"), runs.gains("guided", "strict")
+    plain, usual = runs.gains("plain", "strict"), main.gains("plain", "strict")
     rows = []
-    for method in sorted(plain, key=lambda m: -mean(plain[m].values())):
-        found = runs.by_method[method].values()
+    for method in _by_gain(runs):
+        found, alike = runs.by_method[method].values(), runs.alike(method)
         colors = mean(r.gain("plain", COLOR) for r in found)
-        gains = (points(g, method) for g in (plain, guided))
+        gains = (points(alike.gains(part, "strict"), method) for part in ("plain", "guided"))
         rows.append([_named(runs, method), str(len(found)), *gains, f"{colors:+.2f}"])
-    rows.append(_differences([plain, guided], 2, 1))
+    steady = runs.steady()
+    rows.append(_differences([steady.gains(p, "strict") for p in ("plain", "guided")], 2, 1))
     rows.append(_base(runs, ("plain", "guided"), 1)[:5])
     both = [m for m in plain if m in main.by_method]
-    usual = main.gains("plain", "strict")
     rho = rank_correlation(*([mean(g[m].values()) for m in both] for g in (plain, usual)))
     note = (
         ""
@@ -211,15 +213,12 @@ def flawed(runs: Runs, title: str = "Trained on a flawed reward") -> str:
     """Changes of a flawed reward, of its flaw and of the true scores after training on it."""
     if not runs.by_method:
         return ""
-    lost = runs.collapsed()
     graded = runs.gains("plain", "graded")
     rows = []
     for method in sorted(graded, key=lambda m: -mean(graded[m].values())):
         found = runs.by_method[method].values()
         colors = mean(r.gain("plain", COLOR) for r in found)
-        # The runs of a method that destroys the model have an interval of their own.
-        alike = Runs({method: runs.by_method[method]}, {}) if method in lost else runs.steady()
-        gains = (points(g, method) for g in _flawed_gains(alike))
+        gains = (points(g, method) for g in _flawed_gains(runs.alike(method)))
         rows.append([_named(runs, method), str(len(found)), *gains, f"{colors:+.2f}"])
     rows.append(_differences(_flawed_gains(runs.steady()), 2, 1))
     heads = ["method", "seeds", "flawed reward", "graded", "strict", "ink", "colour entropy"]

@@ -93,6 +93,12 @@ class Runs:
         lost = self.collapsed()
         return Runs({m: r for m, r in self.by_method.items() if m not in lost}, self.diverged)
 
+    def alike(self, method: str) -> "Runs":
+        """The runs whose deviation those of a method share: its own, if it destroyed the model, else the steady ones."""
+        if method in self.collapsed():
+            return Runs({method: self.by_method[method]}, {})
+        return self.steady()
+
     def gains(self, part: str, name: str) -> Gains:
         """Changes by method and seed."""
         return {

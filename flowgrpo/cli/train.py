@@ -79,9 +79,10 @@ def run(options: argparse.Namespace) -> int:
         raise UsageError(f"--memory-gb must be above 0, got {options.memory_gb:g}")
     nodes = _nodes(options)
     config, kept = _configuration(options)
-    for note in _left_out(options):
-        print(plain(f"note: {note}"))
     num_processes = num_ranks() if nodes is None else nodes.size
+    is_launcher = nodes is not None and nodes.size > 1 and not options.dry_run
+    for note in () if is_launcher else _left_out(options):
+        print(plain(f"note: {note}"))
     if options.dry_run:
         return _dry_run(config, num_processes, options.memory_gb)
     # Before torch and diffusers are imported, which takes seconds.

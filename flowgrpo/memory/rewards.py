@@ -98,9 +98,9 @@ def _size(reward: Reward, device: str) -> int | None:
 
 
 def _is_elsewhere(reward: Reward, device: str) -> bool:
-    """Whether a reward is computed on a device of another type, such as the CPU."""
-    own = str(reward.options.get("device", "auto"))
-    return own != "auto" and own.partition(":")[0] != device
+    """Whether a reward is computed on another device than the first of this type: the CPU, or another GPU."""
+    own, _, index = str(reward.options.get("device", "auto")).partition(":")
+    return own != "auto" and (own != device or index not in ("", "0"))
 
 
 def _blank(reward: Reward, device: str) -> Any:

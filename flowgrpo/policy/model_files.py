@@ -162,9 +162,10 @@ def checkpoint_name(folder: Path) -> str:
     return str(int(folder.name)) if folder.name.isdecimal() else "best"
 
 
-@lru_cache
 def ask_hub(name: str) -> str:
     """Look for a model of this name in the cache of the hub, then on the hub.
+
+    The hub is asked once for each name.
 
     Returns:
         The reason why the hub could not be asked; empty if there is such a model.
@@ -172,19 +173,23 @@ def ask_hub(name: str) -> str:
     Raises:
         FileNotFoundError: If there is none, or the name can only be a path.
     """
-    from huggingface_hub import HfApi, constants
+    from huggingface_hub import constants
+
+    folder = Path(constants.HF_HUB_CACHE) / f"models--{name.replace('/', '--')}"
+    return "" if any((folder / "snapshots").glob("*/*")) else _answer(name)
+
+
+@lru_cache
+def _answer(name: str) -> str:
+    from huggingface_hub import HfApi
     from huggingface_hub.errors import (
         GatedRepoError,
         HfHubHTTPError,
         HFValidationError,
         RepositoryNotFoundError,
     )
-    from huggingface_hub.file_download import repo_folder_name
 
     try:
-        folder = repo_folder_name(repo_id=name, repo_type="model")
-        if any((Path(constants.HF_HUB_CACHE) / folder / "snapshots").glob("*/*")):
-            return ""
         HfApi().model_info(name, timeout=10)
     except HFValidationError as error:
         raise FileNotFoundError(
@@ -204,17 +209,16 @@ def ask_hub(name: str) -> str:
         return ""
     # Without a network, each version of the hub's client and of its HTTP library raises errors of its own.
     except Exception as error:
-        if Path(name).parent != Path() and Path(name).parent.is_dir():
-            raise FileNotFoundError(f"no such file or folder: {name}{_beside(name)}") from error
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        return f"it is not in the cache, and the hub cannot be asked ({reason})"
+        return f"it is not in the cache, and the hub cannot be asked ({reason}){_beside(name)}"
     return ""
 
 
 def _beside(name: str) -> str:
     """The nearest name in the folder that a path is in, for an error."""
     path = Path(name)
-    there = [p.name for p in path.parent.glob("*")] if path.parent != Path() else []
+    is_inside = path.parent != Path()
+    there = [p.name for p in path.parent.glob("*") if p.name != path.name] if is_inside else []
     return suggest(name, [f"{path.parent}/{n}" for n in there])
 
 

@@ -22,14 +22,20 @@ def check_call(name: str, target: object) -> None:
     arguments: tuple[None, ...] = (None, None)
     if isinstance(target, type):
         call = next((vars(c)["__call__"] for c in target.__mro__ if "__call__" in vars(c)), None)
-        arguments = (None, None, None)  # self is one
+        if inspect.isfunction(call):
+            arguments = (None, None, None)  # self is one
+        elif isinstance(call, staticmethod):
+            call = call.__func__
     if not callable(call):
         return
     try:
-        signature = inspect.signature(call)
+        # A decorator may call the function that it wraps with other arguments.
+        signature = inspect.signature(call, follow_wrapped=False)
     except (TypeError, ValueError):  # of a built-in
         return
-    sound = {"audio": None} if takes_audio(target) else {}
+    # An object may set ``takes_audio`` when it is made.
+    may_hear = isinstance(target, type) and "audio" in signature.parameters
+    sound = {"audio": None} if takes_audio(target) or may_hear else {}
     try:
         signature.bind(*arguments, **sound)
     except TypeError as error:

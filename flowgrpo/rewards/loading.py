@@ -9,8 +9,10 @@ take its place.
 import importlib
 import inspect
 import sys
+from collections.abc import Sequence
 from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from flowgrpo.core.errors import ConfigError
@@ -98,8 +100,8 @@ def check_places(reward: Reward, key: str) -> None:
     module = sys.modules[
         reward.model.partition(":")[0] if ":" in reward.model else f"{PACKAGE}.{reward.model}"
     ]
-    may_be_ids = getattr(module, "WEIGHTS", ())
-    for option in (*may_be_ids, *getattr(module, "PATHS", ())):
+    may_be_ids = _option_names(module, "WEIGHTS")
+    for option in (*may_be_ids, *_option_names(module, "PATHS")):
         name = reward.options.get(option)
         if not isinstance(name, str) or not name or Path(name).exists():
             continue
@@ -112,6 +114,13 @@ def check_places(reward: Reward, key: str) -> None:
             ask_hub(name)
         except FileNotFoundError as error:
             raise ConfigError(f"{place}: {error}") from error
+
+
+def _option_names(module: ModuleType, declaration: str) -> Sequence[str]:
+    """The options that a module declares; none if its name has another meaning there."""
+    names = getattr(module, declaration, ())
+    is_declaration = isinstance(names, tuple | list) and all(isinstance(n, str) for n in names)
+    return names if is_declaration else ()
 
 
 def found(model: str) -> object:

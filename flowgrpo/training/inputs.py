@@ -226,5 +226,6 @@ def _setting(key: str) -> Iterator[None]:
     """Name the setting in an error about its value."""
     try:
         yield
-    except (ValueError, OSError, ImportError) as error:
+    # A path such as ~nobody/a has no home, which is a RuntimeError.
+    except (ValueError, OSError, ImportError, RuntimeError) as error:
         raise ConfigError(f"{key}: {error}") from error

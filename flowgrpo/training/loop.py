@@ -40,7 +40,8 @@ def train(
         on_log: A function of a name and a record, for loggers of your own. It gets ``"metrics"`` with
             the numbers of an iteration after each one, and ``"evaluations"`` with the result of a
             held-out evaluation after each one (docs/metrics.md explains both), in the main process,
-            once they are in the run directory. An error in it ends the run; the same call resumes it.
+            once they are in the run directory. An error in it ends the run; the same call resumes it, and
+            then records since the last checkpoint come again, with the same ``iteration``.
 
     Raises:
         ConfigError: If the configuration cannot be run; before the model is loaded, where possible.
