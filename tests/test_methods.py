@@ -1,5 +1,6 @@
 """Published methods by name: what selects each, in errors, explanations, lists and the plan."""
 
+import json
 import re
 from pathlib import Path
 from typing import get_args, get_type_hints
@@ -13,6 +14,7 @@ from flowgrpo.config.files import dropped_keys
 from flowgrpo.config.method_rows import method_rows
 from flowgrpo.config.methods import METHODS, method, partners
 from flowgrpo.config.reader import kind_of, members_of
+from flowgrpo.config.reference import explain
 from flowgrpo.core.errors import ConfigError
 
 ALGORITHMS_PAGE = Path(__file__).parents[1] / "docs/algorithms.md"
@@ -24,12 +26,31 @@ def test_the_recipe_of_a_method_has_the_settings_that_select_it(one):
     assert {k: table.get(k) for k in one.settings} == dict(one.settings)
 
 
-def test_the_settings_of_methods_without_a_recipe_are_read():
-    for one in METHODS:
-        if not one.recipe and "algorithm.kind" in one.settings:
-            settings = [f"{k}={v}" for k, v in one.settings.items()]
-            table = flat_table(load("quickstart", settings))
-            assert {k: table.get(k) for k in one.settings} == dict(one.settings)
+@pytest.mark.parametrize("one", METHODS, ids=lambda m: m.names[0])
+def test_the_settings_of_a_method_can_be_set_and_pass_the_checks(one):
+    """As ``explain`` prints them, in the recipe or in the configuration that they are said to suit."""
+    assert bool(one.recipe) != bool(one.base)
+    words = one.words()
+    settings = [f"{k}={json.dumps(v)}" for k, v in one.settings.items()]
+    assert all(s.replace("=", " = ", 1) in words for s in settings)
+    config = load(one.recipe or one.base, settings)
+    config.check()
+    table = flat_table(config)
+    assert {k: table.get(k) for k in one.settings} == dict(one.settings)
+
+
+def test_no_two_methods_have_the_same_settings():
+    rows = [(json.dumps(m.settings, sort_keys=True), m.names[0]) for m in METHODS]
+    assert len({settings for settings, _ in rows}) == len(rows)
+    assert method("V-GRPO") is not method("EPG") is not method("PEPG") is method("PAR")
+    assert len({id(method(n)) for n in ("DRaFT", "DRaFT-K", "DRaFT-LV", "AlignProp")}) == 4
+
+
+def test_every_name_in_the_table_of_the_documentation_is_known():
+    table = ALGORITHMS_PAGE.read_text().split("|---|---|---|---|\n", 1)[1].split("\n\n", 1)[0]
+    cells = [re.sub(r" \(.*\)", "", line.split("|")[1]).strip() for line in table.splitlines()]
+    assert len(cells) > 30
+    assert [n for cell in cells for n in cell.split(", ") if method(n) is None] == []
 
 
 def test_every_kind_belongs_to_a_method_and_every_loss_to_its_algorithm():
@@ -54,11 +75,24 @@ def test_names_are_found_in_any_spelling():
 
 
 def test_an_unknown_kind_that_is_a_method_is_answered_with_its_settings():
-    with pytest.raises(ConfigError, match=r'AWM is algorithm.kind = "matching" with loss.kind = "matching"; all its settings: the recipe sd35_medium_awm'):  # fmt: skip
+    with pytest.raises(ConfigError, match=r'AWM is algorithm.kind = "matching" with loss.kind = "matching", algorithm.share_noise = false, .*; all its settings: the recipe sd35_medium_awm'):  # fmt: skip
         load("sd35_medium_geneval", ["algorithm.kind=awm"])
     with pytest.raises(ConfigError, match=r"with algorithm.kind = 'diffusion_nft', loss.kind is 'nft'; with loss.kind = 'clipped', algorithm.kind is 'flow_grpo', "):  # fmt: skip
         load("sd35_medium_geneval", ["algorithm.kind=diffusion_nft"]).check()
     assert partners("mine:Algorithm", "mine:Loss") == ""
+
+
+def test_explanations_show_the_name_that_was_asked_for_and_suggest_names():
+    assert explain(Config, "par").startswith('PAR is algorithm.kind = "matching" with loss.kind = "matching", ')  # fmt: skip
+    assert 'loss.surrogate = "pepg"' in explain(Config, "par")
+    assert explain(Config, "flow_dpo").startswith('Flow-DPO is algorithm.kind = "pairs" with ')
+    assert explain(Config, "CRD") == 'CRD is algorithm.kind = "matching" with loss.kind = "crd"; it has no recipe, but these settings can be applied to quickstart'  # fmt: skip
+    with pytest.raises(ConfigError, match=r"unknown key 'FooGRPO'; methods with similar names: Flow-GRPO, .* \(known below the top: algorithm, "):  # fmt: skip
+        explain(Config, "FooGRPO")
+    with pytest.raises(ConfigError, match=r"unknown key 'algoritm'; did you mean 'algorithm'\? \("):
+        explain(Config, "algoritm")
+    with pytest.raises(ConfigError, match=r"unknown key 'train.draft' \(known below train"):
+        explain(Config, "train.draft")
 
 
 def test_keys_that_another_kind_leaves_out_are_named():

@@ -160,7 +160,7 @@ def _list(options: argparse.Namespace) -> None:
             if word.lower() in f"{name} {text}".lower() or name == recipe
         }
         if not found:
-            words = f"{known.words}; " if known is not None else ""
+            words = f"{known.words(word)}; " if known is not None else ""
             raise UsageError(
                 f"no configuration for {word!r}: {words}'flowgrpo config list' lists all"
             )

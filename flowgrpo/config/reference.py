@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from functools import cache
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from flowgrpo.config.methods import method
+from flowgrpo.config.methods import method, similar
 from flowgrpo.core.errors import ConfigError
 from flowgrpo.core.imports import suggest
 
@@ -84,15 +84,16 @@ def explain(cls: type, key: str) -> str:
         ConfigError: If there is no such key; with the known ones.
     """
     if (found := method(key)) is not None:
-        return found.words
+        return found.words(key)
     here: list[type] = [cls]
     parts = key.split(".")
     for depth, part in enumerate(parts):
         owners = [c for c in here if part in {f.name for f in dataclasses.fields(c)}]
         if not owners:
             known = sorted({f.name for c in here for f in dataclasses.fields(c)})
+            methods = "" if "." in key else similar(key)
             raise ConfigError(
-                f"unknown key {key!r}{suggest(part, known)} (known below {'.'.join(parts[:depth]) or 'the top'}: {', '.join(known)})"
+                f"unknown key {key!r}{suggest(part, known)}{methods} (known below {'.'.join(parts[:depth]) or 'the top'}: {', '.join(known)})"
             )
         if depth == len(parts) - 1:
             return "\n".join(_explanation(c, part, key) for c in owners)
