@@ -208,7 +208,7 @@ FURTHER = (
         credited=False,
     ),
     Entry(
-        "Matching, guided reference",
+        "Matching + guided reference",
         (
             _algorithm("matching", "num_times=2"),
             "loss={kind='matching', kl_coef={}, reference_guidance=3.0}",
@@ -218,7 +218,7 @@ FURTHER = (
         credited=False,
     ),
     Entry(
-        "Matching, GARDO",
+        "Matching + GARDO",
         (
             _algorithm("matching", "num_times=2"),
             "loss={kind='matching', kl_coef={}}",

@@ -36,7 +36,7 @@ CLAIMS = (
     Claim("TempFlow-GRPO's credit learns more than Flow-GRPO's (arXiv:2508.04324)", "TempFlow-GRPO", "Flow-GRPO", "images"),
     Claim("TP-GRPO's credit learns more than Flow-GRPO's (arXiv:2602.06422)", "TP-GRPO", "Flow-GRPO", "images"),
     Claim("Stepwise-Flow-GRPO gains more than Flow-GRPO in a given time (arXiv:2603.28718)", "Stepwise-Flow-GRPO", "Flow-GRPO", "seconds"),
-    Claim("ratios of chunks gain more than those of single steps (Chunk-GRPO, arXiv:2510.21583)", "Chunk-GRPO", "Flow-GRPO", "images"),
+    Claim("ratios of chunks gain more than those of single steps (Chunk-GRPO, arXiv:2510.21583; without the Guard ratio that Flow-GRPO has here)", "Chunk-GRPO", "Flow-GRPO", "images"),
     Claim("Flash-GRPO is 6 times as fast as Flow-GRPO (arXiv:2605.15980)", "Flash-GRPO", "Flow-GRPO", "seconds"),
     Claim("Neighbor GRPO gains more than MixGRPO (arXiv:2511.16955)", "Neighbor GRPO", "MixGRPO", "seconds"),
 )  # fmt: skip

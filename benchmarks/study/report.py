@@ -68,17 +68,22 @@ def write_report(store: Store, plan: Plan, page: Path | None) -> str:
 
 
 def all_methods(store: Store, plan: Plan) -> str:
-    """The tables with the further methods, over the seeds that most methods have."""
+    """The tables with the further methods, over the seeds that all have.
+
+    What only some of the further methods were trained for is not repeated.
+    """
     kinds: list[Kind] = ["main", "long", "guided", "second", "flawed"]
-    runs = {kind: read_runs(store, kind, (*ALGORITHMS, *FURTHER)) for kind in kinds}
-    main = runs["main"]
-    if not any(e.name in main.by_method for e in FURTHER):
+    runs = {kind: read_runs(store, kind, (*ALGORITHMS, *FURTHER)).common() for kind in kinds}
+    added = [k for k, some in runs.items() if any(e.name in some.by_method for e in FURTHER)]
+    if "main" not in added:
         return ""
+    main = runs["main"]
+    shown = {k: some if k in added else Runs({}, {}) for k, some in runs.items()}
     parts = [
-        recommendation(runs, plan, "All methods: which for which purpose"),
+        recommendation(shown, plan, "All methods: which for which purpose"),
         at_equal_time(main, f"All methods, equal time: {plan.seconds:g} processor seconds"),
         at_equal_work(main, "All methods, equal images, equal evaluations"),
-        flawed(runs["flawed"], "All methods, trained on a flawed reward"),
+        flawed(shown["flawed"], "All methods, trained on a flawed reward"),
     ]
     return "\n\n".join(p for p in parts if p)
 

@@ -99,6 +99,14 @@ class Runs:
             return Runs({method: self.by_method[method]}, {})
         return self.steady()
 
+    def common(self) -> "Runs":
+        """The runs with the seeds that all methods have, if these are at least two; else all."""
+        seeds = set.intersection(*(set(r) for r in self.by_method.values())) if self.by_method else set()  # fmt: skip
+        if len(seeds) < 2:
+            return self
+        kept = {m: {s: r[s] for s in sorted(seeds)} for m, r in self.by_method.items()}
+        return Runs(kept, self.diverged)
+
     def gains(self, part: str, name: str) -> Gains:
         """Changes by method and seed."""
         return {
