@@ -11,6 +11,7 @@ import traceback
 from collections.abc import Callable, Mapping, Sequence
 from subprocess import TimeoutExpired
 
+import torch
 from accelerate.state import AcceleratorState
 
 from flowgrpo import cli
@@ -32,12 +33,15 @@ class Forked:
             return
         status = 1
         try:
-            os.environ |= environment or {}
+            os.environ |= {"OMP_NUM_THREADS": "1", **(environment or {})}
             for number, name in ((1, "stdout"), (2, "stderr")):
                 os.dup2(self._output.fileno(), number)
                 setattr(sys, name, open(number, "w", closefd=False))  # noqa: SIM115
             logging.root.handlers.clear()  # Those of pytest keep warnings from the output.
             AcceleratorState._reset_state(reset_partial_state=True)
+            # OpenMP's threads do not survive a fork: a process that uses several hangs or crashes if the
+            # tests before it did. accelerate gives each process several unless the environment says otherwise.
+            torch.set_num_threads(1)
             status = work()
         except BaseException:
             traceback.print_exc()
