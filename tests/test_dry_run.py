@@ -22,7 +22,7 @@ from flowgrpo.rewards import loading
 from flowgrpo.rewards.loading import check_installed, check_places
 from flowgrpo.rewards.settings import Reward
 from flowgrpo.training import run_folder, trackers
-from flowgrpo.training.inputs import absent_weights, check_names
+from flowgrpo.training.inputs import absent_weights, check_inputs, check_names
 
 ROOT = Path(__file__).parents[1]
 
@@ -148,6 +148,12 @@ def test_a_path_with_one_slash_is_not_taken_for_an_id(hub, tmp_path, monkeypatch
     for name, words in (("./head.pth", "no such file or folder"), ("~", "do not replace ~")):
         with pytest.raises(ValueError, match=rf"r.head: .*{words}"):
             check_places(replace(reward, options={"head": name}), "r")
+
+
+def test_a_home_that_does_not_exist_is_an_error_about_its_key() -> None:
+    config = flowgrpo.load("quickstart_flow_grpo", ["model.path=~nobody-of-this-name/model"])
+    with pytest.raises(ConfigError, match=r"^model.path: Could not determine home directory"):
+        check_inputs(config, 1)
 
 
 def test_without_a_hub_a_name_may_be_an_id_also_beside_a_folder_of_its_owner(offline, tmp_path, monkeypatch):  # fmt: skip

@@ -1,5 +1,6 @@
 """``flowgrpo train --nproc N``: places of the processes, their output, signals, and exit statuses."""
 
+import os
 import re
 import shlex
 import shutil
@@ -10,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from flowgrpo.cli import main
@@ -17,6 +19,7 @@ from flowgrpo.cli.main import commands, parser
 from flowgrpo.config import ConfigError
 from flowgrpo.training.launch import Nodes, num_ranks
 from flowgrpo.training.signals import AGAIN
+from tests.processes import Forked
 
 ROOT = Path(__file__).parents[1]
 PLACE = {"WORLD_SIZE": "4", "RANK": "1", "MASTER_ADDR": "a", "MASTER_PORT": "1"}
@@ -270,3 +273,19 @@ def test_the_manifest_fits_the_schemas_of_kubernetes(version):
     validate = pytest.importorskip("kubernetes_validate")
     for one in yaml.safe_load_all((EXAMPLES / "kubernetes.yaml").read_text()):
         validate.validate(one, version, strict=True)
+
+
+def test_forked_test_processes_have_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+
+    def threads() -> int:
+        return 10 * int(os.environ["OMP_NUM_THREADS"]) + torch.get_num_threads()
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        process = Forked(threads)
+        process.communicate()
+    finally:
+        torch.set_num_threads(before)
+    assert process.returncode == 11

@@ -105,6 +105,16 @@ def test_keys_that_another_kind_leaves_out_are_named():
     assert dropped_keys("quickstart", ["loss.new.kind=x", "model.weights.kind=lora"]) == []
 
 
+@pytest.mark.parametrize(("number", "shown"), [(2, 0), (1, 1)])
+def test_a_launcher_leaves_notes_to_its_first_process(number, shown, monkeypatch, capsys):
+    monkeypatch.setattr("flowgrpo.training.launch.launch", lambda *_: 0)
+    monkeypatch.setattr("flowgrpo.cli.train._dry_run", lambda *_: 0)
+    dry = ["--dry-run"] if number == 1 else []
+    settings = ["--set", "algorithm.kind=diffusion_nft", "--set", "loss.kind=nft"]
+    assert main(["train", "quickstart", "--nproc", str(number), *dry, *settings]) == 0
+    assert capsys.readouterr().out.count("--set algorithm.kind=diffusion_nft leaves out") == shown
+
+
 def test_the_plan_says_what_is_trained():
     rows = method_rows(load("flux_mix"))
     assert rows["algorithm"] == "mix_grpo; advantages per_reward, by the group's deviation"

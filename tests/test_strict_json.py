@@ -30,6 +30,7 @@ NOT_WRITTEN = {
     "flowgrpo/bench/report.py": 1,
     "flowgrpo/bench/sources.py": 1,
     "flowgrpo/config/evidence.py": 1,
+    "flowgrpo/config/methods.py": 1,
     "flowgrpo/config/without_effect.py": 1,
     "flowgrpo/data/votes.py": 1,
     "flowgrpo/doctor/verify.py": 1,

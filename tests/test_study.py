@@ -310,6 +310,10 @@ def test_a_claim_is_shown_if_the_difference_exceeds_its_interval():
     rows = paper_claims.paper_claims(Runs(runs, {})).splitlines()
     verdicts = [r.split(" | ")[-1] for r in rows if "| seconds |" in r]
     assert verdicts == ["not shown |", "**shown** |", "not shown |"]
+    runs["DGPO"][0].after["plain"]["strict"] = 0.2
+    rows = paper_claims.paper_claims(Runs(runs, {})).splitlines()
+    (row,) = (r for r in rows if r.startswith("| DGPO is"))
+    assert row.endswith("| not shown: destroys the model |")
 
 
 def test_a_recommendation_names_no_more_than_can_be_told_apart():
@@ -336,6 +340,9 @@ def test_a_recommendation_names_no_more_than_can_be_told_apart():
     row = next(line for line in again if line.startswith("| a flawed reward: the true score"))
     assert row.endswith("c, d (destroys the model) |")
     assert row.split(" | ")[:-1] == ["| a flawed reward: the true score", *rows["a flawed reward: the true score"][:-1]]  # fmt: skip
+    assert {m: list(r) for m, r in found.common().by_method.items()} == {m: [0, 1, 2] for m in GAINS}  # fmt: skip
+    alone = Runs({**found.by_method, "e": {0: run(0, 0.1)}}, {})
+    assert alone.common() is alone, "one common seed compares nothing"
     table = report.flawed(worse).splitlines()
     assert sum("| d (destroyed the model in a run) | 4 |" in line for line in table) == 1
     assert [line for line in table if line.startswith(("| a |", "| b |"))] == [
