@@ -82,7 +82,7 @@ METHODS = (
     Method(
         ("MixGRPO-Flash",),
         _algorithm("mix_grpo", algorithm__flash=0.4, algorithm__flash_counts="nodes", algorithm__solver="dpm_2m_continued", algorithm__steps__every=20),
-        base="flux_mix",
+        "flux_mix_flash",
     ),
     Method(("Pref-GRPO",), _algorithm("pref_grpo"), "flux_pref"),
     Method(("GDPO",), {"algorithm.advantage.kind": "gdpo"}, "flux_pref"),
