@@ -67,7 +67,7 @@ METHODS = (
     Method(("Flash-GRPO",), _algorithm("flow_grpo", algorithm__steps_per="group", loss__step_weight="rectified"), "wan21_t2v_flash"),
     Method(("GRPO-Guard",), _algorithm("flow_grpo", loss__ratio="guard"), "sd35_medium_guard"),
     Method(("Flow-DPPO", "DPPO"), _algorithm("flow_grpo", loss__clip="kl"), "sd35_medium_dppo"),
-    Method(("GARDO",), _algorithm("flow_grpo", guard__kl="uncertain", guard__novelty="relative", guard__reset_every=15), "sd35_medium_gardo"),
+    Method(("GARDO",), _algorithm("flow_grpo", guard__kl="uncertain", guard__novelty="relative", guard__reset_every=16), "sd35_medium_gardo"),
     Method(("Chunk-GRPO", "GCPO"), _algorithm("flow_grpo", loss__chunks=[2, 3, 4, 7]), "flux_chunk"),
     Method(
         ("PaCo-RL", "PaCo-GRPO"), _algorithm("flow_grpo", algorithm__steps__kind="window", algorithm__steps__start=1, algorithm__steps__size=1), "flux_paco",
@@ -133,7 +133,7 @@ METHODS = (
     Method(("PEPG", "PAR"), _elbo(loss__surrogate="pepg"), base="quickstart"),
     Method(("RAFT", "rejection sampling"), _algorithm("matching", "matching", algorithm__advantage__kind="best", algorithm__advantage__keep=1, loss__weight="uniform"), "sd35_medium_raft"),
     Method(("DGPO",), _algorithm("matching", "dgpo"), "sd35_medium_dgpo"),
-    Method(("CRD",), _algorithm("matching", "crd"), base="quickstart"),
+    Method(("CRD",), _algorithm("matching", "crd"), "sd35_medium_crd"),
     Method(("Diffusion-DPO", "DPO", "Flow-DPO"), _algorithm("pairs", "dpo"), "sd15_dpo"),
     Method(("Online DPO",), _algorithm("matching", "dpo"), base="quickstart"),
     Method(
