@@ -108,11 +108,12 @@ METHODS = (
     Method(
         ("TreeGRPO",),
         _algorithm(
-            "branch_grpo", algorithm__group_size=27, algorithm__children=3, algorithm__splits=[0, 1, 2], algorithm__shift_ratio=0.5,
+            "branch_grpo", algorithm__group_size=16, algorithm__children=2, algorithm__splits=[0, 1, 2, 3], algorithm__shift_ratio=0.5,
             algorithm__between="ode", algorithm__rivals="leaves", algorithm__fusion="path_probability",
             algorithm__advantage__kind="group", algorithm__advantage__std="group",
         ),
-        base="flux_branch", note="published with 10 sampling steps",
+        "sd35_medium_tree",
+        note="the tree of the release's command; the paper's has 3 splits into 3, with a group_size of 27",
     ),
     Method(("DiffusionNFT", "NFT"), _algorithm("diffusion_nft", "nft"), "sd35_medium_nft"),
     Method(("Sol-RL",), _algorithm("diffusion_nft", "nft", algorithm__previews__number=96, algorithm__previews__num_steps=6), "sd35_large_sol"),
