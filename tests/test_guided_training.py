@@ -14,7 +14,7 @@ from flowgrpo.config import ConfigError, Train
 from flowgrpo.core.random import Random, SampleNoise
 from flowgrpo.data.experience import Actions, Experience
 from flowgrpo.data.prompts import Group, Prompt
-from flowgrpo.losses.group_matching import DGPOLoss
+from flowgrpo.losses.group_matching import CRDLoss, DGPOLoss
 from flowgrpo.losses.matching import MatchingLoss
 from flowgrpo.policy import PipelinePolicy
 from flowgrpo.rewards.scorer import RewardScorer
@@ -86,11 +86,13 @@ def test_each_noised_sample_is_trained_at_each_scale(
     assert learner.update(experience, ALGORITHM.advantages(experience), Random(0))["kl/velocity"] == 0  # fmt: skip
 
 
-def test_the_reference_has_its_own_guidance(collected: tuple[PipelinePolicy, Experience], accelerator: Accelerator) -> None:  # fmt: skip
+@pytest.mark.parametrize("kind", [MatchingLoss, CRDLoss])
+def test_the_reference_has_its_own_guidance(kind: type[MatchingLoss | CRDLoss], collected: tuple[PipelinePolicy, Experience], accelerator: Accelerator) -> None:  # fmt: skip
     """Without guidance in training, the loss's KL at the start is the distance to the guided model."""
     policy, experience = collected
     plain = replace(experience, actions=rows_of(experience.actions, 1.0))
-    loss = MatchingLoss(kl_coef=1.0, reference_guidance=3.0)
+    # CRD weighs the KL by how good a sample is; with this weight all samples count alike.
+    loss = kind(kl_coef=1.0 if kind is MatchingLoss else 1e-4, reference_guidance=3.0)
     train = Train(iterations=1, groups=2, train_batch=6, lr=0.0)
     learner = Learner(policy, train, loss, accelerator)
     metrics = learner.update(plain, ALGORITHM.advantages(plain), Random(0))
@@ -129,6 +131,10 @@ def test_groups_are_compared_at_one_guidance_scale(
         (["algorithm.rollout_guidance=1e9"], "must be a number from"),
         (["loss.reference_guidance=3.0", "loss.kl_coef=0.0"], "needs loss.kl_coef above 0"),
         (["loss.reference_guidance=1e9", "loss.kl_coef=1.0"], "reference_guidance must be from"),
+        (
+            ["loss.kind=crd", "loss.reference_guidance=3.0", "loss.kl_coef=0.0"],
+            "needs loss.kl_coef above 0",
+        ),
     ],
 )
 def test_settings_that_cannot_train_are_refused(settings: list[str], message: str) -> None:

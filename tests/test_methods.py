@@ -86,7 +86,7 @@ def test_explanations_show_the_name_that_was_asked_for_and_suggest_names():
     assert explain(Config, "par").startswith('PAR is algorithm.kind = "matching" with loss.kind = "matching", ')  # fmt: skip
     assert 'loss.surrogate = "pepg"' in explain(Config, "par")
     assert explain(Config, "flow_dpo").startswith('Flow-DPO is algorithm.kind = "pairs" with ')
-    assert explain(Config, "CRD") == 'CRD is algorithm.kind = "matching" with loss.kind = "crd"; it has no recipe, but these settings can be applied to quickstart'  # fmt: skip
+    assert explain(Config, "online_dpo") == 'Online DPO is algorithm.kind = "matching" with loss.kind = "dpo"; it has no recipe, but these settings can be applied to quickstart'  # fmt: skip
     with pytest.raises(ConfigError, match=r"unknown key 'FooGRPO'; methods with similar names: Flow-GRPO, .* \(known below the top: algorithm, "):  # fmt: skip
         explain(Config, "FooGRPO")
     with pytest.raises(ConfigError, match=r"unknown key 'algoritm'; did you mean 'algorithm'\? \("):

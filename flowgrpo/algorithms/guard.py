@@ -41,7 +41,7 @@ class Guard:
     """Arguments for that class."""
     reset_every: int = 0
     """Iterations after which the trained weights become the reference policy; 0 for never. The released
-    code has 15."""
+    code does it after 16, when more than 15 have passed."""
     reset_above: float = 0.0
     """Mean KL to the reference (the metric ``loss/kl``) above which they do, too; 0 for never. The
     released code has 3e-4 for Flow-GRPO and 0.15 for DiffusionNFT."""

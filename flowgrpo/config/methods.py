@@ -67,7 +67,7 @@ METHODS = (
     Method(("Flash-GRPO",), _algorithm("flow_grpo", algorithm__steps_per="group", loss__step_weight="rectified"), "wan21_t2v_flash"),
     Method(("GRPO-Guard",), _algorithm("flow_grpo", loss__ratio="guard"), "sd35_medium_guard"),
     Method(("Flow-DPPO", "DPPO"), _algorithm("flow_grpo", loss__clip="kl"), "sd35_medium_dppo"),
-    Method(("GARDO",), _algorithm("flow_grpo", guard__kl="uncertain", guard__novelty="relative", guard__reset_every=15), "sd35_medium_gardo"),
+    Method(("GARDO",), _algorithm("flow_grpo", guard__kl="uncertain", guard__novelty="relative", guard__reset_every=16), "sd35_medium_gardo"),
     Method(("Chunk-GRPO", "GCPO"), _algorithm("flow_grpo", loss__chunks=[2, 3, 4, 7]), "flux_chunk"),
     Method(
         ("PaCo-RL", "PaCo-GRPO"), _algorithm("flow_grpo", algorithm__steps__kind="window", algorithm__steps__start=1, algorithm__steps__size=1), "flux_paco",
@@ -82,7 +82,7 @@ METHODS = (
     Method(
         ("MixGRPO-Flash",),
         _algorithm("mix_grpo", algorithm__flash=0.4, algorithm__flash_counts="nodes", algorithm__solver="dpm_2m_continued", algorithm__steps__every=20),
-        base="flux_mix",
+        "flux_mix_flash",
     ),
     Method(("Pref-GRPO",), _algorithm("pref_grpo"), "flux_pref"),
     Method(("GDPO",), {"algorithm.advantage.kind": "gdpo"}, "flux_pref"),
@@ -108,11 +108,12 @@ METHODS = (
     Method(
         ("TreeGRPO",),
         _algorithm(
-            "branch_grpo", algorithm__group_size=27, algorithm__children=3, algorithm__splits=[0, 1, 2], algorithm__shift_ratio=0.5,
+            "branch_grpo", algorithm__group_size=16, algorithm__children=2, algorithm__splits=[0, 1, 2, 3], algorithm__shift_ratio=0.5,
             algorithm__between="ode", algorithm__rivals="leaves", algorithm__fusion="path_probability",
             algorithm__advantage__kind="group", algorithm__advantage__std="group",
         ),
-        base="flux_branch", note="published with 10 sampling steps",
+        "sd35_medium_tree",
+        note="the tree of the release's command; the paper's has 3 splits into 3, with a group_size of 27",
     ),
     Method(("DiffusionNFT", "NFT"), _algorithm("diffusion_nft", "nft"), "sd35_medium_nft"),
     Method(("Sol-RL",), _algorithm("diffusion_nft", "nft", algorithm__previews__number=96, algorithm__previews__num_steps=6), "sd35_large_sol"),
@@ -133,7 +134,7 @@ METHODS = (
     Method(("PEPG", "PAR"), _elbo(loss__surrogate="pepg"), base="quickstart"),
     Method(("RAFT", "rejection sampling"), _algorithm("matching", "matching", algorithm__advantage__kind="best", algorithm__advantage__keep=1, loss__weight="uniform"), "sd35_medium_raft"),
     Method(("DGPO",), _algorithm("matching", "dgpo"), "sd35_medium_dgpo"),
-    Method(("CRD",), _algorithm("matching", "crd"), base="quickstart"),
+    Method(("CRD",), _algorithm("matching", "crd"), "sd35_medium_crd"),
     Method(("Diffusion-DPO", "DPO", "Flow-DPO"), _algorithm("pairs", "dpo"), "sd15_dpo"),
     Method(("Online DPO",), _algorithm("matching", "dpo"), base="quickstart"),
     Method(

@@ -22,7 +22,7 @@ from flowgrpo.losses.base import (
     remaining_share,
     velocity_kl,
 )
-from flowgrpo.losses.checks import require_at_least
+from flowgrpo.losses.checks import check_reference_guidance, require_at_least
 
 
 def group_sum(
@@ -153,9 +153,8 @@ class CRDLoss(Loss):
     ``m + a (1 - m)`` with ``m = 1e-4 / kl_coef``.
 
     Differs from the port that publishes the settings: its means run over all prompts of a batch, where
-    the normalisers of the prompts do not cancel; its reference is evaluated with guidance, ours with
-    the guidance of training; and the policy that samples is one with the old policy or the trained one,
-    not a third.
+    the normalisers of the prompts do not cancel; and the policy that samples is one with the old policy or
+    the trained one, not a third.
     """
 
     kind: Literal["crd"] = "crd"
@@ -169,6 +168,9 @@ class CRDLoss(Loss):
     """Which policy samples. If the old policy samples, ``rho`` of fresh samples stays near 0."""
     kl_coef: float = 0.1
     """Weight of the squared difference to the reference's output; 0 does not evaluate it at all."""
+    reference_guidance: float | None = None
+    """Guidance scale with which the reference is evaluated, 4.5 as published for a model that is trained
+    without guidance; if unset, that of training. The KL then keeps the model near the guided reference."""
 
     @property
     def needs(self) -> LossNeeds:
@@ -178,6 +180,7 @@ class CRDLoss(Loss):
             old_policy=lambda n: remaining_share(self.trail, n),
             old_policy_samples_from=math.inf if self.sampler == "trained" else 0,
             reference=self.kl_coef > 0,
+            reference_guidance=self.reference_guidance,
             whole_groups=True,
             group_term=True,
         )
@@ -224,6 +227,7 @@ class CRDLoss(Loss):
         """Raise ValueError if the settings cannot train."""
         require_at_least("beta", self.beta, 1e-12)
         require_at_least("kl_coef", self.kl_coef, 0.0)
+        check_reference_guidance(self.reference_guidance, self.kl_coef)
 
 
 def _known(inputs: LossInputs) -> Bool[Tensor, " actions"]:

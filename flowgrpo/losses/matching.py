@@ -24,7 +24,7 @@ from flowgrpo.losses.base import (
     remaining_share,
     velocity_kl,
 )
-from flowgrpo.losses.checks import require_at_least
+from flowgrpo.losses.checks import check_reference_guidance, require_at_least
 
 Weight = Literal["uniform", "t", "t_squared", "huber", "ghuber", "adaptive"]
 _FLOOR = 1e-10  # Keeps the powers of a vanishing error differentiable; the released code's value.
@@ -199,15 +199,6 @@ class MatchingLoss(Loss):
             require_at_least(key, getattr(self, key), 1e-12)
         for key in ("soft_clip", "proximal_coef", "kl_coef"):
             require_at_least(key, getattr(self, key), 0.0)
-        if self.reference_guidance is not None:
-            if not -1e6 <= self.reference_guidance <= 1e6:
-                raise ValueError(
-                    f"loss.reference_guidance must be from -1e6 to 1e6, got {self.reference_guidance:g}"
-                )
-            if self.kl_coef == 0:
-                raise ValueError(
-                    f"loss.reference_guidance = {self.reference_guidance:g} needs loss.kl_coef above 0, the weight "
-                    "of the difference to the reference"
-                )
+        check_reference_guidance(self.reference_guidance, self.kl_coef)
         if self.power > 1:
             raise ValueError(f"loss.power must be at most 1, got {self.power}")
