@@ -1,9 +1,10 @@
 """A model of the time of an iteration on N GPUs: sampling, scoring, training, communication.
 
-``python -m benchmarks.scaling`` prints throughput for 1 to 256 GPUs, and ``--write docs/scaling.md`` puts the
-tables there. ``--count`` first counts the floating-point operations of a denoising step and of decoding, on
-the published configurations without weights; otherwise they are read from ``scaling.json``. Everything else is an assumption, which
-:class:`Cluster` names, and which options change. ``benchmarks.simulated_cluster`` checks the scheduling.
+``python -m benchmarks.scaling`` prints throughput for 1 to 256 GPUs, and ``--write docs/scaling.md`` puts
+the tables there. ``--count`` first counts the floating-point operations of a denoising step and of
+decoding, on the published configurations without weights; otherwise they are read from ``scaling.json``.
+Everything else is an assumption, which :class:`Cluster` names, and which options change.
+``benchmarks.simulated_cluster`` checks the scheduling.
 """
 
 import argparse
