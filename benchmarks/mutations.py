@@ -76,7 +76,8 @@ AREAS = {
          "step_algorithms"],
     ),
     "learner": Area(
-        ["flowgrpo/training/learner.py", "flowgrpo/training/replay.py", "flowgrpo/training/metrics.py"],
+        ["flowgrpo/training/learner.py", "flowgrpo/training/optimizer.py", "flowgrpo/training/replay.py",
+         "flowgrpo/training/stored_outputs.py", "flowgrpo/training/metrics.py"],
         ["learner", "objectives", "guard"],
     ),
     "sessions": Area(
