@@ -1,12 +1,12 @@
 """The share of small random mistakes in the code that the tests notice, by area.
 
 A mutation is one small change that a person could make: a sign, an index that is off by one, the wrong
-direction of a comparison, ``or`` for ``and``, two arguments swapped, one parameter in place of another,
-a statement that is left out. Its place and its kind are drawn from a seed. The program makes it in a
-copy of the repository, runs those tests of the area that execute the changed line, the fastest files first
-(all tests if none does), and notes whether one of them fails (:mod:`benchmarks.mutation_runs`). A test that only reads what another one has
-computed with that line is not run, so that the share is rather too low than too high. Tests that fail
-without a mutation are left out.
+direction of a comparison, ``or`` for ``and``, two arguments swapped, one parameter in place of another, a
+statement that is left out. Its place and its kind are drawn from a seed. The program makes it in a copy
+of the repository, runs those tests of the area that execute the changed line, the fastest files first
+(all tests if none does), and notes whether one of them fails (:mod:`benchmarks.mutation_runs`). A test
+that only reads what another one has computed with that line is not run, so that the share is rather too
+low than too high. Tests that fail without a mutation are left out.
 
 Not mutated are messages (in ``raise``, ``assert``, f-strings and calls that print), annotations,
 defaults of settings and constants of modules: a test of these would only repeat their values.
@@ -76,7 +76,8 @@ AREAS = {
          "step_algorithms"],
     ),
     "learner": Area(
-        ["flowgrpo/training/learner.py", "flowgrpo/training/replay.py", "flowgrpo/training/metrics.py"],
+        ["flowgrpo/training/learner.py", "flowgrpo/training/optimizer.py", "flowgrpo/training/replay.py",
+         "flowgrpo/training/stored_outputs.py", "flowgrpo/training/metrics.py"],
         ["learner", "objectives", "guard"],
     ),
     "sessions": Area(

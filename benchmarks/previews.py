@@ -33,8 +33,8 @@ ARMS = {
     "larger groups": (1, ["algorithm.group_size=24"]),
     "as the quick start": (1, []),
 }
-"""By arm, the factor of the iterations and settings. The first three have equal denoiser evaluations: 24 * 4 + 12 * 8 = 24 * 8 = 192 per prompt
-in an iteration, and 12 * 8 = 96 in each of twice as many."""
+"""By arm, the factor of the iterations and settings. The first three have equal denoiser evaluations:
+24 * 4 + 12 * 8 = 24 * 8 = 192 per prompt in an iteration, and 12 * 8 = 96 in each of twice as many."""
 RECIPE = "quickstart"
 SHORT = [
     # Rewards alone, without what the guided reference of the quick start teaches.

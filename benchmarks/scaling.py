@@ -1,9 +1,10 @@
 """A model of the time of an iteration on N GPUs: sampling, scoring, training, communication.
 
-``python -m benchmarks.scaling`` prints throughput for 1 to 256 GPUs, and ``--write docs/scaling.md`` puts the
-tables there. ``--count`` first counts the floating-point operations of a denoising step and of decoding, on
-the published configurations without weights; otherwise they are read from ``scaling.json``. Everything else is an assumption, which
-:class:`Cluster` names, and which options change. ``benchmarks.simulated_cluster`` checks the scheduling.
+``python -m benchmarks.scaling`` prints throughput for 1 to 256 GPUs, and ``--write docs/scaling.md`` puts
+the tables there. ``--count`` first counts the floating-point operations of a denoising step and of
+decoding, on the published configurations without weights; otherwise they are read from ``scaling.json``.
+Everything else is an assumption, which :class:`Cluster` names, and which options change.
+``benchmarks.simulated_cluster`` checks the scheduling.
 """
 
 import argparse
@@ -27,7 +28,7 @@ from flowgrpo.core.random import Random
 from flowgrpo.data import strict_json
 from flowgrpo.data.prompts import Prompt
 from flowgrpo.memory.dispatch_modes import MemoryCounter
-from flowgrpo.memory.footprint import _arguments, _trained
+from flowgrpo.memory.footprint import largest_call, make_trainable
 from flowgrpo.memory.meta_pipeline import build, config_folder
 from flowgrpo.memory.tracer import Tracer
 from flowgrpo.policy.loading import DTYPES, denoisers
@@ -250,9 +251,9 @@ def count(config: Config, changed: Mapping[str, Any] | None = None) -> Work:
         pipeline = build(place, dtype)
     models = denoisers(pipeline)
     parameters = sum(p.numel() for m in models.values() for p in m.parameters())
-    trained = _trained(models, config.model.weights, native=False)
+    trained = make_trainable(models, config.model.weights, native=False)
     tracer = CountingTracer(pipeline, dtype, full=isinstance(config.model.weights, Full))
-    tracer.rollout(_arguments(config, [Prompt("a photo of a red cube")], 1))
+    tracer.rollout(largest_call(config, [Prompt("a photo of a red cube")], 1))
     random = Random(config.run.seed).at("train", 0)
     steps = config.sampling.num_steps
     cost = config.algorithm.cost(steps, 0, random)

@@ -36,12 +36,12 @@ class HPSv2:
     resized to that (bicubic), black bars around the rest, CLIP's normalisation. Prompts are cut
     after 77 tokens. Published: 0.25 for SD 1.4, 0.30 for SDXL.
 
-    The authors' transform converts an image to a tensor and then resizes it, by torchvision's
-    default filter: without antialiasing before torchvision 0.17, with it since. On test pictures
-    the two differ by 0.02 to 0.03 in the score, so compare only scores of one filter. ``antialias = false`` is the older one. For FLUX.1-dev without training, DanceGRPO
-    publishes 0.304 (arXiv:2505.07818) and DiffusionNFT 0.274 (arXiv:2509.16117); prompts, steps and
-    versions of torchvision differ. It was not tested with the published weights, which were not
-    available.
+    The authors' transform converts an image to a tensor and then resizes it, by torchvision's default
+    filter: without antialiasing before torchvision 0.17, with it since. On test pictures the two differ
+    by 0.02 to 0.03 in the score, so compare only scores of one filter. ``antialias = false`` is the older
+    one. For FLUX.1-dev without training, DanceGRPO publishes 0.304 (arXiv:2505.07818) and DiffusionNFT
+    0.274 (arXiv:2509.16117); prompts, steps and versions of torchvision differ. It was not tested with
+    the published weights, which were not available.
 
     Images are rounded to 8 bits first, so a saved image scores as the one in training did. An image
     with NaN scores NaN.

@@ -85,6 +85,14 @@ def test_a_run_is_measured_before_and_after(
     assert len(settings[1]["checkpoint_sha256"]) == 64
     images = [(f / "images/00000/samples/0000.png").read_bytes() for f in (base, last)]
     assert images[0] != images[1]
+    for name, label in (("best:jpeg_size", "best-jpeg_size"), ("2", "2")):
+        options = ["--checkpoint", name, "--weights", name, *common]
+        assert bench("generate", "shapes", "--model", str(run), *options) == 0
+        chosen = Path("bench/shapes") / f"mine-{label}"
+        assert (chosen / "generation.json").exists()
+    assert (chosen / "images/00000/samples/0000.png").read_bytes() == images[1]
+    assert bench("generate", "shapes", "--model", str(run), "--checkpoint", "1") == 1
+    assert "no checkpoint after 1 iteration (there: 2)" in capsys.readouterr().err
 
 
 def test_estimate_makes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -115,6 +123,7 @@ def test_list_says_what_each_needs(capsys: pytest.CaptureFixture[str]) -> None:
         (["shapes", "--model", "shapes", "--samples", "0"], "--samples must be at least 1"),
         (["shapes", "--model", "shapes", "--dimension", "color"], "did you mean 'colors'"),
         (["shapes", "--model", "shapes", "--label", "a/b"], "--label"),
+        (["shapes", "--model", "shapes", "--checkpoint", "best"], "--checkpoint best is for a run directory"),
         (["unigenbench", "--model", "shapes"], "needs its data"),
         (["score", "absent"], "no such folder"),
         (["score", str(ROOT / "docs")], "--benchmark NAME"),

@@ -130,7 +130,7 @@ def draw(folder: Path, iteration: int, level: float) -> None:
     rows = [GridRow(p, [base, tuned], [["✗", "✗"], ["✓", "✓"]]) for p in (EVIL, LONG)]
     columns = ["base", f"after {iteration} iterations"]
     path = folder / "grids" / f"{iteration:06d}.png"
-    write_grid(rows, columns, "a title", "a subtitle", path, False, 16.0)
+    write_grid(rows, columns, path, title="a title", subtitle="a subtitle", fps=16.0)
     samples = [Sample(g, EVIL, 0.5, {EVIL: 0.5, LONG: 1.0}, thumbnail(tuned[0])) for g in ("highest", "lowest")]  # fmt: skip
     save_samples(folder / "samples" / f"{iteration:06d}.png", samples)
 

@@ -332,7 +332,7 @@ def learn(
 def gradients_of(learner: Learner) -> list[list[Tensor]]:
     """Filled with the gradients of each optimizer step as it happens."""
     taken: list[list[Tensor]] = []
-    learner.adam.register_step_pre_hook(
+    learner.optimizer.adam.register_step_pre_hook(
         lambda *_: taken.append([p.grad.clone() for p in learner.parameters if p.grad is not None])
     )
     return taken
@@ -355,7 +355,7 @@ def test_the_first_ratio_is_one(
     assert metrics["ratio/clip_fraction"] == 0
     assert metrics["grad_norm"] > 0
     assert metrics["skipped_updates"] == 0
-    assert learner.num_updates == 1
+    assert learner.optimizer.num_updates == 1
     after = weights_of(learner)
     assert any(not torch.equal(a, b) for a, b in zip(after, before, strict=True))
     # The second pass over the same actions is off-policy.
@@ -403,7 +403,7 @@ def test_updates_divide_the_groups(learn: Callable[..., tuple[Learner, Experienc
     only, _ = learn("sd3", FLOW)
     taken, alone = gradients_of(learner), gradients_of(only)
     metrics = learner.update(experience, advantages, RANDOM)
-    assert len(taken) == learner.num_updates == 2
+    assert len(taken) == learner.optimizer.num_updates == 2
     # The second step sees other weights than those that acted.
     assert metrics["log_prob/noise"] < 1e-5 < metrics["ratio/deviation"]
     first = experience.actions.group == order[0]

@@ -260,7 +260,7 @@ def test_the_learner_takes_the_gradient_of_each_prompts_teacher(
     settings = Train(iterations=1, groups=3, train_batch=3, lr=0.0, max_grad_norm=1e9)
     learner = Learner(policy, settings, loss, accelerator)
     taken: list[Tensor] = []
-    learner.adam.register_step_pre_hook(lambda *_: taken.extend(p.grad.clone() for p in learner.parameters))  # fmt: skip
+    learner.optimizer.adam.register_step_pre_hook(lambda *_: taken.extend(p.grad.clone() for p in learner.parameters))  # fmt: skip
     metrics = learner.update(experience, algorithm.advantages(experience), Random(0))
 
     total = torch.zeros(())

@@ -136,7 +136,7 @@ def test_an_update_is_that_of_a_naive_computation(
     assert advantages[generated].tolist() == [1.0] * 4
 
     grads: list[Tensor] = []
-    learner.adam.register_step_pre_hook(lambda *_: grads.extend(p.grad.clone() for p in parameters))  # fmt: skip
+    learner.optimizer.adam.register_step_pre_hook(lambda *_: grads.extend(p.grad.clone() for p in parameters))  # fmt: skip
     metrics = learner.update(experience, advantages, Random(0))
 
     stream, fine = Random(0).at("distribution_matching"), replace(policy.sampling, num_steps=20)

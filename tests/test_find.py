@@ -185,13 +185,13 @@ def test_gradient_is_the_closed_form(
     by_log_std = -(weight * (z.square() - 1)).sum(0, keepdim=True) / size / number
 
     found: dict[str, torch.Tensor] = {}
-    step = learner.optimizer.step
+    step = learner.optimizer.prepared.step
 
     def spy() -> None:
         found.update({n: p.grad.clone() for n, p in learner.named.items() if p.grad is not None})
         step()
 
-    learner.optimizer.step = spy  # type: ignore[method-assign]
+    learner.optimizer.prepared.step = spy  # type: ignore[method-assign]
     metrics = learner.update(experience, advantages, RANDOM)
     assert metrics["log_prob/noise"] == 0.0
     torch.testing.assert_close(found[MEAN], by_mean, rtol=1e-4, atol=1e-9)

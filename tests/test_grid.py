@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from flowgrpo.evaluation import grid_drawing
+from flowgrpo.evaluation import grid_drawing, grid_text
 from flowgrpo.evaluation.comparison_grid import load_images, save_images
 from flowgrpo.evaluation.grid_drawing import GridRow, animate_grid, draw_grid
 
@@ -260,7 +260,7 @@ def test_a_script_without_a_font_is_said_and_a_font_of_one_s_own_is_used(tmp_pat
     text = "a \U000f1234"  # for private use, so that no font has it
     plain = grid([GridRow("a", [images(RED), images(BLUE)])])
     lacking = grid([GridRow(text, [images(RED), images(BLUE)])])
-    assert grid_drawing.missing_glyphs(["a", text]) == "\U000f1234"
+    assert grid_text.missing_glyphs(["a", text]) == "\U000f1234"
     assert lacking.height > plain.height  # a line more below the title
     names = {".notdef": None, "a": ord("a"), "space": ord(" "), "own": 0xF1234}
     pen = pens.TTGlyphPen(None)
@@ -279,12 +279,12 @@ def test_a_script_without_a_font_is_said_and_a_font_of_one_s_own_is_used(tmp_pat
     font.setupPost()
     font.save(tmp_path / "own.ttf")
     monkeypatch.setenv("FLOWGRPO_FONT", str(tmp_path / "own.ttf"))
-    for cached in (grid_drawing._font, grid_drawing._fonts):
+    for cached in (grid_text.font_for, grid_text._fonts):
         cached.cache_clear()
     try:
-        assert grid_drawing.missing_glyphs([text]) == ""
+        assert grid_text.missing_glyphs([text]) == ""
     finally:
-        for cached in (grid_drawing._font, grid_drawing._fonts):
+        for cached in (grid_text.font_for, grid_text._fonts):
             cached.cache_clear()
 
 
@@ -460,7 +460,7 @@ def test_texts_are_cut_after_as_many_lines_as_there_is_room_for(monkeypatch):
             return 10 * len(text)
 
     def wrap(text, width, most=9):
-        return grid_drawing._wrap(text, Fixed(), width, most)
+        return grid_text.wrap(text, Fixed(), width, most)
 
     assert wrap("ab cd ef", 50) == ["ab cd", "ef"]
     assert wrap("ab cd ef", 49) == ["ab", "cd", "ef"]

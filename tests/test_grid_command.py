@@ -290,7 +290,7 @@ def test_a_contact_sheet_and_a_webp_hold_their_settings(tiny, tmp_path, capsys):
 def test_videos_play_in_a_webp(tmp_path):
     videos = torch.rand(1, 3, 3, 16, 24)
     rows = [GridRow("a prompt", [videos, videos])]
-    file = write_grid(rows, ["a", "b"], "t", "s", tmp_path / "a.webp", False, 8.0, {KEY: "{}"})
+    file = write_grid(rows, ["a", "b"], tmp_path / "a.webp", title="t", subtitle="s", fps=8.0, metadata={KEY: "{}"})  # fmt: skip
     with Image.open(file) as found:
         found.load()
         assert (found.n_frames, found.info["duration"]) == (3, 125)
@@ -306,7 +306,7 @@ def test_videos_play_in_a_webp(tmp_path):
 def test_a_grid_that_is_too_large_for_webp_is_written_as_png(tmp_path, monkeypatch):
     monkeypatch.setattr(comparison_grid, "LONGEST_WEBP", 100)
     rows = [GridRow("a prompt", [torch.rand(1, 3, 16, 16)])]
-    file = write_grid(rows, ["a"], "t", "s", tmp_path / "a.webp", False, 8.0, {KEY: "{}"})
+    file = write_grid(rows, ["a"], tmp_path / "a.webp", title="t", subtitle="s", fps=8.0, metadata={KEY: "{}"})  # fmt: skip
     assert file == tmp_path / "a.png"
     assert Image.open(file).text[KEY] == "{}"
 

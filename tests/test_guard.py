@@ -219,7 +219,7 @@ def learner(collected: Collected, accelerator: Accelerator) -> Any:
 def gradient(learner: Learner, experience: Experience, advantages: Tensor) -> Tensor:
     """The gradient of one update, which changes nothing."""
     taken: list[Tensor] = []
-    learner.adam.register_step_pre_hook(
+    learner.optimizer.adam.register_step_pre_hook(
         lambda *_: taken.extend(p.grad.flatten().clone() for p in learner.parameters if p.grad is not None)
     )  # fmt: skip
     learner.update(experience, advantages, Random(0))

@@ -21,6 +21,7 @@ from flowgrpo.rewards.scorer import RewardScorer
 from flowgrpo.rewards.settings import Failures, Reward
 from flowgrpo.training.group_terms import whole_groups
 from flowgrpo.training.learner import Learner
+from flowgrpo.training.replay import Batch
 from tests.conftest import MakePolicy, sampling_of
 
 GROUPS = [Group(i, Prompt(text)) for i, text in enumerate(["a cube", "a red cat"])]
@@ -118,8 +119,8 @@ def test_groups_are_compared_at_one_guidance_scale(
     for train_batch, number in ((6, 3), (2, 12)):
         train = Train(iterations=1, groups=2, train_batch=train_batch, lr=0.0)
         replay = Learner(policy, train, loss, accelerator).replay
-        batches = list(replay.batches(experience, advantages, everything))
-        found = whole_groups(replay, experience, batches, [], True)
+        batches = [Batch(*b) for b in replay.batches(experience, advantages, everything)]
+        found = whole_groups(replay, experience, batches, True)
         assert len(found) == number
         assert all(w is None if train_batch == 6 else len(w.term) == 3 for w in found)
 

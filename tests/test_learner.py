@@ -32,8 +32,10 @@ from flowgrpo.rewards.settings import Reward
 from flowgrpo.training.divergence import check_drift
 from flowgrpo.training.learner import Learner
 from flowgrpo.training.metrics import UpdateStatistics, rollout_metrics
-from flowgrpo.training.replay import Replay, StoredOutputs
+from flowgrpo.training.optimizer import restore_moments
+from flowgrpo.training.replay import Batch, Replay
 from flowgrpo.training.shares import Shares
+from flowgrpo.training.stored_outputs import StoredOutputs
 from tests.conftest import MakePolicy, sampling_of
 
 RANDOM = Random(3).at("train", 2)
@@ -176,7 +178,9 @@ def test_each_epoch_trains_on_everything_against_the_policy_that_sampled(
         change = inputs.gaussian.log_prob(inputs.x_next) - inputs.old_log_prob
         assert (change.abs().max() > 1e-4) == (number > 0)
     # The rate falls to a tenth over all optimizer steps.
-    assert make(updates=3, epochs=2, schedule="linear").learning_rate(30) == pytest.approx(0.55e-2)
+    assert make(updates=3, epochs=2, schedule="linear").optimizer.learning_rate(
+        30
+    ) == pytest.approx(0.55e-2)
 
 
 @pytest.mark.parametrize("all_actions", [True, False])
@@ -186,7 +190,7 @@ def test_actions_without_advantage_count_in_the_mean(all_actions: bool, make: Ma
     advantages[experience.actions.group < 3] = 0
     learner = make(Scripted(all_actions=all_actions), norms=[1.0], max_grad_norm=1e9)
     taken: list[list[Tensor]] = []
-    learner.adam.register_step_pre_hook(
+    learner.optimizer.adam.register_step_pre_hook(
         lambda *_: taken.append([p.grad.clone() for p in learner.parameters if p.grad is not None])
     )
     metrics = learner.update(experience, advantages, RANDOM)
@@ -210,7 +214,7 @@ def test_an_action_with_two_advantages_has_two_losses(make: Make, experience: Ex
     both = torch.stack(
         [torch.linspace(-1, 2, len(actions)), torch.linspace(2, -3, len(actions))], 1
     )
-    inputs = learner.replay.inputs(experience, actions, both[:, 0], None, False)
+    inputs = learner.replay.inputs(experience, Batch(actions, both), False)
     ratio = (inputs.gaussian.log_prob(inputs.x_next) - inputs.old_log_prob).exp()[:, None]
     each = torch.maximum(-both * ratio, -both * ratio.clamp(1 - 1e-3, 1 + 1e-3))
     statistics = UpdateStatistics(loss.metrics)
@@ -281,8 +285,8 @@ def test_steps_are_adamw_on_limited_gradients_at_the_scheduled_rate(make: Make, 
             torch.testing.assert_close(slow.double(), mine, atol=3e-5, rtol=1e-4)
         assert metrics["skipped_updates"] == 1
         assert metrics["lr"] == pytest.approx(rates[3 * iteration + 2])
-        assert learner.num_updates == 3 * iteration + 3
-    assert learner.gradient_norms == pytest.approx([0.5, 4.0, 0.3, 7.0], rel=1e-4)
+        assert learner.optimizer.num_updates == 3 * iteration + 3
+    assert learner.optimizer.gradient_norms == pytest.approx([0.5, 4.0, 0.3, 7.0], rel=1e-4)
     assert learner.ema is not None
     assert learner.ema.updates == 4
 
@@ -307,28 +311,28 @@ def test_steps_are_adamw_on_limited_gradients_at_the_scheduled_rate(make: Make, 
 def test_spikes_are_skipped_and_forgotten(known: list[float], factor: float, norm: float, skipped: bool, make: Make, experience: Experience) -> None:  # fmt: skip
     learner = make(norms=[norm, 0.5], spike_factor=factor, max_grad_norm=1e9, ema_decay=0.9)
     assert learner.ema is not None
-    learner.gradient_norms = list(known)
+    learner.optimizer.gradient_norms = list(known)
     before = [p.detach().clone() for p in learner.parameters]
     metrics = learner.update(experience, ones(experience), RANDOM)
     same = all(torch.equal(p, b) for p, b in zip(learner.parameters, before, strict=True))
-    assert (metrics["skipped_updates"], learner.num_updates) == (float(skipped), 1)
+    assert (metrics["skipped_updates"], learner.optimizer.num_updates) == (float(skipped), 1)
     if math.isfinite(norm):
         assert metrics["grad_norm"] == pytest.approx(norm, rel=1e-4)
     assert learner.ema.updates == (0 if skipped else 1)
     if skipped:
         assert same
-        assert not learner.adam.state
-        assert learner.gradient_norms == known
+        assert not learner.optimizer.adam.state
+        assert learner.optimizer.gradient_norms == known
     elif norm == 0:
-        assert learner.gradient_norms == known
+        assert learner.optimizer.gradient_norms == known
     else:
         assert not same
-        assert learner.gradient_norms == pytest.approx([*known, norm][-50:], rel=1e-4)
+        assert learner.optimizer.gradient_norms == pytest.approx([*known, norm][-50:], rel=1e-4)
     # Nothing of the skipped gradient is left for the next step.
-    kept = learner.gradient_norms
+    kept = learner.optimizer.gradient_norms
     after = learner.update(experience, ones(experience), RANDOM)
     assert after["grad_norm"] == pytest.approx(0.5, rel=1e-4)
-    assert learner.gradient_norms[:-1] == kept[-49:]
+    assert learner.optimizer.gradient_norms[:-1] == kept[-49:]
     assert not all(torch.equal(p, b) for p, b in zip(learner.parameters, before, strict=True))
 
 
@@ -346,7 +350,7 @@ def test_spikes_are_skipped_and_forgotten(known: list[float], factor: float, nor
 def test_learning_rates_by_hand(settings: dict[str, object], table: dict[int, float], make: Make) -> None:  # fmt: skip
     """20 optimizer steps, at a peak of 0.01."""
     learner = make(iterations=10, updates=2, **settings)
-    found = {step: learner.learning_rate(step) for step in table}
+    found = {step: learner.optimizer.learning_rate(step) for step in table}
     assert found == pytest.approx({step: 0.01 * share for step, share in table.items()})
 
 
@@ -429,7 +433,10 @@ def test_a_restored_learner_continues_like_the_saved_one(make: Make, experience:
     Scripted.received.clear()
     again = make(loss, norms=[4.0, 0.5, 3.0], **settings)
     again.restore(saved, state)
-    assert (again.num_updates, again.gradient_norms) == (3, state["gradient_norms"])
+    assert (again.optimizer.num_updates, again.optimizer.gradient_norms) == (
+        3,
+        state["gradient_norms"],
+    )
     resumed = again.update(experience, ones(experience), RANDOM)
     assert resumed == last
     for found, wanted in (
@@ -439,7 +446,7 @@ def test_a_restored_learner_continues_like_the_saved_one(make: Make, experience:
     ):  # type: ignore[union-attr]
         assert found is not None
         assert all(torch.equal(f, w) for f, w in zip(found, wanted, strict=True))
-    assert again.gradient_norms == learner.gradient_norms
+    assert again.optimizer.gradient_norms == learner.optimizer.gradient_norms
     assert again.ema is not None
     assert again.ema.updates == 6
 
@@ -532,7 +539,7 @@ def test_batches_by_hand(shared_policy: tuple[PipelinePolicy, Experience]) -> No
     trained[7] = False
 
     def batches(limit: int, loss: Loss) -> list[list[int]]:
-        replay = Replay(policy, loss, train_batch=limit, has_one_update=True, behaviour=nullcontext, average=None)  # fmt: skip
+        replay = Replay(policy, loss, train_batch=limit, has_own_means=True, behaviour=nullcontext, average=None)  # fmt: skip
         found = []
         for part, advantage in replay.batches(some, torch.arange(9.0), trained):
             assert part.x_next.flatten().tolist() == (10 + advantage).tolist()
@@ -556,13 +563,13 @@ def test_batches_by_hand(shared_policy: tuple[PipelinePolicy, Experience]) -> No
         batches(1, Whole())
     trained[:] = False
     assert batches(2, Whole()) == batches(2, Scripted()) == []
-    replay = Replay(policy, Scripted(), train_batch=1, has_one_update=True, behaviour=nullcontext, average=None)  # fmt: skip
+    replay = Replay(policy, Scripted(), train_batch=1, has_own_means=True, behaviour=nullcontext, average=None)  # fmt: skip
     assert list(replay.references(some, [])) == []
 
 
 def test_a_reference_that_moves_no_weights_is_evaluated_batch_by_batch(shared_policy: tuple[PipelinePolicy, Experience], monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
     policy, experience = shared_policy
-    replay = Replay(policy, Scripted(), train_batch=2, has_one_update=True, behaviour=nullcontext, average=None)  # fmt: skip
+    replay = Replay(policy, Scripted(), train_batch=2, has_own_means=True, behaviour=nullcontext, average=None)  # fmt: skip
     number = len(experience.actions)
     trained = torch.ones(number, dtype=torch.bool)
     batches = [b for b, _ in replay.batches(experience, torch.ones(number), trained)][:3]
@@ -684,13 +691,13 @@ class Scaler:
 
 def test_weights_that_are_not_finite_end_a_run(make: Make, experience: Experience) -> None:
     learner = make()
-    step = learner.optimizer.step
+    step = learner.optimizer.prepared.step
 
     def destroy() -> None:
         step()
         learner.parameters[-1].data.view(-1)[-1] = math.inf
 
-    learner.optimizer.step = destroy  # type: ignore[method-assign]
+    learner.optimizer.prepared.step = destroy  # type: ignore[method-assign]
     with pytest.raises(DivergenceError, match="its weights contain NaN or infinity"):
         learner.update(experience, ones(experience), RANDOM)
 
@@ -698,7 +705,7 @@ def test_weights_that_are_not_finite_end_a_run(make: Make, experience: Experienc
 def test_moments_in_8_bits_are_for_accelerators(make: Make) -> None:
     with pytest.raises(ValueError, match="'adamw8bit' runs on an accelerator only"):
         make(optimizer="adamw8bit")
-    options = make(lr=0.03, betas=(0.7, 0.8), weight_decay=0.2).adam.param_groups[0]
+    options = make(lr=0.03, betas=(0.7, 0.8), weight_decay=0.2).optimizer.adam.param_groups[0]
     assert (options["lr"], options["betas"], options["weight_decay"]) == (0.03, (0.7, 0.8), 0.2)
 
 
@@ -757,7 +764,7 @@ def test_the_moving_average_and_weights_of_the_kl_reach_the_loss(make: Make, exp
     number = len(experience.actions)
     weights = torch.arange(float(number))
     some = replace(experience, actions=replace(experience.actions, kl_weight=weights))
-    inputs = learner.replay.inputs(some, some.actions, ones(some), None, True)
+    inputs = learner.replay.inputs(some, Batch(some.actions, ones(some)), True)
     assert inputs.average is not None
     gap = inputs.average.prediction.output - inputs.policy.prediction.output.detach()
     assert float(gap.abs().max()) > 1e-4
@@ -765,7 +772,7 @@ def test_the_moving_average_and_weights_of_the_kl_reach_the_loss(make: Make, exp
     statistics = UpdateStatistics(())
     assert learner._loss(inputs, [], statistics).item() == number + 3 * 2 * float(weights.sum())
     assert [float(k.mean()) for k in statistics.kls] == [2.0], "the metric is not weighted"
-    plain = learner.replay.inputs(experience, experience.actions, ones(some), None, True)
+    plain = learner.replay.inputs(experience, Batch(experience.actions, ones(some)), True)
     assert learner._loss(plain, [], UpdateStatistics(())).item() == number + 3 * 2 * number
 
 
@@ -818,7 +825,7 @@ def test_the_old_policy_samples_from_its_step_on(make: Make) -> None:
     learner.behaviour[0] += 1.0
     trained = learner.parameters[0].detach().clone()
     for updates, samples in ((0, False), (1, False), (2, True), (3, True)):
-        learner.num_updates = updates
+        learner.optimizer.num_updates = updates
         with learner.behaviour_policy():
             assert torch.equal(learner.parameters[0], trained) is not samples
 
@@ -834,7 +841,7 @@ def test_an_old_policy_that_is_copied_is_the_policy_itself_at_first(make: Make, 
     for weight in learner.behaviour:
         weight += 0.05  # to tell the two apart
     for first in (True, False):
-        inputs = learner.replay.inputs(experience, experience.actions, ones(experience), None, first)  # fmt: skip
+        inputs = learner.replay.inputs(experience, Batch(experience.actions, ones(experience)), first)  # fmt: skip
         assert inputs.old_policy is not None
         old, own = inputs.old_policy, inputs.policy
         for name in ("x0", "x1", "output"):
@@ -872,12 +879,12 @@ def test_moments_are_restored_for_their_own_parameters(make: Make, experience: E
     moments = learner.state()[0]["optimizer"]
     names = list(learner.named)
     assert len({k.rsplit("/", 1)[0] for k in moments}) == len(names)
-    # The 8-bit optimizer counts its steps with a number.
-    learner.adam = SimpleNamespace(state={})  # type: ignore[assignment]
+    # Optimizers other than AdamW, such as the 8-bit one, count their steps with a number.
+    other = torch.optim.Adam(learner.parameters)
     some = {k: v for k, v in moments.items() if k.startswith(f"{names[1]}/")}
-    learner._restore_moments(some)
-    assert list(learner.adam.state) == [learner.named[names[1]]]
-    (restored,) = learner.adam.state.values()
+    restore_moments(other, learner.named, some)
+    assert list(other.state) == [learner.named[names[1]]]
+    (restored,) = other.state.values()
     assert restored["step"] == 1
     assert isinstance(restored["step"], int)
     assert torch.equal(restored["exp_avg"], moments[f"{names[1]}/exp_avg"])
@@ -891,13 +898,14 @@ def test_a_divided_model_is_clipped_and_judged_with_the_others(make: Make, exper
     name, parameter = next(iter(learner.named.items()))
     shape = parameter.shape
     assert learner.division("weights", name, shape) is None
-    learner.is_sharded, clipped = True, list[float]()
+    learner.is_sharded = learner.optimizer.is_sharded = True
+    clipped = list[float]()
 
     def clip(parameters: Sequence[Tensor], limit: float) -> float:
         clipped.append(limit)
         return 0.5
 
-    monkeypatch.setattr("flowgrpo.training.learner.clip_gradients", clip)
+    monkeypatch.setattr("flowgrpo.training.optimizer.clip_gradients", clip)
     assert learner.update(experience, ones(experience), RANDOM)["grad_norm"] == 0.5
     assert clipped == [0.75]
     accelerator = learner.accelerator
@@ -975,6 +983,6 @@ def test_a_step_is_on_the_gradients_of_all_processes(make: Make, experience: Exp
             if parameter.grad is not None:
                 parameter.grad *= 2
 
-    monkeypatch.setattr("flowgrpo.training.learner.sum_gradients", doubled)
+    monkeypatch.setattr("flowgrpo.training.optimizer.sum_gradients", doubled)
     learner = make(norms=[0.75])
     assert learner.update(experience, ones(experience), RANDOM)["grad_norm"] == pytest.approx(1.5)

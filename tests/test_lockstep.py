@@ -71,7 +71,7 @@ def iterate(
     def note(*_: object) -> None:
         gradients.append([p.grad.clone() for p in learner.parameters if p.grad is not None])
 
-    learner.adam.register_step_pre_hook(note)
+    learner.optimizer.adam.register_step_pre_hook(note)
     with learner.behaviour_policy(), policy.together():
         experience = algorithm.collect(policy, groups, scorer, RANDOM, 0)
     scorer.close()

@@ -334,7 +334,7 @@ def test_the_learner_takes_the_gradient_of_the_loss_on_the_whole_batch(
     a, advantages = experience.actions, ALGORITHM.advantages(experience)
     learner = Learner(policy, Train(iterations=1, groups=2, train_batch=3, lr=0.0, max_grad_norm=1e9), loss, accelerator)  # fmt: skip
     taken: list[Tensor] = []
-    learner.adam.register_step_pre_hook(lambda *_: taken.extend(p.grad.clone() for p in learner.parameters))  # fmt: skip
+    learner.optimizer.adam.register_step_pre_hook(lambda *_: taken.extend(p.grad.clone() for p in learner.parameters))  # fmt: skip
     learner.update(experience, advantages, Random(0))
 
     total = torch.zeros(())
@@ -387,13 +387,16 @@ def test_two_passes_over_a_divided_group_equal_one(
         learner = Learner(policy, train, loss, accelerator)
         before = [p.detach().clone() for p in learner.parameters]
         generator, taken = torch.Generator().manual_seed(0), []
-        learner.adam.register_step_pre_hook(lambda *_: taken.extend(p.grad.flatten().clone() for p in learner.parameters))  # fmt: skip
+        learner.optimizer.adam.register_step_pre_hook(lambda *_: taken.extend(p.grad.flatten().clone() for p in learner.parameters))  # fmt: skip
         with torch.no_grad():
             for p in learner.parameters:
                 p += 0.1 * torch.randn(p.shape, generator=generator)
         with pytest.MonkeyPatch.context() as patch:
             if divided:
-                patch.setattr("flowgrpo.training.learner.whole_groups", lambda *_: [])
+                patch.setattr(
+                    "flowgrpo.training.learner.whole_groups",
+                    lambda _, __, batches, ___: [None] * len(batches),
+                )
             learner.update(experience, advantages, Random(0))
         with torch.no_grad():
             for p, old in zip(learner.parameters, before, strict=True):
@@ -415,7 +418,7 @@ def test_the_old_policy_samples_after_a_number_of_optimizer_steps(
         old += 1.0
     trained = [p.detach().clone() for p in learner.parameters]
     for updates, gap in ((4, 0.0), (5, 1.0)):
-        learner.num_updates = updates
+        learner.optimizer.num_updates = updates
         with learner.behaviour_policy():
             differences = [float((p - t).mean()) for p, t in zip(learner.parameters, trained, strict=True)]  # fmt: skip
         assert differences == pytest.approx([gap] * len(differences), abs=1e-5)

@@ -171,7 +171,7 @@ def test_an_update_is_the_gradient_of_the_published_objective(
         torch.cat(terms).mean(), learner.parameters, allow_unused=True, materialize_grads=True
     )
     taken: list[Tensor] = []
-    learner.adam.register_step_pre_hook(
+    learner.optimizer.adam.register_step_pre_hook(
         lambda *_: taken.extend(p.grad.clone() for p in learner.parameters if p.grad is not None)
     )
     learner.update(experience, advantages, RANDOM, stale=True)

@@ -29,7 +29,8 @@ from flowgrpo.losses.clipped import ClippedLoss, guard_weight, guarded_log_ratio
 from flowgrpo.policy.weights import swapped
 from flowgrpo.rewards.scorer import RewardScorer
 from flowgrpo.rewards.settings import Reward
-from flowgrpo.training.learner import Learner, sum_gradients
+from flowgrpo.training.learner import Learner
+from flowgrpo.training.optimizer import sum_gradients
 from flowgrpo.training.split import (
     has_advantage,
     split_actions,
@@ -132,7 +133,7 @@ def learn(make_policy: MakePolicy, accelerator: Accelerator) -> Learn:
 def gradients_of(learner: Learner) -> list[list[Tensor]]:
     """Filled with the gradients of each optimizer step as it happens."""
     taken: list[list[Tensor]] = []
-    learner.adam.register_step_pre_hook(
+    learner.optimizer.adam.register_step_pre_hook(
         lambda *_: taken.append([p.grad.clone() for p in learner.parameters if p.grad is not None])
     )
     return taken
@@ -160,6 +161,8 @@ def test_means_are_kept_only_for_a_loss_that_will_need_them(name, algorithm, lea
         assert 0.5 < float(noise.std() / (a.x_next - a.old_mean)[a.step == a.step[row]].std()) < 2
     with pytest.raises(ValueError, match="only some of these actions have old_mean"):
         Actions.concatenate([a, replace(a, old_mean=None)])
+    weighted = replace(a, kl_weight=torch.arange(float(len(a))))
+    assert Actions.concatenate([weighted, weighted]).kl_weight.tolist() == 2 * [*range(len(a))]
 
 
 @pytest.mark.parametrize(("name", "algorithm"), CASES)
@@ -251,7 +254,7 @@ def test_every_optimizer_step_follows_the_gradient_of_the_plain_formulas(loss, l
             rows = (experience.actions.group == order[len(expected)]).nonzero().flatten().tolist()
             expected.append(slow_gradient(learner, experience, advantages, rows))
 
-    learner.adam.register_step_pre_hook(compute)
+    learner.optimizer.adam.register_step_pre_hook(compute)
     metrics = learner.update(experience, advantages, RANDOM)
     assert metrics["ratio/clip_fraction"] > 0
     assert len(taken) == len(expected) == 2
@@ -295,7 +298,7 @@ def test_an_optimizer_step_trains_on_its_part_of_every_group(split, learn: Learn
             expected.append(slow_gradient(learner, experience, advantages, rows))
         seen.append(set())
 
-    learner.adam.register_step_pre_hook(compute)
+    learner.optimizer.adam.register_step_pre_hook(compute)
     learner.update(experience, advantages, RANDOM)
     first, second = seen[:2]
     assert first.isdisjoint(second)

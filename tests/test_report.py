@@ -380,7 +380,8 @@ def test_everything_from_files_is_escaped(tmp_path):
 
 
 def test_runs_of_earlier_versions_are_readable(tmp_path):
-    """They have the key "measures" in place of "metrics", and "judge" in place of "scoring"."""
+    """They have the key "measures" in place of "metrics", "judge" in place of "scoring", and the file
+    inspection.html in place of credit.html."""
     ends = [evaluation(i, metrics={"diversity/color": 0.9 - i / 100}, graded=0.5) for i in (0, 9)]
     new = Records(run(tmp_path / "new", evaluations=ends)).held_out_metrics()
     for line in ends:
@@ -392,6 +393,12 @@ def test_runs_of_earlier_versions_are_readable(tmp_path):
     old = run(tmp_path / "d", evaluations=ends, timings=[timing | {"judge": 0.3}])
     assert curves.times(Records(old)) == curves.times(Records(new))
     assert "reward models, in parallel" in curves.times(Records(old))
+    (new / "credit.html").write_text("<p>the credit</p>")
+    (new / "inspect.html").write_text("<p>a page of flowgrpo inspect</p>")
+    (old / "inspection.html").write_text("<p>the credit</p>")
+    for folder in (new, old):
+        assert "<p>the credit</p>" in report(folder)
+        assert "a page of" not in report(folder)
 
 
 def test_notes_on_prompts_and_grids_of_videos_are_shown(tmp_path):

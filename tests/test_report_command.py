@@ -188,7 +188,9 @@ def test_only_the_frames_of_a_film_strip_are_read(tmp_path, monkeypatch):
     for iteration in range(0, 60, 2):
         label = "another prompt" if iteration == 58 - 2 * 26 else "a prompt"
         path = folder / "grids" / f"{iteration:06d}.png"
-        write_grid([GridRow(label, [images, images])], ["a", "b"], "t", "s", path, False, 8.0)
+        write_grid(
+            [GridRow(label, [images, images])], ["a", "b"], path, title="t", subtitle="s", fps=8.0
+        )
     opened = []
     read = film_strip.open_picture
     monkeypatch.setattr(film_strip, "open_picture", lambda p: opened.append(p.stem) or read(p))

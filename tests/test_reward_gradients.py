@@ -103,7 +103,7 @@ def gradients(
     )  # fmt: skip
     experience = collected(policy, algorithm, groups)
     kept: dict[str, Tensor] = {}
-    learner.optimizer.step = lambda: kept.update(  # type: ignore[method-assign]
+    learner.optimizer.prepared.step = lambda: kept.update(  # type: ignore[method-assign]
         {n: p.grad.clone() for n, p in learner.named.items() if p.grad is not None}
     )
     metrics = learner.update(experience, algorithm.advantages(experience), RANDOM)

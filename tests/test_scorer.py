@@ -387,7 +387,7 @@ def test_a_later_attempt_fills_in_and_takes_nothing_back():
 
 
 @pytest.mark.parametrize(("batch", "sizes"), [(0, [4]), (1, [1, 1, 1, 1]), (3, [3, 1]), (9, [4])])
-def test_submissions_are_scored_in_parts(batch, sizes, monkeypatch):
+def test_batches_are_scored_in_parts(batch, sizes, monkeypatch):
     subject = RewardScorer([Reward(model=f"{HERE}:brightness")], Failures(), batch)
     seen, score = [], subject._score
     monkeypatch.setattr(subject, "_score", lambda *part: seen.append(part) or score(*part))
@@ -397,6 +397,12 @@ def test_submissions_are_scored_in_parts(batch, sizes, monkeypatch):
     assert [p for _, part, *_ in seen for p in part] == PROMPTS
     assert torch.equal(torch.cat([a.waveform for _, _, a, _ in seen]), audio.waveform)
     assert torch.allclose(found.reward, IMAGES.flatten(1).mean(1))
+    called, attempt = [], subject._attempt
+    monkeypatch.setattr(subject, "_attempt", lambda r, m, media, *rest: called.append(len(media)) or attempt(r, m, media, *rest))  # fmt: skip
+    assert torch.equal(subject.score(IMAGES, PROMPTS).reward, found.reward)
+    label, marks = subject.marks(IMAGES, PROMPTS)
+    assert (label, called) == ("brightness", 2 * sizes)
+    assert torch.equal(marks, found.reward)
     subject.close()
 
 

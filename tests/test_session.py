@@ -104,7 +104,7 @@ def test_a_resume_brings_back_everything_that_was_saved(start: Start, policy: Pi
     learner = learner_of(first, policy)
     first.restore(learner)
     assert (first.iteration, first.best, first.is_finished) == (0, float("-inf"), False)
-    learner.num_updates, learner.gradient_norms = 7, [0.25, 3.5]
+    learner.optimizer.num_updates, learner.optimizer.gradient_norms = 7, [0.25, 3.5]
     for iteration in range(5):
         if iteration == 3:
             first.log_evaluation(result(3))
@@ -126,7 +126,7 @@ def test_a_resume_brings_back_everything_that_was_saved(start: Start, policy: Pi
     again = learner_of(second, policy)
     second.restore(again)
     assert (second.iteration, second.best) == (5, 0.75)
-    assert (again.num_updates, again.gradient_norms) == (7, [0.25, 3.5])
+    assert (again.optimizer.num_updates, again.optimizer.gradient_norms) == (7, [0.25, 3.5])
     assert all(torch.equal(p, kept[k]) for k, p in again.named.items())
     assert scorer.restored["reward-judge"]["w"].tolist() == [3.0]
     assert [m["iteration"] for m in lines(second, "metrics")] == [0, 1, 2, 3, 4]
@@ -154,12 +154,12 @@ def test_without_a_checkpoint_lines_are_dropped_and_the_newest_ones_are_kept(sta
     assert lines(session, "metrics") == []
     unfinished = session.checkpoints / ".000001.tmp"
     for iteration in (1, 2, 3, 10):
-        learner.num_updates = iteration
+        learner.optimizer.num_updates = iteration
         session.save(learner, iteration)
     assert sorted(p.name for p in session.checkpoints.iterdir()) == ["000003", "000010"]
     unfinished.mkdir()
     session.restore(learner)
-    assert session.iteration == learner.num_updates == 10
+    assert session.iteration == learner.optimizer.num_updates == 10
     assert not unfinished.exists()
 
 
@@ -364,7 +364,7 @@ def test_damaged_checkpoints_are_set_aside_until_one_is_sound(start: Start, poli
     for iteration in (3, 4):
         (session.checkpoints / f"{iteration:06d}" / "weights.safetensors").write_bytes(b"cut")
     session.restore(learner)
-    assert (session.iteration, learner.num_updates) == (2, 2)
+    assert (session.iteration, learner.optimizer.num_updates) == (2, 2)
     said = " ".join(capsys.readouterr().out.split())
     assert said.count("WARNING") == 2
     assert "renamed to damaged-000004" in said
@@ -419,9 +419,11 @@ def test_a_process_that_is_not_the_main_one_writes_nothing(start: Start, policy:
 
     before = contents()
     session = start("run.checkpoint_every=1", "run.keep_checkpoints=1")
-    learner.num_updates = 9
+    learner.optimizer.num_updates = 9
     session.restore(learner)
-    assert (session.iteration, learner.num_updates) == (2, 0), "every process reads the checkpoint"
+    assert (session.iteration, learner.optimizer.num_updates) == (2, 0), (
+        "every process reads the checkpoint"
+    )
     session.log(2, METRICS, 0.0)
     session.log_evaluation(result(2))
     session.save(learner, 3)

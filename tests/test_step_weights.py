@@ -169,7 +169,7 @@ def test_each_group_draws_its_own_step(policy: PipelinePolicy, scorer: RewardSco
 
 def gradients(learner: Learner, run: Callable[[], Any]) -> list[Tensor]:
     taken: list[list[Tensor]] = []
-    hook = learner.adam.register_step_pre_hook(
+    hook = learner.optimizer.adam.register_step_pre_hook(
         lambda *_: taken.append([p.grad.clone() for p in learner.parameters if p.grad is not None])
     )
     run()

@@ -148,7 +148,14 @@ def test_pairs_of_grids_folders_and_samples(tmp_path):
     base, tuned = torch.rand(2, 3, 200, 200), torch.rand(2, 3, 200, 200)
     grid = tmp_path / "grids" / "000030.png"
     for notes in ([["0.5", "0.5"], ["0.7", "1"]], [["✗", "✗"], ["✓", "✓"]]):
-        write_grid([GridRow(EVIL, [base, tuned], notes)], ["a", "b"], "t", "s", grid, False, 16.0)
+        write_grid(
+            [GridRow(EVIL, [base, tuned], notes)],
+            ["a", "b"],
+            grid,
+            title="t",
+            subtitle="s",
+            fps=16.0,
+        )
         assert newest_grid(tmp_path) == grid
         found = from_grid(grid, "base", "tuned")
         assert (found is None) == (notes[0][0] == "✗")  # a mark would give the side away

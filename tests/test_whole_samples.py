@@ -266,7 +266,7 @@ def test_the_policy_that_samples_trails_and_is_saved(learn: Learn, scorer):
     learner = learn("sd3", NFT, NFTLoss(trail="late"), weight_decay=0.0)
     assert learner.behaviour is not None
     before = [p.detach().clone() for p in learner.parameters]
-    learner.num_updates = 175  # 1 - 0.75 of the way from now on
+    learner.optimizer.num_updates = 175  # 1 - 0.75 of the way from now on
     with learner.behaviour_policy():
         experience = NFT.collect(learner.policy, GROUPS, scorer(), RANDOM, ITERATION)
     metrics = learner.update(experience, NFT.advantages(experience), RANDOM)
@@ -309,7 +309,7 @@ def test_nft_gradient_is_that_of_every_sample_alone(learn: Learn, scorer):
             total = total + 5 * weight * (implicit - sample).square().mean() / size / 0.5 / len(a)
     expected = torch.autograd.grad(total, learner.parameters, allow_unused=True)
     taken: list[list[Tensor]] = []
-    learner.adam.register_step_pre_hook(
+    learner.optimizer.adam.register_step_pre_hook(
         lambda *_: taken.append([p.grad.clone() for p in learner.parameters if p.grad is not None])
     )
     learner.update(experience, advantages, RANDOM)

@@ -6,7 +6,6 @@ different noise in one iteration use GRPO-Guard's ratio; without it the last ste
 noise, would dominate the gradient. The learning rate and one constant are tuned for each entry.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 GROUPS, GROUP_SIZE = 6, 12
@@ -282,8 +281,3 @@ FLAWED = (
     f"{PROXY}]"
 )
 """Training on a reward with a small bias to exploit; the true scores are recorded with weight 0."""
-
-
-def by_slug() -> Mapping[str, Entry]:
-    """All entries by their names as file names."""
-    return {e.slug: e for e in (*ALGORITHMS, *FURTHER)}

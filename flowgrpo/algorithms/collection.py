@@ -160,16 +160,17 @@ class Collection:
         self,
         samples: Samples,
         step: int,
+        *,
         x: Float[Tensor, "states *latent"],
-        state: Int[Tensor, " samples"],
         x_next: Float[Tensor, "ends *latent"],
-        old_log_prob: Float[Tensor, " samples"],
-        old_mean: Float[Tensor, "samples *latent"] | None = None,
+        state: Int[Tensor, " samples"] | None = None,
         next_row: Int[Tensor, " samples"] | None = None,
+        old_log_prob: Float[Tensor, " samples"] | None = None,
+        old_mean: Float[Tensor, "samples *latent"] | None = None,
         guidance: float | None = None,
         generated: bool = False,
     ) -> None:
-        """Record an action of each sample, from the row ``state`` of ``x`` to a row of ``x_next``.
+        """Record an action of each sample, from a row of ``x`` to a row of ``x_next``.
 
         A tensor of states that was recorded before is not stored again.
 
@@ -177,24 +178,25 @@ class Collection:
             samples: The samples.
             step: The step of the actions.
             x: States before them.
-            state: The row of ``x`` for each action.
             x_next: States after them.
-            old_log_prob: Log-probability of each action under the policy that samples.
-            old_mean: Means of the actions under it.
+            state: The row of ``x`` for each action; one after another by default.
             next_row: The row of ``x_next`` for each action; one after another by default.
+            old_log_prob: Log-probability of each action under the policy that samples; 0 by default, for
+                actions whose density is not trained.
+            old_mean: Means of the actions under it.
             guidance: Guidance scale with which the model is trained on them; None for that of
                 ``sampling``. Either all actions of an iteration have one, or none.
             generated: Whether ``x_next`` is the data that the model predicts at ``x``.
         """
-        rows = torch.arange(len(samples)) if next_row is None else next_row
+        rows, zeros = torch.arange(len(samples)), torch.zeros(len(samples))
         before, after = self._offset_of(x), self._offset_of(x_next)
         self._actions.append(
             Actions(
                 states=Latents([x_next[:0]]),
-                state=before + state,
-                next_state=after + rows,
+                state=before + (rows if state is None else state),
+                next_state=after + (rows if next_row is None else next_row),
                 step=torch.full((len(samples),), step),
-                old_log_prob=old_log_prob,
+                old_log_prob=zeros if old_log_prob is None else old_log_prob,
                 group=samples.group,
                 sample=samples.sample,
                 old_mean=old_mean,
@@ -388,11 +390,11 @@ class Collection:
         self.add_actions(
             samples,
             record.step,
-            record.x,
-            state,
-            x_next,
-            gaussian.log_prob(x_next).cpu(),
-            gaussian.mean if self.policy.keeps_means else None,
+            x=record.x,
+            x_next=x_next,
+            state=state,
+            old_log_prob=gaussian.log_prob(x_next).cpu(),
+            old_mean=gaussian.mean if self.policy.keeps_means else None,
         )
 
     def _thumbnails_by_group(self) -> list[Tensor]:

@@ -14,7 +14,7 @@ from flowgrpo.algorithms.base import AlgorithmBase
 from flowgrpo.algorithms.collection import Collection, Samples
 from flowgrpo.core.endings import Ending
 from flowgrpo.core.random import Random
-from flowgrpo.core.tensors import Float, Tensor, torch
+from flowgrpo.core.tensors import Float, Tensor
 from flowgrpo.data.experience import Experience
 from flowgrpo.losses.base import ActionKind
 
@@ -42,7 +42,7 @@ class Differentiated(AlgorithmBase):
 
 
 def add_states(
-    recorder: Collection,
+    collection: Collection,
     samples: Samples,
     step: int,
     x: Float[Tensor, "samples *latent"],
@@ -51,16 +51,15 @@ def add_states(
     """Record an action of each sample that starts from a state of its own.
 
     Args:
-        recorder: Receives the actions.
+        collection: Receives the actions.
         samples: The samples.
         step: The node of the states.
         x: The states.
         data: What becomes ``x_next``.
     """
-    own = torch.arange(len(samples))
-    recorder.add_actions(samples, step, x, own, data, torch.zeros(len(samples)))
+    collection.add_actions(samples, step, x=x, x_next=data)
 
 
-def finished(recorder: Collection, ending: Ending) -> Experience:
+def finished(collection: Collection, ending: Ending) -> Experience:
     """The whole experience, with an ending for its actions."""
-    return replace(recorder.experience(), ending=ending)
+    return replace(collection.experience(), ending=ending)

@@ -98,11 +98,8 @@ class Distillation(AlgorithmBase):
             decode=self.score_rollouts,
         ):
             part = samples[rollout.rows.start : rollout.rows.stop]
-            rows = torch.arange(len(part))
             for taken in rollout.records:
-                collection.add_actions(
-                    part, taken.step, taken.x, rows, taken.x_next, torch.zeros(len(part))
-                )
+                collection.add_actions(part, taken.step, x=taken.x, x_next=taken.x_next)
             if rollout.media is not None:
                 collection.submit(part, rollout.media, end - 1, audio=rollout.audio)
         return collection.experience()

@@ -107,5 +107,4 @@ def add_generated(
     x0: Float[Tensor, "samples *latent"],
 ) -> None:
     """Record the data that the model predicts at a state of each sample."""
-    rows, density = torch.arange(len(samples)), torch.zeros(len(samples))
-    collection.add_actions(samples, step, x, rows, x0, density, generated=True)
+    collection.add_actions(samples, step, x=x, x_next=x0, generated=True)

@@ -62,20 +62,20 @@ class DRaFT(Differentiated):
     ) -> Experience:
         """Sample, score, and record the state before the steps that are differentiated."""
         end = policy.num_steps()
-        recorder = Collection(policy, groups, scorer, self.transition)
+        collection = Collection(policy, groups, scorer, self.transition)
         first = end - self.drawn_last(random)
         plan = self.plan(end, iteration, random)
-        for samples, records in sample_trajectories(recorder, random, plan, {first, end - 1}):
+        for samples, records in sample_trajectories(collection, random, plan, {first, end - 1}):
             state, data = records[0], records[-1].x_next
             if not self.renoised:
-                add_states(recorder, samples, first, state.x, data)
+                add_states(collection, samples, first, state.x, data)
             interval = policy.scheduler.interval(first, end)
             for number in range(self.renoised):
                 streams = [s.at("renoised", number) for s in samples.noise.streams]
                 fresh = SampleNoise(streams).at_step(first, data.shape[1:]).to(data.device)
                 x = interval.signal * data + interval.noise * interval.noise_scale * fresh
-                add_states(recorder, samples, first, x, data)
-        return finished(recorder, Denoise())
+                add_states(collection, samples, first, x, data)
+        return finished(collection, Denoise())
 
     def drawn_last(self, random: Random) -> int:
         """The number of steps that an iteration differentiates, equal in all processes."""

@@ -79,7 +79,9 @@ class FIND(AlgorithmBase):
             log_prob = gaussian.log_prob(first.x).detach().cpu()
             nothing = torch.zeros_like(first.x[:1]) if nothing is None else nothing
             shared = torch.zeros(len(samples), dtype=torch.long)
-            collection.add_actions(samples, INITIAL, nothing, shared, first.x, log_prob)
+            collection.add_actions(
+                samples, INITIAL, x=nothing, x_next=first.x, state=shared, old_log_prob=log_prob
+            )
         return collection.experience()
 
     def advantages(self, experience: Experience) -> Float[Tensor, "actions *rewards"]:

@@ -113,7 +113,13 @@ class NeighborGRPO(AlgorithmBase):
             x_next, mean = torch.cat(ends[step]), torch.cat(means[step])
             log_prob = neighbor_log_prob(mean, x_next[candidate], anchor.to(mean.device)).cpu()
             collection.add_actions(
-                pairs, step, torch.cat(starts[step]), anchor, x_next, log_prob, next_row=candidate
+                pairs,
+                step,
+                x=torch.cat(starts[step]),
+                x_next=x_next,
+                state=anchor,
+                next_row=candidate,
+                old_log_prob=log_prob,
             )
         return collection.experience()
 

@@ -4,18 +4,19 @@ DiffusionNFT and the matching methods share it. An action's state is a finished 
 time of the sampling grid, and its ``x_next`` is the sample itself. It has no density.
 """
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
+from collections.abc import Collection as Container
 from typing import TypeAlias
 
 from flowgrpo.algorithms.base import Policy, Scorer
-from flowgrpo.algorithms.collection import Collection as Recorder
+from flowgrpo.algorithms.collection import Collection
 from flowgrpo.algorithms.trajectories import TrajectoryPlan, sample_trajectories
 from flowgrpo.core.random import Random, SampleNoise
 from flowgrpo.core.tensors import torch
 from flowgrpo.data.experience import Experience
 from flowgrpo.data.prompts import Group
 
-Times: TypeAlias = Callable[[int, int], Collection[int]]
+Times: TypeAlias = Callable[[int, int], Container[int]]
 """Maps a group's index and a sample's index to the grid nodes at which the sample is trained."""
 
 
@@ -43,9 +44,9 @@ def collect_noised_samples(
         guidance: Guidance scales; each noised sample becomes an action for each. If empty, one action
             with the guidance of ``sampling``.
     """
-    recorder = Recorder(policy, groups, scorer, plan.transition)
+    collection = Collection(policy, groups, scorer, plan.transition)
     end = policy.num_steps()
-    for samples, records in sample_trajectories(recorder, random, plan, record=[end - 1]):
+    for samples, records in sample_trajectories(collection, random, plan, record=[end - 1]):
         (last,) = records
         # The step streams of a sample are unused, because no step of the rollout was stochastic.
         noise = samples.noise
@@ -60,10 +61,8 @@ def collect_noised_samples(
                 interval, data = policy.scheduler.interval(step, step + 1), last.x_next[index]
                 # The state before the action is the sample with noise added as at the node.
                 x = interval.signal * data + interval.noise * interval.noise_scale * fresh[index]
-                number = torch.arange(len(rows))
-                density = torch.zeros(len(rows))
                 for scale in guidance or (None,):
-                    recorder.add_actions(
-                        own, step, x, number, last.x_next, density, next_row=index, guidance=scale
+                    collection.add_actions(
+                        own, step, x=x, x_next=last.x_next, next_row=index, guidance=scale
                     )
-    return recorder.experience()
+    return collection.experience()

@@ -44,7 +44,7 @@ class ReFL(Differentiated):
         iteration: int,
     ) -> Experience:
         """Sample up to the stop, score the predicted data there, and record the state."""
-        recorder = Collection(policy, groups, scorer, self.transition)
+        collection = Collection(policy, groups, scorer, self.transition)
         stop = self.drawn_stop(policy.num_steps(), random)
         samples = Samples.of(groups, self.group_size, random)
         for rollout in policy.run(
@@ -52,9 +52,9 @@ class ReFL(Differentiated):
         ):
             part = samples[rollout.rows.start : rollout.rows.stop]
             (record,) = rollout.records
-            recorder.project(part, record, compare=True)
-            add_states(recorder, part, stop, record.x, record.x_next)
-        return finished(recorder, Predict())
+            collection.project(part, record, compare=True)
+            add_states(collection, part, stop, record.x, record.x_next)
+        return finished(collection, Predict())
 
     def drawn_stop(self, num_steps: int, random: Random) -> int:
         """The step of an iteration, equal in all processes."""

@@ -74,16 +74,16 @@ class SRPO(Differentiated):
     ) -> Experience:
         """Sample, score, and record each sample noised with the noise that it began with."""
         end = policy.num_steps()
-        recorder = Collection(policy, groups, scorer, self.transition)
+        collection = Collection(policy, groups, scorer, self.transition)
         landing = self.drawn_landing(end, random)
         plan = self.plan(end, iteration, random)
-        for samples, records in sample_trajectories(recorder, random, plan, {0, end - 1}):
+        for samples, records in sample_trajectories(collection, random, plan, {0, end - 1}):
             eps, data = records[0].x, records[-1].x_next
             for step in self.steps_to(landing):
                 interval = policy.scheduler.interval(step, step + 1)
                 x = interval.signal * data + interval.noise * eps
-                add_states(recorder, samples, step, x, data)
-        return finished(recorder, self.ending(landing, end, iteration))
+                add_states(collection, samples, step, x, data)
+        return finished(collection, self.ending(landing, end, iteration))
 
     def drawn_landing(self, num_steps: int, random: Random) -> int:
         """The node to which the steps of an iteration lead, equal in all processes."""

@@ -9,7 +9,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flowgrpo.cli.common import LORA_HELP, SOURCE_OPTIONS, UsageError
+from flowgrpo.cli.common import (
+    CHECKPOINT_HELP,
+    LORA_HELP,
+    SOURCE_OPTIONS,
+    UsageError,
+    checkpoint_or_base,
+    is_run,
+)
 from flowgrpo.core.text import counted
 
 if TYPE_CHECKING:
@@ -63,7 +70,7 @@ OPTIONS: Mapping[str, Sequence[tuple[str, str, dict[str, Any]]]] = {
         ("--model", "hub id, pipeline folder, single file, run directory, or 'shapes'", {}),
         ("--lora --adapter", LORA_HELP, {**AGAIN, "metavar": "PATH[:SCALE]"}),
         *((name, text, {}) for name, text in SOURCE_OPTIONS.items()),
-        ("--weights", "of a run: which checkpoint, or the model before training (default: %(default)s)", {"choices": ("best", "last", "base"), "default": "last"}),
+        ("--checkpoint --weights", CHECKPOINT_HELP, {"dest": "weights", "type": checkpoint_or_base, "metavar": "NAME"}),
         ("--steps", "denoising steps (default: 28; of a run: as in its evaluations)", {"type": int}),
         ("--guidance", "guidance scale (default: the pipeline's; of a run: as in its evaluations)", {"type": float}),
         ("--size", "WIDTHxHEIGHT in pixels (default: the pipeline's)", {}),
@@ -160,10 +167,10 @@ def _before_and_after(options: argparse.Namespace) -> tuple[argparse.Namespace, 
         raise UsageError("bench compare needs --model: a run directory, or a model with --lora")
     changes: dict[str, Any] = {"lora": [], "label": None}
     if not options.lora:
-        if not (Path(options.model) / "config.toml").is_file() or options.weights == "base":
+        if not is_run(options.model) or options.weights == "base":
             raise UsageError(
                 "bench compare needs two models: a run directory as --model (before and after training, "
-                "--weights last or best), or --lora (without and with it)"
+                "--checkpoint last or best), or --lora (without and with it)"
             )
         changes["weights"] = "base"
     before = argparse.Namespace(**{**vars(options), **changes})
@@ -240,16 +247,19 @@ def _subject(options: argparse.Namespace) -> "Subject":
     )
 
     adapters = adapters_of(options)
-    run = Path(options.model)
-    is_run = (run / "config.toml").is_file()
+    run, of_run = Path(options.model), is_run(options.model)
     given = [o for o in SOURCE_OPTIONS if getattr(options, o.removeprefix("--"))]
-    if is_run and given:
+    if of_run and given:
         raise UsageError(f"{given[0]} is for models; a run has its own")
-    if is_run and options.weights != "base":
+    if options.weights is not None and not of_run:
+        raise UsageError(
+            f"--checkpoint {options.weights} is for a run directory, and {options.model} is none"
+        )
+    if of_run and options.weights != "base":
         return _run_subject(run, adapters, options)
     source, sampling = source_of(options), sampling_of(options, 28)
     dtype, label = options.dtype or "float32", label_of(source.path, adapters)
-    if is_run:
+    if of_run:
         config = run_config(run)
         own, sampling = config.model.source, changed_sampling(config.evaluation_sampling(), options)
         source = replace(own, adapters=(*own.adapters, *adapters))
@@ -269,7 +279,6 @@ def _subject(options: argparse.Namespace) -> "Subject":
 
 def _run_subject(run: Path, adapters: Sequence[Any], options: argparse.Namespace) -> "Subject":
     """A checkpoint of a run, sampled as in its evaluations unless told otherwise."""
-    from flowgrpo.bench.base import BenchError
     from flowgrpo.bench.files import sha256
     from flowgrpo.bench.models import (
         Subject,
@@ -277,7 +286,7 @@ def _run_subject(run: Path, adapters: Sequence[Any], options: argparse.Namespace
         label_of,
         parse_label,
     )
-    from flowgrpo.cli.common import changed_sampling, load_run, run_config
+    from flowgrpo.cli.common import changed_sampling, checkpoint_of, load_run, run_config
     from flowgrpo.policy import PipelinePolicy
     from flowgrpo.training import checkpoints
 
@@ -287,14 +296,12 @@ def _run_subject(run: Path, adapters: Sequence[Any], options: argparse.Namespace
         raise ValueError(
             f"--dtype: a run has its own, {config.model.dtype!r}; export it to change that"
         )
-    folder = run / "checkpoints"
-    place = folder / "best" if options.weights == "best" else checkpoints.newest(folder)
-    if place is None or not place.exists():
-        raise BenchError(f"{run} has no checkpoint yet")
+    weights = options.weights or "last"
+    place = checkpoint_of(run, weights)
     sampling = changed_sampling(config.evaluation_sampling(), options)
 
     def load() -> PipelinePolicy:
-        policy, _ = load_run(run, options.weights, sampling=sampling, adapters=adapters)
+        policy, _ = load_run(run, weights, sampling=sampling, adapters=adapters)
         policy.batch_size = options.batch
         return policy
 
@@ -302,11 +309,11 @@ def _run_subject(run: Path, adapters: Sequence[Any], options: argparse.Namespace
         return {
             **identify_source(replace(own, adapters=(*own.adapters, *adapters))),
             "run": run.resolve().name,
-            "weights": options.weights,
+            "weights": weights,
             "checkpoint_sha256": sha256(place / checkpoints.STATE),
         }
 
-    label = label_of(f"{run.resolve().name}-{options.weights}", adapters)
+    label = label_of(f"{run.resolve().name}-{weights.replace('/', '-')}", adapters)
     name = parse_label(options.label) if options.label else label
     return Subject(name, identity, load, sampling, config.model.dtype)
 

@@ -71,6 +71,15 @@ def checkpoint_name(text: str) -> str:
     return text
 
 
+def checkpoint_or_base(text: str) -> str:
+    """As :func:`checkpoint_name`; ``base``, the model before training, is one too."""
+    return text if text == "base" else checkpoint_name(text)
+
+
+CHECKPOINT_HELP = (
+    "of a run: best, best:NAME (by a held-out number), last, a number of iterations, or base, the model before "
+    "training (default: last)"
+)
 LORA_HELP = "LoRA adapter that is added to the model: a file, folder, hub id or run directory; can be given again"
 SOURCE_OPTIONS = {
     "--base": "pipeline that has what a checkpoint in one file lacks: a hub id or folder (default: the published one)",
@@ -264,7 +273,7 @@ def load_policy(options: argparse.Namespace, steps: int) -> "PipelinePolicy":
     line change that.
 
     Raises:
-        UsageError: If an option is wrong, or ``--weights`` is given for a pipeline.
+        UsageError: If an option is wrong, or ``--checkpoint`` is given for a pipeline.
     """
     from flowgrpo.policy import PipelinePolicy
     from flowgrpo.training.cpu import prepare_cpu
@@ -272,7 +281,7 @@ def load_policy(options: argparse.Namespace, steps: int) -> "PipelinePolicy":
     run = is_run(options.model)
     if options.weights is not None and not run:
         raise UsageError(
-            f"--weights {options.weights} is for a run directory, and {options.model} is none"
+            f"--checkpoint {options.weights} is for a run directory, and {options.model} is none"
         )
     if options.batch is not None and options.batch < 1:
         raise UsageError(f"--batch must be at least 1, got {options.batch}")

@@ -366,7 +366,16 @@ def _draw(settings: "GridSettings", prompts: "Sequence[Prompt]", out: Path) -> P
     title, subtitle = _heading(settings, images[0, 0].shape)
     fps = frames_per_second(_sampling(settings, settings.start).call)
     metadata = {KEY: settings.to_json()}
-    return write_grid(rows, titles, title, subtitle, out, settings.narrow, fps, metadata)
+    return write_grid(
+        rows,
+        titles,
+        out,
+        title=title,
+        subtitle=subtitle,
+        fps=fps,
+        narrow=settings.narrow,
+        metadata=metadata,
+    )
 
 
 def _draw_sheet(settings: "GridSettings", prompts: "Sequence[Prompt]", out: Path) -> None:

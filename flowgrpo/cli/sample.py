@@ -5,9 +5,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from flowgrpo.cli.common import (
+    CHECKPOINT_HELP,
     UsageError,
     add_model_arguments,
-    checkpoint_name,
+    checkpoint_or_base,
     is_run,
     load_policy,
     prompts_of,
@@ -56,10 +57,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--checkpoint",
         "--weights",
         dest="weights",
-        type=lambda text: text if text == "base" else checkpoint_name(text),
+        type=checkpoint_or_base,
         metavar="NAME",
-        help="of a run: best, best:NAME (by a held-out number), last, a number of iterations, or base, the "
-        "model before training (default: last)",
+        help=CHECKPOINT_HELP,
     )
     parser.add_argument(
         "--base-after",

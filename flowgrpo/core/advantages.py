@@ -1,11 +1,13 @@
 """Advantages: how much better a candidate is than the others of its group.
 
-A kind of advantage answers two questions. :meth:`Advantage.inputs`: which numbers of the candidates
-does it normalise? The kinds for a single reward (:mod:`flowgrpo.core.single_reward_advantages`) take the
-weighted sum of all rewards; the others (:mod:`flowgrpo.core.multi_reward_advantages`) take each reward by
-itself, or tame some before they are summed. :meth:`Advantage.combine`: how do these numbers become advantages? Step-level algorithms
-call ``combine`` on numbers that they derive from ``inputs``, such as differences between steps
-(:func:`flowgrpo.algorithms.credit.step_advantages`); others call :func:`candidate_advantages`.
+A kind of advantage has two parts:
+
+- :meth:`Advantage.inputs` chooses the numbers of the candidates that it normalises. The kinds for a single
+  reward (:mod:`flowgrpo.core.single_reward_advantages`) take the weighted sum of all rewards; the others
+  (:mod:`flowgrpo.core.multi_reward_advantages`) take each reward by itself, or tame some before the sum.
+- :meth:`Advantage.combine` turns these numbers into advantages. Step-level algorithms call it on numbers that
+  they derive from the inputs, such as differences between steps
+  (:func:`flowgrpo.algorithms.credit.step_advantages`); others call :func:`candidate_advantages`.
 
 All arithmetic is in fp64. A group without variance gets exactly zero: dividing its rounding errors
 by a small epsilon would make large advantages out of nothing (see ``docs/algorithms.md``). Whether a

@@ -18,8 +18,9 @@ class SecondOrder:
     """DPM-Solver++(2M) (arXiv:2211.01095, algorithm 2), for one run of consecutive steps.
 
     It integrates the predicted data exactly over the log of the signal-to-noise ratio, with a linear
-    extrapolation from the previous step: second order at one evaluation per step. The first step
-    (unless :meth:`observe` has noted a step before it), steps from pure noise and the step to the data are of first order and equal the ODE step.
+    extrapolation from the previous step: second order at one evaluation per step. The first step (unless
+    :meth:`observe` has noted a step before it), steps from pure noise and the step to the data are of
+    first order and equal the ODE step.
     """
 
     def __init__(self) -> None:

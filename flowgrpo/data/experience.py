@@ -18,7 +18,7 @@ INITIAL = -1
 
 
 class Latents:
-    """States ``(N, *latent)`` in the tensors in which they were recorded, indexed as one tensor.
+    """States ``(M, *latent)`` in the tensors in which they were recorded, indexed as one tensor.
 
     A rollout records a tensor per batch and step. Joined to one tensor they would be held twice while
     they are joined.
@@ -74,7 +74,7 @@ class Latents:
 
 @dataclass(frozen=True)
 class Actions:
-    """The stochastic steps of one rollout: ``A`` actions between ``N`` states.
+    """The stochastic steps of one rollout: ``A`` actions between ``M`` states.
 
     Each state is stored once, although the state after one step is usually the state before the next.
 
@@ -169,17 +169,11 @@ class Actions:
         """Join the actions of several batches.
 
         Raises:
-            ValueError: If only some of them have ``old_mean``, or only some ``guidance``.
+            ValueError: If only some of them have ``old_mean``, ``kl_weight`` or ``guidance``.
         """
         offsets = [0]
         for part in parts:
             offsets.append(offsets[-1] + len(part.states))
-        means = [p.old_mean for p in parts if p.old_mean is not None]
-        if means and len(means) < len(parts):
-            raise ValueError("only some of these actions have old_mean")
-        scales = [p.guidance for p in parts if p.guidance is not None]
-        if scales and len(scales) < len(parts):
-            raise ValueError("only some of these actions have a guidance scale")
         return Actions(
             states=Latents.concatenate([p.states for p in parts]),
             # Rows of ``states`` are counted on over the batches.
@@ -189,17 +183,30 @@ class Actions:
             old_log_prob=torch.cat([p.old_log_prob for p in parts]),
             group=torch.cat([p.group for p in parts]),
             sample=torch.cat([p.sample for p in parts]),
-            old_mean=torch.cat(means) if means else None,
-            guidance=torch.cat(scales) if scales else None,
+            old_mean=_joined("old_mean", [p.old_mean for p in parts]),
+            kl_weight=_joined("kl_weight", [p.kl_weight for p in parts]),
+            guidance=_joined("guidance", [p.guidance for p in parts]),
             generated=torch.cat([p.is_generated for p in parts])
             if any(p.generated is not None for p in parts)
             else None,
         )
 
 
+def _joined(name: str, columns: Sequence[Tensor | None]) -> Tensor | None:
+    """A column of several batches of actions, which all of them have, or none.
+
+    Raises:
+        ValueError: If only some have it.
+    """
+    there = [c for c in columns if c is not None]
+    if there and len(there) < len(columns):
+        raise ValueError(f"only some of these actions have {name}")
+    return torch.cat(there) if there else None
+
+
 @dataclass(frozen=True)
 class Candidates:
-    """The scored images or videos of one rollout, ``N`` of them.
+    """The scored images or videos of one rollout, ``K`` of them.
 
     Attributes:
         group: Index of the :class:`Group`.

@@ -156,7 +156,7 @@ class ComparisonGrid:
             f"seed {self.seed}, same noise in the same place{f'; marks: {label}' if label else ''}"
         )
         fps = frames_per_second(sampling.call)
-        write_grid(rows, columns, title, subtitle, path, narrow, fps)
+        write_grid(rows, columns, path, title=title, subtitle=subtitle, fps=fps, narrow=narrow)
 
 
 def marks(values: Float[Tensor, " images"]) -> list[str]:
@@ -174,11 +174,12 @@ def conditions(prompt: Prompt) -> list[Image.Image]:
 def write_grid(
     rows: Sequence[GridRow],
     columns: Sequence[str],
+    path: Path,
+    *,
     title: str,
     subtitle: str,
-    path: Path,
-    narrow: bool,
     fps: float,
+    narrow: bool = False,
     metadata: Mapping[str, str] | None = None,
 ) -> Path:
     """Draw a grid and save it as PNG, and videos also as MP4. The files are replaced atomically.
@@ -189,11 +190,11 @@ def write_grid(
     Args:
         rows: One row per prompt.
         columns: Name of each column.
+        path: PNG or WebP file; its folder is created.
         title: Headline.
         subtitle: How the images were generated.
-        path: PNG or WebP file; its folder is created.
-        narrow: Draw the columns below each other.
         fps: Frames per second of videos.
+        narrow: Draw the columns below each other.
         metadata: Texts that are stored in the PNG file, besides the place of each image
             (:mod:`flowgrpo.evaluation.tiles`). In a WebP file the first of them is the description.
 

@@ -4,17 +4,17 @@ Images at the same place of two blocks share their noise. Nothing here knows mod
 :mod:`flowgrpo.evaluation.comparison_grid`.
 """
 
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 
 import torch
 from jaxtyping import Float
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 from torch import Tensor
 
 from flowgrpo.core.text import counted
+from flowgrpo.evaluation.grid_text import OWN_FONT, Paragraph, missing_glyphs
 
 TICK, CROSS = "✓", "✗"
 """A note that begins with one of these is drawn as a green or red mark on the image."""
@@ -33,40 +33,8 @@ TITLE_HEIGHT = 28
 INK, SOFT, FAINT, PAPER = "#15171c", "#656b76", "#dfe2e7", "#ffffff"
 ACCENTS = ("#9aa1ad", "#3b6fe0", "#8b5cd6", "#d97a1f", "#12907f")
 GOOD, BAD = "#1a9c52", "#d93a3a"
-REGULAR = (
-    "Inter-Regular.ttf",
-    "Roboto-Regular.ttf",
-    "DejaVuSans.ttf",
-    "Arial.ttf",
-    "NotoSansCJK-Regular.ttc",
-    "NotoSansCJKsc-Regular.otf",
-    "NotoSansSC-Regular.ttf",
-    "SourceHanSansSC-Regular.otf",
-    "DroidSansFallbackFull.ttf",
-    "wqy-zenhei.ttc",
-    "wqy-microhei.ttc",
-    "PingFang.ttc",
-    "Hiragino Sans GB.ttc",
-    "AppleSDGothicNeo.ttc",
-    "msyh.ttc",
-    "meiryo.ttc",
-    "malgun.ttf",
-    "NotoSans-Regular.ttf",
-    "NotoSansArabic-Regular.ttf",
-    "NotoSansHebrew-Regular.ttf",
-    "NotoSansDevanagari-Regular.ttf",
-    "NotoSansThai-Regular.ttf",
-    "Arial Unicode.ttf",
-    "unifont.ttf",
-)
-"""Fonts in the order in which they are tried for a text; the operating system's folders are searched."""
-OWN_FONT = "FLOWGRPO_FONT"
-"""Environment variable with a font file that is tried first."""
-BOLD = ("Inter-SemiBold.ttf", "Roboto-Medium.ttf", "DejaVuSans-Bold.ttf", "Arial Bold.ttf")
-
 Box = tuple[int, int, int, int]
 """Left, top, right and bottom edge in pixels."""
-Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 Media = Float[Tensor, "_samples *_frames _channels _height _width"]
 """Axes whose sizes are not checked by annotation, because :func:`draw_grid` names the block that
 differs."""
@@ -356,32 +324,17 @@ class _Layout:
         return self.left(self.blocks) - BLOCK_GAP + MARGIN
 
 
-class _Paragraph:
-    """Text broken into lines of limited width."""
-
-    def __init__(self, text: str, size: int, width: int, max_lines: int, bold: bool = False):
-        self.font = _font(text, size, bold)
-        self.lines = _wrap(text, self.font, width, max_lines)
-        self.line_height = round(size * 1.4)
-        self.height = len(self.lines) * self.line_height
-
-    def draw(self, canvas: Image.Image, left: int, top: int, color: str) -> None:
-        pen = ImageDraw.Draw(canvas)
-        for index, line in enumerate(self.lines):
-            pen.text((left, top + index * self.line_height), line, fill=color, font=self.font)
-
-
 class _Heading:
     """Title, subtitle and the titles of the blocks."""
 
     def __init__(self, title: str, subtitle: str, columns: Sequence[str], layout: _Layout):
         width = layout.width - 2 * MARGIN
         self.layout = layout
-        self.title = _Paragraph(title, 22, width, 3, bold=True)
-        self.subtitle = _Paragraph(subtitle, 14, width, 4)
+        self.title = Paragraph(title, 22, width, 3, bold=True)
+        self.subtitle = Paragraph(subtitle, 14, width, 4)
         # In a narrow grid each row has the titles of its blocks.
         shown = () if layout.narrow else columns
-        self.columns = [_Paragraph(c, 15, layout.block_width, 2, bold=True) for c in shown]
+        self.columns = [Paragraph(c, 15, layout.block_width, 2, bold=True) for c in shown]
         self.columns_bottom = (
             MARGIN + self.title.height + 4 + self.subtitle.height + (0 if layout.narrow else 26)
             + max((c.height for c in self.columns), default=0)
@@ -411,8 +364,8 @@ class _Row:
         self.conditions = _thumbnails(row.conditions)
         strip = max((c.height + CONDITION_GAP for c in self.conditions), default=0)
         if layout.narrow:
-            self.label = _Paragraph(row.label, 15, layout.block_width, 6)
-            titles = [_Paragraph(c, 13, layout.block_width, 1, bold=True) for c in columns]
+            self.label = Paragraph(row.label, 15, layout.block_width, 6)
+            titles = [Paragraph(c, 13, layout.block_width, 1, bold=True) for c in columns]
             first = self.label.height + strip
             self.titles = [
                 (t, first + i * (tiles_height + TITLE_HEIGHT)) for i, t in enumerate(titles)
@@ -420,7 +373,7 @@ class _Row:
             self.tops = [top + TITLE_HEIGHT for _, top in self.titles]
             self.height, self.label_offset = self.tops[-1] + tiles_height, 0
             return
-        self.label = _Paragraph(row.label, 15, LABEL_WIDTH, max(6, (tiles_height - strip) // 21))
+        self.label = Paragraph(row.label, 15, LABEL_WIDTH, max(6, (tiles_height - strip) // 21))
         label_height = self.label.height + strip
         self.height = max(tiles_height, label_height)
         self.label_offset = max(0, (layout.frame[1] - label_height) // 2)
@@ -467,7 +420,7 @@ class _Row:
             corner = (right - badge.width - 3, top + height - badge.height - 3)
             canvas.paste(badge, corner, badge)
         if _caption(note):
-            caption = _Paragraph(_caption(note), 13, self.layout.tile_width, 1)
+            caption = Paragraph(_caption(note), 13, self.layout.tile_width, 1)
             caption.draw(canvas, left, top + height + 5, SOFT)
 
 
@@ -511,62 +464,3 @@ def _badge(good: bool, size: int = 19) -> Image.Image:
         for x, y in ((x0, y0), (x1, y1)):
             pen.ellipse((x - thick / 2, y - thick / 2, x + thick / 2, y + thick / 2), fill=PAPER)
     return badge.resize((size, size), Image.Resampling.BOX)
-
-
-@cache
-def _font(text: str, size: int, bold: bool) -> Font:
-    """The first installed font with glyphs for the whole text; the first font if there is none."""
-    fonts = _fonts(size, bold)
-    return next((font for font in fonts if _covers(font, text)), fonts[0])
-
-
-def missing_glyphs(texts: Sequence[str]) -> str:
-    """Up to six characters of texts that no installed font can draw with the rest of their text."""
-    found: dict[str, None] = {}
-    for text in texts:
-        if not _covers(font := _font(text, 15, False), text):
-            found |= dict.fromkeys(c for c in text if not _covers(font, c))
-    return "".join([*found][:6])
-
-
-@cache
-def _fonts(size: int, bold: bool) -> list[Font]:
-    found: list[Font] = []
-    own = os.environ.get(OWN_FONT)
-    for name in (*((own,) if own else ()), *(BOLD if bold else ()), *REGULAR):
-        try:
-            found.append(ImageFont.truetype(name, size))
-        except OSError:  # not installed
-            continue
-    return [*found, ImageFont.load_default(size)]
-
-
-def _covers(font: Font, text: str) -> bool:
-    """Whether the font has a glyph for every character of the text."""
-    missing = bytes(font.getmask("\uffff"))
-    return all(c.isspace() or bytes(font.getmask(c)) != missing for c in set(text))
-
-
-def _wrap(text: str, font: Font, width: int, max_lines: int) -> list[str]:
-    """Break text into at most ``max_lines`` lines no wider than ``width``, between words if possible.
-
-    Text that does not fit is replaced by an ellipsis.
-    """
-    lines = [""]
-    for word in text.split():
-        joined = f"{lines[-1]} {word}".strip()
-        if font.getlength(joined) <= width:
-            lines[-1] = joined
-            continue
-        if lines[-1]:
-            lines.append("")
-        for character in word:
-            if lines[-1] and font.getlength(lines[-1] + character) > width:
-                lines.append("")
-            lines[-1] += character
-    if len(lines) > max_lines:
-        last = lines[max_lines - 1]
-        while last and font.getlength(f"{last}…") > width:
-            last = last[:-1]
-        lines = [*lines[: max_lines - 1], f"{last.rstrip()}…"]
-    return lines

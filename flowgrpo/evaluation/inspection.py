@@ -26,7 +26,7 @@ from flowgrpo.data.files import write_whole
 from flowgrpo.data.prompts import Group, Prompt
 from flowgrpo.evaluation.charts import Line, legend, line_chart, number
 from flowgrpo.evaluation.curves import section
-from flowgrpo.evaluation.records import INSPECTION_FILE
+from flowgrpo.evaluation.records import CREDIT_FILE
 from flowgrpo.policy import PipelinePolicy
 from flowgrpo.rewards.scorer import RewardScorer
 
@@ -306,6 +306,6 @@ def _picture(frame: Frame) -> str:
 
 def write_fragment(strips: Sequence[Strip], folder: Path) -> Path:
     """Write the strips into a run directory as an HTML fragment, which the report includes."""
-    path = folder / INSPECTION_FILE
+    path = folder / CREDIT_FILE
     write_whole(path, fragment(strips))
     return path

@@ -14,8 +14,10 @@ from typing import Any
 from flowgrpo.core.secrets import redact
 from flowgrpo.evaluation.charts import Number, Point, number, points
 
-INSPECTION_FILE = "inspection.html"
-"""Name of the inspection's HTML fragment in a run directory."""
+CREDIT_FILE = "credit.html"
+"""The report's section on credit in a run directory: an HTML fragment that a run writes at its end."""
+EARLIER_CREDIT_FILE = "inspection.html"
+"""The name of :data:`CREDIT_FILE` in run directories of earlier versions."""
 PROMPT_USE = "prompt_use.json"
 """Which trained rewards ignore their prompts, as measured at the start of a run."""
 RECENT = 20

@@ -35,7 +35,13 @@ from flowgrpo.evaluation.curves import (
 from flowgrpo.evaluation.film_strip import film_strip
 from flowgrpo.evaluation.hacking import hacking_section
 from flowgrpo.evaluation.local_server import script_source
-from flowgrpo.evaluation.records import INSPECTION_FILE, Change, Records, finite
+from flowgrpo.evaluation.records import (
+    CREDIT_FILE,
+    EARLIER_CREDIT_FILE,
+    Change,
+    Records,
+    finite,
+)
 from flowgrpo.evaluation.run_history import run_history
 from flowgrpo.evaluation.sample_section import best_and_worst
 from flowgrpo.evaluation.warnings import warnings
@@ -136,8 +142,8 @@ def page(title: str, content: str, version: str | None = None, interval: float =
 
 def _inspection(records: Records) -> str:
     """The credit of some trajectories, if the run was inspected."""
-    path = records.folder / INSPECTION_FILE
-    return path.read_text("utf-8") if path.exists() else ""
+    paths = [records.folder / name for name in (CREDIT_FILE, EARLIER_CREDIT_FILE)]
+    return next((p.read_text("utf-8") for p in paths if p.exists()), "")
 
 
 def _name(records: Records) -> str:

@@ -13,10 +13,11 @@ from urllib.parse import parse_qs, urlsplit
 
 from flowgrpo.data import strict_json
 from flowgrpo.evaluation.local_server import ADDRESS, LocalHandler
+from flowgrpo.evaluation.records import CREDIT_FILE
 from flowgrpo.evaluation.report import page, report_content
 from flowgrpo.evaluation.samples import FOLDER
 
-WATCHED = ("*.jsonl", "*.json", "config.toml", "inspection.html", "grids/*", f"{FOLDER}/*.png")
+WATCHED = ("*.jsonl", "*.json", "config.toml", CREDIT_FILE, "grids/*", f"{FOLDER}/*.png")
 """Files of a run directory from which the report is made."""
 WAITING = (
     '<header><p class="brand">flowgrpo run</p><h1>Waiting for the first results</h1></header>'

@@ -217,10 +217,10 @@ class LossNeeds:
         old_mean: The means of the steps under the policy that sampled. Algorithms record them
             where ``policy.keeps_means`` is set.
         old_policy: A second set of weights, the behaviour policy. It samples in place of the trained
-            weights (but see ``old_policy_samples_from``), its outputs become ``LossInputs.old_policy``, and checkpoints contain it. The
-            function maps the number of optimizer steps so far to the share of the behaviour weights
-            that remains when they follow the trained weights after an iteration: 0 copies the
-            trained weights, values near 1 follow slowly.
+            weights (but see ``old_policy_samples_from``), its outputs become ``LossInputs.old_policy``,
+            and checkpoints contain it. The function maps the number of optimizer steps so far to the
+            share of the behaviour weights that remains when they follow the trained weights after an
+            iteration: 0 copies the trained weights, values near 1 follow slowly.
         old_policy_samples_from: Number of optimizer steps from which on the behaviour policy samples;
             before, the trained weights do. Infinite if they always do.
         old_policy_is_copied: The behaviour policy has the trained weights at the start of every

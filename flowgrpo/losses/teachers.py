@@ -18,8 +18,9 @@ class Teacher:
 
     path: str = BASE
     """The teacher's weights: ``base`` for the model before training, which needs another guidance than
-    the student's; ``pipeline`` for the same without ``model.weights.init``; or a LoRA adapter of the same model: a file, folder, hub id or the directory of a finished
-    run, as in ``model.adapters``, or a checkpoint of a run, such as ``runs/a/checkpoints/best``."""
+    the student's; ``pipeline`` for the same without ``model.weights.init``; or a LoRA adapter of the same
+    model: a file, folder, hub id or the directory of a finished run, as in ``model.adapters``, or a
+    checkpoint of a run, such as ``runs/a/checkpoints/best``."""
     weights: Literal["adapter", "model"] = "adapter"
     """What ``path`` is: an ``adapter``, or a whole ``model``, the folder or hub id of a pipeline whose denoisers
     have the student's architecture. Their weights are held in main memory, and take their place on the

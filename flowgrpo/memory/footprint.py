@@ -90,7 +90,7 @@ def estimate_footprint(
     fixed = full or bool(teachers and teachers.models)
     linear = [] if fixed else _linear_weights(ours.values())
     before = {k: bytes_of(m) for k, m in models.items()}
-    trained = _trained(ours, weights, native)
+    trained = make_trainable(ours, weights, native)
     after = {k: bytes_of(m) for k, m in models.items()}
     own = {k: after[k] if full else before[k] for k in ours}
     _fit_decoder(config, models)
@@ -213,7 +213,7 @@ def _traced(
         whole: Bytes of the denoisers.
     """
     calling, batch = Calling(), config.train.rollout_batch
-    calling(tracer.rollout, _arguments(config, prompts, batch), batch)
+    calling(tracer.rollout, largest_call(config, prompts, batch), batch)
     latents, peaks = tracer.latents, dict(tracer.peaks)
     ours = tracer.denoisers
     rollout = max(v for k, v in peaks.items() if k in ours)
@@ -253,7 +253,7 @@ def _evaluated(
         return usual
     batch = config.train.rollout_batch
     tracer.peaks.clear()
-    given = _arguments(replace(config, sampling=sampling), prompts, batch)
+    given = largest_call(replace(config, sampling=sampling), prompts, batch)
     calling(tracer.rollout, given, batch)
     return max(v for k, v in tracer.peaks.items() if k in tracer.denoisers)
 
@@ -266,7 +266,7 @@ def _trained_on(
         # The initial noise is trained, so no gradient passes through a model.
         return Activations(0, 0, None)
     batch = config.train.train_batch
-    return calling(tracer.training, _arguments(config, prompts, batch), batch)
+    return calling(tracer.training, largest_call(config, prompts, batch), batch)
 
 
 def _differentiated(
@@ -291,11 +291,11 @@ def _differentiated(
         ) from error
     shown = [prompts[0]] * batch
     tracer.score_with(lambda media: rewards.scores(media, shown, texts), rewards.models)
-    arguments = _arguments(config, prompts, batch)
+    arguments = largest_call(config, prompts, batch)
     return calling(lambda given: tracer.media_training(given, steps, batch), arguments, batch)
 
 
-def _trained(models: Mapping[str, ModelMixin], weights: Weights | Noise, native: bool) -> int:
+def make_trainable(models: Mapping[str, ModelMixin], weights: Weights | Noise, native: bool) -> int:
     """Make the denoisers trainable as configured. Returns the number of trained parameters."""
     if isinstance(weights, Noise):
         return 0
@@ -308,7 +308,7 @@ def _linear_weights(models: Iterable[nn.Module]) -> list[Tensor]:
     return [m.weight for d in models for m in d.modules() if isinstance(m, nn.Linear)]
 
 
-def _arguments(config: Config, prompts: Sequence[Prompt], batch: int) -> dict[str, Any]:
+def largest_call(config: Config, prompts: Sequence[Prompt], batch: int) -> dict[str, Any]:
     """Arguments of one call: the longest text at the largest size, repeated ``batch`` times."""
     sampling = config.sampling
     usual = sampling.height, sampling.width, sampling.num_frames

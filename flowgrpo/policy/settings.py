@@ -238,8 +238,9 @@ class LoRA:
     If empty, all are adapted."""
     init: str = ""
     """An earlier adapter from which training starts: a file, folder, hub id or run directory, as in
-    ``model.adapters``; or a checkpoint of a run, such as ``runs/a/checkpoints/best``. ``rank`` must be at least its rank, and ``targets`` must include its layers; the
-    model is then the same as with the earlier adapter. The reference policy is the model with it."""
+    ``model.adapters``; or a checkpoint of a run, such as ``runs/a/checkpoints/best``. ``rank`` must be at
+    least its rank, and ``targets`` must include its layers; the model is then the same as with the
+    earlier adapter. The reference policy is the model with it."""
 
 
 @dataclass(frozen=True, kw_only=True)

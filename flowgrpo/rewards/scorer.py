@@ -164,14 +164,17 @@ class RewardScorer:
     def _score_in_parts(
         self, media: Tensor, prompts: Sequence[Prompt], audio: Audio | None, iteration: int | None
     ) -> Scores:
-        size = self.batch or len(prompts)
-        rows = [slice(i, i + size) for i in range(0, len(prompts), size)]
         return Scores.concatenate(
             [
                 self._score(media[r], prompts[r], audio[r] if audio else None, iteration)
-                for r in rows
+                for r in self._parts(len(prompts))
             ]
         )
+
+    def _parts(self, number: int) -> list[slice]:
+        """The rows of a batch of ``number`` samples that one call of a reward model gets."""
+        size = self.batch or max(1, number)
+        return [slice(i, i + size) for i in range(0, number, size)]
 
     def learn(self, gather: Callable[[list[Any]], list[Any]] = lambda own: own) -> dict[str, float]:
         """Update the rewards that learn in this iteration with all media submitted since the last call.
@@ -299,18 +302,25 @@ class RewardScorer:
                 stop.
         """
         iteration = self.iteration
-        result: Scores = self.run(lambda: self._score(media, prompts, audio, iteration)).result()
+        work = partial(self._score_in_parts, media, prompts, audio, iteration)
+        result: Scores = self.run(work).result()
         return result
 
     def marks(
         self, media: Tensor, prompts: Sequence[Prompt]
     ) -> tuple[str, Float[Tensor, " batch"] | None]:
         """The name and the scores of the first reward that needs no sound; ``""`` and None without one."""
-        for reward, model in zip(self.rewards, self.models, strict=True):
-            if not takes_audio(model):
-                work = partial(self._attempt, reward, model, media, prompts, None)
-                return reward.label, self.run(work).result()
-        return "", None
+        pairs = zip(self.rewards, self.models, strict=True)
+        found = next(((r, m) for r, m in pairs if not takes_audio(m)), None)
+        if found is None:
+            return "", None
+        attempt = partial(self._attempt, *found)
+
+        def work() -> Tensor:
+            rows = self._parts(len(prompts))
+            return torch.cat([attempt(media[r], prompts[r], None) for r in rows])
+
+        return found[0].label, self.run(work).result()
 
     def _score(
         self, media: Tensor, prompts: Sequence[Prompt], audio: Audio | None, iteration: int | None
@@ -390,7 +400,6 @@ class RewardScorer:
     ) -> Float[Tensor, " batch"] | None:
         """The scores of one reward in parts of :attr:`batch`, without retries; None if it fails."""
         model = self.models[self.rewards.index(reward)]
-        size = self.batch or len(prompts)
 
         def part(rows: slice) -> Float[Tensor, " batch"]:
             call = cast(Callable[..., Any], model)
@@ -402,7 +411,7 @@ class RewardScorer:
 
         def work() -> Float[Tensor, " batch"] | None:
             try:
-                return torch.cat([part(slice(i, i + size)) for i in range(0, len(prompts), size)])
+                return torch.cat([part(rows) for rows in self._parts(len(prompts))])
             except (Exception, SystemExit) as error:
                 log.info("reward %r failed with shuffled prompts: %s", reward.label, error)
                 return None

@@ -9,7 +9,6 @@ from collections.abc import Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from math import isfinite
-from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -24,7 +23,7 @@ from flowgrpo.data.prompts import Prompt
 from flowgrpo.policy import PipelinePolicy
 from flowgrpo.policy.arguments import call_key
 from flowgrpo.policy.weights import Trainable, swapped
-from flowgrpo.training.optimizer import sum_gradients
+from flowgrpo.training.optimizer import moments, restore_moments, sum_gradients
 from flowgrpo.training.replay import Replay
 from flowgrpo.training.shares import Shares
 
@@ -70,6 +69,7 @@ class DistributionMatching:
         self.parameters = list(self.named.values())
         with replay.teacher_weights(0)():
             self.values = [nn.Parameter(p.detach().clone()) for p in self.parameters]
+        self._values_by_name = dict(zip(self.named, self.values, strict=True))
         self.adam = torch.optim.AdamW(self.values, lr=settings.lr, weight_decay=0.0)
         # RTDMD's grids have 1,000 nodes; the prediction between two nodes changes little.
         own = policy.sampling
@@ -208,26 +208,14 @@ class DistributionMatching:
 
     def state(self) -> dict[str, dict[str, Tensor]]:
         """The parts of a checkpoint: values and moments by name."""
-        moments = {
-            f"{name}/{key}": torch.as_tensor(moment)
-            for name, value in zip(self.named, self.values, strict=True)
-            for key, moment in self.adam.state.get(value, {}).items()
-        }
-        values = {n: v.detach() for n, v in zip(self.named, self.values, strict=True)}
-        return {"fake_score": values, "fake_optimizer": moments}
+        values = {n: v.detach() for n, v in self._values_by_name.items()}
+        return {"fake_score": values, "fake_optimizer": moments(self.adam, self._values_by_name)}
 
     def restore(self, parts: dict[str, dict[str, Tensor]]) -> None:
         """Load the parts of a checkpoint, as :meth:`state` returned them."""
-        moments = parts.get("fake_optimizer", {})
-        for name, value in zip(self.named, self.values, strict=True):
+        for name, value in self._values_by_name.items():
             value.data.copy_(parts["fake_score"][name])
-            own: dict[str, Any] = {
-                k.rsplit("/", 1)[1]: m for k, m in moments.items() if k.rsplit("/", 1)[0] == name
-            }
-            if own:
-                self.adam.state[value] = {
-                    k: m if k == "step" else m.to(value.device) for k, m in own.items()
-                }
+        restore_moments(self.adam, self._values_by_name, parts.get("fake_optimizer", {}))
 
 
 def _keys(actions: Actions) -> list[tuple[int, int, int]]:

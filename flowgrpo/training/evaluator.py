@@ -36,7 +36,11 @@ class Evaluator:
 
     Attributes:
         evaluations: The results so far, those of earlier sessions of the run included.
+        base_images: The base model's images for the comparison grids, in the processes that draw these. Set by
+            :meth:`resume`.
     """
+
+    base_images: Tensor
 
     def __init__(
         self,
@@ -53,10 +57,24 @@ class Evaluator:
         benchmarks: Benchmarks | None = None,
         needs_rewards: bool = True,
     ):
-        self.needs_rewards = needs_rewards
+        """
+        Args:
+            settings: The table ``[evaluation]``.
+            session: Writes the results.
+            scorer: The rewards.
+            policy: The policy.
+            learner: Has the moving average of the weights, and the state of a checkpoint.
+            prompts: The held-out prompts.
+            sampling: Arguments of the pipeline's call in evaluations.
+            seed: Seed of the noise.
+            model_name: Name of the model in the headline of grids.
+            benchmarks: Benchmarks that run with evaluations.
+            needs_rewards: Whether the algorithm trains on rewards, so that one of them has to read the prompts.
+        """
+        self.needs_rewards, self.benchmarks = needs_rewards, benchmarks
         self._warned = set[str]()
-        self._shows: int | None = None
-        self.benchmarks = benchmarks
+        self._best_after: int | None = None
+        """The iterations after which the weights were saved that :meth:`show_best` has put into the policy."""
         self.settings, self.session, self.scorer = settings, session, scorer
         self.policy, self.learner, self.prompts = policy, learner, prompts
         self.sampling, self.seed, self.model_name = sampling, seed, model_name
@@ -161,7 +179,7 @@ class Evaluator:
                     self._save_grid(iteration)
             found = self.benchmarks.run(iteration, full) if self.benchmarks else {}
         self.scorer.check_media()
-        shown = {} if self._shows is None else {"weights_after": self._shows}
+        shown = {} if self._best_after is None else {"weights_after": self._best_after}
         parts = {"regimes": regimes, "bench": found}
         result = {
             "iteration": iteration,
@@ -173,7 +191,7 @@ class Evaluator:
         session.log_evaluation(result)
         if session.is_main:
             session.log_grid(iteration)
-        if self._shows is None:
+        if self._best_after is None:
             self._save_best(iteration, result)
         for tag, table in {"": result, **regimes}.items():
             scores = ", ".join(f"{k} {v:.3f}" for k, v in table["scores"].items())
@@ -231,8 +249,8 @@ class Evaluator:
         parts, state = self.session.load(folder, self.learner)
         assert self.policy.trainable is not None
         self.policy.trainable.load(parts["weights"])
-        self._shows = int(state["iteration"])
-        return folder.name, self._shows, float(state["score"])
+        self._best_after = int(state["iteration"])
+        return folder.name, self._best_after, float(state["score"])
 
     def _warn(self, result: Mapping[str, Any]) -> None:
         """Print each sign of reward hacking in an evaluation, once per session."""
@@ -273,7 +291,7 @@ class Evaluator:
         These are the moving average if there is one, else the trained weights; after
         :meth:`show_best`, the best ones.
         """
-        average = self.learner.ema if self._shows is None else None
+        average = self.learner.ema if self._best_after is None else None
         return average.applied() if average else nullcontext()
 
     @property

@@ -4,22 +4,19 @@ A loss that couples a group through one number per action gets this number for a
 before it is called for a part of them. The pass has no gradients and the same weights as the second.
 """
 
-from collections.abc import Iterable, Sequence
-from itertools import zip_longest
+from collections.abc import Sequence
 
 import torch
-from torch import Tensor
 
-from flowgrpo.data.experience import Actions, Experience
+from flowgrpo.data.experience import Experience
 from flowgrpo.losses.base import WholeGroups
-from flowgrpo.training.replay import Replay, StoredOutputs
+from flowgrpo.training.replay import Batch, Replay
 
 
 def whole_groups(
     replay: Replay,
     experience: Experience,
-    batches: Sequence[tuple[Actions, Tensor]],
-    references: Iterable[StoredOutputs],
+    batches: Sequence[Batch],
     first_update: bool,
 ) -> list[WholeGroups | None]:
     """For each batch that holds a part of a group, the terms of the whole group; None for the others.
@@ -30,23 +27,23 @@ def whole_groups(
     Args:
         replay: Evaluates batches.
         experience: The actions of this process.
-        batches: Actions of one step and their advantages; one that holds a part of a group holds no other.
-        references: The reference's outputs for each batch; empty if the loss needs none.
+        batches: Actions of one step, with their advantages and the reference's outputs if the loss needs them.
+            One that holds a part of a group holds no other.
         first_update: Whether no optimizer step has been taken since the actions were sampled.
     """
     # A group is compared at one time and with one guidance scale, as in a batch that holds all of it.
     parts: dict[tuple[int, float | None, int], list[int]] = {}
-    for i, (batch, _) in enumerate(batches):
+    for i, batch in enumerate(b.actions for b in batches):
         scale = None if batch.guidance is None else float(batch.guidance[0])
         for group in batch.group.unique().tolist():
             parts.setdefault((int(batch.step[0]), scale, group), []).append(i)
     divided = {i: found[0] for found in parts.values() if len(found) > 1 for i in found}
     gathered: dict[int, list[WholeGroups]] = {}
     with torch.no_grad(), replay.policy.together():
-        for i, ((batch, advantage), reference) in enumerate(zip_longest(batches, references)):
+        for i, batch in enumerate(batches):
             if i not in divided:
                 continue
-            inputs = replay.inputs(experience, batch, advantage, reference, first_update)
+            inputs = replay.inputs(experience, batch, first_update)
             assert inputs.has_reward is not None
             term = replay.loss.group_term(inputs).detach()
             part = WholeGroups(term, inputs.advantage, inputs.group, inputs.has_reward)

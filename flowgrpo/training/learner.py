@@ -1,4 +1,4 @@
-"""From experience and advantages to new weights: loss, gradients, optimizer, moving average.
+"""From experience and advantages to new weights: loss, gradients, moving average.
 
 With ``A`` actions in the groups of an optimizer step, over all processes, the gradient is that of::
 
@@ -11,9 +11,7 @@ batch, and the gradients of all processes are added.
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from itertools import zip_longest
 from math import isfinite
-from statistics import median
 from typing import Any
 
 import torch
@@ -29,7 +27,7 @@ from flowgrpo.core.random import Random
 from flowgrpo.data.experience import Actions, Experience
 from flowgrpo.losses.base import Loss, LossInputs, LossOutputs, WholeGroups
 from flowgrpo.policy import EMA, PipelinePolicy
-from flowgrpo.policy.sharding import clip_gradients, divided_like, local
+from flowgrpo.policy.sharding import divided_like, local
 from flowgrpo.policy.weights import Trainable, swapped
 from flowgrpo.training.baseline import ValueBaseline
 from flowgrpo.training.distribution_matching import DistributionMatching
@@ -38,8 +36,8 @@ from flowgrpo.training.group_terms import whole_groups
 from flowgrpo.training.guard import Guarding
 from flowgrpo.training.metrics import UpdateStatistics
 from flowgrpo.training.monitored import monitored
-from flowgrpo.training.optimizer import adamw, sum_gradients
-from flowgrpo.training.replay import Replay, StoredOutputs
+from flowgrpo.training.optimizer import PolicyOptimizer
+from flowgrpo.training.replay import Batch, Replay
 from flowgrpo.training.replay_buffer import ReplayBuffer
 from flowgrpo.training.reward_replay import RewardReplay
 from flowgrpo.training.shares import Shares
@@ -50,22 +48,18 @@ from flowgrpo.training.split import (
     split_samples,
     split_steps,
 )
+from flowgrpo.training.stored_outputs import StoredOutputs
 from flowgrpo.training.weighting import action_weights, chunk_log_ratios
-
-GRADIENT_NORMS_KEPT = 50
-"""Gradient norms of past optimizer steps whose median defines a spike."""
-MIN_NORMS_FOR_SPIKE = 10
-"""Below this many past norms, no step counts as a spike."""
 
 
 class Learner:
-    """Owns the optimizer and everything else that an update changes.
+    """Updates the weights, and owns everything that an update changes.
 
     It supplies a loss with the inputs that the loss declares (:class:`flowgrpo.losses.base.LossNeeds`)
     and handles all losses alike.
 
     Attributes:
-        num_updates: Optimizer steps taken or skipped so far.
+        optimizer: Takes the optimizer steps.
         ema: The moving average of the weights, if ``train.ema_decay`` is above 0.
         behaviour: The weights of the behaviour policy, one tensor per trained parameter, if the loss
             needs an old policy whose weights differ from the trained ones.
@@ -93,8 +87,7 @@ class Learner:
         self.named = policy.trainable.parameters
         self.parameters = list(self.named.values())
         self.is_sharded = isinstance(policy.trainable, Trainable) and policy.trainable.is_sharded
-        self.adam = adamw(self.parameters, train)
-        self.optimizer = accelerator.prepare(self.adam)
+        self.optimizer = PolicyOptimizer(self.named, train, accelerator, self.is_sharded)
         self.ema = (
             EMA(self.parameters, train.ema_decay, train.ema_every) if train.ema_decay > 0 else None
         )
@@ -109,14 +102,14 @@ class Learner:
         self.earlier: list[Tensor] | None = None
         # In the first update of an iteration the old means are the policy's own, so that recorded
         # means are needed from the second update on only, or if the policy that sampled is an older one.
-        own_means = train.optimizer_steps == 1 and train.staleness == 0
-        policy.keeps_means = needs.old_mean and not own_means
+        has_own_means = train.optimizer_steps == 1 and train.staleness == 0
+        policy.keeps_means = needs.old_mean and not has_own_means
         policy.replay_batch = train.train_batch
         self.replay = Replay(
             policy,
             loss,
             train_batch=train.train_batch,
-            has_one_update=own_means,
+            has_own_means=has_own_means,
             behaviour=self._old_policy,
             average=None if self.ema is None else self.ema.applied,
             rewarded=rewarded,
@@ -126,8 +119,6 @@ class Learner:
             self.matching = DistributionMatching(
                 policy, self.replay, self.shares, train.train_batch
             )
-        self.num_updates = 0
-        self.gradient_norms: list[float] = []
         self._lost_iterations = 0
 
     def behaviour_policy(self) -> AbstractContextManager[None]:
@@ -136,7 +127,7 @@ class Learner:
         These are the behaviour weights if the loss has an old policy, after
         ``LossNeeds.old_policy_samples_from`` optimizer steps; otherwise the trained weights.
         """
-        waits = self.num_updates < self.loss.needs.old_policy_samples_from
+        waits = self.optimizer.num_updates < self.loss.needs.old_policy_samples_from
         return nullcontext() if waits else self._old_policy()
 
     def weights_before(self) -> AbstractContextManager[None]:
@@ -162,9 +153,10 @@ class Learner:
         """Take all optimizer steps of one iteration. Returns the metrics of the iteration.
 
         Each optimizer step trains on a part of the actions (``train.split``), and each epoch on all of
-        them, divided anew. The loss of a step is the mean over its actions on all processes. Actions with advantage 0 count in this mean, unless
-        ``train.without_advantage`` drops their samples, but are computed only if the loss needs them
-        (``all_actions``): without a KL they would not change the gradient.
+        them, divided anew. The loss of a step is the mean over its actions on all processes. Actions with
+        advantage 0 count in this mean, unless ``train.without_advantage`` drops their samples, but are
+        computed only if the loss needs them (``all_actions``): without a KL they would not change the
+        gradient.
 
         Args:
             experience: The actions of this process, and the states before them.
@@ -193,17 +185,13 @@ class Learner:
             computes_all = needs.all_actions or needs.whole_groups
             trained = chosen if computes_all else chosen & differs
             weighted = self._weighted(experience, advantages, chosen)
-            batches = list(self.replay.batches(experience, weighted, trained))
+            parts = list(self.replay.batches(experience, weighted, trained))
             is_first = number_before == 0 and not stale
-            parts = self._with_outputs(experience, batches, is_first)
+            batches = self._supplied(experience, parts, is_first)
             with self.policy.together():
-                for (batch, advantage), reference, teacher, ratio, whole in parts:
-                    columns = [advantage] if advantage.ndim == 1 else list(advantage.unbind(1))
-                    inputs = self.replay.inputs(
-                        experience, batch, columns[0], reference, is_first, teacher
-                    )
-                    inputs = replace(inputs, chunk_log_ratio=ratio, whole=whole, direction=self._direction(batch))  # fmt: skip
-                    loss = self._loss(inputs, columns[1:], statistics)
+                for batch in batches:
+                    inputs = self.replay.inputs(experience, batch, is_first)
+                    loss = self._loss(inputs, batch.columns[1:], statistics)
                     # Wan 2.2 has two denoisers. If only one is trained, the steps of the other carry
                     # no gradient, and nothing is backpropagated.
                     self.policy.lockstep.backward(loss / number, self.accelerator.backward)
@@ -213,35 +201,46 @@ class Learner:
         metrics = statistics.summary(self.shares) | noted | self._drift(experience)
         return metrics | self._reset_reference(metrics["loss/kl"])
 
-    def _direction(self, batch: Actions) -> Float[Tensor, "actions *latent"] | None:
-        """The directions of a batch of generated actions, if the loss matches distributions."""
-        return None if self.matching is None else self.matching.direction(batch)
-
-    def _with_outputs(
+    def _supplied(
         self,
         experience: Experience,
-        batches: Sequence[tuple[Actions, Tensor]],
+        parts: Sequence[tuple[Actions, Tensor]],
         is_first: bool,
-    ) -> Iterator[tuple[Any, ...]]:
-        """Each batch with what the loss needs of other weights and of other batches; None for the rest.
+    ) -> Iterator[Batch]:
+        """Parts of the actions, with their advantages, as batches with what the loss needs.
 
-        Returns:
-            The batch and its advantages, the outputs of the reference and of the teacher, the log-ratios
-            of chunks, and the whole groups. What has to be evaluated for all batches at once, in sections
-            of its own, is evaluated by this call.
+        What has to be evaluated for all batches at once, in sections of its own, is evaluated by this
+        call; the rest when a batch is asked for.
         """
-        needs, referred = self.loss.needs, [batch for batch, _ in batches]
-        references: Iterable[StoredOutputs] = []
+        needs, batches = self.loss.needs, [actions for actions, _ in parts]
+        nothing = [None] * len(parts)
+        references: Iterable[StoredOutputs | None] = nothing
         if needs.reference:
-            references = self.replay.references(experience, referred, needs.reference_guidance)
-        at_states = needs.teachers and not needs.fake_score
-        taught = self.replay.taught(experience, referred) if at_states else []
+            references = self.replay.references(experience, batches, needs.reference_guidance)
+        teachers: Sequence[StoredOutputs | None] = nothing
+        if needs.teachers and not needs.fake_score:
+            teachers = self.replay.taught(experience, batches)
+        wholes: Sequence[WholeGroups | None] = nothing
         if needs.group_term:
             # They are used twice: for the whole groups, and for the batches.
             references = list(references)
-        wholes = self._whole_groups(experience, batches, references, is_first)
-        ratios = self._chunk_log_ratios(experience, referred, is_first)
-        return zip_longest(batches, references, taught, ratios, wholes)
+            known = [Batch(*part, r) for part, r in zip(parts, references, strict=True)]
+            wholes = whole_groups(self.replay, experience, known, is_first)
+        ratios = self._chunk_log_ratios(experience, batches, is_first)
+        columns = zip(parts, references, teachers, ratios, wholes, strict=True)
+        matching = self.matching
+        return (
+            Batch(
+                actions,
+                advantages,
+                reference,
+                teacher,
+                ratio,
+                whole,
+                direction=None if matching is None else matching.direction(actions),
+            )
+            for (actions, advantages), reference, teacher, ratio, whole in columns
+        )
 
     def _weighted(
         self,
@@ -264,28 +263,18 @@ class Learner:
 
     def _chunk_log_ratios(
         self, experience: Experience, batches: Sequence[Actions], is_first: bool
-    ) -> list[Float[Tensor, " actions"]]:
-        """The mean log-ratios of the chunks of each batch's actions; none if the loss has no chunks.
+    ) -> Sequence[Float[Tensor, " actions"] | None]:
+        """The mean log-ratios of the chunks of each batch's actions; None if the loss has no chunks.
 
         Before the first update all are 0. Later they take a pass without gradients of their own, as the
         actions of a chunk are in different batches.
         """
         chunks = self.loss.needs.chunks
-        if not chunks or is_first:
-            return [torch.zeros(len(batch)) for batch in batches] if chunks else []
+        if not chunks:
+            return [None] * len(batches)
+        if is_first:
+            return [torch.zeros(len(batch)) for batch in batches]
         return chunk_log_ratios(batches, self.replay.log_ratios(experience, batches), chunks)
-
-    def _whole_groups(
-        self,
-        experience: Experience,
-        batches: Sequence[tuple[Actions, Tensor]],
-        references: Iterable[StoredOutputs],
-        is_first: bool,
-    ) -> list[WholeGroups | None]:
-        """For each batch with a part of a group, what the loss needs of the whole group."""
-        if not self.loss.needs.group_term:
-            return []
-        return whole_groups(self.replay, experience, batches, references, is_first)
 
     def _reset_reference(self, kl: float) -> dict[str, float]:
         """Make the trained weights the reference policy, if the guards say so; what to log about it."""
@@ -412,59 +401,19 @@ class Learner:
         remaining = self.loss.needs.old_policy
         if self.behaviour is not None and remaining is not None:
             behaviour, trained = map(local, self.behaviour), map(local, self.parameters)
-            weight = 1 - remaining(self.num_updates)
+            weight = 1 - remaining(self.optimizer.num_updates)
             torch._foreach_lerp_(list(behaviour), list(trained), weight)
 
     def _step(self, statistics: UpdateStatistics) -> None:
-        """Clip the gradient and take an optimizer step, unless the gradient is a spike or not finite."""
-        sum_gradients(self.parameters, self.accelerator)
-        train = self.train
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.learning_rate(self.num_updates)
-        if self.is_sharded:
-            norm = clip_gradients(self.parameters, train.max_grad_norm)
-        else:
-            norm = float(self.accelerator.clip_grad_norm_(self.parameters, train.max_grad_norm))
-        known = self.gradient_norms
-        usual = median(known) if len(known) >= MIN_NORMS_FOR_SPIKE else float("inf")
-        is_spike = train.spike_factor > 0 and norm > train.spike_factor * usual
-        # "not <" is true for NaN as well.
-        skipped = is_spike or not norm < float("inf")
-        if not skipped:
-            self.optimizer.step()
-            self.gradient_norms = [*known, norm][-GRADIENT_NORMS_KEPT:] if norm > 0 else known
-            if self.ema is not None:
-                self.ema.update()
-        elif self.accelerator.scaler is not None:
-            # The scaler has unscaled these gradients; without this call it refuses the next step.
-            self.accelerator.scaler.update()
-        self.optimizer.zero_grad()
-        self.num_updates += 1
-        statistics.stepped(norm, self.learning_rate(self.num_updates - 1), skipped)
-
-    def learning_rate(self, update: int) -> float:
-        """The learning rate of an optimizer step, counted from 0 over the whole run.
-
-        It rises linearly over ``warmup`` steps. ``linear`` and ``cosine`` fall from ``lr`` to a tenth of it.
-        """
-        train = self.train
-        warm = min(1.0, (update + 1) / (train.warmup + 1))
-        done = update / max(1, train.iterations * train.optimizer_steps)
-        fall = {
-            "constant": 1.0,
-            "linear": 1 - 0.9 * done,
-            "cosine": 0.55 + 0.45 * float(torch.cos(torch.tensor(torch.pi * done))),
-        }[train.schedule]
-        return train.lr * warm * fall
+        """Take an optimizer step, and move the average if the weights have changed."""
+        taken = self.optimizer.step()
+        if self.ema is not None and not taken.skipped:
+            self.ema.update()
+        statistics.stepped(taken.norm, taken.learning_rate, taken.skipped)
 
     def state(self) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
         """The contents of a checkpoint: tensors by part and name, and values for JSON."""
-        names: dict[Any, str] = dict(zip(self.parameters, self.named, strict=True))
-        moments = {
-            f"{names[p]}/{k}": torch.as_tensor(v)
-            for p, state in self.adam.state.items()
-            for k, v in state.items()
-        }
+        moments, of_optimizer = self.optimizer.state()
         parts: dict[str, dict[str, Tensor]] = {"weights": dict(self.named), "optimizer": moments}
         if self.ema is not None:
             parts["ema"] = dict(zip(self.named, self.ema.average, strict=True))
@@ -483,11 +432,9 @@ class Learner:
                 name: divided_like(part, self.named[name]) for name, part in self._reference.items()
             }
         state = {
-            "num_updates": self.num_updates,
-            "gradient_norms": self.gradient_norms,
+            **of_optimizer,
             "ema_updates": self.ema.updates if self.ema else 0,
             "guard": self.guarding.state() if self.guarding else None,
-            "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler else None,
             "teachers": self._teacher_digests(),
         }
         return parts, state
@@ -512,11 +459,7 @@ class Learner:
         assert self.policy.trainable is not None
         require_same_teachers(state.get("teachers", {}), self._teacher_digests())
         self.policy.trainable.load(parts["weights"])
-        self._restore_moments(parts["optimizer"])
-        self.num_updates = state["num_updates"]
-        self.gradient_norms = state["gradient_norms"]
-        if self.accelerator.scaler is not None and state["scaler"]:
-            self.accelerator.scaler.load_state_dict(state["scaler"])
+        self.optimizer.restore(parts["optimizer"], state)
         if self.ema is not None:
             self.ema.updates = state["ema_updates"]
             for average, name in zip(self.ema.average, self.named, strict=True):
@@ -537,21 +480,6 @@ class Learner:
             self.guarding.restore(state["guard"])
         if "reference" in parts:
             self._refer_to(parts["reference"])
-
-    def _restore_moments(self, moments: dict[str, Tensor]) -> None:
-        """Load the optimizer's state, which is saved as ``<parameter>/<moment>``."""
-        for name, parameter in self.named.items():
-            own = {
-                k.rsplit("/", 1)[1]: v for k, v in moments.items() if k.rsplit("/", 1)[0] == name
-            }
-            if own:
-                # AdamW holds its step count as a tensor on the CPU (the 8-bit AdamW as a number) and
-                # its moments on the parameter's device.
-                is_plain = isinstance(self.adam, torch.optim.AdamW)
-                self.adam.state[parameter] = {
-                    k: (v if is_plain else int(v)) if k == "step" else v.to(parameter.device)
-                    for k, v in own.items()
-                }
 
 
 def require_same_teachers(before: Mapping[str, str], now: Mapping[str, str]) -> None:

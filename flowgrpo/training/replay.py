@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from flowgrpo.config.distillation import teacher_sampling
@@ -19,15 +19,47 @@ from flowgrpo.core.text import counted
 from flowgrpo.core.transitions import Gaussian, Prediction
 from flowgrpo.data.experience import Actions, Experience
 from flowgrpo.data.prompts import Prompt
-from flowgrpo.losses.base import Loss, LossInputs, PolicyOutputs
+from flowgrpo.losses.base import Loss, LossInputs, PolicyOutputs, WholeGroups
 from flowgrpo.policy import PipelinePolicy, Sampling
 from flowgrpo.policy.arguments import call_key
 from flowgrpo.policy.step_plan import StepRecord
 from flowgrpo.policy.weights import Trainable
 from flowgrpo.training.reward_replay import RewardReplay
+from flowgrpo.training.stored_outputs import StoredOutputs
 
 Weights = Callable[[], AbstractContextManager[None]]
 """Enters a context inside which the policy has other weights."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Actions that one forward pass serves, and what their loss needs besides their replay.
+
+    The fields from ``reference`` on are None unless the loss declares that it needs them.
+
+    Attributes:
+        actions: The actions.
+        advantages: One or several of each action, weighted as the loss asks for.
+        reference: Outputs of the reference policy.
+        teacher: Outputs of the teacher of the actions' prompts.
+        chunk_log_ratio: As in :class:`flowgrpo.losses.base.LossInputs`.
+        whole: As in :class:`flowgrpo.losses.base.LossInputs`.
+        direction: As in :class:`flowgrpo.losses.base.LossInputs`.
+    """
+
+    actions: Actions
+    advantages: Float[Tensor, "actions *rewards"]
+    reference: StoredOutputs | None = None
+    teacher: StoredOutputs | None = None
+    chunk_log_ratio: Float[Tensor, " actions"] | None = None
+    whole: WholeGroups | None = None
+    direction: Float[Tensor, "actions *latent"] | None = None
+
+    @property
+    def columns(self) -> list[Float[Tensor, " actions"]]:
+        """The advantages of every action: one tensor, or one for each reward."""
+        several = self.advantages.ndim > 1
+        return list(self.advantages.unbind(1)) if several else [self.advantages]
 
 
 class Replay:
@@ -37,8 +69,8 @@ class Replay:
         policy: The policy that is trained.
         loss: Declares the inputs that it needs.
         train_batch: Largest number of states in one forward pass.
-        has_one_update: Whether an iteration has a single optimizer step. The old means are then the
-            policy's own.
+        has_own_means: Whether the weights that are trained have sampled the actions in every optimizer
+            step. The old means are then the policy's own, and none are recorded.
         behaviour: Weights of the behaviour policy.
         average: Moving average of the weights, if there is one.
         rewarded: Replays actions to their rewards, if the loss differentiates these.
@@ -50,26 +82,33 @@ class Replay:
         loss: Loss,
         *,
         train_batch: int,
-        has_one_update: bool,
+        has_own_means: bool,
         behaviour: Weights,
         average: Weights | None,
         rewarded: RewardReplay | None = None,
     ):
         self.policy, self.loss, self.train_batch = policy, loss, train_batch
-        self.has_one_update, self.rewarded = has_one_update, rewarded
+        self.has_own_means, self.rewarded = has_own_means, rewarded
         policy.lockstep.weights["behaviour"] = behaviour
         if average is not None:
             policy.lockstep.weights["average"] = average
 
     def batches(
-        self, experience: Experience, advantages: Tensor, trained: Tensor
-    ) -> Iterator[tuple[Actions, Tensor]]:
-        """Batches of actions that one forward pass can serve, with their advantages.
+        self,
+        experience: Experience,
+        values: Shaped[Tensor, "actions *rest"],
+        trained: Bool[Tensor, " actions"],
+    ) -> Iterator[tuple[Actions, Shaped[Tensor, "batch *rest"]]]:
+        """Batches of the trained actions that one forward pass can serve, with their values.
 
         The actions of a batch share the denoising step and the guidance scale, and their prompts can
         share a call of the pipeline (same size, same condition image) and have one teacher. They start
-        from at most
-        ``train_batch`` states.
+        from at most ``train_batch`` states.
+
+        Args:
+            experience: The iteration's experience.
+            values: A row for each action, such as its advantages.
+            trained: The actions to put into batches.
         """
         actions, teachers = experience.actions, self.loss.needs.teachers
         # Groups by the key that decides whether prompts can share a call.
@@ -83,7 +122,7 @@ class Replay:
                 found = (trained & (actions.step == step) & alike).nonzero().squeeze(1)
                 for rows in _by_guidance(actions, found):
                     for part in self._split(actions, rows):
-                        yield actions.select(part), advantages[part]
+                        yield actions.select(part), values[part]
 
     def _split(self, actions: Actions, rows: Int[Tensor, " rows"]) -> Iterator[Int[Tensor, " _"]]:
         """Split the rows of actions so that each part has at most ``train_batch`` states.
@@ -120,7 +159,7 @@ class Replay:
 
     def references(
         self, experience: Experience, batches: Sequence[Actions], guidance: float | None = None
-    ) -> Iterable["StoredOutputs"]:
+    ) -> Iterable[StoredOutputs]:
         """The reference's outputs for all batches.
 
         Where disabling adapters gives the reference, each batch is evaluated when it is asked for, and
@@ -144,7 +183,7 @@ class Replay:
 
     def taught(
         self, experience: Experience, batches: Sequence[Actions], sampling: Sampling | None = None
-    ) -> list["StoredOutputs"]:
+    ) -> list[StoredOutputs]:
         """The outputs of the teachers for all batches, each of its prompts' teacher, in main memory.
 
         Args:
@@ -183,7 +222,7 @@ class Replay:
         experience: Experience,
         batches: Sequence[Actions],
         sampling: Sampling | None = None,
-    ) -> list["StoredOutputs"]:
+    ) -> list[StoredOutputs]:
         """The outputs of the policy with other weights for all batches, in main memory."""
         # In lockstep, a process without batches joins the calls of the others.
         if not batches and not self.policy.in_lockstep:
@@ -194,24 +233,22 @@ class Replay:
 
     def _references_in_turn(
         self, experience: Experience, batches: Sequence[Actions], sampling: Sampling | None
-    ) -> Iterator["StoredOutputs"]:
+    ) -> Iterator[StoredOutputs]:
         for actions in batches:
             with torch.no_grad(), self.policy.reference():
                 outputs = StoredOutputs.of(self.record(experience, actions, sampling))
             # Outside the contexts, which would otherwise hold for the caller.
             yield outputs
 
-    def inputs(
-        self,
-        experience: Experience,
-        actions: Actions,
-        advantage: Float[Tensor, " actions"],
-        reference: "StoredOutputs | None",
-        first_update: bool,
-        teacher: "StoredOutputs | None" = None,
-    ) -> LossInputs:
-        """Replay a batch with gradients and add the inputs that the loss declares."""
-        needs, device = self.loss.needs, self.policy.device
+    def inputs(self, experience: Experience, batch: Batch, first_update: bool) -> LossInputs:
+        """Replay a batch with gradients and add the inputs that the loss declares.
+
+        Args:
+            experience: The iteration's experience.
+            batch: A part of its actions. The inputs have the first of their advantages.
+            first_update: Whether no optimizer step has been taken since the actions were sampled.
+        """
+        needs, device, actions = self.loss.needs, self.policy.device, batch.actions
         reward = None
         if needs.reward_gradient:
             assert self.rewarded is not None
@@ -237,7 +274,7 @@ class Replay:
             state=state,
             x_next=actions.x_next.to(device),
             old_log_prob=actions.old_log_prob.to(device),
-            advantage=advantage.to(device),
+            advantage=batch.columns[0].to(device),
             group=actions.group.to(device),
             sample=actions.sample.to(device),
             step=record.step,
@@ -247,11 +284,14 @@ class Replay:
             old_mean=old_mean,
             old_policy=old_policy,
             average=average,
-            reference=None if reference is None else reference.restored(record),
-            teacher=None if teacher is None else teacher.restored(record),
+            reference=None if batch.reference is None else batch.reference.restored(record),
+            teacher=None if batch.teacher is None else batch.teacher.restored(record),
             has_reward=experience.has_reward(actions).to(device),
             kl_weight=None if actions.kl_weight is None else actions.kl_weight.to(device),
+            chunk_log_ratio=batch.chunk_log_ratio,
+            whole=batch.whole,
             reward=None if reward is None else reward[state],
+            direction=batch.direction,
         )
 
     def log_ratios(
@@ -269,14 +309,14 @@ class Replay:
         return found
 
     def _old_mean(self, actions: Actions, mean: Tensor) -> Tensor:
-        """The recorded means of the steps, or with one update per iteration the policy's own.
+        """The recorded means of the steps, or the policy's own where these are the same.
 
         Raises:
             ValueError: If there are several updates and the algorithm has recorded no means.
         """
         if actions.old_mean is not None:
             return actions.old_mean.to(mean.device)
-        if not self.has_one_update:
+        if not self.has_own_means:
             raise ValueError(
                 f"the loss {type(self.loss).__name__} needs the old means of the steps when an iteration "
                 "has several optimizer steps, but the algorithm has not recorded them: set Actions.old_mean where "
@@ -337,63 +377,3 @@ def _detached(record: StepRecord) -> PolicyOutputs:
 
 def _outputs(record: StepRecord) -> PolicyOutputs:
     return PolicyOutputs(record.prediction, record.gaussian)
-
-
-@dataclass(frozen=True)
-class StoredOutputs:
-    """The outputs of a policy for a batch of states, on its device or in main memory.
-
-    Attributes:
-        output: The model's output.
-        mean: Mean of ``x_next``.
-        std: Standard deviation of ``x_next``.
-        prediction: The whole prediction, only where it does not follow from state and output (a
-            scheduler that clamps the predicted data): it would double the memory.
-    """
-
-    output: Float[Tensor, "states *latent"]
-    mean: Float[Tensor, "states *latent"]
-    std: float | Float[Tensor, "#states *latent"]
-    prediction: Prediction | None
-
-    @classmethod
-    def of(cls, record: StepRecord) -> "StoredOutputs":
-        p, std = record.prediction, record.gaussian.std
-        implied = Prediction.from_output(record.x, p.output, record.interval)
-        follows = torch.equal(implied.x0, p.x0) and torch.equal(implied.x1, p.x1)
-        return cls(p.output, record.gaussian.mean, std, None if follows else p)
-
-    def in_main_memory(self) -> "StoredOutputs":
-        """A copy in main memory.
-
-        From a CUDA device the copies go to pinned memory and the host does not wait for them. They may
-        be read only after a synchronisation, or by a copy back to the device (:meth:`restored`).
-        """
-        p = self.prediction
-        return StoredOutputs(
-            _to_main_memory(self.output),
-            _to_main_memory(self.mean),
-            _to_main_memory(self.std) if isinstance(self.std, Tensor) else self.std,
-            None if p is None else Prediction(*map(_to_main_memory, (p.x0, p.x1, p.output))),
-        )
-
-    def restored(self, record: StepRecord) -> PolicyOutputs:
-        """The outputs on the device of another policy's record of the same states."""
-        device, p = record.x.device, self.prediction
-        if p is None:
-            output = _to_device(self.output, device)
-            prediction = Prediction.from_output(record.x, output, record.interval)
-        else:
-            prediction = Prediction(*(_to_device(t, device) for t in (p.x0, p.x1, p.output)))
-        std = _to_device(self.std, device) if isinstance(self.std, Tensor) else self.std
-        gaussian = Gaussian(_to_device(self.mean, device), std, record.gaussian.normalised)
-        return PolicyOutputs(prediction, gaussian)
-
-
-def _to_main_memory(tensor: Tensor) -> Tensor:
-    # PyTorch allocates the destination of such a copy in pinned memory.
-    return tensor.to("cpu", non_blocking=tensor.is_cuda)
-
-
-def _to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    return tensor.to(device, non_blocking=True)

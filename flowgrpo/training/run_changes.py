@@ -2,9 +2,9 @@
 
 ``sessions.jsonl`` has one line per session. Its table ``changed`` holds the keys that differ from the
 session before; ``kept`` those that were given to ``--resume-with``, which stay in force when the run is
-resumed without it. ``stopped`` is the number of iterations after which early stopping had
-ended a run that this session extends. ``history/NNNNNN.toml`` is the configuration with which the iterations up to N were
-trained, for every N at which it changed.
+resumed without it. ``stopped`` is the number of iterations after which early stopping had ended a run
+that this session extends. ``history/NNNNNN.toml`` is the configuration with which the iterations up to N
+were trained, for every N at which it changed.
 """
 
 import json

@@ -37,7 +37,6 @@ HEADERS = {
     "en": ("Checkpoints Defination", "Checkpoints Description"),  # spelt so in the official wording
     "zh": ("考点说明", "考点描述说明"),
 }
-NUM_POINTS = 27
 COLUMNS = ("index", "prompt", "testpoint", "output", "result_json", "img_path")
 
 
