@@ -102,6 +102,32 @@ class Summed(Distances):
         return LossOutputs(super().__call__(inputs).loss.sum().reshape(1))
 
 
+@dataclass(frozen=True, kw_only=True)
+class WithoutKL(Distances):
+    """Has a ``kl_coef`` and returns no KL."""
+
+    def __call__(self, inputs: LossInputs) -> LossOutputs:
+        return LossOutputs(super().__call__(inputs).loss)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DetachedKL(Distances):
+    """Returns a KL that trains nothing."""
+
+    def __call__(self, inputs: LossInputs) -> LossOutputs:
+        found = super().__call__(inputs)
+        assert found.kl is not None
+        return LossOutputs(found.loss, found.kl.detach(), found.metrics)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Detached(Distances):
+    """Returns a loss that trains nothing."""
+
+    def __call__(self, inputs: LossInputs) -> LossOutputs:
+        return LossOutputs(super().__call__(inputs).loss.detach())
+
+
 Learn = Callable[..., tuple[Learner, Experience]]
 
 
@@ -508,6 +534,12 @@ def test_whole_groups_share_a_batch(learn: Learn):
     [
         (Undeclared(), "the metric 'distance/old' without declaring it"),
         (Summed(), r"Summed returned loss of shape \(1,\)"),
+        (
+            WithoutKL(kl_coef=0.1),
+            r"loss.kl_coef is 0.1, and WithoutKL returned no kl.*LossOutputs\(loss, kl=",
+        ),
+        (DetachedKL(kl_coef=0.1), "DetachedKL returned a kl without a gradient"),
+        (Detached(), "Detached returned a loss without a gradient"),
     ],
 )
 def test_losses_that_break_the_protocol_are_refused(loss, message, learn: Learn):

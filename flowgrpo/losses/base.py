@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal, Protocol, runtime_checkable
 
-from flowgrpo.core.tensors import Bool, Float, Int, Tensor
+from flowgrpo.core.tensors import Bool, Float, Int, Tensor, torch
 from flowgrpo.core.transitions import Gaussian, Prediction, Step, Transition
 from flowgrpo.losses.fake_score import FakeScore
 from flowgrpo.losses.teachers import Teachers
@@ -332,6 +332,37 @@ def check_interface(loss: object) -> None:
         raise ValueError(
             f"{type(loss).__name__} has no {', '.join(missing)}; inherit from flowgrpo.losses.base.Loss, "
             "which has all parts but __call__"
+        )
+
+
+def check_outputs(loss: Loss, outputs: LossOutputs, inputs: LossInputs) -> None:
+    """Refuse outputs of a loss from which the learner cannot train.
+
+    Raises:
+        ValueError: If they are not one value per action, have no gradient, or lack the KL to which
+            ``kl_coef`` belongs.
+    """
+    name = type(loss).__name__
+    for part, values in (("loss", outputs.loss), ("kl", outputs.kl)):
+        if values is not None and values.shape != inputs.advantage.shape:
+            raise ValueError(
+                f"{name} returned {part} of shape {tuple(values.shape)}; it must return one value per action, "
+                f"shape {tuple(inputs.advantage.shape)}"
+            )
+    if loss.kl_coef == 0:
+        counted = outputs.loss
+    elif outputs.kl is None:
+        raise ValueError(
+            f"loss.kl_coef is {loss.kl_coef:g}, and {name} returned no kl, so it would have no effect; return "
+            "LossOutputs(loss, kl=...), for instance of flowgrpo.losses.base.velocity_kl, or set loss.kl_coef = 0"
+        )
+    else:
+        counted = outputs.kl
+    if torch.is_grad_enabled() and not counted.requires_grad:
+        part = "loss" if counted is outputs.loss else "kl"
+        raise ValueError(
+            f"{name} returned a {part} without a gradient, so it would train nothing; compute it from "
+            "inputs.policy or inputs.gaussian, without detach() and torch.no_grad()"
         )
 
 

@@ -25,7 +25,7 @@ from flowgrpo.config import Train
 from flowgrpo.core.errors import ConfigError, DivergenceError
 from flowgrpo.core.random import Random
 from flowgrpo.data.experience import Actions, Experience
-from flowgrpo.losses.base import Loss, LossInputs, LossOutputs, WholeGroups
+from flowgrpo.losses.base import Loss, LossInputs, WholeGroups, check_outputs
 from flowgrpo.policy import EMA, PipelinePolicy
 from flowgrpo.policy.sharding import divided_like, local
 from flowgrpo.policy.weights import Trainable, swapped
@@ -349,12 +349,13 @@ class Learner:
             statistics: Notes loss, KL and metrics.
 
         Raises:
-            ValueError: If the loss does not return one value per action.
+            ValueError: If the loss does not return one value per action with a gradient, or has a
+                ``kl_coef`` and returns no KL.
         """
         more = [replace(inputs, advantage=a.to(inputs.advantage.device)) for a in others]
         each = [self.loss(one) for one in (inputs, *more)]
         for outputs in each:
-            _require_per_action(self.loss, outputs, inputs)
+            check_outputs(self.loss, outputs, inputs)
         loss = each[0].loss if len(each) == 1 else torch.stack([o.loss for o in each]).sum(0)
         total = loss.sum()
         # The KL and the metrics do not depend on the advantage.
@@ -499,12 +500,3 @@ def require_same_teachers(before: Mapping[str, str], now: Mapping[str, str]) -> 
 def _mean_square(values: Tensor) -> float:
     """The mean over samples of their mean squares."""
     return float(values.float().square().flatten(1).mean(1).mean())
-
-
-def _require_per_action(loss: Loss, outputs: LossOutputs, inputs: LossInputs) -> None:
-    for name, values in (("loss", outputs.loss), ("kl", outputs.kl)):
-        if values is not None and values.shape != inputs.advantage.shape:
-            raise ValueError(
-                f"{type(loss).__name__} returned {name} of shape {tuple(values.shape)}; it must return one "
-                f"value per action, shape {tuple(inputs.advantage.shape)}"
-            )
