@@ -19,9 +19,9 @@ from flowgrpo.core.random import SampleNoise
 from flowgrpo.core.text import shorten
 from flowgrpo.data.prompts import Prompt
 from flowgrpo.policy.arguments import batches, generators_for, is_unrelated, own_arguments
-from flowgrpo.policy.called import Called
 from flowgrpo.policy.pipeline import PipelinePolicy
 from flowgrpo.policy.placement import as_media
+from flowgrpo.policy.rollout import CallResult
 from flowgrpo.policy.scheduler import is_flow
 from flowgrpo.policy.settings import Sampling
 from flowgrpo.policy.step_plan import StepPlan
@@ -151,12 +151,12 @@ def _media(
     pipeline = policy.pipeline
     call = inspect.unwrap(type(pipeline).__call__)  # which the policy's wrappers do not see
 
-    def run(arguments: dict[str, Any]) -> Called:
+    def run(arguments: dict[str, Any]) -> CallResult:
         generators = generators_for(arguments, noise.initial())
         output = call(
             pipeline, **arguments, generator=generators, output_type="pt", return_dict=False
         )
-        return Called(as_media(output, pipeline), [], None)
+        return CallResult(as_media(output, pipeline), [], None)
 
     arguments = sampling.arguments() | own_arguments(prompts)
     policy.check_sampling(sampling, prompts[:1])
