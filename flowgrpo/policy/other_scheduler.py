@@ -38,7 +38,7 @@ LEAVING_NOISE = ("DEISMultistepScheduler", "SASolverScheduler")
 """Classes whose grid of a flow ends twice at its smallest noise and not at 0, in diffusers 0.42: their
 pictures keep noise (0.1 of its standard deviation with 28 steps and shift 3)."""
 CONTINUOUS = ("EDMDPMSolverMultistepScheduler", "EDMEulerScheduler")
-"""Classes that give the denoiser noise levels in the place of the timesteps that it was trained with."""
+"""Classes that give the denoiser noise levels in place of the timesteps that it was trained with."""
 
 
 def with_other_scheduler(
