@@ -294,6 +294,16 @@ def test_every_whole_configuration_of_the_pages_is_valid(tmp_path: Path) -> None
         flowgrpo.load(str(file)).check()
 
 
+def test_the_lists_of_programs_are_complete() -> None:
+    missing = {
+        f"{folder}/{file.name}"
+        for folder in ("benchmarks", "scripts")
+        for file in (ROOT / folder).glob("[!_]*.py")
+        if not re.search(rf"\b{file.stem}\b", (ROOT / folder / "README.md").read_text())
+    }
+    assert missing == set()
+
+
 def test_every_name_exists():
     missing = [m for m in mentions(r"flowgrpo(\.\w+)+") if not exists(m[1])]
     assert not missing

@@ -195,6 +195,7 @@ def _new(options: argparse.Namespace) -> "tuple[GridSettings, Sequence[Prompt]]"
             if not models
             else "--axis model names the models: remove the other one"
         )
+    _refuse_twice(options, [a.kind for a in axes])
     main = models[0] if models else options.run
     check_folder(main)
     if not axes:
@@ -202,6 +203,10 @@ def _new(options: argparse.Namespace) -> "tuple[GridSettings, Sequence[Prompt]]"
         axes = (Axis("checkpoint", ("base", options.weights)),)
     run = next((m for m in (main, *models) if is_run(m)), None)
     config = run_config(Path(run)) if run is not None else None
+    if run is None and options.weights != options.parser.get_default("weights"):
+        raise UsageError(
+            f"--checkpoint {options.weights} is for a run directory, and {main} is none"
+        )
     if not options.prompts and config is None:
         raise UsageError(f"{main} is no run, which has prompts: give --prompts FILE")
     place = options.prompts or (config.prompts.held_out if config else "")
@@ -230,6 +235,14 @@ def _new(options: argparse.Namespace) -> "tuple[GridSettings, Sequence[Prompt]]"
     _check_models(settings)
     settings = _resolved(settings)
     return replace(settings, digests=_digests(settings)), chosen
+
+
+def _refuse_twice(options: argparse.Namespace, kinds: Sequence[str]) -> None:
+    """Raise UsageError if an option and an axis give the same thing."""
+    names = {kind: kind for kind in ("steps", "guidance", "seed", "sampler")}
+    for kind, name in {**names, "checkpoint": "weights"}.items():
+        if kind in kinds and getattr(options, name) != options.parser.get_default(name):
+            raise UsageError(f"--axis {kind} gives the values: remove --{kind}")
 
 
 def _rewards(options: argparse.Namespace, own: "Sequence[Reward]") -> list[Mapping[str, Any]]:

@@ -19,9 +19,9 @@ from flowgrpo.core.random import SampleNoise
 from flowgrpo.core.text import shorten
 from flowgrpo.data.prompts import Prompt
 from flowgrpo.policy.arguments import batches, generators_for, is_unrelated, own_arguments
-from flowgrpo.policy.called import Called
 from flowgrpo.policy.pipeline import PipelinePolicy
 from flowgrpo.policy.placement import as_media
+from flowgrpo.policy.rollout import CallResult
 from flowgrpo.policy.scheduler import is_flow
 from flowgrpo.policy.settings import Sampling
 from flowgrpo.policy.step_plan import StepPlan
@@ -38,7 +38,7 @@ LEAVING_NOISE = ("DEISMultistepScheduler", "SASolverScheduler")
 """Classes whose grid of a flow ends twice at its smallest noise and not at 0, in diffusers 0.42: their
 pictures keep noise (0.1 of its standard deviation with 28 steps and shift 3)."""
 CONTINUOUS = ("EDMDPMSolverMultistepScheduler", "EDMEulerScheduler")
-"""Classes that give the denoiser noise levels in the place of the timesteps that it was trained with."""
+"""Classes that give the denoiser noise levels in place of the timesteps that it was trained with."""
 
 
 def with_other_scheduler(
@@ -151,12 +151,12 @@ def _media(
     pipeline = policy.pipeline
     call = inspect.unwrap(type(pipeline).__call__)  # which the policy's wrappers do not see
 
-    def run(arguments: dict[str, Any]) -> Called:
+    def run(arguments: dict[str, Any]) -> CallResult:
         generators = generators_for(arguments, noise.initial())
         output = call(
             pipeline, **arguments, generator=generators, output_type="pt", return_dict=False
         )
-        return Called(as_media(output, pipeline), [], None)
+        return CallResult(as_media(output, pipeline), [], None)
 
     arguments = sampling.arguments() | own_arguments(prompts)
     policy.check_sampling(sampling, prompts[:1])

@@ -36,8 +36,6 @@ from flowgrpo.policy.arguments import (
     own_arguments,
 )
 from flowgrpo.policy.call import PipelineCall, UnsupportedPipelineError
-from flowgrpo.policy.called import Called as _Called
-from flowgrpo.policy.called import padded
 from flowgrpo.policy.context import share_samples
 from flowgrpo.policy.encoder_lockstep import EncoderLockstep
 from flowgrpo.policy.fixed_device import fix_precision, restore_class
@@ -47,7 +45,7 @@ from flowgrpo.policy.lockstep import Call, Lockstep
 from flowgrpo.policy.picture_encoder import PictureEncoder
 from flowgrpo.policy.placement import as_batch, as_media, models_of, prepare
 from flowgrpo.policy.prompt_cache import ENCODING_METHODS, REWRITING_METHODS, PromptCache
-from flowgrpo.policy.rollout import Learned, Rollout
+from flowgrpo.policy.rollout import CallResult, Learned, Rollout, padded
 from flowgrpo.policy.scheduler import FlowPolicyScheduler, policy_scheduler
 from flowgrpo.policy.settings import (
     Full,
@@ -297,7 +295,7 @@ class PipelinePolicy:
         tuned: int,
         decode: bool,
         sampling: Sampling,
-    ) -> _Called:
+    ) -> CallResult:
         """Take the first ``tuned`` steps with the trained model, and the others with the reference policy."""
         first = replace(plan, nodes=range(tuned + 1))
         x = self._run(prompts, first, None, False, sampling).output
@@ -413,7 +411,7 @@ class PipelinePolicy:
         x: Tensor | None,
         decode: bool,
         sampling: Sampling,
-    ) -> _Called:
+    ) -> CallResult:
         """Call the pipeline, in a section when it is this process's turn."""
         if not self.lockstep.in_section:
             return self._run_now(prompts, plan, x, decode, sampling)
@@ -437,7 +435,7 @@ class PipelinePolicy:
         x: Tensor | None,
         decode: bool,
         sampling: Sampling,
-    ) -> _Called:
+    ) -> CallResult:
         """Call the pipeline in the form that it takes.
 
         A plan with a single node leaves the loop empty. Some pipelines fail then; they take one step
@@ -455,7 +453,7 @@ class PipelinePolicy:
         nodes = plan.nodes if plan.nodes is not None else range(sampling.num_steps + 1)
         empty = len(nodes) == 1
 
-        def attempt(plan: StepPlan) -> _Called:
+        def attempt(plan: StepPlan) -> CallResult:
             call = partial(self._call, plan=plan, x=x, decode=decode)
             with self.encoding.together():
                 return self._learned.calling(call, arguments, len(prompts))
@@ -477,7 +475,7 @@ class PipelinePolicy:
 
     def _call(
         self, arguments: dict[str, Any], plan: StepPlan, x: Tensor | None, decode: bool
-    ) -> _Called:
+    ) -> CallResult:
         """Call the pipeline with one form of its arguments, and check that it followed the plan."""
         call = self.scheduler.begin(plan, self._learned.enumerates)
         # With a given state the pipeline's initial noise is discarded.
@@ -504,7 +502,7 @@ class PipelinePolicy:
             # Drops the tensors of the call.
             self.scheduler.begin(StepPlan())
         self._learned.enumerates |= call.enumerates
-        return _Called(output, call.main.records, audio)
+        return CallResult(output, call.main.records, audio)
 
     def _output(
         self, call: PipelineCall, arguments: dict[str, Any], decode: bool

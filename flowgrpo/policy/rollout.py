@@ -1,8 +1,10 @@
-"""What a call of a pipeline gives, and what it shows about the pipeline."""
+"""The results of calls of a pipeline, and what the calls show about the pipeline."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -10,6 +12,32 @@ from flowgrpo.data.audio import Audio
 from flowgrpo.policy.arguments import Calling
 from flowgrpo.policy.latent_injection import LatentLocations
 from flowgrpo.policy.step_plan import StepRecord
+
+
+class CallResult(NamedTuple):
+    """The result of one call of the pipeline.
+
+    Attributes:
+        output: Media ``(B, C, H, W)`` or ``(B, F, C, H, W)`` in [0, 1], or the last states ``(B, *latent)``.
+        records: The recorded steps, in order.
+        audio: The sound of the media, if the pipeline makes any.
+    """
+
+    output: Tensor
+    records: Sequence[StepRecord]
+    audio: Audio | None
+
+    def first(self, number: int) -> "CallResult":
+        """The part of the first samples."""
+        cut: dict[int, Tensor] = {}
+        records = [r.first(number, cut) for r in self.records]
+        audio = None if self.audio is None else self.audio[:number]
+        return CallResult(self.output[:number], records, audio)
+
+
+def padded(x: Tensor, extra: int) -> Tensor:
+    """A batch with its last sample repeated."""
+    return torch.cat([x, x[-1:].expand(extra, *x.shape[1:])]) if extra else x
 
 
 @dataclass(frozen=True)

@@ -247,7 +247,7 @@ class RewardScorer:
     def run(self, work: Callable[[], Any]) -> "Future[Any]":
         """Run other scoring work, such as comparisons, in the background after earlier submissions.
 
-        Calls of models inside belong into :meth:`call`.
+        Calls of models inside belong in :meth:`call`.
         """
         if self.once is not None:
             work = partial(self._done_once, work, self.once)

@@ -27,7 +27,7 @@ from flowgrpo.data.audio import Audio
 from flowgrpo.data.experience import Experience
 from flowgrpo.data.prompts import Prompt
 from flowgrpo.rewards.scorer import RewardScorer
-from flowgrpo.training.rollout import Rollout, collect
+from flowgrpo.training.rollout import RolloutSummary, collect
 from flowgrpo.training.setup import TrainingRun
 
 
@@ -43,8 +43,8 @@ class Rollouts:
         self.run, self.seed = run, seed
         self._ahead: _Unscored | None = None
 
-    def of(self, iteration: int, random: Random) -> tuple[Experience, Rollout]:
-        """The experience of an iteration, and what it took.
+    def of(self, iteration: int, random: Random) -> tuple[Experience, RolloutSummary]:
+        """The experience of an iteration, and a summary of its rollout.
 
         Args:
             iteration: Counted from 0; the one after that of the last call.
@@ -63,7 +63,7 @@ class Rollouts:
         self._ahead = None if last else self._sample(iteration + 1)
         experience, seconds = unscored.scored()
         metrics = {"group/refilled": 0.0, "staleness": float(iteration > 0)}
-        return experience, Rollout(seconds, metrics)
+        return experience, RolloutSummary(seconds, metrics)
 
     def settle(self) -> None:
         """Wait for the scores of what was sampled ahead, because something else will be scored."""

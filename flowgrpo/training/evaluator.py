@@ -310,8 +310,8 @@ class Evaluator:
             [self.base_images, tuned],
             self.scorer,
             self.sampling,
-            f"{self.model_name}: {self.session.folder.name}",
-            self.session.grid(iteration) if self.session.is_main else None,
+            title=f"{self.model_name}: {self.session.folder.name}",
+            path=self.session.grid(iteration) if self.session.is_main else None,
         )
 
 

@@ -80,7 +80,7 @@ def iterate(run: TrainingRun) -> Result:
 
             # 1. Sample candidates. The scorer scores each batch while the next one is sampled.
             with session.phase("rollout"):
-                experience, rollout = rollouts.of(iteration, random)
+                experience, summary = rollouts.of(iteration, random)
                 reward_metrics = scorer.learn(session.gather_objects)
             # Each group is on one process; statistics over the batch need all rewards.
             experience = _with_everyone(session, experience)
@@ -94,17 +94,17 @@ def iterate(run: TrainingRun) -> Result:
 
             # 3. Update the weights.
             with session.phase("train"):
-                stale = rollout.metrics["staleness"] > 0
+                stale = summary.metrics["staleness"] > 0
                 update_metrics = learner.update(
                     replayed.experience, replayed.advantages, random, stale
                 )
             update_metrics |= replayed.metrics
             del replayed
 
-        metrics = rollout_metrics(experience, session.gather) | rollout.metrics
+        metrics = rollout_metrics(experience, session.gather) | summary.metrics
         # Its latents would stay on the device during the next rollout.
         del experience
-        session.log(iteration, metrics | reward_metrics | update_metrics, rollout.scoring_seconds)
+        session.log(iteration, metrics | reward_metrics | update_metrics, summary.scoring_seconds)
         if session.save_if_due(learner, iteration + 1):
             break
     return finish(run)

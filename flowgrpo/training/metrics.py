@@ -24,9 +24,8 @@ def rollout_metrics(experience: Experience, gather: Callable[[Tensor], Tensor]) 
     cost = torch.tensor([[experience.cost.nfe, experience.cost.decodes]], dtype=torch.float64)
     nfe, decodes = gather(cost).mean(0).tolist()
     work = {"nfe_per_prompt": nfe, "decodes_per_prompt": decodes}
-    if (
-        len(c) == 0 or not everyone.scores.raw
-    ):  # The algorithm judges nothing, in all processes, or there are no rewards.
+    # The algorithm judges nothing, in all processes, or there are no rewards.
+    if len(c) == 0 or not everyone.scores.raw:
         return {"failures": 0.0, **work}
     finite = everyone.reward[everyone.valid]
     flat = gather(zero_variance_groups(c.reward, c.group).float())

@@ -2,7 +2,8 @@
 
 A replay runs the pipeline from a recorded state ``x`` for one step, and returns the distribution of
 ``x_next`` under the present weights. Several actions can share a state, so a batch of ``A`` actions is
-replayed with ``S <= A`` states, in one forward pass.
+replayed with ``S <= A`` states, in one forward pass. Training again on the groups of earlier iterations
+(``train.replay``) is another thing: :mod:`flowgrpo.training.replay_buffer`.
 """
 
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence

@@ -11,12 +11,12 @@ from flowgrpo.training.setup import TrainingRun
 
 
 @dataclass
-class Rollout:
-    """What an iteration's sampling took.
+class RolloutSummary:
+    """What is known of the rollout of an iteration besides its experience.
 
     Attributes:
         scoring_seconds: Time in reward models.
-        metrics: Metrics that the experience does not show.
+        metrics: ``group/refilled`` and ``staleness``, which the experience does not show.
     """
 
     scoring_seconds: float = 0.0
@@ -25,7 +25,7 @@ class Rollout:
 
 def collect(
     run: TrainingRun, iteration: int, seed: Random, random: Random
-) -> tuple[Experience, Rollout]:
+) -> tuple[Experience, RolloutSummary]:
     """Sample and score this process's groups of an iteration, and refill those of equal rewards.
 
     Args:
@@ -34,14 +34,14 @@ def collect(
         seed: Keyed by the seed alone.
         random: Keyed by the iteration.
     """
-    config, session, scorer, rollout = run.config, run.session, run.scorer, Rollout()
+    config, session, scorer, summary = run.config, run.session, run.scorer, RolloutSummary()
     number = config.train.groups
 
     def sample(groups: Sequence[Group]) -> Experience:
         with run.policy.together():
             found = config.algorithm.collect(run.policy, groups, scorer, random, iteration)
         scorer.check_rate()
-        rollout.scoring_seconds += scorer.seconds
+        summary.scoring_seconds += scorer.seconds
         return found
 
     def further(round_: int) -> Sequence[Group]:
@@ -53,12 +53,12 @@ def collect(
     if scorer.trains_policy(iteration):
         experience, replaced = refilled(
             experience,
-            config.train.refill,
-            further,
-            sample,
-            session.gather,
-            number,
-            run.policy.together,
+            rounds=config.train.refill,
+            further=further,
+            collect=sample,
+            gather=session.gather,
+            num_groups=number,
+            together=run.policy.together,
         )
-    rollout.metrics |= {"group/refilled": float(replaced), "staleness": 0.0}
-    return experience, rollout
+    summary.metrics |= {"group/refilled": float(replaced), "staleness": 0.0}
+    return experience, summary
