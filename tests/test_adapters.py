@@ -5,11 +5,15 @@ sd-scripts' UNet names are diffusers' with underscores (``networks/lora.py``), i
 Wan names are those of the original checkpoints (``library/flux_models.py``, ``comfy/ldm/wan/model.py``).
 """
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from diffusers import DiffusionPipeline
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -299,6 +303,15 @@ def test_sample_takes_adapters(
         (file,) = out.glob("*.png")
         pictures.append(file.read_bytes())
     assert pictures[0] == pictures[1] != pictures[2]
+    # docs/export.md: the pictures of diffusers alone, rounded alike.
+    stock = DiffusionPipeline.from_pretrained(tiny("sd3"))
+    stock.load_lora_weights(tuned[0])
+    stock.set_progress_bar_config(disable=True)
+    row = json.loads((tmp_path / "all" / "index.jsonl").read_text())
+    generator = torch.Generator().manual_seed(row["noise_seed"])
+    settings = {"num_inference_steps": 2, "width": 16, "height": 16, "max_sequence_length": 16}
+    drawn = stock(row["prompt"], generator=generator, **settings).images[0]
+    assert np.array_equal(np.asarray(drawn), np.asarray(Image.open(tmp_path / "all" / row["file"])))
     command = [
         "sample",
         str(tiny("sd3")),

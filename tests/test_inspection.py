@@ -228,7 +228,7 @@ def test_pictures_are_small_and_videos_show_their_middle() -> None:
     assert [p[0] for p in pictures] == ["completion in steps of 2", "projection", "completion in steps of 1"]  # fmt: skip
     opened = [Image.open(io.BytesIO(base64.b64decode(p[2]))) for p in pictures]
     assert [o.size for o in opened] == [(96, 48)] * 3
-    assert [o.getpixel((5, 5))[0] for o in opened] == [255, 127, 63]
+    assert [o.getpixel((5, 5))[0] for o in opened] == [255, 128, 64]
 
 
 def numbered(media: Tensor, prompts: Sequence[Prompt]) -> Tensor:

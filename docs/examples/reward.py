@@ -24,7 +24,7 @@ class Darkness:
 
 def num_colors(media: Tensor, prompts: Sequence[Prompt]) -> list[float]:
     """A function that needs PIL images; texts are prompts[i].text, other keys prompts[i].metadata."""
-    images = [to_pil_image(image) for image in media]
+    images = [to_pil_image((image * 255).round().byte()) for image in media]
     return [float(len(image.getcolors(maxcolors=2**24))) for image in images]
 
 

@@ -113,7 +113,8 @@ def run(options: argparse.Namespace) -> int:
                 broken.append(name)
                 continue
             _save(media, out / name, fps, audio)
-            records.append({"file": name, "prompt": prompt.text, "metadata": dict(prompt.metadata)})
+            record = {"file": name, "prompt": prompt.text, "metadata": dict(prompt.metadata)}
+            records.append(record | {"noise_seed": noise.seeds()[row]})
     (out / "index.jsonl").write_text("".join(strict_json.dumps(r) + "\n" for r in records), "utf-8")
     console.say(f"{len(records)} {'videos' if policy.makes_videos else 'images'} in {out}")
     if broken:
@@ -129,11 +130,10 @@ def run(options: argparse.Namespace) -> int:
 
 def _save(media: "Tensor", path: Path, fps: float, audio: "Audio | None") -> None:
     """Write an image as PNG, a video as MP4 with its sound."""
-    from torchvision.transforms.functional import to_pil_image
-
+    from flowgrpo.data.pictures import picture_of
     from flowgrpo.data.videos import write_video
 
     if media.ndim == 4:
         write_video(path, media, fps, audio)
     else:
-        to_pil_image(media).save(path)
+        picture_of(media).save(path)

@@ -122,10 +122,9 @@ def _of_runs(paths: list[Path], images: int | None) -> "list[Source]":
 
 def _drawn(paths: list[Path], names: list[str], images: int) -> "list[Source]":
     """Pictures of the first run's held-out prompts, with the same noise for all models."""
-    from torchvision.transforms.functional import to_pil_image
-
     from flowgrpo.cli.common import checkpoint_of, load_run, quiet, run_config
     from flowgrpo.config import find
+    from flowgrpo.data.pictures import picture_of
     from flowgrpo.data.prompt_sets import PromptSet
     from flowgrpo.evaluation.comparison_grid import ComparisonGrid
     from flowgrpo.evaluation.vote_pairs import Picture, Source
@@ -150,9 +149,7 @@ def _drawn(paths: list[Path], names: list[str], images: int) -> "list[Source]":
         if policy.makes_videos:
             raise UsageError(f"{path} makes videos, and people vote on pictures here")
         media = grid.generate(policy, policy.sampling)
-        pictures = [
-            Picture(grid.expanded[i].text, to_pil_image(media[i].clamp(0, 1))) for i in order
-        ]
+        pictures = [Picture(grid.expanded[i].text, picture_of(media[i])) for i in order]
         sources.append(Source(name, pictures))
         del policy
     return sources

@@ -71,9 +71,13 @@ class SampleNoise:
             None if initial is None else [*initial, *[initial[-1]] * extra],
         )
 
+    def seeds(self) -> list[int]:
+        """The seeds of :meth:`initial`: ``torch.Generator().manual_seed(seed)`` makes the same draws."""
+        return [stream.integer("initial") for stream in self.initial_streams or self.streams]
+
     def initial(self) -> "list[torch.Generator]":
         """Generators for the pipeline's own draws (the initial latents), one per sample."""
-        return [stream.generator("initial") for stream in self.initial_streams or self.streams]
+        return [torch.Generator().manual_seed(seed) for seed in self.seeds()]
 
     def at_step(self, step: int, shape: Sequence[int]) -> Float[Tensor, "batch *latent"]:
         """The noise that each sample's stochastic step injects; ``shape`` is that of one sample."""

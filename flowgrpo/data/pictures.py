@@ -51,6 +51,18 @@ def check_pixels(image: Tensor) -> None:
         raise ValueError(f"an image must be in [0, 1], got {low:.4g} to {high:.4g}")
 
 
+def picture_of(image: Float[Tensor, "channels height width"]) -> Image.Image:
+    """An image as an RGB picture with 8 bits, rounded as diffusers' pipelines round theirs.
+
+    torchvision's ``to_pil_image`` cuts fractions off, which makes an image half a level darker.
+
+    Args:
+        image: Values in [0, 1]; others are clamped. 1 or 3 channels.
+    """
+    levels = image.detach().float().cpu().clamp(0, 1).mul(255).round().to(torch.uint8)
+    return Image.fromarray(levels.expand(3, -1, -1).permute(1, 2, 0).contiguous().numpy())
+
+
 def encode_png(image: Float[Tensor, "3 height width"]) -> bytes:
     """Encode an image in [0, 1] as PNG, rounded to 8 bits.
 

@@ -15,12 +15,12 @@ import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
 from torch import Tensor
-from torchvision.transforms.functional import to_pil_image
 
 from flowgrpo.core.random import Random, SampleNoise
 from flowgrpo.core.steps import AllSteps
 from flowgrpo.core.text import counted
 from flowgrpo.core.transitions import CPS, DDIM, Transition
+from flowgrpo.data.pictures import picture_of
 from flowgrpo.data.prompts import Prompt
 from flowgrpo.doctor import checks
 from flowgrpo.doctor.subject import PROMPTS, Check, CheckFunction, Settings, Subject
@@ -119,7 +119,7 @@ def _pictures(policy: PipelinePolicy, prompt: Prompt, image: Tensor) -> list[str
     """
     if image.ndim != 3:
         return []
-    picture = to_pil_image(image.float().clamp(0, 1).cpu())
+    picture = picture_of(image)
     try:
         quality = policy.pictures.round_trip(prompt, picture)
     except Exception as error:

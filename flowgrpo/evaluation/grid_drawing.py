@@ -14,6 +14,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from flowgrpo.core.text import counted
+from flowgrpo.data.pictures import picture_of
 from flowgrpo.evaluation.grid_text import OWN_FONT, Paragraph, missing_glyphs
 
 TICK, CROSS = "✓", "✗"
@@ -439,8 +440,7 @@ def _caption(note: str) -> str:
 
 
 def _picture(image: Tensor, size: tuple[int, int]) -> Image.Image:
-    pixels = image.detach().float().cpu().clamp(0, 1).mul(255).round().to(torch.uint8)
-    picture = Image.fromarray(pixels.expand(3, -1, -1).permute(1, 2, 0).numpy())
+    picture = picture_of(image)
     enlarged = size[0] >= picture.width
     return picture.resize(size, Image.Resampling.NEAREST if enlarged else Image.Resampling.LANCZOS)
 

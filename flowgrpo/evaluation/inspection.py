@@ -17,12 +17,12 @@ from pathlib import Path
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torchvision.transforms.functional import to_pil_image
 
 from flowgrpo.algorithms.base import Algorithm, CreditView
 from flowgrpo.core.random import Random
 from flowgrpo.data.experience import Experience
 from flowgrpo.data.files import write_whole
+from flowgrpo.data.pictures import picture_of
 from flowgrpo.data.prompts import Group, Prompt
 from flowgrpo.evaluation.charts import Line, legend, line_chart, number
 from flowgrpo.evaluation.curves import section
@@ -293,7 +293,7 @@ def _credit(value: float, most: float, turning: bool) -> str:
 def _picture(frame: Frame) -> str:
     """A thumbnail of the image, or of a video's middle frame, with the granularity on hovering."""
     image = frame.media[len(frame.media) // 2] if frame.media.ndim == 4 else frame.media
-    picture = to_pil_image(image.float().clamp(0, 1))
+    picture = picture_of(image)
     picture.thumbnail((THUMBNAIL, THUMBNAIL))
     stream = io.BytesIO()
     picture.save(stream, "PNG")

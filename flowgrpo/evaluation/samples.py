@@ -10,9 +10,10 @@ from typing import Any, Literal
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from flowgrpo.core.tensors import Float, Tensor, torch
+from flowgrpo.core.tensors import Float, Tensor
 from flowgrpo.data import strict_json
 from flowgrpo.data.files import replacing
+from flowgrpo.data.pictures import picture_of
 from flowgrpo.evaluation.tiles import LONGEST, open_picture
 
 FOLDER = "samples"
@@ -87,9 +88,7 @@ def thumbnail(media: Float[Tensor, "*frames channels height width"]) -> Image.Im
 
 def still(image: Float[Tensor, "channels height width"]) -> Image.Image:
     """An image in [0, 1], reduced to 256 pixels."""
-    pixels = image.detach().float().cpu().clamp(0, 1).mul(255).round()
-    levels = pixels.to(torch.uint8).expand(3, -1, -1).permute(1, 2, 0).numpy()
-    picture = Image.fromarray(levels)
+    picture = picture_of(image)
     picture.thumbnail((LONGEST, LONGEST), Image.Resampling.LANCZOS)
     return picture
 

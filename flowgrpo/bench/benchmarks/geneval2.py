@@ -38,6 +38,7 @@ from flowgrpo.bench.judging import in_flight
 from flowgrpo.core.tensors import Float, Tensor, torch
 from flowgrpo.core.text import counted
 from flowgrpo.data import strict_json
+from flowgrpo.data.pictures import picture_of
 from flowgrpo.data.prompts import Prompt
 
 __all__ = ["GenEval2"]
@@ -314,9 +315,7 @@ class LocalJudge:
     def _atoms(
         self, images: Float[Tensor, "1 3 height width"], pictures: Sequence[Picture]
     ) -> Sequence[Json | Failure]:
-        from torchvision.transforms.functional import to_pil_image
-
-        image = to_pil_image(images[0])
+        image = picture_of(images[0])
         atoms = []
         for question, answer in pictures[0].entry.prompt.metadata["vqa_list"]:
             probabilities = self._first_token(image, question_of(question))
