@@ -1,5 +1,7 @@
 """What prompts say about their own call: sizes, condition images, in rollout and in training."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from accelerate import Accelerator
@@ -27,9 +29,9 @@ EDITS = [Prompt("paint it", images=[RED]), Prompt("paint it", images=[BLUE])]
 
 
 def kontext(make_policy: MakePolicy) -> PipelinePolicy:
-    """Edits whose image comes with the prompt, not with the configuration."""
+    """Edits whose image comes with the prompt, and whose area is that of the requested size."""
     sampling = sampling_of("flux_kontext")
-    call = {k: v for k, v in sampling.call.items() if k != "image"}
+    call = {k: v for k, v in sampling.call.items() if k not in ("image", "max_area")}
     return make_policy("flux_kontext", sampling=Sampling(**{**vars(sampling), "call": call}))
 
 
@@ -145,6 +147,16 @@ def test_a_model_that_overflows_is_refused(make_policy: MakePolicy) -> None:
         policy.denoisers["transformer"].x_embedder.weight.mul_(1e6)
     with pytest.raises(OverflowError, match=r"overflows in torch.float16: set model.dtype"):
         check_sizes(policy, [Prompt("a")], policy.sampling)
+
+
+def test_kontext_makes_the_size_that_is_asked_for(make_policy: MakePolicy) -> None:
+    """It would scale every size to 1024 x 1024 pixels, unless it is told an area."""
+    policy = kontext(make_policy)
+    wide = replace(EDITS[0], width=32)
+    check_sizes(policy, [EDITS[0], wide], policy.sampling)
+    given = replace(policy.sampling, call={**policy.sampling.call, "max_area": 1024})
+    with pytest.raises(ValueError, match="cannot make 16 high, 16 wide: it makes 32 high, 32 wide"):
+        check_sizes(policy, EDITS[:1], given)
 
 
 def test_an_image_for_a_pipeline_that_takes_none(make_policy: MakePolicy) -> None:

@@ -5,25 +5,36 @@ safetensors files and the sizes on their hub pages, and the modules of the autho
 must take them with nothing missing or left over.
 """
 
+import re
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from transformers import (
+    ClapConfig,
+    ClapModel,
     Dinov2Config,
     Dinov2Model,
+    Owlv2Config,
+    Owlv2ForObjectDetection,
     Qwen2_5_VLConfig,
     Qwen2_5_VLModel,
     Qwen2VLConfig,
     Qwen2VLModel,
     SiglipConfig,
     SiglipModel,
+    SiglipVisionConfig,
+    SiglipVisionModel,
+    VJEPA2Config,
+    VJEPA2Model,
 )
 
-from flowgrpo.memory.rewards import PARAMETERS
+from flowgrpo.memory.rewards import BYTES, LOADED, PARAMETERS, reward_sizes
 from flowgrpo.rewards.loading import found
+from flowgrpo.rewards.settings import Reward
 from reward_models.image_reward import UNUSED, _empty, _renamed
 from reward_models.shared.checkpoints import load_strictly, numbered
 from reward_models.shared.qwen2_vl import head_part, modern_names, preference_head
@@ -262,3 +273,59 @@ def test_rewards_without_weights_have_their_published_number(name: str) -> None:
     number = sum(count(m) for m in models if isinstance(m, nn.Module))
     assert number == PARAMETERS[name]
     assert number == PUBLISHED[name]
+
+
+HEAD = 152064 * 3584
+"""Weights of the head for words of Qwen2-VL-7B and Qwen2.5-VL-7B."""
+WITHOUT_HEAD = {
+    "hpsv3": QWEN["Qwen2-VL-7B"][-1] - HEAD,
+    "edit_reward": QWEN["Qwen2.5-VL-7B"][-1] - HEAD,
+}
+WITH_HEAD_OR_TIED = {
+    "unified_reward": QWEN["Qwen2.5-VL-7B"][-1],
+    "video_score2": QWEN["Qwen2.5-VL-7B"][-1],
+    "video_align": QWEN["Qwen2-VL-2B"][-1],
+}
+
+
+@pytest.mark.parametrize("name", ["clap", "physics", "subject_identity", "siglip", "dino"])
+def test_sizes_of_encoders_in_the_memory_estimate(name: str) -> None:
+    """The configurations' defaults are those of the published checkpoints."""
+    vision = {**SIGLIP, "image_size": 384, "patch_size": 14}
+    makes: dict[str, list[Callable[[], nn.Module]]] = {
+        "clap": [lambda: ClapModel(ClapConfig())],
+        "physics": [lambda: VJEPA2Model(VJEPA2Config())],
+        "dino": [lambda: Dinov2Model(Dinov2Config(image_size=518, patch_size=14))],
+        "siglip": [lambda: SiglipVisionModel(SiglipVisionConfig(**vision))],
+    }
+    owl = {"vision_config": {"image_size": 960, "patch_size": 16}}
+    makes["subject_identity"] = [
+        *makes["dino"],
+        lambda: Owlv2ForObjectDetection(Owlv2Config(**owl)),
+    ]
+    with torch.device("meta"):
+        assert sum(count(make()) for make in makes[name]) == LOADED[name].parameters
+
+
+def test_every_reward_has_a_size_in_the_memory_estimate() -> None:
+    """The one that the documentation gives; a reward with another model has none."""
+    assert {n: LOADED[n].parameters for n in WITHOUT_HEAD} == WITHOUT_HEAD
+    assert {n: LOADED[n].parameters for n in WITH_HEAD_OR_TIED} == WITH_HEAD_OR_TIED
+    shipped = {p.stem for p in Path("reward_models").glob("*.py")} - {"__init__", "vote_head"}
+    assert shipped == {*PARAMETERS, *LOADED, *BYTES}
+    sizes = reward_sizes([Reward(model=n) for n in sorted(shipped)], "cuda")
+    rows = re.findall(
+        r"^\| `(\w+)` \|.*\| ([^|]+) \|$",
+        Path("docs/rewards.md").read_text().partition("## Sound")[0],
+        re.M,
+    )
+    for name, said in rows:
+        if name in shipped and (said := said.removesuffix(" GB")) not in ("see above",):
+            number = 0.0 if said in ("on the server", "the server's", "below 0.5") else float(said)
+            assert sizes[name] == pytest.approx(number * 1e9, rel=0.075), name
+    other = {"hpsv3": {"base": "me/other"}, "dino": {"model": "facebook/dinov2-large"}}
+    assert list(
+        reward_sizes([Reward(model=n, options=o) for n, o in other.items()], "cuda").values()
+    ) == [None, None]
+    half = Reward(model="dino", options={"model": "/models/dinov2-base", "dtype": "bfloat16"})
+    assert reward_sizes([half], "cuda") == {"dino": 2 * 86_580_480}

@@ -31,6 +31,7 @@ from flowgrpo.policy.arguments import (
     check_strength,
     generators_for,
     is_unrelated,
+    keep_size,
 )
 from flowgrpo.policy.call import UnsupportedPipelineError
 from flowgrpo.policy.loading import DTYPES, autoencoders, denoisers
@@ -363,4 +364,6 @@ def _call(
         return as_media(output, pipeline).float().cpu()
 
     arguments = {"prompt": [p.text for p in prompts], **sampling.arguments()}
+    call = inspect.signature(inspect.unwrap(type(pipeline).__call__)).parameters
+    arguments = keep_size(arguments, call)
     return Calling()(run, arguments, len(prompts))

@@ -22,12 +22,64 @@ PARAMETERS = {
     "pick_score": 986_109_441,
 }
 """Parameters of rewards that come with flowgrpo, at their default options."""
-BYTES = {"geneval": round(1.5 * GB), "jpeg_size": 0, "ocr": 0}
+OTHER_MODEL = ("model", "architecture")
+"""Options with which a reward has another model than in :data:`PARAMETERS`."""
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Weights of a reward at its default options.
+
+    Attributes:
+        parameters: Their number.
+        dtype: Default precision.
+        models: Options that choose a model, and the model that has this number of parameters.
+    """
+
+    parameters: int
+    dtype: str
+    models: Mapping[str, str]
+
+
+QWEN2_VL_7B = 7_746_378_240
+"""Parameters of Qwen2-VL-7B without its head for words, which the rewards on it do not load."""
+QWEN25_VL_7B = 7_747_169_280
+QWEN25_VL_7B_HEAD = 8_292_166_656
+"""Qwen2.5-VL-7B with that head."""
+DINO = "facebook/dinov2-base"
+LOADED = {
+    "adversarial": Weights(86_580_480, "float32", {"model": DINO}),
+    "clap": Weights(153_492_890, "float32", {"model": "laion/clap-htsat-unfused"}),
+    "deqa": Weights(8_197_859_328, "float16", {"model": "zhiyuanyou/DeQA-Score-Mix3"}),
+    "dino": Weights(86_580_480, "float32", {"model": DINO}),
+    "edit_reward": Weights(QWEN25_VL_7B, "bfloat16", {"base": "Qwen/Qwen2.5-VL-7B-Instruct"}),
+    "hpsv3": Weights(QWEN2_VL_7B, "bfloat16", {"base": "Qwen/Qwen2-VL-7B-Instruct"}),
+    "physics": Weights(325_971_328, "float32", {"model": "facebook/vjepa2-vitl-fpc64-256"}),
+    "siglip": Weights(428_225_600, "float32", {"model": "google/siglip-so400m-patch14-384"}),
+    "subject_identity": Weights(
+        86_580_480 + 154_966_792,
+        "float32",
+        {"model": DINO, "detector": "google/owlv2-base-patch16-ensemble"},
+    ),
+    "unified_reward": Weights(
+        QWEN25_VL_7B_HEAD, "bfloat16", {"model": "CodeGoat24/UnifiedReward-2.0-qwen-7b"}
+    ),
+    "video_align": Weights(2_208_985_600, "bfloat16", {"base": "Qwen/Qwen2-VL-2B-Instruct"}),
+    "video_score2": Weights(QWEN25_VL_7B_HEAD, "bfloat16", {"model": "TIGER-Lab/VideoScore2"}),
+}
+"""Rewards that come with flowgrpo and cannot be built without weights."""
+NO_WEIGHTS = ("consistency", "jpeg_size", "motion")
+ON_A_SERVER = (
+    "edit_verifier", "published_judge", "remote", "vlm_consistency", "vlm_judge", "vlm_ocr", "vlm_pairwise",
+)  # fmt: skip
+BYTES = {
+    "geneval": round(1.5 * GB),
+    "ocr": 0,  # It runs on the CPU.
+    **dict.fromkeys((*NO_WEIGHTS, *ON_A_SERVER), 0),
+}
 """Bytes on the device of further ones."""
 FRAMES = ("flowgrpo.rewards.frames:FrameMean", "flowgrpo.rewards.frames:FrameScore")
 """Rewards that apply an image reward to frames."""
-OTHER_MODEL = ("model", "architecture")
-"""Options with which a reward has another model than in :data:`PARAMETERS`."""
 
 
 @dataclass(frozen=True)
@@ -91,10 +143,23 @@ def _size(reward: Reward, device: str) -> int | None:
     if reward.model in BYTES:
         return BYTES[reward.model]
     if reward.model in PARAMETERS and not any(k in reward.options for k in OTHER_MODEL):
-        dtype = getattr(torch, str(reward.options.get("dtype", "float32")), torch.float32)
-        return int(PARAMETERS[reward.model] * dtype.itemsize)
+        return PARAMETERS[reward.model] * _itemsize(reward, "float32")
+    loaded = LOADED.get(reward.model)
+    if loaded and all(_is(reward.options.get(k, v), v) for k, v in loaded.models.items()):
+        return loaded.parameters * _itemsize(reward, loaded.dtype)
     one = _blank(reward, device)
     return None if one is None else _bytes(one)
+
+
+def _itemsize(reward: Reward, usual: str) -> int:
+    """Bytes of one weight."""
+    dtype = getattr(torch, str(reward.options.get("dtype", usual)), getattr(torch, usual))
+    return int(dtype.itemsize)
+
+
+def _is(given: object, published: str) -> bool:
+    """Whether an option is a published model: its hub id, or a folder with its name."""
+    return str(given).rstrip("/").rsplit("/", 1)[-1] == published.rsplit("/", 1)[-1]
 
 
 def _is_elsewhere(reward: Reward, device: str) -> bool:

@@ -28,6 +28,7 @@ from flowgrpo.memory.dispatch_modes import (
     autocast_as_on,
 )
 from flowgrpo.memory.links import enter, leave
+from flowgrpo.policy.arguments import keep_size
 from flowgrpo.policy.fixed_device import subclass_with
 from flowgrpo.policy.loading import denoisers
 from flowgrpo.policy.placement import as_fp32, cast
@@ -186,7 +187,7 @@ class Tracer:
         self.pipeline.scheduler.begin(StepPlan(nodes=nodes or first, record=record))
         return self._call(
             self.pipeline,
-            **arguments,
+            **keep_size(dict(arguments), inspect.signature(self._call).parameters),
             generator=torch.Generator().manual_seed(0),
             output_type=output,
             return_dict=False,

@@ -63,6 +63,22 @@ def own_arguments(prompts: Sequence[Prompt]) -> Arguments:
     return arguments
 
 
+def keep_size(arguments: Arguments, call: Mapping[str, inspect.Parameter]) -> Arguments:
+    """Add ``max_area`` where a pipeline would otherwise rescale the requested height and width to another area.
+
+    FLUX Kontext makes images of about 1024 x 1024 pixels whatever size is asked for: it keeps the ratio
+    of the sides and scales them to ``max_area``, which is 1024 * 1024 by default.
+
+    Args:
+        arguments: Those of a call.
+        call: The parameters of the pipeline's call.
+    """
+    height, width = arguments.get("height"), arguments.get("width")
+    if height is None or width is None or "max_area" in arguments or "max_area" not in call:
+        return arguments
+    return arguments | {"max_area": height * width}
+
+
 def batches(prompts: Sequence[Prompt], size: int) -> Iterator[range]:
     """Ranges of consecutive prompts that can share a call, at most ``size`` each, in order."""
     start = 0

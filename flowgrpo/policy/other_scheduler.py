@@ -18,7 +18,13 @@ from torch import Tensor
 from flowgrpo.core.random import SampleNoise
 from flowgrpo.core.text import shorten
 from flowgrpo.data.prompts import Prompt
-from flowgrpo.policy.arguments import batches, generators_for, is_unrelated, own_arguments
+from flowgrpo.policy.arguments import (
+    batches,
+    generators_for,
+    is_unrelated,
+    keep_size,
+    own_arguments,
+)
 from flowgrpo.policy.pipeline import PipelinePolicy
 from flowgrpo.policy.placement import as_media
 from flowgrpo.policy.rollout import CallResult
@@ -159,6 +165,7 @@ def _media(
         return CallResult(as_media(output, pipeline), [], None)
 
     arguments = sampling.arguments() | own_arguments(prompts)
+    arguments = keep_size(arguments, inspect.signature(call).parameters)
     policy.check_sampling(sampling, prompts[:1])
     with _replaced(policy, scheduler), torch.no_grad():
         try:

@@ -33,6 +33,7 @@ from flowgrpo.policy.arguments import (
     check_strength,
     generators_for,
     is_unrelated,
+    keep_size,
     own_arguments,
 )
 from flowgrpo.policy.call import PipelineCall, UnsupportedPipelineError
@@ -447,7 +448,7 @@ class PipelinePolicy:
         if isinstance(self.scheduler, FlowPolicyScheduler):
             self.scheduler.fixed_shift = sampling.shift
         self.last_grid = (sampling, prompts[0].size)
-        arguments = sampling.arguments() | own_arguments(prompts)
+        arguments = keep_size(sampling.arguments() | own_arguments(prompts), self._parameters)
         if not arguments.keys() <= self._parameters.keys():
             self.check_sampling(sampling, prompts[:1])
         nodes = plan.nodes if plan.nodes is not None else range(sampling.num_steps + 1)
