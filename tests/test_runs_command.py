@@ -31,7 +31,7 @@ def make(folder: Path, rewards=(0.25, 0.75, 0.5), finished: bool = False) -> Pat
     logs.append("metrics", {"iteration": 1, "reward": 0.2})
     for iteration, reward in enumerate(rewards):
         line = {"iteration": iteration, "reward": reward, "scores": {}}
-        guided = {"regimes": {"guidance_3": {"reward": reward + 0.125}}} if iteration != 1 else {}
+        guided = {"regimes": {"guidance_1p5": {"reward": reward + 0.125}}} if iteration != 1 else {}
         logs.append("evaluations", line | guided)
     (folder / "sessions.jsonl").write_text('{"started": "2026-01-02 03:04:05"}\n')
     counts = logs.counts()
@@ -67,9 +67,9 @@ def test_a_run_is_listed_with_its_progress_and_scores(tmp_path, capsys, monkeypa
     assert main(["runs", str(tmp_path)]) == 0
     shown = " ".join(capsys.readouterr().out.split())
     assert "stopped 2/3 0.5 0.75@1 vgpo shapes" in shown
-    assert "deep/one, guidance 3: 0.375 → 0.625@2" in shown
+    assert "deep/one, guidance 1.5: 0.375 → 0.625@2" in shown
     assert one["regimes"] == {
-        "guidance_3": [{"iteration": 0, "reward": 0.375}, {"iteration": 2, "reward": 0.625}]
+        "guidance_1p5": [{"iteration": 0, "reward": 0.375}, {"iteration": 2, "reward": 0.625}]
     }
 
 

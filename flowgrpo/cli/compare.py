@@ -229,12 +229,13 @@ def _pairs(settings: "Sequence[Setting]", further: "dict[str, list[Setting]]") -
     """The first setting with each other one; rewards have rows for further ways to sample as well."""
     from flowgrpo.bench.comparison import rows
     from flowgrpo.bench.comparison_files import Pair
+    from flowgrpo.core.text import tag_words
 
     first, pairs = settings[0], []
     for number, other in enumerate(settings[1:]):
         found = rows(first, other)
         for tag, (base, *others) in further.items():
-            name = tag.replace("_", " ")
+            name = tag_words(tag)
             found += [
                 replace(row, reward=f"{row.reward}, {name}")
                 for row in rows(base, others[number])

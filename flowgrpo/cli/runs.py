@@ -37,6 +37,7 @@ def run(options: argparse.Namespace) -> int:
     if not runs:
         print(f"there are no run directories in {root}")
         return 0
+    from flowgrpo.core.text import tag_words
     from flowgrpo.training.console import Console
 
     console = Console()
@@ -45,7 +46,7 @@ def run(options: argparse.Namespace) -> int:
     for one in runs:
         for tag, found in one.regimes.items():
             if found:
-                name, last = tag.replace("_", " "), found[-1]
+                name, last = tag_words(tag), found[-1]
                 first = f"{found[0].reward:.4g} → " if len(found) > 1 else ""
                 console.say(
                     f"{_name(one, root)}, {name}: {first}{last.reward:.4g}@{last.iteration}"

@@ -1,5 +1,6 @@
 """Text from users, such as names and prompts, as a terminal can show it."""
 
+import re
 import unicodedata
 
 UNSAFE = ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp")
@@ -35,6 +36,11 @@ def shorten(text: str, limit: int = 1000) -> str:
     return "\n".join(
         line if len(line) <= limit else f"{line[:half]} ... {line[-half:]}" for line in lines
     )
+
+
+def tag_words(tag: str) -> str:
+    """The name of a further way to sample, as words: ``guidance 1.5`` for ``guidance_1p5``."""
+    return re.sub(r"(?<=\d)p(?=\d)", ".", tag).replace("_", " ")
 
 
 def counted(number: int | float | str, noun: str, spec: str = "") -> str:

@@ -11,7 +11,7 @@ from flowgrpo import config as configuration
 from flowgrpo.config import Config
 from flowgrpo.config.training_data import training_prompts
 from flowgrpo.core.secrets import redact_table
-from flowgrpo.core.text import counted
+from flowgrpo.core.text import counted, tag_words
 from flowgrpo.data.prompt_sets import PromptSet
 from flowgrpo.evaluation.records import Records
 from flowgrpo.policy.export.adapter_files import COMFYUI_FOLDER, DIFFUSERS_FILE, KOHYA_FOLDER
@@ -94,7 +94,7 @@ def model_card(run: Path, repo_id: str, benchmarks: Sequence[Mapping[str, Any]] 
         f"{last['images']} after. A change of at most two standard errors counts as noise."
         f"\n\n{_changes(records)}",
         *(
-            f"Sampled with {tag.replace('_', ' ')}:\n\n{_changes(records.regime(tag))}"
+            f"Sampled with {tag_words(tag)}:\n\n{_changes(records.regime(tag))}"
             for tag in records.regimes()
         ),
         f"## Benchmarks\n\n{_benchmarks(benchmarks)}" if benchmarks else "",

@@ -18,7 +18,7 @@ from string import Template
 
 from PIL import Image
 
-from flowgrpo.core.text import counted
+from flowgrpo.core.text import counted, tag_words
 from flowgrpo.data.files import write_whole
 from flowgrpo.evaluation.bench_section import benchmarks
 from flowgrpo.evaluation.charts import Number, dumbbell, duration, number
@@ -275,11 +275,7 @@ def _regime_paragraph(records: Records, tag: str) -> str:
         clauses.append(
             f"<b>{escape(score)}</b> {change.words}{span}{span and f' ({change.difference})'}"
         )
-    return f"Sampled with <b>{escape(_regime_name(tag))}</b>: {'; '.join(clauses)}."
-
-
-def _regime_name(tag: str) -> str:
-    return tag.replace("_", " ")
+    return f"Sampled with <b>{escape(tag_words(tag))}</b>: {'; '.join(clauses)}."
 
 
 def _about_numbers(records: Records, changes: Sequence[Change]) -> str:
@@ -383,7 +379,7 @@ def _regimes(records: Records) -> str:
         view = records.regime(tag)
         if cards := _task_cards(view):
             images = number(view.evaluations[-1].get("images", math.nan))
-            title = f"{escape(_regime_name(tag))}, {counted(images, 'image')}"
+            title = f"{escape(tag_words(tag))}, {counted(images, 'image')}"
             parts.append(f'<h3>{title}</h3><div class="pair">{cards}</div>')
     note = "The same weights and prompts, sampled in the ways that <code>evaluation.regimes</code> names."
     return section("Other ways to sample", note, "".join(parts))
