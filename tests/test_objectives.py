@@ -31,6 +31,7 @@ from flowgrpo.rewards.scorer import RewardScorer
 from flowgrpo.rewards.settings import Reward
 from flowgrpo.training.learner import Learner
 from flowgrpo.training.optimizer import sum_gradients
+from flowgrpo.training.replay import Batch
 from flowgrpo.training.split import (
     has_advantage,
     split_actions,
@@ -283,9 +284,9 @@ def test_an_optimizer_step_trains_on_its_part_of_every_group(split, learn: Learn
     seen: list[set[tuple[int, ...]]] = [set()]
     inputs_of = learner.replay.inputs
 
-    def noted(experience: Experience, batch: Actions, *rest: object) -> LossInputs:
-        keys = zip(batch.group.tolist(), batch.sample.tolist(), batch.step.tolist(), strict=True)
-        seen[-1].update(keys)
+    def noted(experience: Experience, batch: Batch, *rest: object) -> LossInputs:
+        b = batch.actions
+        seen[-1].update(zip(b.group.tolist(), b.sample.tolist(), b.step.tolist(), strict=True))
         return inputs_of(experience, batch, *rest)  # type: ignore[arg-type]
 
     learner.replay.inputs = noted  # type: ignore[method-assign]
