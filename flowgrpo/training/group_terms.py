@@ -33,10 +33,10 @@ def whole_groups(
     """
     # A group is compared at one time and with one guidance scale, as in a batch that holds all of it.
     parts: dict[tuple[int, float | None, int], list[int]] = {}
-    for i, batch in enumerate(b.actions for b in batches):
-        scale = None if batch.guidance is None else float(batch.guidance[0])
-        for group in batch.group.unique().tolist():
-            parts.setdefault((int(batch.step[0]), scale, group), []).append(i)
+    for i, actions in enumerate(b.actions for b in batches):
+        scale = None if actions.guidance is None else float(actions.guidance[0])
+        for group in actions.group.unique().tolist():
+            parts.setdefault((int(actions.step[0]), scale, group), []).append(i)
     divided = {i: found[0] for found in parts.values() if len(found) > 1 for i in found}
     gathered: dict[int, list[WholeGroups]] = {}
     with torch.no_grad(), replay.policy.together():
