@@ -92,7 +92,7 @@ def test_a_run_is_measured_before_and_after(
         assert (chosen / "generation.json").exists()
     assert (chosen / "images/00000/samples/0000.png").read_bytes() == images[1]
     assert bench("generate", "shapes", "--model", str(run), "--checkpoint", "1") == 1
-    assert "no checkpoint after 1 iteration (there: 2)" in capsys.readouterr().err
+    assert "no checkpoint after 1 iteration (there: 0, 2)" in capsys.readouterr().err
 
 
 def test_estimate_makes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -86,8 +86,8 @@ def ahead(tmp_path_factory):
         seen.append([])
         return update(self, *arguments)
 
-    def noted(self, experience, actions, advantage, reference, first_update, teacher):
-        found = inputs(self, experience, actions, advantage, reference, first_update, teacher)
+    def noted(self, experience, batch, first_update):
+        found = inputs(self, experience, batch, first_update)
         log_prob = found.gaussian.log_prob(found.x_next).detach()
         seen[-1].append((first_update, float((log_prob - found.old_log_prob).abs().max())))
         return found

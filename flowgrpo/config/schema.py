@@ -31,7 +31,6 @@ from flowgrpo.algorithms import (
     ReFL,
     TempFlowGRPO,
 )
-from flowgrpo.algorithms import base as algorithms
 from flowgrpo.algorithms.guard import Guard
 from flowgrpo.config.advantages import check_advantage
 from flowgrpo.config.benchmarks import Bench, check_benchmarks
@@ -40,16 +39,15 @@ from flowgrpo.config.bounds import check_bounds
 from flowgrpo.config.distillation import check_distillation
 from flowgrpo.config.distribution_matching import check_distribution_matching
 from flowgrpo.config.examples import check_examples
+from flowgrpo.config.kinds import check_interfaces, check_kinds
 from flowgrpo.config.loss import check_loss
 from flowgrpo.config.previews import check_previews
 from flowgrpo.config.regimes import Regime, check_regimes
 from flowgrpo.config.replay import ReplaySettings, check_replay
 from flowgrpo.config.reward_gradients import check_reward_gradients
-from flowgrpo.config.steps import check_steps, steps_of_any_iteration
+from flowgrpo.config.steps import check_grid, check_steps, steps_of_any_iteration
+from flowgrpo.config.updates import check_split, check_staleness, check_updates
 from flowgrpo.core.errors import ConfigError
-from flowgrpo.core.random import Random
-from flowgrpo.core.text import counted
-from flowgrpo.losses import base as losses
 from flowgrpo.losses.base import Loss
 from flowgrpo.losses.clipped import ClippedLoss
 from flowgrpo.losses.distillation import DistillationLoss
@@ -344,10 +342,12 @@ class Config:
     def check(self, num_processes: int = 1) -> None:
         """Find contradictions between settings before any model is loaded.
 
+        Each check is in the module of its subject; together they are in the order in which a user is told.
+
         Raises:
             ConfigError: With the keys, their values and what is allowed.
         """
-        self._check_interfaces()
+        check_interfaces(self)
         check_bounds(self)
         self.prompts.check()
         if self.train.ema_decay >= 1:
@@ -355,7 +355,7 @@ class Config:
         betas = self.train.betas
         if len(betas) != 2 or not all(0 <= b < 1 for b in betas):
             raise ConfigError(f"train.betas must be two numbers in [0, 1), got {list(betas)}")
-        self._check_grid()
+        check_grid(self)
         algorithm = self.algorithm
         check_distillation(self)
         alone, binary = algorithm.needs_rewards, algorithm.needs_binary_rewards
@@ -366,10 +366,12 @@ class Config:
         except ValueError as error:
             raise ConfigError(f"algorithm: {error}") from error
         shares = self.parallel.shares(num_processes)
-        self._check_split(shares, self.parallel.workers(shares))
+        check_split(self, shares, self.parallel.workers(shares))
         try:
-            self.memory.check(isinstance(self.model.weights, Full), self.model.dtype)
-            self._check_parallel(num_processes)
+            weights, dtype = self.model.weights, self.model.dtype
+            self.memory.check(isinstance(weights, Full), dtype)
+            optimizer = self.train.optimizer
+            self.parallel.check(num_processes, weights, self.memory, dtype, optimizer)
             self.loss.check()
             check_loss(self)
             self.guard.check({r.label: r.weight for r in self.rewards}, self.loss.kl_coef)
@@ -382,168 +384,17 @@ class Config:
                 f"the loss {type(self.loss).__name__} needs a moving average of the weights; set "
                 "train.ema_decay above 0"
             )
-        self._check_updates()
-        self._check_staleness()
-        check_replay(self, shares)
-        self._check_kinds()
-        check_benchmarks(self.evaluation.bench)
-        check_regimes(self.evaluation.regimes, self.evaluation_sampling())
-        check_best(self)
-
-    def _check_parallel(self, num_processes: int) -> None:
-        """Raise ValueError if the denoiser cannot be divided as configured."""
-        weights, dtype = self.model.weights, self.model.dtype
-        optimizer = self.train.optimizer
-        self.parallel.check(num_processes, weights, self.memory, dtype, optimizer)
-
-    def _check_updates(self) -> None:
-        """Raise ConfigError if the loss is not defined for the batches and updates of an iteration."""
         check_reward_gradients(self)
         check_distribution_matching(self)
         check_examples(self)
-        loss, train, needs = self.loss, self.train, self.loss.needs
-        size = self.algorithm.group_size
-        if (
-            needs.whole_groups
-            and not needs.group_term
-            and self.algorithm.action_kind == "noised_sample"
-            and train.train_batch < size
-        ):
-            raise ConfigError(
-                f"the loss {type(loss).__name__} compares the samples of a group in one batch; set "
-                f"train.train_batch to at least algorithm.group_size = {size}, got {train.train_batch} "
-                "(memory.gradient_checkpointing saves memory)"
-            )
-        if needs.single_update and train.optimizer_steps > 1:
-            other = ", or let the old policy sample (loss.sampler = 'old')"
-            raise ConfigError(
-                f"the loss {type(loss).__name__} with these settings is defined in the first update of an "
-                f"iteration only, and it has {train.optimizer_steps}; set train.updates and train.epochs to 1"
-                f"{other if hasattr(loss, 'sampler') else ''}"
-            )
-
-    def _check_staleness(self) -> None:
-        """Raise ConfigError if what is configured needs the scores, or the update, before the next rollout."""
-        if self.train.staleness == 0:
-            return
-        algorithm, loss, needs = self.algorithm, self.loss, self.loss.needs
-        name = type(loss).__name__
-        problem = ""
-        if self.train.refill:
-            problem = (
-                "train.refill replaces groups by their rewards before the next rollout; set it to 0"
-            )
-        elif getattr(algorithm, "collect_reads_scores", False):
-            problem = f"{type(algorithm).__name__} uses the scores while it samples"
-        elif algorithm.action_kind == "noised_sample" or needs.old_policy is not None:
-            problem = (
-                f"the loss {name} has an old policy of its own, and no ratio to the weights that sampled an "
-                "iteration before"
-            )
-        elif needs.single_update:
-            problem = f"the loss {name} with these settings is defined for actions of the present weights only"
-        if problem:
-            also = "or set" if "; " in problem else "set"
-            raise ConfigError(
-                f"train.staleness = 1 is not possible here: {problem}; {also} train.staleness to 0"
-            )
-
-    def _check_interfaces(self) -> None:
-        """Raise ConfigError if the algorithm, its transition or the loss lacks a part that is called."""
-        transition = getattr(self.algorithm, "transition", None)
-        try:
-            key = "algorithm"
-            algorithms.check_interface(self.algorithm)
-            key = "loss"
-            losses.check_interface(self.loss)
-        except ValueError as error:
-            raise ConfigError(f"{key}: {error}") from error
-        if not callable(transition):
-            raise ConfigError(
-                f"algorithm.transition: {type(transition).__name__} has no __call__(x, prediction, step), so "
-                "it is no transition"
-            )
-
-    def _check_grid(self) -> None:
-        """Raise ConfigError if the grid of steps is contradictory, or has no step that can be trained."""
-        if self.sampling.base_after is not None:
-            raise ConfigError(
-                "sampling.base_after: rollouts are sampled by the trained model alone; set "
-                "evaluation.base_after instead"
-            )
-        try:
-            self.sampling.check()
-            self.evaluation_sampling().check()
-        except ValueError as error:
-            raise ConfigError(str(error)) from error
-        if self.sampling.num_steps == 1 and self.algorithm.action_kind == "step":
-            raise ConfigError(
-                "sampling.num_steps must be at least 2, got 1: a single step ends at the data without noise, so "
-                "it has no density to train on. A model that was distilled to one step can be trained with 2 or "
-                "more, or with algorithm.kind = 'diffusion_nft' or 'find', which train no denoising step"
-            )
-
-    def _check_split(self, shares: int, workers: str) -> None:
-        """Raise ConfigError if the groups, or what else is split, cannot be divided.
-
-        Groups are divided among the processes, and what ``train.split`` names among the updates.
-        """
-        train, updates = self.train, self.train.updates
-        step, among = shares, workers
-        if train.split == "groups":
-            step *= updates
-            among = f"train.updates = {counted(updates, 'optimizer step')} and {among} ({updates} x {shares} = {step})"
-        if train.groups % step:
-            nearest = max(step, round(train.groups / step) * step)
-            raise ConfigError(
-                f"train.groups = {train.groups} cannot be divided among {among}; "
-                f"the nearest that can is train.groups = {nearest}"
-            )
-        if train.split == "samples" and self.algorithm.group_size % updates:
-            raise ConfigError(
-                f"algorithm.group_size = {self.algorithm.group_size} cannot be divided among train.updates = "
-                f"{counted(updates, 'optimizer step')} with train.split = 'samples'; use a divisor of the group size"
-            )
-        if train.split == "steps":
-            random = Random(self.run.seed).at("train", 0)
-            steps = self.algorithm.trained_steps(self.sampling.num_steps, 0, random)
-            if not steps:
-                raise ConfigError(
-                    f"train.split = 'steps' needs an algorithm that trains denoising steps, and "
-                    f"{type(self.algorithm).__name__} trains none; use 'groups' or 'samples'"
-                )
-            if len(steps) < updates:
-                raise ConfigError(
-                    f"train.split = 'steps' cannot divide {counted(len(steps), 'trained step')} among train.updates = "
-                    f"{counted(updates, 'optimizer step')}; use at most {len(steps)}, or another train.split"
-                )
-        if self.loss.needs.whole_groups and train.split in ("samples", "actions"):
-            raise ConfigError(
-                f"the loss {type(self.loss).__name__} compares the samples of a group, which train.split = "
-                f"{train.split!r} divides among optimizer steps; use 'groups' or 'steps'"
-            )
-
-    def _check_kinds(self) -> None:
-        """Raise ConfigError if the trained weights do not match the algorithm's kind of action or the guards."""
+        check_updates(self)
+        check_staleness(self)
+        check_replay(self, shares)
         check_steps(self)
-        algorithm, weights = self.algorithm, self.model.weights
-        if self.evaluation.base_after is not None and (
-            self.guard.resets or isinstance(weights, Noise)
-        ):
-            raise ConfigError(
-                "evaluation.base_after needs the model before training as the reference policy, which guard.reset_every "
-                "and guard.reset_above replace, and model.weights.kind = 'noise' does not have; remove it"
-            )
-        if self.guard.resets and isinstance(weights, Noise):
-            raise ConfigError(
-                "guard.reset_every and guard.reset_above replace the reference policy, and with "
-                "model.weights.kind = 'noise' the reference is always the standard normal; remove them"
-            )
-        if (algorithm.action_kind == "initial_noise") != isinstance(weights, Noise):
-            raise ConfigError(
-                "algorithm.kind = 'find' and model.weights.kind = 'noise' belong together, but these "
-                f"are {type(algorithm).__name__} and {type(weights).__name__}"
-            )
+        check_kinds(self)
+        check_benchmarks(self.evaluation.bench)
+        check_regimes(self.evaluation.regimes, self.evaluation_sampling())
+        check_best(self)
 
     def steps_by_density(self) -> list[int]:
         """The steps that are trained in any iteration by the plain ratio of their densities.

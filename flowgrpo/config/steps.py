@@ -1,4 +1,4 @@
-"""Checks of settings that belong to single denoising steps, against the algorithm and the updates."""
+"""Checks of the grid of denoising steps, and of settings that belong to single steps."""
 
 from dataclasses import replace
 from typing import Any
@@ -55,6 +55,26 @@ def check_steps(config: Any) -> None:
         raise ConfigError(
             f"loss.chunks needs all actions of a chunk in one optimizer step, which train.split = "
             f"{config.train.split!r} divides; use 'groups' or 'samples'"
+        )
+
+
+def check_grid(config: Any) -> None:
+    """Raise ConfigError if the grid of steps is contradictory, or has no step that can be trained."""
+    if config.sampling.base_after is not None:
+        raise ConfigError(
+            "sampling.base_after: rollouts are sampled by the trained model alone; set "
+            "evaluation.base_after instead"
+        )
+    try:
+        config.sampling.check()
+        config.evaluation_sampling().check()
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    if config.sampling.num_steps == 1 and config.algorithm.action_kind == "step":
+        raise ConfigError(
+            "sampling.num_steps must be at least 2, got 1: a single step ends at the data without noise, so "
+            "it has no density to train on. A model that was distilled to one step can be trained with 2 or "
+            "more, or with algorithm.kind = 'diffusion_nft' or 'find', which train no denoising step"
         )
 
 
