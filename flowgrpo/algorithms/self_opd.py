@@ -18,7 +18,7 @@ from flowgrpo.algorithms.base import AlgorithmBase, CreditView, Policy, Scorer
 from flowgrpo.algorithms.branches import BranchPlan
 from flowgrpo.algorithms.collection import Collection, Samples
 from flowgrpo.core.random import Random
-from flowgrpo.core.steps import RandomSteps, StepSelection
+from flowgrpo.core.steps import StepSelection, Window
 from flowgrpo.core.tensors import Float, Tensor, torch
 from flowgrpo.core.transitions import ODE, FlowSDE, Transition, require_noise
 from flowgrpo.data.experience import Cost, Experience
@@ -66,12 +66,9 @@ class SelfOPD(AlgorithmBase):
     release), or by the ODE, where the branches of all steps of a trajectory have one image to compare with."""
     transition: Transition = field(default_factory=FlowSDE)
     """The stochastic step of the branches, and of the trajectories."""
-    steps: StepSelection = field(
-        default_factory=lambda: RandomSteps(
-            count=2, first=0, last=8, weights=(10.0, 9.0, 8.0, 7.0, 6.0, 4.0, 2.0, 1.0)
-        )
-    )
-    """Which steps are branched at and trained. The release draws 2 of 10 steps, early ones more often."""
+    steps: StepSelection = field(default_factory=Window)
+    """Which steps are branched at and trained. The release draws 2 of 10 steps, early ones more often:
+    ``random_steps`` with ``weights``."""
 
     def plan(self, num_steps: int, iteration: int, random: Random) -> SelfPlan:
         """Branches at the iteration's steps of each seed's trajectory."""
