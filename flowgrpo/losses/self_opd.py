@@ -10,7 +10,14 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from flowgrpo.core.tensors import Bool, Float, Int, Tensor, torch
-from flowgrpo.losses.base import Loss, LossInputs, LossMetric, LossNeeds, LossOutputs
+from flowgrpo.losses.base import (
+    Loss,
+    LossInputs,
+    LossMetric,
+    LossNeeds,
+    LossOutputs,
+    velocity_kl,
+)
 from flowgrpo.losses.checks import require_at_least
 
 
@@ -66,11 +73,14 @@ class SelfOPDLoss(Loss):
     """Largest size of a branch's weight."""
     direction_aware: bool = True
     """Whether branches with a negative advantage are repelled less where they point to the best branch."""
+    kl_coef: float = 0.0
+    """Weight of the squared difference to the reference's output; 0, as in the release, does not evaluate it."""
 
     @property
     def needs(self) -> LossNeeds:
-        """Stochastic steps; also those without advantage, which may be the best of their state."""
-        return LossNeeds(all_actions=True, balanced_steps=True)
+        """Stochastic steps, also those without advantage, which may be the best of their state; and the
+        reference for a KL."""
+        return LossNeeds(reference=self.kl_coef > 0, all_actions=True, balanced_steps=True)
 
     def __call__(self, inputs: LossInputs) -> LossOutputs:
         """The loss of each branch; zero where it has no advantage."""
@@ -87,8 +97,12 @@ class SelfOPDLoss(Loss):
             "branch/attraction": weight.clamp(min=0),
             "branch/repulsion": -weight.clamp(max=0),
         }
-        return LossOutputs(weight * distance, None, metrics)
+        kl = None
+        if inputs.reference is not None:
+            kl = inputs.per_action(velocity_kl(inputs.policy, inputs.reference))
+        return LossOutputs(weight * distance, kl, metrics)
 
     def check(self) -> None:
         """Raise ValueError if the settings cannot train."""
         require_at_least("weight_clip", self.weight_clip, 1e-12)
+        require_at_least("kl_coef", self.kl_coef, 0.0)
