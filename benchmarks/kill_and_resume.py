@@ -82,6 +82,7 @@ ALGORITHMS = {
     "branch_grpo": ("splits=[0, 1]", "children=2", CPS),
     "find": (),
     "neighbor_grpo": ("anchors=2", WINDOW),
+    "self_opd": ("seeds=2", CPS, WINDOW),
     "matching": ("num_times=2",),
     "distillation": (),
     "dmd": (),
@@ -103,6 +104,7 @@ MORE = {
         "train.monitor_states=0",
     ],
     "neighbor_grpo": ["loss={kind='neighbor', clip_range=1e-3}"],
+    "self_opd": ["loss={kind='self_opd'}"],
     "matching": ["loss={kind='matching', kl_coef=0.05}"],
     "distillation": [
         "loss={kind='distillation', teachers=[{guidance_scale=3.0}, {guidance_scale=1.5}]}"

@@ -27,6 +27,7 @@ from flowgrpo.algorithms import (
     NeighborGRPO,
     PrefGRPO,
     ReFL,
+    SelfOPD,
     TempFlowGRPO,
 )
 from flowgrpo.core.random import Random
@@ -57,6 +58,7 @@ SETTINGS: Sequence[tuple[str, int, Algorithm]] = [
     ("RTDMD, SD3.5", 4, RTDMD()),
     ("Neighbor GRPO, FLUX", 8, NeighborGRPO()),
     ("TempFlow-GRPO, 4 seeds", 10, TempFlowGRPO()),
+    ("Self-OPD, SD3.5, 2 steps", 10, SelfOPD()),
     ("G²RPO, FLUX, granularities 1, 2, 3", 16, G2RPO()),
     ("G²RPO, released script, granularities 1, 2", 16, G2RPO(granularities=(1, 2))),
     ("TP-GRPO, SD3.5", 10, TPGRPO()),

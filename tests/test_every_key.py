@@ -25,13 +25,13 @@ from flowgrpo.losses.teachers import Teacher
 STEP = Step.flow(0.8, 0.6)
 OTHER: dict[str, Any] = {
     "clip_range": 9.0, "clip_high": 3e-3, "clip": 0.2, "chunks": (1, 2), "teachers": (Teacher(guidance_scale=9.0),),
-    "reference_guidance": 2.0, "levels": (0.5, 0.4, 0.3), "epsilon": 0.3, "above": 0.4, "best": 2.0, "eta": 0.4,
+    "reference_guidance": 2.0, "weights": (1.0, 2.0, 3.0, 1.0, 2.0, 3.0), "levels": (0.5, 0.4, 0.3), "epsilon": 0.3, "above": 0.4, "best": 2.0, "eta": 0.4,
     "noise_level": 0.4, "power": 0.5, "kl_coef": 0.5, "range": (0.1, 0.9), "betas": (0.8, 0.9), "first": 1, "last": 4,
     "start": 1, "size": 1,
 }  # fmt: skip
 """Values of keys that are not just a number more."""
 ALGORITHM = {
-    "clipped": "flow_grpo", "nft": "diffusion_nft", "dmd": "dmd", "distillation": "distillation", "neighbor": "neighbor_grpo",
+    "clipped": "flow_grpo", "nft": "diffusion_nft", "dmd": "dmd", "distillation": "distillation", "neighbor": "neighbor_grpo", "self_opd": "self_opd",
     "reward_gradient": "draft", "supervised": "pictures", "dpo": "pairs",
 }  # fmt: skip
 """An algorithm of each loss; by default ``matching``."""

@@ -132,15 +132,13 @@ def test_the_plan_says_what_is_trained():
 def test_list_looks_for_words_and_methods(capsys):
     assert main(["config", "list", "awm"]) == 0
     out = capsys.readouterr().out
-    assert out.startswith("sd35_medium_awm          Advantage Weighted Matching on ")
+    assert out.startswith("flux_awm                 Advantage Weighted Matching on ")
+    assert "\nsd35_medium_awm          Advantage Weighted Matching on " in out
     assert "runs whole on tiny parts: all\n" in out
     assert main(["config", "list", "Flow-GRPO-Fast"]) == 0
     assert {"flux_fast", "sd35_medium_fast"} <= set(re.findall("^\\w+", capsys.readouterr().out, re.M))  # fmt: skip
-    assert main(["config", "list", "crd"]) == 2
-    assert (
-        "no configuration for 'crd': CRD is algorithm.kind = \"matching\""
-        in capsys.readouterr().err
-    )
+    assert main(["config", "list", "bnpo"]) == 2
+    assert "no configuration for 'bnpo': BNPO is algorithm.advantage.kind = \"beta\"" in capsys.readouterr().err  # fmt: skip
     assert main(["config", "list"]) == 0
     assert "to four steps without guidance, without rewards: the model that sd35_medium_rtdmd starts from.\n" in capsys.readouterr().out  # fmt: skip
     assert main(["config", "explain", "grpo-guard"]) == 0

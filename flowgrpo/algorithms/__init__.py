@@ -22,6 +22,7 @@ from flowgrpo.algorithms.offline import Pairs, Pictures
 from flowgrpo.algorithms.pref_grpo import PrefGRPO
 from flowgrpo.algorithms.refl import ReFL
 from flowgrpo.algorithms.rtdmd import RTDMD
+from flowgrpo.algorithms.self_opd import SelfOPD
 from flowgrpo.algorithms.srpo import SRPO
 from flowgrpo.algorithms.tempflow_grpo import TempFlowGRPO
 from flowgrpo.algorithms.tp_grpo import TPGRPO
@@ -30,5 +31,5 @@ from flowgrpo.algorithms.vgpo import VGPO
 __all__ = [
     "DMD", "FIND", "G2RPO", "RTDMD", "SRPO", "TPGRPO", "VGPO", "Algorithm", "AlgorithmBase", "BranchGRPO", "DRaFT",
     "DanceGRPO", "DiffusionNFT", "Distillation", "FlowGRPO", "Matching", "MixGRPO", "NeighborGRPO",
-    "Pairs", "Pictures", "PrefGRPO", "ReFL", "TempFlowGRPO",
+    "Pairs", "Pictures", "PrefGRPO", "ReFL", "SelfOPD", "TempFlowGRPO",
 ]  # fmt: skip

@@ -144,6 +144,7 @@ METHODS = (
     Method(("Neighbor GRPO",), _algorithm("neighbor_grpo", "neighbor"), "flux_neighbor"),
     Method(("FIND",), _algorithm("find"), "sd15_find"),
     Method(("DiffusionOPD", "Flow-OPD", "OPD", "on-policy distillation"), _algorithm("distillation", "distillation"), "sd35_medium_opd"),
+    Method(("Self-OPD",), _algorithm("self_opd", "self_opd"), "sd35_medium_self_opd"),
     Method(("DMD", "DMD2"), _algorithm("dmd", "dmd"), "sd35_medium_dmd"),
     Method(("RTDMD",), _algorithm("rtdmd", "dmd"), "sd35_medium_rtdmd"),
     Method(

@@ -29,6 +29,7 @@ from flowgrpo.algorithms import (
     Pictures,
     PrefGRPO,
     ReFL,
+    SelfOPD,
     TempFlowGRPO,
 )
 from flowgrpo.algorithms.guard import Guard
@@ -58,6 +59,7 @@ from flowgrpo.losses.matching import MatchingLoss
 from flowgrpo.losses.neighbor import NeighborLoss
 from flowgrpo.losses.nft import NFTLoss
 from flowgrpo.losses.reward_gradient import RewardGradientLoss
+from flowgrpo.losses.self_opd import SelfOPDLoss
 from flowgrpo.losses.supervised import SupervisedLoss
 from flowgrpo.policy.settings import (
     Adapter,
@@ -314,13 +316,13 @@ class Config:
     algorithm: (
         FlowGRPO | DanceGRPO | MixGRPO | PrefGRPO | DiffusionNFT | Matching
         | NeighborGRPO | TempFlowGRPO | G2RPO | TPGRPO | VGPO | BranchGRPO | FIND | Distillation | DRaFT | ReFL
-        | SRPO | Pictures | Pairs | DMD | RTDMD | Algorithm
+        | SelfOPD | SRPO | Pictures | Pairs | DMD | RTDMD | Algorithm
     )  # fmt: skip
     """What is sampled, and which candidates give each action its advantage; ``kind`` may be the import
     path of an algorithm of your own."""
     loss: (
         ClippedLoss | NFTLoss | MatchingLoss | DGPOLoss | CRDLoss | DistillationLoss | SupervisedLoss
-        | DPOLoss | NeighborLoss | RewardGradientLoss | DMDLoss | Loss
+        | DPOLoss | NeighborLoss | SelfOPDLoss | RewardGradientLoss | DMDLoss | Loss
     ) = field(default_factory=ClippedLoss)  # fmt: skip
     """The objective of an update; ``kind`` may be the import path of a loss of your own."""
     rewards: tuple[Reward, ...] = ()

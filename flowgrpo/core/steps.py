@@ -97,6 +97,9 @@ class RandomSteps:
     """Only steps from this one on are drawn."""
     last: int = 6
     """Only steps before this one are drawn."""
+    weights: tuple[float, ...] = ()
+    """Relative probabilities of the steps from ``first`` on, one for each, at least 0; empty draws all
+    alike."""
 
     def check(self, num_steps: int) -> None:
         """Raise ValueError if the range does not fit into the grid, or has fewer than ``count`` steps."""
@@ -106,11 +109,27 @@ class RandomSteps:
             raise ValueError(
                 f"steps: cannot draw {self.count} of the {counted(len(pool), 'step')} in [{self.first}, {self.last})"
             )
+        if not self.weights:
+            return
+        if len(self.weights) != len(pool) or not all(0 <= w < math.inf for w in self.weights):
+            raise ValueError(
+                f"steps: weights must be {len(pool)} numbers of at least 0, one for each step in "
+                f"[{self.first}, {self.last}), got {list(self.weights)}"
+            )
+        if sum(w > 0 for w in self.weights) < self.count:
+            raise ValueError(
+                f"steps: {counted(self.count, 'step')} cannot be drawn with fewer weights above 0, got "
+                f"{list(self.weights)}"
+            )
 
     def select(self, num_steps: int, iteration: int, random: Random) -> list[int]:
         """The stochastic steps, ascending."""
         self.check(num_steps)
         pool = range(self.first, self.last)
+        if self.weights:
+            chance = torch.tensor(self.weights, dtype=torch.float64)
+            drawn = chance.multinomial(self.count, generator=random.generator())
+            return sorted(pool[int(i)] for i in drawn)
         order = torch.randperm(len(pool), generator=random.generator())
         return sorted(pool[int(i)] for i in order[: self.count])
 

@@ -57,6 +57,10 @@ FITTED = {
     "matching": {"algorithm.num_times": "2"},
     "neighbor_grpo": {"algorithm.anchors": "1"},
     "tempflow_grpo": {"algorithm.seeds": "1"},
+    "self_opd": {
+        "algorithm.seeds": "1",
+        "algorithm.steps": "{kind='random_steps', count=2, last=4}",
+    },
     "draft": {"algorithm.last": "6"},
     "srpo": {"algorithm.step_range": "[0.0, 0.7]"},
 }
