@@ -112,6 +112,13 @@ class EditReward:
         """
         return finite_only(self.dimensions(media, prompts).mean(1), media)
 
+    def named_scores(
+        self, media: Float[Tensor, "batch 3 h w"], prompts: Sequence[Prompt]
+    ) -> dict[str, Float[Tensor, " batch"]]:
+        """``instruction`` and ``quality``, for the key ``score`` of a reward."""
+        columns = self.dimensions(media, prompts).unbind(1)
+        return dict(zip(("instruction", "quality"), columns, strict=True))
+
     @torch.no_grad()
     def dimensions(
         self, media: Float[Tensor, "batch 3 h w"], prompts: Sequence[Prompt]

@@ -97,6 +97,7 @@ class VideoAlign:
             raise ValueError(
                 f"batch_size must be at least 1 and fps at least 0, got {batch_size}, {fps}"
             )
+        self.weighted = weights is not None
         self.factors = torch.tensor([float(factors.get(name, 0)) for name in TOKENS])
         self.fps, self.normalize, self.batch_size = fps, normalize, batch_size
         device = pick_device(device)
@@ -131,6 +132,17 @@ class VideoAlign:
             ValueError: If a frame rate is unknown, or a prompt contains special tokens.
         """
         return finite_only(self.dimensions(media, prompts) @ self.factors, media)
+
+    def named_scores(
+        self, media: Float[Tensor, "batch frames 3 h w"], prompts: Sequence[Prompt]
+    ) -> dict[str, Float[Tensor, " batch"]]:
+        """``VQ``, ``MQ`` and ``TA``, for the key ``score`` of a reward."""
+        if self.weighted:
+            raise ValueError(
+                "the option 'weights' does not apply to single scores: remove it, or 'score'"
+            )
+        columns = self.dimensions(media, prompts).unbind(1)
+        return dict(zip(TOKENS, columns, strict=True))
 
     @torch.no_grad()
     def dimensions(

@@ -109,6 +109,7 @@ class VideoScore2:
         if not 0 < temperature < math.inf:
             raise ValueError(f"temperature must be above 0, got {temperature}")
         self.temperature = temperature
+        self.weighted = weights is not None
         self.factors = torch.tensor([float(factors.get(name, 0)) for name in DIMENSIONS])
         self.score, self.fps, self.batch_size = score, fps, batch_size
         self.max_new_tokens = max_new_tokens
@@ -136,6 +137,17 @@ class VideoScore2:
         scores = self.dimensions(media, prompts)
         used = self.factors != 0  # so that an unused score may be absent
         return finite_only(scores[:, used] @ self.factors[used], media)
+
+    def named_scores(
+        self, media: Float[Tensor, "batch frames 3 h w"], prompts: Sequence[Prompt]
+    ) -> dict[str, Float[Tensor, " batch"]]:
+        """``visual``, ``alignment`` and ``physics``, for the key ``score`` of a reward."""
+        if self.weighted:
+            raise ValueError(
+                "the option 'weights' does not apply to single scores: remove it, or 'score'"
+            )
+        columns = self.dimensions(media, prompts).unbind(1)
+        return dict(zip(DIMENSIONS, columns, strict=True))
 
     @torch.no_grad()
     def dimensions(

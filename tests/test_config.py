@@ -12,6 +12,7 @@ from typing import Any, get_type_hints
 import pytest
 from jsonschema import Draft7Validator, Draft202012Validator
 
+import flowgrpo
 from flowgrpo.config import Config, ConfigError, find, load, override, save
 from flowgrpo.config.bounds import BOUNDS
 from flowgrpo.config.files import line_of
@@ -120,7 +121,10 @@ def test_a_round_trip_keeps_what_is_not_default(minimal, tmp_path):
         ("algorithm.kind=flow_grop", r"algorithm.kind must be one of .*did you mean 'flow_grpo'\?"),
         ("algorithm.transition={noise_level = 1.0}", "algorithm.transition needs a kind: one of"),
         ("algorithm.kind=5", "algorithm.kind must be one of .* got 5"),
-        ("algorithm.kind='nowhere:X'", "algorithm.kind: 'nowhere:X': there is no module"),
+        (
+            "algorithm.kind='nowhere:X'",
+            "algorithm.kind: 'nowhere:X': there is no module 'nowhere'; run the command in the folder that contains it",
+        ),
         ("algorithm.kind='..math:pi'", "algorithm.kind: '..math:pi' is no import path"),
         ("algorithm.kind='math:pi'", "algorithm.kind: 'math:pi' is not a dataclass"),
         ("algorithm.transition=cps", r"transition must be a table with a kind \('flow_sde'"),
@@ -402,6 +406,31 @@ def test_set_reads_toml_values_and_strings(minimal):
     assert config.train.lr == 1e-3
     assert config.run.folder == "runs/y=z"
     assert config.train.groups == 8
+
+
+def test_python_gives_settings_as_texts_or_as_a_mapping(minimal):
+    settings = {
+        "train.lr": 1e-4,
+        "run.folder": Path("runs/'a\"b"),
+        "evaluation.metrics": ("a:b",),
+        "prompts.balance": "tag",
+        "prompts.weights": {"x y": 2.0},
+        "memory.vae_tiling": True,
+        "rewards.0.options": {"fps": 8, "names": ["a"]},
+    }
+    config = load(minimal, settings)
+    assert (config.train.lr, config.run.folder) == (1e-4, "runs/'a\"b")
+    assert (config.evaluation.metrics, config.prompts.weights) == (("a:b",), {"x y": 2.0})
+    assert config.memory.vae_tiling is True
+    assert config.rewards[0].options == {"fps": 8, "names": ["a"]}
+    with pytest.raises(ConfigError, match=r"--set train.lrr=0.5: unknown key 'train.lrr'"):
+        load(minimal, {"train.lrr": 0.5})
+    with pytest.raises(ConfigError, match=r"a list or a dictionary, got one text; write \['train"):
+        load(minimal, "train.lr=1e-4")
+    with pytest.raises(ConfigError, match=r"'train\.lr' must be a number, .* got None"):
+        load(minimal, {"train.lr": None})
+    with pytest.raises(TypeError, match=r"flowgrpo\.train\(flowgrpo\.load\('mine\.toml'\)\)"):
+        flowgrpo.train("mine.toml")
 
 
 def test_set_reaches_into_lists_and_new_tables(minimal):

@@ -392,7 +392,11 @@ def _prompts(options: argparse.Namespace, first: "RecordedRun | None") -> "Promp
     from flowgrpo.data.prompt_sets import PromptSet
 
     if not options.prompts and first is None:
-        raise UsageError("models alone are compared on --prompts FILE; a run has its own prompts")
+        absent = [s for s in options.subjects if not Path(Subject.parse(s).path).exists()]
+        raise UsageError(
+            "models alone are compared on --prompts FILE; a run has its own prompts"
+            + (f". No run directory is here: {', '.join(absent)}" if absent else "")
+        )
     if not options.prompts and first is not None and not options.by:
         return PromptSet.load(find(first.config.prompts.held_out), first.config.prompts.balance)
     place = options.prompts or (first.config.prompts.held_out if first else "")

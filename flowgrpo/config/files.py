@@ -3,7 +3,7 @@
 import re
 import tomllib
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -124,8 +124,13 @@ class Layer:
     table: dict[str, Any]
 
 
-def load(name: str, settings: Sequence[str] = ()) -> "Config":
-    """Read a configuration file and apply ``key=value`` settings to it.
+def load(name: str | Path, settings: Sequence[str] | Mapping[str, Any] = ()) -> "Config":
+    """Read a configuration file and apply settings to it.
+
+    Args:
+        name: The file, or the name of one that ships with flowgrpo.
+        settings: ``key=value`` texts, as ``--set`` takes them, or a mapping from keys to values, such as
+            ``{"train.lr": 1e-4}``.
 
     The configuration in a run directory is that of a run in this directory, also if it was moved.
 
@@ -137,10 +142,11 @@ def load(name: str, settings: Sequence[str] = ()) -> "Config":
             line, or the setting.
         FileNotFoundError: If there is no such file.
     """
-    from flowgrpo.config.reader import TableError, override, read
+    from flowgrpo.config.reader import TableError, as_settings, override, read
     from flowgrpo.config.schema import Config
 
-    path = find(name)
+    settings = as_settings(settings)
+    path = find(str(name))
     layers = _layers(path)
     table = _merged(layers)
     in_run = path.name == CONFIG and (path.parent / INPUTS).is_file()

@@ -9,11 +9,13 @@ is written in the file, what is allowed, and the nearest known name.
 
 import copy
 import dataclasses
+import json
 import tomllib
 import types
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
+from pathlib import PurePath
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from pydantic_core import (
@@ -287,6 +289,36 @@ def dotted(location: Location) -> str:
     """``rewards[0].weight`` for ``("rewards", 0, "weight")``."""
     text = "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in location)
     return text.removeprefix(".")
+
+
+def as_settings(settings: Sequence[str] | Mapping[str, Any]) -> list[str]:
+    """Settings as ``key=value`` texts, from a list of these or from a mapping of keys to values.
+
+    Raises:
+        ConfigError: If the settings are one text, or a value has no form in TOML.
+    """
+    if isinstance(settings, str):
+        raise ConfigError(
+            f"settings are a list or a dictionary, got one text; write [{settings!r}]"
+        )
+    if not isinstance(settings, Mapping):
+        return list(settings)
+    return [f"{key}={_written(key, value)}" for key, value in settings.items()]
+
+
+def _written(key: str, value: Any) -> str:
+    """A value in TOML."""
+    if isinstance(value, bool | int | float):
+        return str(value).lower()
+    if isinstance(value, str | PurePath):
+        return json.dumps(str(value))
+    if isinstance(value, Mapping):
+        return f"{{{', '.join(f'{json.dumps(str(k))} = {_written(key, v)}' for k, v in value.items())}}}"
+    if isinstance(value, Sequence):
+        return f"[{', '.join(_written(key, v) for v in value)}]"
+    raise ConfigError(
+        f"the setting {key!r} must be a number, a text, a list or a dictionary, got {value!r}"
+    )
 
 
 def override(table: dict[str, Any], settings: Sequence[str]) -> dict[str, Any]:

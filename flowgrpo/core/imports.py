@@ -48,7 +48,9 @@ def import_path(path: str) -> Any:
         missing = f"{path!r}: there is no module {error.name!r}"
         # A module on the way to ``module``, or one that it imports.
         if f"{module}.".startswith(f"{error.name}."):
-            raise ValueError(missing) from error
+            own = module.split(".")[0] in OWN_PACKAGES
+            advice = "" if own else "; run the command in the folder that contains it, add this folder to PYTHONPATH, or install it"  # fmt: skip
+            raise ValueError(f"{missing}{advice}") from error
         raise ValueError(f"{missing}, which {module} imports") from error
     except ImportError:
         # An optional package is missing; the message names the extra to install.

@@ -12,6 +12,7 @@ from flowgrpo.memory.budget import GB
 from flowgrpo.memory.tracer import bytes_of
 from flowgrpo.rewards.differentiable import DifferentiableRewards
 from flowgrpo.rewards.loading import found
+from flowgrpo.rewards.named import shared_key
 from flowgrpo.rewards.settings import Reward
 
 PARAMETERS = {
@@ -115,7 +116,13 @@ class TracedRewards:
 
 def reward_sizes(rewards: Sequence[Reward], device: str) -> dict[str, int | None]:
     """Bytes of each reward model on a device type, by label; ``None`` if unknown."""
-    return {r.label: _size(r, device) for r in rewards}
+    sizes = dict[str, int | None]()
+    shared = set[str]()
+    for reward in rewards:
+        key = shared_key(reward)
+        sizes[reward.label] = 0 if key in shared else _size(reward, device)
+        shared |= {key} if key else set()
+    return sizes
 
 
 def traced_rewards(rewards: Sequence[Reward], device: str) -> TracedRewards:

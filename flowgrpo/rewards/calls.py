@@ -1,8 +1,12 @@
 """How a reward is called: whether a function or a class takes that, and what an error in it means."""
 
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 
+from flowgrpo.core.tensors import Tensor
 from flowgrpo.rewards.protocols import takes_audio
+from flowgrpo.rewards.settings import RewardError
 
 MISTAKES = (AttributeError, TypeError, NameError, LookupError, ImportError)
 """Errors whose message alone often says little, such as ``KeyError: 'tag'``."""
@@ -45,6 +49,24 @@ def check_call(name: str, target: object) -> None:
             "3, height, width) in [0, 1], prompts[i] has .text and .metadata; docs/extending.md, section "
             '"A reward", has a function for PIL images and one with metadata'
         ) from error
+
+
+@contextmanager
+def unchanged(name: str, media: Tensor) -> Iterator[None]:
+    """Check that a reward which is called inside does not change its media in place.
+
+    torch counts the changes of a tensor and of its views. Changes through a NumPy array are not counted.
+
+    Raises:
+        RewardError: If it does, because other rewards, comparison grids and updates use the same media.
+    """
+    before = None if media.is_inference() else media._version
+    yield
+    if before is not None and media._version != before:
+        raise RewardError(
+            f"reward {name!r} changed the media that it was given in place; other rewards and the pictures of the "
+            "run are made of the same tensor: work on media.clone()"
+        )
 
 
 def problem_of(error: BaseException) -> str:

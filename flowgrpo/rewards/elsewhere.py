@@ -7,6 +7,7 @@ from typing import Any
 from flowgrpo.core.tensors import Tensor
 from flowgrpo.data.prompts import Prompt
 from flowgrpo.rewards.loading import load_reward
+from flowgrpo.rewards.named import load_all
 from flowgrpo.rewards.protocols import LearningReward, RewardModel, takes_audio
 from flowgrpo.rewards.settings import Reward
 
@@ -26,11 +27,6 @@ class LoadedElsewhere:
     def __call__(self, media: Tensor, prompts: Sequence[Prompt]) -> Tensor:
         """Raise RuntimeError: the process that loaded the model tells the scores."""
         raise RuntimeError("this reward model is loaded in the first process of the set only")
-
-
-def load_all(rewards: Sequence[Reward]) -> list[RewardModel]:
-    """Load reward models."""
-    return [load_reward(r) for r in rewards]
 
 
 def load_once(

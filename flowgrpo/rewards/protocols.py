@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from reprlib import repr as shortened
 from typing import Any, Literal, Protocol, runtime_checkable
 
 from flowgrpo.core.tensors import Float, Tensor, torch
@@ -132,11 +133,21 @@ def checked_scores(label: str, values: Any, number: int) -> Float[Tensor, " batc
     Raises:
         RewardError: If the result has another shape or holds no numbers. Retries cannot help then.
     """
+    if isinstance(values, Mapping):
+        raise RewardError(
+            f"reward {label!r} returned several scores by name ({', '.join(map(str, values))}); choose one with the "
+            "key 'score' of its table, and repeat the table for further ones"
+        )
+    if isinstance(values, tuple) and not all(isinstance(v, int | float) for v in values):
+        raise RewardError(
+            f"reward {label!r} returned a tuple of {', '.join(type(v).__name__ for v in values)}; return the "
+            f"scores alone, {counted(number, 'number')}"
+        )
     try:
         tensor = torch.as_tensor(values, dtype=torch.float32).detach().cpu()
     except (TypeError, ValueError, RuntimeError) as error:
         raise RewardError(
-            f"reward {label!r} returned {values!r}; expected {counted(number, 'number')}"
+            f"reward {label!r} returned {shortened(values)}; expected {counted(number, 'number')}"
         ) from error
     if tensor.shape != (number,):
         raise RewardError(

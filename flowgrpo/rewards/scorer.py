@@ -20,10 +20,10 @@ from flowgrpo.core.tensors import Float, Tensor, torch
 from flowgrpo.core.text import counted
 from flowgrpo.data.audio import Audio
 from flowgrpo.data.prompts import Prompt
-from flowgrpo.rewards.calls import problem_of
-from flowgrpo.rewards.elsewhere import load_all
+from flowgrpo.rewards.calls import problem_of, unchanged
 from flowgrpo.rewards.features import Features
 from flowgrpo.rewards.loading import load_model
+from flowgrpo.rewards.named import load_all
 from flowgrpo.rewards.pairs import PairwisePreference, PairwiseScorer
 from flowgrpo.rewards.protocols import (
     AlternatingReward,
@@ -405,7 +405,7 @@ class RewardScorer:
             call = cast(Callable[..., Any], model)
             if takes_audio(model):
                 call = partial(call, audio=audio[rows] if audio else None)
-            with self.call(reward.label):
+            with self.call(reward.label), unchanged(reward.label, media):
                 values = call(media[rows], prompts[rows])
             return checked_scores(reward.label, values, len(prompts[rows]))
 
@@ -471,7 +471,7 @@ class RewardScorer:
             if attempt:
                 time.sleep(self.failures.pause(attempt))
             try:
-                with self.call(reward.label):
+                with self.call(reward.label), unchanged(reward.label, media):
                     values = call(media, prompts)
             except (RewardError, KeyboardInterrupt):
                 raise

@@ -37,7 +37,10 @@ class Reward:
     """File name in ``reward_models``, or an import path ``"package.module:name"`` of a class or a
     function."""
     name: str = ""
-    """Its name in metrics; by default the last part of ``model``."""
+    """Its name in metrics; by default ``score``, or the last part of ``model``."""
+    score: str = ""
+    """Which of the scores this is, if the model returns several by name. Rewards with a ``score`` of the
+    same model and options are computed in one call of one model."""
     weight: float = 1.0
     """Factor in the reward; with 0 the score is logged and not trained on."""
     scale: float = 1.0
@@ -65,7 +68,7 @@ class Reward:
     @property
     def label(self) -> str:
         """The name in metrics."""
-        return self.name or self.model.rsplit(":", 1)[-1].rsplit(".", 1)[-1]
+        return self.name or self.score or self.model.rsplit(":", 1)[-1].rsplit(".", 1)[-1]
 
     def check(self, path: str) -> None:
         """Refuse settings that contradict each other.

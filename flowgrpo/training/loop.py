@@ -44,12 +44,17 @@ def train(
             then records since the last checkpoint come again, with the same ``iteration``.
 
     Raises:
+        TypeError: If it is the name of a configuration instead.
         ConfigError: If the configuration cannot be run; before the model is loaded, where possible.
         RewardError: If a reward cannot be trained on, or fails too often.
         DivergenceError: If training has destroyed the policy.
         CheckpointError: If all checkpoints to resume from are damaged.
         LostRankError: If another process of the run ends or does not answer.
     """
+    if not isinstance(config, Config):
+        raise TypeError(
+            f"flowgrpo.train takes a configuration, got {config!r}; read it: flowgrpo.train(flowgrpo.load({config!r}))"
+        )
     config, notes = in_force(config)
     prompts, held_out = check_inputs(config, num_ranks())
     try:

@@ -26,8 +26,9 @@ from flowgrpo.policy.probe import (
 )
 from flowgrpo.policy.text_length import cut_prompts, tokenizers_of
 from flowgrpo.rewards.differentiable import DifferentiableRewards
-from flowgrpo.rewards.elsewhere import load_all, load_once
+from flowgrpo.rewards.elsewhere import load_once
 from flowgrpo.rewards.features import Features
+from flowgrpo.rewards.named import load_all
 from flowgrpo.rewards.scorer import RewardScorer
 from flowgrpo.training.benchmarks import Benchmarks
 from flowgrpo.training.evaluator import Evaluator
