@@ -17,9 +17,10 @@ from flowgrpo.bench.base import BenchError, load_benchmark
 from flowgrpo.bench.benchmarks._viescore import PERCEPTION, SEMANTICS, parse_pair
 from flowgrpo.bench.benchmarks.gedit_bench import TASKS, GEditBench, _load
 from flowgrpo.bench.benchmarks.imgedit_bench import OVERALL, TYPES, ImgEditBench, parse_scores
-from flowgrpo.bench.generation import Plan
+from flowgrpo.bench.generation import Plan, in_ratio
 from flowgrpo.bench.models import Subject
 from flowgrpo.bench.run import Part, generate_folder, import_results, score_folder
+from flowgrpo.data.prompts import Prompt
 from flowgrpo.policy import Sampling
 from tests.conftest import MakePolicy, sampling_of
 from tests.stub_vlm import Question, Reply, Stub, said
@@ -138,6 +139,34 @@ def test_a_model_edits_the_sources_in_the_official_layout(
     text = Subject("t", lambda: {}, lambda: make_policy("flux"), sampling_of("flux"), "float32")
     with pytest.raises(Exception, match="image"):
         generate_folder(Plan(tmp_path / "text", gedit, entries, text))
+
+
+def test_an_edit_has_the_ratio_of_its_source(
+    gedit: GEditBench, make_policy: MakePolicy, tmp_path: Path
+) -> None:
+    """Where no size is given; and a folder of several sizes resumes."""
+    subject = edit_subject(make_policy)
+    free = replace(
+        subject.sampling, height=None, width=None, call={**subject.sampling.call, "max_area": 384}
+    )
+    subject = replace(subject, sampling=free)
+    policy = subject.load()
+    tall, wide = (Prompt("paint it", images=[plain(90, size)]) for size in ((32, 48), (48, 32)))
+    assert [in_ratio(policy, p, free).size[:2] for p in (tall, wide)] == [(48, 32), (32, 48)]
+    fixed = replace(free, height=16, width=16)
+    assert in_ratio(policy, tall, fixed) is tall
+    entries = [
+        replace(e, prompt=replace(e.prompt, images=p.images))
+        for e, p in zip(gedit.entries()[:2], (tall, wide), strict=True)
+    ]
+    plan = Plan(tmp_path, gedit, entries, subject)
+    generate_folder(plan)
+    paths = [i.path for b in plan.items() for i in b]
+    sizes = {Image.open(p).size for p in paths}
+    assert sizes == {(16, 24), (24, 16)}
+    paths[0].unlink()
+    generate_folder(plan)
+    assert paths[0].is_file()
 
 
 def scores_of(entry: Any) -> tuple[list[int], list[int]]:

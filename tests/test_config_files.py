@@ -9,6 +9,7 @@ import pytest
 import flowgrpo
 from flowgrpo.cli import main
 from flowgrpo.config import ConfigError
+from flowgrpo.config.files import find
 from flowgrpo.config.starter import recipes_for, starter
 
 ROOT = Path(__file__).parents[1]
@@ -52,6 +53,14 @@ def test_errors_name_the_file_that_has_the_key(tmp_path):
         + ")",
         f"{mine}:3: train.groups must be a whole number, got 'x' (str)",
     ]
+
+
+def test_a_file_with_the_same_ending_is_not_suggested():
+    """Recipes for editing name prompt files that do not ship with flowgrpo."""
+    with pytest.raises(FileNotFoundError, match=r"^no such file: edits_train.jsonl$"):
+        find("edits_train.jsonl")
+    with pytest.raises(FileNotFoundError, match="did you mean 'sd35_medium_ocr'"):
+        find("sd35_ocr")
 
 
 @pytest.mark.parametrize(

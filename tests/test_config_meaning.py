@@ -53,6 +53,8 @@ def test_the_geometry_in_words() -> None:
     assert replayed["replay"] == "6 earlier groups in an iteration, of the newest 30"
     chosen = geometry(load("quickstart", ["algorithm.previews={number=24, num_steps=4}"]))
     assert chosen["previews"] == "24 of 4 steps per prompt choose its 12 samples"
+    judged = geometry(load("z_image_pref", ["algorithm.preference.swap=true"]))
+    assert "9 calls of each reward and 72 comparisons by the judge" in judged["per prompt"]
     pairs = geometry(load("sd15_dpo"))
     assert pairs["optimizer steps"].endswith(" examples in each")
     assert " pictures, " in pairs["in all"]

@@ -31,6 +31,7 @@ from flowgrpo.memory import (
     memory_options,
 )
 from flowgrpo.memory.dispatch_modes import MemoryCounter
+from flowgrpo.memory.division import fitting_division
 from flowgrpo.memory.meta_pipeline import build, config_folder
 from flowgrpo.memory.other_weights import other_policies
 from flowgrpo.memory.tracer import Activations, Tracer, bytes_of
@@ -273,6 +274,29 @@ FOOTPRINT = Footprint(
     batches=(4, 4),
 )
 OPTIONS = MemoryOptions(rollout_batch=4, train_batch=4)
+
+
+def test_the_number_of_devices_that_a_divided_denoiser_needs() -> None:
+    """One that groups can be shared among; moments in 8 bits and quantised weights are not divided."""
+    large = replace(
+        FOOTPRINT, denoisers={"transformer": 48 * GB}, trained=6 * GB, experience=32 * GB
+    )
+    config = flowgrpo.load("hunyuan_dance", ["train.groups=24"])
+    assert budget(large, replace(OPTIONS, optimizer="adamw8bit")).peak > 100 * GB
+    found = fitting_division(config, large, 1, 60 * GB)
+    assert found is not None
+    assert found.processes == 4
+    assert found.settings[:2] == ("parallel.shard = 'denoiser'", "train.optimizer = 'adamw'")
+    # 48 GB of weights, as many of moments, 24 of gradients, 32 of latents in four parts; the reward's 4 are whole.
+    assert found.peak > (48 + 48 + 24 + 32) / 4 * GB + 4 * GB
+    assert found.peak < 60 * GB
+    assert fitting_division(config, large, 1, 8 * GB) is None
+    assert (
+        fitting_division(
+            flowgrpo.load("hunyuan_dance", ["train.groups=3", "train.updates=1"]), large, 1, 60 * GB
+        )
+        is None
+    )
 
 
 def test_second_models_are_counted() -> None:

@@ -61,6 +61,12 @@ class PrefGRPO(AlgorithmBase):
         """Win rates are computed while samples are collected."""
         return True
 
+    @property
+    def comparisons(self) -> int:
+        """Verdicts that a pairwise judge gives per prompt; 0 without one."""
+        judged = isinstance(self.preference, PairwisePreference)
+        return self.preference.comparisons(self.group_size) if judged else 0
+
     def plan(self, num_steps: int, iteration: int, random: Random) -> TrajectoryPlan:
         """Trajectories with the iteration's stochastic steps; comparisons are not counted."""
         steps = self.steps.select(num_steps, iteration, random.at("steps"))

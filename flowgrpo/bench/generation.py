@@ -5,12 +5,13 @@ are the same for any number of processes and for a resumed run, so that the pict
 the last bit; a process that is killed loses the batch that it was working on, and nothing else.
 """
 
+import inspect
 import sys
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass, is_dataclass
+from dataclasses import asdict, dataclass, is_dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from flowgrpo.core.random import Random, SampleNoise
 from flowgrpo.core.secrets import redact_command
 from flowgrpo.data.pictures import encode_png
 from flowgrpo.data.prompts import Prompt
-from flowgrpo.policy import PipelinePolicy
+from flowgrpo.policy import PipelinePolicy, Sampling
 from flowgrpo.policy.arguments import call_key
 
 SETTINGS = "generation.json"
@@ -178,8 +179,9 @@ def sample(
         BenchError: If the pipeline makes videos and the benchmark is about images, or the reverse.
     """
     streams = [Random(plan.seed).at("bench", i.entry.key, i.sample) for i in batch]
-    prompts: list[Prompt] = [i.entry.prompt for i in batch]
-    media = policy.images(prompts, SampleNoise(streams), plan.subject.sampling)
+    sampling = plan.subject.sampling
+    prompts = [in_ratio(policy, i.entry.prompt, sampling) for i in batch]
+    media = policy.images(prompts, SampleNoise(streams), sampling)
     made, wanted = media.ndim == 5, plan.benchmark.video_fps > 0
     if made != wanted:
         names = ("images", "videos")
@@ -188,6 +190,23 @@ def sample(
             f"{names[wanted]}"
         )
     return media
+
+
+def in_ratio(policy: PipelinePolicy, prompt: Prompt, sampling: Sampling) -> Prompt:
+    """A prompt with the sides of its image, where a pipeline scales the sides it is given to an area.
+
+    FLUX Kontext makes squares otherwise, which a judge would see stretched to the size of the source.
+    A size that is given is kept, and so is the size that another pipeline chooses.
+    """
+    call = inspect.signature(inspect.unwrap(type(policy.pipeline).__call__)).parameters
+    sides = (sampling.height, sampling.width, prompt.height, prompt.width)
+    if not prompt.images or "max_area" not in call or any(s is not None for s in sides):
+        return prompt
+    image = prompt.open_images()[0]
+    area = sampling.call.get("max_area", call["max_area"].default)
+    return replace(
+        prompt, height=image.height, width=image.width, call={**prompt.call, "max_area": area}
+    )
 
 
 def settings_of(plan: Plan, identity: Any) -> dict[str, Any]:
@@ -274,7 +293,13 @@ def check_existing(plan: Plan, items: Sequence[Item]) -> None:
         BenchError: Naming the file.
     """
     sizes: dict[tuple[int, int], Path] = {}
-    fixed = all(i.entry.prompt.size == (None, None, None) for i in items)
+    sampling = plan.subject.sampling
+    given = sampling.height is not None and sampling.width is not None
+    # An editing pipeline may choose the size by the image that it edits.
+    fixed = all(
+        i.entry.prompt.size == (None, None, None) and (given or not i.entry.prompt.images)
+        for i in items
+    )
     for item in items:
         check_whole(item.path)
         size = header_size(item.path)

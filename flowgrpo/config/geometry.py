@@ -59,7 +59,10 @@ def _work(config: Any) -> str:
     """The cost of the first iteration per prompt, in words."""
     random = Random(config.run.seed).at("train", 0)
     cost = config.algorithm.cost(config.sampling.num_steps, 0, random)
-    return f"{counted(cost.nfe, 'denoiser evaluation', ',.0f')}, {counted(cost.decodes, 'decode', ',.0f')}, {counted(cost.rewards, 'call', ',.0f')} of each reward in the first iteration"
+    # An algorithm of one's own need not have the property.
+    pairs = getattr(config.algorithm, "comparisons", 0)
+    judged = f" and {counted(pairs, 'comparison', ',')} by the judge" if pairs else ""
+    return f"{counted(cost.nfe, 'denoiser evaluation', ',.0f')}, {counted(cost.decodes, 'decode', ',.0f')}, {counted(cost.rewards, 'call', ',.0f')} of each reward{judged} in the first iteration"
 
 
 def _beside(config: Any) -> dict[str, str]:

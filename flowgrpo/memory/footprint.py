@@ -30,24 +30,30 @@ from flowgrpo.policy.sharding import gathered_bytes, gathered_dtype
 from flowgrpo.policy.weights import Trainable
 
 
-def memory_options(config: Config, num_processes: int = 1) -> MemoryOptions:
-    """The settings of a configuration that change how much memory it takes on these processes."""
-    memory, parallel = config.memory, config.parallel
-    most = num_processes
+def divides(config: Config, num_processes: int) -> bool:
+    """Whether the denoiser can be divided among this number of processes."""
+    needs = config.loss.needs
+    if needs.reward_gradient or needs.fake_score or (needs.teachers and needs.teachers.models):
+        # The configuration refuses to divide their models.
+        return False
     try:
         Parallel(shard="denoiser").check(
             num_processes,
             config.model.weights,
-            memory,
+            config.memory,
             config.model.dtype,
             config.train.optimizer,
         )
     except ValueError:
-        most = 1
+        return False
+    return True
+
+
+def memory_options(config: Config, num_processes: int = 1) -> MemoryOptions:
+    """The settings of a configuration that change how much memory it takes on these processes."""
+    memory, parallel = config.memory, config.parallel
+    most = num_processes if divides(config, num_processes) else 1
     needs = config.loss.needs
-    if needs.reward_gradient or needs.fake_score or (needs.teachers and needs.teachers.models):
-        # The configuration refuses to divide their models.
-        most = 1
     names = (
         "decode_batch", "gradient_checkpointing", "offload_text_encoders", "offload_vae", "quantize",
     )  # fmt: skip

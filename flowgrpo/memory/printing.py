@@ -4,10 +4,12 @@ from flowgrpo.config import Config
 from flowgrpo.config.plan import plan
 from flowgrpo.config.training_data import training_prompts
 from flowgrpo.memory.budget import GB, Footprint, MemoryOptions, advise, budget, trained_activations
+from flowgrpo.memory.division import fitting_division
 from flowgrpo.memory.footprint import estimate_footprint, memory_options
 from flowgrpo.memory.meta_pipeline import EstimateError
 from flowgrpo.policy.loading import DTYPES
 from flowgrpo.policy.model_files import published_folder
+from flowgrpo.policy.settings import LoRA
 from flowgrpo.training.console import Console
 
 
@@ -58,11 +60,16 @@ def print_estimate(
     if capacity is None:
         console.say("no GPU found; use --memory-gb N to compare with a device of N GB")
         return
-    _print_advice(config, parts, options, capacity, console)
+    _print_advice(config, parts, options, num_processes, capacity, console)
 
 
 def _print_advice(
-    config: Config, parts: Footprint, options: MemoryOptions, capacity: int, console: Console
+    config: Config,
+    parts: Footprint,
+    options: MemoryOptions,
+    num_processes: int,
+    capacity: int,
+    console: Console,
 ) -> None:
     """Print whether a run fits into ``capacity`` bytes, and otherwise what to change."""
     needed = budget(parts, options).needed
@@ -71,15 +78,24 @@ def _print_advice(
     if not changes and fits:
         console.say(f"{said}: fits")
         return
-    console.say(f"{said}: does NOT fit. Change these settings, in this order:")
+    console.say(
+        f"{said}: does NOT fit" + (". Change these settings, in this order:" if changes else "")
+    )
     for change in changes:
         console.say(f"  {change.setting:<40} leaves a peak of {gb(change.peak)} GB")
     if not fits:
         fewer = getattr(config.algorithm, "differentiated_steps", 1) > 1
         less = "a smaller algorithm.last, " if fewer else ""
-        console.say(
-            f"  it does not fit even then: use {less}a smaller image, a smaller model, or LoRA"
-        )
+        full = not isinstance(config.model.weights, LoRA)
+        smaller = f"{less}a smaller image, a smaller model" + (", or LoRA" if full else "")
+        even = "even then" if changes else "whatever else is changed on one device"
+        console.say(f"  it does not fit {even}: use {smaller}")
+        found = fitting_division(config, parts, num_processes, capacity)
+        if found is not None:
+            console.say(
+                f"  or divide it among {found.processes} devices: --nproc {found.processes} with "
+                f"{', '.join(found.settings)} leaves a peak of {gb(found.peak)} GB on each"
+            )
 
 
 def gb(number: int | float) -> str:
