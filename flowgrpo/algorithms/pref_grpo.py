@@ -64,8 +64,8 @@ class PrefGRPO(AlgorithmBase):
     @property
     def comparisons(self) -> int:
         """Verdicts that a pairwise judge gives per prompt; 0 without one."""
-        judged = isinstance(self.preference, PairwisePreference)
-        return self.preference.comparisons(self.group_size) if judged else 0
+        judged = self.preference
+        return judged.comparisons(self.group_size) if isinstance(judged, PairwisePreference) else 0
 
     def plan(self, num_steps: int, iteration: int, random: Random) -> TrajectoryPlan:
         """Trajectories with the iteration's stochastic steps; comparisons are not counted."""

@@ -196,10 +196,10 @@ def _dry_run(config: "Config", num_processes: int, memory_gb: float | None) -> i
     # Reward models are not loaded: they may be large, or need weights that are not here.
     for reward in config.rewards:
         rows.append((f"reward {reward.label}", f"weight {reward.weight:g} ({reward.model})"))
-    judge = getattr(getattr(config.algorithm, "preference", None), "model", None)
-    if judge:
-        share = config.algorithm.preference.weight
-        rows.append(("judge of pairs", f"weight {share:g} ({judge})"))
+    preference = getattr(config.algorithm, "preference", None)
+    judge = getattr(preference, "model", None)
+    if preference is not None and judge:
+        rows.append(("judge of pairs", f"weight {preference.weight:g} ({judge})"))
     rows += [("metric", metric) for metric in config.evaluation.metrics]
     if config.run.trackers:
         rows.append(("trackers", ", ".join(config.run.trackers)))
