@@ -81,7 +81,7 @@ AREAS = {
         ["learner", "objectives", "guard"],
     ),
     "sessions": Area(
-        ["flowgrpo/training/session.py", "flowgrpo/training/*checkpoints.py", "flowgrpo/training/run_changes.py"],
+        ["flowgrpo/training/session.py", "flowgrpo/training/*checkpoint*.py", "flowgrpo/training/run_changes.py"],
         ["checkpoints", "session", "setup"],
     ),
     "scorer": Area(

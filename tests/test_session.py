@@ -25,7 +25,7 @@ from flowgrpo.data.prompts import Group, Prompt
 from flowgrpo.losses.clipped import ClippedLoss
 from flowgrpo.policy import PipelinePolicy
 from flowgrpo.rewards.settings import RewardError
-from flowgrpo.training import checkpoints, run_changes, trackers
+from flowgrpo.training import checkpoint_files, checkpoints, run_changes, trackers
 from flowgrpo.training import session as sessions_module
 from flowgrpo.training.ending import Result
 from flowgrpo.training.learner import Learner
@@ -704,7 +704,7 @@ def test_a_divided_model_is_saved_by_all_processes_together(start: Start, policy
         save=lambda folder, parts, state, **given: calls.append((folder.name, sorted(parts), state["iteration"], given["is_main"])),
         load=lambda folder, place: calls.append((folder.name, place)) or checkpoints.load(folder),
     )  # fmt: skip
-    monkeypatch.setattr(sessions_module, "sharded_checkpoints", fake)
+    monkeypatch.setattr(checkpoint_files, "sharded_checkpoints", fake)
     session.restore(learner)
     assert session.iteration == 4
     assert calls.pop() == ("000004", learner.division)

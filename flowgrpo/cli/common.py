@@ -56,8 +56,12 @@ def add_weights_argument(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def checkpoint_name(text: str) -> str:
+def checkpoint_name(text: str, base: bool = False) -> str:
     """The name of a checkpoint, for argparse.
+
+    Args:
+        text: The argument.
+        base: Whether ``base``, the model before training, is one too.
 
     Raises:
         argparse.ArgumentTypeError: If no checkpoint can have this name.
@@ -65,15 +69,17 @@ def checkpoint_name(text: str) -> str:
     from flowgrpo.core.imports import suggest
     from flowgrpo.training.run_checkpoints import NAMES, is_name
 
-    if not is_name(text):
-        near = suggest(text, ("best", "last"))
-        raise argparse.ArgumentTypeError(f"expected {NAMES}, got {text!r}{near}")
+    others = ("base",) if base else ()
+    if not is_name(text) and text not in others:
+        near = suggest(text, ("best", "last", *others))
+        names = f"{NAMES}, or base" if base else NAMES
+        raise argparse.ArgumentTypeError(f"expected {names}, got {text!r}{near}")
     return text
 
 
 def checkpoint_or_base(text: str) -> str:
-    """As :func:`checkpoint_name`; ``base``, the model before training, is one too."""
-    return text if text == "base" else checkpoint_name(text)
+    """As :func:`checkpoint_name`, or ``base``."""
+    return checkpoint_name(text, base=True)
 
 
 CHECKPOINT_HELP = (

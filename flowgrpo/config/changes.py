@@ -29,7 +29,7 @@ CHANGEABLE: Mapping[str, str] = {
     "evaluation.artefacts": "earlier or later evaluations then lack the measures",
     "evaluation.bench": "earlier evaluations do not have the new benchmarks",
     "evaluation.regimes": "without those of the base model, the report leaves new ways to sample out",
-    "evaluation.inspected_prompts": "of the report",
+    "evaluation.inspected_prompts": "another number of prompts in the report's section on credit",
     "prompts.train": "the file may move; its contents may not change",
     "prompts.held_out": "the file may move; its contents may not change",
     "run.*": "device, threads, checkpoints, trackers; `run.seed` may not change",

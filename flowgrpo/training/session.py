@@ -31,11 +31,10 @@ from flowgrpo.policy.placement import resolve_device
 from flowgrpo.policy.sharding import gathered_bytes, gathered_dtype
 from flowgrpo.rewards.scorer import RewardScorer
 from flowgrpo.rewards.settings import RewardError
-from flowgrpo.training import checkpoints, run_folder, sharded_checkpoints, trackers
-from flowgrpo.training.checkpoints import CheckpointError, Tensors
+from flowgrpo.training import checkpoints, run_folder, trackers
+from flowgrpo.training.checkpoint_files import CheckpointFiles
 from flowgrpo.training.console import Console
 from flowgrpo.training.cpu import prepare_cpu
-from flowgrpo.training.divergence import require_finite
 from flowgrpo.training.launch import check_devices, idle_devices
 from flowgrpo.training.learner import Learner
 from flowgrpo.training.lock import RunLock
@@ -58,6 +57,7 @@ class Session:
             is the best, its negative.
         bests: The same for the other numbers whose best weights are kept, by name.
         processes: The processes, each by itself.
+        checkpoint_files: The checkpoints on disk.
         shares: The share of this process in the work.
         once: Does work in the first process of a share, and tells the others its result.
         score_once: The same for rewards, which are computed on another thread.
@@ -98,11 +98,12 @@ class Session:
                 kwargs_handlers=[process_group(patience)],
             )
         self._check_world()
-        self.shares, wait = (
-            Shares(self.accelerator, config.parallel.context),
-            timedelta(minutes=patience),
-        )
+        wait = timedelta(minutes=patience)
+        self.shares = Shares(self.accelerator, config.parallel.context)
         self.processes = Shares(self.accelerator)
+        self.checkpoint_files = CheckpointFiles(
+            self.checkpoints, self.processes, self.is_sharded, config.run.keep_checkpoints
+        )
         with bounded_wait(patience):
             # Scores are told on the scorer's thread.
             self.once, self.score_once = Once(self.shares, wait), Once(self.shares, wait)
@@ -112,8 +113,7 @@ class Session:
         self.scorer: RewardScorer | None = None
         self.logs = Logs(self.folder)
         self._phases: dict[str, float] = {}
-        self._warned = False
-        self._saved_at = time.monotonic()
+        self._warned, self._saved_at = False, time.monotonic()
         self._lines: Mapping[str, int] = {}
         self._lock: RunLock | None = None
         if self.is_main:
@@ -311,9 +311,7 @@ class Session:
             LogError: If log lines that the checkpoint counts are lost or broken.
         """
         if self.is_main:
-            checkpoints.tidy(self.checkpoints)
-            self._set_damaged_aside()
-            checkpoints.prune(self.checkpoints, self.config.run.keep_checkpoints)
+            self.checkpoint_files.mend(self.console.say)
         self.accelerator.wait_for_everyone()
         found = checkpoints.newest(self.checkpoints)
         lines: Mapping[str, int] = {}
@@ -344,34 +342,7 @@ class Session:
         Returns:
             Tensors by part and name, divided as the learner's parameters are, and the state.
         """
-        if self.is_sharded:
-            return sharded_checkpoints.load(folder, learner.division)
-        return checkpoints.load(folder)
-
-    def _set_damaged_aside(self) -> None:
-        """Rename damaged checkpoints until the newest one is sound.
-
-        Raises:
-            CheckpointError: If none is sound; then nothing is renamed.
-        """
-        damaged: list[tuple[Path, CheckpointError]] = []
-        for folder in reversed(checkpoints.numbered(self.checkpoints)):
-            try:
-                checkpoints.verify(folder)
-                break
-            except CheckpointError as error:
-                damaged.append((folder, error))
-        else:
-            if damaged:
-                raise CheckpointError(
-                    f"{damaged[0][1]}. No earlier checkpoint is sound; to start again, delete {self.folder}"
-                )
-        for folder, problem in damaged:
-            place = checkpoints.set_aside(folder)
-            self.console.say(
-                f"WARNING: {problem}. It was renamed to {place.name}, and the run resumes from the "
-                "checkpoint before it"
-            )
+        return self.checkpoint_files.read(folder, learner.division)
 
     def save(self, learner: Learner, iteration: int) -> None:
         """Write a checkpoint after ``iteration`` iterations, and delete old ones.
@@ -383,12 +354,12 @@ class Session:
 
     def _write(self, learner: Learner, iteration: int, lines: Mapping[str, int]) -> None:
         """Write a checkpoint that counts these log lines."""
-        if not self.is_main and not self.is_sharded:
+        if not self.checkpoint_files.is_written_here:
             return
         parts, state = learner.state()
-        self._require_finite(parts)
+        self.checkpoint_files.require_finite(parts)
         parts |= self.scorer.state() if self.scorer is not None else {}
-        self._save(
+        self.checkpoint_files.write(
             f"{iteration:06d}",
             parts,
             {
@@ -401,35 +372,8 @@ class Session:
             },
         )
         if self.is_main:
-            checkpoints.prune(self.checkpoints, self.config.run.keep_checkpoints)
+            self.checkpoint_files.prune()
         self._saved_at = time.monotonic()
-
-    def _save(self, name: str, parts: Mapping[str, Tensors], state: Mapping[str, Any]) -> None:
-        """Write a checkpoint: the main process alone or, if the model is divided, all of them."""
-        folder = self.checkpoints / name
-        if self.is_sharded:
-            gather = self.processes.gather_objects
-            sharded_checkpoints.save(folder, parts, state, is_main=self.is_main, gather=gather)
-        elif self.is_main:
-            checkpoints.save(folder, parts, state)
-
-    def _require_finite(self, parts: Mapping[str, Tensors]) -> None:
-        """Check the parts of a checkpoint; if the model is divided, in all processes.
-
-        Raises:
-            DivergenceError: If a part is not finite; in all processes that call this.
-        """
-        problem = None
-        try:
-            require_finite(parts)
-        except DivergenceError as error:
-            problem = error
-        if self.is_sharded:
-            every = self.processes.gather_objects([problem and str(problem)])
-            found = [text for text in every if text]
-            problem = DivergenceError(found[0]) if found else None
-        if problem is not None:
-            raise problem
 
     def save_best(
         self, learner: Learner, iteration: int, score: float, measured: Measured | None = None
@@ -449,13 +393,13 @@ class Session:
         # NaN is not the best either.
         if not gain > (self.best if measured is None else self.bests.get(key, -math.inf)):
             return
-        if self.is_main or self.is_sharded:
+        if self.checkpoint_files.is_written_here:
             parts, _ = learner.state()
-            self._require_finite(parts)
+            self.checkpoint_files.require_finite(parts)
             weights = parts.get("ema", parts["weights"])
             name = "best" if measured is None else own.folder
             state = {"iteration": iteration, "score": score}
-            self._save(name, {"weights": weights}, state)
+            self.checkpoint_files.write(name, {"weights": weights}, state)
         # Afterwards: if this could not be written, a resumed run writes it.
         if measured is None:
             self.best = gain
