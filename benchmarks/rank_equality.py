@@ -72,6 +72,7 @@ CASES: dict[str, Sequence[str]] = {
     "mix_grpo": ["algorithm={kind='mix_grpo', group_size=4, steps={kind='window', size=2}}", CLIPPED],
     "pref_grpo": ["algorithm={kind='pref_grpo', group_size=4, preference={kind='compared', reward='brightness'}}", CLIPPED],
     "tempflow_grpo": ["algorithm={kind='tempflow_grpo', group_size=4, seeds=2}", CLIPPED],
+    "self_opd": ["algorithm={kind='self_opd', group_size=4, seeds=2}", "loss={kind='self_opd'}"],
     "g2rpo": ["algorithm={kind='g2rpo', group_size=4, steps={kind='window', size=2}, granularities=[1, 2]}", CLIPPED, "train.split='steps'"],
     "tp_grpo": ["algorithm={kind='tp_grpo', group_size=4, steps={kind='all', skip_last=2}}", CLIPPED],
     "vgpo": ["algorithm={kind='vgpo', group_size=4}", CLIPPED],
