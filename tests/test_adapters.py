@@ -161,6 +161,20 @@ def test_training_starts_from_an_adapter(
     torch.testing.assert_close(start, changed, atol=1e-4, rtol=0)
 
 
+def test_the_model_without_the_adapter_can_stay_the_reference_policy(
+    tuned: tuple[Path, Tensor, Tensor], make_policy: MakePolicy
+) -> None:
+    """A run that goes on from the adapter of another one then keeps the reference policy of that run."""
+    folder, changed, base = tuned
+    policy = make_policy("sd3", weights=LoRA(rank=4, alpha=4, init=str(folder), reference="model"))
+    torch.testing.assert_close(policy.images(PROMPTS, noise_of(0, 1)), changed, atol=1e-4, rtol=0)
+    assert policy.trainable is not None
+    assert policy.trainable.reference_is_at_hand, "no copy is kept"
+    with policy.reference():
+        reference = policy.images(PROMPTS, noise_of(0, 1))
+    torch.testing.assert_close(reference, base, atol=1e-4, rtol=0)
+
+
 def test_training_starts_from_a_checkpoint_of_a_run(
     make_policy: MakePolicy, tmp_path: Path
 ) -> None:

@@ -62,8 +62,21 @@ def test_csv_also_as_excel_writes_it(tmp_path, start):
         ("p.yaml", "prompt: x", r"unknown ending '.yaml'; known: .txt, .jsonl, .csv"),
         ("p.jsonl", '{"prompt": "x"}\n{"prompt": \n', "p.jsonl, line 2: not valid JSON"),
         ("p.jsonl", '{"prompt": "x"}\n\n["x"]\n', "p.jsonl, line 3: expected an object"),
-        ("p.jsonl", '{"caption": "x"}\n', "line 1: needs a key 'prompt' .* keys there: caption"),
-        ("p.jsonl", '{"prompt": " "}\n', "line 1: needs a key 'prompt' with some text"),
+        (
+            "p.jsonl",
+            '{"caption": "x"}\n',
+            "line 1: needs a key 'prompt' .* keys there: caption; rename 'caption' to 'prompt'",
+        ),
+        (
+            "p.jsonl",
+            '{"prompt": " "}\n',
+            "line 1: needs a key 'prompt' with some text; keys there: prompt$",
+        ),
+        (
+            "p.csv",
+            "prompt;tag\nx;a\n",
+            "keys there: prompt;tag; separate the cells of a CSV file by commas",
+        ),
         ("p.jsonl", '{"prompt": "x", "metadata": 3}\n', "'metadata' must be an object, got 3"),
         ("p.csv", "prompt,tag\nx,a\n,b\n", "p.csv, line 3: needs a key 'prompt'"),
         ("p.jsonl", '{"prompt": "x", "call": 3}\n', "'call' must be an object, got 3"),

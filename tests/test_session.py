@@ -764,7 +764,10 @@ def test_changes_of_a_run_by_hand(tmp_path: Path) -> None:
     (tmp_path / "checkpoints" / "000004").mkdir(parents=True)
     (tmp_path / "checkpoints" / "000012").mkdir()
     for weights, words in (
-        ("lora", f"--set model.weights.init={tmp_path}/checkpoints/000012, with"),
+        (
+            "lora",
+            f"--set model.weights.init={tmp_path}/checkpoints/000012 --set model.weights.reference=model, with",
+        ),
         ("full", f"flowgrpo export {tmp_path} --out MODEL.*--set model.path=MODEL, with"),
         ("noise", r"^Start a new run with another --set run\.folder"),
     ):

@@ -57,6 +57,7 @@ RULES = (
     Rule("train", ("without_advantage",), "algorithm.kind", is_one_of("distillation", "dmd", "pairs")),
     Rule("evaluation.regimes.*", ("when",), "evaluation.every", equals(0)),
     Rule("memory", ("arithmetic",), "model.dtype", equals("float32")),
+    Rule("model.weights", ("reference",), "init", equals("")),
     Rule("memory", ("offload_text_encoders", "offload_vae"), "run.device", equals("cpu")),
     Rule("memory", ("gradient_checkpointing",), "model.weights.kind", equals("noise")),
     Rule("rewards.*", ("scale", "shift", "clip", "log", "threshold", "schedule", "ignores_prompt"), "weight", equals(0)),

@@ -29,6 +29,8 @@ LISTED = 10
 """Broken records of a file that an error names."""
 SUFFIXES = (".txt", ".jsonl", ".csv", ".parquet")
 """Suffixes of prompt files."""
+PROMPT_NAMES = ("prompt", "prompts", "text", "caption", "captions", "instruction", "description")
+"""Other names under which files have their prompts, in lower case."""
 
 
 class PromptError(ValueError):
@@ -254,6 +256,7 @@ def prompt_of(record: Any, where: str, folder: Path) -> Prompt:
     if not isinstance(text, str) or not text.strip():
         raise PromptError(
             f"{where}: needs a key 'prompt' with some text; keys there: {', '.join(map(str, record))}"
+            + _advice_on_keys(list(map(str, record)))
         )
     if negative is not None and not isinstance(negative, str):
         raise PromptError(f"{where}: 'negative_prompt' must be text, got {negative!r}")
@@ -293,6 +296,16 @@ def check_text(value: Any, where: str = "the prompt") -> None:
             f"{where} has an unpaired surrogate, U+{ord(value[error.start]):04X}, at character "
             f"{error.start + 1}: half of a character such as an emoji, cut off by another program; remove it"
         ) from error
+
+
+def _advice_on_keys(keys: Sequence[str]) -> str:
+    """How a record without a prompt is mended, if its keys tell; else nothing."""
+    if len(keys) == 1 and any(mark in keys[0] for mark in ";\t"):
+        return "; separate the cells of a CSV file by commas"
+    if "prompt" in keys:
+        return ""
+    named = next((k for k in keys if k.strip().lower() in PROMPT_NAMES), None)
+    return f"; rename {named!r} to 'prompt'" if named is not None else ""
 
 
 def _refuse_misspelt(record: Mapping[str, Any], where: str) -> None:

@@ -13,7 +13,7 @@ from flowgrpo.data.examples import read_examples
 from flowgrpo.data.prompt_files import PICTURES, PromptError, read_prompts
 from flowgrpo.data.prompts import Group, Prompt
 
-__all__ = ["PromptError", "PromptSet", "shared"]
+__all__ = ["PromptError", "PromptSet", "identity", "shared"]
 
 
 @dataclass(frozen=True)
@@ -157,11 +157,11 @@ def shared(train: PromptSet, held_out: PromptSet) -> list[Prompt]:
 
     Evaluations on them measure what was trained, not what was learned for other prompts.
     """
-    known = {_identity(p) for p in train.prompts}
-    return [p for p in held_out.prompts if _identity(p) in known]
+    known = {identity(p) for p in train.prompts}
+    return [p for p in held_out.prompts if identity(p) in known]
 
 
-def _identity(prompt: Prompt) -> Hashable:
+def identity(prompt: Prompt) -> Hashable:
     """What makes two prompts the same for a model. Pictures in memory are compared as objects."""
     pictures = [*prompt.images, *(prompt.call.get(k) for k in PICTURES)]
     images = tuple(str(i) if isinstance(i, Path) else id(i) for i in pictures if i is not None)

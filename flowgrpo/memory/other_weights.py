@@ -6,7 +6,7 @@ from typing import Any
 
 from flowgrpo.config import Config
 from flowgrpo.config.distillation import teacher_sampling
-from flowgrpo.policy.settings import Full, Sampling
+from flowgrpo.policy.settings import Full, LoRA, Sampling
 
 
 def kept_weights(config: Config) -> dict[str, Any]:
@@ -42,9 +42,9 @@ def other_policies(
     needs, own = config.loss.needs, config.sampling
     found: dict[str, tuple[int, int]] = {}
     # Otherwise the reference is the model without its adapter, which is only switched off.
-    copies = isinstance(config.model.weights, Full) or bool(
-        getattr(config.model.weights, "init", "")
-    )
+    weights = config.model.weights
+    starts = isinstance(weights, LoRA) and weights.init != "" and weights.reference == "init"
+    copies = isinstance(weights, Full) or starts
     refers = needs.reference or config.train.monitor_states > 0
     refers = refers or config.evaluation.base_after is not None
     guidance = own.guidance_scale if needs.reference_guidance is None else needs.reference_guidance

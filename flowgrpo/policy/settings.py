@@ -221,7 +221,7 @@ class Sampling:
 class LoRA:
     """Train low-rank adapters on frozen weights (arXiv:2106.09685).
 
-    The reference policy is the model with its adapters disabled.
+    The reference policy is the model with its adapters disabled, unless there is an ``init``.
     """
 
     kind: Literal["lora"] = "lora"
@@ -240,7 +240,10 @@ class LoRA:
     """An earlier adapter from which training starts: a file, folder, hub id or run directory, as in
     ``model.adapters``; or a checkpoint of a run, such as ``runs/a/checkpoints/best``. ``rank`` must be at
     least its rank, and ``targets`` must include its layers; the model is then the same as with the
-    earlier adapter. The reference policy is the model with it."""
+    earlier adapter."""
+    reference: Literal["init", "model"] = "init"
+    """The reference policy if there is an ``init``: the model with the earlier adapter, or, with ``model``,
+    the model without it, which is the reference policy of the run that trained the adapter."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -55,6 +55,10 @@ def check_names(config: Config, num_processes: int, absent: list[str] | None = N
     with _setting("prompts.train"):
         training_source(config)
     with _setting("prompts.held_out"):
+        if not config.prompts.held_out:
+            raise ConfigError(
+                "no file is named; 'flowgrpo split-prompts FILE --held-out 64' divides a file of prompts in two"
+            )
         find(config.prompts.held_out)
     for key, name, check in _weights(config):
         with _setting(key):

@@ -64,6 +64,8 @@ def instead(there: Config) -> str:
     if there.model.weights.kind == "lora":
         newest = max((Path(folder) / "checkpoints").glob("[0-9]*"), default=Path(folder))
         begin, start = "Start a new run from its weights", f"model.weights.init={newest}"
+        if not there.model.weights.init:  # The reference policy is then that of the run.
+            start += " --set model.weights.reference=model"
     elif there.model.weights.kind == "full":
         begin = f"Write its weights (flowgrpo export {folder} --out MODEL) and start a new run from them"
         start = "model.path=MODEL"
