@@ -34,12 +34,14 @@ from flowgrpo.memory.dispatch_modes import MemoryCounter
 from flowgrpo.memory.division import fitting_division
 from flowgrpo.memory.meta_pipeline import build, config_folder
 from flowgrpo.memory.other_weights import other_policies
+from flowgrpo.memory.printing import _print_advice
 from flowgrpo.memory.tracer import Activations, Tracer, bytes_of
 from flowgrpo.policy import Full, LoRA, PipelinePolicy
 from flowgrpo.policy.encoder_lockstep import text_encoders
 from flowgrpo.policy.loading import DTYPES, denoisers, load_pipeline
 from flowgrpo.policy.settings import Weights
 from flowgrpo.policy.weights import Trainable
+from flowgrpo.training.console import Console
 from tests.conftest import noise_of, sampling_of
 from tests.tiny import FAMILIES
 from tests.tiny.parts import GRADIENT
@@ -276,10 +278,17 @@ FOOTPRINT = Footprint(
 OPTIONS = MemoryOptions(rollout_batch=4, train_batch=4)
 
 
-def test_the_number_of_devices_that_a_divided_denoiser_needs() -> None:
+def test_the_number_of_devices_that_a_divided_denoiser_needs(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     """One that groups can be shared among; moments in 8 bits and quantised weights are not divided."""
     large = replace(
-        FOOTPRINT, denoisers={"transformer": 48 * GB}, trained=6 * GB, experience=32 * GB
+        FOOTPRINT,
+        denoisers={"transformer": 48 * GB},
+        trained=6 * GB,
+        experience=32 * GB,
+        linear=0,
+        linear_bytes=0,
     )
     config = flowgrpo.load("hunyuan_dance", ["train.groups=24"])
     assert budget(large, replace(OPTIONS, optimizer="adamw8bit")).peak > 100 * GB
@@ -291,6 +300,14 @@ def test_the_number_of_devices_that_a_divided_denoiser_needs() -> None:
     assert found.peak > (48 + 48 + 24 + 32) / 4 * GB + 4 * GB
     assert found.peak < 60 * GB
     assert fitting_division(config, large, 1, 8 * GB) is None
+    _print_advice(config, large, memory_options(config), 1, 60 * GB, Console())
+    said = capsys.readouterr().out
+    assert "does NOT fit\n" in said  # No setting helps on one device, so none is announced.
+    assert "a smaller model, or LoRA" in said
+    assert (
+        "divide it among 4 devices: --nproc 4 with parallel.shard = 'denoiser', train.optimizer = 'adamw'"
+        in said
+    )
     assert (
         fitting_division(
             flowgrpo.load("hunyuan_dance", ["train.groups=3", "train.updates=1"]), large, 1, 60 * GB

@@ -64,8 +64,9 @@ class PrefGRPO(AlgorithmBase):
     @property
     def comparisons(self) -> int:
         """Verdicts that a pairwise judge gives per prompt; 0 without one."""
-        judged = self.preference
-        return judged.comparisons(self.group_size) if isinstance(judged, PairwisePreference) else 0
+        if not isinstance(self.preference, PairwisePreference):
+            return 0
+        return self.preference.comparisons(self.group_size)
 
     def plan(self, num_steps: int, iteration: int, random: Random) -> TrajectoryPlan:
         """Trajectories with the iteration's stochastic steps; comparisons are not counted."""

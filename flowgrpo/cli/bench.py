@@ -50,7 +50,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         group = parser.add_argument_group(title)
         for name, text, more in options:
             group.add_argument(*name.split(), help=text, **more)
-    parser.set_defaults(frames=None)
 
 
 AGAIN: dict[str, Any] = {"action": "append", "default": []}
@@ -74,6 +73,7 @@ OPTIONS: Mapping[str, Sequence[tuple[str, str, dict[str, Any]]]] = {
         ("--steps", "denoising steps (default: 28; of a run: as in its evaluations)", {"type": int}),
         ("--guidance", "guidance scale (default: the pipeline's; of a run: as in its evaluations)", {"type": float}),
         ("--size", "WIDTHxHEIGHT in pixels (default: the pipeline's)", {}),
+        ("--frames", "frames of a video (default: the pipeline's)", {"type": int}),
         ("--call", "any other argument of the pipeline's call", {**AGAIN, "metavar": "NAME=VALUE"}),
         ("--dtype", "precision of the denoiser (default: float32; of a run: its own)", {"choices": ("float32", "bfloat16", "float16")}),
         ("--device", "cpu, cuda, ... (default: a GPU if there is one)", {"default": "auto"}),

@@ -170,6 +170,7 @@ def _dry_run(config: "Config", num_processes: int, memory_gb: float | None) -> i
     from flowgrpo.config.plan import plan
     from flowgrpo.config.without_effect import idle_notes
     from flowgrpo.policy.model_files import locate
+    from flowgrpo.rewards.pairs import PairwisePreference
     from flowgrpo.training.inputs import absent_weights, check_inputs
     from flowgrpo.training.run_changes import in_force
     from flowgrpo.training.run_folder import preview
@@ -197,9 +198,8 @@ def _dry_run(config: "Config", num_processes: int, memory_gb: float | None) -> i
     for reward in config.rewards:
         rows.append((f"reward {reward.label}", f"weight {reward.weight:g} ({reward.model})"))
     preference = getattr(config.algorithm, "preference", None)
-    judge = getattr(preference, "model", None)
-    if preference is not None and judge:
-        rows.append(("judge of pairs", f"weight {preference.weight:g} ({judge})"))
+    if isinstance(preference, PairwisePreference):
+        rows.append(("judge of pairs", f"weight {preference.weight:g} ({preference.model})"))
     rows += [("metric", metric) for metric in config.evaluation.metrics]
     if config.run.trackers:
         rows.append(("trackers", ", ".join(config.run.trackers)))

@@ -93,6 +93,8 @@ def export(
     for write in (export_comfyui, export_kohya):
         try:
             exported.files.extend(write(pipeline, trainable, folder).files)
+        except adapter_files.NoFormatError as error:
+            exported.missing.append(error.reason)
         except ValueError as error:
             exported.missing.append(str(error))
     return exported

@@ -208,17 +208,31 @@ def readers(models: Mapping[str, ModelMixin]) -> tuple[str, ...]:
     return FAMILIES[type(next(iter(models.values()))).__name__].readers
 
 
+class NoFormatError(ValueError):
+    """A program has no format for a model.
+
+    Attributes:
+        reason: The reason alone, for exports in all formats that there are, where no format was asked for.
+    """
+
+    def __init__(self, message: str, reason: str):
+        super().__init__(message)
+        self.reason = reason
+
+
 def _family(model: ModelMixin, program: str, loaded: Sequence[Family]) -> Family:
     """The family of a model, if a program loads adapters of it.
 
     Raises:
-        ValueError: If it does not.
+        NoFormatError: If it does not.
     """
     family = FAMILIES.get(type(model).__name__)
     if family is None or family not in loaded:
-        raise ValueError(
-            f"flowgrpo knows no names for {type(model).__name__} in {program}, for which it can write "
-            f"adapters of {', '.join(f.title for f in loaded)}; use --format diffusers or --format merged"
+        name = type(model).__name__
+        raise NoFormatError(
+            f"flowgrpo knows no names for {name} in {program}, for which it can write adapters of "
+            f"{', '.join(f.title for f in loaded)}; use --format diffusers or --format merged",
+            f"an adapter for {program}, whose names for {name} flowgrpo does not know",
         )
     return family
 
