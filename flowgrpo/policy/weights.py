@@ -80,8 +80,7 @@ class Trainable:
             ValueError: If LoRA targets match no layer, patterns match no parameter, a named denoiser
                 does not exist, or a teacher does not fit.
         """
-        unknown = [m for m in weights.models if m not in denoisers]
-        if unknown:
+        if unknown := [m for m in weights.models if m not in denoisers]:
             raise ValueError(
                 f"model.weights.models: there is no denoiser {unknown[0]!r}; the pipeline has "
                 f"{', '.join(denoisers)}"
@@ -104,10 +103,9 @@ class Trainable:
         self.is_sharded = shard is not None
         self.parameters = _trained(chosen)
         self._teachers = {k: parts_of(v, list(self.parameters.values())) for k, v in taught.items()}
+        copies = with_reference
         if isinstance(weights, LoRA):
             copies = bool(start) and weights.reference == "init"
-        else:
-            copies = with_reference
         # In main memory: it is used only a few times per iteration.
         self._reference = (
             [local(p).cpu().clone() for p in self.parameters.values()] if copies else None
