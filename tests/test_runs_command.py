@@ -59,9 +59,9 @@ def test_a_run_is_listed_with_its_progress_and_scores(tmp_path, capsys, monkeypa
     assert (one["algorithm"], one["model"]) == ("vgpo", "shapes")
     assert one["started"] == "2026-01-02 03:04:05"
     assert one["held_out_reward"] == {
-        "first": {"iteration": 0, "reward": 0.25},
-        "last": {"iteration": 2, "reward": 0.5},
-        "best": {"iteration": 1, "reward": 0.75},
+        "first": {"iteration": 0, "reward": 0.25, "scores": {}},
+        "last": {"iteration": 2, "reward": 0.5, "scores": {}},
+        "best": {"iteration": 1, "reward": 0.75, "scores": {}},
     }
     monkeypatch.setenv("COLUMNS", "120")
     assert main(["runs", str(tmp_path)]) == 0
@@ -71,6 +71,34 @@ def test_a_run_is_listed_with_its_progress_and_scores(tmp_path, capsys, monkeypa
     assert one["regimes"] == {
         "guidance_1p5": [{"iteration": 0, "reward": 0.375}, {"iteration": 2, "reward": 0.625}]
     }
+
+
+def test_keys_and_scores_of_a_sweep(tmp_path, capsys, monkeypatch):
+    for name, lr, seed in (("a", "1e-4", 0), ("b", "3e-4", 1)):
+        folder = make(tmp_path / name, ())
+        Logs(folder).append("evaluations", {"iteration": 2, "reward": lr, "scores": {"ocr": 0.5}})
+        table = CONFIG.replace("seed = 7", f"seed = {seed}").replace("[run]", f"lr = {lr}\n[run]")
+        extra = '[[rewards]]\nmodel = "ocr"\n' if name == "a" else ""
+        (folder / "config.toml").write_text(table + extra)
+    command = ["runs", str(tmp_path), "--key", "train.lr", "--key", "run.seed"]
+    assert main([*command, "--key=rewards.0.model", "--csv"]) == 0
+    rows = [row.split(",") for row in capsys.readouterr().out.splitlines()]
+    assert rows[0][4:] == ["train.lr", "run.seed", "rewards.0.model", "evaluated", "reward", "score/ocr"]  # fmt: skip
+    assert sorted(row[:1] + row[4:] for row in rows[1:]) == [
+        ["a", "0.0001", "0", "ocr", "2", "0.0001", "0.5"],
+        ["b", "0.0003", "1", "", "2", "0.0003", "0.5"],
+    ]
+    monkeypatch.setenv("COLUMNS", "160")
+    assert main(command) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "date train.lr run.seed" in shown
+    assert "0.0003 1" in shown
+    assert main([*command, "--json"]) == 0
+    found = {r["folder"][-1]: r for r in json.loads(capsys.readouterr().out)}
+    assert found["b"]["keys"] == {"train.lr": 3e-4, "run.seed": 1}
+    assert found["b"]["held_out_reward"]["last"]["scores"] == {"ocr": 0.5}
+    assert main([*command, "--key", "train.rl"]) == 2
+    assert "no run has the key 'train.rl'; did you mean 'train.lr'?" in capsys.readouterr().err
 
 
 def test_states(tmp_path, capsys):

@@ -70,8 +70,8 @@ class Trainable:
             seed: Seed of the adapters' initial weights.
             with_reference: Whether :meth:`reference` will be used. Full fine-tuning then keeps a copy of
                 the initial weights in main memory.
-            start: The earlier adapter from which LoRA starts, by denoiser and layer. It is then also the
-                reference policy, of which a copy is kept, unless ``weights.reference`` is ``model``.
+            start: The earlier adapter from which LoRA starts, by denoiser and layer; also the reference
+                policy, of which a copy is kept, unless ``weights.reference`` is ``model``.
             shard: Divides the denoisers among processes, once they have their adapters.
             native: Whether the denoisers compute without autocast, so that adapters cast their weights.
             teachers, whole_teachers: Adapters and whole models that teach, by their paths, in main memory.
@@ -103,9 +103,7 @@ class Trainable:
         self.is_sharded = shard is not None
         self.parameters = _trained(chosen)
         self._teachers = {k: parts_of(v, list(self.parameters.values())) for k, v in taught.items()}
-        copies = with_reference
-        if isinstance(weights, LoRA):
-            copies = bool(start) and weights.reference == "init"
+        copies = with_reference if isinstance(weights, Full) else bool(start) and weights.reference == "init"  # fmt: skip
         # In main memory: it is used only a few times per iteration.
         self._reference = (
             [local(p).cpu().clone() for p in self.parameters.values()] if copies else None

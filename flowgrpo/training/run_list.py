@@ -6,7 +6,7 @@ import os
 import time
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,10 +29,12 @@ class HeldOut:
     Attributes:
         iteration: Iterations trained before it.
         reward: Mean of the reward on held-out prompts.
+        scores: Mean of each reward model's own score there, by its name; None where it is not finite.
     """
 
     iteration: int
     reward: float
+    scores: Mapping[str, float | None] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,7 @@ class RunSummary:
         seed: Seed of the run; None if unknown.
         started: When the run was first started, local time, as ``YYYY-MM-DD HH:MM:SS``.
         updated: When its newest log line was written, likewise.
+        config: The tables of its configuration; empty if the file cannot be read.
     """
 
     folder: Path
@@ -67,6 +70,7 @@ class RunSummary:
     seed: int | None
     started: str
     updated: str
+    config: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def first(self) -> HeldOut | None:
@@ -137,13 +141,14 @@ def summarise(folder: Path) -> RunSummary:
         updated=_time(
             [folder / n for n in ("metrics.jsonl", "evaluations.jsonl", FINISHED, CONFIG)]
         ),
+        config=config,
     )
 
 
 def _rewards(evaluations: Mapping[int, Mapping[str, Any]]) -> list[HeldOut]:
     """The finite rewards of evaluations, by iteration."""
-    rewards = {i: e.get("reward") for i, e in sorted(evaluations.items())}
-    found = [HeldOut(i, float(reward)) for i, reward in rewards.items() if reward is not None]
+    known = [(i, e) for i, e in sorted(evaluations.items()) if e.get("reward") is not None]
+    found = [HeldOut(i, float(e["reward"]), e.get("scores") or {}) for i, e in known]
     return [r for r in found if math.isfinite(r.reward)]
 
 
