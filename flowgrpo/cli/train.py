@@ -170,7 +170,6 @@ def _dry_run(config: "Config", num_processes: int, memory_gb: float | None) -> i
     from flowgrpo.config.plan import plan
     from flowgrpo.config.without_effect import idle_notes
     from flowgrpo.policy.model_files import locate
-    from flowgrpo.rewards.pairs import PairwisePreference
     from flowgrpo.training.inputs import absent_weights, check_inputs
     from flowgrpo.training.run_changes import in_force
     from flowgrpo.training.run_folder import preview
@@ -194,12 +193,7 @@ def _dry_run(config: "Config", num_processes: int, memory_gb: float | None) -> i
             f" in {counted(len(prompts.classes()), 'class')}" if config.prompts.balance else ""
         )
         rows.append((label, f"{len(prompts.prompts)}{classes} ({file})"))
-    # Reward models are not loaded: they may be large, or need weights that are not here.
-    for reward in config.rewards:
-        rows.append((f"reward {reward.label}", f"weight {reward.weight:g} ({reward.model})"))
-    preference = getattr(config.algorithm, "preference", None)
-    if isinstance(preference, PairwisePreference):
-        rows.append(("judge of pairs", f"weight {preference.weight:g} ({preference.model})"))
+    rows += _judges(config)
     rows += [("metric", metric) for metric in config.evaluation.metrics]
     if config.run.trackers:
         rows.append(("trackers", ", ".join(config.run.trackers)))
@@ -223,6 +217,17 @@ def _dry_run(config: "Config", num_processes: int, memory_gb: float | None) -> i
     if not model.is_here:
         console.say(f"the model {config.model.path} has to be downloaded before the run can start")
     return 0
+
+
+def _judges(config: "Config") -> list[tuple[str, str]]:
+    """The rewards and a judge of pairs. None is loaded: they may be large, or need weights that are not here."""
+    from flowgrpo.rewards.pairs import PairwisePreference
+
+    rows = [(f"reward {r.label}", f"weight {r.weight:g} ({r.model})") for r in config.rewards]
+    preference = getattr(config.algorithm, "preference", None)
+    if isinstance(preference, PairwisePreference):
+        rows.append(("judge of pairs", f"weight {preference.weight:g} ({preference.model})"))
+    return rows
 
 
 def _notes(config: "Config", train: "PromptSet", held_out: "PromptSet") -> list[str]:
