@@ -17,7 +17,7 @@ from flowgrpo.data.prompts import Group, Prompt
 from flowgrpo.losses.clipped import ClippedLoss
 from flowgrpo.policy import PipelinePolicy, Sampling
 from flowgrpo.policy.arguments import batches
-from flowgrpo.policy.probe import check_defined, check_scales, check_sizes
+from flowgrpo.policy.probe import check_defined, check_scales, check_sizes, edited_as_squares
 from flowgrpo.rewards.scorer import RewardScorer
 from flowgrpo.rewards.settings import Reward
 from flowgrpo.training.learner import Learner
@@ -154,6 +154,9 @@ def test_kontext_makes_the_size_that_is_asked_for(make_policy: MakePolicy) -> No
     policy = kontext(make_policy)
     wide = replace(EDITS[0], width=32)
     check_sizes(policy, [EDITS[0], wide], policy.sampling)
+    free = replace(policy.sampling, height=None, width=None)
+    assert edited_as_squares(policy, [*EDITS, Prompt("a")], free) == EDITS
+    assert edited_as_squares(policy, [wide, EDITS[0]], policy.sampling) == []
     given = replace(policy.sampling, call={**policy.sampling.call, "max_area": 1024})
     with pytest.raises(ValueError, match="cannot make 16 high, 16 wide: it makes 32 high, 32 wide"):
         check_sizes(policy, EDITS[:1], given)

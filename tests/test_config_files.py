@@ -10,7 +10,7 @@ import flowgrpo
 from flowgrpo.cli import main
 from flowgrpo.config import ConfigError
 from flowgrpo.config.files import find
-from flowgrpo.config.starter import recipes_for, starter
+from flowgrpo.config.starter import recipes_for, similar_recipes, starter
 
 ROOT = Path(__file__).parents[1]
 
@@ -103,6 +103,22 @@ def test_a_folder_is_recognised_by_its_pipeline(tmp_path):
     (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "FluxPipeline"}))
     assert recipes_for(str(tmp_path))[0] == "flux1_dev_24gb"
     assert recipes_for("nobody/nothing") == []
+
+
+@pytest.mark.parametrize(
+    ("model", "recipe"),
+    [
+        ("black-forest-labs/FLUX.1-Kontext-dev", "flux1_dev_24gb"),
+        ("black-forest-labs/FLUX.2-klein-4B", "flux2_klein_pref"),
+        ("Qwen/Qwen-Image-Edit-2509", "qwen_image_edit_dance"),
+        ("Wan-AI/Wan2.2-T2V-A14B-Diffusers", "wan21_t2v"),
+        ("Wan-AI/Wan2.1-T2V-14B-Diffusers", "wan21_t2v"),
+        ("nobody/nothing", None),
+    ],
+)
+def test_a_model_without_a_recipe_is_answered_with_those_of_its_family(model, recipe):
+    assert recipes_for(model) == []
+    assert next(iter(similar_recipes(model).values()), None) == recipe
 
 
 def test_the_command(tmp_path, capsys):

@@ -80,7 +80,7 @@ def _explain(options: argparse.Namespace) -> None:
 def _init(options: argparse.Namespace) -> None:
     """Write a configuration for a model."""
     from flowgrpo.config.reader import override
-    from flowgrpo.config.starter import recipes_for, starter
+    from flowgrpo.config.starter import recipes_for, similar_recipes, starter
 
     model, out = options.name, Path(options.out) if options.out else None
     if out is not None and out.exists():
@@ -89,9 +89,12 @@ def _init(options: argparse.Namespace) -> None:
         raise UsageError(f"--memory-gb must be above 0, got {options.memory_gb:g}")
     recipes = recipes_for(model)
     if not recipes and options.recipe is None:
+        near = " or ".join(f"--recipe {r} ({m})" for m, r in similar_recipes(model).items())
+        begin = f"a model with a similar name, {near} ('flowgrpo config list' lists all)"
+        begin = begin if near else "another model (--recipe NAME; 'flowgrpo config list')"
         raise UsageError(
-            f"no recipe for {model}. Begin with one for another model (--recipe NAME; 'flowgrpo config list'), "
-            f"and check the model with 'flowgrpo doctor {model}'"
+            f"no recipe for {model}. Begin with one for {begin}, and check the model with "
+            f"'flowgrpo doctor {model}'"
         )
     recipe = options.recipe or recipes[0]
     others = [r for r in recipes if r != recipe]

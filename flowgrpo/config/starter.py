@@ -1,6 +1,7 @@
 """A commented configuration for a model: the recipe for it, with the meaning of every key."""
 
 import dataclasses
+import difflib
 import json
 import re
 import textwrap
@@ -39,6 +40,20 @@ def recipes_for(model: str) -> list[str]:
         kind = _class_of(Path(model))
         same = [name for name, path in paths.items() if _published_class(path) == kind]
     return sorted(same, key=lambda n: (n not in PREFERRED, n))
+
+
+def similar_recipes(model: str) -> dict[str, str]:
+    """The preferred recipe for each of the models whose names are most like a model's, at most two.
+
+    Such models are often of one family, as FLUX.1-dev and FLUX.1-Kontext-dev, Wan2.1 and Wan2.2.
+    """
+    names: dict[str, str] = {}
+    for file in sorted(find("quickstart").parent.glob("*.toml")):
+        path = _model_of(file)
+        if published_folder(path) is not None or path.count("/") == 1:
+            names.setdefault(path.rsplit("/", 1)[-1].lower(), path)
+    near = difflib.get_close_matches(model.rsplit("/", 1)[-1].lower(), list(names), n=2, cutoff=0.6)
+    return {names[n]: recipes_for(names[n])[0] for n in near}
 
 
 def starter(model: str, recipe: str, settings: Mapping[str, Any], notes: Sequence[str] = ()) -> str:

@@ -1,5 +1,6 @@
 """Checks before training that a pipeline makes the requested sizes, and that no step dominates the gradient."""
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import product
@@ -51,6 +52,19 @@ def check_sizes(policy: PipelinePolicy, prompts: Sequence[Prompt], sampling: Sam
             raise ValueError(
                 f"{type(policy.pipeline).__name__} cannot make {_words(requested)}: {found}{advice}"
             )
+
+
+def edited_as_squares(
+    policy: PipelinePolicy, prompts: Sequence[Prompt], sampling: Sampling
+) -> Sequence[Prompt]:
+    """Prompts whose image a pipeline edits to a square, because they have no size.
+
+    FLUX Kontext does, where other editing pipelines take the size of the image.
+    """
+    call = inspect.signature(inspect.unwrap(type(policy.pipeline).__call__)).parameters
+    if "max_area" not in call:
+        return []
+    return [p for p in prompts if p.images and _requested(p, sampling)[:2] == (None, None)]
 
 
 def ignores_negatives(

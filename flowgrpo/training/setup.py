@@ -21,6 +21,7 @@ from flowgrpo.policy.probe import (
     check_defined,
     check_scales,
     check_sizes,
+    edited_as_squares,
     fit_noise,
     ignores_negatives,
 )
@@ -321,6 +322,12 @@ def _prompt_notes(
     for label, some in (("training", prompts.prompts), ("held-out", held_out.prompts)):
         cut = cut_prompts(tokenizers, call, config.sampling, some)
         notes += [f"{label} prompts: {text}" for text in cut]
+        if squares := edited_as_squares(policy, some, config.sampling):
+            notes.append(
+                f"{label} prompts: {len(squares)} of {len(some)} have an image and no size, and "
+                f"{type(policy.pipeline).__name__} makes squares then, whatever the ratio of the image: give them a "
+                "height and a width in the prompt file, or set sampling.height and sampling.width"
+            )
         with_negative = sum(p.negative is not None for p in some)
         if with_negative and ignores_negatives(policy, some, config.sampling):
             notes.append(
