@@ -19,11 +19,13 @@ def main() -> None:
     parser.add_argument("--config", default="quickstart")
     parser.add_argument("--folder", type=Path, default=Path("runs/seeds"))
     parser.add_argument("--set", action="append", default=[])
+    parser.add_argument("--nproc", type=int, default=1, help="processes of each run")
     options = parser.parse_args()
     rows = []
     for seed in options.seeds:
         folder = options.folder / str(seed)
-        seconds = run(options.config, folder, [f"run.seed={seed}", *options.set])
+        is_new = not (folder / "finished.json").exists()
+        seconds = run(options.config, folder, [f"run.seed={seed}", *options.set], options.nproc)
         first, *_, last = evaluations(folder)
         parts = _parts(first, last)
         for tag, table in last.get("regimes", {}).items():
@@ -41,7 +43,8 @@ def main() -> None:
             )
         for name, value in last["metrics"].items():
             rows.append([str(seed), name, f"{first['metrics'][name]:.3f}", f"{value:.3f}", "", ""])
-        rows.append([str(seed), "minutes", "", f"{seconds / 60:.1f}", "", ""])
+        if is_new:
+            rows.append([str(seed), "minutes", "", f"{seconds / 60:.1f}", "", ""])
     print(markdown_table(["seed", "", "before", "after", "points", "graded"], rows))
 
 

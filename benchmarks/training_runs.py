@@ -13,19 +13,21 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 
 
-def run(config: str, folder: Path, settings: Sequence[str]) -> float:
+def run(config: str, folder: Path, settings: Sequence[str], processes: int = 1) -> float:
     """Train in a separate process, which resumes an unfinished run and leaves a finished one alone.
 
     Args:
         config: Name or path of a configuration.
         folder: The run directory.
         settings: Arguments of ``--set``.
+        processes: Processes of the run.
 
     Returns:
         The seconds that the process took.
     """
     began = time.time()
     arguments = [f"--set={s}" for s in (*settings, f"run.folder={folder}")]
+    arguments += [f"--nproc={processes}"] if processes > 1 else []
     # Rewards and metrics of the benchmarks are given as "benchmarks.module:name".
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     subprocess.run(

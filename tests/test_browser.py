@@ -297,6 +297,7 @@ def test_a_live_page_follows_the_run(show, tmp_path):
         server.shutdown()
         thread.join()
     page.get_by_text("no connection").wait_for()
+    page.close()  # which goes on asking the server, with a complaint each time
     assert all("net::ERR_" in c for c in show.complaints), "the server is gone, and nothing else"
     show.complaints.clear()
 

@@ -3,6 +3,7 @@
 from flowgrpo.config import Config
 from flowgrpo.config.plan import plan
 from flowgrpo.config.training_data import training_prompts
+from flowgrpo.core.text import counted
 from flowgrpo.memory.budget import GB, Footprint, MemoryOptions, advise, budget, trained_activations
 from flowgrpo.memory.division import fitting_division
 from flowgrpo.memory.footprint import estimate_footprint, memory_options
@@ -93,7 +94,7 @@ def _print_advice(
         found = fitting_division(config, parts, num_processes, capacity)
         if found is not None:
             console.say(
-                f"  or divide it among {found.processes} devices: --nproc {found.processes} with "
+                f"  or divide it among {counted(found.processes, 'device')}: --nproc {found.processes} with "
                 f"{', '.join(found.settings)} leaves a peak of {gb(found.peak)} GB on each"
             )
 
