@@ -14,6 +14,7 @@ from flowgrpo.cli.common import (
     prompts_of,
     quiet,
 )
+from flowgrpo.core.text import counted
 from flowgrpo.data import strict_json
 
 if TYPE_CHECKING:
@@ -116,7 +117,8 @@ def run(options: argparse.Namespace) -> int:
             record = {"file": name, "prompt": prompt.text, "metadata": dict(prompt.metadata)}
             records.append(record | {"noise_seed": noise.seeds()[row]})
     (out / "index.jsonl").write_text("".join(strict_json.dumps(r) + "\n" for r in records), "utf-8")
-    console.say(f"{len(records)} {'videos' if policy.makes_videos else 'images'} in {out}")
+    made = counted(len(records), "video" if policy.makes_videos else "image")
+    console.say(f"{made} in {out}")
     if broken:
         more = f" and {len(broken) - 3} more" if len(broken) > 3 else ""
         advice = "" if policy.dtype.itemsize == 4 else ", or try --dtype float32"
