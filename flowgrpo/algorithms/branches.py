@@ -52,6 +52,15 @@ class BranchPlan:
         return Cost(float(nfe), float(decodes), float(decodes))
 
 
+def require_branches(group_size: int, seeds: int) -> None:
+    """Raise ValueError unless a group's branches are divided evenly among the seeds, at least 2 for each."""
+    if seeds < 1 or group_size % seeds or group_size < 2 * seeds:
+        raise ValueError(
+            f"algorithm.group_size = {group_size} must be a multiple of algorithm.seeds = {seeds}, with at "
+            "least 2 branches for each seed to compare"
+        )
+
+
 def collect_branches(
     policy: Policy, groups: Sequence[Group], scorer: Scorer, random: Random, plan: BranchPlan
 ) -> Experience:

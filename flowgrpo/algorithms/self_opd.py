@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from flowgrpo.algorithms.base import AlgorithmBase, CreditView, Policy, Scorer
-from flowgrpo.algorithms.branches import BranchPlan
+from flowgrpo.algorithms.branches import BranchPlan, require_branches
 from flowgrpo.algorithms.collection import Collection, Samples
 from flowgrpo.core.random import Random
 from flowgrpo.core.steps import StepSelection, Window
@@ -149,11 +149,7 @@ class SelfOPD(AlgorithmBase):
         """Raise ValueError if the settings contradict each other or the grid."""
         require_noise(self.transition)
         self.steps.check(num_steps)
-        if self.seeds < 1 or self.group_size % self.seeds or self.group_size < 2 * self.seeds:
-            raise ValueError(
-                f"algorithm.group_size = {self.group_size} must be a multiple of algorithm.seeds = "
-                f"{self.seeds}, with at least 2 branches for each seed to compare"
-            )
+        require_branches(self.group_size, self.seeds)
 
     def credit_view(self, experience: Experience) -> CreditView:
         """Candidates are branches, shown beside those of their seed and step."""

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from flowgrpo.algorithms.base import AlgorithmBase, CreditView, Policy, Scorer
-from flowgrpo.algorithms.branches import BranchPlan, collect_branches
+from flowgrpo.algorithms.branches import BranchPlan, collect_branches, require_branches
 from flowgrpo.algorithms.credit import branch_advantages, refuse_separate
 from flowgrpo.core.advantages import Advantage
 from flowgrpo.core.random import Random
@@ -85,11 +85,7 @@ class TempFlowGRPO(AlgorithmBase):
         self.advantage.check()
         refuse_separate(self.advantage, "branches from one state")
         self.steps.check(num_steps)
-        if self.seeds < 1 or self.group_size % self.seeds or self.group_size < 2 * self.seeds:
-            raise ValueError(
-                f"algorithm.group_size = {self.group_size} must be a multiple of algorithm.seeds = "
-                f"{self.seeds}, with at least 2 branches for each seed to compare"
-            )
+        require_branches(self.group_size, self.seeds)
 
     def credit_view(self, experience: Experience) -> CreditView:
         """Candidates are branches, compared with those of their seed and step."""
